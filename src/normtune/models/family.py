@@ -1,0 +1,95 @@
+"""What every model family answers: how images and questions enter, what the loss is, how it answers.
+
+A family is one file in this folder. `normtune.models.load` picks it by the `model_type` of the config.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from normtune.packing import Group, Segment
+
+Pixels = dict[str, Tensor]  # one image, processed, without a batch axis; keys are the family's own
+Batch = dict[str, Any]  # tensors on any device; keys are the family's own
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A generated answer and the mean log-probability of its tokens, end token included."""
+
+    text: str
+    score: float
+
+
+class Family(ABC):
+    """A model with its processor, seen through the five verbs that training and evaluation need."""
+
+    model_types: ClassVar[tuple[str, ...]]  # the config.model_type values that this family loads
+
+    def __init__(self, model: nn.Module, processor: Any) -> None:
+        self.model = model
+        self.processor = processor
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @classmethod
+    @abstractmethod
+    def load(cls, source: str | Path, dtype: torch.dtype, device: str | torch.device = "cpu") -> Family:
+        """Load model and processor from a local directory or a hub name, in eval mode."""
+
+    @abstractmethod
+    def pixels(self, image: Image.Image) -> Pixels:
+        """Process one RGB image."""
+
+    @abstractmethod
+    def encode(self, id: str, question: str, answer: str | None, *, report: bool = False) -> Segment:
+        """Tokenise one question; with `answer=None` the segment ends where the model is to write.
+
+        With `report=True` the answer is a report: its own length limit, and `question` may be empty (the
+        family's report prompt is used).
+        """
+
+    @abstractmethod
+    def collate(self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]]) -> Batch:
+        """Tensors for a training or scoring step; `pixels[g]` are the processed images of group g.
+
+        Every segment sees its group's images and itself, never its siblings: loss and gradients equal
+        those of the same segments in groups of one.
+        """
+
+    @abstractmethod
+    def loss(self, batch: Batch, *, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+        """(sum of the answer tokens' cross-entropies, number of answer tokens), both scalar tensors."""
+
+    @abstractmethod
+    def log_probs(self, batch: Batch) -> Tensor:
+        """Sum of the answer tokens' log-probabilities, one a segment in the order given: [segments]."""
+
+    @abstractmethod
+    def answer(
+        self,
+        groups: Sequence[Group],
+        pixels: Sequence[Sequence[Pixels]],
+        *,
+        max_new_tokens: int = 16,
+        beams: int = 1,
+    ) -> list[list[Answer]]:
+        """Answers for groups whose segments have no answer; `result[g][s]` is for segment s of group g.
+
+        The images of a group are computed once and shared by its segments.
+        """
+
+    def save(self, directory: str | Path) -> None:
+        """Write model and processor in the layout that `load` reads."""
+        self.model.save_pretrained(directory)  # type: ignore[operator]
+        self.processor.save_pretrained(directory)
