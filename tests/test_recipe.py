@@ -1,0 +1,243 @@
+"""The recipe language: what it reads, what it prints, how it refuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from normtune.errors import InputError
+from normtune.recipe import (
+    ADDED,
+    INTRINSIC,
+    METHODS,
+    PARTS,
+    PRESETS,
+    TEXT_ONLY,
+    Method,
+    Recipe,
+    RecipeError,
+    parse,
+    resolve,
+)
+
+MISS = ("vision", "encoder", "decoder")
+LLAVA = ("vision", "connector", "language")
+LN, FULL = (Method("ln"),), (Method("full"),)
+LORA4 = Method("lora", (("r", 4), ("alpha", 32), ("dropout", 0.1)))
+
+
+def methods(model: tuple[str, ...], text: str) -> dict[str, tuple[Method, ...]]:
+    return dict(resolve(parse(text), model).parts)
+
+
+def test_reads_every_form() -> None:
+    assert parse("ln") == Recipe((("all", LN),))
+    assert parse("ln+bias").methods_of("all") == (Method("ln"), Method("bias"))
+    assert parse("lora(r=4, alpha=32,dropout=0.1)").methods_of("all") == (LORA4,)
+    assert parse("lora(r=4)[0:8]").methods_of("all") == (Method("lora", (("r", 4),), (0, 8)),)
+    recipe = parse(" vision = frozen , encoder+decoder = ln[16:] + bias[-2:] ")
+    late = (Method("ln", layers=(16, None)), Method("bias", layers=(-2, None)))
+    assert recipe.parts == (("vision", ()), ("encoder", late), ("decoder", late))
+    assert parse("connector?=full,language=ln").optional == {"connector"}
+
+
+def test_options_have_defaults_and_defaults_do_not_count() -> None:
+    assert Method("lora").option("r") == 8
+    assert Method("lora").option("alpha") == 16
+    assert Method("prefix").option("n") == 10
+    assert Method("adapter").option("width") == 64
+    assert LORA4.option("dropout") == 0.1
+    assert parse("lora(dropout=0.0,r=8)") == parse("lora")
+    assert parse("ln[:]") == parse("ln")
+
+
+def test_layer_ranges_are_slices() -> None:
+    assert Method("ln", layers=(16, None)).layer_range(32) == range(16, 32)
+    assert Method("ln", layers=(-8, None)).layer_range(32) == range(24, 32)
+    assert Method("ln", layers=(0, 8)).layer_range(4) == range(4)
+    assert Method("ln").layer_range(3) == range(3)
+
+
+def test_resolves_over_a_models_parts() -> None:
+    assert methods(MISS, "ln") == {"vision": LN, "encoder": LN, "decoder": LN}
+    assert methods(MISS, "language=ln") == {"vision": (), "encoder": LN, "decoder": LN}
+    assert methods(LLAVA, "decoder=ln") == {"vision": (), "connector": (), "language": LN}
+    assert methods(LLAVA, "vision=full,all=ln") == {"vision": FULL, "connector": LN, "language": LN}
+    assert methods(MISS, "encoder=full,language=ln") == {"vision": (), "encoder": FULL, "decoder": LN}
+    assert methods(MISS, "connector?=full,language=ln") == {"vision": (), "encoder": LN, "decoder": LN}
+    assert methods(LLAVA, "frozen") == {"vision": (), "connector": (), "language": ()}
+
+
+def test_all_is_optional_and_a_named_part_is_not() -> None:
+    assert resolve(parse("ln"), LLAVA).optional == {"vision", "connector", "language"}
+    assert resolve(parse("all=ln,vision=ln"), LLAVA).optional == {"connector", "language"}
+    assert resolve(parse("all=ln,vision=frozen"), LLAVA).optional == {"connector", "language"}
+    assert resolve(parse("language=ln"), MISS).optional == frozenset()
+
+
+def test_prefix_tokens_go_to_text_parts_unless_named() -> None:
+    prefix = (Method("prefix"),)
+    assert methods(LLAVA, "prefix") == {"vision": (), "connector": (), "language": prefix}
+    assert methods(MISS, "prefix") == {"vision": (), "encoder": prefix, "decoder": prefix}
+    assert methods(MISS, "vision=prefix")["vision"] == prefix
+
+
+def test_resolving_twice_changes_nothing() -> None:
+    for text in PRESETS.values():
+        once = resolve(parse(text), MISS)
+        assert resolve(once, MISS) == once == parse(str(once))
+
+
+def test_presets() -> None:
+    named = {
+        "frozen",
+        "full",
+        "ln",
+        "ln-vision",
+        "ln-language",
+        "ln-encoder",
+        "ln-decoder",
+        "ln-encoder+decoder",
+    }
+    assert named | {
+        "attention",
+        "ffn",
+        "bias",
+        "lora-4",
+        "lora-8",
+        "prefix",
+        "ptuning",
+        "ia3",
+        "adapter",
+    } <= set(PRESETS)
+    assert methods(MISS, "frozen-lora4-lora4") == {"vision": (), "encoder": (LORA4,), "decoder": (LORA4,)}
+    assert methods(MISS, "full-full-prefix") == {
+        "vision": FULL,
+        "encoder": FULL,
+        "decoder": (Method("prefix"),),
+    }
+    assert methods(LLAVA, "frozen-full-ln") == {"vision": (), "connector": (), "language": LN}
+    assert methods(MISS, "ln-encoder+decoder") == methods(MISS, "ln-language")
+    for name, text in PRESETS.items():
+        assert parse(name) == parse(text) == parse(str(parse(name)))
+        resolve(parse(name), MISS)
+    assert "lora" not in PRESETS, "bare lora has the defaults of METHODS, not those of lora-4"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("vision=fnn", "unknown method 'fnn', did you mean 'ffn'? (column 8 of recipe 'vision=fnn')"),
+        ("vision=norm", "unknown method 'norm' (methods: frozen, full, ln, "),
+        ("visoin=ln", "unknown part 'visoin', did you mean 'vision'?"),
+        ("ln-visoin", "unknown method 'ln-visoin', did you mean 'ln-vision'?"),
+        ("language", "it is a part, write language=METHOD"),
+        ("vision=", "expected a method, got the end (column 8"),
+        ("vision=ln,", "expected a part, got the end (column 11"),
+        ("vision=ln decoder=ln", "unexpected 'd' (column 11"),
+        ("vision=ln,vision=full", "part 'vision' is given twice (column 11"),
+        ("vision+vision=ln", "part 'vision' is given twice"),
+        ("lora(rank=4)", "'lora' has no option 'rank'"),
+        ("lora(r=4,r=4)", "option 'r' is given twice (column 10"),
+        ("lora(r=0)", "r of 'lora' is 0; it must be a whole number, 1 or more (column 6"),
+        ("lora(r=1.5)", "r of 'lora' is 1.5"),
+        ("lora(dropout=1)", "must be at least 0 and below 1"),
+        ("lora(r=four)", "'four' is not a number (column 8"),
+        ("lora(r=4", "expected ')' at the end of the options, got the end"),
+        ("ln(r=4)", "'ln' has no option 'r' (options: none)"),
+        ("ln[8:4]", "layer range [8:4] is empty"),
+        ("ln[:0]", "layer range [:0] is empty"),
+        ("ln[8]", "written [16:], [:8] or [4:8]"),
+        ("frozen+ln", "'frozen' can't be joined"),
+        ("ln+frozen", "a frozen part has no methods"),
+        ("ln+ln", "'ln' is given twice to one part"),
+        ("lora(r=4)+lora(r=8)", "'lora' can be given once"),
+        ("prefix+ptuning", "both add prefix tokens"),
+        ("", "the recipe is empty"),
+        ("lora(r=" + "9" * 5000 + ")", "is not a number"),
+    ],
+)
+def test_refuses_in_words(text: str, message: str) -> None:
+    with pytest.raises(RecipeError) as refusal:
+        parse(text)
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert isinstance(refusal.value, InputError)
+
+
+@pytest.mark.parametrize(
+    ("text", "model", "message"),
+    [
+        ("connector=ln", MISS, "no part 'connector'; its parts: vision, encoder, decoder"),
+        ("encoder=ln", LLAVA, "no part 'encoder'; its parts: vision, connector, language"),
+        ("language=ln,decoder=full", LLAVA, "'language' and 'decoder' are one part"),
+        ("connector?=full", MISS, "trains nothing on this model"),
+    ],
+)
+def test_resolve_refuses_in_words(text: str, model: tuple[str, ...], message: str) -> None:
+    with pytest.raises(RecipeError, match="part") as refusal:
+        resolve(parse(text), model)
+    assert message in str(refusal.value)
+
+
+bounds = st.one_of(st.none(), st.integers(-40, 40))
+layer_ranges = st.one_of(st.none(), st.tuples(bounds, bounds))
+
+
+@st.composite
+def one_method(draw: st.DrawFn) -> Method | None:
+    name = draw(st.sampled_from([*INTRINSIC, *ADDED]))
+    options = tuple(
+        (
+            key,
+            draw(st.floats(0, 1, exclude_max=True) if isinstance(default, float) else st.integers(1, 10_000)),
+        )
+        for key, default in METHODS[name].items()
+        if draw(st.booleans())
+    )
+    try:
+        return Method(name, options, draw(layer_ranges))
+    except RecipeError:
+        return None
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> Recipe:
+    names = draw(st.lists(st.sampled_from([*PARTS, "all"]), min_size=1, unique=True))
+    parts = []
+    for name in names:
+        chosen: list[Method] = []
+        for method in draw(st.lists(one_method(), max_size=3)):
+            if method is not None and not {method.name, *TEXT_ONLY} & {other.name for other in chosen}:
+                chosen.append(method)
+        parts.append((name, tuple(chosen)))
+    return Recipe(tuple(parts), frozenset(draw(st.sets(st.sampled_from(names)))))
+
+
+@given(recipes())
+def test_printing_and_reading_are_inverse(recipe: Recipe) -> None:
+    assert parse(str(recipe)) == recipe
+
+
+words = st.sampled_from(
+    [*METHODS, *PARTS, "all", "r", "alpha", *"=+,()[]:?- ", "0", "4", "-1", "1e9", "٣", "\n"]
+)
+
+
+@given(st.one_of(st.text(), st.lists(words, max_size=12).map("".join)))
+def test_nonsense_raises_nothing_but_recipe_errors(text: str) -> None:
+    try:
+        recipe = parse(text)
+        for model in (MISS, LLAVA):
+            resolve(recipe, model)
+    except RecipeError as error:
+        assert "\n" not in str(error)
+
+
+def test_needs_no_torch() -> None:
+    code = "import sys, normtune.recipe; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
