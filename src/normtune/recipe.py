@@ -9,13 +9,13 @@ A recipe gives each part of a model its methods. The grammar (blanks are free be
     method  := NAME ["(" NAME "=" NUMBER ("," ...)* ")"] ["[" [INT] ":" [INT] "]"]
 
 `ln[16:]` is layers 16 and up, `lora(r=4)[-8:]` the last eight: half-open, as Python slices. `part?` applies
-where the model has such a part and the method finds something to train there; a plain `part` must exist and be
-found. A part that is not named is frozen, and a named part wins over `language`, which wins over `all`.
+where the model has such a part and the method finds something to train there; a plain `part` must exist and
+be found. A part that is not named is frozen, and a named part wins over `language`, which wins over `all`.
 
-Methods that train what is inside a part: full, ln, attention, ffn, bias (the biases outside norms). Methods that
-add to it: lora (on the query and value projections of every self- and cross-attention, as MISS and MILE do),
-prefix (with the two-layer projection, Li & Liang 2021), ptuning (P-Tuning v2: without it), ia3 (key, value and
-feed-forward output), adapter.
+Methods that train what is inside a part: full, ln, attention, ffn, bias (the biases outside norms). Methods
+that add to it: lora (on the query and value projections of every self- and cross-attention, as MISS and
+MILE do), prefix (with the two-layer projection, Li & Liang 2021), ptuning (P-Tuning v2: without it), ia3
+(key, value and feed-forward output), adapter.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class RecipeError(InputError):
 class Method:
     """One method with its options and its layers.
 
-    Options at their defaults are left out, so that `lora(r=8)` equals `lora`. `layers` is half-open and counts
-    from the end where negative; None means the whole part, its tensors outside the layers included.
+    Options at their defaults are left out, so that `lora(r=8)` equals `lora`. `layers` is half-open and
+    counts from the end where negative; None means the whole part, its tensors outside the layers included.
     """
 
     name: str
