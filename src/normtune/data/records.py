@@ -48,6 +48,7 @@ class Dataset:
     open_image: Callable[[str], Image.Image]  # key -> RGB image; raises InputError naming the file
     problems: list[Problem] = field(default_factory=list)
     licence: str = "unknown"
+    left_out: list[Example] = field(default_factory=list)  # rows that cannot be used; `problems` says why
 
     def split(self, name: str) -> list[Example]:
         """The examples of one split, in file order.
@@ -61,7 +62,7 @@ class Dataset:
         if not found:
             splits = sorted({example.split for example in self.examples})
             raise InputError(
-                f"dataset {self.name} has no split '{name}'{did_you_mean(name, splits)} "
+                f"dataset {self.name} has no split '{name}'{did_you_mean(name, splits)}. "
                 f"Its splits: {', '.join(splits) or 'none'}."
             )
         return found

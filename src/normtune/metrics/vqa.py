@@ -72,8 +72,8 @@ def joined(
         texts = dict(predictions)
     else:
         texts = {prediction.id: prediction.text for prediction in predictions}
-        _only_once([prediction.id for prediction in predictions], "predictions")
-    _only_once([example.id for example in examples], "examples")
+        only_once([prediction.id for prediction in predictions], "predictions")
+    only_once([example.id for example in examples], "examples")
     known = {example.id for example in examples}
     for what, odd in (
         ("examples have no prediction", [example.id for example in examples if example.id not in texts]),
@@ -86,7 +86,12 @@ def joined(
     return [(example, texts[example.id]) for example in examples]
 
 
-def _only_once(ids: Sequence[str], what: str) -> None:
+def only_once(ids: Sequence[str], what: str) -> None:
+    """Check that no id stands twice.
+
+    Raises:
+        InputError: one does; the message says how many and names the first.
+    """
     if len(set(ids)) < len(ids):
         twice = [id for id, times in Counter(ids).items() if times > 1]
         raise InputError(

@@ -1,0 +1,64 @@
+"""One image, a few questions: the model's answers, with or without an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from normtune.data.images import open_image
+from normtune.models.family import Answer, Family
+from normtune.packing import Group
+
+REPORT_TOKENS = 128
+
+
+def open_model(
+    model: str, adapter: Path | None = None, *, dtype: str = "float32", device: str | None = None
+) -> Family:
+    """Load a base, with an adapter's trained tensors in place where one is given.
+
+    Raises:
+        InputError: no such model, or an adapter of another base.
+    """
+    import torch
+
+    from normtune.delta import load_delta
+    from normtune.models import load
+
+    family = load(model, dtype=dtype, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if adapter is not None:
+        load_delta(family.model, adapter)
+    family.model.eval()
+    return family
+
+
+def ask(
+    model: str,
+    image: Path,
+    questions: Sequence[str],
+    *,
+    adapter: Path | None = None,
+    beams: int = 1,
+    device: str | None = None,
+) -> list[Answer]:
+    """Answers to `questions`, in their order; the image is computed once."""
+    family = open_model(model, adapter, device=device)
+    pixels = [family.pixels(open_image(image, name=image.name))]
+    segments = tuple(family.encode(str(i), question, None) for i, question in enumerate(questions))
+    return family.answer([Group((str(image),), segments)], [pixels], beams=beams)[0]
+
+
+def describe(
+    model: str,
+    images: Sequence[Path],
+    *,
+    adapter: Path | None = None,
+    beams: int = 1,
+    device: str | None = None,
+) -> Answer:
+    """A report for one study of one or more views. Research use, not for diagnosis."""
+    family = open_model(model, adapter, device=device)
+    pixels = [family.pixels(open_image(image, name=image.name)) for image in images]
+    segment = family.encode("report", "", None, report=True)
+    group = Group(tuple(str(image) for image in images), (segment,))
+    return family.answer([group], [pixels], beams=beams, max_new_tokens=REPORT_TOKENS)[0][0]

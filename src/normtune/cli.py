@@ -1,0 +1,193 @@
+"""The command line: parses, calls one function, prints. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from pydantic.fields import FieldInfo
+
+from normtune.config import DataOptions, EvaluateConfig, TrainConfig
+from normtune.errors import InputError
+
+app = typer.Typer(
+    name="normtune",
+    help="Fine-tune medical vision-language models by training what is already inside them. "
+    "Research use, not for diagnosis.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Model = Annotated[str, typer.Argument(help="A local directory, a hub name, or 'nano'.")]
+Adapter = Annotated[Path | None, typer.Option(help="A trained adapter; none uses the base as it is.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default CUDA where there is one.")]
+
+
+def main() -> None:
+    """Entry point: bad input is one line on stderr and exit status 2."""
+    try:
+        status = app(standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        status = 2
+    except click.ClickException as error:
+        status = _refuse(error.format_message())
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        print("stopped", file=sys.stderr)
+        status = 130
+    except InputError as error:
+        status = _refuse(str(error))
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _refuse(message: str) -> int:
+    print("normtune: " + " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def _takes(config: type[DataOptions], positional: str | None = None) -> Callable[[Callable[..., None]], Any]:
+    """Give a command the fields of `config` as its options, so that each is written once."""
+
+    def decorate(run: Callable[..., None]) -> Callable[..., None]:
+        def command(**values: Any) -> None:
+            as_json = values.pop("json")
+            run(config.checked(**values), as_json=as_json)
+
+        parameters = [_parameter(name, field, name == positional) for name, field in config.model_fields.items()]
+        parameters.sort(key=lambda parameter: parameter.name != positional)
+        parameters.append(
+            inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)
+        )
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__doc__ = run.__doc__
+        command.__name__ = run.__name__
+        return command
+
+    return decorate
+
+
+def _parameter(name: str, field: FieldInfo, positional: bool) -> inspect.Parameter:
+    info = typer.Argument(help=field.description) if positional else typer.Option(help=field.description)
+    default = inspect.Parameter.empty if field.is_required() else field.default
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[field.annotation, info]
+    )
+
+
+def _emit(as_json: bool, value: Any, text: str) -> None:
+    print(json.dumps(value, ensure_ascii=False) if as_json else text)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the results are written.")] = Path("demo"),
+    images: Annotated[int, typer.Option(min=8, help="Training images of hospital B.")] = 240,
+    seed: Annotated[int, typer.Option(help="Of data and training.")] = 0,
+    json: Json = False,
+) -> None:
+    """The main job on the embedded default, offline: adapt 'nano' to another hospital with every recipe."""
+    from normtune.demo import run_demo
+
+    results, text = run_demo(out, images=images, seed=seed, quiet=json)
+    _emit(json, results, text)
+
+
+@app.command("inspect")
+def inspect_model(
+    model: Model,
+    tune: Annotated[str | None, typer.Option(help="A recipe: what would it train?")] = None,
+    json: Json = False,
+) -> None:
+    """Parts x roles of a model, and what a recipe would train, without loading its weights."""
+    from normtune.inspection import inspect_text, inspection
+
+    found = inspection(model, tune)
+    _emit(json, found, inspect_text(found))
+
+
+@app.command()
+@_takes(DataOptions, positional="data")
+def data(options: DataOptions, *, as_json: bool) -> None:
+    """What a dataset holds: splits, images, open and closed counts, problems, leaks between splits."""
+    from normtune.data import open_from
+    from normtune.data.survey import survey, survey_text
+
+    found = survey(open_from(options))
+    _emit(as_json, found, survey_text(found))
+
+
+@app.command()
+@_takes(TrainConfig, positional="model")
+def train(config: TrainConfig, *, as_json: bool) -> None:
+    """Train a recipe on a dataset; writes the adapter to --out. Run again after a kill, and it goes on."""
+    from normtune.train import PrintProgress, train
+
+    result = train(config, progress=None if as_json else PrintProgress())
+    _emit(as_json, asdict(result), result.text())
+
+
+@app.command()
+@_takes(EvaluateConfig, positional="model")
+def evaluate(config: EvaluateConfig, *, as_json: bool) -> None:
+    """Answer every question of a split and score the answers, with 95% intervals."""
+    from normtune.evaluate import evaluate_config, metrics_text
+
+    found = evaluate_config(config)
+    _emit(as_json, found, metrics_text(found))
+
+
+@app.command()
+def ask(
+    model: Model,
+    image: Annotated[Path, typer.Option(help="PNG, JPEG, TIFF or DICOM.")],
+    question: Annotated[list[str], typer.Option(help="Repeat for several questions of the image.")],
+    adapter: Adapter = None,
+    beams: Annotated[int, typer.Option(min=1, help="Beams of the search; 1 is greedy.")] = 1,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Ask questions of one image."""
+    from normtune.asking import ask
+
+    answers = ask(model, image, question, adapter=adapter, beams=beams, device=device)
+    rows = [{"question": q, "answer": a.text, "score": a.score} for q, a in zip(question, answers, strict=True)]
+    _emit(json, {"image": str(image), "answers": rows}, "\n".join(f"{r['question']}  {r['answer']}" for r in rows))
+
+
+@app.command()
+def describe(
+    model: Model,
+    image: Annotated[list[Path], typer.Option(help="Repeat for the views of one study.")],
+    adapter: Adapter = None,
+    beams: Annotated[int, typer.Option(min=1, help="Beams of the search; 1 is greedy.")] = 1,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Write a report for one image or study. Research use, not for diagnosis."""
+    from normtune.asking import describe
+
+    answer = describe(model, image, adapter=adapter, beams=beams, device=device)
+    _emit(json, {"images": [str(i) for i in image], "report": answer.text, "score": answer.score}, answer.text)
+
+
+@app.command()
+def merge(
+    model: Model,
+    adapter: Annotated[Path, typer.Option(help="The adapter to merge.")],
+    out: Annotated[Path, typer.Option(help="Where the merged model is written.")],
+    json: Json = False,
+) -> None:
+    """A loadable model that links the base's own files and adds the trained tensors."""
+    from normtune.merge import merge_to_disk, merge_text
+
+    found = merge_to_disk(model, adapter, out)
+    _emit(json, asdict(found), merge_text(found))

@@ -1,0 +1,106 @@
+"""What decides a run, checked when it is read; every field is an option of the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from normtune.errors import InputError, did_you_mean
+
+# Pairs seen being equal, the best of benchmarks/learning_rates.json, by method (tests hold the two together).
+LEARNING_RATES: dict[str, float] = {
+    "ln": 1e-2,
+    "bias": 1e-2,
+    "attention": 1e-3,
+    "ffn": 1e-3,
+    "full": 1e-3,
+    "lora": 1e-2,
+    "prefix": 1e-2,
+    "ptuning": 1e-2,
+    "ia3": 1e-2,
+    "adapter": 1e-2,
+}
+
+
+class _Options(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    @classmethod
+    def checked(cls, **values: Any) -> Self:
+        """Build a config.
+
+        Raises:
+            InputError: all faults in one line, each with the option it is about.
+        """
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            faults = []
+            for fault in error.errors():
+                option = ".".join(str(part) for part in fault["loc"])
+                if fault["type"] == "extra_forbidden":
+                    faults.append(f"{option}: unknown{did_you_mean(option, cls.model_fields)}")
+                else:
+                    faults.append(f"--{option.replace('_', '-')}: {fault['msg']} (got {fault['input']!r})")
+            raise InputError("; ".join(faults)) from error
+
+
+class DataOptions(_Options):
+    """Which examples of which dataset."""
+
+    data: str = Field(description="Dataset: slake, vqa-rad, jsonl, parquet, phantom-a, phantom-b.")
+    root: Path | None = Field(None, description="Where the dataset's files lie.")
+    language: Literal["en", "zh", "all"] = Field(
+        "en", description="Questions of one language, where the dataset has several."
+    )
+    image_disjoint: bool = Field(False, description="Split by image anew, instead of the dataset's own splits.")
+    task: Literal["vqa", "report"] = Field("vqa", description="Answer questions, or write reports.")
+
+
+class TrainConfig(DataOptions):
+    """Everything that decides a training run."""
+
+    model: str = Field(description="Base model: a local directory, a hub name, or 'nano'.")
+    out: Path = Field(description="Where the adapter is written.")
+    tune: str = Field("ln", description="Recipe: a preset or PART=METHOD[,PART=METHOD].")
+    split: str = Field("train", description="The split to train on.")
+    limit: int | None = Field(None, gt=0, description="Train on the first so many pairs only.")
+    lr: float | None = Field(None, gt=0, description="Learning rate; by default each method's own.")
+    epochs: float = Field(10, gt=0, description="Passes over the training pairs.")
+    max_steps: int | None = Field(None, gt=0, description="Stop after so many steps, whatever the epochs.")
+    batch: int = Field(64, gt=0, description="Question-answer pairs a step and device.")
+    accumulate: int = Field(1, gt=0, description="Batches whose gradients make one step.")
+    group: bool = Field(True, description="Share each image among its questions.")
+    cap: int | None = Field(None, gt=0, description="At most so many questions of one image in a group.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Dtype of the frozen base.")
+    device: str | None = Field(None, description="cpu or cuda; by default CUDA where there is one.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay, on matrices only.")
+    warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which the rate rises.")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="The rate after that.")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Smoothing of the answer tokens' targets.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    save_every: int | None = Field(None, gt=0, description="Steps between checkpoints; by default one an epoch.")
+    resume: bool = Field(True, description="Go on from the last whole checkpoint under --out.")
+    tracker: str = Field("none", description="Where to log: none, tensorboard, wandb, mlflow, ...")
+    seed: int = Field(0, description="Of initial values, data order and dropout.")
+
+    def learning_rate(self, method: str) -> float:
+        """The rate of one method: the run's own where given, else the method's default."""
+        return self.lr if self.lr is not None else LEARNING_RATES[method]
+
+
+class EvaluateConfig(DataOptions):
+    """Everything that decides an evaluation."""
+
+    model: str = Field(description="Base model: a local directory, a hub name, or 'nano'.")
+    out: Path = Field(description="Where predictions.jsonl and metrics.json are written.")
+    adapter: Path | None = Field(None, description="A trained adapter; none evaluates the base (zero-shot).")
+    split: str = Field("test", description="The split to evaluate.")
+    limit: int | None = Field(None, gt=0, description="Evaluate the first so many pairs only.")
+    batch: int = Field(128, gt=0, description="Questions answered at once.")
+    beams: int = Field(1, gt=0, description="Beams of the search; 1 is greedy. MISS uses 3.")
+    max_new_tokens: int | None = Field(None, gt=0, description="Longest answer, in tokens.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Dtype of the base.")
+    device: str | None = Field(None, description="cpu or cuda; by default CUDA where there is one.")

@@ -1,0 +1,61 @@
+"""Grey values of any depth -> 8-bit pixels, and how many pixels an image may have."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from normtune.errors import InputError
+
+MAX_PIXELS = 89_478_485  # Pillow's own limit of a decompression bomb: a quarter of a gigabyte of RGB
+Window = tuple[float, float]  # (centre, width), in the units of the rescaled values (Hounsfield units for CT)
+
+
+def check_size(width: int, height: int, name: str) -> None:
+    """Refuse images of too many pixels.
+
+    Raises:
+        InputError: the image has more than `MAX_PIXELS` pixels, or none.
+    """
+    if width * height > MAX_PIXELS:
+        raise InputError(
+            f"{name}: the image has {width} x {height} pixels, more than the {MAX_PIXELS:,} that are read. "
+            "Make it smaller."
+        )
+    if width < 1 or height < 1:
+        raise InputError(f"{name}: the image has no pixels. Replace the file.")
+
+
+def window_values(values: NDArray[np.floating], window: Window, function: str = "LINEAR") -> NDArray[np.floating]:
+    """Values -> [0, 1] through a VOI window of (centre, width).
+
+    Source: DICOM PS3.3 C.11.2.1.2 (LINEAR, the default), C.11.2.1.3 (SIGMOID and LINEAR_EXACT).
+
+    Raises:
+        InputError: the width is not above zero (LINEAR: below one).
+    """
+    centre, width = window
+    if not (width >= 1 if function == "LINEAR" else width > 0) or not np.isfinite([centre, width]).all():
+        raise InputError(f"window width {width:g} is too small. It must be 1 or more.")
+    if function == "SIGMOID":
+        return 1 / (1 + np.exp(np.clip(-4 * (values - centre) / width, -80, 80)))
+    if function == "LINEAR_EXACT":
+        return np.clip((values - centre) / width + 0.5, 0, 1)
+    if width == 1:
+        return (values > centre - 0.5).astype(values.dtype)
+    return np.clip((values - (centre - 0.5)) / (width - 1) + 0.5, 0, 1)
+
+
+def full_range(values: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Values -> [0, 1] from their least to their greatest finite value; all zero where they are all equal."""
+    finite = values[np.isfinite(values)]
+    if finite.size == 0 or finite.min() == finite.max():
+        return np.zeros_like(values)
+    low, high = finite.min(), finite.max()
+    return np.clip((np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / (high - low), 0, 1)
+
+
+def grey_image(values: NDArray[np.floating]) -> Image.Image:
+    """An RGB image of grey values in [0, 1], shape [rows, columns]."""
+    return Image.fromarray(np.round(values * 255).astype(np.uint8)).convert("RGB")

@@ -1,0 +1,146 @@
+"""The rows of a dataset's files on their way to a Dataset: ids, faults, missing images, repeated rows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Container, Iterable, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from normtune.data.records import Dataset, Example, Kind, Problem
+from normtune.data.rows import is_yes_no, text_of
+from normtune.errors import InputError
+
+
+class Reading:
+    """What was read so far. Rows that cannot be used are left out; whatever is odd becomes a problem."""
+
+    def __init__(self, dataset: str) -> None:
+        self.name = dataset
+        self.examples: list[Example] = []
+        self.left_out: list[Example] = []
+        self.problems: list[Problem] = []
+        self.places: dict[str, tuple[str, str]] = {}  # id -> (file, row)
+
+    def row(self, file: str, row: str, id: str = "") -> Row:
+        """A new row; `row` is its number or name in the file, and gives the id `<dataset>-<row>` without `id`."""
+        return Row(self, file, row, id or f"{self.name}-{row}".replace(" ", "-"))
+
+    def check_images(self, folder: Path, shown_as: str = "", inside: Container[str] = ()) -> None:
+        """Leave out the rows whose image files are missing; one problem for each missing file.
+
+        `folder` is what image names are relative to, `shown_as` what problems put before them; keys that are
+        `inside` are no files.
+        """
+        names = {name for example in self.examples for name in example.images}
+        missing = missing_images(folder, (name for name in names if name not in inside))
+        kept = []
+        rows: dict[str, int] = {}
+        for example in self.examples:
+            gone = [name for name in example.images if name in missing]
+            (self.left_out if gone else kept).append(example)
+            for name in gone:
+                rows[name] = rows.get(name, 0) + 1
+        self.examples = kept
+        for name, count in rows.items():
+            shown = f"{shown_as}/{name}" if shown_as else name
+            mend = f"Rows left out: {count}. Put the image there."
+            self.problems.append(Problem(shown, "", "image is missing", mend))
+
+    def check_repeats(self) -> None:
+        """List each row that repeats image, question and answer of an earlier row of its split."""
+        seen: set[tuple[object, ...]] = set()
+        for example in self.examples:
+            key = (example.split, example.images, example.question, example.answer)
+            if key in seen:
+                what = "same image, question and answer as an earlier row"
+                mend = "Kept, as published counts keep it: remove the row if it should count once."
+                self.problems.append(Problem(*self.places[example.id], what, mend))
+            seen.add(key)
+
+    def dataset(self, open_image: Callable[[str], Image.Image], licence: str) -> Dataset:
+        """All that was read, with problems of whole files first.
+
+        Raises:
+            InputError: there is no usable row.
+        """
+        if not self.examples:
+            first = f" First problem: {self.problems[0]}" if self.problems else ""
+            raise InputError(f"dataset {self.name} holds no usable rows.{first}")
+        problems = sorted(self.problems, key=lambda problem: bool(problem.row))
+        return Dataset(self.name, self.examples, open_image, problems, licence, self.left_out)
+
+
+class Row:
+    """One row being read: its cells go through here, so that every fault is listed with file and row."""
+
+    def __init__(self, reading: Reading, file: str, row: str, id: str) -> None:
+        self._reading, self.file, self.row = reading, file, row
+        self.id, again = id, 2
+        while self.id in reading.places:
+            self.id, again = f"{id}-{again}", again + 1
+        reading.places[self.id] = (file, row)
+        if self.id != id:
+            self.problem("its id stands on an earlier row too", "Kept under a numbered id.")
+
+    def problem(self, what: str, mend: str) -> None:
+        """List a fault of this row."""
+        self._reading.problems.append(Problem(self.file, self.row, what, mend))
+
+    def text(self, field: str, value: object) -> str:
+        """The cell as one line of text; empty where it is no text at all. Changes are listed."""
+        try:
+            text, changes = text_of(value)
+        except InputError as error:
+            self.problem(f"{field} {error}", "Treated as empty.")
+            return ""
+        for change in changes:
+            self.problem(f"{field} {change}", "Read as plain text.")
+        return text
+
+    def kind(self, answer_type: str, answer: str) -> Kind:
+        """Open or closed as the file says; a file that says something else is listed."""
+        match answer_type.upper():
+            case "OPEN":
+                return "open"
+            case "CLOSED":
+                return "closed"
+        self.problem("answer_type is neither OPEN nor CLOSED", "Read as closed if yes/no, else open.")
+        return "closed" if is_yes_no(answer) else "open"
+
+    def finish(
+        self,
+        images: Sequence[str],
+        question: str,
+        answer: str,
+        kind: Kind,
+        split: str,
+        meta: dict[str, str],
+    ) -> None:
+        """Keep the row, or leave it out where image, answer or (but for reports) question is empty."""
+        filled = {key: value for key, value in meta.items() if value}
+        example = Example(self.id, tuple(images), question, answer, kind, split, filled)
+        empty = "image" if not all(images) or not images else "answer" if not answer else ""
+        if not empty and not question and kind != "report":
+            empty = "question"
+        if empty:
+            self.problem(f"{empty} is empty", "Row left out: fill it in, or leave it so.")
+        (self._reading.left_out if empty else self._reading.examples).append(example)
+
+
+def missing_images(folder: Path, names: Iterable[str]) -> set[str]:
+    """Those of `names` (paths below `folder`, or absolute) that are no files: each directory is listed once."""
+    listings: dict[str, set[str]] = {}
+    missing = set()
+    for name in set(names):
+        parent, file = os.path.split(os.path.normpath(os.path.join(folder, name)))
+        if parent not in listings:
+            try:
+                with os.scandir(parent) as entries:
+                    listings[parent] = {entry.name for entry in entries if entry.is_file()}
+            except (OSError, ValueError):  # ValueError: a NUL in the path
+                listings[parent] = set()
+        if file not in listings[parent]:
+            missing.add(name)
+    return missing

@@ -1,0 +1,214 @@
+"""MISS: an image encoder, a text encoder that reads the image ("JTM"), and a decoder that reads the question.
+
+One forward pass takes many questions of one image: the image is encoded once, and in every layer its keys and values
+are made once. Loss and gradients equal those of separate questions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForVisualQuestionAnswering, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from normtune.generate import Generated, generate
+from normtune.models.miss.attention import Slots, padding_mask
+from normtune.models.miss.config import MissConfig
+from normtune.models.miss.text import DecoderCache, TextDecoder, TextModel
+from normtune.models.miss.vision import VisionTransformer
+
+
+@dataclass
+class MissOutput(ModelOutput):
+    """What one forward pass gives.
+
+    Attributes:
+        loss: mean cross-entropy of the labelled tokens, where labels were given.
+        logits: [segments, length, vocabulary], or [rows, vocabulary] where `logit_rows` was given.
+        image_states: [images, 1 + patches, width].
+        question_states: [segments, length, width].
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    image_states: Tensor | None = None
+    question_states: Tensor | None = None
+
+
+class MissForQuestionAnswering(PreTrainedModel):
+    """MISS (Chen et al. 2024, arXiv 2401.05163) for question answering and report generation."""
+
+    config_class = MissConfig
+    config: MissConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["VisionBlock", "TextLayer"]  # noqa: RUF012
+    _tied_weights_keys = {  # noqa: RUF012
+        "text_decoder.cls.predictions.decoder.weight": "text_decoder.bert.embeddings.word_embeddings.weight"
+    }
+
+    def __init__(self, config: MissConfig) -> None:
+        super().__init__(config)
+        vision, encoder, decoder = config.vision(), config.text("encoder"), config.text("decoder")
+        vocabulary, pad = config.vocab_size, config.pad_token_id
+        self.visual_encoder = VisionTransformer(vision)
+        self.text_encoder = TextModel(encoder, vision.hidden_size, vocabulary, pad)
+        self.text_decoder = TextDecoder(decoder, encoder.hidden_size, vocabulary, pad)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, VisionTransformer):
+            init.trunc_normal_(module.cls_token, std=0.02)
+            init.trunc_normal_(module.pos_embed, std=0.02)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_encoder.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_encoder.embeddings.word_embeddings = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.text_decoder.cls.predictions.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.text_decoder.cls.predictions.decoder = new_embeddings
+
+    def encode_questions(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        image_states: Tensor,
+        image_index: Tensor | None = None,
+        view_index: Tensor | None = None,
+    ) -> Tensor:
+        """Questions that read their images: [segments, length, width]; arguments as for `forward`."""
+        image_mask = None
+        if view_index is not None:
+            present = view_index >= 0  # [groups, views]
+            tokens = image_states.shape[1]
+            image_states = image_states[view_index.clamp(min=0)].flatten(1, 2)
+            if not bool(present.all()):
+                image_mask = padding_mask(present.repeat_interleave(tokens, 1), image_states.dtype)
+        segments, groups = len(input_ids), len(image_states)
+        shared = image_index is not None or segments != groups
+        return self.text_encoder(
+            input_ids,
+            image_states,
+            mask=padding_mask(attention_mask, image_states.dtype),
+            memory_mask=image_mask,
+            slots=Slots.of(image_index, segments, groups) if shared else None,
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_index: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        logit_rows: Tensor | None = None,
+        image_states: Tensor | None = None,
+        view_index: Tensor | None = None,
+    ) -> MissOutput:
+        """Read images and questions, and give the logits of the answers' next tokens.
+
+        Args:
+            input_ids: questions, padded on the right: [segments, question length].
+            pixel_values: [images, 3, height, width].
+            attention_mask: [segments, question length], 1 where there is a token; None: nothing is padded.
+            image_index: [segments], non-decreasing: the image (or row of `view_index`) that each one asks about;
+                None: every image has the same number of questions, in order.
+            decoder_input_ids: [DEC] and the answer so far, padded on the right: [segments, answer length].
+            labels: the token that follows each of `decoder_input_ids` (aligned, not shifted), -100 where there is
+                none: [segments, answer length].
+            logit_rows: the places, in [segments * answer length], whose logits are wanted; None: all of them.
+            image_states: the image encoder's output, in place of `pixel_values`, where it is at hand.
+            view_index: [groups, views], the images that belong together, -1 where a group has fewer; None: every
+                image stands alone.
+        """
+        if image_states is None:
+            assert pixel_values is not None, "pixel_values or image_states"
+            image_states = self.visual_encoder(pixel_values)
+        states = self.encode_questions(input_ids, attention_mask, image_states, image_index, view_index)
+        logits = loss = None
+        if decoder_input_ids is not None:
+            mask = padding_mask(attention_mask, states.dtype)
+            # answers are padded on the right, so that the causal mask hides the padding from them
+            hidden = self.text_decoder.bert(decoder_input_ids, states, causal=True, memory_mask=mask)
+            if logit_rows is not None:
+                hidden = hidden.flatten(0, 1).index_select(0, logit_rows)
+            logits = self.text_decoder.cls(hidden)
+            if labels is not None:
+                wanted = labels.flatten() if logit_rows is None else labels.flatten().index_select(0, logit_rows)
+                loss = nn.functional.cross_entropy(logits.flatten(0, -2).float(), wanted)
+        return MissOutput(loss=loss, logits=logits, image_states=image_states, question_states=states)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_index: Tensor | None = None,
+        image_states: Tensor | None = None,
+        view_index: Tensor | None = None,
+        *,
+        max_new_tokens: int = 9,
+        beams: int = 3,
+        length_penalty: float = 1.0,
+        early_stopping: bool | Literal["never"] = False,
+        compact: bool = True,
+    ) -> list[Generated]:
+        """Answer every question; images and their keys are computed once, and all questions are one batch.
+
+        The defaults are MISS's: 3 beams, at most 10 tokens counting [DEC]. Other arguments as for `forward` and
+        `normtune.generate.generate`.
+        """
+        if image_states is None:
+            assert pixel_values is not None, "pixel_values or image_states"
+            image_states = self.visual_encoder(pixel_values)
+        states = self.encode_questions(input_ids, attention_mask, image_states, image_index, view_index)
+        mask = padding_mask(attention_mask, states.dtype)
+        decoder = self.text_decoder
+        cache = DecoderCache(len(decoder.bert.encoder.layer))
+
+        def step(tokens: Tensor, cache_rows: Tensor | None) -> Tensor:
+            nonlocal states, mask
+            if cache_rows is not None:
+                # the question of a former row: rows of one question are adjacent, `former` each
+                former = cache.rows // len(states)
+                questions = (cache_rows[::beams] // former) if len(cache_rows) < len(states) * beams else None
+                cache.select(cache_rows, questions)
+                if questions is not None:
+                    states = states.index_select(0, questions)
+                    mask = None if mask is None else mask.index_select(0, questions)
+            hidden = decoder.bert(tokens.view(len(states), -1), states, memory_mask=mask, cache=cache)
+            return decoder.cls(hidden).flatten(0, 1)
+
+        start = input_ids.new_full((len(input_ids), 1), self.config.bos_token_id)
+        first = decoder.bert(start, states, causal=True, memory_mask=mask, cache=cache)
+        return generate(
+            decoder.cls(first)[:, 0],
+            step,
+            end=(self.config.eos_token_id,),
+            max_new_tokens=max_new_tokens,
+            beams=beams,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+            compact=compact,
+        )
+
+
+def register() -> None:
+    """Make transformers' Auto classes know MISS."""
+    AutoConfig.register("miss", MissConfig, exist_ok=True)
+    AutoModelForVisualQuestionAnswering.register(MissConfig, MissForQuestionAnswering, exist_ok=True)

@@ -1,0 +1,40 @@
+"""Pictures of results: accuracy against what was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from normtune.files import replacing
+
+
+def accuracy_against_share(rows: list[dict[str, Any]], path: Path, metric: str = "global_exact") -> None:
+    """Accuracy with its 95% interval against the trainable share (log scale), one point a recipe, as PNG.
+
+    The frozen base is a dashed line with its interval as a band.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.2, 4.4), dpi=150)
+    for row in rows:
+        score = row["evaluation"]["metrics"][metric]
+        value, low, high = (100 * score[key] for key in ("value", "low", "high"))
+        if row["training"] is None:
+            axes.axhline(value, linestyle="--", color="0.45", label=row["name"])
+            axes.axhspan(low, high, color="0.9", zorder=0)
+            continue
+        share = 100 * row["training"]["share"]
+        axes.errorbar(share, value, yerr=[[value - low], [high - value]], fmt="o", capsize=3)
+        axes.annotate(row["name"], (share, value), xytext=(5, 5), textcoords="offset points", fontsize=8)
+    axes.set_xscale("log")
+    axes.set_xlabel("trained share of the model (%)")
+    axes.set_ylabel("answers exactly right (%)")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.tight_layout()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+    plt.close(figure)

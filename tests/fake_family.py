@@ -1,0 +1,72 @@
+"""A family without a model: it looks answers up, and counts what it is asked to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from normtune.data.records import Dataset, Example
+from normtune.models.family import Answer, Pixels
+from normtune.packing import Group, Segment
+
+
+class FakeFamily:
+    """Answers segment `id` with `answers[id]`; log-probabilities come from `log_prob(id, candidate)`."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, answers: dict[str, str], log_prob: Callable[[str, str], float] | None = None) -> None:
+        self.answers = answers
+        self.log_prob = log_prob
+        self.batches: list[list[Group]] = []
+        self.settings: list[tuple[int, int]] = []
+        self.asked: list[tuple[str, bool]] = []
+
+    def pixels(self, image: Image.Image) -> Pixels:
+        return {"mean": torch.tensor(float(image.getpixel((0, 0))[0]))}  # type: ignore[index]
+
+    def encode(self, id: str, question: str, answer: str | None, *, report: bool = False) -> Segment:
+        self.asked.append((id, report))
+        return Segment(id, tuple(question.encode()), tuple((answer or "").encode()))
+
+    def answer(
+        self,
+        groups: Sequence[Group],
+        pixels: Sequence[Sequence[Pixels]],
+        *,
+        max_new_tokens: int = 16,
+        beams: int = 1,
+    ) -> list[list[Answer]]:
+        self.batches.append(list(groups))
+        self.settings.append((max_new_tokens, beams))
+        for group, images in zip(groups, pixels, strict=True):
+            assert len(images) == len(group.images)
+            for key, image in zip(group.images, images, strict=True):
+                assert image["mean"] == int(key)
+        return [[Answer(self.answers[s.id], -0.5) for s in group.segments] for group in groups]
+
+    def collate(self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]]) -> dict[str, Any]:
+        self.batches.append(list(groups))
+        return {"ids": [(s.id, bytes(s.answer).decode()) for group in groups for s in group.segments]}
+
+    def log_probs(self, batch: dict[str, Any]) -> torch.Tensor:
+        assert self.log_prob is not None
+        return torch.tensor([self.log_prob(id.rsplit("=", 1)[0], answer) for id, answer in batch["ids"]])
+
+
+class CountingImages:
+    """`Dataset.open_image` for keys "0" ... "255": a grey image of that level; counts the openings."""
+
+    def __init__(self) -> None:
+        self.opened: list[str] = []
+
+    def __call__(self, key: str) -> Image.Image:
+        self.opened.append(key)
+        return Image.new("RGB", (2, 2), (int(key),) * 3)
+
+
+def fake_dataset(examples: list[Example], images: Callable[[str], Image.Image] | None = None) -> Dataset:
+    return Dataset("fake", examples, images or CountingImages(), licence="CC0")

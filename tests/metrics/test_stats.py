@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import itertools
+import math
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from normtune.errors import InputError
+from normtune.metrics.stats import (
+    bootstrap_mean,
+    bootstrap_means,
+    by_cluster,
+    holm,
+    mean_over_seeds,
+    paired_difference,
+    sign_flip_p,
+    t_quantile,
+)
+
+
+def alone(values: list[float]) -> tuple[dict[str, float], dict[str, str]]:
+    """Scores by id, each in a cluster of its own."""
+    return {str(i): value for i, value in enumerate(values)}, {str(i): str(i) for i in range(len(values))}
+
+
+def test_clusters_are_summed_in_order_of_appearance() -> None:
+    sums, counts = by_cluster(
+        {"q1": 1.0, "q2": 0.0, "q3": 1.0, "q4": 1.0}, {"q1": "b", "q2": "a", "q3": "b", "q4": "a"}
+    )
+    assert sums.tolist() == [2.0, 1.0] and counts.tolist() == [2.0, 2.0]
+
+
+def test_singleton_interval_equals_scipys() -> None:
+    """scipy 1.17: bootstrap((x,), np.mean, n_resamples=200_000, method="percentile", rng=0) with
+    x = (np.arange(40) * 37 % 101) / 100 gives (0.4075, 0.58975)."""
+    scores, cluster = alone([(i * 37 % 101) / 100 for i in range(40)])
+    found = bootstrap_mean(scores, cluster, resamples=100_000)
+    assert found.value == pytest.approx(np.mean(list(scores.values())), abs=1e-15)
+    assert found.low == pytest.approx(0.4075, abs=2e-3)
+    assert found.high == pytest.approx(0.58975, abs=2e-3)
+
+
+def test_interval_of_few_clusters_equals_full_enumeration() -> None:
+    """Four images of unequal size: the 256 equally likely resamples, worked out one by one."""
+    sums, counts = np.array([1.0, 3.0, 0.0, 2.0]), np.array([1.0, 6.0, 2.0, 2.0])
+    every = [
+        sums[list(draw)].sum() / counts[list(draw)].sum() for draw in itertools.product(range(4), repeat=4)
+    ]
+    low, high = np.quantile(every, [0.025, 0.975])
+    found = bootstrap_means(sums[None], counts[None], resamples=20_000)[0]
+    assert (found.value, found.low, found.high) == (6 / 11, pytest.approx(low), pytest.approx(high))
+
+
+def test_questions_of_one_image_widen_the_interval() -> None:
+    """Ten questions an image, all right or all wrong: the interval is that of images, sqrt(10) times wider."""
+    scores = {f"{image}-{q}": float(image % 2) for image in range(100) for q in range(10)}
+    by_image = bootstrap_mean(scores, {id: id.split("-")[0] for id in scores})
+    by_question = bootstrap_mean(scores, {id: id for id in scores})
+    ratio = (by_image.high - by_image.low) / (by_question.high - by_question.low)
+    assert ratio == pytest.approx(math.sqrt(10), rel=0.1)
+
+
+def test_metrics_share_their_resamples_whatever_the_block_size() -> None:
+    generator = np.random.default_rng(3)
+    sums, counts = generator.random((2, 50)), np.ones((2, 50))
+    both = bootstrap_means(sums, counts)
+    assert both[1] == bootstrap_means(sums[1:], counts[1:])[0]
+
+
+def test_a_resample_without_a_row_is_left_out() -> None:
+    sums, counts = np.array([[1.0, 0.0, 0.0]]), np.array([[1.0, 0.0, 0.0]])
+    found = bootstrap_means(sums, counts)[0]
+    assert (found.value, found.low, found.high) == (1.0, 1.0, 1.0)
+
+
+def test_five_thousand_rows_take_a_fraction_of_a_second() -> None:
+    generator = np.random.default_rng(0)
+    sums, counts = generator.random((1, 500)) * 10, np.full((1, 500), 10.0)
+    started = time.perf_counter()
+    bootstrap_means(sums, counts)
+    assert time.perf_counter() - started < 0.3
+
+
+def test_no_rows_is_an_input_error() -> None:
+    with pytest.raises(InputError, match="no row"):
+        bootstrap_mean({}, {})
+
+
+def test_sign_flip_is_exact_for_few_images() -> None:
+    """Five images all better by one: 2 of 32 patterns reach |5|."""
+    p, method = sign_flip_p(np.ones(5))
+    assert p == 2 / 32 and method == "exact sign-flip of 5 images"
+    p, _ = sign_flip_p(np.array([1.0, 2.0, -1.0]))  # |sum| is 4, 2, 2, 0 in pairs: 6 of 8 reach 2
+    assert p == 6 / 8
+
+
+def test_sign_flip_of_many_images_is_near_the_binomial() -> None:
+    """20 images, 15 better and 5 worse by one: two-sided sign test 0.041389 (scipy.stats.binomtest(15, 20))."""
+    p, method = sign_flip_p(np.array([1.0] * 15 + [-1.0] * 5), flips=100_000)
+    assert p == pytest.approx(0.041389, abs=0.002) and "100000" in method
+
+
+def test_equal_runs_do_not_differ() -> None:
+    scores, cluster = alone([1.0, 0.0, 1.0])
+    found = paired_difference(scores, dict(scores), cluster)
+    assert (found.difference, found.low, found.high, found.p) == (0.0, 0.0, 0.0, 1.0)
+
+
+def test_paired_difference_joins_by_id() -> None:
+    first, cluster = alone([0.0, 0.0, 1.0, 1.0])
+    second = {"3": 1.0, "1": 1.0, "0": 1.0, "2": 1.0}
+    found = paired_difference(first, second, cluster)
+    assert (found.difference, found.rows, found.images) == (0.5, 4, 4)
+    assert found.p == 1 / 2  # two images differ: both signs alike in 2 of 4 patterns
+    assert 0.0 <= found.low <= 0.5 <= found.high <= 1.0
+
+
+def test_paired_difference_refuses_other_rows() -> None:
+    scores, cluster = alone([1.0, 0.0])
+    with pytest.raises(InputError, match="differ in 1 rows, first '1'"):
+        paired_difference(scores, {"0": 1.0}, cluster)
+
+
+def test_holm_by_hand() -> None:
+    found = holm({"a": 0.04, "b": 0.01, "c": 0.03})
+    assert found == {"a": pytest.approx(0.06), "b": pytest.approx(0.03), "c": pytest.approx(0.06)}
+    assert list(found) == ["a", "b", "c"]
+    assert holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
+
+
+@given(st.dictionaries(st.text(max_size=3), st.floats(0, 1), max_size=8))
+def test_holm_never_lowers_and_keeps_the_order(p: dict[str, float]) -> None:
+    found = holm(p)
+    assert all(p[name] <= found[name] <= 1 for name in p)
+    ranked = sorted(p, key=lambda name: p[name])
+    assert all(found[a] <= found[b] for a, b in itertools.pairwise(ranked))
+
+
+@pytest.mark.parametrize(
+    ("level", "freedom", "expected"),  # scipy.stats.t.ppf((1 + level) / 2, freedom)
+    [
+        (0.95, 1, 12.706204736174694),
+        (0.95, 2, 4.302652729749462),
+        (0.95, 3, 3.1824463052837078),
+        (0.95, 4, 2.7764451051977934),
+        (0.95, 9, 2.2621571627982053),
+        (0.95, 30, 2.0422724563012378),
+        (0.99, 5, 4.032142983555227),
+        (0.5, 7, 0.7111417780817866),
+    ],
+)
+def test_t_quantiles_equal_scipys(level: float, freedom: int, expected: float) -> None:
+    assert t_quantile(level, freedom) == pytest.approx(expected, rel=1e-9)
+
+
+def test_mean_over_seeds_by_hand() -> None:
+    found = mean_over_seeds([1.0, 2.0, 3.0])
+    half = 4.302652729749462 / math.sqrt(3)
+    assert (found.value, found.low, found.high) == (2.0, pytest.approx(2 - half), pytest.approx(2 + half))
+
+
+def test_one_seed_has_no_interval() -> None:
+    with pytest.raises(InputError, match="two runs or more, got 1"):
+        mean_over_seeds([0.5])

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from normtune.errors import InputError
+from normtune.metrics.text import NORMALISATIONS, normalise, tokens
+
+CASES = [
+    ("Yes.", "yes"),
+    ("The left lung", "left lung"),
+    ("None", "0"),
+    ("two", "2"),
+    ("Ten", "10"),
+    ("A", ""),
+    ("left-sided", "left sided"),  # no blank touches it: it becomes one
+    ("left - sided", "left sided"),
+    ("x-ray, CT", "x ray ct"),  # the comma touches a blank, the hyphen does not
+    ("1,000 ml", "1000 ml"),  # a comma between digits: every mark is dropped
+    ("1,000 ml x-ray", "1000 ml xray"),
+    ("3.5 cm.", "3.5 cm"),
+    ("dont know", "don't know"),
+    ("couldnt've", "couldn't've"),
+    ("patient's lung", "patient's lung"),
+    ("T1/T2", "t1 t2"),
+    ("what?", "what"),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), CASES)
+def test_vqa_normalisation_by_hand(text: str, expected: str) -> None:
+    assert normalise(text) == expected
+
+
+def test_line_breaks_and_tabs_are_blanks() -> None:
+    assert normalise("\tleft\nlung ") == "left lung"
+
+
+def test_the_normalisations_differ_where_they_say_so() -> None:
+    assert normalise(" Left Lung. ", "none") == " Left Lung. "
+    # VQA turns the line break into a blank before it looks at the hyphen's neighbours, LLaVA-Med after.
+    assert normalise("x-\nray") == "xray"
+    assert normalise("x-\nray", "llava-med") == "x ray"
+
+
+def test_an_unknown_normalisation_is_named_with_the_nearest() -> None:
+    with pytest.raises(InputError, match="unknown normalisation 'llavamed', did you mean 'llava-med'"):
+        normalise("yes", "llavamed")
+
+
+def test_tokens_split_at_blanks_and_between_chinese_characters() -> None:
+    assert tokens("left lung") == ["left", "lung"]
+    assert tokens("左肺 CT检查") == ["左", "肺", "CT", "检", "查"]
+    assert tokens("") == []
+
+
+@given(st.text(max_size=60), st.sampled_from(["vqa", "llava-med"]))
+def test_no_normalised_word_is_an_article_or_upper_case(text: str, how: str) -> None:
+    words = normalise(text, how).split(" ")
+    assert not {"a", "an", "the"} & set(words)
+    assert all(word == word.lower() for word in words)
+    assert not re.search(r"[;/\[\]\"{}()=+\\_><@`?!-]", " ".join(words))
+
+
+@given(st.text(max_size=60))
+def test_tokens_lose_no_visible_character(text: str) -> None:
+    assert "".join(tokens(text)) == "".join(text.split())
+
+
+def test_the_names_are_the_documented_ones() -> None:
+    assert list(NORMALISATIONS) == ["none", "vqa", "llava-med"]

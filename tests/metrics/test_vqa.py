@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from normtune.data.records import Example, Kind
+from normtune.errors import InputError
+from normtune.metrics.text import normalise, tokens
+from normtune.metrics.vqa import (
+    METRICS,
+    Prediction,
+    closed_substring,
+    exact,
+    f1,
+    llava_med_recall,
+    recall,
+    score_vqa,
+    scores,
+)
+
+WORDS = [
+    "left",
+    "lung",
+    "right",
+    "kidney",
+    "no",
+    "yes",
+    "normal",
+    "the",
+    "a",
+    "2",
+    "two",
+    "x-ray",
+    "1,000",
+    "dont.",
+]
+texts = st.lists(st.sampled_from(WORDS), max_size=6).map(" ".join)
+
+
+def example(id: str, answer: str, kind: Kind = "open", image: str = "image") -> Example:
+    return Example(id, (image,), "question", answer, kind, "test")
+
+
+# LLaVA-Med's protocol written again from its description, one function, sets and loops instead of counters.
+def llava_med_again(prediction: str, reference: str) -> float:
+    def words(text: str) -> list[str]:
+        for _ in range(2):
+            source = text = text.lower()
+            for mark in ';/[]"{}()=+\\_-><@`,?!':
+                touches_blank = mark + " " in source or " " + mark in source
+                text = text.replace(mark, "" if touches_blank or re.search(r"\d,\d", source) else " ")
+            text = re.sub(r"\.(?!\d)", "", text, count=32)
+            numbers = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+            kept = []
+            for word in text.split():
+                if word == "none":
+                    word = "0"
+                if word in numbers:
+                    word = str(numbers.index(word))
+                if word in ("a", "an", "the"):
+                    continue
+                kept.append({"dont": "don't"}.get(word, word))
+            text = " ".join(kept).replace(",", "")
+        return text.split()
+
+    said, meant = words(prediction), words(reference)
+    true_positive = false_negative = 0
+    for word in set(said) | set(meant):
+        if word in said and word in meant:
+            true_positive += said.count(word)
+        elif word in meant:
+            false_negative += meant.count(word)
+    return true_positive / (true_positive + false_negative) if true_positive else 0.0
+
+
+# The formula of SQuAD's official evaluation, on tokens.
+def squad_f1(prediction: str, reference: str) -> float:
+    said, meant = prediction.split(), reference.split()
+    if not said or not meant:
+        return float(said == meant)
+    same = sum((Counter(said) & Counter(meant)).values())
+    if same == 0:
+        return 0.0
+    precision, recall = same / len(said), same / len(meant)
+    return 2 * precision * recall / (precision + recall)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "expected_recall", "expected_f1", "expected_llava_med"),
+    [
+        ("left lung", "left lung", 1, 1, 1),
+        ("lung", "left lung", 1 / 2, 2 / 3, 1 / 2),
+        ("left left left", "left kidney", 1 / 2, 2 / 5, 3 / 4),  # repeats inflate LLaVA-Med's alone
+        ("left and right lung", "left lung, right lung", 3 / 4, 3 / 4, 1),
+        ("heart", "left lung", 0, 0, 0),
+        ("", "left lung", 0, 0, 0),
+        ("left", "", 0, 0, 0),
+        ("", "", 1, 1, 0),
+    ],
+)
+def test_open_scores_by_hand(
+    prediction: str, reference: str, expected_recall: float, expected_f1: float, expected_llava_med: float
+) -> None:
+    said, meant = normalise(prediction), normalise(reference)
+    assert recall(said, meant) == pytest.approx(expected_recall)
+    assert f1(said, meant) == pytest.approx(expected_f1)
+    assert llava_med_recall(prediction, reference) == pytest.approx(expected_llava_med)
+
+
+@given(texts, texts)
+def test_f1_is_squads(prediction: str, reference: str) -> None:
+    assert f1(prediction, reference) == pytest.approx(squad_f1(prediction, reference))
+
+
+@given(texts, texts)
+def test_llava_med_recall_is_its_protocol(prediction: str, reference: str) -> None:
+    assert llava_med_recall(prediction, reference) == pytest.approx(llava_med_again(prediction, reference))
+
+
+@given(texts, texts)
+def test_open_scores_are_bounded_and_ordered(prediction: str, reference: str) -> None:
+    for score in (exact, recall, f1):
+        assert 0 <= score(prediction, reference) <= 1
+        assert score(reference, reference) == 1
+    assert exact(prediction, reference) <= f1(prediction, reference)
+    assert exact(prediction, reference) <= recall(prediction, reference)
+    assert 0 <= llava_med_recall(prediction, reference) <= 1
+    overlap = len(set(tokens(prediction)) & set(tokens(reference)))
+    assert (recall(prediction, reference) > 0) == (overlap > 0) or not prediction or not reference
+
+
+@given(texts, texts, st.randoms(use_true_random=False))
+def test_word_order_changes_neither_recall_nor_f1(
+    prediction: str, reference: str, rng: random.Random
+) -> None:
+    words = prediction.split()
+    rng.shuffle(words)
+    shuffled = " ".join(words)
+    assert recall(shuffled, reference) == recall(prediction, reference)
+    assert f1(shuffled, reference) == f1(prediction, reference)
+
+
+def test_the_substring_trap_is_kept_under_its_own_name() -> None:
+    assert closed_substring("It looks normal", "No") == 1
+    assert closed_substring("It looks fine", "No") == 0
+    assert closed_substring("Yes, it does.", "yes") == 1
+
+
+ROWS = [
+    example("c1", "Yes", "closed", "i1"),
+    example("c2", "No", "closed", "i1"),
+    example("c3", "Left", "closed", "i2"),
+    example("o1", "left lung", "open", "i2"),
+    example("o2", "yes", "open", "i3"),  # labelled open, yet its answer is yes
+]
+ANSWERS = {"c1": "yes.", "c2": "normal", "c3": "left side", "o1": "The lung", "o2": "yes"}
+
+
+def test_each_metric_takes_the_rows_it_names() -> None:
+    table = scores(ROWS, ANSWERS)
+    assert set(table) == set(METRICS)
+    assert table["closed_label"] == {"c1": 1, "c2": 0, "c3": 0}
+    assert table["closed_yes_no"] == {"c1": 1, "c2": 0, "o2": 1}
+    assert table["closed_substring"] == {"c1": 1, "c2": 1, "c3": 1}
+    assert table["open_exact"] == {"o1": 0, "o2": 1}
+    assert table["open_not_yes_no"] == {"c3": 0, "o1": 0}
+    assert table["open_recall"] == {"o1": 0.5, "o2": 1}
+    assert table["open_f1"] == {"o1": pytest.approx(2 / 3), "o2": 1}
+    assert table["open_recall_llava_med"] == {"o1": 0.5, "o2": 1}
+    assert table["global_exact"] == {"c1": 1, "c2": 0, "c3": 0, "o1": 0, "o2": 1}
+
+
+def test_metrics_are_means_with_their_rows_and_images() -> None:
+    metrics = score_vqa(ROWS, ANSWERS)
+    closed = metrics["closed_label"]
+    assert closed.value == pytest.approx(1 / 3) and (closed.rows, closed.images) == (3, 2)
+    # Images i1 (1 of 2 right) and i2 (0 of 1): resamples give 1/2, 1/3 or 0.
+    assert (closed.low, closed.high) == (0.0, 0.5)
+    assert metrics["global_exact"].images == 3
+
+
+def test_a_metric_without_rows_is_left_out() -> None:
+    metrics = score_vqa([example("o", "lung")], {"o": "lung"})
+    assert not any(name.startswith("closed") for name in metrics)
+
+
+def test_order_of_predictions_and_examples_changes_nothing() -> None:
+    predictions = [Prediction(id, text) for id, text in ANSWERS.items()]
+    backwards = score_vqa(ROWS, predictions[::-1])
+    assert backwards == score_vqa(ROWS, ANSWERS)
+    assert scores(ROWS[::-1], ANSWERS) == scores(ROWS, ANSWERS)
+
+
+def test_normalisation_is_a_choice() -> None:
+    strict = scores([example("o", "Lung")], {"o": "lung"}, normalisation="none")
+    assert strict["open_exact"] == {"o": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("predictions", "message"),
+    [
+        ({"c1": "yes"}, r"4 examples have no prediction, first id 'c2'"),
+        ({**ANSWERS, "zz": "yes"}, r"1 predictions have no example, first id 'zz'"),
+        (
+            [Prediction("c1", "a"), Prediction("c1", "b")],
+            r"1 ids stand twice among the predictions, first 'c1'",
+        ),
+    ],
+)
+def test_ids_must_match_one_to_one(predictions: dict[str, str] | list[Prediction], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        score_vqa(ROWS, predictions)
+
+
+def test_examples_must_differ_in_id() -> None:
+    with pytest.raises(InputError, match="1 ids stand twice among the examples"):
+        score_vqa([example("o", "lung"), example("o", "heart")], {"o": "lung"})
+
+
+def test_reports_are_refused() -> None:
+    with pytest.raises(InputError, match="example 'r' asks for a report"):
+        score_vqa([example("r", "No findings.", "report")], {"r": "none"})

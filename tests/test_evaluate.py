@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from PIL import Image
+
+from normtune.data.records import Dataset, Example, Kind
+from normtune.errors import InputError
+from normtune.evaluate import Evaluation, answer_all, evaluate, metrics_text, score_closed_candidates
+from normtune.models.family import Answer, Family
+from normtune.results import split_hash
+from tests.fake_family import CountingImages, FakeFamily, fake_dataset
+
+
+def example(id: str, image: str, answer: str, kind: Kind = "open") -> Example:
+    return Example(id, (image,), f"question {id}", answer, kind, "test")
+
+
+EXAMPLES = [
+    example("q1", "10", "Yes", "closed"),
+    example("q2", "20", "lung"),
+    example("q3", "10", "left lung"),
+    example("q4", "30", "No", "closed"),
+    example("q5", "10", "heart"),
+]
+ANSWERS = {"q1": "yes", "q2": "lung", "q3": "lung", "q4": "yes", "q5": "liver"}
+
+
+def run(family: FakeFamily, dataset: Dataset, out: Path | None = None, **options: Any) -> Evaluation:
+    return evaluate(cast(Family, family), dataset, dataset.examples, out, **options)
+
+
+def test_answers_are_joined_by_id_and_scored() -> None:
+    found = run(FakeFamily(ANSWERS), fake_dataset(EXAMPLES))
+    assert [(p.id, p.text, p.score) for p in found.predictions] == [(i, a, -0.5) for i, a in ANSWERS.items()]
+    assert found.metrics["closed_label"].value == 0.5
+    assert found.metrics["open_exact"].value == pytest.approx(1 / 3)
+    assert found.metrics["open_recall"].value == pytest.approx(0.5)
+    assert found.pairs_per_second == pytest.approx(5 / found.seconds)
+    assert found.peak_memory_bytes > 0
+
+
+@pytest.mark.parametrize(("cap", "batch_pairs"), [(None, 64), (1, 2), (2, 1), (None, 1)])
+def test_each_image_is_opened_once_and_shared(cap: int | None, batch_pairs: int) -> None:
+    images, family = CountingImages(), FakeFamily(ANSWERS)
+    found = run(family, fake_dataset(EXAMPLES, images), cap=cap, batch_pairs=batch_pairs)
+    assert sorted(images.opened) == ["10", "20", "30"]
+    groups = [group for batch in family.batches for group in batch]
+    assert all(len(group.segments) <= (cap or 3) for group in groups)
+    assert sorted(s.id for group in groups for s in group.segments) == sorted(ANSWERS)
+    assert found.metrics["global_exact"].value == pytest.approx(2 / 5)
+
+
+def test_files_hold_predictions_manifest_and_metrics(tmp_path: Path) -> None:
+    names = {"base": "nano", "adapter": "ln"}
+    found = run(FakeFamily(ANSWERS), fake_dataset(EXAMPLES), tmp_path / "run", names=names, beams=3)
+    rows = [json.loads(line) for line in (tmp_path / "run/predictions.jsonl").read_text().splitlines()]
+    assert rows[2] == {
+        "id": "q3",
+        "images": ["10"],
+        "kind": "open",
+        "question": "question q3",
+        "reference": "left lung",
+        "prediction": "lung",
+        "score": -0.5,
+    }
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    assert manifest == {"split_hash": split_hash(list(ANSWERS)), "ids": sorted(ANSWERS)}
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert metrics["metrics"]["closed_label"]["value"] == found.metrics["closed_label"].value
+    assert (metrics["base"], metrics["adapter"], metrics["licence"]) == ("nano", "ln", "CC0")
+    assert metrics["notice"] == "research use, not for diagnosis"
+    assert (metrics["rows"], metrics["images"], metrics["splits"]) == (5, 3, ["test"])
+    assert metrics["settings"]["beams"] == 3 and metrics["versions"]["torch"] == torch.__version__
+    assert metrics["split_hash"] == manifest["split_hash"]
+    text = metrics_text({**metrics, "out": "run"})
+    assert "closed_label" in text and "50.00" in text and "not for diagnosis" in text
+
+
+def test_candidates_answer_the_closed_questions() -> None:
+    """q1 prefers yes by 3 nats, q4 no by 1: shares are softmaxes; open questions are answered as usual."""
+    sums = {("q1", "yes"): -1.0, ("q1", "no"): -4.0, ("q4", "yes"): -3.0, ("q4", "no"): -2.0}
+    family = FakeFamily(ANSWERS, lambda id, word: sums[id, word])
+    ticks: list[tuple[int, int]] = []
+    found = run(
+        family,
+        fake_dataset(EXAMPLES),
+        candidates="yes/no",
+        progress=lambda done, total: ticks.append((done, total)),
+    )
+    by_id = {p.id: p for p in found.predictions}
+    assert (by_id["q1"].text, by_id["q4"].text, by_id["q2"].text) == ("yes", "no", "lung")
+    assert by_id["q1"].score == pytest.approx(-math.log(1 + math.exp(-3)), abs=1e-6)
+    assert found.metrics["closed_label"].value == 1.0
+    assert ticks == [(3, 5), (5, 5)]
+
+
+def test_a_tie_goes_to_the_first_candidate() -> None:
+    family = FakeFamily(ANSWERS, lambda id, word: -1.0)
+    dataset = fake_dataset(EXAMPLES)
+    found = score_closed_candidates(cast(Family, family), dataset, [EXAMPLES[0]], ("no", "yes"))
+    assert found[0].text == "no"
+
+
+def test_candidates_share_a_group_and_fit_the_batch() -> None:
+    family = FakeFamily(ANSWERS, lambda id, word: float(len(word)))
+    dataset = fake_dataset(EXAMPLES)
+    score_closed_candidates(cast(Family, family), dataset, EXAMPLES, ("yes", "no"), batch_pairs=4, cap=2)
+    assert all(sum(len(group.segments) for group in batch) <= 4 for batch in family.batches)
+    assert family.batches[0][0].segments[1].id == "q1=no"
+
+
+def test_reports_get_their_own_length_and_prompt() -> None:
+    report = Example("r", ("10", "20"), "", "The lungs are clear.", "report", "test")
+    family = FakeFamily({"r": "clear lungs"})
+    found = answer_all(cast(Family, family), fake_dataset([report]), [report], max_new_tokens=128)
+    assert family.asked == [("r", True)] and family.settings == [(128, 1)]
+    assert found[0].text == "clear lungs"
+
+
+def test_a_damaged_image_is_named() -> None:
+    def broken(key: str) -> Image.Image:
+        if key == "20":
+            raise Image.UnidentifiedImageError("cannot identify image file")
+        return Image.new("RGB", (2, 2), (int(key),) * 3)
+
+    with pytest.raises(InputError, match=r"cannot read image 20 of dataset fake .* remove its rows"):
+        run(FakeFamily(ANSWERS), fake_dataset(EXAMPLES, broken))
+
+
+def test_memory_errors_say_what_to_lower() -> None:
+    class Full(FakeFamily):
+        def answer(self, *_: Any, **__: Any) -> list[list[Answer]]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(InputError, match="out of memory with 7 questions at once. Lower --batch"):
+        run(Full(ANSWERS), fake_dataset(EXAMPLES), batch_pairs=7)
+
+
+def test_a_score_that_is_not_a_number_is_left_out(tmp_path: Path) -> None:
+    class Unsure(FakeFamily):
+        def answer(self, groups: Any, *_: Any, **__: Any) -> list[list[Answer]]:
+            return [[Answer("yes", math.nan) for _ in group.segments] for group in groups]
+
+    run(Unsure(ANSWERS), fake_dataset(EXAMPLES), tmp_path)
+    assert "NaN" not in (tmp_path / "predictions.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("examples", "options", "message"),
+    [
+        ([], {}, "nothing to evaluate"),
+        ([EXAMPLES[0], EXAMPLES[0]], {}, "1 ids stand twice among the examples, first 'q1'"),
+        ([EXAMPLES[0], Example("r", ("10",), "", "x", "report", "test")], {}, "one task at a time"),
+        (EXAMPLES, {"candidates": "yes"}, "give two or more"),
+        (EXAMPLES, {"normalisation": "vqaa"}, "did you mean 'vqa'"),
+    ],
+)
+def test_bad_input_is_told_before_anything_is_answered(
+    examples: list[Example], options: dict[str, Any], message: str
+) -> None:
+    family = FakeFamily(ANSWERS)
+    with pytest.raises(InputError, match=message):
+        run(family, fake_dataset(examples), **options)
+    assert family.batches == []
+
+
+def test_an_unwritable_place_is_told_first(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    family = FakeFamily(ANSWERS)
+    with pytest.raises(InputError, match="Choose another --out"):
+        run(family, fake_dataset(EXAMPLES), tmp_path / "file" / "run")
+    assert family.batches == []
