@@ -1,8 +1,8 @@
 """A model made trainable as a recipe says: `tuned = adapt(model, "vision=ln,language=lora(r=4)")`.
 
 Whatever is trained is held in fp32, since a bf16 value near 1 cannot take an AdamW step of 1e-4: norms become
-`TunedNorm`s, any other tensor of a lower-precision base an fp32 parameter that is cast to the base's dtype at each
-use. All else is frozen and untouched.
+`TunedNorm`s, any other tensor of a lower-precision base an fp32 parameter that is cast to the base's dtype at
+each use. All else is frozen and untouched.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from torch.nn.utils import parametrize
 
 from normtune import added
 from normtune.added import Addition, Site, set_submodule
-from normtune.anatomy import Anatomy, anatomy, norms, trainable
+from normtune.anatomy import Anatomy, anatomy, norms
 from normtune.errors import InputError
 from normtune.norms import TunedNorm
-from normtune.recipe import ADDED, Method, Recipe, parse, resolve
+from normtune.recipe import ADDED, Method, Recipe, RecipeError, parse, resolve
+from normtune.selection import trainable
 
 LEARNT_SHARE = 0.01  # below it a run is reported as having learnt nothing
 
@@ -34,11 +35,11 @@ class Tuned:
     anatomy: Anatomy  # of the base, before
     trained: dict[str, nn.Parameter]  # by name; those of the base bear its names
     methods: dict[str, str]  # trained name -> method
-    places: dict[str, tuple[str, str]]  # trained name -> (part, role); an added parameter's role is its method
+    places: dict[str, tuple[str, str]]  # trained name -> (part, role); of an added one: (part, method)
     base_total: int
     additions: list[Addition] = field(default_factory=list)
     base_norms: dict[str, nn.Module] = field(default_factory=dict)  # the norms that were replaced, by name
-    cast: list[tuple[nn.Module, str]] = field(default_factory=list)  # (module, attribute) held in fp32, used in less
+    cast: list[tuple[nn.Module, str]] = field(default_factory=list)  # (module, attribute) held in fp32
     unmerge: Callable[[], None] | None = None  # set while merged
 
     @property
@@ -71,7 +72,7 @@ def adapt(model: nn.Module, recipe: Recipe | str, *, seed: int = 0) -> Tuned:
     """Make `model` trainable in place; `seed` decides the start of what is added.
 
     Raises:
-        InputError: the recipe does not fit the model (the model is then as it was, but for frozen parameters).
+        InputError: the recipe does not fit the model (the model is then as it was, but frozen).
     """
     base = anatomy(model)
     resolved = resolve(parse(recipe) if isinstance(recipe, str) else recipe, base.parts)
@@ -84,6 +85,8 @@ def adapt(model: nn.Module, recipe: Recipe | str, *, seed: int = 0) -> Tuned:
     try:
         with _seeded(model, seed):
             _add(tuned)
+        if not claims and not tuned.additions and any(methods for _, methods in resolved.parts):
+            raise RecipeError(f"recipe '{resolved}' finds nothing to train in this model. Change the recipe.")
     except InputError:
         untune(tuned)
         raise
@@ -153,8 +156,8 @@ def _check_float(name: str, holders: list[tuple[nn.Module, str]]) -> None:
     parameter = getattr(module, attribute)
     if not parameter.is_floating_point() or type(parameter.data) is not Tensor:
         raise InputError(
-            f"{name} is quantised ({type(parameter.data).__name__}, {parameter.dtype}) and cannot be trained. "
-            "Choose ln or lora there, or load the base without --quantize."
+            f"{name} is quantised ({type(parameter.data).__name__}, {parameter.dtype}), it can't be trained: "
+            "choose ln or lora there, or load the base without --quantize."
         )
 
 
@@ -164,7 +167,7 @@ def _add(tuned: Tuned) -> None:
     for part, method, found in sites:
         try:
             addition = added.add(tuned.model, part, method, found)
-        except InputError:
+        except added.NoSite:
             if part in tuned.recipe.optional:
                 continue
             raise
@@ -180,15 +183,16 @@ def _added_methods(recipe: Recipe) -> list[tuple[str, Method]]:
 
 def _sites(tuned: Tuned, part: str, method: Method) -> list[Site]:
     """The part's attention and feed-forward linears in the method's layers."""
-    depth = 1 + max((p.layer for p in tuned.anatomy.places if p.part == part and p.layer is not None), default=-1)
-    layers = method.layer_range(depth)
+    layers = method.layer_range(tuned.anatomy.depth(part))
     found = []
     for place in tuned.anatomy.places:
         name, _, attribute = place.name.rpartition(".")
-        if place.part != part or place.role not in ("attention", "ffn") or place.layer not in layers:
+        if place.part != part or place.role not in ("attention", "ffn"):
+            continue
+        if place.layer is None or place.layer not in layers:
             continue
         module = tuned.model.get_submodule(name)
-        if attribute == "weight" and hasattr(module, "out_features"):
+        if attribute == "weight" and isinstance(module, nn.Linear):
             found.append(Site(name, place.role, place.layer, module))
     return found
 
@@ -232,7 +236,7 @@ class Change:
     role: str
     values: int
     changed: float  # share of the values that differ from before
-    relative: float | None  # norm of the change over the norm of the old values; None where those were all zero
+    relative: float | None  # norm of the change over that of the old values; None where all were zero
 
 
 @dataclass(frozen=True)
@@ -245,7 +249,7 @@ class ChangeReport:
 
 
 def change_report(before: Mapping[str, Tensor], tuned: Tuned) -> ChangeReport:
-    """Compare the trained parameters with their values `before` training (a copy of `tuned.trained`, by name).
+    """Compare the trained parameters with those `before` training (a copy of `tuned.trained`, by name).
 
     Raises:
         InputError: `before` lacks a trained parameter.
@@ -271,7 +275,10 @@ def change_report(before: Mapping[str, Tensor], tuned: Tuned) -> ChangeReport:
     if broken:
         warning = f"{broken} trained values are not finite. Lower the learning rate."
     elif share < LEARNT_SHARE:
-        warning = f"only {share:.2%} of the {values:,} trained values changed. Raise the learning rate or train longer."
+        warning = (
+            f"only {share:.2%} of the {values:,} trained values changed. "
+            "Raise the learning rate or train longer."
+        )
     return ChangeReport(share, tuple(changes), warning)
 
 

@@ -1,7 +1,7 @@
 """Methods that add parameters to a frozen model: LoRA and IA3 (by PEFT), prefixes, bottleneck adapters.
 
-Each function changes the model in place and returns an `Addition`: the new parameters under names of our own, which
-say on which of the base's modules they sit, and how to take them off again.
+Each function changes the model in place and returns an `Addition`: the new parameters under names of our own,
+which say on which of the base's modules they sit, and how to take them off again.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PrefixEncoder, PrefixTuningConfig, inject_adapter_in_model
@@ -41,11 +42,15 @@ class Site:
     name: str  # the module's dotted name in the base
     role: str  # "attention" or "ffn"
     layer: int
-    module: nn.Module
+    module: nn.Linear
 
     @property
     def leaf(self) -> str:
         return self.name.rpartition(".")[2]
+
+
+class NoSite(InputError):
+    """A part has no place for the method."""
 
 
 @dataclass
@@ -54,14 +59,15 @@ class Addition:
 
     parameters: dict[str, nn.Parameter]
     remove: Callable[[], None]
-    layers: dict[str, BaseTunerLayer] = field(default_factory=dict)  # PEFT's layers, by the base module's name
+    layers: dict[str, BaseTunerLayer] = field(default_factory=dict)  # PEFT's, by the base module's name
 
 
 def add(model: nn.Module, part: str, method: Method, sites: Sequence[Site]) -> Addition:
     """Add `method` to the linears `sites` of one part.
 
     Raises:
-        InputError: the part has no place for it.
+        NoSite: the part has no place for it.
+        InputError: another method stands there, or the part's layers differ too much for it.
     """
     if method.name == "lora":
         return _add_lora(model, part, method, sites)
@@ -73,7 +79,7 @@ def add(model: nn.Module, part: str, method: Method, sites: Sequence[Site]) -> A
     return _add_prefix(model, part, int(method.option("n")), method.name == "prefix", sites)
 
 
-# --- LoRA and IA3 -------------------------------------------------------------------------------------------------
+# --- LoRA and IA3 -------------------------------------------------------------------------------------------
 
 
 def lora_targets(sites: Sequence[Site]) -> list[Site]:
@@ -82,7 +88,7 @@ def lora_targets(sites: Sequence[Site]) -> list[Site]:
 
 
 def ia3_targets(sites: Sequence[Site]) -> tuple[list[Site], list[Site]]:
-    """Linears whose output is scaled, and those whose input is (the last of each feed-forward); Liu et al. 2022.
+    """Linears whose output is scaled, and those whose input is, each feed-forward's last (Liu et al. 2022).
 
     As in MISS and MILE the output projections of BERT-like attentions are scaled too; a fused query-key-value
     linear is scaled whole.
@@ -105,7 +111,7 @@ def lora_config(method: Method, targets: Sequence[str]) -> LoraConfig:
     """PEFT's config for exactly the modules named."""
     return LoraConfig(
         r=int(method.option("r")),
-        lora_alpha=method.option("alpha"),
+        lora_alpha=int(method.option("alpha")),
         lora_dropout=float(method.option("dropout")),
         target_modules=exactly(targets),
     )
@@ -124,7 +130,9 @@ def exactly(names: Sequence[str]) -> str:
 def _add_lora(model: nn.Module, part: str, method: Method, sites: Sequence[Site]) -> Addition:
     targets = lora_targets(sites)
     if not targets:
-        raise InputError(f"lora finds no query or value projection in part '{part}'. Choose another method there.")
+        raise NoSite(
+            f"lora finds no query or value projection in part '{part}'. Choose another method there."
+        )
     layers, remove = _inject(model, lora_config(method, [site.name for site in targets]), targets)
     parameters: dict[str, nn.Parameter] = {}
     for name, layer in layers.items():
@@ -136,25 +144,37 @@ def _add_lora(model: nn.Module, part: str, method: Method, sites: Sequence[Site]
 def _add_ia3(model: nn.Module, part: str, sites: Sequence[Site]) -> Addition:
     outputs, inputs = ia3_targets(sites)
     if not outputs:
-        raise InputError(f"ia3 finds no key or value projection in part '{part}'. Choose another method there.")
+        raise NoSite(f"ia3 finds no key or value projection in part '{part}'. Choose another method there.")
     config = ia3_config([site.name for site in outputs], [site.name for site in inputs])
     layers, remove = _inject(model, config, [*outputs, *inputs])
-    return Addition({f"{name}.ia3": layer.ia3_l[_PEFT_NAME] for name, layer in layers.items()}, remove, layers)
+    return Addition(
+        {f"{name}.ia3": layer.ia3_l[_PEFT_NAME] for name, layer in layers.items()}, remove, layers
+    )
 
 
 def _inject(
     model: nn.Module, config: PeftConfig, targets: Sequence[Site]
-) -> tuple[dict[str, BaseTunerLayer], Callable[[], None]]:
+) -> tuple[dict[str, Any], Callable[[], None]]:
     for site in targets:
-        if isinstance(site.module, BaseTunerLayer) or isinstance(model.get_submodule(site.name), BaseTunerLayer):
-            raise InputError(f"two added methods change {site.name}. Give each part only one of lora and ia3.")
+        if isinstance(site.module, BaseTunerLayer) or isinstance(
+            model.get_submodule(site.name), BaseTunerLayer
+        ):
+            raise InputError(
+                f"two added methods change {site.name}. Give each part only one of lora and ia3."
+            )
     inject_adapter_in_model(config, model, adapter_name=_PEFT_NAME)
     del model.peft_config  # PEFT's mark on the model; a second part would be taken for a second adapter
-    layers: dict[str, BaseTunerLayer] = {}
+    layers: dict[str, Any] = {}  # PEFT's layers: their tensors are not in the type that they share
     for site in targets:
         layer = model.get_submodule(site.name)
         assert isinstance(layer, BaseTunerLayer), f"PEFT did not change {site.name}"
-        layers[site.name] = layer
+        for added in layer.adapter_layer_names:  # injected in the base's dtype; its forward casts the input
+            if isinstance(tensors := getattr(layer, added), nn.Module):
+                tensors.float()
+        layers[site.name] = layer.train(site.module.training)
+        for name, parameter in layer.named_parameters():
+            if not name.startswith("base_layer."):
+                parameter.data = parameter.data.float()
     found = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     assert found >= set(layers)
 
@@ -171,11 +191,11 @@ def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-# --- Bottleneck adapters ------------------------------------------------------------------------------------------
+# --- Bottleneck adapters ------------------------------------------------------------------------------------
 
 
 class Bottleneck(nn.Module):
-    """x + up(relu(down(x))), the identity at its start (Houlsby et al. 2019; one a layer as Pfeiffer et al. 2021).
+    """x + up(relu(down(x))), the identity at first (Houlsby et al. 2019), one a layer (Pfeiffer et al. 2021).
 
     Weights are fp32 and cast to the input's dtype at use.
     """
@@ -194,13 +214,15 @@ class Bottleneck(nn.Module):
 
 
 def _adapt_output(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return module.adapter(output)
+    adapter = module.adapter
+    assert isinstance(adapter, Bottleneck)
+    return adapter(output)
 
 
 def _add_adapters(part: str, width: int, sites: Sequence[Site]) -> Addition:
     targets = ffn_outputs(sites)
     if not targets:
-        raise InputError(f"adapter finds no feed-forward in part '{part}'. Choose another method there.")
+        raise NoSite(f"adapter finds no feed-forward in part '{part}'. Choose another method.")
     parameters: dict[str, nn.Parameter] = {}
     hooks = []
     for site in targets:
@@ -217,14 +239,14 @@ def _add_adapters(part: str, width: int, sites: Sequence[Site]) -> Addition:
     return Addition(parameters, remove)
 
 
-# --- Prefixes -----------------------------------------------------------------------------------------------------
+# --- Prefixes -----------------------------------------------------------------------------------------------
 
 
 class Prefix(nn.Module):
     """Learned keys and values before those of every layer's self-attention.
 
-    The parametrisation is PEFT's: with `projection` a two-layer network makes them from n embeddings (Li and Liang
-    2021), without it they are learned as they are (P-Tuning v2, Liu et al. 2022).
+    The parametrisation is PEFT's: with `projection` a two-layer network makes them from n embeddings (Li and
+    Liang 2021), without it they are learned as they are (P-Tuning v2, Liu et al. 2022).
     """
 
     def __init__(self, n: int, width: int, heads: int, depth: int, projection: bool) -> None:
@@ -273,12 +295,12 @@ def prefix_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     is_causal: bool | None = None,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' SDPA attention with the module's prefix before its keys, visible to every query.
 
-    query: [batch, heads, q, head_dim]; key, value: [batch, kv_heads, k, head_dim], rotated and cached without the
-    prefix; attention_mask: [batch or 1, heads or 1, q, k], bool (True = visible) or additive, or None.
+    query: [batch, heads, q, head_dim]; key, value: [batch, kv_heads, k, head_dim], rotated and cached without
+    the prefix; attention_mask: [batch or 1, heads or 1, q, k], bool (True = visible) or additive, or None.
     """
     prefix = getattr(module, "prefix", None)
     if prefix is None:
@@ -307,13 +329,15 @@ def _takes_attention_functions(attention: nn.Module) -> bool:
 def _add_prefix(model: nn.Module, part: str, n: int, projection: bool, sites: Sequence[Site]) -> Addition:
     attentions = self_attentions(model, sites)
     if not attentions:
-        raise InputError(f"prefix finds no self-attention that takes one in part '{part}'. Choose another method.")
+        raise NoSite(
+            f"prefix finds no self-attention that takes one in part '{part}'. Choose another method."
+        )
     width, heads = _key_shape(part, attentions)
     prefix = Prefix(n, width, heads, len(attentions), projection).to(attentions[0][0].module.weight.device)
     bank = f"normtune_prefix_{part}"
     model.add_module(bank, prefix)
-    configs: dict[int, tuple[object, str | None]] = {}
-    for index, (site, attention) in enumerate(attentions):
+    configs: dict[int, tuple[Any, str | None]] = {}
+    for index, (_, attention) in enumerate(attentions):
         attention.prefix = LayerPrefix(prefix, index)
         if _takes_attention_functions(attention):
             config = attention.config
@@ -322,37 +346,40 @@ def _add_prefix(model: nn.Module, part: str, n: int, projection: bool, sites: Se
         AttentionInterface.register(PREFIX_ATTENTION, prefix_attention)
         AttentionMaskInterface.register(PREFIX_ATTENTION, sdpa_mask)
     for config, _ in configs.values():
-        config._attn_implementation = PREFIX_ATTENTION  # type: ignore[attr-defined]
+        config._attn_implementation = PREFIX_ATTENTION
 
     def remove() -> None:
         for _, attention in attentions:
             attention.prefix = None
         delattr(model, bank)
         for config, implementation in configs.values():
-            config._attn_implementation = implementation  # type: ignore[attr-defined]
+            config._attn_implementation = implementation
 
     parameters = {f"{part}.prefix.{name}": p for name, p in prefix.encoder.named_parameters()}
     return Addition(parameters, remove)
 
 
-def self_attentions(model: nn.Module, sites: Sequence[Site]) -> list[tuple[Site, nn.Module]]:
-    """(key projection, attention module) of each self-attention that can take a prefix, in the model's order."""
+def self_attentions(model: nn.Module, sites: Sequence[Site]) -> list[tuple[Site, Any]]:
+    """(key projection, attention) of each self-attention that can take a prefix, in the model's order."""
     found = []
     for site in sites:
         if site.role != "attention" or site.leaf not in KEY + FUSED or set(site.name.split(".")) & set(CROSS):
             continue
-        attention = model.get_submodule(site.name.rpartition(".")[0])
+        attention: Any = model.get_submodule(site.name.rpartition(".")[0])
         if hasattr(attention, "prefix") or _takes_attention_functions(attention):
             found.append((site, attention))
     return found
 
 
-def _key_shape(part: str, attentions: Sequence[tuple[Site, nn.Module]]) -> tuple[int, int]:
+def _key_shape(part: str, attentions: Sequence[tuple[Site, Any]]) -> tuple[int, int]:
     """(width, heads) of the keys, the same in every layer."""
     shapes = set()
     for site, attention in attentions:
         width = site.module.out_features // (3 if site.leaf in FUSED else 1)
         shapes.add((width, attention.heads if hasattr(attention, "heads") else width // attention.head_dim))
     if len(shapes) > 1:
-        raise InputError(f"the layers of part '{part}' differ in their keys' shapes {sorted(shapes)}: no prefix there.")
+        raise InputError(
+            f"the layers of part '{part}' differ in their keys' shapes {sorted(shapes)}: no prefix fits. "
+            "Choose another method."
+        )
     return shapes.pop()

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import inspect
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from json import dumps, loads
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from pydantic.fields import FieldInfo
 
 from normtune.config import DataOptions, EvaluateConfig, TrainConfig
-from normtune.errors import InputError
+from normtune.errors import InputError, did_you_mean
 
 app = typer.Typer(
     name="normtune",
@@ -36,16 +35,21 @@ def main() -> None:
     """Entry point: bad input is one line on stderr and exit status 2."""
     try:
         status = app(standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        status = 2
-    except click.ClickException as error:
-        status = _refuse(error.format_message())
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         print("stopped", file=sys.stderr)
         status = 130
     except InputError as error:
         status = _refuse(str(error))
+    except Exception as error:
+        if not hasattr(
+            error, "format_message"
+        ):  # the mark of click's own errors; typer carries its click along
+            raise
+        if not error.format_message():
+            error.show()  # type: ignore[attr-defined]  # no command given: the help
+            status = 2
+        else:
+            status = _refuse(error.format_message())
     sys.exit(status if isinstance(status, int) else 0)
 
 
@@ -62,7 +66,9 @@ def _takes(config: type[DataOptions], positional: str | None = None) -> Callable
             as_json = values.pop("json")
             run(config.checked(**values), as_json=as_json)
 
-        parameters = [_parameter(name, field, name == positional) for name, field in config.model_fields.items()]
+        parameters = [
+            _parameter(name, field, name == positional) for name, field in config.model_fields.items()
+        ]
         parameters.sort(key=lambda parameter: parameter.name != positional)
         parameters.append(
             inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)
@@ -84,7 +90,7 @@ def _parameter(name: str, field: FieldInfo, positional: bool) -> inspect.Paramet
 
 
 def _emit(as_json: bool, value: Any, text: str) -> None:
-    print(json.dumps(value, ensure_ascii=False) if as_json else text)
+    print(dumps(value, ensure_ascii=False) if as_json else text)
 
 
 @app.command()
@@ -118,7 +124,7 @@ def inspect_model(
 @_takes(DataOptions, positional="data")
 def data(options: DataOptions, *, as_json: bool) -> None:
     """What a dataset holds: splits, images, open and closed counts, problems, leaks between splits."""
-    from normtune.data import open_from
+    from normtune.catalog import open_from
     from normtune.data.survey import survey, survey_text
 
     found = survey(open_from(options))
@@ -159,8 +165,14 @@ def ask(
     from normtune.asking import ask
 
     answers = ask(model, image, question, adapter=adapter, beams=beams, device=device)
-    rows = [{"question": q, "answer": a.text, "score": a.score} for q, a in zip(question, answers, strict=True)]
-    _emit(json, {"image": str(image), "answers": rows}, "\n".join(f"{r['question']}  {r['answer']}" for r in rows))
+    rows = [
+        {"question": q, "answer": a.text, "score": a.score} for q, a in zip(question, answers, strict=True)
+    ]
+    _emit(
+        json,
+        {"image": str(image), "answers": rows},
+        "\n".join(f"{r['question']}  {r['answer']}" for r in rows),
+    )
 
 
 @app.command()
@@ -176,7 +188,9 @@ def describe(
     from normtune.asking import describe
 
     answer = describe(model, image, adapter=adapter, beams=beams, device=device)
-    _emit(json, {"images": [str(i) for i in image], "report": answer.text, "score": answer.score}, answer.text)
+    _emit(
+        json, {"images": [str(i) for i in image], "report": answer.text, "score": answer.score}, answer.text
+    )
 
 
 @app.command()
@@ -187,7 +201,46 @@ def merge(
     json: Json = False,
 ) -> None:
     """A loadable model that links the base's own files and adds the trained tensors."""
-    from normtune.merge import merge_to_disk, merge_text
+    from normtune.merge import merge_text, merge_to_disk
 
     found = merge_to_disk(model, adapter, out)
-    _emit(json, asdict(found), merge_text(found))
+    _emit(json, _plain(found), merge_text(found))
+
+
+@app.command()
+def export(
+    adapter: Annotated[Path, typer.Option(help="The adapter to export.")],
+    out: Annotated[Path, typer.Option(help="Where it is written.")],
+    to: Annotated[str, typer.Option(help="The format: peft.")] = "peft",
+    json: Json = False,
+) -> None:
+    """An adapter in the form that `PeftModel.from_pretrained` loads, to the same answers."""
+    if to != "peft":
+        raise InputError(f"--to {to}: unknown format{did_you_mean(to, ['peft'])}. Known: peft.")
+    from normtune.export import export_peft, export_text
+
+    found = export_peft(adapter, out)
+    _emit(json, _plain(found), export_text(found))
+
+
+@app.command("import-miss")
+def import_miss(
+    source: Annotated[Path, typer.Argument(help="MISS's .pth, or a directory of BLIP-VQA.")],
+    out: Annotated[Path, typer.Argument(help="Where the model is written.")],
+    vocab: Annotated[Path | None, typer.Option(help="The vocab.txt of bert-base-uncased.")] = None,
+    divide_twice: Annotated[
+        bool, typer.Option(help="Prepare images as MISS's released code does: /255 twice, not normalised.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """MISS's original checkpoint, or BLIP-VQA's, as a model that normtune and transformers load."""
+    from normtune.models.miss.checkpoints import import_miss, import_text
+
+    found = import_miss(source, out, vocab=vocab, divide_twice=divide_twice)
+    _emit(json, _plain(found), import_text(found))
+
+
+def _plain(found: Any) -> dict[str, Any]:
+    """A result as JSON takes it: paths as text."""
+    plain: dict[str, Any] = loads(dumps(asdict(found), default=str))
+    return plain

@@ -55,7 +55,9 @@ class DataOptions(_Options):
     language: Literal["en", "zh", "all"] = Field(
         "en", description="Questions of one language, where the dataset has several."
     )
-    image_disjoint: bool = Field(False, description="Split by image anew, instead of the dataset's own splits.")
+    image_disjoint: bool = Field(
+        False, description="Split by image anew, instead of the dataset's own splits."
+    )
     task: Literal["vqa", "report"] = Field("vqa", description="Answer questions, or write reports.")
 
 
@@ -81,7 +83,9 @@ class TrainConfig(DataOptions):
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="The rate after that.")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Smoothing of the answer tokens' targets.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
-    save_every: int | None = Field(None, gt=0, description="Steps between checkpoints; by default one an epoch.")
+    save_every: int | None = Field(
+        None, gt=0, description="Steps between checkpoints; by default one an epoch."
+    )
     resume: bool = Field(True, description="Go on from the last whole checkpoint under --out.")
     tracker: str = Field("none", description="Where to log: none, tensorboard, wandb, mlflow, ...")
     seed: int = Field(0, description="Of initial values, data order and dropout.")

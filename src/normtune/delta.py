@@ -1,15 +1,17 @@
-"""What was trained, on disk: a directory of `adapter.safetensors` and `adapter.json`.
+"""What was trained, on disk (`adapter.safetensors`, `adapter.json`, `README.md`) and folded into a model.
 
-The tensors are fp32 under the names of `Tuned.trained`. The JSON is written last and holds the digest of the tensors,
-so a delta that was cut short, or put together from two, is refused. It also says which base it belongs to.
+The tensors are fp32 under the names of `Tuned.trained`. The JSON takes its name last and holds the digest of
+the tensors, so a delta that was cut short, or put together from two, is refused. It also says which base it
+belongs to.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import platform
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,46 +19,38 @@ import peft
 import safetensors
 import torch
 import transformers
+from peft.tuners.ia3 import IA3Layer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from normtune.adapt import Tuned, adapt, untune
+from normtune.adapt import Cast, Tuned, adapt, untune
+from normtune.added import set_submodule
+from normtune.card import NOTICE, DeltaInfo, TrainedTensor, model_card, parse_info
 from normtune.errors import InputError
-from normtune.files import read_json, replacing, write_json
+from normtune.files import json_text, read_json, replacing
 from normtune.recipe import INTRINSIC, parse
 
 TENSORS_FILE = "adapter.safetensors"
 INFO_FILE = "adapter.json"
-FORMAT = 1
-NOTICE = "For research use only; not for diagnosis."
+CARD_FILE = "README.md"
 QUANTISED = "quantised"
+
+UNMERGEABLE = {  # method -> why no weights of the base can stand for it
+    "prefix": "its keys and values stand before those of the tokens, and no weight makes them",
+    "ptuning": "its keys and values stand before those of the tokens, and no weight makes them",
+    "adapter": "it has a nonlinearity of its own, and no weight makes it",
+}
 
 _SAMPLES = 64  # values of each tensor that the fingerprint reads
 _SHOWN = 3  # mismatches that an error names
 
 
-@dataclass(frozen=True)
-class DeltaInfo:
-    """The contents of `adapter.json`."""
-
-    base_name: str
-    base_fingerprint: str
-    recipe: str
-    trainable: int
-    total: int
-    tensors: dict[str, dict[str, Any]]  # name -> shape, part, role, method
-    data: dict[str, Any] | None
-    metrics: dict[str, Any] | None
-    versions: dict[str, str]
-    notice: str
-    sha256: str  # of adapter.safetensors
-
-
 def fingerprint(model: nn.Module) -> str:
     """What tells one base from another, whatever dtype it is loaded in; take it before `adapt`.
 
-    Two digests of names, shapes and 64 sampled values a tensor, rounded to bf16: one of the linears' weights (the word
-    "quantised" where they are), one of all else. A 7B model takes well under a second.
+    Two digests of names, shapes and 64 sampled values a tensor, rounded to bf16: one of the linears' weights
+    (the word "quantised" where they are), one of all else. A 7B model takes well under a second.
     """
     linear, rest = hashlib.sha256(), hashlib.sha256()
     quantised = False
@@ -106,38 +100,47 @@ def save_delta(
     """
     directory = Path(directory)
     tensors = {name: one.detach().cpu().contiguous().clone() for name, one in tuned.trained.items()}
-    with replacing(directory / TENSORS_FILE) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-    described = {
-        name: {
-            "shape": list(tensor.shape),
-            "part": tuned.places[name][0],
-            "role": tuned.places[name][1],
-            "method": tuned.methods[name],
-        }
-        for name, tensor in tensors.items()
-    }
-    write_json(
-        directory / INFO_FILE,
-        {
-            "format": FORMAT,
-            "notice": NOTICE,
-            "base": {"name": base_name, "fingerprint": base_fingerprint},
-            "recipe": str(tuned.recipe),
-            "trainable": tuned.trainable,
-            "total": tuned.total,
-            "data": dict(data) if data is not None else None,
-            "metrics": dict(metrics) if metrics is not None else None,
-            "versions": {
+    with (  # the names are taken from the last to the first
+        replacing(directory / INFO_FILE) as info_file,
+        replacing(directory / TENSORS_FILE) as tensors_file,
+        replacing(directory / CARD_FILE) as card_file,
+    ):
+        write_tensors(tensors_file, tensors)
+        info = DeltaInfo(
+            base_name=base_name,
+            base_fingerprint=base_fingerprint,
+            recipe=str(tuned.recipe),
+            trainable=tuned.trainable,
+            total=tuned.total,
+            data=dict(data) if data is not None else None,
+            metrics=dict(metrics) if metrics is not None else None,
+            versions={
                 "python": platform.python_version(),
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
                 "peft": peft.__version__,
             },
-            "sha256": _digest(directory / TENSORS_FILE),
-            "tensors": described,
-        },
-    )
+            notice=NOTICE,
+            sha256=_digest(tensors_file),
+            tensors={
+                name: TrainedTensor(list(tensor.shape), *tuned.places[name], tuned.methods[name])
+                for name, tensor in tensors.items()
+            },
+        )
+        info_file.write_text(json_text(info.to_json()), encoding="utf-8", errors="backslashreplace")
+        card_file.write_text(model_card(info), encoding="utf-8", errors="backslashreplace")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors to a new file.
+
+    Raises:
+        OSError: as for any file (safetensors has an exception of its own for a full disk).
+    """
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def read_delta(directory: Path | str) -> DeltaInfo:
@@ -149,63 +152,61 @@ def read_delta(directory: Path | str) -> DeltaInfo:
     directory = Path(directory)
     if not (directory / INFO_FILE).is_file():
         raise InputError(
-            f"{directory} holds no whole delta: {INFO_FILE} is missing. Give a directory written by normtune train."
+            f"{directory} holds no whole delta: {INFO_FILE} is missing. "
+            "Give a directory written by normtune train."
         )
-    found = read_json(directory / INFO_FILE)
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise InputError(f"{directory / INFO_FILE} is not a delta of format {FORMAT}. Was it written by normtune?")
-    try:
-        info = DeltaInfo(
-            base_name=found["base"]["name"],
-            base_fingerprint=found["base"]["fingerprint"],
-            **{name: found[name] for name in DeltaInfo.__annotations__ if not name.startswith("base_")},
-        )
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{directory / INFO_FILE} lacks the entry {error}. Export the delta again.") from error
+    info = parse_info(read_json(directory / INFO_FILE), directory / INFO_FILE)
     if not (directory / TENSORS_FILE).is_file() or _digest(directory / TENSORS_FILE) != info.sha256:
         raise InputError(
-            f"{directory / TENSORS_FILE} is not the file that {INFO_FILE} describes (cut short, or of another run). "
-            "Train again, or copy both files anew."
+            f"{directory / TENSORS_FILE} is not the file that {INFO_FILE} describes "
+            "(cut short, or of another run). Train again, or copy both files anew."
         )
     return info
 
 
-def read_tensors(directory: Path | str, device: str = "cpu") -> dict[str, Tensor]:
+def read_tensors(directory: Path | str, info: DeltaInfo) -> dict[str, Tensor]:
     """The trained tensors of a delta, fp32, by name.
 
     Raises:
-        InputError: the file cannot be read.
+        InputError: the file cannot be read, or does not hold what `info` says.
     """
     path = Path(directory) / TENSORS_FILE
     try:
-        return load_file(path, device=device)
+        tensors = load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"cannot read {path}: {error}. Copy the delta anew.") from error
+    for name in {**info.tensors, **tensors}:
+        told, held = info.tensors.get(name), tensors.get(name)
+        if told is None or held is None or told.shape != list(held.shape):
+            raise InputError(f"{path} and {INFO_FILE} differ about {name}. Copy the delta anew.")
+    return tensors
 
 
 def load_delta(model: nn.Module, directory: Path | str, *, allow_other_base: bool = False) -> Tuned:
     """Adapt `model` as the delta's recipe says and give it the trained values.
 
     Raises:
-        InputError: the delta is broken or belongs to another base. Equal shapes with other values are let pass by
-            `allow_other_base`.
+        InputError: the delta is broken or belongs to another base. Equal shapes with other values are let
+            pass by `allow_other_base`.
     """
     info = read_delta(directory)
-    tensors = read_tensors(directory)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
-    own = {name: tuple(one["shape"]) for name, one in info.tensors.items() if one["method"] in INTRINSIC}
+    tensors = read_tensors(directory, info)
+    shapes = {
+        name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    own = {name: tuple(one.shape) for name, one in info.tensors.items() if one.method in INTRINSIC}
     _refuse(directory, info, [_mismatch(name, shape, shapes.get(name)) for name, shape in own.items()])
     if not allow_other_base and not same_base(info.base_fingerprint, fingerprint(model)):
         raise InputError(
-            f"delta {directory} was trained on '{info.base_name}' and this base has other values or parts. Load that "
-            "base, or pass allow_other_base if you know that they belong together."
+            f"delta {directory} was trained on '{info.base_name}' and this base has other values or parts. "
+            "Load that base, or pass allow_other_base if you know that they belong together."
         )
     tuned = adapt(model, parse(info.recipe))
     have = {name: tuple(parameter.shape) for name, parameter in tuned.trained.items()}
-    wanted = {name: tuple(one["shape"]) for name, one in info.tensors.items()}
+    wanted = {name: tuple(one.shape) for name, one in info.tensors.items()}
     faults = [_mismatch(name, wanted.get(name), have.get(name)) for name in {**wanted, **have}]
     if any(faults):
-        if not any(one["method"] in INTRINSIC for one in info.tensors.values()):
+        if not any(one.method in INTRINSIC for one in info.tensors.values()):
             untune(tuned)
         _refuse(directory, info, faults)
     with torch.no_grad():
@@ -226,9 +227,142 @@ def _refuse(directory: Path | str, info: DeltaInfo, faults: list[str | None]) ->
     if found:
         more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         raise InputError(
-            f"delta {directory} of base '{info.base_name}' does not fit this model: {', '.join(found[:_SHOWN])}{more}. "
-            "Load the base that it was trained on."
+            f"delta {directory} of base '{info.base_name}' does not fit this model: "
+            f"{', '.join(found[:_SHOWN])}{more}. Load the base that it was trained on."
         )
+
+
+# --- Merging ----------------------------------------------------------------------------------------------
+
+
+def merged_tensors(tuned: Tuned) -> dict[str, Tensor]:
+    """What merging writes: the base's name -> the tensor that stands for base and delta together, in fp32.
+
+    A LoRA gives W + (alpha / r) B A (Hu et al. 2021, section 4.1), an IA3 scales rows (and bias) or columns
+    of W (Liu et al. 2022, section 3.3).
+
+    Raises:
+        InputError: a method that no weight of the base can stand for.
+    """
+    for method in tuned.methods.values():
+        if method in UNMERGEABLE:
+            raise InputError(
+                f"{method} cannot be merged: {UNMERGEABLE[method]}. Load it with --adapter instead."
+            )
+    merged = {name: one.detach() for name, one in tuned.trained.items() if tuned.methods[name] in INTRINSIC}
+    for addition in tuned.additions:
+        for site, layer in addition.layers.items():
+            linear = layer.get_base_layer()
+            old = {
+                key: getattr(linear, key) for key in ("weight", "bias") if getattr(linear, key) is not None
+            }
+            for key, tensor in old.items():
+                if not tensor.is_floating_point() or type(tensor.data) is not Tensor:
+                    raise InputError(
+                        f"{site} is quantised: nothing can be merged into it. Load the base as it was."
+                    )
+                old[key] = merged.get(f"{site}.{key}", tensor.detach()).float()
+            merged |= {f"{site}.{key}": tensor for key, tensor in _with_addition(layer, old).items()}
+    return merged
+
+
+def _with_addition(layer: Any, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The linear's tensors that the layer's LoRA or IA3 changes, changed."""
+    (name,) = layer.active_adapters
+    if not isinstance(layer, IA3Layer):
+        up, down = layer.lora_B[name].weight.detach(), layer.lora_A[name].weight.detach()
+        return {"weight": old["weight"] + layer.scaling[name] * (up @ down)}
+    scale = layer.ia3_l[name].detach()  # [out, 1], or [1, in] where the input is scaled
+    new = {"weight": old["weight"] * scale}
+    if "bias" in old and not layer.is_feedforward:
+        new["bias"] = old["bias"] * scale.flatten()
+    return new
+
+
+def merge_delta(tuned: Tuned) -> nn.Module:
+    """Fold what was trained into plain modules of the base, in the base's dtype.
+
+    In an fp32 base trained norms keep their values to the bit; a lower-precision base rounds them.
+    `unmerge_delta` goes back, to the bit.
+
+    Raises:
+        InputError: a method that cannot be merged, or a model that is merged already.
+    """
+    if tuned.unmerge is not None:
+        raise InputError("the model is merged already. Call unmerge_delta first.")
+    merged = merged_tensors(tuned)
+    undo: list[Callable[[], None]] = []
+    for name, base_norm in tuned.base_norms.items():
+        undo.append(_merge_norm(tuned.model, name, base_norm))
+    undo += _merge_cast(tuned.cast)
+    for addition in tuned.additions:
+        for site, layer in addition.layers.items():
+            undo.append(_merge_linear(tuned.model, site, layer, merged))
+
+    def unmerge() -> None:
+        for step in reversed(undo):
+            step()
+
+    tuned.unmerge = unmerge
+    return tuned.model
+
+
+def unmerge_delta(tuned: Tuned) -> nn.Module:
+    """Undo `merge_delta`, bit for bit.
+
+    Raises:
+        InputError: the model is not merged.
+    """
+    if tuned.unmerge is None:
+        raise InputError("the model is not merged. Call merge_delta first.")
+    tuned.unmerge()
+    tuned.unmerge = None
+    return tuned.model
+
+
+def _merge_norm(model: nn.Module, name: str, base_norm: nn.Module) -> Callable[[], None]:
+    tuned_norm = model.get_submodule(name)
+    plain = copy.deepcopy(base_norm).train(tuned_norm.training).requires_grad_(False)
+    with torch.no_grad():
+        for attribute, parameter in plain.named_parameters(recurse=False):
+            parameter.copy_(getattr(tuned_norm, attribute))
+    set_submodule(model, name, plain)
+    return partial(set_submodule, model, name, tuned_norm)
+
+
+def _merge_cast(cast: Iterable[tuple[nn.Module, str]]) -> list[Callable[[], None]]:
+    """Plain parameters in the base's dtype for those held in fp32; tied ones stay tied."""
+    plain: dict[int, nn.Parameter] = {}
+    undo: list[Callable[[], None]] = []
+    for module, attribute in cast:
+        chain: Any = module.get_submodule(f"parametrizations.{attribute}")
+        wide, dtype = chain.original, chain[0].dtype
+        parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
+        setattr(module, attribute, plain.setdefault(id(wide), nn.Parameter(wide.detach().to(dtype), False)))
+        undo.append(partial(_hold_again, module, attribute, wide, dtype))
+    return undo
+
+
+def _hold_again(module: nn.Module, attribute: str, wide: nn.Parameter, dtype: torch.dtype) -> None:
+    setattr(module, attribute, wide)
+    parametrize.register_parametrization(module, attribute, Cast(dtype), unsafe=True)
+
+
+def _merge_linear(
+    model: nn.Module, site: str, layer: Any, merged: Mapping[str, Tensor]
+) -> Callable[[], None]:
+    linear = layer.get_base_layer()
+    old = {key: one for key, one in linear.named_parameters(recurse=False) if f"{site}.{key}" in merged}
+    for key, one in old.items():
+        setattr(linear, key, nn.Parameter(merged[f"{site}.{key}"].to(one.dtype), False))
+    set_submodule(model, site, linear)
+
+    def undo() -> None:
+        set_submodule(model, site, layer)
+        for key, one in old.items():
+            setattr(linear, key, one)
+
+    return undo
 
 
 def _digest(path: Path) -> str:

@@ -59,7 +59,14 @@ def _cell(recipe: str, out: Path, images: int, epochs: float, seed: int) -> Cell
     train = None
     if recipe != "frozen":
         train = TrainConfig(
-            model="nano", data=data, tune=recipe, out=adapter, epochs=epochs, seed=seed, resume=False, device="cpu"
+            model="nano",
+            data=data,
+            tune=recipe,
+            out=adapter,
+            epochs=epochs,
+            seed=seed,
+            resume=False,
+            device="cpu",
         )
     evaluate = EvaluateConfig(
         model="nano",

@@ -12,5 +12,6 @@ class InputError(ValueError):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`", did you mean 'ln'?"` where a known word is close to `word`, else an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    cutoff = 0.5 if len(word) <= 3 else 0.6  # of two letters one is half
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f", did you mean '{close[0]}'?" if close else ""

@@ -298,7 +298,7 @@ def evaluate_config(config: EvaluateConfig) -> dict[str, Any]:
         InputError: bad model, adapter, data or image.
     """
     from normtune.asking import open_model
-    from normtune.data import open_from
+    from normtune.catalog import open_from
 
     dataset = open_from(config)
     examples = dataset.split(config.split)[: config.limit]

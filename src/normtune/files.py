@@ -1,11 +1,12 @@
-"""Files that are either whole or absent: written to a temporary name, flushed, then renamed."""
+"""Files and directories that are whole or absent: written to a temporary name, flushed, then renamed."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +25,64 @@ def replacing(path: Path | str) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
+        _flush(temporary)
         os.replace(temporary, path)
     except OSError as error:
         raise InputError(
             f"cannot write {path}: {error.strerror or error}. Free some space or choose another --out."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_directory(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary directory beside `path`; rename it to `path` on success, remove it on failure.
+
+    Raises:
+        InputError: `path` is there already and is not an empty directory, or a file cannot be written.
+    """
+    path = Path(path).absolute()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path} exists and is not an empty directory. Choose another --out, or remove it.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _flush(file)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {path}: {error.strerror or error}. Free some space or choose another --out."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb") as handle:
+        os.fsync(handle.fileno())
 
 
 def write_text(path: Path | str, text: str) -> None:
     """Write `text` to `path`, whole or not at all."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        # half a surrogate pair has no UTF-8: it is written as an escape, which JSON reads back
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def json_text(value: Any) -> str:
+    """`value` as indented JSON."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def write_json(path: Path | str, value: Any) -> None:
     """Write `value` as indented JSON, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value))
 
 
 def write_jsonl(path: Path | str, rows: Iterable[dict[str, Any]]) -> None:
@@ -66,5 +105,9 @@ def read_json(path: Path | str) -> Any:
         raise InputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from error
+    except RecursionError as error:
+        raise InputError(f"{path}: not valid JSON (nested too deep).") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}).") from error
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}.") from error

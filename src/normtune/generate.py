@@ -1,8 +1,8 @@
-"""Greedy and beam search over any decoder: a family gives the first logits and a step, and gets its answers back.
+"""Greedy and beam search over any decoder: a family gives the first logits and a step, and gets answers.
 
-The beam search keeps the semantics of transformers' `GenerationMixin._beam_search` to the letter (candidates kept,
-length penalty, early stopping), so that answers compare with published ones. It differs in one thing that
-changes no result: prompts that are done leave the batch.
+The beam search keeps the semantics of transformers' `GenerationMixin._beam_search` to the letter (candidates
+kept, length penalty, early stopping), so that answers compare with published ones. It differs in one thing
+that changes no result: prompts that are done leave the batch.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor
 Step = Callable[[Tensor, Tensor | None], Tensor]
 """`step(tokens [rows], cache_rows [rows] or None) -> logits [rows, vocabulary]`.
 
-`cache_rows[r]` is the row of the previous call whose cache row r goes on from; None means that rows are as they
-were. The rows before the first call are the prompts. Rows of one prompt are adjacent, `beams` each, in the
-prompts' order; with `compact` prompts that are done are left out.
+`cache_rows[r]` is the row of the previous call whose cache row r goes on from; None means that rows are as
+they were. The rows before the first call are the prompts. Rows of one prompt are adjacent, `beams` each, in
+the prompts' order; with `compact` prompts that are done are left out.
 """
 
 NEVER = -1.0e9  # what transformers adds to a score that must not win
@@ -52,8 +52,9 @@ def generate(
         end: the tokens that end an answer.
         beams: 1 is greedy.
         length_penalty: a finished beam's score is its summed log-probability / length ** length_penalty.
-        early_stopping: as in transformers: True stops a prompt once it has `beams` finished answers, False where
-            the best running beam cannot win at its present length, "never" where it cannot win at any length.
+        early_stopping: as in transformers: True stops a prompt once it has `beams` finished answers, False
+            where the best running beam cannot win at its present length, "never" where it cannot win at any
+            length.
         compact: drop prompts that are done from the batch; switch it off where something outside the step
             depends on the rows' number.
     """
@@ -170,7 +171,8 @@ def beam_search(
             going = going & ~is_finished.all(1)
         if position + 1 == max_new_tokens or not bool(going.any()):
             break
-        cache_rows = torch.arange(count, device=device)[:, None] * width + (parent if width > 1 else 0 * parent)
+        # in the first step all beams come from the prompt's only row
+        cache_rows = torch.arange(count, device=device)[:, None] * width + parent.clamp(max=width - 1)
         if compact and not bool(going.all()):
             alive, running, running_score = alive[going], running[going], running_score[going]
             finished, finished_score, is_finished = finished[going], finished_score[going], is_finished[going]
@@ -178,7 +180,7 @@ def beam_search(
         width = beams
         logits = step(next_token.flatten(), cache_rows.flatten())
     lengths = (best >= 0).sum(1)
-    return _answers(best, (best_score * lengths**length_penalty).tolist())
+    return _answers(best, (best_score * lengths ** float(length_penalty)).tolist())
 
 
 def _take(beams: Tensor, index: Tensor) -> Tensor:

@@ -19,7 +19,12 @@ def inspection(model: str, tune: str | None = None) -> dict[str, Any]:
 
     body = skeleton(model)
     parts = anatomy(body)
-    found: dict[str, Any] = {"model": model, "total": parts.total, "table": parts.table()}
+    found: dict[str, Any] = {
+        "model": model,
+        "total": parts.total,
+        "parts": {part: parts.count(part) for part in parts.parts},
+        "table": parts.table(),
+    }
     if tune is not None:
         tuned = adapt(body, tune)
         by_method: dict[str, int] = {}
@@ -39,19 +44,25 @@ def inspection(model: str, tune: str | None = None) -> dict[str, Any]:
 
 def inspect_text(found: dict[str, Any]) -> str:
     """The inspection as a table for people."""
-    lines = [f"{found['model']}: {found['total']:,} parameters", ""]
+    parts = ", ".join(f"{part} {count:,}" for part, count in found["parts"].items())
+    lines = [f"{found['model']}: {found['total']:,} parameters ({parts})", ""]
     rows = found["table"]
     columns = list(rows[0])
     cells = [columns, *([_cell(column, row[column]) for column in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     for line in cells:
-        lines.append("  ".join(word.rjust(w) if i > 1 else word.ljust(w) for i, (word, w) in enumerate(zip(line, widths, strict=True))))
+        lines.append(
+            "  ".join(
+                word.rjust(w) if i > 1 else word.ljust(w)
+                for i, (word, w) in enumerate(zip(line, widths, strict=True))
+            )
+        )
     if recipe := found.get("recipe"):
         lines += [
             "",
             f"recipe {recipe['given']} -> {recipe['resolved']}",
-            f"trains {recipe['trainable']:,} of {recipe['total']:,} parameters = {100 * recipe['share']:.4f}% "
-            f"in {recipe['tensors']} tensors",
+            f"trains {recipe['trainable']:,} of {recipe['total']:,} parameters = "
+            f"{100 * recipe['share']:.4f}% in {recipe['tensors']} tensors",
         ]
     return "\n".join(lines)
 

@@ -1,8 +1,8 @@
 """Norms whose gains learn in fp32, whatever the base's precision.
 
-Near 1 the spacing of bf16 is 0.0078, so a bf16 gain cannot take an AdamW step of 1e-4: it never moves. A `TunedNorm`
-holds gain and bias in fp32, computes in fp32, gives its output in the input's dtype, and keeps for the backward
-pass only its input, as it came, and one or two statistics a row.
+Near 1 the spacing of bf16 is 0.0078, so a bf16 gain cannot take an AdamW step of 1e-4: it never moves. A
+`TunedNorm` holds gain and bias in fp32, computes in fp32, gives its output in the input's dtype, and keeps
+for the backward pass only its input, as it came, and one or two statistics a row.
 """
 
 from __future__ import annotations
@@ -14,15 +14,29 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from normtune.anatomy import norm_kind
+from normtune.anatomy import norm_kind, tried
 
 
 def norm_eps(module: nn.Module) -> float | None:
-    """The constant added to the variance; None where the module takes the machine's (`nn.RMSNorm`'s default)."""
+    """The constant added to the variance; None where it is the dtype's own (`nn.RMSNorm`'s default)."""
     for name in ("eps", "variance_epsilon"):
         if hasattr(module, name):
             return getattr(module, name)
     raise AssertionError(f"{type(module).__name__} names its epsilon neither eps nor variance_epsilon")
+
+
+def rounds_first(module: nn.Module) -> bool:
+    """Whether an "rms" norm rounds x/rms to the input's dtype before its gain (LLaMA) or after it (Gemma 4).
+
+    Both are tried on 64 bf16 numbers; where neither explains the norm to the bit, the nearer one is taken.
+    """
+    x = torch.linspace(-3.0, 5.0, 64, dtype=torch.bfloat16)[None]
+    gain = torch.linspace(0.3, 2.1, 64, dtype=torch.bfloat16)
+    got = tried(module, x, gain).float()
+    wide = x.float()
+    unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + (norm_eps(module) or 0.0))
+    first, after = (unit.bfloat16() * gain).float(), (unit * gain.float()).bfloat16().float()
+    return bool((got - first).abs().sum() <= (got - after).abs().sum())
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -48,19 +62,19 @@ class _LayerNorm(torch.autograd.Function):
 class _RMSNorm(torch.autograd.Function):
     """Root-mean-square normalisation (Zhang and Sennrich 2019) that saves x and 1/rms.
 
-    With `offset` the gain is 1 + weight (Gemma). Without it x/rms is rounded to the input's dtype before the
-    gain, as LLaMA's norm does, so that an untouched gain gives the base's output to the bit.
+    With `offset` the gain is 1 + weight (Gemma). With `rounds` x/rms is rounded to the input's dtype before
+    the gain, as LLaMA's norm does, so that an untouched gain gives the base's output to the bit.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: bool, rounds: bool) -> Tensor:
         wide = x.float()
         rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         unit = wide * rstd
         ctx.save_for_backward(x, rstd, weight)
         ctx.offset = offset
-        gained = unit * (1.0 + weight) if offset else unit.to(x.dtype) * weight
-        return gained.to(x.dtype)
+        unit = unit.to(x.dtype) if rounds else unit
+        return (unit * (1.0 + weight if offset else weight)).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -75,7 +89,7 @@ class _RMSNorm(torch.autograd.Function):
             through = wide_grad * (1.0 + weight if ctx.offset else weight)
             grad_x = rstd * (through - unit * (through * unit).mean(-1, keepdim=True))
             grad_x = grad_x.to(x.dtype)
-        return grad_x, grad_weight, None, None
+        return grad_x, grad_weight, None, None, None
 
 
 class TunedNorm(nn.Module):
@@ -83,17 +97,27 @@ class TunedNorm(nn.Module):
 
     Attributes:
         kind: "layer", "rms", "rms_offset" (gain = 1 + weight) or "group".
+        rounds: whether x/rms is rounded to the input's dtype before the gain.
         weight: [width] fp32; its `requires_grad`, and the bias's, are those of the norm it was made from.
     """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
 
-    def __init__(self, kind: str, weight: Tensor, bias: Tensor | None, eps: float | None, groups: int = 1) -> None:
+    def __init__(
+        self,
+        kind: str,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float | None,
+        groups: int = 1,
+        rounds: bool = False,
+    ) -> None:
         super().__init__()
         self.kind = kind
         self.eps = eps
         self.groups = groups
+        self.rounds = rounds
         self.weight = nn.Parameter(weight.detach().to(torch.float32, copy=True), weight.requires_grad)
         self.bias = None
         if bias is not None:
@@ -106,17 +130,19 @@ class TunedNorm(nn.Module):
         assert isinstance(weight, Tensor), "a norm without a gain has nothing to tune"
         bias = getattr(module, "bias", None)
         groups = module.num_groups if isinstance(module, nn.GroupNorm) else 1
-        tuned = cls(norm_kind(module), weight, bias, norm_eps(module), groups)
+        kind = norm_kind(module)
+        rounds = kind == "rms" and rounds_first(module)
+        tuned = cls(kind, weight, bias, norm_eps(module), groups, rounds)
         return tuned.train(module.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., width] (group: [batch, width, ...]), any floating dtype; returns the same shape and dtype."""
+        """x: [..., width] (group: [batch, width, ...]), any float dtype; returns the same shape and dtype."""
         eps = torch.finfo(torch.float32).eps if self.eps is None else self.eps
         if self.kind == "group":
             return F.group_norm(x.float(), self.groups, self.weight, self.bias, eps).to(x.dtype)
         if self.kind == "layer":
             return _LayerNorm.apply(x, self.weight, self.bias, eps)
-        return _RMSNorm.apply(x, self.weight, eps, self.kind == "rms_offset")
+        return _RMSNorm.apply(x, self.weight, eps, self.kind == "rms_offset", self.rounds)
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, kind={self.kind}, eps={self.eps}, bias={self.bias is not None}"
@@ -136,11 +162,14 @@ class MixedNorm(nn.Module):
     bias: Tensor | None
     rows: Tensor | None
 
-    def __init__(self, kind: str, weight: Tensor, bias: Tensor | None, eps: float | None) -> None:
+    def __init__(
+        self, kind: str, weight: Tensor, bias: Tensor | None, eps: float | None, rounds: bool = False
+    ) -> None:
         super().__init__()
         assert kind in ("layer", "rms", "rms_offset"), f"no per-row gains for kind {kind}"
         self.kind = kind
         self.eps = eps
+        self.rounds = rounds
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
         self.rows = None
@@ -150,7 +179,7 @@ class MixedNorm(nn.Module):
         """One norm with the given gains ([width] each), of the kind of `norm`."""
         weight = torch.stack([one.detach().float() for one in weights])
         bias = None if biases is None else torch.stack([one.detach().float() for one in biases])
-        return cls(norm.kind, weight, bias, norm.eps)
+        return cls(norm.kind, weight, bias, norm.eps, norm.rounds)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [batch, ..., width]; returns the same shape and dtype."""
@@ -164,7 +193,7 @@ class MixedNorm(nn.Module):
         gain = self._per_row(self.weight, x)
         if self.kind == "rms_offset":
             gain = 1.0 + gain
-        elif self.kind == "rms":
+        elif self.rounds:
             unit = unit.to(x.dtype)
         out = unit * gain
         if self.bias is not None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import random
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 from normtune.data.records import Example
 
@@ -37,6 +40,7 @@ def group_by_image(
     With `cap=1` every question stands alone. With `rng`, the questions of each image are shuffled before
     they are cut into groups, so that capped groups differ between epochs; without it the order is kept.
     """
+    assert cap is None or cap >= 1, "a group holds at least one question"
     by_image: dict[tuple[str, ...], list[Example]] = {}
     for example in examples:
         by_image.setdefault(example.images, []).append(example)
@@ -52,29 +56,32 @@ def group_by_image(
 def pair_batches(sizes: Sequence[int], pairs: int) -> list[list[int]]:
     """Cut groups, in the order given, into batches of about `pairs` question-answer pairs.
 
-    A group is never divided: a batch is closed where taking the next group would leave it further from
-    `pairs` than it is now. `sizes[i]` is the number of pairs in group i; returns lists of group indices.
+    A group is never divided and none is left out. The number of batches, ceil(sum(sizes) / pairs) where there
+    are that many groups, does not depend on the order, so that every epoch has as many; each cut falls on the
+    boundary of groups that is nearest to its even share. `sizes[i]` is the number of pairs in group i;
+    returns lists of group indices. Groups of one pair make batches of at most `pairs`.
     """
-    batches: list[list[int]] = []
-    batch: list[int] = []
-    held = 0
-    for index, size in enumerate(sizes):
-        if batch and abs(held + size - pairs) > abs(held - pairs):
-            batches.append(batch)
-            batch, held = [], 0
-        batch.append(index)
-        held += size
-    if batch:
-        batches.append(batch)
-    return batches
+    assert pairs >= 1 and all(size >= 1 for size in sizes), "batches and groups hold at least one pair"
+    if not sizes:
+        return []
+    ends = list(accumulate(sizes))
+    count = min(len(sizes), math.ceil(ends[-1] / pairs))
+    cuts = [0]
+    for batch in range(1, count):
+        share = ends[-1] * batch / count
+        after = bisect_left(ends, share)  # ends[after] is the first boundary at or after the share
+        nearer = after - 1 if after and share - ends[after - 1] < ends[after] - share else after
+        # every batch takes at least one group and leaves one to each of those that follow
+        cuts.append(min(max(nearer + 1, cuts[-1] + 1), len(sizes) - (count - batch)))
+    cuts.append(len(sizes))
+    return [list(range(start, stop)) for start, stop in pairwise(cuts)]
 
 
 class EpochBatches:
     """A batch sampler whose order is a function of (seed, epoch) alone, so that a resumed run repeats it.
 
-    Yields lists of groups, each a list of examples. `set_epoch` is called by accelerate before each epoch.
-    Every epoch has `len(self)` batches: the number varies a little with shuffling, so the shortest
-    epoch's tail is topped up and the longest one's is cut.
+    Yields lists of groups, each a list of examples; every epoch yields every example once, in `len(self)`
+    batches. `set_epoch` is called by accelerate before each epoch.
     """
 
     def __init__(self, examples: Sequence[Example], pairs: int, cap: int | None, seed: int) -> None:
@@ -95,6 +102,5 @@ class EpochBatches:
 
     def __iter__(self) -> Iterator[list[list[Example]]]:
         batches = self._of_epoch(self.epoch)
-        while len(batches) < self.length:
-            batches += self._of_epoch(self.epoch)[: self.length - len(batches)]
-        yield from batches[: self.length]
+        assert len(batches) == self.length, "the number of groups and pairs is the same in every epoch"
+        yield from batches

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -10,26 +11,35 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import set_seed
 
 from normtune import delta, memory
-from normtune.adapt import Tuned, adapt, change_report
+from normtune.adapt import Change, Tuned, adapt, change_report
+from normtune.catalog import open_from
 from normtune.config import TrainConfig
-from normtune.data import open_dataset
 from normtune.data.records import Dataset, Example
-from normtune.data.splits import image_disjoint
 from normtune.errors import InputError
-from normtune.files import write_json
+from normtune.files import read_json, write_json
 from normtune.models import load
 from normtune.models.family import Batch, Family, Pixels
 from normtune.packing import EpochBatches, Group
 
-CHECKPOINT_MARK = "whole"  # the last file of a checkpoint: one without it was cut short and is not resumed from
+CHECKPOINT_MARK = (
+    "whole"  # the last file of a checkpoint: one without it was cut short and is not resumed from
+)
 TRAINED_FILE = "trained.safetensors"
 
 
@@ -49,7 +59,27 @@ class TrainResult:
     peak_memory_bytes: int
     final_loss: float | None
     changed: float
+    changes: tuple[Change, ...]
     warning: str | None
+
+    def text(self) -> str:
+        """The result in a few lines for people."""
+        lines = [
+            f"{self.recipe}: {self.trainable:,} of {self.total:,} parameters trained ({100 * self.share:.4f}%)",
+            f"{self.pairs:,} pairs in {self.steps:,} steps, {self.seconds:.1f} s ({self.pairs_per_second:.1f} pairs/s), "
+            f"peak memory {self.peak_memory_bytes / 2**20:,.0f} MiB",
+        ]
+        if self.final_loss is not None:
+            lines.append(f"final loss {self.final_loss:.4f} a token")
+        lines.append(f"{100 * self.changed:.1f}% of the trained values changed")
+        for one in self.changes:
+            far = "from zero" if one.relative is None else f"by {100 * one.relative:.2g}% of their size"
+            lines.append(
+                f"  {one.part} {one.role}: {100 * one.changed:.1f}% of {one.values:,} changed, {far}"
+            )
+        if self.warning:
+            lines.append(f"WARNING: {self.warning}")
+        return "\n".join([*lines, f"Written: {self.out}"])
 
 
 def train(config: TrainConfig, *, progress: TrainerCallback | None = None) -> TrainResult:
@@ -60,8 +90,8 @@ def train(config: TrainConfig, *, progress: TrainerCallback | None = None) -> Tr
     Raises:
         InputError: bad option, data, model or recipe.
     """
-    dataset = open_training_data(config)
-    examples = [example for example in dataset.split(config.split)]
+    dataset = open_from(config)
+    examples = dataset.split(config.split)[: config.limit]
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     family = load(config.model, dtype=config.dtype, device=device)
     base_fingerprint = delta.fingerprint(family.model)
@@ -72,19 +102,18 @@ def train(config: TrainConfig, *, progress: TrainerCallback | None = None) -> Tr
         config.out,
         base_name=config.model,
         base_fingerprint=base_fingerprint,
-        data={"name": dataset.name, "split": config.split, "licence": dataset.licence, "pairs": len(examples)},
+        data={
+            "name": dataset.name,
+            "split": config.split,
+            "licence": dataset.licence,
+            "pairs": len(examples),
+        },
         metrics={"training": description},
     )
     write_json(config.out / "train_config.json", config.model_dump(mode="json"))
     write_json(config.out / "train_result.json", asdict(result))
     shutil.rmtree(config.out / "checkpoints", ignore_errors=True)
     return result
-
-
-def open_training_data(config: TrainConfig) -> Dataset:
-    """The dataset that `config` names, split by image where it asks for that."""
-    dataset = open_dataset(config.data, config.root, language=config.language, task=config.task)
-    return image_disjoint(dataset, seed=0) if config.image_disjoint else dataset
 
 
 def fit(
@@ -132,9 +161,12 @@ def fit(
         peak_memory_bytes=memory.peak_memory_bytes(),
         final_loss=losses[-1] if losses else None,
         changed=changes.share,
+        changes=changes.changes,
         warning=changes.warning,
     )
-    return result, {"loss": [(row["step"], row["loss"]) for row in trainer.state.log_history if "loss" in row]}
+    return result, {
+        "loss": [(row["step"], row["loss"]) for row in trainer.state.log_history if "loss" in row]
+    }
 
 
 class _Objective(nn.Module):
@@ -208,7 +240,8 @@ class Collator:
 
     def __call__(self, groups: Sequence[Sequence[Example]]) -> Batch:
         packed = [
-            Group(members[0].images, tuple(self._segment(example) for example in members)) for members in groups
+            Group(members[0].images, tuple(self._segment(example) for example in members))
+            for members in groups
         ]
         return self.family.collate(packed, [[self.pixels(key) for key in group.images] for group in packed])
 
@@ -243,7 +276,7 @@ class _DeltaTrainer(Trainer):
             max_steps=config.max_steps or -1,
             learning_rate=max(config.learning_rate(name) for name in set(tuned.methods.values())),
             lr_scheduler_type={"constant": "constant_with_warmup"}.get(config.schedule, config.schedule),
-            warmup_steps=config.warmup,
+            warmup_steps=int(config.warmup * _steps(config, batches)),
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
             save_strategy="steps" if every else "epoch",
@@ -270,13 +303,13 @@ class _DeltaTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = True  # the loss is normalised by tokens over all accumulated batches
         self.loss_is_scaled_for_ga = True
-        from transformers import PrinterCallback
-
         self.remove_callback(PrinterCallback)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         loader: DataLoader[Any] = DataLoader(
-            cast(Any, self.train_dataset), batch_sampler=cast(Any, self.batches), collate_fn=self.data_collator
+            cast(Any, self.train_dataset),
+            batch_sampler=cast(Any, self.batches),
+            collate_fn=self.data_collator,
         )
         return cast(DataLoader[Any], self.accelerator.prepare(loader))
 
@@ -325,9 +358,9 @@ class _DeltaTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         try:
             super()._save_checkpoint(model, trial)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise InputError(
-                f"cannot write a checkpoint under {self.args.output_dir}: {error.strerror or error}. "
+                f"cannot write a checkpoint under {self.args.output_dir}: {error}. "
                 "Free some space and run the same command again: it goes on from the last whole checkpoint."
             ) from error
         directory = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
@@ -339,9 +372,12 @@ class _DeltaTrainer(Trainer):
         with torch.no_grad():
             for name, parameter in self.tuned.trained.items():
                 parameter.copy_(stored[name])
-        from normtune.files import read_json
-
         self.pairs_seen = int(read_json(Path(resume_from_checkpoint) / "run.json")["pairs_seen"])
+
+
+def _steps(config: TrainConfig, batches: EpochBatches) -> int:
+    """Optimiser steps of the whole run."""
+    return config.max_steps or math.ceil(config.epochs * math.ceil(len(batches) / config.accumulate))
 
 
 def last_checkpoint(out: Path) -> Path | None:
@@ -352,12 +388,12 @@ def last_checkpoint(out: Path) -> Path | None:
 
 def _identity(config: TrainConfig) -> dict[str, Any]:
     """What must be the same for a run to go on from a checkpoint."""
-    return config.model_dump(mode="json", exclude={"out", "root", "resume", "tracker", "device", "save_every"})
+    return config.model_dump(
+        mode="json", exclude={"out", "root", "resume", "tracker", "device", "save_every"}
+    )
 
 
 def _check_same_run(config: TrainConfig, checkpoint: Path) -> None:
-    from normtune.files import read_json
-
     stored = read_json(checkpoint / "run.json")
     changed = [name for name, value in _identity(config).items() if stored.get(name) != value]
     if changed:
@@ -386,12 +422,16 @@ class PrintProgress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.bar.start()
-        self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, loss="-")
+        self.task = self.bar.add_task(
+            "training", total=state.max_steps, completed=state.global_step, loss="-"
+        )
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.bar.update(self.task, completed=state.global_step)
 
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
         if logs and "loss" in logs:
             self.bar.update(self.task, loss=f"{logs['loss']:.4f}")
 

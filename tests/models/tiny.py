@@ -70,11 +70,15 @@ def bpe_tokenizer(special: list[str], *, sentencepiece: bool, **named: Any) -> A
     """
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(token_models.BPE(byte_fallback=sentencepiece, unk_token="<unk>" if sentencepiece else None))
+    tokenizer = Tokenizer(
+        token_models.BPE(byte_fallback=sentencepiece, unk_token="<unk>" if sentencepiece else None)
+    )
     alphabet: list[str] = []
     if sentencepiece:
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
         pieces = special + [f"<0x{byte:02X}>" for byte in range(256)]
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -31,7 +31,9 @@ _PIXEL_KEYWORDS = (
 _IMAGE_GROUP = 0x0028  # rows, columns, depths, rescale, windows, look-up tables: nothing of a person
 
 
-def open_dicom(data: bytes, *, name: str, frame: int | None = None, window: Window | None = None) -> Image.Image:
+def open_dicom(
+    data: bytes, *, name: str, frame: int | None = None, window: Window | None = None
+) -> Image.Image:
     """One frame of a DICOM file as 8-bit RGB.
 
     Grey values go through the modality table or rescale, then through `window`, else the file's VOI table or
@@ -97,7 +99,9 @@ def _read(data: bytes, name: str) -> pydicom.Dataset:
     """The pixel-describing elements of the file, with a transfer syntax that a decoder is there for."""
     file = pydicom.dcmread(io.BytesIO(data), force=True, specific_tags=_wanted_tags())
     if not any(keyword in file for keyword in _PIXEL_KEYWORDS[:3]):
-        raise InputError(f"{name}: a DICOM file without pixel data, or no image at all. Use one with an image.")
+        raise InputError(
+            f"{name}: a DICOM file without pixel data, or no image at all. Use one with an image."
+        )
     if "TransferSyntaxUID" not in file.file_meta:  # a file of old, without a header: as it was parsed
         implicit, little = file.original_encoding
         plain = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
@@ -108,15 +112,16 @@ def _read(data: bytes, name: str) -> pydicom.Dataset:
     except NotImplementedError:
         available = False
     if not available:
+        compression = syntax.name if syntax.is_transfer_syntax else "unknown"
         raise InputError(
-            f"{name}: no decoder is installed for its compression ({syntax.name if syntax.is_transfer_syntax else 'unknown'}). "
+            f"{name}: no decoder is installed for its compression ({compression}). "
             "Install normtune[dicom], or decompress the file."
         )
     return file
 
 
 class _Settings:
-    """How one frame's values are shown: its own functional groups first, then the shared ones, then the file."""
+    """How one frame's values are shown: its own functional groups, then the shared ones, then the file."""
 
     def __init__(self, file: pydicom.Dataset, index: int) -> None:
         self._file = file
@@ -164,11 +169,9 @@ def _look_up(values: NDArray[np.floating], entries: NDArray[np.integer], first: 
     return entries[index].astype(np.float64)
 
 
-def _grey(
-    pixels: NDArray[np.generic], settings: _Settings, window: Window | None
-) -> NDArray[np.floating]:
+def _grey(pixels: NDArray[np.generic], settings: _Settings, window: Window | None) -> NDArray[np.floating]:
     """Stored grey values, shape [rows, columns] -> [0, 1], dark to bright for MONOCHROME2."""
-    values = pixels.astype(np.float64)
+    values: NDArray[np.floating] = pixels.astype(np.float64)
     modality = settings.table("ModalityLUTSequence")
     if modality is not None:
         values = _look_up(values, modality[0], modality[1])
@@ -189,7 +192,9 @@ def _grey(
         if width >= 1 or (width > 0 and function != "LINEAR"):
             return window_values(values, (centre, width), function)
     padding = settings.number("", "PixelPaddingValue")
-    return full_range(np.where(pixels == padding, np.nan, values)) if padding is not None else full_range(values)
+    return (
+        full_range(np.where(pixels == padding, np.nan, values)) if padding is not None else full_range(values)
+    )
 
 
 def _eight_bits(pixels: NDArray[np.generic], bits: int) -> NDArray[np.uint8]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from normtune.data.pixels import MAX_PIXELS, Window, check_size, full_range, gre
 from normtune.errors import InputError
 
 # Formats that only decode pixels: Pillow would run Ghostscript for EPS and follow links in others.
-_FORMATS = ("PNG", "JPEG", "MPO", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")
+_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")
 _DICOM_ENDINGS = (".dcm", ".dicom", ".ima", "")
 
 
@@ -40,6 +41,8 @@ def open_image(
     Raises:
         InputError: the file is missing, damaged, of an unknown kind or too large, or has no such frame.
     """
+    # Sizes are checked below, with an error of one line instead of Pillow's warning.
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     if isinstance(source, bytes):
         name, data = name or "image", source
     else:
@@ -109,7 +112,7 @@ def _open_picture(data: bytes, name: str, frame: int | None, window: Window | No
             f"{name}: not an image that can be read. Known are PNG, JPEG, TIFF, BMP, GIF, WebP, JPEG 2000, "
             "PPM and DICOM."
         ) from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except Image.DecompressionBombError as error:
         raise InputError(
             f"{name}: the image has more than the {MAX_PIXELS:,} pixels that are read. Make it smaller."
         ) from error

@@ -106,7 +106,9 @@ def _filled(cells: dict[str, Any], field: str) -> str:
     """The text of a field that must have one."""
     if field not in cells:
         hint = did_you_mean(field, [key for key in cells if key not in _FIELDS])
-        raise _Fault(f"field '{field}' is missing{hint and hint.replace('did you mean', 'is it')}", f"Add '{field}'.")
+        raise _Fault(
+            f"field '{field}' is missing{hint and hint.replace('did you mean', 'is it')}", f"Add '{field}'."
+        )
     try:
         text, _ = text_of(cells[field])
     except InputError as error:
@@ -162,6 +164,8 @@ def _missing(reading: Reading, folder: Path) -> list[Problem]:
 
 
 def _told(faults: list[Problem]) -> str:
-    shown = " ".join(f"{fault.file}, line {fault.row}: {fault.what}. {fault.mend}" for fault in faults[:_SHOWN])
+    shown = " ".join(
+        f"{fault.file}, line {fault.row}: {fault.what}. {fault.mend}" for fault in faults[:_SHOWN]
+    )
     more = f" And {len(faults) - _SHOWN} more bad rows." if len(faults) > _SHOWN else ""
     return shown + more

@@ -1,4 +1,4 @@
-"""Parquet as the Hugging Face hub keeps datasets: image, question and answer columns, images inside the file."""
+"""Parquet as the Hugging Face hub keeps datasets: image, question and answer columns, images inside."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ def read(root: Path, *, name: str = "parquet", licence: str = "unknown") -> Data
     """Read a parquet file, all parquet files below a folder, or those of a hub dataset called `owner/name`.
 
     Columns: image ({bytes, path} as on the hub, bytes, or a path relative to the file), question, answer;
-    optional id or qid, kind or answer_type (open/closed; without it yes/no answers are closed), split. Without
-    a split column the file's name decides (train-00000-of-00001.parquet), then its folder's, then train.
+    optional id or qid, kind or answer_type (open/closed; without it yes/no answers are closed), split.
+    Without a split column the file's name decides (train-00000-of-00001.parquet), then its folder's, then
+    train.
 
     The key of an image inside the file is the SHA-1 of its bytes, so that equal images are one image. Images
     are read again from the file when they are opened; see `ParquetImages`.
@@ -62,7 +63,9 @@ class ParquetImages:
         self.memory_bytes = memory_bytes
         self._folder = ImageFolder(base)
         self._places: dict[str, _Place] = {}
-        self._members: dict[tuple[Path, int], list[tuple[int, str]]] = {}  # row group -> (row, key) it is read for
+        self._members: dict[
+            tuple[Path, int], list[tuple[int, str]]
+        ] = {}  # row group -> (row, key) it is read for
         self._kept: OrderedDict[str, bytes] = OrderedDict()
         self._held = 0
 
@@ -78,7 +81,7 @@ class ParquetImages:
             self._members.setdefault(place[:2], []).append((place[2], key))
         return key
 
-    def __contains__(self, key: str) -> bool:
+    def __contains__(self, key: object) -> bool:
         return key in self._places
 
     def __call__(self, key: str) -> Image.Image:
@@ -126,7 +129,9 @@ def _files(root: Path) -> tuple[Path, list[Path]]:
 def _from_hub(root: Path) -> Path:
     hub_name = root.as_posix()
     if not _HUB_NAME.fullmatch(hub_name):
-        raise InputError(f"{root} is missing. Give --root a parquet file, a folder, or a hub name owner/name.")
+        raise InputError(
+            f"{root} is missing. Give --root a parquet file, a folder, or a hub name owner/name."
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -145,7 +150,8 @@ def _read_file(reading: Reading, images: ParquetImages, file: Path, shown_as: st
             lacking = [column for column in _NEEDED if column not in names]
             if lacking:
                 raise InputError(
-                    f"{file} has no column {', '.join(lacking)}; its columns are {', '.join(names)}. Rename them."
+                    f"{file} has no column {', '.join(lacking)}; its columns are {', '.join(names)}. "
+                    "Rename them."
                 )
             wanted = [column for column in (*_NEEDED, *_IDS, *_KINDS, *_META, "split") if column in names]
             row = 0

@@ -27,7 +27,9 @@ def check_size(width: int, height: int, name: str) -> None:
         raise InputError(f"{name}: the image has no pixels. Replace the file.")
 
 
-def window_values(values: NDArray[np.floating], window: Window, function: str = "LINEAR") -> NDArray[np.floating]:
+def window_values(
+    values: NDArray[np.floating], window: Window, function: str = "LINEAR"
+) -> NDArray[np.floating]:
     """Values -> [0, 1] through a VOI window of (centre, width).
 
     Source: DICOM PS3.3 C.11.2.1.2 (LINEAR, the default), C.11.2.1.3 (SIGMOID and LINEAR_EXACT).

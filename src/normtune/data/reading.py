@@ -24,7 +24,7 @@ class Reading:
         self.places: dict[str, tuple[str, str]] = {}  # id -> (file, row)
 
     def row(self, file: str, row: str, id: str = "") -> Row:
-        """A new row; `row` is its number or name in the file, and gives the id `<dataset>-<row>` without `id`."""
+        """A new row; `row` is its number or name in the file, and makes the id where there is none."""
         return Row(self, file, row, id or f"{self.name}-{row}".replace(" ", "-"))
 
     def check_images(self, folder: Path, shown_as: str = "", inside: Container[str] = ()) -> None:
@@ -35,7 +35,7 @@ class Reading:
         """
         names = {name for example in self.examples for name in example.images}
         missing = missing_images(folder, (name for name in names if name not in inside))
-        kept = []
+        kept: list[Example] = []
         rows: dict[str, int] = {}
         for example in self.examples:
             gone = [name for name in example.images if name in missing]
@@ -130,7 +130,7 @@ class Row:
 
 
 def missing_images(folder: Path, names: Iterable[str]) -> set[str]:
-    """Those of `names` (paths below `folder`, or absolute) that are no files: each directory is listed once."""
+    """Those of `names` (below `folder`, or absolute) that are no files: each directory is listed once."""
     listings: dict[str, set[str]] = {}
     missing = set()
     for name in set(names):

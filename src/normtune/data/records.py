@@ -22,7 +22,9 @@ class Example:
     answer: str
     kind: Kind  # "closed" as the dataset labels it; readers say in their docstring what that means
     split: str
-    meta: dict[str, str] = field(default_factory=dict, hash=False, compare=False)  # modality, organ, language, ...
+    meta: dict[str, str] = field(
+        default_factory=dict, hash=False, compare=False
+    )  # modality, organ, language, ...
 
 
 @dataclass(frozen=True)

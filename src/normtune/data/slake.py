@@ -38,8 +38,8 @@ def read(root: Path, *, language: Literal["en", "zh", "all"] = "en") -> Dataset:
     present = {split: file for split, file in _FILES.items() if (root / file).is_file()}
     if not present:
         raise InputError(
-            f"{root} holds none of {', '.join(_FILES.values())}: not SLAKE's folder. Point --root at the folder "
-            "that holds these and imgs/."
+            f"{root} holds none of {', '.join(_FILES.values())}: not SLAKE's folder. "
+            "Point --root at the folder that holds these and imgs/."
         )
     if not (root / _IMAGES).is_dir():
         raise InputError(f"{root} has no image folder '{_IMAGES}'. Unpack SLAKE's imgs.zip there.")

@@ -80,8 +80,8 @@ def image_disjoint(
     """The dataset with new splits train, validate and test, none of which shares an image with another.
 
     Every image goes to one split with all its examples, in `fractions` of the number of images. Which one
-    depends on the seed and the image's key alone, not on the order of the rows. Images of one study stay
-    together, and so do the keys of each item of `same` (see `same_pixels`).
+    depends on the seed and the images' keys, not on the order of the rows. Images of one study stay together,
+    and so do the keys of each item of `same` (see `same_pixels`).
 
     Raises:
         InputError: the fractions are negative or do not add up to 1.
@@ -96,9 +96,15 @@ def image_disjoint(
         head: SPLITS[0] if index < train else SPLITS[1] if index < learn else SPLITS[2]
         for index, head in enumerate(heads)
     }
+
+    def moved(example: Example) -> Example:
+        head = clusters.get(example.images[0]) if example.images else None
+        return replace(example, split=split[head]) if head else example
+
     return replace(
         dataset,
-        examples=[replace(e, split=split[clusters[e.images[0]]]) for e in dataset.examples],
+        examples=[moved(example) for example in dataset.examples],
+        left_out=[moved(example) for example in dataset.left_out],
     )
 
 
@@ -121,7 +127,11 @@ def _rank(split: str) -> int:
 
 
 def _row_key(example: Example) -> tuple[object, ...]:
-    return example.images, " ".join(example.question.lower().split()), " ".join(example.answer.lower().split())
+    return (
+        example.images,
+        " ".join(example.question.lower().split()),
+        " ".join(example.answer.lower().split()),
+    )
 
 
 def _clusters(groups: Iterable[Sequence[str]]) -> dict[str, str]:

@@ -19,24 +19,27 @@ def survey(dataset: Dataset) -> dict[str, Any]:
     """Counts of a dataset, ready for JSON.
 
     Returns:
-        `dataset`, `licence`; `parts`: split (with language where there are several) -> `rows` (as in the
-        file), `usable`, `images`, `open`, `closed`, `report`, `yes_no`, `questions_per_image` {`mean`,
-        `median`, `max`}, `longest_question_words`, `longest_answer_words`, `modalities`, `organs` (name ->
-        rows, most frequent first); `problems`: `count`, `by_kind` (what -> number) and the first 20 as
-        `first` [{`file`, `row`, `what`, `mend`}]; `leaks`: [{`what`, `part`, `other`, `shared`, `total`,
-        `text`}].
+        `dataset`, `licence`; `parts`: split (with language where there are several) -> `rows`, `open`,
+        `closed`, `report` and `yes_no` (of all rows of the file, as published counts are), `usable`; of the
+        usable rows `images`, `questions_per_image` {`mean`, `median`, `max`}, `longest_question_words`,
+        `longest_answer_words`, `modalities`, `organs` (name -> rows, most frequent first); `problems`:
+        `count`, `by_kind` (what -> number) and the first 20 as `first` [{`file`, `row`, `what`, `mend`}];
+        `leaks`: [{`what`, `part`, `other`, `shared`, `total`, `text`}].
     """
     name = part_of(dataset)
-    left_out = Counter(name(example) for example in dataset.left_out)
+    left_out: dict[str, list[Example]] = {}
+    for example in dataset.left_out:
+        left_out.setdefault(name(example), []).append(example)
     return {
         "dataset": dataset.name,
         "licence": dataset.licence,
-        "parts": {part: _counts(examples, left_out[part]) for part, examples in parts(dataset).items()},
+        "parts": {part: _counts(usable, left_out.get(part, [])) for part, usable in parts(dataset).items()},
         "problems": {
             "count": len(dataset.problems),
             "by_kind": dict(Counter(problem.what for problem in dataset.problems).most_common()),
             "first": [
-                {"file": p.file, "row": p.row, "what": p.what, "mend": p.mend} for p in dataset.problems[:_FIRST]
+                {"file": p.file, "row": p.row, "what": p.what, "mend": p.mend}
+                for p in dataset.problems[:_FIRST]
             ],
         },
         "leaks": [
@@ -84,17 +87,18 @@ def survey_text(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _counts(examples: Sequence[Example], left_out: int) -> dict[str, Any]:
-    kinds = Counter(example.kind for example in examples)
+def _counts(examples: Sequence[Example], left_out: Sequence[Example]) -> dict[str, Any]:
+    rows = [*examples, *left_out]
+    kinds = Counter(example.kind for example in rows)
     per_image = Counter(example.images for example in examples).values()
     return {
-        "rows": len(examples) + left_out,
+        "rows": len(rows),
         "usable": len(examples),
         "images": len({key for example in examples for key in example.images}),
         "open": kinds["open"],
         "closed": kinds["closed"],
         "report": kinds["report"],
-        "yes_no": sum(is_yes_no(example.answer) for example in examples),
+        "yes_no": sum(is_yes_no(example.answer) for example in rows),
         "questions_per_image": {
             "mean": round(mean(per_image), 2),
             "median": median(per_image),

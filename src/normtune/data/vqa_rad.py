@@ -16,7 +16,9 @@ _PUBLIC = "VQA_RAD Dataset Public.json"
 _PAIR = {"train": "trainset.json", "test": "testset.json"}
 _IMAGE_FOLDERS = ("VQA_RAD Image Folder", "images")
 _TRAIN_PHRASES, _TEST_PHRASES = ("freeform", "para"), ("test_freeform", "test_para")
-_QUESTION_TYPES = frozenset("ABN ATTRIB COLOR COUNT MODALITY ORGAN OTHER PLANE POS PRES SIZE".split())
+_QUESTION_TYPES = frozenset(
+    ["ABN", "ATTRIB", "COLOR", "COUNT", "MODALITY", "ORGAN", "OTHER", "PLANE", "POS", "PRES", "SIZE"]
+)
 _ORGANS = {"ABD": "abdomen", "CHEST": "chest", "HEAD": "head"}
 
 
@@ -25,8 +27,9 @@ def read(root: Path) -> Dataset:
 
     In the release's one file the rows of phrase_type test_freeform and test_para (451 in the official file)
     are the test split and all others are training rows; in the other layout the file decides. `kind` is the
-    file's answer_type: CLOSED is wider than yes/no. `meta` holds organ, question_type and phrase_type. Ids are
-    `vqa-rad-<qid>`, numbered where a qid is used again. Rephrased and framed questions are not read as rows.
+    file's answer_type: CLOSED is wider than yes/no. `meta` holds organ, question_type and phrase_type. Ids
+    are `vqa-rad-<qid>`, numbered where a qid is used again. Rephrased and framed questions are not read as
+    rows.
 
     Rows without an answer (also "NULL") or image are left out and listed; repeated rows are kept and listed.
 

@@ -1,0 +1,153 @@
+"""Model families by the `model_type` of a checkpoint's config: `load` for work, `skeleton` for counting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from normtune.errors import InputError, did_you_mean
+from normtune.files import read_json
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from normtune.models.family import Family
+
+# model_type -> (module, class) of the family that loads it
+_FAMILIES = {"miss": ("normtune.models.miss.family", "MissFamily")}
+BUILT_IN = ("nano",)  # checkpoints that come with the package
+_SHAPES = "shapes"  # folder of configs of well-known models, for counting without their files
+
+
+def load(model: str, *, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu") -> Family:
+    """Load a base: 'nano', a local directory, or a name of the hub.
+
+    Raises:
+        InputError: there is no such model, or no family for its kind.
+    """
+    import torch
+
+    source = _source(model)
+    model_type = _model_type(source)
+    if model_type not in _FAMILIES:
+        raise InputError(
+            f"model {model} is of type '{model_type}', which no family loads. "
+            f"Families: {', '.join(_FAMILIES)}. (normtune inspect can count it all the same.)"
+        )
+    module, name = _FAMILIES[model_type]
+    family: type[Family] = getattr(import_module(module), name)
+    wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    with _quiet_for_local_files(source):
+        return _told(model, lambda: family.load(source, wanted, device))
+
+
+def skeleton(model: str) -> nn.Module:
+    """The model's modules on the meta device, made from its config alone: no weights are read.
+
+    `model` may also be the name of a shape: see `shapes()`.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    import torch
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForVisualQuestionAnswering,
+    )
+
+    from normtune.models.miss.model import register
+
+    register()
+    shape = files("normtune.models").joinpath(_SHAPES, f"{model}.json")
+    if model in shapes():
+        values = read_json(Path(str(shape)))
+        config = AutoConfig.for_model(**values)
+    else:
+        config = _told(model, lambda: AutoConfig.from_pretrained(_source(model)))
+    for auto in (AutoModelForImageTextToText, AutoModelForVisualQuestionAnswering, AutoModelForCausalLM):
+        if type(config) in auto._model_mapping:
+            with torch.device("meta"):
+                return auto.from_config(config)
+    raise InputError(f"model {model} of type '{config.model_type}' is no vision-language model known here.")
+
+
+def shapes() -> list[str]:
+    """Names of well-known models whose config comes with the package, for `inspect`."""
+    folder = files("normtune.models").joinpath(_SHAPES)
+    return sorted(
+        entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json")
+    )
+
+
+def _source(model: str) -> str:
+    """What transformers loads `model` from."""
+    if model in BUILT_IN:
+        return str(files("normtune.models").joinpath(model))
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            hint = "an adapter: give it as --adapter" if (path / "adapter.json").is_file() else "no model"
+            raise InputError(f"{model} holds no config.json: it is {hint}. Point at a model's directory.")
+        return model
+    if path.exists():
+        raise InputError(f"{model} is a file. Point at the directory that holds the model's config.json.")
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        known = did_you_mean(model, (*BUILT_IN, *shapes()))
+        raise InputError(
+            f"no model '{model}'{known}. Give a local directory, a hub name owner/name, or 'nano'."
+        )
+    return model
+
+
+def _model_type(source: str) -> str:
+    """The `model_type` of a checkpoint's config, whether or not transformers knows it."""
+    from huggingface_hub import hf_hub_download
+
+    config = Path(source) / "config.json"
+    if not config.is_file():
+        config = Path(_told(source, lambda: hf_hub_download(source, "config.json")))
+    return str(read_json(config).get("model_type"))
+
+
+@contextmanager
+def _quiet_for_local_files(source: str) -> Iterator[None]:
+    """Transformers draws a bar and warns of types it does not know at every load; only a download needs them."""
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from transformers.utils import logging
+
+    if not Path(source).is_dir():
+        yield
+        return
+    level, bars, hub_bars = (
+        logging.get_verbosity(),
+        logging.is_progress_bar_enabled(),
+        not are_progress_bars_disabled(),
+    )
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars and hub_bars:
+            logging.enable_progress_bar()
+
+
+def _told(model: str, read: Callable[[], Any]) -> Any:
+    """`read()`, its many kinds of failure turned into one error."""
+    try:
+        return read()
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"cannot load model {model}: {reason} Check the name, or point at a whole local directory."
+        ) from error

@@ -1,4 +1,4 @@
-"""Procedural radiology-like images with known answers: the embedded default data and the tests' ground truth."""
+"""Drawn radiology-like images with known answers: the embedded default data and the tests' ground truth."""
 
 from __future__ import annotations
 

@@ -81,11 +81,17 @@ def draw_coronal(canvas: Canvas, scene: Scene) -> None:
             canvas.paint(canvas.ellipse(cx, cy, 0.125, 0.21, tilt), tissue["kidney"])
             canvas.paint(canvas.ellipse(cx - sign(side) * 0.06, cy, 0.045, 0.09, tilt), tissue["fat"])
     swollen = scene.finding("splenomegaly") is not None
-    spleen = canvas.ellipse(0.55, -0.02 if swollen else -0.16, 0.17 if swollen else 0.12, 0.36 if swollen else 0.17, -8)
+    spleen = canvas.ellipse(
+        0.55, -0.02 if swollen else -0.16, 0.17 if swollen else 0.12, 0.36 if swollen else 0.17, -8
+    )
     canvas.paint(spleen * cavity, tissue["spleen"] + canvas.texture(20, 0.015))
     canvas.paint(canvas.ellipse(0.27, -0.18, 0.13, 0.15), tissue["stomach"])
     liver = canvas.ellipse(-0.38, -0.16, 0.36, 0.30 * canvas.jitter(0.06), 14)
-    liver = np.maximum(liver, canvas.ellipse(-0.05, -0.24, 0.25, 0.14, 8)) * cavity * canvas.edge(canvas.y - floor, 0.02)
+    liver = (
+        np.maximum(liver, canvas.ellipse(-0.05, -0.24, 0.25, 0.14, 8))
+        * cavity
+        * canvas.edge(canvas.y - floor, 0.02)
+    )
     canvas.paint(liver, tissue["liver"] + canvas.texture(20, 0.02))
     for finding in scene.findings:
         _lesion(canvas, finding, scene.look, (-0.40, -0.14), kidneys)
@@ -125,7 +131,9 @@ def _lesion(
     cx, cy = kidneys[finding.side]
     if finding.kind == "cyst":
         radius = 0.105 * canvas.jitter(0.1)
-        canvas.paint(canvas.ellipse(cx + sign(finding.side) * 0.10, cy + 0.05, radius, radius), tissue["fluid"])
+        canvas.paint(
+            canvas.ellipse(cx + sign(finding.side) * 0.10, cy + 0.05, radius, radius), tissue["fluid"]
+        )
     else:
         assert finding.kind == "stone", finding
         canvas.paint(canvas.ellipse(cx - sign(finding.side) * 0.06, cy, 0.055, 0.05), tissue["stone"])

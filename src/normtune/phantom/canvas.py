@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-Plane2D = NDArray[np.float32]  # [size, size]
+Plane2D = NDArray[np.floating]  # [size, size]
 
 
 class Canvas:

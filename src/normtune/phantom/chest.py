@@ -25,12 +25,16 @@ def draw_radiograph(canvas: Canvas, scene: Scene) -> None:
     canvas.paint(trunk * shoulders, 0.56 + canvas.texture(6, 0.02))
     canvas.paint(canvas.edge(0.17 - ax, 0.06) * canvas.edge(-0.6 - canvas.y, 0.2), 0.62)
 
-    dome = {side: 0.42 + canvas.offset(0.04) + (0.05 if side == "left" else 0.0) for side in ("left", "right")}
+    dome = {
+        side: 0.42 + canvas.offset(0.04) + (0.05 if side == "left" else 0.0) for side in ("left", "right")
+    }
     lungs: dict[str, Plane2D] = {}
     for side, floor in dome.items():
         cx = sign(side) * 0.43 * wide
         diaphragm = floor + 0.9 * (canvas.x - 0.9 * cx) ** 2 - canvas.y
-        lungs[side] = canvas.ellipse(cx, -0.08, 0.335 * wide, 0.68 * tall, soft=0.05) * canvas.edge(diaphragm, 0.03)
+        lungs[side] = canvas.ellipse(cx, -0.08, 0.335 * wide, 0.68 * tall, soft=0.05) * canvas.edge(
+            diaphragm, 0.03
+        )
     both = np.maximum(lungs["left"], lungs["right"])
     canvas.paint(both, 0.17 + canvas.texture(18, 0.022) + canvas.texture(7, 0.018))
     canvas.paint(canvas.edge(canvas.y - 0.45, 0.3) * trunk * (1 - both) * 0.7, 0.66)
@@ -82,11 +86,17 @@ def _clavicles(canvas: Canvas, fracture: Finding | None) -> None:
 
 def _device(canvas: Canvas, device: str) -> None:
     if device == "pacemaker":
-        box = canvas.edge(0.11 - np.abs(canvas.x - 0.60), 0.02) * canvas.edge(0.085 - np.abs(canvas.y + 0.40), 0.02)
+        box = canvas.edge(0.11 - np.abs(canvas.x - 0.60), 0.02) * canvas.edge(
+            0.085 - np.abs(canvas.y + 0.40), 0.02
+        )
         canvas.paint(box, 1.0)
-        lead = canvas.band(canvas.y + 0.36 - 1.5 * (0.5 - canvas.x) * np.maximum(canvas.x, 0.1) - 0.2 * canvas.x, 0.02)
+        lead = canvas.band(
+            canvas.y + 0.36 - 1.5 * (0.5 - canvas.x) * np.maximum(canvas.x, 0.1) - 0.2 * canvas.x, 0.02
+        )
         canvas.paint(lead * canvas.edge(0.52 - canvas.x, 0.02) * canvas.edge(canvas.x - 0.12, 0.02), 0.98)
-        canvas.paint(canvas.band(canvas.x - 0.14, 0.025) * canvas.edge(0.16 - np.abs(canvas.y - 0.08), 0.02), 0.98)
+        canvas.paint(
+            canvas.band(canvas.x - 0.14, 0.025) * canvas.edge(0.16 - np.abs(canvas.y - 0.08), 0.02), 0.98
+        )
     elif device == "catheter":
         path = canvas.x + 0.16 + 0.22 * np.minimum(canvas.y + 0.35, 0) ** 2
         canvas.paint(canvas.band(path, 0.035) * canvas.edge(0.10 - canvas.y, 0.02), 0.98)
@@ -117,7 +127,9 @@ def _lung_opacities(canvas: Canvas, finding: Finding, lung: Plane2D, value: floa
     """Nodules, a mass or a patch of pneumonia within a lung that stands upright in the image."""
     s = sign(finding.side)
     if finding.kind == "nodule":
-        zones = [finding.zone] if finding.zone else list(canvas.rng.permutation(list(_ZONE_Y)))[: finding.count]
+        zones = (
+            [finding.zone] if finding.zone else list(canvas.rng.permutation(list(_ZONE_Y)))[: finding.count]
+        )
         for zone in zones:
             radius = 0.075 * canvas.jitter(0.15)
             cx, cy = s * (0.46 + canvas.offset(0.09)), _ZONE_Y[zone] + canvas.offset(0.05)
@@ -134,7 +146,7 @@ def _lung_opacities(canvas: Canvas, finding: Finding, lung: Plane2D, value: floa
 
 
 def draw_coronal(canvas: Canvas, scene: Scene) -> None:
-    """A coronal CT section: as the radiograph, but sharp, with no ribs across the lungs and the liver below."""
+    """A coronal CT section: as the radiograph, but sharp, no ribs across the lungs and the liver below."""
     tissue = TISSUE["ct"]
     ax = np.abs(canvas.x)
     wide = canvas.jitter(0.05)
@@ -143,7 +155,9 @@ def draw_coronal(canvas: Canvas, scene: Scene) -> None:
     canvas.paint(body, tissue["fat"])
     canvas.paint(body * canvas.edge(0.80 * wide - ax, 0.03), tissue["muscle"] + canvas.texture(14, 0.02))
     ring = canvas.band(ax - 0.73 * wide, 0.06)
-    canvas.paint(ring * canvas.edge(np.cos(canvas.y * 34) * 0.03, 0.02) * body * (canvas.y < 0.6), tissue["marrow"])
+    canvas.paint(
+        ring * canvas.edge(np.cos(canvas.y * 34) * 0.03, 0.02) * body * (canvas.y < 0.6), tissue["marrow"]
+    )
     dome = {"left": 0.45, "right": 0.38}
     lungs = {}
     for side in ("left", "right"):
@@ -195,7 +209,10 @@ def draw_axial(canvas: Canvas, scene: Scene) -> None:
         s, lung = sign(finding.side), lungs[finding.side]
         if finding.kind == "effusion":
             level = 0.24 if finding.size == "small" else 0.0
-            canvas.paint(lung * canvas.edge(canvas.y - level + 0.2 * (s * canvas.x - 0.4), 0.02), tissue["pleural fluid"])
+            canvas.paint(
+                lung * canvas.edge(canvas.y - level + 0.2 * (s * canvas.x - 0.4), 0.02),
+                tissue["pleural fluid"],
+            )
         elif finding.kind == "pneumothorax":
             depth = 0.14 if finding.size == "small" else 0.36
             left_over = canvas.edge(canvas.y + 0.47 - depth - 0.8 * (canvas.x - s * 0.42) ** 2, 0.02)
@@ -208,9 +225,13 @@ def draw_axial(canvas: Canvas, scene: Scene) -> None:
                 canvas.paint(canvas.ellipse(*centre, 0.075, 0.075), 0.78)
         elif finding.kind == "mass":
             radius = 0.17 * canvas.jitter(0.1)
-            canvas.paint(canvas.ellipse(s * 0.46, canvas.offset(0.2), radius, radius * canvas.jitter(0.1)), 0.62)
+            canvas.paint(
+                canvas.ellipse(s * 0.46, canvas.offset(0.2), radius, radius * canvas.jitter(0.1)), 0.62
+            )
         else:
-            patch = canvas.ellipse(s * 0.46, canvas.offset(0.2), 0.25, 0.22, canvas.offset(40), soft=0.14) * lung
+            patch = (
+                canvas.ellipse(s * 0.46, canvas.offset(0.2), 0.25, 0.22, canvas.offset(40), soft=0.14) * lung
+            )
             canvas.paint(np.clip(patch * (0.7 + canvas.texture(18, 0.3)), 0, 1), 0.55)
 
 

@@ -14,7 +14,7 @@ from normtune.phantom.questions import questions
 from normtune.phantom.reports import report
 from normtune.phantom.scene import check_hospital, sample_scene
 
-SPLIT_SIZES: Mapping[str, int] = {"train": 300, "validation": 60, "test": 120}
+SPLIT_SIZES: Mapping[str, int] = {"train": 300, "validate": 60, "test": 120}
 LARGEST_SIZE = 480
 _PER_SPLIT = 10_000_000  # scene seeds kept for one split of one dataset seed
 
@@ -45,14 +45,14 @@ def dataset(
     if task not in ("vqa", "report", "all"):
         raise InputError(f"phantom task '{task}' is unknown. Choose vqa, report or all.")
     if isinstance(images, int):
-        images = {"train": images, "validation": max(1, images // 5), "test": max(1, images // 5)}
+        images = {"train": images, "validate": max(1, images // 5), "test": max(1, images // 5)}
     counts = dict(SPLIT_SIZES if images is None else images)
     scenes: dict[str, int] = {}  # image key -> scene seed
     examples: list[Example] = []
     for split, count in counts.items():
         if split not in SPLIT_SIZES or not 0 <= count < _PER_SPLIT:
             raise InputError(
-                f"phantom images: '{split}: {count}' is not possible. Splits are train, validation and test."
+                f"phantom images: '{split}: {count}' is not possible. Splits are train, validate and test."
             )
         for number in range(count):
             key = f"{name}-{len(scenes):06d}"
@@ -61,7 +61,9 @@ def dataset(
 
     def open_image(key: str) -> Image.Image:
         if key not in scenes:
-            raise InputError(f"the phantom dataset holds no image '{key}'. Keys run to {name}-{len(scenes) - 1:06d}.")
+            raise InputError(
+                f"the phantom dataset holds no image '{key}'. Keys run to {name}-{len(scenes) - 1:06d}."
+            )
         return Image.fromarray(render(sample_scene(scenes[key], name), name, size)).convert("RGB")
 
     return Dataset(f"phantom-{name}", examples, open_image, licence="Apache-2.0 (synthetic)")

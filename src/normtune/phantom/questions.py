@@ -1,7 +1,7 @@
-"""Questions with known answers about a scene, in the style of SLAKE (Liu et al. 2021) and VQA-RAD (Lau et al. 2018).
+"""Questions with known answers about a scene, in the style of SLAKE (Liu 2021) and VQA-RAD (Lau 2018).
 
-Yes/no questions are drawn so that each wording is answered "yes" about as often as "no" within its view:
-what is asked about without being there is drawn with the frequency of what is asked about and is there.
+Yes/no questions are drawn so that each family that both hospitals ask is answered "yes" about as often as
+"no": what is asked about without being there is drawn with the frequency of what is there.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from normtune.phantom.wording import NUMBER_WORDS, finding_term, location_term
 
 
 def report(scene: Scene, hospital: Hospital) -> str:
-    """Two to five sentences of which every one is true of the scene; a function of scene and hospital alone."""
+    """Two to five sentences, all true of the scene; a function of scene and hospital alone."""
     rng = random.Random(f"report-{hospital}-{scene.seed}")
     return _report_a(scene, rng) if hospital == "a" else _report_b(scene, rng)
 
@@ -31,7 +31,11 @@ def _report_a(scene: Scene, rng: random.Random) -> str:
 def _opening(scene: Scene, rng: random.Random) -> str:
     if scene.modality == "x-ray":
         return rng.choice(("Chest x-ray, frontal view.", "Frontal radiograph of the thorax."))
-    part = {"head": ("head", "skull"), "chest": ("chest", "thorax"), "abdomen": ("abdomen", "abdominal cavity")}
+    part = {
+        "head": ("head", "skull"),
+        "chest": ("chest", "thorax"),
+        "abdomen": ("abdomen", "abdominal cavity"),
+    }
     where = rng.choice(part[scene.region])
     if scene.modality == "ct":
         return f"{rng.choice(('Computed tomography', 'CT'))} of the {where}, {scene.plane} section."
@@ -51,7 +55,10 @@ def _sentence(finding: Finding, scene: Scene, rng: random.Random) -> str:
         "mass": (f"There is a mass in the {where}.", f"A large mass is seen in the {where}."),
         "pneumonia": (f"Patchy consolidation is seen in the {where}.",),
         "effusion": (f"{finding.size.capitalize()} amount of pleural fluid on {side}.",),
-        "pneumothorax": (f"Air surrounds the collapsed lung on {side}.", f"{finding.size.capitalize()} pneumothorax on {side}."),
+        "pneumothorax": (
+            f"Air surrounds the collapsed lung on {side}.",
+            f"{finding.size.capitalize()} pneumothorax on {side}.",
+        ),
         "cardiomegaly": ("The heart is enlarged.", "Enlarged heart shadow."),
         "fracture": (f"The {where} is broken.", f"There is a broken collarbone on {side}."),
         "hemorrhage": (f"There is bleeding in the {where}.",),

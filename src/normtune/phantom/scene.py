@@ -1,4 +1,4 @@
-"""What a phantom shows: a `Scene` is sampled from a seed, and every answer about its image follows from it."""
+"""What a phantom shows: a `Scene` is sampled from a seed, and all answers about its image follow from it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ Hospital = Literal["a", "b"]
 Region = Literal["chest", "abdomen", "head"]
 Modality = Literal["x-ray", "ct", "mri"]
 Plane = Literal["frontal", "axial", "coronal", "sagittal"]
+Weighting = Literal["", "t1", "t2"]
+Device = Literal["", "pacemaker", "catheter"]
 Side = Literal["", "left", "right"]  # the patient's; the patient's right is at the left of the image
 
 # The organs that a view shows; what is not listed is not drawn.
 ORGANS: dict[tuple[Region, Plane], tuple[str, ...]] = {
     ("chest", "frontal"): ("lung", "heart"),
     ("chest", "axial"): ("lung", "heart"),
-    ("chest", "coronal"): ("lung", "heart", "liver"),
+    ("chest", "coronal"): ("lung", "heart", "liver", "stomach"),
     ("abdomen", "axial"): ("liver", "spleen", "kidney", "stomach"),
-    ("abdomen", "coronal"): ("lung", "liver", "spleen", "kidney"),
+    ("abdomen", "coronal"): ("lung", "liver", "spleen", "kidney", "stomach"),
     ("head", "axial"): ("brain",),
     ("head", "sagittal"): ("brain", "cerebellum"),
 }
@@ -45,12 +47,12 @@ class Scene:
     seed: int
     region: Region
     modality: Modality
-    weighting: Literal["", "t1", "t2"]
+    weighting: Weighting
     plane: Plane
     organs: tuple[str, ...]
     findings: tuple[Finding, ...]
     missing_kidney: Side = ""
-    device: Literal["", "pacemaker", "catheter"] = ""
+    device: Device = ""
 
     @property
     def look(self) -> str:
@@ -165,9 +167,11 @@ def sample_scene(seed: int, hospital: Hospital) -> Scene:
     """Draw a scene: about 30% normal, 45% with one finding, 25% with two of different kinds and sides."""
     rng = random.Random(f"scene-{hospital}-{seed}")
     region, modality, plane, _ = rng.choices(_VIEWS, [view[3][hospital] for view in _VIEWS])[0]
-    weighting = rng.choice(("t1", "t2")) if modality == "mri" else ""
+    weightings: tuple[Weighting, ...] = ("t1", "t2")
+    weighting: Weighting = rng.choice(weightings) if modality == "mri" else ""
     missing: Side = rng.choice(("left", "right")) if region == "abdomen" and rng.random() < 0.35 else ""
-    device = rng.choice(("pacemaker", "catheter")) if modality == "x-ray" and rng.random() < 0.4 else ""
+    devices: tuple[Device, ...] = ("pacemaker", "catheter")
+    device: Device = rng.choice(devices) if modality == "x-ray" and rng.random() < 0.4 else ""
     bare = Scene(seed, region, modality, weighting, plane, ORGANS[region, plane], (), missing, device)
     findings: list[Finding] = []
     for _ in range(rng.choices((0, 1, 2), (0.30, 0.45, 0.25))[0]):
@@ -183,12 +187,11 @@ def sample_scene(seed: int, hospital: Hospital) -> Scene:
 def _draw(kind: FindingKind, others: list[Finding], missing: Side, rng: random.Random) -> Finding:
     """Attributes for one finding: away from the side of the others, and not in a kidney that is missing."""
     organ = rng.choice(kind.organs)
-    sides: set[Side] = {"left", "right"} - {other.side for other in others}
-    if organ == "kidney":
-        sides -= {missing}
-    if organ == "kidney" and not sides:
-        sides = {"left", "right"} - {missing}
-    side: Side = rng.choice(sorted(sides)) if kind.sided and organ != "liver" else ""
+    both: tuple[Side, ...] = ("left", "right")
+    possible = [side for side in both if organ != "kidney" or side != missing]
+    taken = {other.side for other in others}
+    sides = [side for side in possible if side not in taken] or possible
+    side: Side = rng.choice(sides) if kind.sided and organ != "liver" else ""
     count = rng.choice((1, 2, 3)) if kind.counted else 1
     zone = ""
     if kind.zoned and count == 1:

@@ -104,7 +104,7 @@ NOUNS: dict[Hospital, dict[str, tuple[str, ...]]] = {
         "ct": ("image", "image", "picture", "ct scan", "computed tomography"),
         "mri": ("image", "image", "picture", "mri", "magnetic resonance image"),
     },
-    "b": {modality: ("scan", "study") for modality in ("x-ray", "ct", "mri")},
+    "b": dict.fromkeys(("x-ray", "ct", "mri"), ("scan", "study")),
 }
 
 # Family -> the hospital's paraphrases of its question.
@@ -120,7 +120,11 @@ TEMPLATES: dict[str, dict[Hospital, tuple[str, ...]]] = {
         "b": ("What kind of image was taken?", "Which imaging was used in this study?"),
     },
     "modality_is": {
-        "a": ("Is this {article} {modality}?", "Is this image taken via {modality}?", "Is this {article} {modality} scan?"),
+        "a": (
+            "Is this {article} {modality}?",
+            "Is this image taken via {modality}?",
+            "Is this {article} {modality} scan?",
+        ),
         "b": ("Was {modality} used to take this?", "Is the modality {modality}?"),
     },
     "weighting": {
@@ -160,7 +164,7 @@ TEMPLATES: dict[str, dict[Hospital, tuple[str, ...]]] = {
     },
     "plane_is": {
         "a": ("Is this a {plane}?", "Is this {noun} scanned in a {plane}?", "Is this taken in the {plane}?"),
-        "b": ("Is the section {plane}?", "Was a {plane} section taken?"),
+        "b": ("Is the section {plane}?", "Was this scanned in the {plane} plane?"),
     },
     "contains": {
         "a": (
@@ -204,7 +208,11 @@ TEMPLATES: dict[str, dict[Hospital, tuple[str, ...]]] = {
         "b": ("Does the patient look healthy?", "Was the study normal?"),
     },
     "healthy": {
-        "a": ("Is the {organ} healthy?", "Does the {organ} look normal?", "Is the {organ} normal in this {noun}?"),
+        "a": (
+            "Is the {organ} healthy?",
+            "Does the {organ} look normal?",
+            "Is the {organ} normal in this {noun}?",
+        ),
         "b": ("Does the {organ} appear healthy?",),
     },
     "unhealthy": {
@@ -228,7 +236,7 @@ TEMPLATES: dict[str, dict[Hospital, tuple[str, ...]]] = {
             "Which side is the {finding} on, left or right?",
             "Is the {finding} on the left or right?",
         ),
-        "b": ("Which side of the body shows the {finding}?", "On what side is the {finding} seen?"),
+        "b": ("Which side of the body has the {finding}?", "On what side is the {finding} seen?"),
     },
     "side_is": {
         "a": (
@@ -255,8 +263,12 @@ TEMPLATES: dict[str, dict[Hospital, tuple[str, ...]]] = {
         "b": ("What part is abnormal?", "Where is the disease?"),
     },
     "organ_abnormal": {
-        "a": ("Which organ is abnormal?", "What organ is involved?", "Which organ looks like it has the disease?"),
-        "b": ("Which organ shows the pathology?",),
+        "a": (
+            "Which organ is abnormal?",
+            "What organ is involved?",
+            "Which organ looks like it has the disease?",
+        ),
+        "b": ("Which organ has the pathology?",),
     },
     "count_nodules": {
         "a": (
@@ -302,7 +314,11 @@ TEMPLATES: dict[str, dict[Hospital, tuple[str, ...]]] = {
         "b": ("What device can be seen?",),
     },
     "device_is": {
-        "a": ("Is there a {device}?", "Does the patient have a {device}?", "Can a {device} be seen in the {noun}?"),
+        "a": (
+            "Is there a {device}?",
+            "Does the patient have a {device}?",
+            "Can a {device} be seen in the {noun}?",
+        ),
         "b": ("Is a {device} shown?",),
     },
     "function": {
@@ -314,7 +330,10 @@ TEMPLATES: dict[str, dict[Hospital, tuple[str, ...]]] = {
     },
     # A alone: rarer words in roles other than those that B gives them.
     "any_opacity": {"a": ("Is there any opacity or consolidation in the {side} lung?",), "b": ()},
-    "any_round": {"a": ("Are there round opacities in the lungs?", "Is a round opacity seen in the lungs?"), "b": ()},
+    "any_round": {
+        "a": ("Are there round opacities in the lungs?", "Is a round opacity seen in the lungs?"),
+        "b": (),
+    },
     "any_lesion": {
         "a": ("Is there any bleeding, swelling or stroke in the brain?", "Is a mass or swelling seen?"),
         "b": (),
@@ -323,7 +342,10 @@ TEMPLATES: dict[str, dict[Hospital, tuple[str, ...]]] = {
     "heart": {"a": ("Is the heart enlarged?", "Is the heart larger than normal?"), "b": ()},
     "spleen": {"a": ("Is the spleen enlarged?", "Is the spleen larger than normal?"), "b": ()},
     "ventricles": {"a": ("Are the ventricles enlarged?", "Are the ventricles larger than normal?"), "b": ()},
-    "clavicle": {"a": ("Is the collarbone broken?", "Is the clavicle intact, or is it a broken collarbone?"), "b": ()},
+    "clavicle": {
+        "a": ("Is the collarbone broken?", "Is the clavicle intact, or is it a broken collarbone?"),
+        "b": (),
+    },
     "collapse": {"a": ("Is the lung collapsed?", "Has a lung collapsed?"), "b": ()},
     "free": {"a": ("Is there free fluid in the abdomen?", "Is any free fluid seen?"), "b": ()},
 }

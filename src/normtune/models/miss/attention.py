@@ -1,4 +1,4 @@
-"""What every attention of MISS shares: heads, learned prefixes, and one image's keys for all its questions."""
+"""What every attention of MISS shares: heads, learned prefixes, one image's keys for all its questions."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def join_heads(states: Tensor) -> Tensor:
 def with_prefix(prefix: nn.Module | None, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int]:
     """Prepend a learned prefix to keys and values [batch, heads, length, head_dim]; also its length.
 
-    `prefix()` returns (key, value), each [heads, n, head_dim]; every query sees all of it (prefix-tuning, Li and
-    Liang 2021; P-Tuning v2, Liu et al. 2022).
+    `prefix()` returns (key, value), each [heads, n, head_dim]; every query sees all of it (prefix-tuning, Li
+    and Liang 2021; P-Tuning v2, Liu et al. 2022).
     """
     if prefix is None:
         return key, value, 0
@@ -41,13 +41,13 @@ def see_prefix(mask: Tensor | None, length: int) -> Tensor | None:
 
 
 def causal_mask(queries: int, prefix: int, like: Tensor) -> Tensor:
-    """Additive mask [queries, prefix + queries]: each query sees the prefix, what came before it, and itself."""
+    """Additive mask [queries, prefix + queries]: a query sees the prefix, what came before it, and itself."""
     hidden = torch.ones(queries, prefix + queries, dtype=torch.bool, device=like.device).triu(prefix + 1)
     return torch.zeros_like(hidden, dtype=like.dtype).masked_fill_(hidden, -torch.inf)
 
 
 def padding_mask(attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """[batch, keys], 1 where there is a token -> additive [batch, 1, 1, keys]; None stays None: nothing is padded."""
+    """[batch, keys], 1 where there is a token -> additive [batch, 1, 1, keys]; None stays None."""
     if attention_mask is None:
         return None
     bare = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)

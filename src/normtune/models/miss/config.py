@@ -53,7 +53,9 @@ def checked_dims(kind: type[Dims], given: Dims | dict[str, Any], name: str) -> D
         known = [item.name for item in fields(kind)]
         for key in given:
             if key not in known:
-                raise InputError(f"{name}.{key}: unknown{did_you_mean(key, known)} Known: {', '.join(known)}.")
+                raise InputError(
+                    f"{name}.{key}: unknown{did_you_mean(key, known) or '.'} Known: {', '.join(known)}."
+                )
         given = kind(**given)
     if given.hidden_size % given.num_attention_heads:
         raise InputError(
@@ -71,8 +73,9 @@ def checked_dims(kind: type[Dims], given: Dims | dict[str, Any], name: str) -> D
 class MissConfig(PretrainedConfig):
     """Configuration of `MissForQuestionAnswering`.
 
-    `vision_dims`, `encoder_dims` and `decoder_dims` take a dict (any of the fields of `VisionDims` and `TextDims`)
-    or those classes themselves; they are kept as complete dicts; `vision()` and `text()` give them typed.
+    `vision_dims`, `encoder_dims` and `decoder_dims` take a dict (any of the fields of `VisionDims` and
+    `TextDims`) or those classes themselves; they are kept as complete dicts; `vision()` and `text()` give
+    them typed.
     """
 
     model_type: ClassVar[str] = "miss"

@@ -1,7 +1,7 @@
 """MISS: an image encoder, a text encoder that reads the image ("JTM"), and a decoder that reads the question.
 
-One forward pass takes many questions of one image: the image is encoded once, and in every layer its keys and values
-are made once. Loss and gradients equal those of separate questions.
+One forward pass takes many questions of one image: the image is encoded once, and in every layer its keys and
+values are made once. Loss and gradients equal those of separate questions.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class MissForQuestionAnswering(PreTrainedModel):
     config: MissConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["VisionBlock", "TextLayer"]  # noqa: RUF012
@@ -73,13 +73,13 @@ class MissForQuestionAnswering(PreTrainedModel):
         return self.text_encoder.embeddings.word_embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.text_encoder.embeddings.word_embeddings = value
+        self.text_encoder.embeddings.word_embeddings = value  # type: ignore[assignment]
 
     def get_output_embeddings(self) -> nn.Module:
         return self.text_decoder.cls.predictions.decoder
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.text_decoder.cls.predictions.decoder = new_embeddings
+        self.text_decoder.cls.predictions.decoder = new_embeddings  # type: ignore[assignment]
 
     def encode_questions(
         self,
@@ -125,15 +125,15 @@ class MissForQuestionAnswering(PreTrainedModel):
             input_ids: questions, padded on the right: [segments, question length].
             pixel_values: [images, 3, height, width].
             attention_mask: [segments, question length], 1 where there is a token; None: nothing is padded.
-            image_index: [segments], non-decreasing: the image (or row of `view_index`) that each one asks about;
-                None: every image has the same number of questions, in order.
+            image_index: [segments], non-decreasing: the image (or row of `view_index`) that each one asks
+                about; None: every image has the same number of questions, in order.
             decoder_input_ids: [DEC] and the answer so far, padded on the right: [segments, answer length].
-            labels: the token that follows each of `decoder_input_ids` (aligned, not shifted), -100 where there is
-                none: [segments, answer length].
+            labels: the token that follows each of `decoder_input_ids` (aligned, not shifted), -100 where
+                there is none: [segments, answer length].
             logit_rows: the places, in [segments * answer length], whose logits are wanted; None: all of them.
             image_states: the image encoder's output, in place of `pixel_values`, where it is at hand.
-            view_index: [groups, views], the images that belong together, -1 where a group has fewer; None: every
-                image stands alone.
+            view_index: [groups, views], the images that belong together, -1 where a group has fewer; None:
+                every image stands alone.
         """
         if image_states is None:
             assert pixel_values is not None, "pixel_values or image_states"
@@ -148,7 +148,9 @@ class MissForQuestionAnswering(PreTrainedModel):
                 hidden = hidden.flatten(0, 1).index_select(0, logit_rows)
             logits = self.text_decoder.cls(hidden)
             if labels is not None:
-                wanted = labels.flatten() if logit_rows is None else labels.flatten().index_select(0, logit_rows)
+                wanted = labels.flatten()
+                if logit_rows is not None:
+                    wanted = wanted.index_select(0, logit_rows)
                 loss = nn.functional.cross_entropy(logits.flatten(0, -2).float(), wanted)
         return MissOutput(loss=loss, logits=logits, image_states=image_states, question_states=states)
 
@@ -170,8 +172,8 @@ class MissForQuestionAnswering(PreTrainedModel):
     ) -> list[Generated]:
         """Answer every question; images and their keys are computed once, and all questions are one batch.
 
-        The defaults are MISS's: 3 beams, at most 10 tokens counting [DEC]. Other arguments as for `forward` and
-        `normtune.generate.generate`.
+        The defaults are MISS's: 3 beams, at most 10 tokens counting [DEC]. Other arguments as for `forward`
+        and `normtune.generate.generate`.
         """
         if image_states is None:
             assert pixel_values is not None, "pixel_values or image_states"

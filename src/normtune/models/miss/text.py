@@ -11,7 +11,14 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from normtune.models.miss.attention import Slots, causal_mask, join_heads, see_prefix, split_heads, with_prefix
+from normtune.models.miss.attention import (
+    Slots,
+    causal_mask,
+    join_heads,
+    see_prefix,
+    split_heads,
+    with_prefix,
+)
 from normtune.models.miss.config import TextDims
 
 KeysValues = tuple[Tensor, Tensor]  # each [batch, heads, length, head_dim]
@@ -78,8 +85,8 @@ class SelfAttention(QueryKeyValue):
     """Attention of a text to itself.
 
     Attributes:
-        prefix: None, or a module whose call returns learned (key, value), [heads, n, head_dim] each, which stand
-            before the text's own and which every query sees.
+        prefix: None, or a module whose call returns learned (key, value), [heads, n, head_dim] each, which
+            stand before the text's own and which every query sees.
     """
 
     prefix: nn.Module | None
@@ -101,9 +108,11 @@ class SelfAttention(QueryKeyValue):
         key, value, prefix = with_prefix(self.prefix, key, value)
         if cache is not None:
             cache.own = key, value
-        if causal and prefix:
+        if causal and prefix:  # SDPA's own causal mask would start at the prefix
             mask, causal = causal_mask(hidden.shape[1], prefix, query), False
-        return self.attend(query, key, value, see_prefix(mask, prefix), causal)
+        else:
+            mask = see_prefix(mask, prefix)
+        return self.attend(query, key, value, mask, causal)
 
     def _step(self, hidden: Tensor, cache: LayerCache, past: KeysValues) -> Tensor:
         rows = (hidden.shape[0] * hidden.shape[1], self.heads, 1, -1)
@@ -118,12 +127,18 @@ class CrossAttention(QueryKeyValue):
     """Attention of a text to an image, or of an answer to its question."""
 
     def forward(
-        self, hidden: Tensor, memory: Tensor, mask: Tensor | None, slots: Slots | None, cache: LayerCache | None
+        self,
+        hidden: Tensor,
+        memory: Tensor,
+        mask: Tensor | None,
+        slots: Slots | None,
+        cache: LayerCache | None,
     ) -> Tensor:
         """hidden [segments, length, width], memory [groups, keys, width] -> [segments, length, width].
 
-        Keys and values are made once a group; `slots` (None: one segment a group) lays the queries of a group's
-        segments one after another. Queries don't see each other here, so the result is that of separate calls.
+        Keys and values are made once a group; `slots` (None: one segment a group) lays the queries of a
+        group's segments one after another. Queries don't see each other here, so the result is that of
+        separate calls.
         """
         if cache is not None and cache.cross is not None:
             key, value = cache.cross
@@ -209,7 +224,8 @@ class TextEmbeddings(nn.Module):
         self.dropout = nn.Dropout(dims.hidden_dropout_prob)
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        return self.dropout(self.LayerNorm(self.word_embeddings(input_ids) + self.position_embeddings(positions)))
+        hidden = self.word_embeddings(input_ids) + self.position_embeddings(positions)
+        return self.dropout(self.LayerNorm(hidden))
 
 
 class TextStack(nn.Module):

@@ -1,4 +1,4 @@
-"""The image encoder: a vision transformer (Dosovitskiy et al. 2021), names as in MISS's checkpoints (timm's)."""
+"""The image encoder: a vision transformer (Dosovitskiy et al. 2021), named as in MISS's checkpoints."""
 
 from __future__ import annotations
 

@@ -1,0 +1,93 @@
+"""Which learning rate does each method want? Hospital B's validation split, the same pairs seen by every run.
+
+    python benchmarks/learning_rates.py --out benchmarks/learning_rates.json
+
+`normtune.config.LEARNING_RATES` holds the best of each row (a test holds the two together). The test split is not
+looked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from record import record
+
+from normtune.cells import Cell, run_cells
+from normtune.config import EvaluateConfig, TrainConfig
+
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+METHODS = ("ln", "bias", "attention", "ffn", "full", "lora", "prefix", "ptuning", "ia3", "adapter")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--images", type=int, default=240, help="training images; a fifth of it validates")
+    parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES)
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        cells = [
+            cell(method, rate, options, Path(folder)) for method in options.methods for rate in options.rates
+        ]
+        rows = []
+        for found in run_cells(cells, workers=options.workers):
+            method, rate = found["name"].split("@")
+            score = found["evaluation"]["metrics"]["global_exact"]
+            rows.append(
+                {
+                    "method": method,
+                    "lr": float(rate),
+                    "accuracy": score["value"],
+                    "interval": [score["low"], score["high"]],
+                    "final_loss": found["training"]["final_loss"],
+                }
+            )
+            print(f"{method:<10} lr {float(rate):.0e}: {100 * score['value']:.1f}%", flush=True)
+    rows.sort(key=lambda row: (options.methods.index(row["method"]), row["lr"]))
+    best = {method: best_rate(rows, method) for method in options.methods}
+    print("best:", ", ".join(f"{method} {rate:g}" for method, rate in best.items()))
+    if options.out:
+        record(options.out, "learning_rates", rows, best=best, images=options.images, epochs=options.epochs)
+
+
+def cell(method: str, rate: float, options: argparse.Namespace, folder: Path) -> Cell:
+    """One method at one rate, trained and validated."""
+    name, data = f"{method}@{rate!r}", f"phantom-b:{options.images}"
+    recipe = "lora-8" if method == "lora" else method
+    train = TrainConfig(
+        model="nano",
+        data=data,
+        tune=recipe,
+        out=folder / name,
+        lr=rate,
+        epochs=options.epochs,
+        resume=False,
+        device="cpu",
+    )
+    evaluate = EvaluateConfig(
+        model="nano",
+        data=data,
+        split="validate",
+        adapter=folder / name,
+        out=folder / f"{name}-scores",
+        device="cpu",
+    )
+    return Cell(name, train, evaluate)
+
+
+def best_rate(rows: list[dict[str, Any]], method: str) -> float:
+    """The rate with the highest accuracy; of equals the lower one."""
+    own = [row for row in rows if row["method"] == method]
+    best = max(own, key=lambda row: (row["accuracy"], -row["lr"]))
+    rate: float = best["lr"]
+    return rate
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Every dataset by its name: the reader or the phantom that is meant, with the options that narrow it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from normtune.config import DataOptions
+from normtune.data.records import Dataset, Example
+from normtune.errors import InputError, did_you_mean
+
+Language = Literal["en", "zh", "all"]
+Task = Literal["vqa", "report"]
+ROOTS = {
+    "slake": "the folder that holds train.json and imgs/",
+    "vqa-rad": "the folder that holds 'VQA_RAD Dataset Public.json'",
+    "jsonl": "a JSONL file or a folder of them",
+    "parquet": "a parquet file, a folder of them, or a hub name owner/name",
+}
+PHANTOMS = ("phantom-a", "phantom-b")
+NAMES = (*ROOTS, *PHANTOMS)
+
+
+def open_from(options: DataOptions) -> Dataset:
+    """The dataset that a command's options name, split by image anew (seed 0) where they say so.
+
+    Raises:
+        InputError: see `open_dataset`.
+    """
+    dataset = open_dataset(options.data, options.root, language=options.language, task=options.task)
+    if not options.image_disjoint:
+        return dataset
+    from normtune.data.splits import image_disjoint
+
+    return image_disjoint(dataset, seed=0)
+
+
+def open_dataset(
+    name: str, root: Path | None = None, *, language: Language = "en", task: Task = "vqa"
+) -> Dataset:
+    """A dataset by its name, with the examples of one task and, where it has several, of one language.
+
+    Args:
+        name: slake, vqa-rad, jsonl, parquet, phantom-a or phantom-b; `phantom-b:240` has 240 training images.
+        root: where its files lie; phantoms are drawn and need none.
+        language: rows that name no language are of every language.
+
+    Raises:
+        InputError: the name is unknown, the root is missing where one is needed or is not the dataset's,
+            or the dataset holds nothing of that task or language.
+    """
+    family, colon, images = name.partition(":")
+    if family not in NAMES:
+        raise InputError(
+            f"no dataset '{name}'{did_you_mean(family, NAMES)} "
+            f"Known are {', '.join(NAMES)} (phantom-b:240 has 240 training images)."
+        )
+    if family in PHANTOMS:
+        from normtune.phantom import dataset as phantom
+
+        return phantom(family[-1], images=_images(name, images) if colon else None, task=task)
+    if colon:
+        raise InputError(
+            f"dataset '{name}': a number of images goes with phantoms only. Write --data {family}."
+        )
+    if root is None:
+        raise InputError(f"dataset {family} needs --root: {ROOTS[family]}.")
+    return _narrowed(_read(family, root, language), language, task)
+
+
+def _images(name: str, number: str) -> int:
+    if not (number.isascii() and number.isdecimal() and int(number) > 0):
+        raise InputError(
+            f"dataset '{name}': '{number}' is no number of images. Write for example phantom-b:240."
+        )
+    return int(number)
+
+
+def _read(family: str, root: Path, language: Language) -> Dataset:
+    """Readers are imported when they are used: pyarrow takes half a second."""
+    if not root.exists() and family != "parquet":
+        raise InputError(f"--root {root}: there is no such file or folder. {family} needs {ROOTS[family]}.")
+    match family:
+        case "slake":
+            from normtune.data import slake
+
+            return slake.read(root, language=language)
+        case "vqa-rad":
+            from normtune.data import vqa_rad
+
+            return vqa_rad.read(root)
+        case "jsonl":
+            from normtune.data import jsonl
+
+            return jsonl.read(root)
+        case _:
+            from normtune.data import parquet
+
+            return parquet.read(root)
+
+
+def _narrowed(dataset: Dataset, language: Language, task: Task) -> Dataset:
+    """The dataset with its examples of one task and language alone; rows that were left out likewise."""
+    wanted: list[tuple[str, Callable[[Example], bool]]] = [
+        ("reports" if task == "report" else "questions", lambda e: (e.kind == "report") == (task == "report"))
+    ]
+    if language != "all":
+        wanted.append(
+            (f"rows of language '{language}'", lambda e: e.meta.get("language", language) == language)
+        )
+    for what, keep in wanted:
+        kept = [example for example in dataset.examples if keep(example)]
+        if not kept:
+            raise InputError(f"dataset {dataset.name} holds no {what}. Check --task and --language.")
+        dataset = replace(dataset, examples=kept, left_out=[e for e in dataset.left_out if keep(e)])
+    return dataset

@@ -1,0 +1,167 @@
+"""MISS as a family: how images, questions and answers enter, the loss of a batch, and its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import BlipImageProcessorPil, BlipProcessor
+
+from normtune.errors import InputError
+from normtune.models.family import Answer, Batch, Family, Pixels
+from normtune.models.miss.config import MissConfig
+from normtune.models.miss.model import MissForQuestionAnswering
+from normtune.models.miss.tokenizer import ENCODE
+from normtune.packing import Group, Segment
+
+QUESTION_TOKENS = 35  # with [ENC] and [SEP] (Chen et al. 2024)
+REPORT_TOKENS = 256
+REPORT_PROMPT = "describe the findings of this image."
+NO_LABEL = -100
+
+
+class MissFamily(Family):
+    """The native MISS; the answer ends with [SEP], and [DEC] stands before it in the decoder only."""
+
+    model_types = ("miss",)
+    model: MissForQuestionAnswering
+
+    @classmethod
+    def load(cls, source: str | Path, dtype: torch.dtype, device: str | torch.device = "cpu") -> MissFamily:
+        """Load a directory written by `save`, or such a repository of the hub."""
+        processor = BlipProcessor.from_pretrained(str(source))
+        model = MissForQuestionAnswering.from_pretrained(str(source), dtype=dtype)
+        return cls(model.to(device).eval(), processor)
+
+    @property
+    def config(self) -> MissConfig:
+        return self.model.config
+
+    def pixels(self, image: Image.Image) -> Pixels:
+        """One image resized to the model's square: `pixel_values` [3, size, size]."""
+        return {"pixel_values": self.processor.image_processor(image, return_tensors="pt")["pixel_values"][0]}
+
+    def encode(self, id: str, question: str, answer: str | None, *, report: bool = False) -> Segment:
+        """[ENC] question [SEP], at most 35 tokens, and answer [SEP]; an empty report question is the prompt."""
+        asked = self._tokens(question or REPORT_PROMPT)[: QUESTION_TOKENS - 2]
+        end = self.config.eos_token_id
+        prompt = (self.config.encode_token_id, *asked, end)
+        if answer is None:
+            return Segment(id, prompt)
+        longest = REPORT_TOKENS if report else self.config.text("decoder").max_position_embeddings - 1
+        return Segment(id, prompt, (*self._tokens(answer)[: longest - 1], end))
+
+    def _tokens(self, text: str) -> list[int]:
+        found: list[int] = self.processor.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True
+        ).input_ids
+        return found
+
+    def collate(self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]]) -> Batch:
+        """Keys are the arguments of the model's `forward`, and `pairs`, the number of segments.
+
+        `pixel_values` [images, 3, size, size]; `image_index` [segments]; `view_index` [groups, views] where a
+        group has several images; `logit_rows` are the labelled rows.
+        """
+        batch = self._questions(groups, pixels)
+        segments = [segment for group in groups for segment in group.segments]
+        start = self.config.bos_token_id
+        entered = [torch.tensor((start, *segment.answer[:-1])) for segment in segments]
+        wanted = [torch.tensor(segment.answer) for segment in segments]
+        batch["decoder_input_ids"] = pad_sequence(entered, True, self.config.pad_token_id)
+        batch["labels"] = pad_sequence(wanted, True, NO_LABEL)
+        batch["logit_rows"] = (batch["labels"].flatten() != NO_LABEL).nonzero()[:, 0]
+        batch["pairs"] = len(segments)
+        return batch
+
+    def _questions(self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]]) -> Batch:
+        """What the encoder needs, answers left out."""
+        segments = [segment for group in groups for segment in group.segments]
+        lengths = torch.tensor([len(segment.prompt) for segment in segments])
+        ids = pad_sequence([torch.tensor(s.prompt) for s in segments], True, self.config.pad_token_id)
+        padded = bool((lengths != lengths[0]).any())
+        sizes = torch.tensor([len(group.segments) for group in groups])
+        batch: Batch = {
+            "pixel_values": torch.stack([image["pixel_values"] for image in chain.from_iterable(pixels)]),
+            "input_ids": ids,
+            "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long() if padded else None,
+            "image_index": torch.arange(len(groups)).repeat_interleave(sizes),
+        }
+        views = [len(images) for images in pixels]
+        if max(views) > 1:
+            index = torch.full((len(groups), max(views)), -1)
+            first = 0
+            for row, count in enumerate(views):
+                index[row, :count] = torch.arange(first, first + count)
+                first += count
+            batch["view_index"] = index
+        return batch
+
+    def loss(self, batch: Batch, *, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+        """(summed cross-entropy, number of answer tokens)."""
+        logits, wanted = self._answer_logits(batch)
+        summed = F.cross_entropy(logits, wanted, reduction="sum", label_smoothing=label_smoothing)
+        return summed, torch.tensor(len(wanted), device=summed.device)
+
+    def log_probs(self, batch: Batch) -> Tensor:
+        """[segments], the log-probability of each whole answer."""
+        logits, wanted = self._answer_logits(batch)
+        each = -F.cross_entropy(logits, wanted, reduction="none")
+        segment = batch["logit_rows"] // batch["labels"].shape[1]
+        return each.new_zeros(len(batch["labels"])).index_add(0, segment, each)
+
+    def _answer_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """fp32 logits [answer tokens, vocabulary] and the tokens [answer tokens]."""
+        inputs: dict[str, Any] = {
+            name: value for name, value in batch.items() if name not in ("labels", "pairs")
+        }
+        logits = self.model(**inputs).logits
+        return logits.float(), batch["labels"].flatten().index_select(0, batch["logit_rows"])
+
+    @torch.inference_mode()
+    def answer(
+        self,
+        groups: Sequence[Group],
+        pixels: Sequence[Sequence[Pixels]],
+        *,
+        max_new_tokens: int = 16,
+        beams: int = 1,
+    ) -> list[list[Answer]]:
+        """See `Family.answer`; all questions of all groups are one batch."""
+        room = self.config.text("decoder").max_position_embeddings
+        if max_new_tokens >= room:
+            raise InputError(
+                f"answers of {max_new_tokens} tokens exceed this model's {room}. Lower the limit."
+            )
+        batch = {
+            name: value.to(self.device) if isinstance(value, Tensor) else value
+            for name, value in self._questions(groups, pixels).items()
+        }
+        found = iter(self.model.generate(**batch, max_new_tokens=max_new_tokens, beams=beams))
+        return [[self._spoken(next(found)) for _ in group.segments] for group in groups]
+
+    def _spoken(self, generated: Any) -> Answer:
+        text = self.processor.tokenizer.decode(generated.tokens, skip_special_tokens=True)
+        return Answer(text.strip(), generated.score)
+
+
+def miss_processor(tokenizer: Any, image_size: int, *, divide_twice: bool = False) -> BlipProcessor:
+    """The processor of a MISS model: bicubic resize to a square, /255, then BLIP's mean and deviation.
+
+    With `divide_twice` images are prepared as MISS's released code does it: divided by 255 twice and not
+    normalised, for checkpoints that were trained so.
+    """
+    size = {"height": image_size, "width": image_size}
+    if divide_twice:
+        images = BlipImageProcessorPil(size=size, rescale_factor=1 / 255**2, do_normalize=False)
+    else:
+        images = BlipImageProcessorPil(size=size)
+    assert tokenizer.convert_tokens_to_ids(ENCODE) != tokenizer.unk_token_id, "a tokenizer with [ENC]"
+    return BlipProcessor(images, tokenizer)

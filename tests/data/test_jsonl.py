@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from normtune.data import jsonl
+from normtune.errors import InputError
+from tests.data.samples import write_image, write_jsonl
+
+ROW = {"image": "a.png", "question": "Is this a chest?", "answer": "yes"}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write_image(tmp_path / "a.png")
+    write_image(tmp_path / "views" / "b.png")
+    return tmp_path
+
+
+def refused(root: Path, *rows: object) -> str:
+    with pytest.raises(InputError) as caught:
+        jsonl.read(write_jsonl(root / "bad.jsonl", *rows))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_minimal_row_gets_an_id_a_kind_and_a_split(root: Path) -> None:
+    rows = (ROW, ROW | {"question": "What is it?", "answer": "chest"})
+    first, second = jsonl.read(write_jsonl(root / "mine.jsonl", *rows)).examples
+    assert (first.id, first.kind, first.split) == ("mine-1", "closed", "train")
+    assert (second.id, second.kind, second.images) == ("mine-2", "open", ("a.png",))
+
+
+def test_given_fields_are_taken_and_further_ones_become_meta(root: Path) -> None:
+    row = ROW | {"id": 7, "kind": "open", "split": "Dev", "modality": "CT", "slice": 3, "boxes": [1]}
+    (example,) = jsonl.read(write_jsonl(root / "mine.jsonl", row)).examples
+    assert (example.id, example.kind, example.split) == ("7", "open", "validate")
+    assert example.meta == {"modality": "CT", "slice": "3"}
+
+
+def test_a_folder_of_files_gives_each_file_its_split(root: Path) -> None:
+    for name in ("train", "val", "test"):
+        write_jsonl(root / f"{name}.jsonl", ROW)
+    dataset = jsonl.read(root)
+    assert sorted((e.split, e.id) for e in dataset.examples) == [
+        ("test", "test-1"),
+        ("train", "train-1"),
+        ("validate", "val-1"),
+    ]
+    assert dataset.open_image("a.png").size == (4, 4)
+
+
+def test_a_report_takes_several_views_and_needs_no_question(root: Path) -> None:
+    row = {"image": ["a.png", "./views/../views/b.png"], "answer": "Clear lungs.", "kind": "report"}
+    (example,) = jsonl.read(write_jsonl(root / "r.jsonl", row)).examples
+    assert (example.images, example.question, example.kind) == (("a.png", "views/b.png"), "", "report")
+
+
+def test_blank_lines_and_a_byte_order_mark_are_skipped(root: Path) -> None:
+    file = root / "mine.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + json.dumps(ROW).encode() + b"\r\n\r\n")
+    assert len(jsonl.read(file).examples) == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"image": "a.png", "question": "Why?"}, "field 'answer' is missing. Add 'answer'"),
+        (
+            {"image": "a.png", "quesiton": "Why?", "answer": "x"},
+            "field 'question' is missing, is it 'quesiton'?",
+        ),
+        (ROW | {"answer": "  "}, "answer is empty"),
+        (ROW | {"answer": ["yes"]}, "answer is of type list, not text"),
+        (ROW | {"kind": "clsoed"}, "kind is unknown, did you mean 'closed'?"),
+        (ROW | {"image": "no.png"}, "image 'no.png' is missing"),
+        (ROW | {"image": []}, "image is"),
+        (["a.png"], "not a JSON object"),
+        ('{"image": ', "not valid JSON"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_line_and_what_to_do(root: Path, row: object, told: str) -> None:
+    text = refused(root, ROW, row)
+    assert text.startswith("bad.jsonl, line 2: ")
+    assert told in text
+
+
+def test_an_id_used_twice_and_many_bad_rows_are_told_in_one_error(root: Path) -> None:
+    again = ROW | {"id": "x"}
+    text = refused(root, again, again, *["no json"] * 6)
+    assert "bad.jsonl, line 2: its id stands on an earlier row too" in text
+    assert text.endswith("And 2 more bad rows.")
+
+
+def test_bad_rows_can_be_left_out_and_listed_instead(root: Path) -> None:
+    file = write_jsonl(root / "mine.jsonl", ROW, ROW | {"image": "no.png"}, "no json")
+    dataset = jsonl.read(file, strict=False)
+    assert (len(dataset.examples), len(dataset.left_out)) == (1, 2)
+    assert [(p.file, p.row) for p in dataset.problems] == [("mine.jsonl", "3"), ("mine.jsonl", "2")]
+
+
+def test_text_that_is_not_utf8_is_named_by_its_line(root: Path) -> None:
+    file = root / "mine.jsonl"
+    file.write_bytes(json.dumps(ROW).encode() + b'\n{"image": "\xff"}\n')
+    with pytest.raises(InputError, match="line 2: not UTF-8 text"):
+        jsonl.read(file)
+
+
+def test_an_empty_folder_and_an_empty_file_are_refused(root: Path) -> None:
+    with pytest.raises(InputError, match=r"holds no \*\.jsonl file"):
+        jsonl.read(root / "views")
+    with pytest.raises(InputError, match="holds no usable rows"):
+        jsonl.read(write_jsonl(root / "none.jsonl"))
+
+
+def test_the_examples_of_the_documentation_are_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "datasets.md").read_text(encoding="utf-8")
+    blocks = dict(re.findall(r"```(\w+)\n(.*?)```", page, flags=re.DOTALL))
+    write_image(root / "scans" / "001.png")
+    (example,) = jsonl.read(write_jsonl(root / "docs.jsonl", blocks["json"].strip())).examples
+    assert (example.images, example.kind) == (("scans/001.png",), "closed")
+    monkeypatch.chdir(root)
+    exec(blocks["python"], {})
+    assert (root / "mydata" / "train.jsonl").is_file()
+
+
+values = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+rows = st.dictionaries(
+    st.sampled_from(["image", "question", "answer", "id", "kind", "split", "other"]),
+    values | st.lists(values, max_size=3) | st.just("a.png") | st.just("report"),
+)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(rows | values, max_size=4))
+def test_any_json_is_read_or_refused_in_one_line(root: Path, found: list[object]) -> None:
+    file = write_jsonl(root / "any.jsonl", *(json.dumps(row) for row in found))
+    try:
+        dataset = jsonl.read(file)
+    except InputError as error:
+        assert str(error)
+        assert len(str(error).splitlines()) == 1
+    else:
+        assert len(dataset.examples) == len(found)
+        assert len({e.id for e in dataset.examples}) == len(found)

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from normtune.data import slake
+from normtune.data.survey import survey, survey_text
+from tests.data.samples import slake_row, write_slake
+
+
+def made(root: Path, language: str = "en") -> dict[str, object]:
+    train = [
+        slake_row(1, 1, answer="Yes", answer_type="CLOSED", question="Is it?"),
+        slake_row(2, 1, answer="T2", answer_type="CLOSED"),
+        slake_row(3, 2, answer="the left lung", modality="CT"),
+        slake_row(4, 2, answer=""),
+        slake_row(5, 3, "zh"),
+    ]
+    write_slake(root, train=train, validate=[], test=[slake_row(6, 2)])
+    return survey(slake.read(root, language=language))  # type: ignore[arg-type]
+
+
+def test_rows_and_kinds_count_the_file_and_images_count_what_can_be_used(tmp_path: Path) -> None:
+    found = made(tmp_path)
+    assert list(found["parts"]) == ["train", "test"]
+    assert found["parts"]["train"] == {
+        "rows": 4,
+        "usable": 3,
+        "images": 2,
+        "open": 2,
+        "closed": 2,
+        "report": 0,
+        "yes_no": 1,
+        "questions_per_image": {"mean": 1.5, "median": 1.5, "max": 2},
+        "longest_question_words": 6,
+        "longest_answer_words": 3,
+        "modalities": {"X-Ray": 2, "CT": 1},
+        "organs": {"Lung": 3},
+    }
+    assert [leak["text"] for leak in found["leaks"]] == ["1 of 1 images of test stand in train too"]
+    assert found["problems"]["by_kind"] == {"answer is empty": 1}
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_several_languages_are_counted_apart(tmp_path: Path) -> None:
+    found = made(tmp_path, "all")
+    assert {name: part["rows"] for name, part in found["parts"].items()} == {
+        "train (en)": 4,
+        "train (zh)": 1,
+        "test (en)": 1,
+    }
+
+
+def test_the_text_shows_the_counts_leaks_and_problems_but_no_question_or_answer(tmp_path: Path) -> None:
+    text = survey_text(made(tmp_path))
+    lines = text.splitlines()
+    assert lines[0] == "slake (licence: CC BY 4.0)"
+    assert lines[3].split() == [
+        "train",
+        "4",
+        "3",
+        "2",
+        "2",
+        "2",
+        "0",
+        "1",
+        "1.5",
+        "mean,",
+        "1.5",
+        "median,",
+        "2",
+        "most",
+    ]
+    assert "  1 of 1 images of test stand in train too" in lines
+    assert "  train.json, row 4: answer is empty. Row left out: fill it in, or leave it so." in lines
+    assert "What is shown" not in text
+    assert "left lung" not in text
+
+
+def test_no_leak_and_no_problem_are_said_in_words(tmp_path: Path) -> None:
+    rows = {split: [slake_row(n, n)] for n, split in enumerate(("train", "validate", "test"))}
+    text = survey_text(survey(slake.read(write_slake(tmp_path, **rows))))
+    assert "Leaks between splits: none" in text
+    assert "Problems in the files: none" in text

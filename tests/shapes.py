@@ -1,0 +1,219 @@
+"""Well-known vision-language models at their real sizes, on the meta device: public configs, no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers as hf
+from torch import nn
+
+from normtune.models.miss.config import MissConfig
+from normtune.models.miss.model import MissForQuestionAnswering
+
+CLIP_L_336 = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+SIGLIP_SO400M = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
+
+
+def miss_base() -> nn.Module:
+    return MissForQuestionAnswering(MissConfig())
+
+
+def blip_vqa() -> nn.Module:
+    config = hf.BlipConfig(vision_config={"image_size": 480}, text_config={})
+    return hf.BlipForQuestionAnswering(config)
+
+
+def llava_med() -> nn.Module:
+    """LLaVA-Med v1.5 in transformers' layout, its vocabulary padded to 32064."""
+    text = {
+        "model_type": "mistral",
+        "vocab_size": 32064,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "sliding_window": None,
+    }
+    config = hf.LlavaConfig(vision_config={"model_type": "clip_vision_model", **CLIP_L_336}, text_config=text)
+    return hf.LlavaForConditionalGeneration(config)
+
+
+def llava_15() -> nn.Module:
+    text = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
+    config = hf.LlavaConfig(vision_config={"model_type": "clip_vision_model", **CLIP_L_336}, text_config=text)
+    return hf.LlavaForConditionalGeneration(config)
+
+
+def qwen2_vl_2b() -> nn.Module:
+    text = {
+        "vocab_size": 151936,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+    }
+    vision = {"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16, "mlp_ratio": 4}
+    return hf.Qwen2VLForConditionalGeneration(
+        hf.Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
+    )
+
+
+def qwen25_vl_7b() -> nn.Module:
+    text = {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    }
+    vision = {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 3584,
+    }
+    return hf.Qwen2_5_VLForConditionalGeneration(
+        hf.Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    )
+
+
+def qwen3_vl_4b() -> nn.Module:
+    text = {
+        "vocab_size": 151936,
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    }
+    vision = {
+        "depth": 24,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_heads": 16,
+        "out_hidden_size": 2560,
+        "deepstack_visual_indexes": [5, 11, 17],
+    }
+    return hf.Qwen3VLForConditionalGeneration(
+        hf.Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
+    )
+
+
+def gemma3_4b() -> nn.Module:
+    """Gemma 3 4B; MedGemma 4B has the same shape."""
+    text = {
+        "vocab_size": 262208,
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 34,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+    }
+    return hf.Gemma3ForConditionalGeneration(
+        hf.Gemma3Config(text_config=text, vision_config={**SIGLIP_SO400M, "image_size": 896})
+    )
+
+
+def paligemma_3b() -> nn.Module:
+    text = {
+        "model_type": "gemma",
+        "vocab_size": 257216,
+        "hidden_size": 2048,
+        "intermediate_size": 16384,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+    }
+    vision = {"model_type": "siglip_vision_model", **SIGLIP_SO400M, "image_size": 224}
+    return hf.PaliGemmaForConditionalGeneration(
+        hf.PaliGemmaConfig(text_config=text, vision_config=vision, projection_dim=2048, hidden_size=2048)
+    )
+
+
+def smolvlm_500m() -> nn.Module:
+    text = {
+        "model_type": "llama",
+        "vocab_size": 49280,
+        "hidden_size": 960,
+        "intermediate_size": 2560,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 15,
+        "num_key_value_heads": 5,
+        "pad_token_id": 2,
+    }
+    vision = {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "image_size": 512,
+        "patch_size": 16,
+    }
+    return hf.SmolVLMForConditionalGeneration(
+        hf.SmolVLMConfig(text_config=text, vision_config=vision, scale_factor=4, tie_word_embeddings=False)
+    )
+
+
+def internvl3_1b() -> nn.Module:
+    text = {
+        "model_type": "qwen2",
+        "vocab_size": 151674,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+    }
+    vision = {"image_size": [448, 448], "patch_size": [14, 14]}
+    return hf.InternVLForConditionalGeneration(
+        hf.InternVLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
+    )
+
+
+SHAPES: dict[str, Callable[[], nn.Module]] = {
+    build.__name__: build
+    for build in (
+        miss_base,
+        blip_vqa,
+        llava_med,
+        llava_15,
+        qwen2_vl_2b,
+        qwen25_vl_7b,
+        qwen3_vl_4b,
+        gemma3_4b,
+        paligemma_3b,
+        smolvlm_500m,
+        internvl3_1b,
+    )
+}
+
+
+def shape(name: str) -> Any:
+    """The model of that name, on the meta device."""
+    with torch.device("meta"):
+        return SHAPES[name]()

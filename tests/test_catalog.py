@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from normtune.catalog import NAMES, open_dataset, open_from
+from normtune.config import DataOptions
+from normtune.data.splits import leaks
+from normtune.errors import InputError
+from tests.data.samples import (
+    png_bytes,
+    slake_row,
+    vqa_rad_row,
+    write_image,
+    write_jsonl,
+    write_parquet,
+    write_slake,
+    write_vqa_rad,
+)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """One folder that holds a little of every layout."""
+    rows = [slake_row(1, 1), slake_row(2, 1, "zh")]
+    write_slake(tmp_path, train=rows, validate=rows[:1], test=rows[:1])
+    write_vqa_rad(tmp_path, [vqa_rad_row(1, "a.jpg"), vqa_rad_row(2, "a.jpg", phrase_type="test_para")])
+    write_image(tmp_path / "a.png")
+    report = {"image": "a.png", "answer": "Clear.", "kind": "report"}
+    write_jsonl(tmp_path / "train.jsonl", {"image": "a.png", "question": "What?", "answer": "lung"}, report)
+    cells = {"image": png_bytes(1), "question": "What?", "answer": "lung"}
+    write_parquet(tmp_path / "train.parquet", [cells | {"q_lang": "en"}, cells | {"q_lang": "zh"}])
+    return tmp_path
+
+
+@pytest.mark.parametrize(("name", "count"), [("slake", 3), ("vqa-rad", 2), ("jsonl", 1), ("parquet", 1)])
+def test_every_reader_is_opened_by_its_name(root: Path, name: str, count: int) -> None:
+    dataset = open_dataset(name, root)
+    assert dataset.name == name
+    assert len(dataset.examples) == count
+    assert dataset.open_image(dataset.examples[0].images[0]).mode == "RGB"
+
+
+def test_a_single_file_is_a_root_too(root: Path) -> None:
+    assert len(open_dataset("jsonl", root / "train.jsonl").examples) == 1
+    assert len(open_dataset("parquet", root / "train.parquet", language="all").examples) == 2
+
+
+def test_one_language_and_one_task_are_kept(root: Path) -> None:
+    assert [e.meta["language"] for e in open_dataset("parquet", root, language="zh").examples] == ["zh"]
+    assert [e.id for e in open_dataset("slake", root, language="zh").examples] == ["slake-2"]
+    assert [e.kind for e in open_dataset("jsonl", root, task="report").examples] == ["report"]
+    with pytest.raises(InputError, match="dataset slake holds no reports"):
+        open_dataset("slake", root, task="report")
+    with pytest.raises(InputError, match="dataset vqa-rad holds no rows of language 'zh'"):
+        open_dataset("vqa-rad", root, language="zh")
+
+
+def test_phantoms_need_no_root_and_take_a_number_of_training_images() -> None:
+    dataset = open_dataset("phantom-b:10")
+    images = {split: len({e.images for e in dataset.split(split)}) for split in ("train", "validate", "test")}
+    assert dataset.name == "phantom-b"
+    assert images == {"train": 10, "validate": 2, "test": 2}
+    assert {e.kind for e in open_dataset("phantom-a:1", task="report").examples} == {"report"}
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        (
+            "slak",
+            r"no dataset 'slak', did you mean 'slake'\? Known are slake, vqa-rad, jsonl, parquet, phantom-a",
+        ),
+        ("phantom-c", r"did you mean 'phantom-[ab]'\?"),
+        ("phantom-b:many", "'many' is no number of images. Write for example phantom-b:240"),
+        ("phantom-b:0", "'0' is no number of images"),
+        ("phantom-b:-3", "'-3' is no number of images"),
+        ("slake:7", "a number of images goes with phantoms only. Write --data slake"),
+        ("slake", "dataset slake needs --root: the folder that holds train.json"),
+        ("jsonl", "dataset jsonl needs --root: a JSONL file"),
+    ],
+)
+def test_a_wrong_name_or_a_missing_root_is_told_with_what_to_write(name: str, told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        open_dataset(name)
+
+
+@pytest.mark.parametrize("name", ["slake", "vqa-rad", "jsonl"])
+def test_a_root_that_is_not_there_is_named(name: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=rf"--root .*/nowhere: there is no such file or folder\. {name} needs"
+    ):
+        open_dataset(name, tmp_path / "nowhere")
+
+
+def test_the_options_of_a_command_open_the_dataset_split_by_image_where_they_say_so(root: Path) -> None:
+    plain = open_from(DataOptions(data="vqa-rad", root=root))
+    assert [e.split for e in plain.examples] == ["train", "test"]
+    assert leaks(plain)
+    disjoint = open_from(DataOptions(data="vqa-rad", root=root, image_disjoint=True))
+    assert leaks(disjoint) == []
+    assert len(disjoint.examples) == 2
+
+
+def test_every_name_stands_in_the_options_description() -> None:
+    described = DataOptions.model_fields["data"].description or ""
+    assert all(name in described for name in NAMES)
+
+
+def test_the_catalog_does_not_import_the_slow_readers() -> None:
+    code = "import sys, normtune.catalog; print({'pyarrow', 'pydicom', 'torch'} & {*sys.modules})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "set()"

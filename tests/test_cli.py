@@ -1,0 +1,276 @@
+"""The command line: what it prints, and that bad input is one line on stderr, status 2, and nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from normtune import cli
+from normtune.phantom import dataset
+
+ROW = {"image": "a.png", "question": "Is it normal?", "answer": "yes"}
+
+
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run a command in this process: (status, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["normtune", *map(str, arguments)])
+        capsys.readouterr()  # what making the arguments printed
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, printed.out, printed.err
+
+    return call
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An LN adapter of the tiny base."""
+    from normtune.config import TrainConfig
+    from normtune.train import train
+
+    out = tmp_path_factory.mktemp("adapter") / "ln"
+    train(TrainConfig(model=str(base), data="phantom-b:4", tune="ln", out=out, epochs=1, device="cpu"))
+    return out
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("picture") / "b.png"
+    dataset("b", 1).open_image("b-000000").save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["demo", "inspect", "data", "train", "evaluate", "ask", "describe", "merge", "export", "import-miss"],
+)
+def test_every_command_has_help(run: Run, command: str) -> None:
+    status, out, err = run(command, "--help")
+    assert status == 0 and "--json" in out and err == ""
+
+
+def test_help_and_import_load_neither_torch_nor_transformers() -> None:
+    code = "import sys, normtune, normtune.cli; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_every_field_of_the_train_config_is_an_option(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from normtune.config import TrainConfig
+
+    monkeypatch.setenv("COLUMNS", "200")
+    _, out, _ = run("train", "--help")
+    missing = [
+        name
+        for name in TrainConfig.model_fields
+        if name != "model" and f"--{name.replace('_', '-')}" not in out
+    ]
+    assert missing == []
+
+
+def test_train_evaluate_ask_and_describe_as_json(run: Run, base: Path, picture: Path, tmp_path: Path) -> None:
+    options = ("--data", "phantom-b:4", "--device", "cpu", "--json")
+    status, out, err = run("train", base, "--tune", "ln", "--epochs", 1, "--out", tmp_path / "ln", *options)
+    trained = json.loads(out)
+    assert (
+        (status, err) == (0, "") and trained["recipe"].startswith("vision?=ln") and trained["changed"] == 1.0
+    )
+    status, out, err = run(
+        "evaluate", base, "--adapter", tmp_path / "ln", "--out", tmp_path / "scores", *options
+    )
+    found = json.loads(out)
+    assert (status, err) == (0, "") and found["metrics"]["global_exact"]["rows"] == found["rows"]
+    assert (
+        found["notice"] == "research use, not for diagnosis" and found["licence"] == "Apache-2.0 (synthetic)"
+    )
+    asked = ("--image", picture, "--question", "Is any disease shown?", "--question", "Which plane is shown?")
+    status, out, err = run("ask", base, "--adapter", tmp_path / "ln", *asked, "--json")
+    assert (status, err) == (0, "") and len(json.loads(out)["answers"]) == 2
+    status, out, err = run("describe", base, "--image", picture, "--json")
+    assert (status, err) == (0, "") and isinstance(json.loads(out)["report"], str)
+
+
+def test_inspect_counts_a_shape_and_a_recipe(run: Run) -> None:
+    status, out, _ = run("inspect", "miss-base", "--tune", "ln", "--json")
+    found = json.loads(out)
+    assert status == 0 and found["total"] == 361_478_972 and found["recipe"]["trainable"] == 153_600
+    status, out, _ = run("inspect", "miss-base", "--tune", "ln")
+    assert "trains 153,600 of 361,478,972 parameters = 0.0425%" in out
+
+
+def test_data_surveys_a_dataset(run: Run) -> None:
+    status, out, _ = run("data", "phantom-b:10", "--json")
+    assert status == 0 and json.loads(out)["parts"]["train"]["images"] == 10
+
+
+def test_merge_and_export_write_what_they_say(run: Run, base: Path, adapter: Path, tmp_path: Path) -> None:
+    status, out, err = run("merge", base, "--adapter", adapter, "--out", tmp_path / "merged", "--json")
+    assert (status, err) == (0, "") and (tmp_path / "merged" / "config.json").is_file() and json.loads(out)
+    status, out, err = run("export", "--adapter", adapter, "--out", tmp_path / "peft", "--json")
+    assert (
+        (status, err) == (0, "") and (tmp_path / "peft" / "adapter_config.json").is_file() and json.loads(out)
+    )
+
+
+def jsonl(folder: Path, *rows: dict[str, Any] | str) -> Path:
+    folder.mkdir(exist_ok=True)
+    Image.new("RGB", (48, 48), (90, 90, 90)).save(folder / "a.png")
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "rows.jsonl"
+
+
+Bad = Callable[[Path, Path, Path, Path], list[object]]  # (base, adapter, folder, out) -> arguments
+
+
+def trained_on(make: Callable[[Path], Path]) -> Bad:
+    return lambda base, adapter, folder, out: [
+        "train", base, "--data", "jsonl", "--root", make(folder), "--epochs", 1, "--device", "cpu", "--out", out,
+    ]  # fmt: skip
+
+
+def missing_image(folder: Path) -> Path:
+    return jsonl(folder, ROW, ROW | {"image": "gone.png"})
+
+
+def corrupt_jpeg(folder: Path) -> Path:
+    path = jsonl(folder, ROW, ROW | {"image": "torn.jpg"})
+    Image.effect_noise((64, 64), 50).convert("RGB").save(folder / "whole.jpg")
+    (folder / "torn.jpg").write_bytes((folder / "whole.jpg").read_bytes()[:400])
+    return path
+
+
+def corrupt_dicom(folder: Path) -> Path:
+    path = jsonl(folder, ROW | {"image": "torn.dcm"})
+    (folder / "torn.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"\x02\0\0\0UL\x04\0" + b"\xff" * 40)
+    return path
+
+
+def of_another_base(base: Path, adapter: Path, folder: Path, out: Path) -> list[object]:
+    from tests.tiny_miss import save_tiny_miss
+
+    return ["merge", save_tiny_miss(folder / "other", seed=7), "--adapter", adapter, "--out", out]
+
+
+def damaged_adapter(base: Path, adapter: Path, folder: Path, out: Path) -> list[object]:
+    shutil.copytree(adapter, folder / "cut")
+    whole = (adapter / "adapter.safetensors").read_bytes()
+    (folder / "cut" / "adapter.safetensors").write_bytes(whole[:-100])
+    return ["evaluate", base, "--adapter", folder / "cut", "--data", "phantom-b:4", "--out", out]
+
+
+BAD: dict[str, tuple[Bad, tuple[str, ...]]] = {
+    "missing image": (trained_on(missing_image), ("rows.jsonl, line 2", "gone.png", "missing")),
+    "corrupt JPEG": (trained_on(corrupt_jpeg), ("torn.jpg", "damaged or cut short", "Replace the file")),
+    "corrupt DICOM": (trained_on(corrupt_dicom), ("torn.dcm", "no image at all")),
+    "wrong field": (
+        trained_on(lambda f: jsonl(f, ROW, {"image": "a.png", "qestion": "x", "answer": "y"})),
+        ("rows.jsonl, line 2", "'question' is missing", "qestion"),
+    ),
+    "empty answer": (
+        trained_on(lambda f: jsonl(f, ROW, ROW, ROW | {"answer": " "})),
+        ("rows.jsonl, line 3", "answer is empty", "Fill it in, or remove the row"),
+    ),
+    "not JSON": (trained_on(lambda f: jsonl(f, ROW, "{")), ("rows.jsonl, line 2", "not valid JSON")),
+    "unknown recipe word": (
+        lambda b, a, f, o: ["train", b, "--data", "phantom-b:4", "--tune", "vision=nl", "--out", o],
+        ("unknown method 'nl'", "did you mean 'ln'", "column 8"),
+    ),
+    "a part that is not there": (
+        lambda b, a, f, o: ["train", b, "--data", "phantom-b:4", "--tune", "connector=ln", "--out", o],
+        ("no part 'connector'", "vision, encoder, decoder", "connector?"),
+    ),
+    "adapter of another base": (of_another_base, ("was trained on", "other values")),
+    "damaged adapter": (damaged_adapter, ("adapter.safetensors", "cut short")),
+    "no adapter there": (
+        lambda b, a, f, o: ["evaluate", b, "--adapter", f, "--data", "phantom-b:4", "--out", o],
+        ("adapter.json is missing",),
+    ),
+    "unknown dataset": (
+        lambda b, a, f, o: ["train", b, "--data", "slak", "--root", f, "--out", o],
+        ("no dataset 'slak'", "did you mean 'slake'"),
+    ),
+    "not SLAKE's folder": (
+        lambda b, a, f, o: ["train", b, "--data", "slake", "--root", f, "--out", o],
+        ("not SLAKE's folder", "--root"),
+    ),
+    "unknown split": (
+        lambda b, a, f, o: ["evaluate", b, "--data", "phantom-b:4", "--split", "tset", "--out", o],
+        ("no split 'tset'", "did you mean 'test'"),
+    ),
+    "no such model": (
+        lambda b, a, f, o: ["train", "nanoo", "--data", "phantom-b:4", "--out", o],
+        ("no model 'nanoo'", "did you mean 'nano'"),
+    ),
+    "a directory without a model": (
+        lambda b, a, f, o: ["train", f, "--data", "phantom-b:4", "--out", o],
+        ("holds no config.json",),
+    ),
+    "an impossible value": (
+        lambda b, a, f, o: ["train", b, "--data", "phantom-b:4", "--batch", 0, "--out", o],
+        ("--batch", "greater than 0"),
+    ),
+    "an unknown option": (
+        lambda b, a, f, o: ["train", b, "--data", "phantom-b:4", "--epocs", 3, "--out", o],
+        ("--epocs", "--epochs"),
+    ),
+    "a place that is a file": (
+        lambda b, a, f, o: ["evaluate", b, "--data", "phantom-b:4", "--out", jsonl(f / "x", ROW) / "deeper"],
+        ("cannot write", "Choose another --out"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    run: Run, base: Path, adapter: Path, tmp_path: Path, what: str
+) -> None:
+    arguments, said = BAD[what]
+    (folder := tmp_path / "in").mkdir()
+    out = tmp_path / "out"
+    status, printed, err = run(*arguments(base, adapter, folder, out))
+    assert status == 2 and printed == ""
+    assert err.count("\n") == 1 and err.startswith("normtune: ")
+    for words in said:
+        assert words in err, err
+    assert "Traceback" not in err
+    left = [path for path in out.rglob("*") if path.is_file()] if out.exists() else []
+    assert left == []
+
+
+def test_a_full_disk_is_told_and_the_old_adapter_stays(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """The file-size limit stands in for a full disk: writing fails in the middle of the file."""
+    out = tmp_path / "out"
+    shutil.copytree(adapter, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    command = [sys.executable, "-m", "normtune", "train", str(base), "--data", "phantom-b:4", "--tune", "ln"]
+    found = subprocess.run(
+        [*command, "--epochs", "1", "--device", "cpu", "--out", str(out), "--json"],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)),
+    )
+    assert found.returncode == 2 and found.stdout == ""
+    assert (
+        found.stderr.count("\n") == 1 and "cannot write" in found.stderr and "Free some space" in found.stderr
+    )
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before

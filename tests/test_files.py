@@ -1,0 +1,148 @@
+"""Files are whole or absent, and what people wrote badly is told in one line."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from normtune.errors import InputError
+from normtune.files import new_directory, read_json, replacing, write_json, write_jsonl, write_text
+from tests.bases import outcome
+
+
+def write_and_fail(path: Path, failure: BaseException) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text("half")
+        raise failure
+
+
+def test_a_write_makes_the_directories_and_replaces_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b.txt"
+    write_text(path, "one")
+    write_text(path, "two")
+    assert path.read_text() == "two"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    message = outcome(lambda: write_and_fail(path, OSError(errno.ENOSPC, "No space left on device")))
+    assert str(path) in message
+    assert "No space left" in message
+    with pytest.raises(KeyboardInterrupt):
+        write_and_fail(path, KeyboardInterrupt())
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_path_through_a_file_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "cannot write" in outcome(lambda: write_text(tmp_path / "file" / "a.txt", "x"))
+    assert "cannot write" in outcome(lambda: write_text(tmp_path, "x"))
+    assert (tmp_path / "file").read_text() == ""
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+characters = st.characters(exclude_categories=())  # halves of surrogate pairs included
+
+
+@settings(max_examples=50, deadline=None)
+@given(value=values | st.text(characters))
+def test_json_comes_back_as_it_was_written(tmp_path_factory: pytest.TempPathFactory, value: object) -> None:
+    path = tmp_path_factory.getbasetemp() / "value.json"
+    write_json(path, value)
+    assert read_json(path) == value
+
+
+@settings(max_examples=100, deadline=None)
+@given(content=st.binary(max_size=30) | st.text(alphabet='[]{}",:0123e-. tfn\n').map(str.encode))
+def test_any_bytes_are_json_or_an_input_error_that_names_the_file(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.json"
+    path.write_bytes(content)
+    try:
+        read_json(path)
+    except InputError as error:
+        assert str(path) in str(error)
+        assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b'{"a": 1,\n"b"}', "line 2"),
+        (b"\xff\xfe", "not UTF-8"),
+        (b"[" * 100_000, "nested too deep"),
+        (b"1" * 5000, "not valid JSON"),
+    ],
+)
+def test_what_is_no_json_is_told_with_its_place(content: bytes, told: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    assert told in outcome(lambda: read_json(tmp_path / "a.json"))
+
+
+def test_a_missing_file_and_a_directory_are_told(tmp_path: Path) -> None:
+    assert "is missing" in outcome(lambda: read_json(tmp_path / "none.json"))
+    assert "cannot read" in outcome(lambda: read_json(tmp_path))
+
+
+def test_jsonl_has_one_object_a_line_whatever_the_text(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [{"a": "line\nbreak"}, {"a": "ß\u2028"}])
+    lines = (tmp_path / "rows.jsonl").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    assert lines == ['{"a": "line\\nbreak"}', '{"a": "ß\u2028"}']
+
+
+def test_a_new_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "out"
+    with new_directory(target) as building:
+        (building / "a").write_text("x")
+        assert not target.exists()
+    assert (target / "a").read_text() == "x"
+
+    def fail() -> None:
+        with new_directory(tmp_path / "other") as building:
+            (building / "a").write_text("x")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    assert "No space left" in outcome(fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["deep"]
+    assert [path.name for path in target.parent.iterdir()] == ["out"]
+
+
+def test_a_new_directory_takes_an_empty_one_and_refuses_what_is_in_use(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with new_directory(tmp_path / "empty") as building:
+        (building / "a").touch()
+    assert [path.name for path in (tmp_path / "empty").iterdir()] == ["a"]
+
+    def enter(path: Path) -> None:
+        with new_directory(path):
+            pass
+
+    (tmp_path / "file").write_text("mine")
+    assert "--out" in outcome(lambda: enter(tmp_path / "empty"))
+    assert "--out" in outcome(lambda: enter(tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_removing_a_failed_directory_leaves_linked_files_alone(tmp_path: Path) -> None:
+    (tmp_path / "base").write_text("weights")
+
+    def fail() -> None:
+        with new_directory(tmp_path / "out") as building:
+            os.link(tmp_path / "base", building / "link")
+            raise InputError("stop")
+
+    assert outcome(fail) == "stop"
+    assert (tmp_path / "base").read_text() == "weights"

@@ -1,0 +1,280 @@
+"""Greedy and beam search against transformers' `generate()`, and against the best of all answers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from normtune.generate import Generated, Step, generate
+
+VOCABULARY = 11
+Early = bool | Literal["never"]
+
+
+@pytest.fixture(scope="module")
+def llama() -> LlamaForCausalLM:
+    """A tiny LLaMA with decided opinions, so that answers differ in length and beams cross."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, parameter.shape[1] ** -0.5)
+        model.lm_head.weight.mul_(1.3)
+    return model
+
+
+PROMPTS = torch.randint(2, VOCABULARY, (8, 4), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def ours(model: LlamaForCausalLM, sizes: list[int] | None = None, **options: Any) -> list[Generated]:
+    """`generate` over the model with its own cache; `sizes` collects the rows of each step."""
+    cache = DynamicCache(config=model.config)
+    first = model(PROMPTS, cache=cache, use_cache=True).logits[:, -1]
+
+    def step(tokens: Tensor, rows: Tensor | None) -> Tensor:
+        if rows is not None:
+            cache.reorder_cache(rows)
+        if sizes is not None:
+            sizes.append(len(tokens))
+        return model(tokens[:, None], cache=cache, use_cache=True).logits[:, -1]
+
+    return generate(first, step, **options)
+
+
+def theirs(
+    model: LlamaForCausalLM, end: list[int], max_new_tokens: int, beams: int = 1, **options: Any
+) -> tuple[list[tuple[int, ...]], list[float] | None]:
+    """transformers' answers, cut after their end, and its scores (beams only)."""
+    found = model.generate(
+        PROMPTS,
+        attention_mask=torch.ones_like(PROMPTS),
+        do_sample=False,
+        num_beams=beams,
+        eos_token_id=end,
+        pad_token_id=0,
+        bos_token_id=None,
+        max_new_tokens=max_new_tokens,
+        return_dict_in_generate=True,
+        output_scores=True,
+        **options,
+    )
+    answers = []
+    for row in found.sequences[:, PROMPTS.shape[1] :].tolist():
+        length = next((i + 1 for i, token in enumerate(row) if token in end), len(row))
+        answers.append(tuple(row[:length]))
+    return answers, found.sequences_scores.tolist() if beams > 1 else None
+
+
+@pytest.mark.parametrize("end", [[1], [1, 5]])
+@pytest.mark.parametrize("max_new_tokens", [1, 7])
+def test_greedy_answers_are_those_of_transformers(
+    llama: LlamaForCausalLM, end: list[int], max_new_tokens: int
+) -> None:
+    wanted, _ = theirs(llama, end, max_new_tokens)
+    found = ours(llama, end=end, max_new_tokens=max_new_tokens)
+    assert [answer.tokens for answer in found] == wanted
+    if max_new_tokens > 1:
+        assert len({len(answer) for answer in wanted}) > 1, "answers of several lengths"
+
+
+@pytest.mark.parametrize("early_stopping", [False, True, "never"])
+@pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 1.0, 2.5])
+@pytest.mark.parametrize(("beams", "end"), [(2, [1]), (3, [1]), (3, [1, 5]), (5, [2])])
+def test_beam_answers_are_those_of_transformers(
+    llama: LlamaForCausalLM, beams: int, end: list[int], length_penalty: float, early_stopping: Early
+) -> None:
+    options: dict[str, Any] = {"length_penalty": length_penalty, "early_stopping": early_stopping}
+    wanted, scores = theirs(llama, end, 7, beams, **options)
+    found = ours(llama, end=end, max_new_tokens=7, beams=beams, **options)
+    assert [answer.tokens for answer in found] == wanted
+    assert scores is not None
+    for answer, score in zip(found, scores, strict=True):
+        # transformers' score is the summed log-probability / length ** penalty
+        length = len(answer.tokens)
+        assert answer.score * length / length**length_penalty == pytest.approx(score, abs=1e-5)
+
+
+@pytest.mark.parametrize("beams", [2, 3])
+def test_one_new_token_is_the_likeliest(llama: LlamaForCausalLM, beams: int) -> None:
+    wanted, _ = theirs(llama, [1], 1, beams)
+    found = ours(llama, end=[1], max_new_tokens=1, beams=beams)
+    assert [answer.tokens for answer in found] == wanted
+    assert [answer.tokens for answer in found] == [a.tokens for a in ours(llama, end=[1], max_new_tokens=1)]
+
+
+@pytest.mark.parametrize("early_stopping", [False, True, "never"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_compaction_leaves_rows_out_and_changes_nothing(
+    llama: LlamaForCausalLM, beams: int, early_stopping: Early
+) -> None:
+    options: dict[str, Any] = {"end": [1, 5], "beams": beams, "early_stopping": early_stopping}
+    short: list[int] = []
+    whole: list[int] = []
+    found = ours(llama, short, max_new_tokens=8, **options)
+    wanted = ours(llama, whole, max_new_tokens=8, compact=False, **options)
+    assert [answer.tokens for answer in found] == [answer.tokens for answer in wanted]
+    assert [a.score for a in found] == pytest.approx([a.score for a in wanted], abs=1e-5)
+    assert set(whole) == {len(PROMPTS) * beams}
+    assert short == sorted(short, reverse=True)
+    if early_stopping != "never":
+        assert sum(short) < sum(whole)
+
+
+# --- tables of log-probabilities: every history has its own ------------------------------------------------
+
+Table = Callable[[tuple[int, ...]], Tensor]
+
+
+def table_of(seed: int, vocabulary: int) -> Table:
+    """history (its first entry is the prompt's number) -> logits, a fixed random table."""
+    held: dict[tuple[int, ...], Tensor] = {}
+
+    def logits(history: tuple[int, ...]) -> Tensor:
+        if history not in held:
+            number = hash((seed, *history)) % (2**63)
+            held[history] = 2 * torch.randn(vocabulary, generator=torch.Generator().manual_seed(number))
+        return held[history]
+
+    return logits
+
+
+def stepping(table: Table, prompts: int) -> tuple[Tensor, Step]:
+    """First logits and a step whose rows remember what they have read."""
+    histories: list[tuple[int, ...]] = [(prompt,) for prompt in range(prompts)]
+
+    def step(tokens: Tensor, rows: Tensor | None) -> Tensor:
+        nonlocal histories
+        sources = range(len(histories)) if rows is None else rows.tolist()
+        histories = [(*histories[row], token) for row, token in zip(sources, tokens.tolist(), strict=True)]
+        owners = [history[0] for history in histories]
+        assert owners == sorted(owners), "rows of a prompt are adjacent, in the prompts' order"
+        return torch.stack([table(history) for history in histories])
+
+    return torch.stack([table(history) for history in histories]), step
+
+
+def log_probability(table: Table, prompt: int, answer: tuple[int, ...]) -> float:
+    reads = [(prompt, *answer[:i]) for i in range(len(answer))]
+    return sum(float(table(h).log_softmax(-1)[t]) for h, t in zip(reads, answer, strict=True))
+
+
+def all_answers(vocabulary: int, longest: int, end: int) -> list[tuple[int, ...]]:
+    others = [token for token in range(vocabulary) if token != end]
+    complete = [
+        (*start, end) for length in range(longest) for start in itertools.product(others, repeat=length)
+    ]
+    return complete + list(itertools.product(others, repeat=longest))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 3),
+    st.sampled_from([0.0, 0.5, 1.0, 2.0]),
+    st.sampled_from([False, "never"]),
+    st.booleans(),
+)
+def test_enough_beams_find_the_best_of_all_answers(
+    seed: int, longest: int, length_penalty: float, early_stopping: Early, compact: bool
+) -> None:
+    vocabulary, end, prompts = 3, 2, 3
+    table = table_of(seed, vocabulary)
+    first, step = stepping(table, prompts)
+    found = generate(
+        first,
+        step,
+        end=[end],
+        max_new_tokens=longest,
+        beams=len(all_answers(vocabulary, longest, end)),
+        length_penalty=length_penalty,
+        early_stopping=early_stopping,
+        compact=compact,
+    )
+    for prompt, answer in enumerate(found):
+        scored = {
+            candidate: log_probability(table, prompt, candidate) / len(candidate) ** length_penalty
+            for candidate in all_answers(vocabulary, longest, end)
+        }
+        assert scored[answer.tokens] == pytest.approx(max(scored.values()), abs=1e-4)
+        mean = log_probability(table, prompt, answer.tokens) / len(answer.tokens)
+        assert answer.score == pytest.approx(mean, abs=1e-4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(1, 6),
+    st.sampled_from([[0], [0, 1]]),
+    st.sampled_from([False, True, "never"]),
+    st.floats(-1, 2),
+)
+def test_answers_end_once_and_are_scored_by_their_own_history(
+    seed: int, prompts: int, beams: int, longest: int, end: list[int], early_stopping: Early, penalty: float
+) -> None:
+    table = table_of(seed, 6)
+    answers = {}
+    for compact in (True, False):
+        first, step = stepping(table, prompts)
+        answers[compact] = generate(
+            first,
+            step,
+            end=end,
+            max_new_tokens=longest,
+            beams=beams,
+            length_penalty=penalty,
+            early_stopping=early_stopping,
+            compact=compact,
+        )
+    assert answers[True] == answers[False]
+    assert len(answers[True]) == prompts
+    for prompt, answer in enumerate(answers[True]):
+        assert 1 <= len(answer.tokens) <= longest
+        assert not set(answer.tokens[:-1]) & set(end)
+        assert len(answer.tokens) == longest or answer.tokens[-1] in end
+        mean = log_probability(table, prompt, answer.tokens) / len(answer.tokens)
+        assert math.isclose(answer.score, mean, abs_tol=1e-4)
+
+
+def test_a_prompts_answer_does_not_depend_on_its_neighbours() -> None:
+    table = table_of(3, 6)
+    first, step = stepping(table, 4)
+    together = generate(first, step, end=[0], max_new_tokens=5, beams=3)
+    for prompt in range(4):
+        shifted: Table = lambda history, p=prompt: table((p, *history[1:]))  # type: ignore[misc]  # noqa: E731
+        alone, alone_step = stepping(shifted, 1)
+        (answer,) = generate(alone, alone_step, end=[0], max_new_tokens=5, beams=3)
+        assert answer.tokens == together[prompt].tokens
+
+
+def test_a_whole_number_below_zero_is_a_length_penalty_too() -> None:
+    first, step = stepping(table_of(1, 6), 2)
+    found = generate(first, step, end=[0], max_new_tokens=4, beams=2, length_penalty=-1)
+    assert all(answer.score < 0 for answer in found)
+
+
+def test_half_precision_logits_are_scored_in_fp32() -> None:
+    logits = torch.tensor([[1.0, 2.0, 0.5]], dtype=torch.bfloat16)
+    (answer,) = generate(logits, lambda tokens, rows: logits, end=[1], max_new_tokens=3)
+    assert answer.tokens == (1,)
+    assert answer.score == pytest.approx(float(logits.float().log_softmax(-1)[0, 1]), abs=1e-6)

@@ -1,0 +1,266 @@
+"""Merging on disk: plain transformers loads the result to the same logits, and the base stays as it was."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from normtune import merge
+from normtune.adapt import Tuned, adapt
+from normtune.delta import fingerprint, save_delta
+from normtune.merge import INDEX_FILE, NEW_SHARD, ORIGIN_FILE, SINGLE_FILE, merge_text, merge_to_disk
+from normtune.models.miss.model import MissForQuestionAnswering
+from tests.bases import KINDS, base, logits, outcome, save_base, train_a_little
+
+RECIPES = (
+    "ln",
+    "bias",
+    "attention",
+    "ffn[1:]",
+    "full",
+    "lora(r=2)",
+    "ia3",
+    "vision=ln,language=lora(r=2,alpha=5)+ln",
+    "language=attention+lora(r=2)",
+)
+
+
+def delta_of(model: nn.Module, recipe: str, directory: Path) -> Tuned:
+    mark = fingerprint(model)
+    tuned = adapt(model, recipe)
+    train_a_little(tuned)
+    save_delta(tuned, directory, base_name="tiny", base_fingerprint=mark, metrics={"closed": 0.5})
+    return tuned
+
+
+def plain(kind: str, directory: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """What plain transformers makes of the directory; nothing may be missing from it or left over."""
+    from transformers import AutoModelForImageTextToText
+
+    loader: Any = MissForQuestionAnswering if kind == "miss" else AutoModelForImageTextToText
+    model, report = loader.from_pretrained(directory, dtype=dtype, output_loading_info=True)
+    assert not any(report.values()), report
+    return model.eval()
+
+
+def digests(directory: Path) -> dict[str, str]:
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_plain_transformers_loads_the_merged_model_to_the_same_logits(
+    recipe: str, kind: str, tmp_path: Path
+) -> None:
+    directory = save_base(kind, tmp_path / "base")
+    before = digests(directory)
+    tuned = delta_of(base(kind), recipe, tmp_path / "delta")
+    merged = merge_to_disk(str(directory), tmp_path / "delta", tmp_path / "out")
+    loaded = plain(kind, tmp_path / "out")
+    torch.testing.assert_close(logits(loaded), logits(tuned.model), rtol=1e-6, atol=2e-6)
+    for name, parameter in loaded.state_dict().items():
+        if name in tuned.trained and "lora" not in recipe:
+            assert torch.equal(parameter, tuned.trained[name])
+    assert digests(directory) == before
+    assert merged.linked == "hard link"
+    assert merged.new_bytes == (tmp_path / "out" / NEW_SHARD).stat().st_size
+    assert merged.linked_bytes == (directory / SINGLE_FILE).stat().st_size
+    assert "never write into them" in merge_text(merged)
+    json.dumps(merged.__dict__)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_index_maps_every_tensor_and_the_base_is_linked_not_copied(kind: str, tmp_path: Path) -> None:
+    directory = save_base(kind, tmp_path / "base")
+    tuned = delta_of(base(kind), "ln", tmp_path / "delta")
+    merge_to_disk(str(directory), tmp_path / "delta", tmp_path / "out")
+    out = tmp_path / "out"
+    index = json.loads((out / INDEX_FILE).read_text())
+    with safe_open(directory / SINGLE_FILE, "pt") as handle:
+        assert index["weight_map"].keys() == set(handle.keys())
+        size = sum(handle.get_tensor(key).nbytes for key in handle.keys())  # noqa: SIM118
+    assert index["metadata"]["total_size"] == size
+    with safe_open(out / NEW_SHARD, "pt") as handle:
+        new = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+    assert {key for key, file in index["weight_map"].items() if file == NEW_SHARD} == new.keys()
+    assert len(new) == len(tuned.trained)
+    assert all(tensor.dtype == torch.float32 for tensor in new.values())
+    (link,) = set(index["weight_map"].values()) - {NEW_SHARD}
+    assert (out / link).stat().st_ino == (directory / SINGLE_FILE).stat().st_ino
+    assert not (out / SINGLE_FILE).exists()
+    assert (out / "config.json").read_bytes() == (directory / "config.json").read_bytes()
+    assert (out / "config.json").stat().st_ino != (directory / "config.json").stat().st_ino
+    assert (out / "vocab.txt").read_text() == "a\nb\n"
+    assert json.loads((out / ORIGIN_FILE).read_text())["merged"]["recipe"] == str(tuned.recipe)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_norms_stay_fp32_over_a_bf16_base_and_the_rounding_is_told(kind: str, tmp_path: Path) -> None:
+    directory = save_base(kind, tmp_path / "base", torch.bfloat16)
+    model = base(kind, torch.bfloat16)
+    mark = fingerprint(model)
+    tuned = adapt(model, "ln")
+    names = list(tuned.trained)
+    with torch.no_grad():  # one value moves by less than bf16 can hold, one by more
+        tuned.trained[names[0]][0] += 1e-5
+        tuned.trained[names[0]][1] += 1.0
+    save_delta(tuned, tmp_path / "delta", base_name="tiny", base_fingerprint=mark)
+    merged = merge_to_disk(str(directory), tmp_path / "delta", tmp_path / "out")
+    assert merged.rounded_away == 0.5
+    assert "50.0% of the changes are lost" in merge_text(merged)
+    exact = plain(kind, tmp_path / "out").state_dict()
+    assert all(torch.equal(exact[name], parameter) for name, parameter in tuned.trained.items())
+    rounded = plain(kind, tmp_path / "out", torch.bfloat16).state_dict()
+    assert torch.equal(rounded[names[0]], tuned.trained[names[0]].bfloat16())
+
+
+def test_lora_rewrites_in_the_base_s_dtype_and_touches_nothing_else(tmp_path: Path) -> None:
+    directory = save_base("llava", tmp_path / "base", torch.bfloat16)
+    model = base("llava").to(torch.bfloat16)
+    tuned = delta_of(model, "language=lora(r=2)", tmp_path / "delta")
+    merge_to_disk(str(directory), tmp_path / "delta", tmp_path / "out")
+    with safe_open(tmp_path / "out" / NEW_SHARD, "pt") as handle:
+        new = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+    assert len(new) == len(tuned.additions[0].layers) == 4
+    assert all(tensor.dtype == torch.bfloat16 for tensor in new.values())
+    assert all(key.endswith(("q_proj.weight", "v_proj.weight")) for key in new)
+
+
+def test_a_base_of_several_shards_and_one_that_was_merged_before_can_be_merged(tmp_path: Path) -> None:
+    directory = tmp_path / "base"
+    base("llava").save_pretrained(directory, max_shard_size="40KB")
+    assert len(list(directory.glob("*.safetensors"))) > 2
+    delta_of(base("llava"), "ln", tmp_path / "first")
+    merge_to_disk(str(directory), tmp_path / "first", tmp_path / "once")
+    tuned = delta_of(plain("llava", tmp_path / "once"), "ln+attention[:1]", tmp_path / "second")
+    merge_to_disk(str(tmp_path / "once"), tmp_path / "second", tmp_path / "twice")
+    assert torch.equal(logits(plain("llava", tmp_path / "twice")), logits(tuned.model))
+    once = plain("llava", tmp_path / "once").state_dict()
+    assert once.keys() == tuned.model.state_dict().keys()
+
+
+def test_names_that_sort_behind_the_new_shard_do_not_win_over_it(tmp_path: Path) -> None:
+    directory = save_base("miss", tmp_path / "base")
+    (directory / SINGLE_FILE).rename(directory / "weights.safetensors")
+    with safe_open(directory / "weights.safetensors", "pt") as handle:
+        places = dict.fromkeys(handle.keys(), "weights.safetensors")
+    (directory / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    tuned = delta_of(base("miss"), "ln", tmp_path / "delta")
+    merge_to_disk(str(directory), tmp_path / "delta", tmp_path / "out")
+    torch.testing.assert_close(
+        logits(plain("miss", tmp_path / "out")), logits(tuned.model), rtol=1e-6, atol=2e-6
+    )
+
+
+def test_tied_tensors_stay_tied(tmp_path: Path) -> None:
+    directory = save_base("miss", tmp_path / "base")
+    tuned = delta_of(base("miss"), "decoder=full", tmp_path / "delta")
+    merge_to_disk(str(directory), tmp_path / "delta", tmp_path / "out")
+    loaded = plain("miss", tmp_path / "out")
+    words = loaded.text_decoder.bert.embeddings.word_embeddings.weight
+    assert loaded.text_decoder.cls.predictions.decoder.weight is words
+    torch.testing.assert_close(logits(loaded), logits(tuned.model), rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("recipe", ["language=prefix(n=2)", "adapter(width=2)"])
+def test_what_no_weight_can_stand_for_is_refused_and_nothing_is_written(recipe: str, tmp_path: Path) -> None:
+    directory = save_base("miss", tmp_path / "base")
+    delta_of(base("miss"), recipe, tmp_path / "delta")
+    message = outcome(lambda: merge_to_disk(str(directory), tmp_path / "delta", tmp_path / "out"))
+    assert "cannot be merged" in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "delta"]
+
+
+def test_a_delta_of_another_base_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    directory = save_base("miss", tmp_path / "base")
+    delta_of(base("llava"), "ln", tmp_path / "delta")
+    message = outcome(lambda: merge_to_disk(str(directory), tmp_path / "delta", tmp_path / "out"))
+    assert "does not fit this model" in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "delta"]
+
+
+def test_an_output_directory_in_use_is_refused_and_an_empty_one_taken(tmp_path: Path) -> None:
+    directory = save_base("miss", tmp_path / "base")
+    delta_of(base("miss"), "ln", tmp_path / "delta")
+    assert "not an empty directory" in outcome(
+        lambda: merge_to_disk(str(directory), tmp_path / "delta", directory)
+    )
+    (tmp_path / "out").mkdir()
+    merge_to_disk(str(directory), tmp_path / "delta", tmp_path / "out")
+    plain("miss", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda directory: (directory / SINGLE_FILE).unlink(), "only safetensors can be merged"),
+        (lambda directory: (directory / SINGLE_FILE).write_bytes(b"\x01"), "no safetensors file"),
+        (lambda directory: (directory / "config.json").unlink(), "config.json"),
+    ],
+)
+def test_a_broken_base_is_refused(spoil: Any, told: str, tmp_path: Path) -> None:
+    directory = save_base("miss", tmp_path / "base")
+    delta_of(base("miss"), "ln", tmp_path / "delta")
+    spoil(directory)
+    assert told in outcome(lambda: merge_to_disk(str(directory), tmp_path / "delta", tmp_path / "out"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "delta"]
+
+
+def test_a_tensor_that_loading_changes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = save_base("miss", tmp_path / "base")
+    delta_of(base("miss"), "ln", tmp_path / "delta")
+    monkeypatch.setattr(merge, "_same", lambda *_: False)
+    message = outcome(lambda: merge_to_disk(str(directory), tmp_path / "delta", tmp_path / "out"))
+    assert "has no tensor of its own in the checkpoint" in message
+
+
+def test_where_no_link_can_be_made_the_shards_are_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, "another file system")
+
+    directory = save_base("miss", tmp_path / "base")
+    tuned = delta_of(base("miss"), "ln", tmp_path / "delta")
+    monkeypatch.setattr(os, "link", refuse)
+    merged = merge_to_disk(str(directory), tmp_path / "delta", tmp_path / "out")
+    assert merged.linked in ("copy", "reflink")
+    shutil.rmtree(directory)
+    loaded = plain("miss", tmp_path / "out")
+    torch.testing.assert_close(logits(loaded), logits(tuned.model), rtol=1e-6, atol=2e-6)
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    directory = save_base("miss", tmp_path / "base")
+    delta_of(base("miss"), "ln", tmp_path / "delta")
+    monkeypatch.setattr(merge, "write_tensors", refuse)
+    message = outcome(lambda: merge_to_disk(str(directory), tmp_path / "delta", tmp_path / "out"))
+    assert "No space left on device" in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "delta"]
+
+
+def test_files_of_other_formats_and_hidden_ones_are_not_copied(tmp_path: Path) -> None:
+    directory = save_base("miss", tmp_path / "base")
+    (directory / ".git").mkdir()
+    (directory / "pytorch_model.bin").write_bytes(b"0")
+    (directory / "templates").mkdir()
+    (directory / "templates" / "chat.jinja").write_text("{{ x }}")
+    delta_of(base("miss"), "ln", tmp_path / "delta")
+    merge_to_disk(str(directory), tmp_path / "delta", tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert not names & {".git", "pytorch_model.bin"}
+    assert (tmp_path / "out" / "templates" / "chat.jinja").read_text() == "{{ x }}"

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from normtune.data.records import Example
+from normtune.packing import EpochBatches, Segment, group_by_image, pair_batches
+
+
+def examples_of(counts: list[int]) -> list[Example]:
+    """counts[i] questions of image i, images interleaved as in a shuffled file."""
+    made = [
+        Example(f"{image}-{q}", (f"image{image}",), f"question {q}", "yes", "closed", "train")
+        for image, count in enumerate(counts)
+        for q in range(count)
+    ]
+    random.Random(0).shuffle(made)
+    return made
+
+
+counts = st.lists(st.integers(1, 12), min_size=1, max_size=12)
+caps = st.none() | st.integers(1, 5)
+sizes = st.lists(st.integers(1, 12), max_size=30)
+
+
+@given(counts, caps, st.none() | st.integers(0, 5))
+def test_groups_hold_every_example_once_one_image_each_within_the_cap(
+    counts: list[int], cap: int | None, seed: int | None
+) -> None:
+    examples = examples_of(counts)
+    groups = group_by_image(examples, cap, None if seed is None else random.Random(seed))
+    assert Counter(e.id for group in groups for e in group) == Counter(e.id for e in examples)
+    assert all(len({e.images for e in group}) == 1 for group in groups)
+    assert len(groups) == sum(1 if cap is None else math.ceil(count / cap) for count in counts)
+    if cap is not None:
+        assert max(map(len, groups)) <= cap
+
+
+def test_without_rng_questions_keep_their_order() -> None:
+    examples = examples_of([5, 3])
+    groups = group_by_image(examples, 2)
+    for image in ("image0", "image1"):
+        found = [e for group in groups for e in group if e.images == (image,)]
+        assert found == [e for e in examples if e.images == (image,)]
+
+
+def test_studies_of_several_views_are_groups_of_their_own() -> None:
+    views = [("a", "b"), ("a",), ("b", "a"), ("a", "b")]
+    examples = [Example(str(i), keys, "", "r", "report", "train") for i, keys in enumerate(views)]
+    assert [[e.id for e in group] for group in group_by_image(examples)] == [["0", "3"], ["1"], ["2"]]
+
+
+def test_a_shuffled_image_is_cut_differently_in_different_epochs() -> None:
+    examples = examples_of([10])
+    cut = {
+        tuple(frozenset(e.id for e in group) for group in group_by_image(examples, 5, random.Random(seed)))
+        for seed in range(5)
+    }
+    assert len(cut) > 1
+
+
+@given(sizes, st.integers(1, 40))
+def test_batches_keep_the_order_and_divide_no_group(sizes: list[int], pairs: int) -> None:
+    batches = pair_batches(sizes, pairs)
+    assert [index for batch in batches for index in batch] == list(range(len(sizes)))
+    assert all(batches) and len(batches) == min(len(sizes), math.ceil(sum(sizes) / pairs))
+
+
+@given(sizes.filter(bool), st.integers(1, 40))
+def test_batches_hold_about_the_pairs_asked_for(sizes: list[int], pairs: int) -> None:
+    largest = max(sizes)
+    for batch in pair_batches(sizes, pairs):
+        held = sum(sizes[index] for index in batch)
+        # both ends lie within half a group of an even share, and a share is at most `pairs`
+        assert len(batch) == 1 or held <= pairs + largest
+
+
+@given(st.integers(0, 100), st.integers(1, 20))
+def test_batches_of_single_questions_hold_at_most_the_pairs_asked_for(count: int, pairs: int) -> None:
+    held = [len(batch) for batch in pair_batches([1] * count, pairs)]
+    assert sum(held) == count and max(held, default=0) <= pairs
+    assert max(held, default=0) - min(held, default=0) <= 1
+
+
+@given(sizes, st.integers(1, 40), st.randoms(use_true_random=False))
+def test_the_number_of_batches_does_not_depend_on_the_order(
+    sizes: list[int], pairs: int, rng: random.Random
+) -> None:
+    before = len(pair_batches(sizes, pairs))
+    rng.shuffle(sizes)
+    assert len(pair_batches(sizes, pairs)) == before
+
+
+def test_each_cut_falls_on_the_nearest_boundary() -> None:
+    assert pair_batches([4, 4, 4, 4], 8) == [[0, 1], [2, 3]]
+    assert pair_batches([3, 3, 6], 6) == [[0, 1], [2]]
+    assert pair_batches([10, 1, 1], 4) == [[0], [1], [2]]
+    assert pair_batches([1, 1, 10], 4) == [[0], [1], [2]]
+    assert pair_batches([5], 2) == [[0]]
+    assert pair_batches([2, 6, 1], 5) == [[0], [1, 2]]
+    assert pair_batches([], 4) == []
+
+
+@given(counts, st.integers(1, 20), caps, st.integers(0, 3))
+def test_every_epoch_yields_every_example_once_in_as_many_batches(
+    counts: list[int], pairs: int, cap: int | None, seed: int
+) -> None:
+    examples = examples_of(counts)
+    batches = EpochBatches(examples, pairs, cap, seed)
+    for epoch in range(4):
+        batches.set_epoch(epoch)
+        yielded = list(batches)
+        assert len(yielded) == len(batches) > 0
+        assert Counter(e.id for b in yielded for group in b for e in group) == Counter(e.id for e in examples)
+        for group in (group for batch in yielded for group in batch):
+            assert len({e.images for e in group}) == 1 and (cap is None or len(group) <= cap)
+
+
+def ids(batches: EpochBatches, epoch: int) -> list[list[list[str]]]:
+    batches.set_epoch(epoch)
+    return [[[e.id for e in group] for group in batch] for batch in batches]
+
+
+def test_order_is_a_function_of_seed_and_epoch_alone() -> None:
+    examples = examples_of([5, 8, 3, 9, 1, 7])
+    first = EpochBatches(examples, 6, 4, seed=1)
+    seen = {epoch: ids(first, epoch) for epoch in (0, 1, 2)}
+    random.seed(99)
+    resumed = EpochBatches(examples, 6, 4, seed=1)
+    assert ids(resumed, 2) == seen[2] and ids(resumed, 0) == seen[0]
+    assert ids(first, 1) == seen[1], "reading an epoch again repeats it"
+    assert seen[0] != seen[1] != seen[2]
+    assert ids(EpochBatches(examples, 6, 4, seed=2), 0) != seen[0]
+
+
+def test_no_examples_make_no_batches() -> None:
+    batches = EpochBatches([], 4, None, 0)
+    assert len(batches) == 0 and list(batches) == []
+
+
+def test_a_cap_below_one_is_a_mistake() -> None:
+    with pytest.raises(AssertionError, match="at least one question"):
+        group_by_image(examples_of([2]), 0)
+
+
+def test_a_segment_is_as_long_as_its_tokens() -> None:
+    assert len(Segment("1", (1, 2), (3,))) == 3 and len(Segment("1", (1, 2))) == 2

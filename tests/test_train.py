@@ -1,0 +1,185 @@
+"""Training runs: what they train, what they write, and that a killed one goes on to the same end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from normtune.config import TrainConfig
+from normtune.errors import InputError
+from normtune.files import read_json
+from normtune.models import load
+from normtune.train import TrainResult, last_checkpoint, train
+
+DATA = "phantom-b:6"
+
+
+def config(base: Path, out: Path, **options: Any) -> TrainConfig:
+    values: dict[str, Any] = {"tune": "ln", "epochs": 2, "batch": 16, "device": "cpu"} | options
+    return TrainConfig(model=str(base), data=DATA, out=out, **values)
+
+
+def tensors(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "adapter.safetensors")
+
+
+def same(one: Path, other: Path) -> bool:
+    first, second = tensors(one), tensors(other)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainResult, Path]:
+    out = tmp_path_factory.mktemp("run") / "ln"
+    return train(config(base, out)), out
+
+
+def test_a_run_writes_delta_config_and_result(run: tuple[TrainResult, Path]) -> None:
+    result, out = run
+    assert {path.name for path in out.iterdir()} >= {
+        "adapter.safetensors",
+        "adapter.json",
+        "train_config.json",
+        "train_result.json",
+    }
+    assert not (out / "checkpoints").exists()
+    stored = read_json(out / "train_result.json")
+    assert stored["trainable"] == result.trainable == sum(t.numel() for t in tensors(out).values())
+    assert stored["changed"] == 1.0 and result.warning is None
+    info = read_json(out / "adapter.json")
+    assert info["data"]["name"] == "phantom-b" and info["data"]["licence"] == "Apache-2.0 (synthetic)"
+    assert "research use" in info["notice"].lower() and "not for diagnosis" in info["notice"]
+
+
+def test_the_result_says_what_changed_and_by_how_much(run: tuple[TrainResult, Path]) -> None:
+    text = run[0].text()
+    assert "100.0% of the trained values changed" in text
+    assert "vision norm: 100.0% of 320 changed, by " in text
+
+
+def test_only_norms_are_written_and_all_are_fp32(run: tuple[TrainResult, Path]) -> None:
+    assert all(tensor.dtype == torch.float32 and tensor.ndim == 1 for tensor in tensors(run[1]).values())
+
+
+def test_every_pair_is_seen_once_an_epoch(run: tuple[TrainResult, Path]) -> None:
+    from normtune.catalog import open_dataset
+
+    assert run[0].pairs == 2 * len(open_dataset(DATA).split("train"))
+
+
+def test_the_base_on_disk_stays_as_it_was(base: Path, run: tuple[TrainResult, Path]) -> None:
+    before = {name: p.clone() for name, p in load(str(base)).model.named_parameters()}
+    train(config(base, run[1].parent / "full", tune="full", epochs=1))
+    after = dict(load(str(base)).model.named_parameters())
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_two_runs_of_one_seed_are_equal_and_other_seeds_differ(
+    base: Path, run: tuple[TrainResult, Path], tmp_path: Path
+) -> None:
+    train(config(base, tmp_path / "again"))
+    train(config(base, tmp_path / "other", seed=1))
+    assert same(run[1], tmp_path / "again") and not same(run[1], tmp_path / "other")
+
+
+@pytest.mark.parametrize("cap", [1, 3])
+def test_grouping_changes_the_order_of_work_and_not_the_gradients(
+    base: Path, tmp_path: Path, cap: int
+) -> None:
+    """One step over all pairs: however they are grouped, the step is the same."""
+    everything = {"epochs": 1, "batch": 10_000, "schedule": "constant", "warmup": 0.0}
+    train(config(base, tmp_path / "whole", **everything))
+    train(config(base, tmp_path / "capped", cap=cap, **everything))
+    whole, capped = tensors(tmp_path / "whole"), tensors(tmp_path / "capped")
+    for name in whole:
+        torch.testing.assert_close(capped[name], whole[name], rtol=0, atol=2e-5)
+
+
+def test_accumulation_normalises_by_tokens(base: Path, tmp_path: Path) -> None:
+    """Two unequal batches that make one step give the step of both together."""
+    options = {"epochs": 1, "schedule": "constant", "warmup": 0.0, "max_grad_norm": 1e9}
+    train(config(base, tmp_path / "one", batch=10_000, **options))
+    accumulated = train(config(base, tmp_path / "many", batch=24, accumulate=100, **options))
+    assert accumulated.steps == 1
+    one, many = tensors(tmp_path / "one"), tensors(tmp_path / "many")
+    for name in one:
+        torch.testing.assert_close(many[name], one[name], rtol=0, atol=2e-5)
+
+
+def test_learning_rates_are_each_methods_own(base: Path, tmp_path: Path) -> None:
+    result = train(config(base, tmp_path / "both", tune="vision=ln,decoder=lora(r=2)", epochs=1))
+    assert {(one.part, one.role) for one in result.changes} == {("vision", "norm"), ("decoder", "lora")}
+    assert result.changed > 0.99
+
+
+def test_a_rate_that_moves_nothing_is_warned_of(base: Path, tmp_path: Path) -> None:
+    result = train(config(base, tmp_path / "stuck", lr=1e-12, epochs=1))
+    assert result.warning is not None and "Raise the learning rate" in result.warning
+    assert "WARNING" in result.text()
+
+
+def test_trained_norms_move_on_a_bf16_base(base: Path, tmp_path: Path) -> None:
+    result = train(config(base, tmp_path / "bf16", dtype="bfloat16", lr=1e-4))
+    assert result.changed > 0.99
+    assert all(tensor.dtype == torch.float32 for tensor in tensors(tmp_path / "bf16").values())
+
+
+def test_limit_and_max_steps_bound_a_run(base: Path, tmp_path: Path) -> None:
+    assert train(config(base, tmp_path / "limit", limit=20, epochs=1)).pairs == 20
+    assert train(config(base, tmp_path / "steps", max_steps=3)).steps == 3
+
+
+def test_a_recipe_that_trains_nothing_is_refused(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="trains nothing"):
+        train(config(base, tmp_path / "none", tune="frozen"))
+
+
+def test_a_killed_run_resumes_to_the_same_delta(
+    base: Path, run: tuple[TrainResult, Path], tmp_path: Path
+) -> None:
+    """SIGKILL in the middle of an epoch, just after a checkpoint; then the same command again."""
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "normtune", "train", str(base), "--data", DATA, "--tune", "ln"]
+    command += ["--epochs", "2", "--batch", "16", "--device", "cpu", "--out", str(out)]
+    whole = subprocess.run([*command[:-1], str(tmp_path / "whole")], capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr
+    process = subprocess.Popen(
+        [*command, "--save-every", "3"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while last_checkpoint(out) is None and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert last_checkpoint(out) is not None and not (out / "adapter.json").exists()
+    again = subprocess.run([*command, "--save-every", "3"], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert same(out, tmp_path / "whole") and same(out, run[1])
+    killed, straight = (read_json(folder / "train_result.json") for folder in (out, run[1]))
+    assert killed["pairs"] == straight["pairs"] and killed["changed"] == straight["changed"]
+
+
+def test_a_checkpoint_of_another_run_is_refused(base: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "checkpoints" / "checkpoint-3"
+    mark.mkdir(parents=True)
+    (mark / "run.json").write_text('{"tune": "full"}')
+    (mark / "whole").touch()
+    with pytest.raises(InputError, match=r"other options .*tune.* start afresh with --no-resume"):
+        train(config(base, tmp_path))
+
+
+def test_a_checkpoint_cut_short_is_passed_over(tmp_path: Path) -> None:
+    for name in ("checkpoint-3", "checkpoint-12"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert last_checkpoint(tmp_path) is None
+    (tmp_path / "checkpoints" / "checkpoint-3" / "whole").touch()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoints" / "checkpoint-3"
