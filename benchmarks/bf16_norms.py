@@ -1,9 +1,9 @@
-"""Do norms learn on a bf16 base? Normtune's LN tuning beside PEFT's, on the same batches, over learning rates.
+"""Do norms learn on a bf16 base? Normtune's LN tuning beside PEFT's on the same batches, over learning rates.
 
     python benchmarks/bf16_norms.py --out benchmarks/bf16_norms.json
 
-Both train the same norms of the same bf16 base with AdamW for the same steps. PEFT keeps the norms in the base's dtype,
-in which a value near 1 cannot take a small step; Normtune holds them in fp32.
+Both train the same norms of the same bf16 base with AdamW for the same steps. PEFT keeps the norms in the
+base's dtype, in which a value near 1 cannot take a small step; Normtune holds them in fp32.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def main() -> None:
             rows.append(row)
             print(
                 f"{name:<15} lr {rate:.0e}: {row['moved']:,} of {row['values']:,} values moved "
-                f"({100 * row['moved'] / row['values']:.1f}%), loss {row['first_loss']:.3f} -> {row['last_loss']:.3f}"
+                f"({100 * row['moved'] / row['values']:.1f}%), "
+                f"loss {row['first_loss']:.3f} -> {row['last_loss']:.3f}"
             )
     if options.out:
         record(options.out, "bf16_norms", rows, model=options.model, steps=options.steps, pairs=options.pairs)
@@ -61,7 +62,7 @@ def peft_norms(family: Family) -> dict[str, nn.Parameter]:
 
 
 def run(train: Any, rate: float, options: argparse.Namespace) -> dict[str, Any]:
-    """Train for the steps; returns how many values moved, and the mean loss of the first and last 20 steps."""
+    """Train for the steps; how many values moved, and the mean loss of the first and the last 20 steps."""
     torch.manual_seed(0)
     family = load(options.model, dtype="bfloat16")
     trained = train(family)

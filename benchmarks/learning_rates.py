@@ -2,8 +2,8 @@
 
     python benchmarks/learning_rates.py --out benchmarks/learning_rates.json
 
-`normtune.config.LEARNING_RATES` holds the best of each row (a test holds the two together). The test split is not
-looked at.
+`normtune.config.LEARNING_RATES` holds the best of each row (a test holds the two together). The test split is
+not looked at.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Train `normtune-nano`, the base that comes with the package, on phantoms of hospital A; then say how it does.
+"""Train `normtune-nano`, the base that comes with the package, on phantoms of hospital A; say how it does.
 
     python scripts/train_nano.py --out src/normtune/models/nano
 
-Two cores take about three quarters of an hour. Every parameter is trained, from random weights, on images that only
-hospital A's training split shows. A run that was stopped goes on from its last checkpoint.
+Two cores take about three quarters of an hour. Every parameter is trained, from random weights, on images of
+hospital A's training split alone. A run that was stopped goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import argparse
 import math
 import random
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.progress import track
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from tokenizers.trainers import WordPieceTrainer
+from tokenizers import normalizers, pre_tokenizers
 
 from normtune.config import EvaluateConfig
 from normtune.data.records import Example
@@ -30,7 +30,8 @@ from normtune.models.miss.family import MissFamily, miss_processor
 from normtune.models.miss.model import MissForQuestionAnswering
 from normtune.models.miss.tokenizer import ENCODE, bert_tokenizer
 from normtune.packing import Group
-from normtune.phantom import dataset
+from normtune.phantom import Scene, dataset, sample_scene
+from normtune.phantom.dataset import scene_seed
 
 SIZE = 96
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -46,9 +47,10 @@ TEXT = {
 
 @dataclass(frozen=True)
 class Images:
-    """Every training image as grey bytes [size, size], with its questions and its report."""
+    """Every training image as grey bytes, with what it shows, its questions and its report."""
 
     grey: np.ndarray  # [images, size, size] uint8
+    shown: torch.Tensor  # [images, traits] 0 or 1
     keys: list[str]
     questions: list[list[Example]]
     reports: list[Example]
@@ -59,11 +61,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory of the finished base")
     parser.add_argument("--work", type=Path, default=Path("runs/nano"), help="where checkpoints go")
     parser.add_argument("--images", type=int, default=24_000, help="images of hospital A to train on")
-    parser.add_argument("--steps", type=int, default=7_500)
+    parser.add_argument("--steps", type=int, default=6_500)
     parser.add_argument("--batch", type=int, default=20, help="images a step")
-    parser.add_argument(
-        "--questions", type=int, default=6, help="questions of each image in a step, drawn anew"
-    )
+    parser.add_argument("--questions", type=int, default=6, help="questions of an image in a step")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -106,23 +106,35 @@ def render(count: int, cache: Path) -> Images:
         )
         cache.parent.mkdir(parents=True, exist_ok=True)
         np.save(cache, grey)
-    return Images(grey, keys, list(questions.values()), reports)
+    scenes = [sample_scene(scene_seed("train", number, 0), "a") for number in range(count)]
+    return Images(grey, traits(scenes), keys, list(questions.values()), reports)
+
+
+def traits(scenes: list[Scene]) -> torch.Tensor:
+    """What each scene shows, as 0 or 1: findings with their side, their zones, sizes and counts, devices."""
+    named = []
+    for scene in scenes:
+        found = {f"device {scene.device}", f"no {scene.missing_kidney} kidney"}
+        for one in scene.findings:
+            found |= {one.kind, f"{one.kind} {one.side}", f"{one.organ} {one.side}"}
+            found |= {f"{one.kind} {one.zone}", f"{one.kind} {one.size}", f"{one.kind} {one.count}"}
+        named.append(found)
+    names = sorted(set().union(*named))
+    return torch.tensor([[float(name in found) for name in names] for found in named])
 
 
 def vocabulary(images: Images) -> dict[str, int]:
-    """WordPiece over hospital A's texts, single letters, digits and signs included for words it never saw."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    signs = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
-    trainer = WordPieceTrainer(
-        vocab_size=2000, special_tokens=SPECIAL, initial_alphabet=signs, show_progress=False
-    )
+    """WordPiece's pieces: hospital A's words by frequency, and single signs for words that it never says."""
+    normalise, split = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
     texts = [text for group in images.questions for e in group for text in (e.question, e.answer)]
-    tokenizer.train_from_iterator([*texts, *(report.answer for report in images.reports)], trainer)
-    pieces = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
-    missing = [f"##{sign}" for sign in signs if f"##{sign}" not in pieces]  # inside a word, too
-    return {piece: index for index, piece in enumerate([*pieces, *missing])}
+    texts += [report.answer for report in images.reports]
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(word for word, _ in split.pre_tokenize_str(normalise.normalize_str(text)))
+    words = sorted(counts, key=lambda word: (-counts[word], word))
+    signs = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
+    pieces = dict.fromkeys([*SPECIAL, *words, *signs, *(f"##{sign}" for sign in signs)])
+    return {piece: index for index, piece in enumerate(pieces)}
 
 
 def new_family(pieces: dict[str, int]) -> MissFamily:
@@ -141,6 +153,26 @@ def new_family(pieces: dict[str, int]) -> MissFamily:
     return MissFamily(MissForQuestionAnswering(config), miss_processor(tokenizer, SIZE))
 
 
+class Traits(torch.nn.Module):
+    """A head for training alone: every patch says which traits it sees, and the image has what a patch saw.
+
+    Questions teach the image encoder little about small findings: this does.
+    """
+
+    def __init__(self, width: int, traits: int) -> None:
+        super().__init__()
+        self.head = torch.nn.Linear(width, traits)
+        torch.nn.init.zeros_(self.head.weight)
+        torch.nn.init.constant_(self.head.bias, -4.0)
+
+    def forward(self, image_states: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+        """image_states [images, tokens, width], shown [images, traits] -> summed cross-entropy an image."""
+        image = self.head(image_states).logsumexp(1) - math.log(image_states.shape[1])
+        return torch.nn.functional.binary_cross_entropy_with_logits(image, shown, reduction="sum") / len(
+            shown
+        )
+
+
 def fit(family: MissFamily, images: Images, options: argparse.Namespace) -> None:
     """AdamW with warm-up and cosine decay; every fifth step is of reports."""
     model, steps = family.model.train(), options.steps
@@ -154,16 +186,21 @@ def fit(family: MissFamily, images: Images, options: argparse.Namespace) -> None
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / 300) * 0.5 * (1 + math.cos(math.pi * step / steps))
     )
+    head = Traits(WIDTH["hidden_size"], images.shown.shape[1])
+    head_optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3)
     checkpoint, first = options.work / "checkpoint.pt", 0
     if checkpoint.is_file():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
+        head.load_state_dict(state["head"])
+        head_optimizer.load_state_dict(state["head_optimizer"])
         first = state["step"]
     processor = family.processor.image_processor
     mean, deviation = (torch.tensor(x).view(3, 1, 1) for x in (processor.image_mean, processor.image_std))
     losses: list[float] = []
+    traits_losses: list[float] = []
     started = time.perf_counter()
     for step in range(first, steps):
         rng = random.Random(f"{options.seed}-{step}")
@@ -183,23 +220,27 @@ def fit(family: MissFamily, images: Images, options: argparse.Namespace) -> None
         pixels = torch.from_numpy(images.grey[chosen]).float()[:, None] / 255
         prepared = (pixels.expand(-1, 3, -1, -1) - mean) / deviation
         batch = family.collate(groups, [[{"pixel_values": image}] for image in prepared])
+        batch["image_states"] = model.visual_encoder(batch.pop("pixel_values"))
         total, tokens = family.loss(batch, label_smoothing=0.05)
         loss = total / tokens
-        loss.backward()
+        taught = head(batch["image_states"], images.shown[chosen])
+        (loss + 0.1 * taught).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        head_optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        head_optimizer.zero_grad(set_to_none=True)
         losses += [] if reports else [loss.item()]
+        traits_losses.append(taught.item())
         if (step + 1) % 100 == 0:
             seconds = (time.perf_counter() - started) / (step + 1 - first)
-            print(
-                f"step {step + 1}/{steps}  loss {np.mean(losses[-80:]):.3f}  {seconds:.2f} s a step",
-                flush=True,
-            )
+            recent = f"loss {np.mean(losses[-80:]):.3f}, traits {np.mean(traits_losses[-100:]):.2f}"
+            print(f"step {step + 1}/{steps}  {recent}  {seconds:.2f} s a step", flush=True)
         if (step + 1) % 250 == 0 or step + 1 == steps:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             state |= {"schedule": schedule.state_dict(), "step": step + 1}
+            state |= {"head": head.state_dict(), "head_optimizer": head_optimizer.state_dict()}
             partial = checkpoint.with_suffix(".tmp")
             torch.save(state, partial)
             partial.replace(checkpoint)

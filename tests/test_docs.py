@@ -1,4 +1,4 @@
-"""What the docs show runs: `bash` blocks of normtune commands and `python` blocks, a page at a time, in their order.
+"""What the docs show runs: `bash` blocks of normtune commands and `python` blocks, page by page, in order.
 
 Commands in `console` blocks need data or time that a test has not: their options are parsed all the same.
 """

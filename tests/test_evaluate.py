@@ -138,7 +138,7 @@ def test_memory_errors_say_what_to_lower() -> None:
         def answer(self, *_: Any, **__: Any) -> list[list[Answer]]:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(InputError, match="out of memory with 7 questions at once. Lower --batch"):
+    with pytest.raises(InputError, match=r"out of memory with 7 questions at once\. Lower --batch"):
         run(Full(ANSWERS), fake_dataset(EXAMPLES), batch_pairs=7)
 
 

@@ -27,7 +27,7 @@ from normtune.card import DeltaInfo
 from normtune.delta import load_delta, merged_tensors, read_delta, write_tensors
 from normtune.errors import InputError
 from normtune.files import new_directory, read_json, write_json
-from normtune.models import skeleton
+from normtune.models import quiet_loading, skeleton
 from normtune.recipe import INTRINSIC
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -195,7 +195,8 @@ def _directory(model: str, source: str) -> Path:
 def _load(kind: Any, directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The base in its own precision, as plain transformers loads it."""
     try:
-        model: PreTrainedModel = kind.from_pretrained(directory, dtype=dtype)
+        with quiet_loading(str(directory)):
+            model: PreTrainedModel = kind.from_pretrained(directory, dtype=dtype)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"cannot load the weights in {directory}: {reason} Copy them anew.") from error

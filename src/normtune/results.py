@@ -11,13 +11,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from normtune.card import NOTICE
 from normtune.data.records import Dataset, Example
 from normtune.errors import InputError
 from normtune.files import read_json, write_json, write_jsonl
 from normtune.metrics.stats import RESAMPLES, holm, paired_difference
 from normtune.metrics.vqa import Metric, Prediction, scores
 
-NOTICE = "research use, not for diagnosis"
 INTERVALS = f"95%, percentile bootstrap over images, {RESAMPLES} resamples"
 
 

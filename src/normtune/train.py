@@ -65,9 +65,9 @@ class TrainResult:
     def text(self) -> str:
         """The result in a few lines for people."""
         lines = [
-            f"{self.recipe}: {self.trainable:,} of {self.total:,} parameters trained ({100 * self.share:.4f}%)",
-            f"{self.pairs:,} pairs in {self.steps:,} steps, {self.seconds:.1f} s ({self.pairs_per_second:.1f} pairs/s), "
-            f"peak memory {self.peak_memory_bytes / 2**20:,.0f} MiB",
+            f"{self.recipe}: {self.trainable:,} of {self.total:,} parameters ({100 * self.share:.4f}%)",
+            f"{self.pairs:,} pairs in {self.steps:,} steps, {self.seconds:.1f} s "
+            f"({self.pairs_per_second:.1f} pairs/s), peak memory {self.peak_memory_bytes / 2**20:,.0f} MiB",
         ]
         if self.final_loss is not None:
             lines.append(f"final loss {self.final_loss:.4f} a token")

@@ -56,7 +56,7 @@ def test_interval_of_few_clusters_equals_full_enumeration() -> None:
 
 
 def test_questions_of_one_image_widen_the_interval() -> None:
-    """Ten questions an image, all right or all wrong: the interval is that of images, sqrt(10) times wider."""
+    """Ten questions an image, all right or all wrong: the interval is of images, sqrt(10) times wider."""
     scores = {f"{image}-{q}": float(image % 2) for image in range(100) for q in range(10)}
     by_image = bootstrap_mean(scores, {id: id.split("-")[0] for id in scores})
     by_question = bootstrap_mean(scores, {id: id for id in scores})
@@ -99,7 +99,7 @@ def test_sign_flip_is_exact_for_few_images() -> None:
 
 
 def test_sign_flip_of_many_images_is_near_the_binomial() -> None:
-    """20 images, 15 better and 5 worse by one: two-sided sign test 0.041389 (scipy.stats.binomtest(15, 20))."""
+    """20 images, 15 better and 5 worse by one: sign test 0.041389 (scipy.stats.binomtest(15, 20))."""
     p, method = sign_flip_p(np.array([1.0] * 15 + [-1.0] * 5), flips=100_000)
     assert p == pytest.approx(0.041389, abs=0.002) and "100000" in method
 

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints with the real layouts: config, weights, tokenizer, image processor, chat template."""
+"""Tiny random checkpoints in the real layouts: config, weights, tokenizer, image processor, chat template."""
 
 from __future__ import annotations
 

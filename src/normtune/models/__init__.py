@@ -42,7 +42,7 @@ def load(model: str, *, dtype: str | torch.dtype = "float32", device: str | torc
     module, name = _FAMILIES[model_type]
     family: type[Family] = getattr(import_module(module), name)
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    with _quiet_for_local_files(source):
+    with quiet_loading(source):
         return _told(model, lambda: family.load(source, wanted, device))
 
 
@@ -117,26 +117,23 @@ def _model_type(source: str) -> str:
 
 
 @contextmanager
-def _quiet_for_local_files(source: str) -> Iterator[None]:
-    """Transformers draws a bar and warns of types it does not know at every load; only a download needs them."""
+def quiet_loading(source: str) -> Iterator[None]:
+    """Transformers draws bars and warns of types that it does not know; only a download needs them."""
     from huggingface_hub.utils import are_progress_bars_disabled
     from transformers.utils import logging
 
     if not Path(source).is_dir():
         yield
         return
-    level, bars, hub_bars = (
-        logging.get_verbosity(),
-        logging.is_progress_bar_enabled(),
-        not are_progress_bars_disabled(),
-    )
+    level = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled() and not are_progress_bars_disabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
-        if bars and hub_bars:
+        if bars:
             logging.enable_progress_bar()
 
 

@@ -38,7 +38,8 @@ class MissFamily(Family):
         """Load a directory written by `save`, or such a repository of the hub."""
         processor = BlipProcessor.from_pretrained(str(source))
         model = MissForQuestionAnswering.from_pretrained(str(source), dtype=dtype)
-        return cls(model.to(device).eval(), processor)
+        model.to(device)  # type: ignore[arg-type]
+        return cls(model.eval(), processor)
 
     @property
     def config(self) -> MissConfig:
@@ -46,10 +47,11 @@ class MissFamily(Family):
 
     def pixels(self, image: Image.Image) -> Pixels:
         """One image resized to the model's square: `pixel_values` [3, size, size]."""
-        return {"pixel_values": self.processor.image_processor(image, return_tensors="pt")["pixel_values"][0]}
+        prepared = self.processor.image_processor(image, return_tensors="pt")
+        return {"pixel_values": prepared["pixel_values"][0]}
 
     def encode(self, id: str, question: str, answer: str | None, *, report: bool = False) -> Segment:
-        """[ENC] question [SEP], at most 35 tokens, and answer [SEP]; an empty report question is the prompt."""
+        """[ENC] question [SEP], at most 35 tokens, and answer [SEP]; no question: the report prompt."""
         asked = self._tokens(question or REPORT_PROMPT)[: QUESTION_TOKENS - 2]
         end = self.config.eos_token_id
         prompt = (self.config.encode_token_id, *asked, end)
@@ -140,11 +142,11 @@ class MissFamily(Family):
             raise InputError(
                 f"answers of {max_new_tokens} tokens exceed this model's {room}. Lower the limit."
             )
-        batch = {
+        batch: Batch = {
             name: value.to(self.device) if isinstance(value, Tensor) else value
             for name, value in self._questions(groups, pixels).items()
         }
-        found = iter(self.model.generate(**batch, max_new_tokens=max_new_tokens, beams=beams))
+        found = iter(self.model.generate(max_new_tokens=max_new_tokens, beams=beams, **batch))
         return [[self._spoken(next(found)) for _ in group.segments] for group in groups]
 
     def _spoken(self, generated: Any) -> Answer:
