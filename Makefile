@@ -18,8 +18,15 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Each prints a table and writes its JSON beside the script. Real data is measured where it is given:
+# make bench SLAKE=DIR VQA_RAD=DIR
 bench: $(READY)
-	$(BIN)/normtune bench all
+	$(BIN)/python benchmarks/learning_rates.py --out benchmarks/learning_rates.json
+	$(BIN)/python benchmarks/bf16_norms.py --out benchmarks/bf16_norms.json
+	$(BIN)/python benchmarks/demo.py --out benchmarks/demo
+ifdef SLAKE
+	$(BIN)/python benchmarks/real_data.py --slake "$(SLAKE)" --vqa-rad "$(VQA_RAD)" --out benchmarks/real_data.json
+endif
 
 docs: $(READY)
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'

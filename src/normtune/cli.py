@@ -228,6 +228,9 @@ def import_miss(
     source: Annotated[Path, typer.Argument(help="MISS's .pth, or a directory of BLIP-VQA.")],
     out: Annotated[Path, typer.Argument(help="Where the model is written.")],
     vocab: Annotated[Path | None, typer.Option(help="The vocab.txt of bert-base-uncased.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Resize the position embeddings to it.")] = None,
+    vision_heads: Annotated[int | None, typer.Option(help="Attention heads, where not width / 64.")] = None,
+    text_heads: Annotated[int | None, typer.Option(help="Attention heads, where not width / 64.")] = None,
     divide_twice: Annotated[
         bool, typer.Option(help="Prepare images as MISS's released code does: /255 twice, not normalised.")
     ] = False,
@@ -236,7 +239,15 @@ def import_miss(
     """MISS's original checkpoint, or BLIP-VQA's, as a model that normtune and transformers load."""
     from normtune.models.miss.checkpoints import import_miss, import_text
 
-    found = import_miss(source, out, vocab=vocab, divide_twice=divide_twice)
+    found = import_miss(
+        source,
+        out,
+        vocab=vocab,
+        image_size=image_size,
+        vision_heads=vision_heads,
+        text_heads=text_heads,
+        divide_twice=divide_twice,
+    )
     _emit(json, _plain(found), import_text(found))
 
 

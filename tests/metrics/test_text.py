@@ -42,8 +42,9 @@ def test_line_breaks_and_tabs_are_blanks() -> None:
 def test_the_normalisations_differ_where_they_say_so() -> None:
     assert normalise(" Left Lung. ", "none") == " Left Lung. "
     # VQA turns the line break into a blank before it looks at the hyphen's neighbours, LLaVA-Med after.
-    assert normalise("x-\nray") == "xray"
-    assert normalise("x-\nray", "llava-med") == "x ray"
+    # Where a mark touches a blank once, it is dropped everywhere.
+    assert normalise("x-ray-\nleft") == "xray left"
+    assert normalise("x-ray-\nleft", "llava-med") == "x ray left"
 
 
 def test_an_unknown_normalisation_is_named_with_the_nearest() -> None:
