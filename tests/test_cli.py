@@ -229,6 +229,14 @@ BAD: dict[str, tuple[Bad, tuple[str, ...]]] = {
         lambda b, a, f, o: ["train", b, "--data", "phantom-b:4", "--batch", 0, "--out", o],
         ("--batch", "greater than 0"),
     ),
+    "a device that is not there": (
+        lambda b, a, f, o: ["train", b, "--data", "phantom-b:4", "--device", "cudaa", "--out", o],
+        ("device 'cudaa'", "Use cpu"),
+    ),
+    "an unknown tracker": (
+        lambda b, a, f, o: ["train", b, "--data", "phantom-b:4", "--tracker", "wandbb", "--out", o],
+        ("--tracker wandbb",),
+    ),
     "an unknown option": (
         lambda b, a, f, o: ["train", b, "--data", "phantom-b:4", "--epocs", 3, "--out", o],
         ("--epocs", "--epochs"),

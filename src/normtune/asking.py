@@ -20,12 +20,10 @@ def open_model(
     Raises:
         InputError: no such model, or an adapter of another base.
     """
-    import torch
-
     from normtune.delta import load_delta
     from normtune.models import load
 
-    family = load(model, dtype=dtype, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    family = load(model, dtype=dtype, device=device)
     if adapter is not None:
         load_delta(family.model, adapter)
     family.model.eval()

@@ -36,6 +36,7 @@ from normtune.files import read_json, write_json
 from normtune.models import load
 from normtune.models.family import Batch, Family, Pixels
 from normtune.packing import EpochBatches, Group
+from normtune.recipe import parse
 
 CHECKPOINT_MARK = (
     "whole"  # the last file of a checkpoint: one without it was cut short and is not resumed from
@@ -90,12 +91,12 @@ def train(config: TrainConfig, *, progress: TrainerCallback | None = None) -> Tr
     Raises:
         InputError: bad option, data, model or recipe.
     """
+    recipe = parse(config.tune)  # a misspelt word is told before anything is loaded
     dataset = open_from(config)
     examples = dataset.split(config.split)[: config.limit]
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    family = load(config.model, dtype=config.dtype, device=device)
+    family = load(config.model, dtype=config.dtype, device=config.device)
     base_fingerprint = delta.fingerprint(family.model)
-    tuned = adapt(family.model, config.tune, seed=config.seed)
+    tuned = adapt(family.model, recipe, seed=config.seed)
     result, description = fit(config, family, tuned, dataset, examples, progress=progress)
     delta.save_delta(
         tuned,
@@ -135,7 +136,10 @@ def fit(
     set_seed(config.seed)
     before = {name: parameter.detach().clone() for name, parameter in tuned.trained.items()}
     batches = EpochBatches(examples, config.batch, config.cap if config.group else 1, config.seed)
-    trainer = _DeltaTrainer(config, family, tuned, dataset, batches, progress)
+    try:
+        trainer = _DeltaTrainer(config, family, tuned, dataset, batches, progress)
+    except (ValueError, RuntimeError, ImportError) as error:  # what the Trainer says of a tracker
+        raise InputError(f"--tracker {config.tracker}: {error}") from error
     checkpoint = last_checkpoint(config.out) if config.resume else None
     if checkpoint is None:
         shutil.rmtree(config.out / "checkpoints", ignore_errors=True)

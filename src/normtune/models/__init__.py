@@ -24,13 +24,15 @@ BUILT_IN = ("nano",)  # checkpoints that come with the package
 _SHAPES = "shapes"  # folder of configs of well-known models, for counting without their files
 
 
-def load(model: str, *, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu") -> Family:
-    """Load a base: 'nano', a local directory, or a name of the hub.
+def load(model: str, *, dtype: str | torch.dtype = "float32", device: str | None = "cpu") -> Family:
+    """Load a base: 'nano', a local directory, or a name of the hub; `device` None is CUDA where there is one.
 
     Raises:
-        InputError: there is no such model, or no family for its kind.
+        InputError: there is no such model or device, or no family for the model's kind.
     """
     import torch
+
+    place = _device(device)
 
     source = _source(model)
     model_type = _model_type(source)
@@ -43,7 +45,7 @@ def load(model: str, *, dtype: str | torch.dtype = "float32", device: str | torc
     family: type[Family] = getattr(import_module(module), name)
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     with quiet_loading(source):
-        return _told(model, lambda: family.load(source, wanted, device))
+        return _told(model, lambda: family.load(source, wanted, place))
 
 
 def skeleton(model: str) -> nn.Module:
@@ -76,6 +78,20 @@ def skeleton(model: str) -> nn.Module:
             with torch.device("meta"):
                 return auto.from_config(config)
     raise InputError(f"model {model} of type '{config.model_type}' is no vision-language model known here.")
+
+
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"device '{name}' is not to be had here. Use cpu, or cuda where there is one."
+        ) from error
+    return torch.device(name)
 
 
 def shapes() -> list[str]:

@@ -1,0 +1,332 @@
+"""Decoder-only families: image features stand among the tokens of a causal language model.
+
+A group is one sequence whose segments see its image and themselves (`normtune.sequences`), so that an image is
+computed once for all its questions, in training, scoring and answering alike. A family says how its images
+become tokens and features, and whatever is its own in masks and positions.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from accelerate.utils import send_to_device
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
+
+from normtune.errors import InputError
+from normtune.generate import Generated, generate
+from normtune.models.branches import Branches, Masks, Windows
+from normtune.models.conversation import Conversation, Tokens
+from normtune.models.family import Answer, Batch, Family, Pixels
+from normtune.packing import Group, Segment
+from normtune.sequences import PREFIX, Rows, SharedSequence, dense_mask, image_blocks, shared_sequence
+
+ANSWER_TOKENS = 256  # with the end token
+REPORT_TOKENS = 512
+REPORT_PROMPT = "Describe the findings of this image."
+FULL, SLIDING = "full_attention", "sliding_attention"
+ONE_KIND = ""  # the name of the only kind of attention layer, where masks are no dict
+
+
+class CausalFamily(Family):
+    """What decoder-only families share.
+
+    Attributes:
+        rows: how groups are laid out, one a row ("pad") or all in one row ("pack").
+        ends: the tokens that end an answer.
+    """
+
+    image_marker: ClassVar[str | None] = None  # last special token of an image; None: the image token itself
+    image_trailing: ClassVar[str] = ""  # text that the processor writes after it
+    image_sees_itself: ClassVar[bool] = False  # whether the tokens of an image see each other both ways
+    image_options: ClassVar[dict[str, Any]] = {}  # for the image processor
+
+    def __init__(self, model: nn.Module, processor: Any) -> None:
+        super().__init__(model, processor)
+        self.config: Any = model.config
+        self.rows: Rows = "pad"
+        tokenizer = processor.tokenizer
+        self.ends = _end_tokens(model, tokenizer)
+        self.pad_id: int = self.ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.image_token_id: int = self.config.image_token_id
+        self.windows = _windows(self.config.get_text_config())
+        self.conversation = Conversation(
+            processor, self.image_marker or processor.image_token, self.image_trailing, self.ends
+        )
+        parameters = inspect.signature(self.decoder.forward).parameters
+        self._cache_argument = "cache" if "cache" in parameters else "past_key_values"  # before 5.24
+
+    @classmethod
+    def load(cls, source: str | Path, dtype: torch.dtype, device: str | torch.device = "cpu") -> Self:
+        """Load a checkpoint of transformers' layout; masks of our own need its SDPA attention."""
+        processor = cls.load_processor(str(source))
+        model = AutoModelForImageTextToText.from_pretrained(
+            str(source), dtype=dtype, attn_implementation="sdpa"
+        )
+        return cls(model.to(device).eval(), processor)
+
+    @classmethod
+    def load_processor(cls, source: str) -> Any:
+        return AutoProcessor.from_pretrained(source)
+
+    # --- what a family may say otherwise --------------------------------------------------------------------
+
+    @property
+    def decoder(self) -> Any:
+        """The language model without its head."""
+        return self.model.model.language_model  # type: ignore[union-attr]
+
+    def image_text(self, pixels: Pixels) -> str:
+        """What the processor writes for one image, its tokens spread out."""
+        return self.processor.replace_image_token({name: value[None] for name, value in pixels.items()}, 0)
+
+    def image_inputs(self, images: Sequence[Pixels]) -> dict[str, Tensor]:
+        """Several images as the arguments of the model's `get_image_features`."""
+        return {name: torch.stack([image[name] for image in images]) for name in images[0]}
+
+    def positions(
+        self, sequence: SharedSequence, prefixes: Sequence[Tokens], pixels: Sequence[Sequence[Pixels]]
+    ) -> Tensor:
+        """Rotary positions of the tokens: [B, S], or [axes, B, S]."""
+        return sequence.position_ids
+
+    def step_positions(self, positions: Tensor) -> Tensor:
+        """The same of answer tokens: [B, Q] -> [B, Q], or [axes, B, Q]."""
+        return positions
+
+    def embedded(self, batch: Batch) -> dict[str, Any]:
+        """The decoder's arguments that hold what is seen and read: `inputs_embeds` [B, S, width] and more."""
+        features = self._image_features(batch).pooler_output
+        return {"inputs_embeds": self._with_images(batch, _joined(features))}
+
+    # --- images and questions to tensors --------------------------------------------------------------------
+
+    def pixels(self, image: Image.Image) -> Pixels:
+        """One image as its processor prepares it, without the batch axis."""
+        prepared = self.processor.image_processor([image], return_tensors="pt", **self.image_options)
+        return {name: torch.as_tensor(value)[0] for name, value in prepared.items()}
+
+    def encode(self, id: str, question: str, answer: str | None, *, report: bool = False) -> Segment:
+        """The family's own chat template; no question: the report prompt."""
+        prompt, tokens = self.conversation.segment(
+            id, question.strip() or REPORT_PROMPT, None if answer is None else answer.strip()
+        )
+        limit = REPORT_TOKENS if report else ANSWER_TOKENS
+        return Segment(id, prompt, tokens if len(tokens) <= limit else (*tokens[: limit - 1], tokens[-1]))
+
+    def collate(self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]]) -> Batch:
+        """Keys: those of `layout`, and
+
+        labels [N] long, the answer tokens; answer_rows [N] long, the rows of the flattened hidden states that
+        predict them; segment_index [N] long, their segments; pairs int, the number of segments.
+        """
+        batch, sequence = self._layout(groups, pixels, self.rows)
+        return batch | {
+            "labels": sequence.labels,
+            "answer_rows": sequence.answer_rows,
+            "segment_index": sequence.segment_index,
+            "pairs": sequence.segments,
+        }
+
+    def _layout(
+        self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]], rows: Rows
+    ) -> tuple[Batch, SharedSequence]:
+        """Keys of the batch, for B rows of S tokens:
+
+        input_ids, group_of, segment_of [B, S] long; place_ids [B, S] long, the tokens that precede each in its
+        own conversation; position_ids [B, S] or [axes, B, S] long; images: the model's image arguments;
+        feature_rows [image tokens] long where an image stands in several groups, else None.
+        """
+        texts = [[self.image_text(image) for image in images] for images in pixels]
+        prefixes = [self.conversation.prefix(images) for images in texts]
+        sequence = shared_sequence(groups, prefixes, self.pad_id, rows=rows)
+        distinct = list({id(image): image for image in chain.from_iterable(pixels)}.values())
+        batch: Batch = {
+            "input_ids": sequence.input_ids,
+            "group_of": sequence.group_of,
+            "segment_of": sequence.segment_of,
+            "place_ids": sequence.position_ids,
+            "position_ids": self.positions(sequence, prefixes, pixels),
+            "images": self.image_inputs(distinct),
+            "feature_rows": self._feature_rows(distinct, pixels),
+        }
+        return batch, sequence
+
+    def _feature_rows(self, distinct: Sequence[Pixels], pixels: Sequence[Sequence[Pixels]]) -> Tensor | None:
+        """Which feature each image token takes, for images that are computed once and stand in several groups."""
+        shown = [id(image) for image in chain.from_iterable(pixels)]
+        if len(shown) == len(distinct):
+            return None
+        token = self.processor.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        counts = [self.image_text(image).count(token) for image in distinct]
+        starts = [sum(counts[:i]) for i in range(len(counts))]
+        place = {id(image): i for i, image in enumerate(distinct)}
+        return torch.cat(
+            [torch.arange(counts[place[i]]) + starts[place[i]] for i in shown]
+        )
+
+    # --- the forward pass -----------------------------------------------------------------------------------
+
+    def loss(self, batch: Batch, *, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+        """(summed cross-entropy, number of answer tokens)."""
+        logits = self._answer_logits(batch)
+        summed = F.cross_entropy(logits, batch["labels"], reduction="sum", label_smoothing=label_smoothing)
+        return summed, torch.tensor(len(logits), device=summed.device)
+
+    def log_probs(self, batch: Batch) -> Tensor:
+        """[segments], the log-probability of each whole answer."""
+        each = -F.cross_entropy(self._answer_logits(batch), batch["labels"], reduction="none")
+        return each.new_zeros(batch["pairs"]).index_add(0, batch["segment_index"], each)
+
+    def _answer_logits(self, batch: Batch) -> Tensor:
+        """[N, vocabulary] fp32, of the answer tokens alone."""
+        states = self._states(batch, use_cache=False)
+        return self._logits(states.flatten(0, 1).index_select(0, batch["answer_rows"]))
+
+    def _logits(self, states: Tensor) -> Tensor:
+        return self.model.lm_head(states).float()  # type: ignore[operator]
+
+    def _states(self, batch: Batch, **options: Any) -> Tensor:
+        """Hidden states [B, S, width] of a laid-out batch."""
+        return self.decoder(
+            **self.embedded(batch),
+            attention_mask=_as_argument(self._masks(batch)),
+            position_ids=batch["position_ids"],
+            **options,
+        ).last_hidden_state
+
+    def _masks(self, batch: Batch) -> Masks:
+        """Who sees whom, for each kind of attention layer; the place for other backends' masks."""
+        blocks = image_blocks(batch["input_ids"], self.image_token_id) if self.image_sees_itself else None
+        return {
+            kind: dense_mask(
+                batch["group_of"],
+                batch["segment_of"],
+                image_block=blocks,
+                position_ids=batch["place_ids"],
+                window=window,
+            )
+            for kind, window in self.windows.items()
+        }
+
+    def _image_features(self, batch: Batch) -> Any:
+        """Features of the distinct images; autograd keeps nothing of a tower in which nothing is trained."""
+        return self.model.model.get_image_features(**batch["images"], return_dict=True)  # type: ignore
+
+    def _with_images(self, batch: Batch, features: Tensor) -> Tensor:
+        """Token embeddings with the features [image tokens, width] in the places of images: [B, S, width]."""
+        image = batch["input_ids"] == self.image_token_id
+        embeds = self.decoder.get_input_embeddings()(batch["input_ids"].masked_fill(image, 0))
+        return embeds.masked_scatter(image[..., None], self._shown(batch, features).to(embeds.dtype))
+
+    @staticmethod
+    def _shown(batch: Batch, features: Tensor) -> Tensor:
+        """Features of the distinct images -> one a image token of the batch."""
+        rows = batch["feature_rows"]
+        return features if rows is None else features.index_select(0, rows)
+
+    # --- answers --------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def answer(
+        self,
+        groups: Sequence[Group],
+        pixels: Sequence[Sequence[Pixels]],
+        *,
+        max_new_tokens: int = 16,
+        beams: int = 1,
+    ) -> list[list[Answer]]:
+        """See `Family.answer`; all questions of all groups are one batch."""
+        laid, _ = self._layout(groups, pixels, "pad")
+        batch: Batch = send_to_device(laid, self.device)
+        cache = DynamicCache()  # every layer keeps all columns: masks measure windows in places
+        states = self._states(batch, use_cache=True, **{self._cache_argument: cache})
+        branches, last = self._branches(batch, groups, cache)
+        found = generate(
+            self._logits(states[branches.row, last]),
+            branches.step,
+            end=self.ends,
+            max_new_tokens=max_new_tokens,
+            beams=beams,
+        )
+        answers = iter(found)
+        return [[self._spoken(next(answers)) for _ in group.segments] for group in groups]
+
+    def _branches(self, batch: Batch, groups: Sequence[Group], cache: Any) -> tuple[Branches, Tensor]:
+        """One branch a segment, and the column of each segment's last token [segments]."""
+        segments = [segment for group in groups for segment in group.segments]
+        assert all(s.prompt and not s.answer for s in segments), "segments end where the model is to write"
+        sizes = [len(group.segments) for group in groups]
+        row = torch.arange(len(groups)).repeat_interleave(torch.tensor(sizes)).to(self.device)
+        number = torch.cat([torch.arange(size) for size in sizes]).to(self.device) + PREFIX + 1
+        own = batch["segment_of"][row] == number[:, None]  # [segments, S]
+        last = (own * torch.arange(own.shape[1], device=own.device)).argmax(1)
+        rotary = batch["position_ids"]
+        rotary = rotary if rotary.ndim == 2 else rotary[0]  # text has one position on all axes
+
+        def decode(input_ids: Tensor, position_ids: Tensor, masks: Masks) -> Tensor:
+            states = self.decoder(
+                inputs_embeds=self.decoder.get_input_embeddings()(input_ids),
+                attention_mask=_as_argument(masks),
+                position_ids=self.step_positions(position_ids),
+                use_cache=True,
+                **{self._cache_argument: cache},
+            ).last_hidden_state
+            return self._logits(states)
+
+        branches = Branches(
+            cache,
+            decode,
+            self.windows,
+            visible=own | (batch["segment_of"][row] == PREFIX),
+            row=row,
+            position=rotary[row, last] + 1,
+            place=batch["place_ids"][row, last] + 1,
+            column_place=batch["place_ids"],
+        )
+        return branches, last
+
+    def _spoken(self, generated: Generated) -> Answer:
+        text: str = self.processor.tokenizer.decode(generated.tokens, skip_special_tokens=True)
+        return Answer(text.strip(), generated.score)
+
+
+def _joined(features: Any) -> Tensor:
+    """Features of images, a list or a tensor [images, tokens, width] -> [tokens, width]."""
+    return features.flatten(0, 1) if isinstance(features, Tensor) and features.ndim == 3 else torch.cat([*features])
+
+
+def _as_argument(masks: Masks) -> Any:
+    """Transformers takes a dict of masks where the kinds of layers differ, else the mask itself."""
+    return masks[ONE_KIND] if ONE_KIND in masks else masks
+
+
+def _windows(config: Any) -> Windows:
+    """The kinds of attention layers of a language model, each with its window.
+
+    Raises:
+        InputError: it has layers that no mask can steer.
+    """
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if kinds - {FULL, SLIDING}:
+        raise InputError(
+            f"the language model has layers of kind {', '.join(sorted(kinds - {FULL, SLIDING}))}, through which "
+            "questions of one image would see each other. Choose a model whose layers are all attention."
+        )
+    if SLIDING in kinds:
+        return {FULL: None, SLIDING: config.sliding_window}
+    return {ONE_KIND: None if kinds else getattr(config, "sliding_window", None)}
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Those of the generation config, as transformers' `generate` takes them, or else the tokenizer's."""
+    found = model.generation_config.eos_token_id
+    found = tokenizer.eos_token_id if found is None else found
+    return tuple(found) if isinstance(found, (list, tuple)) else (found,)

@@ -1,0 +1,43 @@
+"""LLaVA: CLIP's patch features, a two-layer projector and LLaMA or Mistral (Liu et al. 2023, arXiv 2310.03744).
+
+LLaVA-Med 1.5 (Li et al. 2023, arXiv 2306.00890) in transformers' layout is one of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from normtune.models.causal import CausalFamily
+
+# for checkpoints without a chat template: LLaVA 1.5 as its authors' Vicuna prompts, LLaVA-Med 1.5 as Mistral's
+_IMAGES_THEN_TEXT = (
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+)
+_ANSWER = "{% for part in message['content'] %}{{ ' ' + part['text'] }}{% endfor %}{{ eos_token }}"
+VICUNA_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ 'USER: ' }}"
+    + _IMAGES_THEN_TEXT
+    + "{{ ' ' }}{% else %}{{ 'ASSISTANT:' }}"
+    + _ANSWER
+    + "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+MISTRAL_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' }}"
+    + _IMAGES_THEN_TEXT
+    + "{{ ' [/INST]' }}{% else %}"
+    + _ANSWER
+    + "{% endif %}{% endfor %}"
+)
+_TEMPLATES = {"mistral": MISTRAL_TEMPLATE, "llama": VICUNA_TEMPLATE}
+
+
+class LlavaFamily(CausalFamily):
+    """LLaVA 1.5 and LLaVA-Med 1.5."""
+
+    model_types = ("llava",)
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        if processor.chat_template is None:
+            processor.chat_template = _TEMPLATES.get(model.config.get_text_config().model_type)
+        super().__init__(model, processor)
