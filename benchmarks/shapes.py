@@ -59,6 +59,12 @@ class Shape(ABC):
     ) -> tuple[nn.Module, list[Any], Any]:
         """Transformers' model under PEFT, one row a question, and the collator that pads them."""
 
+    @abstractmethod
+    def generator(
+        self, dataset: Dataset, examples: Sequence[Example], batch: int
+    ) -> tuple[Callable[[Any, int, int], Any], list[Any]]:
+        """`generate(batch, beams, tokens)` of transformers' model, and the batches of its questions."""
+
 
 def tuned_by_peft(model: nn.Module, method: str, queries_values: Sequence[str]) -> nn.Module:
     """`model` as a user of PEFT sets it up."""
@@ -164,6 +170,18 @@ class MissShape(Shape):
             }
 
         return tuned_by_peft(model, method, ("query", "value", "qkv")), rows, collate
+
+    def generator(
+        self, dataset: Dataset, examples: Sequence[Example], batch: int
+    ) -> tuple[Callable[[Any, int, int], Any], list[Any]]:
+        model, rows, collate = self.peer("full", dataset, examples)
+        model.eval()
+
+        def generate(inputs: dict[str, torch.Tensor], beams: int, tokens: int) -> Any:
+            asked = {name: inputs[name] for name in ("input_ids", "pixel_values", "attention_mask")}
+            return model.generate(**asked, num_beams=beams, max_new_tokens=tokens, do_sample=False)  # type: ignore[operator]
+
+        return generate, [collate(rows[start : start + batch]) for start in range(0, len(rows), batch)]
 
 
 SHAPES: dict[str, Shape] = {"miss": MissShape()}

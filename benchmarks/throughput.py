@@ -2,10 +2,11 @@
 
     python benchmarks/throughput.py --shape miss --data slake --root DIR --out FILE.json
 
-Random weights of a real shape at a width that two cores can run, all methods interleaved in one run. The peers
-are run as their users run them: every question is a row of its own with its own copy of the image, padded in its
-batch; LoRA (r=8, query and value), LoRA on all linears, LN tuning, and full tuning. Both sides get the same pixels
-and tokens from memory, the same pairs a step, and AdamW; the time is the Trainer's from first to last step.
+Random weights of a real shape at a width that two cores can run, all methods interleaved in one run. The
+peers are run as their users run them: every question is a row of its own with its own copy of the image,
+padded in its batch; LoRA (r=8, query and value), LoRA on all linears, LN tuning, full tuning. Both sides
+get the same pixels and tokens from memory, the same pairs a step, and AdamW; timed from the Trainer's first
+step to its last.
 """
 
 from __future__ import annotations

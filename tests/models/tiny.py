@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers import models as token_models
 from tokenizers.trainers import BpeTrainer
 
@@ -97,6 +97,10 @@ def bpe_tokenizer(special: list[str], *, sentencepiece: bool, **named: Any) -> A
         tokenizer.pre_tokenizer = None  # type: ignore[assignment]
     else:
         tokenizer.train_from_iterator(TEXT, trainer)
+    if start := named.get("bos_token"):
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{start} $A", special_tokens=[(start, tokenizer.token_to_id(start))]
+        )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
 
 

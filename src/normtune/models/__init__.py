@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from normtune.models.family import Family
 
 # model_type -> (module, class) of the family that loads it
-_FAMILIES = {"miss": ("normtune.models.miss.family", "MissFamily")}
+_FAMILIES = {
+    "miss": ("normtune.models.miss.family", "MissFamily"),
+    "llava": ("normtune.models.llava", "LlavaFamily"),
+}
 BUILT_IN = ("nano",)  # checkpoints that come with the package
 _SHAPES = "shapes"  # folder of configs of well-known models, for counting without their files
 

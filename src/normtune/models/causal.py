@@ -234,7 +234,6 @@ class CausalFamily(Family):
 
     # --- answers --------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def answer(
         self,
         groups: Sequence[Group],
@@ -244,20 +243,26 @@ class CausalFamily(Family):
         beams: int = 1,
     ) -> list[list[Answer]]:
         """See `Family.answer`; all questions of all groups are one batch."""
+        found = iter(self.written(groups, pixels, max_new_tokens=max_new_tokens, beams=beams))
+        return [[self._spoken(next(found)) for _ in group.segments] for group in groups]
+
+    @torch.inference_mode()
+    def written(
+        self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]], *, max_new_tokens: int, beams: int
+    ) -> list[Generated]:
+        """The tokens of each answer, one a segment in the order given."""
         laid, _ = self._layout(groups, pixels, "pad")
         batch: Batch = send_to_device(laid, self.device)
         cache = DynamicCache()  # every layer keeps all columns: masks measure windows in places
         states = self._states(batch, use_cache=True, **{self._cache_argument: cache})
         branches, last = self._branches(batch, groups, cache)
-        found = generate(
+        return generate(
             self._logits(states[branches.row, last]),
             branches.step,
             end=self.ends,
             max_new_tokens=max_new_tokens,
             beams=beams,
         )
-        answers = iter(found)
-        return [[self._spoken(next(answers)) for _ in group.segments] for group in groups]
 
     def _branches(self, batch: Batch, groups: Sequence[Group], cache: Any) -> tuple[Branches, Tensor]:
         """One branch a segment, and the column of each segment's last token [segments]."""
