@@ -115,6 +115,32 @@ def test_accumulation_normalises_by_tokens(base: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(many[name], one[name], rtol=0, atol=2e-5)
 
 
+def test_a_frozen_image_encoder_runs_once_an_image(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The delta equals that of a run which encodes every image in every step."""
+    from normtune.models.miss.family import MissFamily
+    from normtune.models.miss.vision import VisionTransformer
+
+    images = 0
+    forward = VisionTransformer.forward
+
+    def counting(self: VisionTransformer, pixels: torch.Tensor) -> torch.Tensor:
+        nonlocal images
+        images += len(pixels)
+        return forward(self, pixels)
+
+    monkeypatch.setattr(VisionTransformer, "forward", counting)
+    train(config(base, tmp_path / "held", tune="decoder=ln"))
+    assert images == 6
+    monkeypatch.setattr(MissFamily, "seen", lambda self, pixels: pixels)
+    train(config(base, tmp_path / "anew", tune="decoder=ln"))
+    assert images > 6 + 6
+    held, anew = tensors(tmp_path / "held"), tensors(tmp_path / "anew")
+    for name in held:
+        torch.testing.assert_close(held[name], anew[name], rtol=0, atol=2e-5)
+
+
 def test_learning_rates_are_each_methods_own(base: Path, tmp_path: Path) -> None:
     result = train(config(base, tmp_path / "both", tune="vision=ln,decoder=lora(r=2)", epochs=1))
     assert {(one.part, one.role) for one in result.changes} == {("vision", "norm"), ("decoder", "lora")}

@@ -216,10 +216,16 @@ class _Examples(TorchDataset[list[list[Example]]]):
 
 
 class PixelCache:
-    """Processed images by key, kept while they fit in `limit_bytes`; the rest are opened again each time."""
+    """Processed images by key, kept while they fit in `limit_bytes`; the rest are opened again each time.
 
-    def __init__(self, family: Family, dataset: Dataset, limit_bytes: int = 2 << 30) -> None:
+    With `frozen`, what the image encoder makes of them: the tower runs once an image, not once a step.
+    """
+
+    def __init__(
+        self, family: Family, dataset: Dataset, *, frozen: bool = False, limit_bytes: int = 2 << 30
+    ) -> None:
         self.family, self.dataset, self.limit_bytes = family, dataset, limit_bytes
+        self.frozen = frozen
         self.held: dict[str, Pixels] = {}
         self.bytes = 0
 
@@ -227,6 +233,8 @@ class PixelCache:
         if key in self.held:
             return self.held[key]
         pixels = self.family.pixels(self.dataset.open_image(key))
+        if self.frozen:
+            pixels = self.family.seen(pixels)
         size = sum(tensor.numel() * tensor.element_size() for tensor in pixels.values())
         if self.bytes + size <= self.limit_bytes:
             self.held[key] = pixels
@@ -237,9 +245,9 @@ class PixelCache:
 class Collator:
     """Lists of examples, one list an image -> the family's batch."""
 
-    def __init__(self, family: Family, dataset: Dataset) -> None:
+    def __init__(self, family: Family, dataset: Dataset, *, frozen_images: bool = False) -> None:
         self.family = family
-        self.pixels = PixelCache(family, dataset)
+        self.pixels = PixelCache(family, dataset, frozen=frozen_images)
         self.segments: dict[str, Any] = {}
 
     def __call__(self, groups: Sequence[Sequence[Example]]) -> Batch:
@@ -302,7 +310,7 @@ class _DeltaTrainer(Trainer):
             model=_Objective(family, config.label_smoothing, dropout=not config.group),
             args=arguments,
             train_dataset=_Examples(batches),
-            data_collator=Collator(family, dataset),
+            data_collator=Collator(family, dataset, frozen_images=_frozen_images(config, tuned)),
             callbacks=[progress] if progress else None,
         )
         self.model_accepts_loss_kwargs = True  # the loss is normalised by tokens over all accumulated batches
@@ -377,6 +385,11 @@ class _DeltaTrainer(Trainer):
             for name, parameter in self.tuned.trained.items():
                 parameter.copy_(stored[name])
         self.pairs_seen = int(read_json(Path(resume_from_checkpoint) / "run.json")["pairs_seen"])
+
+
+def _frozen_images(config: TrainConfig, tuned: Tuned) -> bool:
+    """Whether an image's states stay the same: nothing is trained up to them, and no dropout is on."""
+    return config.group and not {"vision", "connector"} & {part for part, _ in tuned.places.values()}
 
 
 def _steps(config: TrainConfig, batches: EpochBatches) -> int:

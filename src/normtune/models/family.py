@@ -51,6 +51,13 @@ class Family(ABC):
     def pixels(self, image: Image.Image) -> Pixels:
         """Process one RGB image."""
 
+    def seen(self, pixels: Pixels) -> Pixels:
+        """What the image encoder makes of one image, for `collate` to take in place of its pixels.
+
+        Held by a run whose image encoder is frozen, and computed once. A family that cannot gives the pixels.
+        """
+        return pixels
+
     @abstractmethod
     def encode(self, id: str, question: str, answer: str | None, *, report: bool = False) -> Segment:
         """Tokenise one question; with `answer=None` the segment ends where the model is to write.

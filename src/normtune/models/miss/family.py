@@ -50,6 +50,12 @@ class MissFamily(Family):
         prepared = self.processor.image_processor(image, return_tensors="pt")
         return {"pixel_values": prepared["pixel_values"][0]}
 
+    @torch.no_grad()
+    def seen(self, pixels: Pixels) -> Pixels:
+        """`image_states` [1 + patches, width], on the CPU."""
+        states = self.model.visual_encoder(pixels["pixel_values"][None].to(self.device))
+        return {"image_states": states[0].cpu()}
+
     def encode(self, id: str, question: str, answer: str | None, *, report: bool = False) -> Segment:
         """[ENC] question [SEP], at most 35 tokens, and answer [SEP]; no question: the report prompt."""
         asked = self._tokens(question or REPORT_PROMPT)[: QUESTION_TOKENS - 2]
@@ -69,8 +75,9 @@ class MissFamily(Family):
     def collate(self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]]) -> Batch:
         """Keys are the arguments of the model's `forward`, and `pairs`, the number of segments.
 
-        `pixel_values` [images, 3, size, size]; `image_index` [segments]; `view_index` [groups, views] where a
-        group has several images; `logit_rows` are the labelled rows.
+        `pixel_values` [images, 3, size, size], or `image_states` as `seen` gives them; `image_index`
+        [segments]; `view_index` [groups, views] where a group has several images; `logit_rows` are the
+        labelled rows.
         """
         batch = self._questions(groups, pixels)
         segments = [segment for group in groups for segment in group.segments]
@@ -90,8 +97,9 @@ class MissFamily(Family):
         ids = pad_sequence([torch.tensor(s.prompt) for s in segments], True, self.config.pad_token_id)
         padded = bool((lengths != lengths[0]).any())
         sizes = torch.tensor([len(group.segments) for group in groups])
+        images = list(chain.from_iterable(pixels))
         batch: Batch = {
-            "pixel_values": torch.stack([image["pixel_values"] for image in chain.from_iterable(pixels)]),
+            **{name: torch.stack([image[name] for image in images]) for name in images[0]},
             "input_ids": ids,
             "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long() if padded else None,
             "image_index": torch.arange(len(groups)).repeat_interleave(sizes),
