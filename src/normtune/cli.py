@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from normtune.config import DataOptions, EvaluateConfig, TrainConfig
 from normtune.errors import InputError, did_you_mean
+from normtune.progress import bar
 
 app = typer.Typer(
     name="normtune",
@@ -147,7 +148,8 @@ def evaluate(config: EvaluateConfig, *, as_json: bool) -> None:
     """Answer every question of a split and score the answers, with 95% intervals."""
     from normtune.evaluate import evaluate_config, metrics_text
 
-    found = evaluate_config(config)
+    with bar("answering", quiet=as_json) as tick:
+        found = evaluate_config(config, progress=tick)
     _emit(as_json, found, metrics_text(found))
 
 

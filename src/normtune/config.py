@@ -106,5 +106,9 @@ class EvaluateConfig(DataOptions):
     batch: int = Field(128, gt=0, description="Questions answered at once.")
     beams: int = Field(1, gt=0, description="Beams of the search; 1 is greedy. MISS uses 3.")
     max_new_tokens: int | None = Field(None, gt=0, description="Longest answer, in tokens.")
+    candidates: str | None = Field(
+        None, description="Answers to choose from for closed questions, such as yes/no."
+    )
+    normalisation: Literal["vqa", "none"] = Field("vqa", description="Of answers before they are compared.")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Dtype of the base.")
     device: str | None = Field(None, description="cpu or cuda; by default CUDA where there is one.")

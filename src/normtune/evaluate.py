@@ -291,7 +291,7 @@ def _metrics(
     return score_vqa(examples, predictions, normalisation=normalisation)
 
 
-def evaluate_config(config: EvaluateConfig) -> dict[str, Any]:
+def evaluate_config(config: EvaluateConfig, *, progress: Progress | None = None) -> dict[str, Any]:
     """Evaluate what `config` names; returns what metrics.json holds, with `out`.
 
     Raises:
@@ -311,6 +311,9 @@ def evaluate_config(config: EvaluateConfig) -> dict[str, Any]:
         batch_pairs=config.batch,
         beams=config.beams,
         max_new_tokens=config.max_new_tokens,
+        candidates=config.candidates,
+        normalisation=config.normalisation,
+        progress=progress,
         names={"base": config.model, "adapter": str(config.adapter) if config.adapter else None},
     )
     found: dict[str, Any] = read_json(config.out / "metrics.json")

@@ -134,12 +134,12 @@ def _visible(q: _Tokens, k: _Tokens, window: int | None) -> Tensor:
     """Whether queries see keys; the two sides broadcast, so it serves dense and block masks alike."""
     shared = (q.group == k.group) & ((k.segment == PREFIX) | (k.segment == q.segment))
     ordered = k.place <= q.place
-    if window is not None:
-        assert q.position is not None and k.position is not None, "a window is measured in positions"
-        ordered = ordered & (k.position > q.position - window)
-    if q.block is not None and k.block is not None:  # a block is seen whole, however narrow the window
+    if q.block is not None and k.block is not None:
         ordered = ordered | ((q.block == k.block) & (k.block >= 0))
     seen = shared & ordered
+    if window is not None:
+        assert q.position is not None and k.position is not None, "a window is measured in positions"
+        seen = seen & (k.position > q.position - window)
     return seen | (k.place == q.place)  # a padding token sees itself: a softmax over nothing is NaN
 
 
