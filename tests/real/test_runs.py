@@ -1,0 +1,34 @@
+"""The main job on real data: a few steps of training, and an evaluation whose rows are the split's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from normtune.catalog import open_from
+from normtune.config import EvaluateConfig, TrainConfig
+from normtune.evaluate import evaluate_config
+from normtune.results import read_run
+from normtune.train import train
+
+
+def check(tmp_path: Path, **data: Any) -> None:
+    config = TrainConfig(model="nano", tune="ln", out=tmp_path / "ln", limit=60, epochs=1, device="cpu", **data)
+    result = train(config)
+    assert result.pairs == 60 and result.changed > 0.99 and result.warning is None
+    scored = EvaluateConfig(
+        model="nano", adapter=tmp_path / "ln", out=tmp_path / "scores", limit=30, device="cpu", **data
+    )
+    found = evaluate_config(scored)
+    test = open_from(scored).split("test")[:30]
+    examples, _, _ = read_run(tmp_path / "scores")
+    assert [example.id for example in examples] == [example.id for example in test]
+    assert found["rows"] == 30 and found["metrics"]["global_exact"]["rows"] == 30
+
+
+def test_slake(slake_root: Path, tmp_path: Path) -> None:
+    check(tmp_path, data="slake", root=slake_root)
+
+
+def test_vqa_rad_split_by_image(vqa_rad_root: Path, tmp_path: Path) -> None:
+    check(tmp_path, data="vqa-rad", root=vqa_rad_root, image_disjoint=True)
