@@ -18,22 +18,31 @@ from record import record
 from normtune.cells import Cell, run_cells
 from normtune.config import EvaluateConfig, TrainConfig
 
-RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-METHODS = ("ln", "bias", "attention", "ffn", "full", "lora", "prefix", "ptuning", "ia3", "adapter")
+LOW, MIDDLE, HIGH = (1e-4, 3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2, 3e-2), (3e-3, 1e-2, 3e-2, 1e-1)
+RATES = {
+    "ln": HIGH,
+    "bias": HIGH,
+    "ia3": HIGH,
+    "prefix": HIGH,
+    "ptuning": HIGH,
+    "lora": MIDDLE,
+    "adapter": MIDDLE,
+}
+RATES |= {"attention": LOW, "ffn": LOW, "full": LOW}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--images", type=int, default=240, help="training images; a fifth of it validates")
-    parser.add_argument("--epochs", type=float, default=3)
-    parser.add_argument("--rates", type=float, nargs="+", default=RATES)
-    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--images", type=int, default=160, help="training images")
+    parser.add_argument("--validate", type=int, default=80, help="validation images")
+    parser.add_argument("--epochs", type=float, default=4)
+    parser.add_argument("--methods", nargs="+", default=list(RATES))
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         cells = [
-            cell(method, rate, options, Path(folder)) for method in options.methods for rate in options.rates
+            cell(method, rate, options, Path(folder)) for method in options.methods for rate in RATES[method]
         ]
         rows = []
         for found in run_cells(cells, workers=options.workers):
@@ -58,7 +67,7 @@ def main() -> None:
 
 def cell(method: str, rate: float, options: argparse.Namespace, folder: Path) -> Cell:
     """One method at one rate, trained and validated."""
-    name, data = f"{method}@{rate!r}", f"phantom-b:{options.images}"
+    name, data = f"{method}@{rate!r}", f"phantom-b:{options.images}/{options.validate}/0"
     recipe = "lora-8" if method == "lora" else method
     train = TrainConfig(
         model="nano",

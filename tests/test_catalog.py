@@ -60,6 +60,9 @@ def test_one_language_and_one_task_are_kept(root: Path) -> None:
 
 
 def test_phantoms_need_no_root_and_take_a_number_of_training_images() -> None:
+    three = open_dataset("phantom-b:6/3/4")
+    counts = [len({e.images for e in three.split(split)}) for split in ("train", "validate", "test")]
+    assert counts == [6, 3, 4]
     dataset = open_dataset("phantom-b:10")
     images = {split: len({e.images for e in dataset.split(split)}) for split in ("train", "validate", "test")}
     assert dataset.name == "phantom-b"
@@ -77,6 +80,8 @@ def test_phantoms_need_no_root_and_take_a_number_of_training_images() -> None:
         ("phantom-c", r"did you mean 'phantom-[ab]'\?"),
         ("phantom-b:many", "'many' is no number of images. Write for example phantom-b:240"),
         ("phantom-b:0", "'0' is no number of images"),
+        ("phantom-b:9/x/3", "'x' is no number of images"),
+        ("phantom-b:9/3", "give the images of train, or of train/validate/test"),
         ("phantom-b:-3", "'-3' is no number of images"),
         ("slake:7", "a number of images goes with phantoms only. Write --data slake"),
         ("slake", "dataset slake needs --root: the folder that holds train.json"),

@@ -45,5 +45,6 @@ def test_its_tokenizer_knows_the_words_of_hospital_b() -> None:
         segment = family.encode(example.id, example.question, example.answer)
         assert unknown not in segment.prompt + segment.answer
         assert not any(
-            piece.startswith("##") for piece in family.processor.tokenizer.convert_ids_to_tokens(segment.answer)
+            piece.startswith("##")
+            for piece in family.processor.tokenizer.convert_ids_to_tokens(segment.answer)
         )

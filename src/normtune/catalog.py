@@ -9,6 +9,7 @@ from typing import Literal
 
 from normtune.config import DataOptions
 from normtune.data.records import Dataset, Example
+from normtune.data.rows import SPLITS
 from normtune.errors import InputError, did_you_mean
 
 Language = Literal["en", "zh", "all"]
@@ -43,7 +44,8 @@ def open_dataset(
     """A dataset by its name, with the examples of one task and, where it has several, of one language.
 
     Args:
-        name: slake, vqa-rad, jsonl, parquet, phantom-a or phantom-b; `phantom-b:240` has 240 training images.
+        name: slake, vqa-rad, jsonl, parquet, phantom-a or phantom-b; `phantom-b:240` has 240 training images,
+            `phantom-b:240/60/120` has those of train, validate and test.
         root: where its files lie; phantoms are drawn and need none.
         language: rows that name no language are of every language.
 
@@ -70,12 +72,20 @@ def open_dataset(
     return _narrowed(_read(family, root, language), language, task)
 
 
-def _images(name: str, number: str) -> int:
-    if not (number.isascii() and number.isdecimal() and int(number) > 0):
+def _images(name: str, numbers: str) -> int | dict[str, int]:
+    """Images of the training split, or of train/validate/test."""
+    counts = []
+    for number in numbers.split("/"):
+        if not (number.isascii() and number.isdecimal()) or (not counts and int(number) == 0):
+            raise InputError(
+                f"dataset '{name}': '{number}' is no number of images. Write for example phantom-b:240."
+            )
+        counts.append(int(number))
+    if len(counts) not in (1, len(SPLITS)):
         raise InputError(
-            f"dataset '{name}': '{number}' is no number of images. Write for example phantom-b:240."
+            f"dataset '{name}': give the images of train, or of {'/'.join(SPLITS)}: phantom-b:240/60/120."
         )
-    return int(number)
+    return dict(zip(SPLITS, counts, strict=True)) if len(counts) > 1 else counts[0]
 
 
 def _read(family: str, root: Path, language: Language) -> Dataset:

@@ -23,6 +23,7 @@ RECIPES = (
     "prefix",
     "ia3",
 )
+TEST_IMAGES = 120
 COLUMNS = (("closed", "closed_label"), ("open", "open_exact"), ("global", "global_exact"))
 
 
@@ -54,7 +55,7 @@ def run_demo(
 
 
 def _cell(recipe: str, out: Path, images: int, epochs: float, seed: int) -> Cell:
-    data = f"phantom-b:{images}"
+    data = f"phantom-b:{images}/0/{TEST_IMAGES}"
     adapter = out / "adapters" / recipe
     train = None
     if recipe != "frozen":

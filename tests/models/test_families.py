@@ -1,8 +1,9 @@
-"""Decoder-only families: questions that share an image give what transformers gives for each of them alone."""
+"""Decoder-only families: questions that share an image give what transformers gives for each alone."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import copy
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 from normtune.models import load
 from normtune.models.causal import CausalFamily
 from normtune.models.family import Pixels
-from normtune.packing import Group, Segment
+from normtune.packing import Group
 from tests.models.tiny import TINY, make_tiny
 
 FAMILIES = tuple(TINY)
@@ -64,6 +65,11 @@ def conversation(family: CausalFamily, i: int) -> tuple[dict[str, Any], int]:
     """What transformers' own processor makes of pair i, and how many tokens its answer has at the end."""
     name, question, answer = PAIRS[i]
     processor = family.processor
+    if processor.chat_template is None:  # PaliGemma
+        made = processor(images=[image(name)], text=["<image>" + question], suffix=[answer])
+        found = {key: torch.as_tensor(value) for key, value in made.items() if key != "pixel_values"}
+        found["pixel_values"] = family.pixels(image(name))["pixel_values"][None]
+        return found, int((found.pop("labels") != -100).sum())
     asked: list[dict[str, Any]] = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
     ]
@@ -151,6 +157,7 @@ def transformers_answer(family: CausalFamily, i: int, beams: int) -> tuple[tuple
         max_new_tokens=8,
         num_beams=beams,
         do_sample=False,
+        eos_token_id=list(family.ends),
         output_scores=True,
         return_dict_in_generate=True,
     )
@@ -164,13 +171,92 @@ def transformers_answer(family: CausalFamily, i: int, beams: int) -> tuple[tuple
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("grouping", ["by image", "mixed order"])
+@pytest.mark.parametrize(
+    ("grouping", "ends"), [("by image", "its own"), ("mixed order", "every fourth token")]
+)
 def test_answers_are_transformers_own_token_for_token(
-    family: CausalFamily, grouping: str, beams: int
+    family: CausalFamily, grouping: str, beams: int, ends: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if ends != "its own":  # a random model hardly ever ends an answer: now answers differ in length
+        monkeypatch.setattr(family, "ends", tuple(range(0, family.model.lm_head.out_features, 4)))
     groups, pixels = grouped(family, GROUPINGS[grouping], answered=False)
     found = family.written(groups, pixels, max_new_tokens=8, beams=beams)
-    for i, one in zip(sum(GROUPINGS[grouping], []), found, strict=True):
+    for i, one in zip(chain(*GROUPINGS[grouping]), found, strict=True):
         tokens, score = transformers_answer(family, i, beams)
         assert one.tokens == tokens
         assert abs(one.score - score) < 1e-4
+    if ends != "its own" and beams == 1:
+        assert len({len(one.tokens) for one in found}) > 1
+
+
+def test_an_image_is_computed_once_and_its_prefix_is_never_copied(
+    family: CausalFamily, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups, pixels = grouped(family, GROUPINGS["cap of two"], answered=False)  # four groups of three images
+    seen: list[int] = []
+    read: list[tuple[int, ...]] = []
+    whole = family.features
+
+    def features(images: dict[str, Tensor]) -> dict[str, Tensor]:
+        seen.append(len(whole(images)["features"]))
+        return whole(images)
+
+    monkeypatch.setattr(family, "features", features)
+    hook = family.decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
+    )
+    family.answer(groups, pixels, max_new_tokens=3)
+    hook.remove()
+    token = family.processor.tokenizer.convert_ids_to_tokens(family.image_token_id)
+    tokens = [family.image_text(family.pixels(image(name))).count(token) for name in "abc"]
+    assert seen == [sum(tokens)]
+    if family.config.model_type == "paligemma":  # it shares no prefix
+        assert [rows for rows, _ in read] == [6, 6, 6]
+    else:
+        assert [rows for rows, _ in read] == [4, 4, 4] and [length for _, length in read[1:]] == [2, 2]
+
+
+def test_features_that_were_kept_give_the_same_loss_and_answers(family: CausalFamily) -> None:
+    groups, pixels = grouped(family, GROUPINGS["cap of two"])
+    kept = {id(one): family.seen(one) for images in pixels for one in images}
+    features = [[kept[id(one)] for one in images] for images in pixels]
+    with torch.no_grad():
+        loss, again = (family.loss(family.collate(groups, given))[0] for given in (pixels, features))
+    torch.testing.assert_close(again, loss, rtol=1e-6, atol=0)
+    asked, _ = grouped(family, GROUPINGS["cap of two"], answered=False)
+    assert family.answer(asked, features) == family.answer(asked, pixels)
+    assert all(not name.startswith("pixel") for one in kept.values() for name in one)
+
+
+def test_bf16_answers_and_learns(family: CausalFamily, plain: tuple[list[float], dict[str, Tensor]]) -> None:
+    half = copy.deepcopy(family.model).bfloat16()
+    low = type(family)(half, family.processor)
+    loss, _ = low.loss(low.collate(*grouped(low, GROUPINGS["by image"])))
+    assert abs(float(loss.detach()) - sum(plain[0])) / sum(plain[0]) < 0.05
+    loss.backward()
+    assert all(bool(p.grad.isfinite().all()) for p in half.parameters() if p.grad is not None)
+    groups, pixels = grouped(low, GROUPINGS["by image"], answered=False)
+    assert [len(answers) for answers in low.answer(groups, pixels, beams=2)] == [3, 2, 1]
+
+
+def test_views_of_one_study_are_seen_together(family: CausalFamily) -> None:
+    """Two images before one question, as transformers' processor writes them."""
+    question, answer = "Describe the findings.", "The heart is normal in size."
+    views = [image("a"), image("b")]
+    segment = family.encode("r", question, answer, report=True)
+    batch = family.collate([Group(("a", "b"), (segment,))], [[family.pixels(view) for view in views]])
+    processor = family.processor
+    if processor.chat_template is None:
+        text = ["<image><image>" + question]
+        ids = processor(images=[views], text=text, suffix=[answer])["input_ids"]
+    else:
+        content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": question}]
+        prompt = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+        first = not (processor.tokenizer.bos_token and prompt.startswith(processor.tokenizer.bos_token))
+        made = processor(images=[views], text=[prompt], return_tensors="pt", add_special_tokens=first)
+        ids = [made["input_ids"][0].tolist() + list(segment.answer)]
+    assert batch["input_ids"].tolist() == [list(one) for one in ids]
+    with torch.inference_mode():
+        assert family.log_probs(batch).isfinite().all()

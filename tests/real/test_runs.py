@@ -13,7 +13,9 @@ from normtune.train import train
 
 
 def check(tmp_path: Path, **data: Any) -> None:
-    config = TrainConfig(model="nano", tune="ln", out=tmp_path / "ln", limit=60, epochs=1, device="cpu", **data)
+    config = TrainConfig(
+        model="nano", tune="ln", out=tmp_path / "ln", limit=60, epochs=1, device="cpu", **data
+    )
     result = train(config)
     assert result.pairs == 60 and result.changed > 0.99 and result.warning is None
     scored = EvaluateConfig(

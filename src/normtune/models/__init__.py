@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 _FAMILIES = {
     "miss": ("normtune.models.miss.family", "MissFamily"),
     "llava": ("normtune.models.llava", "LlavaFamily"),
+    "qwen2_vl": ("normtune.models.qwen_vl", "QwenVLFamily"),
+    "qwen2_5_vl": ("normtune.models.qwen_vl", "QwenVLFamily"),
+    "qwen3_vl": ("normtune.models.qwen_vl", "QwenVLFamily"),
+    "gemma3": ("normtune.models.gemma3", "Gemma3Family"),
+    "idefics3": ("normtune.models.idefics3", "Idefics3Family"),
+    "smolvlm": ("normtune.models.idefics3", "Idefics3Family"),
+    "internvl": ("normtune.models.internvl", "InternVLFamily"),
+    "paligemma": ("normtune.models.paligemma", "PaliGemmaFamily"),
 }
 BUILT_IN = ("nano",)  # checkpoints that come with the package
 _SHAPES = "shapes"  # folder of configs of well-known models, for counting without their files

@@ -1,8 +1,8 @@
 """Decoder-only families: image features stand among the tokens of a causal language model.
 
-A group is one sequence whose segments see its image and themselves (`normtune.sequences`), so that an image is
-computed once for all its questions, in training, scoring and answering alike. A family says how its images
-become tokens and features, and whatever is its own in masks and positions.
+A group is one sequence whose segments see its image and themselves (`normtune.sequences`), so that an image
+is computed once for all its questions, in training, scoring and answering alike. A family says how its
+images become tokens and features, and whatever is its own in masks and positions.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCach
 from normtune.errors import InputError
 from normtune.generate import Generated, generate
 from normtune.models.branches import Branches, Masks, Windows
-from normtune.models.conversation import Conversation, Tokens
+from normtune.models.conversation import Conversation, Prompts, Tokens
 from normtune.models.family import Answer, Batch, Family, Pixels
 from normtune.packing import Group, Segment
-from normtune.sequences import PREFIX, Rows, SharedSequence, dense_mask, image_blocks, shared_sequence
+from normtune.sequences import PREFIX, Rows, SharedSequence, dense_mask, shared_sequence
 
 ANSWER_TOKENS = 256  # with the end token
 REPORT_TOKENS = 512
 REPORT_PROMPT = "Describe the findings of this image."
 FULL, SLIDING = "full_attention", "sliding_attention"
+FEATURES = "features"  # what `seen` calls the features of an image; names of further ones begin with it
 ONE_KIND = ""  # the name of the only kind of attention layer, where masks are no dict
 
 
@@ -43,37 +44,34 @@ class CausalFamily(Family):
         ends: the tokens that end an answer.
     """
 
-    image_marker: ClassVar[str | None] = None  # last special token of an image; None: the image token itself
-    image_trailing: ClassVar[str] = ""  # text that the processor writes after it
-    image_sees_itself: ClassVar[bool] = False  # whether the tokens of an image see each other both ways
+    model: Any
+    config: Any
     image_options: ClassVar[dict[str, Any]] = {}  # for the image processor
+    image_keys: ClassVar[tuple[str, ...]] = ("pixel_values",)  # what is kept of its results
 
     def __init__(self, model: nn.Module, processor: Any) -> None:
         super().__init__(model, processor)
-        self.config: Any = model.config
+        self.config = self.model.config
         self.rows: Rows = "pad"
         tokenizer = processor.tokenizer
         self.ends = _end_tokens(model, tokenizer)
         self.pad_id: int = self.ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.image_token_id: int = self.config.image_token_id
         self.windows = _windows(self.config.get_text_config())
-        self.conversation = Conversation(
-            processor, self.image_marker or processor.image_token, self.image_trailing, self.ends
-        )
+        self.conversation = self.converse()
         parameters = inspect.signature(self.decoder.forward).parameters
         self._cache_argument = "cache" if "cache" in parameters else "past_key_values"  # before 5.24
 
     @classmethod
     def load(cls, source: str | Path, dtype: torch.dtype, device: str | torch.device = "cpu") -> Self:
         """Load a checkpoint of transformers' layout; masks of our own need its SDPA attention."""
-        processor = cls.load_processor(str(source))
-        model = AutoModelForImageTextToText.from_pretrained(
+        model: Any = AutoModelForImageTextToText.from_pretrained(
             str(source), dtype=dtype, attn_implementation="sdpa"
         )
-        return cls(model.to(device).eval(), processor)
+        return cls(model.to(device).eval(), cls.load_processor(str(source), model.config.model_type))
 
     @classmethod
-    def load_processor(cls, source: str) -> Any:
+    def load_processor(cls, source: str, model_type: str) -> Any:
         return AutoProcessor.from_pretrained(source)
 
     # --- what a family may say otherwise --------------------------------------------------------------------
@@ -81,7 +79,27 @@ class CausalFamily(Family):
     @property
     def decoder(self) -> Any:
         """The language model without its head."""
-        return self.model.model.language_model  # type: ignore[union-attr]
+        return self.model.model.language_model
+
+    @property
+    def image_end(self) -> tuple[str, str]:
+        """The last special token of an image as the processor writes it, and the text that follows it."""
+        return self.processor.image_token, ""
+
+    def converse(self) -> Prompts:
+        """How questions are written."""
+        return Conversation(self.processor, *self.image_end, self.ends)
+
+    def arrange(
+        self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]]
+    ) -> tuple[Sequence[Group], list[Tokens], Sequence[Sequence[Pixels]]]:
+        """Groups as they share their prefixes: (groups, the prefix of each, the images of each)."""
+        texts = [[self.image_text(image) for image in images] for images in pixels]
+        return groups, [self.conversation.prefix(images) for images in texts], pixels
+
+    def blocks(self, batch: Batch) -> Tensor | None:
+        """[B, S] long, the block of each token, -1 for none; tokens of a block see each other both ways."""
+        return None
 
     def image_text(self, pixels: Pixels) -> str:
         """What the processor writes for one image, its tokens spread out."""
@@ -101,17 +119,32 @@ class CausalFamily(Family):
         """The same of answer tokens: [B, Q] -> [B, Q], or [axes, B, Q]."""
         return positions
 
-    def embedded(self, batch: Batch) -> dict[str, Any]:
+    def features(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The image encoder and connector: `FEATURES` [image tokens of all images, width], and what else the
+        decoder is given of each image token."""
+        found = self.model.model.get_image_features(**images, return_dict=True)
+        return {FEATURES: joined(found.pooler_output)}
+
+    def embedded(self, batch: Batch, features: dict[str, Tensor]) -> dict[str, Any]:
         """The decoder's arguments that hold what is seen and read: `inputs_embeds` [B, S, width] and more."""
-        features = self._image_features(batch).pooler_output
-        return {"inputs_embeds": self._with_images(batch, _joined(features))}
+        image = batch["input_ids"] == self.image_token_id
+        embeds = self.decoder.get_input_embeddings()(batch["input_ids"].masked_fill(image, 0))
+        return {"inputs_embeds": embeds.masked_scatter(image[..., None], features[FEATURES].to(embeds.dtype))}
 
     # --- images and questions to tensors --------------------------------------------------------------------
 
     def pixels(self, image: Image.Image) -> Pixels:
         """One image as its processor prepares it, without the batch axis."""
         prepared = self.processor.image_processor([image], return_tensors="pt", **self.image_options)
-        return {name: torch.as_tensor(value)[0] for name, value in prepared.items()}
+        return {name: prepared[name][0] for name in self.image_keys}
+
+    @torch.no_grad()
+    def seen(self, pixels: Pixels) -> Pixels:
+        """The features of one image, on the CPU, and what of its pixels tells how it is written."""
+        found = self.features(send_to_device(self.image_inputs([pixels]), self.device))
+        return {name: value for name, value in pixels.items() if not name.startswith("pixel")} | {
+            name: value.cpu() for name, value in found.items()
+        }
 
     def encode(self, id: str, question: str, answer: str | None, *, report: bool = False) -> Segment:
         """The family's own chat template; no question: the report prompt."""
@@ -122,12 +155,12 @@ class CausalFamily(Family):
         return Segment(id, prompt, tokens if len(tokens) <= limit else (*tokens[: limit - 1], tokens[-1]))
 
     def collate(self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]]) -> Batch:
-        """Keys: those of `layout`, and
+        """Keys: those of `_layout`, and
 
         labels [N] long, the answer tokens; answer_rows [N] long, the rows of the flattened hidden states that
         predict them; segment_index [N] long, their segments; pairs int, the number of segments.
         """
-        batch, sequence = self._layout(groups, pixels, self.rows)
+        batch, sequence, _ = self._layout(groups, pixels, self.rows)
         return batch | {
             "labels": sequence.labels,
             "answer_rows": sequence.answer_rows,
@@ -137,15 +170,15 @@ class CausalFamily(Family):
 
     def _layout(
         self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]], rows: Rows
-    ) -> tuple[Batch, SharedSequence]:
-        """Keys of the batch, for B rows of S tokens:
+    ) -> tuple[Batch, SharedSequence, Sequence[Group]]:
+        """(batch, sequence, groups as arranged). Keys of the batch, for B rows of S tokens:
 
-        input_ids, group_of, segment_of [B, S] long; place_ids [B, S] long, the tokens that precede each in its
-        own conversation; position_ids [B, S] or [axes, B, S] long; images: the model's image arguments;
-        feature_rows [image tokens] long where an image stands in several groups, else None.
+        input_ids, group_of, segment_of [B, S] long; place_ids [B, S] long, the tokens that precede each in
+        its own conversation; position_ids [B, S] or [axes, B, S] long; images: the model's image arguments,
+        or the features as `features` gives them; feature_rows [image tokens] long where an image stands in
+        several groups, else None.
         """
-        texts = [[self.image_text(image) for image in images] for images in pixels]
-        prefixes = [self.conversation.prefix(images) for images in texts]
+        groups, prefixes, pixels = self.arrange(groups, pixels)
         sequence = shared_sequence(groups, prefixes, self.pad_id, rows=rows)
         distinct = list({id(image): image for image in chain.from_iterable(pixels)}.values())
         batch: Batch = {
@@ -154,13 +187,13 @@ class CausalFamily(Family):
             "segment_of": sequence.segment_of,
             "place_ids": sequence.position_ids,
             "position_ids": self.positions(sequence, prefixes, pixels),
-            "images": self.image_inputs(distinct),
+            "images": _features_of(distinct) or self.image_inputs(distinct),
             "feature_rows": self._feature_rows(distinct, pixels),
         }
-        return batch, sequence
+        return batch, sequence, groups
 
     def _feature_rows(self, distinct: Sequence[Pixels], pixels: Sequence[Sequence[Pixels]]) -> Tensor | None:
-        """Which feature each image token takes, for images that are computed once and stand in several groups."""
+        """Which feature each image token takes, where an image that is computed once stands several times."""
         shown = [id(image) for image in chain.from_iterable(pixels)]
         if len(shown) == len(distinct):
             return None
@@ -168,9 +201,7 @@ class CausalFamily(Family):
         counts = [self.image_text(image).count(token) for image in distinct]
         starts = [sum(counts[:i]) for i in range(len(counts))]
         place = {id(image): i for i, image in enumerate(distinct)}
-        return torch.cat(
-            [torch.arange(counts[place[i]]) + starts[place[i]] for i in shown]
-        )
+        return torch.cat([torch.arange(counts[place[i]]) + starts[place[i]] for i in shown])
 
     # --- the forward pass -----------------------------------------------------------------------------------
 
@@ -191,12 +222,12 @@ class CausalFamily(Family):
         return self._logits(states.flatten(0, 1).index_select(0, batch["answer_rows"]))
 
     def _logits(self, states: Tensor) -> Tensor:
-        return self.model.lm_head(states).float()  # type: ignore[operator]
+        return self.model.lm_head(states).float()
 
     def _states(self, batch: Batch, **options: Any) -> Tensor:
         """Hidden states [B, S, width] of a laid-out batch."""
         return self.decoder(
-            **self.embedded(batch),
+            **self.embedded(batch, self._features(batch)),
             attention_mask=_as_argument(self._masks(batch)),
             position_ids=batch["position_ids"],
             **options,
@@ -204,7 +235,7 @@ class CausalFamily(Family):
 
     def _masks(self, batch: Batch) -> Masks:
         """Who sees whom, for each kind of attention layer; the place for other backends' masks."""
-        blocks = image_blocks(batch["input_ids"], self.image_token_id) if self.image_sees_itself else None
+        blocks = self.blocks(batch)
         return {
             kind: dense_mask(
                 batch["group_of"],
@@ -216,21 +247,11 @@ class CausalFamily(Family):
             for kind, window in self.windows.items()
         }
 
-    def _image_features(self, batch: Batch) -> Any:
-        """Features of the distinct images; autograd keeps nothing of a tower in which nothing is trained."""
-        return self.model.model.get_image_features(**batch["images"], return_dict=True)  # type: ignore
-
-    def _with_images(self, batch: Batch, features: Tensor) -> Tensor:
-        """Token embeddings with the features [image tokens, width] in the places of images: [B, S, width]."""
-        image = batch["input_ids"] == self.image_token_id
-        embeds = self.decoder.get_input_embeddings()(batch["input_ids"].masked_fill(image, 0))
-        return embeds.masked_scatter(image[..., None], self._shown(batch, features).to(embeds.dtype))
-
-    @staticmethod
-    def _shown(batch: Batch, features: Tensor) -> Tensor:
-        """Features of the distinct images -> one a image token of the batch."""
-        rows = batch["feature_rows"]
-        return features if rows is None else features.index_select(0, rows)
+    def _features(self, batch: Batch) -> dict[str, Tensor]:
+        """One row an image token; autograd keeps nothing of a tower in which nothing is trained."""
+        images, rows = batch["images"], batch["feature_rows"]
+        found = images if FEATURES in images else self.features(images)
+        return found if rows is None else {name: one.index_select(0, rows) for name, one in found.items()}
 
     # --- answers --------------------------------------------------------------------------------------------
 
@@ -251,7 +272,7 @@ class CausalFamily(Family):
         self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]], *, max_new_tokens: int, beams: int
     ) -> list[Generated]:
         """The tokens of each answer, one a segment in the order given."""
-        laid, _ = self._layout(groups, pixels, "pad")
+        laid, _, groups = self._layout(groups, pixels, "pad")
         batch: Batch = send_to_device(laid, self.device)
         cache = DynamicCache()  # every layer keeps all columns: masks measure windows in places
         states = self._states(batch, use_cache=True, **{self._cache_argument: cache})
@@ -267,12 +288,13 @@ class CausalFamily(Family):
     def _branches(self, batch: Batch, groups: Sequence[Group], cache: Any) -> tuple[Branches, Tensor]:
         """One branch a segment, and the column of each segment's last token [segments]."""
         segments = [segment for group in groups for segment in group.segments]
-        assert all(s.prompt and not s.answer for s in segments), "segments end where the model is to write"
+        assert not any(segment.answer for segment in segments), "segments end where the model is to write"
         sizes = [len(group.segments) for group in groups]
         row = torch.arange(len(groups)).repeat_interleave(torch.tensor(sizes)).to(self.device)
         number = torch.cat([torch.arange(size) for size in sizes]).to(self.device) + PREFIX + 1
-        own = batch["segment_of"][row] == number[:, None]  # [segments, S]
-        last = (own * torch.arange(own.shape[1], device=own.device)).argmax(1)
+        segment_of = batch["segment_of"][row]  # [segments, S]
+        visible = (segment_of == PREFIX) | (segment_of == number[:, None])
+        last = (visible * torch.arange(visible.shape[1], device=visible.device)).argmax(1)
         rotary = batch["position_ids"]
         rotary = rotary if rotary.ndim == 2 else rotary[0]  # text has one position on all axes
 
@@ -290,7 +312,7 @@ class CausalFamily(Family):
             cache,
             decode,
             self.windows,
-            visible=own | (batch["segment_of"][row] == PREFIX),
+            visible=visible,
             row=row,
             position=rotary[row, last] + 1,
             place=batch["place_ids"][row, last] + 1,
@@ -303,14 +325,21 @@ class CausalFamily(Family):
         return Answer(text.strip(), generated.score)
 
 
-def _joined(features: Any) -> Tensor:
-    """Features of images, a list or a tensor [images, tokens, width] -> [tokens, width]."""
-    return features.flatten(0, 1) if isinstance(features, Tensor) and features.ndim == 3 else torch.cat([*features])
+def joined(features: Tensor | Sequence[Tensor]) -> Tensor:
+    """Features of images, a tensor with or without an axis of images or one an image -> [tokens, width]."""
+    whole = features if isinstance(features, Tensor) else torch.cat([*features])
+    return whole.flatten(0, -2)
+
+
+def _features_of(images: Sequence[Pixels]) -> dict[str, Tensor]:
+    """Those of images that `seen` has computed; empty where they are to be computed yet."""
+    names = [name for name in images[0] if name.startswith(FEATURES)]
+    return {name: torch.cat([image[name] for image in images]) for name in names}
 
 
 def _as_argument(masks: Masks) -> Any:
     """Transformers takes a dict of masks where the kinds of layers differ, else the mask itself."""
-    return masks[ONE_KIND] if ONE_KIND in masks else masks
+    return masks.get(ONE_KIND, masks)
 
 
 def _windows(config: Any) -> Windows:
@@ -322,8 +351,8 @@ def _windows(config: Any) -> Windows:
     kinds = set(getattr(config, "layer_types", None) or ())
     if kinds - {FULL, SLIDING}:
         raise InputError(
-            f"the language model has layers of kind {', '.join(sorted(kinds - {FULL, SLIDING}))}, through which "
-            "questions of one image would see each other. Choose a model whose layers are all attention."
+            f"the language model has layers of kind {', '.join(sorted(kinds - {FULL, SLIDING}))}, through "
+            "which questions of one image would see each other. Choose a model of attention layers alone."
         )
     if SLIDING in kinds:
         return {FULL: None, SLIDING: config.sliding_window}

@@ -7,18 +7,26 @@ two are tokenised apart, and must give the very tokens that the whole conversati
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from normtune.errors import InputError
 
 Tokens = tuple[int, ...]
 
 
+class Prompts(Protocol):
+    """How a family writes questions: the shared prefix of a group, and its segments."""
+
+    def prefix(self, images: Sequence[str]) -> Tokens: ...
+
+    def segment(self, id: str, question: str, answer: str | None) -> tuple[Tokens, Tokens]: ...
+
+
 class Conversation:
     """Prefixes and segments of one processor.
 
     Args:
-        processor: with `tokenizer`, `image_token` (what the template writes for an image) and a chat template.
+        processor: with `tokenizer`, a chat template, and `image_token`, what the template writes of an image.
         marker: the special token that every image ends with once the processor has spread it out.
         trailing: text that the processor writes after the marker.
         ends: the tokens that end an answer.
@@ -37,7 +45,9 @@ class Conversation:
         self._head = self._pieces("?", None, images=1)[0]
 
     def prefix(self, images: Sequence[str]) -> Tokens:
-        """The tokens that all questions of a group share; `images[i]` is what the processor writes for image i.
+        """The tokens that all questions of a group share.
+
+        `images[i]` is what the processor writes for image i.
 
         Raises:
             InputError: the tokenizer adds tokens after a text.
@@ -58,11 +68,11 @@ class Conversation:
         return self._prefixes[key]
 
     def segment(self, id: str, question: str, answer: str | None) -> tuple[Tokens, Tokens]:
-        """(what follows the image up to where the model is to write, the answer with its end token or nothing).
+        """(what follows the image up to where the model is to write, the answer with its end token).
 
         Raises:
-            InputError: the question holds the image's own token, or the template or the tokenizer does not let
-                the conversation be cut.
+            InputError: the question holds the image's own token, or the template or the tokenizer does not
+                let the conversation be cut.
         """
         asked = self._after_image(id, question, None)
         prompt = self._segment_tokens(id, asked)
@@ -76,7 +86,9 @@ class Conversation:
             )
         tokens = self._written(prompt, self._segment_tokens(id, told))
         if tokens is None:  # the template leaves the end of the answer to whoever trains
-            tokens = self._written(prompt, self._segment_tokens(id, told.rstrip()), self.tokenizer.eos_token_id)
+            tokens = self._written(
+                prompt, self._segment_tokens(id, told.rstrip()), self.tokenizer.eos_token_id
+            )
         if tokens is None:
             raise InputError(
                 f"example {id}: the tokenizer joins the end of the prompt with the beginning of the answer, "
@@ -114,12 +126,12 @@ class Conversation:
         return self.trailing + rest
 
     def _segment_tokens(self, id: str, text: str) -> Tokens:
-        """Tokens of a text that follows the marker, which are checked to be those of the whole conversation."""
+        """Tokens of a text that follows the marker, checked to be those of the whole conversation."""
         tokens = self._tokens(self.marker + text)
         whole = self._tokens(self._head + self.marker + text, start=True)
         if tokens[0] != self.marker_id or whole != self._tokens(self._head, start=True) + tokens:
             raise InputError(
-                f"example {id}: the tokenizer gives other tokens for the whole conversation than for its parts, "
+                f"example {id}: the tokenizer gives other tokens for a conversation than for its parts, "
                 f"so questions cannot share an image. Make '{self.marker}' a special token of the tokenizer."
             )
         return tokens[1:]
@@ -143,7 +155,7 @@ class Conversation:
         return pieces
 
     def _tokens(self, text: str, *, start: bool = False) -> Tokens:
-        """With `start` the text begins a conversation: the tokenizer adds its first token if the text lacks it."""
+        """With `start` the text begins a conversation: it gets the first token if it lacks it."""
         first = self.tokenizer.bos_token
         add = start and not (first is not None and text.startswith(first))
         return tuple(self.tokenizer(text, add_special_tokens=add).input_ids)

@@ -1,15 +1,16 @@
-"""LLaVA: CLIP's patch features, a two-layer projector and LLaMA or Mistral (Liu et al. 2023, arXiv 2310.03744).
+"""LLaVA: CLIP's patch features, a two-layer projector and LLaMA or Mistral (Liu et al. 2023).
 
-LLaVA-Med 1.5 (Li et al. 2023, arXiv 2306.00890) in transformers' layout is one of them.
+Source: arXiv 2310.03744. LLaVA-Med 1.5 (Li et al. 2023, arXiv 2306.00890) in transformers' layout is one.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from normtune.models.causal import CausalFamily
+from normtune.models.causal import FEATURES, CausalFamily
+from normtune.models.family import Pixels
 
-# for checkpoints without a chat template: LLaVA 1.5 as its authors' Vicuna prompts, LLaVA-Med 1.5 as Mistral's
+# for checkpoints without a chat template: LLaVA 1.5 has Vicuna's prompts, LLaVA-Med 1.5 Mistral's
 _IMAGES_THEN_TEXT = (
     "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
     "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
@@ -41,3 +42,8 @@ class LlavaFamily(CausalFamily):
         if processor.chat_template is None:
             processor.chat_template = _TEMPLATES.get(model.config.get_text_config().model_type)
         super().__init__(model, processor)
+
+    def image_text(self, pixels: Pixels) -> str:
+        if FEATURES in pixels:
+            return self.processor.image_token * len(pixels[FEATURES])
+        return super().image_text(pixels)

@@ -1,0 +1,26 @@
+"""Gemma 3 and MedGemma: images see themselves both ways; most layers see a window (arXiv 2503.19786)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from normtune.models.causal import CausalFamily
+from normtune.models.family import Batch, Pixels
+from normtune.sequences import image_blocks
+
+
+class Gemma3Family(CausalFamily):
+    """One view an image (no pan-and-scan), as Gemma 3's processor has it by default."""
+
+    model_types = ("gemma3",)
+    image_options = {"do_pan_and_scan": False}  # noqa: RUF012
+
+    @property
+    def image_end(self) -> tuple[str, str]:
+        return self.processor.tokenizer.eoi_token, "\n\n"
+
+    def image_text(self, pixels: Pixels) -> str:
+        return self.processor.full_image_sequence
+
+    def blocks(self, batch: Batch) -> Tensor:
+        return image_blocks(batch["input_ids"], self.image_token_id)

@@ -1,0 +1,65 @@
+"""Idefics3 and SmolVLM: an image is cut into tiles, each a block of tokens (arXiv 2408.12637, 2504.05299)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import Idefics3Processor
+
+from normtune.models.causal import CausalFamily
+from normtune.models.family import Pixels
+
+
+class Idefics3Family(CausalFamily):
+    """Tiles and the whole image stand in the prompt with their rows and columns."""
+
+    model_types = ("idefics3", "smolvlm")
+
+    @classmethod
+    def load_processor(cls, source: str, model_type: str) -> Any:
+        """SmolVLM's own processor wants packages for videos; for images it writes what Idefics3's does."""
+        return Idefics3Processor.from_pretrained(source)
+
+    @property
+    def decoder(self) -> Any:
+        return self.model.model.text_model
+
+    @property
+    def image_end(self) -> tuple[str, str]:
+        return self.processor.fake_image_token, ""
+
+    def pixels(self, image: Image.Image) -> Pixels:
+        """pixel_values [tiles, 3, height, width]; pixel_attention_mask [tiles, height, width]; rows, cols [].
+
+        `rows` and `cols` are those of the tiles besides the whole image, 0 where there are none.
+        """
+        prepared = self.processor.image_processor([image], return_tensors="pt", return_row_col_info=True)
+        return {
+            "pixel_values": prepared["pixel_values"][0],
+            "pixel_attention_mask": prepared["pixel_attention_mask"][0],
+            "rows": torch.tensor(int(prepared["rows"][0][0])),
+            "cols": torch.tensor(int(prepared["cols"][0][0])),
+        }
+
+    def image_text(self, pixels: Pixels) -> str:
+        grid = {name: [[int(pixels[name])]] for name in ("rows", "cols")}
+        return self.processor.replace_image_token(grid, 0)
+
+    def image_inputs(self, images: Sequence[Pixels]) -> dict[str, Tensor]:
+        """Every tile as a sample of one image, padded to the largest: [tiles, 1, 3, height, width]."""
+        sizes = [image["pixel_values"].shape[-2:] for image in images]
+        height, width = (max(size[axis] for size in sizes) for axis in (0, 1))
+
+        def joined(name: str) -> Tensor:
+            padded = [
+                F.pad(image[name], (0, width - size[1], 0, height - size[0]))
+                for image, size in zip(images, sizes, strict=True)
+            ]
+            return torch.cat(padded)[:, None]
+
+        return {name: joined(name) for name in ("pixel_values", "pixel_attention_mask")}

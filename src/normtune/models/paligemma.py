@@ -1,0 +1,80 @@
+"""PaliGemma: a prefix language model, whose image tokens attend to the question (arXiv 2407.07726).
+
+The hidden states of an image therefore differ from question to question: only what the vision tower and the
+projector make of it is shared, and every question is a sequence of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from normtune.errors import InputError
+from normtune.models.causal import CausalFamily
+from normtune.models.conversation import Tokens
+from normtune.models.family import Batch, Pixels
+from normtune.packing import Group, Segment
+from normtune.sequences import PAD, PREFIX, SharedSequence
+
+
+class PrefixAndSuffix:
+    """What PaliGemma's processor writes: images, first token, question and line's end; then the answer."""
+
+    def __init__(self, processor: Any) -> None:
+        self.tokenizer = processor.tokenizer
+
+    def prefix(self, images: Sequence[str]) -> Tokens:
+        """What comes before the question: the images alone."""
+        return self._tokens("".join(images))
+
+    def segment(self, id: str, question: str, answer: str | None) -> tuple[Tokens, Tokens]:
+        """See `Conversation.segment`."""
+        prompt = self._tokens(f"{self.tokenizer.bos_token}{question}\n")
+        return prompt, () if answer is None else self._tokens(answer + self.tokenizer.eos_token)
+
+    def _tokens(self, text: str) -> Tokens:
+        return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+
+class PaliGemmaFamily(CausalFamily):
+    """PaliGemma 1: image and question see each other both ways, the answer sees them and its own past."""
+
+    model_types = ("paligemma",)
+
+    def __init__(self, model: nn.Module, processor: Any) -> None:
+        super().__init__(model, processor)
+        if getattr(self.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+            raise InputError(
+                "PaliGemma 2 caps its attention's logits, which SDPA cannot do. Choose a PaliGemma 1 model."
+            )
+
+    def converse(self) -> PrefixAndSuffix:
+        return PrefixAndSuffix(self.processor)
+
+    def image_text(self, pixels: Pixels) -> str:
+        return self.processor.image_token * self.processor.image_seq_length
+
+    def arrange(
+        self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]]
+    ) -> tuple[list[Group], list[Tokens], list[Sequence[Pixels]]]:
+        """Groups of one, whose prefix is image and question; they share the image's pixels."""
+        alone: list[Group] = []
+        prefixes: list[Tokens] = []
+        images: list[Sequence[Pixels]] = []
+        for group, shown in zip(groups, pixels, strict=True):
+            start = self.conversation.prefix([self.image_text(image) for image in shown])
+            for segment in group.segments:
+                alone.append(Group(group.images, (Segment(segment.id, (), segment.answer),)))
+                prefixes.append(start + segment.prompt)
+                images.append(shown)
+        return alone, prefixes, images
+
+    def blocks(self, batch: Batch) -> Tensor:
+        return batch["group_of"].where(batch["segment_of"] == PREFIX, PAD)
+
+    def positions(
+        self, sequence: SharedSequence, prefixes: Sequence[Tokens], pixels: Sequence[Sequence[Pixels]]
+    ) -> Tensor:
+        return sequence.position_ids + 1

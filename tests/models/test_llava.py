@@ -1,0 +1,102 @@
+"""LLaVA through the whole of a run: train, write, load, evaluate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from normtune.asking import open_model
+from normtune.catalog import open_dataset
+from normtune.config import TrainConfig
+from normtune.errors import InputError
+from normtune.evaluate import evaluate
+from normtune.models import load
+from normtune.models.causal import ANSWER_TOKENS, REPORT_TOKENS, CausalFamily
+from normtune.packing import Group
+from normtune.train import train
+from tests.models.tiny import make_tiny
+
+DATA = "phantom-b:2"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny("llava", tmp_path_factory.mktemp("llava"))
+
+
+def scores(family: CausalFamily, limit: int = 8) -> torch.Tensor:
+    """Log-probabilities of the references of the first training examples, each in a group of its own."""
+    dataset = open_dataset(DATA)
+    examples = dataset.split("train")[:limit]
+    groups = [Group(e.images, (family.encode(e.id, e.question, e.answer),)) for e in examples]
+    pixels = [[family.pixels(dataset.open_image(key)) for key in e.images] for e in examples]
+    with torch.inference_mode():
+        return family.log_probs(family.collate(groups, pixels))
+
+
+@pytest.mark.parametrize("recipe", ["ln", "language=lora(r=2)", "language=prefix(n=2)"])
+def test_a_recipe_is_trained_written_loaded_and_evaluated(tiny: Path, tmp_path: Path, recipe: str) -> None:
+    out = tmp_path / "out"
+    config = TrainConfig(
+        model=str(tiny), data=DATA, out=out, tune=recipe, max_steps=2, batch=8, lr=0.05, device="cpu"
+    )
+    result = train(config)
+    assert result.steps == 2 and result.changed > 0.4 and result.warning is None
+    base, tuned = load(str(tiny)), open_model(str(tiny), out, device="cpu")
+    assert isinstance(base, CausalFamily) and isinstance(tuned, CausalFamily)
+    assert (scores(tuned) - scores(base)).abs().min() > 1e-4
+    dataset = open_dataset(DATA)
+    found = evaluate(
+        tuned, dataset, dataset.split("test")[:9], batch_pairs=6, max_new_tokens=4, candidates="yes/no"
+    )
+    assert len(found.predictions) == 9 and all(one.score is not None for one in found.predictions)
+
+
+def test_grouping_changes_no_step(tiny: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    options: dict[str, Any] = {"tune": "ln", "epochs": 1, "batch": 10_000, "schedule": "constant"}
+    for name, cap in (("whole", None), ("alone", 1)):
+        config = TrainConfig(
+            model=str(tiny), data=DATA, out=tmp_path / name, cap=cap, device="cpu", warmup=0.0, **options
+        )
+        train(config)
+    whole, alone = (load_file(tmp_path / name / "adapter.safetensors") for name in ("whole", "alone"))
+    for name in whole:
+        torch.testing.assert_close(alone[name], whole[name], rtol=0, atol=2e-5)
+
+
+def test_what_is_saved_is_loaded(tiny: Path, tmp_path: Path) -> None:
+    family = load(str(make_tiny("llava_med", tmp_path / "med")))
+    family.save(tmp_path / "saved")
+    again = load(str(tmp_path / "saved"))
+    assert isinstance(family, CausalFamily) and isinstance(again, CausalFamily)
+    assert torch.equal(scores(family), scores(again))
+
+
+def test_long_answers_are_cut_before_their_end_token(tiny: Path) -> None:
+    family = load(str(tiny))
+    assert isinstance(family, CausalFamily)
+    long = "lung " * 600
+    answer, report = (family.encode("1", "", long, report=report).answer for report in (False, True))
+    assert len(answer) == ANSWER_TOKENS and len(report) == REPORT_TOKENS
+    assert answer[-1] == report[-1] == family.ends[0] and answer[:-1] == report[: ANSWER_TOKENS - 1]
+
+
+def test_a_frozen_tower_keeps_nothing_for_the_backward_pass(tiny: Path) -> None:
+    family = load(str(tiny))
+    assert isinstance(family, CausalFamily)
+    for name, parameter in family.model.named_parameters():
+        parameter.requires_grad_(name.startswith("model.language_model") and "norm" in name)
+    images = {"pixel_values": torch.randn(1, 3, 32, 32)}
+    assert not family.features(images)["features"].requires_grad
+
+
+def test_a_language_model_with_other_layers_is_refused(tiny: Path) -> None:
+    family = load(str(tiny))
+    family.model.config.text_config.layer_types = ["full_attention", "linear_attention"]
+    with pytest.raises(InputError, match="linear_attention"):
+        type(family)(family.model, family.processor)
