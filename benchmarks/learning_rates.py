@@ -19,16 +19,9 @@ from normtune.cells import Cell, run_cells
 from normtune.config import EvaluateConfig, TrainConfig
 
 LOW, MIDDLE, HIGH = (1e-4, 3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2, 3e-2), (3e-3, 1e-2, 3e-2, 1e-1)
-RATES = {
-    "ln": HIGH,
-    "bias": HIGH,
-    "ia3": HIGH,
-    "prefix": HIGH,
-    "ptuning": HIGH,
-    "lora": MIDDLE,
-    "adapter": MIDDLE,
-}
-RATES |= {"attention": LOW, "ffn": LOW, "full": LOW}
+HIGHEST = (1e-2, 3e-2, 1e-1, 3e-1)
+RATES = {"ln": HIGH, "bias": HIGHEST, "ia3": HIGHEST, "prefix": MIDDLE, "ptuning": HIGHEST, "lora": MIDDLE}
+RATES |= {"adapter": MIDDLE, "attention": LOW, "ffn": LOW, "full": LOW}
 
 
 def main() -> None:

@@ -97,7 +97,7 @@ def _emit(as_json: bool, value: Any, text: str) -> None:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where the results are written.")] = Path("demo"),
-    images: Annotated[int, typer.Option(min=8, help="Training images of hospital B.")] = 240,
+    images: Annotated[int, typer.Option(min=8, help="Training images of hospital B.")] = 160,
     seed: Annotated[int, typer.Option(help="Of data and training.")] = 0,
     json: Json = False,
 ) -> None:

@@ -18,7 +18,7 @@ LEARNING_RATES: dict[str, float] = {
     "full": 3e-4,
     "lora": 3e-3,
     "prefix": 3e-3,
-    "ptuning": 1e-1,
+    "ptuning": 3e-1,
     "ia3": 1e-1,
     "adapter": 3e-3,
 }

@@ -28,7 +28,7 @@ COLUMNS = (("closed", "closed_label"), ("open", "open_exact"), ("global", "globa
 
 
 def run_demo(
-    out: Path, *, images: int = 240, epochs: float = 8, seed: int = 0, quiet: bool = False
+    out: Path, *, images: int = 160, epochs: float = 4, seed: int = 0, quiet: bool = False
 ) -> tuple[dict[str, Any], str]:
     """Train and evaluate every recipe; write results.json, table.md and accuracy.png under `out`.
 
