@@ -1,6 +1,7 @@
 """Normtune: fine-tune medical vision-language models by training what is already inside them.
 
-The public names load what they need when they are first used, so that `import normtune` takes no torch.
+The public names load what they need when they are first used, so that `import normtune` takes no torch. Functions
+named like their module are imported from it: `from normtune.adapt import adapt`, and so `train` and `evaluate`.
 """
 
 from __future__ import annotations
@@ -17,17 +18,13 @@ _HOMES = {
     "InputError": "normtune.errors",
     "TrainConfig": "normtune.config",
     "Tuned": "normtune.adapt",
-    "adapt": "normtune.adapt",
-    "anatomy": "normtune.anatomy",
     "compare": "normtune.results",
-    "evaluate": "normtune.evaluate",
     "load": "normtune.models",
     "load_delta": "normtune.delta",
     "open_dataset": "normtune.catalog",
     "parse": "normtune.recipe",
     "save_delta": "normtune.delta",
     "score_vqa": "normtune.metrics.vqa",
-    "train": "normtune.train",
     "untune": "normtune.adapt",
 }
 __all__ = list(_HOMES)
@@ -36,9 +33,7 @@ __all__ = list(_HOMES)
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'normtune' has no attribute '{name}'")
-    value = getattr(import_module(_HOMES[name]), name)
-    globals()[name] = value  # a submodule of the same name, once imported, would hide it
-    return value
+    return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

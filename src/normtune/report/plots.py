@@ -19,6 +19,8 @@ def accuracy_against_share(rows: list[dict[str, Any]], path: Path, metric: str =
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7.2, 4.4), dpi=150)
+    tuned = sorted((row for row in rows if row["training"]), key=lambda row: row["training"]["share"])
+    below = {row["name"] for row in tuned[1::2]}  # neighbours' names stand on different sides
     for row in rows:
         score = row["evaluation"]["metrics"][metric]
         value, low, high = (100 * score[key] for key in ("value", "low", "high"))
@@ -28,7 +30,8 @@ def accuracy_against_share(rows: list[dict[str, Any]], path: Path, metric: str =
             continue
         share = 100 * row["training"]["share"]
         axes.errorbar(share, value, yerr=[[value - low], [high - value]], fmt="o", capsize=3)
-        axes.annotate(row["name"], (share, value), xytext=(5, 5), textcoords="offset points", fontsize=8)
+        place = (5, -11) if row["name"] in below else (5, 5)
+        axes.annotate(row["name"], (share, value), xytext=place, textcoords="offset points", fontsize=8)
     axes.set_xscale("log")
     axes.set_xlabel("trained share of the model (%)")
     axes.set_ylabel("answers exactly right (%)")
