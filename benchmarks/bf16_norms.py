@@ -32,8 +32,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--model", default="nano")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--pairs", type=int, default=32, help="question-answer pairs a step")
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 1e-3, 1e-2])
+    parser.add_argument("--pairs", type=int, default=8, help="question-answer pairs a step")
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 1e-3])
     options = parser.parse_args()
     rows = []
     for rate in options.rates:
@@ -42,7 +42,7 @@ def main() -> None:
             rows.append(row)
             print(
                 f"{name:<15} lr {rate:.0e}: {row['moved']:,} of {row['values']:,} values moved "
-                f"({100 * row['moved'] / row['values']:.1f}%), "
+                f"({100 * row['moved'] / row['values']:.1f}%), {row['gains_moved']:,} of {row['gains']:,} gains, "
                 f"loss {row['first_loss']:.3f} -> {row['last_loss']:.3f}"
             )
     if options.out:
@@ -80,9 +80,16 @@ def run(train: Any, rate: float, options: argparse.Namespace) -> dict[str, Any]:
         "dtype": str(next(iter(trained.values())).dtype),
         "values": sum(parameter.numel() for parameter in trained.values()),
         "moved": sum(moved(before[name], parameter) for name, parameter in trained.items()),
+        "gains": sum(one.numel() for name, one in trained.items() if is_gain(name)),
+        "gains_moved": sum(moved(before[name], one) for name, one in trained.items() if is_gain(name)),
         "first_loss": sum(losses[:20]) / 20,
         "last_loss": sum(losses[-20:]) / 20,
     }
+
+
+def is_gain(name: str) -> bool:
+    """Whether it is a norm's gain, near 1, and not its bias, near 0."""
+    return name.endswith("weight")
 
 
 def moved(before: Tensor, after: Tensor) -> int:

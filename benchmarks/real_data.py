@@ -49,7 +49,8 @@ def main() -> None:
         ]
         for found in run_cells(cells, workers=options.workers):
             name, recipe = found["name"].split("/")
-            row = {"dataset": name, "recipe": recipe, "training": found["training"]}
+            training = found["training"] and {k: v for k, v in found["training"].items() if k != "out"}
+            row = {"dataset": name, "recipe": recipe, "training": training}
             rows.append(row | scores(found["evaluation"]))
             print(line(rows[-1]), flush=True)
     order = ["question-only", *options.recipes]
@@ -106,17 +107,17 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table, with 95% intervals."""
     named = " | ".join(f"`{metric}`" for metric in SHOWN)
     lines = [
-        f"| dataset | recipe | trainable % | seconds | {named} |",
-        "|---|---|--:|--:|" + "--:|" * len(SHOWN),
+        f"| dataset | recipe | trainable % | {named} |",
+        "|---|---|--:|" + "--:|" * len(SHOWN),
     ]
     for row in rows:
         training = row["training"]
-        cost = (f"{100 * training['share']:.3f}", f"{training['seconds']:.0f}") if training else ("–", "–")
+        share = f"{100 * training['share']:.3f}" if training else "–"
         cells = [
             f"{100 * one['value']:.1f} [{100 * one['low']:.1f}, {100 * one['high']:.1f}]"
             for one in (row["metrics"][metric] for metric in SHOWN)
         ]
-        lines.append("| " + " | ".join((row["dataset"], row["recipe"], *cost, *cells)) + " |")
+        lines.append("| " + " | ".join((row["dataset"], row["recipe"], share, *cells)) + " |")
     return "\n".join(lines) + "\n"
 
 

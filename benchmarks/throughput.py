@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 from record import record
-from shapes import SHAPES, Shape
+from shape import Shape
+from shapes import SHAPES
 from torch.utils.data import Dataset as TorchDataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 

@@ -1,7 +1,8 @@
 """Normtune: fine-tune medical vision-language models by training what is already inside them.
 
-The public names load what they need when they are first used, so that `import normtune` takes no torch. Functions
-named like their module are imported from it: `from normtune.adapt import adapt`, and so `train` and `evaluate`.
+The public names load what they need when they are first used, so that `import normtune` takes no torch.
+Functions named like their module are imported from it: `from normtune.adapt import adapt`, and so `train` and
+`evaluate`.
 """
 
 from __future__ import annotations

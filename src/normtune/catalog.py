@@ -74,7 +74,7 @@ def open_dataset(
 
 def _images(name: str, numbers: str) -> int | dict[str, int]:
     """Images of the training split, or of train/validate/test."""
-    counts = []
+    counts: list[int] = []
     for number in numbers.split("/"):
         if not (number.isascii() and number.isdecimal()) or (not counts and int(number) == 0):
             raise InputError(
