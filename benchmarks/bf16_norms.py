@@ -42,7 +42,8 @@ def main() -> None:
             rows.append(row)
             print(
                 f"{name:<15} lr {rate:.0e}: {row['moved']:,} of {row['values']:,} values moved "
-                f"({100 * row['moved'] / row['values']:.1f}%), {row['gains_moved']:,} of {row['gains']:,} gains, "
+                f"({100 * row['moved'] / row['values']:.1f}%), "
+                f"{row['gains_moved']:,} of {row['gains']:,} gains, "
                 f"loss {row['first_loss']:.3f} -> {row['last_loss']:.3f}"
             )
     if options.out:
