@@ -218,7 +218,7 @@ def export(
 ) -> None:
     """An adapter in the form that `PeftModel.from_pretrained` loads, to the same answers."""
     if to != "peft":
-        raise InputError(f"--to {to}: unknown format{did_you_mean(to, ['peft'])}. Known: peft.")
+        raise InputError(f"--to {to}: unknown format{did_you_mean(to, ['peft']) or '.'} Known: peft.")
     from normtune.export import export_peft, export_text
 
     found = export_peft(adapter, out)

@@ -164,8 +164,6 @@ def _missing(reading: Reading, folder: Path) -> list[Problem]:
 
 
 def _told(faults: list[Problem]) -> str:
-    shown = " ".join(
-        f"{fault.file}, line {fault.row}: {fault.what}. {fault.mend}" for fault in faults[:_SHOWN]
-    )
+    shown = " ".join(f"{fault.file}, line {fault.row}: {fault.told}" for fault in faults[:_SHOWN])
     more = f" And {len(faults) - _SHOWN} more bad rows." if len(faults) > _SHOWN else ""
     return shown + more

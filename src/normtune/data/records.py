@@ -38,7 +38,12 @@ class Problem:
 
     def __str__(self) -> str:
         where = f"{self.file}, row {self.row}" if self.row else self.file
-        return f"{where}: {self.what}. {self.mend}"
+        return f"{where}: {self.told}"
+
+    @property
+    def told(self) -> str:
+        """What is wrong and how to mend it, as sentences."""
+        return f"{self.what}{'' if self.what.endswith('?') else '.'} {self.mend}"
 
 
 @dataclass
@@ -64,7 +69,7 @@ class Dataset:
         if not found:
             splits = sorted({example.split for example in self.examples})
             raise InputError(
-                f"dataset {self.name} has no split '{name}'{did_you_mean(name, splits)}. "
+                f"dataset {self.name} has no split '{name}'{did_you_mean(name, splits) or '.'} "
                 f"Its splits: {', '.join(splits) or 'none'}."
             )
         return found

@@ -32,7 +32,7 @@ def read(root: Path, *, language: Literal["en", "zh", "all"] = "en") -> Dataset:
     """
     if language not in (*LANGUAGES, "all"):
         raise InputError(
-            f"SLAKE has no language '{language}'{did_you_mean(language, [*LANGUAGES, 'all'])}. "
+            f"SLAKE has no language '{language}'{did_you_mean(language, [*LANGUAGES, 'all']) or '.'} "
             "It has en and zh; all reads both."
         )
     present = {split: file for split, file in _FILES.items() if (root / file).is_file()}

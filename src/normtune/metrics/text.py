@@ -82,7 +82,7 @@ def normalise(text: str, how: str = "vqa") -> str:
     """
     if how not in NORMALISATIONS:
         raise InputError(
-            f"unknown normalisation '{how}'{did_you_mean(how, NORMALISATIONS)}. "
+            f"unknown normalisation '{how}'{did_you_mean(how, NORMALISATIONS) or '.'} "
             f"Choose one of: {', '.join(NORMALISATIONS)}."
         )
     return NORMALISATIONS[how](text)

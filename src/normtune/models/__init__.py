@@ -128,7 +128,7 @@ def _source(model: str) -> str:
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         known = did_you_mean(model, (*BUILT_IN, *shapes()))
         raise InputError(
-            f"no model '{model}'{known}. Give a local directory, a hub name owner/name, or 'nano'."
+            f"no model '{model}'{known or '.'} Give a local directory, a hub name owner/name, or 'nano'."
         )
     return model
 
