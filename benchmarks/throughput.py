@@ -75,17 +75,17 @@ def main() -> None:
             steps=options.steps,
             ratios={peer: medians["normtune ln"] / medians[peer] for peer in medians},
         )
+        options.out.with_suffix(".md").write_text(table(medians), encoding="utf-8")
 
 
 def sample(examples: Sequence[Example], pairs: int) -> list[Example]:
-    """Whole images from the middle of the file on, about `pairs` pairs in all."""
-    groups = group_by_image(examples)
-    found: list[Example] = []
-    for group in groups[len(groups) // 2 :] + groups[: len(groups) // 2]:
-        if len(found) >= pairs:
-            break
-        found += group
-    return found
+    """Whole images, about `pairs` pairs in all, with as many questions an image as the data set has.
+
+    Images are sorted by their number of questions and taken at even steps.
+    """
+    groups = sorted(group_by_image(examples), key=len)
+    count = max(1, round(pairs * len(groups) / len(examples)))
+    return [e for i in range(count) for e in groups[int((i + 0.5) * len(groups) / count)]]
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def table(medians: dict[str, float]) -> str:
     lines = ["| method | pairs/s | normtune ln is faster |", "|---|--:|--:|"]
     for name, median in medians.items():
         lines.append(f"| {name} | {median:.2f} | {medians['normtune ln'] / median:.1f}x |")
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def survey_text(found: dict[str, Any]) -> str:
                 named = ", ".join(f"{name} {rows}" for name, rows in list(counts[field].items())[:_TOP])
                 more = f", {len(counts[field]) - _TOP} more" if len(counts[field]) > _TOP else ""
                 lines.append(f"  {field}: {named}{more}")
-    lines += ["", f"Leaks between splits: {len(found['leaks']) or 'none'}"]
+    lines += ["", f"Leaks between splits: {len(found['leaks']) or 'none among these rows'}"]
     lines += [f"  {leak['text']}" for leak in found["leaks"]]
     problems = found["problems"]
     lines += ["", f"Problems in the files: {problems['count'] or 'none'}"]
