@@ -46,7 +46,9 @@ def test_every_method_has_a_learning_rate() -> None:
     assert set(LEARNING_RATES) == set(METHODS) - {"frozen"}
 
 
-@pytest.mark.parametrize("table", ["demo/table.md", "real_data.md", "throughput_llava_slake.md", "throughput_miss_slake.md"])
+@pytest.mark.parametrize(
+    "table", ["demo/table.md", "real_data.md", "throughput_llava_slake.md", "throughput_miss_slake.md"]
+)
 def test_the_readme_shows_the_committed_tables(table: str) -> None:
     assert (BENCHMARKS / table).read_text(encoding="utf-8") in readme()
 
