@@ -34,6 +34,15 @@ class MissShape(Shape):
             "vocabulary": len(self._tokenizer()),
         }
 
+    def _dims(self) -> dict[str, Any]:
+        """What MISS's and BLIP's three parts have in common."""
+        return {
+            "hidden_size": self.width,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "intermediate_size": 4 * self.width,
+        }
+
     def _tokenizer(self) -> Any:
         signs = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
         pieces = [
@@ -50,12 +59,7 @@ class MissShape(Shape):
 
     def family(self) -> MissFamily:
         tokenizer = self._tokenizer()
-        width = {
-            "hidden_size": self.width,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "intermediate_size": 4 * self.width,
-        }
+        width = self._dims()
         config = MissConfig(
             vision_dims={**width, "image_size": self.image_size, "patch_size": 16},
             encoder_dims=width,
@@ -71,12 +75,7 @@ class MissShape(Shape):
         self, method: str, dataset: Dataset, examples: Sequence[Example]
     ) -> tuple[nn.Module, list[Any], Any]:
         family = self.family()
-        width = {
-            "hidden_size": self.width,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "intermediate_size": 4 * self.width,
-        }
+        width = self._dims()
         vision = {**width, "image_size": self.image_size, "patch_size": 16}
         text = {
             **width,

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from normtune.config import REPORT_TOKENS
 from normtune.data.images import open_image
 from normtune.models.family import Answer, Family
 from normtune.packing import Group
-
-REPORT_TOKENS = 128
 
 
 def open_model(

@@ -24,6 +24,9 @@ LEARNING_RATES: dict[str, float] = {
 }
 
 
+REPORT_TOKENS = 128  # the longest report that is written, where nothing else is said
+
+
 class _Options(BaseModel):
     model_config = ConfigDict(extra="forbid")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normtune import memory
+from normtune.config import REPORT_TOKENS
 from normtune.data.records import Dataset, Example
 from normtune.errors import InputError
 from normtune.files import read_json
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from normtune.models.family import Family, Pixels
 
 ANSWER_TOKENS = 16
-REPORT_TOKENS = 128
 Progress = Callable[[int, int], None]  # pairs done, pairs in all
 
 
