@@ -1,0 +1,174 @@
+"""Modules that keep less for the backward pass compute the same, and keep what FACTS' arithmetic says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaModel
+from transformers.activations import ACT2FN
+
+from normtune.adapt import adapt
+from normtune.lean import activation, lean
+from normtune.live import LiveBytes
+from normtune.models.llava import LlavaFamily
+from normtune.norms import TunedNorm
+from tests.models.tiny import make_tiny
+
+WIDTH, FORWARD, HEADS, LENGTH = 64, 176, 4, 32
+
+
+def llama(layers: int = 1, dtype: torch.dtype = torch.float32, **options: Any) -> LlamaModel:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "hidden_size": WIDTH,
+        "intermediate_size": FORWARD,
+        "num_hidden_layers": layers,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "vocab_size": 50,
+    }
+    return LlamaModel(LlamaConfig(**sizes | options)).to(dtype)
+
+
+def norms_trained(model: nn.Module, *, tuned: bool) -> nn.Module:
+    """Only norms are trained: transformers' own, or ours."""
+    model.requires_grad_(False)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if "norm" in name:
+                child.requires_grad_(True)
+                if tuned:
+                    setattr(parent, name, TunedNorm.of(child))
+    return model
+
+
+def run(model: Any) -> Tensor:
+    """A scalar of the model's last states."""
+    dtype = next(p for n, p in model.named_parameters() if "embed" in n).dtype
+    x = torch.randn(1, LENGTH, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype)
+    mask = torch.full((LENGTH, LENGTH), -torch.inf).triu(1).to(dtype)[None, None]
+    states = model(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
+    return states.float().square().mean()
+
+
+def held(layers: int, *, tuned: bool, leaner: bool) -> int:
+    model = norms_trained(llama(layers, torch.bfloat16), tuned=tuned)
+    if leaner:
+        with lean(model), LiveBytes() as live:
+            loss = run(model)
+            return live.now + 0 * loss.numel()
+    with LiveBytes() as live:
+        loss = run(model)
+        return live.now + 0 * loss.numel()
+
+
+def bytes_a_token_and_layer(**options: Any) -> float:
+    return (held(3, **options) - held(1, **options)) / 2 / LENGTH
+
+
+def test_a_llama_block_keeps_what_is_needed_and_no_more() -> None:
+    needed = 4 * FORWARD + 8 * WIDTH + 4 * WIDTH + 4 * HEADS + 8
+    assert bytes_a_token_and_layer(tuned=True, leaner=True) == needed
+
+
+def test_transformers_own_modules_keep_more() -> None:
+    eager = 6 * FORWARD + 16 * WIDTH + 4 * WIDTH + 4 * HEADS + 8
+    assert bytes_a_token_and_layer(tuned=False, leaner=False) == eager
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_pytorch_tanh", "quick_gelu"])
+def test_loss_and_gradients_are_those_of_the_models_own_modules(act: str, dtype: torch.dtype) -> None:
+    model = llama(2, dtype, hidden_act=act)
+    wanted_loss = run(model)
+    wanted = gradients(model, wanted_loss)
+    with lean(model) as changed:
+        assert any(name.endswith("mlp") for name in changed)
+        loss = run(model)
+        found = gradients(model, loss)
+    assert torch.equal(loss, wanted_loss)
+    for name, gradient in wanted.items():
+        exact = {"rtol": 1e-5, "atol": 1e-7} if dtype == torch.float32 else {"rtol": 0.05, "atol": 1e-3}
+        torch.testing.assert_close(found[name].to(dtype), gradient, **exact, msg=name)
+
+
+def test_modules_are_the_models_own_again_even_after_an_error() -> None:
+    model = llama()
+    before = dict(model.named_modules())
+    with pytest.raises(ZeroDivisionError), lean(model) as changed:
+        assert isinstance(model.norm, TunedNorm) and "norm" in changed
+        raise ZeroDivisionError
+    assert dict(model.named_modules()) == before
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+class Shifted(nn.Module):
+    """Has a gated feed-forward's children and computes something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(4, 4) for _ in range(3))
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)) + 1
+
+
+def test_a_feed_forward_that_computes_something_else_is_left_alone() -> None:
+    with lean(nn.Sequential(Shifted())) as changed:
+        assert changed == []
+
+
+@pytest.mark.parametrize("act", ["silu", "gelu", "quick_gelu"])
+def test_activations_are_told_by_what_they_compute(act: str) -> None:
+    assert activation(ACT2FN[act]) == act
+
+
+def test_an_unknown_activation_is_none_of_them() -> None:
+    assert activation(ACT2FN["relu"]) is None
+    assert activation(nn.Linear(3, 3)) is None
+
+
+def test_clip_keeps_its_quick_gelu_input_once() -> None:
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": HEADS}
+    kept = {}
+    for leaner in (False, True):
+        for layers in (1, 2):
+            torch.manual_seed(0)
+            config = CLIPVisionConfig(**sizes, num_hidden_layers=layers, image_size=16, patch_size=4)
+            model = norms_trained(CLIPVisionModel(config).to(torch.bfloat16), tuned=True)
+            pixels = torch.zeros(1, 3, 16, 16, dtype=torch.bfloat16)
+            context = lean(model) if leaner else LiveBytes()
+            with context, LiveBytes() as live:
+                states = model(pixels).last_hidden_state
+                kept[leaner, layers] = live.now + 0 * states.numel()
+    tokens = 17
+    own, less = ((kept[leaner, 2] - kept[leaner, 1]) / tokens for leaner in (False, True))
+    statistics = 16 + 4 * HEADS  # two norms' mean and 1/std, and attention's log-sum-exp
+    assert (own, less) == (28 * WIDTH + statistics, 20 * WIDTH + statistics)
+
+
+@pytest.mark.parametrize("recipe", ["language=ln", "lora-4", "ffn"])
+def test_a_family_trains_alike(recipe: str, tmp_path: Any) -> None:
+    family = LlavaFamily.load(make_tiny("llava", tmp_path), torch.float32)
+    tuned = adapt(family.model, recipe)
+    ids = torch.tensor([[5, 6, 7, 8]])
+
+    def loss() -> Tensor:
+        return family.decoder(input_ids=ids, use_cache=False).last_hidden_state.square().sum()
+
+    wanted = gradients(family.model, loss())
+    with lean(family.model):
+        found = gradients(family.model, loss())
+    assert tuned.trained and wanted and wanted.keys() == found.keys()
+    for name, gradient in wanted.items():
+        assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm(), name

@@ -1,0 +1,119 @@
+"""Layers that run again in the backward pass give the same gradients and keep less."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from normtune.adapt import adapt
+from normtune.anatomy import layers
+from normtune.live import LiveBytes
+from normtune.models import load
+from normtune.packing import Group
+from normtune.recompute import Tier, recomputed
+from tests.models.miss_tiny import IMAGE, tiny_miss
+from tests.models.test_families import PAIRS, image
+from tests.models.tiny import TINY, make_tiny
+
+TIERS: list[Tier] = ["fast", "balanced", "tight"]
+
+
+def miss_loss(model: Any) -> Tensor:
+    torch.manual_seed(3)
+    return model(
+        input_ids=torch.randint(5, 50, (4, 6)),
+        pixel_values=torch.randn(2, 3, IMAGE, IMAGE),
+        decoder_input_ids=torch.randint(5, 50, (4, 3)),
+        labels=torch.randint(5, 50, (4, 3)),
+    ).loss
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("tier", ["balanced", "tight"])
+@pytest.mark.parametrize("recipe", ["ln", "lora-4", "prefix", "decoder=full,vision=ln"])
+def test_miss_has_the_same_gradients_to_the_bit(recipe: str, tier: Tier) -> None:
+    model = tiny_miss()
+    adapt(model, recipe)
+    wanted = gradients(model, miss_loss(model))
+    with recomputed(model, tier):
+        found = gradients(model, miss_loss(model))
+    assert wanted and found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_family_has_the_same_gradients(name: str, tmp_path: Path) -> None:
+    family = load(str(make_tiny(name, tmp_path)))
+    adapt(family.model, "all?=ln")
+    segments = tuple(
+        family.encode(str(i), question, answer) for i, (_, question, answer) in enumerate(PAIRS[:3])
+    )
+    pixels = [[family.pixels(image("a"))]]
+
+    def found() -> dict[str, Tensor]:
+        return gradients(family.model, family.loss(family.collate([Group(("a",), segments)], pixels))[0])
+
+    wanted = found()
+    with recomputed(family.model, "tight") as chosen:
+        again = found()
+    assert chosen and again.keys() == wanted.keys()
+    for parameter, gradient in wanted.items():
+        torch.testing.assert_close(again[parameter], gradient, rtol=1e-6, atol=1e-8, msg=parameter)
+
+
+@pytest.mark.parametrize(("tier", "every"), [("fast", 0), ("balanced", 2), ("tight", 1)])
+def test_the_chosen_layers_run_twice_and_the_others_once(tier: Tier, every: int) -> None:
+    model = tiny_miss()
+    adapt(model, "ln")
+    runs: Counter[str] = Counter()
+    for name in layers(model):
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: runs.update([name]))
+        # hooks run outside of a module's forward: count inside, through the first norm that it calls
+    inside: Counter[str] = Counter()
+    for name in layers(model):
+        norm = next(m for m in model.get_submodule(name).modules() if type(m).__name__ == "TunedNorm")
+        norm.register_forward_hook(lambda *_, name=name: inside.update([name]))
+    with recomputed(model, tier) as chosen:
+        miss_loss(model).backward()
+    for name, (_, index) in layers(model).items():
+        twice = bool(every) and index % every == 0
+        assert inside[name] == (2 if twice else 1), name
+        assert (name in chosen) == twice and runs[name] == 1
+
+
+def test_nothing_runs_twice_where_no_gradient_is_wanted() -> None:
+    model = tiny_miss()
+    inside: list[int] = []
+    model.visual_encoder.blocks[0].norm1.register_forward_hook(lambda *_: inside.append(1))
+    with recomputed(model, "tight"), torch.no_grad():
+        miss_loss(model)
+    assert inside == [1]
+
+
+def test_layers_have_their_own_forward_again() -> None:
+    model = tiny_miss()
+    with pytest.raises(ZeroDivisionError), recomputed(model, "tight"):
+        raise ZeroDivisionError
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_each_tier_keeps_less_than_the_one_before() -> None:
+    kept = []
+    for tier in TIERS:
+        model = tiny_miss()
+        adapt(model, "ln")
+        with recomputed(model, tier), LiveBytes() as live:
+            loss = miss_loss(model)
+            kept.append(live.now)
+            del loss
+    assert kept[0] > 1.3 * kept[1] > 1.3 * kept[2]
