@@ -70,25 +70,29 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: bool, rounds: bool) -> Tensor:
         wide = x.float()
         rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        unit = wide * rstd
         ctx.save_for_backward(x, rstd, weight)
         ctx.offset = offset
-        unit = unit.to(x.dtype) if rounds else unit
-        return (unit * (1.0 + weight if offset else weight)).to(x.dtype)
+        unit = wide * rstd
+        gain = 1.0 + weight if offset else weight
+        if rounds and x.dtype != torch.float32:
+            return (unit.to(x.dtype) * gain).to(x.dtype)
+        return unit.mul_(gain).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, rstd, weight = ctx.saved_tensors
-        wide_grad = grad.float()
-        unit = x.float() * rstd
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = (wide_grad * unit).flatten(0, -2).sum(0)
-        if ctx.needs_input_grad[0]:
-            through = wide_grad * (1.0 + weight if ctx.offset else weight)
-            grad_x = rstd * (through - unit * (through * unit).mean(-1, keepdim=True))
-            grad_x = grad_x.to(x.dtype)
+        gain = 1.0 + weight if ctx.offset else weight
+        wide = grad.float()
+        # With a mean of 0 layer norm's kernel gives the gain's gradient, and the input's less one term, which
+        # layer norm has and this one has not: 1/rms times the mean of grad * gain.
+        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]
+        grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
+            wide, x.float(), weight.shape, torch.zeros_like(rstd), rstd, gain, None, wanted
+        )
+        if grad_x is not None:
+            mean = (wide @ gain).unsqueeze(-1) / gain.numel()
+            grad_x = grad_x.addcmul_(rstd, mean).to(x.dtype)
         return grad_x, grad_weight, None, None, None
 
 
