@@ -10,6 +10,15 @@ from normtune.catalog import NAMES, open_dataset, open_from
 from normtune.config import DataOptions
 from normtune.data.splits import leaks
 from normtune.errors import InputError
+from tests.data.report_samples import (
+    medpix_row,
+    messages_row,
+    write_kaggle_openi,
+    write_medpix,
+    write_mimic,
+    write_path_vqa,
+    write_roco,
+)
 from tests.data.samples import (
     png_bytes,
     slake_row,
@@ -44,6 +53,49 @@ def test_every_reader_is_opened_by_its_name(root: Path, name: str, count: int) -
     assert dataset.open_image(dataset.examples[0].images[0]).mode == "RGB"
 
 
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("path-vqa", 6), ("openi", 2), ("mimic-cxr", 1), ("medpix", 1), ("roco", 3), ("messages", 1)],
+)
+def test_every_further_reader_is_opened_by_its_name(tmp_path: Path, name: str, count: int) -> None:
+    write = {
+        "path-vqa": write_path_vqa,
+        "openi": write_kaggle_openi,
+        "mimic-cxr": write_mimic,
+        "medpix": lambda root: write_medpix(root, train=[medpix_row("MPX1_s1")]),
+        "roco": write_roco,
+        "messages": lambda root: write_jsonl(root / "train.jsonl", messages_row("What?", "Lung", "a.png")),
+    }
+    write_image(tmp_path / "a.png")
+    write[name](tmp_path)
+    dataset = open_dataset(name, tmp_path)  # reports come without --task report, where there is nothing else
+    assert dataset.name == name
+    assert len(dataset.examples) == count
+    assert dataset.open_image(dataset.examples[0].images[0]).mode == "RGB"
+    for picture in [*tmp_path.rglob("*.jpg"), *tmp_path.rglob("*.png")]:
+        picture.unlink()
+    assert len(open_dataset(name, tmp_path, text_only=True).examples) == count
+
+
+@pytest.mark.parametrize("name", ["slake", "vqa-rad", "jsonl"])
+def test_text_alone_needs_no_image_files(root: Path, name: str) -> None:
+    count = len(open_dataset(name, root).examples)
+    for picture in [*root.rglob("*.jpg"), *root.rglob("*.png")]:
+        picture.unlink()
+    dataset = open_dataset(name, root, text_only=True)
+    assert len(dataset.examples) == count
+    assert "image is missing" in [problem.what for problem in dataset.problems]
+
+
+def test_the_sections_of_a_report_are_chosen_where_the_dataset_tells_them_apart(tmp_path: Path) -> None:
+    options = {"data": "openi", "root": write_kaggle_openi(tmp_path)}
+    both = open_from(DataOptions.checked(**options, sections="both"))
+    assert both.split("train")[0].answer.endswith(("Normal chest.", "left base.", "No effusion."))
+    for name in ("slake", "medpix", "phantom-a"):
+        with pytest.raises(InputError, match=f"dataset {name} tells no sections apart: --sections goes with"):
+            open_dataset(name, tmp_path, sections="impression")
+
+
 def test_a_single_file_is_a_root_too(root: Path) -> None:
     assert len(open_dataset("jsonl", root / "train.jsonl").examples) == 1
     assert len(open_dataset("parquet", root / "train.parquet", language="all").examples) == 2
@@ -75,7 +127,7 @@ def test_phantoms_need_no_root_and_take_a_number_of_training_images() -> None:
     [
         (
             "slak",
-            r"no dataset 'slak', did you mean 'slake'\? Known are slake, vqa-rad, jsonl, parquet, phantom-a",
+            r"no dataset 'slak', did you mean 'slake'\? Known are slake, vqa-rad, path-vqa, openi",
         ),
         ("phantom-c", r"did you mean 'phantom-[ab]'\?"),
         ("phantom-b:many", "'many' is no number of images. Write for example phantom-b:240"),

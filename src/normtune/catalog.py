@@ -10,6 +10,7 @@ from typing import Literal
 from normtune.config import DataOptions
 from normtune.data.records import Dataset, Example
 from normtune.data.rows import SPLITS
+from normtune.data.sections import Sections
 from normtune.errors import InputError, did_you_mean
 
 Language = Literal["en", "zh", "all"]
@@ -17,10 +18,18 @@ Task = Literal["vqa", "report"]
 ROOTS = {
     "slake": "the folder that holds train.json and imgs/",
     "vqa-rad": "the folder that holds 'VQA_RAD Dataset Public.json'",
+    "path-vqa": "the folder that holds qas/ and images/, or parquet files, or the hub name owner/name",
+    "openi": "the folder that holds annotation.json, indiana_reports.csv or ecgen-radiology/",
+    "mimic-cxr": "the folder that holds mimic-cxr-2.0.0-split.csv and files/, or annotation.json",
+    "medpix": "the folder that holds train.jsonl, dev.jsonl, test.jsonl and images/",
+    "roco": "the folder that holds data/train/radiology/captions.txt, or another of its layouts",
+    "messages": "a JSONL, JSON or parquet file of conversations, or a folder of them",
     "jsonl": "a JSONL file or a folder of them",
     "parquet": "a parquet file, a folder of them, or a hub name owner/name",
 }
 PHANTOMS = ("phantom-a", "phantom-b")
+SECTIONED = ("openi", "mimic-cxr")  # datasets that tell findings from impression
+_ON_THE_HUB = ("parquet", "path-vqa")  # --root may be owner/name
 NAMES = (*ROOTS, *PHANTOMS)
 
 
@@ -30,7 +39,14 @@ def open_from(options: DataOptions) -> Dataset:
     Raises:
         InputError: see `open_dataset`.
     """
-    dataset = open_dataset(options.data, options.root, language=options.language, task=options.task)
+    dataset = open_dataset(
+        options.data,
+        options.root,
+        language=options.language,
+        task=options.task,
+        sections=options.sections,
+        text_only=options.text_only,
+    )
     if not options.image_disjoint:
         return dataset
     from normtune.data.splits import image_disjoint
@@ -39,25 +55,39 @@ def open_from(options: DataOptions) -> Dataset:
 
 
 def open_dataset(
-    name: str, root: Path | None = None, *, language: Language = "en", task: Task = "vqa"
+    name: str,
+    root: Path | None = None,
+    *,
+    language: Language = "en",
+    task: Task = "vqa",
+    sections: Sections = "findings",
+    text_only: bool = False,
 ) -> Dataset:
     """A dataset by its name, with the examples of one task and, where it has several, of one language.
 
     Args:
-        name: slake, vqa-rad, jsonl, parquet, phantom-a or phantom-b; `phantom-b:240` has 240 training images,
-            `phantom-b:240/60/120` has those of train, validate and test.
+        name: one of `NAMES`; `phantom-b:240` has 240 training images, `phantom-b:240/60/120` has those of
+            train, validate and test.
         root: where its files lie; phantoms are drawn and need none.
         language: rows that name no language are of every language.
+        task: a dataset that holds reports alone gives them whatever the task.
+        sections: what a report is to hold; for the datasets `SECTIONED`.
+        text_only: keep the rows whose image files are missing.
 
     Raises:
         InputError: the name is unknown, the root is missing where one is needed or is not the dataset's,
-            or the dataset holds nothing of that task or language.
+            the dataset holds nothing of that task or language, or tells no sections apart.
     """
     family, colon, images = name.partition(":")
     if family not in NAMES:
         raise InputError(
             f"no dataset '{name}'{did_you_mean(family, NAMES)} "
             f"Known are {', '.join(NAMES)} (phantom-b:240 has 240 training images)."
+        )
+    if sections != "findings" and family not in SECTIONED:
+        raise InputError(
+            f"dataset {family} tells no sections apart: --sections goes with {' and '.join(SECTIONED)}. "
+            "Leave it out."
         )
     if family in PHANTOMS:
         from normtune.phantom import dataset as phantom
@@ -69,7 +99,10 @@ def open_dataset(
         )
     if root is None:
         raise InputError(f"dataset {family} needs --root: {ROOTS[family]}.")
-    return _narrowed(_read(family, root, language), language, task)
+    dataset = _read(family, root, language, sections, text_only)
+    if all(example.kind == "report" for example in dataset.examples):
+        task = "report"
+    return _narrowed(dataset, language, task)
 
 
 def _images(name: str, numbers: str) -> int | dict[str, int]:
@@ -88,27 +121,51 @@ def _images(name: str, numbers: str) -> int | dict[str, int]:
     return dict(zip(SPLITS, counts, strict=True)) if len(counts) > 1 else counts[0]
 
 
-def _read(family: str, root: Path, language: Language) -> Dataset:
+def _read(family: str, root: Path, language: Language, sections: Sections, text_only: bool) -> Dataset:
     """Readers are imported when they are used: pyarrow takes half a second."""
-    if not root.exists() and family != "parquet":
+    if not root.exists() and family not in _ON_THE_HUB:
         raise InputError(f"--root {root}: there is no such file or folder. {family} needs {ROOTS[family]}.")
     match family:
         case "slake":
             from normtune.data import slake
 
-            return slake.read(root, language=language)
+            return slake.read(root, language=language, text_only=text_only)
         case "vqa-rad":
             from normtune.data import vqa_rad
 
-            return vqa_rad.read(root)
+            return vqa_rad.read(root, text_only=text_only)
+        case "path-vqa":
+            from normtune.data import path_vqa
+
+            return path_vqa.read(root, text_only=text_only)
+        case "openi":
+            from normtune.data import openi
+
+            return openi.read(root, sections=sections, text_only=text_only)
+        case "mimic-cxr":
+            from normtune.data import mimic_cxr
+
+            return mimic_cxr.read(root, sections=sections, text_only=text_only)
+        case "medpix":
+            from normtune.data import medpix
+
+            return medpix.read(root, text_only=text_only)
+        case "roco":
+            from normtune.data import roco
+
+            return roco.read(root, text_only=text_only)
+        case "messages":
+            from normtune.data import messages
+
+            return messages.read(root, text_only=text_only)
         case "jsonl":
             from normtune.data import jsonl
 
-            return jsonl.read(root)
+            return jsonl.read(root, text_only=text_only)
         case _:
             from normtune.data import parquet
 
-            return parquet.read(root)
+            return parquet.read(root, text_only=text_only)
 
 
 def _narrowed(dataset: Dataset, language: Language, task: Task) -> Dataset:

@@ -57,6 +57,15 @@ def test_shared_images_and_rows_are_leaks_of_the_later_split() -> None:
     assert leaks(made)[2].examples == ("4",)
 
 
+@pytest.mark.parametrize("field", ["patient", "case"])
+def test_images_of_one_patient_or_case_go_to_one_split(field: str) -> None:
+    rows = [Example(str(n), (f"i{n}",), "", "x", "report", "train", {field: str(n // 4)}) for n in range(80)]
+    made = image_disjoint(dataset(*rows))
+    splits = {(e.meta[field], e.split) for e in made.examples}
+    assert len(splits) == 20
+    assert {split for _, split in splits} == {"train", "validate", "test"}
+
+
 def test_languages_are_parts_of_their_own_and_leak_across_splits_alone() -> None:
     made = dataset(
         example("1", "a", language="en"),

@@ -1,4 +1,4 @@
-"""What the readers make of the real SLAKE and VQA-RAD."""
+"""What the readers make of the real SLAKE, VQA-RAD, OpenI (R2Gen's annotation.json) and MedPix."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from normtune.config import DataOptions
 from normtune.data.records import Dataset
 from normtune.data.splits import leaks
 from normtune.data.survey import survey, survey_text
+from normtune.errors import InputError
 
 FILE = "VQA_RAD Dataset Public.json"
 
@@ -103,3 +104,40 @@ def test_every_image_opens(name: str, count: int, request: pytest.FixtureRequest
         picture = dataset.open_image(key)
         assert picture.mode == "RGB"
         assert max(picture.size) <= 384
+
+
+def test_openis_reports_have_r2gens_split_and_their_missing_images_are_listed(openi_root: Path) -> None:
+    dataset = open_dataset("openi", openi_root, text_only=True)
+    assert counts(dataset, "rows", "usable", "images", "report") == {
+        "train": (2069, 2069, 4138, 2069),
+        "validate": (296, 296, 592, 296),
+        "test": (590, 590, 1180, 590),
+    }
+    assert {len(example.images) for example in dataset.examples} == {2}
+    missing = [p.file for p in dataset.problems if p.what == "image is missing"]
+    assert len(missing) == len(dataset.problems) == 5910
+    assert leaks(dataset) == []
+    assert not any("\n" in e.answer or "  " in e.answer for e in dataset.examples)
+
+
+def test_openi_without_its_images_says_how_to_read_the_text_alone(openi_root: Path) -> None:
+    with pytest.raises(InputError, match=r"no usable rows.*image is missing.*add --text-only"):
+        open_dataset("openi", openi_root)
+    with pytest.raises(InputError, match="holds the findings alone"):
+        open_dataset("openi", openi_root, sections="both", text_only=True)
+
+
+def test_medpix_has_its_published_rows_split_by_case(medpix_root: Path) -> None:
+    dataset = open_dataset("medpix", medpix_root)
+    assert counts(dataset, "rows", "usable", "images", "report") == {
+        "train": (1482, 1482, 1482, 1482),
+        "validate": (186, 186, 186, 186),
+        "test": (176, 176, 176, 176),
+    }
+    assert survey(dataset)["parts"]["train"]["modalities"] == {"CT": 781, "MR": 701}
+    assert [p.what for p in dataset.problems] == ["modality has blanks around it"]
+    assert leaks(dataset) == []
+    cases = {s: {e.meta["case"] for e in dataset.split(s)} for s in ("train", "validate", "test")}
+    assert not cases["train"] & cases["test"] and not cases["validate"] & cases["test"]
+    for example in dataset.split("test"):
+        assert max(dataset.open_image(example.images[0]).size) <= 256

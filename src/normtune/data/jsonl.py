@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ from normtune.data.images import ImageFolder
 from normtune.data.reading import Reading, missing_images
 from normtune.data.records import Dataset, Example, Kind, Problem
 from normtune.data.rows import SPLITS, is_yes_no, split_name, text_of
+from normtune.data.tables import Fault, json_lines
 from normtune.errors import InputError, did_you_mean
 
 _FIELDS = ("image", "question", "answer", "id", "kind", "split")
@@ -20,7 +19,12 @@ _SHOWN = 5  # bad rows named in one error
 
 
 def read(
-    root: Path, *, strict: bool = True, image_root: Path | None = None, licence: str = "unknown"
+    root: Path,
+    *,
+    strict: bool = True,
+    image_root: Path | None = None,
+    licence: str = "unknown",
+    text_only: bool = False,
 ) -> Dataset:
     """Read one JSONL file, or all *.jsonl files of a folder.
 
@@ -31,6 +35,7 @@ def read(
 
     Args:
         strict: raise an error that names the bad rows; otherwise they are left out and listed as problems.
+        text_only: a missing image is listed, and its row kept.
 
     Raises:
         InputError: there is no such file, no usable row, or (strict) a bad row.
@@ -38,16 +43,19 @@ def read(
     files = sorted(root.glob("*.jsonl")) if root.is_dir() else [root]
     if not files:
         raise InputError(f"{root} holds no *.jsonl file. Point --root at one.")
-    reading = Reading("jsonl")
+    reading = Reading("jsonl", text_only)
     faults: list[Problem] = []
     folder = image_root or files[0].parent
     for file in files:
-        for line, cells in _lines(file):
-            fault = cells if isinstance(cells, _Fault) else _read_row(reading, file, line, cells)
+        for line, cells in json_lines(file):
+            fault = cells if isinstance(cells, Fault) else _read_row(reading, file, line, cells)
             if fault is not None:
                 faults.append(Problem(file.name, str(line), fault.what, fault.mend))
                 reading.left_out.append(Example(f"{file.stem}-{line}", (), "", "", "open", _split_of(file)))
-    faults += _missing(reading, folder)
+    if text_only:
+        reading.check_images(folder)
+    else:
+        faults += _missing(reading, folder)
     if strict and faults:
         raise InputError(_told(faults))
     reading.problems += faults
@@ -55,37 +63,11 @@ def read(
     return reading.dataset(ImageFolder(folder), licence)
 
 
-class _Fault(InputError):
-    """Why one line cannot be used."""
-
-    def __init__(self, what: str, mend: str) -> None:
-        super().__init__(what)
-        self.what, self.mend = what, mend
-
-
-def _lines(file: Path) -> Iterator[tuple[int, Any]]:
-    """(line number from 1, its JSON value or a fault) of every line that is not blank."""
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror or error}. Check --root.") from error
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line)
-        except UnicodeDecodeError:
-            yield number, _Fault("not UTF-8 text", "Save the file as UTF-8.")
-        except (ValueError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else "too deep"
-            yield number, _Fault(f"not valid JSON ({reason})", "Write one JSON object a line.")
-
-
-def _read_row(reading: Reading, file: Path, line: int, cells: Any) -> _Fault | None:
+def _read_row(reading: Reading, file: Path, line: int, cells: Any) -> Fault | None:
     """Add the row, or say what is wrong with it."""
     try:
         if not isinstance(cells, dict):
-            raise _Fault("not a JSON object", 'Write {"image": ..., "question": ..., "answer": ...}.')
+            raise Fault("not a JSON object", 'Write {"image": ..., "question": ..., "answer": ...}.')
         kind = _kind(cells)
         images = _images(cells)
         question = "" if kind == "report" and not cells.get("question") else _filled(cells, "question")
@@ -93,8 +75,8 @@ def _read_row(reading: Reading, file: Path, line: int, cells: Any) -> _Fault | N
         split = split_name(_filled(cells, "split")) if cells.get("split") else _split_of(file)
         id = _filled(cells, "id") if cells.get("id") not in (None, "") else f"{file.stem}-{line}"
         if id in reading.places:
-            raise _Fault("its id stands on an earlier row too", "Give each row an id of its own.")
-    except _Fault as fault:
+            raise Fault("its id stands on an earlier row too", "Give each row an id of its own.")
+    except Fault as fault:
         return fault
     reading.row(file.name, str(line), id).finish(
         images, question, answer, kind or ("closed" if is_yes_no(answer) else "open"), split, _meta(cells)
@@ -106,15 +88,15 @@ def _filled(cells: dict[str, Any], field: str) -> str:
     """The text of a field that must have one."""
     if field not in cells:
         hint = did_you_mean(field, [key for key in cells if key not in _FIELDS])
-        raise _Fault(
+        raise Fault(
             f"field '{field}' is missing{hint and hint.replace('did you mean', 'is it')}", f"Add '{field}'."
         )
     try:
         text, _ = text_of(cells[field])
     except InputError as error:
-        raise _Fault(f"{field} {error}", "Write it as text.") from error
+        raise Fault(f"{field} {error}", "Write it as text.") from error
     if not text:
-        raise _Fault(f"{field} is empty", "Fill it in, or remove the row.")
+        raise Fault(f"{field} is empty", "Fill it in, or remove the row.")
     return text
 
 
@@ -125,7 +107,7 @@ def _kind(cells: dict[str, Any]) -> Kind | None:
     for kind in _KINDS:
         if kind == word:
             return kind
-    raise _Fault(f"kind is unknown{did_you_mean(word, _KINDS)}", f"Known kinds: {', '.join(_KINDS)}.")
+    raise Fault(f"kind is unknown{did_you_mean(word, _KINDS)}", f"Known kinds: {', '.join(_KINDS)}.")
 
 
 def _images(cells: dict[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from PIL import Image
 from normtune.data.images import ImageFolder, open_image
 from normtune.data.reading import Reading
 from normtune.data.records import Dataset, Kind
-from normtune.data.rows import SPLITS, is_yes_no, split_name
+from normtune.data.rows import is_yes_no, split_name, split_of_file
 from normtune.errors import InputError
 
 _NEEDED = ("image", "question", "answer")
@@ -30,9 +31,10 @@ _META = {"language": "language", "q_lang": "language", "modality": "modality", "
 }
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _Place = tuple[Path, int, int]  # file, row group, row in it
+_Cell = tuple[int, str, int]  # row in its group, column, index where the cell is a list
 
 
-def read(root: Path, *, name: str = "parquet", licence: str = "unknown") -> Dataset:
+def read(root: Path, *, name: str = "parquet", licence: str = "unknown", text_only: bool = False) -> Dataset:
     """Read a parquet file, all parquet files below a folder, or those of a hub dataset called `owner/name`.
 
     Columns: image ({bytes, path} as on the hub, bytes, or a path relative to the file), question, answer;
@@ -46,9 +48,9 @@ def read(root: Path, *, name: str = "parquet", licence: str = "unknown") -> Data
     Raises:
         InputError: nothing is there, a file is damaged or lacks a column, or no row can be used.
     """
-    base, files = _files(root)
+    base, files = parquet_files(root)
     images = ParquetImages(base)
-    reading = Reading(name)
+    reading = Reading(name, text_only)
     for file in files:
         _read_file(reading, images, file, shown_as=file.relative_to(base).as_posix())
     reading.check_images(base, inside=images)
@@ -64,8 +66,8 @@ class ParquetImages:
         self._folder = ImageFolder(base)
         self._places: dict[str, _Place] = {}
         self._members: dict[
-            tuple[Path, int], list[tuple[int, str]]
-        ] = {}  # row group -> (row, key) it is read for
+            tuple[Path, int], list[tuple[_Cell, str]]
+        ] = {}  # row group -> (cell, key) it is read for
         self._kept: OrderedDict[str, bytes] = OrderedDict()
         self._held = 0
 
@@ -73,12 +75,12 @@ class ParquetImages:
         """Worker processes start with nothing kept."""
         return self.__dict__ | {"_kept": OrderedDict(), "_held": 0}
 
-    def add(self, data: bytes, place: _Place) -> str:
-        """Note where an image stands; returns its key."""
+    def add(self, data: bytes, place: _Place, column: str = "image", index: int = 0) -> str:
+        """Note where an image stands; `index` counts in a cell that is a list. Returns its key."""
         key = hashlib.sha1(data, usedforsecurity=False).hexdigest()
         if key not in self._places:
             self._places[key] = place
-            self._members.setdefault(place[:2], []).append((place[2], key))
+            self._members.setdefault(place[:2], []).append(((place[2], column, index), key))
         return key
 
     def __contains__(self, key: object) -> bool:
@@ -95,13 +97,16 @@ class ParquetImages:
             self._kept.move_to_end(key)
             return self._kept[key]
         file, group, row = self._places[key]
+        members = self._members[file, group]
         try:
             with pq.ParquetFile(file) as parquet:
-                column = parquet.read_row_group(group, columns=["image"]).column("image")
+                names = sorted({column for (_, column, _), _ in members})
+                table = parquet.read_row_group(group, columns=names)
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"cannot read {file}: changed or damaged since it was opened.") from error
-        for member_row, member in self._members[file, group]:
-            data = _bytes_of(column[member_row].as_py())
+        for (member_row, column, index), member in members:
+            cell = table.column(column)[member_row].as_py()
+            data = image_bytes(cell[index] if isinstance(cell, list) else cell)
             if data is not None and member not in self._kept:
                 self._kept[member] = data
                 self._held += len(data)
@@ -114,8 +119,12 @@ class ParquetImages:
         return found
 
 
-def _files(root: Path) -> tuple[Path, list[Path]]:
-    """(folder that paths are relative to, parquet files in it)."""
+def parquet_files(root: Path) -> tuple[Path, list[Path]]:
+    """(folder that paths are relative to, parquet files in it); `root` may be a hub name.
+
+    Raises:
+        InputError: there is none.
+    """
     if root.is_file():
         return root.parent, [root]
     if not root.exists():
@@ -157,7 +166,7 @@ def _read_file(reading: Reading, images: ParquetImages, file: Path, shown_as: st
             row = 0
             for group in range(parquet.num_row_groups):
                 table = parquet.read_row_group(group, columns=wanted)
-                for within, cells in enumerate(_rows(table)):
+                for within, cells in enumerate(table_rows(table)):
                     place = (file, group, within)
                     _read_row(reading, images, cells, place, row, shown_as)
                     row += 1
@@ -165,7 +174,7 @@ def _read_file(reading: Reading, images: ParquetImages, file: Path, shown_as: st
         raise InputError(f"{file} is no parquet file, or is damaged. Fetch it again.") from error
 
 
-def _rows(table: pa.Table) -> Any:
+def table_rows(table: pa.Table) -> Iterator[dict[str, Any]]:
     """Rows as dicts, one at a time: a row group's images are not all made Python objects at once."""
     columns = {name: table.column(name) for name in table.column_names}
     return ({name: column[row].as_py() for name, column in columns.items()} for row in range(table.num_rows))
@@ -174,7 +183,7 @@ def _rows(table: pa.Table) -> Any:
 def _read_row(
     reading: Reading, images: ParquetImages, cells: dict[str, Any], place: _Place, number: int, shown_as: str
 ) -> None:
-    split = split_name(str(cells.get("split") or _split_of(place[0])))
+    split = split_name(str(cells.get("split") or split_of_file(place[0])))
     stated_id = next((str(cells[column]) for column in _IDS if cells.get(column) not in (None, "")), None)
     id = stated_id or f"{split}-{len(reading.places)}"
     row = reading.row(shown_as, str(number), f"{reading.name}-{id}")
@@ -195,21 +204,14 @@ def _read_row(
 
 def _image_key(images: ParquetImages, cell: object, place: _Place) -> str:
     """SHA-1 of the image's bytes, or its path; empty where there is neither."""
-    data = _bytes_of(cell)
+    data = image_bytes(cell)
     if data:
         return images.add(data, place)
     path = cell.get("path") if isinstance(cell, dict) else cell
     return os.path.normpath(path) if isinstance(path, str) and path else ""
 
 
-def _bytes_of(cell: object) -> bytes | None:
+def image_bytes(cell: object) -> bytes | None:
+    """The bytes of an image cell: {bytes, path} as on the hub, or bytes."""
     data = cell.get("bytes") if isinstance(cell, dict) else cell
     return data if isinstance(data, bytes) else None
-
-
-def _split_of(file: Path) -> str:
-    """`data/validation-00000-of-00001.parquet` and `validation/0000.parquet` are both of split validate."""
-    for word in (re.split(r"[-_.]", file.stem)[0], file.parent.name):
-        if split_name(word) in SPLITS:
-            return split_name(word)
-    return "train"

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
+import posixpath
 from collections.abc import Callable, Container, Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 
 from PIL import Image
 
 from normtune.data.records import Dataset, Example, Kind, Problem
-from normtune.data.rows import is_yes_no, text_of
-from normtune.errors import InputError
+from normtune.data.rows import SPLITS, is_yes_no, split_name, text_of
+from normtune.errors import InputError, did_you_mean
 
 
 class Reading:
-    """What was read so far. Rows that cannot be used are left out; whatever is odd becomes a problem."""
+    """What was read so far. Rows that cannot be used are left out; whatever is odd becomes a problem.
 
-    def __init__(self, dataset: str) -> None:
-        self.name = dataset
+    With `text_only`, rows whose image files are missing are kept (and the files listed all the same).
+    """
+
+    def __init__(self, dataset: str, text_only: bool = False) -> None:
+        self.name, self.text_only = dataset, text_only
+        self.notes: list[str] = []
         self.examples: list[Example] = []
         self.left_out: list[Example] = []
         self.problems: list[Problem] = []
@@ -27,8 +33,22 @@ class Reading:
         """A new row; `row` is its number or name in the file, and makes the id where there is none."""
         return Row(self, file, row, id or f"{self.name}-{row}".replace(" ", "-"))
 
+    def unique_row(self, file: str, row: str, id: str) -> Row:
+        """A new row of a file whose ids are keys.
+
+        Raises:
+            InputError: the id is empty or stands on an earlier row.
+        """
+        if not id:
+            raise InputError(f"{file}, row {row}: its id is empty. Give each row an id of its own.")
+        if id in self.places:
+            earlier = self.places[id]
+            what = f"its id stands on row {earlier[1]} of {earlier[0]} too"
+            raise InputError(f"{file}, row {row}: {what}. Give each row an id of its own.")
+        return Row(self, file, row, id)
+
     def check_images(self, folder: Path, shown_as: str = "", inside: Container[str] = ()) -> None:
-        """Leave out the rows whose image files are missing; one problem for each missing file.
+        """List each missing image file, and leave its rows out but for `text_only`.
 
         `folder` is what image names are relative to, `shown_as` what problems put before them; keys that are
         `inside` are no files.
@@ -39,13 +59,14 @@ class Reading:
         rows: dict[str, int] = {}
         for example in self.examples:
             gone = [name for name in example.images if name in missing]
-            (self.left_out if gone else kept).append(example)
+            (self.left_out if gone and not self.text_only else kept).append(example)
             for name in gone:
                 rows[name] = rows.get(name, 0) + 1
         self.examples = kept
         for name, count in rows.items():
             shown = f"{shown_as}/{name}" if shown_as else name
-            mend = f"Rows left out: {count}. Put the image there."
+            done = "kept for their text" if self.text_only else "left out"
+            mend = f"Rows {done}: {count}. Put the image there."
             self.problems.append(Problem(shown, "", "image is missing", mend))
 
     def check_repeats(self) -> None:
@@ -67,9 +88,13 @@ class Reading:
         """
         if not self.examples:
             first = f" First problem: {self.problems[0]}" if self.problems else ""
+            if any(problem.what == "image is missing" for problem in self.problems):
+                first += " To read the text without the images, add --text-only."
             raise InputError(f"dataset {self.name} holds no usable rows.{first}")
         problems = sorted(self.problems, key=lambda problem: bool(problem.row))
-        return Dataset(self.name, self.examples, open_image, problems, licence, self.left_out)
+        return Dataset(
+            self.name, self.examples, open_image, problems, licence, self.left_out, notes=self.notes
+        )
 
 
 class Row:
@@ -99,6 +124,35 @@ class Row:
             self.problem(f"{field} {change}", "Read as plain text.")
         return text
 
+    def prose(self, field: str, value: object) -> str:
+        """A report or caption as one line: its line ends and runs of blanks are layout, and not listed."""
+        return self.text(field, " ".join(value.split()) if isinstance(value, str) else value)
+
+    def split(self, word: str) -> str:
+        """The split's one name.
+
+        Raises:
+            InputError: it is none of train, validate, test or their other names.
+        """
+        name = split_name(word)
+        if name not in SPLITS:
+            known = f"Known are {', '.join(SPLITS)}."
+            hint = did_you_mean(name, SPLITS) or "."
+            raise InputError(f"{self.file}, row {self.row}: split '{word}' is unknown{hint} {known}")
+        return name
+
+    def image(self, name: str) -> str:
+        """An image's path below its folder, normalised so that one file has one key.
+
+        Raises:
+            InputError: the path is absolute or leads out of the folder.
+        """
+        key = posixpath.normpath(name.replace("\\", "/")) if name else ""
+        if key.startswith(("/", "../")) or key == ".." or ":" in key.split("/")[0]:
+            what = "the image's path leads out of the dataset's folder"
+            raise InputError(f"{self.file}, row {self.row}: {what}. Write it relative to that folder.")
+        return key
+
     def kind(self, answer_type: str, answer: str) -> Kind:
         """Open or closed as the file says; a file that says something else is listed."""
         match answer_type.upper():
@@ -117,16 +171,29 @@ class Row:
         kind: Kind,
         split: str,
         meta: dict[str, str],
+        answer_called: str = "answer",
     ) -> None:
         """Keep the row, or leave it out where image, answer or (but for reports) question is empty."""
         filled = {key: value for key, value in meta.items() if value}
         example = Example(self.id, tuple(images), question, answer, kind, split, filled)
-        empty = "image" if not all(images) or not images else "answer" if not answer else ""
+        empty = "image" if not all(images) or not images else answer_called if not answer else ""
         if not empty and not question and kind != "report":
             empty = "question"
         if empty:
             self.problem(f"{empty} is empty", "Row left out: fill it in, or leave it so.")
         (self._reading.left_out if empty else self._reading.examples).append(example)
+
+
+def image_folder(root: Path, below: Sequence[str], names: Iterable[str]) -> Path:
+    """The first of the folders `below` root ("" is root itself) that holds one of the first few images.
+
+    Where none does, the first of all.
+    """
+    few = list(islice(names, 50))
+    for folder in (root / name for name in below):
+        if any((folder / name).is_file() for name in few):
+            return folder
+    return root / below[0]
 
 
 def missing_images(folder: Path, names: Iterable[str]) -> set[str]:

@@ -56,6 +56,7 @@ class Dataset:
     problems: list[Problem] = field(default_factory=list)
     licence: str = "unknown"
     left_out: list[Example] = field(default_factory=list)  # rows that cannot be used; `problems` says why
+    notes: list[str] = field(default_factory=list)  # how the reader took the files, where there was a choice
 
     def split(self, name: str) -> list[Example]:
         """The examples of one split, in file order.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 from normtune.errors import InputError
 
 SPLITS = ("train", "validate", "test")  # in the order of learning
@@ -20,6 +23,17 @@ def split_name(word: str) -> str:
     """The one name of a split: `validation`, `valid`, `val` and `dev` are `validate`; unknown words stay."""
     word = word.strip().lower()
     return _SPLIT_NAMES.get(word, word)
+
+
+def split_of_file(file: Path) -> str:
+    """`data/validation-00000-of-00001.parquet` and `validation/0000.parquet` are both of split validate.
+
+    Where neither the name nor the folder says a split, it is train.
+    """
+    for word in (re.split(r"[-_.]", file.stem)[0], file.parent.name):
+        if split_name(word) in SPLITS:
+            return split_name(word)
+    return "train"
 
 
 def is_yes_no(answer: str) -> bool:

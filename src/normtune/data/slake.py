@@ -17,13 +17,14 @@ _FILES = {"train": "train.json", "validate": "validate.json", "test": "test.json
 _IMAGES = "imgs"
 
 
-def read(root: Path, *, language: Literal["en", "zh", "all"] = "en") -> Dataset:
+def read(root: Path, *, language: Literal["en", "zh", "all"] = "en", text_only: bool = False) -> Dataset:
     """Read the original release: train.json, validate.json, test.json and imgs/xmlabN/source.jpg.
 
     `kind` is the file's answer_type: CLOSED is wider than yes/no (it includes "lung" and "T2"). `meta` holds
     language, modality, organ (the file's location) and content_type. Ids are `slake-<qid>`.
 
-    Rows without an answer or image are left out and listed; repeated rows are kept, as published counts keep
+    Rows without an answer or image are left out and listed (with `text_only`, those whose image file is
+    missing are kept); repeated rows are kept, as published counts keep
     them, and listed. The English and the Chinese splits were drawn apart: how many test images of one
     language stand in the other's training split is listed too.
 
@@ -41,9 +42,9 @@ def read(root: Path, *, language: Literal["en", "zh", "all"] = "en") -> Dataset:
             f"{root} holds none of {', '.join(_FILES.values())}: not SLAKE's folder. "
             "Point --root at the folder that holds these and imgs/."
         )
-    if not (root / _IMAGES).is_dir():
+    if not text_only and not (root / _IMAGES).is_dir():
         raise InputError(f"{root} has no image folder '{_IMAGES}'. Unpack SLAKE's imgs.zip there.")
-    reading = Reading("slake")
+    reading = Reading("slake", text_only)
     images: _Images = {}
     for split, file in _FILES.items():
         if split not in present:

@@ -81,14 +81,16 @@ def image_disjoint(
 
     Every image goes to one split with all its examples, in `fractions` of the number of images. Which one
     depends on the seed and the images' keys, not on the order of the rows. Images of one study stay together,
-    and so do the keys of each item of `same` (see `same_pixels`).
+    and so do those of one patient or case where `meta` names it, and the keys of each item of `same` (see
+    `same_pixels`).
 
     Raises:
         InputError: the fractions are negative or do not add up to 1.
     """
     if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise InputError(f"fractions {fractions} must be at least 0 and add up to 1.")
-    clusters = _clusters([*(example.images for example in dataset.examples), *same])
+    images = (example.images for example in dataset.examples)
+    clusters = _clusters([*images, *_by_patient(dataset.examples), *same])
     heads = sorted(set(clusters.values()), key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
     train = round(fractions[0] * len(heads))
     learn = round((fractions[0] + fractions[1]) * len(heads))
@@ -120,6 +122,16 @@ def same_pixels(dataset: Dataset) -> list[tuple[str, ...]]:
         digest = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
         by_content.setdefault(digest, []).append(key)
     return [tuple(keys) for keys in by_content.values() if len(keys) > 1]
+
+
+def _by_patient(examples: Iterable[Example]) -> list[list[str]]:
+    """The images of each patient, or of each case where the files name cases."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for example in examples:
+        for field in ("patient", "case"):
+            if field in example.meta:
+                found.setdefault((field, example.meta[field]), []).extend(example.images)
+    return [keys for keys in found.values() if keys]
 
 
 def _rank(split: str) -> int:

@@ -22,8 +22,9 @@ def survey(dataset: Dataset) -> dict[str, Any]:
         `dataset`, `licence`; `parts`: split (with language where there are several) -> `rows`, `open`,
         `closed`, `report` and `yes_no` (of all rows of the file, as published counts are), `usable`; of the
         usable rows `images`, `questions_per_image` {`mean`, `median`, `max`}, `longest_question_words`,
-        `longest_answer_words`, `modalities`, `organs` (name -> rows, most frequent first); `problems`:
-        `count`, `by_kind` (what -> number) and the first 20 as `first` [{`file`, `row`, `what`, `mend`}];
+        `longest_answer_words`, `modalities`, `organs` (name -> rows, most frequent first); `notes`: how
+        the files were taken, where there was a choice; `problems`: `count`, `by_kind` (what -> number) and
+        the first 20 as `first` [{`file`, `row`, `what`, `mend`}];
         `leaks`: [{`what`, `part`, `other`, `shared`, `total`, `text`}].
     """
     name = part_of(dataset)
@@ -34,6 +35,7 @@ def survey(dataset: Dataset) -> dict[str, Any]:
         "dataset": dataset.name,
         "licence": dataset.licence,
         "parts": {part: _counts(usable, left_out.get(part, [])) for part, usable in parts(dataset).items()},
+        "notes": dataset.notes,
         "problems": {
             "count": len(dataset.problems),
             "by_kind": dict(Counter(problem.what for problem in dataset.problems).most_common()),
@@ -74,6 +76,8 @@ def survey_text(found: dict[str, Any]) -> str:
                 named = ", ".join(f"{name} {rows}" for name, rows in list(counts[field].items())[:_TOP])
                 more = f", {len(counts[field]) - _TOP} more" if len(counts[field]) > _TOP else ""
                 lines.append(f"  {field}: {named}{more}")
+    if found["notes"]:
+        lines += ["", "How the files were read:", *(f"  {note}" for note in found["notes"])]
     lines += ["", f"Leaks between splits: {len(found['leaks']) or 'none among these rows'}"]
     lines += [f"  {leak['text']}" for leak in found["leaks"]]
     problems = found["problems"]

@@ -22,7 +22,7 @@ _QUESTION_TYPES = frozenset(
 _ORGANS = {"ABD": "abdomen", "CHEST": "chest", "HEAD": "head"}
 
 
-def read(root: Path) -> Dataset:
+def read(root: Path, *, text_only: bool = False) -> Dataset:
     """Read the original release, or the trainset.json and testset.json that many papers use.
 
     In the release's one file the rows of phrase_type test_freeform and test_para (451 in the official file)
@@ -31,7 +31,8 @@ def read(root: Path) -> Dataset:
     are `vqa-rad-<qid>`, numbered where a qid is used again. Rephrased and framed questions are not read as
     rows.
 
-    Rows without an answer (also "NULL") or image are left out and listed; repeated rows are kept and listed.
+    Rows without an answer (also "NULL") or image are left out and listed (with `text_only`, those whose
+    image file is missing are kept); repeated rows are kept and listed.
 
     Raises:
         InputError: the files or the image folder are missing or of another layout.
@@ -42,9 +43,11 @@ def read(root: Path) -> Dataset:
         wanted = f"neither '{_PUBLIC}' nor {' and '.join(_PAIR.values())}"
         raise InputError(f"{root} holds {wanted}. Point --root at VQA-RAD's folder.")
     folder = next((name for name in _IMAGE_FOLDERS if (root / name).is_dir()), None)
+    if folder is None and text_only:
+        folder = _IMAGE_FOLDERS[0]
     if folder is None:
         raise InputError(f"{root} has no image folder. Put VQA-RAD's images in '{_IMAGE_FOLDERS[0]}' there.")
-    reading = Reading("vqa-rad")
+    reading = Reading("vqa-rad", text_only)
     for split, file in files.items():
         rows = read_json(root / file)
         if not isinstance(rows, list):
@@ -103,7 +106,7 @@ def _question_type(row: Row, text: str) -> str:
 
 def _list_unused(reading: Reading, root: Path, folder: str) -> None:
     used = {name for example in reading.examples for name in example.images}
-    for path in sorted((root / folder).iterdir()):
+    for path in sorted((root / folder).glob("*")):
         if path.suffix.lower() in (".jpg", ".jpeg", ".png") and path.name not in used:
             mend = "Nothing to do: it is not used."
             reading.problems.append(Problem(f"{folder}/{path.name}", "", "image without a question", mend))
