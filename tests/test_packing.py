@@ -3,13 +3,25 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
+from itertools import chain
 
 import pytest
-from hypothesis import given
+from accelerate.data_loader import BatchSamplerShard
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from normtune.data.records import Example
-from normtune.packing import EpochBatches, Segment, group_by_image, pair_batches
+from normtune.errors import InputError
+from normtune.packing import (
+    EpochBatches,
+    Segment,
+    Tokens,
+    batch_count,
+    even_batches,
+    group_by_image,
+    pair_batches,
+    rank_shares,
+)
 
 
 def examples_of(counts: list[int]) -> list[Example]:
@@ -26,6 +38,7 @@ def examples_of(counts: list[int]) -> list[Example]:
 counts = st.lists(st.integers(1, 12), min_size=1, max_size=12)
 caps = st.none() | st.integers(1, 5)
 sizes = st.lists(st.integers(1, 12), max_size=30)
+costs = st.lists(st.integers(1, 2000), max_size=30)
 
 
 @given(counts, caps, st.none() | st.integers(0, 5))
@@ -104,6 +117,137 @@ def test_each_cut_falls_on_the_nearest_boundary() -> None:
     assert pair_batches([5], 2) == [[0]]
     assert pair_batches([2, 6, 1], 5) == [[0], [1, 2]]
     assert pair_batches([], 4) == []
+
+
+@given(costs, st.integers(1, 30), st.integers(1, 4))
+def test_no_batch_costs_more_than_an_even_share_and_one_group(
+    costs: list[int], count: int, least: int
+) -> None:
+    count = min(count, len(costs) // least)
+    assume(count or not costs)
+    batches = even_batches(costs, count, least)
+    assert [index for batch in batches for index in batch] == list(range(len(costs)))
+    assert len(batches) == count and all(len(batch) >= least for batch in batches)
+    for batch in batches:
+        held = sum(costs[index] for index in batch)
+        assert len(batch) == least or held <= sum(costs) / count + max(costs)
+
+
+@given(costs.filter(bool), st.integers(1, 6))
+def test_processes_differ_by_no_more_than_the_dearest_group(costs: list[int], ranks: int) -> None:
+    assume(len(costs) >= ranks)
+    shares = rank_shares(costs, ranks)
+    assert sorted(index for share in shares for index in share) == list(range(len(costs)))
+    loads = [sum(costs[index] for index in share) for share in shares]
+    assert len(loads) == ranks and min(loads) > 0 and max(loads) - min(loads) <= max(costs)
+
+
+def test_the_dearest_groups_go_to_different_processes() -> None:
+    assert rank_shares([1, 9, 8, 2], 2) == [[0, 1], [2, 3]]
+    assert rank_shares([3, 1, 2], 1) == [[0, 1, 2]]
+
+
+def tokens_of(examples: list[Example], prefix: int, rng: random.Random | None = None) -> Tokens:
+    """Segments of 5 to 60 tokens, or of 10 each without `rng`."""
+    return Tokens(
+        {example.images: prefix for example in examples},
+        {example.id: rng.randint(5, 60) if rng else 10 for example in examples},
+    )
+
+
+@given(counts, st.integers(1, 20), caps, st.integers(0, 3), st.integers(0, 600))
+def test_batches_of_even_tokens_hold_every_example_once_in_as_many_batches(
+    counts: list[int], pairs: int, cap: int | None, seed: int, prefix: int
+) -> None:
+    examples = examples_of(counts)
+    tokens = tokens_of(examples, prefix, random.Random(seed))
+    by_tokens = EpochBatches(examples, pairs, cap, seed, tokens=tokens)
+    assert len(by_tokens) == len(EpochBatches(examples, pairs, cap, seed))
+    for epoch in range(3):
+        by_tokens.set_epoch(epoch)
+        yielded = list(by_tokens)
+        assert len(yielded) == len(by_tokens) and all(yielded)
+        assert Counter(e.id for b in yielded for group in b for e in group) == Counter(e.id for e in examples)
+        dearest = max(tokens.of(group) for batch in yielded for group in batch)
+        held = [sum(map(tokens.of, batch)) for batch in yielded]
+        for batch, cost in zip(yielded, held, strict=True):
+            assert len(batch) == 1 or cost <= sum(held) / len(held) + dearest
+
+
+@given(counts, st.integers(1, 20), caps, st.integers(0, 3))
+def test_equal_segments_without_a_prefix_are_cut_as_pairs_are(
+    counts: list[int], pairs: int, cap: int | None, seed: int
+) -> None:
+    examples = examples_of(counts)
+    by_pairs = EpochBatches(examples, pairs, cap, seed)
+    assert ids(EpochBatches(examples, pairs, cap, seed, tokens=tokens_of(examples, 0)), 1) == ids(by_pairs, 1)
+    alone = EpochBatches(examples, pairs, 1, seed)
+    assert ids(EpochBatches(examples, pairs, 1, seed, tokens=tokens_of(examples, 576)), 1) == ids(alone, 1)
+
+
+def test_a_batch_of_even_tokens_takes_fewer_groups_where_prefixes_weigh() -> None:
+    """One image with 12 questions and 12 images with one: by pairs two halves, by tokens two of 13 images."""
+    examples = examples_of([12] + [1] * 12)
+    tokens = tokens_of(examples, prefix=500)
+
+    def spread(tokens_of_batch: Tokens | None) -> int:
+        batches = list(EpochBatches(examples, 12, None, 0, tokens=tokens_of_batch))
+        held = [sum(map(tokens.of, batch)) for batch in batches]
+        assert len(held) == 2
+        return max(held) - min(held)
+
+    assert spread(tokens) <= 620 < spread(None)
+
+
+@given(counts, st.integers(1, 10), caps, st.integers(0, 3), st.integers(1, 4), st.booleans())
+def test_several_processes_see_every_example_once_as_accelerate_shards_the_batches(
+    counts: list[int], pairs: int, cap: int | None, seed: int, ranks: int, even: bool
+) -> None:
+    examples = examples_of(counts)
+    assume(len(group_by_image(examples, cap)) >= ranks)
+    tokens = tokens_of(examples, 576, random.Random(seed))
+    batches = EpochBatches(examples, pairs, cap, seed, tokens=tokens, ranks=ranks)
+    batches.set_epoch(1)
+    shards = [
+        list(BatchSamplerShard(batches, ranks, rank, even_batches=even))  # type: ignore[arg-type]
+        for rank in range(ranks)
+    ]
+    seen = Counter(e.id for shard in shards for batch in shard for group in batch for e in group)
+    assert seen == Counter(example.id for example in examples)
+    assert {len(shard) for shard in shards} == {batches.steps} and len(batches) == batches.steps * ranks
+    for step in zip(*shards, strict=True):
+        held = [sum(map(tokens.of, batch)) for batch in step]
+        dearest = max(tokens.of(group) for batch in step for group in batch)
+        assert min(held) > 0 and max(held) - min(held) <= dearest
+
+
+@given(counts, st.integers(1, 6), st.integers(0, 3), st.integers(2, 3), st.booleans())
+def test_steps_of_several_processes_are_those_of_one_with_as_many_pairs(
+    counts: list[int], pairs: int, seed: int, ranks: int, balanced: bool
+) -> None:
+    """Wherever one process's steps hold a group for each."""
+    examples = examples_of(counts)
+    tokens = tokens_of(examples, 100, random.Random(seed)) if balanced else None
+    alone = ids(EpochBatches(examples, pairs * ranks, 2, seed, tokens=tokens), 0)
+    assume(all(len(step) >= ranks for step in alone))
+    batches = ids(EpochBatches(examples, pairs, 2, seed, tokens=tokens, ranks=ranks), 0)
+    steps = [sorted(chain(*batches[start : start + ranks])) for start in range(0, len(batches), ranks)]
+    assert steps == [sorted(step) for step in alone]
+
+
+@given(sizes.filter(bool), st.integers(1, 40), st.integers(1, 4), st.randoms(use_true_random=False))
+def test_the_number_of_steps_depends_on_no_order(
+    sizes: list[int], pairs: int, least: int, rng: random.Random
+) -> None:
+    before = batch_count(sizes, pairs, least)
+    rng.shuffle(sizes)
+    assert batch_count(sizes, pairs, least) == before <= len(sizes) // least
+
+
+def test_fewer_groups_than_processes_are_refused() -> None:
+    with pytest.raises(InputError, match=r"3 processes cannot share 2 groups.* fewer processes, or"):
+        EpochBatches(examples_of([4, 4]), 4, None, 0, ranks=3)
+    assert len(EpochBatches(examples_of([4, 4]), 4, 2, 0, ranks=3)) == 3
 
 
 @given(counts, st.integers(1, 20), caps, st.integers(0, 3))

@@ -7,18 +7,30 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import skip_first_batches
+from accelerate.data_loader import prepare_data_loader
+from peft.tuners.lora import LoraLayer
+from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import DataLoader
 
+from normtune.adapt import adapt
+from normtune.catalog import open_dataset
 from normtune.config import TrainConfig
 from normtune.errors import InputError
 from normtune.files import read_json
 from normtune.models import load
-from normtune.train import TrainResult, last_checkpoint, train
+from normtune.models.miss.family import MissFamily
+from normtune.packing import EpochBatches, Group, Segment
+from normtune.train import TrainResult, _Examples, _Objective, last_checkpoint, train
+from tests.models.tiny import make_tiny
 
 DATA = "phantom-b:6"
 
@@ -131,14 +143,113 @@ def test_a_frozen_image_encoder_runs_once_an_image(
         return forward(self, pixels)
 
     monkeypatch.setattr(VisionTransformer, "forward", counting)
-    train(config(base, tmp_path / "held", tune="decoder=ln"))
+    train(config(base, tmp_path / "held", tune="encoder=ln"))
     assert images == 6
     monkeypatch.setattr(MissFamily, "seen", lambda self, pixels: pixels)
-    train(config(base, tmp_path / "anew", tune="decoder=ln"))
+    train(config(base, tmp_path / "anew", tune="encoder=ln"))
     assert images > 6 + 6
     held, anew = tensors(tmp_path / "held"), tensors(tmp_path / "anew")
     for name in held:
         torch.testing.assert_close(held[name], anew[name], rtol=0, atol=2e-5)
+
+
+def test_batches_of_even_tokens_tokenise_and_see_every_pair_once(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: Counter[str] = Counter()
+    encode = MissFamily.encode
+
+    def counting(self: MissFamily, id: str, *rest: Any, **named: Any) -> Segment:
+        encoded[id] += 1
+        return encode(self, id, *rest, **named)
+
+    monkeypatch.setattr(MissFamily, "encode", counting)
+    result = train(config(base, tmp_path / "tokens", balance="tokens"))
+    examples = open_dataset(DATA).split("train")
+    assert result.pairs == 2 * len(examples)
+    assert encoded == Counter(example.id for example in examples)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_epoch_that_is_resumed_has_its_own_order(ranks: int) -> None:
+    """As the Trainer resumes: the batches are sharded, the first ones skipped, and then the epoch is set."""
+    examples = open_dataset(DATA).split("train")
+    batches = EpochBatches(examples, 4, 4, seed=0, ranks=ranks)
+    loader: Any = DataLoader(_Examples(batches), batch_sampler=batches, collate_fn=list)  # type: ignore[arg-type]
+    sharded = prepare_data_loader(loader, num_processes=ranks, process_index=ranks - 1, put_on_device=False)
+    resumed = skip_first_batches(sharded, 2)
+    resumed.set_epoch(1)
+    found = list(resumed)
+    batches.set_epoch(1)
+    assert found == list(batches)[ranks - 1 :: ranks][2:] and len(found) > 2
+
+
+def test_grouped_training_turns_off_the_dropout_of_the_base_alone(base: Path) -> None:
+    family = load(str(base))
+    adapt(family.model, "encoder=lora(r=2,dropout=0.5),decoder=ln")
+    grouped, alone = (_Objective(family, 0.0, dropout=dropout) for dropout in (False, True))
+    draws = {name for name, module in family.model.named_modules() if isinstance(module, nn.Dropout)}
+    lora = {name for name in draws if ".lora_dropout." in name}
+    assert lora and draws - lora
+
+    def on() -> set[str]:
+        return {name for name, module in family.model.named_modules() if module.training and name in draws}
+
+    grouped.train()
+    assert on() == lora
+    # what drops without a module of its own asks the module that it stands in
+    assert not family.model.training and not family.model.get_submodule("text_encoder").training
+    alone.train()
+    assert on() == draws and family.model.training
+    grouped.eval()
+    assert on() == set()
+
+
+class Draws(nn.Module):
+    """Dropout whose draw for each token is looked up, so that two layouts can be given the same ones."""
+
+    rows: torch.Tensor  # [B, S], the draw of each token
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.table = 2.0 * (torch.rand((4 * 100, 32), generator=generator) < 0.5)  # rate 0.5, width 32
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden * self.table[self.rows]
+
+
+def test_a_question_loses_the_same_in_a_group_as_alone_under_the_same_draw_of_lora(tmp_path: Path) -> None:
+    """A group shares its image's draw; for each of its questions it is a draw like any other."""
+    family = load(str(make_tiny("llava", tmp_path)))
+    tuned = adapt(family.model, "language=lora(r=4,dropout=0.5)")
+    with torch.no_grad():
+        for parameter in tuned.trained.values():
+            parameter.normal_(std=0.5)
+    draws = []
+    for seed, layer in enumerate(m for m in family.model.modules() if isinstance(m, LoraLayer)):
+        draws.append(Draws(seed))
+        layer.lora_dropout["normtune"] = draws[-1]
+    pixels = family.pixels(Image.new("RGB", (32, 32), (90, 20, 160)))
+    asked = [("What is the modality?", "MRI"), ("Which organ is abnormal?", "left lung"), ("Normal?", "no")]
+    segments = [family.encode(str(i), *pair) for i, pair in enumerate(asked)]
+
+    def log_probs(groups: list[list[int]]) -> torch.Tensor:
+        packed = [Group(("a",), tuple(segments[i] for i in members)) for members in groups]
+        batch = family.collate(packed, [[pixels]] * len(groups))
+        order = torch.tensor([[-1, *members] + [-1] * (3 - len(members)) for members in groups])
+        number = 1 + order.gather(1, batch["segment_of"].clamp(min=0))  # 0 for the prefix, then 1 + question
+        for one in draws:
+            one.rows = number * 100 + batch["place_ids"]
+        found = torch.empty(3)
+        found[[i for members in groups for i in members]] = family.log_probs(batch).detach()
+        return found
+
+    together, alone = log_probs([[0, 1, 2]]), log_probs([[1], [2], [0]])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+    for one in draws:
+        one.table = one.table.flip(0)
+    assert (log_probs([[0, 1, 2]]) - together).abs().min() > 1e-3, "the draw matters"
 
 
 def test_learning_rates_are_each_methods_own(base: Path, tmp_path: Path) -> None:
@@ -209,3 +320,22 @@ def test_a_checkpoint_cut_short_is_passed_over(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path) is None
     (tmp_path / "checkpoints" / "checkpoint-3" / "whole").touch()
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoints" / "checkpoint-3"
+
+
+@pytest.mark.parametrize("tier", ["balanced", "tight"])
+def test_memory_tiers_end_in_the_same_delta(
+    tier: str, base: Path, run: tuple[TrainResult, Path], tmp_path: Path
+) -> None:
+    train(config(base, tmp_path / tier, memory=tier))
+    assert same(run[1], tmp_path / tier)
+
+
+def test_running_out_of_memory_says_what_to_do(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("normtune.models.miss.family.MissFamily.loss", full)
+    with pytest.raises(InputError, match=r"--memory fast\. Go on with --memory tight, or lower --batch"):
+        train(config(base, tmp_path / "out"))

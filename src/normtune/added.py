@@ -249,8 +249,9 @@ class Prefix(nn.Module):
     Liang 2021), without it they are learned as they are (P-Tuning v2, Liu et al. 2022).
     """
 
-    def __init__(self, n: int, width: int, heads: int, depth: int, projection: bool) -> None:
+    def __init__(self, part: str, n: int, width: int, heads: int, depth: int, projection: bool) -> None:
         super().__init__()
+        self.of_part = part  # where it counts, though it stands beside the model's parts
         self.n, self.width, self.heads, self.depth = n, width, heads, depth
         config = PrefixTuningConfig(
             num_virtual_tokens=n,
@@ -283,9 +284,14 @@ class LayerPrefix(nn.Module):
         self._prefix = (prefix,)  # in a tuple: the parameters belong to the model once, not to each layer
         self.layer = layer
 
+    @property
+    def bank(self) -> Prefix:
+        """What holds the parameters."""
+        return self._prefix[0]
+
     def forward(self) -> tuple[Tensor, Tensor]:
         """Keys and values, each [heads, n, head_dim] fp32."""
-        return self._prefix[0](self.layer)
+        return self.bank(self.layer)
 
 
 def prefix_attention(
@@ -333,7 +339,8 @@ def _add_prefix(model: nn.Module, part: str, n: int, projection: bool, sites: Se
             f"prefix finds no self-attention that takes one in part '{part}'. Choose another method."
         )
     width, heads = _key_shape(part, attentions)
-    prefix = Prefix(n, width, heads, len(attentions), projection).to(attentions[0][0].module.weight.device)
+    device = attentions[0][0].module.weight.device
+    prefix = Prefix(part, n, width, heads, len(attentions), projection).to(device)
     bank = f"normtune_prefix_{part}"
     model.add_module(bank, prefix)
     configs: dict[int, tuple[Any, str | None]] = {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -271,7 +271,9 @@ class _Parts:
     def _split(self, name: str, module: nn.Module) -> None:
         sees = any(_takes_images(one) for one in module.modules())
         embeds = any(isinstance(one, nn.Embedding) for one in module.modules())
-        if sees and any(one is self.tokens for one in module.modules()):
+        if getattr(module, "of_part", None) in PARTS:
+            self.roots[name] = module.of_part  # type: ignore[assignment]  # a prefix, which was added
+        elif sees and any(one is self.tokens for one in module.modules()):
             for child_name, child in module.named_children():
                 self._split(f"{name}.{child_name}" if name else child_name, child)
         elif sees:
@@ -303,6 +305,11 @@ def _takes_images(module: nn.Module) -> bool:
     return isinstance(module, (nn.Conv2d, nn.Conv3d)) or ("image" in modalities and "text" not in modalities)
 
 
+def part_of(model: nn.Module) -> Callable[[str], str]:
+    """The part of a module or parameter, by its name in `model`; what a recipe added may stand in it."""
+    return _Parts(model).of
+
+
 # --- Layers and roles ---------------------------------------------------------------------------------------
 
 
@@ -324,6 +331,12 @@ def is_attention(module: nn.Module) -> bool:
 
 def _holds_attention(module: nn.Module) -> bool:
     return any(is_attention(one) for one in module.modules())
+
+
+def layers(model: nn.Module) -> dict[str, tuple[str, int]]:
+    """Name of every layer -> (part, index in the part), in the model's order."""
+    parts = _Parts(model)
+    return {name: (parts.of(name), layer.index) for name, layer in _layers_by_part(model, parts).items()}
 
 
 def _layers_by_part(model: nn.Module, parts: _Parts) -> dict[str, _Layer]:

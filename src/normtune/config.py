@@ -53,7 +53,10 @@ class _Options(BaseModel):
 class DataOptions(_Options):
     """Which examples of which dataset."""
 
-    data: str = Field(description="Dataset: slake, vqa-rad, jsonl, parquet, phantom-a, phantom-b.")
+    data: str = Field(
+        description="Dataset: slake, vqa-rad, path-vqa, openi, mimic-cxr, medpix, roco, messages, jsonl, "
+        "parquet, phantom-a, phantom-b."
+    )
     root: Path | None = Field(None, description="Where the dataset's files lie.")
     language: Literal["en", "zh", "all"] = Field(
         "en", description="Questions of one language, where the dataset has several."
@@ -61,7 +64,13 @@ class DataOptions(_Options):
     image_disjoint: bool = Field(
         False, description="Split by image anew, instead of the dataset's own splits."
     )
-    task: Literal["vqa", "report"] = Field("vqa", description="Answer questions, or write reports.")
+    task: Literal["vqa", "report"] = Field(
+        "vqa", description="Answer questions, or write reports; datasets of reports alone need no word of it."
+    )
+    sections: Literal["findings", "impression", "both"] = Field(
+        "findings", description="What a report is to hold, where the dataset tells its sections apart."
+    )
+    text_only: bool = Field(False, description="Keep rows whose image files are missing, for their text.")
 
 
 class TrainConfig(DataOptions):
@@ -79,7 +88,16 @@ class TrainConfig(DataOptions):
     accumulate: int = Field(1, gt=0, description="Batches whose gradients make one step.")
     group: bool = Field(True, description="Share each image among its questions.")
     cap: int | None = Field(None, gt=0, description="At most so many questions of one image in a group.")
+    balance: Literal["pairs", "tokens"] = Field(
+        "pairs", description="What batches hold about as much of; --batch is then their mean size."
+    )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Dtype of the frozen base.")
+    memory: Literal["fast", "balanced", "tight"] = Field(
+        "fast", description="Layers computed again in the backward pass: none, every second one, or all."
+    )
+    cache: Path | None = Field(
+        None, description="Folder where what frozen layers make of images is kept; runs may share it."
+    )
     device: str | None = Field(None, description="cpu or cuda; by default CUDA where there is one.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay, on matrices only.")
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which the rate rises.")
@@ -114,4 +132,7 @@ class EvaluateConfig(DataOptions):
     )
     normalisation: Literal["vqa", "none"] = Field("vqa", description="Of answers before they are compared.")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Dtype of the base.")
+    cache: Path | None = Field(
+        None, description="Folder where what the image encoder makes of images is kept; runs may share it."
+    )
     device: str | None = Field(None, description="cpu or cuda; by default CUDA where there is one.")

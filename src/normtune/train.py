@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -29,14 +30,18 @@ from transformers.trainer_utils import set_seed
 from normtune import delta, memory
 from normtune.adapt import Change, Tuned, adapt, change_report
 from normtune.catalog import open_from
+from normtune.collator import Collator, collator
 from normtune.config import TrainConfig
 from normtune.data.records import Dataset, Example
 from normtune.errors import InputError
 from normtune.files import read_json, write_json
+from normtune.lean import lean
 from normtune.models import load
-from normtune.models.family import Batch, Family, Pixels
-from normtune.packing import EpochBatches, Group
+from normtune.models.family import Family
+from normtune.models.tokens import count_tokens
+from normtune.packing import EpochBatches
 from normtune.recipe import parse
+from normtune.recompute import recomputed
 
 CHECKPOINT_MARK = (
     "whole"  # the last file of a checkpoint: one without it was cut short and is not resumed from
@@ -58,6 +63,7 @@ class TrainResult:
     seconds: float
     pairs_per_second: float
     peak_memory_bytes: int
+    computed_once: str | None  # what of the model's work was done once an image
     final_loss: float | None
     changed: float
     changes: tuple[Change, ...]
@@ -70,6 +76,8 @@ class TrainResult:
             f"{self.pairs:,} pairs in {self.steps:,} steps, {self.seconds:.1f} s "
             f"({self.pairs_per_second:.1f} pairs/s), peak memory {self.peak_memory_bytes / 2**20:,.0f} MiB",
         ]
+        if self.computed_once is not None:
+            lines.append(f"computed once an image: {self.computed_once}")
         if self.final_loss is not None:
             lines.append(f"final loss {self.final_loss:.4f} a token")
         lines.append(f"{100 * self.changed:.1f}% of the trained values changed")
@@ -135,9 +143,13 @@ def fit(
         raise InputError(f"recipe '{tuned.recipe}' trains nothing. Choose another with --tune.")
     set_seed(config.seed)
     before = {name: parameter.detach().clone() for name, parameter in tuned.trained.items()}
-    batches = EpochBatches(examples, config.batch, config.cap if config.group else 1, config.seed)
+    collate = collator(config, family, tuned, dataset, examples)
+    by_tokens = config.balance == "tokens"
+    tokens = count_tokens(family, dataset, examples, collate.segment) if by_tokens else None
+    cap = config.cap if config.group else 1
+    batches = EpochBatches(examples, config.batch, cap, config.seed, tokens=tokens)
     try:
-        trainer = _DeltaTrainer(config, family, tuned, dataset, batches, progress)
+        trainer = _DeltaTrainer(config, family, tuned, collate, batches, progress)
     except (ValueError, RuntimeError, ImportError) as error:  # what the Trainer says of a tracker
         raise InputError(f"--tracker {config.tracker}: {error}") from error
     checkpoint = last_checkpoint(config.out) if config.resume else None
@@ -147,7 +159,15 @@ def fit(
         _check_same_run(config, checkpoint)
     memory.reset_peak()
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with lean(family.model), recomputed(family.model, config.memory):
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"the device ran out of memory with --batch {config.batch} --memory {config.memory}. "
+                + ("" if config.memory == "tight" else "Go on with --memory tight, or ")
+                + "lower --batch, raise --accumulate and start afresh with --no-resume."
+            ) from error
     seconds = time.perf_counter() - started
     family.model.eval()
     changes = change_report(before, tuned)
@@ -163,6 +183,7 @@ def fit(
         seconds=seconds,
         pairs_per_second=trainer.pairs_seen / seconds,
         peak_memory_bytes=memory.peak_memory_bytes(),
+        computed_once=collate.computed_once,
         final_loss=losses[-1] if losses else None,
         changed=changes.share,
         changes=changes.changes,
@@ -191,11 +212,13 @@ class _Objective(nn.Module):
     def train(self, mode: bool = True) -> _Objective:
         """Grouped questions see one image, so they would share its dropout: the base's is off for them.
 
-        Modules that the recipe added (LoRA's dropout) keep theirs.
+        LoRA's own, which the recipe asks for, stays: for each question the draws are distributed as they are
+        where it stands alone, so that the expected gradient is the same; those of a group are correlated.
         """
         super().train(mode)
         if mode and not self._dropout:
-            added = {id(m) for name, m in self.model.named_modules() if "lora_dropout" in name}
+            lora = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+            added = {id(module) for layer in lora for module in layer.lora_dropout.modules()}
             for module in self.model.modules():
                 if id(module) not in added:
                     module.training = False
@@ -214,55 +237,9 @@ class _Examples(TorchDataset[list[list[Example]]]):
     def __getitem__(self, group: Any) -> Any:
         return group
 
-
-class PixelCache:
-    """Processed images by key, kept while they fit in `limit_bytes`; the rest are opened again each time.
-
-    With `frozen`, what the image encoder makes of them: the tower runs once an image, not once a step.
-    """
-
-    def __init__(
-        self, family: Family, dataset: Dataset, *, frozen: bool = False, limit_bytes: int = 2 << 30
-    ) -> None:
-        self.family, self.dataset, self.limit_bytes = family, dataset, limit_bytes
-        self.frozen = frozen
-        self.held: dict[str, Pixels] = {}
-        self.bytes = 0
-
-    def __call__(self, key: str) -> Pixels:
-        if key in self.held:
-            return self.held[key]
-        pixels = self.family.pixels(self.dataset.open_image(key))
-        if self.frozen:
-            pixels = self.family.seen(pixels)
-        size = sum(tensor.numel() * tensor.element_size() for tensor in pixels.values())
-        if self.bytes + size <= self.limit_bytes:
-            self.held[key] = pixels
-            self.bytes += size
-        return pixels
-
-
-class Collator:
-    """Lists of examples, one list an image -> the family's batch."""
-
-    def __init__(self, family: Family, dataset: Dataset, *, frozen_images: bool = False) -> None:
-        self.family = family
-        self.pixels = PixelCache(family, dataset, frozen=frozen_images)
-        self.segments: dict[str, Any] = {}
-
-    def __call__(self, groups: Sequence[Sequence[Example]]) -> Batch:
-        packed = [
-            Group(members[0].images, tuple(self._segment(example) for example in members))
-            for members in groups
-        ]
-        return self.family.collate(packed, [[self.pixels(key) for key in group.images] for group in packed])
-
-    def _segment(self, example: Example) -> Any:
-        if example.id not in self.segments:
-            self.segments[example.id] = self.family.encode(
-                example.id, example.question, example.answer, report=example.kind == "report"
-            )
-        return self.segments[example.id]
+    def set_epoch(self, epoch: int) -> None:
+        """Accelerate's way to the batches where a resumed run of several processes wraps them twice."""
+        self.batches.set_epoch(epoch)
 
 
 class _DeltaTrainer(Trainer):
@@ -273,7 +250,7 @@ class _DeltaTrainer(Trainer):
         config: TrainConfig,
         family: Family,
         tuned: Tuned,
-        dataset: Dataset,
+        collate: Collator,
         batches: EpochBatches,
         progress: TrainerCallback | None,
     ) -> None:
@@ -310,7 +287,7 @@ class _DeltaTrainer(Trainer):
             model=_Objective(family, config.label_smoothing, dropout=not config.group),
             args=arguments,
             train_dataset=_Examples(batches),
-            data_collator=Collator(family, dataset, frozen_images=_frozen_images(config, tuned)),
+            data_collator=collate,
             callbacks=[progress] if progress else None,
         )
         self.model_accepts_loss_kwargs = True  # the loss is normalised by tokens over all accumulated batches
@@ -387,11 +364,6 @@ class _DeltaTrainer(Trainer):
         self.pairs_seen = int(read_json(Path(resume_from_checkpoint) / "run.json")["pairs_seen"])
 
 
-def _frozen_images(config: TrainConfig, tuned: Tuned) -> bool:
-    """Whether an image's states stay the same: nothing is trained up to them, and no dropout is on."""
-    return config.group and not {"vision", "connector"} & {part for part, _ in tuned.places.values()}
-
-
 def _steps(config: TrainConfig, batches: EpochBatches) -> int:
     """Optimiser steps of the whole run."""
     return config.max_steps or math.ceil(config.epochs * math.ceil(len(batches) / config.accumulate))
@@ -406,7 +378,7 @@ def last_checkpoint(out: Path) -> Path | None:
 def _identity(config: TrainConfig) -> dict[str, Any]:
     """What must be the same for a run to go on from a checkpoint."""
     return config.model_dump(
-        mode="json", exclude={"out", "root", "resume", "tracker", "device", "save_every"}
+        mode="json", exclude={"out", "root", "resume", "tracker", "device", "save_every", "memory", "cache"}
     )
 
 

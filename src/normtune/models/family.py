@@ -6,16 +6,19 @@ A family is one file in this folder. `normtune.models.load` picks it by the `mod
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from normtune.packing import Group, Segment
+
+if TYPE_CHECKING:
+    from normtune.models.below import Below
 
 Pixels = dict[str, Tensor]  # one image, processed, without a batch axis; keys are the family's own
 Batch = dict[str, Any]  # tensors on any device; keys are the family's own
@@ -33,6 +36,7 @@ class Family(ABC):
     """A model with its processor, seen through the five verbs that training and evaluation need."""
 
     model_types: ClassVar[tuple[str, ...]]  # the config.model_type values that this family loads
+    shares_prefix: ClassVar[bool] = True  # whether `prefix_tokens` stand once a group, not once a segment
 
     def __init__(self, model: nn.Module, processor: Any) -> None:
         self.model = model
@@ -57,6 +61,14 @@ class Family(ABC):
         Held by a run whose image encoder is frozen, and computed once. A family that cannot gives the pixels.
         """
         return pixels
+
+    def below(self, trained: Collection[nn.Parameter]) -> Below | None:
+        """What lies below everything that is trained; None where nothing does or a family cannot tell."""
+        return None
+
+    @abstractmethod
+    def prefix_tokens(self, images: Sequence[Pixels]) -> int:
+        """How many tokens a group of these images computes besides its segments; no features are computed."""
 
     @abstractmethod
     def encode(self, id: str, question: str, answer: str | None, *, report: bool = False) -> Segment:

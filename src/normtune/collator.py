@@ -1,0 +1,86 @@
+"""Examples -> a family's batch, with whatever is frozen computed once: image states, or hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from normtune.adapt import Tuned
+from normtune.config import TrainConfig
+from normtune.data.records import Dataset, Example
+from normtune.image_cache import IMAGE_PARTS, LIMIT_BYTES, ImageCache, image_store
+from normtune.models.family import Batch, Family
+from normtune.packing import Group, Segment, group_by_image
+from normtune.state_cache import StateCache, state_store
+
+
+class Collator:
+    """Lists of examples, one list an image -> the family's batch.
+
+    Attributes:
+        computed_once: what of the model's work is done once an image, for people; None: nothing.
+    """
+
+    def __init__(self, family: Family, images: ImageCache) -> None:
+        self.family, self.images = family, images
+        self.states: StateCache | None = None
+        self._segments: dict[str, Segment] = {}
+
+    @property
+    def computed_once(self) -> str | None:
+        if self.states is not None:
+            return self.states.below.told
+        return "image states" if self.images.frozen else None
+
+    def __call__(self, groups: Sequence[Sequence[Example]]) -> Batch:
+        packed = [
+            Group(members[0].images, tuple(self.segment(example) for example in members))
+            for members in groups
+        ]
+        if self.states is not None:
+            return self.states.collate(packed)
+        return self.family.collate(packed, [[self.images(key) for key in group.images] for group in packed])
+
+    def segment(self, example: Example) -> Segment:
+        """The tokens of one example."""
+        if example.id not in self._segments:
+            self._segments[example.id] = self.family.encode(
+                example.id, example.question, example.answer, report=example.kind == "report"
+            )
+        return self._segments[example.id]
+
+
+def collator(
+    config: TrainConfig,
+    family: Family,
+    tuned: Tuned,
+    dataset: Dataset,
+    examples: Sequence[Example],
+    *,
+    limit_bytes: int = LIMIT_BYTES,
+) -> Collator:
+    """The collator of a run, with the caches that its recipe allows.
+
+    Without dropout (grouped training has none in the base) the image encoder's output stays the same where
+    nothing of it is trained, and so do the hidden states below the lowest trained layer: the latter are kept
+    where `config.cache` names a folder, or where those of all images fit in `limit_bytes` of memory.
+
+    Raises:
+        InputError: the cache's folder cannot be made, or an image cannot be read.
+    """
+    frozen = config.group and not {*IMAGE_PARTS} & {part for part, _ in tuned.places.values()}
+    if not frozen:
+        return Collator(family, ImageCache(family, dataset, limit_bytes=limit_bytes))
+    store = image_store(config.cache, family)
+    images = ImageCache(family, dataset, frozen=True, store=store, limit_bytes=limit_bytes)
+    made = Collator(family, images)
+    below = family.below(tuned.trained.values())
+    if below is None:
+        return made
+    by_image = {group[0].images: [made.segment(one) for one in group] for group in group_by_image(examples)}
+    # an image's states are taken once, with all its questions: they need not be held
+    passing = ImageCache(family, dataset, frozen=True, store=store, limit_bytes=0)
+    kept = state_store(config.cache, family, below)
+    states = StateCache(below, passing, by_image, store=kept, limit_bytes=limit_bytes)
+    if config.cache is not None or states.fits():
+        made.states = states
+    return made

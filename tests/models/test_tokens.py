@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from PIL import Image
+
+from normtune.data.records import Dataset, Example
+from normtune.models.family import Pixels
+from normtune.models.tokens import count_tokens
+from tests.tiny_miss import SIZE, tiny_miss
+
+
+def test_tokens_are_counted_from_sizes_and_segments() -> None:
+    family = tiny_miss()
+    sizes = {"a": (50, 40), "b": (50, 40), "c": (30, 60)}
+    views = {"1": ("a",), "2": ("a",), "3": ("b",), "4": ("a", "c"), "5": ("c", "b")}
+    examples = [Example(id, keys, "is it left ?", "yes", "closed", "train") for id, keys in views.items()]
+    opened: list[str] = []
+    processed: list[tuple[int, int]] = []
+    pixels = family.pixels
+
+    def open_image(key: str) -> Image.Image:
+        opened.append(key)
+        return Image.new("RGB", sizes[key])
+
+    def counting(image: Image.Image) -> Pixels:
+        processed.append(image.size)
+        return pixels(image)
+
+    family.pixels = counting  # type: ignore[method-assign]
+    segment = family.encode("0", "is it left ?", "yes")
+    dataset = Dataset("views", examples, open_image)
+    counted = count_tokens(family, dataset, examples, lambda example: segment)
+    states = 1 + (SIZE // 16) ** 2
+    assert counted.prefixes == {keys: states * len(keys) for keys in views.values()}
+    assert counted.segments == dict.fromkeys(views, len(segment))
+    assert counted.of(examples[:2]) == states + 2 * len(segment)
+    assert opened == ["a", "b", "a", "c", "c", "b"] and len(processed) == 1 + 2 + 2
+    family.shares_prefix = False  # type: ignore[misc]
+    apart = count_tokens(family, dataset, examples, lambda example: segment)
+    assert apart.of(examples[:2]) == 2 * (states + len(segment))

@@ -1,0 +1,187 @@
+"""Image states in memory and on disk: equal to those computed anew, and never another tower's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from normtune.adapt import adapt
+from normtune.anatomy import part_of
+from normtune.catalog import open_dataset
+from normtune.config import EvaluateConfig, TrainConfig
+from normtune.data.records import Dataset
+from normtune.errors import InputError
+from normtune.evaluate import evaluate_config
+from normtune.image_cache import ImageCache, image_store
+from normtune.models import load
+from normtune.models.family import Family
+from normtune.models.miss.family import MissFamily
+from normtune.models.miss.vision import VisionTransformer
+from normtune.train import train
+from tests.models.tiny import make_tiny
+from tests.test_train import DATA, config, same
+
+KINDS = ("miss", "llava", "qwen3_vl", "idefics3")
+
+
+def image(key: str) -> Image.Image:
+    noise = torch.randint(0, 256, (40, 56, 3), generator=torch.Generator().manual_seed(int(key)))
+    return Image.fromarray(noise.to(torch.uint8).numpy())
+
+
+IMAGES = Dataset("noise", [], image)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def source(request: Any, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return base if request.param == "miss" else make_tiny(request.param, tmp_path_factory.mktemp("tiny"))
+
+
+def cache(family: Family, folder: Path | None, **options: Any) -> ImageCache:
+    return ImageCache(family, IMAGES, frozen=True, store=image_store(folder, family), **options)
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_states_from_disk_are_those_computed_to_the_bit(
+    source: Path, tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = load(str(source), dtype=dtype)
+    without = cache(family, None)("1")
+    assert equal(cache(family, tmp_path)("1"), without)
+    again = load(str(source), dtype=dtype)
+    monkeypatch.setattr(type(again), "seen", lambda self, pixels: pytest.fail("the tower ran again"))
+    assert equal(cache(again, tmp_path)("1"), without)
+    (entry,) = tmp_path.rglob("*.safetensors")
+    assert len(entry.stem) == 64 and set(entry.stem) <= set("0123456789abcdef")
+
+
+def test_a_tower_with_one_changed_value_has_other_entries(source: Path, tmp_path: Path) -> None:
+    family = load(str(source))
+    part = part_of(family.model)
+    folders = {image_store(tmp_path, family).folder}  # type: ignore[union-attr]
+    vision = [p for name, p in family.model.named_parameters() if part(name) == "vision"]
+    with torch.no_grad():
+        for parameter in (vision[0], vision[-1]):
+            last = parameter.view(-1)[-1:]
+            last.copy_(torch.nextafter(last, last.new_tensor([9.0])))
+            folders.add(image_store(tmp_path, family).folder)  # type: ignore[union-attr]
+    assert len(folders) == 3
+
+
+def test_language_values_do_not_count(source: Path, tmp_path: Path) -> None:
+    family = load(str(source))
+    before = image_store(tmp_path, family)
+    tuned = adapt(family.model, "decoder=full" if isinstance(family, MissFamily) else "language=full")
+    with torch.no_grad():
+        for parameter in tuned.trained.values():
+            parameter += 1
+    after = image_store(tmp_path, family)
+    assert before is not None and after is not None and before.folder == after.folder
+
+
+@pytest.mark.parametrize("method", ["ln", "lora", "adapter", "prefix", "ptuning"])
+def test_whatever_is_added_to_the_tower_counts(base: Path, tmp_path: Path, method: str) -> None:
+    family = load(str(base))
+    tuned = adapt(family.model, f"vision={method}")
+    first = image_store(tmp_path, family)
+    with torch.no_grad():
+        next(iter(tuned.trained.values())).view(-1)[0] += 1
+    second = image_store(tmp_path, family)
+    assert first is not None and second is not None and first.folder != second.folder
+
+
+def test_an_image_processed_otherwise_has_an_entry_of_its_own(source: Path, tmp_path: Path) -> None:
+    family = load(str(source))
+    first = cache(family, tmp_path)("1")
+    processor: Any = family.processor.image_processor
+    processor.image_mean = [0.2, 0.3, 0.4]
+    assert not equal(cache(family, tmp_path)("1"), first)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+
+
+def test_images_beyond_the_limit_are_not_held_but_come_from_disk(base: Path, tmp_path: Path) -> None:
+    family = load(str(base))
+    size = sum(value.nbytes for value in cache(family, None)("1").values())
+    limited = cache(family, tmp_path, limit_bytes=size)
+    whole = [limited(key) for key in ("1", "2")]
+    assert list(limited.held) == ["1"] and limited.bytes == size
+    assert equal(limited("2"), whole[1]) and limited("1") is whole[0]
+
+
+def test_an_unreadable_image_is_named(base: Path) -> None:
+    def broken(key: str) -> Image.Image:
+        raise OSError("truncated")
+
+    opened = ImageCache(load(str(base)), Dataset("slake", [], broken))
+    with pytest.raises(InputError, match=r"cannot read image x of dataset slake \(OSError\)"):
+        opened("x")
+
+
+def test_training_from_a_warm_cache_gives_the_same_delta_and_runs_no_tower(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = {"tune": "encoder=ln", "epochs": 1}
+    result = train(config(base, tmp_path / "without", **recipe))
+    assert result.computed_once == "image states"
+    assert "computed once an image: image states" in result.text()
+    train(config(base, tmp_path / "cold", cache=tmp_path / "cache", **recipe))
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 6
+    monkeypatch.setattr(VisionTransformer, "forward", lambda *_: pytest.fail("the tower ran again"))
+    train(config(base, tmp_path / "warm", cache=tmp_path / "cache", **recipe))
+    assert same(tmp_path / "without", tmp_path / "cold") and same(tmp_path / "without", tmp_path / "warm")
+
+
+def test_a_trained_tower_is_not_cached(base: Path, tmp_path: Path) -> None:
+    result = train(config(base, tmp_path / "ln", epochs=1, limit=4, cache=tmp_path / "cache"))
+    assert result.computed_once is None and not (tmp_path / "cache").exists()
+
+
+def test_the_cache_is_no_part_of_a_runs_identity() -> None:
+    from normtune.train import _identity
+
+    with_cache = TrainConfig(model="nano", data=DATA, out=Path("x"), cache=Path("c"))
+    assert _identity(with_cache) == _identity(TrainConfig(model="nano", data=DATA, out=Path("x")))
+
+
+def test_evaluation_answers_alike_from_a_cache_and_keeps_adapters_apart(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(config(base, tmp_path / "ln", tune="vision=ln,decoder=ln", epochs=1, limit=20))
+    options = {"model": str(base), "data": DATA, "device": "cpu", "candidates": "yes/no"}
+    images = len(dict.fromkeys(e.images for e in open_dataset(DATA).split("test")))
+
+    def answers(out: str, adapter: str | None, folder: Path | None) -> list[tuple[str, float]]:
+        evaluate_config(
+            EvaluateConfig(
+                **options,
+                out=tmp_path / out,
+                cache=folder,
+                adapter=None if adapter is None else tmp_path / adapter,
+            )
+        )
+        rows = map(json.loads, (tmp_path / out / "predictions.jsonl").read_text().splitlines())
+        return [(row["prediction"], row["score"]) for row in rows]
+
+    folder = tmp_path / "cache"
+    without = {adapter: answers("plain", adapter, None) for adapter in (None, "ln")}
+    cold = {adapter: answers("cold", adapter, folder) for adapter in (None, "ln")}
+    assert len(list(folder.iterdir())) == 2 and len(list(folder.rglob("*.safetensors"))) == 2 * images
+    with monkeypatch.context() as patch:
+        patch.setattr(VisionTransformer, "forward", lambda *_: pytest.fail("the tower ran again"))
+        warm = {adapter: answers("warm", adapter, folder) for adapter in (None, "ln")}
+    assert warm == cold and without[None] != without["ln"]
+    for adapter, found in without.items():
+        for (text, score), (kept_text, kept_score) in zip(found, cold[adapter], strict=True):
+            assert text == kept_text and score == pytest.approx(kept_score, rel=1e-5)

@@ -1,0 +1,174 @@
+"""Hidden states kept for a whole run: the same delta, each image computed once, also from disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from normtune import state_cache
+from normtune.adapt import adapt
+from normtune.catalog import open_dataset
+from normtune.collator import Collator, collator
+from normtune.config import TrainConfig
+from normtune.image_cache import LIMIT_BYTES
+from normtune.models import load
+from normtune.models.below import Below
+from normtune.models.causal import CausalFamily
+from normtune.models.family import Family
+from normtune.models.llava import LlavaFamily
+from normtune.models.miss.family import MissFamily
+from normtune.models.miss.text import TextModel
+from normtune.models.miss.vision import VisionTransformer
+from normtune.train import train
+from tests.models.tiny import make_tiny
+from tests.test_train import config, same, tensors
+
+UPPER = {"miss": "decoder=ln", "llava": "language=ln[1:]"}
+
+
+@pytest.fixture(scope="module", params=UPPER)
+def kind(request: Any) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def source(kind: str, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return base if kind == "miss" else make_tiny("llava", tmp_path_factory.mktemp("llava"))
+
+
+def options(kind: str, **more: Any) -> dict[str, Any]:
+    return {"tune": UPPER[kind], "epochs": 2, "limit": 24} | more
+
+
+def made(source: Path, out: Path, limit_bytes: int = LIMIT_BYTES, **more: Any) -> Collator:
+    run: TrainConfig = config(source, out, **more)
+    dataset = open_dataset(run.data)
+    family = load(run.model)
+    tuned = adapt(family.model, run.tune)
+    return collator(run, family, tuned, dataset, dataset.split("train"), limit_bytes=limit_bytes)
+
+
+def test_a_run_ends_in_the_same_delta(
+    kind: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = train(config(source, tmp_path / "held", **options(kind)))
+    told = "question states" if kind == "miss" else "hidden states below layer 1 of 2"
+    assert result.computed_once is not None and told in result.computed_once
+    monkeypatch.setattr(MissFamily, "below", Family.below)
+    monkeypatch.setattr(CausalFamily, "below", Family.below)
+    assert train(config(source, tmp_path / "anew", **options(kind))).computed_once == "image states"
+    held, anew = tensors(tmp_path / "held"), tensors(tmp_path / "anew")
+    for name in anew:
+        torch.testing.assert_close(held[name], anew[name], rtol=1e-5, atol=1e-5)
+
+
+def test_each_image_is_computed_once_whatever_the_groups_and_never_from_a_warm_cache(
+    kind: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = 0
+    family = MissFamily if kind == "miss" else LlavaFamily
+    original: Any = family.seen
+
+    def counting(self: Any, pixels: Any) -> Any:
+        nonlocal seen
+        seen += 1
+        return original(self, pixels)
+
+    monkeypatch.setattr(family, "seen", counting)
+    run = options(kind, cap=2, dtype="float32" if kind == "miss" else "bfloat16")
+    images = len({e.images for e in open_dataset("phantom-b:6").split("train")[:24]})
+    train(config(source, tmp_path / "without", **run))
+    assert seen == images
+    train(config(source, tmp_path / "cold", cache=tmp_path / "cache", **run))
+    assert seen == 2 * images
+    train(config(source, tmp_path / "warm", cache=tmp_path / "cache", **run))
+    assert seen == 2 * images
+    assert same(tmp_path / "without", tmp_path / "cold") and same(tmp_path / "without", tmp_path / "warm")
+
+
+def test_a_warm_cache_needs_no_encoder_at_all(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = options("miss", cache=tmp_path / "cache")
+    train(config(base, tmp_path / "cold", **run))
+    forward = TextModel.forward
+
+    def decoding(self: TextModel, *args: Any, **kwargs: Any) -> torch.Tensor:
+        assert kwargs.get("causal"), "the question encoder ran again"
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(VisionTransformer, "forward", lambda *_: pytest.fail("the tower ran again"))
+    monkeypatch.setattr(TextModel, "forward", decoding)
+    train(config(base, tmp_path / "warm", **run))
+    assert same(tmp_path / "cold", tmp_path / "warm")
+
+
+def test_states_that_do_not_fit_are_not_kept_without_a_folder(
+    kind: str, source: Path, tmp_path: Path
+) -> None:
+    whole = made(source, tmp_path, tune=UPPER[kind])
+    assert whole.states is not None
+    rows = sum(len(whole.states.below.reads(s)) for own in whole.states.questions.values() for s in own)
+    first = whole.states._entry(next(iter(whole.states.questions)))
+    rows += len(whole.states.questions) * len(first["prefix"])
+    needed = rows * first["segments"][0].nbytes
+    for limit, kept in ((needed, True), (needed - 1, False)):
+        assert (made(source, tmp_path, limit, tune=UPPER[kind]).states is not None) is kept
+        assert made(source, tmp_path, limit, tune=UPPER[kind], cache=tmp_path / "cache").states is not None
+
+
+def test_entries_of_another_depth_or_other_weights_below_are_not_taken(tmp_path: Path) -> None:
+    source = make_tiny("llava", tmp_path / "base")
+
+    def folder(recipe: str, change: str | None = None) -> Path:
+        family = load(str(source))
+        tuned = adapt(family.model, recipe)
+        if change is not None:
+            with torch.no_grad():
+                family.model.get_parameter(change).view(-1)[-1] += 1
+        below: Below | None = family.below(tuned.trained.values())
+        assert below is not None
+        store = state_cache.state_store(tmp_path / "cache", family, below)
+        assert store is not None
+        return store.folder
+
+    layers = "model.language_model.layers"
+    upper = folder("language=ln[1:]")
+    assert upper == folder("language=ln[1:]", f"{layers}.1.mlp.up_proj.weight")
+    assert upper == folder("language=lora(r=2)[1:]")
+    others = {
+        folder("language=ln[1:]", f"{layers}.0.mlp.up_proj.weight"),
+        folder("language=ln[1:]", "model.language_model.embed_tokens.weight"),
+        folder("language=ln[1:]", "model.multi_modal_projector.linear_1.bias"),
+    }
+    assert len(others) == 3 and upper not in others
+
+
+def test_without_grouping_nothing_is_computed_once(kind: str, source: Path, tmp_path: Path) -> None:
+    found = made(source, tmp_path, tune=UPPER[kind], group=False)
+    assert found.computed_once is None and found.states is None
+
+
+class Stop(TrainerCallback):
+    """Ends the run at once after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_delta(kind: str, source: Path, tmp_path: Path) -> None:
+    """Groups are capped and shuffled: the second half meets images in another order than the whole did."""
+    run = options(kind, cap=2, batch=6, save_every=3)
+    train(config(source, tmp_path / "whole", **run))
+    with pytest.raises(KeyboardInterrupt):
+        train(config(source, tmp_path / "stopped", **run), progress=Stop(5))
+    train(config(source, tmp_path / "stopped", **run))
+    assert same(tmp_path / "whole", tmp_path / "stopped")
