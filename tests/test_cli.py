@@ -61,7 +61,10 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "command",
-    ["demo", "inspect", "data", "train", "evaluate", "ask", "describe", "merge", "export", "import-miss"],
+    [
+        *("demo", "inspect", "data", "train", "evaluate", "ask", "describe", "merge", "export"),
+        *("import-miss", "import-llava-med"),
+    ],
 )
 def test_every_command_has_help(run: Run, command: str) -> None:
     status, out, err = run(command, "--help")
@@ -120,6 +123,17 @@ def test_inspect_counts_a_shape_and_a_recipe(run: Run) -> None:
 def test_data_surveys_a_dataset(run: Run) -> None:
     status, out, _ = run("data", "phantom-b:10", "--json")
     assert status == 0 and json.loads(out)["parts"]["train"]["images"] == 10
+
+
+def test_score_joins_two_files_by_id(run: Run, tmp_path: Path) -> None:
+    said = [{"id": "b", "prediction": "No effusion."}, {"id": "a", "prediction": "y"}]
+    meant = [{"id": "a", "reference": "x"}, {"id": "b", "reference": "No effusion."}]
+    files = jsonl(tmp_path / "p", *said), jsonl(tmp_path / "r", *meant)
+    status, out, err = run("score", *files, "--json")
+    assert (status, err) == (0, "") and json.loads(out)["metrics"]["rouge_l/none"]["value"] == 0.5
+    status, out, err = run("score", *files, "--normalisation", "none")
+    assert (status, err) == (0, "") and "rouge_l/none" in out
+    assert "r2gen" not in out and "effusion." not in out
 
 
 def test_merge_and_export_write_what_they_say(run: Run, base: Path, adapter: Path, tmp_path: Path) -> None:
@@ -240,6 +254,20 @@ BAD: dict[str, tuple[Bad, tuple[str, ...]]] = {
     "an unknown option": (
         lambda b, a, f, o: ["train", b, "--data", "phantom-b:4", "--epocs", 3, "--out", o],
         ("--epocs", "--epochs"),
+    ),
+    "an id twice": (
+        lambda b, a, f, o: ["score", jsonl(f, *[{"id": 1, "prediction": ""}] * 2), f / "r"],
+        ("rows.jsonl, line 2", "id '1' stands on line 1 too"),
+    ),
+    "predictions without a reference": (
+        lambda b, a, f, o: [
+            "score", jsonl(f / "p", {"id": 1, "prediction": "x"}), jsonl(f / "r", {"id": 2, "reference": "x"})
+        ],
+        ("p/rows.jsonl, line 1", "id '1' is not in", "r/rows.jsonl"),
+    ),
+    "an unknown task": (
+        lambda b, a, f, o: ["score", f / "p", f / "r", "--task", "vqaa"],
+        ("--task vqaa", "did you mean 'vqa'"),
     ),
     "a place that is a file": (
         lambda b, a, f, o: ["evaluate", b, "--data", "phantom-b:4", "--out", jsonl(f / "x", ROW) / "deeper"],

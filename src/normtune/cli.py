@@ -154,6 +154,39 @@ def evaluate(config: EvaluateConfig, *, as_json: bool) -> None:
 
 
 @app.command()
+def score(
+    predictions: Annotated[Path, typer.Argument(help='JSONL of {"id", "prediction"}.')],
+    references: Annotated[Path, typer.Argument(help='JSONL of {"id", "reference"[, "images", "kind"]}.')],
+    task: Annotated[str | None, typer.Option(help="report or vqa; by default as `kind` says.")] = None,
+    normalisation: Annotated[
+        list[str] | None, typer.Option(help="Of the texts, repeatable: none, r2gen-iu, r2gen-mimic; vqa.")
+    ] = None,
+    chexbert: Annotated[Path | None, typer.Option(help="Folder of chexbert.pth and vocab.txt.")] = None,
+    bertscore: Annotated[Path | None, typer.Option(help="Folder of the model for BERTScore.")] = None,
+    radgraph: Annotated[bool, typer.Option("--radgraph", help="Add RadGraph F1.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the result there as JSON.")] = None,
+    json: Json = False,
+) -> None:
+    """Score a file of predictions against a file of references, joined by id, with 95% intervals."""
+    from normtune.scoring import TASKS, score_files, score_text
+
+    if task not in (None, *TASKS):
+        hint = did_you_mean(str(task), TASKS) or "."
+        raise InputError(f"--task {task}: unknown{hint} Known: {', '.join(TASKS)}.")
+    found = score_files(
+        predictions,
+        references,
+        task=task,  # type: ignore[arg-type]  # checked above
+        normalisations=normalisation,
+        chexbert=chexbert,
+        bertscore=bertscore,
+        radgraph=radgraph,
+        out=out,
+    )
+    _emit(json, found, score_text(found))
+
+
+@app.command()
 def ask(
     model: Model,
     image: Annotated[Path, typer.Option(help="PNG, JPEG, TIFF or DICOM.")],
@@ -251,6 +284,65 @@ def import_miss(
         divide_twice=divide_twice,
     )
     _emit(json, _plain(found), import_text(found))
+
+
+@app.command("import-llava-med")
+def import_llava_med(
+    source: Annotated[str, typer.Argument(help="LLaVA-Med's original layout: a directory or hub name.")],
+    out: Annotated[Path, typer.Argument(help="Where the model is written.")],
+    vision: Annotated[
+        str | None, typer.Option(help="Its CLIP, where SOURCE holds none: a directory or hub name.")
+    ] = None,
+    stock_tower: Annotated[
+        bool, typer.Option("--stock-tower", help="Take --vision's weights even where SOURCE has its own.")
+    ] = False,
+    vision_heads: Annotated[
+        int | None, typer.Option(help="Attention heads of SOURCE's own CLIP, where not width / 64.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The LLaMA that SOURCE is a delta of.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="A tokenizer in place of SOURCE's.")] = None,
+    json: Json = False,
+) -> None:
+    """LLaVA-Med's original checkpoint as a model that normtune and transformers load.
+
+    Run again after a kill, and it goes on.
+    """
+    from normtune.models.llava_med.importing import import_llava_med, import_text
+
+    with bar("writing tensors", quiet=json) as tick:
+        found = import_llava_med(
+            source,
+            out,
+            vision=vision,
+            stock_tower=stock_tower,
+            vision_heads=vision_heads,
+            base=base,
+            tokenizer=tokenizer,
+            tick=tick,
+        )
+    _emit(json, _plain(found), import_text(found))
+
+
+@app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
+def bench(
+    name: Annotated[str | None, typer.Argument(help="A benchmark; none lists them.")] = None,
+    options: Annotated[
+        list[str] | None, typer.Argument(help="Its own options: normtune bench NAME --help.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """The benchmarks of the source checkout: list them, or run one and print its table."""
+    from normtune.bench import benchmarks, listing, recorded, run_benchmark
+
+    given = [option for option in options or () if option != "--json"]
+    if name is None:
+        found = benchmarks()
+        rows = [{"name": one.name, "summary": one.summary} for one in found.values()]
+        _emit(json, {"benchmarks": rows}, listing(found))
+    elif json or len(given) < len(options or ()):
+        _emit(True, recorded(name, given), "")
+    else:
+        run_benchmark(name, given)
 
 
 def _plain(found: Any) -> dict[str, Any]:

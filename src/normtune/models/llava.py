@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from normtune.generate import Generated
 from normtune.models.causal import FEATURES, CausalFamily
-from normtune.models.family import Pixels
+from normtune.models.family import Answer, Pixels
 
 # for checkpoints without a chat template: LLaVA 1.5 has Vicuna's prompts, LLaVA-Med 1.5 Mistral's
 _IMAGES_THEN_TEXT = (
@@ -47,3 +48,9 @@ class LlavaFamily(CausalFamily):
         if FEATURES in pixels:
             return self.processor.image_token * len(pixels[FEATURES])
         return super().image_text(pixels)
+
+    def _spoken(self, generated: Generated) -> Answer:
+        """LLaVA-Med 1.0's answers end with a separator, which is no special token and is not decoded."""
+        tokens = generated.tokens
+        ended = bool(tokens) and tokens[-1] in self.ends
+        return super()._spoken(Generated(tokens[:-1] if ended else tokens, generated.score))

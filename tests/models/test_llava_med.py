@@ -1,0 +1,392 @@
+"""LLaVA-Med's original checkpoints: what is imported computes what they compute; nothing is guessed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from normtune import cli
+from normtune.asking import open_model
+from normtune.config import TrainConfig
+from normtune.errors import InputError
+from normtune.merge import merge_to_disk
+from normtune.models import load
+from normtune.models.causal import CausalFamily
+from normtune.models.llava_med.importing import ImportReport, import_llava_med, import_text
+from normtune.models.llava_med.plan import with_mean_rows
+from normtune.packing import Group
+from normtune.train import train
+from tests.models.llava_med_original import (
+    HEADS,
+    PATCHES,
+    TOWER,
+    Form,
+    Original,
+    delta_and_base,
+    make_original,
+    prepared,
+    refused,
+    tensors,
+    tokenizer,
+    write_clip,
+    write_original,
+)
+
+QUESTION = "Is there a fracture of the left rib?"
+V15_PROMPT = f"[INST] <image>\n{QUESTION} [/INST]"
+
+
+@pytest.fixture(scope="module")
+def original() -> Original:
+    return make_original()
+
+
+@pytest.fixture(scope="module")
+def separated() -> Original:
+    return make_original("1.0")
+
+
+def picture(width: int = 50, height: int = 40) -> Image.Image:
+    generator = torch.Generator().manual_seed(3)
+    values = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(values.numpy())
+
+
+def conversation(question: str = QUESTION) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+
+
+@torch.no_grad()
+def assert_same_logits(out: Path, original: Original, prompt: str = V15_PROMPT, *, pad: bool = True) -> None:
+    """From an image file and a question, by processor, template and model, to logits."""
+    model: Any = LlavaForConditionalGeneration.from_pretrained(out, dtype=torch.float32).eval()
+    processor: Any = AutoProcessor.from_pretrained(out)
+    text = processor.apply_chat_template(conversation(), tokenize=False, add_generation_prompt=True)
+    inputs = processor(images=picture(), text=text, return_tensors="pt")
+    before, after = original.ids(prompt)
+    vocabulary = original.language.config.vocab_size
+    image = model.config.image_token_index
+    assert inputs.input_ids[0].tolist() == [*before, *[image] * PATCHES, *after]
+    wanted = original.logits(prepared(picture(), pad=pad), before, after)
+    found = model(**inputs).logits[0]
+    torch.testing.assert_close(found[:, :vocabulary], wanted, rtol=0, atol=1e-5)
+    if found.shape[1] > vocabulary:  # an added token is never the likeliest
+        mean = wanted.mean(1, keepdim=True).expand(-1, found.shape[1] - vocabulary)
+        torch.testing.assert_close(found[:, vocabulary:], mean, rtol=0, atol=1e-5)
+
+
+def written(out: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for file in sorted(out.glob("*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+@pytest.mark.parametrize("form, shards", [("safetensors", 3), ("bin", 3), ("old bin", 2), ("bin", 1)])
+def test_a_checkpoint_with_its_tower_inside_gives_its_logits(
+    original: Original, tmp_path: Path, form: Form, shards: int
+) -> None:
+    source = write_original(tmp_path / "src", original, form=form, shards=shards)
+    report = import_llava_med(str(source), tmp_path / "out", **HEADS)
+    assert_same_logits(tmp_path / "out", original)
+    held = tensors(original, tower=True)
+    assert set(report.mapped.values()) | set(report.dropped) == set(held)
+    assert {name.rpartition(".")[2] for name in report.dropped} == {"inv_freq", "position_ids"}
+    assert report.missing == {} and report.left_over == ()
+    assert "the checkpoint's own, which LLaVA-Med's loader would replace" in import_text(report)
+    told = json.loads((tmp_path / "out" / "import_report.json").read_text())
+    assert told["mapped"] == report.mapped and "kept" not in told
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "out", source]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_tower_apart_is_put_in(original: Original, tmp_path: Path, whole: bool) -> None:
+    source = write_original(tmp_path / "src", original, tower=False)
+    clip = write_clip(tmp_path / "clip", original.clip, whole=whole, form="bin" if whole else "safetensors")
+    report = import_llava_med(str(source), tmp_path / "out", vision=str(clip))
+    assert_same_logits(tmp_path / "out", original)
+    assert report.tower == f"{clip} (the checkpoint holds none)" and report.tower_differs is None
+    assert ("text_projection.weight" in report.dropped) is whole
+
+
+def test_without_any_tower_the_name_of_the_missing_one_is_told(original: Original, tmp_path: Path) -> None:
+    source = write_original(tmp_path / "src", original, tower=False)
+    message = refused(source, tmp_path / "out")
+    assert "holds no image encoder" in message
+    assert "Give --vision openai/clip-vit-large-patch14-336, or the directory" in message
+
+
+def test_the_checkpoints_own_tower_wins_unless_the_stock_one_is_asked_for(
+    original: Original, tmp_path: Path
+) -> None:
+    source = write_original(tmp_path / "src", original)
+    stock = make_original()
+    with torch.no_grad():
+        stock.clip.get_parameter("pre_layrnorm.weight").mul_(1.5)
+    clip = write_clip(tmp_path / "clip", stock.clip)
+    own = import_llava_med(str(source), tmp_path / "own", vision=str(clip))
+    assert_same_logits(tmp_path / "own", original)
+    assert own.tower_differs == 1 and "1 tensors differ between SRC and --vision" in import_text(own)
+    other = import_llava_med(str(source), tmp_path / "stock", vision=str(clip), stock_tower=True)
+    assert_same_logits(tmp_path / "stock", stock)
+    assert len(other.left_over) == sum(name.startswith(TOWER) for name in tensors(original, tower=True)) - 1
+    assert "as LLaVA-Med's loader has it" in other.tower and "not used: " in import_text(other)
+    with pytest.raises(InputError, match="--stock-tower needs --vision"):
+        import_llava_med(str(source), tmp_path / "none", stock_tower=True)
+
+
+@pytest.mark.parametrize("pad", [True, False])
+@pytest.mark.parametrize("size", [(50, 40), (31, 64), (32, 32)])
+def test_images_are_padded_to_squares_where_the_checkpoint_says_so(
+    original: Original, tmp_path: Path, pad: bool, size: tuple[int, int]
+) -> None:
+    ratio = "pad" if pad else "square"
+    source = write_original(tmp_path / "src", original, image_aspect_ratio=ratio)
+    import_llava_med(str(source), tmp_path / "out", **HEADS)
+    processor: Any = AutoProcessor.from_pretrained(tmp_path / "out")
+    found = processor.image_processor([picture(*size)], return_tensors="pt").pixel_values[0]
+    torch.testing.assert_close(found, prepared(picture(*size), pad=pad), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_tensor_keeps_its_bits(tmp_path: Path, dtype: torch.dtype) -> None:
+    original = make_original(dtype=dtype)
+    source = write_original(tmp_path / "src", original)
+    report = import_llava_med(str(source), tmp_path / "out", **HEADS)
+    held, found = tensors(original, tower=True), written(tmp_path / "out")
+    assert set(found) == set(report.mapped) and set(report.dtypes) == {str(dtype).removeprefix("torch.")}
+    for name, theirs in report.mapped.items():
+        assert torch.equal(found[name][: len(held[theirs])], held[theirs]), name
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == report_dtype(report)
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", dtype="auto")
+    assert model.dtype == dtype
+
+
+def report_dtype(report: ImportReport) -> str:
+    return next(iter(report.dtypes))
+
+
+def test_a_grown_vocabulary_is_filled_with_the_mean_and_its_tokens_are_the_next(
+    original: Original, tmp_path: Path
+) -> None:
+    source = write_original(tmp_path / "src", original)
+    report = import_llava_med(str(source), tmp_path / "out", **HEADS)
+    before, after = report.vocabulary
+    assert before == original.language.config.vocab_size and after % 64 == 0 and 0 < after - before - 2 < 64
+    assert report.tokens == ("<image>", "<pad>")
+    family = load(str(tmp_path / "out"))
+    assert isinstance(family, CausalFamily)
+    assert family.image_token_id == before and family.pad_id == before + 1
+    rows = torch.randn(2000, 3)
+    grown = with_mean_rows(rows.bfloat16(), 2002)
+    assert grown.shape == (2002, 3) and torch.equal(grown[:2000], rows.bfloat16())
+    torch.testing.assert_close(
+        grown[2000:].float(), rows.bfloat16().float().mean(0).expand(2, 3).bfloat16().float()
+    )
+
+
+def test_a_vocabulary_with_room_does_not_grow(original: Original, tmp_path: Path) -> None:
+    roomy = make_original()
+    roomy.language.resize_token_embeddings(len(roomy.tokenizer) + 10, mean_resizing=False)
+    source = write_original(tmp_path / "src", roomy)
+    report = import_llava_med(str(source), tmp_path / "out", **HEADS)
+    assert report.vocabulary[0] == report.vocabulary[1] == len(original.tokenizer) + 10
+    assert_same_logits(tmp_path / "out", roomy)
+
+
+# --- version 1.0: LLaMA, a projector of one layer, deltas -------------------------------------------------
+
+
+V10_PROMPT = (
+    "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to the human's questions.\n\n"
+    f"### Human: <im_start><image><im_end>\n{QUESTION}\n### Assistant:"
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_delta_is_added_to_its_base(separated: Original, tmp_path: Path, dtype: torch.dtype) -> None:
+    delta, base, wanted = delta_and_base(separated, tmp_path, dtype)
+    clip = write_clip(tmp_path / "clip", separated.clip)
+    report = import_llava_med(str(delta), tmp_path / "out", base=str(base), vision=str(clip))
+    found = written(tmp_path / "out")
+    for name, theirs in report.mapped.items():
+        if not name.startswith("model.vision_tower"):
+            assert torch.equal(found[name], wanted[theirs]), name
+    language = [name for name in report.mapped if "vision_tower" not in name and "projector" not in name]
+    assert set(report.added) == set(language) and report.version == "1.0"
+    assert f"{len(language)} tensors are {base} + {delta}" in import_text(report)
+    if dtype == torch.float32:
+        separated.language.load_state_dict(
+            {n: w for n, w in wanted.items() if n in separated.language.state_dict()}
+        )
+        assert_same_logits(tmp_path / "out", separated, V10_PROMPT, pad=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_projector_of_one_layer_is_exact_to_the_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+    original = make_original("1.0", dtype)
+    source = write_original(tmp_path / "src", original, tower=False)
+    clip = write_clip(tmp_path / "clip", original.clip)
+    report = import_llava_med(str(source), tmp_path / "out", vision=str(clip))
+    assert set(report.missing) == {
+        f"model.multi_modal_projector.linear_2.{kind}" for kind in ("weight", "bias")
+    }
+    model: Any = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=dtype)
+    seen = torch.randn(3, 16, 32).to(dtype)
+    weight, bias = original.projector.values()
+    with torch.no_grad():
+        assert torch.equal(model.model.multi_modal_projector(seen), F.linear(seen, weight, bias))
+
+
+def test_answers_of_version_1_0_end_where_the_next_turn_would_begin(
+    separated: Original, tmp_path: Path
+) -> None:
+    source = write_original(tmp_path / "src", separated, tower=False)
+    clip = write_clip(tmp_path / "clip", separated.clip)
+    import_llava_med(str(source), tmp_path / "out", vision=str(clip))
+    family = load(str(tmp_path / "out"))
+    assert isinstance(family, CausalFamily) and len(family.ends) == 2
+    answer = family.encode("1", QUESTION, "no").answer
+    words = family.processor.tokenizer
+    assert answer[-1] == family.ends[1] and words.decode(answer[:-1]).strip() == "no"
+    assert words.decode(family.ends[1]).startswith("#")
+    group = Group(("a",), (family.encode("1", QUESTION, None),))
+    with torch.no_grad():
+        family.model.lm_head.weight.zero_()
+        family.model.lm_head.weight[family.ends[1]] = 1
+        family.model.model.language_model.norm.weight.fill_(1)
+        family.model.lm_head.weight[family.ends[1]] = sign_of_state(family, group)
+    assert family.answer([group], [[family.pixels(picture())]])[0][0].text == ""
+
+
+def sign_of_state(family: CausalFamily, group: Group) -> Tensor:
+    """A row of the head that the group's last state picks."""
+    pixels = [[family.pixels(picture())]]
+    layout, _, _ = family._layout([group], pixels, "pad")
+    return family._states(layout, use_cache=False)[0, -1].sign()
+
+
+# --- what is made of it -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def imported(original: Original, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("imported")
+    source = write_original(folder / "src", original)
+    import_llava_med(str(source), folder / "out", **HEADS)
+    return folder / "out"
+
+
+@pytest.mark.parametrize("recipe", ["ln", "connector=full,language=lora(r=2)"])
+def test_an_imported_model_is_trained_and_answers(imported: Path, tmp_path: Path, recipe: str) -> None:
+    config = TrainConfig(
+        model=str(imported), data="phantom-b:2", out=tmp_path / "out", tune=recipe, max_steps=2, batch=8,
+        lr=0.05, device="cpu",
+    )  # fmt: skip
+    result = train(config)
+    assert result.steps == 2 and result.changed > 0.4 and result.warning is None
+    tuned = open_model(str(imported), tmp_path / "out", device="cpu")
+    assert isinstance(tuned, CausalFamily)
+    group = Group(("a",), (tuned.encode("1", QUESTION, None), tuned.encode("2", "Which organ?", None)))
+    answers = tuned.answer([group], [[tuned.pixels(picture())]], max_new_tokens=3)
+    assert len(answers[0]) == 2
+    merge_to_disk(str(imported), tmp_path / "out", tmp_path / "merged")
+    merged = load(str(tmp_path / "merged"))
+    again = merged.answer([group], [[merged.pixels(picture())]], max_new_tokens=3)
+    for one, other in zip(again[0], answers[0], strict=True):
+        assert one.text == other.text and abs(one.score - other.score) < 1e-5
+
+
+def test_questions_that_share_an_image_give_the_original_log_probabilities(
+    imported: Path, original: Original
+) -> None:
+    family = load(str(imported))
+    assert isinstance(family, CausalFamily)
+    questions = [(QUESTION, "no"), ("Which organ is abnormal in this image?", "lung")]
+    segments = tuple(family.encode(str(i), q, a) for i, (q, a) in enumerate(questions))
+    pixels = family.pixels(picture())
+    batch = family.collate([Group(("a",), segments)], [[pixels]])
+    with torch.no_grad():
+        found = family.log_probs(batch)
+    for i, (question, answer) in enumerate(questions):
+        before, after = original.ids(f"[INST] <image>\n{question} [/INST] {answer}</s>")
+        logits = original.logits(prepared(picture(), pad=True), before, after)
+        told = segments[i].answer
+        assert after[-len(told) :] == list(told) and told[-1] == 2
+        mean = logits.mean(1, keepdim=True)
+        added = family.model.config.text_config.vocab_size - logits.shape[1]
+        wide = torch.cat([logits, mean.expand(-1, added)], 1).log_softmax(1)
+        rows = wide[len(before) + PATCHES + len(after) - len(told) - 1 : -1]
+        wanted = rows.gather(1, torch.tensor(told)[:, None]).sum()
+        torch.testing.assert_close(found[i], wanted, rtol=0, atol=1e-4)
+
+
+def test_the_commands_import_inspect_and_ask(
+    original: Original, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_original(tmp_path / "src", original)
+    picture().save(tmp_path / "a.png")
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["normtune", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, printed.out, printed.err
+
+    status, out, err = run("import-llava-med", source, tmp_path / "out", "--vision-heads", 2, "--json")
+    found = json.loads(out)
+    assert (status, err) == (0, "") and found["version"] == "1.5" and found["kept"] == 0
+    status, out, err = run("inspect", tmp_path / "out", "--tune", "language=ln", "--json")
+    assert (status, err) == (0, "") and json.loads(out)["total"] == found["parameters"]
+    asked = ("--image", tmp_path / "a.png", "--question", QUESTION, "--device", "cpu", "--json")
+    status, out, err = run("ask", tmp_path / "out", *asked)
+    assert (status, err) == (0, "") and len(json.loads(out)["answers"]) == 1
+    status, out, err = run("import-llava-med", source, tmp_path / "out")
+    assert status == 2 and out == "" and err.count("\n") == 1 and "is not an empty directory" in err
+    status, out, err = run("import-llava-med", source, tmp_path / "again", "--vision-heads", 2)
+    assert status == 0 and "tensors taken" in out
+
+
+# --- tokenizers -------------------------------------------------------------------------------------------
+
+
+def test_a_newer_tokenizer_reads_text_after_an_image_as_the_original_code_does(
+    original: Original, tmp_path: Path
+) -> None:
+    """Newer tokenizers of LLaMA put a blank before the first piece of a text alone."""
+    from tokenizers import pre_tokenizers
+
+    source = write_original(tmp_path / "src", original)
+    newer = tokenizer()
+    newer.backend_tokenizer.normalizer = None
+    newer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    assert newer(QUESTION).input_ids == original.tokenizer(QUESTION).input_ids
+    newer.save_pretrained(tmp_path / "newer")
+    import_llava_med(str(source), tmp_path / "out", tokenizer=str(tmp_path / "newer"), **HEADS)
+    assert_same_logits(tmp_path / "out", original)
+
+
+def test_a_sentencepiece_model_alone_asks_for_its_packages(
+    original: Original, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers.utils
+
+    source = write_original(tmp_path / "src", original)
+    (source / "tokenizer.json").rename(source / "tokenizer.model")
+    monkeypatch.setattr(transformers.utils, "is_sentencepiece_available", lambda: False)
+    message = refused(source, tmp_path / "out", **HEADS)
+    assert "pip install sentencepiece protobuf. Or give --tokenizer" in message

@@ -1,0 +1,203 @@
+"""An interrupted import of LLaVA-Med goes on to the same files; one tensor is in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from normtune.errors import InputError
+from normtune.models.llava_med.importing import import_llava_med
+from normtune.models.llava_med.shards import Shards
+from normtune.models.llava_med.writing import Planned, cut, write_shard
+from tests.models.llava_med_original import (
+    HEADS,
+    Original,
+    make_original,
+    write_original,
+)
+
+
+@pytest.fixture(scope="module")
+def original() -> Original:
+    return make_original()
+
+
+SMALL = 20_000  # bytes a shard: about ten of them
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    found = {file.name: file.read_bytes() for file in out.iterdir()}
+    report = json.loads(found.pop("import_report.json"))
+    return {**found, "import_report.json": json.dumps({**report, "out": ""}).encode()}
+
+
+@pytest.fixture(scope="module")
+def whole(original: Original, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
+    """(a checkpoint, the files of an import that nothing interrupts)."""
+    folder = tmp_path_factory.mktemp("whole")
+    source = write_original(folder / "src", original)
+    report = import_llava_med(str(source), folder / "out", shard_bytes=SMALL, **HEADS)
+    assert len(report.shards) > 8 and report.kept == 0
+    return source, contents(folder / "out")
+
+
+@pytest.mark.parametrize("after", [0, 1, 30, 60, 200])
+def test_an_interrupted_import_goes_on_to_the_same_files(
+    whole: tuple[Path, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    source, wanted = whole
+    count, read = 0, Shards.tensor
+
+    def interrupted(self: Shards, name: str) -> Tensor:
+        nonlocal count
+        count += 1
+        if count > after:
+            raise KeyboardInterrupt
+        return read(self, name)
+
+    monkeypatch.setattr(Shards, "tensor", interrupted)
+    options: dict[str, Any] = {"shard_bytes": SMALL, **HEADS}
+    if after < 100:
+        with pytest.raises(KeyboardInterrupt):
+            import_llava_med(str(source), tmp_path / "out", **options)
+        assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    report = import_llava_med(str(source), tmp_path / "out", **options)
+    assert contents(tmp_path / "out") == wanted and not (tmp_path / "out.partial").exists()
+    assert (report.kept > 0) is (after in (30, 60))
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from normtune.models.llava_med import importing
+
+def tick(done, total):
+    if done > total // 2:
+        open(Path(sys.argv[2] + ".partial") / ".model-00009.safetensors.1.tmp", "wb").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+source, out, size = sys.argv[1:]
+importing.import_llava_med(source, Path(out), vision_heads=2, shard_bytes=int(size), tick=tick)
+"""
+
+
+def test_a_killed_import_keeps_what_is_whole_and_mends_what_is_not(
+    whole: tuple[Path, dict[str, bytes]], tmp_path: Path
+) -> None:
+    source, wanted = whole
+    out = tmp_path / "out"
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, source, out, str(SMALL)], env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert killed.returncode == -signal.SIGKILL and not out.exists()
+    shards = sorted((tmp_path / "out.partial").glob("model-*"))
+    assert 3 < len(shards) < len(wanted)
+    damaged = bytearray(shards[1].read_bytes())
+    damaged[-1] ^= 1
+    shards[1].write_bytes(damaged)
+    before = shards[0].stat().st_ino
+    report = import_llava_med(str(source), out, shard_bytes=SMALL, **HEADS)
+    assert contents(out) == wanted and report.kept == len(shards) - 1
+    assert (out / shards[0].name).stat().st_ino == before, "a whole shard is not written again"
+
+
+def test_a_part_of_another_import_is_not_built_upon(
+    whole: tuple[Path, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, _ = whole
+    monkeypatch.setattr(os, "replace", stop_at_the_end(os.replace))
+    with pytest.raises(KeyboardInterrupt):
+        import_llava_med(str(source), tmp_path / "out", shard_bytes=SMALL, **HEADS)
+    monkeypatch.undo()
+    with pytest.raises(
+        InputError, match="holds part of an import of another checkpoint, or with other options"
+    ):
+        import_llava_med(str(source), tmp_path / "out", shard_bytes=2 * SMALL, **HEADS)
+    changed = source.parent / "changed"
+    if not changed.exists():
+        write_original(changed, make_original())
+    with pytest.raises(InputError, match="holds part of an import of another checkpoint"):
+        import_llava_med(str(changed), tmp_path / "out", shard_bytes=SMALL, **HEADS)
+
+
+def stop_at_the_end(replace: Callable[..., None]) -> Callable[..., None]:
+    """`os.replace` that is interrupted at the fourth shard."""
+
+    def stopping(source: Any, target: Any) -> None:
+        if "model-00004" in str(target):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    return stopping
+
+
+def test_one_tensor_is_in_memory_at_a_time(
+    original: Original, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_original(tmp_path / "src", original, form="bin")
+    alive: list[weakref.ref[Tensor]] = []
+    most, read = 0, Shards.tensor
+
+    def watched(self: Shards, name: str) -> Tensor:
+        nonlocal most
+        found = read(self, name)
+        alive.append(weakref.ref(found))
+        most = max(most, sum(one() is not None for one in alive))
+        return found
+
+    monkeypatch.setattr(Shards, "tensor", watched)
+    import_llava_med(str(source), tmp_path / "out", **HEADS)
+    assert len(alive) > 40 and most == 1
+
+
+def test_a_full_disk_is_told_before_anything_is_written(
+    original: Original, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    source = write_original(tmp_path / "src", original)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(InputError, match=r"needs 0\.0 GB, 0\.0 GB are free there"):
+        import_llava_med(str(source), tmp_path / "out", **HEADS)
+    assert not list((tmp_path / "out.partial").glob("model*"))
+
+
+def test_a_shard_is_what_safetensors_reads(tmp_path: Path) -> None:
+    held = {
+        "empty": torch.zeros(0, 3),
+        "number": torch.tensor(3, dtype=torch.int64),
+        "half": torch.randn(3, 5).bfloat16(),
+        "turned": torch.randn(4, 6).T,
+        "bytes": torch.arange(3, dtype=torch.uint8),
+        "yes": torch.tensor([True, False]),
+    }
+    plans = [
+        Planned(name, one.dtype, tuple(one.shape), "", lambda one=one: one)  # type: ignore[misc]
+        for name, one in held.items()
+    ]
+    (shard,) = cut([plans], 10**6)
+    sha = write_shard(tmp_path / shard.file, shard.tensors)
+    found = load_file(tmp_path / shard.file)
+    assert found.keys() == held.keys() and len(sha) == 64
+    assert all(torch.equal(found[name], one) and found[name].dtype == one.dtype for name, one in held.items())
+    pieces = cut([plans, plans[:1], []], 40)
+    assert [[one.name for one in piece.tensors] for piece in pieces] == [
+        ["number", "empty", "half"],
+        ["turned"],
+        ["bytes", "yes"],
+        ["empty"],
+    ]
