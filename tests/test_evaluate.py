@@ -123,6 +123,18 @@ def test_reports_get_their_own_length_and_prompt() -> None:
     assert found[0].text == "clear lungs"
 
 
+def test_reports_are_scored_as_reports_and_their_files_say_so(tmp_path: Path) -> None:
+    texts = {"a": "The heart is enlarged. No effusion.", "b": "Small left effusion."}
+    reports = [Example(id, ("10", "20"), "", text, "report", "test") for id, text in texts.items()]
+    said = {"a": texts["a"], "b": "No effusion."}
+    found = run(FakeFamily(said), fake_dataset(reports), tmp_path)
+    assert {"bleu_4/none", "rouge_l/r2gen-iu", "findings_rules_f1_micro_14"} <= set(found.metrics)
+    assert not {"global_exact", "open_exact"} & set(found.metrics)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["normalisation"] == ["none", "r2gen-iu"]
+    assert metrics["metrics"]["bleu_4/none"]["value"] == found.metrics["bleu_4/none"].value
+
+
 def test_a_damaged_image_is_named() -> None:
     def broken(key: str) -> Image.Image:
         if key == "20":

@@ -57,6 +57,27 @@ def test_compare_pairs_rows_by_id(tmp_path: Path) -> None:
     assert (back.difference, back.p) == (-0.5, opened.p)
 
 
+def test_reports_are_compared_by_report_metrics(tmp_path: Path) -> None:
+    reports = [
+        Example(f"r{n}", (f"{n}",), "", f"No effusion in case {n}. Heart is normal.", "report", "test")
+        for n in range(4)
+    ]
+
+    def run(name: str, said: dict[int, str]) -> Path:
+        predictions = [Prediction(e.id, said.get(n, e.answer)) for n, e in enumerate(reports)]
+        out = tmp_path / name
+        write_results(out, fake_dataset(reports), reports, predictions, {}, normalisation=["none"])
+        return out
+
+    found = compare(run("a", {0: "x", 1: "y", 2: "No effusion."}), run("b", {3: "z"}))
+    bleu = found["bleu_1/none"]
+    assert bleu.second > bleu.first > 0 and bleu.difference == pytest.approx(bleu.second - bleu.first)
+    assert bleu.rows == bleu.images == 4 and bleu.low <= bleu.difference <= bleu.high
+    rouge = found["rouge_l/none"]
+    assert (rouge.second, rouge.p) == (0.75, 10 / 16)  # of +1, +1, +d, -1 ten of 16 swaps reach 1 + d
+    assert "global_exact" not in found
+
+
 def test_compare_refuses_other_rows(tmp_path: Path) -> None:
     first, second = write(tmp_path / "a", {0}), write(tmp_path / "b", {0}, EXAMPLES[:-1])
     with pytest.raises(InputError, match="different rows: 1 stand in one alone, first 'q11'"):

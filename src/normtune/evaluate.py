@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from normtune.config import REPORT_TOKENS
 from normtune.data.records import Dataset, Example
 from normtune.errors import InputError
 from normtune.files import read_json
+from normtune.metrics.report import normalisations_for, score_report
 from normtune.metrics.text import normalise
 from normtune.metrics.vqa import Metric, Prediction, only_once, score_vqa
 from normtune.packing import Group, group_by_image, pair_batches
@@ -21,6 +23,7 @@ from normtune.results import write_results
 
 if TYPE_CHECKING:
     from normtune.config import EvaluateConfig
+    from normtune.image_cache import ImageCache
     from normtune.models.family import Family, Pixels
 
 ANSWER_TOKENS = 16
@@ -55,6 +58,7 @@ def evaluate(
     candidates: str | None = None,
     normalisation: str = "vqa",
     names: Mapping[str, Any] | None = None,
+    images: ImageCache | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Answer every example, score the answers, and write both under `out` where it is given.
@@ -74,8 +78,10 @@ def evaluate(
         max_new_tokens: longest answer; by default 16 for answers and 128 for reports.
         candidates: such as "yes/no": closed questions get the most probable of these instead of a
             generated answer.
-        normalisation: of answers before they are scored, see `normtune.metrics.text`.
+        normalisation: of answers before they are scored, see `normtune.metrics.text`; reports are scored
+            under those of `normtune.metrics.report.normalisations_for`.
         names: what to record of the run besides (base, adapter, ...).
+        images: opens and holds the images; by default each is opened for its batch.
         progress: called with (pairs done, pairs in all) after each batch.
 
     Raises:
@@ -108,16 +114,28 @@ def evaluate(
         cap=cap,
         beams=beams,
         max_new_tokens=tokens,
+        images=images,
         progress=counted(0),
     ) + score_closed_candidates(
-        family, dataset, chosen, choices, batch_pairs=batch_pairs, cap=cap, progress=counted(len(written))
+        family,
+        dataset,
+        chosen,
+        choices,
+        batch_pairs=batch_pairs,
+        cap=cap,
+        images=images,
+        progress=counted(len(written)),
     )
     seconds = time.perf_counter() - started
     by_id = {prediction.id: prediction for prediction in found}
     predictions = [by_id[example.id] for example in examples]
     evaluation = Evaluation(
         predictions=predictions,
-        metrics=_metrics(examples, predictions, normalisation),
+        metrics=(
+            score_report(examples, predictions, normalisations=normalisations_for(dataset.name))
+            if report
+            else score_vqa(examples, predictions, normalisation=normalisation)
+        ),
         seconds=seconds,
         pairs_per_second=len(examples) / seconds,
         peak_memory_bytes=memory.peak_memory_bytes(),
@@ -130,7 +148,7 @@ def evaluate(
             predictions,
             evaluation.metrics,
             **(names or {}),
-            normalisation=normalisation,
+            normalisation=list(normalisations_for(dataset.name)) if report else normalisation,
             settings={
                 "batch_pairs": batch_pairs,
                 "cap": cap,
@@ -169,6 +187,7 @@ def answer_all(
     cap: int | None = None,
     beams: int = 1,
     max_new_tokens: int = ANSWER_TOKENS,
+    images: ImageCache | None = None,
     progress: Progress | None = None,
 ) -> list[Prediction]:
     """The model's own answer to every example; `score` is the mean log-probability of its tokens.
@@ -177,7 +196,7 @@ def answer_all(
         InputError: an image cannot be read, or memory runs out.
     """
     predictions = []
-    for members, pixels in _batches(family, dataset, examples, batch_pairs, cap):
+    for members, pixels in _batches(images or _opener(family, dataset), examples, batch_pairs, cap):
         groups = [
             Group(
                 group[0].images,
@@ -203,6 +222,7 @@ def score_closed_candidates(
     *,
     batch_pairs: int = 64,
     cap: int | None = None,
+    images: ImageCache | None = None,
     progress: Progress | None = None,
 ) -> list[Prediction]:
     """The most probable of `candidates` for every example, all scored in one forward pass a batch.
@@ -218,7 +238,7 @@ def score_closed_candidates(
 
     predictions = []
     pairs = max(1, batch_pairs // max(1, len(candidates)))
-    for members, pixels in _batches(family, dataset, examples, pairs, cap):
+    for members, pixels in _batches(images or _opener(family, dataset), examples, pairs, cap):
         groups = [
             Group(
                 group[0].images,
@@ -263,7 +283,7 @@ class _memory_for:
 
 
 def _batches(
-    family: Family, dataset: Dataset, examples: Sequence[Example], pairs: int, cap: int | None
+    opened: Callable[[str], Pixels], examples: Sequence[Example], pairs: int, cap: int | None
 ) -> Iterator[tuple[list[list[Example]], list[list[Pixels]]]]:
     """Groups of examples with the processed images of each; an image shared with the batch before is kept."""
     groups = group_by_image(examples, cap)
@@ -271,24 +291,14 @@ def _batches(
     for batch in pair_batches([len(group) for group in groups], pairs):
         members = [groups[index] for index in batch]
         keys = dict.fromkeys(key for group in members for key in group[0].images)
-        held = {key: held[key] if key in held else _pixels(family, dataset, key) for key in keys}
+        held = {key: held[key] if key in held else opened(key) for key in keys}
         yield members, [[held[key] for key in group[0].images] for group in members]
 
 
-def _pixels(family: Family, dataset: Dataset, key: str) -> Pixels:
-    try:
-        return family.pixels(dataset.open_image(key))
-    except (OSError, SyntaxError) as error:  # what PIL raises on a damaged file
-        raise InputError(
-            f"cannot read image {key} of dataset {dataset.name} ({type(error).__name__}). "
-            "Replace the file or remove its rows."
-        ) from error
+def _opener(family: Family, dataset: Dataset) -> Callable[[str], Pixels]:
+    from normtune.image_cache import read_pixels
 
-
-def _metrics(
-    examples: Sequence[Example], predictions: Sequence[Prediction], normalisation: str
-) -> dict[str, Metric]:
-    return score_vqa(examples, predictions, normalisation=normalisation)
+    return partial(read_pixels, family, dataset)
 
 
 def evaluate_config(config: EvaluateConfig, *, progress: Progress | None = None) -> dict[str, Any]:
@@ -299,10 +309,13 @@ def evaluate_config(config: EvaluateConfig, *, progress: Progress | None = None)
     """
     from normtune.asking import open_model
     from normtune.catalog import open_from
+    from normtune.image_cache import ImageCache, image_store
 
     dataset = open_from(config)
     examples = dataset.split(config.split)[: config.limit]
     family = open_model(config.model, config.adapter, dtype=config.dtype, device=config.device)
+    store = image_store(config.cache, family)
+    images = None if store is None else ImageCache(family, dataset, frozen=True, store=store)
     evaluate(
         family,
         dataset,
@@ -313,6 +326,7 @@ def evaluate_config(config: EvaluateConfig, *, progress: Progress | None = None)
         max_new_tokens=config.max_new_tokens,
         candidates=config.candidates,
         normalisation=config.normalisation,
+        images=images,
         progress=progress,
         names={"base": config.model, "adapter": str(config.adapter) if config.adapter else None},
     )

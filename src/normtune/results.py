@@ -15,7 +15,9 @@ from normtune.card import NOTICE
 from normtune.data.records import Dataset, Example
 from normtune.errors import InputError
 from normtune.files import read_json, write_json, write_jsonl
-from normtune.metrics.stats import RESAMPLES, holm, paired_difference
+from normtune.metrics.corpus import Summed, mean_of, paired
+from normtune.metrics.report import report_table, text_pairs
+from normtune.metrics.stats import RESAMPLES, holm
 from normtune.metrics.vqa import Metric, Prediction, scores
 
 INTERVALS = f"95%, percentile bootstrap over images, {RESAMPLES} resamples"
@@ -152,16 +154,26 @@ def compare(run_a: Path | str, run_b: Path | str) -> dict[str, Compared]:
     if metrics_b["normalisation"] != normalisation:
         raise InputError(f"{run_a} and {run_b} were scored under different normalisations.")
     cluster = {example.id: example.images for example in examples}
-    scores_a = scores(examples, first, normalisation=normalisation)
-    scores_b = scores(examples, second, normalisation=normalisation)
-    pairs = {name: paired_difference(rows, scores_b[name], cluster) for name, rows in scores_a.items()}
+    table_a = _table(examples, first, normalisation)
+    table_b = _table(examples, second, normalisation)
+    pairs = {name: paired(metric, table_b[name], cluster) for name, metric in table_a.items()}
     corrected = holm({name: pair.p for name, pair in pairs.items()})
     return {
         name: Compared(
-            first=sum(scores_a[name].values()) / pair.rows,
-            second=sum(scores_b[name].values()) / pair.rows,
+            first=table_a[name].overall(),
+            second=table_b[name].overall(),
             p_holm=corrected[name],
             **asdict(pair),
         )
         for name, pair in pairs.items()
     }
+
+
+def _table(
+    examples: Sequence[Example], texts: Mapping[str, str], normalisation: str | Sequence[str]
+) -> dict[str, Summed]:
+    """Every metric of the rows' task, row by row."""
+    if isinstance(normalisation, str):
+        found = scores(examples, texts, normalisation=normalisation)
+        return {name: mean_of(rows) for name, rows in found.items()}
+    return report_table(text_pairs(examples, texts), normalisations=normalisation)

@@ -26,3 +26,13 @@ def slake_root() -> Path:
 @pytest.fixture(scope="session")
 def vqa_rad_root() -> Path:
     return folder("vqa-rad")
+
+
+@pytest.fixture(scope="session")
+def openi_root() -> Path:
+    return folder("openi")
+
+
+@pytest.fixture(scope="session")
+def medpix_root() -> Path:
+    return folder("medpix")

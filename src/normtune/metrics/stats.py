@@ -50,6 +50,21 @@ def by_cluster(scores: Mapping[str, float], cluster: Mapping[str, Hashable]) -> 
     return np.bincount(which, weights=values).astype(np.float64), np.bincount(which).astype(np.float64)
 
 
+def resampled_sums(stacked: Floats, *, resamples: int = RESAMPLES, seed: int = 0) -> Floats:
+    """Column sums over clusters drawn with replacement: [clusters, columns] -> [resamples, columns]."""
+    clusters = len(stacked)
+    generator = np.random.default_rng(seed)
+    totals = np.empty((resamples, stacked.shape[1]))
+    step = max(1, 2_000_000 // clusters)  # bounds the memory of one block of draws
+    for start in range(0, resamples, step):
+        block = min(step, resamples - start)
+        drawn = generator.integers(0, clusters, size=(block, clusters), dtype=np.int32)
+        drawn += (np.arange(block, dtype=np.int32) * clusters)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=block * clusters).reshape(block, clusters)
+        totals[start : start + block] = times.astype(np.float64) @ stacked
+    return totals
+
+
 def bootstrap_means(
     sums: Floats, counts: Floats, *, resamples: int = RESAMPLES, level: float = 0.95, seed: int = 0
 ) -> list[Interval]:
@@ -67,19 +82,9 @@ def bootstrap_means(
         seed: of the draws.
     """
     assert sums.shape == counts.shape and sums.ndim == 2 and (counts.sum(axis=1) > 0).all()
-    clusters = sums.shape[1]
-    generator = np.random.default_rng(seed)
-    stacked = np.concatenate([sums, counts]).T  # [clusters, 2 * metrics]
-    means = np.empty((resamples, len(sums)))
-    step = max(1, 2_000_000 // clusters)  # bounds the memory of one block of draws
-    for start in range(0, resamples, step):
-        block = min(step, resamples - start)
-        drawn = generator.integers(0, clusters, size=(block, clusters), dtype=np.int32)
-        drawn += (np.arange(block, dtype=np.int32) * clusters)[:, None]
-        times = np.bincount(drawn.ravel(), minlength=block * clusters).reshape(block, clusters)
-        totals = times.astype(np.float64) @ stacked
-        with np.errstate(invalid="ignore"):
-            means[start : start + block] = totals[:, : len(sums)] / totals[:, len(sums) :]
+    totals = resampled_sums(np.concatenate([sums, counts]).T, resamples=resamples, seed=seed)
+    with np.errstate(invalid="ignore"):
+        means = totals[:, : len(sums)] / totals[:, len(sums) :]  # [resamples, metrics]
     tail = (1 - level) / 2
     ends = np.nanquantile(means, [tail, 1 - tail], axis=0)  # [2, metrics]
     values = sums.sum(axis=1) / counts.sum(axis=1)

@@ -1,0 +1,102 @@
+"""CheXbert (Smit et al. 2020) from its own checkpoint: BERT and 14 linear heads on the first token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from normtune.errors import InputError
+from normtune.metrics.findings import FINDINGS, Status
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_STATUS: tuple[Status, ...] = ("absent", "positive", "negative", "uncertain")  # its classes, in its order
+_TOKENS = 512
+_BATCH = 16
+Labeller = Callable[[Sequence[str]], list[dict[str, Status]]]
+
+
+def chexbert(directory: Path | str, *, device: str | None = None) -> Labeller:
+    """A function from reports to the status of each of the 14 findings.
+
+    Args:
+        directory: holds `chexbert.pth`, as its authors or f1chexbert's publish it, and the `vocab.txt` of
+            bert-base-uncased. BERT's size is read off the checkpoint; heads are 64 wide.
+        device: cpu or cuda; by default CUDA where there is one.
+
+    Raises:
+        InputError: a file is missing, or the checkpoint is not CheXbert's.
+    """
+    import torch
+
+    directory = Path(directory)
+    checkpoint, vocab = directory / "chexbert.pth", directory / "vocab.txt"
+    for path in (checkpoint, vocab):
+        if not path.is_file():
+            raise InputError(
+                f"CheXbert needs {path}, which is not there. Put chexbert.pth and the vocab.txt of "
+                "bert-base-uncased into one folder, or go without: findings_rules needs no weights."
+            )
+    try:
+        held = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        state = {name.removeprefix("module."): tensor for name, tensor in held["model_state_dict"].items()}
+        bert, heads = _build(state)
+    except Exception as error:  # torch.load raises anything at all on a damaged file
+        raise InputError(
+            f"{checkpoint} is not CheXbert's checkpoint ({type(error).__name__}). Fetch it again."
+        ) from error
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    bert.to(where).eval()
+    heads.to(where)
+    tokenizer = _tokenizer(vocab)
+
+    @torch.inference_mode()
+    def label(reports: Sequence[str]) -> list[dict[str, Status]]:
+        rows: list[dict[str, Status]] = []
+        for start in range(0, len(reports), _BATCH):
+            texts = [" ".join(report.split()) for report in reports[start : start + _BATCH]]
+            batch = tokenizer(
+                texts, padding=True, truncation=True, max_length=_TOKENS, return_tensors="pt"
+            ).to(where)
+            first = bert(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state[:, 0]
+            classes = [head(first).argmax(dim=1).tolist() for head in heads]  # [findings][reports]
+            for row in zip(*classes, strict=True):
+                rows.append({name: _STATUS[at] for name, at in zip(FINDINGS, row, strict=True)})
+        return rows
+
+    return label
+
+
+def _build(state: Mapping[str, Tensor]) -> tuple[Any, Any]:
+    """BERT and its heads with the checkpoint's weights."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    rows, width = state["bert.embeddings.word_embeddings.weight"].shape
+    config = BertConfig(
+        vocab_size=rows,
+        hidden_size=width,
+        num_hidden_layers=1 + max(int(n.split(".")[3]) for n in state if n.startswith("bert.encoder.layer.")),
+        num_attention_heads=max(1, width // 64),
+        intermediate_size=state["bert.encoder.layer.0.intermediate.dense.weight"].shape[0],
+        max_position_embeddings=state["bert.embeddings.position_embeddings.weight"].shape[0],
+    )
+    bert = BertModel(config, add_pooling_layer=False)
+    own = {n.removeprefix("bert."): t for n, t in state.items() if n.startswith("bert.")}
+    missing = bert.load_state_dict(own, strict=False).missing_keys  # a pooler and old buffers are left over
+    if missing:
+        raise KeyError(missing[0])
+    sizes = [state[f"linear_heads.{at}.weight"].shape[0] for at in range(len(FINDINGS))]
+    heads = torch.nn.ModuleList(torch.nn.Linear(width, size) for size in sizes)
+    heads.load_state_dict(
+        {n.removeprefix("linear_heads."): t for n, t in state.items() if n.startswith("linear_heads.")}
+    )
+    return bert, heads
+
+
+def _tokenizer(vocab: Path) -> Any:
+    from transformers import BertTokenizer
+
+    return BertTokenizer(vocab=str(vocab), do_lower_case=True)

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from normtune.metrics.findings import FINDINGS, FIVE, PHRASES, findings
+
+CASES: dict[str, dict[str, str]] = {
+    "The heart is normal in size. The lungs are clear.": {},
+    "There is a left base opacity.": {"Lung Opacity": "positive"},
+    "No pneumothorax, pleural effusion, or focal airspace disease.": {
+        "Pneumothorax": "negative",
+        "Pleural Effusion": "negative",
+        "Lung Opacity": "negative",
+    },
+    "No pneumothorax, the heart is enlarged.": {"Pneumothorax": "negative", "Cardiomegaly": "positive"},
+    "No effusion but mild cardiomegaly.": {"Pleural Effusion": "negative", "Cardiomegaly": "positive"},
+    "The heart is not enlarged.": {"Cardiomegaly": "negative"},
+    "Heart size is mildly enlarged.": {"Cardiomegaly": "positive"},
+    "The heart is borderline enlarged.": {"Cardiomegaly": "uncertain"},
+    "There is cardiomegaly and the lungs are unremarkable.": {"Cardiomegaly": "positive"},
+    "Enlarged cardiomediastinal silhouette.": {"Enlarged Cardiomediastinum": "positive"},
+    "No change in the left pleural effusion.": {"Pleural Effusion": "positive"},
+    "The effusion has resolved.": {"Pleural Effusion": "negative"},
+    "Pleural effusion and pneumothorax are not seen.": {
+        "Pleural Effusion": "negative",
+        "Pneumothorax": "negative",
+    },
+    "A nodule, not seen on prior exams.": {"Lung Lesion": "positive"},
+    "Pneumonia cannot be excluded.": {"Pneumonia": "uncertain"},
+    "Opacity which may represent pneumonia.": {"Lung Opacity": "positive", "Pneumonia": "uncertain"},
+    "Streaky opacities, atelectasis versus infiltrate.": {
+        "Lung Opacity": "positive",
+        "Atelectasis": "uncertain",
+    },
+    "If there is concern for fracture, repeat.": {},
+    "Old healed rib fractures.": {"Fracture": "positive"},
+    "Calcified granuloma.": {},
+    "Breast mass. Pericardial effusion. Sclerotic lesions.": {},
+    "Right PICC line tip in the SVC.": {"Support Devices": "positive"},
+    "Interval removal of right PICC.": {"Support Devices": "negative"},
+    "Trachea is midline.": {},
+    "Pulmonary vascular congestion.": {"Edema": "positive"},
+    "Biapical pleural thickening.": {"Pleural Other": "positive"},
+    "Lungs are clear.There is a small pneumothorax": {"Pneumothorax": "positive"},
+    "Consolidation.\nNo consolidation elsewhere.": {"Consolidation": "positive"},
+}
+
+
+@pytest.mark.parametrize(("report", "expected"), CASES.items())
+def test_findings_of_a_made_sentence(report: str, expected: dict[str, str]) -> None:
+    told = {name: status for name, status in findings(report).items() if status != "absent"}
+    told.pop("No Finding", None)
+    assert told == expected
+
+
+def test_no_finding_is_given_where_devices_at_most_are_positive() -> None:
+    assert findings("Lungs are clear. PICC in place.")["No Finding"] == "positive"
+    assert findings("Possible pneumonia.")["No Finding"] == "absent"
+    assert findings("")["No Finding"] == "positive"
+
+
+def test_the_findings_are_chexperts_fourteen() -> None:
+    assert len(FINDINGS) == 14 and set(FIVE) < set(FINDINGS) and FINDINGS[-1] == "No Finding"
+
+
+@pytest.mark.parametrize("name", PHRASES)
+def test_every_finding_is_found_asserted_and_denied(name: str) -> None:
+    """By its plainest phrase; what makes it plain differs."""
+    plain = {
+        "Enlarged Cardiomediastinum": "mediastinal widening",
+        "Lung Lesion": "mass",
+        "Lung Opacity": "infiltrate",
+        "Pleural Other": "pleural thickening",
+        "Support Devices": "catheter",
+    }.get(name, name.lower())
+    assert findings(f"There is {plain}.")[name] == "positive"
+    assert findings(f"There is no {plain}.")[name] == "negative"
+    assert findings(f"There is possible {plain}.")[name] == "uncertain"
+
+
+WORDS = ["no", "effusion", ",", "or", ".", "mass", "is", "not", "seen", "may", "if"]
+
+
+@given(st.lists(st.sampled_from(WORDS), max_size=20))
+def test_any_text_gets_a_status_for_every_finding(words: list[str]) -> None:
+    found = findings(" ".join(words))
+    assert tuple(found) == FINDINGS
+    assert set(found.values()) <= {"positive", "uncertain", "negative", "absent"}
