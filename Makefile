@@ -21,11 +21,18 @@ check: $(READY)
 # Each prints a table and writes its JSON beside the script. Real data is measured where it is given:
 # make bench SLAKE=DIR VQA_RAD=DIR
 bench: $(READY)
-	$(BIN)/python benchmarks/learning_rates.py --out benchmarks/learning_rates.json
-	$(BIN)/python benchmarks/bf16_norms.py --out benchmarks/bf16_norms.json
-	$(BIN)/python benchmarks/demo.py --out benchmarks/demo
+	$(BIN)/normtune bench learning_rates --out benchmarks/learning_rates.json
+	$(BIN)/normtune bench bf16_norms --out benchmarks/bf16_norms.json
+	$(BIN)/normtune bench demo --out benchmarks/demo
 ifdef SLAKE
-	$(BIN)/python benchmarks/real_data.py --slake "$(SLAKE)" --vqa-rad "$(VQA_RAD)" --out benchmarks/real_data.json
+	$(BIN)/normtune bench real_data --slake "$(SLAKE)" --vqa-rad "$(VQA_RAD)" --out benchmarks/real_data.json
+	for shape in llava miss; do for data in slake vqa-rad; do \
+	  if [ $$data = slake ]; then root="$(SLAKE)"; else root="$(VQA_RAD)"; fi; \
+	  for name in throughput answering; do \
+	    $(BIN)/normtune bench $$name --shape $$shape --data $$data --root "$$root" \
+	      --out benchmarks/$${name}_$${shape}_$$data.json || exit 1; \
+	done; done; done
+	$(BIN)/normtune bench scaling --slake "$(SLAKE)" --out benchmarks/scaling.json
 endif
 
 docs: $(READY)

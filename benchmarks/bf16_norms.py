@@ -9,7 +9,9 @@ base's dtype, in which a value near 1 cannot take a small step; Normtune holds t
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import statistics
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,11 @@ from torch import Tensor, nn
 from normtune.adapt import adapt
 from normtune.anatomy import norms
 from normtune.catalog import open_dataset
+from normtune.collator import Collator
+from normtune.image_cache import ImageCache
 from normtune.models import load
 from normtune.models.family import Batch, Family
 from normtune.packing import EpochBatches
-from normtune.train import Collator
 
 
 def main() -> None:
@@ -38,7 +41,10 @@ def main() -> None:
     rows = []
     for rate in options.rates:
         for name, train in (("normtune ln", normtune_norms), ("peft LN_TUNING", peft_norms)):
-            row = {"method": name, "lr": rate, **run(train, rate, options)}
+            torch.manual_seed(0)
+            family = load(options.model, dtype="bfloat16")
+            given = batches(family, options.pairs, options.steps)
+            row = {"method": name, "lr": rate, **run(train, rate, family, given)}
             rows.append(row)
             print(
                 f"{name:<15} lr {rate:.0e}: {row['moved']:,} of {row['values']:,} values moved "
@@ -58,19 +64,20 @@ def normtune_norms(family: Family) -> dict[str, nn.Parameter]:
 def peft_norms(family: Family) -> dict[str, nn.Parameter]:
     """PEFT's, on exactly the same norms."""
     names = list(norms(family.model))
-    family.model = get_peft_model(family.model, LNTuningConfig(target_modules=names))
-    return {name: p for name, p in family.model.named_parameters() if p.requires_grad}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns of every kind of norm that it is told to train
+        # in place: the family's model holds PEFT's norms now
+        tuned = get_peft_model(family.model, LNTuningConfig(target_modules=names))
+    return {name: p for name, p in tuned.named_parameters() if p.requires_grad}
 
 
-def run(train: Any, rate: float, options: argparse.Namespace) -> dict[str, Any]:
-    """Train for the steps; how many values moved, and the mean loss of the first and the last 20 steps."""
-    torch.manual_seed(0)
-    family = load(options.model, dtype="bfloat16")
+def run(train: Any, rate: float, family: Family, given: Iterable[Batch]) -> dict[str, Any]:
+    """Train a step a batch; how many values moved, and the mean loss of the first and the last 20 steps."""
     trained = train(family)
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
     optimizer = torch.optim.AdamW(list(trained.values()), lr=rate, weight_decay=0.0)
     losses = []
-    for batch in batches(family, options.pairs, options.steps):
+    for batch in given:
         total, tokens = family.loss(batch)
         loss = total / tokens
         loss.backward()
@@ -83,8 +90,8 @@ def run(train: Any, rate: float, options: argparse.Namespace) -> dict[str, Any]:
         "moved": sum(moved(before[name], parameter) for name, parameter in trained.items()),
         "gains": sum(one.numel() for name, one in trained.items() if is_gain(name)),
         "gains_moved": sum(moved(before[name], one) for name, one in trained.items() if is_gain(name)),
-        "first_loss": sum(losses[:20]) / 20,
-        "last_loss": sum(losses[-20:]) / 20,
+        "first_loss": statistics.mean(losses[:20]),
+        "last_loss": statistics.mean(losses[-20:]),
     }
 
 
@@ -101,7 +108,8 @@ def moved(before: Tensor, after: Tensor) -> int:
 def batches(family: Family, pairs: int, steps: int) -> Iterator[Batch]:
     """The same batches of hospital B for every call."""
     data = open_dataset("phantom-b:200")
-    sampler, collate = EpochBatches(data.split("train"), pairs, None, seed=0), Collator(family, data)
+    sampler = EpochBatches(data.split("train"), pairs, None, seed=0)
+    collate = Collator(family, ImageCache(family, data))
     done = 0
     for epoch in range(steps):
         sampler.set_epoch(epoch)

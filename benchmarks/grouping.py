@@ -1,20 +1,20 @@
 """Does grouping harm learning? The same pairs in as many steps, grouped under several caps or at random.
 
-    python benchmarks/grouping.py --slake DIR --out benchmarks/grouping.json
+    python benchmarks/grouping.py --slake DIR --work DIR --out benchmarks/grouping.json
 
 A cap of 1 makes every question a group of its own, so that a batch is a random draw of pairs; larger caps put
 questions of one image into one step. Everything else is the same: nano, the recipe, its learning rate, pairs,
 steps, and the five seeds. Accuracy is the mean over seeds with Student's t interval; the difference from the
-random order is of each question's mean score over the seeds, with an interval that resamples images.
+random order is of each question's mean score over the seeds, with an interval that resamples images. Runs are
+kept under --work: a study that was stopped goes on.
 """
 
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from record import record
 
 from normtune.cells import Cell, run_cells
 from normtune.config import EvaluateConfig, TrainConfig
+from normtune.files import read_json
 from normtune.metrics.stats import holm, mean_over_seeds, paired_difference
 from normtune.metrics.vqa import scores
 from normtune.results import read_run
@@ -29,89 +30,95 @@ from normtune.results import read_run
 METRIC = "global_exact"
 ALL = 0  # no cap: all questions of an image in one group
 CAPS = (1, 2, 4, 8, ALL)
+RESULT = Path("adapter") / "train_result.json"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--slake", type=Path, help="measure on SLAKE too")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--work", type=Path, required=True, help="where the runs are kept")
     parser.add_argument("--recipes", nargs="+", default=["ln"])
-    parser.add_argument("--caps", type=int, nargs="+", default=CAPS, help="0: no cap; 1: random order")
+    parser.add_argument("--caps", type=int, nargs="+", default=CAPS, help="0: no cap; 1: random order, first")
+    parser.add_argument("--slake-caps", type=int, nargs="+", default=(1, 4, ALL))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--images", type=int, default=160, help="training images of the phantoms")
     parser.add_argument("--epochs", type=int, default=4, help="passes over the phantoms")
-    parser.add_argument("--slake-epochs", type=int, default=3)
+    parser.add_argument("--slake-epochs", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
-    data: dict[str, dict[str, Any]] = {
-        "phantom-b": {"data": f"phantom-b:{options.images}/0/120", "epochs": options.epochs}
-    }
+    phantoms = {"data": f"phantom-b:{options.images}/0/120", "device": "cpu"}
+    studies = [Study("phantom-b", phantoms, options.epochs, options.caps)]
     if options.slake:
-        data["slake"] = {"data": "slake", "root": options.slake, "epochs": options.slake_epochs}
+        slake = {"data": "slake", "root": options.slake, "device": "cpu"}
+        studies.append(Study("slake", slake, options.slake_epochs, options.slake_caps))
     rows = []
-    for name, named in data.items():
+    for study in studies:
         for recipe in options.recipes:
-            with tempfile.TemporaryDirectory() as folder:
-                rows += measured(name, named, recipe, options, Path(folder))
+            rows += measured(study, recipe, options)
     print("\n" + table(rows))
     if options.out:
-        passes = {name: named["epochs"] for name, named in data.items()}
+        passes = {study.name: study.epochs for study in studies}
         record(options.out, "grouping", rows, model="nano", epochs=passes, seeds=options.seeds, metric=METRIC)
         options.out.with_suffix(".md").write_text(table(rows), encoding="utf-8")
 
 
-def measured(
-    name: str, named: dict[str, Any], recipe: str, options: argparse.Namespace, folder: Path
-) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Study:
+    """One dataset (and the options that name it), its passes, and the caps that are tried; the first is 1."""
+
+    name: str
+    options: dict[str, Any]
+    epochs: int
+    caps: Sequence[int]
+
+
+def measured(study: Study, recipe: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a cap: accuracy over the seeds, and the difference from the random order."""
-    where = {(cap, seed): folder / f"{cap}-{seed}" for seed in range(options.seeds) for cap in options.caps}
-    cells = [cell(named, recipe, cap, seed, path) for (cap, seed), path in where.items()]
-    accuracy: dict[int, list[float]] = defaultdict(list)
-    steps: dict[int, set[tuple[int, int]]] = defaultdict(set)
-    for found in run_cells(cells, workers=options.workers):
-        cap, seed = (int(word) for word in found["name"].split("-"))
-        accuracy[cap].append(found["evaluation"]["metrics"][METRIC]["value"])
-        steps[cap].add((found["training"]["steps"], found["training"]["pairs"]))
-        print(f"{name} {recipe} {shown(cap)}, seed {seed}: {100 * accuracy[cap][-1]:.1f}%", flush=True)
-    assert len({one for found in steps.values() for one in found}) == 1, (
-        "as many pairs and steps in every run"
-    )
-    each = {cap: question_scores([where[cap, seed] for seed in range(options.seeds)]) for cap in options.caps}
-    first = options.caps[0]
-    cluster = each[first][1]
-    against = {cap: paired_difference(each[first][0], each[cap][0], cluster) for cap in options.caps[1:]}
+    folder = options.work / f"{study.name}-{recipe}"
+    where = {(seed, cap): folder / f"{cap}-{seed}" for seed in range(options.seeds) for cap in study.caps}
+    missing = [
+        cell(study, recipe, cap, seed, path)
+        for (seed, cap), path in where.items()
+        if not (path / "scores" / "metrics.json").is_file()
+    ]
+    for found in run_cells(missing, workers=options.workers):
+        value = found["evaluation"]["metrics"][METRIC]["value"]
+        print(f"{study.name} {recipe} {found['name']}: {100 * value:.1f}%", flush=True)
+    taken = {(one["steps"], one["pairs"]) for one in (read_json(p / RESULT) for p in where.values())}
+    assert len(taken) == 1, "as many pairs and steps in every run"
+    ((steps, pairs),) = taken
+    each = {cap: [where[seed, cap] / "scores" for seed in range(options.seeds)] for cap in study.caps}
+    scored = {cap: question_scores(folders) for cap, folders in each.items()}
+    first = study.caps[0]
+    against = {
+        cap: paired_difference(scored[first][0], scored[cap][0], scored[cap][1]) for cap in study.caps[1:]
+    }
     corrected = holm({str(cap): paired.p for cap, paired in against.items()})
-    ((taken, pairs),) = steps[first]
     rows = []
-    for cap in options.caps:
-        row = {"dataset": name, "recipe": recipe, "cap": cap, "steps": taken, "pairs": pairs}
-        row |= {
-            "accuracy": asdict(mean_over_seeds(accuracy[cap])),
-            "by_seed": accuracy[cap],
-            "difference": None,
-        }
+    for cap, folders in each.items():
+        accuracy = [read_json(folder / "metrics.json")["metrics"][METRIC]["value"] for folder in folders]
+        row = {"dataset": study.name, "recipe": recipe, "cap": cap, "steps": steps, "pairs": pairs}
+        row |= {"accuracy": asdict(mean_over_seeds(accuracy)), "by_seed": accuracy, "difference": None}
         if cap in against:
             row["difference"] = asdict(against[cap]) | {"p_holm": corrected[str(cap)]}
         rows.append(row)
     return rows
 
 
-def cell(named: dict[str, Any], recipe: str, cap: int, seed: int, path: Path) -> Cell:
+def cell(study: Study, recipe: str, cap: int, seed: int, path: Path) -> Cell:
     """One cap and seed, trained and evaluated on the test split."""
-    given = {key: value for key, value in named.items() if key != "epochs"}
     train = TrainConfig(
         model="nano",
         tune=recipe,
         out=path / "adapter",
-        epochs=named["epochs"],
+        epochs=study.epochs,
         cap=cap or None,
         seed=seed,
-        resume=False,
-        device="cpu",
-        **given,
+        **study.options,
     )
-    evaluate = EvaluateConfig(model="nano", adapter=train.out, out=path / "scores", device="cpu", **given)
-    return Cell(f"{cap}-{seed}", train, evaluate)
+    evaluate = EvaluateConfig(model="nano", adapter=train.out, out=path / "scores", **study.options)
+    return Cell(f"{shown(cap)}, seed {seed}", train, evaluate)
 
 
 def question_scores(folders: Sequence[Path]) -> tuple[dict[str, float], dict[str, tuple[str, ...]]]:
@@ -119,7 +126,7 @@ def question_scores(folders: Sequence[Path]) -> tuple[dict[str, float], dict[str
     total: dict[str, float] = defaultdict(float)
     cluster: dict[str, tuple[str, ...]] = {}
     for folder in folders:
-        examples, texts, metrics = read_run(folder / "scores")
+        examples, texts, metrics = read_run(folder)
         cluster |= {example.id: example.images for example in examples}
         for id, score in scores(examples, texts, normalisation=metrics["normalisation"])[METRIC].items():
             total[id] += score / len(folders)

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from peft import LNTuningConfig, LoraConfig, get_peft_model
-from PIL import Image
 from torch import nn
 
 from normtune.anatomy import norms
 from normtune.data.records import Dataset, Example
-from normtune.models.family import Family
+from normtune.models.family import Family, Pixels
+from normtune.packing import Group
 
 PEERS = ("LN_TUNING", "LoRA r8 q,v", "LoRA r8 all-linear", "full")
+NEVER = -1.0e4  # bias of the end token: no answer ends before its last token
+
+Written = tuple[int, ...]  # the tokens of one answer
 
 
 class Shape(ABC):
-    """One model's dimensions; `family` and `peer` build it anew, with random weights."""
+    """One model's dimensions; `family`, `tuned` and `twins` build it anew, with random weights."""
 
     name: str
     peers: Sequence[str] = PEERS
@@ -33,11 +37,6 @@ class Shape(ABC):
         }
         self.words = sorted(found)
 
-    def remember(self, dataset: Dataset, examples: Sequence[Example]) -> Callable[[str], Image.Image]:
-        """Opens images from memory."""
-        held = {key: dataset.open_image(key) for key in dict.fromkeys(e.images[0] for e in examples)}
-        return held.__getitem__
-
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """The dimensions, for the record."""
@@ -47,23 +46,65 @@ class Shape(ABC):
         """Normtune's model."""
 
     @abstractmethod
+    def twins(self) -> tuple[Family, nn.Module]:
+        """Normtune's model and transformers', of the same weights, whose answers never end by themselves."""
+
+    @abstractmethod
+    def tuned(self, method: str) -> nn.Module:
+        """Transformers' model under PEFT."""
+
+    @abstractmethod
+    def row(self, family: Family, example: Example, pixels: Pixels) -> Any:
+        """One question with its answer and its own copy of the image."""
+
+    @abstractmethod
+    def collate(self, rows: Sequence[Any]) -> dict[str, Any]:
+        """Rows padded to one length, as the model's `forward` takes them."""
+
+    @abstractmethod
+    def asked(self, rows: Sequence[Any]) -> dict[str, Any]:
+        """The questions of rows alone, as the model's `generate` takes them."""
+
+    @abstractmethod
+    def question_tokens(self, row: Any) -> int:
+        """The length of a row's question."""
+
+    @abstractmethod
+    def generated(self, model: nn.Module, inputs: dict[str, Any], beams: int, tokens: int) -> list[Written]:
+        """What transformers' `generate` answers."""
+
+    @abstractmethod
+    def written(
+        self,
+        family: Any,
+        groups: Sequence[Group],
+        pixels: Sequence[Sequence[Pixels]],
+        beams: int,
+        tokens: int,
+    ) -> list[Written]:
+        """What Normtune's model answers, one a segment in the order given."""
+
+    def rows(self, family: Family, dataset: Dataset, examples: Sequence[Example]) -> list[Any]:
+        """Every example as a row; an image is processed once."""
+        keys = dict.fromkeys(example.images[0] for example in examples)
+        pixels = {key: family.pixels(dataset.open_image(key)) for key in keys}
+        return [self.row(family, example, pixels[example.images[0]]) for example in examples]
+
     def peer(
         self, method: str, dataset: Dataset, examples: Sequence[Example]
     ) -> tuple[nn.Module, list[Any], Any]:
         """Transformers' model under PEFT, one row a question, and the collator that pads them."""
-
-    @abstractmethod
-    def generator(
-        self, dataset: Dataset, examples: Sequence[Example], batch: int
-    ) -> tuple[Callable[[Any, int, int], Any], list[Any]]:
-        """`generate(batch, beams, tokens)` of transformers' model, and the batches of its questions."""
+        return self.tuned(method), self.rows(self.family(), dataset, examples), self.collate
 
 
 def tuned_by_peft(model: nn.Module, method: str, queries_values: Sequence[str]) -> nn.Module:
     """`model` as a user of PEFT sets it up."""
     if method == "full":
         return model
-    if method == "LN_TUNING":
-        return get_peft_model(model, LNTuningConfig(target_modules=list(norms(model))))  # type: ignore[arg-type]
     targets: Any = list(queries_values) if "q,v" in method else "all-linear"
-    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=targets))  # type: ignore[arg-type]
+    config: Any = LoraConfig(r=8, lora_alpha=16, target_modules=targets)
+    if method == "LN_TUNING":
+        config = LNTuningConfig(target_modules=list(norms(model)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns of every kind of norm that it is told to train
+        return get_peft_model(model, config)  # type: ignore[arg-type]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
-from shape import Shape, tuned_by_peft
+from shape import NEVER, Shape, Written, tuned_by_peft
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers import models as token_models
 from tokenizers.trainers import BpeTrainer
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     CLIPVisionConfig,
@@ -21,23 +21,41 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from normtune.data.records import Dataset, Example
+from normtune.data.records import Example
+from normtune.models.family import Pixels
 from normtune.models.llava import VICUNA_TEMPLATE, LlavaFamily
 from normtune.packing import Group
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<image>", "<pad>"]
 SIZE, PATCH = 336, 14
+IGNORED = -100
 VISION = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 3}
 TEXT = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4}
 
 
+class Row(NamedTuple):
+    """One conversation with its own image; S tokens."""
+
+    pixel_values: Tensor  # [3, size, size]
+    ids: Tensor  # [S] long
+    labels: Tensor  # [S] long, `IGNORED` outside the answer
+
+
 class LlavaShape(Shape):
-    """The peer is the same model of transformers, one row a question."""
+    """The peer is the same model of transformers, one row a question.
+
+    Args:
+        size: of the square image, in pixels.
+        vision, text: what differs from the small width.
+    """
 
     name = "llava"
 
-    def __init__(self) -> None:
+    def __init__(
+        self, size: int = SIZE, vision: dict[str, Any] | None = None, text: dict[str, Any] | None = None
+    ) -> None:
         super().__init__()
+        self.size, self.vision, self.text = size, VISION | (vision or {}), TEXT | (text or {})
         self._processor: Any = None
 
     def learn_words(self, texts: Sequence[str]) -> None:
@@ -58,7 +76,9 @@ class LlavaShape(Shape):
         tokenizer.pre_tokenizer = None  # type: ignore[assignment]
         named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
         self._processor = LlavaProcessor(
-            LlavaImageProcessorPil(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}),
+            LlavaImageProcessorPil(
+                size={"shortest_edge": self.size}, crop_size={"height": self.size, "width": self.size}
+            ),
             PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named),
             patch_size=PATCH,
             vision_feature_select_strategy="default",
@@ -66,75 +86,86 @@ class LlavaShape(Shape):
             chat_template=VICUNA_TEMPLATE,
         )
 
+    @property
+    def image_tokens(self) -> int:
+        return (self.size // PATCH) ** 2
+
     def describe(self) -> dict[str, Any]:
         return {
             "name": self.name,
-            "image_tokens": (SIZE // PATCH) ** 2,
-            "vision": VISION,
-            "language": TEXT,
+            "image_tokens": self.image_tokens,
+            "vision": self.vision,
+            "language": self.text,
             "vocabulary": len(self._processor.tokenizer),
         }
 
     def _model(self) -> LlavaForConditionalGeneration:
+        return LlavaForConditionalGeneration(self._config())
+
+    def _config(self) -> LlavaConfig:
         tokenizer = self._processor.tokenizer
         ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-        config = LlavaConfig(
-            vision_config=CLIPVisionConfig(image_size=SIZE, patch_size=PATCH, projection_dim=192, **VISION),
-            text_config={"model_type": "llama", "vocab_size": len(tokenizer), **TEXT, **ids},
+        return LlavaConfig(
+            vision_config=CLIPVisionConfig(
+                image_size=self.size, patch_size=PATCH, projection_dim=192, **self.vision
+            ),
+            text_config={"model_type": "llama", "vocab_size": len(tokenizer), **self.text, **ids},
             image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         )
-        return LlavaForConditionalGeneration(config)
 
     def family(self) -> LlavaFamily:
         return LlavaFamily(self._model().eval(), self._processor)
 
-    def peer(
-        self, method: str, dataset: Dataset, examples: Sequence[Example]
-    ) -> tuple[nn.Module, list[Any], Any]:
-        family = self.family()
-        keys = dict.fromkeys(example.images[0] for example in examples)
-        pixels = {key: family.pixels(dataset.open_image(key)) for key in keys}
-        rows = []
-        for example in examples:
-            segment = family.encode(example.id, example.question, example.answer)
-            image = pixels[example.images[0]]
-            alone = family.collate([Group(example.images, (segment,))], [[image]])
-            labels = torch.full_like(alone["input_ids"][0], -100)
-            labels[alone["answer_rows"] + 1] = alone["labels"]
-            rows.append((image["pixel_values"], alone["input_ids"][0], labels))
+    def twins(self) -> tuple[LlavaFamily, nn.Module]:
+        family, peer = self.family(), self._model().eval()
+        for head in (family.model.lm_head, peer.lm_head):
+            bias = torch.zeros(head.out_features)
+            bias[list(family.ends)] = NEVER
+            head.bias = nn.Parameter(bias)
+        peer.load_state_dict(family.model.state_dict())
+        return family, peer
+
+    def tuned(self, method: str) -> nn.Module:
+        # a model of its own: Normtune's family gives the one that it holds another attention
+        return tuned_by_peft(self._model(), method, ("q_proj", "v_proj"))
+
+    def row(self, family: Any, example: Example, pixels: Pixels) -> Row:
+        segment = family.encode(example.id, example.question, example.answer)
+        alone = family.collate([Group(example.images, (segment,))], [[pixels]])
+        labels = torch.full_like(alone["input_ids"][0], IGNORED)
+        labels[alone["answer_rows"] + 1] = alone["labels"]
+        return Row(pixels["pixel_values"], alone["input_ids"][0], labels)
+
+    def collate(self, rows: Sequence[Row]) -> dict[str, Any]:
+        labels = pad_sequence([row.labels for row in rows], True, IGNORED)
+        return self._padded(rows, [row.ids for row in rows], "right") | {"labels": labels}
+
+    def asked(self, rows: Sequence[Row]) -> dict[str, Any]:
+        return self._padded(rows, [row.ids[: self.question_tokens(row)] for row in rows], "left")
+
+    def question_tokens(self, row: Row) -> int:
+        return int((row.labels == IGNORED).sum())
+
+    def _padded(self, rows: Sequence[Row], ids: list[Tensor], side: str) -> dict[str, Any]:
         pad = self._processor.tokenizer.pad_token_id
+        padded = pad_sequence(ids, True, pad, padding_side=side)
+        return {
+            "pixel_values": torch.stack([row.pixel_values for row in rows]),
+            "input_ids": padded,
+            "attention_mask": (padded != pad).long(),
+        }
 
-        def collate(chosen: list[Any]) -> dict[str, torch.Tensor]:
-            ids = pad_sequence([row[1] for row in chosen], True, pad)
-            return {
-                "pixel_values": torch.stack([row[0] for row in chosen]),
-                "input_ids": ids,
-                "attention_mask": (ids != pad).long(),
-                "labels": pad_sequence([row[2] for row in chosen], True, -100),
-            }
+    def generated(self, model: Any, inputs: dict[str, Any], beams: int, tokens: int) -> list[Written]:
+        found = model.generate(**inputs, num_beams=beams, max_new_tokens=tokens, do_sample=False)
+        return [tuple(row) for row in found[:, inputs["input_ids"].shape[1] :].tolist()]
 
-        return tuned_by_peft(family.model, method, ("q_proj", "v_proj")), rows, collate
-
-    def generator(
-        self, dataset: Dataset, examples: Sequence[Example], batch: int
-    ) -> tuple[Callable[[Any, int, int], Any], list[Any]]:
-        model, rows, _ = self.peer("full", dataset, examples)
-        model.eval()
-        pad = self._processor.tokenizer.pad_token_id
-        batches = []
-        for start in range(0, len(rows), batch):
-            chosen = rows[start : start + batch]
-            prompts = [row[1][: int((row[2] == -100).sum())] for row in chosen]
-            ids = pad_sequence(prompts, True, pad, padding_side="left")
-            batches.append(
-                {
-                    "pixel_values": torch.stack([row[0] for row in chosen]),
-                    "input_ids": ids,
-                    "attention_mask": (ids != pad).long(),
-                }
-            )
-
-        def generate(inputs: dict[str, torch.Tensor], beams: int, tokens: int) -> Any:
-            return model.generate(**inputs, num_beams=beams, max_new_tokens=tokens, do_sample=False)  # type: ignore[operator]
-
-        return generate, batches
+    def written(
+        self,
+        family: LlavaFamily,
+        groups: Sequence[Group],
+        pixels: Sequence[Sequence[Pixels]],
+        beams: int,
+        tokens: int,
+    ) -> list[Written]:
+        found = family.written(groups, pixels, max_new_tokens=tokens, beams=beams)
+        return [one.tokens for one in found]

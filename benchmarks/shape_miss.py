@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
-from shape import Shape, tuned_by_peft
-from torch import nn
+from shape import NEVER, Shape, Written, tuned_by_peft
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BlipConfig, BlipForQuestionAnswering
 
-from normtune.data.records import Dataset, Example
+from normtune.data.records import Example
+from normtune.models.family import Pixels
+from normtune.models.miss.checkpoints import from_blip
 from normtune.models.miss.config import MissConfig
 from normtune.models.miss.family import MissFamily, miss_processor
 from normtune.models.miss.model import MissForQuestionAnswering
 from normtune.models.miss.tokenizer import ENCODE, bert_tokenizer
+from normtune.packing import Group
+
+
+class Row(NamedTuple):
+    """One question with its answer and its own image."""
+
+    pixel_values: Tensor  # [3, size, size]
+    question: Tensor  # [question tokens] long
+    answer: Tensor  # [1 + answer tokens] long, the start token first
 
 
 class MissShape(Shape):
@@ -71,55 +82,69 @@ class MissShape(Shape):
         )
         return MissFamily(MissForQuestionAnswering(config), miss_processor(tokenizer, self.image_size))
 
-    def peer(
-        self, method: str, dataset: Dataset, examples: Sequence[Example]
-    ) -> tuple[nn.Module, list[Any], Any]:
-        family = self.family()
-        width = self._dims()
-        vision = {**width, "image_size": self.image_size, "patch_size": 16}
+    def twins(self) -> tuple[MissFamily, nn.Module]:
+        blip = self._blip()
+        model, tokenizer = from_blip(blip), self._tokenizer()
+        model.config.encode_token_id = tokenizer.convert_tokens_to_ids(ENCODE)
+        end = model.config.eos_token_id
+        with torch.no_grad():
+            for head in (model.text_decoder.cls, blip.text_decoder.cls):
+                head.predictions.decoder.bias[end] = NEVER
+        return MissFamily(model.eval(), miss_processor(tokenizer, self.image_size)), blip.eval()
+
+    def _blip(self) -> BlipForQuestionAnswering:
+        tokenizer = self._tokenizer()
+        dims = self._dims()
+        vision = {**dims, "image_size": self.image_size, "patch_size": 16}
         text = {
-            **width,
+            **dims,
             "encoder_hidden_size": self.width,
-            "vocab_size": family.config.vocab_size,
-            "bos_token_id": family.config.bos_token_id,
-            "sep_token_id": family.config.eos_token_id,
+            "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "sep_token_id": tokenizer.sep_token_id,
             "pad_token_id": 0,
         }
-        model = BlipForQuestionAnswering(BlipConfig(vision_config=vision, text_config=text))
-        pixels = {
-            key: family.pixels(dataset.open_image(key))["pixel_values"]
-            for key in dict.fromkeys(e.images[0] for e in examples)
+        return BlipForQuestionAnswering(BlipConfig(vision_config=vision, text_config=text))
+
+    def tuned(self, method: str) -> nn.Module:
+        return tuned_by_peft(self._blip(), method, ("query", "value", "qkv"))
+
+    def row(self, family: Any, example: Example, pixels: Pixels) -> Row:
+        segment = family.encode(example.id, example.question, example.answer)
+        answer = torch.tensor((family.config.bos_token_id, *segment.answer))
+        return Row(pixels["pixel_values"], torch.tensor(segment.prompt), answer)
+
+    def collate(self, rows: Sequence[Row]) -> dict[str, Any]:
+        answers = [row.answer for row in rows]
+        entered = pad_sequence(answers, True, 0)
+        return self.asked(rows) | {
+            "decoder_input_ids": entered,
+            "decoder_attention_mask": (entered != 0).long(),
+            "labels": pad_sequence(answers, True, -100),
         }
-        rows = []
-        for example in examples:
-            segment = family.encode(example.id, example.question, example.answer)
-            answer = torch.tensor((family.config.bos_token_id, *segment.answer))
-            rows.append((pixels[example.images[0]], torch.tensor(segment.prompt), answer))
 
-        def collate(chosen: list[Any]) -> dict[str, torch.Tensor]:
-            questions = [row[1] for row in chosen]
-            answers = [row[2] for row in chosen]
-            ids = pad_sequence(questions, True, 0)
-            entered = pad_sequence(answers, True, 0)
-            return {
-                "pixel_values": torch.stack([row[0] for row in chosen]),
-                "input_ids": ids,
-                "attention_mask": (ids != 0).long(),
-                "decoder_input_ids": entered,
-                "decoder_attention_mask": (entered != 0).long(),
-                "labels": pad_sequence(answers, True, -100),
-            }
+    def asked(self, rows: Sequence[Row]) -> dict[str, Any]:
+        ids = pad_sequence([row.question for row in rows], True, 0)
+        return {
+            "pixel_values": torch.stack([row.pixel_values for row in rows]),
+            "input_ids": ids,
+            "attention_mask": (ids != 0).long(),
+        }
 
-        return tuned_by_peft(model, method, ("query", "value", "qkv")), rows, collate
+    def question_tokens(self, row: Row) -> int:
+        return len(row.question)
 
-    def generator(
-        self, dataset: Dataset, examples: Sequence[Example], batch: int
-    ) -> tuple[Callable[[Any, int, int], Any], list[Any]]:
-        model, rows, collate = self.peer("full", dataset, examples)
-        model.eval()
+    def generated(self, model: Any, inputs: dict[str, Any], beams: int, tokens: int) -> list[Written]:
+        found = model.generate(**inputs, num_beams=beams, max_new_tokens=tokens, do_sample=False)
+        return [tuple(row) for row in found[:, 1:].tolist()]
 
-        def generate(inputs: dict[str, torch.Tensor], beams: int, tokens: int) -> Any:
-            asked = {name: inputs[name] for name in ("input_ids", "pixel_values", "attention_mask")}
-            return model.generate(**asked, num_beams=beams, max_new_tokens=tokens, do_sample=False)  # type: ignore[operator]
-
-        return generate, [collate(rows[start : start + batch]) for start in range(0, len(rows), batch)]
+    def written(
+        self,
+        family: MissFamily,
+        groups: Sequence[Group],
+        pixels: Sequence[Sequence[Pixels]],
+        beams: int,
+        tokens: int,
+    ) -> list[Written]:
+        found = family.model.generate(max_new_tokens=tokens, beams=beams, **family._questions(groups, pixels))
+        return [one.tokens for one in found]

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import subprocess
-import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
+from normtune.bench import benchmarks, recorded, run_benchmark
 from normtune.config import LEARNING_RATES
 from normtune.recipe import METHODS
+from tests.data.samples import slake_row, write_slake
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
-SCRIPTS = [
-    path for path in sorted(BENCHMARKS.glob("*.py")) if "ArgumentParser" in path.read_text(encoding="utf-8")
-]
 
 
 def found(name: str) -> dict[str, Any]:
@@ -60,7 +60,123 @@ def test_the_readme_tells_the_committed_figures_of_bf16() -> None:
         assert f"{row['moved']:,} of {row['values']:,}" in readme()
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_every_benchmark_starts(script: Path) -> None:
-    done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "--out" in done.stdout, done.stderr
+@pytest.mark.parametrize("name", benchmarks())
+def test_every_benchmark_starts(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run_benchmark(name, ["--help"])
+    assert "--out" in capsys.readouterr().out
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a module of the benchmarks by its name."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module
+
+
+@pytest.fixture
+def small(script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The shapes at a few image tokens, and a folder in SLAKE's layout."""
+    shapes: ModuleType = script("shapes")
+    miss = shapes.MissShape()
+    miss.image_size, miss.layers = 32, 1
+    llava = shapes.LlavaShape(size=42, vision={"num_hidden_layers": 2}, text={"num_hidden_layers": 1})
+    monkeypatch.setitem(shapes.SHAPES, "llava", llava)
+    monkeypatch.setitem(shapes.SHAPES, "miss", miss)
+    rows = [slake_row(i, i % 2, question=f"Which organ is {'clearly ' * (i % 3)}shown?") for i in range(12)]
+    root = tmp_path / "slake"
+    root.mkdir()
+    return write_slake(root, train=rows, validate=rows[:1], test=rows[:1])
+
+
+@pytest.mark.parametrize("shape", ["llava", "miss"])
+def test_answering_compares_every_answer_and_then_times_both(shape: str, small: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    options = ["--shape", shape, "--data", "slake", "--root", str(small), "--pairs", "12", "--batch", "6"]
+    out = tmp_path / "record.json"
+    record = recorded("answering", [*options, "--tokens", "3", "--rounds", "2", "--out", str(out)])
+    assert record["same_answers"] == record["questions"] == 12 and record["tokens"] == 3
+    assert [row["beams"] for row in record["rows"]] == [1, 3]
+    for row in record["rows"]:
+        assert row["ratio"]["low"] <= row["ratio"]["median"] <= row["ratio"]["high"]
+        assert len(row["rounds"]["normtune"]) == len(row["rounds"]["generate()"]) == 2
+    assert out.with_suffix(".md").read_text(encoding="utf-8").count("\n") == 4
+
+
+def test_answering_stops_where_the_two_sides_differ(script: Any) -> None:
+    check = script("answering").check
+    check({"a": (1, 2), "b": (3, 4)}, {"a": (1, 2), "b": (3, 4)}, 2)
+    with pytest.raises(SystemExit, match="1 of 2 answers differ"):
+        check({"a": (1, 2), "b": (3, 4)}, {"a": (1, 2), "b": (3, 5)}, 2)
+    with pytest.raises(SystemExit):
+        check({"a": (1,)}, {"a": (1,)}, 2)
+
+
+@pytest.mark.parametrize("shape", ["llava", "miss"])
+def test_the_twins_hold_the_same_weights(shape: str, small: Path, script: Any) -> None:
+    one = script("shapes").SHAPES[shape]
+    one.learn_words(["which organ is shown? lung"])
+    family, peer = one.twins()
+    models = (family.model, peer)
+    ours, theirs = (sum(float(p.detach().double().sum()) for p in m.parameters()) for m in models)
+    assert ours == pytest.approx(theirs, rel=1e-9) and family.model is not peer
+
+
+@pytest.mark.parametrize("shape", ["llava", "miss"])
+def test_throughput_runs_all_methods_in_every_round(shape: str, small: Path) -> None:
+    options = ["--shape", shape, "--data", "slake", "--root", str(small), "--pairs", "3", "--steps", "1"]
+    record = recorded("throughput", [*options, "--rounds", "1"])
+    methods = [row["method"] for row in record["rows"]]
+    assert methods[0] == "normtune ln" and "PEFT LoRA r8 all-linear" in methods and len(methods) == 8
+    assert all(row["pairs_per_second"]["median"] > 0 for row in record["rows"])
+    assert record["rows"][0]["faster"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+    assert record["shape"]["name"] == shape and record["questions_per_image"] == 6
+
+
+def test_the_arithmetic_of_a_step_is_that_of_the_formula(script: Any) -> None:
+    vision = {"hidden_size": 2, "intermediate_size": 3, "num_hidden_layers": 1, "num_attention_heads": 1}
+    text = {"hidden_size": 4, "intermediate_size": 5, "num_hidden_layers": 2, "num_attention_heads": 1}
+    shape = script("shape_llava").LlavaShape(size=28, vision=vision, text=text)
+    shape.learn_words(["lung"])
+    words = shape.describe()["vocabulary"]
+    tower = 4 * (4 * 2 * 2 + 2 * 2 * 3) * 5 + 14 * 2 * 5**2
+    entry = 2 * 3 * 14**2 * 2 * 4 + 4 * (2 * 4 + 4 * 4) * 4
+    language = 2 * (4 * (4 * 4 * 4 + 3 * 4 * 5) * 7 + 14 * 4 * 7**2)
+    flops = script("scaling").flops
+    one = flops(shape, [7], images=1, logits=3)
+    assert one == tower + entry + language + 4 * 4 * words * 3
+    assert flops(shape, [7] * 5, images=5, logits=15) == 5 * one
+
+
+def test_scaling_measures_both_at_every_point(script: Any, small: Path, tmp_path: Path) -> None:
+    scaling = script("scaling")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scaling, "AT_TOKENS", 9)
+        patch.setattr(scaling, "AT_QUESTIONS", 3)
+        out = tmp_path / "scaling.json"
+        told = ["--questions", "1", "2", "--image-tokens", "4", "--rounds", "1", "--out", str(out)]
+        patch.setattr("sys.argv", ["scaling", "--slake", str(small), *told])
+        scaling.main()
+    record = json.loads(out.read_text(encoding="utf-8"))
+    points = {(row["questions"], row["image_tokens"]) for row in record["rows"]}
+    assert points == {(1, 9), (2, 9), (3, 4), (3, 9)} and len(record["rows"]) == 8
+    held = [row for row in record["rows"] if row["method"] == scaling.SEPARATE and row["questions"] == 3]
+    anchor = next(row for row in held if row["image_tokens"] == 9)
+    assert anchor["predicted"] == pytest.approx(anchor["seconds"]["median"])
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_gpu_script_runs_at_a_tiny_width() -> None:
+    record = recorded("gpu_llava_med_7b", ["--smoke"])
+    speeds = [row for row in record["rows"] if "lr" not in row]
+    assert [row["status"] for row in speeds].count("smoke run") == 6, "all but the block mask"
+    assert {row["method"] for row in speeds if "faster" in row} >= {"PEFT LN_TUNING", "PEFT LoRA r8 q,v"}
+    norms = [row for row in record["rows"] if "lr" in row]
+    fp32, bf16, *rest = (row["moved"] / row["values"] for row in norms)
+    assert fp32 > bf16 and len(rest) == 2, "at the lower rate; then the higher one"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it measures where there is a GPU")
+def test_without_a_gpu_its_rows_say_that_nothing_was_measured() -> None:
+    rows = recorded("gpu_llava_med_7b", [])["rows"]
+    assert {row["status"] for row in rows} == {"not yet measured"}
+    assert not any("pairs_per_second" in row or "moved" in row for row in rows)

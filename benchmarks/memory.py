@@ -1,0 +1,217 @@
+"""Bytes kept for the backward pass: a LLaMA block in bf16, and one SLAKE image with its questions.
+
+    python benchmarks/memory.py --slake DIR --out benchmarks/memory.json
+
+1. A LLaMA block: bytes that live after the forward pass, a token and layer, under stock transformers with
+   PEFT and under each of Normtune's tiers; and the time of a training step (fp32, interleaved rounds).
+2. The peak of the living tensors in a whole training step on groups of SLAKE (LLaVA's shape, 576 image
+   tokens, fp32), a pair, beside PEFT LoRA on all linears with every question in a row of its own.
+
+Weights are not counted; gradients and everything that an operation makes are (`normtune.live`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LNTuningConfig, LoraConfig, get_peft_model
+from record import record
+from shape_llava import LlavaShape
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaModel
+
+from normtune.adapt import adapt
+from normtune.anatomy import norms
+from normtune.catalog import open_dataset
+from normtune.data.records import Dataset, Example
+from normtune.lean import lean
+from normtune.live import LiveBytes
+from normtune.packing import Group, group_by_image
+from normtune.recompute import Tier, recomputed
+
+WIDTH, FORWARD, HEADS = 512, 1376, 8
+NEEDED = 4 * FORWARD + 8 * WIDTH + 4 * WIDTH + 4 * HEADS + 8  # bf16; see `normtune.lean`
+TIERS: tuple[Tier, ...] = ("fast", "balanced", "tight")
+PEERS = ("PEFT LN_TUNING", "PEFT LoRA r8 q,v", "PEFT LoRA r8 all-linear", "full")
+OURS = tuple(f"normtune ln, {tier}" for tier in TIERS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--slake", type=Path, help="measure groups of SLAKE too")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--length", type=int, default=776, help="tokens of the block's input")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--groups", type=int, default=3, help="images of SLAKE")
+    options = parser.parse_args()
+    block = block_rows(options.length, options.rounds)
+    tables = block_table(block)
+    print(tables)
+    groups: list[dict[str, Any]] = []
+    if options.slake:
+        groups = group_rows(options.slake, options.groups)
+        tables += "\n" + group_table(groups)
+        print("\n" + group_table(groups))
+    if options.out:
+        shape = {"width": WIDTH, "feed_forward": FORWARD, "heads": HEADS, "tokens": options.length}
+        record(options.out, "memory", block, groups=groups, block=shape | {"needed": NEEDED})
+        options.out.with_suffix(".md").write_text(tables, encoding="utf-8")
+
+
+# --- 1. a block ---------------------------------------------------------------------------------------------
+
+
+def block_rows(length: int, rounds: int) -> list[dict[str, Any]]:
+    """Bytes and seconds of every method."""
+    methods = (*PEERS, *OURS)
+    seconds: dict[str, list[float]] = {method: [] for method in methods}
+    runs = {method: stepper(method, layers=4, length=length) for method in methods}
+    for run in runs.values():
+        run()
+    for _ in range(rounds):
+        for method, run in runs.items():
+            seconds[method].append(run())
+    medians = {method: statistics.median(values) for method, values in seconds.items()}
+    rows = []
+    for method in methods:
+        kept = bytes_a_token_and_layer(method, length)
+        row = {"method": method, "bytes": kept, "of_needed": kept / NEEDED, "seconds": seconds[method]}
+        row["time_against_fast"] = medians[method] / medians[OURS[0]]
+        rows.append(row)
+    return rows
+
+
+def block_model(method: str, layers: int, dtype: torch.dtype) -> tuple[nn.Module, Tier | None]:
+    """A LLaMA under a method; the tier where it is Normtune's."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=WIDTH,
+        intermediate_size=FORWARD,
+        num_hidden_layers=layers,
+        num_attention_heads=HEADS,
+        vocab_size=64,
+    )
+    model: Any = LlamaModel(config).to(dtype)
+    if method in OURS:
+        adapt(model, "language=ln")
+        return model, TIERS[OURS.index(method)]
+    if "LN" in method:
+        model = get_peft_model(model, LNTuningConfig(target_modules=list(norms(model))))
+    elif "LoRA" in method:
+        targets = "all-linear" if "all" in method else ["q_proj", "v_proj"]
+        model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=targets))
+    return model, None
+
+
+def forward(model: Any, length: int, dtype: torch.dtype) -> Tensor:
+    """A scalar of the last states."""
+    states = torch.randn(1, length, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype)
+    mask = torch.full((length, length), -torch.inf).triu(1).to(dtype)[None, None]
+    return model(inputs_embeds=states, attention_mask=mask, use_cache=False).last_hidden_state.float().mean()
+
+
+def tiered(model: nn.Module, tier: Tier | None) -> tuple[Any, Any]:
+    return (nullcontext(), nullcontext()) if tier is None else (lean(model), recomputed(model, tier))
+
+
+def stepper(method: str, layers: int, length: int) -> Callable[[], float]:
+    """Seconds of one forward and backward pass, fp32."""
+    model, tier = block_model(method, layers, torch.float32)
+
+    def run() -> float:
+        first, second = tiered(model, tier)
+        with first, second:
+            began = time.perf_counter()
+            forward(model, length, torch.float32).backward()
+            return time.perf_counter() - began
+
+    return run
+
+
+def bytes_a_token_and_layer(method: str, length: int) -> float:
+    """From models of two and of six layers, so that what is kept once does not count."""
+    kept = []
+    for layers in (2, 6):
+        model, tier = block_model(method, layers, torch.bfloat16)
+        first, second = tiered(model, tier)
+        with first, second, LiveBytes() as live:
+            loss = forward(model, length, torch.bfloat16)
+            kept.append(live.now + 0 * loss.numel())
+    return (kept[1] - kept[0]) / 4 / length
+
+
+def block_table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        f"| a LLaMA block, d = {WIDTH}, bf16 | bytes a token and layer | of what is needed | step time |",
+        "|---|--:|--:|--:|",
+    ]
+    for row in rows:
+        kept = f"{row['bytes']:,.0f} | {row['of_needed']:.2f}"
+        lines.append(f"| {row['method']} | {kept} | {row['time_against_fast']:.2f}x |")
+    return "\n".join(lines) + "\n"
+
+
+# --- 2. groups of SLAKE -------------------------------------------------------------------------------------
+
+
+def group_rows(root: Path, count: int) -> list[dict[str, Any]]:
+    """Peak bytes a pair of whole training steps, one image and all its questions each."""
+    shape = LlavaShape()
+    dataset = open_dataset("slake", root)
+    shape.learn_words([f"{e.question} {e.answer}" for e in dataset.examples])
+    found = sorted(group_by_image(dataset.split("train")), key=len)
+    chosen = [found[int((i + 0.5) * len(found) / count)] for i in range(count)]
+    rows = []
+    for method in (*OURS, "normtune lora-8, fast", *PEERS[:3], f"{PEERS[2]}, checkpointed"):
+        peaks = [peak(shape, dataset, members, method) for members in chosen]
+        pairs = sum(len(members) for members in chosen)
+        rows.append({"method": method, "peaks": peaks, "bytes_a_pair": sum(peaks) / pairs, "pairs": pairs})
+        print(f"{method:<40} {rows[-1]['bytes_a_pair'] / 2**20:8.2f} MiB a pair", flush=True)
+    for row in rows:
+        row["ratio"] = row["bytes_a_pair"] / rows[0]["bytes_a_pair"]
+    return rows
+
+
+def peak(shape: LlavaShape, dataset: Dataset, members: Sequence[Example], method: str) -> int:
+    """The most bytes that live in one training step on one image and its questions."""
+    torch.manual_seed(0)
+    if method.startswith("normtune"):
+        family = shape.family()
+        recipe, tier = method.removeprefix("normtune ").split(", ")
+        adapt(family.model, recipe)
+        segments = tuple(family.encode(e.id, e.question, e.answer) for e in members)
+        pixels = [[family.pixels(dataset.open_image(key)) for key in members[0].images]]
+        batch = family.collate([Group(members[0].images, segments)], pixels)
+        with lean(family.model), recomputed(family.model, tier), LiveBytes() as live:  # type: ignore[arg-type]
+            family.loss(batch)[0].backward()
+            return live.peak
+    peer, checkpointed, _ = method.removeprefix("PEFT ").partition(", checkpointed")
+    model, rows, collate = shape.peer(peer, dataset, members)
+    model.train()
+    if checkpointed:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    inputs = collate(rows)
+    with LiveBytes() as live:
+        model(**inputs).loss.backward()
+        return live.peak
+
+
+def group_table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        "| one SLAKE image and its questions, LLaVA's shape | MiB a pair | against ln, fast |",
+        "|---|--:|--:|",
+    ]
+    for row in rows:
+        lines.append(f"| {row['method']} | {row['bytes_a_pair'] / 2**20:.2f} | {row['ratio']:.2f}x |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
