@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import json
 import os
 import shutil
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
-from torch import nn
+from safetensors.torch import load_file, save, save_file
+from torch import Tensor, nn
 
 from normtune import merge
 from normtune.adapt import Tuned, adapt
-from normtune.delta import fingerprint, save_delta
-from normtune.merge import INDEX_FILE, NEW_SHARD, ORIGIN_FILE, SINGLE_FILE, merge_text, merge_to_disk
+from normtune.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
+from normtune.delta import TENSORS_FILE, fingerprint, save_delta
+from normtune.merge import NEW_SHARD, ORIGIN_FILE, merge_text, merge_to_disk
 from normtune.models.miss.model import MissForQuestionAnswering
+from normtune.recipe import INTRINSIC
 from tests.bases import KINDS, base, logits, outcome, save_base, train_a_little
+from tests.models.tiny import TINY, make_tiny
 
 RECIPES = (
     "ln",
@@ -81,6 +89,86 @@ def test_plain_transformers_loads_the_merged_model_to_the_same_logits(
     assert merged.linked_bytes == (directory / SINGLE_FILE).stat().st_size
     assert "never write into them" in merge_text(merged)
     json.dumps(merged.__dict__)
+
+
+def whole(base_model: nn.Module, directory: Path, tuned: Tuned, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The new shard, made from the loaded base and what was trained; places are found by value."""
+    held = load_file(directory / SINGLE_FILE)
+    old = dict(base_model.named_parameters(remove_duplicate=False))
+    new = {name: p.detach() for name, p in tuned.trained.items() if tuned.methods[name] in INTRINSIC}
+    own = set(new)
+    for addition in tuned.additions:
+        for site, layer in addition.layers.items():
+            weight, bias = f"{site}.weight", f"{site}.bias"
+            before = new.get(weight, old[weight]).float()
+            (adapter,) = layer.active_adapters
+            if hasattr(layer, "lora_A"):
+                up, down = layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
+                new[weight] = (before + layer.scaling[adapter] * (up @ down)).detach()
+                continue
+            scale = layer.ia3_l[adapter].detach()
+            new[weight] = before * scale
+            if bias in old and not layer.is_feedforward:
+                new[bias] = new.get(bias, old[bias]).float() * scale.flatten()
+    shard = {}
+    for name, tensor in new.items():
+        (key,) = (
+            key for key, one in held.items() if one.shape == tensor.shape and torch.equal(one, old[name])
+        )
+        shard[key] = tensor.to(torch.float32 if name in own else dtype).contiguous()
+    return shard
+
+
+MIXTURES = ("ln+lora(r=2,alpha=5)", "full", "attention+ia3")
+
+
+@pytest.mark.parametrize(
+    ("kind", "recipe", "dtype"),
+    [("miss", recipe, torch.bfloat16) for recipe in MIXTURES]
+    + [(kind, MIXTURES[i % 3], (torch.bfloat16, torch.float32)[i % 2]) for i, kind in enumerate(TINY)],
+)
+def test_the_new_shard_is_what_the_loaded_model_would_give_and_nothing_is_loaded_for_it(
+    kind: str, recipe: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "base"
+    if kind == "miss":
+        save_base(kind, directory, dtype)
+    else:
+        make_tiny(kind, directory)
+        held = {name: one.to(dtype) for name, one in load_file(directory / SINGLE_FILE).items()}
+        save_file(held, directory / SINGLE_FILE, metadata={"format": "pt"})
+    model = plain(kind, directory, dtype)
+    tuned = delta_of(copy.deepcopy(model), recipe, tmp_path / "delta")
+    wanted = whole(model, directory, tuned, dtype)
+    with only_one_alive(monkeypatch) as read:
+        merge_to_disk(str(directory), tmp_path / "delta", tmp_path / "out")
+    assert set(read) == wanted.keys()
+    assert (tmp_path / "out" / NEW_SHARD).read_bytes() == save(wanted, metadata={"format": "pt"})
+
+
+@contextmanager
+def only_one_alive(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The base must not be loaded inside, nor a tensor of it be read while another is alive; yields names."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the base was loaded")
+
+    alive: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+    names: list[str] = []
+    read = Checkpoint.tensor
+
+    def tensor(self: Checkpoint, name: str) -> Tensor:
+        assert not alive, f"{name} is read while another tensor is alive"
+        one = read(self, name).clone()
+        alive.add(one.untyped_storage())
+        names.append(name)
+        return one
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merge, "_load", refuse)
+        patch.setattr(Checkpoint, "tensor", tensor)
+        yield names
+    assert not alive
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -220,12 +308,86 @@ def test_a_broken_base_is_refused(spoil: Any, told: str, tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "delta"]
 
 
-def test_a_tensor_that_loading_changes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_with_a_tensor_that_loading_makes_is_loaded_and_that_tensor_is_not_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.core_model_loading import Transpose, WeightConverter
+
+    def turned(*_: object, **__: object) -> list[WeightConverter]:
+        return [WeightConverter("query.weight", "query.weight", [Transpose(0, 1)])]
+
     directory = save_base("miss", tmp_path / "base")
-    delta_of(base("miss"), "ln", tmp_path / "delta")
-    monkeypatch.setattr(merge, "_same", lambda *_: False)
-    message = outcome(lambda: merge_to_disk(str(directory), tmp_path / "delta", tmp_path / "out"))
-    assert "has no tensor of its own in the checkpoint" in message
+    for module in ("normtune.placement", "transformers.modeling_utils"):
+        monkeypatch.setattr(f"{module}.get_model_conversion_mapping", turned)
+    for recipe in ("ln", "lora(r=2)"):
+        delta_of(plain("miss", directory), recipe, tmp_path / recipe)
+    merge_to_disk(str(directory), tmp_path / "ln", tmp_path / "out")
+    new = load_file(tmp_path / "out" / NEW_SHARD)
+    trained = load_file(tmp_path / "ln" / TENSORS_FILE)
+    assert new.keys() == trained.keys() and all(torch.equal(new[key], one) for key, one in trained.items())
+    message = outcome(lambda: merge_to_disk(str(directory), tmp_path / "lora(r=2)", tmp_path / "other"))
+    assert "query.weight has no tensor of its own in the checkpoint" in message
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_quantised_base_takes_norms_and_no_lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = save_base("llava", tmp_path / "base")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "quantization_config": {"bits": 8}}))
+    tensors = load_file(directory / SINGLE_FILE)
+    packed = {
+        name: one.to(torch.int8 if "_proj.weight" in name else one.dtype) for name, one in tensors.items()
+    }
+    save_file(packed, directory / SINGLE_FILE, metadata={"format": "pt"})
+
+    def quantised(*_: object) -> nn.Module:
+        model = base("llava")
+        for name, module in model.named_modules():
+            if name.endswith("_proj"):
+                module.weight = nn.Parameter(module.weight.to(torch.int8), False)
+        return model
+
+    monkeypatch.setattr(merge, "_load", quantised)
+    tuned = delta_of(quantised(), "ln", tmp_path / "ln")
+    merge_to_disk(str(directory), tmp_path / "ln", tmp_path / "out")
+    assert len(load_file(tmp_path / "out" / NEW_SHARD)) == len(tuned.trained)
+    delta_of(base("llava"), "lora(r=2)", tmp_path / "lora")
+    message = outcome(lambda: merge_to_disk(str(directory), tmp_path / "lora", tmp_path / "other"))
+    assert "_proj is quantised: nothing can be merged into it" in message
+
+
+def test_tied_tensors_that_differ_in_the_file_are_two_parameters_as_in_transformers(tmp_path: Path) -> None:
+    directory = save_base("miss", tmp_path / "base")
+    tensors = load_file(directory / SINGLE_FILE)
+    words, head = "text_decoder.bert.embeddings.word_embeddings", "text_decoder.cls.predictions.decoder"
+    tensors = {
+        **{name: one.clone() for name, one in tensors.items()},
+        f"{words}.weight": torch.randn(40, 16),
+        f"{head}.weight": torch.randn(40, 16),
+    }
+    save_file(tensors, directory / SINGLE_FILE, metadata={"format": "pt"})
+    tuned = delta_of(plain("miss", directory), "decoder=full", tmp_path / "delta")
+    assert {f"{words}.weight", f"{head}.weight"} <= tuned.trained.keys()
+    merge_to_disk(str(directory), tmp_path / "delta", tmp_path / "out")
+    new = load_file(tmp_path / "out" / NEW_SHARD)
+    assert new.keys() == tuned.trained.keys()
+    assert all(torch.equal(new[name], parameter) for name, parameter in tuned.trained.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_an_fp16_base_with_fp32_norms_is_known_in_whichever_precision_it_was_tuned(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    directory = save_base("miss", tmp_path / "base", torch.float16)
+    delta_of(plain("miss", directory), "ln", tmp_path / "first")
+    merge_to_disk(str(directory), tmp_path / "first", tmp_path / "once")
+    model = plain("miss", tmp_path / "once", dtype)
+    marks = {fingerprint(plain("miss", tmp_path / "once", one)) for one in (torch.float32, torch.float16)}
+    assert len(marks) == 2  # fp32 -> bf16 rounds once, fp32 -> fp16 -> bf16 twice
+    tuned = delta_of(model, "ln", tmp_path / "second")
+    merge_to_disk(str(tmp_path / "once"), tmp_path / "second", tmp_path / "twice")
+    new = load_file(tmp_path / "twice" / NEW_SHARD)
+    assert all(torch.equal(new[name], parameter) for name, parameter in tuned.trained.items())
 
 
 def test_where_no_link_can_be_made_the_shards_are_copied(
@@ -250,7 +412,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
 
     directory = save_base("miss", tmp_path / "base")
     delta_of(base("miss"), "ln", tmp_path / "delta")
-    monkeypatch.setattr(merge, "write_tensors", refuse)
+    monkeypatch.setattr(merge, "write_safetensors", refuse)
     message = outcome(lambda: merge_to_disk(str(directory), tmp_path / "delta", tmp_path / "out"))
     assert "No space left on device" in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "delta"]

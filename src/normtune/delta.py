@@ -19,7 +19,6 @@ import peft
 import safetensors
 import torch
 import transformers
-from peft.tuners.ia3 import IA3Layer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -29,6 +28,7 @@ from normtune.added import set_submodule
 from normtune.card import NOTICE, DeltaInfo, TrainedTensor, model_card, parse_info
 from normtune.errors import InputError
 from normtune.files import json_text, read_json, replacing
+from normtune.mergeable import changed_by, quantised_site, refuse_unmergeable, with_addition
 from normtune.recipe import INTRINSIC, parse
 
 TENSORS_FILE = "adapter.safetensors"
@@ -36,21 +36,20 @@ INFO_FILE = "adapter.json"
 CARD_FILE = "README.md"
 QUANTISED = "quantised"
 
-UNMERGEABLE = {  # method -> why no weights of the base can stand for it
-    "prefix": "its keys and values stand before those of the tokens, and no weight makes them",
-    "ptuning": "its keys and values stand before those of the tokens, and no weight makes them",
-    "adapter": "it has a nonlinearity of its own, and no weight makes it",
-}
+Values = Callable[[str, range], Tensor]  # a parameter's values at places of its rows laid end to end
 
 _SAMPLES = 64  # values of each tensor that the fingerprint reads
 _SHOWN = 3  # mismatches that an error names
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module, values: Values | None = None) -> str:
     """What tells one base from another, whatever dtype it is loaded in; take it before `adapt`.
 
     Two digests of names, shapes and 64 sampled values a tensor, rounded to bf16: one of the linears' weights
     (the word "quantised" where they are), one of all else. A 7B model takes well under a second.
+
+    `values` gives the values of a named parameter where they are not in memory: `model` may then be on the
+    meta device.
     """
     linear, rest = hashlib.sha256(), hashlib.sha256()
     quantised = False
@@ -65,7 +64,12 @@ def fingerprint(model: nn.Module) -> str:
             else:
                 digest = rest
             digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
-            digest.update(_sample(parameter.detach()))
+            places = _sampled(parameter.numel())
+            if values is not None:
+                digest.update(_bytes(values(name.removeprefix("."), places)))
+            elif parameter.device.type != "meta":
+                flat = parameter.detach().reshape(-1)
+                digest.update(_bytes(flat[places.start : places.stop : places.step]))
     return f"{rest.hexdigest()[:32]}-{QUANTISED if quantised else linear.hexdigest()[:32]}"
 
 
@@ -75,13 +79,14 @@ def same_base(one: str, other: str) -> bool:
     return rest == other_rest and (linear == other_linear or QUANTISED in (linear, other_linear))
 
 
-def _sample(parameter: Tensor) -> bytes:
-    if parameter.device.type == "meta":
-        return b""
-    count = parameter.numel()
+def _sampled(count: int) -> range:
+    """Where the values that the fingerprint reads stand in a tensor of `count`."""
     step = max(1, count // _SAMPLES)
-    values = parameter.reshape(-1)[: step * _SAMPLES : step]
-    return values.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes()
+    return range(0, min(count, step * _SAMPLES), step)
+
+
+def _bytes(values: Tensor) -> bytes:
+    return values.to(torch.bfloat16).contiguous().view(torch.int16).cpu().numpy().tobytes()
 
 
 def save_delta(
@@ -191,12 +196,33 @@ def load_delta(model: nn.Module, directory: Path | str, *, allow_other_base: boo
     """
     info = read_delta(directory)
     tensors = read_tensors(directory, info)
+
+    def is_base(mark: str) -> bool:
+        return allow_other_base or same_base(mark, fingerprint(model))
+
+    tuned = attach_delta(model, directory, info, is_base)
+    with torch.no_grad():
+        for name, parameter in tuned.trained.items():
+            parameter.copy_(tensors[name])
+    return tuned
+
+
+def attach_delta(
+    model: nn.Module, directory: Path | str, info: DeltaInfo, is_base: Callable[[str], bool]
+) -> Tuned:
+    """Adapt `model` as the delta's recipe says; it has not the trained values yet, and may be on meta.
+
+    `is_base` says whether the fingerprint of the delta's base is that of `model`.
+
+    Raises:
+        InputError: the delta belongs to another base.
+    """
     shapes = {
         name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)
     }
     own = {name: tuple(one.shape) for name, one in info.tensors.items() if one.method in INTRINSIC}
     _refuse(directory, info, [_mismatch(name, shape, shapes.get(name)) for name, shape in own.items()])
-    if not allow_other_base and not same_base(info.base_fingerprint, fingerprint(model)):
+    if not is_base(info.base_fingerprint):
         raise InputError(
             f"delta {directory} was trained on '{info.base_name}' and this base has other values or parts. "
             "Load that base, or pass allow_other_base if you know that they belong together."
@@ -209,9 +235,6 @@ def load_delta(model: nn.Module, directory: Path | str, *, allow_other_base: boo
         if not any(one.method in INTRINSIC for one in info.tensors.values()):
             untune(tuned)
         _refuse(directory, info, faults)
-    with torch.no_grad():
-        for name, parameter in tuned.trained.items():
-            parameter.copy_(tensors[name])
     return tuned
 
 
@@ -238,45 +261,19 @@ def _refuse(directory: Path | str, info: DeltaInfo, faults: list[str | None]) ->
 def merged_tensors(tuned: Tuned) -> dict[str, Tensor]:
     """What merging writes: the base's name -> the tensor that stands for base and delta together, in fp32.
 
-    A LoRA gives W + (alpha / r) B A (Hu et al. 2021, section 4.1), an IA3 scales rows (and bias) or columns
-    of W (Liu et al. 2022, section 3.3).
-
     Raises:
         InputError: a method that no weight of the base can stand for.
     """
-    for method in tuned.methods.values():
-        if method in UNMERGEABLE:
-            raise InputError(
-                f"{method} cannot be merged: {UNMERGEABLE[method]}. Load it with --adapter instead."
-            )
+    refuse_unmergeable(tuned.methods.values())
     merged = {name: one.detach() for name, one in tuned.trained.items() if tuned.methods[name] in INTRINSIC}
     for addition in tuned.additions:
         for site, layer in addition.layers.items():
-            linear = layer.get_base_layer()
-            old = {
-                key: getattr(linear, key) for key in ("weight", "bias") if getattr(linear, key) is not None
-            }
-            for key, tensor in old.items():
-                if not tensor.is_floating_point() or type(tensor.data) is not Tensor:
-                    raise InputError(
-                        f"{site} is quantised: nothing can be merged into it. Load the base as it was."
-                    )
-                old[key] = merged.get(f"{site}.{key}", tensor.detach()).float()
-            merged |= {f"{site}.{key}": tensor for key, tensor in _with_addition(layer, old).items()}
+            for key in changed_by(layer):
+                name, old = f"{site}.{key}", getattr(layer.get_base_layer(), key).detach()
+                if not old.is_floating_point() or type(old) is not Tensor:
+                    raise quantised_site(site)
+                merged[name] = with_addition(site, layer, key, merged.get(name, old), tuned.trained)
     return merged
-
-
-def _with_addition(layer: Any, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The linear's tensors that the layer's LoRA or IA3 changes, changed."""
-    (name,) = layer.active_adapters
-    if not isinstance(layer, IA3Layer):
-        up, down = layer.lora_B[name].weight.detach(), layer.lora_A[name].weight.detach()
-        return {"weight": old["weight"] + layer.scaling[name] * (up @ down)}
-    scale = layer.ia3_l[name].detach()  # [out, 1], or [1, in] where the input is scaled
-    new = {"weight": old["weight"] * scale}
-    if "bias" in old and not layer.is_feedforward:
-        new["bias"] = old["bias"] * scale.flatten()
-    return new
 
 
 def merge_delta(tuned: Tuned) -> nn.Module:

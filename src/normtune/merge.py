@@ -1,5 +1,7 @@
 """A tuned model as a checkpoint of its own that costs a few MB: the base's shards, linked, and one new shard.
 
+The base is not loaded: one of its tensors is in memory at a time, and only of those that change.
+
 Any engine that reads safetensors by their index loads it. Those that read whole shards in the order of their
 names get the new tensors too: the new shard's name sorts behind the linked ones. The links share their bytes
 with the base, so nothing may write into them in place.
@@ -7,37 +9,35 @@ with the base, so nothing may write into them in place.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from normtune.card import DeltaInfo
-from normtune.delta import load_delta, merged_tensors, read_delta, write_tensors
+from normtune.adapt import Tuned
+from normtune.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, read_header
+from normtune.delta import attach_delta, fingerprint, read_delta, read_tensors, same_base
 from normtune.errors import InputError
-from normtune.files import new_directory, read_json, write_json
+from normtune.files import new_directory, write_json
+from normtune.mergeable import changed_by, quantised_site, refuse_unmergeable, with_addition
 from normtune.models import quiet_loading, skeleton
+from normtune.placement import placement, stored_as_is
 from normtune.recipe import INTRINSIC
+from normtune.shards import Planned, write_safetensors
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 NEW_SHARD = "model-normtune.safetensors"
 ORIGIN_FILE = "normtune.json"  # what was merged, for people and for later runs
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
 _FICLONE = 0x40049409  # Linux's ioctl that lets two files share their blocks until one is written
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PIECE = 1 << 20  # values compared at a time
 
 
 @dataclass(frozen=True)
@@ -65,31 +65,25 @@ class Merged:
 def merge_to_disk(model: str, adapter: Path, out: Path) -> Merged:
     """Write base and delta as one checkpoint that plain transformers loads.
 
-    Trained tensors are fp32 in the file, whatever the base's precision; what LoRA or IA3 rewrites has the
-    base's.
+    The base is not loaded: its structure comes from its config; of its files the values that the fingerprint
+    samples are read and, one by one, the tensors that change. Trained tensors are fp32 in the new file,
+    whatever the base's precision; what LoRA or IA3 rewrites has the base's.
 
     Raises:
         InputError: `out` is in use, the delta is of another base, its method can't be merged, the base has no
             safetensors, or a tensor has no place of its own in them.
     """
     info = read_delta(adapter)
+    refuse_unmergeable(one.method for one in info.tensors.values())
     with new_directory(out) as building:
         body: Any = skeleton(model)
         directory = _directory(model, body.config.name_or_path)
-        checkpoint = Checkpoint(directory)
-        base = _load(type(body), directory, checkpoint.dtype)
-        placed = _placed(base, checkpoint, _touched(base, info))
-        changed = merged_tensors(load_delta(base, adapter))
-        new: dict[str, Tensor] = {}
+        base = _Base(body, Checkpoint(directory))
+        tuned = attach_delta(base.body, adapter, info, base.has)
         loss = _RoundingLoss()
-        for name, tensor in changed.items():
-            trained = name in info.tensors and info.tensors[name].method in INTRINSIC
-            for key in placed[name]:
-                old = checkpoint.tensor(key)
-                loss.add(old, tensor)
-                new[key] = tensor.to("cpu", torch.float32 if trained else old.dtype, copy=True).contiguous()
-        write_tensors(building / NEW_SHARD, new)
-        linked = _link_shards(checkpoint, building)
+        planned = _planned(tuned, read_tensors(adapter, info), base, loss)
+        write_safetensors(building / NEW_SHARD, planned)
+        linked = _link_shards(base.checkpoint, building)
         _copy_others(directory, building)
         origin = {name: value for name, value in info.to_json().items() if name not in ("tensors", "metrics")}
         write_json(building / ORIGIN_FILE, {"merged": origin})
@@ -98,11 +92,11 @@ def merge_to_disk(model: str, adapter: Path, out: Path) -> Merged:
         out=str(out),
         model=model,
         recipe=info.recipe,
-        tensors=len(new),
-        values=sum(tensor.numel() for tensor in new.values()),
+        tensors=len(planned),
+        values=sum(one.values for one in planned),
         new_bytes=new_bytes,
         linked=linked,
-        linked_bytes=sum(path.stat().st_size for path in checkpoint.files),
+        linked_bytes=sum(path.stat().st_size for path in base.checkpoint.files),
         rounded_away=loss.share,
     )
 
@@ -121,60 +115,6 @@ def merge_text(merged: Merged) -> str:
             f"{merged.rounded_away:.1%} of the changes are lost where the model is loaded in bfloat16"
         )
     return "\n".join(lines)
-
-
-class Checkpoint:
-    """The safetensors of a base, by tensor name.
-
-    Raises:
-        InputError: there are none, or they can't be read.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        if (directory / SINGLE_FILE).is_file():
-            names = [SINGLE_FILE]
-        elif (directory / INDEX_FILE).is_file():
-            names = sorted(set(read_json(directory / INDEX_FILE)["weight_map"].values()))
-        else:
-            raise InputError(
-                f"{directory} holds no {SINGLE_FILE}: only safetensors can be merged. Convert it first."
-            )
-        self.files = [directory / name for name in names]
-        self.file_of: dict[str, Path] = {}
-        self.entries: dict[str, dict[str, Any]] = {}  # name -> dtype, shape, data_offsets
-        for path in self.files:  # a later shard's tensor of the same name counts, as in transformers
-            for name, entry in _header(path).items():
-                self.file_of[name], self.entries[name] = path, entry
-
-    def tensor(self, name: str) -> Tensor:
-        """One tensor, read from its file."""
-        with safe_open(self.file_of[name], "pt") as handle:
-            return handle.get_tensor(name)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The floating dtype of most of the bytes."""
-        sizes: Counter[str] = Counter()
-        for entry in self.entries.values():
-            if entry["dtype"] in _FLOATS:
-                sizes[entry["dtype"]] += _size(entry)
-        return _FLOATS[sizes.most_common(1)[0][0]] if sizes else torch.float32
-
-
-def _header(path: Path) -> dict[str, dict[str, Any]]:
-    """The JSON at the head of a safetensors file: 8 bytes of its length, then itself."""
-    try:
-        with open(path, "rb") as handle:
-            found = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
-    except (OSError, ValueError, OverflowError, MemoryError) as error:
-        raise InputError(f"cannot read {path}: no safetensors file ({type(error).__name__}).") from error
-    return {name: entry for name, entry in found.items() if name != "__metadata__"}
-
-
-def _size(entry: Mapping[str, Any]) -> int:
-    start, end = entry["data_offsets"]
-    return end - start
 
 
 def _directory(model: str, source: str) -> Path:
@@ -203,57 +143,91 @@ def _load(kind: Any, directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model.eval()
 
 
-def _touched(base: nn.Module, info: DeltaInfo) -> list[str]:
-    """The base's tensors that merging the delta may change, by name."""
-    own = {name for name, _ in base.named_parameters(remove_duplicate=False)}
-    names: list[str] = []
-    for name, one in info.tensors.items():
-        if one.method in INTRINSIC:
-            names.append(name)
-        elif one.method in ("lora", "ia3"):
-            site = name.rpartition(".")[0]
-            names += [found for key in ("weight", "bias") if (found := f"{site}.{key}") in own]
-    return [name for name in dict.fromkeys(names) if name in own]
-
-
-def _placed(base: PreTrainedModel, checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, list[str]]:
-    """The base's tensor -> its name or, where it is tied, names in the checkpoint, checked by value.
+class _Base:
+    """A base as its files have it: `body` is its structure, on the meta device wherever that will do.
 
     Raises:
-        InputError: a tensor that the checkpoint doesn't hold as such (it is made from several, or changed in
-            loading).
+        InputError: the base has to be loaded and can't be.
     """
-    state = base.state_dict()
-    transforms = get_model_conversion_mapping(base)
-    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
-    converters = [one for one in transforms if isinstance(one, WeightConverter)]
-    keys: dict[str, list[str]] = {}
-    for key in checkpoint.entries:
-        name, converter = rename_source_key(key, renamings, converters, base.base_model_prefix, state)
-        if name not in state and key in state:
-            name = key
-        if converter is None:
-            keys.setdefault(name, []).append(key)
-    parameters = dict(base.named_parameters(remove_duplicate=False))
-    aliases: dict[int, list[str]] = {}
-    for name, parameter in parameters.items():
-        aliases.setdefault(id(parameter), []).append(name)
-    placed: dict[str, list[str]] = {}
-    for name in names:
-        found = [key for alias in aliases[id(parameters[name])] for key in keys.get(alias, ())]
-        if not any(_same(checkpoint, key, parameters[name].detach()) for key in found):
-            raise InputError(
-                f"{name} has no tensor of its own in the checkpoint {checkpoint.directory} (it is made from "
-                "others in loading). Save the base anew by save_pretrained, or use the delta with --adapter."
-            )
-        placed[name] = found
-    return placed
 
+    def __init__(self, body: PreTrainedModel, checkpoint: Checkpoint) -> None:
+        self.body, self.checkpoint = body, checkpoint
+        self.placed = placement(body, checkpoint)
+        self.quantised = getattr(body.config, "quantization_config", None) is not None
+        self.loaded: dict[str, nn.Parameter] = {}
+        if self.quantised or not stored_as_is(self.placed, checkpoint):
+            # a parameter that is no tensor of the files (unpacked, converted, made anew where it is missing,
+            # or one of two that should be tied and differ) has its value only once the base is loaded
+            self.body = _load(type(body), checkpoint.directory, checkpoint.dtype)
+            self.placed = placement(self.body, checkpoint)
+            self.loaded = dict(self.body.named_parameters(remove_duplicate=False))
 
-def _same(checkpoint: Checkpoint, key: str, parameter: Tensor) -> bool:
-    if list(parameter.shape) != checkpoint.entries[key]["shape"]:
+    def has(self, mark: str) -> bool:
+        """Whether a fingerprint is the base's as it is loaded in fp32, or in its own precision."""
+        if self.loaded:
+            return same_base(mark, fingerprint(self.body))
+        for dtype in dict.fromkeys((torch.float32, self.checkpoint.dtype)):
+            if same_base(mark, fingerprint(self.body, partial(self._values, dtype))):
+                return True
         return False
-    return torch.equal(checkpoint.tensor(key).to(parameter.dtype), parameter.cpu())
+
+    def keys(self, name: str) -> list[str]:
+        """The checkpoint's tensors that are the base's parameter `name`.
+
+        Raises:
+            InputError: there are none.
+        """
+        found = [key for key in self.placed.get(name, ()) if not self.loaded or self._same(key, name)]
+        if not found and self.quantised:
+            raise quantised_site(name.rpartition(".")[0])
+        if not found:
+            raise InputError(
+                f"{name} has no tensor of its own in the checkpoint {self.checkpoint.directory} (it is made "
+                "from others in loading). Save the base anew by save_pretrained, or use the delta with "
+                "--adapter."
+            )
+        return found
+
+    def _same(self, key: str, name: str) -> bool:
+        parameter = self.loaded[name].detach()
+        return torch.equal(self.checkpoint.tensor(key).to(parameter.dtype), parameter.cpu())
+
+    def _values(self, dtype: torch.dtype, name: str, places: range) -> Tensor:
+        return self.checkpoint.values(self.placed[name][0], places).to(dtype)
+
+
+def _planned(tuned: Tuned, trained: Mapping[str, Tensor], base: _Base, loss: _RoundingLoss) -> list[Planned]:
+    """The tensors of the new shard, by the checkpoint's names, in safetensors' order; none is made yet."""
+    values: dict[str, Callable[[], Tensor]] = {}
+    for name, method in tuned.methods.items():
+        if method in INTRINSIC:
+            values[name] = partial(trained.__getitem__, name)
+    own = set(values)  # fp32 in the file; what is only rewritten keeps the base's dtype
+    for addition in tuned.additions:
+        for site, layer in addition.layers.items():
+            for key in changed_by(layer):
+                name = f"{site}.{key}"
+                old = values.get(name) or partial(base.checkpoint.tensor, base.keys(name)[0])
+                values[name] = partial(_added, site, layer, key, old, trained)
+
+    def make(key: str, value: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
+        new = value()
+        loss.add(base.checkpoint.tensor(key), new)
+        return new.to(dtype)
+
+    planned = []
+    for name, value in values.items():
+        for key in base.keys(name):
+            entry = base.checkpoint.entries[key]
+            dtype = torch.float32 if name in own else entry.dtype
+            planned.append(Planned(key, dtype, entry.shape, "", partial(make, key, value, dtype)))
+    return sorted(planned, key=lambda one: (-one.dtype.itemsize, one.name))
+
+
+def _added(
+    site: str, layer: Any, key: str, old: Callable[[], Tensor], trained: Mapping[str, Tensor]
+) -> Tensor:
+    return with_addition(site, layer, key, old(), trained)
 
 
 class _RoundingLoss:
@@ -264,10 +238,11 @@ class _RoundingLoss:
         self.lost = 0
 
     def add(self, old: Tensor, new: Tensor) -> None:
-        new = new.cpu()
-        changed = new != old.float()
-        self.changed += int(changed.sum())
-        self.lost += int((changed & (new.bfloat16() == old.bfloat16())).sum())
+        """Both in pieces, so that no more than a few MB are made of them at once."""
+        for before, after in zip(old.flatten().split(_PIECE), new.flatten().split(_PIECE), strict=True):
+            changed = after != before.float()
+            self.changed += int(changed.count_nonzero())
+            self.lost += int((changed & (after.bfloat16() == before.bfloat16())).count_nonzero())
 
     @property
     def share(self) -> float | None:
@@ -281,9 +256,9 @@ def _link_shards(checkpoint: Checkpoint, building: Path) -> str:
         names = [f"model-base-{i + 1:05d}-of-{len(names):05d}.safetensors" for i in range(len(names))]
     name_of = dict(zip(checkpoint.files, names, strict=True))
     ways = {_link(path, building / name) for path, name in name_of.items()}
-    new = _header(building / NEW_SHARD)
-    places = {key: NEW_SHARD if key in new else name_of[path] for key, path in checkpoint.file_of.items()}
-    size = sum(_size(new.get(key, entry)) for key, entry in checkpoint.entries.items())
+    entries = checkpoint.entries | read_header(building / NEW_SHARD)
+    size = sum(entry.bytes for entry in entries.values())
+    places = {key: name_of.get(entry.file, NEW_SHARD) for key, entry in entries.items()}
     write_json(building / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": places})
     return next(way for way in ("copy", "reflink", "hard link") if way in ways)
 

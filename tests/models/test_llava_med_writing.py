@@ -20,7 +20,8 @@ from torch import Tensor
 from normtune.errors import InputError
 from normtune.models.llava_med.importing import import_llava_med
 from normtune.models.llava_med.shards import Shards
-from normtune.models.llava_med.writing import Planned, cut, write_shard
+from normtune.models.llava_med.writing import cut, write_shard
+from normtune.shards import Planned
 from tests.models.llava_med_original import (
     HEADS,
     Original,

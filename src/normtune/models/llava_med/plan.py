@@ -12,7 +12,7 @@ from normtune.errors import InputError
 from normtune.models.llava_med.names import EMBEDDING, HEAD, PROJECTOR, TOWER, harmless, new_name
 from normtune.models.llava_med.shards import Shards, some
 from normtune.models.llava_med.tower import Tower
-from normtune.models.llava_med.writing import Planned
+from normtune.shards import Planned
 
 _ROWS = 1024  # summed at a time for a mean
 

@@ -13,34 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from normtune.errors import InputError
 from normtune.files import read_json, replacing, write_json
-from normtune.models.llava_med.shards import DTYPES
+from normtune.shards import Planned, write_safetensors
 
 INDEX_FILE = "model.safetensors.index.json"
 RECORD_FILE = "import_progress.json"
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
-_CHUNK = 1 << 24  # bytes hashed and written at a time
 
 Tick = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A tensor to be written, and how to come by it; `origin` tells it apart from another of its shape."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    origin: str
-    make: Callable[[], Tensor]
-
-    @property
-    def bytes(self) -> int:
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
 @dataclass(frozen=True)
@@ -136,36 +116,9 @@ def write_shards(record: Record, shards: Sequence[Shard], tick: Tick | None = No
 
 
 def write_shard(path: Path, tensors: Sequence[Planned]) -> str:
-    """Write one safetensors file, a tensor at a time, whole or not at all; returns its SHA-256.
-
-    The format: the length of the header (8 bytes, little-endian), the header (JSON, filled up with blanks to
-    a multiple of 8), the tensors' bytes one after another.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for one in tensors:
-        header[one.name] = {
-            "dtype": _CODES[one.dtype],
-            "shape": list(one.shape),
-            "data_offsets": [end, end + one.bytes],
-        }
-        end += one.bytes
-    head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
-    sha = hashlib.sha256()
-    with replacing(path) as temporary, open(temporary, "wb") as handle:
-        for part in (len(head).to_bytes(8, "little"), head):
-            sha.update(part)
-            handle.write(part)
-        for one in tensors:
-            tensor = one.make()
-            assert tensor.dtype == one.dtype and tuple(tensor.shape) == one.shape, one.name
-            data: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-            for start in range(0, len(data), _CHUNK):
-                sha.update(data[start : start + _CHUNK])
-                handle.write(data[start : start + _CHUNK])
-            del tensor, data
-    return sha.hexdigest()
+    """Write one safetensors file, whole or not at all; returns its SHA-256."""
+    with replacing(path) as temporary:
+        return write_safetensors(temporary, tensors)
 
 
 def digest(path: Path) -> str:
