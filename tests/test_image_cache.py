@@ -149,10 +149,10 @@ def test_a_trained_tower_is_not_cached(base: Path, tmp_path: Path) -> None:
 
 
 def test_the_cache_is_no_part_of_a_runs_identity() -> None:
-    from normtune.train import _identity
+    from normtune.trainer import run_identity
 
     with_cache = TrainConfig(model="nano", data=DATA, out=Path("x"), cache=Path("c"))
-    assert _identity(with_cache) == _identity(TrainConfig(model="nano", data=DATA, out=Path("x")))
+    assert run_identity(with_cache) == run_identity(TrainConfig(model="nano", data=DATA, out=Path("x")))
 
 
 def test_evaluation_answers_alike_from_a_cache_and_keeps_adapters_apart(

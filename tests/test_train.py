@@ -29,7 +29,8 @@ from normtune.files import read_json
 from normtune.models import load
 from normtune.models.miss.family import MissFamily
 from normtune.packing import EpochBatches, Group, Segment
-from normtune.train import TrainResult, _Examples, _Objective, last_checkpoint, train
+from normtune.train import TrainResult, last_checkpoint, train
+from normtune.trainer import Examples, Objective
 from tests.models.tiny import make_tiny
 
 DATA = "phantom-b:6"
@@ -175,7 +176,7 @@ def test_an_epoch_that_is_resumed_has_its_own_order(ranks: int) -> None:
     """As the Trainer resumes: the batches are sharded, the first ones skipped, and then the epoch is set."""
     examples = open_dataset(DATA).split("train")
     batches = EpochBatches(examples, 4, 4, seed=0, ranks=ranks)
-    loader: Any = DataLoader(_Examples(batches), batch_sampler=batches, collate_fn=list)  # type: ignore[arg-type]
+    loader: Any = DataLoader(Examples(batches), batch_sampler=batches, collate_fn=list)  # type: ignore[arg-type]
     sharded = prepare_data_loader(loader, num_processes=ranks, process_index=ranks - 1, put_on_device=False)
     resumed = skip_first_batches(sharded, 2)
     resumed.set_epoch(1)
@@ -187,7 +188,7 @@ def test_an_epoch_that_is_resumed_has_its_own_order(ranks: int) -> None:
 def test_grouped_training_turns_off_the_dropout_of_the_base_alone(base: Path) -> None:
     family = load(str(base))
     adapt(family.model, "encoder=lora(r=2,dropout=0.5),decoder=ln")
-    grouped, alone = (_Objective(family, 0.0, dropout=dropout) for dropout in (False, True))
+    grouped, alone = (Objective(family, 0.0, dropout=dropout) for dropout in (False, True))
     draws = {name for name, module in family.model.named_modules() if isinstance(module, nn.Dropout)}
     lora = {name for name in draws if ".lora_dropout." in name}
     assert lora and draws - lora

@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
+from normtune import processes
 from normtune.config import EvaluateConfig, TrainConfig
 from normtune.errors import InputError
 
@@ -47,13 +48,18 @@ def run_cells(cells: Sequence[Cell], workers: int) -> Iterator[dict[str, Any]]:
     at once, and no cell's memory counts in another's peak.
 
     Raises:
-        InputError: a cell failed; the message names it.
+        InputError: a cell failed; the message names it. Or a launcher started several processes, each of
+            which would run all cells.
     """
+    if processes.launched() > 1:
+        raise InputError("this starts processes of its own. Run it without torchrun or accelerate launch.")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     threads = max(1, (os.cpu_count() or 1) // workers)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["normtune.train", "normtune.evaluate", "normtune.models.miss.family"])
-    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=context, max_tasks_per_child=1, initializer=processes.leave_launcher
+    ) as pool:
         running = {pool.submit(run_cell, cell, threads): cell for cell in cells}
         for done in as_completed(running):
             try:

@@ -56,18 +56,20 @@ def collator(
     dataset: Dataset,
     examples: Sequence[Example],
     *,
+    hold: bool = True,
     limit_bytes: int = LIMIT_BYTES,
 ) -> Collator:
     """The collator of a run, with the caches that its recipe allows.
 
     Without dropout (grouped training has none in the base) the image encoder's output stays the same where
     nothing of it is trained, and so do the hidden states below the lowest trained layer: the latter are kept
-    where `config.cache` names a folder, or where those of all images fit in `limit_bytes` of memory.
+    where `config.cache` names a folder, or where those of all images fit in `limit_bytes` of memory. Without
+    `hold` neither is kept: no process can compute them by itself.
 
     Raises:
         InputError: the cache's folder cannot be made, or an image cannot be read.
     """
-    frozen = config.group and not {*IMAGE_PARTS} & {part for part, _ in tuned.places.values()}
+    frozen = hold and config.group and not {*IMAGE_PARTS} & {part for part, _ in tuned.places.values()}
     if not frozen:
         return Collator(family, ImageCache(family, dataset, limit_bytes=limit_bytes))
     store = image_store(config.cache, family)

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normtune import memory
+from normtune import memory, processes
 from normtune.config import REPORT_TOKENS
 from normtune.data.records import Dataset, Example
 from normtune.errors import InputError
@@ -18,7 +18,7 @@ from normtune.files import read_json
 from normtune.metrics.report import normalisations_for, score_report
 from normtune.metrics.text import normalise
 from normtune.metrics.vqa import Metric, Prediction, only_once, score_vqa
-from normtune.packing import Group, group_by_image, pair_batches
+from normtune.packing import Group, group_by_image, pair_batches, rank_shares
 from normtune.results import write_results
 
 if TYPE_CHECKING:
@@ -64,7 +64,8 @@ def evaluate(
     """Answer every example, score the answers, and write both under `out` where it is given.
 
     Examples are grouped by image, and each image is opened once (once more for its closed questions where
-    `candidates` are given).
+    `candidates` are given). Several processes deal the images out among them, each answers its share, and all
+    return the whole; the first of them scores and writes.
 
     Args:
         family: the model, seen through `answer` (and `log_probs` with `candidates`).
@@ -98,11 +99,12 @@ def evaluate(
         _make_directory(out)
     tokens = max_new_tokens or (REPORT_TOKENS if report else ANSWER_TOKENS)
     choices = _choices(candidates) if candidates else ()
-    chosen = [example for example in examples if choices and example.kind == "closed"]
-    written = [example for example in examples if not (choices and example.kind == "closed")]
+    share = _share(examples, processes.rank(), processes.count())
+    chosen = [example for example in share if choices and example.kind == "closed"]
+    written = [example for example in share if not (choices and example.kind == "closed")]
 
     def counted(before: int) -> Progress | None:
-        return progress and (lambda done, _: progress(before + done, len(examples)))
+        return progress and (lambda done, _: progress(before + done, len(share)))
 
     memory.reset_peak()
     started = time.perf_counter()
@@ -126,21 +128,25 @@ def evaluate(
         images=images,
         progress=counted(len(written)),
     )
+    with processes.losing_none():
+        everything = processes.gathered((found, memory.peak_memory_bytes()))
     seconds = time.perf_counter() - started
-    by_id = {prediction.id: prediction for prediction in found}
+    by_id = {prediction.id: prediction for predictions, _ in everything for prediction in predictions}
     predictions = [by_id[example.id] for example in examples]
     evaluation = Evaluation(
         predictions=predictions,
-        metrics=(
-            score_report(examples, predictions, normalisations=normalisations_for(dataset.name))
-            if report
-            else score_vqa(examples, predictions, normalisation=normalisation)
+        metrics=processes.from_first(
+            lambda: (
+                score_report(examples, predictions, normalisations=normalisations_for(dataset.name))
+                if report
+                else score_vqa(examples, predictions, normalisation=normalisation)
+            )
         ),
         seconds=seconds,
         pairs_per_second=len(examples) / seconds,
-        peak_memory_bytes=memory.peak_memory_bytes(),
+        peak_memory_bytes=max(peak for _, peak in everything),
     )
-    if out is not None:
+    if out is not None and processes.is_first():
         write_results(
             out,
             dataset,
@@ -162,6 +168,15 @@ def evaluate(
             device=str(family.device),
         )
     return evaluation
+
+
+def _share(examples: Sequence[Example], rank: int, ranks: int) -> list[Example]:
+    """The examples that process `rank` answers: those of whole images, about as many as each other has."""
+    groups = group_by_image(examples)
+    counts = [len(group) for group in groups]
+    shares = rank_shares(counts, min(ranks, len(groups)))
+    mine = shares[rank] if rank < len(shares) else []
+    return [example for index in mine for example in groups[index]]
 
 
 def _make_directory(out: Path) -> None:
@@ -311,9 +326,12 @@ def evaluate_config(config: EvaluateConfig, *, progress: Progress | None = None)
     from normtune.catalog import open_from
     from normtune.image_cache import ImageCache, image_store
 
+    processes.join(config.device)
     dataset = open_from(config)
     examples = dataset.split(config.split)[: config.limit]
-    family = open_model(config.model, config.adapter, dtype=config.dtype, device=config.device)
+    family = open_model(
+        config.model, config.adapter, dtype=config.dtype, device=config.device, quantize=config.quantize
+    )
     store = image_store(config.cache, family)
     images = None if store is None else ImageCache(family, dataset, frozen=True, store=store)
     evaluate(
@@ -330,7 +348,7 @@ def evaluate_config(config: EvaluateConfig, *, progress: Progress | None = None)
         progress=progress,
         names={"base": config.model, "adapter": str(config.adapter) if config.adapter else None},
     )
-    found: dict[str, Any] = read_json(config.out / "metrics.json")
+    found: dict[str, Any] = processes.from_first(lambda: read_json(config.out / "metrics.json"))
     return {**found, "out": str(config.out)}
 
 

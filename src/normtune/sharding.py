@@ -1,0 +1,105 @@
+"""FSDP2 by accelerate: layers dealt out to the processes, and tensors made whole again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import Tensor, nn
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from normtune.anatomy import layers
+from normtune.errors import InputError
+
+Holder = tuple[nn.Module, str]  # a module and the attribute under which it holds a parameter
+
+
+def shard_by_layers(accelerator: Accelerator, model: nn.Module) -> None:
+    """Have accelerate deal out each layer of `model` by itself, whatever --fsdp_auto_wrap_policy says.
+
+    A layer is one unit with its frozen weights and its trained ones, which all are fp32. What stands outside
+    the layers (embeddings, head) is a unit of its own, gathered for a whole step.
+
+    Raises:
+        InputError: the base is quantised, or runs layers of its own again in the backward pass.
+    """
+    if any(type(one.data) is not Tensor or not one.is_floating_point() for one in model.parameters()):
+        raise InputError("a quantised base cannot be dealt out by FSDP. Leave --quantize or --use_fsdp out.")
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None:  # accelerate knows FSDP on accelerators alone; torch has it on the CPU too
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+    if plugin.activation_checkpointing:
+        raise InputError("--fsdp_activation_checkpointing: choose --memory balanced or tight instead.")
+    plugin.cpu_ram_efficient_loading = False
+    plugin.auto_wrap_policy = transformer_auto_wrap_policy
+    kinds = {type(model.get_submodule(name)).__name__ for name in layers(model)}
+    plugin.transformer_cls_names_to_wrap = sorted(kinds)
+
+
+def holders(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, Holder]:
+    """Where each of `parameters` stands; sharding puts another parameter in the same place."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    found: dict[str, Holder] = {}
+    for module in model.modules():
+        for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if (name := names.get(id(parameter))) is not None:
+                found.setdefault(name, (module, attribute))
+    assert found.keys() == parameters.keys(), "every trained parameter has a place"
+    return {name: found[name] for name in parameters}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be dealt out; all processes call it, for one tensor after the other."""
+    found = tensor.detach()
+    return found.full_tensor() if isinstance(found, DTensor) else found
+
+
+def fill(parameter: nn.Parameter, value: Tensor) -> None:
+    """Give a parameter, dealt out or not, the values of a whole tensor."""
+    with torch.no_grad():
+        parameter.copy_(_as_dealt(value, parameter))
+
+
+def _as_dealt(value: Tensor, like: Tensor) -> Tensor:
+    if not isinstance(like, DTensor):
+        return value
+    on_device = value.to(like.device)
+    return distribute_tensor(on_device, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's state as that of a run of one process; all processes call it."""
+    stored = optimizer.state_dict()
+    state = {
+        index: {key: whole(value) if isinstance(value, Tensor) else value for key, value in one.items()}
+        for index, one in sorted(stored["state"].items())
+    }
+    return {"state": state, "param_groups": stored["param_groups"]}
+
+
+def load_state(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None:
+    """Put a whole state into the optimizer of a run of any number of processes."""
+    parameters = _parameters(optimizer.param_groups)
+    state = {
+        index: {
+            key: _as_dealt(value, parameters[index]) if _follows(value, parameters[index]) else value
+            for key, value in one.items()
+        }
+        for index, one in stored["state"].items()
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": stored["param_groups"]})
+
+
+def _follows(value: Any, parameter: Tensor) -> bool:
+    """Whether a value of the state has one number for each of the parameter's (a count of steps has not)."""
+    return isinstance(value, Tensor) and value.shape == parameter.shape
+
+
+def _parameters(groups: Iterable[dict[str, Any]]) -> list[Tensor]:
+    return [parameter for group in groups for parameter in group["params"]]

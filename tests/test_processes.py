@@ -1,0 +1,72 @@
+"""What a process knows of its launcher, and what it refuses of it; meeting others is in test_distributed."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from normtune import processes
+from normtune.cells import run_cells
+from normtune.errors import InputError
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """As the second of two processes that torchrun started."""
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+def test_without_a_launcher_there_is_one_process_and_it_is_the_first() -> None:
+    processes.join(None)
+    assert (processes.launched(), processes.rank(), processes.count()) == (1, 0, 1)
+    assert processes.is_first() and processes.reports()
+    assert not processes.sharded() and not processes.another_failed()
+    assert processes.gathered("a") == ["a"] and processes.from_first(lambda: 7) == 7
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "said"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "cpu", "DeepSpeed is not offered"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "cpu", "FSDP is offered in its version 2"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "cpu", "--use_fsdp --fsdp_version 2"),
+        ({}, "cuda:1", "the launcher gives each process its GPU"),
+    ],
+)
+def test_what_a_launcher_asks_for_and_is_not_offered_is_refused(
+    launched: pytest.MonkeyPatch, given: dict[str, str], device: str, said: str
+) -> None:
+    for name, value in given.items():
+        launched.setenv(name, value)
+    with pytest.raises(InputError, match=said):
+        processes.join(device)
+
+
+def test_the_second_process_leaves_a_fault_of_the_command_to_the_first(launched: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    launched.setattr("normtune.processes.time.sleep", waited.append)
+    assert not processes.reports() and waited == [processes.GRACE.total_seconds()]
+    launched.setenv("RANK", "0")
+    assert processes.reports() and len(waited) == 1
+
+
+def test_the_end_of_another_process_is_told_and_other_errors_pass(launched: pytest.MonkeyPatch) -> None:
+    launched.setattr("normtune.processes.count", lambda: 2)
+    with pytest.raises(InputError, match="another process of the run was ended"), processes.losing_none():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
+    with pytest.raises(RuntimeError, match="shapes"), processes.losing_none():
+        raise RuntimeError("shapes differ")
+
+
+def test_a_process_that_starts_others_leaves_its_launcher_first(launched: pytest.MonkeyPatch) -> None:
+    for name in ("ACCELERATE_MIXED_PRECISION", "FSDP_VERSION", "TORCHELASTIC_RUN_ID", "MASTER_PORT"):
+        launched.setenv(name, "1")
+    launched.setenv("RANKING", "mine")
+    with pytest.raises(InputError, match="Run it without torchrun"):
+        next(run_cells([], 1))
+    processes.leave_launcher()
+    assert processes.launched() == 1 and processes.is_first() and os.environ["RANKING"] == "mine"
+    assert not any(name.startswith(("ACCELERATE_", "FSDP_", "TORCHELASTIC_")) for name in os.environ)
