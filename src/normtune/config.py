@@ -92,12 +92,16 @@ class TrainConfig(DataOptions):
         "pairs", description="What batches hold about as much of; --batch is then their mean size."
     )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Dtype of the frozen base.")
+    quantize: Literal["int8", "nf4"] | None = Field(
+        None, description="Hold the language model's linears in 8 bits (torchao) or 4 (bitsandbytes)."
+    )
     memory: Literal["fast", "balanced", "tight"] = Field(
         "fast", description="Layers computed again in the backward pass: none, every second one, or all."
     )
     cache: Path | None = Field(
         None, description="Folder where what frozen layers make of images is kept; runs may share it."
     )
+    compile: bool = Field(False, description="Compile the language model's layers (torch.compile).")
     device: str | None = Field(None, description="cpu or cuda; by default CUDA where there is one.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay, on matrices only.")
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which the rate rises.")
@@ -132,6 +136,9 @@ class EvaluateConfig(DataOptions):
     )
     normalisation: Literal["vqa", "none"] = Field("vqa", description="Of answers before they are compared.")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Dtype of the base.")
+    quantize: Literal["int8", "nf4"] | None = Field(
+        None, description="Hold the language model's linears in 8 bits (torchao) or 4 (bitsandbytes)."
+    )
     cache: Path | None = Field(
         None, description="Folder where what the image encoder makes of images is kept; runs may share it."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from normtune.models import load
+from normtune.losses import answer_loss
+from normtune.models import causal, load
 from normtune.models.causal import CausalFamily
 from normtune.models.family import Pixels
 from normtune.packing import Group
@@ -131,6 +133,37 @@ def test_shared_images_give_transformers_own_loss_and_gradients(
     loss, tokens = family.loss(family.collate(*grouped(family, GROUPINGS[grouping])))
     family.rows = "pad"
     assert tokens == sum(conversation(family, i)[1] for i in range(len(PAIRS)))
+    assert abs(float(loss.detach()) - sum(plain[0])) / sum(plain[0]) < TOLERANCE
+    assert_same_gradients(gradients(family, loss), plain[1])
+
+
+def test_tokens_are_counted_without_computing_features(
+    family: CausalFamily, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(family, "features", None)
+    for grouping in GROUPINGS.values():
+        groups, pixels = grouped(family, grouping)
+        counted = 0
+        for group, images in zip(groups, pixels, strict=True):
+            copies = 1 if family.shares_prefix else len(group.segments)
+            counted += copies * family.prefix_tokens(images) + sum(map(len, group.segments))
+        assert counted == (family.collate(groups, pixels)["group_of"] >= 0).sum()
+
+
+def test_the_tokens_of_two_views_are_counted_together(family: CausalFamily) -> None:
+    one, other = family.pixels(image("a")), family.pixels(image("b"))
+    segment = family.encode("0", "What changed?", "nothing")
+    copies = family.collate([Group(("a", "b"), (segment,))], [[one, other]])["group_of"]
+    assert family.prefix_tokens([one, other]) + len(segment) == (copies >= 0).sum()
+
+
+def test_logits_in_chunks_give_transformers_own_loss_and_gradients(
+    family: CausalFamily, plain: tuple[list[float], dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads are tied to the embedding in some families."""
+    rows = 3 * 4 * family.vocabulary  # three rows of fp32 logits
+    monkeypatch.setattr(causal, "answer_loss", partial(answer_loss, limit_bytes=rows))
+    loss, _ = family.loss(family.collate(*grouped(family, GROUPINGS["by image"])))
     assert abs(float(loss.detach()) - sum(plain[0])) / sum(plain[0]) < TOLERANCE
     assert_same_gradients(gradients(family, loss), plain[1])
 

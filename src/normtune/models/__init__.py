@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -35,28 +35,82 @@ BUILT_IN = ("nano",)  # checkpoints that come with the package
 _SHAPES = "shapes"  # folder of configs of well-known models, for counting without their files
 
 
-def load(model: str, *, dtype: str | torch.dtype = "float32", device: str | None = "cpu") -> Family:
+def load(
+    model: str,
+    *,
+    dtype: str | torch.dtype = "float32",
+    device: str | None = "cpu",
+    quantize: str | None = None,
+) -> Family:
     """Load a base: 'nano', a local directory, or a name of the hub; `device` None is CUDA where there is one.
 
+    With `quantize` ("int8", "nf4") the linears of the language model's layers are quantised while they are
+    read, so that the base is never held whole in `dtype`.
+
     Raises:
-        InputError: there is no such model or device, or no family for the model's kind.
+        InputError: there is no such model or device, no family for the model's kind, or the package that
+            quantises is not installed.
     """
     import torch
 
-    place = _device(device)
-
+    place = device_of(device)
     source = _source(model)
-    model_type = _model_type(source)
+    family = family_type(model)
+    wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if quantize is None:
+        with quiet_loading(source):
+            return _told(model, lambda: family.load(source, wanted, place))
+    from normtune.quantize import check_installed, frozen_linears, quantization_config, quiet
+
+    check_installed(quantize)
+    with quiet_loading(source), quiet():
+        how = quantization_config(skeleton(model), quantize, wanted)
+        loaded: Family = _told(model, lambda: family.load(source, wanted, place, quantization=how))
+    frozen_linears(loaded.model)
+    return loaded
+
+
+def hollow(model: str) -> Family:
+    """The family with its processor around a model on the meta device: questions can be laid out.
+
+    Raises:
+        InputError: there is no such model, it has no processor, or no family loads it.
+    """
+    if model in shapes():
+        raise InputError(f"'{model}' is a shape without a processor. Give a model: a directory or hub name.")
+    family = family_type(model)
+    source = _source(model)
+    body: Any = skeleton(model)
+    with quiet_loading(source):
+        processor = _told(model, lambda: family.load_processor(source, str(body.config.model_type)))
+    made: Family = _told(model, lambda: family(_generating(body.eval(), source), processor))
+    return made
+
+
+def _generating(body: Any, source: str) -> Any:
+    """The model with its checkpoint's generation config, which says what ends an answer."""
+    from transformers import GenerationConfig
+
+    with suppress(OSError):  # not every checkpoint has one
+        body.generation_config = GenerationConfig.from_pretrained(source)
+    return body
+
+
+def family_type(model: str) -> type[Family]:
+    """The class that loads a model.
+
+    Raises:
+        InputError: there is no such model, or no family for its kind.
+    """
+    model_type = _model_type(_source(model))
     if model_type not in _FAMILIES:
         raise InputError(
             f"model {model} is of type '{model_type}', which no family loads. "
             f"Families: {', '.join(_FAMILIES)}. (normtune inspect can count it all the same.)"
         )
     module, name = _FAMILIES[model_type]
-    family: type[Family] = getattr(import_module(module), name)
-    wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    with quiet_loading(source):
-        return _told(model, lambda: family.load(source, wanted, place))
+    found: type[Family] = getattr(import_module(module), name)
+    return found
 
 
 def skeleton(model: str) -> nn.Module:
@@ -91,7 +145,12 @@ def skeleton(model: str) -> nn.Module:
     raise InputError(f"model {model} of type '{config.model_type}' is no vision-language model known here.")
 
 
-def _device(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
+    """The device of that name; None is CUDA where there is one.
+
+    Raises:
+        InputError: there is no such device here.
+    """
     import torch
 
     if name is None:

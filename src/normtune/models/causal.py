@@ -8,7 +8,7 @@ images become tokens and features, and whatever is its own in masks and position
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -17,16 +17,19 @@ import torch
 from accelerate.utils import send_to_device
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
 from normtune.errors import InputError
 from normtune.generate import Generated, generate
+from normtune.losses import answer_log_probs, answer_loss
+from normtune.models.attention import BLOCK, Backend, additive, takes_blocks, use_shared_attention
+from normtune.models.below import DEPTH, ENTERING, Below, causal_below, passing
 from normtune.models.branches import Branches, Masks, Windows
 from normtune.models.conversation import Conversation, Prompts, Tokens
 from normtune.models.family import Answer, Batch, Family, Pixels
 from normtune.packing import Group, Segment
-from normtune.sequences import PREFIX, Rows, SharedSequence, dense_mask, shared_sequence
+from normtune.quantize import loading_options
+from normtune.sequences import PREFIX, Rows, SharedSequence, block_mask, dense_mask, shared_sequence
 
 ANSWER_TOKENS = 256  # with the end token
 REPORT_TOKENS = 512
@@ -41,11 +44,14 @@ class CausalFamily(Family):
 
     Attributes:
         rows: how groups are laid out, one a row ("pad") or all in one row ("pack").
+        attention: masks as tensors ("dense"), or as FlexAttention's blocks ("block"); "auto": blocks on CUDA
+            where rows are long.
         ends: the tokens that end an answer.
     """
 
     model: Any
     config: Any
+    image_layers: int = 0  # how many of the first layers take image features besides their input
     image_options: ClassVar[dict[str, Any]] = {}  # for the image processor
     image_keys: ClassVar[tuple[str, ...]] = ("pixel_values",)  # what is kept of its results
 
@@ -53,22 +59,33 @@ class CausalFamily(Family):
         super().__init__(model, processor)
         self.config = self.model.config
         self.rows: Rows = "pad"
+        self.attention: Backend = "auto"
+        use_shared_attention(self.decoder)
         tokenizer = processor.tokenizer
         self.ends = _end_tokens(model, tokenizer)
         self.pad_id: int = self.ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.image_token_id: int = self.config.image_token_id
+        self.vocabulary: int = self.config.get_text_config().vocab_size
         self.windows = _windows(self.config.get_text_config())
         self.conversation = self.converse()
         parameters = inspect.signature(self.decoder.forward).parameters
         self._cache_argument = "cache" if "cache" in parameters else "past_key_values"  # before 5.24
 
     @classmethod
-    def load(cls, source: str | Path, dtype: torch.dtype, device: str | torch.device = "cpu") -> Self:
-        """Load a checkpoint of transformers' layout; masks of our own need its SDPA attention."""
+    def load(
+        cls,
+        source: str | Path,
+        dtype: torch.dtype,
+        device: str | torch.device = "cpu",
+        *,
+        quantization: Any = None,
+    ) -> Self:
+        """Load a checkpoint of transformers' layout."""
         model: Any = AutoModelForImageTextToText.from_pretrained(
-            str(source), dtype=dtype, attn_implementation="sdpa"
+            str(source), dtype=dtype, attn_implementation="sdpa", **loading_options(quantization, device)
         )
-        return cls(model.to(device).eval(), cls.load_processor(str(source), model.config.model_type))
+        model = model.to(device) if quantization is None else model
+        return cls(model.eval(), cls.load_processor(str(source), model.config.model_type))
 
     @classmethod
     def load_processor(cls, source: str, model_type: str) -> Any:
@@ -146,6 +163,16 @@ class CausalFamily(Family):
             name: value.cpu() for name, value in found.items()
         }
 
+    def without_features(self, pixels: Pixels) -> Pixels:
+        """What of `seen` tells how an image is written: its features keep their number, and no width."""
+        return {name: value[:, :0] if name.startswith(FEATURES) else value for name, value in pixels.items()}
+
+    def below(self, trained: Collection[nn.Parameter]) -> Below | None:
+        return causal_below(self, trained, image_layers=self.image_layers)
+
+    def prefix_tokens(self, images: Sequence[Pixels]) -> int:
+        return len(self.conversation.prefix([self.image_text(image) for image in images]))
+
     def encode(self, id: str, question: str, answer: str | None, *, report: bool = False) -> Segment:
         """The family's own chat template; no question: the report prompt."""
         prompt, tokens = self.conversation.segment(
@@ -180,6 +207,8 @@ class CausalFamily(Family):
         """
         groups, prefixes, pixels = self.arrange(groups, pixels)
         sequence = shared_sequence(groups, prefixes, self.pad_id, rows=rows)
+        if self._takes_blocks(sequence.input_ids):
+            sequence = shared_sequence(groups, prefixes, self.pad_id, rows=rows, multiple_of=BLOCK)
         distinct = list({id(image): image for image in chain.from_iterable(pixels)}.values())
         batch: Batch = {
             "input_ids": sequence.input_ids,
@@ -207,37 +236,47 @@ class CausalFamily(Family):
 
     def loss(self, batch: Batch, *, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         """(summed cross-entropy, number of answer tokens)."""
-        logits = self._answer_logits(batch)
-        summed = F.cross_entropy(logits, batch["labels"], reduction="sum", label_smoothing=label_smoothing)
-        return summed, torch.tensor(len(logits), device=summed.device)
+        summed = answer_loss(
+            self.model.lm_head,
+            self._answer_states(batch),
+            batch["labels"],
+            vocabulary=self.vocabulary,
+            label_smoothing=label_smoothing,
+        )
+        return summed, torch.tensor(len(batch["labels"]), device=summed.device)
 
     def log_probs(self, batch: Batch) -> Tensor:
         """[segments], the log-probability of each whole answer."""
-        each = -F.cross_entropy(self._answer_logits(batch), batch["labels"], reduction="none")
+        states = self._answer_states(batch)
+        each = answer_log_probs(self.model.lm_head, states, batch["labels"], vocabulary=self.vocabulary)
         return each.new_zeros(batch["pairs"]).index_add(0, batch["segment_index"], each)
 
-    def _answer_logits(self, batch: Batch) -> Tensor:
-        """[N, vocabulary] fp32, of the answer tokens alone."""
+    def _answer_states(self, batch: Batch) -> Tensor:
+        """[N, width], the hidden states that predict the answer tokens."""
         states = self._states(batch, use_cache=False)
-        return self._logits(states.flatten(0, 1).index_select(0, batch["answer_rows"]))
+        return states.flatten(0, 1).index_select(0, batch["answer_rows"])
 
     def _logits(self, states: Tensor) -> Tensor:
         return self.model.lm_head(states).float()
 
     def _states(self, batch: Batch, **options: Any) -> Tensor:
         """Hidden states [B, S, width] of a laid-out batch."""
-        return self.decoder(
-            **self.embedded(batch, self._features(batch)),
-            attention_mask=_as_argument(self._masks(batch)),
-            position_ids=batch["position_ids"],
-            **options,
-        ).last_hidden_state
+        if ENTERING in batch:  # the first layers are done, see `Family.below`
+            arguments = {"inputs_embeds": batch[ENTERING]}
+        else:
+            arguments = self.embedded(batch, self._features(batch))
+        masks = self._masks(batch, arguments["inputs_embeds"].dtype)
+        with passing(self.decoder, range(batch.get(DEPTH, 0))):
+            return self.decoder(
+                **arguments, attention_mask=masks, position_ids=batch["position_ids"], **options
+            ).last_hidden_state
 
-    def _masks(self, batch: Batch) -> Masks:
-        """Who sees whom, for each kind of attention layer; the place for other backends' masks."""
+    def _masks(self, batch: Batch, dtype: torch.dtype) -> Any:
+        """Who sees whom, as the decoder takes it for states of `dtype`."""
         blocks = self.blocks(batch)
-        return {
-            kind: dense_mask(
+        makes = block_mask if self._takes_blocks(batch["input_ids"]) else dense_mask
+        masks: dict[str, Any] = {
+            kind: makes(
                 batch["group_of"],
                 batch["segment_of"],
                 image_block=blocks,
@@ -246,6 +285,11 @@ class CausalFamily(Family):
             )
             for kind, window in self.windows.items()
         }
+        return _as_argument(masks if makes is block_mask else additive(masks, self.decoder, dtype))
+
+    def _takes_blocks(self, input_ids: Tensor) -> bool:
+        """Whether these rows are attended under block masks; lengths are multiples of 128 there."""
+        return takes_blocks(self.attention, input_ids.shape[1], self.device, self.decoder)
 
     def _features(self, batch: Batch) -> dict[str, Tensor]:
         """One row an image token; autograd keeps nothing of a tower in which nothing is trained."""
@@ -299,9 +343,10 @@ class CausalFamily(Family):
         rotary = rotary if rotary.ndim == 2 else rotary[0]  # text has one position on all axes
 
         def decode(input_ids: Tensor, position_ids: Tensor, masks: Masks) -> Tensor:
+            embeds = self.decoder.get_input_embeddings()(input_ids)
             states = self.decoder(
-                inputs_embeds=self.decoder.get_input_embeddings()(input_ids),
-                attention_mask=_as_argument(masks),
+                inputs_embeds=embeds,
+                attention_mask=_as_argument(additive(masks, self.decoder, embeds.dtype)),
                 position_ids=self.step_positions(position_ids),
                 use_cache=True,
                 **{self._cache_argument: cache},
@@ -337,7 +382,7 @@ def _features_of(images: Sequence[Pixels]) -> dict[str, Tensor]:
     return {name: torch.cat([image[name] for image in images]) for name in names}
 
 
-def _as_argument(masks: Masks) -> Any:
+def _as_argument(masks: dict[str, Any]) -> Any:
     """Transformers takes a dict of masks where the kinds of layers differ, else the mask itself."""
     return masks.get(ONE_KIND, masks)
 

@@ -48,8 +48,23 @@ class Family(ABC):
 
     @classmethod
     @abstractmethod
-    def load(cls, source: str | Path, dtype: torch.dtype, device: str | torch.device = "cpu") -> Family:
-        """Load model and processor from a local directory or a hub name, in eval mode."""
+    def load(
+        cls,
+        source: str | Path,
+        dtype: torch.dtype,
+        device: str | torch.device = "cpu",
+        *,
+        quantization: Any = None,
+    ) -> Family:
+        """Load model and processor from a local directory or a hub name, in eval mode.
+
+        `quantization` is transformers' config of it; linears are quantised while they are read.
+        """
+
+    @classmethod
+    @abstractmethod
+    def load_processor(cls, source: str, model_type: str) -> Any:
+        """The processor alone."""
 
     @abstractmethod
     def pixels(self, image: Image.Image) -> Pixels:

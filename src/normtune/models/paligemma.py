@@ -6,7 +6,7 @@ projector make of it is shared, and every question is a sequence of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ class PaliGemmaFamily(CausalFamily):
     """PaliGemma 1: image and question see each other both ways, the answer sees them and its own past."""
 
     model_types = ("paligemma",)
+    shares_prefix = False
 
     def __init__(self, model: nn.Module, processor: Any) -> None:
         super().__init__(model, processor)
@@ -49,6 +50,9 @@ class PaliGemmaFamily(CausalFamily):
             raise InputError(
                 "PaliGemma 2 caps its attention's logits, which SDPA cannot do. Choose a PaliGemma 1 model."
             )
+
+    def below(self, trained: Collection[nn.Parameter]) -> None:
+        """Nothing is held: an image's states differ from question to question."""
 
     def converse(self) -> PrefixAndSuffix:
         return PrefixAndSuffix(self.processor)

@@ -35,6 +35,11 @@ class QwenVLFamily(CausalFamily):
     def load_processor(cls, source: str, model_type: str) -> Any:
         return image_only(_PROCESSORS[model_type], source)
 
+    @property
+    def image_layers(self) -> int:  # type: ignore[override]
+        """Qwen3-VL adds image features to the states of as many of the first layers."""
+        return len(getattr(self.config.vision_config, "deepstack_visual_indexes", ()))
+
     def image_inputs(self, images: Sequence[Pixels]) -> dict[str, Tensor]:
         """pixel_values [patches of all images, patch width]; image_grid_thw [images, 3]."""
         return {

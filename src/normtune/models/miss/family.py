@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from PIL import Image
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BlipImageProcessorPil, BlipProcessor
 
 from normtune.errors import InputError
+from normtune.losses import answer_log_probs, answer_loss
+from normtune.models.below import Below, GroupStates, own_parameters
 from normtune.models.family import Answer, Batch, Family, Pixels
 from normtune.models.miss.config import MissConfig
 from normtune.models.miss.model import MissForQuestionAnswering
 from normtune.models.miss.tokenizer import ENCODE
 from normtune.packing import Group, Segment
+from normtune.quantize import loading_options
 
 QUESTION_TOKENS = 35  # with [ENC] and [SEP] (Chen et al. 2024)
 REPORT_TOKENS = 256
@@ -34,12 +37,25 @@ class MissFamily(Family):
     model: MissForQuestionAnswering
 
     @classmethod
-    def load(cls, source: str | Path, dtype: torch.dtype, device: str | torch.device = "cpu") -> MissFamily:
+    def load(
+        cls,
+        source: str | Path,
+        dtype: torch.dtype,
+        device: str | torch.device = "cpu",
+        *,
+        quantization: Any = None,
+    ) -> MissFamily:
         """Load a directory written by `save`, or such a repository of the hub."""
-        processor = BlipProcessor.from_pretrained(str(source))
-        model = MissForQuestionAnswering.from_pretrained(str(source), dtype=dtype)
-        model.to(device)  # type: ignore[arg-type]
-        return cls(model.eval(), processor)
+        model = MissForQuestionAnswering.from_pretrained(
+            str(source), dtype=dtype, **loading_options(quantization, device)
+        )
+        if quantization is None:
+            model.to(device)  # type: ignore[arg-type]
+        return cls(model.eval(), cls.load_processor(str(source), model.config.model_type))
+
+    @classmethod
+    def load_processor(cls, source: str, model_type: str) -> Any:
+        return BlipProcessor.from_pretrained(source)
 
     @property
     def config(self) -> MissConfig:
@@ -55,6 +71,10 @@ class MissFamily(Family):
         """`image_states` [1 + patches, width], on the CPU."""
         states = self.model.visual_encoder(pixels["pixel_values"][None].to(self.device))
         return {"image_states": states[0].cpu()}
+
+    def prefix_tokens(self, images: Sequence[Pixels]) -> int:
+        """The image states, 1 + patches an image."""
+        return len(images) * self.model.visual_encoder.pos_embed.shape[1]
 
     def encode(self, id: str, question: str, answer: str | None, *, report: bool = False) -> Segment:
         """[ENC] question [SEP], at most 35 tokens, and answer [SEP]; no question: the report prompt."""
@@ -79,29 +99,30 @@ class MissFamily(Family):
         [segments]; `view_index` [groups, views] where a group has several images; `logit_rows` are the
         labelled rows.
         """
-        batch = self._questions(groups, pixels)
         segments = [segment for group in groups for segment in group.segments]
+        return self._questions(groups, pixels) | self._answers(segments)
+
+    def _answers(self, segments: Sequence[Segment]) -> Batch:
+        """What the decoder needs besides the questions' states."""
         start = self.config.bos_token_id
         entered = [torch.tensor((start, *segment.answer[:-1])) for segment in segments]
         wanted = [torch.tensor(segment.answer) for segment in segments]
-        batch["decoder_input_ids"] = pad_sequence(entered, True, self.config.pad_token_id)
-        batch["labels"] = pad_sequence(wanted, True, NO_LABEL)
-        batch["logit_rows"] = (batch["labels"].flatten() != NO_LABEL).nonzero()[:, 0]
-        batch["pairs"] = len(segments)
-        return batch
+        labels = pad_sequence(wanted, True, NO_LABEL)
+        return {
+            "decoder_input_ids": pad_sequence(entered, True, self.config.pad_token_id),
+            "labels": labels,
+            "logit_rows": (labels.flatten() != NO_LABEL).nonzero()[:, 0],
+            "pairs": len(segments),
+        }
 
     def _questions(self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]]) -> Batch:
         """What the encoder needs, answers left out."""
         segments = [segment for group in groups for segment in group.segments]
-        lengths = torch.tensor([len(segment.prompt) for segment in segments])
-        ids = pad_sequence([torch.tensor(s.prompt) for s in segments], True, self.config.pad_token_id)
-        padded = bool((lengths != lengths[0]).any())
         sizes = torch.tensor([len(group.segments) for group in groups])
         images = list(chain.from_iterable(pixels))
         batch: Batch = {
             **{name: torch.stack([image[name] for image in images]) for name in images[0]},
-            "input_ids": ids,
-            "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long() if padded else None,
+            **self._prompts(segments),
             "image_index": torch.arange(len(groups)).repeat_interleave(sizes),
         }
         views = [len(images) for images in pixels]
@@ -114,26 +135,47 @@ class MissFamily(Family):
             batch["view_index"] = index
         return batch
 
+    def _prompts(self, segments: Sequence[Segment]) -> Batch:
+        lengths = torch.tensor([len(segment.prompt) for segment in segments])
+        ids = pad_sequence([torch.tensor(s.prompt) for s in segments], True, self.config.pad_token_id)
+        padded = bool((lengths != lengths[0]).any())
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long() if padded else None
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def below(self, trained: Collection[nn.Parameter]) -> Below | None:
+        """All but the decoder, where nothing else is trained."""
+        decoder = own_parameters(self.model.text_decoder)
+        return MissBelow(self) if all(id(one) in decoder for one in trained) else None
+
     def loss(self, batch: Batch, *, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         """(summed cross-entropy, number of answer tokens)."""
-        logits, wanted = self._answer_logits(batch)
-        summed = F.cross_entropy(logits, wanted, reduction="sum", label_smoothing=label_smoothing)
+        states, wanted = self._answer_states(batch)
+        summed = answer_loss(
+            self.model.text_decoder.cls,
+            states,
+            wanted,
+            vocabulary=self.config.vocab_size,
+            label_smoothing=label_smoothing,
+        )
         return summed, torch.tensor(len(wanted), device=summed.device)
 
     def log_probs(self, batch: Batch) -> Tensor:
         """[segments], the log-probability of each whole answer."""
-        logits, wanted = self._answer_logits(batch)
-        each = -F.cross_entropy(logits, wanted, reduction="none")
+        states, wanted = self._answer_states(batch)
+        each = answer_log_probs(
+            self.model.text_decoder.cls, states, wanted, vocabulary=self.config.vocab_size
+        )
         segment = batch["logit_rows"] // batch["labels"].shape[1]
         return each.new_zeros(len(batch["labels"])).index_add(0, segment, each)
 
-    def _answer_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """fp32 logits [answer tokens, vocabulary] and the tokens [answer tokens]."""
+    def _answer_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The decoder's states [answer tokens, width] that predict the tokens [answer tokens]."""
         inputs: dict[str, Any] = {
-            name: value for name, value in batch.items() if name not in ("labels", "pairs")
+            name: value for name, value in batch.items() if name not in ("labels", "pairs", "logit_rows")
         }
-        logits = self.model(**inputs).logits
-        return logits.float(), batch["labels"].flatten().index_select(0, batch["logit_rows"])
+        states = self.model.answer_states(**inputs).flatten(0, 1)
+        rows = batch["logit_rows"]
+        return states.index_select(0, rows), batch["labels"].flatten().index_select(0, rows)
 
     @torch.inference_mode()
     def answer(
@@ -160,6 +202,35 @@ class MissFamily(Family):
     def _spoken(self, generated: Any) -> Answer:
         text = self.processor.tokenizer.decode(generated.tokens, skip_special_tokens=True)
         return Answer(text.strip(), generated.score)
+
+
+class MissBelow(Below):
+    """The image and text encoders."""
+
+    told = "question states, which the decoder reads"
+    above = ("text_decoder",)
+
+    def __init__(self, family: MissFamily) -> None:
+        self.family = family
+
+    def reads(self, segment: Segment) -> tuple[int, ...]:
+        return segment.prompt
+
+    @torch.no_grad()
+    def states(self, group: Group, images: Sequence[Pixels]) -> GroupStates:
+        batch = send_to_device(self.family._questions([group], [images]), self.family.device)
+        found = self.family.model.encode_questions(**batch).cpu()
+        rows = [states[: len(one.prompt)] for one, states in zip(group.segments, found, strict=True)]
+        return GroupStates((), found.new_zeros(0, found.shape[-1]), tuple(rows))
+
+    def collate(self, groups: Sequence[Group], states: Sequence[GroupStates]) -> Batch:
+        segments = [segment for group in groups for segment in group.segments]
+        rows = [question for one in states for question in one.segments]
+        return {
+            **self.family._prompts(segments),
+            **self.family._answers(segments),
+            "question_states": pad_sequence(rows, True),
+        }
 
 
 def miss_processor(tokenizer: Any, image_size: int, *, divide_twice: bool = False) -> BlipProcessor:

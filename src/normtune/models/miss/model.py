@@ -141,9 +141,7 @@ class MissForQuestionAnswering(PreTrainedModel):
         states = self.encode_questions(input_ids, attention_mask, image_states, image_index, view_index)
         logits = loss = None
         if decoder_input_ids is not None:
-            mask = padding_mask(attention_mask, states.dtype)
-            # answers are padded on the right, so that the causal mask hides the padding from them
-            hidden = self.text_decoder.bert(decoder_input_ids, states, causal=True, memory_mask=mask)
+            hidden = self._read(decoder_input_ids, states, attention_mask)
             if logit_rows is not None:
                 hidden = hidden.flatten(0, 1).index_select(0, logit_rows)
             logits = self.text_decoder.cls(hidden)
@@ -153,6 +151,34 @@ class MissForQuestionAnswering(PreTrainedModel):
                     wanted = wanted.index_select(0, logit_rows)
                 loss = nn.functional.cross_entropy(logits.flatten(0, -2).float(), wanted)
         return MissOutput(loss=loss, logits=logits, image_states=image_states, question_states=states)
+
+    def answer_states(
+        self,
+        input_ids: Tensor,
+        decoder_input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_index: Tensor | None = None,
+        image_states: Tensor | None = None,
+        view_index: Tensor | None = None,
+        question_states: Tensor | None = None,
+    ) -> Tensor:
+        """The decoder's states before its head, [segments, answer length, width]; arguments as for `forward`.
+
+        With `question_states` [segments, question length, width], the text encoder's, no image is read.
+        """
+        if question_states is not None:
+            return self._read(decoder_input_ids, question_states, attention_mask)
+        if image_states is None:
+            assert pixel_values is not None, "pixel_values or image_states"
+            image_states = self.visual_encoder(pixel_values)
+        states = self.encode_questions(input_ids, attention_mask, image_states, image_index, view_index)
+        return self._read(decoder_input_ids, states, attention_mask)
+
+    def _read(self, answers: Tensor, states: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Answers so far, padded on the right: the causal mask hides the padding from them."""
+        mask = padding_mask(attention_mask, states.dtype)
+        return self.text_decoder.bert(answers, states, causal=True, memory_mask=mask)
 
     @torch.no_grad()
     def generate(

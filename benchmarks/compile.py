@@ -1,0 +1,101 @@
+"""Seconds a training step with and without torch.compile on the language model's layers, side by side.
+
+    python benchmarks/compile.py --out benchmarks/compile.json
+
+LLaVA's shape at a small width, 576 image tokens, and 8 to 13 questions an image, so that lengths differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from PIL import Image
+from record import record
+from shape_llava import LlavaShape
+
+from normtune.adapt import adapt
+from normtune.compiled import compiled
+from normtune.lean import lean
+from normtune.models.family import Batch
+from normtune.models.llava import LlavaFamily
+from normtune.packing import Group
+from normtune.recipe import parse
+
+QUESTIONS = [
+    "What modality is used to take this image?",
+    "Is the heart healthy?",
+    "Which organ is abnormal in this picture, left lung or right lung?",
+    "Does the picture contain liver?",
+    "How many kidneys are there?",
+]
+GROUPS = (10, 11, 12, 9, 13, 8)
+
+
+def batches(family: LlavaFamily) -> list[Batch]:
+    noise = torch.randint(0, 256, (336, 336, 3), generator=torch.Generator().manual_seed(0))
+    seen = family.seen(family.pixels(Image.fromarray(noise.to(torch.uint8).numpy())))
+    made = []
+    for size in GROUPS:
+        asked = [QUESTIONS[i % len(QUESTIONS)] for i in range(size)]
+        segments = tuple(family.encode(str(i), question, "left lung") for i, question in enumerate(asked))
+        made.append(send_to_device(family.collate([Group(("a",), segments)], [[seen]]), family.device))
+    return made
+
+
+def seconds(family: LlavaFamily, batch: Batch) -> float:
+    """One step; on the CPU the process's own time, which other processes do not lengthen."""
+    clock = time.perf_counter if family.device.type == "cuda" else time.process_time
+    started = clock()
+    family.model.zero_grad(set_to_none=True)
+    family.loss(batch)[0].backward()
+    if family.device.type == "cuda":
+        torch.cuda.synchronize()
+    return clock() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    shape = LlavaShape()
+    shape.learn_words(QUESTIONS)
+    torch.manual_seed(0)
+    family = shape.family()
+    family.model.to(options.device)
+    adapt(family.model, parse("ln"), seed=0)
+    steps = batches(family)
+    taken: dict[bool, list[float]] = {False: [], True: []}
+    with lean(family.model):
+        for counted in [False] + [True] * options.rounds:  # the first round compiles
+            for wanted in (False, True):
+                with compiled(family.model, wanted):
+                    found = [seconds(family, batch) for batch in steps]
+                if counted:
+                    taken[wanted] += found
+    plain, fused = (statistics.median(taken[one]) for one in (False, True))
+    lengths = [batch["input_ids"].shape[1] for batch in steps]
+    row: dict[str, Any] = {
+        "device": options.device,
+        "shortest_tokens": min(lengths),
+        "longest_tokens": max(lengths),
+        "seconds": round(plain, 4),
+        "compiled_seconds": round(fused, 4),
+        "times_as_fast": round(plain / fused, 3),
+    }
+    print("\n".join(f"{name}: {value}" for name, value in row.items()))
+    if options.out is not None:
+        record(options.out, "compile", [row], shape=shape.describe(), rounds=options.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""The loss of a MISS batch is the cross-entropy of the model's own logits, in chunks too."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from normtune.losses import answer_loss
+from normtune.models.family import Batch
+from normtune.models.miss import family as miss_family
+from normtune.models.miss.family import MissFamily
+from normtune.packing import Group
+from normtune.phantom import dataset
+from tests.tiny_miss import tiny_miss
+
+
+def batch_of(family: MissFamily) -> Batch:
+    groups: dict[str, list] = {}
+    for example in dataset("a", 12).examples:
+        groups.setdefault(example.images[0], []).append(
+            family.encode(example.id, example.question, example.answer)
+        )
+    images = torch.rand(len(groups), 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    packed = [Group((key,), tuple(members)) for key, members in groups.items()]
+    return family.collate(packed, [[{"pixel_values": image}] for image in images])
+
+
+def gradients(family: MissFamily, loss: Tensor) -> dict[str, Tensor]:
+    family.model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in family.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_loss_in_chunks_is_that_of_the_models_logits(
+    label_smoothing: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every gradient too, those of the head's dense layer, its norm and the tied embedding among them."""
+    family = tiny_miss()
+    batch = batch_of(family)
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "pairs")}
+    labels = batch["labels"][batch["labels"] != -100]
+    whole = F.cross_entropy(
+        family.model(**inputs).logits, labels, reduction="sum", label_smoothing=label_smoothing
+    )
+    wanted = gradients(family, whole)
+    limit = 3 * 4 * family.config.vocab_size  # three rows of fp32 logits
+    monkeypatch.setattr(miss_family, "answer_loss", partial(answer_loss, limit_bytes=limit))
+    loss, tokens = family.loss(batch, label_smoothing=label_smoothing)
+    assert tokens == len(labels) > 6
+    torch.testing.assert_close(loss, whole, rtol=1e-6, atol=0)
+    found = gradients(family, loss)
+    assert set(found) == set(wanted) and any("predictions.transform.LayerNorm" in name for name in found)
+    scale = max(float(gradient.norm()) for gradient in wanted.values())
+    for name, gradient in wanted.items():
+        assert (found[name] - gradient).norm() < 1e-5 * gradient.norm() + 1e-7 * scale, name
