@@ -4,9 +4,10 @@
 
 A cap of 1 makes every question a group of its own, so that a batch is a random draw of pairs; larger caps put
 questions of one image into one step. Everything else is the same: nano, the recipe, its learning rate, pairs,
-steps, and the five seeds. Accuracy is the mean over seeds with Student's t interval; the difference from the
-random order is of each question's mean score over the seeds, with an interval that resamples images. Runs are
-kept under --work: a study that was stopped goes on.
+steps, and the five seeds. (An arm such as 0x2 has twice the passes, for which grouping more than pays.)
+Accuracy is the mean over seeds with Student's t interval; the difference from the random order is of each
+question's mean score over the seeds, with an interval that resamples images. Runs are kept under --work: a
+study that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from normtune.results import read_run
 
 METRIC = "global_exact"
 ALL = 0  # no cap: all questions of an image in one group
-CAPS = (1, 2, 4, 8, ALL)
+ARMS, SLAKE_ARMS = ("1", "2", "4", "8", "0"), ("1", "4", "0", "0x2")
 RESULT = Path("adapter") / "train_result.json"
 
 
@@ -39,8 +40,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--work", type=Path, required=True, help="where the runs are kept")
     parser.add_argument("--recipes", nargs="+", default=["ln"])
-    parser.add_argument("--caps", type=int, nargs="+", default=CAPS, help="0: no cap; 1: random order, first")
-    parser.add_argument("--slake-caps", type=int, nargs="+", default=(1, 4, ALL))
+    parser.add_argument(
+        "--arms", nargs="+", default=ARMS, help="caps; 1 is the random order and comes first, 0 is no cap"
+    )
+    parser.add_argument("--slake-arms", nargs="+", default=SLAKE_ARMS, help="0x2: no cap, twice the passes")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--images", type=int, default=160, help="training images of the phantoms")
     parser.add_argument("--epochs", type=int, default=4, help="passes over the phantoms")
@@ -48,10 +51,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     phantoms = {"data": f"phantom-b:{options.images}/0/120", "device": "cpu"}
-    studies = [Study("phantom-b", phantoms, options.epochs, options.caps)]
+    studies = [Study("phantom-b", phantoms, options.epochs, arms(options.arms))]
     if options.slake:
         slake = {"data": "slake", "root": options.slake, "device": "cpu"}
-        studies.append(Study("slake", slake, options.slake_epochs, options.slake_caps))
+        studies.append(Study("slake", slake, options.slake_epochs, arms(options.slake_arms)))
     rows = []
     for study in studies:
         for recipe in options.recipes:
@@ -64,61 +67,82 @@ def main() -> None:
 
 
 @dataclass(frozen=True)
+class Arm:
+    """At most `cap` questions of an image together (0: all), and how many times the study's passes."""
+
+    cap: int
+    passes: int = 1
+
+    @property
+    def name(self) -> str:
+        return str(self.cap) if self.passes == 1 else f"{self.cap}x{self.passes}"
+
+    def __str__(self) -> str:
+        how = {1: "random order", ALL: "all of an image"}.get(self.cap, f"at most {self.cap} of an image")
+        return how if self.passes == 1 else f"{how}, {self.passes} times the passes"
+
+
+def arms(words: Sequence[str]) -> list[Arm]:
+    return [Arm(*(int(number) for number in word.split("x"))) for word in words]
+
+
+@dataclass(frozen=True)
 class Study:
-    """One dataset (and the options that name it), its passes, and the caps that are tried; the first is 1."""
+    """One dataset (and the options that name it), its passes, and the arms; the first is the random order."""
 
     name: str
     options: dict[str, Any]
     epochs: int
-    caps: Sequence[int]
+    arms: Sequence[Arm]
 
 
 def measured(study: Study, recipe: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row a cap: accuracy over the seeds, and the difference from the random order."""
+    """One row an arm: accuracy over the seeds, and the difference from the random order."""
     folder = options.work / f"{study.name}-{recipe}"
-    where = {(seed, cap): folder / f"{cap}-{seed}" for seed in range(options.seeds) for cap in study.caps}
+    where = {arm: [folder / f"{arm.name}-{seed}" for seed in range(options.seeds)] for arm in study.arms}
     missing = [
-        cell(study, recipe, cap, seed, path)
-        for (seed, cap), path in where.items()
-        if not (path / "scores" / "metrics.json").is_file()
+        cell(study, recipe, arm, seed, where[arm][seed])
+        for seed in range(options.seeds)
+        for arm in study.arms
+        if not (where[arm][seed] / "scores" / "metrics.json").is_file()
     ]
     for found in run_cells(missing, workers=options.workers):
         value = found["evaluation"]["metrics"][METRIC]["value"]
         print(f"{study.name} {recipe} {found['name']}: {100 * value:.1f}%", flush=True)
-    taken = {(one["steps"], one["pairs"]) for one in (read_json(p / RESULT) for p in where.values())}
-    assert len(taken) == 1, "as many pairs and steps in every run"
-    ((steps, pairs),) = taken
-    each = {cap: [where[seed, cap] / "scores" for seed in range(options.seeds)] for cap in study.caps}
-    scored = {cap: question_scores(folders) for cap, folders in each.items()}
-    first = study.caps[0]
-    against = {
-        cap: paired_difference(scored[first][0], scored[cap][0], scored[cap][1]) for cap in study.caps[1:]
-    }
-    corrected = holm({str(cap): paired.p for cap, paired in against.items()})
+    scored = {arm: question_scores(paths) for arm, paths in where.items()}
+    first, *others = study.arms
+    images = scored[first][1]
+    against = {arm.name: paired_difference(scored[first][0], scored[arm][0], images) for arm in others}
+    corrected = holm({name: paired.p for name, paired in against.items()})
     rows = []
-    for cap, folders in each.items():
-        accuracy = [read_json(folder / "metrics.json")["metrics"][METRIC]["value"] for folder in folders]
-        row = {"dataset": study.name, "recipe": recipe, "cap": cap, "steps": steps, "pairs": pairs}
+    taken = set()
+    for arm, paths in where.items():
+        runs = [read_json(path / RESULT) for path in paths]
+        taken |= {(run["steps"] / arm.passes, run["pairs"] / arm.passes) for run in runs}
+        accuracy = [read_json(path / "scores" / "metrics.json")["metrics"][METRIC]["value"] for path in paths]
+        row = {"dataset": study.name, "recipe": recipe, "cap": arm.cap, "passes": arm.passes * study.epochs}
+        row |= {"arm": str(arm), "steps": runs[0]["steps"], "pairs": runs[0]["pairs"]}
         row |= {"accuracy": asdict(mean_over_seeds(accuracy)), "by_seed": accuracy, "difference": None}
-        if cap in against:
-            row["difference"] = asdict(against[cap]) | {"p_holm": corrected[str(cap)]}
+        if arm.name in against:
+            row["difference"] = asdict(against[arm.name]) | {"p_holm": corrected[arm.name]}
         rows.append(row)
+    assert len(taken) == 1, "as many pairs and steps a pass in every run"
     return rows
 
 
-def cell(study: Study, recipe: str, cap: int, seed: int, path: Path) -> Cell:
-    """One cap and seed, trained and evaluated on the test split."""
+def cell(study: Study, recipe: str, arm: Arm, seed: int, path: Path) -> Cell:
+    """One arm and seed, trained and evaluated on the test split."""
     train = TrainConfig(
         model="nano",
         tune=recipe,
         out=path / "adapter",
-        epochs=study.epochs,
-        cap=cap or None,
+        epochs=study.epochs * arm.passes,
+        cap=arm.cap or None,
         seed=seed,
         **study.options,
     )
     evaluate = EvaluateConfig(model="nano", adapter=train.out, out=path / "scores", **study.options)
-    return Cell(f"{shown(cap)}, seed {seed}", train, evaluate)
+    return Cell(f"{arm}, seed {seed}", train, evaluate)
 
 
 def question_scores(folders: Sequence[Path]) -> tuple[dict[str, float], dict[str, tuple[str, ...]]]:
@@ -126,15 +150,11 @@ def question_scores(folders: Sequence[Path]) -> tuple[dict[str, float], dict[str
     total: dict[str, float] = defaultdict(float)
     cluster: dict[str, tuple[str, ...]] = {}
     for folder in folders:
-        examples, texts, metrics = read_run(folder)
+        examples, texts, metrics = read_run(folder / "scores")
         cluster |= {example.id: example.images for example in examples}
         for id, score in scores(examples, texts, normalisation=metrics["normalisation"])[METRIC].items():
             total[id] += score / len(folders)
     return dict(total), cluster
-
-
-def shown(cap: int) -> str:
-    return {1: "random order", ALL: "all of an image"}.get(cap, f"at most {cap} of an image")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -145,7 +165,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         value, low, high = (100 * row["accuracy"][end] for end in ("value", "low", "high"))
-        cells = [row["dataset"], row["recipe"], shown(row["cap"]), f"{value:.1f} [{low:.1f}, {high:.1f}]"]
+        cells = [row["dataset"], row["recipe"], row["arm"], f"{value:.1f} [{low:.1f}, {high:.1f}]"]
         if found := row["difference"]:
             value, low, high = (100 * found[end] for end in ("difference", "low", "high"))
             cells += [f"{value:+.1f} [{low:+.1f}, {high:+.1f}]", f"{found['p_holm']:.2f}"]

@@ -63,7 +63,7 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "command",
     [
         *("demo", "inspect", "data", "train", "evaluate", "ask", "describe", "merge", "export"),
-        *("import-miss", "import-llava-med"),
+        *("import-miss", "import-llava-med", "bench"),
     ],
 )
 def test_every_command_has_help(run: Run, command: str) -> None:

@@ -12,7 +12,12 @@ from normtune.packing import Group
 
 
 def open_model(
-    model: str, adapter: Path | None = None, *, dtype: str = "float32", device: str | None = None
+    model: str,
+    adapter: Path | None = None,
+    *,
+    dtype: str = "float32",
+    device: str | None = None,
+    quantize: str | None = None,
 ) -> Family:
     """Load a base, with an adapter's trained tensors in place where one is given.
 
@@ -22,7 +27,7 @@ def open_model(
     from normtune.delta import load_delta
     from normtune.models import load
 
-    family = load(model, dtype=dtype, device=device)
+    family = load(model, dtype=dtype, device=device, quantize=quantize)
     if adapter is not None:
         load_delta(family.model, adapter)
     family.model.eval()
@@ -37,9 +42,10 @@ def ask(
     adapter: Path | None = None,
     beams: int = 1,
     device: str | None = None,
+    quantize: str | None = None,
 ) -> list[Answer]:
     """Answers to `questions`, in their order; the image is computed once."""
-    family = open_model(model, adapter, device=device)
+    family = open_model(model, adapter, device=device, quantize=quantize)
     pixels = [family.pixels(open_image(image, name=image.name))]
     segments = tuple(family.encode(str(i), question, None) for i, question in enumerate(questions))
     return family.answer([Group((str(image),), segments)], [pixels], beams=beams)[0]
@@ -52,9 +58,10 @@ def describe(
     adapter: Path | None = None,
     beams: int = 1,
     device: str | None = None,
+    quantize: str | None = None,
 ) -> Answer:
     """A report for one study of one or more views. Research use, not for diagnosis."""
-    family = open_model(model, adapter, device=device)
+    family = open_model(model, adapter, device=device, quantize=quantize)
     pixels = [family.pixels(open_image(image, name=image.name)) for image in images]
     segment = family.encode("report", "", None, report=True)
     group = Group(tuple(str(image) for image in images), (segment,))

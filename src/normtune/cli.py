@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from pydantic.fields import FieldInfo
 
+from normtune import processes
 from normtune.config import DataOptions, EvaluateConfig, TrainConfig
 from normtune.errors import InputError, did_you_mean
 from normtune.progress import bar
@@ -29,19 +31,25 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Model = Annotated[str, typer.Argument(help="A local directory, a hub name, or 'nano'.")]
 Adapter = Annotated[Path | None, typer.Option(help="A trained adapter; none uses the base as it is.")]
+Quantize = Annotated[str | None, typer.Option(help="Hold the base in 8 or 4 bits: int8 or nf4.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default CUDA where there is one.")]
 
 
 def main() -> None:
     """Entry point: bad input is one line on stderr and exit status 2."""
+    if processes.launched() > 1:  # read when torch is imported; its warnings come once a process
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         status = app(standalone_mode=False)
+        processes.leave()
     except (typer.Abort, KeyboardInterrupt):
         print("stopped", file=sys.stderr)
         status = 130
     except InputError as error:
         status = _refuse(str(error))
     except Exception as error:
+        if processes.another_failed():
+            sys.exit(2)  # this one met the end of that one
         if not hasattr(
             error, "format_message"
         ):  # the mark of click's own errors; typer carries its click along
@@ -55,7 +63,8 @@ def main() -> None:
 
 
 def _refuse(message: str) -> int:
-    print("normtune: " + " ".join(message.split()), file=sys.stderr)
+    if processes.reports():
+        print("normtune: " + " ".join(message.split()), file=sys.stderr)
     return 2
 
 
@@ -91,7 +100,8 @@ def _parameter(name: str, field: FieldInfo, positional: bool) -> inspect.Paramet
 
 
 def _emit(as_json: bool, value: Any, text: str) -> None:
-    print(dumps(value, ensure_ascii=False) if as_json else text)
+    if processes.is_first():
+        print(dumps(value, ensure_ascii=False) if as_json else text)
 
 
 @app.command()
@@ -112,12 +122,35 @@ def demo(
 def inspect_model(
     model: Model,
     tune: Annotated[str | None, typer.Option(help="A recipe: what would it train?")] = None,
+    data: Annotated[str | None, typer.Option(help="A dataset: what memory would training take?")] = None,
+    root: Annotated[Path | None, typer.Option(help="Where the dataset's files lie.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Plan for the first so many pairs only.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Question-answer pairs a step.")] = None,
+    cap: Annotated[int | None, typer.Option(help="At most so many questions of one image.")] = None,
+    memory: Annotated[str | None, typer.Option(help="fast, balanced or tight.")] = None,
+    quantize: Quantize = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
+    device: Device = None,
     json: Json = False,
 ) -> None:
-    """Parts x roles of a model, and what a recipe would train, without loading its weights."""
-    from normtune.inspection import inspect_text, inspection
+    """Parts x roles of a model, what a recipe would train, and the memory it would take with --data.
 
-    found = inspection(model, tune)
+    No weights are loaded.
+    """
+    from normtune.inspection import inspect_text, inspection, planned
+
+    options = {
+        "data": data,
+        "root": root,
+        "limit": limit,
+        "batch": batch,
+        "cap": cap,
+        "memory": memory,
+        "quantize": quantize,
+        "dtype": dtype,
+        "device": device,
+    }
+    found = planned(model, tune, options, inspection(model, tune))
     _emit(json, found, inspect_text(found))
 
 
@@ -138,7 +171,8 @@ def train(config: TrainConfig, *, as_json: bool) -> None:
     """Train a recipe on a dataset; writes the adapter to --out. Run again after a kill, and it goes on."""
     from normtune.train import PrintProgress, train
 
-    result = train(config, progress=None if as_json else PrintProgress())
+    quiet = as_json or not processes.is_first()
+    result = train(config, progress=None if quiet else PrintProgress())
     _emit(as_json, asdict(result), result.text())
 
 
@@ -148,7 +182,7 @@ def evaluate(config: EvaluateConfig, *, as_json: bool) -> None:
     """Answer every question of a split and score the answers, with 95% intervals."""
     from normtune.evaluate import evaluate_config, metrics_text
 
-    with bar("answering", quiet=as_json) as tick:
+    with bar("answering", quiet=as_json or not processes.is_first()) as tick:
         found = evaluate_config(config, progress=tick)
     _emit(as_json, found, metrics_text(found))
 
@@ -194,12 +228,13 @@ def ask(
     adapter: Adapter = None,
     beams: Annotated[int, typer.Option(min=1, help="Beams of the search; 1 is greedy.")] = 1,
     device: Device = None,
+    quantize: Quantize = None,
     json: Json = False,
 ) -> None:
     """Ask questions of one image."""
     from normtune.asking import ask
 
-    answers = ask(model, image, question, adapter=adapter, beams=beams, device=device)
+    answers = ask(model, image, question, adapter=adapter, beams=beams, device=device, quantize=quantize)
     rows = [
         {"question": q, "answer": a.text, "score": a.score} for q, a in zip(question, answers, strict=True)
     ]
@@ -217,12 +252,13 @@ def describe(
     adapter: Adapter = None,
     beams: Annotated[int, typer.Option(min=1, help="Beams of the search; 1 is greedy.")] = 1,
     device: Device = None,
+    quantize: Quantize = None,
     json: Json = False,
 ) -> None:
     """Write a report for one image or study. Research use, not for diagnosis."""
     from normtune.asking import describe
 
-    answer = describe(model, image, adapter=adapter, beams=beams, device=device)
+    answer = describe(model, image, adapter=adapter, beams=beams, device=device, quantize=quantize)
     _emit(
         json, {"images": [str(i) for i in image], "report": answer.text, "score": answer.score}, answer.text
     )

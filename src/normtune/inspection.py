@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from normtune.errors import InputError
 
 
 def inspection(model: str, tune: str | None = None) -> dict[str, Any]:
@@ -42,6 +46,28 @@ def inspection(model: str, tune: str | None = None) -> dict[str, Any]:
     return found
 
 
+def planned(
+    model: str, tune: str | None, options: Mapping[str, Any], found: dict[str, Any]
+) -> dict[str, Any]:
+    """`found` with the memory that training on a dataset takes, where `options` name one.
+
+    Raises:
+        InputError: an option without `data`, or see `normtune.planner.plan`.
+    """
+    from normtune.config import TrainConfig
+
+    given = {name: value for name, value in options.items() if value is not None}
+    if "data" not in given:
+        if given:
+            name = next(iter(given)).replace("_", "-")
+            raise InputError(f"--{name} goes with --data: the data's questions and images decide the memory.")
+        return found
+    config = TrainConfig.checked(model=model, tune=tune or "ln", out=Path("."), **given)
+    from normtune.planner import plan
+
+    return {**found, "plan": plan(config).to_json()}
+
+
 def inspect_text(found: dict[str, Any]) -> str:
     """The inspection as a table for people."""
     parts = ", ".join(f"{part} {count:,}" for part, count in found["parts"].items())
@@ -64,6 +90,10 @@ def inspect_text(found: dict[str, Any]) -> str:
             f"trains {recipe['trainable']:,} of {recipe['total']:,} parameters = "
             f"{100 * recipe['share']:.4f}% in {recipe['tensors']} tensors",
         ]
+    if memory := found.get("plan"):
+        from normtune.planner import plan_text
+
+        lines += ["", plan_text(memory)]
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ bf16, 4f + 8d + 4k + 4H + 8 bytes a token; transformers' own modules keep 6f + 1
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -102,6 +103,9 @@ def _gated_activation(module: Any) -> str | None:
     if kind is None:
         return None
     weight = next(module.parameters())
+    if weight.is_meta:
+        module = _with_weights(module)
+        weight = next(module.parameters())
     row = torch.linspace(-1.0, 1.0, module.gate_proj.in_features, device=weight.device)[None]
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
     with torch.no_grad(), torch.random.fork_rng([weight.device] if weight.is_cuda else []):
@@ -110,6 +114,16 @@ def _gated_activation(module: Any) -> str | None:
         torch.manual_seed(0)
         got = _gated_forward(module, kind, row.to(dtype))
     return kind if torch.equal(got, wanted) else None
+
+
+def _with_weights(module: Any) -> Any:
+    """A gated feed-forward of the same class and small, where the module's own weights have no values."""
+    probe = copy.copy(module)
+    with torch.random.fork_rng([]), torch.device("cpu"):
+        torch.manual_seed(0)
+        small = {"gate_proj": nn.Linear(4, 6), "up_proj": nn.Linear(4, 6), "down_proj": nn.Linear(6, 4)}
+    probe._modules = {**module._modules, **small}
+    return probe
 
 
 def _set_forward(module: nn.Module, forward: Any) -> None:

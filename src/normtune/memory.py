@@ -6,6 +6,7 @@ import resource
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 
 def reset_peak() -> None:
@@ -27,11 +28,49 @@ def peak_memory_bytes() -> int:
 
 def host_peak_bytes() -> int:
     """Peak resident bytes of this process since `reset_peak` (since its start where that can't be reset)."""
+    if (known := _status("VmHWM")) is not None:
+        return known
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_bytes() -> int:
+    """Bytes of this process that are resident now; 0 where the system does not say."""
+    return _status("VmRSS") or 0
+
+
+def available_bytes(device: Any) -> int | None:
+    """Bytes that a new program could take on a `torch.device`: the accelerator's free ones, or the host's.
+
+    The host's are what Linux calls available, within the limit of the control group; None elsewhere.
+    """
+    torch = sys.modules["torch"]
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    limited = _left_in_group(Path("/sys/fs/cgroup"))
+    return limited if found is None else min(found, limited or found)
+
+
+def _left_in_group(group: Path) -> int | None:
+    """What a control group (version 2) may still take, caches of files counted as free; None: no limit."""
+    try:
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        caches = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return max(0, int(limit) - int(used) + int(caches.get("inactive_file", 0)))
+    except (OSError, ValueError):  # no such group, or the word "max"
+        return None
+
+
+def _status(field: str) -> int | None:
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(f"{field}:"):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return None

@@ -1,0 +1,218 @@
+"""A quantised base loads by parts, passes exact gradients of what it computes, and shares its deltas.
+
+The tests that quantise run where the extra is installed: pip install 'normtune[quantize]'.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from normtune import quantize
+from normtune.adapt import adapt
+from normtune.anatomy import anatomy
+from normtune.asking import open_model
+from normtune.config import EvaluateConfig, TrainConfig
+from normtune.delta import fingerprint, same_base
+from normtune.errors import InputError
+from normtune.evaluate import evaluate_config
+from normtune.lean import lean
+from normtune.live import LiveBytes
+from normtune.models import load
+from normtune.packing import Group
+from normtune.phantom import dataset as phantom
+from normtune.quantize import Int8Linear, int8_linear, quantised_linears
+from normtune.train import train
+from tests.models.tiny import make_tiny
+
+installed = all(find_spec(package) for package in quantize.PACKAGES.values())
+needs_extra = pytest.mark.skipif(not installed, reason="needs pip install 'normtune[quantize]'")
+KINDS = tuple(quantize.PACKAGES)
+ERROR = {"int8": 0.03, "nf4": 0.35}  # of a gradient of these tiny random models, relative
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_tiny("llava", tmp_path_factory.mktemp("llava")))
+
+
+def batch_of(family: Any) -> dict[str, Any]:
+    dataset = phantom("a", images=2)
+    examples = [one for one in dataset.examples if one.images == dataset.examples[0].images][:3]
+    segments = tuple(family.encode(e.id, e.question, e.answer) for e in examples)
+    pixels = [family.pixels(dataset.open_image(key)) for key in examples[0].images]
+    return family.collate([Group(examples[0].images, segments)], [pixels])
+
+
+def gradients(family: Any, recipe: str = "ln") -> torch.Tensor:
+    tuned = adapt(family.model, recipe)
+    family.loss(batch_of(family))[0].backward()
+    reached = [one.grad.flatten() for one in tuned.trained.values() if one.grad is not None]
+    return torch.cat(reached)
+
+
+# --- without the extra --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_the_extra_quantising_is_refused_in_words(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantize, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=rf"--quantize {kind} needs {quantize.PACKAGES[kind]}.*\[quantize\]"):
+        load("nano", quantize=kind)
+
+
+def test_a_misspelt_kind_is_refused() -> None:
+    with pytest.raises(InputError, match="--quantize int4: unknown"):
+        load("nano", quantize="int4")
+    with pytest.raises(InputError, match="--quantize"):
+        TrainConfig.checked(model="nano", data="phantom-a", out=Path("out"), quantize="int4")
+
+
+@pytest.mark.parametrize("name", ["nano", "llava"])
+def test_only_linears_of_the_text_parts_layers_are_quantised(name: str, llava: str) -> None:
+    model = load("nano" if name == "nano" else llava).model
+    chosen = set(quantised_linears(model))
+    parts = {"nano": {"encoder", "decoder"}, "llava": {"language"}}[name]
+    for place in anatomy(model).places:
+        owner, _, attribute = place.name.rpartition(".")
+        text = place.part in parts and place.role in ("attention", "ffn") and attribute == "weight"
+        assert (owner in chosen) == (text or (place.is_bias and owner in chosen)), place.name
+
+
+def test_what_is_kept_covers_every_other_linear_and_no_chosen_one(llava: str) -> None:
+    model = load(llava).model
+    chosen = set(quantised_linears(model))
+    kept = quantize._others(model, chosen)
+    assert "lm_head" in kept and "model.vision_tower" in kept
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            assert any(f"{name}.".startswith(f"{one}.") for one in kept) == (name not in chosen), name
+
+
+def test_the_int8_product_and_its_gradient_are_those_of_the_weights_it_stands_for() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randint(-127, 128, (5, 7), generator=generator, dtype=torch.int8)
+    scale, bias = torch.rand(5, 1, generator=generator), torch.randn(5, generator=generator)
+    x = torch.randn(2, 3, 7, generator=generator, requires_grad=True)
+    weight, same = q.float() * scale, x.detach().clone().requires_grad_()
+    out, expected = int8_linear(x, q, scale, bias), nn.functional.linear(same, weight, bias)
+    torch.testing.assert_close(out, expected)
+    seed = torch.randn(out.shape, generator=generator)
+    out.backward(seed)
+    expected.backward(seed)
+    torch.testing.assert_close(x.grad, same.grad)
+
+
+def test_the_int8_product_keeps_no_weights_of_full_width() -> None:
+    q, scale = torch.ones(64, 64, dtype=torch.int8), torch.ones(64, 1)
+    x = torch.randn(1, 64, requires_grad=True)
+    with LiveBytes() as live:
+        out = int8_linear(x, q, scale, None)
+        assert live.now == out.nbytes
+        assert live.peak >= 64 * 64 * 4  # the weights were made, and freed
+
+
+# --- with it ------------------------------------------------------------------------------------------------
+
+
+@needs_extra
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["nano", "llava"])
+def test_a_quantised_base_counts_and_fingerprints_as_the_base(
+    name: str, kind: str, dtype: str, llava: str
+) -> None:
+    source = "nano" if name == "nano" else llava
+    base, quantised = load(source).model, load(source, quantize=kind, dtype=dtype).model
+    assert same_base(fingerprint(base), fingerprint(quantised))
+    assert anatomy(base).total == anatomy(quantised).total
+    chosen = set(quantised_linears(base))
+    for module_name, module in quantised.named_modules():
+        if isinstance(module, nn.Linear):
+            assert (type(module) is nn.Linear) == (module_name not in chosen), module_name
+            if type(module) is nn.Linear:
+                expected = base.get_submodule(module_name).weight.to(module.weight.dtype)
+                torch.testing.assert_close(module.weight, expected, rtol=0, atol=0)
+
+
+@needs_extra
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["nano", "llava"])
+def test_gradients_of_a_quantised_base_are_near_those_of_the_base(name: str, kind: str, llava: str) -> None:
+    source = "nano" if name == "nano" else llava
+    exact, near = gradients(load(source)), gradients(load(source, quantize=kind))
+    assert 0 < (near - exact).norm() / exact.norm() < ERROR[kind]
+
+
+@needs_extra
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_the_same_after_answers_without_gradients(kind: str, llava: str) -> None:
+    fresh, used = load(llava, quantize=kind, dtype="bfloat16"), load(llava, quantize=kind, dtype="bfloat16")
+    with torch.inference_mode():
+        used.loss(batch_of(used))
+    torch.testing.assert_close(gradients(used), gradients(fresh), rtol=0, atol=0)
+
+
+@needs_extra
+def test_an_int8_layer_computes_what_torchao_does(llava: str) -> None:
+    model = load(llava, quantize="int8").model
+    layer = next(module for module in model.modules() if isinstance(module, Int8Linear))
+    x = torch.randn(2, layer.in_features)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+
+@needs_extra
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_of_the_weights_is_kept_for_the_backward_pass(kind: str, llava: str) -> None:
+    kept = {}
+    for name, options in {"base": {}, "quantised": {"quantize": kind}}.items():
+        family = load(llava, **options)  # type: ignore[arg-type]
+        adapt(family.model, "ln")
+        batch = batch_of(family)
+        with lean(family.model), LiveBytes() as live:
+            loss = family.loss(batch)[0]
+            kept[name] = live.now
+            del loss
+    assert kept["quantised"] <= kept["base"] * 1.01
+
+
+@needs_extra
+@pytest.mark.parametrize("recipe", ["language=attention", "full", "ffn"])
+def test_a_recipe_that_trains_what_is_quantised_is_refused(recipe: str, llava: str) -> None:
+    with pytest.raises(InputError, match=r"quantised.*--quantize"):
+        adapt(load(llava, quantize="int8").model, recipe)
+
+
+@needs_extra
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("recipe", ["lora-4", "connector=full,language=ln", "ia3", "prefix"])
+def test_other_recipes_train_on_it(kind: str, recipe: str, llava: str) -> None:
+    found = gradients(load(llava, quantize=kind), recipe)
+    assert torch.isfinite(found).all() and found.norm() > 0
+
+
+@needs_extra
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_delta_goes_from_a_quantised_base_to_the_base_and_back(kind: str, tmp_path: Path) -> None:
+    run = {"model": "nano", "data": "phantom-a:4", "limit": 40, "batch": 12, "max_steps": 2, "device": "cpu"}
+    train(TrainConfig.checked(**run, out=tmp_path / "on-quantised", quantize=kind, cache=tmp_path / "cache"))
+    train(TrainConfig.checked(**run, out=tmp_path / "on-base"))
+    plain = open_model("nano", tmp_path / "on-quantised", device="cpu")
+    quantised = open_model("nano", tmp_path / "on-base", device="cpu", quantize=kind)
+    for family in (plain, quantised):
+        assert torch.isfinite(family.loss(batch_of(family))[0])
+
+
+@needs_extra
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantised_base_is_evaluated(kind: str, tmp_path: Path) -> None:
+    config = EvaluateConfig.checked(
+        model="nano", data="phantom-a:5", limit=8, out=tmp_path, quantize=kind, device="cpu"
+    )
+    assert evaluate_config(config)["rows"] == 8
