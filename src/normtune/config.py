@@ -87,7 +87,9 @@ class TrainConfig(DataOptions):
     batch: int = Field(24, gt=0, description="Question-answer pairs a step and device.")
     accumulate: int = Field(1, gt=0, description="Batches whose gradients make one step.")
     group: bool = Field(True, description="Share each image among its questions.")
-    cap: int | None = Field(None, gt=0, description="At most so many questions of one image in a group.")
+    cap: int | None = Field(
+        None, gt=0, description="At most so many questions of one image in a group; by default all."
+    )
     balance: Literal["pairs", "tokens"] = Field(
         "pairs", description="What batches hold about as much of; --batch is then their mean size."
     )
