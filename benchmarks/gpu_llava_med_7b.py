@@ -35,12 +35,14 @@ from workload import sample, shown, spread
 
 from normtune.adapt import adapt
 from normtune.catalog import open_dataset
+from normtune.collator import Collator
 from normtune.data.records import Dataset, Example
 from normtune.files import read_json
+from normtune.image_cache import ImageCache
 from normtune.lean import lean
 from normtune.models.family import Batch
 from normtune.models.llava import LlavaFamily
-from normtune.packing import Group, group_by_image, pair_batches
+from normtune.packing import group_by_image, pair_batches
 from normtune.recompute import Tier, recomputed
 
 MODEL = "llava-med-7b"
@@ -278,15 +280,11 @@ def stepper(loss: Callable[[], tuple[Tensor, int]], parameters: Sequence[nn.Para
 def grouped(family: LlavaFamily, dataset: Dataset, examples: Sequence[Example], pairs: int) -> list[Batch]:
     """Batches of whole images and about so many pairs, on the device."""
     members = group_by_image(examples)
-    made = []
-    for chosen in pair_batches([len(group) for group in members], pairs):
-        groups = [
-            Group(m[0].images, tuple(family.encode(e.id, e.question, e.answer) for e in m))
-            for m in (members[i] for i in chosen)
-        ]
-        pixels = [[family.pixels(dataset.open_image(key)) for key in group.images] for group in groups]
-        made.append(send_to_device(family.collate(groups, pixels), family.device))
-    return made
+    collate = Collator(family, ImageCache(family, dataset))
+    return [
+        send_to_device(collate([members[i] for i in chosen]), family.device)
+        for chosen in pair_batches([len(group) for group in members], pairs)
+    ]
 
 
 def emptied(device: torch.device) -> None:

@@ -30,10 +30,12 @@ from transformers import LlamaConfig, LlamaModel
 from normtune.adapt import adapt
 from normtune.anatomy import norms
 from normtune.catalog import open_dataset
+from normtune.collator import Collator
 from normtune.data.records import Dataset, Example
+from normtune.image_cache import ImageCache
 from normtune.lean import lean
 from normtune.live import LiveBytes
-from normtune.packing import Group, group_by_image
+from normtune.packing import group_by_image
 from normtune.recompute import Tier, recomputed
 
 WIDTH, FORWARD, HEADS = 512, 1376, 8
@@ -186,9 +188,7 @@ def peak(shape: LlavaShape, dataset: Dataset, members: Sequence[Example], method
         family = shape.family()
         recipe, tier = method.removeprefix("normtune ").split(", ")
         adapt(family.model, recipe)
-        segments = tuple(family.encode(e.id, e.question, e.answer) for e in members)
-        pixels = [[family.pixels(dataset.open_image(key)) for key in members[0].images]]
-        batch = family.collate([Group(members[0].images, segments)], pixels)
+        batch = Collator(family, ImageCache(family, dataset))([members])
         with lean(family.model), recomputed(family.model, tier), LiveBytes() as live:  # type: ignore[arg-type]
             family.loss(batch)[0].backward()
             return live.peak

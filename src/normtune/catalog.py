@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from normtune.config import DataOptions
 from normtune.data.records import Dataset, Example
@@ -122,50 +123,16 @@ def _images(name: str, numbers: str) -> int | dict[str, int]:
 
 
 def _read(family: str, root: Path, language: Language, sections: Sections, text_only: bool) -> Dataset:
-    """Readers are imported when they are used: pyarrow takes half a second."""
+    """By `read` of the module that bears its name, imported when it is used: pyarrow takes half a second."""
     if not root.exists() and family not in _ON_THE_HUB:
         raise InputError(f"--root {root}: there is no such file or folder. {family} needs {ROOTS[family]}.")
-    match family:
-        case "slake":
-            from normtune.data import slake
-
-            return slake.read(root, language=language, text_only=text_only)
-        case "vqa-rad":
-            from normtune.data import vqa_rad
-
-            return vqa_rad.read(root, text_only=text_only)
-        case "path-vqa":
-            from normtune.data import path_vqa
-
-            return path_vqa.read(root, text_only=text_only)
-        case "openi":
-            from normtune.data import openi
-
-            return openi.read(root, sections=sections, text_only=text_only)
-        case "mimic-cxr":
-            from normtune.data import mimic_cxr
-
-            return mimic_cxr.read(root, sections=sections, text_only=text_only)
-        case "medpix":
-            from normtune.data import medpix
-
-            return medpix.read(root, text_only=text_only)
-        case "roco":
-            from normtune.data import roco
-
-            return roco.read(root, text_only=text_only)
-        case "messages":
-            from normtune.data import messages
-
-            return messages.read(root, text_only=text_only)
-        case "jsonl":
-            from normtune.data import jsonl
-
-            return jsonl.read(root, text_only=text_only)
-        case _:
-            from normtune.data import parquet
-
-            return parquet.read(root, text_only=text_only)
+    options: dict[str, Any] = {"text_only": text_only}
+    if family == "slake":
+        options["language"] = language
+    if family in SECTIONED:
+        options["sections"] = sections
+    read: Callable[..., Dataset] = import_module(f"normtune.data.{family.replace('-', '_')}").read
+    return read(root, **options)
 
 
 def _narrowed(dataset: Dataset, language: Language, task: Task) -> Dataset:

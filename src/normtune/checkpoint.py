@@ -66,12 +66,7 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """One tensor; its memory is the file's own pages."""
-        file = self.entries[name].file
-        try:
-            with safe_open(file, "pt") as handle:
-                return handle.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"cannot read {file}: {error}. Copy it anew.") from error
+        return read_tensor(self.entries[name].file, name)
 
     def values(self, name: str, places: range) -> Tensor:
         """The values of a tensor that stand at `places` of its rows laid end to end; no others are read."""
@@ -103,6 +98,20 @@ class Checkpoint:
             if entry.floating:
                 sizes[entry.code] += entry.bytes
         return DTYPES[sizes.most_common(1)[0][0]] if sizes else torch.float32
+
+
+def read_tensor(file: Path, name: str) -> Tensor:
+    """One tensor of a safetensors file; its memory is the file's own pages.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    try:
+        with safe_open(file, "pt") as handle:
+            return handle.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot read {file}: {reason}. Copy it anew.") from error
 
 
 def read_header(path: Path) -> dict[str, Entry]:

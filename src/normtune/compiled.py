@@ -12,6 +12,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from normtune.anatomy import layers
 from normtune.errors import InputError
+from normtune.forwards import forwards
 
 
 @contextmanager
@@ -21,20 +22,14 @@ def compiled(model: nn.Module, wanted: bool = True, *, backend: Any = "inductor"
     Raises:
         InputError: torch.compile fails, as it does without a C++ compiler.
     """
-    chosen = [name for name, (part, _) in layers(model).items() if wanted and part == "language"]
-    held: list[tuple[nn.Module, Any]] = []
+    chosen = [name for name, (part, _) in layers(model).items() if part == "language"] if wanted else []
+    fused = {
+        name: torch.compile(model.get_submodule(name).forward, dynamic=True, backend=backend)
+        for name in chosen
+    }
     try:
-        for name in chosen:
-            layer = model.get_submodule(name)
-            held.append((layer, layer.__dict__.get("forward")))
-            layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)  # type: ignore[method-assign]
-        yield chosen
+        with forwards(model, fused):
+            yield chosen
     except BackendCompilerFailed as error:
         reason = str(error.inner_exception).splitlines()[0].rstrip(".")
         raise InputError(f"--compile: {reason}. Leave it out.") from error
-    finally:
-        for layer, own in held:
-            if own is None:
-                del layer.forward
-            else:
-                layer.forward = own  # type: ignore[method-assign]

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from normtune.added import set_submodule
 from normtune.anatomy import norm_kind, norms
+from normtune.forwards import Forward, forwards
 from normtune.norms import TunedNorm
 
 aten = torch.ops.aten
@@ -126,14 +127,6 @@ def _with_weights(module: Any) -> Any:
     return probe
 
 
-def _set_forward(module: nn.Module, forward: Any) -> None:
-    """Give a module a forward of its own, or with None its class's again."""
-    if forward is None:
-        module.__dict__.pop("forward", None)
-    else:
-        module.forward = forward  # type: ignore[method-assign]
-
-
 @contextmanager
 def lean(model: nn.Module) -> Iterator[list[str]]:
     """Inside, the model's modules keep less for the backward pass; after, they are the model's own again.
@@ -142,30 +135,32 @@ def lean(model: nn.Module) -> Iterator[list[str]]:
     and up; quick GELU keeps its input. Each kind of module is tried on numbers first, and left alone where it
     computes something else. Yields the names of what was changed.
     """
-    undo: list[Callable[[], None]] = []
-    changed: list[str] = []
-    gated: dict[type, str | None] = {}
+    own = {
+        name: norm
+        for name, norm in norms(model).items()
+        if not isinstance(norm, TunedNorm) and norm_kind(norm).startswith("rms")
+    }
+    leaner = _lean_forwards(model)
     try:
-        for name, norm in norms(model).items():
-            if not isinstance(norm, TunedNorm) and norm_kind(norm).startswith("rms"):
-                set_submodule(model, name, TunedNorm.of(norm))
-                undo.append(partial(set_submodule, model, name, norm))
-                changed.append(name)
-        for name, module in list(model.named_modules()):
-            if set(module._modules) >= GATED:
-                if type(module) not in gated:
-                    gated[type(module)] = _gated_activation(module)
-                if (kind := gated[type(module)]) is None:
-                    continue
-                replacement: Callable[[Tensor], Tensor] = partial(_gated_forward, module, kind)
-            elif not module._modules and not module._parameters and activation(module) == "quick_gelu":
-                replacement = _QuickGelu.apply
-            else:
-                continue
-            undo.append(partial(_set_forward, module, module.__dict__.get("forward")))
-            _set_forward(module, replacement)
-            changed.append(name)
-        yield changed
+        for name, norm in own.items():
+            set_submodule(model, name, TunedNorm.of(norm))
+        with forwards(model, leaner):
+            yield [*own, *leaner]
     finally:
-        for one in reversed(undo):
-            one()
+        for name, norm in own.items():
+            set_submodule(model, name, norm)
+
+
+def _lean_forwards(model: nn.Module) -> dict[str, Forward]:
+    """What gated feed-forwards and quick GELUs are to compute by, by module name."""
+    found: dict[str, Forward] = {}
+    gated: dict[type, str | None] = {}
+    for name, module in model.named_modules():
+        if set(module._modules) >= GATED:
+            if type(module) not in gated:
+                gated[type(module)] = _gated_activation(module)
+            if (kind := gated[type(module)]) is not None:
+                found[name] = partial(_gated_forward, module, kind)
+        elif not module._modules and not module._parameters and activation(module) == "quick_gelu":
+            found[name] = _QuickGelu.apply
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from normtune.anatomy import layers
+from normtune.forwards import Forward, forwards
 
 Tier = Literal["fast", "balanced", "tight"]
 EVERY: dict[Tier, int] = {"fast": 0, "balanced": 2, "tight": 1}  # of so many layers one is run again; 0: none
@@ -25,23 +26,12 @@ def recomputed(model: nn.Module, tier: Tier) -> Iterator[Sequence[str]]:
     and one layer. Loss and gradients are the same; dropout draws the same numbers again. Yields the layers.
     """
     every = EVERY[tier]
-    chosen = [name for name, (_, index) in layers(model).items() if every and index % every == 0]
-    held: list[tuple[nn.Module, Any]] = []
-    try:
-        for name in chosen:
-            layer = model.get_submodule(name)
-            held.append((layer, layer.__dict__.get("forward")))
-            layer.forward = partial(_twice, layer.forward)  # type: ignore[method-assign]
+    chosen = [name for name, (_, index) in layers(model).items() if index % every == 0] if every else []
+    with forwards(model, {name: partial(_twice, model.get_submodule(name).forward) for name in chosen}):
         yield chosen
-    finally:
-        for layer, own in reversed(held):
-            if own is None:
-                del layer.forward
-            else:
-                layer.forward = own  # type: ignore[method-assign]
 
 
-def _twice(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _twice(forward: Forward, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)

@@ -14,9 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from normtune.errors import InputError
-from normtune.metrics.stats import RESAMPLES, Floats, Interval, Paired, resampled_sums
-
-_EXACT_CLUSTERS = 12  # up to 2^12 swaps are all tried
+from normtune.metrics.stats import EXACT_CLUSTERS, RESAMPLES, Floats, Interval, Paired, resampled_sums
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,7 @@ def _swapped_p(
         difference = metric.value(total_two - change) - metric.value(total_one + change)
         return int((np.abs(difference) >= abs(observed) - slack).sum())
 
-    if len(gap) <= _EXACT_CLUSTERS:
+    if len(gap) <= EXACT_CLUSTERS:
         patterns = (np.arange(2 ** len(gap))[:, None] >> np.arange(len(gap))) & 1
         return extreme(patterns.astype(np.float64)) / len(patterns), f"exact swaps of {len(gap)} images"
     generator = np.random.default_rng(seed)

@@ -38,11 +38,11 @@ from typing import Any
 import numpy as np
 
 from normtune.data.records import Example
-from normtune.errors import InputError, did_you_mean
 from normtune.metrics.corpus import Summed, intervals, mean_of
 from normtune.metrics.ngrams import bleu, bleu_statistics, cider, rouge_l
 from normtune.metrics.ptb import ptb_words
 from normtune.metrics.stats import RESAMPLES, Floats
+from normtune.metrics.text import named
 from normtune.metrics.vqa import Metric, Prediction, joined
 
 Texts = Mapping[str, tuple[str, str]]  # row id -> prediction, reference
@@ -85,12 +85,7 @@ def clean(text: str, how: str) -> str:
     Raises:
         InputError: there is no normalisation of that name.
     """
-    if how not in NORMALISATIONS:
-        raise InputError(
-            f"unknown normalisation '{how}' of reports{did_you_mean(how, NORMALISATIONS) or '.'} "
-            f"Choose one of: {', '.join(NORMALISATIONS)}."
-        )
-    return NORMALISATIONS[how](text)
+    return named(how, NORMALISATIONS, of=" of reports")(text)
 
 
 def normalisations_for(dataset: str) -> tuple[str, str]:

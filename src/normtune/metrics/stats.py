@@ -17,7 +17,7 @@ from normtune.errors import InputError
 
 Floats = NDArray[np.float64]
 RESAMPLES = 2000
-_EXACT_CLUSTERS = 12  # up to 2^12 sign patterns are all tried
+EXACT_CLUSTERS = 12  # up to 2^12 sign patterns are all tried
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def sign_flip_p(sums: Floats, *, flips: int = 10_000, seed: int = 0) -> tuple[fl
     moved = sums[sums != 0]
     observed = abs(moved.sum())
     slack = 1e-9 * np.abs(moved).sum()  # equal totals may differ in the last bits
-    if len(moved) <= _EXACT_CLUSTERS:
+    if len(moved) <= EXACT_CLUSTERS:
         bits = (np.arange(2 ** len(moved))[:, None] >> np.arange(len(moved))) & 1
         extreme = np.abs((2.0 * bits - 1) @ moved) >= observed - slack
         return float(extreme.mean()), f"exact sign-flip of {len(moved)} images"

@@ -17,7 +17,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from normtune.errors import InputError, did_you_mean
 
@@ -80,12 +80,21 @@ def normalise(text: str, how: str = "vqa") -> str:
     Raises:
         InputError: there is no normalisation of that name.
     """
-    if how not in NORMALISATIONS:
+    return named(how, NORMALISATIONS)(text)
+
+
+def named(how: str, known: Mapping[str, Callable[[str], str]], of: str = "") -> Callable[[str], str]:
+    """The normalisation of that name; `of` says in the error what it is for.
+
+    Raises:
+        InputError: there is none.
+    """
+    if how not in known:
         raise InputError(
-            f"unknown normalisation '{how}'{did_you_mean(how, NORMALISATIONS) or '.'} "
-            f"Choose one of: {', '.join(NORMALISATIONS)}."
+            f"unknown normalisation '{how}'{of}{did_you_mean(how, known) or '.'} "
+            f"Choose one of: {', '.join(known)}."
         )
-    return NORMALISATIONS[how](text)
+    return known[how]
 
 
 def tokens(text: str) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from normtune.checkpoint import read_tensor
 from normtune.errors import InputError
 from normtune.files import read_json
 from normtune.shards import DTYPES
@@ -59,11 +60,7 @@ class Shards:
         file = self.entries[name].file
         if file.suffix != ".safetensors":
             return self._bin(file)[name]
-        try:
-            with safe_open(file, "pt") as handle:
-                return handle.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise _unreadable(file, error) from error
+        return read_tensor(file, name)
 
     def _listed(self, file: Path) -> dict[str, Entry]:
         if file.suffix != ".safetensors":
@@ -82,7 +79,8 @@ class Shards:
                         )
                     entries[name] = Entry(file, dtype, tuple(part.get_shape()))
         except (OSError, SafetensorError) as error:
-            raise _unreadable(file, error) from error
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"cannot read {file}: {reason}. Copy it anew.") from error
         return entries
 
     def _bin(self, file: Path, place: str = "cpu") -> Mapping[str, Tensor]:
@@ -135,10 +133,6 @@ def local_directory(name: str) -> Path:
         raise InputError(
             f"cannot get {name}: {reason}. Give a directory that holds it, or check the name."
         ) from error
-
-
-def _unreadable(file: Path, error: Exception) -> InputError:
-    return InputError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}. Copy it anew.")
 
 
 def _files(directory: Path) -> tuple[list[Path], dict[str, str]]:
