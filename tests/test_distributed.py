@@ -174,6 +174,7 @@ def test_fsdp2_comes_to_what_one_process_comes_to(base: Path, llava: Path, alone
 
 def test_evaluation_deals_images_out_and_one_process_tells_of_a_failure(base: Path, folder: Path) -> None:
     asked = {"model": str(base), "data": DATA, "split": "train", "device": "cpu", "candidates": "yes/no"}
+    asked |= {"controls": "other"}
     evaluate_config(EvaluateConfig(**asked, out=folder / "one"))
     missing = command(asked | {"out": folder / "none"})
     status, told = work(
@@ -182,12 +183,15 @@ def test_evaluation_deals_images_out_and_one_process_tells_of_a_failure(base: Pa
     assert status != 0
     assert [line for line in told.splitlines() if "normtune: " in line] == ["normtune: cannot read image 7."]
     assert "exitcode  : 2" in told and "Traceback" not in told.split("normtune: ")[0]
-    rows = [(folder / out / "predictions.jsonl").read_text().splitlines() for out in ("one", "two")]
-    one, two = ([json.loads(row) for row in each] for each in rows)
-    assert [{**row, "score": None} for row in one] == [{**row, "score": None} for row in two]
-    assert [row["score"] for row in one] == pytest.approx([row["score"] for row in two], abs=1e-5)
+    for file in ("predictions.jsonl", "predictions-other.jsonl"):
+        rows = [(folder / out / file).read_text().splitlines() for out in ("one", "two")]
+        one, two = ([json.loads(row) for row in each] for each in rows)
+        assert [{**row, "score": None} for row in one] == [{**row, "score": None} for row in two]
+        assert [row["score"] for row in one] == pytest.approx([row["score"] for row in two], abs=1e-5)
     first, second = (read_json(folder / out / "metrics.json") for out in ("one", "two"))
-    assert first["metrics"] == second["metrics"] and not (folder / "none" / "metrics.json").exists()
+    for found in ("metrics", "strata", "reliance"):
+        assert first[found] == second[found]
+    assert not (folder / "none" / "metrics.json").exists()
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 9])

@@ -68,6 +68,7 @@ def test_files_hold_predictions_manifest_and_metrics(tmp_path: Path) -> None:
         "reference": "left lung",
         "prediction": "lung",
         "score": -0.5,
+        "strata": {},
     }
     manifest = json.loads((tmp_path / "run/manifest.json").read_text())
     assert manifest == {"split_hash": split_hash(list(ANSWERS)), "ids": sorted(ANSWERS)}

@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normtune import memory, processes
-from normtune.config import REPORT_TOKENS
+from normtune import memory, processes, reliance, report_task
+from normtune.answering import ANSWER_TOKENS, Progress, answer_all, score_closed_candidates
 from normtune.data.records import Dataset, Example
 from normtune.errors import InputError
 from normtune.files import read_json
-from normtune.metrics.report import normalisations_for, score_report
+from normtune.metrics.report import normalisations_for, text_pairs
+from normtune.metrics.strata import Strata, strata, strata_text
+from normtune.metrics.tables import metric_table, summarised
 from normtune.metrics.text import normalise
-from normtune.metrics.vqa import Metric, Prediction, only_once, score_vqa
-from normtune.packing import Group, group_by_image, pair_batches, rank_shares
+from normtune.metrics.vqa import Metric, Prediction, only_once
+from normtune.packing import group_by_image, rank_shares
 from normtune.results import write_results
+from normtune.scoring import clinical_table
 
 if TYPE_CHECKING:
     from normtune.config import EvaluateConfig
     from normtune.image_cache import ImageCache
-    from normtune.models.family import Family, Pixels
+    from normtune.models.family import Family
+    from normtune.retrieval import Answers
 
-ANSWER_TOKENS = 16
-Progress = Callable[[int, int], None]  # pairs done, pairs in all
+FILE_FORMATS = ("jsonl", "parquet", "messages")  # datasets whose name does not say whose data they are
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What an evaluation found: by metric, by stratum, by finding of reports, by control image.
+
+    `strata` is described in `normtune.metrics.strata`, `reliance` in `normtune.reliance.reliance`; `findings`
+    holds labeller -> finding -> precision, recall, f1 and counts, where reports speak of any (chest images).
+    """
+
+    metrics: dict[str, Metric]
+    strata: Strata
+    findings: dict[str, Any]
+    reliance: dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -35,18 +50,24 @@ class Evaluation:
     """What a model answered, in the order of the examples, and how it scored.
 
     `seconds` holds reading the images and answering; `peak_memory_bytes` is that stretch's peak, the model
-    included: allocated on the CUDA device, else resident on the host.
+    included: allocated on the CUDA device, else resident on the host. Control images are in neither.
     """
 
     predictions: list[Prediction]
-    metrics: dict[str, Metric]
+    scores: Scores
     seconds: float
     pairs_per_second: float
     peak_memory_bytes: int
+    controls: dict[str, list[Prediction]]  # what was answered to control images
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """Every metric over all rows."""
+        return self.scores.metrics
 
 
 def evaluate(
-    family: Family,
+    family: Family | None,
     dataset: Dataset,
     examples: Sequence[Example],
     out: Path | None = None,
@@ -56,9 +77,11 @@ def evaluate(
     beams: int = 1,
     max_new_tokens: int | None = None,
     candidates: str | None = None,
+    controls: str | None = None,
     normalisation: str = "vqa",
     names: Mapping[str, Any] | None = None,
     images: ImageCache | None = None,
+    baseline: Answers | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Answer every example, score the answers, and write both under `out` where it is given.
@@ -68,25 +91,30 @@ def evaluate(
     return the whole; the first of them scores and writes.
 
     Args:
-        family: the model, seen through `answer` (and `log_probs` with `candidates`).
+        family: the model, seen through `answer` (and `log_probs` with `candidates`); None with a baseline.
         dataset: opens the images.
         examples: all questions, or all report requests; ids differ.
-        out: directory for `predictions.jsonl` (id, images, kind, question, reference, prediction, score),
-            `manifest.json` (ids and their hash) and `metrics.json`, written last.
+        out: directory for `predictions.jsonl` (id, images, kind, question, reference, prediction, score,
+            strata), as much for each control (`predictions-blank.jsonl`), `manifest.json` (ids and their
+            hash) and `metrics.json`, written last.
         batch_pairs: questions answered at once, about.
         cap: at most so many questions of one image in a group.
         beams: of the search; 1 is greedy.
         max_new_tokens: longest answer; by default 16 for answers and 128 for reports.
         candidates: such as "yes/no": closed questions get the most probable of these instead of a
             generated answer.
+        controls: such as "blank,noise,other": the same is asked of these images in the place of the real
+            ones, see `normtune.reliance`.
         normalisation: of answers before they are scored, see `normtune.metrics.text`; reports are scored
             under those of `normtune.metrics.report.normalisations_for`.
         names: what to record of the run besides (base, adapter, ...).
         images: opens and holds the images; by default each is opened for its batch.
+        baseline: predicts in the model's place, see `normtune.retrieval.fitted`.
         progress: called with (pairs done, pairs in all) after each batch.
 
     Raises:
-        InputError: no examples, an id twice, answers and reports mixed, an unreadable image, or no memory.
+        InputError: no examples, an id twice, answers and reports mixed, an unreadable image, no memory, or no
+            other image to show.
     """
     if not examples:
         raise InputError("there is nothing to evaluate: no examples. Choose another split.")
@@ -95,79 +123,107 @@ def evaluate(
     if any((example.kind == "report") != report for example in examples):
         raise InputError("answers and reports cannot be evaluated together. Evaluate one task at a time.")
     normalise("", normalisation)  # a wrong name or an unwritable place is told before the hours of answering
+    replaced = {
+        name: reliance.control_dataset(dataset, examples, name) for name in reliance.controls_of(controls)
+    }
     if out is not None:
         _make_directory(out)
-    tokens = max_new_tokens or (REPORT_TOKENS if report else ANSWER_TOKENS)
+    tokens = max_new_tokens or (report_task.WRITTEN_TOKENS if report else ANSWER_TOKENS)
     choices = _choices(candidates) if candidates else ()
     share = _share(examples, processes.rank(), processes.count())
     chosen = [example for example in share if choices and example.kind == "closed"]
     written = [example for example in share if not (choices and example.kind == "closed")]
 
-    def counted(before: int) -> Progress | None:
-        return progress and (lambda done, _: progress(before + done, len(share)))
+    def answered(shown: Dataset, held: ImageCache | None, before: int) -> tuple[list[Prediction], int]:
+        """What all processes answer to the images of `shown`, and their peak memory."""
+
+        def counted(before: int) -> Progress | None:
+            total = len(share) * (1 + len(replaced))
+            return progress and (lambda done, _: progress(before + done, total))
+
+        options: dict[str, Any] = {"batch_pairs": batch_pairs, "cap": cap, "images": held}
+        if baseline is not None:
+            found = baseline(shown, share)
+        else:
+            assert family is not None, "a model answers where no baseline does"
+            found = answer_all(
+                family,
+                shown,
+                written,
+                beams=beams,
+                max_new_tokens=tokens,
+                progress=counted(before),
+                **options,
+            ) + score_closed_candidates(
+                family, shown, chosen, choices, progress=counted(before + len(written)), **options
+            )
+        with processes.losing_none():
+            everything = processes.gathered((found, memory.peak_memory_bytes()))
+        by_id = {prediction.id: prediction for predictions, _ in everything for prediction in predictions}
+        return [by_id[example.id] for example in examples], max(peak for _, peak in everything)
 
     memory.reset_peak()
     started = time.perf_counter()
-    found = answer_all(
-        family,
-        dataset,
-        written,
-        batch_pairs=batch_pairs,
-        cap=cap,
-        beams=beams,
-        max_new_tokens=tokens,
-        images=images,
-        progress=counted(0),
-    ) + score_closed_candidates(
-        family,
-        dataset,
-        chosen,
-        choices,
-        batch_pairs=batch_pairs,
-        cap=cap,
-        images=images,
-        progress=counted(len(written)),
-    )
-    with processes.losing_none():
-        everything = processes.gathered((found, memory.peak_memory_bytes()))
+    predictions, peak = answered(dataset, images, 0)
     seconds = time.perf_counter() - started
-    by_id = {prediction.id: prediction for predictions, _ in everything for prediction in predictions}
-    predictions = [by_id[example.id] for example in examples]
+    controlled = {
+        name: answered(shown, images and images.of(shown), (1 + number) * len(share))[0]
+        for number, (name, shown) in enumerate(replaced.items())
+    }
+    used = normalisations_for(dataset.name) if report else normalisation
     evaluation = Evaluation(
         predictions=predictions,
-        metrics=processes.from_first(
-            lambda: (
-                score_report(examples, predictions, normalisations=normalisations_for(dataset.name))
-                if report
-                else score_vqa(examples, predictions, normalisation=normalisation)
-            )
-        ),
+        scores=processes.from_first(lambda: _scores(examples, predictions, controlled, used)),
         seconds=seconds,
         pairs_per_second=len(examples) / seconds,
-        peak_memory_bytes=max(peak for _, peak in everything),
+        peak_memory_bytes=peak,
+        controls=controlled,
     )
     if out is not None and processes.is_first():
+        found = evaluation.scores
         write_results(
             out,
             dataset,
             examples,
             predictions,
-            evaluation.metrics,
+            found.metrics,
+            controlled,
+            strata=found.strata,
+            **({"findings": found.findings} if found.findings else {}),
+            **({"reliance": found.reliance} if controlled else {}),
             **(names or {}),
-            normalisation=list(normalisations_for(dataset.name)) if report else normalisation,
+            normalisation=list(used) if report else normalisation,
             settings={
                 "batch_pairs": batch_pairs,
                 "cap": cap,
                 "beams": beams,
                 "max_new_tokens": tokens,
                 "candidates": candidates,
+                "controls": list(controlled),
             },
             seconds=seconds,
             pairs_per_second=evaluation.pairs_per_second,
             peak_memory_bytes=evaluation.peak_memory_bytes,
-            device=str(family.device),
+            device="cpu" if family is None else str(family.device),
         )
     return evaluation
+
+
+def _scores(
+    examples: Sequence[Example],
+    predictions: Sequence[Prediction],
+    controlled: Mapping[str, Sequence[Prediction]],
+    normalisation: str | Sequence[str],
+) -> Scores:
+    table = metric_table(examples, predictions, normalisation)
+    report = not isinstance(normalisation, str)
+    replaced = {name: metric_table(examples, found, normalisation) for name, found in controlled.items()}
+    return Scores(
+        metrics=summarised(table, examples),
+        strata=strata(examples, table),
+        findings=clinical_table(text_pairs(examples, predictions))[1] if report else {},
+        reliance=reliance.reliance(examples, table, replaced),
+    )
 
 
 def _share(examples: Sequence[Example], rank: int, ranks: int) -> list[Example]:
@@ -193,129 +249,6 @@ def _choices(candidates: str) -> tuple[str, ...]:
     return choices
 
 
-def answer_all(
-    family: Family,
-    dataset: Dataset,
-    examples: Sequence[Example],
-    *,
-    batch_pairs: int = 64,
-    cap: int | None = None,
-    beams: int = 1,
-    max_new_tokens: int = ANSWER_TOKENS,
-    images: ImageCache | None = None,
-    progress: Progress | None = None,
-) -> list[Prediction]:
-    """The model's own answer to every example; `score` is the mean log-probability of its tokens.
-
-    Raises:
-        InputError: an image cannot be read, or memory runs out.
-    """
-    predictions = []
-    for members, pixels in _batches(images or _opener(family, dataset), examples, batch_pairs, cap):
-        groups = [
-            Group(
-                group[0].images,
-                tuple(family.encode(e.id, e.question, None, report=e.kind == "report") for e in group),
-            )
-            for group in members
-        ]
-        with _memory_for(batch_pairs):
-            answers = family.answer(groups, pixels, max_new_tokens=max_new_tokens, beams=beams)
-        for group, group_answers in zip(members, answers, strict=True):
-            for example, answer in zip(group, group_answers, strict=True):
-                predictions.append(Prediction(example.id, answer.text, _finite(answer.score)))
-        if progress is not None:
-            progress(len(predictions), len(examples))
-    return predictions
-
-
-def score_closed_candidates(
-    family: Family,
-    dataset: Dataset,
-    examples: Sequence[Example],
-    candidates: Sequence[str] = ("yes", "no"),
-    *,
-    batch_pairs: int = 64,
-    cap: int | None = None,
-    images: ImageCache | None = None,
-    progress: Progress | None = None,
-) -> list[Prediction]:
-    """The most probable of `candidates` for every example, all scored in one forward pass a batch.
-
-    A candidate's probability is that of its tokens with the end token, not divided by their number. `score`
-    is the log of the chosen one's share among the candidates. Ties go to the candidate named first.
-
-    Raises:
-        InputError: an image cannot be read, or memory runs out.
-    """
-    import torch
-    from accelerate.utils import send_to_device
-
-    predictions = []
-    pairs = max(1, batch_pairs // max(1, len(candidates)))
-    for members, pixels in _batches(images or _opener(family, dataset), examples, pairs, cap):
-        groups = [
-            Group(
-                group[0].images,
-                tuple(
-                    family.encode(f"{e.id}={word}", e.question, word) for e in group for word in candidates
-                ),
-            )
-            for group in members
-        ]
-        with _memory_for(batch_pairs), torch.inference_mode():
-            batch = send_to_device(family.collate(groups, pixels), family.device)
-            sums = family.log_probs(batch).double().reshape(-1, len(candidates))  # [examples, candidates]
-            shares = torch.log_softmax(sums, dim=1).cpu()
-        for example, share in zip((e for group in members for e in group), shares.tolist(), strict=True):
-            best = max(range(len(candidates)), key=share.__getitem__)
-            predictions.append(Prediction(example.id, candidates[best], _finite(share[best])))
-        if progress is not None:
-            progress(len(predictions), len(examples))
-    return predictions
-
-
-def _finite(score: float) -> float | None:
-    return score if math.isfinite(score) else None
-
-
-class _memory_for:
-    """Turns running out of memory on the device into an error that says what to lower."""
-
-    def __init__(self, batch_pairs: int) -> None:
-        self.batch_pairs = batch_pairs
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        import torch
-
-        if isinstance(error, torch.OutOfMemoryError):
-            raise InputError(
-                f"the device ran out of memory with {self.batch_pairs} questions at once. Lower --batch."
-            ) from error
-
-
-def _batches(
-    opened: Callable[[str], Pixels], examples: Sequence[Example], pairs: int, cap: int | None
-) -> Iterator[tuple[list[list[Example]], list[list[Pixels]]]]:
-    """Groups of examples with the processed images of each; an image shared with the batch before is kept."""
-    groups = group_by_image(examples, cap)
-    held: dict[str, Pixels] = {}
-    for batch in pair_batches([len(group) for group in groups], pairs):
-        members = [groups[index] for index in batch]
-        keys = dict.fromkeys(key for group in members for key in group[0].images)
-        held = {key: held[key] if key in held else opened(key) for key in keys}
-        yield members, [[held[key] for key in group[0].images] for group in members]
-
-
-def _opener(family: Family, dataset: Dataset) -> Callable[[str], Pixels]:
-    from normtune.image_cache import read_pixels
-
-    return partial(read_pixels, family, dataset)
-
-
 def evaluate_config(config: EvaluateConfig, *, progress: Progress | None = None) -> dict[str, Any]:
     """Evaluate what `config` names; returns what metrics.json holds, with `out`.
 
@@ -325,15 +258,29 @@ def evaluate_config(config: EvaluateConfig, *, progress: Progress | None = None)
     from normtune.asking import open_model
     from normtune.catalog import open_from
     from normtune.image_cache import ImageCache, image_store
+    from normtune.retrieval import fitted
 
+    looks = config.baseline in (None, "retrieval")
+    if config.baseline and (config.candidates or (config.adapter and not looks)):
+        raise InputError(
+            f"--baseline {config.baseline} takes no {'candidates' if config.candidates else 'adapter'}: "
+            "it predicts texts of the training split. Leave it out."
+        )
     processes.join(config.device)
     dataset = open_from(config)
     examples = dataset.split(config.split)[: config.limit]
-    family = open_model(
-        config.model, config.adapter, dtype=config.dtype, device=config.device, quantize=config.quantize
-    )
-    store = image_store(config.cache, family)
-    images = None if store is None else ImageCache(family, dataset, frozen=True, store=store)
+    family = None
+    if looks:
+        family = open_model(
+            config.model, config.adapter, dtype=config.dtype, device=config.device, quantize=config.quantize
+        )
+    baseline = None
+    if config.baseline:
+        baseline = fitted(config.baseline, family, dataset, dataset.split("train"))
+    store = None if family is None or baseline else image_store(config.cache, family)
+    images = None
+    if family is not None and store is not None:
+        images = ImageCache(family, dataset, frozen=True, store=store)
     evaluate(
         family,
         dataset,
@@ -343,22 +290,50 @@ def evaluate_config(config: EvaluateConfig, *, progress: Progress | None = None)
         beams=config.beams,
         max_new_tokens=config.max_new_tokens,
         candidates=config.candidates,
+        controls=config.controls,
         normalisation=config.normalisation,
         images=images,
+        baseline=baseline,
         progress=progress,
-        names={"base": config.model, "adapter": str(config.adapter) if config.adapter else None},
+        names={
+            "base": config.model if looks else None,
+            "adapter": str(config.adapter) if config.adapter else None,
+            **({} if config.baseline else _setting(config.adapter, dataset.name)),
+            "data": config.data_options(),
+            **({"baseline": config.baseline} if config.baseline else {}),
+        },
     )
     found: dict[str, Any] = processes.from_first(lambda: read_json(config.out / "metrics.json"))
     return {**found, "out": str(config.out)}
+
+
+def _setting(adapter: Path | None, dataset: str) -> dict[str, str | None]:
+    """What the adapter was trained on, by its own word, and what an evaluation on `dataset` is by it."""
+    from normtune.delta import read_delta
+
+    if adapter is None:
+        return {"trained_on": None, "setting": "zero-shot"}
+    name = (read_delta(adapter).data or {}).get("name")
+    if name is None or (name == dataset and name in FILE_FORMATS):
+        return {"trained_on": name, "setting": "unknown"}
+    return {"trained_on": name, "setting": "in-distribution" if name == dataset else "out-of-distribution"}
 
 
 def metrics_text(found: Mapping[str, Any]) -> str:
     """The metrics of one evaluation as an aligned table, in %, with what they rest on."""
     width = max(len(name) for name in found["metrics"])
     lines = [f"{found['dataset']}: {found['rows']} rows, {found['images']} images; {found['intervals']}"]
+    if found.get("setting") == "zero-shot":
+        lines.append("zero-shot: no adapter")
+    elif found.get("setting"):
+        lines.append(
+            f"{found['setting']}: the adapter was trained on {found['trained_on'] or 'nothing it names'}"
+        )
     for name, metric in found["metrics"].items():
         value, low, high = (100 * metric[end] for end in ("value", "low", "high"))
         basis = f"{metric['rows']} rows, {metric['images']} images"
         lines.append(f"{name:<{width}}  {value:6.2f}  [{low:.2f}, {high:.2f}]  {basis}")
+    lines += ["", strata_text(found["strata"])] if found.get("strata") else []
+    lines += ["", reliance.reliance_text(found["reliance"])] if found.get("reliance") else []
     speed = f"{found['seconds']:.1f} s, {found['pairs_per_second']:.1f} pairs/s"
     return "\n".join([*lines, f"{speed}; {found['notice']}. Written: {found['out']}"])

@@ -66,6 +66,12 @@ class ImageCache:
             self.bytes += size
         return pixels
 
+    def of(self, dataset: Dataset) -> ImageCache:
+        """An empty cache of another dataset's images; the store on disk is the same."""
+        return ImageCache(
+            self.family, dataset, frozen=self.frozen, store=self.store, limit_bytes=self.limit_bytes
+        )
+
     def digest(self, key: str) -> str:
         """Of the processed image; it is opened once for it."""
         if key not in self._digests:

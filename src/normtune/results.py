@@ -1,4 +1,4 @@
-"""The files of an evaluation, written, read back and compared: predictions, manifest, metrics."""
+"""The files of an evaluation, written and read back: predictions, manifest, metrics."""
 
 from __future__ import annotations
 
@@ -6,37 +6,21 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from normtune.card import NOTICE
+from normtune.config import CONTROLS
 from normtune.data.records import Dataset, Example
 from normtune.errors import InputError
 from normtune.files import read_json, write_json, write_jsonl
-from normtune.metrics.corpus import Summed, mean_of, paired
-from normtune.metrics.report import report_table, text_pairs
-from normtune.metrics.stats import RESAMPLES, holm
-from normtune.metrics.vqa import Metric, Prediction, scores
+from normtune.metrics.stats import RESAMPLES
+from normtune.metrics.strata import strata_of
+from normtune.metrics.vqa import Metric, Prediction
 
 INTERVALS = f"95%, percentile bootstrap over images, {RESAMPLES} resamples"
-
-
-@dataclass(frozen=True)
-class Compared:
-    """One metric of two runs on the same rows; `difference` is the second less the first."""
-
-    first: float
-    second: float
-    difference: float
-    low: float
-    high: float
-    p: float
-    p_holm: float  # corrected for the number of metrics compared
-    rows: int
-    images: int
-    method: str
 
 
 def split_hash(ids: Sequence[str]) -> str:
@@ -50,9 +34,13 @@ def write_results(
     examples: Sequence[Example],
     predictions: Sequence[Prediction],
     metrics: Mapping[str, Metric],
+    controls: Mapping[str, Sequence[Prediction]] | None = None,
     **about: Any,
 ) -> None:
     """Write `predictions.jsonl`, `manifest.json` and, last, `metrics.json`, each whole or not at all.
+
+    `predictions-NAME.jsonl` hold what was answered to other images than the rows' own; those of an earlier
+    evaluation go.
 
     Args:
         out: the directory.
@@ -60,23 +48,17 @@ def write_results(
         examples: the rows evaluated.
         predictions: one an example, in any order.
         metrics: their scores.
+        controls: the predictions of each control of `normtune.reliance`.
         about: what else metrics.json is to hold: base, adapter, settings, seconds, ...
     """
     ids = sorted(example.id for example in examples)
-    by_id = {prediction.id: prediction for prediction in predictions}
-    rows = [
-        {
-            "id": example.id,
-            "images": list(example.images),
-            "kind": example.kind,
-            "question": example.question,
-            "reference": example.answer,
-            "prediction": by_id[example.id].text,
-            "score": by_id[example.id].score,
-        }
-        for example in examples
-    ]
-    write_jsonl(out / "predictions.jsonl", rows)
+    for name in CONTROLS:
+        path = out / f"predictions-{name}.jsonl"
+        if controls and name in controls:
+            write_jsonl(path, _rows(examples, controls[name]))
+        else:
+            path.unlink(missing_ok=True)
+    write_jsonl(out / "predictions.jsonl", _rows(examples, predictions))
     write_json(out / "manifest.json", {"split_hash": split_hash(ids), "ids": ids})
     write_json(
         out / "metrics.json",
@@ -94,6 +76,24 @@ def write_results(
             "versions": _versions(),
         },
     )
+
+
+def _rows(examples: Sequence[Example], predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
+    """One row an example, its prediction joined by id."""
+    by_id = {prediction.id: prediction for prediction in predictions}
+    return [
+        {
+            "id": example.id,
+            "images": list(example.images),
+            "kind": example.kind,
+            "question": example.question,
+            "reference": example.answer,
+            "prediction": by_id[example.id].text,
+            "score": by_id[example.id].score,
+            "strata": strata_of(example),
+        }
+        for example in examples
+    ]
 
 
 def _versions() -> dict[str, str]:
@@ -121,9 +121,8 @@ def read_run(directory: Path | str) -> tuple[list[Example], dict[str, str], dict
     for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
         try:
             row = json.loads(line)
-            examples.append(
-                Example(row["id"], tuple(row["images"]), row["question"], row["reference"], row["kind"], "")
-            )
+            fields = row["question"], row["reference"], row["kind"]
+            examples.append(Example(row["id"], tuple(row["images"]), *fields, "", row.get("strata", {})))
             texts[row["id"]] = row["prediction"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise InputError(f"{path}, line {number}: not a prediction row. Evaluate again.") from error
@@ -132,48 +131,8 @@ def read_run(directory: Path | str) -> tuple[list[Example], dict[str, str], dict
     return examples, texts, metrics
 
 
-def compare(run_a: Path | str, run_b: Path | str) -> dict[str, Compared]:
-    """Two evaluations of the same rows, paired by id: difference, interval and p-value of every metric.
-
-    Raises:
-        InputError: the runs hold different rows, references or normalisations, or a file is damaged.
-    """
-    examples, first, metrics_a = read_run(run_a)
-    others, second, metrics_b = read_run(run_b)
-    if metrics_a["split_hash"] != metrics_b["split_hash"]:
-        odd = sorted(first.keys() ^ second.keys())
-        raise InputError(
-            f"{run_a} and {run_b} evaluate different rows: {len(odd)} stand in one alone, first '{odd[0]}'. "
-            "Evaluate both on one split."
-        )
-    references = {example.id: example.answer for example in others}
-    changed = [example.id for example in examples if references[example.id] != example.answer]
-    if changed:
-        raise InputError(f"{run_a} and {run_b} differ in {len(changed)} references, first '{changed[0]}'.")
-    normalisation = metrics_a["normalisation"]
-    if metrics_b["normalisation"] != normalisation:
-        raise InputError(f"{run_a} and {run_b} were scored under different normalisations.")
-    cluster = {example.id: example.images for example in examples}
-    table_a = _table(examples, first, normalisation)
-    table_b = _table(examples, second, normalisation)
-    pairs = {name: paired(metric, table_b[name], cluster) for name, metric in table_a.items()}
-    corrected = holm({name: pair.p for name, pair in pairs.items()})
-    return {
-        name: Compared(
-            first=table_a[name].overall(),
-            second=table_b[name].overall(),
-            p_holm=corrected[name],
-            **asdict(pair),
-        )
-        for name, pair in pairs.items()
-    }
-
-
-def _table(
-    examples: Sequence[Example], texts: Mapping[str, str], normalisation: str | Sequence[str]
-) -> dict[str, Summed]:
-    """Every metric of the rows' task, row by row."""
-    if isinstance(normalisation, str):
-        found = scores(examples, texts, normalisation=normalisation)
-        return {name: mean_of(rows) for name, rows in found.items()}
-    return report_table(text_pairs(examples, texts), normalisations=normalisation)
+def read_scores(directory: Path | str) -> dict[str, float | None]:
+    """The mean log-probability of each prediction of a run that `read_run` has read, by id."""
+    text = (Path(directory) / "predictions.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.rstrip("\n").split("\n")]
+    return {row["id"]: row.get("score") for row in rows}

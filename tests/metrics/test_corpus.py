@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from normtune.errors import InputError
-from normtune.metrics.corpus import Summed, intervals, mean_of, paired
-from normtune.metrics.stats import Floats, bootstrap_mean, paired_difference
+from normtune.metrics.corpus import Summed, intervals, mean_of, paired, share_lost
+from normtune.metrics.stats import Floats, Paired, bootstrap_mean
 
 DRAW = np.random.default_rng(3)
 SCORES = {f"r{at}": float(score) for at, score in enumerate(DRAW.random(60))}
@@ -26,16 +26,37 @@ def test_the_interval_of_a_mean_is_the_cluster_bootstraps() -> None:
     )
 
 
-def test_the_paired_test_of_a_mean_is_the_sign_flip() -> None:
+def differing_by(gaps: list[float]) -> Paired:
+    """The paired test of two means whose images, of one row each, differ by `gaps`."""
+    first = {str(at): 0.25 for at in range(len(gaps))}
+    second = {id: first[id] + gap for id, gap in zip(first, gaps, strict=True)}
+    return paired(mean_of(first), mean_of(second), {id: id for id in first}, swaps=100_000)
+
+
+def test_all_swaps_are_tried_for_few_images() -> None:
+    found = differing_by([1.0] * 5)  # 2 of 32 patterns reach |5|
+    assert (found.p, found.method) == (2 / 32, "exact swaps of 5 images")
+    assert differing_by([1.0, 2.0, -1.0]).p == 6 / 8  # |sum| is 4, 2, 2, 0 in pairs: 6 of 8 reach 2
+
+
+def test_swaps_of_many_images_are_near_the_binomial() -> None:
+    """20 images, 15 better and 5 worse by one: sign test 0.041389 (scipy.stats.binomtest(15, 20))."""
+    found = differing_by([1.0] * 15 + [-1.0] * 5)
+    assert found.p == pytest.approx(0.041389, abs=0.002) and "100000" in found.method
+
+
+def test_the_interval_of_a_difference_of_means_is_that_of_the_mean_difference() -> None:
     found = paired(mean_of(SCORES), mean_of(OTHERS), IMAGE)
-    expected = paired_difference(SCORES, OTHERS, IMAGE)
-    assert found.difference == pytest.approx(expected.difference)
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-9)
-    assert found.p == pytest.approx(expected.p, abs=0.02)
-    few = {id: SCORES[id] for id in list(SCORES)[:12]}
-    ours = paired(mean_of(few), mean_of({id: OTHERS[id] for id in few}), IMAGE)
-    assert ours.p == pytest.approx(paired_difference(few, {i: OTHERS[i] for i in few}, IMAGE).p)
-    assert ours.method == "exact swaps of 4 images"
+    expected = bootstrap_mean({id: OTHERS[id] - SCORES[id] for id in SCORES}, IMAGE)
+    assert (found.difference, found.low, found.high) == pytest.approx(
+        (expected.value, expected.low, expected.high), abs=1e-9
+    )
+
+
+def test_two_rows_of_one_image_are_swapped_together() -> None:
+    first, second = mean_of({"a": 0.0, "b": 0.0, "c": 0.0}), mean_of({"a": 1.0, "b": 1.0, "c": 1.0})
+    found = paired(first, second, {"a": 1, "b": 1, "c": 2})
+    assert (found.p, found.rows, found.images) == (2 / 4, 3, 2)
 
 
 def test_a_corpus_metric_is_computed_from_resampled_sums() -> None:
@@ -69,3 +90,16 @@ def test_runs_of_other_rows_are_refused() -> None:
         paired(mean_of(SCORES), mean_of({i: s for i, s in SCORES.items() if i != "r0"}), IMAGE)
     with pytest.raises(InputError, match="no row"):
         intervals({"mean": mean_of({})}, {})
+
+
+def test_the_share_lost_is_of_the_first_score_and_nothing_where_that_is_nothing() -> None:
+    first, second = mean_of(dict.fromkeys("abcd", 1.0)), mean_of({"a": 0.0, "b": 0.0, "c": 0.0, "d": 1.0})
+    found = share_lost(first, second, {"d": 1, "c": 1, "b": 2, "a": 2})  # image 1 loses a half, 2 all
+    assert found is not None and (found.value, found.low, found.high) == (0.75, 0.5, 1.0)
+    misled = share_lost(second, first, {id: id for id in "abcd"})
+    assert misled is not None and (misled.value, misled.low) == (-3.0, -3.0)
+    assert misled.high == pytest.approx(-1 / 3), (
+        "of resamples without d, in which there is nothing, none counts"
+    )
+    nothing = mean_of(dict.fromkeys("abcd", 0.0))
+    assert share_lost(nothing, first, {id: id for id in "abcd"}) is None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from normtune.config import TrainConfig
 from normtune.data.records import Dataset, Example
 from normtune.data.rows import SPLITS
 from normtune.errors import InputError
@@ -91,7 +92,7 @@ def image_disjoint(
         raise InputError(f"fractions {fractions} must be at least 0 and add up to 1.")
     images = (example.images for example in dataset.examples)
     clusters = _clusters([*images, *_by_patient(dataset.examples), *same])
-    heads = sorted(set(clusters.values()), key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
+    heads = _drawn(clusters.values(), seed)
     train = round(fractions[0] * len(heads))
     learn = round((fractions[0] + fractions[1]) * len(heads))
     split = {
@@ -110,6 +111,24 @@ def image_disjoint(
     )
 
 
+def share_of_images(examples: Sequence[Example], share: float, seed: int) -> list[Example]:
+    """The examples of a share of the images (at least one), in their order.
+
+    Which images depends on the seed and their keys alone, so that a larger share holds a smaller one. Images
+    that stand in one example, or are of one patient or case, stay together.
+    """
+    clusters = _clusters([*(example.images for example in examples), *_by_patient(examples)])
+    heads = _drawn(clusters.values(), seed)
+    kept = set(heads[: max(1, round(share * len(heads)))])
+    return [example for example in examples if example.images and clusters[example.images[0]] in kept]
+
+
+def chosen(examples: Sequence[Example], config: TrainConfig) -> list[Example]:
+    """The examples of a split that a run trains on: its share of the images, and of those the first pairs."""
+    some = examples if config.share is None else share_of_images(examples, config.share, config.seed)
+    return list(some[: config.limit])
+
+
 def same_pixels(dataset: Dataset) -> list[tuple[str, ...]]:
     """Keys of images that are the same picture under several names: every image is opened once.
 
@@ -122,6 +141,16 @@ def same_pixels(dataset: Dataset) -> list[tuple[str, ...]]:
         digest = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
         by_content.setdefault(digest, []).append(key)
     return [tuple(keys) for keys in by_content.values() if len(keys) > 1]
+
+
+def patients(examples: Sequence[Example]) -> dict[str, str]:
+    """Image key -> one key for all images of its patient or case, as far as studies and `meta` tell them."""
+    return _clusters([*(example.images for example in examples), *_by_patient(examples)])
+
+
+def _drawn(keys: Iterable[str], seed: int) -> list[str]:
+    """The keys in an order that the seed and they alone decide."""
+    return sorted(set(keys), key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
 
 
 def _by_patient(examples: Iterable[Example]) -> list[list[str]]:

@@ -3,7 +3,7 @@
 BLEU of a corpus is not the mean of its rows' BLEU, so a resample of images sums the rows' *statistics*
 (n-gram counts, lengths) and computes the metric again from the sums (Koehn 2004). A mean is the case whose
 statistics are the score and a one. Two runs are compared by swapping them image by image (approximate
-randomisation: Riezler and Maxwell 2005), which for a mean is the sign-flip test of `normtune.metrics.stats`.
+randomisation: Riezler and Maxwell 2005), which for a mean flips the signs of the images' differences.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def paired(
     """`second` less `first` on the same rows, joined by id: bootstrap interval and two-sided p-value.
 
     Every pattern of swaps is tried for up to 12 clusters in which the runs differ, else `swaps` random ones
-    with the observed one counted among them.
+    with the observed one counted among them, so that p is never 0 (Phipson and Smyth 2010).
 
     Raises:
         InputError: the two do not score the same rows, or score none.
@@ -115,6 +115,32 @@ def paired(
     difference = second.overall() - first.overall()
     p, method = _swapped_p(first, one, two, difference, swaps=swaps, seed=seed)
     return Paired(difference, float(low), float(high), p, len(first.rows), len(one), method)
+
+
+def share_lost(
+    first: Summed,
+    second: Summed,
+    cluster: Mapping[str, Hashable],
+    *,
+    resamples: int = RESAMPLES,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval | None:
+    """(first - second) / first on the same rows, joined by id, with its percentile interval.
+
+    None where `first` is 0; a resample in which it is 0 is left out.
+    """
+    assert first.rows.keys() == second.rows.keys(), "the same rows"
+    whole = first.overall()
+    if whole == 0:
+        return None
+    one = _clustered(first.rows, cluster)
+    two = _clustered({id: second.rows[id] for id in first.rows}, cluster)
+    drawn = resampled_sums(np.concatenate([one, two], axis=1), resamples=resamples, seed=seed)
+    before, after = first.value(drawn[:, : one.shape[1]]), second.value(drawn[:, one.shape[1] :])
+    shares = 1 - after[before != 0] / before[before != 0]
+    low, high = np.quantile(shares, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(1 - second.overall() / whole, float(low), float(high))
 
 
 def _swapped_p(

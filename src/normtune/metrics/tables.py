@@ -1,0 +1,53 @@
+"""Every metric of a task, row by row, so that it can be summarised over all rows, over a part, or paired."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from normtune.data.records import Example
+from normtune.metrics import report, vqa
+from normtune.metrics.corpus import Summed, mean_of
+from normtune.metrics.stats import RESAMPLES
+from normtune.metrics.vqa import Metric, Prediction
+
+HEADLINES = (  # what strata and replaced images are scored by
+    "global_exact",
+    "closed_label",
+    "open_exact",
+    "open_recall",
+    "rouge_l/none",
+    "bleu_4/none",
+    "cider_d/none",
+    "findings_rules_f1_micro_14",
+)
+
+
+def metric_table(
+    examples: Sequence[Example],
+    predictions: Mapping[str, str] | Sequence[Prediction],
+    normalisation: str | Sequence[str],
+) -> dict[str, Summed]:
+    """Every metric of answers (one normalisation) or of reports (several), joined by id.
+
+    Raises:
+        InputError: ids do not match one to one, or there is no such normalisation.
+    """
+    if isinstance(normalisation, str):
+        found = vqa.scores(examples, predictions, normalisation=normalisation)
+        return {name: mean_of(rows) for name, rows in found.items()}
+    return report.report_table(report.text_pairs(examples, predictions), normalisations=normalisation)
+
+
+def summarised(
+    table: Mapping[str, Summed], examples: Sequence[Example], *, resamples: int = RESAMPLES
+) -> dict[str, Metric]:
+    """Each metric of `metric_table` with the interval from resampling the images of `examples`."""
+    if examples[0].kind == "report":
+        return report.summarise(table, examples, resamples=resamples)
+    scores = {name: metric.by_row() for name, metric in table.items()}
+    return vqa.summarise(scores, examples, resamples=resamples)
+
+
+def headlines(table: Mapping[str, Summed]) -> dict[str, Summed]:
+    """Those of `HEADLINES` that the table has, in their order."""
+    return {name: table[name] for name in HEADLINES if name in table}
