@@ -24,7 +24,8 @@ from record import record
 from normtune.cells import Cell, run_cells
 from normtune.config import EvaluateConfig, TrainConfig
 from normtune.files import read_json
-from normtune.metrics.stats import holm, mean_over_seeds, paired_difference
+from normtune.metrics.corpus import mean_of, paired
+from normtune.metrics.stats import holm, mean_over_seeds
 from normtune.metrics.vqa import scores
 from normtune.results import read_run
 
@@ -112,8 +113,8 @@ def measured(study: Study, recipe: str, options: argparse.Namespace) -> list[dic
     scored = {arm: question_scores(paths) for arm, paths in where.items()}
     first, *others = study.arms
     images = scored[first][1]
-    against = {arm.name: paired_difference(scored[first][0], scored[arm][0], images) for arm in others}
-    corrected = holm({name: paired.p for name, paired in against.items()})
+    against = {arm.name: paired(mean_of(scored[first][0]), mean_of(scored[arm][0]), images) for arm in others}
+    corrected = holm({name: one.p for name, one in against.items()})
     rows = []
     taken = set()
     for arm, paths in where.items():

@@ -23,13 +23,13 @@ from torch import Tensor
 
 from normtune.adapt import adapt
 from normtune.catalog import open_dataset
+from normtune.comparison import compare
 from normtune.config import EvaluateConfig, TrainConfig
 from normtune.evaluate import evaluate_config
 from normtune.models import load
 from normtune.models.family import Family
 from normtune.packing import Group, group_by_image
 from normtune.quantize import PACKAGES, check_installed
-from normtune.results import compare
 from normtune.train import train
 
 METRIC = "global_exact"

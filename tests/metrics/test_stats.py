@@ -16,8 +16,6 @@ from normtune.metrics.stats import (
     by_cluster,
     holm,
     mean_over_seeds,
-    paired_difference,
-    sign_flip_p,
     t_quantile,
 )
 
@@ -88,41 +86,6 @@ def test_five_thousand_rows_take_a_fraction_of_a_second() -> None:
 def test_no_rows_is_an_input_error() -> None:
     with pytest.raises(InputError, match="no row"):
         bootstrap_mean({}, {})
-
-
-def test_sign_flip_is_exact_for_few_images() -> None:
-    """Five images all better by one: 2 of 32 patterns reach |5|."""
-    p, method = sign_flip_p(np.ones(5))
-    assert p == 2 / 32 and method == "exact sign-flip of 5 images"
-    p, _ = sign_flip_p(np.array([1.0, 2.0, -1.0]))  # |sum| is 4, 2, 2, 0 in pairs: 6 of 8 reach 2
-    assert p == 6 / 8
-
-
-def test_sign_flip_of_many_images_is_near_the_binomial() -> None:
-    """20 images, 15 better and 5 worse by one: sign test 0.041389 (scipy.stats.binomtest(15, 20))."""
-    p, method = sign_flip_p(np.array([1.0] * 15 + [-1.0] * 5), flips=100_000)
-    assert p == pytest.approx(0.041389, abs=0.002) and "100000" in method
-
-
-def test_equal_runs_do_not_differ() -> None:
-    scores, cluster = alone([1.0, 0.0, 1.0])
-    found = paired_difference(scores, dict(scores), cluster)
-    assert (found.difference, found.low, found.high, found.p) == (0.0, 0.0, 0.0, 1.0)
-
-
-def test_paired_difference_joins_by_id() -> None:
-    first, cluster = alone([0.0, 0.0, 1.0, 1.0])
-    second = {"3": 1.0, "1": 1.0, "0": 1.0, "2": 1.0}
-    found = paired_difference(first, second, cluster)
-    assert (found.difference, found.rows, found.images) == (0.5, 4, 4)
-    assert found.p == 1 / 2  # two images differ: both signs alike in 2 of 4 patterns
-    assert 0.0 <= found.low <= 0.5 <= found.high <= 1.0
-
-
-def test_paired_difference_refuses_other_rows() -> None:
-    scores, cluster = alone([1.0, 0.0])
-    with pytest.raises(InputError, match="differ in 1 rows, first '1'"):
-        paired_difference(scores, {"0": 1.0}, cluster)
 
 
 def test_holm_by_hand() -> None:

@@ -1,7 +1,8 @@
 """Intervals and tests for scores whose rows are not independent.
 
-Questions of one image share its difficulty, so the image, not the question, is what is resampled or has its
-sign flipped (cluster bootstrap: Davison and Hinkley 1997, section 3.8). Everything is seeded.
+Questions of one image share its difficulty, so the image, not the question, is what is resampled (cluster
+bootstrap: Davison and Hinkley 1997, section 3.8). Everything is seeded. Two runs are compared in
+`normtune.metrics.corpus`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from normtune.errors import InputError
 
 Floats = NDArray[np.float64]
+Key = TypeVar("Key", bound=Hashable)
 RESAMPLES = 2000
 EXACT_CLUSTERS = 12  # up to 2^12 sign patterns are all tried
 
@@ -31,7 +34,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Paired:
-    """The difference (second run less first) of two mean scores on the same rows."""
+    """The difference (second run less first) of one metric on the same rows."""
 
     difference: float
     low: float
@@ -110,56 +113,9 @@ def bootstrap_mean(
     return bootstrap_means(sums[None], counts[None], resamples=resamples, level=level, seed=seed)[0]
 
 
-def sign_flip_p(sums: Floats, *, flips: int = 10_000, seed: int = 0) -> tuple[float, str]:
-    """Two-sided p-value that cluster totals of paired differences are symmetric about 0, and the method.
-
-    Every pattern of signs is tried for up to 12 clusters that differ at all; else `flips` random patterns,
-    with the observed one counted among them so that p is never 0 (Phipson and Smyth 2010).
-    """
-    moved = sums[sums != 0]
-    observed = abs(moved.sum())
-    slack = 1e-9 * np.abs(moved).sum()  # equal totals may differ in the last bits
-    if len(moved) <= EXACT_CLUSTERS:
-        bits = (np.arange(2 ** len(moved))[:, None] >> np.arange(len(moved))) & 1
-        extreme = np.abs((2.0 * bits - 1) @ moved) >= observed - slack
-        return float(extreme.mean()), f"exact sign-flip of {len(moved)} images"
-    generator = np.random.default_rng(seed)
-    hits = 0
-    step = max(1, 2_000_000 // len(moved))
-    for start in range(0, flips, step):
-        signs = 2.0 * generator.integers(0, 2, size=(min(step, flips - start), len(moved)), dtype=np.int8) - 1
-        hits += int((np.abs(signs @ moved) >= observed - slack).sum())
-    return (1 + hits) / (1 + flips), f"sign-flip by image, {flips} random patterns"
-
-
-def paired_difference(
-    first: Mapping[str, float],
-    second: Mapping[str, float],
-    cluster: Mapping[str, Hashable],
-    *,
-    resamples: int = RESAMPLES,
-    flips: int = 10_000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> Paired:
-    """Mean of `second` less mean of `first`, joined by id, with a cluster bootstrap interval and a p-value.
-
-    Raises:
-        InputError: the two do not score the same rows, or score none.
-    """
-    if first.keys() != second.keys():
-        odd = sorted(first.keys() ^ second.keys())
-        raise InputError(f"the runs differ in {len(odd)} rows, first '{odd[0]}'. Compare runs of one split.")
-    difference = {id: second[id] - score for id, score in first.items()}
-    interval = bootstrap_mean(difference, cluster, resamples=resamples, level=level, seed=seed)
-    sums, _ = by_cluster(difference, cluster)
-    p, method = sign_flip_p(sums, flips=flips, seed=seed)
-    return Paired(interval.value, interval.low, interval.high, p, len(difference), len(sums), method)
-
-
-def holm(p: Mapping[str, float]) -> dict[str, float]:
+def holm(p: Mapping[Key, float]) -> dict[Key, float]:
     """p-values corrected for being several, in the order given (Holm 1979)."""
-    adjusted: dict[str, float] = {}
+    adjusted: dict[Key, float] = {}
     highest = 0.0
     for rank, name in enumerate(sorted(p, key=lambda name: p[name])):
         highest = max(highest, min(1.0, (len(p) - rank) * p[name]))

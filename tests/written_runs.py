@@ -1,0 +1,61 @@
+"""Evaluations as their files hold them, written without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from normtune.data.records import Example, Kind
+from normtune.metrics.vqa import Prediction, score_vqa
+from normtune.results import write_results
+from tests.fake_family import fake_dataset
+
+
+def question(number: int, answer: str = "lung", kind: Kind = "open") -> Example:
+    """Question q<number> of image <number // 2>."""
+    return Example(f"q{number}", (f"{number // 2}",), "which\u2028organ?", answer, kind, "test")
+
+
+QUESTIONS = [question(n) for n in range(8)] + [question(n, "yes", "closed") for n in range(8, 12)]
+REPORTS = [
+    Example(f"r{n}", (f"{n}",), "", f"No effusion in case {n}. Heart is normal.", "report", "test")
+    for n in range(4)
+]
+
+
+def answered(
+    out: Path,
+    right: set[int],
+    examples: Sequence[Example] = QUESTIONS,
+    *,
+    normalisation: str = "vqa",
+    scores: Mapping[int, float | None] | None = None,
+    **about: Any,
+) -> Path:
+    """A run that answers the questions numbered `right` rightly, and the others "wrong"."""
+    scores = scores or {}
+    predictions = [
+        Prediction(e.id, e.answer if at in right else "wrong", scores.get(at, -0.1))
+        for at, e in reversed(list(enumerate(examples)))
+    ]
+    metrics = score_vqa(examples, predictions, normalisation=normalisation)
+    write_results(
+        out,
+        fake_dataset(list(examples)),
+        examples,
+        predictions,
+        metrics,
+        normalisation=normalisation,
+        **about,
+    )
+    return out
+
+
+def reported(out: Path, said: Mapping[int, str], examples: Sequence[Example] = REPORTS, **about: Any) -> Path:
+    """A run that writes the references as reports, but for `said`."""
+    predictions = [Prediction(e.id, said.get(n, e.answer), -0.5) for n, e in enumerate(examples)]
+    write_results(
+        out, fake_dataset(list(examples)), examples, predictions, {}, normalisation=["none"], **about
+    )
+    return out
