@@ -1,4 +1,4 @@
-"""The table and picture of the README: `normtune demo`, its small files kept.
+"""The tables and picture of the README: `normtune demo`, its small files kept.
 
 python benchmarks/demo.py --out benchmarks/demo
 """
@@ -22,10 +22,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         results, text = run_demo(Path(folder))
         options.out.mkdir(parents=True, exist_ok=True)
-        for name in ("table.md", "accuracy.png"):
+        for name in ("table.md", "reports.md", "accuracy.png"):
             (options.out / name).write_bytes((Path(folder) / name).read_bytes())
     print(text)
     rows = [relative(row) for row in results.pop("rows")]
+    results["reports"] = [relative(row) for row in results.pop("reports")]
     record(options.out / "results.json", "demo", rows, **results)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from normtune.config import REPORT_TOKENS
+from normtune import report_task
 from normtune.data.images import open_image
 from normtune.models.family import Answer, Family
 from normtune.packing import Group
@@ -57,12 +57,13 @@ def describe(
     *,
     adapter: Path | None = None,
     beams: int = 1,
+    max_new_tokens: int = report_task.WRITTEN_TOKENS,
     device: str | None = None,
     quantize: str | None = None,
 ) -> Answer:
-    """A report for one study of one or more views. Research use, not for diagnosis."""
+    """A report for one study of one or more views, in their order. Research use, not for diagnosis."""
     family = open_model(model, adapter, device=device, quantize=quantize)
     pixels = [family.pixels(open_image(image, name=image.name)) for image in images]
     segment = family.encode("report", "", None, report=True)
     group = Group(tuple(str(image) for image in images), (segment,))
-    return family.answer([group], [pixels], beams=beams, max_new_tokens=REPORT_TOKENS)[0][0]
+    return family.answer([group], [pixels], beams=beams, max_new_tokens=max_new_tokens)[0][0]

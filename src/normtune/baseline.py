@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from normtune.data.records import Example
+from normtune.data.splits import patients
 from normtune.errors import InputError
 from normtune.metrics.text import normalise, tokens
 from normtune.metrics.vqa import Prediction
@@ -14,7 +16,8 @@ from normtune.metrics.vqa import Prediction
 _QUESTION_MARKS = str.maketrans(dict.fromkeys("?!.,;:\"'()？！。，；：、", " "))
 
 
-def _words(question: str) -> tuple[str, ...]:
+def words_of(question: str) -> tuple[str, ...]:
+    """The words that tell a question from another, whatever its case and punctuation."""
     return tuple(tokens(question.lower().translate(_QUESTION_MARKS)))
 
 
@@ -53,7 +56,7 @@ class QuestionOnly:
         questions: dict[tuple[str, ...], list[str]] = defaultdict(list)
         starts: dict[tuple[str, ...], list[str]] = defaultdict(list)
         for example in train:
-            words = _words(example.question)
+            words = words_of(example.question)
             questions[words].append(example.answer)
             starts[words[:2]].append(example.answer)
         return cls(
@@ -64,7 +67,74 @@ class QuestionOnly:
 
     def predict(self, examples: Sequence[Example]) -> list[Prediction]:
         """One prediction an example, in order; neither its image nor its reference is looked at."""
-        return [Prediction(example.id, self._answer(_words(example.question))) for example in examples]
+        return [Prediction(example.id, self._answer(words_of(example.question))) for example in examples]
 
     def _answer(self, words: tuple[str, ...]) -> str:
         return self.by_question.get(words, self.by_start.get(words[:2], self.overall))
+
+
+@dataclass(frozen=True)
+class OneText:
+    """One training text for every image, however it looks."""
+
+    text: str
+
+    @classmethod
+    def most_frequent(cls, train: Sequence[Example]) -> OneText:
+        """The report (or answer) of the most patients.
+
+        Texts are the same when their normalised forms are. Each counts once for a patient, a case or, where
+        the data name neither, a study: the slices of one case often bear one caption. Of texts that are
+        equally frequent the one nearest the middle is taken, see `medoid`.
+
+        Raises:
+            InputError: there are no training rows.
+        """
+        spelt = _spellings(train, "most-frequent")
+        cluster = patients(train)
+        whose: dict[str, set[str]] = defaultdict(set)  # form -> the patients that have it
+        for example in train:
+            whose[normalise(example.answer)].add(cluster[example.images[0]] if example.images else example.id)
+        most = max(len(them) for them in whose.values())
+        return cls(spelt[_medoid([form for form, them in whose.items() if len(them) == most], train)])
+
+    @classmethod
+    def medoid(cls, train: Sequence[Example]) -> OneText:
+        """The text whose word counts have the highest mean cosine similarity to those of all training rows.
+
+        Of equal ones the first counts.
+
+        Raises:
+            InputError: there are no training rows.
+        """
+        spelt = _spellings(train, "medoid")
+        return cls(spelt[_medoid(list(spelt), train)])
+
+    def predict(self, examples: Sequence[Example]) -> list[Prediction]:
+        """One prediction an example, in order; only its id is looked at."""
+        return [Prediction(example.id, self.text) for example in examples]
+
+
+def _spellings(train: Sequence[Example], baseline: str) -> dict[str, str]:
+    """Normalised form -> its first spelling, in the order of the rows."""
+    if not train:
+        raise InputError(f"the {baseline} baseline needs training rows and got none.")
+    spelt: dict[str, str] = {}
+    for example in train:
+        spelt.setdefault(normalise(example.answer), example.answer)
+    return spelt
+
+
+def _medoid(forms: Sequence[str], train: Sequence[Example]) -> str:
+    """Of `forms` the one nearest all training rows: cosines with all add up to one with their sum."""
+    total: Counter[str] = Counter()
+    for example in train:
+        total.update(_direction(normalise(example.answer)))  # type: ignore[arg-type]  # counts of parts
+    return max(forms, key=lambda form: sum(part * total[word] for word, part in _direction(form).items()))
+
+
+def _direction(text: str) -> dict[str, float]:
+    """Word counts, divided by their Euclidean length."""
+    counts = Counter(tokens(text))
+    length = math.hypot(*counts.values())
+    return {word: count / length for word, count in counts.items()}

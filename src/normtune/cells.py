@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from normtune import processes
+from normtune.abreast import side_by_side
 from normtune.config import EvaluateConfig, TrainConfig
 from normtune.errors import InputError
+from normtune.files import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -23,17 +25,13 @@ class Cell:
     evaluate: EvaluateConfig
 
 
-def run_cell(cell: Cell, threads: int | None = None) -> dict[str, Any]:
+def run_cell(cell: Cell) -> dict[str, Any]:
     """Train, evaluate, and return one row: trainable share, seconds, peak memory, metrics with intervals."""
-    import torch
+    from dataclasses import asdict
 
     from normtune import memory
     from normtune.evaluate import evaluate_config
     from normtune.train import train
-
-    if threads:
-        torch.set_num_threads(threads)
-    from dataclasses import asdict
 
     trained = asdict(train(cell.train)) if cell.train else None
     memory.reset_peak()
@@ -41,11 +39,11 @@ def run_cell(cell: Cell, threads: int | None = None) -> dict[str, Any]:
     return {"name": cell.name, "training": trained, "evaluation": evaluated}
 
 
-def run_cells(cells: Sequence[Cell], workers: int) -> Iterator[dict[str, Any]]:
+def run_cells(cells: Sequence[Cell], workers: int, *, kept: Path | None = None) -> Iterator[dict[str, Any]]:
     """Run cells in `workers` processes side by side; yields rows as they finish.
 
-    The processes are forked from one that has imported the libraries and done nothing else: they start
-    at once, and no cell's memory counts in another's peak.
+    No cell's memory counts in another's peak (`normtune.abreast`). With `kept` each row is written to that
+    folder as its cell ends, and a cell whose row lies there, of the same options, is not run again.
 
     Raises:
         InputError: a cell failed; the message names it. Or a launcher started several processes, each of
@@ -53,17 +51,46 @@ def run_cells(cells: Sequence[Cell], workers: int) -> Iterator[dict[str, Any]]:
     """
     if processes.launched() > 1:
         raise InputError("this starts processes of its own. Run it without torchrun or accelerate launch.")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    waiting = []
+    for cell in cells:
+        row = None if kept is None else _kept_row(kept, cell)
+        if row is None:
+            waiting.append(cell)
+        else:
+            yield row
+    if not waiting:
+        return
     threads = max(1, (os.cpu_count() or 1) // workers)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["normtune.train", "normtune.evaluate", "normtune.models.miss.family"])
-    with ProcessPoolExecutor(
-        workers, mp_context=context, max_tasks_per_child=1, initializer=processes.leave_launcher
-    ) as pool:
-        running = {pool.submit(run_cell, cell, threads): cell for cell in cells}
-        for done in as_completed(running):
-            try:
-                yield done.result()
-            except InputError as error:
-                pool.shutdown(cancel_futures=True)
-                raise InputError(f"cell '{running[done].name}': {error}") from error
+    for cell, done in side_by_side(run_cell, waiting, workers, threads=threads):
+        if done.error is not None:
+            raise InputError(f"cell '{cell.name}': {done.error}")
+        if kept is not None:
+            write_json(_row_file(kept, cell), {"options": _options(cell), "row": done.value})
+        yield done.value
+
+
+def _row_file(kept: Path, cell: Cell) -> Path:
+    return kept / f"{quote(cell.name, safe='@')}.json"
+
+
+def _options(cell: Cell) -> dict[str, Any]:
+    """What decides a cell's row."""
+    return {
+        "train": cell.train and cell.train.model_dump(mode="json"),
+        "evaluate": cell.evaluate.model_dump(mode="json"),
+    }
+
+
+def _kept_row(kept: Path, cell: Cell) -> dict[str, Any] | None:
+    """The row of an earlier run, where its options were these; newer ones stand at their defaults."""
+    file = _row_file(kept, cell)
+    if not file.is_file():
+        return None
+    found = read_json(file)
+    try:
+        train, evaluate = found["options"]["train"], found["options"]["evaluate"]
+        same = cell.train == (train and TrainConfig(**train)) and cell.evaluate == EvaluateConfig(**evaluate)
+        row: dict[str, Any] | None = found["row"] if same else None
+    except (KeyError, TypeError, ValueError):  # not written by this, or an option is gone
+        return None
+    return row
