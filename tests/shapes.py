@@ -63,6 +63,21 @@ def llava_15() -> nn.Module:
     return hf.LlavaForConditionalGeneration(config)
 
 
+def llava_med_10() -> nn.Module:
+    """LLaVA-Med v1.0 as it is imported: the second layer of its projector is the identity."""
+    vision = {"model_type": "clip_vision_model", **CLIP_L_336, "image_size": 224}
+    text = {"model_type": "llama", "vocab_size": 32004, "rms_norm_eps": 1e-6}
+    config = hf.LlavaConfig(vision_config=vision, text_config=text, projector_hidden_act="linear")
+    return hf.LlavaForConditionalGeneration(config)
+
+
+def llava_16() -> nn.Module:
+    """llava-v1.6-mistral-7b: LLaVA-Med v1.5's shape and `image_newline`."""
+    config = llava_med().config
+    config = hf.LlavaNextConfig(vision_config=config.vision_config, text_config=config.text_config)
+    return hf.LlavaNextForConditionalGeneration(config)
+
+
 def qwen2_vl_2b() -> nn.Module:
     text = {
         "vocab_size": 151936,
@@ -155,6 +170,14 @@ def paligemma_3b() -> nn.Module:
     )
 
 
+def paligemma2_3b() -> nn.Module:
+    text = {"model_type": "gemma2", "vocab_size": 257216, "query_pre_attn_scalar": 256}
+    vision = {"model_type": "siglip_vision_model", **SIGLIP_SO400M, "image_size": 224}
+    return hf.PaliGemmaForConditionalGeneration(
+        hf.PaliGemmaConfig(text_config=text, vision_config=vision, projection_dim=2304, hidden_size=2304)
+    )
+
+
 def smolvlm_500m() -> nn.Module:
     text = {
         "model_type": "llama",
@@ -202,11 +225,14 @@ SHAPES: dict[str, Callable[[], nn.Module]] = {
         blip_vqa,
         llava_med,
         llava_15,
+        llava_med_10,
+        llava_16,
         qwen2_vl_2b,
         qwen25_vl_7b,
         qwen3_vl_4b,
         gemma3_4b,
         paligemma_3b,
+        paligemma2_3b,
         smolvlm_500m,
         internvl3_1b,
     )

@@ -17,11 +17,14 @@ TOTALS = {
     "blip_vqa": 361_478_972,
     "llava_med": 7_566_743_552,
     "llava_15": 7_063_427_072,
+    "llava_med_10": 6_738_448_384 + 303_179_776 + 4096 * (1024 + 1) + 4096 * (4096 + 1),
+    "llava_16": 7_566_743_552 + 4096,
     "qwen2_vl_2b": 2_208_985_600,
     "qwen25_vl_7b": 8_292_166_656,
     "qwen3_vl_4b": 4_437_815_808,
     "gemma3_4b": 4_300_079_472,
     "paligemma_3b": 2_923_466_480,
+    "paligemma2_3b": 3_032_242_416,
     "smolvlm_500m": 507_482_304,
 }
 # (tensors, values) of the norms of each part, by hand: layers x (norms x width) and the norms outside layers
@@ -36,6 +39,8 @@ NORMS = {
     "blip_vqa": {"vision": (50, 25 * 2 * 768), **BERT_NORMS},
     "llava_med": {"vision": CLIP_NORMS, "language": (32 * 2 + 1, (32 * 2 + 1) * 4096)},
     "llava_15": {"vision": CLIP_NORMS, "language": (32 * 2 + 1, (32 * 2 + 1) * 4096)},
+    "llava_med_10": {"vision": CLIP_NORMS, "language": (32 * 2 + 1, (32 * 2 + 1) * 4096)},
+    "llava_16": {"vision": CLIP_NORMS, "language": (32 * 2 + 1, (32 * 2 + 1) * 4096)},
     "qwen2_vl_2b": {
         "vision": (32 * 4, 32 * 4 * 1280),
         "connector": (2, 2 * 1280),
@@ -57,6 +62,7 @@ NORMS = {
         "language": (34 * 6 + 1, (34 * 4 + 1) * 2560 + 34 * 2 * 256),
     },
     "paligemma_3b": {"vision": SIGLIP_NORMS, "language": (18 * 2 + 1, (18 * 2 + 1) * 2048)},
+    "paligemma2_3b": {"vision": SIGLIP_NORMS, "language": (26 * 4 + 1, (26 * 4 + 1) * 2304)},
     "smolvlm_500m": {"vision": (50, 25 * 2 * 768), "language": (32 * 2 + 1, (32 * 2 + 1) * 960)},
     "internvl3_1b": {
         "vision": (24 * 4, 24 * 4 * 1024),
@@ -69,6 +75,7 @@ KINDS = {  # of the language's norms, or the text parts'
     "blip_vqa": "layer",
     "gemma3_4b": "rms_offset",
     "paligemma_3b": "rms_offset",
+    "paligemma2_3b": "rms_offset",
 }
 
 

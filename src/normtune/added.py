@@ -338,6 +338,10 @@ def _add_prefix(model: nn.Module, part: str, n: int, projection: bool, sites: Se
         raise NoSite(
             f"prefix finds no self-attention that takes one in part '{part}'. Choose another method."
         )
+    if any(getattr(one, "attn_logit_softcapping", None) is not None for _, one in attentions):
+        raise InputError(
+            f"prefix does not know capped attention, as part '{part}' has. Choose another method."
+        )
     width, heads = _key_shape(part, attentions)
     device = attentions[0][0].module.weight.device
     prefix = Prefix(part, n, width, heads, len(attentions), projection).to(device)

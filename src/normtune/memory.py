@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 from contextlib import suppress
@@ -32,6 +33,19 @@ def host_peak_bytes() -> int:
         return known
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+_MMAP_THRESHOLD, _LARGE = -3, 1 << 18  # glibc's name of the option; bytes
+
+
+def return_freed() -> None:
+    """From now on a freed tensor's memory goes back to the system at once (glibc only; nothing elsewhere).
+
+    The C library keeps blocks of up to 32 MiB for itself, in pieces that the next tensors may not fit into:
+    training a 7B in 8 bits then held 3 GiB more than its tensors. Small models' steps become slower by it.
+    """
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE)
 
 
 def resident_bytes() -> int:

@@ -130,16 +130,19 @@ class _Tokens(NamedTuple):
         return _Tokens(*(None if x is None else x[index] for x in self))  # type: ignore[arg-type]
 
 
-def _visible(q: _Tokens, k: _Tokens, window: int | None) -> Tensor:
+def _visible(q: _Tokens, k: _Tokens, window: int | None, whole_blocks: bool) -> Tensor:
     """Whether queries see keys; the two sides broadcast, so it serves dense and block masks alike."""
     shared = (q.group == k.group) & ((k.segment == PREFIX) | (k.segment == q.segment))
-    ordered = k.place <= q.place
-    if q.block is not None and k.block is not None:
-        ordered = ordered | ((q.block == k.block) & (k.block >= 0))
-    seen = shared & ordered
+    seen = k.place <= q.place
+    near = None
     if window is not None:
         assert q.position is not None and k.position is not None, "a window is measured in positions"
-        seen = seen & (k.position > q.position - window)
+        near = k.position > q.position - window
+    if q.block is not None and k.block is not None:
+        together = (q.block == k.block) & (k.block >= 0)
+        seen = seen | together
+        near = near | together if near is not None and whole_blocks else near
+    seen = shared & seen if near is None else shared & seen & near
     return seen | (k.place == q.place)  # a padding token sees itself: a softmax over nothing is NaN
 
 
@@ -158,6 +161,7 @@ def dense_mask(
     image_block: Tensor | None = None,
     position_ids: Tensor | None = None,
     window: int | None = None,
+    whole_blocks: bool = False,
 ) -> Tensor:
     """The mask as bool [B, 1, Q, S], true where the query (dim 2) sees the key (dim 3).
 
@@ -169,12 +173,13 @@ def dense_mask(
             one block see each other in both directions (Gemma 3).
         position_ids, window: with a window, a query at position p sees the positions above p - window. The
             window is measured in positions, since a segment may stand far from the prefix that it follows.
+        whole_blocks: the tokens of one block see each other past the window too (PaliGemma 2).
     """
     tokens = _tokens(group_of, segment_of, image_block, position_ids)
     start = 0 if queries is None else group_of.shape[1] - queries
     whole = slice(None)
     q, k = tokens.at((whole, slice(start, None), None)), tokens.at((whole, None))
-    return _visible(q, k, window)[:, None]
+    return _visible(q, k, window, whole_blocks)[:, None]
 
 
 def block_mask(
@@ -184,6 +189,7 @@ def block_mask(
     image_block: Tensor | None = None,
     position_ids: Tensor | None = None,
     window: int | None = None,
+    whole_blocks: bool = False,
 ) -> BlockMask:
     """`dense_mask` as a FlexAttention BlockMask, which skips the blocks in which nothing is seen (CUDA).
 
@@ -197,7 +203,7 @@ def block_mask(
     tokens = _tokens(group_of, segment_of, image_block, position_ids)
 
     def mask_mod(b: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return _visible(tokens.at((b, q)), tokens.at((b, k)), window)
+        return _visible(tokens.at((b, q)), tokens.at((b, k)), window, whole_blocks)
 
     return create_block_mask(mask_mod, batch, None, length, length, device=str(group_of.device))
 

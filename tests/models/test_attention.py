@@ -234,6 +234,16 @@ def test_a_learned_prefix_goes_with_dense_masks_alone(tmp_path: Any, monkeypatch
         family.loss(batch)
 
 
+def test_capped_attention_takes_neither_a_prefix_nor_blocks(tmp_path: Any) -> None:
+    family = load(str(make_tiny("paligemma2", tmp_path)))
+    assert isinstance(family, CausalFamily)
+    with pytest.raises(InputError, match="does not know capped attention, as part 'language' has"):
+        adapt(family.model, parse("language=prefix(n=3)"), seed=0)
+    family.attention = "block"
+    with pytest.raises(InputError, match="nor with PaliGemma 2"):
+        family.collate(*grouped(family, GROUPINGS["by image"]))
+
+
 def test_auto_takes_blocks_on_cuda_where_rows_are_long() -> None:
     decoder = small_llama()
     for device, length in product(("cpu", "cuda"), (attention.BLOCK_FROM - 1, attention.BLOCK_FROM)):

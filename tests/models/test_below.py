@@ -23,8 +23,8 @@ from tests.models import tiny
 from tests.models.test_families import GROUPINGS, PAIRS, image
 from tests.tiny_miss import tiny_miss
 
-SHARING = tuple(name for name in tiny.TINY if name != "paligemma")
-TOLERANCE = 1e-6
+SHARING = tuple(name for name in tiny.TINY if not name.startswith("paligemma"))
+TOLERANCE = 3e-6  # sums of tiles in another order: 1.1e-6 was seen
 UPPER = {  # of three layers; Gemma 3 has two
     "norms": "language=ln[2:]",
     "lora": "language=lora(r=2)[2:]",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 from tokenizers import processors
 
 from normtune.errors import InputError
+from normtune.models import load
 from normtune.models.conversation import Conversation
 from normtune.models.llava import MISTRAL_TEMPLATE, VICUNA_TEMPLATE
-from tests.models.tiny import TINY
+from tests.models.tiny import TINY, make_tiny
 
 CHATS = ("llava", "qwen2_vl", "internvl")
 _made = {name: TINY[name]()[1] for name in CHATS}
@@ -57,6 +59,14 @@ def test_templates_of_checkpoints_without_one(template: str, whole: str) -> None
     prompt, answer = chat.segment("1", "Is it?", "no")
     tokens = tuple(found.tokenizer(whole).input_ids)
     assert (*chat.prefix(["<image>"]), *prompt, *answer) == tokens
+
+
+def test_the_misspelt_end_of_llava_1_6_is_no_part_of_an_answer(tmp_path: Path) -> None:
+    """The template of llava-v1.6-mistral ends answers with letters that look like the end token."""
+    family = load(str(make_tiny("llava_next", tmp_path)))
+    assert r"<\s>" in (tmp_path / "chat_template.jinja").read_text()
+    answer = family.encode("1", "Is it?", "no").answer
+    assert written(family.processor, answer).strip() == "no</s>"
 
 
 def test_an_open_question_ends_where_the_model_is_to_write() -> None:

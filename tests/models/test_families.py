@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from normtune.losses import answer_loss
-from normtune.models import causal, load
+from normtune.models import family as families
+from normtune.models import load
 from normtune.models.causal import CausalFamily
 from normtune.models.family import Pixels
 from normtune.packing import Group
@@ -162,7 +163,7 @@ def test_logits_in_chunks_give_transformers_own_loss_and_gradients(
 ) -> None:
     """Heads are tied to the embedding in some families."""
     rows = 3 * 4 * family.vocabulary  # three rows of fp32 logits
-    monkeypatch.setattr(causal, "answer_loss", partial(answer_loss, limit_bytes=rows))
+    monkeypatch.setattr(families, "answer_loss", partial(answer_loss, limit_bytes=rows))
     loss, _ = family.loss(family.collate(*grouped(family, GROUPINGS["by image"])))
     assert abs(float(loss.detach()) - sum(plain[0])) / sum(plain[0]) < TOLERANCE
     assert_same_gradients(gradients(family, loss), plain[1])

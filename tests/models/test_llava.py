@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+from normtune import report_task
 from normtune.asking import open_model
 from normtune.catalog import open_dataset
 from normtune.config import TrainConfig
 from normtune.errors import InputError
 from normtune.evaluate import evaluate
 from normtune.models import load
-from normtune.models.causal import ANSWER_TOKENS, REPORT_TOKENS, CausalFamily
+from normtune.models.causal import ANSWER_TOKENS, CausalFamily
+from normtune.models.llava import LlavaFamily
 from normtune.packing import Group
 from normtune.train import train
 from tests.models.tiny import make_tiny
@@ -37,7 +39,7 @@ def scores(family: CausalFamily, limit: int = 8) -> torch.Tensor:
         return family.log_probs(family.collate(groups, pixels))
 
 
-@pytest.mark.parametrize("recipe", ["ln", "language=lora(r=2)", "language=prefix(n=2)"])
+@pytest.mark.parametrize("recipe", ["language=lora(r=2)", "language=prefix(n=2)"])
 def test_a_recipe_is_trained_written_loaded_and_evaluated(tiny: Path, tmp_path: Path, recipe: str) -> None:
     out = tmp_path / "out"
     config = TrainConfig(
@@ -82,7 +84,7 @@ def test_long_answers_are_cut_before_their_end_token(tiny: Path) -> None:
     assert isinstance(family, CausalFamily)
     long = "lung " * 600
     answer, report = (family.encode("1", "", long, report=report).answer for report in (False, True))
-    assert len(answer) == ANSWER_TOKENS and len(report) == REPORT_TOKENS
+    assert len(answer) == ANSWER_TOKENS and len(report) == report_task.REFERENCE_TOKENS
     assert answer[-1] == report[-1] == family.ends[0] and answer[:-1] == report[: ANSWER_TOKENS - 1]
 
 
@@ -100,3 +102,14 @@ def test_a_language_model_with_other_layers_is_refused(tiny: Path) -> None:
     family.model.config.text_config.layer_types = ["full_attention", "linear_attention"]
     with pytest.raises(InputError, match="linear_attention"):
         type(family)(family.model, family.processor)
+
+
+def test_a_base_that_does_not_fit_is_told_with_what_to_do(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 14.00 GiB.\nmore")
+
+    monkeypatch.setattr(LlavaFamily, "load", full)
+    with pytest.raises(InputError, match=r"does not fit into the device's memory\. .* --quantize int8\.$"):
+        load(str(tiny))

@@ -23,7 +23,9 @@ from normtune.merge import merge_to_disk
 from normtune.models import load
 from normtune.models.causal import CausalFamily
 from normtune.models.llava_med.importing import ImportReport, import_llava_med, import_text
+from normtune.models.llava_med.original import read_original
 from normtune.models.llava_med.plan import with_mean_rows
+from normtune.models.llava_med.processor import read_vocabulary
 from normtune.packing import Group
 from normtune.train import train
 from tests.models.llava_med_original import (
@@ -41,6 +43,8 @@ from tests.models.llava_med_original import (
     write_clip,
     write_original,
 )
+from tests.models.llava_med_original import config as config_of
+from tests.models.tiny import TEXT
 
 QUESTION = "Is there a fracture of the left rib?"
 V15_PROMPT = f"[INST] <image>\n{QUESTION} [/INST]"
@@ -390,3 +394,28 @@ def test_a_sentencepiece_model_alone_asks_for_its_packages(
     monkeypatch.setattr(transformers.utils, "is_sentencepiece_available", lambda: False)
     message = refused(source, tmp_path / "out", **HEADS)
     assert "pip install sentencepiece protobuf. Or give --tokenizer" in message
+    (source / "config.json").write_text('{"model_type": "llava"}')
+    with pytest.raises(InputError, match=r"protobuf\. Or put the same tokenizer beside it"):
+        load(str(source))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of sentencepiece's own bindings
+def test_a_sentencepiece_model_alone_gives_its_own_tokens_and_the_first_one(tmp_path: Path) -> None:
+    """As LLaMA-1 was released: no tokenizer.json, and no word of the first token in tokenizer_config.json."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    pytest.importorskip("google.protobuf")
+    (tmp_path / "text").write_text("\n".join(TEXT))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=330,
+        model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    config = config_of(make_original("1.0"))
+    config["vocab_size"] = 400
+    config["mm_use_im_start_end"] = False
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = read_vocabulary(tmp_path, read_original(tmp_path)).tokenizer
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    for text in (QUESTION, "lung 42 µm", "lung\n### Human: liver"):
+        assert found(text).input_ids == [1, *pieces.encode(text)]

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from normtune.losses import answer_loss
+from normtune.models import family as families
 from normtune.models.family import Batch
-from normtune.models.miss import family as miss_family
 from normtune.models.miss.family import MissFamily
 from normtune.packing import Group
 from normtune.phantom import dataset
@@ -49,7 +49,7 @@ def test_loss_in_chunks_is_that_of_the_models_logits(
     )
     wanted = gradients(family, whole)
     limit = 3 * 4 * family.config.vocab_size  # three rows of fp32 logits
-    monkeypatch.setattr(miss_family, "answer_loss", partial(answer_loss, limit_bytes=limit))
+    monkeypatch.setattr(families, "answer_loss", partial(answer_loss, limit_bytes=limit))
     loss, tokens = family.loss(batch, label_smoothing=label_smoothing)
     assert tokens == len(labels) > 6
     torch.testing.assert_close(loss, whole, rtol=1e-6, atol=0)

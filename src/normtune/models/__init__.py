@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from normtune.errors import InputError, did_you_mean
 from normtune.files import read_json
+from normtune.models.processors import check_sentencepiece
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _FAMILIES = {
     "miss": ("normtune.models.miss.family", "MissFamily"),
     "llava": ("normtune.models.llava", "LlavaFamily"),
+    "llava_next": ("normtune.models.llava_next", "LlavaNextFamily"),
     "qwen2_vl": ("normtune.models.qwen_vl", "QwenVLFamily"),
     "qwen2_5_vl": ("normtune.models.qwen_vl", "QwenVLFamily"),
     "qwen3_vl": ("normtune.models.qwen_vl", "QwenVLFamily"),
@@ -32,6 +34,7 @@ _FAMILIES = {
     "paligemma": ("normtune.models.paligemma", "PaliGemmaFamily"),
 }
 BUILT_IN = ("nano",)  # checkpoints that come with the package
+_AS_JSON = "Or put the same tokenizer beside it as tokenizer.json."
 _SHAPES = "shapes"  # folder of configs of well-known models, for counting without their files
 
 
@@ -57,12 +60,15 @@ def load(
     source = _source(model)
     family = family_type(model)
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    check_sentencepiece(Path(source), _AS_JSON)
     if quantize is None:
         with quiet_loading(source):
             return _told(model, lambda: family.load(source, wanted, place))
+    from normtune.memory import return_freed
     from normtune.quantize import check_installed, frozen_linears, quantization_config, quiet
 
     check_installed(quantize)
+    return_freed()
     with quiet_loading(source), quiet():
         how = quantization_config(skeleton(model), quantize, wanted)
         loaded: Family = _told(model, lambda: family.load(source, wanted, place, quantization=how))
@@ -80,6 +86,7 @@ def hollow(model: str) -> Family:
         raise InputError(f"'{model}' is a shape without a processor. Give a model: a directory or hub name.")
     family = family_type(model)
     source = _source(model)
+    check_sentencepiece(Path(source), _AS_JSON)
     body: Any = skeleton(model)
     with quiet_loading(source):
         processor = _told(model, lambda: family.load_processor(source, str(body.config.model_type)))
@@ -230,6 +237,11 @@ def _told(model: str, read: Callable[[], Any]) -> Any:
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which this module does not import
+            raise InputError(
+                f"model {model} does not fit into the device's memory. Hold it in --dtype bfloat16, or in "
+                "fewer bits: --quantize int8."
+            ) from error
         reason = str(error).strip().split("\n")[0]
         raise InputError(
             f"cannot load model {model}: {reason} Check the name, or point at a whole local directory."

@@ -122,7 +122,7 @@ def takes_blocks(backend: Backend, length: int, device: torch.device, decoder: A
     if not own:
         raise InputError(
             "attention 'block' does not go with prefix or ptuning in the language model, whose keys no block "
-            "mask knows. Choose 'dense' or another recipe."
+            "mask knows, nor with PaliGemma 2. Choose 'dense' or another recipe."
         )
     return True
 

@@ -39,6 +39,7 @@ class Branches:
         position: [answers] long, the position of the next token of each answer.
         place: [answers] long, how many tokens precede it; what windows are measured in.
         column_place: [B, S] long, the same of each column.
+        selected: told which rows of the cache stay, where some go.
     """
 
     def __init__(
@@ -52,10 +53,12 @@ class Branches:
         position: Tensor,
         place: Tensor,
         column_place: Tensor,
+        selected: Callable[[Tensor], None] | None = None,
     ) -> None:
         self.cache, self.decode, self.windows = cache, decode, windows
         self.visible, self.row, self.position, self.place = visible, row, position, place
         self.column_place = column_place
+        self.selected = selected
 
     def step(self, tokens: Tensor, cache_rows: Tensor | None) -> Tensor:
         """See `normtune.generate.Step`: tokens [answers] -> logits [answers, vocabulary]."""
@@ -88,6 +91,8 @@ class Branches:
         needed, self.row = self.row.unique(return_inverse=True)
         if len(needed) < len(self.column_place):
             self.cache.batch_select_indices(needed)
+            if self.selected is not None:
+                self.selected(needed)
             self.column_place = self.column_place[needed]
 
     def _masks(self, seen: Tensor, places: Tensor) -> Masks:

@@ -19,21 +19,20 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
+from normtune import report_task
 from normtune.errors import InputError
 from normtune.generate import Generated, generate
-from normtune.losses import answer_log_probs, answer_loss
+from normtune.losses import Head
 from normtune.models.attention import BLOCK, Backend, additive, takes_blocks, use_shared_attention
 from normtune.models.below import DEPTH, ENTERING, Below, causal_below, passing
 from normtune.models.branches import Branches, Masks, Windows
 from normtune.models.conversation import Conversation, Prompts, Tokens
-from normtune.models.family import Answer, Batch, Family, Pixels
+from normtune.models.family import Answer, AnswerStates, Batch, Family, Pixels
 from normtune.packing import Group, Segment
 from normtune.quantize import loading_options
 from normtune.sequences import PREFIX, Rows, SharedSequence, block_mask, dense_mask, shared_sequence
 
 ANSWER_TOKENS = 256  # with the end token
-REPORT_TOKENS = 512
-REPORT_PROMPT = "Describe the findings of this image."
 FULL, SLIDING = "full_attention", "sliding_attention"
 FEATURES = "features"  # what `seen` calls the features of an image; names of further ones begin with it
 ONE_KIND = ""  # the name of the only kind of attention layer, where masks are no dict
@@ -52,6 +51,7 @@ class CausalFamily(Family):
     model: Any
     config: Any
     image_layers: int = 0  # how many of the first layers take image features besides their input
+    whole_blocks: ClassVar[bool] = False  # whether the tokens of a block see each other past a window
     image_options: ClassVar[dict[str, Any]] = {}  # for the image processor
     image_keys: ClassVar[tuple[str, ...]] = ("pixel_values",)  # what is kept of its results
 
@@ -65,7 +65,6 @@ class CausalFamily(Family):
         self.ends = _end_tokens(model, tokenizer)
         self.pad_id: int = self.ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.image_token_id: int = self.config.image_token_id
-        self.vocabulary: int = self.config.get_text_config().vocab_size
         self.windows = _windows(self.config.get_text_config())
         self.conversation = self.converse()
         parameters = inspect.signature(self.decoder.forward).parameters
@@ -82,7 +81,7 @@ class CausalFamily(Family):
     ) -> Self:
         """Load a checkpoint of transformers' layout."""
         model: Any = AutoModelForImageTextToText.from_pretrained(
-            str(source), dtype=dtype, attn_implementation="sdpa", **loading_options(quantization, device)
+            str(source), dtype=dtype, **loading_options(quantization, device)
         )
         model = model.to(device) if quantization is None else model
         return cls(model.eval(), cls.load_processor(str(source), model.config.model_type))
@@ -97,6 +96,12 @@ class CausalFamily(Family):
     def decoder(self) -> Any:
         """The language model without its head."""
         return self.model.model.language_model
+
+    @property
+    def head(self) -> Head:
+        """Hidden states [N, width] to logits [N, vocabulary]."""
+        head: Head = self.model.lm_head
+        return head
 
     @property
     def image_end(self) -> tuple[str, str]:
@@ -176,9 +181,9 @@ class CausalFamily(Family):
     def encode(self, id: str, question: str, answer: str | None, *, report: bool = False) -> Segment:
         """The family's own chat template; no question: the report prompt."""
         prompt, tokens = self.conversation.segment(
-            id, question.strip() or REPORT_PROMPT, None if answer is None else answer.strip()
+            id, question.strip() or report_task.PROMPT, None if answer is None else answer.strip()
         )
-        limit = REPORT_TOKENS if report else ANSWER_TOKENS
+        limit = report_task.REFERENCE_TOKENS if report else ANSWER_TOKENS
         return Segment(id, prompt, tokens if len(tokens) <= limit else (*tokens[: limit - 1], tokens[-1]))
 
     def collate(self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]]) -> Batch:
@@ -234,30 +239,28 @@ class CausalFamily(Family):
 
     # --- the forward pass -----------------------------------------------------------------------------------
 
-    def loss(self, batch: Batch, *, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-        """(summed cross-entropy, number of answer tokens)."""
-        summed = answer_loss(
-            self.model.lm_head,
-            self._answer_states(batch),
-            batch["labels"],
-            vocabulary=self.vocabulary,
-            label_smoothing=label_smoothing,
-        )
-        return summed, torch.tensor(len(batch["labels"]), device=summed.device)
+    @property
+    def vocabulary(self) -> int:
+        size: int = self.config.get_text_config().vocab_size
+        return size
 
-    def log_probs(self, batch: Batch) -> Tensor:
-        """[segments], the log-probability of each whole answer."""
-        states = self._answer_states(batch)
-        each = answer_log_probs(self.model.lm_head, states, batch["labels"], vocabulary=self.vocabulary)
-        return each.new_zeros(batch["pairs"]).index_add(0, batch["segment_index"], each)
+    def answer_states(self, batch: Batch) -> AnswerStates:
+        """See `Family.answer_states`."""
+        states = self._states(batch, use_cache=False).flatten(0, 1)
+        found = states.index_select(0, batch["answer_rows"])
+        return AnswerStates(found, batch["labels"], batch["segment_index"])
 
-    def _answer_states(self, batch: Batch) -> Tensor:
-        """[N, width], the hidden states that predict the answer tokens."""
-        states = self._states(batch, use_cache=False)
-        return states.flatten(0, 1).index_select(0, batch["answer_rows"])
+    def text_segments(self, batch: Batch) -> Tensor:
+        """[B], or [S] where all groups stand in one row; padding belongs to the first group."""
+        group_of = batch["group_of"]
+        of_answers = group_of.flatten().index_select(0, batch["answer_rows"])
+        of_group = batch["segment_index"].new_zeros(int(group_of.max()) + 1)
+        of_group[of_answers] = batch["segment_index"]
+        units = group_of[0] if len(group_of) == 1 else group_of[:, 0]
+        return of_group[units.clamp(min=0)]
 
     def _logits(self, states: Tensor) -> Tensor:
-        return self.model.lm_head(states).float()
+        return self.head(states).float()
 
     def _states(self, batch: Batch, **options: Any) -> Tensor:
         """Hidden states [B, S, width] of a laid-out batch."""
@@ -282,6 +285,7 @@ class CausalFamily(Family):
                 image_block=blocks,
                 position_ids=batch["place_ids"],
                 window=window,
+                whole_blocks=self.whole_blocks,
             )
             for kind, window in self.windows.items()
         }
@@ -362,6 +366,7 @@ class CausalFamily(Family):
             position=rotary[row, last] + 1,
             place=batch["place_ids"][row, last] + 1,
             column_place=batch["place_ids"],
+            selected=None if self.texts is None else self.texts.select,
         )
         return branches, last
 

@@ -9,12 +9,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from normtune.losses import Head, answer_log_probs, answer_loss
+from normtune.norms import Rows as NormRows
 from normtune.packing import Group, Segment
 
 if TYPE_CHECKING:
@@ -32,10 +34,25 @@ class Answer:
     score: float
 
 
+class AnswerStates(NamedTuple):
+    """What the head is given of a batch, for N answer tokens in the order of their segments.
+
+    Attributes:
+        states: [N, width], the hidden states that predict them.
+        labels: [N] long.
+        segments: [N] long, the segment of each, counted over all groups in the order given.
+    """
+
+    states: Tensor
+    labels: Tensor
+    segments: Tensor
+
+
 class Family(ABC):
     """A model with its processor, seen through the five verbs that training and evaluation need."""
 
     model_types: ClassVar[tuple[str, ...]]  # the config.model_type values that this family loads
+    texts: NormRows | None = None  # whose rows of text norms of several adapters are given (normtune.mixed)
     shares_prefix: ClassVar[bool] = True  # whether `prefix_tokens` stand once a group, not once a segment
 
     def __init__(self, model: nn.Module, processor: Any) -> None:
@@ -101,13 +118,40 @@ class Family(ABC):
         those of the same segments in groups of one.
         """
 
+    @property
     @abstractmethod
-    def loss(self, batch: Batch, *, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-        """(sum of the answer tokens' cross-entropies, number of answer tokens), both scalar tensors."""
+    def head(self) -> Head:
+        """States [N, width] -> logits [N, vocabulary]."""
+
+    @property
+    @abstractmethod
+    def vocabulary(self) -> int:
+        """How many tokens there are."""
 
     @abstractmethod
+    def answer_states(self, batch: Batch) -> AnswerStates:
+        """The model up to its head."""
+
+    @abstractmethod
+    def text_segments(self, batch: Batch) -> Tensor:
+        """[units] long: a segment of each unit of text that norms are given, in their order.
+
+        A unit is what belongs to one group alone: a row of tokens, or a token where one row holds all groups.
+        """
+
+    def loss(self, batch: Batch, *, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+        """(sum of the answer tokens' cross-entropies, number of answer tokens), both scalar tensors."""
+        states, labels, _ = self.answer_states(batch)
+        summed = answer_loss(
+            self.head, states, labels, vocabulary=self.vocabulary, label_smoothing=label_smoothing
+        )
+        return summed, torch.tensor(len(labels), device=summed.device)
+
     def log_probs(self, batch: Batch) -> Tensor:
         """Sum of the answer tokens' log-probabilities, one a segment in the order given: [segments]."""
+        states, labels, segments = self.answer_states(batch)
+        each = answer_log_probs(self.head, states, labels, vocabulary=self.vocabulary)
+        return each.new_zeros(batch["pairs"]).index_add(0, segments, each)
 
     @abstractmethod
     def answer(
@@ -120,7 +164,8 @@ class Family(ABC):
     ) -> list[list[Answer]]:
         """Answers for groups whose segments have no answer; `result[g][s]` is for segment s of group g.
 
-        The images of a group are computed once and shared by its segments.
+        The images of a group are computed once and shared by its segments. `texts`, where it is set, follows
+        the rows that go on.
         """
 
     def save(self, directory: str | Path) -> None:

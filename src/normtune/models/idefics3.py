@@ -9,21 +9,31 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import Idefics3Processor
+from transformers import AutoTokenizer, Idefics3Processor
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from normtune.models.causal import CausalFamily
 from normtune.models.family import Pixels
+
+# by their modules: transformers 5.17 finds them by name only where torchvision is installed
+_IMAGE_PROCESSORS: dict[str, Any] = {
+    "idefics3": Idefics3ImageProcessorPil,
+    "smolvlm": SmolVLMImageProcessorPil,
+}
 
 
 class Idefics3Family(CausalFamily):
     """Tiles and the whole image stand in the prompt with their rows and columns."""
 
-    model_types = ("idefics3", "smolvlm")
+    model_types = tuple(_IMAGE_PROCESSORS)
 
     @classmethod
     def load_processor(cls, source: str, model_type: str) -> Any:
         """SmolVLM's own processor wants packages for videos; for images it writes what Idefics3's does."""
-        return Idefics3Processor.from_pretrained(source)
+        images = _IMAGE_PROCESSORS[model_type].from_pretrained(source)
+        named, _ = Idefics3Processor.get_processor_dict(source)
+        return Idefics3Processor.from_args_and_dict([images, AutoTokenizer.from_pretrained(source)], named)
 
     @property
     def decoder(self) -> Any:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from normtune.errors import InputError
+from normtune.losses import Head
 from normtune.models.causal import CausalFamily
 from normtune.models.conversation import Tokens
 from normtune.models.family import Batch, Pixels
@@ -39,17 +40,28 @@ class PrefixAndSuffix:
 
 
 class PaliGemmaFamily(CausalFamily):
-    """PaliGemma 1: image and question see each other both ways, the answer sees them and its own past."""
+    """PaliGemma 1 and 2: image and question see each other both ways, the answer sees them and its own past.
+
+    PaliGemma 2's language model caps logits, those of attention and those of tokens, and half its layers see
+    a window (Gemma 2, arXiv 2408.00118). SDPA caps nothing, so its attention is transformers' plain one.
+    """
 
     model_types = ("paligemma",)
     shares_prefix = False
+    whole_blocks = True
 
     def __init__(self, model: nn.Module, processor: Any) -> None:
         super().__init__(model, processor)
-        if getattr(self.config.get_text_config(), "attn_logit_softcapping", None) is not None:
-            raise InputError(
-                "PaliGemma 2 caps its attention's logits, which SDPA cannot do. Choose a PaliGemma 1 model."
-            )
+        text = self.config.get_text_config()
+        self.cap: float | None = getattr(text, "final_logit_softcapping", None)
+        if getattr(text, "attn_logit_softcapping", None) is not None:
+            self.decoder.set_attn_implementation("eager")
+
+    @property
+    def head(self) -> Head:
+        """Capped to (-cap, cap) where the model says so."""
+        plain, cap = super().head, self.cap
+        return plain if cap is None else lambda states: cap * torch.tanh(plain(states) / cap)
 
     def below(self, trained: Collection[nn.Parameter]) -> None:
         """Nothing is held: an image's states differ from question to question."""

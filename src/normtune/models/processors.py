@@ -1,8 +1,11 @@
-"""Processors for images alone: transformers' video processors need torchvision, which nothing here does."""
+"""Processors for images alone (transformers' for videos need torchvision), and what tokenizers need."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+from normtune.errors import InputError
 
 
 def image_only(processor_class: Any, source: str) -> Any:
@@ -15,3 +18,20 @@ def image_only(processor_class: Any, source: str) -> Any:
 
     ImageOnly.__name__ = processor_class.__name__
     return ImageOnly.from_pretrained(source)
+
+
+def check_sentencepiece(directory: Path, otherwise: str) -> None:
+    """Check that transformers can read the tokenizer of `directory`, where sentencepiece's file is all of it.
+
+    `otherwise` says what to do instead of installing the packages.
+
+    Raises:
+        InputError: it needs packages that are not installed.
+    """
+    file = directory / "tokenizer.model"
+    if (directory / "tokenizer.json").is_file() or not file.is_file():
+        return
+    from transformers.utils import is_protobuf_available, is_sentencepiece_available
+
+    if not (is_sentencepiece_available() and is_protobuf_available()):
+        raise InputError(f"{file} needs two packages: pip install sentencepiece protobuf. {otherwise}")

@@ -12,8 +12,10 @@ from transformers import CLIPVisionConfig, LlamaTokenizer, LlavaProcessor, PreTr
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from normtune.errors import InputError
+from normtune.files import read_json
 from normtune.models.llava import MISTRAL_TEMPLATE, VICUNA_TEMPLATE
 from normtune.models.llava_med.original import Original
+from normtune.models.processors import check_sentencepiece
 
 IMAGE, PATCH, START, END = "<image>", "<im_patch>", "<im_start>", "<im_end>"
 PAD = "<pad>"
@@ -137,14 +139,15 @@ def _tokenizer(directory: Path) -> PreTrainedTokenizerFast:
 
 
 def _from_sentencepiece(directory: Path) -> Any:
-    from transformers.utils import is_protobuf_available, is_sentencepiece_available
-
-    if not (is_sentencepiece_available() and is_protobuf_available()):
-        raise InputError(
-            f"{directory / 'tokenizer.model'} needs two packages: pip install sentencepiece protobuf. "
-            "Or give --tokenizer with a directory that holds the same tokenizer as tokenizer.json."
-        )
-    return LlamaTokenizer.from_pretrained(directory, legacy=True)
+    check_sentencepiece(
+        directory, "Or give --tokenizer with a directory that holds the same tokenizer as tokenizer.json."
+    )
+    config = directory / "tokenizer_config.json"
+    told = read_json(config) if config.is_file() else {}
+    # LLaMA's texts begin with <s>, which releases of its time left unsaid and transformers 5 leaves out
+    return LlamaTokenizer.from_pretrained(
+        directory, legacy=True, add_bos_token=told.get("add_bos_token", True)
+    )
 
 
 def _named(tokenizer: Any) -> dict[str, Any]:

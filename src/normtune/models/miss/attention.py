@@ -70,16 +70,17 @@ class Slots:
 
     @classmethod
     def of(cls, image_index: Tensor | None, segments: int, groups: int) -> Slots:
-        """Slots for segments whose images are `image_index` [segments], non-decreasing (None: one each)."""
+        """Slots for segments whose images are `image_index` [segments], in any order (None: as many each)."""
         if image_index is None:
             assert segments % groups == 0, "without image_index every image has the same number of segments"
             return cls(groups, segments // groups, None)
         counts = torch.bincount(image_index, minlength=groups)
         width = int(counts.max())
-        if width * groups == segments:
+        sorted_index, order = image_index.sort(stable=True)
+        if width * groups == segments and bool((sorted_index == image_index).all()):
             return cls(groups, width, None)
-        place = torch.arange(segments, device=image_index.device) - (counts.cumsum(0) - counts)[image_index]
-        return cls(groups, width, image_index * width + place)
+        rank = torch.arange(segments, device=order.device) - (counts.cumsum(0) - counts)[sorted_index]
+        return cls(groups, width, torch.empty_like(order).scatter(0, order, sorted_index * width + rank))
 
     def gather(self, states: Tensor) -> Tensor:
         """[segments, length, width] -> [groups, slots * length, width]; empty slots are zeros."""

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BlipImageProcessorPil, BlipProcessor
 
+from normtune import report_task
 from normtune.errors import InputError
-from normtune.losses import answer_log_probs, answer_loss
+from normtune.losses import Head
 from normtune.models.below import Below, GroupStates, own_parameters
-from normtune.models.family import Answer, Batch, Family, Pixels
+from normtune.models.family import Answer, AnswerStates, Batch, Family, Pixels
 from normtune.models.miss.config import MissConfig
 from normtune.models.miss.model import MissForQuestionAnswering
 from normtune.models.miss.tokenizer import ENCODE
@@ -25,8 +26,6 @@ from normtune.packing import Group, Segment
 from normtune.quantize import loading_options
 
 QUESTION_TOKENS = 35  # with [ENC] and [SEP] (Chen et al. 2024)
-REPORT_TOKENS = 256
-REPORT_PROMPT = "describe the findings of this image."
 NO_LABEL = -100
 
 
@@ -78,12 +77,14 @@ class MissFamily(Family):
 
     def encode(self, id: str, question: str, answer: str | None, *, report: bool = False) -> Segment:
         """[ENC] question [SEP], at most 35 tokens, and answer [SEP]; no question: the report prompt."""
-        asked = self._tokens(question or REPORT_PROMPT)[: QUESTION_TOKENS - 2]
+        asked = self._tokens(question or report_task.PROMPT)[: QUESTION_TOKENS - 2]
         end = self.config.eos_token_id
         prompt = (self.config.encode_token_id, *asked, end)
         if answer is None:
             return Segment(id, prompt)
-        longest = REPORT_TOKENS if report else self.config.text("decoder").max_position_embeddings - 1
+        longest = self.config.text("decoder").max_position_embeddings - 1
+        if report:
+            longest = min(longest, report_task.REFERENCE_TOKENS)
         return Segment(id, prompt, (*self._tokens(answer)[: longest - 1], end))
 
     def _tokens(self, text: str) -> list[int]:
@@ -95,9 +96,9 @@ class MissFamily(Family):
     def collate(self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]]) -> Batch:
         """Keys are the arguments of the model's `forward`, and `pairs`, the number of segments.
 
-        `pixel_values` [images, 3, size, size], or `image_states` as `seen` gives them; `image_index`
-        [segments]; `view_index` [groups, views] where a group has several images; `logit_rows` are the
-        labelled rows.
+        `pixel_values` [images, 3, size, size], or `image_states` as `seen` gives them, each image once;
+        `image_index` [segments]; `view_index` [studies, views] where some have several images; `logit_rows`
+        are the labelled rows.
         """
         segments = [segment for group in groups for segment in group.segments]
         return self._questions(groups, pixels) | self._answers(segments)
@@ -119,20 +120,20 @@ class MissFamily(Family):
         """What the encoder needs, answers left out."""
         segments = [segment for group in groups for segment in group.segments]
         sizes = torch.tensor([len(group.segments) for group in groups])
-        images = list(chain.from_iterable(pixels))
+        distinct = {id(image): image for image in chain.from_iterable(pixels)}  # an image is read once
+        shown = [tuple(id(image) for image in images) for images in pixels]
+        unit = {views: number for number, views in enumerate(dict.fromkeys(shown))}
+        images = list(distinct.values())
         batch: Batch = {
             **{name: torch.stack([image[name] for image in images]) for name in images[0]},
             **self._prompts(segments),
-            "image_index": torch.arange(len(groups)).repeat_interleave(sizes),
+            "image_index": torch.tensor([unit[views] for views in shown]).repeat_interleave(sizes),
         }
-        views = [len(images) for images in pixels]
-        if max(views) > 1:
-            index = torch.full((len(groups), max(views)), -1)
-            first = 0
-            for row, count in enumerate(views):
-                index[row, :count] = torch.arange(first, first + count)
-                first += count
-            batch["view_index"] = index
+        most = max(map(len, unit))
+        if most > 1:
+            place = {one: number for number, one in enumerate(distinct)}
+            rows = [[place[one] for one in views] + [-1] * (most - len(views)) for views in unit]
+            batch["view_index"] = torch.tensor(rows)
         return batch
 
     def _prompts(self, segments: Sequence[Segment]) -> Batch:
@@ -147,35 +148,27 @@ class MissFamily(Family):
         decoder = own_parameters(self.model.text_decoder)
         return MissBelow(self) if all(id(one) in decoder for one in trained) else None
 
-    def loss(self, batch: Batch, *, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-        """(summed cross-entropy, number of answer tokens)."""
-        states, wanted = self._answer_states(batch)
-        summed = answer_loss(
-            self.model.text_decoder.cls,
-            states,
-            wanted,
-            vocabulary=self.config.vocab_size,
-            label_smoothing=label_smoothing,
-        )
-        return summed, torch.tensor(len(wanted), device=summed.device)
+    @property
+    def head(self) -> Head:
+        return self.model.text_decoder.cls
 
-    def log_probs(self, batch: Batch) -> Tensor:
-        """[segments], the log-probability of each whole answer."""
-        states, wanted = self._answer_states(batch)
-        each = answer_log_probs(
-            self.model.text_decoder.cls, states, wanted, vocabulary=self.config.vocab_size
-        )
-        segment = batch["logit_rows"] // batch["labels"].shape[1]
-        return each.new_zeros(len(batch["labels"])).index_add(0, segment, each)
+    @property
+    def vocabulary(self) -> int:
+        return self.config.vocab_size
 
-    def _answer_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The decoder's states [answer tokens, width] that predict the tokens [answer tokens]."""
+    def answer_states(self, batch: Batch) -> AnswerStates:
+        """See `Family.answer_states`."""
         inputs: dict[str, Any] = {
             name: value for name, value in batch.items() if name not in ("labels", "pairs", "logit_rows")
         }
         states = self.model.answer_states(**inputs).flatten(0, 1)
-        rows = batch["logit_rows"]
-        return states.index_select(0, rows), batch["labels"].flatten().index_select(0, rows)
+        rows, labels = batch["logit_rows"], batch["labels"]
+        found = states.index_select(0, rows), labels.flatten().index_select(0, rows)
+        return AnswerStates(*found, rows // labels.shape[1])
+
+    def text_segments(self, batch: Batch) -> Tensor:
+        """[segments]: each is a row of its own, as question and as answer."""
+        return torch.arange(batch["pairs"], device=batch["labels"].device)
 
     @torch.inference_mode()
     def answer(
@@ -196,7 +189,10 @@ class MissFamily(Family):
             name: value.to(self.device) if isinstance(value, Tensor) else value
             for name, value in self._questions(groups, pixels).items()
         }
-        found = iter(self.model.generate(max_new_tokens=max_new_tokens, beams=beams, **batch))
+        selected = None if self.texts is None else self.texts.select
+        found = iter(
+            self.model.generate(max_new_tokens=max_new_tokens, beams=beams, selected=selected, **batch)
+        )
         return [[self._spoken(next(found)) for _ in group.segments] for group in groups]
 
     def _spoken(self, generated: Any) -> Answer:

@@ -6,6 +6,7 @@ values are made once. Loss and gradients equal those of separate questions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -125,8 +126,8 @@ class MissForQuestionAnswering(PreTrainedModel):
             input_ids: questions, padded on the right: [segments, question length].
             pixel_values: [images, 3, height, width].
             attention_mask: [segments, question length], 1 where there is a token; None: nothing is padded.
-            image_index: [segments], non-decreasing: the image (or row of `view_index`) that each one asks
-                about; None: every image has the same number of questions, in order.
+            image_index: [segments], the image (or row of `view_index`) that each one asks about; None: every
+                image has the same number of questions, in order.
             decoder_input_ids: [DEC] and the answer so far, padded on the right: [segments, answer length].
             labels: the token that follows each of `decoder_input_ids` (aligned, not shifted), -100 where
                 there is none: [segments, answer length].
@@ -195,11 +196,12 @@ class MissForQuestionAnswering(PreTrainedModel):
         length_penalty: float = 1.0,
         early_stopping: bool | Literal["never"] = False,
         compact: bool = True,
+        selected: Callable[[Tensor], None] | None = None,
     ) -> list[Generated]:
         """Answer every question; images and their keys are computed once, and all questions are one batch.
 
-        The defaults are MISS's: 3 beams, at most 10 tokens counting [DEC]. Other arguments as for `forward`
-        and `normtune.generate.generate`.
+        The defaults are MISS's: 3 beams, at most 10 tokens counting [DEC]. `selected` is told which questions
+        stay, where some are done. Other arguments as for `forward` and `normtune.generate.generate`.
         """
         if image_states is None:
             assert pixel_values is not None, "pixel_values or image_states"
@@ -217,6 +219,8 @@ class MissForQuestionAnswering(PreTrainedModel):
                 questions = (cache_rows[::beams] // former) if len(cache_rows) < len(states) * beams else None
                 cache.select(cache_rows, questions)
                 if questions is not None:
+                    if selected is not None:
+                        selected(questions)
                     states = states.index_select(0, questions)
                     mask = None if mask is None else mask.index_select(0, questions)
             hidden = decoder.bert(tokens.view(len(states), -1), states, memory_mask=mask, cache=cache)
