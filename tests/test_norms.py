@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from normtune import norms as norms_module
 from normtune.anatomy import norm_kind
-from normtune.norms import MixedNorm, TunedNorm, norm_eps
+from normtune.norms import MixedNorm, Owners, Rows, TunedNorm, norm_eps
 
 WIDTH = 24
 
@@ -162,19 +162,91 @@ def test_every_gain_of_a_bf16_base_moves_at_lr_1e_4_and_none_of_its_own_would(na
         assert not bool(steps(base)["weight"].any())
 
 
-@pytest.mark.parametrize("name", ["layer", "layer without bias", "rms", "llama", "gemma", "gemma4"])
-def test_each_row_of_a_mixed_batch_equals_its_adapter_alone(name: str) -> None:
+# --- Several adapters ---------------------------------------------------------------------------------------
+
+
+def mixed_of(alone: list[TunedNorm]) -> MixedNorm:
+    weight = torch.stack([one.weight.detach() for one in alone])
+    bias = (
+        None
+        if alone[0].bias is None
+        else torch.stack([one.bias.detach() for one in alone if one.bias is not None])
+    )
+    return MixedNorm.of(alone[0], weight, bias, Rows())
+
+
+@pytest.mark.parametrize("few", [0, 16], ids=["gathered", "a kernel a run"])
+@pytest.mark.parametrize("name", MAKERS)
+def test_each_row_of_a_mixed_batch_equals_its_adapter_alone(
+    name: str, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(norms_module, "FEW", few)
+    adapters = [2, 0, 1, 1, 2]
     for dtype in (torch.float32, torch.bfloat16):
         alone = [TunedNorm.of(norm(name, dtype, seed=seed)) for seed in range(3)]
-        biases = None if alone[0].bias is None else [one.bias for one in alone if one.bias is not None]
-        mixed = MixedNorm.of(alone[0], [one.weight for one in alone], biases)
-        x = inputs(name, dtype)
-        mixed.rows = torch.tensor([2, 0, 1, 1, 2])
-        expected = torch.stack([alone[int(row)](x[i : i + 1])[0] for i, row in enumerate(mixed.rows)])
+        mixed, x = mixed_of(alone), inputs(name, dtype)
+        grad_out = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+        ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+        with mixed.rows.taken_by(Owners(adapters)):
+            out = mixed(ours)
+            out.backward(grad_out)
+        expected = torch.cat([alone[one](theirs[i : i + 1]) for i, one in enumerate(adapters)])
+        expected.backward(grad_out)
         step = 2 * torch.finfo(dtype).eps
-        torch.testing.assert_close(mixed(x), expected, rtol=step, atol=step)
-        mixed.rows = torch.tensor([0, 1, 2, 0, 1])
-        assert all(not torch.equal(a, b) for a, b in pairwise(mixed(x[:1].repeat(5, 1, 1))[:3]))
+        assert out.dtype == dtype and mixed.weight.dtype == torch.float32
+        torch.testing.assert_close(out, expected, rtol=step, atol=step)
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=step, atol=step)
+        for key, bank in mixed.named_parameters():
+            wanted = torch.stack([getattr(one, key).grad for one in alone])
+            torch.testing.assert_close(bank.grad, wanted, rtol=1e-5, atol=2e-5)
+        with torch.inference_mode(), mixed.rows.taken_by(Owners(adapters)):
+            torch.testing.assert_close(mixed(x), expected, rtol=step, atol=step)
+
+
+@pytest.mark.parametrize("name", ["layer", "llama", "gemma"])
+def test_a_mixed_norm_of_one_adapters_rows_is_its_norm_to_the_bit_and_saves_no_more(name: str) -> None:
+    alone = [TunedNorm.of(norm(name, torch.bfloat16, seed=seed)) for seed in range(3)]
+    mixed, x = mixed_of(alone), inputs(name, torch.bfloat16).requires_grad_()
+    own = {parameter.data_ptr() for parameter in mixed.parameters()}
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with mixed.rows.taken_by(Owners([1])), torch.autograd.graph.saved_tensors_hooks(keep, lambda one: one):
+        assert torch.equal(mixed(x), alone[1](x))
+    mine = saved[: len(saved) // 2 + 1]
+    kept = [tensor for tensor in mine if tensor.data_ptr() not in own and tensor.data_ptr() != x.data_ptr()]
+    rows = x.numel() // WIDTH
+    assert sum(tensor.numel() for tensor in kept) == (2 if name == "layer" else 1) * rows
+
+
+@pytest.mark.parametrize("few", [0, 16])
+def test_units_share_rows_evenly_or_by_their_sizes(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norms_module, "FEW", few)
+    alone = [TunedNorm.of(norm("layer", seed=seed)) for seed in range(2)]
+    mixed, x = mixed_of(alone), inputs("layer").view(-1, WIDTH)[:24]
+
+    def owners(found: Tensor) -> list[int]:
+        made = torch.stack([one(x) for one in alone])
+        return [int((made[:, i] - found[i]).abs().sum(-1).argmin()) for i in range(len(x))]
+
+    for units, wanted in [
+        (Owners([1, 0, 1]), [1] * 8 + [0] * 8 + [1] * 8),
+        (Owners([1, 0, 1], [2, 1, 1]), [1] * 12 + [0] * 6 + [1] * 6),
+        (Owners([0, 1], [16, 80]), [0] * 4 + [1] * 20),  # patches, four of which became a row
+    ]:
+        with mixed.rows.taken_by(units):
+            assert owners(mixed(x)) == wanted
+            assert owners(mixed(x.view(1, 2, 12, WIDTH)).view(24, WIDTH)) == wanted
+    with (
+        pytest.raises(AssertionError, match="24 rows cannot be shared by 5 units"),
+        mixed.rows.taken_by(Owners([0] * 5)),
+    ):
+        mixed(x)
+    with pytest.raises(AssertionError, match="nobody has said"):
+        mixed(x)
 
 
 def test_kinds_and_epsilons_are_the_bases() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -280,6 +281,33 @@ def change_report(before: Mapping[str, Tensor], tuned: Tuned) -> ChangeReport:
             "Raise the learning rate or train longer."
         )
     return ChangeReport(share, tuple(changes), warning)
+
+
+def norm_changes(before: Mapping[str, Tensor], tuned: Tuned) -> list[dict[str, Any]]:
+    """How far each trained norm parameter of the base went, one row a parameter; `before` as above.
+
+    `relative` is the norm of its step over that of its old values (None where these are zero), `rms` the root
+    mean square of its step.
+    """
+    rows = []
+    for place in tuned.anatomy.places:
+        if place.role != "norm" or place.name not in tuned.trained:
+            continue
+        new = tuned.trained[place.name].detach().double().cpu()
+        old = before[place.name].detach().double().cpu()
+        step, size = float((new - old).norm()), float(old.norm())
+        rows.append(
+            {
+                "name": place.name,
+                "part": place.part,
+                "layer": place.layer,
+                "kind": "bias" if place.name.endswith("bias") else "gain",
+                "count": place.numel,
+                "relative": step / size if size else None,
+                "rms": step / place.numel**0.5,
+            }
+        )
+    return rows
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from normtune.adapt import Tuned
 from normtune.config import TrainConfig
 from normtune.data.records import Dataset, Example
 from normtune.image_cache import IMAGE_PARTS, LIMIT_BYTES, ImageCache, image_store
-from normtune.models.family import Batch, Family
+from normtune.models.family import Batch, Family, Pixels
 from normtune.packing import Group, Segment, group_by_image
 from normtune.state_cache import StateCache, state_store
 
@@ -32,13 +32,21 @@ class Collator:
         return "image states" if self.images.frozen else None
 
     def __call__(self, groups: Sequence[Sequence[Example]]) -> Batch:
-        packed = [
+        packed = self.packed(groups)
+        if self.states is not None:
+            return self.states.collate(packed)
+        return self.family.collate(packed, [self.shown(group) for group in packed])
+
+    def packed(self, groups: Sequence[Sequence[Example]]) -> list[Group]:
+        """The groups as tokens."""
+        return [
             Group(members[0].images, tuple(self.segment(example) for example in members))
             for members in groups
         ]
-        if self.states is not None:
-            return self.states.collate(packed)
-        return self.family.collate(packed, [[self.images(key) for key in group.images] for group in packed])
+
+    def shown(self, group: Group) -> list[Pixels]:
+        """The images of a group, or what a frozen encoder makes of them."""
+        return [self.images(key) for key in group.images]
 
     def segment(self, example: Example) -> Segment:
         """The tokens of one example."""

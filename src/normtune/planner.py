@@ -20,6 +20,7 @@ from normtune.catalog import open_from
 from normtune.collator import Collator, collator
 from normtune.config import TrainConfig
 from normtune.data.records import Dataset, Example
+from normtune.data.splits import chosen
 from normtune.errors import InputError
 from normtune.hollow import RealMasks, bytes_of, hollow_out
 from normtune.image_cache import LIMIT_BYTES
@@ -102,7 +103,7 @@ def plan(config: TrainConfig) -> Plan:
     config = config.model_copy(update={"cache": None})  # what is on disk takes no memory
     device = device_of(config.device)
     dataset = open_from(config)
-    examples = dataset.split(config.split)[: config.limit]
+    examples = chosen(dataset.split(config.split), config)
     run = _HollowRun(config, dataset, examples, device)
     costs = _Costs(run, dataset, examples)
     whole, small = costs.largest(config.batch), costs.largest(1)
@@ -281,7 +282,9 @@ def plan_text(found: Mapping[str, Any]) -> str:
             f"{way['memory']:<10}{way['quantize'] or '-':<12}{_size(way['total']):>10}  {fits:<4}  {pairs}"
         )
     if asked["program"]:
-        lines.append("of tensors and program; the C library may keep freed memory besides")
+        lines.append(
+            "of tensors and program; except with --quantize or --memory tight, the C library may keep freed memory"
+        )
     return "\n".join(line for line in lines if line)
 
 

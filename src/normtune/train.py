@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     TrainerCallback,
     TrainerControl,
@@ -18,12 +18,13 @@ from transformers import (
 from transformers.trainer_utils import set_seed
 
 from normtune import delta, memory, processes
-from normtune.adapt import Change, Tuned, adapt, change_report
+from normtune.adapt import Change, Tuned, adapt, change_report, norm_changes
 from normtune.catalog import open_from
 from normtune.collator import collator
 from normtune.compiled import compiled
 from normtune.config import TrainConfig
 from normtune.data.records import Dataset, Example
+from normtune.data.splits import chosen
 from normtune.errors import InputError
 from normtune.files import write_json
 from normtune.lean import lean
@@ -55,6 +56,7 @@ class TrainResult:
     changed: float
     changes: tuple[Change, ...]
     warning: str | None
+    together: int = 1  # adapters that the pass trained; seconds and memory are the pass's
 
     def text(self) -> str:
         """The result in a few lines for people."""
@@ -63,6 +65,8 @@ class TrainResult:
             f"{self.pairs:,} pairs in {self.steps:,} steps, {self.seconds:.1f} s "
             f"({self.pairs_per_second:.1f} pairs/s), peak memory {self.peak_memory_bytes / 2**20:,.0f} MiB",
         ]
+        if self.together > 1:
+            lines.append(f"one of {self.together} adapters that shared a pass, its time and its memory")
         if self.computed_once is not None:
             lines.append(f"computed once an image: {self.computed_once}")
         if self.final_loss is not None:
@@ -89,8 +93,10 @@ def train(config: TrainConfig, *, progress: TrainerCallback | None = None) -> Tr
     """
     recipe = parse(config.tune)  # a misspelt word is told before anything is loaded
     processes.join(config.device)
+    if config.memory == "tight":
+        memory.return_freed()
     dataset = open_from(config)
-    examples = dataset.split(config.split)[: config.limit]
+    examples = chosen(dataset.split(config.split), config)
     # a base that is to be dealt out may be larger than a device
     device = "cpu" if processes.sharded() else config.device
     family = load(config.model, dtype=config.dtype, device=device, quantize=config.quantize)
@@ -100,12 +106,12 @@ def train(config: TrainConfig, *, progress: TrainerCallback | None = None) -> Tr
     tuned = adapt(family.model, recipe, seed=config.seed)
     result, description = fit(config, family, tuned, dataset, examples, progress=progress)
     if processes.is_first():
-        _write(config, tuned, dataset, len(examples), base_fingerprint, result, description)
+        write(config, tuned, dataset, len(examples), base_fingerprint, result, description)
     processes.wait()
     return result
 
 
-def _write(
+def write(
     config: TrainConfig,
     tuned: Tuned,
     dataset: Dataset,
@@ -114,6 +120,11 @@ def _write(
     result: TrainResult,
     description: dict[str, Any],
 ) -> None:
+    """Write the delta with the run's config and result; its checkpoints go.
+
+    Raises:
+        InputError: the files cannot be written.
+    """
     delta.save_delta(
         tuned,
         config.out,
@@ -141,7 +152,7 @@ def fit(
     *,
     progress: TrainerCallback | None = None,
 ) -> tuple[TrainResult, dict[str, Any]]:
-    """Train the tuned parameters in place; returns the result and the loss log.
+    """Train the tuned parameters in place; returns the result, and the log of the loss and of the norms.
 
     Under FSDP2 the model stays dealt out, and `tuned.trained` then holds whole copies of what was trained.
 
@@ -190,29 +201,51 @@ def fit(
     family.model.eval()
     if processes.sharded():
         tuned.trained = {name: nn.Parameter(value) for name, value in trainer.trained_values().items()}
+    return outcome(
+        config,
+        tuned,
+        before,
+        [(int(row["step"]), row["loss"]) for row in trainer.state.log_history if "loss" in row],
+        pairs=sum(processes.gathered(trainer.pairs_seen)),
+        steps=trainer.state.global_step,
+        seconds=seconds,
+        computed_once=collate.computed_once,
+    )
+
+
+def outcome(
+    config: TrainConfig,
+    tuned: Tuned,
+    before: Mapping[str, Tensor],
+    losses: Sequence[tuple[int, float]],
+    *,
+    pairs: int,
+    steps: int,
+    seconds: float,
+    computed_once: str | None,
+    together: int = 1,
+) -> tuple[TrainResult, dict[str, Any]]:
+    """What a run came to, and its log; `before` holds what is trained as it was, `losses` (step, loss)."""
     changes = change_report(before, tuned)
-    pairs_seen = sum(processes.gathered(trainer.pairs_seen))
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     result = TrainResult(
         out=str(config.out),
         recipe=str(tuned.recipe),
         trainable=tuned.trainable,
         total=tuned.total,
         share=tuned.share,
-        pairs=pairs_seen,
-        steps=trainer.state.global_step,
+        pairs=pairs,
+        steps=steps,
         seconds=seconds,
-        pairs_per_second=pairs_seen / seconds,
+        pairs_per_second=pairs / seconds,
         peak_memory_bytes=max(processes.gathered(memory.peak_memory_bytes())),
-        computed_once=collate.computed_once,
-        final_loss=losses[-1] if losses else None,
+        computed_once=computed_once,
+        final_loss=losses[-1][1] if losses else None,
         changed=changes.share,
         changes=changes.changes,
         warning=changes.warning,
+        together=together,
     )
-    return result, {
-        "loss": [(row["step"], row["loss"]) for row in trainer.state.log_history if "loss" in row]
-    }
+    return result, {"loss": [*losses], "norms": norm_changes(before, tuned)}
 
 
 class PrintProgress(TrainerCallback):

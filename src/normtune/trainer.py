@@ -105,15 +105,15 @@ class DeltaTrainer(Trainer):
             num_train_epochs=config.epochs,
             max_steps=config.max_steps or -1,
             learning_rate=max(config.learning_rate(name) for name in set(tuned.methods.values())),
-            lr_scheduler_type={"constant": "constant_with_warmup"}.get(config.schedule, config.schedule),
-            warmup_steps=int(config.warmup * _steps(config, batches)),
+            lr_scheduler_type=scheduler_name(config),
+            warmup_steps=int(config.warmup * optimizer_steps(config, batches)),
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
             save_strategy="steps" if every else "epoch",
             save_steps=every or 500,
             save_total_limit=2,
             logging_strategy="steps",
-            logging_steps=max(1, batches.steps // (4 * config.accumulate)),
+            logging_steps=logging_steps(config, batches),
             report_to=config.tracker,
             seed=config.seed,
             data_seed=config.seed,
@@ -250,9 +250,19 @@ class DeltaTrainer(Trainer):
             self.pairs_seen = int(read_json(Path(resume_from_checkpoint) / "run.json")["pairs_seen"])
 
 
-def _steps(config: TrainConfig, batches: EpochBatches) -> int:
+def optimizer_steps(config: TrainConfig, batches: EpochBatches) -> int:
     """Optimiser steps of the whole run."""
     return config.max_steps or math.ceil(config.epochs * math.ceil(batches.steps / config.accumulate))
+
+
+def logging_steps(config: TrainConfig, batches: EpochBatches) -> int:
+    """Optimiser steps between two entries of the loss log: four an epoch."""
+    return max(1, batches.steps // (4 * config.accumulate))
+
+
+def scheduler_name(config: TrainConfig) -> str:
+    """Transformers' name of the run's schedule."""
+    return {"constant": "constant_with_warmup"}.get(config.schedule, config.schedule)
 
 
 def last_checkpoint(out: Path) -> Path | None:
