@@ -1,0 +1,121 @@
+"""The same cells on other machines: Ray tasks, or SLURM jobs by submitit. All see the study's folder."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from normtune.abreast import POLL_S, Outcome, outcome
+from normtune.errors import InputError
+from normtune.study.cell import Work
+from normtune.study.run import Execute, Pairs
+
+GPUS_VARIABLE = "NORMTUNE_STUDY_GPUS"  # of each cell; 0 by default
+SLURM_VARIABLE = "NORMTUNE_SLURM"  # parameters of submitit, such as "timeout_min=600 slurm_partition=gpu"
+CLUSTER_VARIABLE = "NORMTUNE_SUBMITIT_CLUSTER"  # "local" tries it without SLURM
+
+
+def _alone(call: Callable[[Work], str], work: Work) -> Outcome:
+    """A call in a process that has no other: one thread, as on one machine."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import torch
+
+    torch.set_num_threads(1)
+    return outcome(call, work)
+
+
+def on_ray() -> Execute:
+    """Ray tasks of one core each, on the cluster of RAY_ADDRESS or one of this machine; a process a cell.
+
+    Raises:
+        InputError: ray is not installed.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise InputError("--on ray: ray is not installed. pip install 'normtune[ray]'.") from error
+
+    def execute(
+        call: Callable[[Work], str],
+        works: Iterable[Work],
+        workers: int,
+        *,
+        tick: Callable[[], None] | None,
+        folder: Path,
+    ) -> Pairs:
+        if not ray.is_initialized():
+            ray.init(
+                log_to_driver=False, include_dashboard=False, logging_level="error", configure_logging=False
+            )
+        gpus = float(os.environ.get(GPUS_VARIABLE, "0"))
+        task = ray.remote(num_cpus=1, num_gpus=gpus, max_calls=1, max_retries=0)(_alone)
+        left, running = iter(works), dict[Any, Work]()
+        while True:
+            while len(running) < workers and (work := next(left, None)) is not None:
+                running[task.remote(call, work)] = work
+            if not running:
+                return
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=POLL_S)
+            for one in ready:
+                work = running.pop(one)
+                try:
+                    yield work, ray.get(one)
+                except ray.exceptions.RayError as error:
+                    yield work, Outcome(error=f"its Ray task ended: {type(error).__name__}")
+            if tick is not None:
+                tick()
+
+    return execute
+
+
+def on_slurm() -> Execute:
+    """SLURM jobs of one core each; their parameters are those of submitit in NORMTUNE_SLURM.
+
+    Raises:
+        InputError: submitit is not installed, or a parameter is not written NAME=VALUE.
+    """
+    try:
+        import submitit
+    except ImportError as error:
+        raise InputError("--on slurm: submitit is not installed. pip install 'normtune[slurm]'.") from error
+    given: dict[str, Any] = {"timeout_min": 24 * 60, "cpus_per_task": 1, "name": "normtune"}
+    for word in os.environ.get(SLURM_VARIABLE, "").split():
+        name, sign, value = word.partition("=")
+        if not sign:
+            raise InputError(f"{SLURM_VARIABLE}: '{word}' is not NAME=VALUE, such as slurm_partition=gpu.")
+        given[name] = int(value) if value.isdecimal() else value
+
+    def execute(
+        call: Callable[[Work], str],
+        works: Iterable[Work],
+        workers: int,
+        *,
+        tick: Callable[[], None] | None,
+        folder: Path,
+    ) -> Pairs:
+        jobs = submitit.AutoExecutor(
+            folder=folder / "slurm" / "%j", cluster=os.environ.get(CLUSTER_VARIABLE, "slurm")
+        )
+        jobs.update_parameters(**given)
+        left, running = iter(works), list[tuple[Any, Work]]()
+        while True:
+            while len(running) < workers and (work := next(left, None)) is not None:
+                running.append((jobs.submit(_alone, call, work), work))
+            if not running:
+                return
+            ended = [pair for pair in running if pair[0].done()]
+            for job, work in ended:
+                running.remove((job, work))
+                try:
+                    yield work, job.result()
+                except Exception as error:
+                    yield work, Outcome(error=f"its SLURM job {job.job_id} ended: {type(error).__name__}")
+            if tick is not None:
+                tick()
+            if not ended:
+                time.sleep(POLL_S)
+
+    return execute

@@ -1,0 +1,263 @@
+"""A study's tables as a paper prints them: Markdown and LaTeX of the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from normtune.study.spec import SEARCH, Study
+from normtune.study.statistics import rate_words
+
+Row = dict[str, Any]
+Tables = Mapping[str, list[Row]]
+COLUMNS = {
+    "vqa": {
+        "closed_label": "closed",
+        "open_exact": "open",
+        "open_recall": "open recall",
+        "global_exact": "global",
+    },
+    "report": {
+        "bleu_1/none": "BLEU-1",
+        "bleu_4/none": "BLEU-4",
+        "rouge_l/none": "ROUGE-L",
+        "cider_d/none": "CIDEr-D",
+    },
+}
+ROLES = {
+    "in": "on {0}",
+    "out": "out of distribution: on {0}",
+    "home": "the base's own task: {0}",
+    "zero-shot": "on {0}",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A caption, a head and rows of words; the first `left` columns are aligned left."""
+
+    caption: str
+    head: list[str]
+    rows: list[list[str]]
+    left: int
+
+
+def markdown(study: Study, tables: Tables) -> str:
+    """Every table under its caption."""
+    parts = [f"# {study.study}", *([study.about] if study.about else []), _states(tables)]
+    for table in every_table(study, tables):
+        head, *lines = (
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+            for row in (table.head, *table.rows)
+        )
+        rule = "|" + "---|" * table.left + "--:|" * (len(table.head) - table.left)
+        parts.append("\n".join([f"**{table.caption}**", "", head, rule, *lines]))
+    return "\n\n".join(parts) + "\n"
+
+
+_ESCAPED = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "_": r"\_",
+    "#": r"\#",
+    "$": r"\$",
+    "{": r"\{",
+    "}": r"\}",
+}
+_ESCAPED |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--"}
+
+
+def latex(study: Study, tables: Tables) -> str:
+    """Every table as a `table` with booktabs' rules; `\\usepackage{booktabs}`."""
+
+    def words(text: str) -> str:
+        return "".join(_ESCAPED.get(character, character) for character in text)
+
+    parts = [f"% study {study.study}; needs \\usepackage{{booktabs}}"]
+    for table in every_table(study, tables):
+        columns = "l" * table.left + "r" * (len(table.head) - table.left)
+        lines = [" & ".join(map(words, row)) + r" \\" for row in (table.head, *table.rows)]
+        body = [
+            rf"\begin{{tabular}}{{{columns}}}",
+            r"\toprule",
+            lines[0],
+            r"\midrule",
+            *lines[1:],
+            r"\bottomrule",
+        ]
+        caption = rf"\caption{{{words(table.caption)}}}"
+        parts.append(
+            "\n".join([r"\begin{table}", r"\centering", caption, *body, r"\end{tabular}", r"\end{table}"])
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def every_table(study: Study, tables: Tables) -> Iterator[Table]:
+    """The tables of each grid: scores, then what runs cost, forgetting, tests; searches last."""
+    tasks = {row["dataset"]: row["task"] for row in tables["evaluations"]}
+    for grid in study.grids:
+        yield from _scores(grid, tasks, tables)
+        yield from _costs(grid, tables)
+        yield from _tests(grid, tables)
+    yield from _forgetting(tables)
+    yield from _searches(tables)
+
+
+def _states(tables: Tables) -> str:
+    states = [cell["status"] for cell in tables["cells"]]
+    told = ", ".join(
+        f"{states.count(word)} {word}" for word in ("done", "failed", "missing") if word in states
+    )
+    return (
+        f"{len(states)} cells: {told}. Scores are % (CIDEr-D: times 100): mean over seeds with its 95% "
+        "interval (Student's t); of one seed, that run's own (bootstrap by image)."
+    )
+
+
+def _scores(grid: str, tasks: Mapping[str, str], tables: Tables) -> Iterator[Table]:
+    """A table for each model, training set, share and evaluated set: a row a recipe, the base first."""
+    own = [row for row in tables["seeds"] if row["grid"] == grid]
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in own:
+        if row["trained_on"] is not None:
+            key = (row["model"], row["trained_on"], row["share"], row["dataset"], row["role"])
+            groups.setdefault(key, []).append(row)
+    zero = [row for row in own if row["trained_on"] is None]
+    seen = {(model, dataset) for model, _, _, dataset, _ in groups}
+    for row in zero:
+        if (row["model"], row["dataset"]) not in seen:
+            groups.setdefault((row["model"], None, 1.0, row["dataset"], row["role"]), [])
+    for (model, trained_on, share, dataset, role), rows in groups.items():
+        base = [row for row in zero if (row["model"], row["dataset"]) == (model, dataset)]
+        columns = COLUMNS[tasks[dataset]]
+        lines: dict[tuple[str, str], dict[str, Row]] = {}
+        for row in (*base, *rows):
+            lines.setdefault((row["recipe"], row["rate"]), {})[row["metric"]] = row
+        shown = [name for name in columns if any(name in line for line in lines.values())]
+        some = "" if share == 1 else f" ({100 * share:g}% of the images)"
+        trained = f"trained on {trained_on}{some}, " if trained_on else "not trained, "
+        body = [
+            [recipe, rate or "–", str(max(row["seeds"] for row in line.values()))]
+            + [_interval(line[name]) if name in line else "–" for name in shown]
+            for (recipe, rate), line in lines.items()
+        ]
+        yield Table(
+            f"{grid}: {model}, {trained}{ROLES[role].format(dataset)}",
+            ["recipe", "learning rate", "seeds", *(columns[name] for name in shown)],
+            body,
+            2,
+        )
+
+
+def _interval(row: Row) -> str:
+    return f"{100 * row['mean']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+
+
+def _costs(grid: str, tables: Tables) -> Iterator[Table]:
+    """Trainable parameters, memory and time of each recipe; means over seeds."""
+    groups: dict[tuple[str, str, float], dict[str, list[Row]]] = {}
+    for cell in tables["cells"]:
+        if grid in cell["grids"] and cell["status"] == "done" and cell["trained_on"] is not None:
+            key = (cell["model"], cell["trained_on"], cell["share"])
+            groups.setdefault(key, {}).setdefault(cell["recipe"], []).append(cell)
+    for (model, trained_on, share), recipes in groups.items():
+        if share != max(key[2] for key in groups if key[:2] == (model, trained_on)):
+            continue  # the costs of a share are those of the whole
+        body = [
+            [
+                recipe,
+                f"{cells[0]['trainable']:,}",
+                f"{100 * cells[0]['trainable_share']:.4f}",
+                f"{_mean(cells, 'train_peak_bytes') / 2**20:,.0f}",
+                f"{_mean(cells, 'train_seconds'):,.0f}",
+                f"{_mean(cells, 'train_pairs_per_second'):,.1f}",
+            ]
+            for recipe, cells in recipes.items()
+        ]
+        head = ["recipe", "trainable", "%", "peak MiB", "seconds", "pairs/s"]
+        yield Table(f"{grid}: {model} on {trained_on}, what training takes", head, body, 1)
+
+
+def _mean(cells: Sequence[Row], column: str) -> float:
+    return float(sum(cell[column] for cell in cells) / len(cells))
+
+
+def _tests(grid: str, tables: Tables) -> Iterator[Table]:
+    """Differences to the recipe that all are held against."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in tables["tests"]:
+        if row["grid"] == grid:
+            key = (row["model"], row["trained_on"], row["share"], row["dataset"], row["against"])
+            groups.setdefault(key, []).append(row)
+    for (model, trained_on, share, dataset, against), rows in groups.items():
+        some = "" if share == 1 else f" ({100 * share:g}% of the images)"
+        body = [
+            [
+                row["recipe"],
+                row["metric"],
+                f"{100 * row['difference']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]",
+                f"{row['p_holm']:.4f}",
+                str(row["seeds"]),
+            ]
+            for row in rows
+        ]
+        caption = (
+            f"{grid}: {model}, trained on {trained_on}{some}, on {dataset}: difference to {against}, "
+            "paired by image over all seeds' rows, p corrected over recipes (Holm)"
+        )
+        yield Table(caption, ["recipe", "metric", "difference", "p (Holm)", "seeds"], body, 2)
+
+
+def _forgetting(tables: Tables) -> Iterator[Table]:
+    """Points lost on the base's own task, at the largest share; means over seeds."""
+    cells = {cell["key"]: cell for cell in tables["cells"]}
+    groups: dict[tuple[str, str, str], dict[tuple[str, str, str], list[float]]] = {}
+    before: dict[tuple[str, str, str], float] = {}
+    for row in tables["forgetting"]:
+        cell = cells[row["key"]]
+        if (
+            row["metric"] not in ("global_exact", "rouge_l/none")
+            or cell["share"] < 1
+            or set(cell["grids"]) == {SEARCH}
+        ):
+            continue
+        key = (cell["model"], row["dataset"], row["metric"])
+        run = (cell["trained_on"], cell["recipe"], rate_words(cell["rates"]))
+        groups.setdefault(key, {}).setdefault(run, []).append(row["forgotten"])
+        before[key] = row["base"]
+    for (model, dataset, metric), lost in groups.items():
+        body = [
+            [*run, str(len(values)), f"{100 * sum(values) / len(values):+.1f}"]
+            for run, values in lost.items()
+        ]
+        base = 100 * before[model, dataset, metric]
+        caption = (
+            f"{model}: points of {metric} lost on {dataset}, its own task, where the base has {base:.1f}"
+        )
+        yield Table(caption, ["trained on", "recipe", "learning rate", "runs", "lost"], body, 3)
+
+
+def _searches(tables: Tables) -> Iterator[Table]:
+    """Every trial of a learning rate, on the validation split."""
+    scores = {
+        row["key"]: row["value"]
+        for row in tables["metrics"]
+        if row["role"] == "validate" and row["metric"] in ("global_exact", "rouge_l/none")
+    }
+    body = [
+        [
+            cell["model"],
+            cell["trained_on"],
+            cell["recipe"],
+            f"{min(cell['rates'].values()):g}",
+            f"{100 * scores[cell['key']]:.1f}",
+        ]
+        for cell in sorted(tables["cells"], key=lambda cell: min(cell["rates"].values(), default=0.0))
+        if SEARCH in cell["grids"] and cell["key"] in scores
+    ]
+    if body:
+        body.sort(key=lambda row: row[:3])
+        head = ["model", "trained on", "recipe", "learning rate", "validation"]
+        yield Table("Learning rates tried on the validation split (global exact, or ROUGE-L)", head, body, 3)

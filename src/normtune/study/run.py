@@ -1,0 +1,214 @@
+"""Runs what is missing of a study: searches first, then the grid; a cell that fails stops no other."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from normtune.abreast import Outcome, side_by_side
+from normtune.errors import InputError, did_you_mean
+from normtune.study.cell import (
+    Work,
+    directory_of,
+    failure,
+    finished,
+    held,
+    located,
+    record_failure,
+    run_cell,
+    score_of,
+)
+from normtune.study.plan import Cell, Plan, Trial, plan
+from normtune.study.spec import Study
+
+WAIT_S = 1.0  # before looking again for a cell that another command is at
+PLACES = ("local", "ray", "slurm")
+
+Pairs = Iterator[tuple[Work, Outcome]]
+
+
+class Show(Protocol):
+    """Who is told how it goes."""
+
+    def begin(self, cells: Sequence[Cell], done: int, workers: int) -> None: ...
+    def started(self, cell: Cell, directory: Path) -> None: ...
+    def ended(self, cell: Cell, directory: Path, error: str | None) -> None: ...
+    def tick(self) -> None: ...
+
+
+class Silent:
+    """Tells nobody."""
+
+    def begin(self, cells: Sequence[Cell], done: int, workers: int) -> None: ...
+    def started(self, cell: Cell, directory: Path) -> None: ...
+    def ended(self, cell: Cell, directory: Path, error: str | None) -> None: ...
+    def tick(self) -> None: ...
+
+
+@dataclass
+class Summary:
+    """What a run of a study came to."""
+
+    cells: int
+    done: int
+    ran: int  # of those done, by this command
+    seconds: float
+    failed: dict[str, str] = field(default_factory=dict)  # cell in words -> why
+    waiting: int = 0  # cells whose learning rate could not be found, since a trial failed
+
+
+def chosen_rates(study: Study, out: Path, trials: Iterable[Trial]) -> dict[str, float]:
+    """The best rate of each search whose trials have all ended; of equals the lowest."""
+    found = {}
+    for trial in trials:
+        if all(finished(out, cell) for cell in trial.cells):
+            scores = [score_of(out, cell, study.search.metric) for cell in trial.cells]
+            best = trial.cells[scores.index(max(scores))]
+            (found[trial.id],) = best.rates.values()
+    return found
+
+
+def current_plan(study: Study, out: Path) -> Plan:
+    """The plan with the learning rates that are known by now."""
+    return plan(study, chosen_rates(study, out, plan(study).trials))
+
+
+def run_study(
+    study: Study, out: Path, *, workers: int | None = None, on: str = "local", show: Show | None = None
+) -> Summary:
+    """Run every cell that has no result yet. Several commands may run one study in one folder.
+
+    Args:
+        study: as `read_study` gives it.
+        out: the study's folder.
+        workers: cells side by side; by default as many as cores and memory allow.
+        on: local, ray or slurm.
+        show: is told of every cell.
+
+    Raises:
+        InputError: no such place, or what it needs is not installed.
+    """
+    started = time.perf_counter()
+    out, show = out.absolute(), show or Silent()
+    execute = executor(on)
+    failed: dict[str, tuple[Cell, str]] = {}
+    ran = 0
+    while True:
+        found = current_plan(study, out)
+        todo = [cell for cell in found.cells if cell.key not in failed and not finished(out, cell)]
+        if not todo:
+            break
+        if found.waiting:  # trials first: others wait for them
+            trials = {cell.key for trial in found.trials for cell in trial.cells}
+            todo = sorted(todo, key=lambda cell: cell.key not in trials)
+        if workers is None:
+            from normtune.study.workers import fitting_workers
+
+            workers = fitting_workers(todo) if on == "local" else len(todo)
+        show.begin(todo, len(found.cells) - len(todo), workers)
+        for cell, error in _round(todo, out, workers, execute, show):
+            ran += error is None
+            if error is not None:
+                failed[cell.key] = (cell, error)
+    return Summary(
+        cells=len(found.cells) + found.waiting,
+        done=sum(finished(out, cell) for cell in found.cells),
+        ran=ran,
+        seconds=time.perf_counter() - started,
+        failed={str(cell): error for cell, error in failed.values()},
+        waiting=found.waiting,
+    )
+
+
+def _round(
+    todo: Sequence[Cell], out: Path, workers: int, execute: Execute, show: Show
+) -> Iterator[tuple[Cell, str | None]]:
+    """Run cells; yields each with its error, if any, as it ends. What others are at is waited for."""
+    left = {cell.key: cell for cell in todo}
+    while left:
+        free = [cell for cell in left.values() if _is_free(out, cell)]
+
+        def works(cells: Sequence[Cell] = free) -> Iterator[Work]:
+            for cell in cells:
+                if not finished(out, cell):
+                    show.started(cell, directory_of(out, cell))
+                    yield Work(located(cell), out)
+
+        busy = len(free) < len(left)
+        for work, found in execute(run_cell, works(), workers, tick=show.tick, folder=out):
+            cell = left[work.cell.key]
+            if found.value == "busy":
+                busy = True
+                continue
+            if found.error is not None:  # its process ended before it could write why
+                record_failure(work, found.error)
+            error = found.error or (found.value.removeprefix("failed: ") if found.value != "done" else None)
+            del left[cell.key]
+            show.ended(cell, work.directory, error)
+            yield cell, error
+        for cell in list(left.values()):  # what others ended meanwhile
+            if finished(out, cell):
+                del left[cell.key]
+                show.ended(cell, directory_of(out, cell), None)
+            elif cell not in free and _is_free(out, cell) and (error := failure(out, cell)):
+                del left[cell.key]
+                show.ended(cell, directory_of(out, cell), error)
+                yield cell, error
+        if busy and left:
+            show.tick()
+            time.sleep(WAIT_S)
+
+
+def _is_free(out: Path, cell: Cell) -> bool:
+    with held(directory_of(out, cell)) as free:
+        return free
+
+
+class Execute(Protocol):
+    """Calls `run_cell` with each work, several at once; yields the outcomes as they come."""
+
+    def __call__(
+        self,
+        call: Callable[[Work], str],
+        works: Iterable[Work],
+        workers: int,
+        *,
+        tick: Callable[[], None] | None,
+        folder: Path,
+    ) -> Pairs: ...
+
+
+def _local(
+    call: Callable[[Work], str],
+    works: Iterable[Work],
+    workers: int,
+    *,
+    tick: Callable[[], None] | None,
+    folder: Path,
+) -> Pairs:
+    """On this machine, a process a cell, one thread each: sums of floats then do not depend on the cores."""
+    return side_by_side(call, works, workers, tick=tick)
+
+
+def executor(on: str) -> Execute:
+    """Where cells run.
+
+    Raises:
+        InputError: no such place, or its package is not installed.
+    """
+    if on == "local":
+        return _local
+    if on not in PLACES:
+        raise InputError(f"--on {on}: unknown{did_you_mean(on, PLACES) or '.'} Known: {', '.join(PLACES)}.")
+    from normtune.study import clusters
+
+    return clusters.on_ray() if on == "ray" else clusters.on_slurm()
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

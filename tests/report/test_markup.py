@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+from normtune.report.markup import Html, joined, tag
+
+
+def test_text_and_attributes_are_escaped_once() -> None:
+    inner = tag("b", "a < b & c")
+    assert tag("p", inner, "<script>", title='"quoted" & more') == (
+        '<p title="&quot;quoted&quot; &amp; more"><b>a &lt; b &amp; c</b>&lt;script&gt;</p>'
+    )
+
+
+def test_void_elements_have_no_end_and_absent_attributes_are_left_out() -> None:
+    assert tag("input", type="radio", checked=True, disabled=False, id=None) == '<input type="radio" checked>'
+
+
+def test_names_of_attributes_are_written_as_html_has_them() -> None:
+    assert tag("line", class_="grid", stroke_width=1.5, x1=2.0) == (
+        '<line class="grid" stroke-width="1.5" x1="2"></line>'
+    )
+
+
+def test_none_among_the_children_is_left_out() -> None:
+    assert joined([None, "a", Html("<br>"), None]) == "a<br>"

@@ -1,0 +1,277 @@
+"""Running a study: killed and resumed to the same table, no cell twice, a failing cell, searches."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from normtune import cli
+from normtune.abreast import Outcome, outcome
+from normtune.study import cell as cells
+from normtune.study import run as running
+from normtune.study.cell import Work, held, run_cell
+from normtune.study.plan import plan
+from normtune.study.run import Pairs, Summary, run_study
+from normtune.study.spec import Study, read_study
+from normtune.study.table import SCHEMA, tabulate, write_tables
+from tests.bases import outcome as told
+
+MEASURED = {  # of a run, not of its result
+    "train_seconds", "train_pairs_per_second", "train_peak_bytes", "seconds", "pairs_per_second",
+    "peak_bytes", "started", "finished", "hardware",
+}  # fmt: skip
+
+
+def study_of(base: Path, folder: Path, grids: str, *, more: str = "") -> Path:
+    path = folder / "study.yaml"
+    path.write_text(
+        f"study: tiny\nmodels: {{tiny: {{path: '{base}', home: a}}}}\n"
+        'datasets:\n  a: {data: "phantom-a:1/0/2"}\n  b: {data: "phantom-b:4/2/2"}\n'
+        + more
+        + "grids:\n"
+        + grids,
+        encoding="utf-8",
+    )
+    return path
+
+
+def here(
+    call: Callable[[Work], str], works: Iterable[Work], workers: int, *, tick: Any, folder: Path
+) -> Pairs:
+    """Cells in this process, one after another."""
+    for work in works:
+        yield work, outcome(call, work)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(running, "executor", lambda on: here)
+    monkeypatch.setattr(running, "WAIT_S", 0.01)
+    yield
+
+
+def same(tables: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """What must not depend on where and how often a study was interrupted."""
+    return {
+        name: [{column: value for column, value in row.items() if column not in MEASURED} for row in rows]
+        for name, rows in tables.items()
+    }
+
+
+def test_a_study_killed_in_a_cell_and_run_again_ends_with_the_same_table(
+    base: Path, tmp_path: Path, in_this_process: None
+) -> None:
+    file = study_of(base, tmp_path, "  main: {recipes: [ln], train: b, budget: {epochs: 24}}\n")
+    study, killed = read_study(file), tmp_path / "killed"
+    key = next(cell.key for cell in plan(study).cells if cell.recipe == "ln")
+    command = [sys.executable, "-m", "normtune", "study", str(file), "--out", str(killed), "--workers", "1"]
+    process = subprocess.Popen([*command, "--json"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoints = killed / "cells" / key / "adapter" / "checkpoints"
+    while process.poll() is None and not list(checkpoints.glob("checkpoint-*/whole")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    while not _free(killed / "cells" / key):  # its worker ends with it
+        time.sleep(0.005)
+    assert checkpoints.is_dir() and not (killed / "cells" / key / "result.json").exists()
+    assert run_study(study, killed, workers=1).failed == {}
+    assert run_study(study, tmp_path / "whole", workers=1).ran == 2
+    assert same(tabulate(study, killed)) == same(tabulate(study, tmp_path / "whole"))
+
+
+def _free(directory: Path) -> bool:
+    with held(directory) as free:
+        return free
+
+
+def _stub(work: Work, log: Path) -> None:
+    """In a cell's place: tells that it ran, takes a while, and writes a result."""
+    with open(log, "a") as handle:
+        handle.write(f"{work.cell.key}\n")
+    time.sleep(0.01)
+    evaluations = [{"folder": one.folder} for one in work.cell.evaluations]
+    (work.directory / "result.json").write_text(json.dumps({"evaluations": evaluations}))
+
+
+def test_two_commands_at_once_run_no_cell_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_this_process: None
+) -> None:
+    grid = "  main: {recipes: [ln, full, ffn], train: b, seeds: [0, 1, 2, 3]}\n"
+    study = read_study(study_of(Path("nowhere"), tmp_path, grid))
+    log = tmp_path / "log"
+    monkeypatch.setattr(cells, "_run", lambda work: _stub(work, log))
+    found: list[Summary] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(run_study(study, tmp_path / "out", workers=1)))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    ran = log.read_text().split()
+    assert sorted(ran) == sorted({cell.key for cell in plan(study).cells}) and len(ran) == 13
+    assert [(one.done, one.failed) for one in found] == [(13, {}), (13, {})]
+
+
+def test_a_cell_that_another_process_is_at_is_busy(tmp_path: Path) -> None:
+    study = read_study(study_of(Path("nowhere"), tmp_path, "  main: {recipes: [ln], train: b}\n"))
+    work = Work(plan(study).cells[0], tmp_path)
+    with held(work.directory) as mine:
+        assert mine
+        assert run_cell(work) == "busy"
+
+
+def test_a_cell_that_fails_is_told_in_a_sentence_and_the_rest_goes_on(
+    base: Path,
+    tmp_path: Path,
+    in_this_process: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    grid = "  main: {recipes: ['connector=ln', ln], train: b, budget: {pairs: 20}}\n"
+    file, out = study_of(base, tmp_path, grid), tmp_path / "out"
+    monkeypatch.setattr(
+        sys, "argv", ["normtune", "study", str(file), "--out", str(out), "--workers", "1", "--json"]
+    )
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    summary = json.loads(capsys.readouterr().out)
+    (why,) = summary["failed"].values()
+    assert "no part 'connector'" in why and (summary["done"], summary["cells"]) == (2, 3)
+    rows = {row["recipe"]: row for row in json.loads((out / "results.json").read_text())["cells"]}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "connector=ln": "failed",
+        "ln": "done",
+        "frozen": "done",
+    }
+    assert rows["connector=ln"]["error"] == why
+    assert rows["ln"]["trainable"] > 0 and 0 < rows["ln"]["pairs_seen"] <= 44
+    with sqlite3.connect(out / "results.sqlite") as database:
+        for name, columns in SCHEMA.items():
+            assert [row[1] for row in database.execute(f'PRAGMA table_info("{name}")')] == list(columns)
+        stored = database.execute("SELECT rates, train_peak_bytes FROM cells WHERE recipe = 'ln'").fetchone()
+        lost = database.execute(
+            "SELECT count(*), max(abs(base - tuned - forgotten)) FROM forgetting"
+        ).fetchone()
+        moved = database.execute("SELECT count(*), min(rms) FROM norms").fetchone()
+    database.close()
+    assert json.loads(stored[0]) == {"ln": 0.03} and stored[1] > 0
+    assert lost[0] > 0 and lost[1] == 0
+    assert moved[0] == rows["ln"]["trainable"] / 32 and moved[1] > 0
+    assert "| ln | ln 0.03 | 1 |" in (out / "tables.md").read_text()
+    assert r"\toprule" in (out / "tables.tex").read_text()
+
+
+def test_a_search_decides_the_rate_by_the_validation_split_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_this_process: None
+) -> None:
+    grid = "  main: {recipes: [ln], train: b, seeds: [5], learning_rates: search}\n"
+    study = read_study(study_of(Path("nowhere"), tmp_path, grid))
+    scores = {0.01: 0.5, 0.03: 0.7, 0.1: 0.7}
+
+    def run(work: Work) -> None:
+        rate = work.cell.rates.get("ln")
+        rows = [
+            {
+                "folder": one.folder,
+                "role": one.role,
+                "task": "vqa",
+                "dataset": one.dataset,
+                "metrics": {
+                    "global_exact": {"value": scores.get(rate or 0, 0) if one.role == "validate" else rate}
+                },
+            }
+            for one in work.cell.evaluations
+        ]
+        (work.directory / "result.json").write_text(json.dumps({"evaluations": rows}))
+
+    monkeypatch.setattr(cells, "_run", run)
+    summary = run_study(study, tmp_path / "out", workers=1)
+    assert (summary.done, summary.waiting) == (
+        5,
+        0,
+    )  # three trials, the frozen base, and the cell that waited
+    (last,) = (cell for cell in running.current_plan(study, tmp_path / "out").cells if cell.seed == 5)
+    assert last.rates == {"ln": 0.03} and last.rate_source == "search"  # of equals the lower one
+
+
+def test_a_trial_that_fails_leaves_its_cells_waiting_and_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_this_process: None
+) -> None:
+    grid = "  main: {recipes: [ln], train: b, learning_rates: search}\n"
+    study = read_study(study_of(Path("nowhere"), tmp_path, grid))
+
+    def run(work: Work) -> None:
+        if work.cell.rates == {"ln": 0.1}:
+            raise ZeroDivisionError("division by zero")
+        _stub(work, tmp_path / "log")
+
+    monkeypatch.setattr(cells, "_run", run)
+    summary = run_study(study, tmp_path / "out", workers=1)
+    (why,) = summary.failed.values()
+    assert summary.waiting == 1 and why.startswith("ZeroDivisionError at test_run.py:")
+
+
+def test_minutes_become_pairs_once_and_an_evaluation_added_later_trains_nothing_again(
+    base: Path, tmp_path: Path, in_this_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = "  main: {recipes: [ln], train: b, budget: {minutes: 0.002}}\n"
+    out = tmp_path / "out"
+    run_study(read_study(study_of(base, tmp_path, grid)), out, workers=1)
+    (result,) = (path.parent / "result.json" for path in out.glob("cells/*/adapter"))
+    timed = json.loads((result.parent / "budget.json").read_text())
+    assert timed["pairs"] == max(1, round(timed["pairs_per_second"] * 0.12))
+    seen = json.loads(result.read_text())["training"]["pairs"]
+    assert abs(seen - timed["pairs"]) <= 48  # to a step or so
+    monkeypatch.setattr("normtune.train.train", None)
+    wider = grid.replace("train: b", "train: b, evaluate: [b, c]")
+    more = '  c: {data: "phantom-b:1/0/1"}\n'
+    study = read_study(study_of(base, tmp_path, wider, more=more))
+    assert run_study(study, out, workers=1).failed == {}
+    tables = tabulate(study, out)
+    roles = {(row["dataset"], row["role"]) for row in tables["evaluations"]}
+    assert {("b", "in"), ("c", "out"), ("a", "home"), ("c", "zero-shot")} <= roles
+    study = read_study(study_of(base, tmp_path, grid.replace("train: b", "seeds: [0, 1], train: b")))
+    (other,) = (cell for cell in plan(study).cells if cell.seed == 1)
+    shutil.copytree(result.parent, out / "cells" / other.key)
+    found = json.loads(result.read_text()) | {"base_fingerprint": "0" * 32 + "-" + "1" * 32}
+    (out / "cells" / other.key / "result.json").write_text(json.dumps(found))
+    assert "were made of different bases" in told(lambda: write_tables(study, out))
+
+
+def test_a_place_that_is_not_known_is_refused_with_a_hint(tmp_path: Path) -> None:
+    study: Study = read_study(study_of(Path("nowhere"), tmp_path, "  main: {recipes: [ln], train: b}\n"))
+    assert "did you mean 'slurm'?" in told(lambda: run_study(study, tmp_path, on="slrum"))
+
+
+def _square(number: int) -> int:
+    if number == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if number == 3:
+        raise ValueError("three")
+    return number * number
+
+
+def test_calls_side_by_side_survive_one_that_is_killed() -> None:
+    from normtune.abreast import side_by_side
+
+    found = dict(side_by_side(_square, range(5), workers=2))
+    assert [found[number].value for number in (0, 1, 4)] == [0, 1, 16]
+    assert found[2].error is not None and "was killed by signal 9" in found[2].error
+    assert found[3] == Outcome(
+        error=f"ValueError at {Path(__file__).name}:{_square.__code__.co_firstlineno + 4}: three"
+    )

@@ -1,0 +1,103 @@
+"""A study's file: what it may say, and that a fault is told with its line and field."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from normtune.study.spec import read_study
+from tests.bases import outcome
+
+GOOD = """\
+study: small
+models: {nano: {home: phantom-a}}
+datasets:
+  phantom-a: {data: "phantom-a:2/0/2"}
+  phantom-b: {data: "phantom-b:4/2/2"}
+grids:
+  main:
+    recipes: [frozen, ln, full]
+    train: phantom-b
+    budget: {epochs: 1}
+"""
+DOCS = Path(__file__).parents[2] / "docs" / "study.md"
+TRAIN = "    train: phantom-b\n"
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "study.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "words"),
+    [
+        ("recipes:", "recipies:", 8, "grids.main.recipies: unknown, did you mean 'recipes'?"),
+        ("home:", "hom:", 2, "models.nano.hom: unknown, did you mean 'home'?"),
+        ("data: \"phantom-b", "dat: \"phantom-b", 5, "datasets.phantom-b.dat: unknown, did you mean 'data'?"),
+        ("{epochs: 1}", "{epoch: 1}", 10, "grids.main.budget.epoch: unknown, did you mean 'epochs'?"),
+        ("frozen, ln", "frozen, lm", 8, "grids.main.recipes.1: unknown method 'lm', did you mean 'ln'?"),
+        ("train: phantom-b", "train: phantom-c", 9, "grids.main.train.0: no data set 'phantom-c', did"),
+        ("home: phantom-a", "home: fantom-a", 2, "models.nano.home: no data set 'fantom-a', did you mean"),
+        ("{epochs: 1}", "{epochs: 1, pairs: 3}", 10, "grids.main.budget: give one of epochs, pairs"),
+        ("{epochs: 1}", "{epochs: -1}", 10, "grids.main.budget.epochs: input should be greater"),
+        ("train: phantom-b", "train: [phantom-b, phantom-b]", 9, "grids.main.train: 'phantom-b' is"),
+        ("full]", "all=ln]", 8, "grids.main.recipes: 'ln' and 'all=ln' are one recipe"),
+        ("full]", '"*-*-lm"]', 8, "grids.main.recipes.2: no preset fits '*-*-lm'"),
+        ("study: small\n", "study: a/b\n", 1, "study: a name holds letters, digits"),
+        ("study: small\n", "", 1, "study: is missing"),
+        ("main:", "search:", 7, "grids.search: this name is kept"),
+        (TRAIN, "    seeds: [0, x]\n" + TRAIN, 9, "grids.main.seeds.1: input should be"),
+        (TRAIN, "    learning_rates: serch\n" + TRAIN, 9, "grids.main.learning_rates"),
+        (TRAIN, "    shares: [200]\n" + TRAIN, 9, "grids.main.shares.0: input should"),
+        (TRAIN, TRAIN + "    train: phantom-a\n", 10, "'train' is given twice"),
+        ("train: phantom-b", "train: [phantom-b", 10, "not valid YAML"),
+        ("    budget", "compare: {against: lora-8}\n#", 10, "compare.against: no recipe 'lora-8'"),
+    ],
+)  # fmt: skip
+def test_a_fault_is_told_with_its_line_and_field(
+    tmp_path: Path, old: str, new: str, line: int, words: str
+) -> None:
+    assert old in GOOD
+    path = written(tmp_path, GOOD.replace(old, new, 1))
+    told = outcome(lambda: read_study(path))
+    assert words in told and f"{path}, line {line}:" in told
+
+
+def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
+    text = GOOD.replace("frozen, ln", "frozen, lm").replace("train: phantom-b", "train: phantom-c")
+    assert outcome(lambda: read_study(written(tmp_path, text))).count("line ") == 2
+
+
+def test_what_is_left_out_has_its_default_and_one_value_stands_for_a_list(tmp_path: Path) -> None:
+    study = read_study(written(tmp_path, GOOD))
+    grid = study.grids["main"]
+    assert (grid.train, grid.seeds, grid.shares, grid.learning_rates) == (
+        ["phantom-b"],
+        [0],
+        [100],
+        "default",
+    )
+    assert study.model("nano").path == "nano"
+    assert study.recipes_of(grid) == {"frozen": "all=frozen", "ln": "all=ln", "full": "all=full"}
+
+
+def test_a_root_is_given_by_the_data_sets_name(tmp_path: Path) -> None:
+    path = written(tmp_path, GOOD)
+    assert read_study(path, ["phantom-b=some/where"]).datasets["phantom-b"].root == Path("some/where")
+    assert "did you mean 'phantom-b'?" in outcome(lambda: read_study(path, ["phantom-bb=x"]))
+    assert "write NAME=DIR" in outcome(lambda: read_study(path, ["phantom-b"]))
+
+
+def test_a_wildcard_stands_for_the_presets_that_fit(tmp_path: Path) -> None:
+    study = read_study(written(tmp_path, GOOD.replace("full]", '"frozen-*-prefix"]')))
+    names = list(study.recipes_of(study.grids["main"]))
+    assert names[2:] == ["frozen-frozen-prefix", "frozen-full-prefix", "frozen-prefix-prefix"]
+
+
+def test_the_file_that_the_docs_show_is_one(tmp_path: Path) -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    assert set(read_study(written(tmp_path, text)).grids) == {"methods", "curves"}
