@@ -48,6 +48,7 @@ def test_every_method_has_a_learning_rate() -> None:
 
 SHOWN = {  # page -> the committed tables that it shows
     "README.md": ["demo/table", "real_data", "throughput_llava_slake"],
+    "docs/metrics.md": ["reliance"],
     "docs/speed.md": [
         "throughput_llava_slake",
         "throughput_llava_vqa-rad",
@@ -104,6 +105,19 @@ def small(script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     root = tmp_path / "slake"
     root.mkdir()
     return write_slake(root, train=rows, validate=rows[:1], test=rows[:1])
+
+
+def test_the_table_of_what_images_earn_is_of_its_record(script: Any) -> None:
+    reliance, rows = script("reliance"), found("reliance.json")["rows"]
+    assert reliance.table(rows) == (BENCHMARKS / "reliance.md").read_text(encoding="utf-8")
+    for dataset in {row["dataset"] for row in rows}:
+        assert tuple(row["recipe"] for row in rows if row["dataset"] == dataset) == reliance.RECIPES
+    for row in rows:
+        for about in row["reliance"].values():
+            for one in about["metrics"].values():
+                lost = one["real"]["value"] - one["replaced"]["value"]
+                assert one["difference"]["value"] == pytest.approx(lost)
+                assert one["earned"]["value"] == pytest.approx(lost / one["real"]["value"])
 
 
 @pytest.mark.parametrize("shape", ["llava", "miss"])
@@ -198,3 +212,14 @@ def test_without_a_gpu_its_rows_say_that_nothing_was_measured() -> None:
     rows = recorded("gpu_llava_med_7b", [])["rows"]
     assert {row["status"] for row in rows} == {"not yet measured"}
     assert not any("pairs_per_second" in row or "moved" in row for row in rows)
+
+
+def test_several_adapters_are_timed_beside_their_runs(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "record.json"
+    options = ["--shape", "miss", "--data", "slake", "--root", str(small), "--adapters", "2", "--steps", "1"]
+    record = recorded("multi", [*options, "--rounds", "1", "--pairs", "6", "--out", str(out)])
+    assert [row["sweep"] for row in record["rows"]] == ["seeds", "learning rates"]
+    for row in record["rows"]:
+        assert row["step_bytes"]["one"] < row["step_bytes"]["together"] < 3 * row["step_bytes"]["one"]
+        assert row["memory_of_runs_side_by_side"] < 1 < row["memory_of_one_run"]
+    assert out.with_suffix(".md").read_text(encoding="utf-8").count("\n") == 4

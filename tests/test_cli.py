@@ -63,7 +63,7 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "command",
     [
         *("demo", "inspect", "data", "train", "evaluate", "ask", "describe", "merge", "export"),
-        *("import-miss", "import-llava-med", "bench"),
+        *("import-miss", "import-llava-med", "bench", "compare", "review", "export-predictions"),
     ],
 )
 def test_every_command_has_help(run: Run, command: str) -> None:
@@ -264,6 +264,10 @@ BAD: dict[str, tuple[Bad, tuple[str, ...]]] = {
             "score", jsonl(f / "p", {"id": 1, "prediction": "x"}), jsonl(f / "r", {"id": 2, "reference": "x"})
         ],
         ("p/rows.jsonl, line 1", "id '1' is not in", "r/rows.jsonl"),
+    ),
+    "a result that is not there": (
+        lambda b, a, f, o: ["compare", f / "ln", f / "full", "--out", o],
+        ("ln/metrics.json is missing",),
     ),
     "an unknown task": (
         lambda b, a, f, o: ["score", f / "p", f / "r", "--task", "vqaa"],

@@ -19,7 +19,7 @@ _HOMES = {
     "InputError": "normtune.errors",
     "TrainConfig": "normtune.config",
     "Tuned": "normtune.adapt",
-    "compare": "normtune.results",
+    "compare": "normtune.comparison",
     "load": "normtune.models",
     "load_delta": "normtune.delta",
     "open_dataset": "normtune.catalog",

@@ -24,7 +24,7 @@ LEARNING_RATES: dict[str, float] = {
 }
 
 
-REPORT_TOKENS = 128  # the longest report that is written, where nothing else is said
+CONTROLS = ("blank", "noise", "other")  # images that cannot answer a question: see normtune.reliance
 
 
 class _Options(BaseModel):
@@ -72,6 +72,13 @@ class DataOptions(_Options):
     )
     text_only: bool = Field(False, description="Keep rows whose image files are missing, for their text.")
 
+    def data_options(self) -> dict[str, Any]:
+        """The options that open the same data again, from any folder, as a result records them."""
+        found = self.model_dump(mode="json", include=set(DataOptions.model_fields))
+        if self.root is not None and self.root.exists():  # else it is a hub name
+            found["root"] = str(self.root.resolve())
+        return found
+
 
 class TrainConfig(DataOptions):
     """Everything that decides a training run."""
@@ -81,6 +88,9 @@ class TrainConfig(DataOptions):
     tune: str = Field("ln", description="Recipe: a preset or PART=METHOD[,PART=METHOD].")
     split: str = Field("train", description="The split to train on.")
     limit: int | None = Field(None, gt=0, description="Train on the first so many pairs only.")
+    share: float | None = Field(
+        None, gt=0, le=1, description="Train on this share of the images, drawn by --seed."
+    )
     lr: float | None = Field(None, gt=0, description="Learning rate; by default each method's own.")
     epochs: float = Field(10, gt=0, description="Passes over the training pairs.")
     max_steps: int | None = Field(None, gt=0, description="Stop after so many steps, whatever the epochs.")
@@ -128,6 +138,11 @@ class EvaluateConfig(DataOptions):
     model: str = Field(description="Base model: a local directory, a hub name, or 'nano'.")
     out: Path = Field(description="Where predictions.jsonl and metrics.json are written.")
     adapter: Path | None = Field(None, description="A trained adapter; none evaluates the base (zero-shot).")
+    baseline: Literal["question-only", "most-frequent", "medoid", "retrieval"] | None = Field(
+        None,
+        description="Predict from the training split instead; retrieval takes the text of its image that is "
+        "nearest by MODEL's image features.",
+    )
     split: str = Field("test", description="The split to evaluate.")
     limit: int | None = Field(None, gt=0, description="Evaluate the first so many pairs only.")
     batch: int = Field(128, gt=0, description="Questions answered at once.")
@@ -135,6 +150,10 @@ class EvaluateConfig(DataOptions):
     max_new_tokens: int | None = Field(None, gt=0, description="Longest answer, in tokens.")
     candidates: str | None = Field(
         None, description="Answers to choose from for closed questions, such as yes/no."
+    )
+    controls: str | None = Field(
+        None,
+        description="Ask the same of images that cannot answer, too: one or several of blank,noise,other.",
     )
     normalisation: Literal["vqa", "none"] = Field("vqa", description="Of answers before they are compared.")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Dtype of the base.")
