@@ -1,4 +1,4 @@
-"""What `normtune study` does: run what is missing, then write the tables."""
+"""What `normtune study` does: run what is missing, then write the tables and the page."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from normtune.report.study_page import write_study_report
 from normtune.study.run import run_study
 from normtune.study.show import Bars, summary_text
 from normtune.study.spec import Study
@@ -16,14 +17,14 @@ from normtune.study.table import write_tables
 def run_and_tabulate(
     study: Study, out: Path, *, workers: int | None = None, on: str = "local", quiet: bool = False
 ) -> tuple[dict[str, Any], str]:
-    """Run a study and write its tables; returns the summary, and it with the files for people.
+    """Run a study, write its tables and its page; returns the summary, and it with the files for people.
 
     Raises:
         InputError: see `run_study` and `write_tables`.
     """
     with nullcontext() if quiet else Bars() as bars:
         summary = run_study(study, out, workers=workers, on=on, show=bars)
-    tables = write_tables(study, out)
+    tables = [*write_tables(study, out), write_study_report(out)]
     return {**asdict(summary), "out": str(out), "tables": [str(path) for path in tables]}, summary_text(
         summary, tables
     )
