@@ -9,8 +9,9 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/normtune demo --out demo
 
+# a process a core, up to four, each with one thread and whole files of tests
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff check src tests benchmarks scripts

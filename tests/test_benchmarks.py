@@ -223,3 +223,20 @@ def test_several_adapters_are_timed_beside_their_runs(small: Path, tmp_path: Pat
         assert row["step_bytes"]["one"] < row["step_bytes"]["together"] < 3 * row["step_bytes"]["one"]
         assert row["memory_of_runs_side_by_side"] < 1 < row["memory_of_one_run"]
     assert out.with_suffix(".md").read_text(encoding="utf-8").count("\n") == 4
+
+
+def test_serving_times_many_adapters_beside_one_and_beside_peft(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "record.json"
+    options = ["--shape", "llava", "--data", "slake", "--root", str(small), "--pairs", "4", "--images", "2"]
+    options += ["--rounds", "1", "--tokens", "3", "--registered", "6", "--out", str(out)]
+    record = recorded("serving", options)
+    timed = [row for row in record["rows"] if "rounds" in row]
+    assert len(timed) == 6 and all(row["requests_per_second"]["median"] > 0 for row in timed)
+    many = next(row for row in timed if row["side"] == "normtune, an adapter each")
+    assert many["of_one_adapter"]["median"] > 0 and many["normtune_is_faster"]["median"] == 1.0
+    own = {row["side"]: row["own_answers"] for row in record["rows"] if row["own_answers"]}
+    assert own["PEFT LoRA r8 q,v, adapter_names"]["same"] == 4
+    assert own["PEFT LN_TUNING, adapter_names"]["same"] < 4, "PEFT gives all rows one adapter's norms"
+    found = record["registered"]
+    assert found["adapters"] == found["loaded"] == 6 and found["first_answer_s"]["median"] > 0
+    assert "6 adapters are registered" in out.with_suffix(".md").read_text(encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def parse_info(found: Any, path: Path) -> DeltaInfo:
     if isinstance(base := found.get("base"), dict):
         values |= {f"base_{name}": value for name, value in base.items()}
     try:
-        info = TypeAdapter(DeltaInfo).validate_python(values)
+        info = _delta_info().validate_python(values)
     except ValidationError as error:
         fault = error.errors()[0]
         entry = ".".join(str(step) for step in fault["loc"]).replace("base_", "base.", 1)
@@ -71,6 +72,11 @@ def parse_info(found: Any, path: Path) -> DeltaInfo:
     if not _FINGERPRINT.fullmatch(info.base_fingerprint):
         raise InputError(f"{path}, entry base.fingerprint: no fingerprint. Copy the delta anew.")
     return info
+
+
+@cache
+def _delta_info() -> TypeAdapter[DeltaInfo]:
+    return TypeAdapter(DeltaInfo)  # takes longer to build than to use, and a server reads thousands
 
 
 def model_card(info: DeltaInfo) -> str:

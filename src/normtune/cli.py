@@ -8,7 +8,7 @@ import sys
 import typer
 
 from normtune import processes
-from normtune.commands import asking, checkpoints, learning, results  # noqa: F401  # they enter their commands
+from normtune.commands import asking, checkpoints, learning, results, serving  # noqa: F401  # to enter
 from normtune.commands.app import app
 from normtune.errors import InputError
 

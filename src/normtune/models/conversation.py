@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from normtune.errors import InputError
 
 Tokens = tuple[int, ...]
+HELD_PREFIXES = 1024
 
 
 class Prompts(Protocol):
@@ -64,6 +65,8 @@ class Conversation:
                     f"{self.marker}), so questions cannot share an image. Set add_eos_token to false in "
                     "tokenizer_config.json."
                 )
+            if len(self._prefixes) >= HELD_PREFIXES:  # a server sees images of ever new sizes
+                self._prefixes.clear()
             self._prefixes[key] = tokens
         return self._prefixes[key]
 

@@ -1,0 +1,105 @@
+"""The command that serves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from normtune.commands.app import Device, Json, Model, Quantize, app, emit
+from normtune.errors import InputError
+
+
+@app.command()
+def serve(
+    model: Model,
+    adapter: Annotated[
+        list[str], typer.Option(metavar="NAME=DIR", help="An adapter to serve. Repeat for several.")
+    ] = [],  # noqa: B006  # typer's way
+    adapter_root: Annotated[
+        Path | None, typer.Option(help="A folder of adapters: its own are served; clients may register more.")
+    ] = None,
+    reviews: Annotated[
+        Path | None, typer.Option(help="A folder of `normtune review` pages, shown on the page.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")] = 8000,
+    api_keys: Annotated[
+        Path | None,
+        typer.Option(help="A file of API keys, KEY or NAME:KEY a line. Also taken: NORMTUNE_API_KEYS."),
+    ] = None,
+    without_keys: Annotated[
+        bool, typer.Option("--without-keys", help="Let everybody in, on another address than loopback.")
+    ] = False,
+    allow_remote_images: Annotated[
+        list[str], typer.Option(metavar="HOST", help="Fetch images of this host. Repeat for several.")
+    ] = [],  # noqa: B006
+    per_minute: Annotated[int, typer.Option(min=1, help="Requests that a key may send a minute.")] = 600,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that an answer may take.")] = 120.0,
+    max_batch: Annotated[int, typer.Option(min=1, help="Requests answered together.")] = 32,
+    max_wait: Annotated[float, typer.Option(min=0, help="Seconds that a request waits for company.")] = 0.01,
+    queue_limit: Annotated[int, typer.Option(min=1, help="Requests that wait before others get 429.")] = 256,
+    adapter_memory: Annotated[int | None, typer.Option(min=1, help="MiB for loaded adapters.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    device: Device = None,
+    quantize: Quantize = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Log faults alone, not each request.")] = False,
+    json: Json = False,
+) -> None:
+    """Serve a base with its adapters: OpenAI's API and a web page. Research use, not for diagnosis."""
+    try:
+        from normtune.serve import running
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("normtune"):
+            raise
+        raise InputError(
+            "serving needs packages that are not installed: pip install normtune[serve]."
+        ) from error
+    from normtune.serve.folders import adapters_below, named_adapters
+    from normtune.serve.limits import Limits, read_keys
+
+    keys = read_keys(api_keys)
+    if not keys and host not in running.LOOPBACK and not without_keys:
+        raise InputError(
+            f"--host {host} is open to others. Give --api-keys FILE, or --without-keys if all may use it."
+        )
+    if reviews is not None and not reviews.is_dir():
+        raise InputError(f"--reviews {reviews} is no folder. Give one of pages that normtune review wrote.")
+    found = named_adapters(adapter) | (adapters_below(adapter_root) if adapter_root else {})
+    base = Path(model).name or model
+    if base in found:
+        raise InputError(f"the adapter '{base}' is called as the base. Name it otherwise: NAME=DIR.")
+    with running.listen(host, port) as listening:  # first: a port that is taken is told at once
+        from normtune import report_task
+        from normtune.answering import ANSWER_TOKENS
+        from normtune.models import load
+        from normtune.serve.engine import Engine
+
+        engine = Engine(
+            load(model, dtype=dtype, device=device, quantize=quantize),
+            max_batch=max_batch,
+            max_wait=max_wait,
+            queue_limit=queue_limit,
+            adapter_memory=None if adapter_memory is None else adapter_memory << 20,
+        )
+        try:
+            for name, folder in found.items():
+                engine.register(name, folder)
+            settings = running.Settings(
+                base=base,
+                limits=Limits(per_minute=per_minute, request_s=timeout),
+                keys=keys,
+                adapter_root=adapter_root,
+                reviews=reviews,
+                remote_hosts=frozenset(one.lower() for one in allow_remote_images),
+                hosts=None if keys or without_keys else running.own_names(host),
+                question_tokens=ANSWER_TOKENS,
+                report_tokens=report_task.WRITTEN_TOKENS,
+            )
+            url = running.address(listening)
+            told = {"url": url, "model": base, "adapters": [*found], "keys": bool(keys)}
+            text = f"{base} with {len(found)} adapters at {url} (research use, not for diagnosis)"
+            running.run(engine, settings, listening, ready=lambda: emit(json, told, text), quiet=quiet)
+        finally:
+            engine.close(drain=False)

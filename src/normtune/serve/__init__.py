@@ -1,0 +1,1 @@
+"""One base for many adapters at once: what is asked (`requests`) and what answers it (`engine`)."""

@@ -1,0 +1,267 @@
+"""The HTTP server's application: OpenAI's addresses, adapters, uploads, metrics, and the page.
+
+    app = make_app(engine, Settings(base="nano"))
+
+`normtune.serve.gate` stands before it; `normtune.serve.running` runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Annotated, Any
+
+from fastapi import FastAPI, File, Form, Response, UploadFile
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, PlainTextResponse
+
+from normtune.card import NOTICE
+from normtune.errors import InputError, did_you_mean
+from normtune.serve import api, batch, folders
+from normtune.serve.chat import asked, events, reply_in_time
+from normtune.serve.faults import ClientGone, Refused, refusal, without_paths
+from normtune.serve.gate import COOKIE, Gate
+from normtune.serve.metrics_text import CONTENT_TYPE, exposition
+from normtune.serve.pages import add_pages
+from normtune.serve.requests import Busy, Closed, UnknownAdapter
+from normtune.serve.service import Answers, Service, Settings
+from normtune.serve.streamed import Streamed
+from normtune.serve.uploads import Upload, open_upload, png_bytes
+
+_PURPOSES = ("vision", "user_data", "assistants")
+_HTTP = {404: "there is no such address.", 405: "this address takes other methods."}
+
+
+def make_app(engine: Answers, settings: Settings) -> Gate:
+    """The ASGI application of one engine, which it closes at its end, after what was accepted is answered."""
+    service = Service(engine, settings)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        service.close()
+
+    app = FastAPI(
+        title="Normtune", description=NOTICE, lifespan=lifespan, docs_url=None, redoc_url=None
+    )  # their pages load scripts of a CDN
+    gate = Gate(app, keys=settings.keys, limits=settings.limits, budget=service.budget, hosts=settings.hosts)
+    _add_faults(app)
+    _add_models(app, service)
+    _add_chat(app, service)
+    _add_files(app, service)
+    _add_adapters(app, service)
+    _add_state(app, service, gate)
+    add_pages(app, service)
+    return gate
+
+
+def _owner(request: HttpRequest) -> str:
+    return str(request.state.owner)
+
+
+def _add_faults(app: FastAPI) -> None:
+    """Every error has OpenAI's shape and one sentence."""
+
+    def respond(refused: Refused) -> Response:
+        return JSONResponse(refused.body(), refused.status, headers=refused.headers())
+
+    async def known(_: HttpRequest, error: Exception) -> Response:
+        return respond(refusal(error))
+
+    async def invalid(_: HttpRequest, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        field, sentence = api.one_sentence(error.errors(), skip=1)
+        return respond(Refused(400, sentence, param=field or None))
+
+    async def http(_: HttpRequest, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        status = error.status_code
+        return respond(Refused(status, _HTTP.get(status, "the request cannot be read.")))
+
+    async def unknown(_: HttpRequest, __: Exception) -> Response:
+        return respond(Refused(500, "the server failed at this request. Its log says where."))
+
+    for kind in (Refused, InputError, Busy, Closed, TimeoutError, ClientGone):
+        app.add_exception_handler(kind, known)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(Exception, unknown)  # the gate records it
+
+
+def _add_models(app: FastAPI, service: Service) -> None:
+    base = service.settings.base
+
+    def entries() -> dict[str, dict[str, Any]]:
+        adapters = {
+            one.name: api.model_entry(one.name, service.started, one) for one in service.engine.adapters()
+        }
+        return {base: api.model_entry(base, service.started), **adapters}
+
+    @app.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        """The base and its adapters, as models."""
+        return {"object": "list", "data": list(entries().values())}
+
+    @app.get("/v1/models/{model:path}")
+    async def get_model(model: str) -> dict[str, Any]:
+        """One model."""
+        found = entries().get(model)
+        if found is None:
+            raise Refused(404, "there is no such model.", code="model_not_found", param="model")
+        return found
+
+
+def _add_chat(app: FastAPI, service: Service) -> None:
+    seconds = service.limits.request_s
+
+    def check_model(name: str) -> None:
+        known = [service.settings.base, *(one.name for one in service.engine.adapters())]
+        if name not in known:
+            hint = did_you_mean(name, known)
+            raise Refused(
+                404,
+                f"there is no such model{hint or '.'} /v1/models lists them.",
+                code="model_not_found",
+                param="model",
+            )
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: api.ChatRequest, request: HttpRequest) -> Response:
+        """Answer one question about an image, or without text write its report."""
+        check_model(body.model)
+        async with AsyncExitStack() as stack:
+            question = await stack.enter_async_context(asked(service, _owner(request), body))
+            if body.stream:
+                usage = bool(body.stream_options and body.stream_options.include_usage)
+                pieces = events(question, stack.pop_all(), usage=usage, seconds=seconds)
+                return Streamed(pieces, "text/event-stream")
+            reply = await reply_in_time(question, request.receive, seconds)
+            return JSONResponse(api.completion(question.id, question.model, reply, question.limit))
+
+    @app.post(
+        "/v1/batch",
+        openapi_extra={
+            "requestBody": {
+                "required": True,
+                "content": {"application/jsonl": {"schema": {"type": "string"}}},
+            }
+        },
+    )
+    async def answer_batch(request: HttpRequest) -> Response:
+        """Answer a JSONL of questions: one line for each, in their order, as they come."""
+        data = await request.body()
+        rows = await service.aside(batch.read_rows, data, service.limits.batch_rows)
+        for name in sorted({row.body.model for row in rows}):
+            check_model(name)
+        return Streamed(batch.answers(service, _owner(request), rows), "application/jsonl")
+
+
+def _file_entry(upload: Upload) -> dict[str, Any]:
+    told = {"id": upload.id, "object": "file", "bytes": len(upload.png), "created_at": int(upload.made)}
+    size = {"width": upload.width, "height": upload.height}
+    return told | {"filename": "image.png", "purpose": "vision", "status": "processed"} | size
+
+
+def _add_files(app: FastAPI, service: Service) -> None:
+    def decode(data: bytes) -> tuple[bytes, int, int]:
+        image = open_upload(data, max_pixels=service.limits.pixels)
+        return png_bytes(image), image.width, image.height
+
+    @app.post("/v1/files")
+    async def upload_file(
+        request: HttpRequest,
+        file: Annotated[UploadFile, File(description="PNG, JPEG, WebP or DICOM.")],
+        purpose: Annotated[str, Form(max_length=64)] = "vision",
+    ) -> dict[str, Any]:
+        """Hold an image for later questions. Its pixels alone are kept, as PNG; its name is not."""
+        if purpose not in _PURPOSES:
+            raise Refused(400, "files are images for questions: give purpose=vision.", param="purpose")
+        png, width, height = await service.aside(decode, await file.read())
+        return _file_entry(service.uploads.add(_owner(request), png, width, height))
+
+    @app.get("/v1/files")
+    async def list_files(request: HttpRequest) -> dict[str, Any]:
+        """The images that are held for this key."""
+        data = [_file_entry(one) for one in service.uploads.of(_owner(request))]
+        return {"object": "list", "data": data, "has_more": False}  # OpenAI's client would ask for more
+
+    @app.get("/v1/files/{id}")
+    async def get_file(id: str, request: HttpRequest) -> dict[str, Any]:
+        """What is known of one image."""
+        return _file_entry(service.uploads.get(_owner(request), id))
+
+    @app.get("/v1/files/{id}/content")
+    async def get_file_content(id: str, request: HttpRequest) -> Response:
+        """The image as PNG, as the model sees it."""
+        return Response(service.uploads.get(_owner(request), id).png, media_type="image/png")
+
+    @app.delete("/v1/files/{id}")
+    async def delete_file(id: str, request: HttpRequest) -> dict[str, Any]:
+        """Forget an image."""
+        service.uploads.remove(_owner(request), id)
+        return {"id": id, "object": "file", "deleted": True}
+
+
+def _add_adapters(app: FastAPI, service: Service) -> None:
+    root = service.settings.adapter_root
+
+    @app.get("/v1/adapters")
+    async def list_adapters() -> dict[str, Any]:
+        """The adapters that are registered."""
+        return {"object": "list", "data": [api.adapter_entry(one) for one in service.engine.adapters()]}
+
+    @app.post("/v1/adapters", status_code=201)
+    async def register_adapter(body: api.Registration) -> dict[str, Any]:
+        """Register an adapter of the adapter root."""
+        folder = folders.adapter_folder(root, body.folder or body.name)
+        if body.name == service.settings.base or any(
+            one.name == body.name for one in service.engine.adapters()
+        ):
+            raise Refused(409, "a model of that name is served already. Remove it first, or choose another.")
+        try:
+            info = await service.aside(service.engine.register, body.name, folder)
+        except InputError as error:
+            raise Refused(400, without_paths(str(error), [folder] + ([root] if root else []))) from None
+        return api.adapter_entry(info)
+
+    @app.delete("/v1/adapters/{name}")
+    async def remove_adapter(name: str) -> dict[str, Any]:
+        """Forget an adapter; its files stay, and requests that were accepted are answered."""
+        if root is None:
+            raise Refused(403, "adapters are not removed here. Start the server with --adapter-root.")
+        try:
+            await service.aside(service.engine.remove, name)
+        except UnknownAdapter:
+            raise Refused(404, "there is no such adapter.", code="model_not_found") from None
+        return {"id": name, "object": "adapter", "deleted": True}
+
+
+def _add_state(app: FastAPI, service: Service, gate: Gate) -> None:
+    @app.get("/healthz")
+    async def healthz() -> dict[str, Any]:
+        """Whether the server is there."""
+        return {"status": "ok", "model": service.settings.base, "notice": NOTICE}
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Counts and sizes for Prometheus."""
+        text = exposition(service.engine.stats(), gate.counts, service.uploads.size, service.budget.left)
+        return Response(text, media_type=CONTENT_TYPE)
+
+    @app.post("/v1/session", status_code=204)
+    async def open_session(request: HttpRequest) -> Response:
+        """Let a browser that has a key follow links to the pages of reviews: sets a cookie for them alone."""
+        response = Response(status_code=204)
+        key = request.headers.get("authorization", "").partition(" ")[2].strip()
+        if service.settings.keys:
+            response.set_cookie(
+                COOKIE,
+                service.settings.keys.cookie(key),
+                path="/reviews",
+                httponly=True,
+                samesite="strict",
+                secure=request.url.scheme == "https",
+            )
+        return response

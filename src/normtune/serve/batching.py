@@ -1,0 +1,72 @@
+"""Requests that wait, and which of them are answered together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from PIL import Image
+
+from normtune.models.family import Pixels
+from normtune.packing import Segment
+from normtune.serve.adapters import BASE, Entry
+from normtune.serve.requests import Reply
+
+Text = Callable[[str], None]
+
+
+@dataclass(eq=False)
+class Job:
+    """A request under way.
+
+    Attributes:
+        images, keys: its views, RGB, and the digest of each.
+        question: None for a report.
+        limit: the most tokens of its answer.
+        arrived: by `time.monotonic`.
+        segment, shown: its question and its views as the family takes them, once it runs.
+    """
+
+    number: int
+    images: tuple[Image.Image, ...]
+    keys: tuple[str, ...]
+    question: str | None
+    entry: Entry
+    limit: int
+    beams: int
+    future: Future[Reply]
+    on_text: Text | None
+    arrived: float
+    segment: Segment | None = None
+    shown: tuple[Pixels, ...] = ()
+
+
+def take(queue: list[Job], most: int, adapters: int) -> list[Job]:
+    """Take the next batch out of the queue: the job that has waited longest, and those that can go with it.
+
+    They write at most as many tokens with as many beams. At most `most` jobs of `adapters` adapters, the base
+    not counted; those that are passed over keep their places.
+    """
+    first = queue[0]
+    taken: list[Job] = []
+    left: list[Job] = []
+    entries: set[Entry] = set()
+    for job in queue:
+        alike = (job.limit, job.beams) == (first.limit, first.beams)
+        own = set() if job.entry.slot == BASE else {job.entry}
+        if len(taken) < most and alike and len(entries | own) <= adapters:
+            taken.append(job)
+            entries |= own
+        else:
+            left.append(job)
+    queue[:] = left
+    return taken
+
+
+def grouped(jobs: Sequence[Job]) -> list[list[Job]]:
+    """Jobs of one adapter about the same images, which share them; groups of an adapter follow each other."""
+    groups: dict[tuple[int | None, tuple[str, ...]], list[Job]] = {}
+    for job in sorted(jobs, key=lambda job: job.entry.slot or BASE):
+        groups.setdefault((job.entry.slot, job.keys), []).append(job)
+    return [*groups.values()]

@@ -1,0 +1,55 @@
+"""The web page, from the package alone, and the pages of reviews from a folder."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import Any
+
+from fastapi import FastAPI, Response
+
+from normtune.serve.folders import review_names, review_page
+from normtune.serve.service import Service
+
+# the page's own files, images that it made or fetched, and nothing from anywhere else
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+# pages of `normtune review` hold all they need; in a sandbox they cannot reach the server
+REVIEW_POLICY = (
+    "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_FILES = {
+    "/": ("index.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+    "/viewer.js": ("viewer.js", "text/javascript"),
+}
+
+
+def add_pages(app: FastAPI, service: Service) -> None:
+    """Serve the page at `/` and reviews below `/reviews`."""
+    for path, (name, media_type) in _FILES.items():
+        app.add_api_route(path, _file(name, media_type), include_in_schema=False)
+    folder = service.settings.reviews
+
+    @app.get("/v1/reviews")
+    async def list_reviews() -> dict[str, Any]:
+        """Names of the pages of right and wrong answers."""
+        return {"object": "list", "data": review_names(folder)}
+
+    @app.get("/reviews/{name}", include_in_schema=False)
+    async def review(name: str) -> Response:
+        text = review_page(folder, name).read_bytes()
+        return Response(text, media_type="text/html", headers={"content-security-policy": REVIEW_POLICY})
+
+
+def _file(name: str, media_type: str) -> Any:
+    content = files("normtune.serve").joinpath("page", name).read_bytes()
+
+    async def page() -> Response:
+        headers = {"content-security-policy": POLICY, "cache-control": "no-cache"}
+        return Response(content, media_type=media_type, headers=headers)
+
+    return page

@@ -1,0 +1,105 @@
+"""Run the server until it is told to stop; what was accepted is answered before it ends."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Callable
+
+import uvicorn
+
+from normtune.errors import InputError
+from normtune.serve.app import make_app
+from normtune.serve.faults import LOG
+from normtune.serve.gate import Gate
+from normtune.serve.service import Answers, Settings
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_HEAD_BYTES = 64 << 10  # of a request's line and headers
+_KEEP_ALIVE_S = 75  # longer than nginx holds its own connections
+
+
+def own_names(host: str) -> frozenset[str] | None:
+    """Names that a server without keys answers to: its own on loopback, None (any) elsewhere."""
+    return frozenset((*LOOPBACK, "[::1]")) if host in LOOPBACK else None
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one.
+
+    Raises:
+        InputError: the address cannot be had.
+    """
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or "not a port"
+        raise InputError(
+            f"cannot listen on {host}, port {port}: {reason}. Choose another --host or --port."
+        ) from error
+
+
+def address(listening: socket.socket) -> str:
+    """The URL of a listening socket."""
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def configuration(app: Gate, settings: Settings) -> uvicorn.Config:
+    """uvicorn's, for an application of `make_app`."""
+    return uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        h11_max_incomplete_event_size=_HEAD_BYTES,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=int(settings.limits.request_s) + 10,
+    )
+
+
+def run(
+    engine: Answers,
+    settings: Settings,
+    listening: socket.socket,
+    *,
+    ready: Callable[[], None] = lambda: None,
+    quiet: bool = False,
+) -> None:
+    """Serve until SIGTERM or SIGINT; then take no more connections, answer what was accepted, and return."""
+    _log_to_stderr(quiet)
+    config = configuration(make_app(engine, settings), settings)
+    server = _Server(config, ready)
+    # uvicorn sends itself the signal again once it has stopped: it must not end the process then
+    held = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        server.run([listening])
+    finally:
+        for number, handler in held.items():
+            signal.signal(number, handler)
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._ready()
+
+
+def _log_to_stderr(quiet: bool) -> None:
+    if not LOG.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        LOG.addHandler(handler)
+        LOG.propagate = False
+    LOG.setLevel(logging.WARNING if quiet else logging.INFO)
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)

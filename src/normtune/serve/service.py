@@ -1,0 +1,82 @@
+"""What the routes work with: the engine, what is held for clients, and the threads that decode images."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from normtune.serve.limits import Budget, Keys, Limits
+from normtune.serve.requests import AdapterInfo, EngineStats, Reply, Request
+from normtune.serve.uploads import Uploads
+
+Value = TypeVar("Value")
+_DECODERS = 4  # images decoded at once, which bounds the memory that decoding takes
+
+
+class Answers(Protocol):
+    """What the server needs of `normtune.serve.engine.Engine`."""
+
+    def submit(
+        self, request: Request, *, on_text: Callable[[str], None] | None = None
+    ) -> Future[Reply]: ...  # pragma: no cover
+
+    def register(self, name: str, folder: Path) -> AdapterInfo: ...  # pragma: no cover
+
+    def remove(self, name: str) -> None: ...  # pragma: no cover
+
+    def adapters(self) -> list[AdapterInfo]: ...  # pragma: no cover
+
+    def stats(self) -> EngineStats: ...  # pragma: no cover
+
+    def close(self, *, drain: bool = True, timeout: float | None = None) -> None: ...  # pragma: no cover
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a server is set up.
+
+    Attributes:
+        base: the name that requests give for the base as it is.
+        adapter_root: the folder whose subfolders may be registered; None: none may.
+        reviews: a folder of `normtune review` pages; None: none are shown.
+        remote_hosts: whose images are fetched.
+        hosts: names that requests may be addressed to; None: any.
+        question_tokens, report_tokens: of an answer where the request says nothing.
+    """
+
+    base: str
+    limits: Limits = field(default_factory=Limits)
+    keys: Keys = field(default_factory=Keys)
+    adapter_root: Path | None = None
+    reviews: Path | None = None
+    remote_hosts: frozenset[str] = frozenset()
+    hosts: frozenset[str] | None = None
+    question_tokens: int = 16
+    report_tokens: int = 128
+
+
+class Service:
+    """A running server's parts."""
+
+    def __init__(self, engine: Answers, settings: Settings) -> None:
+        limits = settings.limits
+        self.engine, self.settings, self.limits = engine, settings, limits
+        self.uploads = Uploads(limits.uploads, limits.upload_bytes, limits.upload_s)
+        self.budget = Budget(limits.shared_bytes)
+        self.started = time.time()
+        self._pool = ThreadPoolExecutor(_DECODERS, thread_name_prefix="normtune decode")
+
+    async def aside(self, work: Callable[..., Value], *arguments: Any, **named: Any) -> Value:
+        """Run `work` in a thread of the few that decode."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._pool, lambda: work(*arguments, **named))
+
+    def close(self) -> None:
+        """Answer what was accepted, then end."""
+        self.engine.close(drain=True, timeout=self.limits.request_s)
+        self._pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,94 @@
+"""An engine without a model: it answers with what it was asked, when it is let."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import fields
+from pathlib import Path
+
+from normtune.errors import InputError
+from normtune.serve.requests import AdapterInfo, Busy, Closed, EngineStats, Reply, Request, UnknownAdapter
+
+Job = tuple[Request, Future[Reply], Callable[[str], None] | None]
+
+
+class FakeEngine:
+    """`let` is an event that every answer waits for; `asked` holds what was submitted."""
+
+    def __init__(self, adapters: tuple[str, ...] = ("chest", "brain"), queue_limit: int = 1000) -> None:
+        self.let = threading.Event()
+        self.let.set()
+        self.asked: list[Request] = []
+        self.futures: list[Future[Reply]] = []
+        self.fault: Exception | None = None
+        self.pieces = 1  # in which a text is told as it grows
+        self.queue_limit = queue_limit
+        self._adapters = {name: info(name) for name in adapters}
+        self._jobs: queue.Queue[Job | None] = queue.Queue()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request, *, on_text: Callable[[str], None] | None = None) -> Future[Reply]:
+        if self._closed:
+            raise Closed("closed")
+        if request.adapter is not None and request.adapter not in self._adapters:
+            raise UnknownAdapter(f"no adapter '{request.adapter}'.")
+        if self._jobs.qsize() >= self.queue_limit:
+            raise Busy("full")
+        future: Future[Reply] = Future()
+        self.asked.append(request)
+        self.futures.append(future)
+        self._jobs.put((request, future, on_text))
+        return future
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            request, future, on_text = job
+            self.let.wait()
+            if not future.set_running_or_notify_cancel():
+                continue
+            if self.fault is not None:
+                future.set_exception(self.fault)
+                continue
+            text = answer_to(request)
+            for piece in range(1, self.pieces + 1):
+                if on_text is not None:
+                    on_text(text[: len(text) * piece // self.pieces])
+            future.set_result(Reply(text, -0.25, 12, len(text.split()) + 1, 0.01))
+
+    def register(self, name: str, folder: Path) -> AdapterInfo:
+        if not (folder / "adapter.json").is_file():
+            raise InputError(f"{folder / 'adapter.json'} is missing. Check the path.")
+        self._adapters[name] = info(name)
+        return self._adapters[name]
+
+    def remove(self, name: str) -> None:
+        if name not in self._adapters:
+            raise UnknownAdapter(f"no adapter '{name}'.")
+        del self._adapters[name]
+
+    def adapters(self) -> list[AdapterInfo]:
+        return list(self._adapters.values())
+
+    def stats(self) -> EngineStats:
+        values = {one.name: 0 for one in fields(EngineStats)}
+        return EngineStats(**values | {"queued": self._jobs.qsize(), "requests": len(self.asked)})  # type: ignore[arg-type]
+
+    def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
+        self._closed = True
+        self._jobs.put(None)
+        self._thread.join(timeout)
+
+
+def info(name: str) -> AdapterInfo:
+    return AdapterInfo(name, Path("/secret") / name, "language=ln", "/secret/nano", 10, 1000, 40, False, 0)
+
+
+def answer_to(request: Request) -> str:
+    """What the fake says: who answers, of which sizes, to what."""
+    sizes = " ".join(f"{image.width}x{image.height}" for image in request.images)
+    return f"{request.adapter or 'base'} sees {sizes}: {request.question or 'a report'}"

@@ -1,0 +1,169 @@
+"""Hundreds of hostile uploads: each refused with 400 and one sentence, or taken; no fault, no path told."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pydicom.encaps import encapsulate
+from pydicom.uid import UID, JPEG2000Lossless, JPEGBaseline8Bit, RLELossless
+
+from normtune.serve.limits import Limits
+from normtune.serve.service import Settings
+from tests.data.samples import dicom, dicom_bytes
+from tests.serve.fake_engine import FakeEngine
+from tests.serve.served import call, picture, serving, upload
+
+NAMES = (
+    "../../etc/passwd",
+    "a.png",
+    "..\\..\\boot.ini",
+    "/etc/shadow",
+    "%00.dcm",
+    "doe^jane.dcm",
+    "x" * 400,
+)
+PLAIN = dicom_bytes(dicom(np.arange(64, dtype=np.uint16).reshape(8, 8), PatientName="Doe^Jane"))
+WHOLE = {
+    "png": picture((32, 24)),
+    "jpeg": picture((32, 24), "JPEG"),
+    "webp": picture((32, 24), "WEBP"),
+    "dicom": PLAIN,
+}
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    limits = Limits(per_minute=60_000, burst=60_000)
+    with serving(FakeEngine(), Settings(base="nano", limits=limits)) as found:
+        yield found
+
+
+def sent(url: str, data: bytes, name: str = "a.png") -> int:
+    found = upload(url, data, name)
+    assert found.status in (200, 400), (found.status, found.body)
+    told = found.body.decode()
+    assert not any(word in told for word in ("passwd", "boot.ini", "shadow", "Doe", "doe^", "site-packages"))
+    if found.status == 400:
+        assert found.sentence.endswith(".") and "\n" not in found.sentence and "/" not in found.sentence
+    return found.status
+
+
+@settings(
+    max_examples=125,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data(), kind=st.sampled_from(sorted(WHOLE)), name=st.sampled_from(NAMES))
+def test_damaged_files_are_refused_or_read(url: str, data: st.DataObject, kind: str, name: str) -> None:
+    whole = bytearray(WHOLE[kind])
+    for place in data.draw(st.lists(st.integers(0, len(whole) - 1), max_size=12)):
+        whole[place] = data.draw(st.integers(0, 255))
+    end = data.draw(st.integers(0, len(whole)) | st.just(len(whole)))
+    sent(url, bytes(whole[:end]), name)
+
+
+def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG that says it has a size, with any chunks."""
+    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    body = b"".join(
+        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in ((b"IHDR", head), *chunks, (b"IEND", b""))
+    )
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def saved(kind: str, **options: object) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(out, kind, **options)  # type: ignore[arg-type]
+    return out.getvalue()
+
+
+def nested(depth: int) -> bytes:
+    """DICOM with a sequence in a sequence, and so on, before its pixels."""
+    begin = b"\x00\x52\x29\x92SQ\0\0\xff\xff\xff\xff" + b"\xfe\xff\x00\xe0\xff\xff\xff\xff"
+    end = b"\xfe\xff\x0d\xe0\0\0\0\0" + b"\xfe\xff\xdd\xe0\0\0\0\0"
+    pixels = PLAIN.index(b"\xe0\x7f\x10\x00")
+    return PLAIN[:pixels] + begin * depth + end * depth + PLAIN[pixels:]
+
+
+def compressed(stream: bytes, syntax: UID) -> bytes:
+    """DICOM that says it has 4 x 4 pixels, around any compressed stream."""
+    file = dicom(np.zeros((4, 4), np.uint8))
+    file.file_meta.TransferSyntaxUID = syntax
+    file.PixelData = encapsulate([stream])
+    file["PixelData"].is_undefined_length = True
+    return dicom_bytes(file)
+
+
+def swapped(data: bytes, mark: bytes, skip: int, new: bytes) -> bytes:
+    """`data` with `new` some bytes after `mark`."""
+    place = data.index(mark) + len(mark) + skip
+    return data[:place] + new + data[place + len(new) :]
+
+
+BOMB = zlib.compress(b"\0" * 50_000_000, 9)
+JP2 = saved("JPEG2000", no_jp2=True)
+JPEG = saved("JPEG")
+HUGE = struct.pack(">2H", 60_000, 60_000)
+HOSTILE = {
+    "empty": b"",
+    "text": b"<svg onload=alert(1)>",
+    "gif": saved("GIF"),
+    "tiff": saved("TIFF"),
+    "bmp": saved("BMP"),
+    "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nquit\n",
+    "zip": b"PK\x03\x04" + b"\0" * 100,
+    "pickle": b"\x80\x04cposix\nsystem\n.",
+    "a PNG of four gigapixels": png(65_535, 65_535, (b"IDAT", BOMB)),
+    "a PNG of more pixels than an int": png(2**31 - 1, 2**31 - 1, (b"IDAT", BOMB)),
+    "a PNG without pixels": png(0, 0, (b"IDAT", zlib.compress(b""))),
+    "a PNG with a text that unpacks": png(9, 9, *[(b"zTXt", b"a\0\0" + BOMB)] * 3, (b"IDAT", b"")),
+    "a PNG with a profile that unpacks": png(9, 9, (b"iCCP", b"a\0\0" + BOMB), (b"IDAT", b"")),
+    "a JPEG of 3.6 gigapixels": swapped(JPEG, b"\xff\xc0", 3, HUGE),
+    "a JPEG of many scans": JPEG[:-2] + b"\xff\xda\0\x08\1\1\0\0\x3f\0" * 5_000 + b"\xff\xd9",
+    "DICOM of four gigapixels": dicom_bytes(dicom(np.zeros((4, 4), np.uint8), Rows=65_535, Columns=65_535)),
+    "DICOM of many frames": dicom_bytes(dicom(np.zeros((4, 4), np.uint8), NumberOfFrames=2**31 - 1)),
+    "DICOM of frames below zero": dicom_bytes(dicom(np.zeros((4, 4), np.uint8), NumberOfFrames=-1)),
+    "DICOM nested deep": nested(10_000),
+    "DICOM nested deeper": nested(30_000),
+    "DICOM that is deflated": PLAIN[:340] + b"1.2.840.10008.1.2.1.99" + BOMB,
+    "DICOM around a JPEG of 3.6 gigapixels": compressed(
+        swapped(JPEG, b"\xff\xc0", 3, HUGE), JPEGBaseline8Bit
+    ),
+    "DICOM around a JPEG 2000 of four gigapixels": compressed(
+        swapped(JP2, b"\xff\x4f\xff\x51", 4, struct.pack(">2I", 65_535, 65_535)), JPEG2000Lossless
+    ),
+    "DICOM around runs": compressed(struct.pack("<16I", 1, 64, *[0] * 14) + b"\x81\0" * 100_000, RLELossless),
+    "DICOM with no pixels": PLAIN[:400],
+    "DICOM mark alone": b"\0" * 128 + b"DICM",
+    "DICOM of an endless length": PLAIN[:132] + b"\xff" * 4_000,
+}  # fmt: skip
+
+
+HARMLESS = ("DICOM nested deep", "DICOM around runs")  # they hold an image, and it is read
+
+
+@pytest.mark.parametrize("what", sorted(HOSTILE))
+def test_hostile_files_are_refused(url: str, what: str) -> None:
+    for name in NAMES[:3]:
+        status = sent(url, HOSTILE[what], name)
+        assert status == 400 or what in HARMLESS
+
+
+def test_whole_files_are_taken(url: str) -> None:
+    assert [sent(url, data) for data in WHOLE.values()] == [200] * 4
+
+
+@pytest.mark.parametrize("kind", ["multipart/form-data", "multipart/form-data; boundary=x", "text/plain"])
+def test_broken_forms_are_refused(url: str, kind: str) -> None:
+    for body in (b"", b"--x\r\n", b"--x\r\n\r\n" * 2_000, b"\xff" * 1_000):
+        assert call(url, "POST", "/v1/files", body, {"Content-Type": kind}).status == 400

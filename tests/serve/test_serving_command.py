@@ -1,0 +1,79 @@
+"""`normtune serve`: its options, and the engine that it makes of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from normtune import cli
+from normtune.serve import running
+from normtune.serve.service import Answers, Settings
+from tests.serve.served import call, question, serving
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["normtune", "serve", *map(str, arguments)])
+    monkeypatch.delenv("NORMTUNE_API_KEYS", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--host", "0.0.0.0"), "--api-keys"),
+        (("--adapter", "chest"), "NAME=DIR"),
+        (("--adapter-root", "gone"), "--adapter-root"),
+        (("--api-keys", "gone"), "--api-keys"),
+        (("--reviews", "gone"), "--reviews"),
+        (("--host", "192.0.2.1", "--without-keys"), "cannot listen"),
+        (("--adapter", "nano=x"), "called as the base"),
+        (("--adapter", "x=gone"), "gone"),
+    ],
+)
+def test_bad_options_are_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    options: tuple[str, ...],
+    told: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, "nano", "--port", 0, *options) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and told in err
+
+
+def test_it_has_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "--help") == 0
+    out = capsys.readouterr().out
+    assert "--json" in out and "--api-keys" in out and "not for diagnosis" in out
+
+
+def test_a_base_and_its_adapters_are_served(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Any] = []
+
+    def once(engine: Answers, settings: Settings, listening: Any, *, ready: Any, quiet: bool) -> None:
+        ready()
+        listening.close()
+        with serving(engine, settings) as url:
+            asked.append(call(url, "POST", "/v1/chat/completions", question(model="nano")))
+            asked.append(call(url, "POST", "/v1/chat/completions", question(None, model="nano", stream=True)))
+            asked.append(call(url, "GET", "/metrics"))
+
+    monkeypatch.setattr(running, "run", once)
+    assert run(monkeypatch, "nano", "--port", 0, "--device", "cpu", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["model"], told["adapters"], told["keys"]) == ("nano", [], False)
+    answer, stream, metrics = asked
+    assert answer.status == 200 and 0 < answer.json["normtune"]["confidence"] <= 1
+    assert stream.status == 200 and stream.body.endswith(b"data: [DONE]\n\n")
+    assert b"normtune_answers_total 2\n" in metrics.body
