@@ -85,6 +85,8 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     rows = [*on_disk(options), *(row for kind in PACKAGES for row in quantised(options, kind))]
     rows += after(options)
+    for row in rows:
+        row["came_of"] = came_of(row, row.pop("found"))  # what is printed has paths in it
     print(table(rows))
     if options.out:
         packages = {package: version(package) for package in PACKAGES.values()}
@@ -238,13 +240,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         planned = f"{row['planned'] / 2**30:.2f}" if "planned" in row else "–"
         lines.append(
             f"| {row['command']} | {row['seconds']:.1f} | {row['peak_bytes'] / 2**30:.2f} | {planned} "
-            f"| {came_of(row)} |"
+            f"| {row['came_of']} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def came_of(row: dict[str, Any]) -> str:
-    found, kind = row["found"], row["command"].split()[0]
+def came_of(row: dict[str, Any], found: dict[str, Any]) -> str:
+    kind = row["command"].split()[0]
     if kind == "import":
         return f"{found['parameters']:,} parameters, {found['bytes'] / 1e9:.1f} GB written"
     if kind == "train":

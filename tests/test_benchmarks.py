@@ -56,6 +56,7 @@ SHOWN = {  # page -> the committed tables that it shows
         "answering_llava_slake",
         "answering_miss_slake",
         "memory",
+        "large",
         "scaling",
         "grouping",
         "gpu_llava_med_7b",

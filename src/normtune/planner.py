@@ -283,7 +283,7 @@ def plan_text(found: Mapping[str, Any]) -> str:
         )
     if asked["program"]:
         lines.append(
-            "of tensors and program; except with --quantize or --memory tight, the C library may keep freed memory"
+            "of tensors and program; the C library may keep freed memory without --quantize or --memory tight"
         )
     return "\n".join(line for line in lines if line)
 
