@@ -61,7 +61,7 @@ QUESTIONS = Job(
 )
 REPORTS = Job(
     task="report",
-    recipes=("frozen", "ln", "lora-8", "full"),
+    recipes=("frozen", "ln", "full"),
     columns=(
         ("BLEU-1", "bleu_1/none", 100),
         ("BLEU-4", "bleu_4/none", 100),
