@@ -49,6 +49,7 @@ def test_every_method_has_a_learning_rate() -> None:
 SHOWN = {  # page -> the committed tables that it shows
     "README.md": ["demo/table", "real_data", "throughput_llava_slake"],
     "docs/method.md": ["quantised"],
+    "docs/quickstart.md": ["demo/reports"],
     "docs/metrics.md": ["reliance", "medpix"],
     "docs/speed.md": [
         "throughput_llava_slake",
