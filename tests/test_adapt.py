@@ -19,6 +19,7 @@ from tests.bases import KINDS, base, logits, train_a_little
 RECIPES = (
     "ln",
     "ln-language",
+    "ln(bias=0)",
     "ln+bias",
     "attention",
     "ffn",
@@ -166,6 +167,8 @@ def test_a_recipe_selects_by_part_role_and_layer() -> None:
     assert {roles[name] for name in chosen("decoder=attention[1:]")} == {("decoder", "attention", 1)}
     assert chosen("full") == [place.name for place in found.places]
     assert chosen("ffn") == [place.name for place in found.places if place.role == "ffn"]
+    gains, shifts = chosen("ln(bias=0)"), chosen("ln(gain=0)")
+    assert sorted(gains + shifts) == sorted(chosen("ln")) and all(name.endswith("weight") for name in gains)
     biases = chosen("bias")
     assert all(name.endswith("bias") and roles[name][1] != "norm" for name in biases)
     both = [place.name for place in found.places if place.role == "norm" or place.name in biases]
@@ -187,6 +190,11 @@ def test_a_recipe_selects_by_part_role_and_layer() -> None:
             "llava",
             "language=bias",
             "'bias' finds nothing in part 'language'; parts that have some: vision, connector",
+        ),
+        (
+            "llava",
+            "language=ln(gain=0)",
+            "'ln(gain=0)' finds nothing in part 'language'; parts that have some: vision. ",
         ),
         ("llava", "encoder=ln", "this model has no part 'encoder'"),
         ("miss", "connector=ln", "this model has no part 'connector'"),

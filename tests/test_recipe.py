@@ -52,7 +52,8 @@ def test_options_have_defaults_and_defaults_do_not_count() -> None:
     assert Method("adapter").option("width") == 64
     assert LORA4.option("dropout") == 0.1
     assert parse("lora(dropout=0.0,r=8)") == parse("lora")
-    assert parse("ln[:]") == parse("ln")
+    assert parse("ln[:]") == parse("ln") == parse("ln(gain=1,bias=1)")
+    assert str(parse("ln-gain-only")) == "all=ln(bias=0)"
 
 
 def test_layer_ranges_are_slices() -> None:
@@ -148,7 +149,9 @@ def test_presets() -> None:
         ("lora(dropout=1)", "must be at least 0 and below 1"),
         ("lora(r=four)", "'four' is not a number (column 8"),
         ("lora(r=4", "expected ')' at the end of the options, got the end"),
-        ("ln(r=4)", "'ln' has no option 'r' (options: none)"),
+        ("ln(r=4)", "'ln' has no option 'r' (options: gain, bias)"),
+        ("ln(gain=2)", "gain of 'ln' is 2; it must be 0 or 1 (column 4"),
+        ("ln(gain=0,bias=0)", "trains neither gains nor biases"),
         ("ln[8:4]", "layer range [8:4] is empty"),
         ("ln[:0]", "layer range [:0] is empty"),
         ("ln[8]", "written [16:], [:8] or [4:8]"),
@@ -188,13 +191,19 @@ bounds = st.one_of(st.none(), st.integers(-40, 40))
 layer_ranges = st.one_of(st.none(), st.tuples(bounds, bounds))
 
 
+def _values(default: int | float) -> st.SearchStrategy[int | float]:
+    if isinstance(default, bool):
+        return st.integers(0, 1)
+    return st.floats(0, 1, exclude_max=True) if isinstance(default, float) else st.integers(1, 10_000)
+
+
 @st.composite
 def one_method(draw: st.DrawFn) -> Method | None:
     name = draw(st.sampled_from([*INTRINSIC, *ADDED]))
     options = tuple(
         (
             key,
-            draw(st.floats(0, 1, exclude_max=True) if isinstance(default, float) else st.integers(1, 10_000)),
+            draw(_values(default)),
         )
         for key, default in METHODS[name].items()
         if draw(st.booleans())

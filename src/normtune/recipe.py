@@ -12,7 +12,8 @@ A recipe gives each part of a model its methods. The grammar (blanks are free be
 where the model has such a part and the method finds something to train there; a plain `part` must exist and
 be found. A part that is not named is frozen, and a named part wins over `language`, which wins over `all`.
 
-Methods that train what is inside a part: full, ln, attention, ffn, bias (the biases outside norms). Methods
+Methods that train what is inside a part: full, ln (`ln(bias=0)`: the norms' gains alone, `ln(gain=0)`: their
+biases alone), attention, ffn, bias (the biases outside norms). Methods
 that add to it: lora (on the query and value projections of every self- and cross-attention, as MISS and
 MILE do), prefix (with the two-layer projection, Li & Liang 2021), ptuning (P-Tuning v2: without it), ia3
 (key, value and feed-forward output), adapter.
@@ -32,7 +33,7 @@ PARTS = ("vision", "connector", "encoder", "decoder", "language")
 METHODS: dict[str, dict[str, int | float]] = {  # method -> its options with their defaults
     "frozen": {},
     "full": {},
-    "ln": {},
+    "ln": {"gain": True, "bias": True},
     "attention": {},
     "ffn": {},
     "bias": {},
@@ -82,6 +83,8 @@ class Method:
             _check_option(self.name, option, value)
         kept = tuple((key, given[key]) for key in defaults if key in given and given[key] != defaults[key])
         object.__setattr__(self, "options", kept)
+        if kept == (("gain", 0), ("bias", 0)):
+            raise RecipeError(f"'{self}' trains neither gains nor biases: leave out one of the two")
         if self.layers == (None, None):
             object.__setattr__(self, "layers", None)
         if self.layers is not None:
@@ -210,7 +213,10 @@ def _check_option(method: str, option: str, value: int | float) -> None:
         raise RecipeError(
             f"'{method}' has no option '{_shown(option)}'{did_you_mean(option, defaults)} (options: {takes})"
         )
-    if isinstance(defaults[option], float):
+    if isinstance(defaults[option], bool):
+        if value not in (0, 1):
+            raise RecipeError(f"{option} of '{method}' is {value}; it must be 0 or 1")
+    elif isinstance(defaults[option], float):
         if not 0 <= value < 1:
             raise RecipeError(f"{option} of '{method}' is {value}; it must be at least 0 and below 1")
     elif not isinstance(value, int) or not 1 <= value <= _LARGEST:
@@ -397,6 +403,8 @@ def _presets() -> dict[str, str]:
         "ln-decoder": "decoder=ln",
         "ln-encoder+decoder": "encoder=ln,decoder=ln",
         "ln-bias": "all=ln+bias",
+        "ln-gain-only": "all=ln(bias=0)",
+        "ln-bias-only": "all=ln(gain=0)",
         "ln-connector": "connector?=full,language=ln",
         "attention-vision": "vision=attention",
         "attention-language": "language=attention",

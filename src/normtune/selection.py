@@ -31,12 +31,14 @@ def _takes(method: Method, place: Place, base: Anatomy) -> bool:
         return False
     if method.name == "bias":
         return place.is_bias
-    return method.name == "full" or place.role == {"ln": "norm"}.get(method.name, method.name)
+    if method.name == "ln":
+        return place.role == "norm" and bool(method.option("bias" if place.name.endswith("bias") else "gain"))
+    return method.name == "full" or place.role == method.name
 
 
 def _nothing(base: Anatomy, part: str, method: Method) -> str:
     """What was asked, what there is, and what to do."""
-    alone = Method(method.name)
+    alone = Method(method.name, method.options)
     elsewhere = [
         other
         for other in base.parts

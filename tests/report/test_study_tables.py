@@ -74,3 +74,4 @@ def test_methods_are_told_by_their_size() -> None:
     assert short_methods("lora(alpha=32)") == "lora r=8"
     assert short_methods("prefix(n=4)") == "prefix n=4"
     assert short_methods("full") == "full"
+    assert short_methods("ln(bias=0)+ffn") == "ln gains + ffn"

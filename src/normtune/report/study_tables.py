@@ -231,6 +231,8 @@ def _short(found: re.Match[str]) -> str:
     shown = [name]
     if size is not None and (name == "lora" or size in given):
         shown.append(f"{size}={given.get(size, METHODS[name][size])}")
+    if name == "ln" and given:  # gains or biases alone
+        shown.append("biases" if given.get("gain") == "0" else "gains")
     return " ".join([*shown, *([layers] if layers else [])])
 
 
