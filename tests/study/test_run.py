@@ -174,6 +174,15 @@ def test_a_cell_that_fails_is_told_in_a_sentence_and_the_rest_goes_on(
     assert moved[0] == rows["ln"]["trainable"] / 32 and moved[1] > 0
     assert "| ln | ln 0.03 | 1 |" in (out / "tables.md").read_text()
     assert r"\toprule" in (out / "tables.tex").read_text()
+    (out / "report.html").unlink()
+    monkeypatch.setattr(running, "executor", None)  # nothing may run
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--report-only"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    again = json.loads(capsys.readouterr().out)
+    assert (again["done"], again["ran"], again["failed"]) == (2, 0, summary["failed"])
+    assert (out / "report.html").is_file()
 
 
 def test_a_search_decides_the_rate_by_the_validation_split_alone(
@@ -181,7 +190,11 @@ def test_a_search_decides_the_rate_by_the_validation_split_alone(
 ) -> None:
     grid = "  main: {recipes: [ln], train: b, seeds: [5], learning_rates: search}\n"
     study = read_study(study_of(Path("nowhere"), tmp_path, grid))
-    scores = {0.01: 0.5, 0.03: 0.7, 0.1: 0.7}
+    scores = {0.01: 0.5, 0.03: 0.69, 0.1: 0.7}
+
+    def scored(role: str, rate: float | None) -> dict[str, float | None]:
+        value = scores.get(rate or 0, 0) if role == "validate" else rate
+        return {"value": value, "low": (value or 0) - 0.05, "high": (value or 0) + 0.05}
 
     def run(work: Work) -> None:
         rate = work.cell.rates.get("ln")
@@ -191,9 +204,7 @@ def test_a_search_decides_the_rate_by_the_validation_split_alone(
                 "role": one.role,
                 "task": "vqa",
                 "dataset": one.dataset,
-                "metrics": {
-                    "global_exact": {"value": scores.get(rate or 0, 0) if one.role == "validate" else rate}
-                },
+                "metrics": {"global_exact": scored(one.role, rate)},
             }
             for one in work.cell.evaluations
         ]
@@ -206,7 +217,7 @@ def test_a_search_decides_the_rate_by_the_validation_split_alone(
         0,
     )  # three trials, the frozen base, and the cell that waited
     (last,) = (cell for cell in running.current_plan(study, tmp_path / "out").cells if cell.seed == 5)
-    assert last.rates == {"ln": 0.03} and last.rate_source == "search"  # of equals the lower one
+    assert last.rates == {"ln": 0.03} and last.rate_source == "search"  # within an error of 0.1's
 
 
 def test_a_trial_that_fails_leaves_its_cells_waiting_and_is_told(

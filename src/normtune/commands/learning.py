@@ -109,6 +109,10 @@ def study(
         list[str] | None, typer.Option(help="NAME=DIR, repeatable: where a data set of the study lies.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and their pairs only.")] = False,
+    report_only: Annotated[
+        bool,
+        typer.Option("--report-only", help="Run nothing: write the tables and the page of what is there."),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Run what is missing of a grid of trainings and evaluations, and write its tables.
@@ -129,9 +133,11 @@ def study(
         return
     from normtune.study.command import run_and_tabulate
 
-    summary, text = run_and_tabulate(found, folder, workers=workers, on=on, quiet=json)
+    summary, text = run_and_tabulate(
+        found, folder, workers=workers, on=on, quiet=json, report_only=report_only
+    )
     emit(json, summary, text)
-    if summary["failed"] or summary["waiting"]:
+    if not report_only and (summary["failed"] or summary["waiting"]):
         raise typer.Exit(1)
 
 

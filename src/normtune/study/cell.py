@@ -26,6 +26,7 @@ RESULT, ERROR, PROGRESS, BUDGET, SECONDS, LOCK = (
 )  # fmt: skip
 CHECKPOINTS = 8  # about so many in a run
 PROGRESS_S = 1.0  # between writes of the progress
+Z95 = 1.96  # half of a 95% interval, in standard errors
 TIMED_STEPS, UNTIMED_STEPS = 12, 4  # of the run that turns minutes into pairs; the first steps fill caches
 
 
@@ -305,8 +306,8 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def score_of(out: Path, cell: Cell, metric: str | None) -> float:
-    """What a trial came to on the validation split.
+def score_of(out: Path, cell: Cell, metric: str | None) -> tuple[float, float]:
+    """What a trial came to on the validation split, and the standard error of that.
 
     Raises:
         InputError: no such metric there.
@@ -318,4 +319,5 @@ def score_of(out: Path, cell: Cell, metric: str | None) -> float:
         raise InputError(
             f"search.metric: no metric '{name}' of {one['dataset']}; there are {', '.join(one['metrics'])}."
         )
-    return float(one["metrics"][name]["value"])
+    score = one["metrics"][name]
+    return float(score["value"]), (score["high"] - score["low"]) / (2 * Z95)

@@ -7,23 +7,39 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from normtune.errors import InputError
 from normtune.report.study_page import write_study_report
-from normtune.study.run import run_study
+from normtune.study.run import run_study, standing
 from normtune.study.show import Bars, summary_text
 from normtune.study.spec import Study
 from normtune.study.table import write_tables
 
 
 def run_and_tabulate(
-    study: Study, out: Path, *, workers: int | None = None, on: str = "local", quiet: bool = False
+    study: Study,
+    out: Path,
+    *,
+    workers: int | None = None,
+    on: str = "local",
+    quiet: bool = False,
+    report_only: bool = False,
 ) -> tuple[dict[str, Any], str]:
     """Run a study, write its tables and its page; returns the summary, and it with the files for people.
+
+    With `report_only` nothing is run: the tables and the page are those of what is there.
 
     Raises:
         InputError: see `run_study` and `write_tables`.
     """
-    with nullcontext() if quiet else Bars() as bars:
-        summary = run_study(study, out, workers=workers, on=on, show=bars)
+    if report_only:
+        summary = standing(study, out)
+        if not summary.done:
+            raise InputError(
+                f"{out} holds no finished cell of this study. Leave --report-only out to run it."
+            )
+    else:
+        with nullcontext() if quiet else Bars() as bars:
+            summary = run_study(study, out, workers=workers, on=on, show=bars)
     tables = [*write_tables(study, out), write_study_report(out)]
     return {**asdict(summary), "out": str(out), "tables": [str(path) for path in tables]}, summary_text(
         summary, tables

@@ -62,13 +62,20 @@ class Summary:
 
 
 def chosen_rates(study: Study, out: Path, trials: Iterable[Trial]) -> dict[str, float]:
-    """The best rate of each search whose trials have all ended; of equals the lowest."""
+    """The rate of each search whose trials have all ended: the lowest within a standard error of the best.
+
+    Trials are short and validation splits small: the best of them is often a rate that is too high for the
+    whole run (Breiman et al., 1984: the one-standard-error rule; the lower rate is the simpler choice here).
+    """
     found = {}
     for trial in trials:
         if all(finished(out, cell) for cell in trial.cells):
             scores = [score_of(out, cell, study.search.metric) for cell in trial.cells]
-            best = trial.cells[scores.index(max(scores))]
-            (found[trial.id],) = best.rates.values()
+            best, error = max(scores)
+            lowest = next(
+                cell for cell, (score, _) in zip(trial.cells, scores, strict=True) if score >= best - error
+            )
+            (found[trial.id],) = lowest.rates.values()
     return found
 
 
@@ -120,6 +127,20 @@ def run_study(
         ran=ran,
         seconds=time.perf_counter() - started,
         failed={str(cell): error for cell, error in failed.values()},
+        waiting=found.waiting,
+    )
+
+
+def standing(study: Study, out: Path) -> Summary:
+    """How a study stands, without running anything of it."""
+    found = current_plan(study, out)
+    left = [cell for cell in found.cells if not finished(out, cell)]
+    return Summary(
+        cells=len(found.cells) + found.waiting,
+        done=len(found.cells) - len(left),
+        ran=0,
+        seconds=0.0,
+        failed={str(cell): error for cell in left if (error := failure(out, cell)) is not None},
         waiting=found.waiting,
     )
 
