@@ -19,6 +19,7 @@ import pytest
 
 from normtune import cli
 from normtune.abreast import Outcome, outcome
+from normtune.files import write_json
 from normtune.study import cell as cells
 from normtune.study import run as running
 from normtune.study.cell import Work, held, run_cell
@@ -102,7 +103,7 @@ def _stub(work: Work, log: Path) -> None:
         handle.write(f"{work.cell.key}\n")
     time.sleep(0.01)
     evaluations = [{"folder": one.folder} for one in work.cell.evaluations]
-    (work.directory / "result.json").write_text(json.dumps({"evaluations": evaluations}))
+    write_json(work.directory / "result.json", {"evaluations": evaluations})  # whole: others look for it
 
 
 def test_two_commands_at_once_run_no_cell_twice(
