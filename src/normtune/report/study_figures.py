@@ -264,15 +264,16 @@ def rate_curves(results: Results) -> Iterator[Panel]:
             ]
             if not scored:
                 continue
-            picked = max(range(len(scored)), key=lambda index: scored[index][1]["value"])
+            taken = _taken(results, trials[0])
+            picked = next((i for i, (cell, _) in enumerate(scored) if _rate(cell) in taken), None)
             arm = Arm(Setting(SEARCH, model, dataset), 1.0, recipe, None, tuple(trials))
             marks = []
             for cell, row in scored:
                 one = Estimate(row["value"], row["low"], row["high"], 1)
                 told = f"{recipe} at {_rate(cell):g}: {score_interval(metric, one)}"
                 marks.append(Point(recipe, arm.family, _rate(cell), one.value, one.value, one.value, told))
-                best = "taken" if cell is scored[picked][0] else ""
-                table.append((recipe, f"{_rate(cell):g}", score_interval(metric, one), best))
+                mark = "taken" if _rate(cell) in taken else ""
+                table.append((recipe, f"{_rate(cell):g}", score_interval(metric, one), mark))
             drawn.append(Line(recipe, arm.family, tuple(marks), picked))
         if drawn:
             x = Axis("learning rate (log scale)", tick, log=True)
@@ -288,6 +289,16 @@ def _search_metric(results: Results, dataset: str) -> str:
     if isinstance(wanted, str) and wanted in results.metrics_of.get(dataset, ()):
         return wanted
     return results.primary(dataset)
+
+
+def _taken(results: Results, trial: Record) -> set[float]:
+    """The rates of the cells that waited for a trial's search."""
+    of = ("model", "recipe", "trained_on")
+    return {
+        _rate(cell)
+        for cell in results.done.values()
+        if cell.get("rate_source") == SEARCH and all(cell[name] == trial[name] for name in of)
+    }
 
 
 def _rate(cell: Record) -> float:
