@@ -4,8 +4,9 @@
 
 MISS's and LLaVA's shapes at widths that two cores can run, random weights; LN tuning of the text parts. Two
 sweeps: seeds, whose steps see different images, and learning rates of one seed, whose steps see the same.
-Time is that of the runs, the base being loaded; rounds are interleaved. Memory is what one step makes at its
-peak (`normtune.live`) and the base's weights: of the pass, of one run, and of all runs side by side.
+One pass takes its adapters' batches one at a time or all at once. Time is that of the runs, the base being
+loaded; rounds are interleaved. Memory is what one step makes at its peak (`normtune.live`) and the base's
+weights: of the pass, of one run, and of all runs side by side.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from normtune.train import fit
 
 TUNE = {"miss": "encoder=ln,decoder=ln", "llava": "language=ln"}
 SWEEPS = ("seeds", "learning rates")
+OF_ADAM = 4 * 4  # bytes of a trained value: itself, its gradient and two moments, fp32
 
 
 def main() -> None:
@@ -83,27 +85,36 @@ def measured(
     shape: Shape, sweep: str, dataset: Dataset, examples: Sequence[Example], options: argparse.Namespace
 ) -> dict[str, Any]:
     """Seconds of both ways, round by round, and the bytes of a step."""
-    seconds: dict[str, list[float]] = {"apart": [], "together": []}
+    ways = (1, options.adapters)  # adapters at once
+    seconds: dict[str, list[float]] = {"apart": [], **{str(way): [] for way in ways}}
     with tempfile.TemporaryDirectory() as folder:
         configs = [config_of(shape, sweep, i, Path(folder), options) for i in range(options.adapters)]
         for round_ in range(options.rounds):
             seconds["apart"].append(sum(apart(shape, one, dataset, examples) for one in configs))
-            seconds["together"].append(together(shape, configs, dataset, examples))
-            told = f"{seconds['apart'][-1]:.1f} s apart, {seconds['together'][-1]:.1f} s together"
+            for way in ways:
+                seconds[str(way)].append(together(shape, configs, dataset, examples, way))
+            told = ", ".join(f"{taken[-1]:.1f} s {way}" for way, taken in seconds.items())
             print(f"round {round_ + 1}  {shape.name} {sweep:<15} {told}", flush=True)
-        one, all_, base = step_bytes(shape, configs, dataset, examples)
+        base, one = step_bytes(shape, configs[:1], dataset, examples, 1)
+        steps = [step_bytes(shape, configs, dataset, examples, way)[1] for way in ways]
     return {
         "shape": shape.name,
         "recipe": TUNE[shape.name],
         "sweep": sweep,
         "seconds": seconds,
         "apart": spread(seconds["apart"]),
-        "together": spread(seconds["together"]),
-        "faster": ratio(seconds["apart"], seconds["together"]),
+        "ways": [
+            {
+                "at_once": way,
+                "seconds": spread(seconds[str(way)]),
+                "faster": ratio(seconds["apart"], seconds[str(way)]),
+                "memory_of_one_run": (base + step) / (base + one),
+                "memory_of_runs_side_by_side": (base + step) / (len(configs) * (base + one)),
+            }
+            for way, step in zip(ways, steps, strict=True)
+        ],
         "base_bytes": base,
-        "step_bytes": {"one": one, "together": all_},
-        "memory_of_one_run": (base + all_) / (base + one),
-        "memory_of_runs_side_by_side": (base + all_) / (len(configs) * (base + one)),
+        "step_bytes": {"one_run": one, **dict(zip(map(str, ways), steps, strict=True))},
     }
 
 
@@ -142,14 +153,18 @@ def apart(shape: Shape, config: TrainConfig, dataset: Dataset, examples: Sequenc
 
 
 def together(
-    shape: Shape, configs: Sequence[TrainConfig], dataset: Dataset, examples: Sequence[Example]
+    shape: Shape,
+    configs: Sequence[TrainConfig],
+    dataset: Dataset,
+    examples: Sequence[Example],
+    at_once: int,
 ) -> float:
     """Seconds of the pass."""
     family = loaded(shape)
     tuned = adapt(family.model, configs[0].tune)
     started = time.perf_counter()
     mixed = mix(tuned, len(configs))
-    run(family, mixed, lanes_of(family, mixed, configs, dataset, examples), configs[0])
+    run(family, mixed, lanes_of(family, mixed, configs, dataset, examples), configs[0], at_once)
     return time.perf_counter() - started
 
 
@@ -177,36 +192,39 @@ def lanes_of(
 
 
 def step_bytes(
-    shape: Shape, configs: Sequence[TrainConfig], dataset: Dataset, examples: Sequence[Example]
-) -> tuple[int, int, int]:
-    """Bytes alive at the peak of a step: of one run, and of the pass; and those of the base's weights."""
-    peaks = []
-    for some in (configs[:1], configs):
-        family = loaded(shape)
-        mixed = mix(adapt(family.model, some[0].tune), len(some))
-        parts = [(lane, lane.next()) for lane in lanes_of(family, mixed, some, dataset, examples)]
-        for lane, groups in parts:
-            lane.collate(groups)  # images are seen before
-        with lean(family.model), LiveBytes() as live:
-            backward(family, mixed, parts)
-        peaks.append(live.peak)
+    shape: Shape,
+    configs: Sequence[TrainConfig],
+    dataset: Dataset,
+    examples: Sequence[Example],
+    at_once: int,
+) -> tuple[int, int]:
+    """Bytes of the base's weights, and those alive at the peak of a step, the adapters' among them."""
+    family = loaded(shape)
     base = sum(parameter.numel() * parameter.element_size() for parameter in family.model.parameters())
-    return peaks[0], peaks[1], base
+    mixed = mix(adapt(family.model, configs[0].tune), len(configs))
+    parts = [(lane, lane.next()) for lane in lanes_of(family, mixed, configs, dataset, examples)]
+    for lane, groups in parts:
+        lane.collate(groups)  # images are seen before
+    with lean(family.model), LiveBytes() as live:
+        for first in range(0, len(parts), at_once):
+            backward(family, mixed, parts[first : first + at_once])
+    return base, live.peak + OF_ADAM * mixed.values.numel()
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Medians with the range of the rounds."""
     lines = [
-        "| shape | sweep | one after the other, s | one pass, s | faster | memory, of one run's "
-        "| memory, of all side by side |",
-        "|---|---|--:|--:|--:|--:|--:|",
+        "| shape | sweep | one after the other, s | batches at once | one pass, s | faster "
+        "| memory, of one run's | memory, of all side by side |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
-        lines.append(
-            f"| {row['shape']} | {row['sweep']} | {shown(row['apart'], 1)} | {shown(row['together'], 1)} "
-            f"| {shown(row['faster'], 2, 'x')} | {row['memory_of_one_run']:.2f}x "
-            f"| {row['memory_of_runs_side_by_side']:.2f}x |"
-        )
+        for way in row["ways"]:
+            lines.append(
+                f"| {row['shape']} | {row['sweep']} | {shown(row['apart'], 1)} | {way['at_once']} "
+                f"| {shown(way['seconds'], 1)} | {shown(way['faster'], 2, 'x')} "
+                f"| {way['memory_of_one_run']:.2f}x | {way['memory_of_runs_side_by_side']:.2f}x |"
+            )
     return "\n".join(lines) + "\n"
 
 

@@ -223,9 +223,11 @@ def test_several_adapters_are_timed_beside_their_runs(small: Path, tmp_path: Pat
     record = recorded("multi", [*options, "--rounds", "1", "--pairs", "6", "--out", str(out)])
     assert [row["sweep"] for row in record["rows"]] == ["seeds", "learning rates"]
     for row in record["rows"]:
-        assert row["step_bytes"]["one"] < row["step_bytes"]["together"] < 3 * row["step_bytes"]["one"]
-        assert row["memory_of_runs_side_by_side"] < 1 < row["memory_of_one_run"]
-    assert out.with_suffix(".md").read_text(encoding="utf-8").count("\n") == 4
+        step = row["step_bytes"]
+        assert step["one_run"] < step["1"] < step["2"] < 3 * step["one_run"]
+        for way in row["ways"]:
+            assert way["memory_of_runs_side_by_side"] < 1 < way["memory_of_one_run"]
+    assert out.with_suffix(".md").read_text(encoding="utf-8").count("\n") == 6
 
 
 def test_serving_times_many_adapters_beside_one_and_beside_peft(small: Path, tmp_path: Path) -> None:

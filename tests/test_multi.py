@@ -64,7 +64,8 @@ def assert_same_end(together: Path, apart: Path) -> None:
     assert not (together / "checkpoints").exists()
 
 
-def test_adapters_of_one_pass_equal_their_runs_apart(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [3, 2])
+def test_adapters_of_one_pass_equal_their_runs_apart(at_once: int, base: Path, tmp_path: Path) -> None:
     """Of seeds, rates, schedules, clipping, batches and data sets of their own."""
     ways: list[dict[str, Any]] = [
         {"lr": 1e-3, "schedule": "linear", "seed": 1, "max_grad_norm": 0.5, "label_smoothing": 0.1},
@@ -72,7 +73,8 @@ def test_adapters_of_one_pass_equal_their_runs_apart(base: Path, tmp_path: Path)
         {"data": "phantom-a:3", "cap": 3, "warmup": 0.5, "max_steps": 2},
     ]
     ways = [{"memory": "tight"} | way for way in ways]
-    results = train_together([config(base, tmp_path / f"{i}", **way) for i, way in enumerate(ways)])
+    configs = [config(base, tmp_path / f"{i}", **way) for i, way in enumerate(ways)]
+    results = train_together(configs, at_once=at_once)
     assert [result.together for result in results] == [3] * 3
     for i, way in enumerate(ways):
         alone = train(config(base, tmp_path / "apart" / f"{i}", **way))
@@ -113,7 +115,7 @@ def test_llava_adapters_equal_their_runs_apart(tmp_path: Path) -> None:
     """Hidden states below the tuned layers are shared."""
     base = make_tiny("llava", tmp_path / "base")
     ways = [{"tune": "language=ln[1:]", "seed": seed, "max_steps": 3} for seed in (0, 1)]
-    train_together([config(base, tmp_path / f"{i}", **way) for i, way in enumerate(ways)])
+    train_together([config(base, tmp_path / f"{i}", **way) for i, way in enumerate(ways)], at_once=2)
     train(config(base, tmp_path / "apart", **ways[1]))
     assert_same_end(tmp_path / "1", tmp_path / "apart")
 

@@ -44,11 +44,19 @@ Tick = Callable[[int, int], None]  # of progress: steps that are done, and all
 SHARED = ("model", "dtype", "quantize", "device", "memory", "cache")  # options that all runs of a pass share
 
 
-def train_together(configs: Sequence[TrainConfig], *, progress: Tick | None = None) -> list[TrainResult]:
+def train_together(
+    configs: Sequence[TrainConfig], *, at_once: int | None = None, progress: Tick | None = None
+) -> list[TrainResult]:
     """Train one adapter a config in one pass over their base; each is written to its own `out`.
 
     Deltas, loss logs and run records are those of `normtune.train`, one config after the other. A pass that
-    was killed goes on from each adapter's last whole checkpoint. `progress(done, of)` counts optimiser steps.
+    was killed goes on from each adapter's last whole checkpoint.
+
+    Args:
+        configs: one an adapter.
+        at_once: adapters whose batches go through the model as one; fewer need less memory. By default all on
+            a GPU, and one on a CPU, which one batch fills.
+        progress: `progress(done, of)` counts optimiser steps.
 
     Raises:
         InputError: the configs cannot share a pass, or whatever `train` raises for one of them.
@@ -67,7 +75,7 @@ def train_together(configs: Sequence[TrainConfig], *, progress: Tick | None = No
     lanes = data.lanes(family, mixed)
     for lane in lanes:
         lane.resume()
-    run(family, mixed, lanes, first, progress)
+    run(family, mixed, lanes, first, at_once, progress)
     results = []
     for lane in lanes:
         alone = mixed.alone(lane.adapter)
@@ -166,26 +174,36 @@ class _Data:
 
 
 def run(
-    family: Family, mixed: Mixed, lanes: Sequence[Lane], config: TrainConfig, progress: Tick | None = None
+    family: Family,
+    mixed: Mixed,
+    lanes: Sequence[Lane],
+    config: TrainConfig,
+    at_once: int | None = None,
+    progress: Tick | None = None,
 ) -> None:
-    """Train all lanes to their ends; each pass takes a batch of every one that is not done.
+    """Train all lanes to their ends, a batch of every one that is not done at a time; see `train_together`.
 
     Raises:
         InputError: the device runs out of memory, or a checkpoint cannot be written.
     """
+    if at_once is None:
+        at_once = len(lanes) if family.device.type == "cuda" else 1
     memory.reset_peak()
     started = time.perf_counter()
     of = sum(lane.total for lane in lanes)
     with lean(family.model), recomputed(family.model, config.memory):
         while under_way := [lane for lane in lanes if not lane.done]:
             parts = [(lane, lane.next()) for lane in under_way]
-            try:
-                losses = backward(family, mixed, parts)
-            except torch.OutOfMemoryError as error:
-                raise InputError(
-                    f"the device ran out of memory with {len(parts)} adapters in a pass and --memory "
-                    f"{config.memory}. Train fewer at once, or choose --memory tight or a smaller --batch."
-                ) from error
+            losses: list[float] = []
+            for first in range(0, len(parts), at_once):
+                some = parts[first : first + at_once]
+                try:
+                    losses += backward(family, mixed, some)
+                except torch.OutOfMemoryError as error:
+                    raise InputError(
+                        f"the device ran out of memory with {len(some)} adapters at once and --memory "
+                        f"{config.memory}. Take fewer (at_once), --memory tight or a smaller --batch."
+                    ) from error
             for (lane, batch), loss in zip(parts, losses, strict=True):
                 lane.after(batch, loss)
                 if lane.done:
