@@ -153,7 +153,9 @@ def test_a_cell_that_fails_is_told_in_a_sentence_and_the_rest_goes_on(
     summary = json.loads(capsys.readouterr().out)
     (why,) = summary["failed"].values()
     assert "no part 'connector'" in why and (summary["done"], summary["cells"]) == (2, 3)
-    rows = {row["recipe"]: row for row in json.loads((out / "results.json").read_text())["cells"]}
+    written = json.loads((out / "results.json").read_text())
+    assert "root" not in written["spec"]["datasets"]["b"], "results are passed on, folders are not"
+    rows = {row["recipe"]: row for row in written["cells"]}
     assert {name: row["status"] for name, row in rows.items()} == {
         "connector=ln": "failed",
         "ln": "done",
