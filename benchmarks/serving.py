@@ -6,9 +6,10 @@ All sides hold the same random base, with a bias that keeps answers from ending,
 tokens; as many adapters as there are requests. Two settings: every request about an image of its own, and all
 about a few images; the engine keeps no image from one round to the next. PEFT's ways: `set_adapter` between
 requests, for LN tuning and for LoRA, and LoRA with `adapter_names` in one batch, with one adapter and with
-all. Before anything is timed, each row of a batch with `adapter_names` is compared with its adapter alone.
-Rounds are interleaved; processed pixels and, at PEFT's side, tokens come from memory. Then many adapters are
-registered: memory, and the time to the first answer of one that is not loaded.
+all; the engine's LoRA rows beside it. Before anything is timed, each row of a batch with `adapter_names` is
+compared with its adapter alone. Rounds are interleaved; processed pixels and, at PEFT's side, tokens come
+from memory. Then many adapters are registered: memory, and the time to the first answer of one that is not
+loaded.
 """
 
 from __future__ import annotations
@@ -43,8 +44,10 @@ from normtune.serve.requests import Request
 
 TUNE = {"miss": "encoder=ln,decoder=ln", "llava": "language=ln"}
 QUERIES_VALUES = {"miss": ["query", "value", "qkv"], "llava": ["q_proj", "v_proj"]}
+TUNE_LORA = "all=lora(r=8)"  # of queries and values, as PEFT's below
 LN, LORA = "PEFT LN_TUNING", "PEFT LoRA r8 q,v"
 OURS, OURS_ONE = "normtune, an adapter each", "normtune, one adapter"
+OURS_LORA, OURS_LORA_ONE = "normtune, a LoRA adapter each", "normtune, one LoRA adapter"
 SWITCHED, NAMED, NAMED_ONE = "set_adapter between requests", "adapter_names", "one adapter, one batch"
 COLD = 20  # adapters whose first answer is timed
 PATIENCE_S = 5.0  # the engine waits for a whole batch
@@ -60,14 +63,15 @@ def main() -> None:
     torch.manual_seed(0)
     family, peer = work.shape.twins()
     with tempfile.TemporaryDirectory() as folder:
-        folders = written(family, TUNE[chosen.shape], chosen.pairs, Path(folder))
+        loras = written(family, TUNE_LORA, chosen.pairs, Path(folder) / "lora")
+        folders = written(family, TUNE[chosen.shape], chosen.pairs, Path(folder) / "ln")
         peers = {
             name: with_adapters(copy.deepcopy(peer), name, QUERIES_VALUES[chosen.shape], chosen.pairs)
             for name in (LN, LORA)
         }
         rows: list[dict[str, Any]] = []
         for images in chosen.images:
-            rows += throughput(work, family, peers, folders, images, chosen)
+            rows += throughput(work, family, peers, folders, loras, images, chosen)
         thousands = registered(work, family, folders, chosen)
     text = table(rows) + "\n" + told(thousands)
     print("\n" + text)
@@ -129,6 +133,7 @@ def throughput(
     family: Family,
     peers: dict[str, Any],
     folders: Sequence[Path],
+    loras: Sequence[Path],
     images: int,
     options: argparse.Namespace,
 ) -> list[dict[str, Any]]:
@@ -138,17 +143,26 @@ def throughput(
     work = replace(work, examples=examples)
     plain = family.pixels
     dataset = work.held(family)
+    twin = copy.deepcopy(family)  # an engine has its base to itself
+    twin.pixels = family.pixels  # type: ignore[method-assign]
     rows = work.shape.rows(family, dataset, examples)
     batch, single = work.shape.asked(rows), [work.shape.asked([row]) for row in rows]
     names = [str(number) for number in range(len(examples))]
-    with Engine(
-        family, max_batch=len(examples), max_wait=PATIENCE_S, queue_limit=len(examples), image_memory=0
-    ) as engine:
-        for name, folder in zip(names, folders, strict=True):
+    whole: Any = {"max_batch": len(names), "max_wait": PATIENCE_S, "queue_limit": len(names)}
+    with (
+        Engine(family, image_memory=0, **whole) as engine,
+        Engine(twin, image_memory=0, lora_rank=8, **whole) as second,
+    ):
+        for name, folder, lora in zip(names, folders, loras, strict=True):
             engine.register(name, folder)
+            second.register(name, lora)
         sides: dict[str, Callable[[], Any]] = {
             OURS_ONE: lambda: answered(engine, dataset, examples, names[:1] * len(names), options.tokens),
             OURS: lambda: answered(engine, dataset, examples, names, options.tokens),
+            OURS_LORA_ONE: lambda: answered(
+                second, dataset, examples, names[:1] * len(names), options.tokens
+            ),
+            OURS_LORA: lambda: answered(second, dataset, examples, names, options.tokens),
             f"{LN}, {SWITCHED}": lambda: switched(work.shape, peers[LN], single, options.tokens),
             f"{LORA}, {SWITCHED}": lambda: switched(work.shape, peers[LORA], single, options.tokens),
             f"{LORA}, {NAMED_ONE}": lambda: named(
@@ -160,7 +174,7 @@ def throughput(
             f"{peer}, {NAMED}": own_answers(work.shape, peers[peer], batch, names, options.tokens)
             for peer in peers
         }
-        for name in (OURS_ONE, OURS):  # adapters are loaded
+        for name in (OURS_ONE, OURS, OURS_LORA_ONE, OURS_LORA):  # adapters are loaded
             sides[name]()
         speeds: dict[str, list[float]] = {name: [] for name in sides}
         for round_ in range(options.rounds):
@@ -169,9 +183,10 @@ def throughput(
                 run()
                 speeds[name].append(len(names) / (time.perf_counter() - began))
                 print(f"round {round_ + 1}  {images} images  {name:<48} {speeds[name][-1]:8.2f} requests/s")
-        computed = engine.stats()
+        computed = engine.stats(), second.stats()
     family.pixels = plain  # type: ignore[method-assign]
-    assert computed.failed == 0 and computed.batches == 2 * (options.rounds + 1), "whole batches"
+    for one in computed:
+        assert one.failed == 0 and one.batches == 2 * (options.rounds + 1), "whole batches"
     made = [
         {
             "images": images,
@@ -192,7 +207,7 @@ def throughput(
 
 def _one(name: str) -> str | None:
     """The side with one adapter that a side with many is compared with."""
-    return {OURS: OURS_ONE, f"{LORA}, {NAMED}": f"{LORA}, {NAMED_ONE}"}.get(name)
+    return {OURS: OURS_ONE, OURS_LORA: OURS_LORA_ONE, f"{LORA}, {NAMED}": f"{LORA}, {NAMED_ONE}"}.get(name)
 
 
 def spread_over(dataset: Dataset, images: int, requests: int) -> list[Example]:

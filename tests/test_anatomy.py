@@ -11,7 +11,7 @@ from normtune.errors import InputError
 from tests.bases import base
 from tests.shapes import SHAPES, shape
 
-# parameters of each, tied ones once: the hub's published counts, and PROTOCOL's for MISS and LLaVA-Med
+# parameters of each, tied ones once: the hub's published counts, and the papers' for MISS and LLaVA-Med
 TOTALS = {
     "miss_base": 361_478_972,
     "blip_vqa": 361_478_972,

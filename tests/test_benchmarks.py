@@ -236,7 +236,7 @@ def test_serving_times_many_adapters_beside_one_and_beside_peft(small: Path, tmp
     options += ["--rounds", "1", "--tokens", "3", "--registered", "6", "--out", str(out)]
     record = recorded("serving", options)
     timed = [row for row in record["rows"] if "rounds" in row]
-    assert len(timed) == 6 and all(row["requests_per_second"]["median"] > 0 for row in timed)
+    assert len(timed) == 8 and all(row["requests_per_second"]["median"] > 0 for row in timed)
     many = next(row for row in timed if row["side"] == "normtune, an adapter each")
     assert many["of_one_adapter"]["median"] > 0 and many["normtune_is_faster"]["median"] == 1.0
     own = {row["side"]: row["own_answers"] for row in record["rows"] if row["own_answers"]}
@@ -245,3 +245,28 @@ def test_serving_times_many_adapters_beside_one_and_beside_peft(small: Path, tmp
     found = record["registered"]
     assert found["adapters"] == found["loaded"] == 6 and found["first_answer_s"]["median"] > 0
     assert "6 adapters are registered" in out.with_suffix(".md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_server_is_loaded_beyond_its_capacity_and_ends_without_a_loss(tmp_path: Path) -> None:
+    out = tmp_path / "record.json"
+    options = ["--minutes", "0.02", "--capacity-seconds", "0.5", "--clients", "4", "--adapters", "2"]
+    options += ["--images", "4", "--warm-seconds", "0.2", "--every", "0.5", "--out", str(out)]
+    record = recorded("load", options)
+    assert (record["lost"], record["wrong"], record["exit_status"]) == (0, 0, 0)
+    capacity, loaded, end = (row["outcomes"] for row in record["rows"])
+    assert capacity["200"] > 0 and loaded["200"] > 0 and set(loaded) <= {"200", "429"}
+    assert record["logged"]["200"] >= sum(row.get("200", 0) for row in (capacity, loaded, end))
+    assert record["rows"][1]["latency_s"]["200"]["p50"] > 0 and record["memory"][-1]["bytes"] > 0
+    assert "0 lost; exit status 0" in out.with_suffix(".md").read_text(encoding="utf-8")
+
+
+def test_an_answer_that_the_server_logged_and_no_client_read_is_lost(script: Any) -> None:
+    load = script("load")
+    read = load.Book(load.Counter({"200": 3, "429": 2, load.UNREAD: 4}))
+    line = "2026-01-01 POST {} {} 0.010s -\n"
+    log = line.format("/v1/chat/completions", 200) * 3 + line.format("-", 429) * 2
+    assert load.balance([read], log) == {"logged": {"200": 3, "429": 2}, "lost": 0}
+    assert load.balance([read], log + line.format("/v1/chat/completions", 503))["lost"] == 1
+    cut = load.Book(load.Counter({"200": 2, "429": 2, load.CUT: 1}))
+    assert load.balance([cut], log)["lost"] == 1

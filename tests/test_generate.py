@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import pytest
@@ -273,6 +273,35 @@ def test_a_prompts_answer_does_not_depend_on_its_neighbours() -> None:
         alone, alone_step = stepping(shifted, 1)
         (answer,) = generate(alone, alone_step, end=[0], max_new_tokens=5, beams=3)
         assert answer.tokens == together[prompt].tokens
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_tokens_are_told_as_they_are_chosen(compact: bool) -> None:
+    """Each before the next is computed, and those of prompts that are done no more; beams tell nothing."""
+    told: list[list[int]] = [[] for _ in range(6)]
+    longest = 0
+
+    def on_tokens(prompts: Sequence[int], tokens: Sequence[int]) -> None:
+        nonlocal longest
+        assert len(prompts) == len(tokens) and longest == steps
+        longest += 1
+        for prompt, token in zip(prompts, tokens, strict=True):
+            told[prompt].append(token)
+
+    first, plain = stepping(table_of(4, 5), 6)
+    steps = 0
+
+    def step(tokens: Tensor, rows: Tensor | None) -> Tensor:
+        nonlocal steps
+        steps += 1
+        return plain(tokens, rows)
+
+    options: dict[str, Any] = {"end": [0, 1], "max_new_tokens": 6, "compact": compact}
+    found = generate(first, step, on_tokens=on_tokens, **options)
+    assert [tuple(tokens) for tokens in told] == [answer.tokens for answer in found]
+    assert len({len(tokens) for tokens in told}) > 2
+    first, plain = stepping(table_of(4, 5), 6)
+    generate(first, plain, beams=2, on_tokens=lambda *_: pytest.fail("beams tell nothing"), **options)
 
 
 def test_a_whole_number_below_zero_is_a_length_penalty_too() -> None:

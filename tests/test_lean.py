@@ -1,4 +1,4 @@
-"""Modules that keep less for the backward pass compute the same, and keep what FACTS' arithmetic says."""
+"""Modules that keep less for the backward pass compute the same, and keep what the arithmetic says."""
 
 from __future__ import annotations
 

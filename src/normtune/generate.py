@@ -22,6 +22,10 @@ they were. The rows before the first call are the prompts. Rows of one prompt ar
 the prompts' order; with `compact` prompts that are done are left out.
 """
 
+OnTokens = Callable[[Sequence[int], Sequence[int]], None]
+"""`on_tokens(prompts, tokens)`: the next token of each prompt that is not done, end tokens included; prompts
+are counted from 0."""
+
 NEVER = -1.0e9  # what transformers adds to a score that must not win
 
 
@@ -43,6 +47,7 @@ def generate(
     length_penalty: float = 1.0,
     early_stopping: bool | Literal["never"] = False,
     compact: bool = True,
+    on_tokens: OnTokens | None = None,
 ) -> list[Generated]:
     """Continue prompts until an end token or `max_new_tokens`.
 
@@ -57,10 +62,13 @@ def generate(
             length.
         compact: drop prompts that are done from the batch; switch it off where something outside the step
             depends on the rows' number.
+        on_tokens: told of tokens as they are chosen. Beams tell nothing: which of them wins shows at the end.
     """
     assert beams >= 1 and max_new_tokens >= 1, "at least one beam and one token"
     if beams == 1:
-        return greedy(logits, step, end=end, max_new_tokens=max_new_tokens, compact=compact)
+        return greedy(
+            logits, step, end=end, max_new_tokens=max_new_tokens, compact=compact, on_tokens=on_tokens
+        )
     return beam_search(
         logits,
         step,
@@ -74,7 +82,13 @@ def generate(
 
 
 def greedy(
-    logits: Tensor, step: Step, *, end: Sequence[int], max_new_tokens: int, compact: bool = True
+    logits: Tensor,
+    step: Step,
+    *,
+    end: Sequence[int],
+    max_new_tokens: int,
+    compact: bool = True,
+    on_tokens: OnTokens | None = None,
 ) -> list[Generated]:
     """The likeliest token at every step; arguments as for `generate`."""
     device, prompts = logits.device, logits.shape[0]
@@ -89,6 +103,8 @@ def greedy(
         token = own.argmax(-1)
         tokens[alive, position] = token
         total[alive] += own.gather(-1, token[:, None])[:, 0] - own.logsumexp(-1)
+        if on_tokens is not None:
+            on_tokens(alive.tolist(), token.tolist())
         going = (~torch.isin(token, ends)).nonzero()[:, 0]
         if len(going) == 0 or position + 1 == max_new_tokens:
             break

@@ -52,7 +52,7 @@ def test_the_rate_that_the_search_gave_is_the_solid_one() -> None:
     made = made_results(recipes=["frozen", "ln", "full"], losses=2)
     for cell in made["cells"]:
         if cell["recipe"] == "ln" and cell["rate_source"] == "search":
-            cell["rates"] = {"ln": 0.03 * (1 / 3)}  # not the best trial: the search took it for another reason
+            cell["rates"] = {"ln": 0.03 * (1 / 3)}  # not the best trial
     (panel,) = study_figures.rate_curves(Results(made))
     assert [row[1] for row in panel.rows if row[0] == "ln" and row[3] == "taken"] == ["0.01"]
     best = max((row for row in panel.rows if row[0] == "full"), key=lambda row: float(row[2].split()[0]))

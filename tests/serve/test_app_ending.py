@@ -9,28 +9,22 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 
+from normtune.serve.app import make_app
 from normtune.serve.limits import Limits
+from normtune.serve.running import Server, configuration, listen
 from normtune.serve.service import Settings
 from tests.serve.fake_engine import FakeEngine
-from tests.serve.served import call, question, serving
+from tests.serve.served import call, eventually, question, serving
 
 JSON = {"Content-Type": "application/json"}
 ROOT = Path(__file__).parents[2]
-
-
-def eventually(is_so: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not is_so():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -87,6 +81,23 @@ def test_a_body_that_trickles_in_is_given_up() -> None:
         with socket.create_connection((host, int(port)), timeout=20) as one:
             one.sendall(b"POST /v1/batch HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nabc")
             assert one.recv(100).startswith(b"HTTP/1.1 408")
+
+
+def test_a_connection_that_is_there_too_late_does_not_hold_the_end_up() -> None:
+    settings = Settings(base="nano")
+    listening = listen("127.0.0.1", 0)
+    server = Server(configuration(make_app(FakeEngine(), settings), settings), ready=lambda: None)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    with socket.create_connection(listening.getsockname(), timeout=20) as idle:
+        eventually(lambda: bool(server.server_state.connections))
+        (connection,) = server.server_state.connections
+        close = connection.shutdown
+        calls = iter([lambda: None])  # uvicorn's own comes before the connection is there
+        connection.shutdown = lambda: next(calls, close)()  # type: ignore[method-assign]
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive() and idle.recv(1) == b""
 
 
 SERVER = """

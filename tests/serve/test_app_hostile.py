@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import logging
+import re
 import struct
 import zlib
+from base64 import b64encode
 from collections.abc import Iterator
 
 import numpy as np
@@ -19,7 +22,7 @@ from normtune.serve.limits import Limits
 from normtune.serve.service import Settings
 from tests.data.samples import dicom, dicom_bytes
 from tests.serve.fake_engine import FakeEngine
-from tests.serve.served import call, picture, serving, upload
+from tests.serve.served import call, data_url, form, picture, question, serving, upload
 
 NAMES = (
     "../../etc/passwd",
@@ -167,3 +170,83 @@ def test_whole_files_are_taken(url: str) -> None:
 def test_broken_forms_are_refused(url: str, kind: str) -> None:
     for body in (b"", b"--x\r\n", b"--x\r\n\r\n" * 2_000, b"\xff" * 1_000):
         assert call(url, "POST", "/v1/files", body, {"Content-Type": kind}).status == 400
+
+
+TRAVERSALS = (
+    *("../" * depth + "etc/passwd" for depth in (1, 3, 9)),
+    *("..\\" * depth + "boot.ini" for depth in (1, 4)),
+    *("/etc/shadow", "C:\\Windows\\win.ini", "\\\\host\\share\\doe", "file:///etc/passwd", "~/doe.dcm"),
+    *("..%2f..%2fetc%2fpasswd", "%2e%2e/%2e%2e/doe", "..%c0%af..%c0%afetc/passwd", "....//....//etc/passwd"),
+    *("doe.png\0.html", "%00", "CON", "NUL.dcm", ".htaccess", "..", ".", "/", " ", "$HOME/doe"),
+    *("doe;rm -rf ~", "$(id) doe", "`id` doe", "'; drop table doe; --", "{{doe}}", "%s%s%n doe"),
+    *("<script>doe</script>.png", "doe\u202egnp.exe", "Doe^Jane^^^.dcm", "doe" * 300, "\U0001f600 doe.png"),
+)
+SECRET = ("passwd", "shadow", "boot.ini", "win.ini", "doe", "jane", "htaccess", "site-packages", "/home")
+LIMITS = Limits(body_bytes=2 << 20, per_minute=60_000, burst=60_000)
+
+
+def cut(data: bytes) -> Iterator[bytes]:
+    """The beginnings of a file: its mark, parts of its head, and most of it."""
+    most = len(data) * 8 // 10
+    sizes = (1, 4, 8, 12, 20, 33, 64, 131, 132, 133, 200, *(most * tenths // 10 for tenths in range(1, 11)))
+    yield from (data[:size] for size in sizes if size <= most)
+
+
+def claims() -> Iterator[bytes]:
+    """Files that say they are huge, and hold next to nothing."""
+    sides = (0, 5_001, 16_384, 40_000, 65_535)
+    for width, height in ((w, h) for w in sides for h in sides[1:] if w * h == 0 or w * h > LIMITS.pixels):
+        two = struct.pack(">2H", height, width)
+        yield png(width, height, (b"IDAT", BOMB))
+        yield swapped(JPEG, b"\xff\xc0", 3, two)
+        yield dicom_bytes(dicom(np.zeros((4, 4), np.uint8), Rows=height, Columns=width))
+        yield compressed(swapped(JPEG, b"\xff\xc0", 3, two), JPEGBaseline8Bit)
+
+
+def mixtures() -> Iterator[bytes]:
+    """One kind's mark before another's rest, one file within another, and files that go on and on."""
+    for kind, whole in WHOLE.items():
+        mark = whole[: 140 if kind == "dicom" else 12]
+        yield from (mark + other[12:] for other in WHOLE.values() if other != whole)
+        yield whole + b"\0" * LIMITS.body_bytes
+        yield b"PK\x03\x04" + whole
+        yield form(form(whole)[0])[0]
+        yield b64encode(whole)
+        yield whole[::-1]
+
+
+def hostile() -> dict[tuple[str, bytes], bool]:
+    """(name, file): whether it must be refused; the rest may be read, as an image under a bad name is."""
+    found = {("a.png", data): what not in HARMLESS for what, data in HOSTILE.items()}
+    found |= {("a.dcm", part): True for whole in WHOLE.values() for part in cut(whole)}
+    found |= {("a.jpg", data): True for data in claims()}
+    found |= {("a.webp", data): False for data in mixtures()}
+    found |= {(name, data): data is not PLAIN for name in TRAVERSALS for data in (PLAIN, PLAIN[:300])}
+    return found
+
+
+def test_two_hundred_hostile_uploads_get_no_fault_and_tell_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    files = hostile()
+    answers = []
+    with (
+        caplog.at_level(logging.DEBUG),
+        serving(FakeEngine(), Settings(base="nano", limits=LIMITS)) as url,
+    ):
+        for (name, data), refused in files.items():
+            found = upload(url, data, name)  # it gives up after 30 s
+            assert found.status in ((400, 413) if refused else (200, 400, 413)), (name, data[:40], found.body)
+            answers.append(found)
+        for what, data in HOSTILE.items():
+            found = call(url, "POST", "/v1/chat/completions", question(image=data_url(data)))
+            assert found.status == 400 or (what in HARMLESS and found.status == 200), what
+            answers.append(found)
+        assert upload(url, picture()).status == 200, "it goes on"
+        told = call(url, "GET", "/metrics").body.decode()
+    assert len({data for _, data in files}) >= 200, "of different content"
+    assert len(answers) >= 300 and sum(one.status != 200 for one in answers) >= 250
+    lines = [one.getMessage() for one in caplog.records if one.name == "normtune.serve"]
+    assert len(lines) == len(answers) + 2
+    known = r"(POST|GET) (/v1/files|/v1/chat/completions|/metrics|-) \d{3} [\d.]+s -"
+    assert all(re.fullmatch(known, line) for line in lines), "routes and times alone"
+    for text in (*(f"{one.headers} {one.body.decode()}" for one in answers), caplog.text, told):
+        assert [word for word in SECRET if word in text.lower()] == []

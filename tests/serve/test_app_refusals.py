@@ -5,8 +5,10 @@ from __future__ import annotations
 import http.client
 import json
 import logging
+import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,10 +17,10 @@ import openai
 import pytest
 
 from normtune.serve.limits import Keys, Limits
-from normtune.serve.running import own_names
+from normtune.serve.running import listen, own_names
 from normtune.serve.service import Settings
 from tests.serve.fake_engine import FakeEngine
-from tests.serve.served import Answer, call, data_url, picture, question, serving, upload
+from tests.serve.served import Answer, call, data_url, eventually, picture, question, serving, upload
 
 KEYS = {"ward": "k" * 20, "lab": "m" * 20}
 LIMITS = Limits(
@@ -108,7 +110,10 @@ IMAGE = {"type": "image_url", "image_url": {"url": data_url(picture())}}
         (question(image="file-../../etc/passwd"), 404, "no such file"),
         (question(image="http://["), 400, "cannot be read"),
         (question(image=data_url(picture((200, 200)))), 400, "10,000 pixels"),
-        (b"{", 400, ""),
+        (question(beams="2"), 400, "beams: input should be a valid integer"),
+        (question(stream="yes"), 400, "stream: input should be a valid boolean"),
+        (question(max_tokens=1.5), 400, "max_tokens"),
+        (b"{", 400, "not JSON"),
         (b"[" * 100_000, 400, ""),
         (b"\xff\xfe\x00", 400, ""),
         (b'"' + b"a" * (1 << 20) + b'"', 413, "1 MiB"),
@@ -122,13 +127,27 @@ def test_a_bad_request_is_refused_in_one_sentence(url: str, body: Any, status: i
 
 
 def test_unknown_addresses_and_methods_have_the_same_shape(url: str) -> None:
-    for method, path, status in (
-        ("GET", "/v1/gone", 404),
-        ("PUT", "/v1/models", 405),
-        ("GET", "/../etc", 404),
+    for method, path, status, methods in (
+        ("GET", "/v1/gone", 404, None),
+        ("PUT", "/v1/models", 405, "GET"),
+        ("PATCH", "/v1/files/file-1", 405, "DELETE, GET"),
+        ("GET", "/../etc", 404, None),
     ):
         found = call(url, method, path, headers=WARD)
-        assert found.status == status and found.sentence
+        assert found.status == status and found.sentence and found.headers.get("allow") == methods
+
+
+def test_a_whole_number_may_have_a_point(url: str) -> None:
+    assert chat(url, question(max_tokens=16.0, beams=1.0)).status == 200
+
+
+def test_answers_are_not_held_back_for_an_acknowledgement() -> None:
+    with (
+        listen("127.0.0.1", 0) as listening,
+        socket.create_connection(listening.getsockname()),
+        listening.accept()[0] as accepted,
+    ):
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_a_body_without_a_length_is_counted_too(url: str) -> None:
@@ -175,6 +194,23 @@ def test_a_full_queue_and_a_fast_client_get_429_with_a_time(caplog: pytest.LogCa
         assert [one.status for one in answers][:2] == [200, 200] and answers[-1].status == 429
         assert int(answers[-1].headers["retry-after"]) >= 1
         assert call(url, "GET", "/healthz").status == 200
+
+
+def test_questions_beyond_those_that_are_open_are_refused_before_they_are_read() -> None:
+    engine = FakeEngine()
+    engine.let.clear()
+    with (
+        serving(engine, Settings(base="nano", limits=Limits(questions=2))) as url,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        waiting = [pool.submit(call, url, "POST", "/v1/chat/completions", question()) for _ in range(2)]
+        eventually(lambda: len(engine.asked) == 2)
+        found = call(url, "POST", "/v1/chat/completions", b"not even JSON")
+        assert (found.status, found.json["error"]["code"]) == (429, "busy")
+        assert call(url, "GET", "/v1/models").status == 200
+        engine.let.set()
+        assert [one.result(20).status for one in waiting] == [200, 200]
+        assert call(url, "POST", "/v1/chat/completions", question()).status == 200
 
 
 def test_images_that_the_memory_does_not_hold_get_429(engine: FakeEngine) -> None:

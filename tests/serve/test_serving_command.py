@@ -67,6 +67,8 @@ def test_a_base_and_its_adapters_are_served(
         with serving(engine, settings) as url:
             asked.append(call(url, "POST", "/v1/chat/completions", question(model="nano")))
             asked.append(call(url, "POST", "/v1/chat/completions", question(None, model="nano", stream=True)))
+            long = question(None, model="nano", max_tokens=100_000)
+            assert call(url, "POST", "/v1/chat/completions", long).status == 200, "as long as it can"
             asked.append(call(url, "GET", "/metrics"))
 
     monkeypatch.setattr(running, "run", once)
@@ -76,4 +78,4 @@ def test_a_base_and_its_adapters_are_served(
     answer, stream, metrics = asked
     assert answer.status == 200 and 0 < answer.json["normtune"]["confidence"] <= 1
     assert stream.status == 200 and stream.body.endswith(b"data: [DONE]\n\n")
-    assert b"normtune_answers_total 2\n" in metrics.body
+    assert b"normtune_answers_total 3\n" in metrics.body

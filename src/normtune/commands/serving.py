@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -41,6 +43,7 @@ def serve(
     max_wait: Annotated[float, typer.Option(min=0, help="Seconds that a request waits for company.")] = 0.01,
     queue_limit: Annotated[int, typer.Option(min=1, help="Requests that wait before others get 429.")] = 256,
     adapter_memory: Annotated[int | None, typer.Option(min=1, help="MiB for loaded adapters.")] = None,
+    lora_rank: Annotated[int, typer.Option(min=0, help="Serve LoRA of up to this rank too; 0: none.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     device: Device = None,
     quantize: Quantize = None,
@@ -82,13 +85,19 @@ def serve(
             max_wait=max_wait,
             queue_limit=queue_limit,
             adapter_memory=None if adapter_memory is None else adapter_memory << 20,
+            lora_rank=lora_rank,
         )
         try:
             for name, folder in found.items():
                 engine.register(name, folder)
+            at_once = queue_limit + max_batch
+            limits = Limits(per_minute=per_minute, request_s=timeout, questions=at_once)
+            longest = engine.family.longest_answer  # a client that asks for more gets so many
+            if longest is not None and longest < limits.new_tokens:
+                limits = replace(limits, new_tokens=longest)
             settings = running.Settings(
                 base=base,
-                limits=Limits(per_minute=per_minute, request_s=timeout),
+                limits=limits,
                 keys=keys,
                 adapter_root=adapter_root,
                 reviews=reviews,
@@ -100,6 +109,11 @@ def serve(
             url = running.address(listening)
             told = {"url": url, "model": base, "adapters": [*found], "keys": bool(keys)}
             text = f"{base} with {len(found)} adapters at {url} (research use, not for diagnosis)"
-            running.run(engine, settings, listening, ready=lambda: emit(json, told, text), quiet=quiet)
+
+            def ready() -> None:
+                emit(json, told, text)
+                sys.stdout.flush()  # who started it may wait for the address
+
+            running.run(engine, settings, listening, ready=ready, quiet=quiet)
         finally:
             engine.close(drain=False)

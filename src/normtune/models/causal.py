@@ -21,7 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCach
 
 from normtune import report_task
 from normtune.errors import InputError
-from normtune.generate import Generated, generate
+from normtune.generate import Generated, OnTokens, generate
 from normtune.losses import Head
 from normtune.models.attention import BLOCK, Backend, additive, takes_blocks, use_shared_attention
 from normtune.models.below import DEPTH, ENTERING, Below, causal_below, passing
@@ -310,14 +310,21 @@ class CausalFamily(Family):
         *,
         max_new_tokens: int = 16,
         beams: int = 1,
+        on_tokens: OnTokens | None = None,
     ) -> list[list[Answer]]:
         """See `Family.answer`; all questions of all groups are one batch."""
-        found = iter(self.written(groups, pixels, max_new_tokens=max_new_tokens, beams=beams))
-        return [[self._spoken(next(found)) for _ in group.segments] for group in groups]
+        found = self.written(groups, pixels, max_new_tokens=max_new_tokens, beams=beams, on_tokens=on_tokens)
+        return self._as_answers(groups, found)
 
     @torch.inference_mode()
     def written(
-        self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]], *, max_new_tokens: int, beams: int
+        self,
+        groups: Sequence[Group],
+        pixels: Sequence[Sequence[Pixels]],
+        *,
+        max_new_tokens: int,
+        beams: int,
+        on_tokens: OnTokens | None = None,
     ) -> list[Generated]:
         """The tokens of each answer, one a segment in the order given."""
         laid, _, groups = self._layout(groups, pixels, "pad")
@@ -331,6 +338,7 @@ class CausalFamily(Family):
             end=self.ends,
             max_new_tokens=max_new_tokens,
             beams=beams,
+            on_tokens=on_tokens,
         )
 
     def _branches(self, batch: Batch, groups: Sequence[Group], cache: Any) -> tuple[Branches, Tensor]:
@@ -369,10 +377,6 @@ class CausalFamily(Family):
             selected=None if self.texts is None else self.texts.select,
         )
         return branches, last
-
-    def _spoken(self, generated: Generated) -> Answer:
-        text: str = self.processor.tokenizer.decode(generated.tokens, skip_special_tokens=True)
-        return Answer(text.strip(), generated.score)
 
 
 def joined(features: Tensor | Sequence[Tensor]) -> Tensor:

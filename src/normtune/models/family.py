@@ -6,7 +6,7 @@ A family is one file in this folder. `normtune.models.load` picks it by the `mod
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from normtune.generate import Generated, OnTokens
 from normtune.losses import Head, answer_log_probs, answer_loss
 from normtune.norms import Rows as NormRows
 from normtune.packing import Group, Segment
@@ -128,6 +129,11 @@ class Family(ABC):
     def vocabulary(self) -> int:
         """How many tokens there are."""
 
+    @property
+    def longest_answer(self) -> int | None:
+        """How many tokens an answer can have; None where the model sets no bound."""
+        return None
+
     @abstractmethod
     def answer_states(self, batch: Batch) -> AnswerStates:
         """The model up to its head."""
@@ -161,12 +167,24 @@ class Family(ABC):
         *,
         max_new_tokens: int = 16,
         beams: int = 1,
+        on_tokens: OnTokens | None = None,
     ) -> list[list[Answer]]:
         """Answers for groups whose segments have no answer; `result[g][s]` is for segment s of group g.
 
         The images of a group are computed once and shared by its segments. `texts`, where it is set, follows
-        the rows that go on.
+        the rows that go on. `on_tokens` is told of tokens as they are chosen, segments being counted over all
+        groups in the order given; with several beams it is told nothing.
         """
+
+    def spoken(self, tokens: Sequence[int]) -> str:
+        """The text of an answer's tokens, as `answer` gives it."""
+        text: str = self.processor.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text.strip()
+
+    def _as_answers(self, groups: Sequence[Group], written: Iterable[Generated]) -> list[list[Answer]]:
+        """What was written, one a segment in the order of the groups, as answers."""
+        each = (Answer(self.spoken(one.tokens), one.score) for one in written)
+        return [[next(each) for _ in group.segments] for group in groups]
 
     def save(self, directory: str | Path) -> None:
         """Write model and processor in the layout that `load` reads."""

@@ -5,11 +5,11 @@ Source: arXiv 2310.03744. LLaVA-Med 1.5 (Li et al. 2023, arXiv 2306.00890) in tr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from normtune.generate import Generated
 from normtune.models.causal import FEATURES, CausalFamily
-from normtune.models.family import Answer, Pixels
+from normtune.models.family import Pixels
 
 # for checkpoints without a chat template: LLaVA 1.5 has Vicuna's prompts, LLaVA-Med 1.5 Mistral's
 _IMAGES_THEN_TEXT = (
@@ -49,8 +49,7 @@ class LlavaFamily(CausalFamily):
             return self.processor.image_token * len(pixels[FEATURES])
         return super().image_text(pixels)
 
-    def _spoken(self, generated: Generated) -> Answer:
+    def spoken(self, tokens: Sequence[int]) -> str:
         """LLaVA-Med 1.0's answers end with a separator, which is no special token and is not decoded."""
-        tokens = generated.tokens
         ended = bool(tokens) and tokens[-1] in self.ends
-        return super()._spoken(Generated(tokens[:-1] if ended else tokens, generated.score))
+        return super().spoken(tokens[:-1] if ended else tokens)

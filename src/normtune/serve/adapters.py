@@ -1,4 +1,4 @@
-"""Which adapters a server knows, and which of them stand in the bank that the norms of the base read.
+"""Which adapters a server knows, and which of them stand in the bank that the layers of the base read.
 
 Thousands may be registered: of each only `adapter.json` is read, and little of it kept. The bank has a
 bounded number of slots; an adapter enters one when it is first asked for, and gives it up to another when it
@@ -11,6 +11,7 @@ import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
@@ -24,7 +25,9 @@ from normtune.card import DeltaInfo, parse_info
 from normtune.delta import INFO_FILE, TENSORS_FILE, fingerprint, read_delta, read_tensors, same_base
 from normtune.errors import InputError
 from normtune.files import read_json
+from normtune.lora_rows import LoraRows, mix_linears, targets
 from normtune.mixed import IMAGE_PARTS, Mixed, mix
+from normtune.norms import Owners
 from normtune.serve.requests import AdapterInfo, UnknownAdapter
 
 BASE = 0  # the slot of the base's own gains; nobody else gets it
@@ -43,7 +46,7 @@ class Entry:
         sha256: of the tensors that were registered.
         slot: its place in the bank while it is loaded.
         pins: how many running requests need it there.
-        images: "" where it sees images as the base does, else a digest of its gains in the image parts.
+        images: "" where it sees images as the base does, else a digest of its values in the image parts.
         removed: no longer registered; requests that were accepted are answered all the same.
     """
 
@@ -62,22 +65,25 @@ class Adapters:
     """The adapters of one base. Pinning is for one thread; all else may be called by any.
 
     Args:
-        model: the base without an adapter; its norms are replaced until `close`.
+        model: the base without an adapter; its norms (and projections) are replaced until `close`.
         memory: bytes of the bank.
+        lora_rank: the largest rank of LoRA that there is room for; 0: adapters have norms alone.
 
     Raises:
         InputError: the bank holds no adapter besides the base, or a norm cannot hold several.
     """
 
-    def __init__(self, model: nn.Module, memory: int | None = None) -> None:
+    def __init__(self, model: nn.Module, memory: int | None = None, lora_rank: int = 0) -> None:
         self.fingerprint = fingerprint(model)
+        matrices = targets(model, lora_rank) if lora_rank else {}
         tuned = adapt(model, "ln")
-        self.entry_bytes = tuned.trainable * torch.float32.itemsize
+        values = tuned.trainable + sum(one.shape[0] * one.shape[1] for one in matrices.values())
+        self.entry_bytes = values * torch.float32.itemsize
         slots = min(SLOTS, BANK_BYTES // self.entry_bytes) if memory is None else memory // self.entry_bytes
         try:
             if slots < 2:
                 raise InputError(
-                    f"adapters of this base take {self.entry_bytes:,} bytes each and the base's own norms as "
+                    f"adapters of this base take {self.entry_bytes:,} bytes each and the base itself as "
                     "many, which the memory for adapters does not hold. Allow more of it."
                 )
             mixed = mix(tuned, slots)
@@ -87,6 +93,9 @@ class Adapters:
         self.bank: Mixed = replace(mixed, grads=mixed.grads.new_zeros(0))  # nothing is trained
         for one in self.bank.banks:
             one.requires_grad_(False)
+        self.lora: LoraRows | None = None
+        if matrices:
+            self.lora = mix_linears(model, matrices, slots, mixed.images, mixed.texts)
         self.base = Entry(_base_info(self.entry_bytes), "", BASE)
         self.loads = self.evictions = 0
         self._base_row = self.bank.values[BASE].cpu()
@@ -109,8 +118,8 @@ class Adapters:
         """Make an adapter known by its folder; its tensors are not read yet.
 
         Raises:
-            InputError: no delta there, one of another base, one that trains more than norms, or a name that
-                is taken.
+            InputError: no delta there, one of another base, one that trains more than norms (and LoRA, where
+                there is room), or a name that is taken.
         """
         if not name.strip():
             raise InputError("an adapter needs a name. Give it one.")
@@ -184,14 +193,26 @@ class Adapters:
                 "parts. Register adapters of this base."
             )
         for tensor, one in info.tensors.items():
+            if one.method == "lora" and self.lora is not None:
+                continue
             place = self.bank.places.get(tensor)
             if place is None:
+                served = "norms alone" if self.lora is None else "norms and LoRA alone"
+                room = ", or make room for it (--lora-rank)" if one.method == "lora" else ""
                 raise InputError(
                     f"adapter '{name}' trains {tensor} by {one.method}, and adapters are served together by "
-                    "their norms alone. Merge it (normtune merge) and serve the merged model by itself."
+                    f"their {served}. Merge it (normtune merge) and serve the merged model by itself{room}."
                 )
             if one.shape != [place.stop - place.start]:
                 raise InputError(f"adapter '{name}' has a {tensor} of another shape. Copy the delta anew.")
+        if self.lora is not None:
+            try:
+                self.lora.check(info)
+            except InputError as error:
+                raise InputError(
+                    f"adapter '{name}' cannot be served: {error}. Raise --lora-rank, or merge it (normtune "
+                    "merge) and serve the merged model by itself."
+                ) from error
 
     # --- the bank -------------------------------------------------------------------------------------------
 
@@ -208,12 +229,14 @@ class Adapters:
                 self._loaded.move_to_end(entry)
                 entry.pins += 1
                 return entry.slot
-        row = self._row(entry)
+        row, matrices = self._rows(entry)
         with self._lock:
             slot = self._free.pop() if self._free else self._evicted()
             self.bank.values[slot].copy_(row)
+            if self.lora is not None:
+                self.lora.put(slot, matrices)
             entry.slot, self._loaded[entry] = slot, slot
-            entry.images = self._seen_by(row)
+            entry.images = self._seen_by(row, matrices)
             entry.pins += 1
             self.loads += 1
         return slot
@@ -227,8 +250,13 @@ class Adapters:
             if entry.removed:
                 self._leave(entry)
 
-    def _row(self, entry: Entry) -> Tensor:
-        """All values of the bank's norms, those that the adapter trains and the base's others: [values]."""
+    def looked_at_by(self, owners: Owners | None) -> AbstractContextManager[None]:
+        """Inside, text layers that read images give each study the LoRA of its owner."""
+        return nullcontext() if self.lora is None else self.lora.memory.taken_by(owners)
+
+    def _rows(self, entry: Entry) -> tuple[Tensor, Tensor | None]:
+        """All values of the bank's norms, those that the adapter trains and the base's others: [values]; and
+        those of its LoRA."""
         name, folder = entry.told.name, entry.told.folder
         try:
             info = read_delta(folder)
@@ -244,14 +272,16 @@ class Adapters:
             ) from error
         row = self._base_row.clone()
         for tensor, values in tensors.items():
-            row[self.bank.places[tensor]] = values.to(row.dtype)
-        return row
+            if tensor in self.bank.places:
+                row[self.bank.places[tensor]] = values.to(row.dtype)
+        return row, None if self.lora is None else self.lora.row(info, tensors)
 
-    def _seen_by(self, row: Tensor) -> str:
+    def _seen_by(self, row: Tensor, matrices: Tensor | None) -> str:
         values = row[self._of_images]
-        if torch.equal(values, self._base_row[self._of_images]):
+        added = torch.zeros(0) if self.lora is None else self.lora.of_images(matrices)
+        if torch.equal(values, self._base_row[self._of_images]) and not len(added):
             return ""
-        return hashlib.sha256(values.numpy().data).hexdigest()
+        return hashlib.sha256(torch.cat((values, added)).numpy().data).hexdigest()
 
     def _evicted(self) -> int:
         """The slot of the adapter that was idle for the longest time."""
@@ -269,7 +299,9 @@ class Adapters:
             entry.slot = None
 
     def close(self) -> None:
-        """Give the base its own norms back."""
+        """Give the base its own layers back."""
+        if self.lora is not None:
+            self.lora.remove()
         untune(self.bank.tuned)
 
 

@@ -6,11 +6,21 @@ import math
 import time
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from normtune.serve.requests import AdapterInfo, Reply
 
-ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+ADAPTER_NAME = f"^{_NAME}$"
+FOLDER_NAME = f"^{_NAME}(/{_NAME}){{0,3}}$"  # `folders.adapter_folder` says so in a sentence
+
+
+def _whole(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = BeforeValidator(_whole)  # JSON's 16.0 is a whole number, too
+Count = Annotated[int, Field(ge=1), Whole]
 
 
 class ImageUrl(BaseModel):
@@ -47,27 +57,35 @@ class Message(BaseModel):
 
 
 class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True)  # not "yes" for true
+
     include_usage: bool = False
 
 
 class ChatRequest(BaseModel):
     """One question, or without text a report, about the images of one study; the likeliest text answers."""
 
+    model_config = ConfigDict(strict=True)  # not "2" for 2
+
     model: str = Field(max_length=256, description="The name of an adapter, or the base's.")
     messages: list[Message] = Field(min_length=1, max_length=16)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
     n: Literal[1] | None = 1
-    beams: int = Field(1, ge=1, le=8, description="Not OpenAI's: beams of the search; 1 is greedy.")
+    beams: Annotated[
+        int, Field(ge=1, le=8, description="Not OpenAI's: beams of the search; 1 is greedy."), Whole
+    ] = 1
 
 
 class Registration(BaseModel):
     """An adapter of the adapter root: the name that requests give, and its folder there."""
 
     name: str = Field(pattern=ADAPTER_NAME)
-    folder: str | None = Field(None, max_length=256, description="By default the name.")
+    folder: str | None = Field(
+        None, max_length=256, description="By default the name.", json_schema_extra={"pattern": FOLDER_NAME}
+    )
 
 
 class BatchRow(BaseModel):

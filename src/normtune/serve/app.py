@@ -16,16 +16,20 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.routing import Match, Route
+from starlette.types import Scope
 
+from normtune import __version__
 from normtune.card import NOTICE
 from normtune.errors import InputError, did_you_mean
-from normtune.serve import api, batch, folders
+from normtune.serve import api, batch, folders, schema
 from normtune.serve.chat import asked, events, reply_in_time
 from normtune.serve.faults import ClientGone, Refused, refusal, without_paths
 from normtune.serve.gate import COOKIE, Gate
 from normtune.serve.metrics_text import CONTENT_TYPE, exposition
 from normtune.serve.pages import add_pages
 from normtune.serve.requests import Busy, Closed, UnknownAdapter
+from normtune.serve.schema import refusals
 from normtune.serve.service import Answers, Service, Settings
 from normtune.serve.streamed import Streamed
 from normtune.serve.uploads import Upload, open_upload, png_bytes
@@ -43,9 +47,15 @@ def make_app(engine: Answers, settings: Settings) -> Gate:
         yield
         service.close()
 
-    app = FastAPI(
-        title="Normtune", description=NOTICE, lifespan=lifespan, docs_url=None, redoc_url=None
-    )  # their pages load scripts of a CDN
+    app = schema.Described(
+        keys=bool(settings.keys),
+        title="Normtune",
+        description=NOTICE,
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,  # these pages load scripts of a CDN
+        redoc_url=None,
+    )
     gate = Gate(app, keys=settings.keys, limits=settings.limits, budget=service.budget, hosts=settings.hosts)
     _add_faults(app)
     _add_models(app, service)
@@ -61,6 +71,13 @@ def _owner(request: HttpRequest) -> str:
     return str(request.state.owner)
 
 
+def _methods(app: FastAPI, scope: Scope) -> list[str]:
+    """The methods that an address takes, of all its routes; Starlette tells those of the first."""
+    found = [route for route in app.routes if isinstance(route, Route)]
+    partial = [route for route in found if route.matches(scope)[0] is Match.PARTIAL]
+    return sorted({method for route in partial for method in route.methods or ()})
+
+
 def _add_faults(app: FastAPI) -> None:
     """Every error has OpenAI's shape and one sentence."""
 
@@ -72,13 +89,17 @@ def _add_faults(app: FastAPI) -> None:
 
     async def invalid(_: HttpRequest, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
+        if any(one["type"] == "json_invalid" for one in error.errors()):
+            return respond(Refused(400, "the body is not JSON."))
         field, sentence = api.one_sentence(error.errors(), skip=1)
         return respond(Refused(400, sentence, param=field or None))
 
-    async def http(_: HttpRequest, error: Exception) -> Response:
+    async def http(request: HttpRequest, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         status = error.status_code
-        return respond(Refused(status, _HTTP.get(status, "the request cannot be read.")))
+        refused = Refused(status, _HTTP.get(status, "the request cannot be read."))
+        headers = {"Allow": ", ".join(_methods(app, request.scope))} if status == 405 else {}
+        return JSONResponse(refused.body(), status, headers=headers)
 
     async def unknown(_: HttpRequest, __: Exception) -> Response:
         return respond(Refused(500, "the server failed at this request. Its log says where."))
@@ -99,12 +120,12 @@ def _add_models(app: FastAPI, service: Service) -> None:
         }
         return {base: api.model_entry(base, service.started), **adapters}
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", response_model=schema.ModelList)
     async def list_models() -> dict[str, Any]:
         """The base and its adapters, as models."""
         return {"object": "list", "data": list(entries().values())}
 
-    @app.get("/v1/models/{model:path}")
+    @app.get("/v1/models/{model:path}", response_model=schema.ModelEntry, responses=refusals(404))
     async def get_model(model: str) -> dict[str, Any]:
         """One model."""
         found = entries().get(model)
@@ -127,7 +148,7 @@ def _add_chat(app: FastAPI, service: Service) -> None:
                 param="model",
             )
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=schema.COMPLETION | refusals(400, 404, 503, 504))
     async def chat(body: api.ChatRequest, request: HttpRequest) -> Response:
         """Answer one question about an image, or without text write its report."""
         check_model(body.model)
@@ -142,12 +163,9 @@ def _add_chat(app: FastAPI, service: Service) -> None:
 
     @app.post(
         "/v1/batch",
-        openapi_extra={
-            "requestBody": {
-                "required": True,
-                "content": {"application/jsonl": {"schema": {"type": "string"}}},
-            }
-        },
+        response_class=Response,
+        responses=schema.LINES | refusals(400, 404),
+        openapi_extra=schema.ROWS,
     )
     async def answer_batch(request: HttpRequest) -> Response:
         """Answer a JSONL of questions: one line for each, in their order, as they come."""
@@ -169,11 +187,16 @@ def _add_files(app: FastAPI, service: Service) -> None:
         image = open_upload(data, max_pixels=service.limits.pixels)
         return png_bytes(image), image.width, image.height
 
-    @app.post("/v1/files")
+    @app.post(
+        "/v1/files",
+        response_model=schema.FileEntry,
+        responses=refusals(400),
+        openapi_extra=schema.IMAGES,
+    )
     async def upload_file(
         request: HttpRequest,
         file: Annotated[UploadFile, File(description="PNG, JPEG, WebP or DICOM.")],
-        purpose: Annotated[str, Form(max_length=64)] = "vision",
+        purpose: Annotated[str, Form(max_length=64, json_schema_extra={"enum": [*_PURPOSES, ""]})] = "vision",
     ) -> dict[str, Any]:
         """Hold an image for later questions. Its pixels alone are kept, as PNG; its name is not."""
         if purpose not in _PURPOSES:
@@ -181,23 +204,23 @@ def _add_files(app: FastAPI, service: Service) -> None:
         png, width, height = await service.aside(decode, await file.read())
         return _file_entry(service.uploads.add(_owner(request), png, width, height))
 
-    @app.get("/v1/files")
+    @app.get("/v1/files", response_model=schema.FileList)
     async def list_files(request: HttpRequest) -> dict[str, Any]:
         """The images that are held for this key."""
         data = [_file_entry(one) for one in service.uploads.of(_owner(request))]
         return {"object": "list", "data": data, "has_more": False}  # OpenAI's client would ask for more
 
-    @app.get("/v1/files/{id}")
+    @app.get("/v1/files/{id}", response_model=schema.FileEntry, responses=refusals(404))
     async def get_file(id: str, request: HttpRequest) -> dict[str, Any]:
         """What is known of one image."""
         return _file_entry(service.uploads.get(_owner(request), id))
 
-    @app.get("/v1/files/{id}/content")
+    @app.get("/v1/files/{id}/content", response_class=Response, responses=schema.PNG | refusals(404))
     async def get_file_content(id: str, request: HttpRequest) -> Response:
         """The image as PNG, as the model sees it."""
         return Response(service.uploads.get(_owner(request), id).png, media_type="image/png")
 
-    @app.delete("/v1/files/{id}")
+    @app.delete("/v1/files/{id}", response_model=schema.Deleted, responses=refusals(404))
     async def delete_file(id: str, request: HttpRequest) -> dict[str, Any]:
         """Forget an image."""
         service.uploads.remove(_owner(request), id)
@@ -207,12 +230,17 @@ def _add_files(app: FastAPI, service: Service) -> None:
 def _add_adapters(app: FastAPI, service: Service) -> None:
     root = service.settings.adapter_root
 
-    @app.get("/v1/adapters")
+    @app.get("/v1/adapters", response_model=schema.AdapterList)
     async def list_adapters() -> dict[str, Any]:
         """The adapters that are registered."""
         return {"object": "list", "data": [api.adapter_entry(one) for one in service.engine.adapters()]}
 
-    @app.post("/v1/adapters", status_code=201)
+    @app.post(
+        "/v1/adapters",
+        status_code=201,
+        response_model=schema.AdapterEntry,
+        responses=refusals(400, 403, 404, 409),
+    )
     async def register_adapter(body: api.Registration) -> dict[str, Any]:
         """Register an adapter of the adapter root."""
         folder = folders.adapter_folder(root, body.folder or body.name)
@@ -226,7 +254,7 @@ def _add_adapters(app: FastAPI, service: Service) -> None:
             raise Refused(400, without_paths(str(error), [folder] + ([root] if root else []))) from None
         return api.adapter_entry(info)
 
-    @app.delete("/v1/adapters/{name}")
+    @app.delete("/v1/adapters/{name}", response_model=schema.Deleted, responses=refusals(403, 404))
     async def remove_adapter(name: str) -> dict[str, Any]:
         """Forget an adapter; its files stay, and requests that were accepted are answered."""
         if root is None:
@@ -239,7 +267,7 @@ def _add_adapters(app: FastAPI, service: Service) -> None:
 
 
 def _add_state(app: FastAPI, service: Service, gate: Gate) -> None:
-    @app.get("/healthz")
+    @app.get("/healthz", response_model=schema.Health)
     async def healthz() -> dict[str, Any]:
         """Whether the server is there."""
         return {"status": "ok", "model": service.settings.base, "notice": NOTICE}

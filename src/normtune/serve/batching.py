@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from PIL import Image
 
@@ -13,7 +13,7 @@ from normtune.packing import Segment
 from normtune.serve.adapters import BASE, Entry
 from normtune.serve.requests import Reply
 
-Text = Callable[[str], None]
+Text = Callable[[str], None]  # told the text so far, each time longer than before
 
 
 @dataclass(eq=False)
@@ -26,6 +26,9 @@ class Job:
         limit: the most tokens of its answer.
         arrived: by `time.monotonic`.
         segment, shown: its question and its views as the family takes them, once it runs.
+        tokens: of its answer so far, where somebody listens.
+        told: the text that the listener has.
+        fault: what the listener raised; it is told no more.
     """
 
     number: int
@@ -40,6 +43,15 @@ class Job:
     arrived: float
     segment: Segment | None = None
     shown: tuple[Pixels, ...] = ()
+    tokens: list[int] = field(default_factory=list)
+    told: str = ""
+    fault: Exception | None = None
+
+    def tell(self, text: str) -> None:
+        """Hand the text so far to the listener, where it says more than the one before."""
+        if self.on_text is not None and len(text) > len(self.told) and text.startswith(self.told):
+            self.told = text
+            self.on_text(text)
 
 
 def take(queue: list[Job], most: int, adapters: int) -> list[Job]:
@@ -62,6 +74,23 @@ def take(queue: list[Job], most: int, adapters: int) -> list[Job]:
             left.append(job)
     queue[:] = left
     return taken
+
+
+def apart(
+    groups: Sequence[Sequence[Job]], owners: Sequence[int]
+) -> tuple[list[tuple[Pixels, ...]], list[int]]:
+    """The images of each group, none of them shared by groups of several owners, and whose each study is.
+
+    Families tell images apart by their identity, and a study is what one or more groups show: those come in
+    the order of the first group of each.
+    """
+    own: dict[tuple[int, int], Pixels] = {}
+    shown = [
+        tuple(own.setdefault((owner, id(one)), dict(one)) for one in jobs[0].shown)
+        for jobs, owner in zip(groups, owners, strict=True)
+    ]
+    studies = {tuple(map(id, images)): owner for images, owner in zip(shown, owners, strict=True)}
+    return shown, [*studies.values()]
 
 
 def grouped(jobs: Sequence[Job]) -> list[list[Job]]:

@@ -4,8 +4,8 @@
         engine.register("chest", Path("runs/chest"))
         print(engine.submit(Request((image,), "Is there a mass?", "chest")).result().text)
 
-Every row of a batch is normalised by the gains of its own adapter; all else is the base's and computed for
-all at once. Answers are those of each adapter by itself.
+Every row of a batch is normalised by the gains of its own adapter, and takes its own LoRA where such are
+served; all else is the base's and computed for all at once. Answers are those of each adapter by itself.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from threading import Condition, Thread
 from typing import Any, Self
@@ -28,8 +29,9 @@ from normtune.models.causal import CausalFamily
 from normtune.models.family import Answer, Family, Pixels
 from normtune.norms import Owners
 from normtune.packing import Group
-from normtune.serve.adapters import Adapters
-from normtune.serve.batching import Job, Text, grouped, take
+from normtune.serve.adapters import BASE, Adapters
+from normtune.serve.batching import Job, Text, apart, grouped, take
+from normtune.serve.growing import settled
 from normtune.serve.images import ImageStates, Key, digest_of
 from normtune.serve.requests import AdapterInfo, Busy, Closed, EngineStats, Reply, Request
 
@@ -48,9 +50,11 @@ class Engine:
         queue_limit: requests that may wait; it bounds the images that are held for them.
         adapter_memory: bytes of the adapters that are loaded; None: 256 MiB, and at most 1,023 adapters.
         image_memory: bytes of image states that are kept for further questions.
+        lora_rank: serve LoRA adapters of at most this rank too; 0: those of norms alone. Every adapter takes
+            the memory of such a LoRA, whether it has one or not.
 
     Raises:
-        InputError: the memory holds no adapter.
+        InputError: the memory holds no adapter, or the base has no place for LoRA.
     """
 
     def __init__(
@@ -62,11 +66,12 @@ class Engine:
         queue_limit: int = 256,
         adapter_memory: int | None = None,
         image_memory: int = IMAGE_BYTES,
+        lora_rank: int = 0,
     ) -> None:
         assert max_batch >= 1 and queue_limit >= 1 and max_wait >= 0, "room for a request"
         self.family, self.max_batch, self.max_wait = family, max_batch, max_wait
         self.queue_limit = queue_limit
-        self._adapters = Adapters(family.model, adapter_memory)
+        self._adapters = Adapters(family.model, adapter_memory, lora_rank)
         self._images = ImageStates(image_memory)
         family.texts = self._adapters.bank.texts
         self._changed = Condition()  # guards what follows
@@ -91,7 +96,8 @@ class Engine:
         """Put a request into the queue; the future has its reply, or what went wrong.
 
         A future that is cancelled before its batch begins leaves the queue. `on_text` is called in the
-        engine's thread with the whole text, once it is written: families do not write token by token.
+        engine's thread with the text so far, each time it has grown: no character of it changes later, and
+        the last text is the reply's. With several beams it is called once, at the end.
 
         Raises:
             Busy: the queue is full.
@@ -301,13 +307,38 @@ class Engine:
         # one row of a causal model holds a group, unless the image's states depend on the question
         a_row = isinstance(self.family, CausalFamily) and self.family.shares_prefix
         owners = [jobs[0].entry.slot or 0 for jobs in groups for _ in jobs[: 1 if a_row else None]]
-        with self._adapters.bank.taken_by(None, Owners(owners)):  # images are seen already
+        order = [job for jobs in groups for job in jobs]
+        for job in order:
+            job.tokens.clear()  # of a batch that failed; what was told stays told
+        listened = any(job.on_text is not None for job in order)
+        shown, studies = [jobs[0].shown for jobs in groups], None
+        if (lora := self._adapters.lora) is not None and lora.reads_images:
+            slots = [jobs[0].entry.slot or BASE for jobs in groups]
+            shown, whose = apart(groups, [slot if slot in lora.used else BASE for slot in slots])
+            studies = Owners(whose)
+        with (
+            self._adapters.bank.taken_by(None, Owners(owners)),  # images are seen already
+            self._adapters.looked_at_by(studies),
+        ):
             return self.family.answer(
                 asked,
-                [jobs[0].shown for jobs in groups],
+                shown,
                 max_new_tokens=first.limit,
                 beams=first.beams,
+                on_tokens=partial(self._grown, order) if listened else None,
             )
+
+    def _grown(self, jobs: Sequence[Job], prompts: Sequence[int], tokens: Sequence[int]) -> None:
+        """Tell those who listen what is new; a listener that fails takes no other with it."""
+        for prompt, token in zip(prompts, tokens, strict=True):
+            job = jobs[prompt]
+            if job.on_text is None or job.fault is not None:
+                continue
+            job.tokens.append(token)
+            try:
+                job.tell(settled(self.family, job.tokens))
+            except Exception as error:
+                job.fault = error
 
     def _reply(self, job: Job, answer: Answer) -> None:
         try:
@@ -316,8 +347,11 @@ class Engine:
             written = len(tokenizer(answer.text, add_special_tokens=False).input_ids)
             completion = min(written + 1, job.limit)  # the end token, where there was room for it
             score = answer.score if math.isfinite(answer.score) else None
-            if job.on_text is not None:
-                job.on_text(answer.text)
+            if job.fault is not None:
+                raise job.fault
+            job.tell(answer.text)
+            if not answer.text.startswith(job.told):  # by rounding, in a batch of another size
+                raise RuntimeError("an answer came out otherwise when its batch was tried again")
         except Exception as error:
             self._fail(job, error)
             return

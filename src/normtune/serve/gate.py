@@ -17,9 +17,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from normtune.serve.faults import GONE, LOG, ClientGone, Refused, refusal
 from normtune.serve.limits import Budget, Keys, Limits, Rates
 from normtune.serve.metrics_text import Counts
+from normtune.serve.requests import Busy
 
 COOKIE = "normtune"
 BATCH = "/v1/batch"
+CHAT = "/v1/chat/completions"
 _PATIENCE = 4  # times the limit are read of a body that is refused: its client reads when it has written
 _SAFE = ("GET", "HEAD", "OPTIONS")
 _HEADERS = {
@@ -46,6 +48,7 @@ class Gate:
         self._app, self._keys, self._limits, self._budget = app, keys, limits, budget
         self._hosts = None if hosts is None else frozenset(hosts)
         self._rates = Rates(limits.per_minute, limits.burst)
+        self._questions = 0  # that have arrived and are not answered
         self.counts = Counts()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -57,7 +60,7 @@ class Gate:
             await send({"type": "websocket.close", "code": 1003})
 
     async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started, status, taken = time.monotonic(), 0, 0
+        started, status, taken, counted = time.monotonic(), 0, 0, False
         scope["state"] = dict(scope.get("state") or {}, owner="")
 
         async def answer(message: Message) -> None:
@@ -75,6 +78,9 @@ class Gate:
                 raise
             body = await self._body(scope, receive)
             taken = len(body)
+            if scope["path"] == CHAT:
+                self._questions += 1
+                counted = True
             await self._app(scope, _replay(body, receive), answer)
         except ClientGone:
             status = GONE
@@ -87,6 +93,7 @@ class Gate:
                 await send_refusal(refused, answer)
         finally:
             self._budget.give(taken)
+            self._questions -= counted
             seconds = time.monotonic() - started
             route = getattr(scope.get("route"), "path", "-")
             self.counts.add(scope["method"] if route != "-" else "-", route, status, seconds)
@@ -109,13 +116,15 @@ class Gate:
             if headers.get("sec-fetch-site", "none") == "cross-site" and scope["method"] not in _SAFE:
                 raise Refused(403, "requests from pages of other sites are refused.")
             self._rates.take(client)
-            return
-        owner = self._owner(headers, path)
-        if owner is None:
-            self._rates.take(f"unknown {client}")
-            raise Refused(401, "a key is needed: Authorization: Bearer KEY.", code="invalid_api_key")
-        scope["state"]["owner"] = owner
-        self._rates.take(owner)
+        else:
+            owner = self._owner(headers, path)
+            if owner is None:
+                self._rates.take(f"unknown {client}")
+                raise Refused(401, "a key is needed: Authorization: Bearer KEY.", code="invalid_api_key")
+            scope["state"]["owner"] = owner
+            self._rates.take(owner)
+        if path == CHAT and self._questions >= self._limits.questions:
+            raise refusal(Busy())  # before its image is decoded: what is refused must cost next to nothing
 
     def _owner(self, headers: dict[str, str], path: str) -> str | None:
         kind, _, key = headers.get("authorization", "").partition(" ")

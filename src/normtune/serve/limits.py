@@ -31,6 +31,7 @@ class Limits:
         question_characters: of one question.
         new_tokens: of one answer.
         batch_rows: of a JSONL.
+        questions: that wait or are being answered; others are refused before they are read.
         per_minute: requests of one key (without keys: of one address); `burst` at once.
         request_s: for an answer; `body_s` for the arrival of a body.
         shared_bytes: bodies and decoded images of all requests together.
@@ -44,6 +45,7 @@ class Limits:
     question_characters: int = 4_000
     new_tokens: int = 1_024
     batch_rows: int = 5_000
+    questions: int = 288
     per_minute: int = 600
     burst: int = 128
     request_s: float = 120.0

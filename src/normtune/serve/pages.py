@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import FastAPI, Response
 
 from normtune.serve.folders import review_names, review_page
+from normtune.serve.schema import ReviewList
 from normtune.serve.service import Service
 
 # the page's own files, images that it made or fetched, and nothing from anywhere else
@@ -34,7 +35,7 @@ def add_pages(app: FastAPI, service: Service) -> None:
         app.add_api_route(path, _file(name, media_type), include_in_schema=False)
     folder = service.settings.reviews
 
-    @app.get("/v1/reviews")
+    @app.get("/v1/reviews", response_model=ReviewList)
     async def list_reviews() -> dict[str, Any]:
         """Names of the pages of right and wrong answers."""
         return {"object": "list", "data": review_names(folder)}

@@ -16,6 +16,7 @@ from transformers import BlipImageProcessorPil, BlipProcessor
 
 from normtune import report_task
 from normtune.errors import InputError
+from normtune.generate import OnTokens
 from normtune.losses import Head
 from normtune.models.below import Below, GroupStates, own_parameters
 from normtune.models.family import Answer, AnswerStates, Batch, Family, Pixels
@@ -156,6 +157,11 @@ class MissFamily(Family):
     def vocabulary(self) -> int:
         return self.config.vocab_size
 
+    @property
+    def longest_answer(self) -> int:
+        """See `Family.longest_answer`; the first position is the start token's."""
+        return self.config.text("decoder").max_position_embeddings - 1
+
     def answer_states(self, batch: Batch) -> AnswerStates:
         """See `Family.answer_states`."""
         inputs: dict[str, Any] = {
@@ -178,6 +184,7 @@ class MissFamily(Family):
         *,
         max_new_tokens: int = 16,
         beams: int = 1,
+        on_tokens: OnTokens | None = None,
     ) -> list[list[Answer]]:
         """See `Family.answer`; all questions of all groups are one batch."""
         room = self.config.text("decoder").max_position_embeddings
@@ -190,14 +197,10 @@ class MissFamily(Family):
             for name, value in self._questions(groups, pixels).items()
         }
         selected = None if self.texts is None else self.texts.select
-        found = iter(
-            self.model.generate(max_new_tokens=max_new_tokens, beams=beams, selected=selected, **batch)
+        found = self.model.generate(
+            max_new_tokens=max_new_tokens, beams=beams, selected=selected, on_tokens=on_tokens, **batch
         )
-        return [[self._spoken(next(found)) for _ in group.segments] for group in groups]
-
-    def _spoken(self, generated: Any) -> Answer:
-        text = self.processor.tokenizer.decode(generated.tokens, skip_special_tokens=True)
-        return Answer(text.strip(), generated.score)
+        return self._as_answers(groups, found)
 
 
 class MissBelow(Below):

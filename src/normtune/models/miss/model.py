@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForVisualQuestionAnswering, PreTra
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from normtune.generate import Generated, generate
+from normtune.generate import Generated, OnTokens, generate
 from normtune.models.miss.attention import Slots, padding_mask
 from normtune.models.miss.config import MissConfig
 from normtune.models.miss.text import DecoderCache, TextDecoder, TextModel
@@ -197,6 +197,7 @@ class MissForQuestionAnswering(PreTrainedModel):
         early_stopping: bool | Literal["never"] = False,
         compact: bool = True,
         selected: Callable[[Tensor], None] | None = None,
+        on_tokens: OnTokens | None = None,
     ) -> list[Generated]:
         """Answer every question; images and their keys are computed once, and all questions are one batch.
 
@@ -237,6 +238,7 @@ class MissForQuestionAnswering(PreTrainedModel):
             length_penalty=length_penalty,
             early_stopping=early_stopping,
             compact=compact,
+            on_tokens=on_tokens,
         )
 
 
