@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
 from normtune import state_cache
 from normtune.adapt import adapt
@@ -25,6 +24,7 @@ from normtune.models.miss.text import TextModel
 from normtune.models.miss.vision import VisionTransformer
 from normtune.train import train
 from tests.models.tiny import make_tiny
+from tests.stop import Stop
 from tests.test_train import config, same, tensors
 
 UPPER = {"miss": "decoder=ln", "llava": "language=ln[1:]"}
@@ -151,17 +151,6 @@ def test_entries_of_another_depth_or_other_weights_below_are_not_taken(tmp_path:
 def test_without_grouping_nothing_is_computed_once(kind: str, source: Path, tmp_path: Path) -> None:
     found = made(source, tmp_path, tune=UPPER[kind], group=False)
     assert found.computed_once is None and found.states is None
-
-
-class Stop(TrainerCallback):
-    """Ends the run at once after a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_delta(kind: str, source: Path, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from normtune.packing import EpochBatches, Group, Segment
 from normtune.train import TrainResult, last_checkpoint, train
 from normtune.trainer import Examples, Objective
 from tests.models.tiny import make_tiny
+from tests.stop import Stop
 
 DATA = "phantom-b:6"
 
@@ -304,6 +305,20 @@ def test_a_killed_run_resumes_to_the_same_delta(
     assert same(out, tmp_path / "whole") and same(out, run[1])
     killed, straight = (read_json(folder / "train_result.json") for folder in (out, run[1]))
     assert killed["pairs"] == straight["pairs"] and killed["changed"] == straight["changed"]
+
+
+def test_an_entry_of_the_loss_log_that_a_stop_cuts_in_two_is_whole(base: Path, tmp_path: Path) -> None:
+    """Entries stand at every fourth step; the checkpoint is of the third."""
+    run: dict[str, Any] = {"batch": 4, "cap": 4, "save_every": 3, "epochs": 1}
+    train(config(base, tmp_path / "whole", **run))
+    with pytest.raises(KeyboardInterrupt):
+        train(config(base, tmp_path / "stopped", **run), progress=Stop(5))
+    train(config(base, tmp_path / "stopped", **run))
+    logs = [
+        read_json(tmp_path / name / "adapter.json")["metrics"]["training"]["loss"]
+        for name in ("whole", "stopped")
+    ]
+    assert logs[0] == logs[1] and [step for step, _ in logs[0]][:2] == [4, 8]
 
 
 def test_a_checkpoint_of_another_run_is_refused(base: Path, tmp_path: Path) -> None:

@@ -96,6 +96,7 @@ class DeltaTrainer(Trainer):
     ) -> None:
         self.config, self.tuned, self.batches = config, tuned, batches
         self.pairs_seen = 0  # by this process
+        self._unlogged, self._logged_at = torch.zeros(()), 0  # loss summed since that step; HF's is not saved
         self._holders: dict[str, Holder] = holders(family.model, tuned.trained)
         every, sharded = config.save_every, processes.sharded()
         arguments = TrainingArguments(
@@ -187,7 +188,22 @@ class DeltaTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         self.pairs_seen += int(inputs["pairs"])
-        return super().training_step(model, inputs, *args, **kwargs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._unlogged = self._unlogged.to(loss.device) + loss
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Of a run that was resumed too, an entry is about all steps since the one before."""
+        if "loss" in logs:
+            mean = self._mean_unlogged() / (self.state.global_step - self._logged_at)
+            if math.isfinite(mean):
+                logs["loss"] = mean
+            self._unlogged, self._logged_at = torch.zeros(()), self.state.global_step
+        super().log(logs, *args, **kwargs)
+
+    def _mean_unlogged(self) -> float:
+        found = processes.gathered(self._unlogged.item())
+        return sum(found) / len(found)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # HF's estimate assumes one token stream
@@ -232,12 +248,15 @@ class DeltaTrainer(Trainer):
                 "Free some space and run the same command again: it goes on from the last whole checkpoint."
             ) from error
         pairs_seen = sum(processes.gathered(self.pairs_seen))  # by now all have written their part
+        unlogged = self._mean_unlogged()
         if processes.is_first():
             directory = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             position = {
                 "pairs_seen": pairs_seen,
                 "pairs_a_step": self.batches.pairs * self.batches.ranks,
                 "steps_an_epoch": self.batches.steps,
+                "unlogged_loss": unlogged,
+                "logged_at": self._logged_at,
             }
             write_json(directory / "run.json", run_identity(self.config) | position)
             (directory / CHECKPOINT_MARK).touch()
@@ -246,8 +265,11 @@ class DeltaTrainer(Trainer):
         stored = load_file(Path(resume_from_checkpoint) / TRAINED_FILE)
         for name, (module, attribute) in self._holders.items():
             fill(getattr(module, attribute), stored[name])
+        position = read_json(Path(resume_from_checkpoint) / "run.json")
+        self._unlogged = torch.tensor(position["unlogged_loss"])
+        self._logged_at = int(position["logged_at"])
         if processes.is_first():
-            self.pairs_seen = int(read_json(Path(resume_from_checkpoint) / "run.json")["pairs_seen"])
+            self.pairs_seen = int(position["pairs_seen"])
 
 
 def optimizer_steps(config: TrainConfig, batches: EpochBatches) -> int:
