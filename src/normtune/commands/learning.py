@@ -113,6 +113,13 @@ def study(
         bool,
         typer.Option("--report-only", help="Run nothing: write the tables and the page of what is there."),
     ] = False,
+    examples: Annotated[
+        bool,
+        typer.Option(
+            "--examples",
+            help="Show some images with answers on the page, where the data's licence allows it.",
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Run what is missing of a grid of trainings and evaluations, and write its tables.
@@ -134,7 +141,7 @@ def study(
     from normtune.study.command import run_and_tabulate
 
     summary, text = run_and_tabulate(
-        found, folder, workers=workers, on=on, quiet=json, report_only=report_only
+        found, folder, workers=workers, on=on, quiet=json, report_only=report_only, examples=examples
     )
     emit(json, summary, text)
     if not report_only and (summary["failed"] or summary["waiting"]):

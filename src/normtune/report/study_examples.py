@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,8 @@ from normtune.results import read_run
 if TYPE_CHECKING:
     from normtune.data.records import Example
 
+Roots = Mapping[str, Path | None]
+
 SHOWN = 6  # examples of a data set
 SIDE = 320  # pixels of the longer side of an image
 OPEN = (
@@ -30,8 +32,10 @@ OPEN = (
 )  # whole texts: "MIT (but ..." is not
 
 
-def examples_section(study: Results, folder: Path) -> tuple[str, str, list[Child]]:
+def examples_section(study: Results, folder: Path, roots: Roots) -> tuple[str, str, list[Child]]:
     """The section of examples; a data set that may not be shown is named with its licence.
+
+    `roots` says where data sets lie, by their names in the study's file.
 
     Raises:
         InputError: an evaluation's files are missing or damaged.
@@ -46,7 +50,9 @@ def examples_section(study: Results, folder: Path) -> tuple[str, str, list[Child
         content.append(
             tag("p", f"Rows drawn at random, as the first run of each recipe answers them. Licence: {terms}.")
         )
-        content.append(tag("ul", *_items(study, folder, dataset, rows), class_="examples"))
+        content.append(
+            tag("ul", *_items(study, folder, dataset, rows, roots.get(dataset)), class_="examples")
+        )
     return "examples", "Examples", content
 
 
@@ -60,11 +66,13 @@ def _evaluations(study: Results) -> dict[str, list[Record]]:
     return {dataset: list(rows.values()) for dataset, rows in found.items()}
 
 
-def _items(study: Results, folder: Path, dataset: str, rows: list[Record]) -> Iterator[Html]:
+def _items(
+    study: Results, folder: Path, dataset: str, rows: list[Record], root: Path | None
+) -> Iterator[Html]:
     runs = {study.done[row["key"]]["recipe"]: read_run(folder / row["folder"])[:2] for row in rows}
     examples = next(iter(runs.values()))[0]
     drawn = random.Random(0).sample(sorted(examples, key=lambda one: one.id), min(SHOWN, len(examples)))
-    pictures = _pictures(study, dataset, drawn)
+    pictures = _pictures(study, dataset, drawn, root)
     for example in drawn:
         answers = [
             tag("tr", tag("th", recipe, scope="row"), tag("td", texts.get(example.id, "")))
@@ -80,9 +88,9 @@ def _items(study: Results, folder: Path, dataset: str, rows: list[Record]) -> It
         )
 
 
-def _pictures(study: Results, dataset: str, examples: list[Example]) -> dict[str, str]:
+def _pictures(study: Results, dataset: str, examples: list[Example], root: Path | None) -> dict[str, str]:
     """The first image of each example as a data URI; none where the data are not here."""
-    spec = dict((study.spec.get("datasets") or {}).get(dataset) or {})
+    spec = dict((study.spec.get("datasets") or {}).get(dataset) or {}) | {"root": root}
     try:
         options = DataOptions.checked(**{k: v for k, v in spec.items() if k in DataOptions.model_fields})
         opened = open_from(options)

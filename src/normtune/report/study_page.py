@@ -14,7 +14,7 @@ from normtune.report.findings import findings
 from normtune.report.markup import Child, Html, joined, tag
 from normtune.report.study_about import facts, notice, terms
 from normtune.report.study_data import Results
-from normtune.report.study_examples import examples_section
+from normtune.report.study_examples import Roots, examples_section
 from normtune.report.study_figures import Panel
 from normtune.report.study_norms import heat_maps
 from normtune.report.study_tables import models_table, numbers_table, paired_table, settings_tables
@@ -72,13 +72,14 @@ FIGURES = (  # id, heading, what to see, and the function that draws it
 )
 
 
-def study_report(results: Mapping[str, Any], folder: Path, *, examples: bool = False) -> str:
+def study_report(results: Mapping[str, Any], folder: Path, *, examples: Roots | None = None) -> str:
     """The page of a study as HTML.
 
     Args:
         results: what `results.json` holds (docs/study.md).
         folder: the study's folder, for the licences that its evaluations record and for examples.
-        examples: show some images with their answers, of data sets whose licence lets one pass them on.
+        examples: show some images with their answers, of data sets whose licence lets one pass them on; the
+            folders of the data sets by their names in the study's file, where they have one.
 
     Raises:
         InputError: examples are asked for and an evaluation's files are damaged.
@@ -113,8 +114,8 @@ def study_report(results: Mapping[str, Any], folder: Path, *, examples: bool = F
     return f"<!DOCTYPE html>\n{page}\n"
 
 
-def write_study_report(folder: Path, *, examples: bool = False) -> Path:
-    """Read `results.json` of a study's folder and write `report.html` beside it.
+def write_study_report(folder: Path, *, examples: Roots | None = None) -> Path:
+    """Read `results.json` of a study's folder and write `report.html` beside it; see `study_report`.
 
     Raises:
         InputError: there are no results, or the page cannot be written.
@@ -127,7 +128,7 @@ def write_study_report(folder: Path, *, examples: bool = False) -> Path:
 Section = tuple[str, str, list[Child]]
 
 
-def _sections(study: Results, folder: Path, examples: bool) -> Iterator[Section | None]:
+def _sections(study: Results, folder: Path, examples: Roots | None) -> Iterator[Section | None]:
     yield "run", "What was run", facts(study)
     yield _failed(study)
     yield _in_short(study)
@@ -143,8 +144,8 @@ def _sections(study: Results, folder: Path, examples: bool) -> Iterator[Section 
             )
             keyed = True
     yield _norms(study)
-    if examples:
-        yield examples_section(study, folder)
+    if examples is not None:
+        yield examples_section(study, folder, examples)
     yield "terms", "Data, licences, and how the numbers were made", terms(study, folder)
 
 

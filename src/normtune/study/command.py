@@ -23,10 +23,12 @@ def run_and_tabulate(
     on: str = "local",
     quiet: bool = False,
     report_only: bool = False,
+    examples: bool = False,
 ) -> tuple[dict[str, Any], str]:
     """Run a study, write its tables and its page; returns the summary, and it with the files for people.
 
-    With `report_only` nothing is run: the tables and the page are those of what is there.
+    With `report_only` nothing is run: the tables and the page are those of what is there. With `examples` the
+    page shows some images and answers of data sets whose licence lets one pass them on.
 
     Raises:
         InputError: see `run_study` and `write_tables`.
@@ -40,7 +42,9 @@ def run_and_tabulate(
     else:
         with nullcontext() if quiet else Bars() as bars:
             summary = run_study(study, out, workers=workers, on=on, show=bars)
-    tables = [*write_tables(study, out), write_study_report(out)]
+    tables = write_tables(study, out)
+    roots = {name: data.root for name, data in study.datasets.items()} if examples else None
+    tables.append(write_study_report(out, examples=roots))
     return {**asdict(summary), "out": str(out), "tables": [str(path) for path in tables]}, summary_text(
         summary, tables
     )
