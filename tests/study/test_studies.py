@@ -48,7 +48,8 @@ def test_quick_needs_no_data_and_few_pairs() -> None:
 def test_real_nano_has_three_seeds_transfer_five_shares_and_the_bases_own_task() -> None:
     _, found = shipped("real-nano")
     assert counted(found)["methods"] == 1 + 7 * 2 * 3
-    assert counted(found)["curves"] == 1 + 3 * 5 * 3
+    assert counted(found)["curves"] == 1 + 2 * 5 * 3
+    assert counted(found)["norms"] == 1 + 7 * 3
     for cell in found.cells:
         assert {one.config.split for one in cell.evaluations if one.role != "validate"} <= {"test"}
         roles = {(one.dataset, one.role) for one in cell.evaluations}

@@ -125,7 +125,8 @@ def _scores(grid: str, tasks: Mapping[str, str], tables: Tables) -> Iterator[Tab
             key = (row["model"], row["trained_on"], row["share"], row["dataset"], row["role"])
             groups.setdefault(key, []).append(row)
     zero = [row for row in own if row["trained_on"] is None]
-    seen = {(model, dataset) for model, _, _, dataset, _ in groups}
+    # where a table of another grid has the base beside what was tuned, a table of the base alone says nothing
+    seen = {(row["model"], row["dataset"]) for row in tables["seeds"] if row["trained_on"] is not None}
     for row in zero:
         if (row["model"], row["dataset"]) not in seen:
             groups.setdefault((row["model"], None, 1.0, row["dataset"], row["role"]), [])
