@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -50,6 +51,7 @@ SHOWN = {  # page -> the committed tables that it shows
     "README.md": ["demo/table", "real_data", "throughput_llava_slake"],
     "docs/method.md": ["quantised"],
     "docs/quickstart.md": ["demo/reports"],
+    "docs/recipes.md": ["multi"],
     "docs/metrics.md": ["reliance", "medpix"],
     "docs/speed.md": [
         "throughput_llava_slake",
@@ -64,6 +66,21 @@ SHOWN = {  # page -> the committed tables that it shows
         "gpu_llava_med_7b",
     ],
 }
+
+
+def test_the_results_page_quotes_the_studys_tables() -> None:
+    """Rows of a recipe as they stand there; of the small-data table the cells."""
+    tables = (ROOT / "docs/results/real-nano/tables.md").read_text(encoding="utf-8")
+    quoted = [
+        line
+        for line in (ROOT / "docs/results.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("| ")
+    ]
+    shares = [line for line in quoted if re.match(r"\| \d+% ", line)]
+    recipes = [line for line in quoted if line not in shares and not line.startswith("| share")]
+    assert len(recipes) == 27 and len(shares) == 5
+    assert all(line in tables for line in recipes)
+    assert all(cell.strip() in tables for line in shares for cell in line.split("|")[2:4])
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,11 @@ def test_the_share_of_the_full_gain_is_what_the_means_give() -> None:
     assert "That is 75% of full tuning's gain" in said
 
 
+def test_a_loss_is_no_share_of_a_gain() -> None:
+    said = sentences(study({"ln": -0.1, "full": 0.2}))
+    assert "That is below the frozen base." in said and "% of full tuning's gain" not in said
+
+
 def test_no_share_is_told_of_a_gain_that_may_be_none() -> None:
     said = sentences(study({"ln": 0.15, "full": 0.02}))
     assert "not clear of 0" in said and "That is" not in said

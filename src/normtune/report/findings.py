@@ -63,6 +63,8 @@ def _gain(
     text += f", full tuning {score_interval(metric, full)}."
     if base is not None and full.low <= base.value:
         text += " Full tuning's gain over the frozen base is not clear of 0, so no share of it is told."
+    elif base is not None and mine.value < base.value:
+        text += " That is below the frozen base."
     elif base is not None:
         reached = (mine.value - base.value) / (full.value - base.value)
         text += f" That is {percent(reached, 0)}% of full tuning's gain over the frozen base (of the means)."

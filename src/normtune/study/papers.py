@@ -214,20 +214,18 @@ def _tests(grid: str, tables: Tables) -> Iterator[Table]:
 def _forgetting(tables: Tables) -> Iterator[Table]:
     """Points lost on the base's own task, at the largest share; means over seeds."""
     cells = {cell["key"]: cell for cell in tables["cells"]}
-    groups: dict[tuple[str, str, str], dict[tuple[str, str, str], list[float]]] = {}
+    groups: dict[tuple[str, str, str], dict[tuple[str, str, str, str], list[float]]] = {}
     before: dict[tuple[str, str, str], float] = {}
     for row in tables["forgetting"]:
         cell = cells[row["key"]]
-        if (
-            row["metric"] not in ("global_exact", "rouge_l/none")
-            or cell["share"] < 1
-            or set(cell["grids"]) == {SEARCH}
-        ):
+        if row["metric"] not in ("global_exact", "rouge_l/none") or cell["share"] < 1:
             continue
         key = (cell["model"], row["dataset"], row["metric"])
-        run = (cell["trained_on"], cell["recipe"], rate_words(cell["rates"]))
-        groups.setdefault(key, {}).setdefault(run, []).append(row["forgotten"])
         before[key] = row["base"]
+        for grid in cell["grids"]:
+            if grid != SEARCH:
+                run = (grid, cell["trained_on"], cell["recipe"], rate_words(cell["rates"]))
+                groups.setdefault(key, {}).setdefault(run, []).append(row["forgotten"])
     for (model, dataset, metric), lost in groups.items():
         body = [
             [*run, str(len(values)), f"{100 * sum(values) / len(values):+.1f}"]
@@ -237,7 +235,7 @@ def _forgetting(tables: Tables) -> Iterator[Table]:
         caption = (
             f"{model}: points of {metric} lost on {dataset}, its own task, where the base has {base:.1f}"
         )
-        yield Table(caption, ["trained on", "recipe", "learning rate", "runs", "lost"], body, 3)
+        yield Table(caption, ["grid", "trained on", "recipe", "learning rate", "seeds", "lost"], body, 4)
 
 
 def _searches(tables: Tables) -> Iterator[Table]:
