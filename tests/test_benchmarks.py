@@ -52,6 +52,7 @@ SHOWN = {  # page -> the committed tables that it shows
     "docs/method.md": ["quantised"],
     "docs/quickstart.md": ["demo/reports"],
     "docs/recipes.md": ["multi"],
+    "docs/serving.md": ["load"],
     "docs/metrics.md": ["reliance", "medpix"],
     "docs/speed.md": [
         "throughput_llava_slake",
