@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -121,13 +121,11 @@ def run_study(
             ran += error is None
             if error is not None:
                 failed[cell.key] = (cell, error)
-    return Summary(
-        cells=len(found.cells) + found.waiting,
-        done=sum(finished(out, cell) for cell in found.cells),
+    return replace(
+        standing(study, out),
         ran=ran,
         seconds=time.perf_counter() - started,
         failed={str(cell): error for cell, error in failed.values()},
-        waiting=found.waiting,
     )
 
 

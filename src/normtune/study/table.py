@@ -78,9 +78,8 @@ def write_tables(study: Study, out: Path) -> list[Path]:
         InputError: cells of one model were made of different bases, or a file cannot be read or written.
     """
     tables = tabulate(study, out)
-    spec = study.model_dump(
-        mode="json", exclude={"datasets": {"__all__": {"root"}}}
-    )  # folders of this machine
+    here = {"datasets": {"__all__": {"root"}}}  # folders of this machine: results are passed on
+    spec = study.model_dump(mode="json", exclude=here)
     write_json(out / "results.json", {"study": study.study, "about": study.about, "spec": spec, **tables})
     _write_sqlite(out / "results.sqlite", tables)
     write_text(out / "tables.md", markdown(study, tables))
