@@ -34,6 +34,7 @@ from torch import Tensor
 
 from normtune.catalog import open_dataset
 from normtune.files import read_json, write_json
+from normtune.memory import status_bytes
 from normtune.models import skeleton
 from normtune.packing import group_by_image
 from normtune.quantize import PACKAGES
@@ -176,10 +177,9 @@ def command(options: argparse.Namespace, name: str, *words: str) -> dict[str, An
 
 def watched(process: subprocess.Popen[bytes]) -> int:
     """The most RssAnon of a process until it ends."""
-    status, peak = Path(f"/proc/{process.pid}/status"), 0
+    peak = 0
     while process.poll() is None:
-        found = re.search(r"RssAnon:\s+(\d+) kB", status.read_text())
-        peak = max(peak, 1024 * int(found[1]) if found else 0)
+        peak = max(peak, status_bytes("RssAnon", process.pid) or 0)
         time.sleep(SAMPLING)
     return peak
 

@@ -36,6 +36,7 @@ import numpy as np
 from record import record
 from serving import TUNE, written
 
+from normtune.memory import status_bytes
 from normtune.models import load
 from normtune.phantom import dataset
 
@@ -272,7 +273,12 @@ async def stretches(
     memory, began = [], time.perf_counter()
 
     def look() -> None:
-        memory.append({"seconds": round(time.perf_counter() - began, 1), "bytes": resident(server.pid)})
+        memory.append(
+            {
+                "seconds": round(time.perf_counter() - began, 1),
+                "bytes": status_bytes("VmRSS", server.pid) or 0,
+            }
+        )
 
     look()
     books = [clients.book]  # of the warm-up
@@ -346,15 +352,6 @@ def balance(books: Sequence[Book], log: str) -> dict[str, Any]:
     read["200"] += read[WRONG] + read[CUT]  # a stream has its status before it ends
     lost = sum(max(0, count - read[status]) for status, count in logged.items())
     return {"logged": dict(logged), "lost": lost + read[CUT]}
-
-
-def resident(pid: int) -> int:
-    """Bytes of a process that are resident; 0 where the system does not say."""
-    try:
-        found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    except OSError:
-        return 0
-    return 1024 * int(found[1]) if found else 0
 
 
 # --- tables -------------------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ class MixedLinear(nn.Module):
 
     def _of_each(self, wide: Tensor, owners: Owners) -> Tensor:
         """What is added to rows [R, in] of many adapters, as many each: [R, out]; matrices are gathered."""
-        index = torch.tensor(owners.adapters, device=self.down.device)
+        index = owners.index(self.down.device)
         inner = wide.view(len(index), -1, wide.shape[-1]) @ self.down.index_select(0, index).mT
         return (inner @ self.up.index_select(0, index).mT).flatten(0, 1)
 

@@ -29,7 +29,7 @@ def peak_memory_bytes() -> int:
 
 def host_peak_bytes() -> int:
     """Peak resident bytes of this process since `reset_peak` (since its start where that can't be reset)."""
-    if (known := _status("VmHWM")) is not None:
+    if (known := status_bytes("VmHWM")) is not None:
         return known
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
@@ -50,7 +50,7 @@ def return_freed() -> None:
 
 def resident_bytes() -> int:
     """Bytes of this process that are resident now; 0 where the system does not say."""
-    return _status("VmRSS") or 0
+    return status_bytes("VmRSS") or 0
 
 
 def available_bytes(device: Any) -> int | None:
@@ -80,9 +80,10 @@ def _left_in_group(group: Path) -> int | None:
         return None
 
 
-def _status(field: str) -> int | None:
+def status_bytes(field: str, process: int | str = "self") -> int | None:
+    """What Linux says of a process's memory (VmRSS, VmHWM, RssAnon, ...); None where it does not."""
     try:
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in Path(f"/proc/{process}/status").read_text().splitlines():
             if line.startswith(f"{field}:"):
                 return int(line.split()[1]) * 1024
     except OSError:

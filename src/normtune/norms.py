@@ -204,6 +204,7 @@ class Owners:
         self.adapters = tuple(adapters)
         self.sizes = None if sizes is None or len(set(sizes)) == 1 else tuple(sizes)
         self._runs: dict[int, tuple[Run, ...]] = {}
+        self._index: dict[torch.device, Tensor] = {}
 
     def _share(self, rows: int) -> list[int]:
         """How many of `rows` rows each unit has."""
@@ -228,10 +229,17 @@ class Owners:
             self._runs[rows] = tuple(found)
         return self._runs[rows]
 
+    def index(self, device: torch.device) -> Tensor:
+        """[units]: their adapters; made once for all layers."""
+        if device not in self._index:
+            with torch.inference_mode(False):  # a backward pass may keep it
+                self._index[device] = torch.tensor(self.adapters, device=device)
+        return self._index[device]
+
     def gathered(self, bank: Tensor, rows: int) -> Tensor:
         """[adapters, width] -> what broadcasts over the rows as [units, share, width], or as [rows, 1, width]
         where shares differ."""
-        index = torch.tensor(self.adapters, device=bank.device)
+        index = self.index(bank.device)
         if self.sizes is not None:
             index = index.repeat_interleave(torch.tensor(self._share(rows), device=bank.device))
         return bank.index_select(0, index)[:, None]

@@ -163,11 +163,6 @@ def folders(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture
-def family(base: Path) -> Family:
-    return load(str(base))
-
-
-@pytest.fixture
 def gate(family: Family, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Event, Event]]:
     """(set once a batch is at work, opens the way for it)."""
     begun, opened, plain = Event(), Event(), family.answer

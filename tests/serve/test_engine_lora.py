@@ -108,11 +108,6 @@ def folders(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return write_all(load(str(base)), RECIPES["miss"], 5, tmp_path_factory.mktemp("adapters"))
 
 
-@pytest.fixture
-def family(base: Path) -> Family:
-    return load(str(base))
-
-
 def answered(family: Family, folder: Path | None, views: tuple[str, ...], **options: Any) -> Answer:
     """The answer about a study by one adapter, or by the base."""
     tuned = None if folder is None else load_delta(family.model, folder)

@@ -27,11 +27,6 @@ from tests.serve.test_engine import WAIT, alone, request
 LONG = 12  # tokens
 
 
-@pytest.fixture
-def family(base: Path) -> Family:
-    return load(str(base))
-
-
 def grows(texts: Sequence[str], whole: str) -> bool:
     """Whether each text goes on from the one before, up to the whole."""
     pairs = zip(["", *texts], [*texts, whole + "."], strict=True)
