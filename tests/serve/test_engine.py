@@ -203,6 +203,7 @@ def test_what_requests_have_in_common_is_computed_once(
     assert shapes == [[1, 2, 1, 1], [1, 2, 1, 1]] and shared == [True, True]
     assert (stats.images_computed, stats.images_reused) == (2, 8)
     assert stats.image_bytes > 0 and stats.loads == 3
+    assert 0 < stats.seconds_loading < stats.seconds_busy
     for number, name, reply in zip(numbers, tuned, replies, strict=True):
         model = None if name is None else folders[("all", "encoder", "decoder").index(name)]
         adapted = load_delta(family.model, model) if model else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -98,6 +99,7 @@ class Adapters:
             self.lora = mix_linears(model, matrices, slots, mixed.images, mixed.texts)
         self.base = Entry(_base_info(self.entry_bytes), "", BASE)
         self.loads = self.evictions = 0
+        self.seconds_loading = 0.0
         self._base_row = self.bank.values[BASE].cpu()
         self._of_images = torch.zeros(len(self._base_row), dtype=torch.bool)
         for name, place in self.bank.places.items():
@@ -229,6 +231,7 @@ class Adapters:
                 self._loaded.move_to_end(entry)
                 entry.pins += 1
                 return entry.slot
+        began = time.monotonic()
         row, matrices = self._rows(entry)
         with self._lock:
             slot = self._free.pop() if self._free else self._evicted()
@@ -239,6 +242,7 @@ class Adapters:
             entry.images = self._seen_by(row, matrices)
             entry.pins += 1
             self.loads += 1
+            self.seconds_loading += time.monotonic() - began
         return slot
 
     def unpin(self, entry: Entry) -> None:

@@ -168,6 +168,7 @@ class Engine:
                 adapter_bytes=loaded * self._adapters.entry_bytes,
                 image_bytes=self._images.bytes,
                 seconds_busy=self._seconds,
+                seconds_loading=self._adapters.seconds_loading,
                 **self._counts,
             )
 

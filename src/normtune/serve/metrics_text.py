@@ -26,6 +26,7 @@ _ENGINE = {
     "registered": ("adapters_registered", "gauge", "Adapters known."),
     "loaded": ("adapters_loaded", "gauge", "Adapters in memory."),
     "loads": ("adapter_loads_total", "counter", "Adapters read from disk."),
+    "seconds_loading": ("adapter_load_seconds_total", "counter", "Seconds spent reading adapters."),
     "evictions": ("adapter_evictions_total", "counter", "Adapters that made room."),
     "adapter_bytes": ("adapter_bytes", "gauge", "Bytes of loaded adapters."),
     "image_bytes": ("image_bytes", "gauge", "Bytes of image states held."),

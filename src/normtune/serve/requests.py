@@ -99,6 +99,7 @@ class EngineStats:
         loads, evictions: adapters read from disk, and those that made room.
         adapter_bytes, image_bytes: what adapters and image states take now.
         seconds_busy: time spent on batches.
+        seconds_loading: of it, reading adapters and putting them into the bank.
     """
 
     queued: int
@@ -119,3 +120,4 @@ class EngineStats:
     adapter_bytes: int
     image_bytes: int
     seconds_busy: float
+    seconds_loading: float
