@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 READY := $(VENV)/.ready
+READY_DEV := $(VENV)/.ready-dev
 
 .PHONY: demo test check bench docs clean
 
@@ -10,10 +12,10 @@ demo: $(READY)
 	$(BIN)/normtune demo --out demo
 
 # a process a core, up to four, each with one thread and whole files of tests
-test: $(READY)
+test: $(READY_DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
-check: $(READY)
+check: $(READY_DEV)
 	$(BIN)/ruff check src tests benchmarks scripts
 	$(BIN)/ruff format --check src tests benchmarks scripts
 	$(BIN)/mypy
@@ -21,7 +23,7 @@ check: $(READY)
 
 # Each prints a table and writes its JSON beside the script. Real data is measured where it is given:
 # make bench SLAKE=DIR VQA_RAD=DIR
-bench: $(READY)
+bench: $(READY_DEV)
 	$(BIN)/normtune bench learning_rates --out benchmarks/learning_rates.json
 	$(BIN)/normtune bench bf16_norms --out benchmarks/bf16_norms.json
 	$(BIN)/normtune bench demo --out benchmarks/demo
@@ -37,7 +39,7 @@ ifdef SLAKE
 endif
 
 docs: $(READY)
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
+	$(PIP) -e '.[docs]'
 	$(BIN)/mkdocs build --strict
 
 clean:
@@ -46,6 +48,10 @@ clean:
 # torch first and alone, so that the pinned (CPU-friendly) version is what everything else resolves against
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PIP) torch
+	$(PIP) -e .
 	touch $(READY)
+
+$(READY_DEV): $(READY)
+	$(PIP) -e '.[dev]'
+	touch $(READY_DEV)

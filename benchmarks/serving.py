@@ -343,7 +343,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             cells = [
                 shown(row["requests_per_second"], 1),
                 shown(part, 2) if part else "",
-                "" if row["side"] == OURS else shown(row["normtune_is_faster"], 1, "x"),
+                "" if row["side"] == OURS else shown(row["normtune_is_faster"], 2, "x"),
             ]
         own = row["own_answers"]
         cells.append(f"{own['same']} of {own['of']}" if own else "")

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from normtune.adapt import adapt, change_report, untune
 from normtune.anatomy import anatomy
 from normtune.errors import InputError
+from normtune.methods import RecipeError
 from normtune.norms import TunedNorm
-from normtune.recipe import RecipeError, parse, resolve
+from normtune.recipe import parse, resolve
 from normtune.selection import trainable
 from tests.bases import KINDS, base, logits, train_a_little
 

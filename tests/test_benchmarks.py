@@ -14,7 +14,7 @@ import torch
 
 from normtune.bench import benchmarks, recorded, run_benchmark
 from normtune.config import LEARNING_RATES
-from normtune.recipe import METHODS
+from normtune.methods import METHODS
 from tests.data.samples import slake_row, write_slake
 
 ROOT = Path(__file__).parent.parent
@@ -52,7 +52,7 @@ SHOWN = {  # page -> the committed tables that it shows
     "docs/method.md": ["quantised"],
     "docs/quickstart.md": ["demo/reports"],
     "docs/recipes.md": ["multi"],
-    "docs/serving.md": ["load"],
+    "docs/serving.md": ["load", "serving_llava_slake", "serving_miss_slake"],
     "docs/metrics.md": ["reliance", "medpix"],
     "docs/speed.md": [
         "throughput_llava_slake",

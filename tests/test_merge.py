@@ -25,8 +25,8 @@ from normtune.adapt import Tuned, adapt
 from normtune.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from normtune.delta import TENSORS_FILE, fingerprint, save_delta
 from normtune.merge import NEW_SHARD, ORIGIN_FILE, merge_text, merge_to_disk
+from normtune.methods import INTRINSIC
 from normtune.models.miss.model import MissForQuestionAnswering
-from normtune.recipe import INTRINSIC
 from tests.bases import KINDS, base, logits, outcome, save_base, train_a_little
 from tests.models.tiny import TINY, make_tiny
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from normtune.live import LiveBytes
 from normtune.mergeable import UNMERGEABLE, changed_by, refuse_unmergeable, with_addition
-from normtune.recipe import ADDED, METHODS
+from normtune.methods import ADDED, METHODS
 from tests.bases import outcome
 
 WEIGHT = torch.linspace(-1, 1, 48).reshape(6, 8)

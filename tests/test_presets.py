@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from normtune.adapt import adapt
-from normtune.recipe import PRESETS
+from normtune.presets import PRESETS
 from tests.bases import base
 from tests.shapes import shape
 

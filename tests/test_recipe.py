@@ -10,19 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from normtune.errors import InputError
-from normtune.recipe import (
-    ADDED,
-    INTRINSIC,
-    METHODS,
-    PARTS,
-    PRESETS,
-    TEXT_ONLY,
-    Method,
-    Recipe,
-    RecipeError,
-    parse,
-    resolve,
-)
+from normtune.methods import ADDED, INTRINSIC, METHODS, PARTS, TEXT_ONLY, Method, RecipeError
+from normtune.presets import PRESETS
+from normtune.recipe import Recipe, parse, resolve
 
 MISS = ("vision", "encoder", "decoder")
 LLAVA = ("vision", "connector", "language")

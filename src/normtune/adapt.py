@@ -20,8 +20,9 @@ from normtune import added
 from normtune.added import Addition, Site, set_submodule
 from normtune.anatomy import Anatomy, anatomy, norms
 from normtune.errors import InputError
+from normtune.methods import ADDED, Method, RecipeError
 from normtune.norms import TunedNorm
-from normtune.recipe import ADDED, Method, Recipe, RecipeError, parse, resolve
+from normtune.recipe import Recipe, parse, resolve
 from normtune.selection import trainable
 
 LEARNT_SHARE = 0.01  # below it a run is reported as having learnt nothing

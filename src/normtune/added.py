@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from normtune.errors import InputError
-from normtune.recipe import Method
+from normtune.methods import Method
 
 QUERY = ("query", "q_proj")
 KEY = ("key", "k_proj")

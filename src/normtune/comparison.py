@@ -10,10 +10,9 @@ from typing import Any
 from normtune.data.records import Example
 from normtune.errors import InputError
 from normtune.files import read_json, write_text
-from normtune.metrics.corpus import Summed, mean_of, paired
-from normtune.metrics.report import report_table, text_pairs
+from normtune.metrics.corpus import Summed, paired
 from normtune.metrics.stats import holm
-from normtune.metrics.vqa import scores
+from normtune.metrics.tables import metric_table
 from normtune.results import read_run, split_hash
 
 
@@ -200,11 +199,7 @@ def _named(run: Run) -> str:
 
 def metric_rows(run: Run) -> dict[str, Summed]:
     """Every metric of the run's task, row by row."""
-    normalisation: str | Sequence[str] = run.about["normalisation"]
-    if isinstance(normalisation, str):
-        found = scores(run.examples, run.texts, normalisation=normalisation)
-        return {name: mean_of(rows) for name, rows in found.items()}
-    return report_table(text_pairs(run.examples, run.texts), normalisations=normalisation)
+    return metric_table(run.examples, run.texts, run.about["normalisation"])
 
 
 def _rows(found: Mapping[str, Any]) -> list[list[str]]:

@@ -29,7 +29,8 @@ from normtune.card import NOTICE, DeltaInfo, TrainedTensor, model_card, parse_in
 from normtune.errors import InputError
 from normtune.files import json_text, read_json, replacing
 from normtune.mergeable import changed_by, quantised_site, refuse_unmergeable, with_addition
-from normtune.recipe import INTRINSIC, parse
+from normtune.methods import INTRINSIC
+from normtune.recipe import parse
 
 TENSORS_FILE = "adapter.safetensors"
 INFO_FILE = "adapter.json"

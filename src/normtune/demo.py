@@ -92,6 +92,7 @@ def run_demo(
     """
     passes = {QUESTIONS: epochs, REPORTS: report_epochs}
     cells = [_cell(job, recipe, out, images, passes[job], seed) for job in passes for recipe in job.recipes]
+    cells.reverse()  # the short ones last: no process works long after the other has ended
     rows = {}
     for row in _shown(run_cells(cells, workers=min(2, os.cpu_count() or 1)), len(cells), quiet):
         rows[row["name"]] = row

@@ -25,7 +25,8 @@ from normtune.card import DeltaInfo, model_card
 from normtune.delta import CARD_FILE, read_delta, read_tensors, write_tensors
 from normtune.errors import InputError
 from normtune.files import new_directory, write_json, write_text
-from normtune.recipe import Method, parse
+from normtune.methods import Method
+from normtune.recipe import parse
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

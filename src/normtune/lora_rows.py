@@ -18,9 +18,10 @@ from normtune.adapt import adapt, untune
 from normtune.added import CROSS, KEY, VALUE, set_submodule
 from normtune.card import DeltaInfo
 from normtune.errors import InputError
+from normtune.methods import Method
 from normtune.mixed import IMAGE_PARTS
 from normtune.norms import Owners, Rows
-from normtune.recipe import Method, parse
+from normtune.recipe import parse
 
 DOWN, UP = "lora_A", "lora_B"  # as deltas name them, after the linear's name
 LONG = 16  # rows a unit from which on matmuls for each adapter are faster than one over gathered matrices

@@ -27,9 +27,9 @@ from normtune.delta import attach_delta, fingerprint, read_delta, read_tensors, 
 from normtune.errors import InputError
 from normtune.files import new_directory, write_json
 from normtune.mergeable import changed_by, quantised_site, refuse_unmergeable, with_addition
+from normtune.methods import INTRINSIC
 from normtune.models import quiet_loading, skeleton
 from normtune.placement import placement, stored_as_is
-from normtune.recipe import INTRINSIC
 from normtune.shards import Planned, write_safetensors
 
 NEW_SHARD = "model-normtune.safetensors"

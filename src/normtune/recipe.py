@@ -26,86 +26,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from normtune.errors import InputError, did_you_mean
-
-PARTS = ("vision", "connector", "encoder", "decoder", "language")
-
-METHODS: dict[str, dict[str, int | float]] = {  # method -> its options with their defaults
-    "frozen": {},
-    "full": {},
-    "ln": {"gain": True, "bias": True},
-    "attention": {},
-    "ffn": {},
-    "bias": {},
-    "lora": {"r": 8, "alpha": 16, "dropout": 0.0},
-    "prefix": {"n": 10},
-    "ptuning": {"n": 10},
-    "ia3": {},
-    "adapter": {"width": 64},
-}
-INTRINSIC = ("full", "ln", "attention", "ffn", "bias")
-ADDED = ("lora", "prefix", "ptuning", "ia3", "adapter")
-TEXT_ONLY = ("prefix", "ptuning")  # `all` gives these to the text parts alone
+from normtune.errors import did_you_mean
+from normtune.methods import ADDED, METHODS, PARTS, TEXT_ONLY, Method, RecipeError, check_option, shown
+from normtune.presets import PRESETS
 
 T = TypeVar("T")
-
-_LARGEST = 1_000_000  # no rank, width or layer index is larger
-
-
-class RecipeError(InputError):
-    """A recipe that can't be read, or that doesn't fit the model."""
-
-
-@dataclass(frozen=True)
-class Method:
-    """One method with its options and its layers.
-
-    Options at their defaults are left out, so that `lora(r=8)` equals `lora`. `layers` is half-open and
-    counts from the end where negative; None means the whole part, its tensors outside the layers included.
-    """
-
-    name: str
-    options: tuple[tuple[str, int | float], ...] = ()
-    layers: tuple[int | None, int | None] | None = None
-
-    def __post_init__(self) -> None:
-        if self.name == "frozen":
-            raise RecipeError(
-                "'frozen' takes no options, layers or other methods: a frozen part has no methods"
-            )
-        if self.name not in METHODS:
-            raise RecipeError(f"unknown method '{self.name}'{did_you_mean(self.name, METHODS)}")
-        given = dict(self.options)
-        if len(given) != len(self.options):
-            raise RecipeError(f"an option of '{self.name}' is given twice")
-        defaults = METHODS[self.name]
-        for option, value in given.items():
-            _check_option(self.name, option, value)
-        kept = tuple((key, given[key]) for key in defaults if key in given and given[key] != defaults[key])
-        object.__setattr__(self, "options", kept)
-        if kept == (("gain", 0), ("bias", 0)):
-            raise RecipeError(f"'{self}' trains neither gains nor biases: leave out one of the two")
-        if self.layers == (None, None):
-            object.__setattr__(self, "layers", None)
-        if self.layers is not None:
-            _check_layers(*self.layers)
-
-    def option(self, name: str) -> int | float:
-        """The option's value, or its default."""
-        return dict(self.options).get(name, METHODS[self.name][name])
-
-    def layer_range(self, depth: int) -> range:
-        """The layers that the method covers in a part of `depth` layers."""
-        start, stop = self.layers or (None, None)
-        return range(depth)[start:stop]
-
-    def __str__(self) -> str:
-        text = self.name
-        if self.options:
-            text += "(" + ",".join(f"{key}={value!r}" for key, value in self.options) + ")"
-        if self.layers is not None:
-            text += "[" + ":".join("" if bound is None else str(bound) for bound in self.layers) + "]"
-        return text
 
 
 @dataclass(frozen=True)
@@ -173,7 +98,7 @@ def resolve(recipe: Recipe, part_names: Sequence[str]) -> Recipe:
                 optional.add(target)
     if any(methods for _, methods in recipe.parts) and not any(found.values()):
         raise RecipeError(
-            f"recipe '{_shown(str(recipe))}' trains nothing on this model; its parts: {', '.join(part_names)}"
+            f"recipe '{shown(str(recipe))}' trains nothing on this model; its parts: {', '.join(part_names)}"
         )
     return Recipe(tuple((part, found.get(part, ())) for part in part_names), frozenset(optional))
 
@@ -202,34 +127,8 @@ def _check_part(part: str) -> None:
     if part not in PARTS and part != "all":
         known = (*PARTS, "all")
         raise RecipeError(
-            f"unknown part '{_shown(part)}'{did_you_mean(part.lower(), known)} (parts: {', '.join(known)})"
+            f"unknown part '{shown(part)}'{did_you_mean(part.lower(), known)} (parts: {', '.join(known)})"
         )
-
-
-def _check_option(method: str, option: str, value: int | float) -> None:
-    defaults = METHODS[method]
-    if option not in defaults:
-        takes = ", ".join(defaults) or "none"
-        raise RecipeError(
-            f"'{method}' has no option '{_shown(option)}'{did_you_mean(option, defaults)} (options: {takes})"
-        )
-    if isinstance(defaults[option], bool):
-        if value not in (0, 1):
-            raise RecipeError(f"{option} of '{method}' is {value}; it must be 0 or 1")
-    elif isinstance(defaults[option], float):
-        if not 0 <= value < 1:
-            raise RecipeError(f"{option} of '{method}' is {value}; it must be at least 0 and below 1")
-    elif not isinstance(value, int) or not 1 <= value <= _LARGEST:
-        raise RecipeError(f"{option} of '{method}' is {value}; it must be a whole number, 1 or more")
-
-
-def _check_layers(start: int | None, stop: int | None) -> None:
-    if any(bound is not None and abs(bound) > _LARGEST for bound in (start, stop)):
-        raise RecipeError(f"layer range [{start}:{stop}] is out of reach")
-    if start is not None and stop is not None and (start < 0) == (stop < 0) and start >= stop:
-        raise RecipeError(f"layer range [{start}:{stop}] is empty")
-    if stop == 0:
-        raise RecipeError("layer range [:0] is empty")
 
 
 def _check_together(methods: tuple[Method, ...]) -> None:
@@ -242,12 +141,6 @@ def _check_together(methods: tuple[Method, ...]) -> None:
             raise RecipeError(f"'{method.name}' can be given once to a part")
     if "prefix" in names and "ptuning" in names:
         raise RecipeError("'prefix' and 'ptuning' both add prefix tokens: give a part one of them")
-
-
-def _shown(text: str) -> str:
-    """The text on one line, shortened for a message."""
-    text = text.encode("unicode_escape").decode("ascii")
-    return text if len(text) <= 160 else text[:157] + "..."
 
 
 class _Reader:
@@ -285,7 +178,7 @@ class _Reader:
             parts["all"] = self.methods(PRESETS)
         self.skip_blanks()
         if self.at < len(self.text):
-            raise self.error(f"unexpected '{_shown(self.text[self.at])}'", self.at)
+            raise self.error(f"unexpected '{shown(self.text[self.at])}'", self.at)
         return Recipe(tuple(parts.items()), frozenset(optional))
 
     def part_names(self) -> list[tuple[int, str, bool]]:
@@ -308,7 +201,7 @@ class _Reader:
                 hint = did_you_mean(name.lower(), (*METHODS, *also)) or f" (methods: {', '.join(METHODS)})"
                 if name in PARTS or name == "all":
                     hint = f": it is a part, write {name}=METHOD"
-                raise self.error(f"unknown method '{_shown(name)}'{hint}", column)
+                raise self.error(f"unknown method '{shown(name)}'{hint}", column)
             options, layers = self.options(name), self.layers()
             if name == "frozen" and not layers and not found:
                 frozen = True
@@ -328,7 +221,7 @@ class _Reader:
         while True:
             column, name = self.word("an option")
             if name in dict(options):
-                raise self.error(f"option '{_shown(name)}' is given twice", column)
+                raise self.error(f"option '{shown(name)}' is given twice", column)
             self.expect("=", "after the option's name")
             value_column, word = self.word("a number")
             if self._INT.fullmatch(word):
@@ -336,8 +229,8 @@ class _Reader:
             elif self._NUMBER.fullmatch(word):
                 value = float(word)
             else:
-                raise self.error(f"'{_shown(word)}' is not a number", value_column)
-            self.located(column, _check_option, method, name, value)
+                raise self.error(f"'{shown(word)}' is not a number", value_column)
+            self.located(column, check_option, method, name, value)
             options.append((name, value))
             if not self.take(","):
                 self.expect(")", "at the end of the options")
@@ -365,7 +258,7 @@ class _Reader:
         self.skip_blanks()
         match = self._WORD.match(self.text, self.at)
         if match is None:
-            got = f"'{_shown(self.text[self.at])}'" if self.at < len(self.text) else "the end"
+            got = f"'{shown(self.text[self.at])}'" if self.at < len(self.text) else "the end"
             raise self.error(f"expected {wanted}, got {got}", self.at)
         self.at = match.end()
         return match.start(), match.group()
@@ -378,7 +271,7 @@ class _Reader:
 
     def expect(self, mark: str, where: str) -> None:
         if not self.take(mark):
-            got = f"'{_shown(self.text[self.at])}'" if self.at < len(self.text) else "the end"
+            got = f"'{shown(self.text[self.at])}'" if self.at < len(self.text) else "the end"
             raise self.error(f"expected '{mark}' {where}, got {got}", self.at)
 
     def located(self, column: int, check: Callable[..., T], *values: object) -> T:
@@ -389,51 +282,4 @@ class _Reader:
             raise self.error(str(error), column) from None
 
     def error(self, what: str, column: int) -> RecipeError:
-        return RecipeError(f"{what} (column {column + 1} of recipe '{_shown(self.text)}')")
-
-
-def _presets() -> dict[str, str]:
-    """The paradigms of the paper (2404.16385) and of MILE (2403.06407), by name."""
-    lora = {f"lora{rank}": f"lora(r={rank},alpha=32,dropout=0.1)" for rank in (4, 8)}
-    presets = {name: f"all={name}" for name in METHODS if name != "lora"}
-    presets |= {
-        "ln-vision": "vision=ln",
-        "ln-language": "language=ln",
-        "ln-encoder": "encoder=ln",
-        "ln-decoder": "decoder=ln",
-        "ln-encoder+decoder": "encoder=ln,decoder=ln",
-        "ln-bias": "all=ln+bias",
-        "ln-gain-only": "all=ln(bias=0)",
-        "ln-bias-only": "all=ln(gain=0)",
-        "ln-connector": "connector?=full,language=ln",
-        "attention-vision": "vision=attention",
-        "attention-language": "language=attention",
-        "ffn-vision": "vision=ffn",
-        "ffn-language": "language=ffn",
-        "lora-4": f"all={lora['lora4']}",
-        "lora-8": f"all={lora['lora8']}",
-    }
-    words = {name: name for name in METHODS if name not in ("lora", "frozen", "full")} | lora
-    for (
-        word,
-        method,
-    ) in words.items():  # vision-encoder-decoder, the rows of MILE: F-LoRA4-LoRA4, T-T-prefix ...
-        for vision, encoder in (
-            ("frozen", "frozen"),
-            ("frozen", "full"),
-            ("full", "frozen"),
-            ("full", "full"),
-            ("frozen", word),
-            ("full", word),
-            (word, word),
-        ):
-            if vision == word and word in TEXT_ONLY:
-                continue
-            text = {"frozen": "frozen", "full": "full", word: method}
-            presets[f"{vision}-{encoder}-{word}"] = (
-                f"vision={text[vision]},encoder?={text[encoder]},decoder={method}"
-            )
-    return presets
-
-
-PRESETS: dict[str, str] = _presets()
+        return RecipeError(f"{what} (column {column + 1} of recipe '{shown(self.text)}')")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from normtune.anatomy import Anatomy, Place
-from normtune.recipe import INTRINSIC, Method, Recipe, RecipeError
+from normtune.methods import INTRINSIC, Method, RecipeError
+from normtune.recipe import Recipe
 
 
 def trainable(base: Anatomy, recipe: Recipe) -> list[str]:

@@ -7,7 +7,8 @@ import random
 from typing import Any
 
 from normtune.metrics.stats import mean_over_seeds
-from normtune.recipe import PRESETS, parse, resolve
+from normtune.presets import PRESETS
+from normtune.recipe import parse, resolve
 
 NANO = ("vision", "encoder", "decoder")
 LARGE = ("vision", "connector", "language")

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from normtune.recipe import METHODS, parse, resolve
+from normtune.methods import METHODS
+from normtune.recipe import parse, resolve
 from normtune.report.palette import COLOURS, TOLD, family, marker, parts_of
 
 PARTS = ("vision", "encoder", "decoder")

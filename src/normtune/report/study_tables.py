@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from normtune.recipe import METHODS, PARTS
+from normtune.methods import METHODS, PARTS
 from normtune.report.markup import Child, Html, joined, tag
 from normtune.report.numbers import NONE, duration, fixed, memory, p_value, points, share
 from normtune.report.study_data import (

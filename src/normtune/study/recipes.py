@@ -7,7 +7,8 @@ from fnmatch import fnmatchcase
 
 from normtune.config import LEARNING_RATES
 from normtune.errors import InputError
-from normtune.recipe import PRESETS, Recipe, parse
+from normtune.presets import PRESETS
+from normtune.recipe import Recipe, parse
 
 FROZEN = "frozen"
 
