@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from normtune.errors import InputError
 from normtune.lean import lean
 from normtune.models import load
 from normtune.models.causal import CausalFamily
+from normtune.norms import MixedNorm, Owners, Rows, TunedNorm
+from normtune.quantize import int8_linear
 from normtune.recipe import parse
 from normtune.recompute import Tier, recomputed
 from tests.models.test_families import grouped
@@ -55,6 +59,38 @@ def test_compiled_layers_give_the_same_and_compile_a_few_graphs_for_all_lengths(
     assert counter.frame_count == first <= 2 * len(names)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["layer", "rms", "rms_offset", "int8", "mixed"])
+def test_a_function_that_is_traced_gives_the_gradients_of_one_that_is_not(
+    kind: str, dtype: torch.dtype
+) -> None:
+    """torch 2.11 traces none through a result of an in-place step or of a cast that changes nothing."""
+    x = torch.randn(3, 8, dtype=dtype, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    gain = torch.linspace(0.5, 2.0, 8, requires_grad=True)
+    q, scale = torch.arange(64, dtype=torch.int8).view(8, 8), torch.linspace(0.1, 1.0, 8)
+    bias = torch.ones(8, requires_grad=True) if kind == "layer" else None
+    module: Any = None
+    if kind in ("layer", "rms", "rms_offset"):
+        module = TunedNorm(kind, gain, bias, 1e-6)
+    elif kind == "mixed":
+        module = MixedNorm("rms", torch.stack((gain, 1 - gain)).detach(), None, 1e-6, Rows())
+    trained = [x, *([] if module is None else module.parameters())]
+
+    def computed(x: Tensor) -> Tensor:
+        return 2 * (int8_linear(x, q, scale, None) if module is None else module(x))
+
+    def gradients(function: Any) -> Sequence[Tensor]:
+        return torch.autograd.grad(function(x).float().square().sum(), trained)
+
+    torch._dynamo.reset()
+    rows = Owners([1, 0, 1])
+    with module.rows.taken_by(rows) if kind == "mixed" else nullcontext():
+        wanted, found = gradients(computed), gradients(torch.compile(computed, backend="eager"))
+    assert all(one.abs().sum() > 0 for one in wanted)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_nothing_is_compiled_where_it_is_not_wanted(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -77,7 +78,7 @@ def test_files_hold_predictions_manifest_and_metrics(tmp_path: Path) -> None:
     assert (metrics["base"], metrics["adapter"], metrics["licence"]) == ("nano", "ln", "CC0")
     assert metrics["notice"] == "research use, not for diagnosis"
     assert (metrics["rows"], metrics["images"], metrics["splits"]) == (5, 3, ["test"])
-    assert metrics["settings"]["beams"] == 3 and metrics["versions"]["torch"] == torch.__version__
+    assert metrics["settings"]["beams"] == 3 and metrics["versions"]["torch"] == version("torch")
     assert metrics["split_hash"] == manifest["split_hash"]
     text = metrics_text({**metrics, "out": "run"})
     assert "closed_label" in text and "50.00" in text and "not for diagnosis" in text

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from normtune.anatomy import norm_kind, tried
+from normtune.traced import fresh
 
 
 def norm_eps(module: nn.Module) -> float | None:
@@ -102,7 +103,7 @@ class _LayerNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
         out, mean, rstd = _layer_norm(x, weight, bias, eps)
         ctx.save_for_backward(x, mean, rstd, weight, bias)
-        return out
+        return fresh(out)
 
     @staticmethod
     @once_differentiable
@@ -119,7 +120,7 @@ class _RMSNorm(torch.autograd.Function):
         out, rstd = _rms_norm(x, weight, eps, offset, rounds)
         ctx.save_for_backward(x, rstd, weight)
         ctx.offset = offset
-        return out
+        return fresh(out)
 
     @staticmethod
     @once_differentiable
@@ -290,7 +291,7 @@ class _Mixed(torch.autograd.Function):
             out, *statistics = norm.of_each(flat, weight, bias, eps, owners)
         ctx.save_for_backward(x, weight, bias, *statistics)
         ctx.norm, ctx.runs = norm, runs
-        return out.view(x.shape)
+        return fresh(out.view(x.shape))
 
     @staticmethod
     @once_differentiable

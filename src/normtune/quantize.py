@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from normtune.anatomy import anatomy
 from normtune.errors import InputError
+from normtune.traced import fresh
 
 Quantisation = Literal["int8", "nf4"]
 PACKAGES: dict[str, str] = {"int8": "torchao", "nf4": "bitsandbytes"}
@@ -133,7 +134,7 @@ class _ThroughInt8(torch.autograd.Function):
         ctx.save_for_backward(q, scale)
         ctx.dtype = x.dtype
         out = (x @ q.to(x.dtype).T).mul_(scale.to(x.dtype).flatten())
-        return out if bias is None else out.add_(bias)
+        return fresh(out if bias is None else out.add_(bias))
 
     @staticmethod
     @once_differentiable

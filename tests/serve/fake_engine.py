@@ -74,6 +74,9 @@ class FakeEngine:
     def adapters(self) -> list[AdapterInfo]:
         return list(self._adapters.values())
 
+    def knows(self, name: str) -> bool:
+        return name in self._adapters
+
     def stats(self) -> EngineStats:
         values = {one.name: 0 for one in fields(EngineStats)}
         return EngineStats(**values | {"queued": self._jobs.qsize(), "requests": len(self.asked)})  # type: ignore[arg-type]

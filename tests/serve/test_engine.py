@@ -381,8 +381,9 @@ def test_what_cannot_be_served_is_refused_with_a_word(
                 call()
         assert "has no image" in outcome(lambda: engine.submit(Request((), "?")))
         assert "at least one token" in outcome(lambda: engine.submit(request(0, None, max_new_tokens=0)))
+        assert engine.knows("chest")
         engine.remove("chest")
-        assert engine.adapters() == []
+        assert engine.adapters() == [] and not engine.knows("chest")
 
 
 def test_a_request_that_fails_takes_no_other_with_it(

@@ -178,6 +178,11 @@ class Adapters:
             raise UnknownAdapter(_unknown(name))
         return entry
 
+    def knows(self, name: str) -> bool:
+        """Whether an adapter of that name is registered."""
+        with self._lock:
+            return name in self._registered
+
     def infos(self) -> list[AdapterInfo]:
         """All that are registered, in the order in which they were."""
         with self._lock:

@@ -138,15 +138,15 @@ def _add_chat(app: FastAPI, service: Service) -> None:
     seconds = service.limits.request_s
 
     def check_model(name: str) -> None:
+        if name == service.settings.base or service.engine.knows(name):
+            return
         known = [service.settings.base, *(one.name for one in service.engine.adapters())]
-        if name not in known:
-            hint = did_you_mean(name, known)
-            raise Refused(
-                404,
-                f"there is no such model{hint or '.'} /v1/models lists them.",
-                code="model_not_found",
-                param="model",
-            )
+        raise Refused(
+            404,
+            f"there is no such model{did_you_mean(name, known) or '.'} /v1/models lists them.",
+            code="model_not_found",
+            param="model",
+        )
 
     @app.post("/v1/chat/completions", responses=schema.COMPLETION | refusals(400, 404, 503, 504))
     async def chat(body: api.ChatRequest, request: HttpRequest) -> Response:
@@ -244,9 +244,7 @@ def _add_adapters(app: FastAPI, service: Service) -> None:
     async def register_adapter(body: api.Registration) -> dict[str, Any]:
         """Register an adapter of the adapter root."""
         folder = folders.adapter_folder(root, body.folder or body.name)
-        if body.name == service.settings.base or any(
-            one.name == body.name for one in service.engine.adapters()
-        ):
+        if body.name == service.settings.base or service.engine.knows(body.name):
             raise Refused(409, "a model of that name is served already. Remove it first, or choose another.")
         try:
             info = await service.aside(service.engine.register, body.name, folder)

@@ -154,6 +154,10 @@ class Engine:
         """All that are registered, in the order in which they were."""
         return self._adapters.infos()
 
+    def knows(self, name: str) -> bool:
+        """Whether an adapter of that name is registered; of thousands, in no time."""
+        return self._adapters.knows(name)
+
     def stats(self) -> EngineStats:
         """What the engine holds and has done."""
         registered, loaded = self._adapters.counts()

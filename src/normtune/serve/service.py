@@ -31,6 +31,8 @@ class Answers(Protocol):
 
     def adapters(self) -> list[AdapterInfo]: ...  # pragma: no cover
 
+    def knows(self, name: str) -> bool: ...  # pragma: no cover
+
     def stats(self) -> EngineStats: ...  # pragma: no cover
 
     def close(self, *, drain: bool = True, timeout: float | None = None) -> None: ...  # pragma: no cover
