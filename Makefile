@@ -8,7 +8,7 @@ unexport PYTHONDONTWRITEBYTECODE
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 
-.PHONY: demo test check bench docs clean
+.PHONY: demo test test-oldest check bench docs clean
 
 demo: $(READY)
 	$(BIN)/normtune demo --out demo
@@ -16,6 +16,15 @@ demo: $(READY)
 # a process a core, up to four, each with one thread and whole files of tests
 test: $(READY_DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+
+# the oldest torch and transformers that pyproject.toml allows; where torch has no CPU build, gigabytes of CUDA come with it
+test-oldest: OLDEST := .venv-oldest
+test-oldest:
+	$(PYTHON) -m venv $(OLDEST)
+	grep -vE '^(torch|transformers)==' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check --no-compile -c $(OLDEST)/constraints.txt \
+	  'torch==2.11.*' 'transformers==5.17.*' -e '.[dev]'
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 check: $(READY_DEV)
 	$(BIN)/ruff check src tests benchmarks scripts
@@ -45,7 +54,7 @@ docs: $(READY)
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) demo site
+	rm -rf $(VENV) .venv-oldest demo site
 
 # torch first and alone, so that the pinned (CPU-friendly) version is what everything else resolves against
 $(READY): pyproject.toml constraints.txt

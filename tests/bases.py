@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
+from transformers import LlamaModel
 
 from normtune.adapt import Tuned
 from normtune.models.miss.config import MissConfig
@@ -17,6 +19,8 @@ from normtune.models.miss.model import MissForQuestionAnswering
 from tests.models.tiny import make_tiny
 
 KINDS = ("miss", "llava")
+# what transformers calls the argument, and the output, since 5.24 and before
+CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 MISS_WIDTH = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from normtune.adapt import adapt, untune
 from normtune.added import Bottleneck
 from normtune.errors import InputError
-from tests.bases import KINDS, base, logits, train_a_little
+from tests.bases import CACHE, KINDS, base, logits, train_a_little
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -137,7 +137,7 @@ def test_a_prefix_on_llava_is_a_cache_that_every_token_sees(method: str) -> None
             input_ids=ids,
             attention_mask=torch.cat([torch.ones(2, 3, dtype=torch.long), mask], 1),
             position_ids=torch.arange(7).expand(2, -1),
-            cache=cache,
+            **{CACHE: cache},
         ).logits
     seen = mask.bool()
     torch.testing.assert_close(ours[seen], theirs[seen], rtol=0, atol=2e-6)
@@ -150,9 +150,9 @@ def test_a_prefix_on_llava_generates_the_same_with_and_without_a_cache() -> None
     with torch.no_grad():
         whole = model(input_ids=ids).logits
         first = model(input_ids=ids[:, :4], use_cache=True)
-        cache, pieces = first.cache, [first.logits]
+        cache, pieces = first[CACHE], [first.logits]
         for column in range(4, 7):
-            step = model(input_ids=ids[:, column : column + 1], cache=cache, use_cache=True)
+            step = model(input_ids=ids[:, column : column + 1], use_cache=True, **{CACHE: cache})
             pieces.append(step.logits)
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=0, atol=2e-6)
 

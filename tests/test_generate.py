@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from normtune.generate import Generated, Step, generate
+from tests.bases import CACHE
 
 VOCABULARY = 11
 Early = bool | Literal["never"]
@@ -48,14 +49,14 @@ PROMPTS = torch.randint(2, VOCABULARY, (32, 4), generator=torch.Generator().manu
 def ours(model: LlamaForCausalLM, sizes: list[int] | None = None, **options: Any) -> list[Generated]:
     """`generate` over the model with its own cache; `sizes` collects the rows of each step."""
     cache = DynamicCache(config=model.config)
-    first = model(PROMPTS, cache=cache, use_cache=True).logits[:, -1]
+    first = model(PROMPTS, use_cache=True, **{CACHE: cache}).logits[:, -1]
 
     def step(tokens: Tensor, rows: Tensor | None) -> Tensor:
         if rows is not None:
             cache.reorder_cache(rows)
         if sizes is not None:
             sizes.append(len(tokens))
-        return model(tokens[:, None], cache=cache, use_cache=True).logits[:, -1]
+        return model(tokens[:, None], use_cache=True, **{CACHE: cache}).logits[:, -1]
 
     return generate(first, step, **options)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers.models.paligemma import modeling_paligemma
 
 from normtune.losses import answer_loss
 from normtune.models import family as families
@@ -18,6 +20,7 @@ from normtune.models import load
 from normtune.models.causal import CausalFamily
 from normtune.models.family import Pixels
 from normtune.packing import Group
+from tests.bases import CACHE
 from tests.models.tiny import TINY, make_tiny
 
 FAMILIES = tuple(TINY)
@@ -46,6 +49,8 @@ def image(name: str) -> Image.Image:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request: Any, tmp_path_factory: pytest.TempPathFactory) -> CausalFamily:
+    if request.param == "paligemma2" and "softcapping" not in inspect.getsource(modeling_paligemma):
+        pytest.skip("these transformers leave out the cap of PaliGemma 2's logits: they are no reference")
     loaded = load(str(make_tiny(request.param, tmp_path_factory.mktemp(request.param))))
     assert isinstance(loaded, CausalFamily)
     return loaded
@@ -211,6 +216,8 @@ def transformers_answer(family: CausalFamily, i: int, beams: int) -> tuple[tuple
 def test_answers_are_transformers_own_token_for_token(
     family: CausalFamily, grouping: str, beams: int, ends: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if beams > 1 and family.config.model_type == "internvl" and CACHE == "past_key_values":
+        pytest.skip("transformers before 5.24 gives beams of InternVL scores that its forward does not")
     if ends != "its own":  # a random model hardly ever ends an answer: now answers differ in length
         monkeypatch.setattr(family, "ends", tuple(range(0, family.model.lm_head.out_features, 4)))
     groups, pixels = grouped(family, GROUPINGS[grouping], answered=False)
