@@ -21,7 +21,7 @@ test: $(READY_DEV)
 test-oldest: OLDEST := .venv-oldest
 test-oldest:
 	$(PYTHON) -m venv $(OLDEST)
-	grep -vE '^(torch|transformers|huggingface-hub)==' constraints.txt > $(OLDEST)/constraints.txt
+	grep -vE '^(torch|transformers|huggingface_hub)==' constraints.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check --no-compile -c $(OLDEST)/constraints.txt \
 	  'torch==2.11.*' 'transformers==5.17.*' -e '.[dev]'
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile
