@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 import pytest
 
 from normtune import cli
+from normtune.adapt import adapt
+from normtune.delta import fingerprint, save_delta
+from normtune.models import load
 from normtune.serve import running
 from normtune.serve.service import Answers, Settings
 from tests.serve.served import call, question, serving
@@ -79,3 +83,27 @@ def test_a_base_and_its_adapters_are_served(
     assert answer.status == 200 and 0 < answer.json["normtune"]["confidence"] <= 1
     assert stream.status == 200 and stream.body.endswith(b"data: [DONE]\n\n")
     assert b"normtune_answers_total 3\n" in metrics.body
+
+
+def test_what_lies_below_the_root_and_cannot_be_served_is_left_out_by_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for recipe in ("ln", "decoder=attention[:1]"):
+        model = load("nano").model
+        mark = fingerprint(model)
+        out = tmp_path / recipe.partition("=")[0]
+        save_delta(adapt(model, recipe), out, base_name="nano", base_fingerprint=mark)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "adapter.json").write_text("{")
+    shutil.copytree(tmp_path / "ln", tmp_path / "nano")
+    monkeypatch.setattr(running, "run", lambda *_, ready, **__: ready())
+    options = ("nano", "--port", 0, "--device", "cpu", "--adapter-root", tmp_path)
+    assert run(monkeypatch, *options, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["adapters"] == ["ln"] and [*told["left_out"]] == ["cut", "decoder", "nano"]
+    assert "by attention" in told["left_out"]["decoder"]
+    assert run(monkeypatch, *options) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:-1] == [f"left out: {reason}" for reason in told["left_out"].values()]
+    assert lines[-1].startswith("nano with 1 adapters at http")
+    assert run(monkeypatch, *options[:5], "--adapter", f"decoder={tmp_path / 'decoder'}") == 2

@@ -69,9 +69,10 @@ def serve(
         )
     if reviews is not None and not reviews.is_dir():
         raise InputError(f"--reviews {reviews} is no folder. Give one of pages that normtune review wrote.")
-    found = named_adapters(adapter) | (adapters_below(adapter_root) if adapter_root else {})
+    named = named_adapters(adapter)
+    below = adapters_below(adapter_root) if adapter_root else {}
     base = Path(model).name or model
-    if base in found:
+    if base in named:
         raise InputError(f"the adapter '{base}' is called as the base. Name it otherwise: NAME=DIR.")
     with running.listen(host, port) as listening:  # first: a port that is taken is told at once
         from normtune import report_task
@@ -88,8 +89,18 @@ def serve(
             lora_rank=lora_rank,
         )
         try:
-            for name, folder in found.items():
+            for name, folder in named.items():
                 engine.register(name, folder)
+            left_out = {}
+            for name, folder in below.items():
+                try:
+                    if name == base:
+                        raise InputError(f"adapter '{name}' is called as the base. Rename its folder.")
+                    if name not in named:
+                        engine.register(name, folder)
+                except InputError as error:  # a folder of runs may hold some that are not served
+                    left_out[name] = str(error)
+            names = [one.name for one in engine.adapters()]
             at_once = queue_limit + max_batch
             limits = Limits(per_minute=per_minute, request_s=timeout, questions=at_once)
             longest = engine.family.longest_answer  # a client that asks for more gets so many
@@ -107,8 +118,9 @@ def serve(
                 report_tokens=report_task.WRITTEN_TOKENS,
             )
             url = running.address(listening)
-            told = {"url": url, "model": base, "adapters": [*found], "keys": bool(keys)}
-            text = f"{base} with {len(found)} adapters at {url} (research use, not for diagnosis)"
+            told = {"url": url, "model": base, "adapters": names, "left_out": left_out, "keys": bool(keys)}
+            text = f"{base} with {len(names)} adapters at {url} (research use, not for diagnosis)"
+            text = "\n".join([*(f"left out: {reason}" for reason in left_out.values()), text])
 
             def ready() -> None:
                 emit(json, told, text)
