@@ -95,15 +95,17 @@ def test_what_lies_below_the_root_and_cannot_be_served_is_left_out_by_name(
         save_delta(adapt(model, recipe), out, base_name="nano", base_fingerprint=mark)
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "adapter.json").write_text("{")
-    shutil.copytree(tmp_path / "ln", tmp_path / "nano")
+    for name in ("ln-encoder+decoder", "nano", "of Jane Doe"):
+        shutil.copytree(tmp_path / "ln", tmp_path / name)
     monkeypatch.setattr(running, "run", lambda *_, ready, **__: ready())
     options = ("nano", "--port", 0, "--device", "cpu", "--adapter-root", tmp_path)
     assert run(monkeypatch, *options, "--json") == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["adapters"] == ["ln"] and [*told["left_out"]] == ["cut", "decoder", "nano"]
+    assert told["adapters"] == ["ln", "ln-encoder+decoder"]
+    assert [*told["left_out"]] == ["cut", "decoder", "nano", "of Jane Doe"]
     assert "by attention" in told["left_out"]["decoder"]
     assert run(monkeypatch, *options) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[:-1] == [f"left out: {reason}" for reason in told["left_out"].values()]
-    assert lines[-1].startswith("nano with 1 adapters at http")
+    assert lines[-1].startswith("nano with 2 adapters at http")
     assert run(monkeypatch, *options[:5], "--adapter", f"decoder={tmp_path / 'decoder'}") == 2

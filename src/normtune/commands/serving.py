@@ -59,7 +59,7 @@ def serve(
         raise InputError(
             "serving needs packages that are not installed: pip install normtune[serve]."
         ) from error
-    from normtune.serve.folders import adapters_below, named_adapters
+    from normtune.serve.folders import adapters_below, check_name, named_adapters
     from normtune.serve.limits import Limits, read_keys
 
     keys = read_keys(api_keys)
@@ -94,6 +94,7 @@ def serve(
             left_out = {}
             for name, folder in below.items():
                 try:
+                    check_name(name)
                     if name == base:
                         raise InputError(f"adapter '{name}' is called as the base. Rename its folder.")
                     if name not in named:

@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from normtune.serve.folders import NAME
 from normtune.serve.requests import AdapterInfo, Reply
 
-_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
-ADAPTER_NAME = f"^{_NAME}$"
-FOLDER_NAME = f"^{_NAME}(/{_NAME}){{0,3}}$"  # `folders.adapter_folder` says so in a sentence
+ADAPTER_NAME = f"^{NAME}$"
+FOLDER_NAME = f"^{NAME}(/{NAME}){{0,3}}$"  # `folders.adapter_folder` says so in a sentence
 
 
 def _whole(value: object) -> object:

@@ -9,7 +9,8 @@ from pathlib import Path
 from normtune.errors import InputError
 from normtune.serve.faults import Refused
 
-_STEP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
+NAME = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}"  # of an adapter, and of each step to its folder
+_STEP = re.compile(NAME, re.ASCII)
 _PAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}\.html", re.ASCII)
 
 
@@ -31,6 +32,18 @@ def adapter_folder(root: Path | None, name: str) -> Path:
     return found
 
 
+def check_name(name: str) -> None:
+    """Whether an adapter may be called so.
+
+    Raises:
+        InputError: it may not.
+    """
+    if not _STEP.fullmatch(name):
+        raise InputError(
+            f"{name[:80]!r} is no name of an adapter. Use letters, digits, dots, dashes, _ and +: 64 at most."
+        )
+
+
 def named_adapters(options: Iterable[str]) -> dict[str, Path]:
     """`NAME=DIR`, one an adapter, as folders by name.
 
@@ -40,10 +53,9 @@ def named_adapters(options: Iterable[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for option in options:
         name, equals, folder = option.partition("=")
-        if not equals or not _STEP.fullmatch(name) or not folder:
-            raise InputError(
-                f"--adapter {option}: give NAME=DIR, with a name of letters, digits, dots, dashes and _."
-            )
+        if not equals or not folder:
+            raise InputError(f"--adapter {option}: give NAME=DIR.")
+        check_name(name)
         if name in found:
             raise InputError(f"--adapter {name}: two adapters of that name. Give each its own.")
         found[name] = Path(folder)
@@ -60,8 +72,8 @@ def adapters_below(root: Path) -> dict[str, Path]:
         raise InputError(
             f"--adapter-root {root} is no folder. Give the one that holds the adapters' folders."
         )
-    inside = sorted(one for one in root.iterdir() if _STEP.fullmatch(one.name))
-    return {one.name: one for one in inside if (one / "adapter.json").is_file()}
+    seen = sorted(one for one in root.iterdir() if not one.name.startswith("."))
+    return {one.name: one for one in seen if (one / "adapter.json").is_file()}
 
 
 def review_names(folder: Path | None) -> list[str]:
