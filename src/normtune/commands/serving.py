@@ -94,7 +94,7 @@ def serve(
             left_out = {}
             for name, folder in below.items():
                 try:
-                    check_name(name)
+                    check_name(name, f"the folder '{name}'")
                     if name == base:
                         raise InputError(f"adapter '{name}' is called as the base. Rename its folder.")
                     if name not in named:

@@ -32,15 +32,15 @@ def adapter_folder(root: Path | None, name: str) -> Path:
     return found
 
 
-def check_name(name: str) -> None:
-    """Whether an adapter may be called so.
+def check_name(name: str, where: str) -> None:
+    """Whether an adapter may be called so; `where` the name stands is told.
 
     Raises:
         InputError: it may not.
     """
     if not _STEP.fullmatch(name):
         raise InputError(
-            f"{name[:80]!r} is no name of an adapter. Use letters, digits, dots, dashes, _ and +: 64 at most."
+            f"{where}: no name of an adapter. Use letters, digits, dots, dashes, _ and +, 64 at most."
         )
 
 
@@ -55,7 +55,7 @@ def named_adapters(options: Iterable[str]) -> dict[str, Path]:
         name, equals, folder = option.partition("=")
         if not equals or not folder:
             raise InputError(f"--adapter {option}: give NAME=DIR.")
-        check_name(name)
+        check_name(name, f"--adapter {option}")
         if name in found:
             raise InputError(f"--adapter {name}: two adapters of that name. Give each its own.")
         found[name] = Path(folder)
