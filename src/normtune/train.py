@@ -134,6 +134,7 @@ def write(
             "name": dataset.name,
             "split": config.split,
             "licence": dataset.licence,
+            "task": config.task,
             "pairs": pairs,
         },
         metrics={"training": description},

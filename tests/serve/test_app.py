@@ -6,6 +6,7 @@ import io
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ import openai
 import pytest
 from PIL import Image
 
+from normtune.serve.api import adapter_entry, model_entry
 from normtune.serve.service import Settings
 from tests.data.samples import dicom, dicom_bytes
-from tests.serve.fake_engine import FakeEngine
+from tests.serve.fake_engine import FakeEngine, info
 from tests.serve.served import call, data_url, picture, question, serving, upload
 
 
@@ -96,6 +98,15 @@ def test_openais_client_uploads_and_asks_of_what_it_uploaded(client: openai.Open
     client.files.delete(held.id)
     with pytest.raises(openai.NotFoundError, match="Upload it anew"):
         client.chat.completions.create(model="chest", messages=question(image=held.id)["messages"])
+
+
+def test_a_model_tells_what_it_was_trained_on_and_not_where_that_lies(url: str) -> None:
+    data = {"name": "slake", "split": "train", "licence": "CC-BY-4.0", "task": "report", "pairs": 9}
+    trained = replace(info("chest"), data=data | {"root": "/data/ward-7"})
+    for entry in (model_entry("chest", 0.0, trained), adapter_entry(trained)):
+        assert entry["data"] == data and entry["recipe"] == trained.recipe
+    base, *adapters = call(url, "GET", "/v1/models").json["data"]
+    assert "recipe" not in base and all(one["recipe"] for one in adapters)
 
 
 def test_without_text_a_report_is_written_and_views_keep_their_order(url: str, engine: FakeEngine) -> None:

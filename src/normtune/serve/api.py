@@ -160,18 +160,23 @@ def last_chunks(id: str, model: str, reply: Reply, limit: int | None, usage: boo
 def model_entry(name: str, started: float, adapter: AdapterInfo | None = None) -> dict[str, Any]:
     """A row of `/v1/models`."""
     own = "base" if adapter is None else "adapter"
-    return {"id": name, "object": "model", "created": int(started), "owned_by": "normtune", "kind": own}
+    told = {"id": name, "object": "model", "created": int(started), "owned_by": "normtune", "kind": own}
+    return told if adapter is None else told | {"recipe": adapter.recipe, "data": _trained_on(adapter)}
+
+
+def _trained_on(info: AdapterInfo) -> dict[str, Any]:
+    known = ("name", "split", "licence", "task", "pairs")
+    return {name: value for name, value in (info.data or {}).items() if name in known}
 
 
 def adapter_entry(info: AdapterInfo) -> dict[str, Any]:
     """A row of `/v1/adapters`: what the adapter says of itself, without where it lies."""
     told = {"id": info.name, "object": "adapter", "recipe": info.recipe, "base": info.base.rpartition("/")[2]}
-    data = {k: v for k, v in (info.data or {}).items() if k in ("name", "split", "licence", "rows", "images")}
     return told | {
         "trainable": info.trainable,
         "total": info.total,
         "bytes": info.bytes,
         "loaded": info.loaded,
         "running": info.running,
-        "data": data,
+        "data": _trained_on(info),
     }

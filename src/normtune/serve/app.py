@@ -120,12 +120,17 @@ def _add_models(app: FastAPI, service: Service) -> None:
         }
         return {base: api.model_entry(base, service.started), **adapters}
 
-    @app.get("/v1/models", response_model=schema.ModelList)
+    @app.get("/v1/models", response_model=schema.ModelList, response_model_exclude_none=True)
     async def list_models() -> dict[str, Any]:
         """The base and its adapters, as models."""
         return {"object": "list", "data": list(entries().values())}
 
-    @app.get("/v1/models/{model:path}", response_model=schema.ModelEntry, responses=refusals(404))
+    @app.get(
+        "/v1/models/{model:path}",
+        response_model=schema.ModelEntry,
+        response_model_exclude_none=True,
+        responses=refusals(404),
+    )
     async def get_model(model: str) -> dict[str, Any]:
         """One model."""
         found = entries().get(model)

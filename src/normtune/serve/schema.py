@@ -50,6 +50,8 @@ class ModelEntry(BaseModel):
     created: int
     owned_by: str
     kind: Literal["base", "adapter"]
+    recipe: str | None = None
+    data: dict[str, Any] | None = None
 
 
 class ModelList(BaseModel):

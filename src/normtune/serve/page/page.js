@@ -59,7 +59,9 @@ function showModels(models) {
     ...models.map((one) => {
       const box = make("input", { type: "checkbox", name: "model", value: one.id });
       box.checked = one === (adapters[0] ?? models[0]);
-      return make("label", {}, box, one.id, ...(one.kind === "base" ? [make("span", {}, "base")] : []));
+      const tag = one.kind === "base" ? "base" : one.data?.task === "report" ? "reports" : "";
+      const about = one.recipe ? `${one.recipe}, trained on ${one.data?.name ?? "unnamed data"}` : "";
+      return make("label", { title: about }, box, one.id, ...(tag ? [make("span", {}, tag)] : []));
     }),
   );
   $("filter").hidden = models.length < 16;
