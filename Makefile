@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 # Python compiles what is imported, once; pip would compile thousands of modules that nobody imports
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 unexport PYTHONDONTWRITEBYTECODE
+OLDEST := .venv-oldest
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 
@@ -18,7 +19,6 @@ test: $(READY_DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 # the oldest torch and transformers that pyproject.toml allows; where torch has no CPU build, gigabytes of CUDA come with it
-test-oldest: OLDEST := .venv-oldest
 test-oldest:
 	$(PYTHON) -m venv $(OLDEST)
 	grep -vE '^(torch|transformers|huggingface_hub)==' constraints.txt > $(OLDEST)/constraints.txt
@@ -54,7 +54,7 @@ docs: $(READY)
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) .venv-oldest demo site
+	rm -rf $(VENV) $(OLDEST) demo site
 
 # torch first and alone, so that the pinned (CPU-friendly) version is what everything else resolves against
 $(READY): pyproject.toml constraints.txt

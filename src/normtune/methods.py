@@ -85,6 +85,11 @@ class Method:
 
 
 def check_option(method: str, option: str, value: int | float) -> None:
+    """Whether a method takes an option of that name and value.
+
+    Raises:
+        RecipeError: it does not.
+    """
     defaults = METHODS[method]
     if option not in defaults:
         takes = ", ".join(defaults) or "none"
