@@ -3,7 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Python compiles what is imported, once; pip would compile thousands of modules that nobody imports
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+INSTALL := pip install --quiet --disable-pip-version-check --no-compile
+PIP := $(BIN)/$(INSTALL) -c constraints.txt
+# a process a core, up to four, each with one thread and whole files of tests
+PYTEST := python -m pytest -n logical --maxprocesses 4 --dist loadfile
 unexport PYTHONDONTWRITEBYTECODE
 OLDEST := .venv-oldest
 READY := $(VENV)/.ready
@@ -14,17 +17,15 @@ READY_DEV := $(VENV)/.ready-dev
 demo: $(READY)
 	$(BIN)/normtune demo --out demo
 
-# a process a core, up to four, each with one thread and whole files of tests
 test: $(READY_DEV)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST)
 
 # the oldest torch and transformers that pyproject.toml allows; where torch has no CPU build, gigabytes of CUDA come with it
 test-oldest:
 	$(PYTHON) -m venv $(OLDEST)
 	grep -vE '^(torch|transformers|huggingface_hub)==' constraints.txt > $(OLDEST)/constraints.txt
-	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check --no-compile -c $(OLDEST)/constraints.txt \
-	  'torch==2.11.*' 'transformers==5.17.*' -e '.[dev]'
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	$(OLDEST)/bin/$(INSTALL) -c $(OLDEST)/constraints.txt 'torch==2.11.*' 'transformers==5.17.*' -e '.[dev]'
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/$(PYTEST)
 
 check: $(READY_DEV)
 	$(BIN)/ruff check src tests benchmarks scripts

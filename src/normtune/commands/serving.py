@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from normtune.commands.app import Device, Json, Model, Quantize, app, emit
 from normtune.errors import InputError
+
+if TYPE_CHECKING:
+    from normtune.serve.engine import Engine
 
 
 @app.command()
@@ -59,7 +63,7 @@ def serve(
         raise InputError(
             "serving needs packages that are not installed: pip install normtune[serve]."
         ) from error
-    from normtune.serve.folders import adapters_below, check_name, named_adapters
+    from normtune.serve.folders import adapters_below, named_adapters
     from normtune.serve.limits import Limits, read_keys
 
     keys = read_keys(api_keys)
@@ -71,6 +75,7 @@ def serve(
         raise InputError(f"--reviews {reviews} is no folder. Give one of pages that normtune review wrote.")
     named = named_adapters(adapter)
     below = adapters_below(adapter_root) if adapter_root else {}
+    below = {name: folder for name, folder in below.items() if name not in named}
     base = Path(model).name or model
     if base in named:
         raise InputError(f"the adapter '{base}' is called as the base. Name it otherwise: NAME=DIR.")
@@ -91,16 +96,7 @@ def serve(
         try:
             for name, folder in named.items():
                 engine.register(name, folder)
-            left_out = {}
-            for name, folder in below.items():
-                try:
-                    check_name(name, f"the folder '{name}'")
-                    if name == base:
-                        raise InputError(f"adapter '{name}' is called as the base. Rename its folder.")
-                    if name not in named:
-                        engine.register(name, folder)
-                except InputError as error:  # a folder of runs may hold some that are not served
-                    left_out[name] = str(error)
+            left_out = _register_below(engine, below, base)
             names = [one.name for one in engine.adapters()]
             at_once = queue_limit + max_batch
             limits = Limits(per_minute=per_minute, request_s=timeout, questions=at_once)
@@ -130,3 +126,19 @@ def serve(
             running.run(engine, settings, listening, ready=ready, quiet=quiet)
         finally:
             engine.close(drain=False)
+
+
+def _register_below(engine: Engine, below: Mapping[str, Path], base: str) -> dict[str, str]:
+    """Register the adapters of a folder, which may hold some that cannot be served: name -> why not."""
+    from normtune.serve.folders import check_name
+
+    left_out = {}
+    for name, folder in below.items():
+        try:
+            check_name(name, f"the folder '{name}'")
+            if name == base:
+                raise InputError(f"adapter '{name}' is called as the base. Rename its folder.")
+            engine.register(name, folder)
+        except InputError as error:
+            left_out[name] = str(error)
+    return left_out

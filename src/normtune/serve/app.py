@@ -143,7 +143,7 @@ def _add_chat(app: FastAPI, service: Service) -> None:
     seconds = service.limits.request_s
 
     def check_model(name: str) -> None:
-        if name == service.settings.base or service.engine.knows(name):
+        if service.serves(name):
             return
         known = [service.settings.base, *(one.name for one in service.engine.adapters())]
         raise Refused(
@@ -249,7 +249,7 @@ def _add_adapters(app: FastAPI, service: Service) -> None:
     async def register_adapter(body: api.Registration) -> dict[str, Any]:
         """Register an adapter of the adapter root."""
         folder = folders.adapter_folder(root, body.folder or body.name)
-        if body.name == service.settings.base or service.engine.knows(body.name):
+        if service.serves(body.name):
             raise Refused(409, "a model of that name is served already. Remove it first, or choose another.")
         try:
             info = await service.aside(service.engine.register, body.name, folder)

@@ -73,6 +73,10 @@ class Service:
         self.started = time.time()
         self._pool = ThreadPoolExecutor(_DECODERS, thread_name_prefix="normtune decode")
 
+    def serves(self, model: str) -> bool:
+        """Whether requests may name it: the base, or an adapter that is registered."""
+        return model == self.settings.base or self.engine.knows(model)
+
     async def aside(self, work: Callable[..., Value], *arguments: Any, **named: Any) -> Value:
         """Run `work` in a thread of the few that decode."""
         loop = asyncio.get_running_loop()
