@@ -21,9 +21,10 @@ from shape import Shape, Written
 from torch import nn
 from workload import parser, ratio, shown, spread, workload
 
+from normtune.data.batches import pair_batches
+from normtune.data.groups import Group, group_by_image
 from normtune.data.records import Dataset, Example
 from normtune.models.family import Family
-from normtune.packing import Group, group_by_image, pair_batches
 
 OURS, THEIRS = "normtune", "generate()"
 Answers = dict[str, Written]  # by question

@@ -20,14 +20,15 @@ from peft import LNTuningConfig, get_peft_model
 from record import record
 from torch import Tensor, nn
 
-from normtune.adapt import adapt
-from normtune.anatomy import norms
-from normtune.catalog import open_dataset
-from normtune.collator import Collator
-from normtune.image_cache import ImageCache
-from normtune.models import load
-from normtune.models.family import Batch, Family
-from normtune.packing import EpochBatches
+from normtune.data.batches import EpochBatches
+from normtune.data.registry import open_dataset
+from normtune.methods.adapt import adapt
+from normtune.models.family import Family
+from normtune.models.image_cache import ImageCache
+from normtune.models.loading import load
+from normtune.models.parts import norms
+from normtune.models.types import Batch
+from normtune.training.collator import Collator
 
 
 def main() -> None:

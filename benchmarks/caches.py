@@ -23,11 +23,11 @@ from shape_llava import TEXT, LlavaShape
 from transformers import TrainerCallback
 from workload import ratio, sample, shown, spread
 
-from normtune.adapt import adapt
-from normtune.catalog import open_dataset
-from normtune.config import TrainConfig
 from normtune.data.records import Dataset, Example
-from normtune.train import fit
+from normtune.data.registry import open_dataset
+from normtune.methods.adapt import adapt
+from normtune.training.config import TrainConfig
+from normtune.training.train import fit
 
 BELOW = TEXT["num_hidden_layers"] * 3 // 4
 RECIPE = f"language=ln[{BELOW}:]"

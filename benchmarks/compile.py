@@ -19,13 +19,13 @@ from PIL import Image
 from record import record
 from shape_llava import LlavaShape
 
-from normtune.adapt import adapt
-from normtune.compiled import compiled
-from normtune.lean import lean
-from normtune.models.family import Batch
-from normtune.models.llava import LlavaFamily
-from normtune.packing import Group
-from normtune.recipe import parse
+from normtune.data.groups import Group
+from normtune.methods.adapt import adapt
+from normtune.methods.recipe import parse
+from normtune.models.families.llava import LlavaFamily
+from normtune.models.types import Batch
+from normtune.training.layer_wrapping import compiled
+from normtune.training.saved_activations import lean
 
 QUESTIONS = [
     "What modality is used to take this image?",

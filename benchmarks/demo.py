@@ -12,7 +12,7 @@ from typing import Any
 
 from record import record
 
-from normtune.demo import run_demo
+from normtune.studies.demo import run_demo
 
 
 def main() -> None:

@@ -33,17 +33,18 @@ from torch import Tensor, nn
 from transformers import AutoConfig, LlavaForConditionalGeneration
 from workload import sample, shown, spread
 
-from normtune.adapt import adapt
-from normtune.catalog import open_dataset
-from normtune.collator import Collator
+from normtune.data.batches import pair_batches
+from normtune.data.groups import group_by_image
 from normtune.data.records import Dataset, Example
-from normtune.files import read_json
-from normtune.image_cache import ImageCache
-from normtune.lean import lean
-from normtune.models.family import Batch
-from normtune.models.llava import LlavaFamily
-from normtune.packing import group_by_image, pair_batches
-from normtune.recompute import Tier, recomputed
+from normtune.data.registry import open_dataset
+from normtune.methods.adapt import adapt
+from normtune.models.families.llava import LlavaFamily
+from normtune.models.image_cache import ImageCache
+from normtune.models.types import Batch
+from normtune.runtime.files import read_json
+from normtune.training.collator import Collator
+from normtune.training.layer_wrapping import Tier, recomputed
+from normtune.training.saved_activations import lean
 
 MODEL = "llava-med-7b"
 MEASURED, SMOKE, NOT_YET = "measured", "smoke run", "not yet measured"
@@ -76,7 +77,7 @@ class LlavaMed(LlavaShape):
     name = MODEL
 
     def __init__(self, device: torch.device, tiny: bool) -> None:
-        values = read_json(Path(str(files("normtune.models"))) / "shapes" / f"{MODEL}.json")
+        values = read_json(Path(str(files("normtune.models.loading"))) / "shapes" / f"{MODEL}.json")
         if tiny:
             values["vision_config"] |= TINY | {"image_size": 28}
             values["text_config"] |= TINY | {"num_key_value_heads": 1, "vocab_size": 4000}

@@ -21,13 +21,14 @@ from typing import Any
 
 from record import record
 
-from normtune.cells import Cell, run_cells
-from normtune.config import EvaluateConfig, TrainConfig
-from normtune.files import read_json
-from normtune.metrics.corpus import mean_of, paired
-from normtune.metrics.stats import holm, mean_over_seeds
-from normtune.metrics.vqa import scores
-from normtune.results import read_run
+from normtune.evaluation.config import EvaluateConfig
+from normtune.evaluation.results import read_run
+from normtune.metrics.answers import scores
+from normtune.metrics.statistics import holm, mean_over_seeds
+from normtune.metrics.sum_metrics import mean_of, paired
+from normtune.runtime.files import read_json
+from normtune.studies.demo_cells import Cell, run_cells
+from normtune.training.config import TrainConfig
 
 METRIC = "global_exact"
 ALL = 0  # no cap: all questions of an image in one group

@@ -32,13 +32,13 @@ from record import record
 from shape_llava import LlavaShape
 from torch import Tensor
 
-from normtune.catalog import open_dataset
-from normtune.files import read_json, write_json
-from normtune.memory import status_bytes
-from normtune.models import skeleton
-from normtune.packing import group_by_image
-from normtune.quantize import PACKAGES
-from normtune.shards import Planned, write_safetensors
+from normtune.data.groups import group_by_image
+from normtune.data.registry import open_dataset
+from normtune.models.checkpoints.writer import Planned, write_safetensors
+from normtune.models.loading import skeleton
+from normtune.models.quantization import PACKAGES
+from normtune.runtime.files import read_json, write_json
+from normtune.runtime.memory import status_bytes
 
 SHARD_BYTES = 2 * 10**9
 SAMPLING = 0.02  # seconds

@@ -2,7 +2,7 @@
 
     python benchmarks/learning_rates.py --out benchmarks/learning_rates.json
 
-`normtune.config.LEARNING_RATES` holds the best of each row (a test holds the two together). The test split is
+`normtune.methods.registry.LEARNING_RATES` holds the best of each row (a test holds the two together). The test split is
 not looked at.
 """
 
@@ -15,8 +15,9 @@ from typing import Any
 
 from record import record
 
-from normtune.cells import Cell, run_cells
-from normtune.config import EvaluateConfig, TrainConfig
+from normtune.evaluation.config import EvaluateConfig
+from normtune.studies.demo_cells import Cell, run_cells
+from normtune.training.config import TrainConfig
 
 LOW, MIDDLE, HIGH = (1e-4, 3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2, 3e-2), (3e-3, 1e-2, 3e-2, 1e-1)
 HIGHEST = (1e-2, 3e-2, 1e-1, 3e-1)

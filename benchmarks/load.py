@@ -36,9 +36,9 @@ import numpy as np
 from record import record
 from serving import TUNE, written
 
-from normtune.memory import status_bytes
-from normtune.models import load
-from normtune.phantom import dataset
+from normtune.data.phantom import dataset
+from normtune.models.loading import load
+from normtune.runtime.memory import status_bytes
 
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 

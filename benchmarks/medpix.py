@@ -20,14 +20,15 @@ from typing import Any
 
 from record import record
 
-from normtune.catalog import open_from
-from normtune.cells import Cell, run_cells
-from normtune.config import EvaluateConfig, TrainConfig
 from normtune.data.records import Example
+from normtune.data.registry import open_from
 from normtune.data.splits import patients
-from normtune.metrics.corpus import intervals
-from normtune.metrics.report import report_table, text_pairs
-from normtune.metrics.stats import RESAMPLES
+from normtune.evaluation.config import EvaluateConfig
+from normtune.metrics.reports import report_table, text_pairs
+from normtune.metrics.statistics import RESAMPLES
+from normtune.metrics.sum_metrics import intervals
+from normtune.studies.demo_cells import Cell, run_cells
+from normtune.training.config import TrainConfig
 
 RATES = {
     "ln": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),

@@ -7,7 +7,7 @@
 2. The peak of the living tensors in a whole training step on groups of SLAKE (LLaVA's shape, 576 image
    tokens, fp32), a pair, beside PEFT LoRA on all linears with every question in a row of its own.
 
-Weights are not counted; gradients and everything that an operation makes are (`normtune.live`).
+Weights are not counted; gradients and everything that an operation makes are (`normtune.training.memory_plan.live_bytes`).
 """
 
 from __future__ import annotations
@@ -27,19 +27,21 @@ from shape_llava import LlavaShape
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
-from normtune.adapt import adapt
-from normtune.anatomy import norms
-from normtune.catalog import open_dataset
-from normtune.collator import Collator
+from normtune.data.groups import group_by_image
 from normtune.data.records import Dataset, Example
-from normtune.image_cache import ImageCache
-from normtune.lean import lean
-from normtune.live import LiveBytes
-from normtune.packing import group_by_image
-from normtune.recompute import Tier, recomputed
+from normtune.data.registry import open_dataset
+from normtune.methods.adapt import adapt
+from normtune.models.image_cache import ImageCache
+from normtune.models.parts import norms
+from normtune.training.collator import Collator
+from normtune.training.layer_wrapping import Tier, recomputed
+from normtune.training.memory_plan.live_bytes import LiveBytes
+from normtune.training.saved_activations import lean
 
 WIDTH, FORWARD, HEADS = 512, 1376, 8
-NEEDED = 4 * FORWARD + 8 * WIDTH + 4 * WIDTH + 4 * HEADS + 8  # bf16; see `normtune.lean`
+NEEDED = (
+    4 * FORWARD + 8 * WIDTH + 4 * WIDTH + 4 * HEADS + 8
+)  # bf16; see `normtune.training.saved_activations`
 TIERS: tuple[Tier, ...] = ("fast", "balanced", "tight")
 PEERS = ("PEFT LN_TUNING", "PEFT LoRA r8 q,v", "PEFT LoRA r8 all-linear", "full")
 OURS = tuple(f"normtune ln, {tier}" for tier in TIERS)

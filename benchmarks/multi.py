@@ -5,7 +5,7 @@
 MISS's and LLaVA's shapes at widths that two cores can run, random weights; LN tuning of the text parts. Two
 sweeps: seeds, whose steps see different images, and learning rates of one seed, whose steps see the same.
 One pass takes its adapters' batches one at a time or all at once. Time is that of the runs, the base being
-loaded; rounds are interleaved. Memory is what one step makes at its peak (`normtune.live`) and the base's
+loaded; rounds are interleaved. Memory is what one step makes at its peak (`normtune.training.memory_plan.live_bytes`) and the base's
 weights: of the pass, of one run, and of all runs side by side.
 """
 
@@ -24,18 +24,18 @@ from shape import Shape
 from shapes import SHAPES
 from workload import ratio, sample, shown, spread
 
-from normtune.adapt import adapt
-from normtune.catalog import open_dataset
-from normtune.collator import collator
-from normtune.config import TrainConfig
+from normtune.adapters.multi.bank import Mixed, mix
+from normtune.data.batches import EpochBatches
 from normtune.data.records import Dataset, Example
-from normtune.lane import Lane
-from normtune.lean import lean
-from normtune.live import LiveBytes
-from normtune.mixed import Mixed, mix
-from normtune.multi import backward, run
-from normtune.packing import EpochBatches
-from normtune.train import fit
+from normtune.data.registry import open_dataset
+from normtune.methods.adapt import adapt
+from normtune.training.collator import collator
+from normtune.training.config import TrainConfig
+from normtune.training.joint import backward, run
+from normtune.training.joint_run import Lane
+from normtune.training.memory_plan.live_bytes import LiveBytes
+from normtune.training.saved_activations import lean
+from normtune.training.train import fit
 
 TUNE = {"miss": "encoder=ln,decoder=ln", "llava": "language=ln"}
 SWEEPS = ("seeds", "learning rates")

@@ -28,10 +28,10 @@ from shapes import SHAPES
 from throughput import MORE, Timed, table, train_ours
 from workload import Workload, ratio, sample, spread
 
-from normtune.catalog import open_dataset
 from normtune.data.records import Dataset, Example
+from normtune.data.registry import open_dataset
 from normtune.errors import InputError
-from normtune.models import load
+from normtune.models.loading import load
 
 RECIPES = ("language=ln", "language=lora(r=8)")
 TARGETS = ("q_proj", "v_proj")

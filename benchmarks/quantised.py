@@ -21,16 +21,17 @@ import torch
 from record import record
 from torch import Tensor
 
-from normtune.adapt import adapt
-from normtune.catalog import open_dataset
-from normtune.comparison import compare
-from normtune.config import EvaluateConfig, TrainConfig
-from normtune.evaluate import evaluate_config
-from normtune.models import load
+from normtune.data.groups import Group, group_by_image
+from normtune.data.registry import open_dataset
+from normtune.evaluation.compare import compare
+from normtune.evaluation.config import EvaluateConfig
+from normtune.evaluation.evaluate import evaluate_config
+from normtune.methods.adapt import adapt
 from normtune.models.family import Family
-from normtune.packing import Group, group_by_image
-from normtune.quantize import PACKAGES, check_installed
-from normtune.train import train
+from normtune.models.loading import load
+from normtune.models.quantization import PACKAGES, check_installed
+from normtune.training.config import TrainConfig
+from normtune.training.train import train
 
 METRIC = "global_exact"
 BASES: dict[str, dict[str, str]] = {

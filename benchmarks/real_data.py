@@ -17,11 +17,12 @@ from typing import Any
 
 from record import record
 
-from normtune.baseline import QuestionOnly
-from normtune.catalog import open_from
-from normtune.cells import Cell, run_cells
-from normtune.config import EvaluateConfig, TrainConfig
-from normtune.metrics.vqa import score_vqa
+from normtune.data.registry import open_from
+from normtune.evaluation.baselines import QuestionOnly
+from normtune.evaluation.config import EvaluateConfig
+from normtune.metrics.answers import score_vqa
+from normtune.studies.demo_cells import Cell, run_cells
+from normtune.training.config import TrainConfig
 
 RECIPES = ("frozen", "ln", "lora-8", "full")
 SHOWN = ("closed_label", "closed_yes_no", "open_exact", "open_recall", "global_exact")

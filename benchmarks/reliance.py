@@ -3,7 +3,7 @@
     python benchmarks/reliance.py --slake DIR --out benchmarks/reliance.json
 
 nano as it is, `ln` and `full`: 10 passes on SLAKE as `real_data` trains, 4 passes on 160 phantoms of hospital
-B as the demo does. What replaces the images, and what "earned" means: `normtune.reliance`. What lies under
+B as the demo does. What replaces the images, and what "earned" means: `normtune.evaluation.image_reliance`. What lies under
 --work, of the same options, is neither trained nor evaluated again.
 """
 
@@ -16,10 +16,11 @@ from typing import Any
 
 from record import record
 
-from normtune.cells import Cell, run_cells
-from normtune.config import CONTROLS, EvaluateConfig, TrainConfig
-from normtune.files import read_json
-from normtune.reliance import interval_text
+from normtune.evaluation.config import CONTROLS, EvaluateConfig
+from normtune.evaluation.image_reliance import interval_text
+from normtune.runtime.files import read_json
+from normtune.studies.demo_cells import Cell, run_cells
+from normtune.training.config import TrainConfig
 
 RECIPES = ("frozen", "ln", "full")
 METRIC = "global_exact"  # what the table shows; the record holds closed and open answers besides

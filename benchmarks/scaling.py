@@ -26,12 +26,12 @@ from shape_llava import PATCH, LlavaShape
 from torch import Tensor, nn
 from workload import spread
 
-from normtune.adapt import adapt
-from normtune.catalog import open_dataset
+from normtune.data.groups import Group
 from normtune.data.records import Dataset, Example
-from normtune.files import replacing
-from normtune.lean import lean
-from normtune.packing import Group
+from normtune.data.registry import open_dataset
+from normtune.methods.adapt import adapt
+from normtune.runtime.files import replacing
+from normtune.training.saved_activations import lean
 
 QUESTIONS, IMAGE_TOKENS = (1, 2, 4, 8, 16, 32), (64, 144, 256, 576, 1024)
 AT_TOKENS, AT_QUESTIONS = 576, 11  # where the one is held while the other changes; the curves meet there
@@ -130,7 +130,7 @@ def prepare(
     batch = family.collate([Group(examples[0].images, tuple(segments))], [[pixels]])
     inputs = shape.collate([shape.row(family, example, pixels) for example in examples])
     tuned = adapt(family.model, "ln")
-    held.enter_context(lean(family.model))  # as `normtune.train.fit` does
+    held.enter_context(lean(family.model))  # as `normtune.training.train.fit` does
 
     def loss() -> Tensor:
         total, tokens = family.loss(batch)

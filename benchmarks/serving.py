@@ -34,16 +34,17 @@ from shape import Shape, Written
 from torch import nn
 from workload import Workload, parser, ratio, shown, spread, workload
 
-from normtune import memory
-from normtune.adapt import adapt, untune
-from normtune.anatomy import norms
-from normtune.catalog import open_dataset
+from normtune.adapters.fingerprint import fingerprint
+from normtune.adapters.storage import save_delta
+from normtune.data.groups import group_by_image
 from normtune.data.records import Dataset, Example
-from normtune.delta import fingerprint, save_delta
+from normtune.data.registry import open_dataset
+from normtune.methods.adapt import adapt, untune
 from normtune.models.family import Family
-from normtune.packing import group_by_image
-from normtune.serve.engine import Engine
-from normtune.serve.requests import Request
+from normtune.models.parts import norms
+from normtune.runtime import memory
+from normtune.serving.engine.engine import Engine
+from normtune.serving.engine.requests import Request
 
 TUNE = {"miss": "encoder=ln,decoder=ln", "llava": "language=ln"}
 QUERIES_VALUES = {"miss": ["query", "value", "qkv"], "llava": ["q_proj", "v_proj"]}

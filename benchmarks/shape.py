@@ -10,10 +10,11 @@ from typing import Any
 from peft import LNTuningConfig, LoraConfig, get_peft_model
 from torch import nn
 
-from normtune.anatomy import norms
+from normtune.data.groups import Group
 from normtune.data.records import Dataset, Example
-from normtune.models.family import Family, Pixels
-from normtune.packing import Group
+from normtune.models.family import Family
+from normtune.models.parts import norms
+from normtune.models.types import Pixels
 
 PEERS = ("LN_TUNING", "LoRA r8 q,v", "LoRA r8 all-linear", "full")
 NEVER = -1.0e4  # bias of the end token: no answer ends before its last token

@@ -21,10 +21,10 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from normtune.data.groups import Group
 from normtune.data.records import Example
-from normtune.models.family import Pixels
-from normtune.models.llava import VICUNA_TEMPLATE, LlavaFamily
-from normtune.packing import Group
+from normtune.models.families.llava import VICUNA_TEMPLATE, LlavaFamily
+from normtune.models.types import Pixels
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<image>", "<pad>"]
 SIZE, PATCH = 336, 14

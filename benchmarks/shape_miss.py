@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BlipConfig, BlipForQuestionAnswering
 
+from normtune.data.groups import Group
 from normtune.data.records import Example
-from normtune.models.family import Pixels
-from normtune.models.miss.checkpoints import from_blip
+from normtune.models.families.miss import MissFamily, miss_processor
+from normtune.models.importers.miss.importer import from_blip
 from normtune.models.miss.config import MissConfig
-from normtune.models.miss.family import MissFamily, miss_processor
 from normtune.models.miss.model import MissForQuestionAnswering
 from normtune.models.miss.tokenizer import ENCODE, bert_tokenizer
-from normtune.packing import Group
+from normtune.models.types import Pixels
 
 
 class Row(NamedTuple):

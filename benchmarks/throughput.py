@@ -26,11 +26,12 @@ from torch.utils.data import Dataset as TorchDataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from workload import Workload, parser, ratio, shown, spread, workload
 
-from normtune.adapt import adapt
-from normtune.config import TrainConfig
 from normtune.data.records import Dataset
-from normtune.models.family import Batch, Family
-from normtune.train import fit
+from normtune.methods.adapt import adapt
+from normtune.models.family import Family
+from normtune.models.types import Batch
+from normtune.training.config import TrainConfig
+from normtune.training.train import fit
 
 OURS = ("ln", "lora-8", "full")
 FIRST = "normtune ln"  # what the others are compared with

@@ -16,10 +16,10 @@ from typing import Any
 from shape import Shape
 from shapes import SHAPES
 
-from normtune.catalog import open_dataset
+from normtune.data.groups import group_by_image
 from normtune.data.records import Dataset, Example
+from normtune.data.registry import open_dataset
 from normtune.models.family import Family
-from normtune.packing import group_by_image
 
 DATA = ("slake", "vqa-rad")
 

@@ -21,17 +21,17 @@ import torch
 from rich.progress import track
 from tokenizers import normalizers, pre_tokenizers
 
-from normtune.config import EvaluateConfig
+from normtune.data.groups import Group
+from normtune.data.phantom import Scene, dataset, sample_scene
+from normtune.data.phantom.dataset import scene_seed
 from normtune.data.records import Example
-from normtune.evaluate import evaluate_config
-from normtune.files import write_json
+from normtune.evaluation.config import EvaluateConfig
+from normtune.evaluation.evaluate import evaluate_config
+from normtune.models.families.miss import MissFamily, miss_processor
 from normtune.models.miss.config import MissConfig
-from normtune.models.miss.family import MissFamily, miss_processor
 from normtune.models.miss.model import MissForQuestionAnswering
 from normtune.models.miss.tokenizer import ENCODE, bert_tokenizer
-from normtune.packing import Group
-from normtune.phantom import Scene, dataset, sample_scene
-from normtune.phantom.dataset import scene_seed
+from normtune.runtime.files import write_json
 
 SIZE = 96
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

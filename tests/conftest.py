@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_miss import save_tiny_miss
+from tests.support.tiny_miss import save_tiny_miss
 
 
 @pytest.fixture(scope="session")

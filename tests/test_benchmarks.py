@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from normtune.bench import benchmarks, recorded, run_benchmark
-from normtune.config import LEARNING_RATES
-from normtune.methods import METHODS
-from tests.data.samples import slake_row, write_slake
+from normtune.commands.bench import benchmarks, recorded, run_benchmark
+from normtune.methods.registry import LEARNING_RATES, METHODS
+from tests.support.dataset_samples import slake_row, write_slake
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"

@@ -1,7 +1,7 @@
 """Normtune: fine-tune medical vision-language models by training what is already inside them.
 
 The public names load what they need when they are first used, so that `import normtune` takes no torch.
-Functions named like their module are imported from it: `from normtune.adapt import adapt`, and so `train` and
+Functions named like their module are imported from it: `from normtune.methods.adapt import adapt`, and so `train` and
 `evaluate`.
 """
 
@@ -15,18 +15,18 @@ __version__ = "0.1.0"
 _HOMES = {
     "Dataset": "normtune.data.records",
     "Example": "normtune.data.records",
-    "EvaluateConfig": "normtune.config",
+    "EvaluateConfig": "normtune.evaluation.config",
     "InputError": "normtune.errors",
-    "TrainConfig": "normtune.config",
-    "Tuned": "normtune.adapt",
-    "compare": "normtune.comparison",
-    "load": "normtune.models",
-    "load_delta": "normtune.delta",
-    "open_dataset": "normtune.catalog",
-    "parse": "normtune.recipe",
-    "save_delta": "normtune.delta",
-    "score_vqa": "normtune.metrics.vqa",
-    "untune": "normtune.adapt",
+    "TrainConfig": "normtune.training.config",
+    "Tuned": "normtune.methods.adapt",
+    "compare": "normtune.evaluation.compare",
+    "load": "normtune.models.loading",
+    "load_delta": "normtune.adapters.storage",
+    "open_dataset": "normtune.data.registry",
+    "parse": "normtune.methods.recipe",
+    "save_delta": "normtune.adapters.storage",
+    "score_vqa": "normtune.metrics.answers",
+    "untune": "normtune.methods.adapt",
 }
 __all__ = list(_HOMES)
 

@@ -7,26 +7,26 @@ import sys
 
 import typer
 
-from normtune import processes
-from normtune.commands import asking, checkpoints, learning, results, serving  # noqa: F401  # to enter
+from normtune.commands import ask, evaluate, import_models, inspect, serve  # noqa: F401  # to enter
 from normtune.commands.app import app
 from normtune.errors import InputError
+from normtune.runtime import distributed
 
 
 def main() -> None:
     """Entry point: bad input is one line on stderr and exit status 2."""
-    if processes.launched() > 1:  # read when torch is imported; its warnings come once a process
+    if distributed.launched() > 1:  # read when torch is imported; its warnings come once a process
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         status = app(standalone_mode=False)
-        processes.leave()
+        distributed.leave()
     except (typer.Abort, KeyboardInterrupt):
         print("stopped", file=sys.stderr)
         status = 130
     except InputError as error:
         status = _refuse(str(error))
     except Exception as error:
-        if processes.another_failed():
+        if distributed.another_failed():
             sys.exit(2)  # this one met the end of that one
         if not hasattr(
             error, "format_message"
@@ -41,6 +41,6 @@ def main() -> None:
 
 
 def _refuse(message: str) -> int:
-    if processes.reports():
+    if distributed.reports():
         print("normtune: " + " ".join(message.split()), file=sys.stderr)
     return 2

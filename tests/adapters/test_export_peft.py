@@ -11,10 +11,11 @@ import torch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 
-from normtune.adapt import Tuned, adapt
-from normtune.delta import fingerprint, save_delta
-from normtune.export import CONFIG_FILE, WEIGHTS_FILE, export_peft, export_text
-from tests.bases import KINDS, base, logits, outcome, train_a_little
+from normtune.adapters.export_peft import CONFIG_FILE, WEIGHTS_FILE, export_peft, export_text
+from normtune.adapters.fingerprint import fingerprint
+from normtune.adapters.storage import save_delta
+from normtune.methods.adapt import Tuned, adapt
+from tests.support.base_models import KINDS, base, logits, outcome, train_a_little
 
 pytestmark = [  # PEFT's own, where it loads
     pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),

@@ -20,15 +20,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
-from normtune import merge
-from normtune.adapt import Tuned, adapt
-from normtune.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
-from normtune.delta import TENSORS_FILE, fingerprint, save_delta
-from normtune.merge import NEW_SHARD, ORIGIN_FILE, merge_text, merge_to_disk
-from normtune.methods import INTRINSIC
+from normtune.adapters import merge
+from normtune.adapters.fingerprint import fingerprint
+from normtune.adapters.merge import NEW_SHARD, ORIGIN_FILE, merge_text, merge_to_disk
+from normtune.adapters.storage import TENSORS_FILE, save_delta
+from normtune.methods.adapt import Tuned, adapt
+from normtune.methods.registry import INTRINSIC
+from normtune.models.checkpoints.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
 from normtune.models.miss.model import MissForQuestionAnswering
-from tests.bases import KINDS, base, logits, outcome, save_base, train_a_little
-from tests.models.tiny import TINY, make_tiny
+from tests.support.base_models import KINDS, base, logits, outcome, save_base, train_a_little
+from tests.support.tiny_models import TINY, make_tiny
 
 RECIPES = (
     "ln",
@@ -317,7 +318,7 @@ def test_a_base_with_a_tensor_that_loading_makes_is_loaded_and_that_tensor_is_no
         return [WeightConverter("query.weight", "query.weight", [Transpose(0, 1)])]
 
     directory = save_base("miss", tmp_path / "base")
-    for module in ("normtune.placement", "transformers.modeling_utils"):
+    for module in ("normtune.models.checkpoints.parameter_map", "transformers.modeling_utils"):
         monkeypatch.setattr(f"{module}.get_model_conversion_mapping", turned)
     for recipe in ("ln", "lora(r=2)"):
         delta_of(plain("miss", directory), recipe, tmp_path / recipe)

@@ -9,10 +9,10 @@ import torch
 from peft import IA3Config, LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from normtune.live import LiveBytes
-from normtune.mergeable import UNMERGEABLE, changed_by, refuse_unmergeable, with_addition
-from normtune.methods import ADDED, METHODS
-from tests.bases import outcome
+from normtune.adapters.merged_weights import UNMERGEABLE, changed_by, refuse_unmergeable, with_addition
+from normtune.methods.registry import ADDED, METHODS
+from normtune.training.memory_plan.live_bytes import LiveBytes
+from tests.support.base_models import outcome
 
 WEIGHT = torch.linspace(-1, 1, 48).reshape(6, 8)
 

@@ -12,24 +12,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from normtune.adapt import Tuned, adapt
-from normtune.card import NOTICE, model_card, parse_info
-from normtune.delta import (
+from normtune.adapters.fingerprint import fingerprint, same_base
+from normtune.adapters.info import NOTICE, parse_info
+from normtune.adapters.model_card import model_card
+from normtune.adapters.storage import (
     CARD_FILE,
     INFO_FILE,
     TENSORS_FILE,
-    fingerprint,
     load_delta,
     merge_delta,
     read_delta,
     read_tensors,
-    same_base,
     save_delta,
     unmerge_delta,
 )
-from normtune.norms import TunedNorm
-from normtune.recipe import parse
-from tests.bases import KINDS, base, logits, outcome, train_a_little
+from normtune.methods.adapt import Tuned, adapt
+from normtune.methods.norms import TunedNorm
+from normtune.methods.recipe import parse
+from tests.support.base_models import KINDS, base, logits, outcome, train_a_little
 
 RECIPES = (
     "ln",

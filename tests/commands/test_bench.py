@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from normtune import bench, cli
+from normtune import cli
+from normtune.commands import bench
 
 SCRIPT = '''"""Counts to a number.
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from normtune import cli
-from normtune.phantom import dataset
+from normtune.data.phantom import dataset
 
 ROW = {"image": "a.png", "question": "Is it normal?", "answer": "yes"}
 
@@ -44,8 +44,8 @@ Run = Callable[..., tuple[int, str, str]]
 @pytest.fixture(scope="module")
 def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An LN adapter of the tiny base."""
-    from normtune.config import TrainConfig
-    from normtune.train import train
+    from normtune.training.config import TrainConfig
+    from normtune.training.train import train
 
     out = tmp_path_factory.mktemp("adapter") / "ln"
     train(TrainConfig(model=str(base), data="phantom-b:4", tune="ln", out=out, epochs=1, device="cpu"))
@@ -78,7 +78,7 @@ def test_help_and_import_load_neither_torch_nor_transformers() -> None:
 
 
 def test_every_field_of_the_train_config_is_an_option(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from normtune.config import TrainConfig
+    from normtune.training.config import TrainConfig
 
     monkeypatch.setenv("COLUMNS", "200")
     _, out, _ = run("train", "--help")
@@ -180,7 +180,7 @@ def corrupt_dicom(folder: Path) -> Path:
 
 
 def of_another_base(base: Path, adapter: Path, folder: Path, out: Path) -> list[object]:
-    from tests.tiny_miss import save_tiny_miss
+    from tests.support.tiny_miss import save_tiny_miss
 
     return ["merge", save_tiny_miss(folder / "other", seed=7), "--adapter", adapter, "--out", out]
 

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from normtune import cli
-from normtune.adapt import adapt
-from normtune.delta import fingerprint, save_delta
-from normtune.models import load
-from normtune.serve import running
-from normtune.serve.service import Answers, Settings
-from tests.serve.served import call, question, serving
+from normtune.adapters.fingerprint import fingerprint
+from normtune.adapters.storage import save_delta
+from normtune.methods.adapt import adapt
+from normtune.models.loading import load
+from normtune.serving.http import server
+from normtune.serving.http.state import Answers, Settings
+from tests.support.test_server import call, question, serving
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -75,7 +76,7 @@ def test_a_base_and_its_adapters_are_served(
             assert call(url, "POST", "/v1/chat/completions", long).status == 200, "as long as it can"
             asked.append(call(url, "GET", "/metrics"))
 
-    monkeypatch.setattr(running, "run", once)
+    monkeypatch.setattr(server, "run", once)
     assert run(monkeypatch, "nano", "--port", 0, "--device", "cpu", "--json") == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["model"], told["adapters"], told["keys"]) == ("nano", [], False)
@@ -97,7 +98,7 @@ def test_what_lies_below_the_root_and_cannot_be_served_is_left_out_by_name(
     (tmp_path / "cut" / "adapter.json").write_text("{")
     for name in ("ln-encoder+decoder", "nano", "of Jane Doe"):
         shutil.copytree(tmp_path / "ln", tmp_path / name)
-    monkeypatch.setattr(running, "run", lambda *_, ready, **__: ready())
+    monkeypatch.setattr(server, "run", lambda *_, ready, **__: ready())
     options = ("nano", "--port", 0, "--device", "cpu", "--adapter-root", tmp_path)
     assert run(monkeypatch, *options, "--json") == 0
     told = json.loads(capsys.readouterr().out)

@@ -10,18 +10,10 @@ from accelerate.data_loader import BatchSamplerShard
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from normtune.data.batches import EpochBatches, Tokens, batch_count, even_batches, pair_batches, rank_shares
+from normtune.data.groups import Segment, group_by_image
 from normtune.data.records import Example
 from normtune.errors import InputError
-from normtune.packing import (
-    EpochBatches,
-    Segment,
-    Tokens,
-    batch_count,
-    even_batches,
-    group_by_image,
-    pair_batches,
-    rank_shares,
-)
 
 
 def examples_of(counts: list[int]) -> list[Example]:

@@ -6,20 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from normtune.catalog import NAMES, open_dataset, open_from
-from normtune.config import DataOptions
+from normtune.data.options import DataOptions
+from normtune.data.registry import NAMES, open_dataset, open_from
 from normtune.data.splits import leaks
 from normtune.errors import InputError
-from tests.data.report_samples import (
-    medpix_row,
-    messages_row,
-    write_kaggle_openi,
-    write_medpix,
-    write_mimic,
-    write_path_vqa,
-    write_roco,
-)
-from tests.data.samples import (
+from tests.support.dataset_samples import (
     png_bytes,
     slake_row,
     vqa_rad_row,
@@ -28,6 +19,15 @@ from tests.data.samples import (
     write_parquet,
     write_slake,
     write_vqa_rad,
+)
+from tests.support.report_samples import (
+    medpix_row,
+    messages_row,
+    write_kaggle_openi,
+    write_medpix,
+    write_mimic,
+    write_path_vqa,
+    write_roco,
 )
 
 
@@ -168,6 +168,6 @@ def test_every_name_stands_in_the_options_description() -> None:
 
 
 def test_the_catalog_does_not_import_the_slow_readers() -> None:
-    code = "import sys, normtune.catalog; print({'pyarrow', 'pydicom', 'torch'} & {*sys.modules})"
+    code = "import sys, normtune.data.registry; print({'pyarrow', 'pydicom', 'torch'} & {*sys.modules})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "set()"

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from normtune.data.reading.cells import is_yes_no, split_name, text_of
 from normtune.data.records import Dataset, Example, Problem
-from normtune.data.rows import is_yes_no, split_name, text_of
 from normtune.data.splits import image_disjoint, leaks, parts, same_pixels
 from normtune.errors import InputError
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from normtune.data import slake
-from normtune.data.survey import survey, survey_text
-from tests.data.samples import slake_row, write_slake
+from normtune.data.datasets import slake
+from normtune.data.summary import survey, survey_text
+from tests.support.dataset_samples import slake_row, write_slake
 
 
 def made(root: Path, language: str = "en") -> dict[str, object]:

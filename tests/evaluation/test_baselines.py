@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from normtune.baseline import QuestionOnly
 from normtune.data.records import Example
 from normtune.errors import InputError
+from normtune.evaluation.baselines import QuestionOnly
 
 
 def row(question: str, answer: str, id: str = "x") -> Example:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from normtune.comparison import compare, compare_runs, comparison_markdown, comparison_text
 from normtune.errors import InputError
-from normtune.metrics.stats import holm
-from tests.written_runs import QUESTIONS, answered, question, reported
+from normtune.evaluation.compare import compare, compare_runs, comparison_markdown, comparison_text
+from normtune.metrics.statistics import holm
+from tests.support.evaluation_runs import QUESTIONS, answered, question, reported
 
 
 def test_compare_pairs_rows_by_id(tmp_path: Path) -> None:

@@ -12,10 +12,17 @@ from PIL import Image
 
 from normtune.data.records import Dataset, Example, Kind
 from normtune.errors import InputError
-from normtune.evaluate import Evaluation, answer_all, evaluate, metrics_text, score_closed_candidates
-from normtune.models.family import Answer, Family
-from normtune.results import split_hash
-from tests.fake_family import CountingImages, FakeFamily, fake_dataset
+from normtune.evaluation.evaluate import (
+    Evaluation,
+    answer_all,
+    evaluate,
+    metrics_text,
+    score_closed_candidates,
+)
+from normtune.evaluation.results import split_hash
+from normtune.models.family import Family
+from normtune.models.types import Answer
+from tests.support.fake_family import CountingImages, FakeFamily, fake_dataset
 
 
 def example(id: str, image: str, answer: str, kind: Kind = "open") -> Example:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from normtune.errors import InputError
-from normtune.harnesses import export_predictions, export_text
-from tests.written_runs import QUESTIONS, answered, question, reported
+from normtune.evaluation.export_predictions import export_predictions, export_text
+from tests.support.evaluation_runs import QUESTIONS, answered, question, reported
 
 
 def test_lmms_evals_from_log_finds_each_answer_by_its_place(tmp_path: Path) -> None:

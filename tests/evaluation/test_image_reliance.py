@@ -13,17 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from normtune.config import CONTROLS
+from normtune.data.groups import Group
 from normtune.data.records import Dataset, Example
 from normtune.errors import InputError
-from normtune.evaluate import Evaluation, evaluate, metrics_text
-from normtune.image_cache import ImageCache
-from normtune.metrics.tables import metric_table
-from normtune.models.family import Answer, Family, Pixels
-from normtune.packing import Group
-from normtune.reliance import GREY, control_dataset, controls_of, noise, others, reliance
-from normtune.results import read_run
-from tests.fake_family import FakeFamily, fake_dataset
+from normtune.evaluation.config import CONTROLS
+from normtune.evaluation.evaluate import Evaluation, evaluate, metrics_text
+from normtune.evaluation.image_reliance import GREY, control_dataset, controls_of, noise, others, reliance
+from normtune.evaluation.results import read_run
+from normtune.metrics.table import metric_table
+from normtune.models.family import Family
+from normtune.models.image_cache import ImageCache
+from normtune.models.types import Answer, Pixels
+from tests.support.fake_family import FakeFamily, fake_dataset
 
 
 class Looking(FakeFamily):

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from normtune.data.records import Example, Kind
+from normtune.data.records import Example, Kind, Prediction
 from normtune.errors import InputError
-from normtune.metrics.vqa import Prediction, score_vqa
-from normtune.results import read_run, read_scores, split_hash, write_results
-from tests.fake_family import fake_dataset
+from normtune.evaluation.results import read_run, read_scores, split_hash, write_results
+from normtune.metrics.answers import score_vqa
+from tests.support.fake_family import fake_dataset
 
 
 def example(number: int, answer: str = "lung", kind: Kind = "open") -> Example:

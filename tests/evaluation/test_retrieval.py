@@ -11,15 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-from normtune.baseline import OneText
-from normtune.config import EvaluateConfig
 from normtune.data.records import Example
 from normtune.errors import InputError
-from normtune.evaluate import evaluate, evaluate_config
-from normtune.models.family import Pixels
-from normtune.retrieval import Retrieval, fitted, pooled_features
-from tests.fake_family import CountingImages, FakeFamily, fake_dataset
-from tests.tiny_miss import save_tiny_miss
+from normtune.evaluation.baselines import OneText
+from normtune.evaluation.config import EvaluateConfig
+from normtune.evaluation.evaluate import evaluate, evaluate_config
+from normtune.evaluation.retrieval import Retrieval, fitted, pooled_features
+from normtune.models.types import Pixels
+from tests.support.fake_family import CountingImages, FakeFamily, fake_dataset
+from tests.support.tiny_miss import save_tiny_miss
 
 
 class Seeing(FakeFamily):

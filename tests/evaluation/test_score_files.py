@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from normtune.errors import InputError
-from normtune.scoring import read_texts, score_files, score_lists, score_text
+from normtune.evaluation.score_files import read_texts, score_files, score_lists, score_text
 
 REFERENCES = [
     {"id": "a", "reference": "The heart is enlarged. No effusion.", "images": ["x"]},

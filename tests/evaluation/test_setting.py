@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 
-from normtune.adapt import adapt
-from normtune.config import EvaluateConfig, TrainConfig
-from normtune.delta import save_delta
-from normtune.evaluate import _setting, evaluate_config, metrics_text
-from normtune.files import read_json
-from normtune.train import train
-from tests.bases import base
-from tests.data.samples import slake_row, vqa_rad_row, write_slake, write_vqa_rad
-from tests.tiny_miss import save_tiny_miss
+from normtune.adapters.storage import save_delta
+from normtune.evaluation.config import EvaluateConfig
+from normtune.evaluation.evaluate import _setting, evaluate_config, metrics_text
+from normtune.methods.adapt import adapt
+from normtune.runtime.files import read_json
+from normtune.training.config import TrainConfig
+from normtune.training.train import train
+from tests.support.base_models import base
+from tests.support.dataset_samples import slake_row, vqa_rad_row, write_slake, write_vqa_rad
+from tests.support.tiny_miss import save_tiny_miss
 
 
 def test_results_say_what_was_trained_on_and_what_an_evaluation_elsewhere_is(tmp_path: Path) -> None:

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from normtune.adapt import adapt, change_report, untune
-from normtune.anatomy import anatomy
 from normtune.errors import InputError
-from normtune.methods import RecipeError
-from normtune.norms import TunedNorm
-from normtune.recipe import parse, resolve
-from normtune.selection import trainable
-from tests.bases import KINDS, base, logits, train_a_little
+from normtune.methods.adapt import adapt, trainable, untune
+from normtune.methods.norms import TunedNorm
+from normtune.methods.recipe import parse, resolve
+from normtune.methods.registry import RecipeError
+from normtune.models.parts import anatomy
+from normtune.training.changes import change_report
+from tests.support.base_models import KINDS, base, logits, train_a_little
 
 RECIPES = (
     "ln",

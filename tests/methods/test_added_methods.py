@@ -7,10 +7,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from normtune.adapt import adapt, untune
-from normtune.added import Bottleneck
 from normtune.errors import InputError
-from tests.bases import CACHE, KINDS, base, logits, train_a_little
+from normtune.methods.adapt import adapt, untune
+from normtune.methods.bottleneck import Bottleneck
+from tests.support.base_models import CACHE, KINDS, base, logits, train_a_little
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from normtune import norms as norms_module
-from normtune.anatomy import norm_kind
-from normtune.norms import MixedNorm, Owners, Rows, TunedNorm, norm_eps
+from normtune.adapters.multi import rows as norms_module
+from normtune.adapters.multi.norms import MixedNorm
+from normtune.adapters.multi.rows import Owners, Rows
+from normtune.methods.norms import TunedNorm, norm_eps
+from normtune.models.parts import norm_kind
 
 WIDTH = 24
 

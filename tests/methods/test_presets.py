@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from normtune.adapt import adapt
-from normtune.presets import PRESETS
-from tests.bases import base
-from tests.shapes import shape
+from normtune.methods.adapt import adapt
+from normtune.methods.presets import PRESETS
+from tests.support.architectures import shape
+from tests.support.base_models import base
 
 MISS_TOTAL = 361_478_972
 ATTENTION = {"vision": 28_348_416, "encoder": 56_696_832, "decoder": 56_696_832}

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from normtune.errors import InputError
-from normtune.methods import ADDED, INTRINSIC, METHODS, PARTS, TEXT_ONLY, Method, RecipeError
-from normtune.presets import PRESETS
-from normtune.recipe import Recipe, parse, resolve
+from normtune.methods.presets import PRESETS
+from normtune.methods.recipe import Recipe, parse, resolve
+from normtune.methods.registry import ADDED, INTRINSIC, METHODS, TEXT_ONLY, Method, RecipeError
+from normtune.models.part_names import PARTS
 
 MISS = ("vision", "encoder", "decoder")
 LLAVA = ("vision", "connector", "language")
@@ -238,5 +239,5 @@ def test_nonsense_raises_nothing_but_recipe_errors(text: str) -> None:
 
 
 def test_needs_no_torch() -> None:
-    code = "import sys, normtune.recipe; sys.exit('torch' in sys.modules)"
+    code = "import sys, normtune.methods.recipe; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

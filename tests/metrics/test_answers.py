@@ -8,12 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from normtune.data.records import Example, Kind
+from normtune.data.records import Example, Kind, Prediction
 from normtune.errors import InputError
-from normtune.metrics.text import normalise, tokens
-from normtune.metrics.vqa import (
+from normtune.metrics.answers import (
     METRICS,
-    Prediction,
     closed_substring,
     exact,
     f1,
@@ -22,6 +20,7 @@ from normtune.metrics.vqa import (
     score_vqa,
     scores,
 )
+from normtune.metrics.normalisation import normalise, tokens
 
 WORDS = [
     "left",

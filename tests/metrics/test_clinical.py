@@ -15,7 +15,7 @@ from normtune.metrics.clinical import (
     radgraph_metrics,
     rules_metrics,
 )
-from normtune.metrics.findings import FINDINGS, Status
+from normtune.metrics.finding_rules import FINDINGS, Status
 
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "no", "effusion", "heart", "large", "clear", "lungs"]
 

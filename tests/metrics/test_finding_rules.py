@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from normtune.metrics.findings import FINDINGS, FIVE, PHRASES, findings
+from normtune.metrics.finding_rules import FINDINGS, FIVE, PHRASES, findings
 
 CASES: dict[str, dict[str, str]] = {
     "The heart is normal in size. The lungs are clear.": {},

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from normtune.errors import InputError
-from normtune.metrics.text import NORMALISATIONS, normalise, tokens
+from normtune.metrics.normalisation import NORMALISATIONS, normalise, tokens
 
 CASES = [
     ("Yes.", "yes"),

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from normtune.metrics.ptb import DROPPED, ptb_words
+from normtune.metrics.ptb_words import DROPPED, ptb_words
 
 # As PTBTokenizer 3.4.1 of Stanford CoreNLP cuts them, less coco-caption's punctuation.
 CASES = {

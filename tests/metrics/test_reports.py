@@ -10,13 +10,7 @@ from hypothesis import strategies as st
 
 from normtune.data.records import Example
 from normtune.errors import InputError
-from normtune.metrics.report import (
-    NORMALISATIONS,
-    clean,
-    normalisations_for,
-    report_metrics,
-    score_report,
-)
+from normtune.metrics.reports import NORMALISATIONS, clean, normalisations_for, report_metrics, score_report
 
 MEANT = "The heart is normal. No pleural effusion."
 SAID = "The heart is enlarged. No effusion."

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from normtune.errors import InputError
-from normtune.metrics.stats import (
+from normtune.metrics.statistics import (
     bootstrap_mean,
     bootstrap_means,
     by_cluster,

@@ -7,13 +7,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from normtune.catalog import open_dataset
 from normtune.data.records import Example, Kind
-from normtune.metrics.report import score_report
+from normtune.data.registry import open_dataset
+from normtune.metrics.answers import score_vqa
+from normtune.metrics.reports import score_report
 from normtune.metrics.strata import FIELDS, NOT_GIVEN, members, strata, strata_of, strata_text
-from normtune.metrics.tables import HEADLINES, metric_table, summarised
-from normtune.metrics.vqa import score_vqa
-from tests.data.samples import slake_row, vqa_rad_row, write_image, write_jsonl, write_slake, write_vqa_rad
+from normtune.metrics.table import HEADLINES, metric_table, summarised
+from tests.support.dataset_samples import (
+    slake_row,
+    vqa_rad_row,
+    write_image,
+    write_jsonl,
+    write_slake,
+    write_vqa_rad,
+)
 
 
 def example(id: str, image: str, answer: str, kind: Kind = "open", **meta: str) -> Example:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from normtune.errors import InputError
-from normtune.metrics.corpus import Summed, intervals, mean_of, paired, share_lost
-from normtune.metrics.stats import Floats, Paired, bootstrap_mean
+from normtune.metrics.statistics import Floats, Paired, bootstrap_mean
+from normtune.metrics.sum_metrics import Summed, intervals, mean_of, paired, share_lost
 
 DRAW = np.random.default_rng(3)
 SCORES = {f"r{at}": float(score) for at, score in enumerate(DRAW.random(60))}

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normtune import losses
-from normtune.losses import answer_log_probs, answer_loss, chunks
+from normtune.models import answer_loss as answer_loss_module
+from normtune.models.answer_loss import answer_log_probs, answer_loss, chunks
 
 WIDTH, VOCABULARY, ROWS = 12, 40, 23
 TINY_LIMIT = 5 * VOCABULARY * 4  # five rows of fp32 logits
@@ -135,14 +135,14 @@ def test_bf16_logits_are_summed_in_fp32() -> None:
 
 
 def test_liger_takes_frozen_plain_heads_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert losses._is_plain(heads()["frozen"])
-    assert not losses._is_plain(heads()["plain"])  # trained
-    assert not losses._is_plain(heads()["transformed"].requires_grad_(False))
+    assert answer_loss_module._is_plain(heads()["frozen"])
+    assert not answer_loss_module._is_plain(heads()["plain"])  # trained
+    assert not answer_loss_module._is_plain(heads()["transformed"].requires_grad_(False))
 
     class Wrapped(nn.Linear):  # as LoRA or a quantised layer is
         pass
 
-    assert not losses._is_plain(Wrapped(2, 2).requires_grad_(False))
+    assert not answer_loss_module._is_plain(Wrapped(2, 2).requires_grad_(False))
 
 
 @pytest.mark.parametrize("installed", [True, False])
@@ -152,13 +152,13 @@ def test_liger_is_found_where_it_is_installed(installed: bool, monkeypatch: pyte
     for name in ("liger_kernel", "liger_kernel.transformers"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name) if installed else None)
     monkeypatch.setitem(sys.modules, module.__name__, module if installed else None)
-    losses._liger.cache_clear()
-    assert losses._liger() is (len if installed else None)
-    losses._liger.cache_clear()
+    answer_loss_module._liger.cache_clear()
+    assert answer_loss_module._liger() is (len if installed else None)
+    answer_loss_module._liger.cache_clear()
 
 
 @pytest.mark.skipif(
-    not torch.cuda.is_available() or losses._liger() is None, reason="needs CUDA and liger-kernel"
+    not torch.cuda.is_available() or answer_loss_module._liger() is None, reason="needs CUDA and liger-kernel"
 )
 def test_liger_gives_the_loss_and_gradient_of_chunks() -> None:
     head = heads()["frozen"].cuda()

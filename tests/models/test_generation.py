@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from normtune.generate import Generated, Step, generate
-from tests.bases import CACHE
+from normtune.models.generation import Generated, Step, generate
+from tests.support.base_models import CACHE
 
 VOCABULARY = 11
 Early = bool | Literal["never"]

@@ -11,21 +11,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from normtune.adapt import adapt
-from normtune.anatomy import part_of
-from normtune.catalog import open_dataset
-from normtune.config import EvaluateConfig, TrainConfig
 from normtune.data.records import Dataset
+from normtune.data.registry import open_dataset
 from normtune.errors import InputError
-from normtune.evaluate import evaluate_config
-from normtune.image_cache import ImageCache, image_store
-from normtune.models import load
+from normtune.evaluation.config import EvaluateConfig
+from normtune.evaluation.evaluate import evaluate_config
+from normtune.methods.adapt import adapt
+from normtune.models.families.miss import MissFamily
 from normtune.models.family import Family
-from normtune.models.miss.family import MissFamily
+from normtune.models.image_cache import ImageCache, image_store
+from normtune.models.loading import load
 from normtune.models.miss.vision import VisionTransformer
-from normtune.train import train
-from tests.models.tiny import make_tiny
-from tests.test_train import DATA, config, same
+from normtune.models.parts import part_of
+from normtune.training.config import TrainConfig
+from normtune.training.train import train
+from tests.support.tiny_models import make_tiny
+from tests.training.test_train import DATA, config, same
 
 KINDS = ("miss", "llava", "qwen3_vl", "idefics3")
 
@@ -149,7 +150,7 @@ def test_a_trained_tower_is_not_cached(base: Path, tmp_path: Path) -> None:
 
 
 def test_the_cache_is_no_part_of_a_runs_identity() -> None:
-    from normtune.trainer import run_identity
+    from normtune.training.checkpoints import run_identity
 
     with_cache = TrainConfig(model="nano", data=DATA, out=Path("x"), cache=Path("c"))
     assert run_identity(with_cache) == run_identity(TrainConfig(model="nano", data=DATA, out=Path("x")))

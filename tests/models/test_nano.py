@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from normtune.baseline import QuestionOnly
-from normtune.catalog import open_dataset
-from normtune.evaluate import evaluate
-from normtune.files import read_json
-from normtune.metrics.vqa import score_vqa
-from normtune.models import load
+from normtune.data.registry import open_dataset
+from normtune.evaluation.baselines import QuestionOnly
+from normtune.evaluation.evaluate import evaluate
+from normtune.metrics.answers import score_vqa
+from normtune.models.loading import load
+from normtune.runtime.files import read_json
 
-NANO = Path(str(files("normtune.models").joinpath("nano")))
+NANO = Path(str(files("normtune.models.loading").joinpath("nano")))
 
 
 def test_nano_takes_at_most_12_megabytes() -> None:

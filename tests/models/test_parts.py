@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from normtune.anatomy import ROLES, anatomy, norm_kind, norms
 from normtune.errors import InputError
-from tests.bases import base
-from tests.shapes import SHAPES, shape
+from normtune.models.part_names import ROLES
+from normtune.models.parts import anatomy, norm_kind, norms
+from tests.support.architectures import SHAPES, shape
+from tests.support.base_models import base
 
 # parameters of each, tied ones once: the hub's published counts, and the papers' for MISS and LLaVA-Med
 TOTALS = {

@@ -13,26 +13,27 @@ import pytest
 import torch
 from torch import nn
 
-from normtune import quantize
-from normtune.adapt import adapt
-from normtune.anatomy import anatomy
-from normtune.asking import open_model
-from normtune.config import EvaluateConfig, TrainConfig
-from normtune.delta import fingerprint, same_base
+from normtune.adapters.fingerprint import fingerprint, same_base
+from normtune.adapters.storage import open_model
+from normtune.data.groups import Group
+from normtune.data.phantom import dataset as phantom
 from normtune.errors import InputError
-from normtune.evaluate import evaluate_config
-from normtune.lean import lean
-from normtune.live import LiveBytes
-from normtune.models import load
-from normtune.packing import Group
-from normtune.phantom import dataset as phantom
-from normtune.quantize import Int8Linear, int8_linear, quantised_linears
-from normtune.train import train
-from tests.models.tiny import make_tiny
+from normtune.evaluation.config import EvaluateConfig
+from normtune.evaluation.evaluate import evaluate_config
+from normtune.methods.adapt import adapt
+from normtune.models import quantization
+from normtune.models.loading import load
+from normtune.models.parts import anatomy
+from normtune.models.quantization import Int8Linear, int8_linear, quantised_linears
+from normtune.training.config import TrainConfig
+from normtune.training.memory_plan.live_bytes import LiveBytes
+from normtune.training.saved_activations import lean
+from normtune.training.train import train
+from tests.support.tiny_models import make_tiny
 
-installed = all(find_spec(package) for package in quantize.PACKAGES.values())
+installed = all(find_spec(package) for package in quantization.PACKAGES.values())
 needs_extra = pytest.mark.skipif(not installed, reason="needs pip install 'normtune[quantize]'")
-KINDS = tuple(quantize.PACKAGES)
+KINDS = tuple(quantization.PACKAGES)
 ERROR = {"int8": 0.03, "nf4": 0.35}  # of a gradient of these tiny random models, relative
 
 
@@ -61,8 +62,10 @@ def gradients(family: Any, recipe: str = "ln") -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_the_extra_quantising_is_refused_in_words(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantize, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=rf"--quantize {kind} needs {quantize.PACKAGES[kind]}.*\[quantize\]"):
+    monkeypatch.setattr(quantization, "find_spec", lambda name: None)
+    with pytest.raises(
+        InputError, match=rf"--quantize {kind} needs {quantization.PACKAGES[kind]}.*\[quantize\]"
+    ):
         load("nano", quantize=kind)
 
 
@@ -87,7 +90,7 @@ def test_only_linears_of_the_text_parts_layers_are_quantised(name: str, llava: s
 def test_what_is_kept_covers_every_other_linear_and_no_chosen_one(llava: str) -> None:
     model = load(llava).model
     chosen = set(quantised_linears(model))
-    kept = quantize._others(model, chosen)
+    kept = quantization._others(model, chosen)
     assert "lm_head" in kept and "model.vision_tower" in kept
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):

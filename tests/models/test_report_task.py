@@ -12,17 +12,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from normtune import cli, report_task
-from normtune.asking import describe
-from normtune.config import EvaluateConfig, TrainConfig
-from normtune.evaluate import evaluate_config
-from normtune.models import load
+from normtune import cli
+from normtune.data import tasks
+from normtune.data.groups import Group
+from normtune.evaluation.config import EvaluateConfig
+from normtune.evaluation.evaluate import evaluate_config
+from normtune.inference.ask import describe
+from normtune.models.families.miss import MissFamily
 from normtune.models.family import Family
-from normtune.models.miss.family import MissFamily
-from normtune.packing import Group
-from normtune.train import train
-from tests.models.tiny import TINY, make_tiny
-from tests.tiny_miss import save_tiny_miss
+from normtune.models.loading import load
+from normtune.training.config import TrainConfig
+from normtune.training.train import train
+from tests.support.tiny_miss import save_tiny_miss
+from tests.support.tiny_models import TINY, make_tiny
 
 FAMILIES = ("miss", *TINY)
 REPORT = "The heart is normal in size. A fracture of the left rib."
@@ -96,7 +98,7 @@ def test_both_views_reach_the_gradients(family: Family) -> None:
 
 def test_every_family_asks_for_a_report_in_the_same_words(family: Family) -> None:
     assert family.encode("x", "", None, report=True) == family.encode(
-        "x", report_task.PROMPT, None, report=True
+        "x", tasks.REPORT_PROMPT, None, report=True
     )
 
 
@@ -105,7 +107,11 @@ def test_a_long_reference_ends_where_the_model_or_the_task_does(family: Family) 
     if isinstance(family, MissFamily):
         room = family.config.text("decoder").max_position_embeddings
     segment = family.encode("x", "", "heart " * 2000, report=True)
-    limit = report_task.REFERENCE_TOKENS if room is None else min(room - 1, report_task.REFERENCE_TOKENS)
+    limit = (
+        tasks.MAX_REPORT_REFERENCE_TOKENS
+        if room is None
+        else min(room - 1, tasks.MAX_REPORT_REFERENCE_TOKENS)
+    )
     assert len(segment.answer) == limit
     assert segment.answer[-1] == family.encode("x", "", "heart", report=True).answer[-1]
     if room is not None:  # and it can be learned: this was an index error

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from normtune.catalog import open_dataset, open_from
-from normtune.config import DataOptions
+from normtune.data.options import DataOptions
 from normtune.data.records import Dataset
+from normtune.data.registry import open_dataset, open_from
 from normtune.data.splits import leaks
-from normtune.data.survey import survey, survey_text
+from normtune.data.summary import survey, survey_text
 from normtune.errors import InputError
 
 FILE = "VQA_RAD Dataset Public.json"

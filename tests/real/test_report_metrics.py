@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from normtune.metrics.clinical import finding_table, label_metrics
-from normtune.metrics.corpus import Summed
-from normtune.metrics.findings import FINDINGS, findings
+from normtune.metrics.finding_rules import FINDINGS, findings
 from normtune.metrics.ngrams import cider
-from normtune.metrics.ptb import ptb_words
-from normtune.metrics.report import Texts, clean, report_metrics
+from normtune.metrics.ptb_words import ptb_words
+from normtune.metrics.reports import Texts, clean, report_metrics
+from normtune.metrics.sum_metrics import Summed
 
 LABELS = Path(__file__).with_name("openi_findings.json")
 SIZE = 250  # pairs of each source

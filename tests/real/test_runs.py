@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from normtune.catalog import open_from
-from normtune.config import EvaluateConfig, TrainConfig
-from normtune.evaluate import evaluate_config
-from normtune.results import read_run
-from normtune.train import train
+from normtune.data.registry import open_from
+from normtune.evaluation.config import EvaluateConfig
+from normtune.evaluation.evaluate import evaluate_config
+from normtune.evaluation.results import read_run
+from normtune.training.config import TrainConfig
+from normtune.training.train import train
 
 
 def check(tmp_path: Path, **data: Any) -> None:

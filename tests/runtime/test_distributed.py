@@ -6,9 +6,9 @@ import os
 
 import pytest
 
-from normtune import processes
-from normtune.cells import run_cells
 from normtune.errors import InputError
+from normtune.runtime import distributed
+from normtune.studies.demo_cells import run_cells
 
 
 @pytest.fixture
@@ -20,11 +20,11 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def test_without_a_launcher_there_is_one_process_and_it_is_the_first() -> None:
-    processes.join(None)
-    assert (processes.launched(), processes.rank(), processes.count()) == (1, 0, 1)
-    assert processes.is_first() and processes.reports()
-    assert not processes.sharded() and not processes.another_failed()
-    assert processes.gathered("a") == ["a"] and processes.from_first(lambda: 7) == 7
+    distributed.join(None)
+    assert (distributed.launched(), distributed.rank(), distributed.count()) == (1, 0, 1)
+    assert distributed.is_first() and distributed.reports()
+    assert not distributed.sharded() and not distributed.another_failed()
+    assert distributed.gathered("a") == ["a"] and distributed.from_first(lambda: 7) == 7
 
 
 @pytest.mark.parametrize(
@@ -42,22 +42,22 @@ def test_what_a_launcher_asks_for_and_is_not_offered_is_refused(
     for name, value in given.items():
         launched.setenv(name, value)
     with pytest.raises(InputError, match=said):
-        processes.join(device)
+        distributed.join(device)
 
 
 def test_the_second_process_leaves_a_fault_of_the_command_to_the_first(launched: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
-    launched.setattr("normtune.processes.time.sleep", waited.append)
-    assert not processes.reports() and waited == [processes.GRACE.total_seconds()]
+    launched.setattr("normtune.runtime.distributed.time.sleep", waited.append)
+    assert not distributed.reports() and waited == [distributed.GRACE.total_seconds()]
     launched.setenv("RANK", "0")
-    assert processes.reports() and len(waited) == 1
+    assert distributed.reports() and len(waited) == 1
 
 
 def test_the_end_of_another_process_is_told_and_other_errors_pass(launched: pytest.MonkeyPatch) -> None:
-    launched.setattr("normtune.processes.count", lambda: 2)
-    with pytest.raises(InputError, match="another process of the run was ended"), processes.losing_none():
+    launched.setattr("normtune.runtime.distributed.count", lambda: 2)
+    with pytest.raises(InputError, match="another process of the run was ended"), distributed.losing_none():
         raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
-    with pytest.raises(RuntimeError, match="shapes"), processes.losing_none():
+    with pytest.raises(RuntimeError, match="shapes"), distributed.losing_none():
         raise RuntimeError("shapes differ")
 
 
@@ -67,6 +67,6 @@ def test_a_process_that_starts_others_leaves_its_launcher_first(launched: pytest
     launched.setenv("RANKING", "mine")
     with pytest.raises(InputError, match="Run it without torchrun"):
         next(run_cells([], 1))
-    processes.leave_launcher()
-    assert processes.launched() == 1 and processes.is_first() and os.environ["RANKING"] == "mine"
+    distributed.leave_launcher()
+    assert distributed.launched() == 1 and distributed.is_first() and os.environ["RANKING"] == "mine"
     assert not any(name.startswith(("ACCELERATE_", "FSDP_", "TORCHELASTIC_")) for name in os.environ)

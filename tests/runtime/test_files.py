@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from normtune.errors import InputError
-from normtune.files import new_directory, read_json, replacing, write_json, write_jsonl, write_text
-from tests.bases import outcome
+from normtune.runtime.files import new_directory, read_json, replacing, write_json, write_jsonl, write_text
+from tests.support.base_models import outcome
 
 
 def write_and_fail(path: Path, failure: BaseException) -> None:

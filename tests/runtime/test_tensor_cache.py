@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from normtune import files
 from normtune.errors import InputError
-from normtune.tensor_store import TensorStore, digest
+from normtune.runtime import files
+from normtune.runtime.tensor_cache import TensorStore, digest
 
 ENTRY = {
     "states": torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).bfloat16(),

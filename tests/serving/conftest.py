@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from normtune.models import load
 from normtune.models.family import Family
+from normtune.models.loading import load
 
 
 @pytest.fixture

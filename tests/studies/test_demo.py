@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from normtune.demo import QUESTIONS, REPORTS, table_markdown
+from normtune.studies.demo import QUESTIONS, REPORTS, table_markdown
 
 
 def row(name: str, metrics: dict[str, float], training: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from normtune import cells
-from normtune.cells import Cell, run_cells
-from normtune.config import EvaluateConfig
-from normtune.files import read_json, write_json
+from normtune.evaluation.config import EvaluateConfig
+from normtune.runtime.files import read_json, write_json
+from normtune.studies import demo_cells
+from normtune.studies.demo_cells import Cell, run_cells
 
 
 def cell(name: str, out: Path, **options: Any) -> Cell:
@@ -21,7 +21,7 @@ def cell(name: str, out: Path, **options: Any) -> Cell:
 @pytest.fixture
 def kept(tmp_path: Path) -> Path:
     """A folder that holds the row of cell "ln@0.1/2"."""
-    options = cells._options(cell("ln@0.1/2", tmp_path / "out"))
+    options = demo_cells._options(cell("ln@0.1/2", tmp_path / "out"))
     write_json(tmp_path / "rows" / "ln@0.1%2F2.json", {"options": options, "row": {"name": "kept"}})
     return tmp_path / "rows"
 
@@ -33,7 +33,7 @@ def refuse(*arguments: Any, **options: Any) -> Any:
 def test_a_kept_row_of_the_same_options_is_not_made_again(
     kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cells, "side_by_side", refuse)
+    monkeypatch.setattr(demo_cells, "side_by_side", refuse)
     assert list(run_cells([cell("ln@0.1/2", tmp_path / "out")], 1, kept=kept)) == [{"name": "kept"}]
     with pytest.raises(AssertionError, match="a process was started"):
         list(run_cells([cell("ln@0.1/2", tmp_path / "out", beams=3)], 1, kept=kept))
@@ -53,7 +53,7 @@ def test_an_option_that_came_later_stands_at_its_default_in_a_kept_row(kept: Pat
 def test_a_file_that_is_no_kept_row_is_not_taken_for_one(
     damage: dict[str, Any], kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cells, "side_by_side", refuse)
+    monkeypatch.setattr(demo_cells, "side_by_side", refuse)
     write_json(kept / "ln@0.1%2F2.json", damage)
     with pytest.raises(AssertionError, match="a process was started"):
         list(run_cells([cell("ln@0.1/2", tmp_path / "out")], 1, kept=kept))

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from normtune.study import run as running
-from normtune.study.run import run_study
-from normtune.study.spec import read_study
-from normtune.study.table import read_tables, write_tables
-from tests.bases import outcome as told
-from tests.study.test_run import here, same, study_of
+from normtune.studies import executors as running
+from normtune.studies.results import read_tables, write_tables
+from normtune.studies.run import run_study
+from normtune.studies.spec import read_study
+from tests.studies.test_run import here, same, study_of
+from tests.support.base_models import outcome as told
 
 GRID = "  main: {recipes: [ln], train: b, seeds: [0, 1], budget: {pairs: 20}}\n"
 PLACES = {"ray": "ray", "slurm": "submitit"}

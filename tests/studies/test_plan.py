@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from normtune.study.plan import Cell, Plan, Sizes, plan
-from normtune.study.spec import read_study
-from tests.study.test_spec import GOOD, written
+from normtune.studies.plan import Cell, Plan, Sizes, plan
+from normtune.studies.spec import read_study
+from tests.studies.test_spec import GOOD, written
 
 
 def planned(folder: Path, *changes: tuple[str, str]) -> Plan:
@@ -110,7 +110,7 @@ def test_recipes_that_mix_methods_keep_the_defaults_of_each(tmp_path: Path) -> N
 def test_pairs_are_counted_before_anything_runs(tmp_path: Path) -> None:
     found = planned(tmp_path)
     sizes = Sizes(read_study(tmp_path / "study.yaml"))
-    from normtune.catalog import open_from
+    from normtune.data.registry import open_from
 
     data = open_from(sizes.study.datasets["phantom-b"])
     home = open_from(sizes.study.datasets["phantom-a"])

@@ -18,16 +18,17 @@ from typing import Any
 import pytest
 
 from normtune import cli
-from normtune.abreast import Outcome, outcome
-from normtune.files import write_json
-from normtune.study import cell as cells
-from normtune.study import run as running
-from normtune.study.cell import Work, held, run_cell
-from normtune.study.plan import plan
-from normtune.study.run import Pairs, Summary, run_study
-from normtune.study.spec import Study, read_study
-from normtune.study.table import SCHEMA, tabulate, write_tables
-from tests.bases import outcome as told
+from normtune.runtime.files import write_json
+from normtune.runtime.worker_pool import Outcome, outcome
+from normtune.studies import cell as cells
+from normtune.studies import run as running
+from normtune.studies.cell import Work, held, run_cell
+from normtune.studies.executors import Pairs
+from normtune.studies.plan import plan
+from normtune.studies.results import SCHEMA, tabulate, write_tables
+from normtune.studies.run import Summary, run_study
+from normtune.studies.spec import Study, read_study
+from tests.support.base_models import outcome as told
 
 MEASURED = {  # of a run, not of its result
     "train_seconds", "train_pairs_per_second", "train_peak_bytes", "seconds", "pairs_per_second",
@@ -251,7 +252,7 @@ def test_minutes_become_pairs_once_and_an_evaluation_added_later_trains_nothing_
     assert timed["pairs"] == max(1, round(timed["pairs_per_second"] * 0.12))
     seen = json.loads(result.read_text())["training"]["pairs"]
     assert abs(seen - timed["pairs"]) <= 48  # to a step or so
-    monkeypatch.setattr("normtune.train.train", None)
+    monkeypatch.setattr("normtune.training.train.train", None)
     wider = grid.replace("train: b", "train: b, evaluate: [b, c]")
     more = '  c: {data: "phantom-b:1/0/1"}\n'
     study = read_study(study_of(base, tmp_path, wider, more=more))
@@ -281,7 +282,7 @@ def _square(number: int) -> int:
 
 
 def test_calls_side_by_side_survive_one_that_is_killed() -> None:
-    from normtune.abreast import side_by_side
+    from normtune.runtime.worker_pool import side_by_side
 
     found = dict(side_by_side(_square, range(5), workers=2))
     assert [found[number].value for number in (0, 1, 4)] == [0, 1, 16]

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from normtune.adapt import adapt
-from normtune.study.plan import Plan, Sizes, plan
-from normtune.study.spec import SEARCH, Study, read_study
-from tests.shapes import shape
+from normtune.methods.adapt import adapt
+from normtune.studies.plan import Plan, Sizes, plan
+from normtune.studies.spec import SEARCH, Study, read_study
+from tests.support.architectures import shape
 
 STUDIES = Path(__file__).parents[2] / "studies"
 

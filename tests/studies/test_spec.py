@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from normtune.study.spec import read_study
-from tests.bases import outcome
+from normtune.studies.spec import read_study
+from tests.support.base_models import outcome
 
 GOOD = """\
 study: small

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaModel
 
-from normtune.adapt import Tuned
+from normtune.methods.adapt import Tuned
 from normtune.models.miss.config import MissConfig
 from normtune.models.miss.model import MissForQuestionAnswering
-from tests.models.tiny import make_tiny
+from tests.support.tiny_models import make_tiny
 
 KINDS = ("miss", "llava")
 # what transformers calls the argument, and the output, since 5.24 and before

@@ -15,11 +15,15 @@ from typing import Any
 
 from torch.distributed.tensor import DTensor
 
-from normtune import cli, evaluate, processes, trainer
-from normtune.config import EvaluateConfig, TrainConfig
+from normtune import cli
 from normtune.errors import InputError
-from normtune.evaluate import evaluate_config
-from normtune.train import train
+from normtune.evaluation import evaluate
+from normtune.evaluation.config import EvaluateConfig
+from normtune.evaluation.evaluate import evaluate_config
+from normtune.runtime import distributed
+from normtune.training import trainer
+from normtune.training.config import TrainConfig
+from normtune.training.train import train
 
 
 def train_and_tell(options: dict[str, Any]) -> None:
@@ -35,7 +39,7 @@ def train_and_tell(options: dict[str, Any]) -> None:
     trainer.whole = counting  # type: ignore[attr-defined]
     config = TrainConfig.checked(**options)
     train(config)
-    if processes.is_first():
+    if distributed.is_first():
         (config.out / "dealt").write_text(str(dealt))
 
 
@@ -43,7 +47,7 @@ def fail(command: list[str]) -> None:
     def unreadable(*args: Any, **kwargs: Any) -> Any:
         raise InputError("cannot read image 7.")
 
-    if int(os.environ["RANK"]) == processes.launched() - 1:
+    if int(os.environ["RANK"]) == distributed.launched() - 1:
         evaluate.answer_all = unreadable  # type: ignore[assignment]
     sys.argv = ["normtune", *command]
     cli.main()

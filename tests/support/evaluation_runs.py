@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from normtune.data.records import Example, Kind
-from normtune.metrics.vqa import Prediction, score_vqa
-from normtune.results import write_results
-from tests.fake_family import fake_dataset
+from normtune.data.records import Example, Kind, Prediction
+from normtune.evaluation.results import write_results
+from normtune.metrics.answers import score_vqa
+from tests.support.fake_family import fake_dataset
 
 
 def question(number: int, answer: str = "lung", kind: Kind = "open") -> Example:

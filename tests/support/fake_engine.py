@@ -10,7 +10,15 @@ from dataclasses import fields
 from pathlib import Path
 
 from normtune.errors import InputError
-from normtune.serve.requests import AdapterInfo, Busy, Closed, EngineStats, Reply, Request, UnknownAdapter
+from normtune.serving.engine.requests import (
+    AdapterInfo,
+    Busy,
+    Closed,
+    EngineStats,
+    Reply,
+    Request,
+    UnknownAdapter,
+)
 
 Job = tuple[Request, Future[Reply], Callable[[str], None] | None]
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from PIL import Image
 
+from normtune.data.groups import Group, Segment
 from normtune.data.records import Dataset, Example
-from normtune.models.family import Answer, Pixels
-from normtune.packing import Group, Segment
+from normtune.models.types import Answer, Pixels
 
 
 class FakeFamily:

@@ -28,8 +28,8 @@ from transformers import (
 )
 
 from normtune.errors import InputError
-from normtune.models.llava_med.importing import import_llava_med
-from tests.models.tiny import TEXT_SIZES, VISION_SIZES, bpe_tokenizer
+from normtune.models.importers.llava_med.importer import import_llava_med
+from tests.support.tiny_models import TEXT_SIZES, VISION_SIZES, bpe_tokenizer
 
 Form = Literal["safetensors", "bin", "old bin"]
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

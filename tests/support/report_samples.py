@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.data.samples import write_image, write_jsonl
+from tests.support.dataset_samples import write_image, write_jsonl
 
 DICOM = "02aa804e-bde0afdd-112c0b34-7bc16630-4e384014"
 REPORT = """                                 FINAL REPORT

@@ -8,7 +8,7 @@ from typing import Any
 import schemathesis
 from hypothesis import strategies as st
 
-from tests.serve.served import data_url, picture
+from tests.support.test_server import data_url, picture
 
 PICTURE = picture((8, 8))
 

@@ -6,9 +6,9 @@ import math
 import random
 from typing import Any
 
-from normtune.metrics.stats import mean_over_seeds
-from normtune.presets import PRESETS
-from normtune.recipe import parse, resolve
+from normtune.methods.presets import PRESETS
+from normtune.methods.recipe import parse, resolve
+from normtune.metrics.statistics import mean_over_seeds
 
 NANO = ("vision", "encoder", "decoder")
 LARGE = ("vision", "connector", "language")

@@ -16,9 +16,9 @@ from urllib.parse import urlsplit
 import uvicorn
 from PIL import Image
 
-from normtune.serve.app import make_app
-from normtune.serve.running import address, configuration, listen
-from normtune.serve.service import Answers, Settings
+from normtune.serving.http.app import make_app
+from normtune.serving.http.server import address, configuration, listen
+from normtune.serving.http.state import Answers, Settings
 
 
 class Answer(NamedTuple):

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
+from normtune.data.phantom import dataset
+from normtune.models.families.miss import MissFamily, miss_processor
 from normtune.models.miss.config import MissConfig
-from normtune.models.miss.family import MissFamily, miss_processor
 from normtune.models.miss.model import MissForQuestionAnswering
 from normtune.models.miss.tokenizer import ENCODE, bert_tokenizer
-from normtune.phantom import dataset
 
 SIZE = 48
 _WIDTH = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -45,7 +45,7 @@ def tiny_miss(seed: int = 0, dropout: float = 0.1) -> MissFamily:
 
 
 def save_tiny_miss(directory: Path, seed: int = 0, dropout: float = 0.1) -> Path:
-    """Write it to `directory`, ready for `normtune.models.load`."""
+    """Write it to `directory`, ready for `normtune.models.loading.load`."""
     tiny_miss(seed, dropout).save(directory)
     return directory
 

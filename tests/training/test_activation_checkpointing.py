@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from normtune.adapt import adapt
-from normtune.anatomy import layers
-from normtune.live import LiveBytes
-from normtune.models import load
-from normtune.packing import Group
-from normtune.recompute import Tier, recomputed
-from tests.models.miss_tiny import IMAGE, tiny_miss
-from tests.models.test_families import PAIRS, image
-from tests.models.tiny import TINY, make_tiny
+from normtune.data.groups import Group
+from normtune.methods.adapt import adapt
+from normtune.models.loading import load
+from normtune.models.parts import layers
+from normtune.training.layer_wrapping import Tier, recomputed
+from normtune.training.memory_plan.live_bytes import LiveBytes
+from tests.models.families.test_families import PAIRS, image
+from tests.support.miss_batches import IMAGE, tiny_miss
+from tests.support.tiny_models import TINY, make_tiny
 
 TIERS: list[Tier] = ["fast", "balanced", "tight"]
 

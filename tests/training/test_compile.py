@@ -10,18 +10,19 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from normtune.adapt import adapt
-from normtune.compiled import compiled
+from normtune.adapters.multi.norms import MixedNorm
+from normtune.adapters.multi.rows import Owners, Rows
 from normtune.errors import InputError
-from normtune.lean import lean
-from normtune.models import load
-from normtune.models.causal import CausalFamily
-from normtune.norms import MixedNorm, Owners, Rows, TunedNorm
-from normtune.quantize import int8_linear
-from normtune.recipe import parse
-from normtune.recompute import Tier, recomputed
-from tests.models.test_families import grouped
-from tests.models.tiny import make_tiny
+from normtune.methods.adapt import adapt
+from normtune.methods.norms import TunedNorm
+from normtune.methods.recipe import parse
+from normtune.models.causal.family import CausalFamily
+from normtune.models.loading import load
+from normtune.models.quantization import int8_linear
+from normtune.training.layer_wrapping import Tier, compiled, recomputed
+from normtune.training.saved_activations import lean
+from tests.models.families.test_families import grouped
+from tests.support.tiny_models import make_tiny
 
 # the warnings are torch's own, of what it does while it traces
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")

@@ -18,17 +18,18 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from normtune.catalog import open_dataset
-from normtune.config import EvaluateConfig, TrainConfig
+from normtune.data.registry import open_dataset
 from normtune.errors import InputError
-from normtune.evaluate import _share, evaluate_config
-from normtune.files import read_json
-from normtune.train import last_checkpoint, train
-from normtune.trainer import resumed_batch, run_identity
-from tests.models.tiny import make_tiny
+from normtune.evaluation.config import EvaluateConfig
+from normtune.evaluation.evaluate import _share, evaluate_config
+from normtune.runtime.files import read_json
+from normtune.training.checkpoints import resumed_batch, run_identity
+from normtune.training.config import TrainConfig
+from normtune.training.train import last_checkpoint, train
+from tests.support.tiny_models import make_tiny
 
 DATA = "phantom-b:6"
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 FSDP2 = ["accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2", "--num_processes", "2"]
 FSDP2 += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -215,7 +216,7 @@ def test_a_step_holds_what_it_held_whatever_the_number_of_processes(
     ranks: int, batch: int, goes_on_with: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, checkpoint = stored(tmp_path)
-    monkeypatch.setattr("normtune.processes.count", lambda: ranks)
+    monkeypatch.setattr("normtune.runtime.distributed.count", lambda: ranks)
     assert resumed_batch(config.model_copy(update={"batch": batch}), checkpoint) == goes_on_with
 
 
@@ -227,6 +228,6 @@ def test_steps_that_cannot_be_as_they_were_are_refused(
     ranks: int, batch: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, checkpoint = stored(tmp_path)
-    monkeypatch.setattr("normtune.processes.count", lambda: ranks)
+    monkeypatch.setattr("normtune.runtime.distributed.count", lambda: ranks)
     with pytest.raises(InputError, match=said):
         resumed_batch(config.model_copy(update={"batch": batch}), checkpoint)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from normtune.errors import InputError
-from normtune.inspection import inspect_text, inspection
-from tests.bases import base as tiny
-from tests.bases import save_base
+from normtune.training.inspection import inspect_text, inspection
+from tests.support.base_models import base as tiny
+from tests.support.base_models import save_base
 
 
 @pytest.fixture(scope="module")

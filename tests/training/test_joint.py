@@ -12,29 +12,30 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from normtune import lane as lane_module
-from normtune.adapt import adapt
-from normtune.collator import Collator
-from normtune.config import TrainConfig
+from normtune.adapters.multi.bank import mix
+from normtune.adapters.multi.rows import Owners
+from normtune.adapters.storage import load_delta
+from normtune.data.groups import group_by_image
 from normtune.data.records import Example
-from normtune.delta import load_delta
 from normtune.errors import InputError
-from normtune.files import read_json
-from normtune.image_cache import ImageCache
-from normtune.lane import Lane
-from normtune.mixed import mix
-from normtune.models import load
+from normtune.methods.adapt import adapt
+from normtune.methods.norms import TunedNorm
 from normtune.models.family import Family
+from normtune.models.image_cache import ImageCache
+from normtune.models.loading import load
 from normtune.models.miss.vision import VisionTransformer
-from normtune.multi import backward, train_together
-from normtune.norms import Owners, TunedNorm
-from normtune.packing import group_by_image
-from normtune.train import train
-from tests.bases import outcome
-from tests.fake_family import fake_dataset
-from tests.models.test_families import PAIRS, image
-from tests.models.tiny import TINY, make_tiny
-from tests.tiny_miss import save_tiny_miss
+from normtune.runtime.files import read_json
+from normtune.training import joint_run as lane_module
+from normtune.training.collator import Collator
+from normtune.training.config import TrainConfig
+from normtune.training.joint import backward, train_together
+from normtune.training.joint_run import Lane
+from normtune.training.train import train
+from tests.models.families.test_families import PAIRS, image
+from tests.support.base_models import outcome
+from tests.support.fake_family import fake_dataset
+from tests.support.tiny_miss import save_tiny_miss
+from tests.support.tiny_models import TINY, make_tiny
 
 TOLERANCE = 1e-5
 EXAMPLES = [Example(str(i), (name,), *pair, "open", "train") for i, (name, *pair) in enumerate(PAIRS)]
@@ -106,7 +107,7 @@ def test_what_is_frozen_runs_once_an_image_for_all_adapters(
 
 
 def _examples(base: Path, out: Path) -> Sequence[Example]:
-    from normtune.catalog import open_from
+    from normtune.data.registry import open_from
 
     return open_from(config(base, out)).split("train")[:16]
 
@@ -265,7 +266,7 @@ def test_answers_of_a_mixed_batch_are_each_adapters_own(
     mixed.values.add_(0.5 * torch.randn(mixed.values.shape, generator=generator))
     asked = [Example(e.id, e.images, e.question, "", "open", "train") for e in EXAMPLES]
     groups, pixels, owners = [], [], []
-    from normtune.packing import Group
+    from normtune.data.groups import Group
 
     for members in group_by_image(asked):
         own = family.pixels(image(members[0].images[0]))

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaModel
 from transformers.activations import ACT2FN
 
-from normtune.adapt import adapt
-from normtune.lean import activation, lean
-from normtune.live import LiveBytes
-from normtune.models.llava import LlavaFamily
-from normtune.norms import TunedNorm
-from tests.models.tiny import make_tiny
+from normtune.methods.adapt import adapt
+from normtune.methods.norms import TunedNorm
+from normtune.models.families.llava import LlavaFamily
+from normtune.training.memory_plan.live_bytes import LiveBytes
+from normtune.training.saved_activations import activation, lean
+from tests.support.tiny_models import make_tiny
 
 WIDTH, FORWARD, HEADS, LENGTH = 64, 176, 4, 32
 

@@ -8,24 +8,24 @@ from typing import Any
 import pytest
 import torch
 
-from normtune import state_cache
-from normtune.adapt import adapt
-from normtune.catalog import open_dataset
-from normtune.collator import Collator, collator
-from normtune.config import TrainConfig
-from normtune.image_cache import LIMIT_BYTES
-from normtune.models import load
-from normtune.models.below import Below
-from normtune.models.causal import CausalFamily
+from normtune.data.registry import open_dataset
+from normtune.methods.adapt import adapt
+from normtune.models.causal.family import CausalFamily
+from normtune.models.families.llava import LlavaFamily
+from normtune.models.families.miss import MissFamily
 from normtune.models.family import Family
-from normtune.models.llava import LlavaFamily
-from normtune.models.miss.family import MissFamily
+from normtune.models.frozen_trunk import Below
+from normtune.models.image_cache import LIMIT_BYTES
+from normtune.models.loading import load
 from normtune.models.miss.text import TextModel
 from normtune.models.miss.vision import VisionTransformer
-from normtune.train import train
-from tests.models.tiny import make_tiny
-from tests.stop import Stop
-from tests.test_train import config, same, tensors
+from normtune.training import state_cache
+from normtune.training.collator import Collator, collator
+from normtune.training.config import TrainConfig
+from normtune.training.train import train
+from tests.support.kill import Stop
+from tests.support.tiny_models import make_tiny
+from tests.training.test_train import config, same, tensors
 
 UPPER = {"miss": "decoder=ln", "llava": "language=ln[1:]"}
 

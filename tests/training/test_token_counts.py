@@ -3,9 +3,9 @@ from __future__ import annotations
 from PIL import Image
 
 from normtune.data.records import Dataset, Example
-from normtune.models.family import Pixels
-from normtune.models.tokens import count_tokens
-from tests.tiny_miss import SIZE, tiny_miss
+from normtune.models.types import Pixels
+from normtune.training.token_counts import count_tokens
+from tests.support.tiny_miss import SIZE, tiny_miss
 
 
 def test_tokens_are_counted_from_sizes_and_segments() -> None:

@@ -21,18 +21,20 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
 
-from normtune.adapt import adapt
-from normtune.catalog import open_dataset
-from normtune.config import TrainConfig
+from normtune.data.batches import EpochBatches
+from normtune.data.groups import Group, Segment
+from normtune.data.registry import open_dataset
 from normtune.errors import InputError
-from normtune.files import read_json
-from normtune.models import load
-from normtune.models.miss.family import MissFamily
-from normtune.packing import EpochBatches, Group, Segment
-from normtune.train import TrainResult, last_checkpoint, train
-from normtune.trainer import Examples, Objective
-from tests.models.tiny import make_tiny
-from tests.stop import Stop
+from normtune.methods.adapt import adapt
+from normtune.models.families.miss import MissFamily
+from normtune.models.loading import load
+from normtune.runtime.files import read_json
+from normtune.training.config import TrainConfig
+from normtune.training.result import TrainResult
+from normtune.training.train import last_checkpoint, train
+from normtune.training.trainer import Examples, Objective
+from tests.support.kill import Stop
+from tests.support.tiny_models import make_tiny
 
 DATA = "phantom-b:6"
 
@@ -85,7 +87,7 @@ def test_only_norms_are_written_and_all_are_fp32(run: tuple[TrainResult, Path]) 
 
 
 def test_every_pair_is_seen_once_an_epoch(run: tuple[TrainResult, Path]) -> None:
-    from normtune.catalog import open_dataset
+    from normtune.data.registry import open_dataset
 
     assert run[0].pairs == 2 * len(open_dataset(DATA).split("train"))
 
@@ -133,7 +135,7 @@ def test_a_frozen_image_encoder_runs_once_an_image(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The delta equals that of a run which encodes every image in every step."""
-    from normtune.models.miss.family import MissFamily
+    from normtune.models.families.miss import MissFamily
     from normtune.models.miss.vision import VisionTransformer
 
     images = 0
@@ -352,6 +354,6 @@ def test_running_out_of_memory_says_what_to_do(
     def full(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("normtune.models.miss.family.MissFamily.loss", full)
+    monkeypatch.setattr("normtune.models.families.miss.MissFamily.loss", full)
     with pytest.raises(InputError, match=r"--memory fast\. Go on with --memory tight, or lower --batch"):
         train(config(base, tmp_path / "out"))

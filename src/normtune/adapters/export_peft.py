@@ -20,13 +20,14 @@ from pathlib import Path
 from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig
 from torch import Tensor
 
-from normtune.added import exactly
-from normtune.card import DeltaInfo, model_card
-from normtune.delta import CARD_FILE, read_delta, read_tensors, write_tensors
+from normtune.adapters.info import DeltaInfo
+from normtune.adapters.model_card import model_card
+from normtune.adapters.storage import CARD_FILE, read_delta, read_tensors, write_tensors
 from normtune.errors import InputError
-from normtune.files import new_directory, write_json, write_text
-from normtune.methods import Method
-from normtune.recipe import parse
+from normtune.methods.lora import exactly
+from normtune.methods.recipe import parse
+from normtune.methods.registry import Method
+from normtune.runtime.files import new_directory, write_json, write_text
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

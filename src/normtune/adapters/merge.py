@@ -21,16 +21,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from normtune.adapt import Tuned
-from normtune.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, read_header
-from normtune.delta import attach_delta, fingerprint, read_delta, read_tensors, same_base
+from normtune.adapters.fingerprint import fingerprint, same_base
+from normtune.adapters.merged_weights import changed_by, quantised_site, refuse_unmergeable, with_addition
+from normtune.adapters.storage import attach_delta, read_delta, read_tensors
 from normtune.errors import InputError
-from normtune.files import new_directory, write_json
-from normtune.mergeable import changed_by, quantised_site, refuse_unmergeable, with_addition
-from normtune.methods import INTRINSIC
-from normtune.models import quiet_loading, skeleton
-from normtune.placement import placement, stored_as_is
-from normtune.shards import Planned, write_safetensors
+from normtune.methods.adapt import Tuned
+from normtune.methods.registry import INTRINSIC
+from normtune.models.checkpoints.parameter_map import placement, stored_as_is
+from normtune.models.checkpoints.reader import INDEX_FILE, SINGLE_FILE, Checkpoint, read_header
+from normtune.models.checkpoints.writer import Planned, write_safetensors
+from normtune.models.loading import quiet_loading, skeleton
+from normtune.runtime.files import new_directory, write_json
 
 NEW_SHARD = "model-normtune.safetensors"
 ORIGIN_FILE = "normtune.json"  # what was merged, for people and for later runs

@@ -23,71 +23,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from normtune.adapt import Cast, Tuned, adapt, untune
-from normtune.added import set_submodule
-from normtune.card import NOTICE, DeltaInfo, TrainedTensor, model_card, parse_info
+from normtune.adapters.fingerprint import fingerprint, same_base
+from normtune.adapters.info import NOTICE, DeltaInfo, TrainedTensor, parse_info
+from normtune.adapters.merged_weights import changed_by, quantised_site, refuse_unmergeable, with_addition
+from normtune.adapters.model_card import model_card
 from normtune.errors import InputError
-from normtune.files import json_text, read_json, replacing
-from normtune.mergeable import changed_by, quantised_site, refuse_unmergeable, with_addition
-from normtune.methods import INTRINSIC
-from normtune.recipe import parse
+from normtune.methods.adapt import Cast, Tuned, adapt, untune
+from normtune.methods.recipe import parse
+from normtune.methods.registry import INTRINSIC
+from normtune.models.family import Family
+from normtune.models.parts import is_quantized
+from normtune.runtime.files import json_text, read_json, replacing
 
 TENSORS_FILE = "adapter.safetensors"
 INFO_FILE = "adapter.json"
 CARD_FILE = "README.md"
-QUANTISED = "quantised"
-
-Values = Callable[[str, range], Tensor]  # a parameter's values at places of its rows laid end to end
-
-_SAMPLES = 64  # values of each tensor that the fingerprint reads
 _SHOWN = 3  # mismatches that an error names
-
-
-def fingerprint(model: nn.Module, values: Values | None = None) -> str:
-    """What tells one base from another, whatever dtype it is loaded in; take it before `adapt`.
-
-    Two digests of names, shapes and 64 sampled values a tensor, rounded to bf16: one of the linears' weights
-    (the word "quantised" where they are), one of all else. A 7B model takes well under a second.
-
-    `values` gives the values of a named parameter where they are not in memory: `model` may then be on the
-    meta device.
-    """
-    linear, rest = hashlib.sha256(), hashlib.sha256()
-    quantised = False
-    for module_name, module in model.named_modules():
-        for attribute, parameter in module.named_parameters(recurse=False):
-            name = f"{module_name}.{attribute}"
-            if isinstance(module, nn.Linear) and attribute == "weight":
-                if not parameter.is_floating_point() or type(parameter.data) is not Tensor:
-                    quantised = True
-                    continue
-                digest = linear
-            else:
-                digest = rest
-            digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
-            places = _sampled(parameter.numel())
-            if values is not None:
-                digest.update(_bytes(values(name.removeprefix("."), places)))
-            elif parameter.device.type != "meta":
-                flat = parameter.detach().reshape(-1)
-                digest.update(_bytes(flat[places.start : places.stop : places.step]))
-    return f"{rest.hexdigest()[:32]}-{QUANTISED if quantised else linear.hexdigest()[:32]}"
-
-
-def same_base(one: str, other: str) -> bool:
-    """Whether two fingerprints are of one base; a quantised one is compared by what is not quantised."""
-    (rest, linear), (other_rest, other_linear) = one.split("-"), other.split("-")
-    return rest == other_rest and (linear == other_linear or QUANTISED in (linear, other_linear))
-
-
-def _sampled(count: int) -> range:
-    """Where the values that the fingerprint reads stand in a tensor of `count`."""
-    step = max(1, count // _SAMPLES)
-    return range(0, min(count, step * _SAMPLES), step)
-
-
-def _bytes(values: Tensor) -> bytes:
-    return values.to(torch.bfloat16).contiguous().view(torch.int16).cpu().numpy().tobytes()
 
 
 def save_delta(
@@ -256,9 +207,6 @@ def _refuse(directory: Path | str, info: DeltaInfo, faults: list[str | None]) ->
         )
 
 
-# --- Merging ----------------------------------------------------------------------------------------------
-
-
 def merged_tensors(tuned: Tuned) -> dict[str, Tensor]:
     """What merging writes: the base's name -> the tensor that stands for base and delta together, in fp32.
 
@@ -271,7 +219,7 @@ def merged_tensors(tuned: Tuned) -> dict[str, Tensor]:
         for site, layer in addition.layers.items():
             for key in changed_by(layer):
                 name, old = f"{site}.{key}", getattr(layer.get_base_layer(), key).detach()
-                if not old.is_floating_point() or type(old) is not Tensor:
+                if is_quantized(old):
                     raise quantised_site(site)
                 merged[name] = with_addition(site, layer, key, merged.get(name, old), tuned.trained)
     return merged
@@ -324,8 +272,8 @@ def _merge_norm(model: nn.Module, name: str, base_norm: nn.Module) -> Callable[[
     with torch.no_grad():
         for attribute, parameter in plain.named_parameters(recurse=False):
             parameter.copy_(getattr(tuned_norm, attribute))
-    set_submodule(model, name, plain)
-    return partial(set_submodule, model, name, tuned_norm)
+    model.set_submodule(name, plain)
+    return partial(model.set_submodule, name, tuned_norm)
 
 
 def _merge_cast(cast: Iterable[tuple[nn.Module, str]]) -> list[Callable[[], None]]:
@@ -353,10 +301,10 @@ def _merge_linear(
     old = {key: one for key, one in linear.named_parameters(recurse=False) if f"{site}.{key}" in merged}
     for key, one in old.items():
         setattr(linear, key, nn.Parameter(merged[f"{site}.{key}"].to(one.dtype), False))
-    set_submodule(model, site, linear)
+    model.set_submodule(site, linear)
 
     def undo() -> None:
-        set_submodule(model, site, layer)
+        model.set_submodule(site, layer)
         for key, one in old.items():
             setattr(linear, key, one)
 
@@ -366,3 +314,25 @@ def _merge_linear(
 def _digest(path: Path) -> str:
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def open_model(
+    model: str,
+    adapter: Path | None = None,
+    *,
+    dtype: str = "float32",
+    device: str | None = None,
+    quantize: str | None = None,
+) -> Family:
+    """Load a base, with an adapter's trained tensors in place where one is given.
+
+    Raises:
+        InputError: no such model, or an adapter of another base.
+    """
+    from normtune.models.loading import load
+
+    family = load(model, dtype=dtype, device=device, quantize=quantize)
+    if adapter is not None:
+        load_delta(family.model, adapter)
+    family.model.eval()
+    return family

@@ -1,1 +1,1 @@
-"""The commands, by what they are about; each parses, calls one function, prints."""
+"""The commands of the command line, one file per group."""

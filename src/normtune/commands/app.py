@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 from pydantic.fields import FieldInfo
 
-from normtune import processes
-from normtune.config import DataOptions
+from normtune.data.options import DataOptions
+from normtune.runtime import distributed
 
 app = typer.Typer(
     name="normtune",
@@ -65,7 +65,7 @@ def _parameter(name: str, field: FieldInfo, positional: bool) -> inspect.Paramet
 
 
 def emit(as_json: bool, value: Any, text: str) -> None:
-    if processes.is_first():
+    if distributed.is_first():
         print(dumps(value, ensure_ascii=False) if as_json else text)
 
 

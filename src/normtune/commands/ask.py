@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from normtune import report_task
 from normtune.commands.app import Adapter, Device, Json, Model, Quantize, app, emit
+from normtune.data import tasks
 
 
 @app.command()
@@ -23,7 +23,7 @@ def ask(
     json: Json = False,
 ) -> None:
     """Ask questions of one image."""
-    from normtune.asking import ask
+    from normtune.inference.ask import ask
 
     answers = ask(model, image, question, adapter=adapter, beams=beams, device=device, quantize=quantize)
     rows = [
@@ -44,13 +44,13 @@ def describe(
     beams: Annotated[int, typer.Option(min=1, help="Beams of the search; 1 is greedy.")] = 1,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Longest report, in tokens.")
-    ] = report_task.WRITTEN_TOKENS,
+    ] = tasks.MAX_REPORT_TOKENS,
     device: Device = None,
     quantize: Quantize = None,
     json: Json = False,
 ) -> None:
     """Write a report for one image or study. Research use, not for diagnosis."""
-    from normtune.asking import describe
+    from normtune.inference.ask import describe
 
     answer = describe(
         model,

@@ -15,12 +15,15 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
+import typer
+
+from normtune.commands.app import Json, app, emit
 from normtune.errors import InputError, did_you_mean
-from normtune.files import read_json
+from normtune.runtime.files import read_json
 
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"  # of a checkout, whose package is in src/normtune
+FOLDER = Path(__file__).resolve().parents[3] / "benchmarks"  # of a checkout, whose package is in src/normtune
 RECORD = "results.json"  # of a benchmark that writes a folder
 
 
@@ -126,3 +129,24 @@ def _one_line_refusals(name: str) -> Iterator[None]:
         yield
     finally:
         argparse.ArgumentParser.error = own  # type: ignore[method-assign]
+
+
+@app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
+def bench(
+    name: Annotated[str | None, typer.Argument(help="A benchmark; none lists them.")] = None,
+    options: Annotated[
+        list[str] | None, typer.Argument(help="Its own options: normtune bench NAME --help.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """The benchmarks of the source checkout: list them, or run one and print its table."""
+
+    given = [option for option in options or () if option != "--json"]
+    if name is None:
+        found = benchmarks()
+        rows = [{"name": one.name, "summary": one.summary} for one in found.values()]
+        emit(json, {"benchmarks": rows}, listing(found))
+    elif json or len(given) < len(options or ()):
+        emit(True, recorded(name, given), "")
+    else:
+        run_benchmark(name, given)

@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
-from normtune.commands.app import Json, app, emit, plain
+from normtune.commands.app import Json, app, emit, plain, takes
 from normtune.errors import InputError, did_you_mean
-from normtune.progress import bar
+from normtune.evaluation.config import EvaluateConfig
+from normtune.runtime import distributed
+from normtune.runtime.progress import bar
 
 
 @app.command()
@@ -27,7 +29,7 @@ def score(
     json: Json = False,
 ) -> None:
     """Score a file of predictions against a file of references, joined by id, with 95% intervals."""
-    from normtune.scoring import TASKS, score_files, score_text
+    from normtune.evaluation.score_files import TASKS, score_files, score_text
 
     if task not in (None, *TASKS):
         hint = did_you_mean(str(task), TASKS) or "."
@@ -52,7 +54,7 @@ def compare(
     json: Json = False,
 ) -> None:
     """Evaluations of the same questions: every metric's difference from the first, paired by image."""
-    from normtune.comparison import compare_runs, comparison_text, write_comparison
+    from normtune.evaluation.compare import compare_runs, comparison_text, write_comparison
 
     found = compare_runs(runs).to_json()
     if out is not None:
@@ -72,7 +74,7 @@ def review(
     json: Json = False,
 ) -> None:
     """A page of right and wrong answers with their images, to look through: one file, no server."""
-    from normtune.review.page import review, review_text
+    from normtune.evaluation.review.page import review, review_text
 
     with bar("images", quiet=json) as tick:
         found = review(
@@ -90,7 +92,18 @@ def export_predictions(
     json: Json = False,
 ) -> None:
     """Answers in the form that another harness scores again, without a model."""
-    from normtune.harnesses import export_predictions, export_text
+    from normtune.evaluation.export_predictions import export_predictions, export_text
 
     found = export_predictions(run, to, out, task=task)
     emit(json, plain(found), export_text(found))
+
+
+@app.command()
+@takes(EvaluateConfig, positional="model")
+def evaluate(config: EvaluateConfig, *, as_json: bool) -> None:
+    """Answer every question of a split and score the answers, with 95% intervals."""
+    from normtune.evaluation.evaluate import evaluate_config, metrics_text
+
+    with bar("answering", quiet=as_json or not distributed.is_first()) as tick:
+        found = evaluate_config(config, progress=tick)
+    emit(as_json, found, metrics_text(found))

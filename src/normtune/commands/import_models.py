@@ -7,39 +7,8 @@ from typing import Annotated
 
 import typer
 
-from normtune.commands.app import Json, Model, app, emit, plain
-from normtune.errors import InputError, did_you_mean
-from normtune.progress import bar
-
-
-@app.command()
-def merge(
-    model: Model,
-    adapter: Annotated[Path, typer.Option(help="The adapter to merge.")],
-    out: Annotated[Path, typer.Option(help="Where the merged model is written.")],
-    json: Json = False,
-) -> None:
-    """A loadable model that links the base's own files and adds the trained tensors."""
-    from normtune.merge import merge_text, merge_to_disk
-
-    found = merge_to_disk(model, adapter, out)
-    emit(json, plain(found), merge_text(found))
-
-
-@app.command()
-def export(
-    adapter: Annotated[Path, typer.Option(help="The adapter to export.")],
-    out: Annotated[Path, typer.Option(help="Where it is written.")],
-    to: Annotated[str, typer.Option(help="The format: peft.")] = "peft",
-    json: Json = False,
-) -> None:
-    """An adapter in the form that `PeftModel.from_pretrained` loads, to the same answers."""
-    if to != "peft":
-        raise InputError(f"--to {to}: unknown format{did_you_mean(to, ['peft']) or '.'} Known: peft.")
-    from normtune.export import export_peft, export_text
-
-    found = export_peft(adapter, out)
-    emit(json, plain(found), export_text(found))
+from normtune.commands.app import Json, app, emit, plain
+from normtune.runtime.progress import bar
 
 
 @app.command("import-miss")
@@ -56,7 +25,7 @@ def import_miss(
     json: Json = False,
 ) -> None:
     """MISS's original checkpoint, or BLIP-VQA's, as a model that normtune and transformers load."""
-    from normtune.models.miss.checkpoints import import_miss, import_text
+    from normtune.models.importers.miss.importer import import_miss, import_text
 
     found = import_miss(
         source,
@@ -91,7 +60,7 @@ def import_llava_med(
 
     Run again after a kill, and it goes on.
     """
-    from normtune.models.llava_med.importing import import_llava_med, import_text
+    from normtune.models.importers.llava_med.importer import import_llava_med, import_text
 
     with bar("writing tensors", quiet=json) as tick:
         found = import_llava_med(

@@ -14,7 +14,7 @@ from normtune.commands.app import Device, Json, Model, Quantize, app, emit
 from normtune.errors import InputError
 
 if TYPE_CHECKING:
-    from normtune.serve.engine import Engine
+    from normtune.serving.engine.engine import Engine
 
 
 @app.command()
@@ -56,18 +56,18 @@ def serve(
 ) -> None:
     """Serve a base with its adapters: OpenAI's API and a web page. Research use, not for diagnosis."""
     try:
-        from normtune.serve import running
+        from normtune.serving.http import server
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("normtune"):
             raise
         raise InputError(
             "serving needs packages that are not installed: pip install normtune[serve]."
         ) from error
-    from normtune.serve.folders import adapters_below, named_adapters
-    from normtune.serve.limits import Limits, read_keys
+    from normtune.serving.http.limits import Limits, read_keys
+    from normtune.serving.http.paths import adapters_below, named_adapters
 
     keys = read_keys(api_keys)
-    if not keys and host not in running.LOOPBACK and not without_keys:
+    if not keys and host not in server.LOOPBACK and not without_keys:
         raise InputError(
             f"--host {host} is open to others. Give --api-keys FILE, or --without-keys if all may use it."
         )
@@ -79,11 +79,11 @@ def serve(
     base = Path(model).name or model
     if base in named:
         raise InputError(f"the adapter '{base}' is called as the base. Name it otherwise: NAME=DIR.")
-    with running.listen(host, port) as listening:  # first: a port that is taken is told at once
-        from normtune import report_task
-        from normtune.answering import ANSWER_TOKENS
-        from normtune.models import load
-        from normtune.serve.engine import Engine
+    with server.listen(host, port) as listening:  # first: a port that is taken is told at once
+        from normtune.data import tasks
+        from normtune.data.tasks import MAX_ANSWER_TOKENS
+        from normtune.models.loading import load
+        from normtune.serving.engine.engine import Engine
 
         engine = Engine(
             load(model, dtype=dtype, device=device, quantize=quantize),
@@ -103,18 +103,18 @@ def serve(
             longest = engine.family.longest_answer  # a client that asks for more gets so many
             if longest is not None and longest < limits.new_tokens:
                 limits = replace(limits, new_tokens=longest)
-            settings = running.Settings(
+            settings = server.Settings(
                 base=base,
                 limits=limits,
                 keys=keys,
                 adapter_root=adapter_root,
                 reviews=reviews,
                 remote_hosts=frozenset(one.lower() for one in allow_remote_images),
-                hosts=None if keys or without_keys else running.own_names(host),
-                question_tokens=ANSWER_TOKENS,
-                report_tokens=report_task.WRITTEN_TOKENS,
+                hosts=None if keys or without_keys else server.own_names(host),
+                question_tokens=MAX_ANSWER_TOKENS,
+                report_tokens=tasks.MAX_REPORT_TOKENS,
             )
-            url = running.address(listening)
+            url = server.address(listening)
             told = {"url": url, "model": base, "adapters": names, "left_out": left_out, "keys": bool(keys)}
             text = f"{base} with {len(names)} adapters at {url} (research use, not for diagnosis)"
             text = "\n".join([*(f"left out: {reason}" for reason in left_out.values()), text])
@@ -123,14 +123,14 @@ def serve(
                 emit(json, told, text)
                 sys.stdout.flush()  # who started it may wait for the address
 
-            running.run(engine, settings, listening, ready=ready, quiet=quiet)
+            server.run(engine, settings, listening, ready=ready, quiet=quiet)
         finally:
             engine.close(drain=False)
 
 
 def _register_below(engine: Engine, below: Mapping[str, Path], base: str) -> dict[str, str]:
     """Register the adapters of a folder, which may hold some that cannot be served: name -> why not."""
-    from normtune.serve.folders import check_name
+    from normtune.serving.http.paths import check_name
 
     left_out = {}
     for name, folder in below.items():

@@ -1,0 +1,1 @@
+"""Datasets as records, groups and batches."""

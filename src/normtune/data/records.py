@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from PIL import Image
 
+
 Kind = Literal["open", "closed", "report"]
 
 
@@ -74,3 +75,12 @@ class Dataset:
                 f"Its splits: {', '.join(splits) or 'none'}."
             )
         return found
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A model's answer to the example of the same id; `score` is the mean log-probability of its tokens."""
+
+    id: str
+    text: str
+    score: float | None = None

@@ -8,10 +8,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-from normtune.config import DataOptions
+from normtune.data.options import DataOptions
+from normtune.data.reading.cells import SPLITS
+from normtune.data.reading.radiology import Sections
 from normtune.data.records import Dataset, Example
-from normtune.data.rows import SPLITS
-from normtune.data.sections import Sections
 from normtune.errors import InputError, did_you_mean
 
 Language = Literal["en", "zh", "all"]
@@ -91,7 +91,7 @@ def open_dataset(
             "Leave it out."
         )
     if family in PHANTOMS:
-        from normtune.phantom import dataset as phantom
+        from normtune.data.phantom import dataset as phantom
 
         return phantom(family[-1], images=_images(name, images) if colon else None, task=task)
     if colon:
@@ -131,7 +131,7 @@ def _read(family: str, root: Path, language: Language, sections: Sections, text_
         options["language"] = language
     if family in SECTIONED:
         options["sections"] = sections
-    read: Callable[..., Dataset] = import_module(f"normtune.data.{family.replace('-', '_')}").read
+    read: Callable[..., Dataset] = import_module(f"normtune.data.datasets.{family.replace('-', '_')}").read
     return read(root, **options)
 
 

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from normtune.config import TrainConfig
+from normtune.data.reading.cells import SPLITS
 from normtune.data.records import Dataset, Example
-from normtune.data.rows import SPLITS
 from normtune.errors import InputError
 
 
@@ -121,12 +120,6 @@ def share_of_images(examples: Sequence[Example], share: float, seed: int) -> lis
     heads = _drawn(clusters.values(), seed)
     kept = set(heads[: max(1, round(share * len(heads)))])
     return [example for example in examples if example.images and clusters[example.images[0]] in kept]
-
-
-def chosen(examples: Sequence[Example], config: TrainConfig) -> list[Example]:
-    """The examples of a split that a run trains on: its share of the images, and of those the first pairs."""
-    some = examples if config.share is None else share_of_images(examples, config.share, config.seed)
-    return list(some[: config.limit])
 
 
 def same_pixels(dataset: Dataset) -> list[tuple[str, ...]]:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from statistics import mean, median
 from typing import Any
 
+from normtune.data.reading.cells import is_yes_no
 from normtune.data.records import Dataset, Example
-from normtune.data.rows import is_yes_no
 from normtune.data.splits import leaks, part_of, parts
 
 _FIRST = 20  # problems shown in full

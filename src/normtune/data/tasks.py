@@ -1,7 +1,12 @@
-"""The report task, for every family: what is asked of a study, and how many tokens a report may have."""
+"""The two tasks, answering questions and writing reports: the prompt and the limits in tokens.
+
+A reference is the text that a model is trained on; the other limits bound the text that a model generates.
+"""
 
 from __future__ import annotations
 
-PROMPT = "Describe the findings of this image."  # where a report has no question of its own
-REFERENCE_TOKENS = 512  # of a reference in training, end token included, where the model has room for them
-WRITTEN_TOKENS = 128  # the longest report that is written, where nothing else is said
+REPORT_PROMPT = "Describe the findings of this image."  # for a report that has no question of its own
+MAX_ANSWER_TOKENS = 16  # default limit of a generated answer
+MAX_REPORT_TOKENS = 128  # default limit of a generated report
+MAX_ANSWER_REFERENCE_TOKENS = 256  # of an answer in training, end token included
+MAX_REPORT_REFERENCE_TOKENS = 512  # of a report in training, end token included, where the model has room

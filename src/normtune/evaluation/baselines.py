@@ -7,11 +7,10 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from normtune.data.records import Example
+from normtune.data.records import Example, Prediction
 from normtune.data.splits import patients
 from normtune.errors import InputError
-from normtune.metrics.text import normalise, tokens
-from normtune.metrics.vqa import Prediction
+from normtune.metrics.normalisation import normalise, tokens
 
 _QUESTION_MARKS = str.maketrans(dict.fromkeys("?!.,;:\"'()？！。，；：、", " "))
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from normtune.data.records import Example
 from normtune.errors import InputError
-from normtune.files import read_json, write_text
-from normtune.metrics.corpus import Summed, paired
-from normtune.metrics.stats import holm
-from normtune.metrics.tables import metric_table
-from normtune.results import read_run, split_hash
+from normtune.evaluation.results import read_run, split_hash
+from normtune.metrics.statistics import holm
+from normtune.metrics.sum_metrics import Summed, paired
+from normtune.metrics.table import metric_table
+from normtune.runtime.files import read_json, write_text
 
 
 @dataclass(frozen=True)

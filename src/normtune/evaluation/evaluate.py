@@ -8,25 +8,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normtune import memory, processes, reliance, report_task
-from normtune.answering import ANSWER_TOKENS, Progress, answer_all, score_closed_candidates
-from normtune.data.records import Dataset, Example
+from normtune.data import tasks
+from normtune.data.batches import rank_shares
+from normtune.data.groups import group_by_image
+from normtune.data.records import Dataset, Example, Prediction
+from normtune.data.tasks import MAX_ANSWER_TOKENS
 from normtune.errors import InputError
-from normtune.files import read_json
-from normtune.metrics.report import normalisations_for, text_pairs
+from normtune.evaluation import image_reliance
+from normtune.evaluation.results import write_results
+from normtune.evaluation.score_files import clinical_table
+from normtune.inference.predict import Progress, answer_all, score_closed_candidates
+from normtune.metrics.answers import Metric, only_once
+from normtune.metrics.normalisation import normalise
+from normtune.metrics.reports import normalisations_for, text_pairs
 from normtune.metrics.strata import Strata, strata, strata_text
-from normtune.metrics.tables import metric_table, summarised
-from normtune.metrics.text import normalise
-from normtune.metrics.vqa import Metric, Prediction, only_once
-from normtune.packing import group_by_image, rank_shares
-from normtune.results import write_results
-from normtune.scoring import clinical_table
+from normtune.metrics.table import metric_table, summarised
+from normtune.runtime import distributed, memory
+from normtune.runtime.files import read_json
 
 if TYPE_CHECKING:
-    from normtune.config import EvaluateConfig
-    from normtune.image_cache import ImageCache
+    from normtune.evaluation.config import EvaluateConfig
+    from normtune.evaluation.retrieval import Answers
     from normtune.models.family import Family
-    from normtune.retrieval import Answers
+    from normtune.models.image_cache import ImageCache
 
 FILE_FORMATS = ("jsonl", "parquet", "messages")  # datasets whose name does not say whose data they are
 
@@ -35,7 +39,7 @@ FILE_FORMATS = ("jsonl", "parquet", "messages")  # datasets whose name does not 
 class Scores:
     """What an evaluation found: by metric, by stratum, by finding of reports, by control image.
 
-    `strata` is described in `normtune.metrics.strata`, `reliance` in `normtune.reliance.reliance`; `findings`
+    `strata` is described in `normtune.metrics.strata`, `reliance` in `normtune.evaluation.image_reliance.reliance`; `findings`
     holds labeller -> finding -> precision, recall, f1 and counts, where reports speak of any (chest images).
     """
 
@@ -104,12 +108,12 @@ def evaluate(
         candidates: such as "yes/no": closed questions get the most probable of these instead of a
             generated answer.
         controls: such as "blank,noise,other": the same is asked of these images in the place of the real
-            ones, see `normtune.reliance`.
-        normalisation: of answers before they are scored, see `normtune.metrics.text`; reports are scored
-            under those of `normtune.metrics.report.normalisations_for`.
+            ones, see `normtune.evaluation.image_reliance`.
+        normalisation: of answers before they are scored, see `normtune.metrics.normalisation`; reports are scored
+            under those of `normtune.metrics.reports.normalisations_for`.
         names: what to record of the run besides (base, adapter, ...).
         images: opens and holds the images; by default each is opened for its batch.
-        baseline: predicts in the model's place, see `normtune.retrieval.fitted`.
+        baseline: predicts in the model's place, see `normtune.evaluation.retrieval.fitted`.
         progress: called with (pairs done, pairs in all) after each batch.
 
     Raises:
@@ -124,13 +128,14 @@ def evaluate(
         raise InputError("answers and reports cannot be evaluated together. Evaluate one task at a time.")
     normalise("", normalisation)  # a wrong name or an unwritable place is told before the hours of answering
     replaced = {
-        name: reliance.control_dataset(dataset, examples, name) for name in reliance.controls_of(controls)
+        name: image_reliance.control_dataset(dataset, examples, name)
+        for name in image_reliance.controls_of(controls)
     }
     if out is not None:
         _make_directory(out)
-    tokens = max_new_tokens or (report_task.WRITTEN_TOKENS if report else ANSWER_TOKENS)
+    tokens = max_new_tokens or (tasks.MAX_REPORT_TOKENS if report else MAX_ANSWER_TOKENS)
     choices = _choices(candidates) if candidates else ()
-    share = _share(examples, processes.rank(), processes.count())
+    share = _share(examples, distributed.rank(), distributed.count())
     chosen = [example for example in share if choices and example.kind == "closed"]
     written = [example for example in share if not (choices and example.kind == "closed")]
 
@@ -157,8 +162,8 @@ def evaluate(
             ) + score_closed_candidates(
                 family, shown, chosen, choices, progress=counted(before + len(written)), **options
             )
-        with processes.losing_none():
-            everything = processes.gathered((found, memory.peak_memory_bytes()))
+        with distributed.losing_none():
+            everything = distributed.gathered((found, memory.peak_memory_bytes()))
         by_id = {prediction.id: prediction for predictions, _ in everything for prediction in predictions}
         return [by_id[example.id] for example in examples], max(peak for _, peak in everything)
 
@@ -173,13 +178,13 @@ def evaluate(
     used = normalisations_for(dataset.name) if report else normalisation
     evaluation = Evaluation(
         predictions=predictions,
-        scores=processes.from_first(lambda: _scores(examples, predictions, controlled, used)),
+        scores=distributed.from_first(lambda: _scores(examples, predictions, controlled, used)),
         seconds=seconds,
         pairs_per_second=len(examples) / seconds,
         peak_memory_bytes=peak,
         controls=controlled,
     )
-    if out is not None and processes.is_first():
+    if out is not None and distributed.is_first():
         found = evaluation.scores
         write_results(
             out,
@@ -222,7 +227,7 @@ def _scores(
         metrics=summarised(table, examples),
         strata=strata(examples, table),
         findings=clinical_table(text_pairs(examples, predictions))[1] if report else {},
-        reliance=reliance.reliance(examples, table, replaced),
+        reliance=image_reliance.reliance(examples, table, replaced),
     )
 
 
@@ -255,10 +260,10 @@ def evaluate_config(config: EvaluateConfig, *, progress: Progress | None = None)
     Raises:
         InputError: bad model, adapter, data or image.
     """
-    from normtune.asking import open_model
-    from normtune.catalog import open_from
-    from normtune.image_cache import ImageCache, image_store
-    from normtune.retrieval import fitted
+    from normtune.adapters.storage import open_model
+    from normtune.data.registry import open_from
+    from normtune.evaluation.retrieval import fitted
+    from normtune.models.image_cache import ImageCache, image_store
 
     looks = config.baseline in (None, "retrieval")
     if config.baseline and (config.candidates or (config.adapter and not looks)):
@@ -266,7 +271,7 @@ def evaluate_config(config: EvaluateConfig, *, progress: Progress | None = None)
             f"--baseline {config.baseline} takes no {'candidates' if config.candidates else 'adapter'}: "
             "it predicts texts of the training split. Leave it out."
         )
-    processes.join(config.device)
+    distributed.join(config.device)
     dataset = open_from(config)
     examples = dataset.split(config.split)[: config.limit]
     family = None
@@ -303,13 +308,13 @@ def evaluate_config(config: EvaluateConfig, *, progress: Progress | None = None)
             **({"baseline": config.baseline} if config.baseline else {}),
         },
     )
-    found: dict[str, Any] = processes.from_first(lambda: read_json(config.out / "metrics.json"))
+    found: dict[str, Any] = distributed.from_first(lambda: read_json(config.out / "metrics.json"))
     return {**found, "out": str(config.out)}
 
 
 def _setting(adapter: Path | None, dataset: str) -> dict[str, str | None]:
     """What the adapter was trained on, by its own word, and what an evaluation on `dataset` is by it."""
-    from normtune.delta import read_delta
+    from normtune.adapters.storage import read_delta
 
     if adapter is None:
         return {"trained_on": None, "setting": "zero-shot"}
@@ -334,6 +339,6 @@ def metrics_text(found: Mapping[str, Any]) -> str:
         basis = f"{metric['rows']} rows, {metric['images']} images"
         lines.append(f"{name:<{width}}  {value:6.2f}  [{low:.2f}, {high:.2f}]  {basis}")
     lines += ["", strata_text(found["strata"])] if found.get("strata") else []
-    lines += ["", reliance.reliance_text(found["reliance"])] if found.get("reliance") else []
+    lines += ["", image_reliance.reliance_text(found["reliance"])] if found.get("reliance") else []
     speed = f"{found['seconds']:.1f} s, {found['pairs_per_second']:.1f} pairs/s"
     return "\n".join([*lines, f"{speed}; {found['notice']}. Written: {found['out']}"])

@@ -24,8 +24,8 @@ from typing import Any
 
 from normtune.data.records import Example
 from normtune.errors import InputError, did_you_mean
-from normtune.files import write_json, write_text
-from normtune.results import read_run
+from normtune.evaluation.results import read_run
+from normtune.runtime.files import write_json, write_text
 
 HARNESSES = ("lmms-eval", "vlmevalkit")
 # tasks of lmms-eval on a dataset that is read here: by language, and how many rows the task has

@@ -31,13 +31,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from normtune.config import CONTROLS
 from normtune.data.records import Dataset, Example
 from normtune.data.splits import patients
 from normtune.errors import InputError, did_you_mean
-from normtune.metrics.corpus import Summed, paired, share_lost
-from normtune.metrics.stats import RESAMPLES, holm
-from normtune.metrics.tables import headlines, summarised
+from normtune.evaluation.config import CONTROLS
+from normtune.metrics.statistics import RESAMPLES, holm
+from normtune.metrics.sum_metrics import Summed, paired, share_lost
+from normtune.metrics.table import headlines, summarised
 
 SHOWN = {  # by control, for people who read metrics.json
     "blank": "mid-grey (128) of the image's size",

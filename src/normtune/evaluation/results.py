@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from normtune.card import NOTICE
-from normtune.config import CONTROLS
-from normtune.data.records import Dataset, Example
+from normtune.adapters.info import NOTICE
+from normtune.data.records import Dataset, Example, Prediction
 from normtune.errors import InputError
-from normtune.files import read_json, write_json, write_jsonl
-from normtune.metrics.stats import RESAMPLES
+from normtune.evaluation.config import CONTROLS
+from normtune.metrics.answers import Metric
+from normtune.metrics.statistics import RESAMPLES
 from normtune.metrics.strata import strata_of
-from normtune.metrics.vqa import Metric, Prediction
+from normtune.runtime.environment import versions
+from normtune.runtime.files import read_json, write_json, write_jsonl
 
 INTERVALS = f"95%, percentile bootstrap over images, {RESAMPLES} resamples"
 
@@ -48,7 +47,7 @@ def write_results(
         examples: the rows evaluated.
         predictions: one an example, in any order.
         metrics: their scores.
-        controls: the predictions of each control of `normtune.reliance`.
+        controls: the predictions of each control of `normtune.evaluation.image_reliance`.
         about: what else metrics.json is to hold: base, adapter, settings, seconds, ...
     """
     ids = sorted(example.id for example in examples)
@@ -73,7 +72,7 @@ def write_results(
             "metrics": {name: asdict(metric) for name, metric in metrics.items()},
             "intervals": INTERVALS,
             **about,
-            "versions": _versions(),
+            "versions": versions(),
         },
     )
 
@@ -94,16 +93,6 @@ def _rows(examples: Sequence[Example], predictions: Sequence[Prediction]) -> lis
         }
         for example in examples
     ]
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in ("normtune", "torch", "transformers", "numpy"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions
 
 
 def read_run(directory: Path | str) -> tuple[list[Example], dict[str, str], dict[str, Any]]:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from normtune.baseline import OneText, QuestionOnly, words_of
-from normtune.data.records import Dataset, Example
+from normtune.data.records import Dataset, Example, Prediction
 from normtune.errors import InputError
-from normtune.image_cache import read_pixels
-from normtune.metrics.vqa import Prediction
-from normtune.models.family import Family, Pixels
+from normtune.evaluation.baselines import OneText, QuestionOnly, words_of
+from normtune.models.family import Family
+from normtune.models.image_cache import read_pixels
+from normtune.models.types import Pixels
 
 Answers = Callable[[Dataset, Sequence[Example]], list[Prediction]]  # the dataset opens the images
 Tick = Callable[[int, int], None]  # images done, images in all

@@ -9,13 +9,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from normtune.data.reading.cells import is_yes_no
 from normtune.data.records import Example, Kind
-from normtune.data.rows import is_yes_no
 from normtune.errors import InputError, did_you_mean
-from normtune.files import write_json
-from normtune.metrics.report import report_table, summarise
-from normtune.metrics.stats import RESAMPLES
-from normtune.metrics.vqa import score_vqa, scores
+from normtune.metrics.answers import score_vqa, scores
+from normtune.metrics.reports import report_table, summarise
+from normtune.metrics.statistics import RESAMPLES
+from normtune.runtime.files import write_json
 
 Task = Literal["vqa", "report"]
 TASKS: tuple[Task, ...] = ("report", "vqa")

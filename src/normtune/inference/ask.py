@@ -5,33 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from normtune import report_task
-from normtune.data.images import open_image
-from normtune.models.family import Answer, Family
-from normtune.packing import Group
-
-
-def open_model(
-    model: str,
-    adapter: Path | None = None,
-    *,
-    dtype: str = "float32",
-    device: str | None = None,
-    quantize: str | None = None,
-) -> Family:
-    """Load a base, with an adapter's trained tensors in place where one is given.
-
-    Raises:
-        InputError: no such model, or an adapter of another base.
-    """
-    from normtune.delta import load_delta
-    from normtune.models import load
-
-    family = load(model, dtype=dtype, device=device, quantize=quantize)
-    if adapter is not None:
-        load_delta(family.model, adapter)
-    family.model.eval()
-    return family
+from normtune.adapters.storage import open_model
+from normtune.data import tasks
+from normtune.data.groups import Group
+from normtune.data.images.files import open_image
+from normtune.models.types import Answer
 
 
 def ask(
@@ -57,7 +35,7 @@ def describe(
     *,
     adapter: Path | None = None,
     beams: int = 1,
-    max_new_tokens: int = report_task.WRITTEN_TOKENS,
+    max_new_tokens: int = tasks.MAX_REPORT_TOKENS,
     device: str | None = None,
     quantize: str | None = None,
 ) -> Answer:

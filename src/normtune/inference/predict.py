@@ -7,16 +7,18 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from normtune.data.records import Dataset, Example
+from normtune.data.batches import pair_batches
+from normtune.data.groups import Group, group_by_image
+from normtune.data.records import Dataset, Example, Prediction
+from normtune.data.tasks import MAX_ANSWER_TOKENS
 from normtune.errors import InputError
-from normtune.metrics.vqa import Prediction
-from normtune.packing import Group, group_by_image, pair_batches
 
 if TYPE_CHECKING:
-    from normtune.image_cache import ImageCache
-    from normtune.models.family import Family, Pixels
+    from normtune.models.family import Family
+    from normtune.models.image_cache import ImageCache
+    from normtune.models.types import Pixels
 
-ANSWER_TOKENS = 16
+
 Progress = Callable[[int, int], None]  # pairs done, pairs in all
 
 
@@ -28,7 +30,7 @@ def answer_all(
     batch_pairs: int = 64,
     cap: int | None = None,
     beams: int = 1,
-    max_new_tokens: int = ANSWER_TOKENS,
+    max_new_tokens: int = MAX_ANSWER_TOKENS,
     images: ImageCache | None = None,
     progress: Progress | None = None,
 ) -> list[Prediction]:
@@ -138,6 +140,6 @@ def _batches(
 
 
 def _opener(family: Family, dataset: Dataset) -> Callable[[str], Pixels]:
-    from normtune.image_cache import read_pixels
+    from normtune.models.image_cache import read_pixels
 
     return partial(read_pixels, family, dataset)

@@ -7,25 +7,31 @@ each use. All else is frozen and untouched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from normtune import added
-from normtune.added import Addition, Site, set_submodule
-from normtune.anatomy import Anatomy, anatomy, norms
 from normtune.errors import InputError
-from normtune.methods import ADDED, Method, RecipeError
-from normtune.norms import TunedNorm
-from normtune.recipe import Recipe, parse, resolve
-from normtune.selection import trainable
-
-LEARNT_SHARE = 0.01  # below it a run is reported as having learnt nothing
+from normtune.methods.bottleneck import add_bottleneck
+from normtune.methods.lora import add_ia3, add_lora
+from normtune.methods.norms import TunedNorm
+from normtune.methods.prefix import add_prefix
+from normtune.methods.recipe import Recipe, parse, resolve
+from normtune.methods.registry import ADDED, INTRINSIC, Method, RecipeError
+from normtune.methods.sites import Addition, NoSite, Site
+from normtune.models.parts import (
+    Anatomy,
+    ParameterHolder,
+    Place,
+    anatomy,
+    is_quantized,
+    norms,
+    parameter_holders,
+)
 
 
 @dataclass
@@ -41,7 +47,7 @@ class Tuned:
     base_total: int
     additions: list[Addition] = field(default_factory=list)
     base_norms: dict[str, nn.Module] = field(default_factory=dict)  # the norms that were replaced, by name
-    cast: list[tuple[nn.Module, str]] = field(default_factory=list)  # (module, attribute) held in fp32
+    cast: list[ParameterHolder] = field(default_factory=list)  # (module, attribute) held in fp32
     unmerge: Callable[[], None] | None = None  # set while merged
 
     @property
@@ -79,7 +85,8 @@ def adapt(model: nn.Module, recipe: Recipe | str, *, seed: int = 0) -> Tuned:
     base = anatomy(model)
     resolved = resolve(parse(recipe) if isinstance(recipe, str) else recipe, base.parts)
     claims = _claims(base, resolved)
-    owners = _owners(model, set(claims))
+    claimed = {name: parameter for name, parameter in model.named_parameters() if name in claims}
+    owners = parameter_holders(model, claimed)
     for name in claims:
         _check_float(name, owners[name])
     model.requires_grad_(False)
@@ -124,7 +131,7 @@ def untune(tuned: Tuned) -> nn.Module:
     for addition in reversed(tuned.additions):
         addition.remove()
     for name, norm in tuned.base_norms.items():
-        set_submodule(tuned.model, name, norm)
+        tuned.model.set_submodule(name, norm)
     return tuned.model
 
 
@@ -141,22 +148,10 @@ def _claims(base: Anatomy, recipe: Recipe) -> dict[str, str]:
     return {place.name: claimed[place.name] for place in base.places if place.name in claimed}
 
 
-def _owners(model: nn.Module, names: set[str]) -> dict[str, list[tuple[nn.Module, str]]]:
-    """Trained name -> every (module, attribute) that holds the parameter; a tied one has several."""
-    by_id = {id(parameter): name for name, parameter in model.named_parameters() if name in names}
-    owners: dict[str, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            if (name := by_id.get(id(parameter))) is not None:
-                owners.setdefault(name, []).append((module, attribute))
-    assert set(owners) == names, "every trained parameter has an owner"
-    return owners
-
-
-def _check_float(name: str, holders: list[tuple[nn.Module, str]]) -> None:
+def _check_float(name: str, holders: list[ParameterHolder]) -> None:
     module, attribute = holders[0]
     parameter = getattr(module, attribute)
-    if not parameter.is_floating_point() or type(parameter.data) is not Tensor:
+    if is_quantized(parameter):
         raise InputError(
             f"{name} is quantised ({type(parameter.data).__name__}, {parameter.dtype}), it can't be trained: "
             "choose ln or lora there, or load the base without --quantize."
@@ -168,8 +163,8 @@ def _add(tuned: Tuned) -> None:
     sites = [(part, method, _sites(tuned, part, method)) for part, method in _added_methods(tuned.recipe)]
     for part, method, found in sites:
         try:
-            addition = added.add(tuned.model, part, method, found)
-        except added.NoSite:
+            addition = add(tuned.model, part, method, found)
+        except NoSite:
             if part in tuned.recipe.optional:
                 continue
             raise
@@ -199,7 +194,7 @@ def _sites(tuned: Tuned, part: str, method: Method) -> list[Site]:
     return found
 
 
-def _train_norms(tuned: Tuned, owners: Mapping[str, list[tuple[nn.Module, str]]]) -> None:
+def _train_norms(tuned: Tuned, owners: Mapping[str, list[ParameterHolder]]) -> None:
     """Put a `TunedNorm` in the place of every norm that has a trained parameter."""
     names = {id(module): name for name, module in norms(tuned.model).items()}
     wanted: dict[str, dict[str, str]] = {}  # norm -> attribute -> trained name
@@ -211,12 +206,12 @@ def _train_norms(tuned: Tuned, owners: Mapping[str, list[tuple[nn.Module, str]]]
         norm = tuned.model.get_submodule(norm_name)
         tuned.base_norms[norm_name] = norm
         replacement = TunedNorm.of(norm)
-        set_submodule(tuned.model, norm_name, replacement)
+        tuned.model.set_submodule(norm_name, replacement)
         for attribute, name in attributes.items():
             tuned.trained[name] = getattr(replacement, attribute)
 
 
-def _hold_in_fp32(tuned: Tuned, holders: list[tuple[nn.Module, str]]) -> nn.Parameter:
+def _hold_in_fp32(tuned: Tuned, holders: list[ParameterHolder]) -> nn.Parameter:
     """The parameter to train in the place of a base's tensor: itself, or fp32 and cast at use."""
     module, attribute = holders[0]
     old = getattr(module, attribute)
@@ -230,87 +225,6 @@ def _hold_in_fp32(tuned: Tuned, holders: list[tuple[nn.Module, str]]) -> nn.Para
     return wide
 
 
-@dataclass(frozen=True)
-class Change:
-    """How far the trained parameters of one part and role went."""
-
-    part: str
-    role: str
-    values: int
-    changed: float  # share of the values that differ from before
-    relative: float | None  # norm of the change over that of the old values; None where all were zero
-
-
-@dataclass(frozen=True)
-class ChangeReport:
-    """What training changed; `warning` says so where it changed nothing worth the name."""
-
-    share: float  # share of all trained values that differ from before
-    changes: tuple[Change, ...]
-    warning: str | None
-
-
-def change_report(before: Mapping[str, Tensor], tuned: Tuned) -> ChangeReport:
-    """Compare the trained parameters with those `before` training (a copy of `tuned.trained`, by name).
-
-    Raises:
-        InputError: `before` lacks a trained parameter.
-    """
-    groups: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}
-    broken = 0
-    for name, parameter in tuned.trained.items():
-        if name not in before:
-            raise InputError(f"no earlier value of {name} to compare with.")
-        old, new = before[name].detach().to(parameter.device, torch.float32), parameter.detach()
-        groups.setdefault(tuned.places[name], []).append((old, new))
-        broken += int((~torch.isfinite(new)).sum())
-    changes, moved, values = [], 0, 0
-    for (part, role), pairs in groups.items():
-        count = sum(new.numel() for _, new in pairs)
-        changed = sum(int((old != new).sum()) for old, new in pairs)
-        size = sum(float(old.double().square().sum()) for old, _ in pairs) ** 0.5
-        step = sum(float((new.double() - old.double()).square().sum()) for old, new in pairs) ** 0.5
-        changes.append(Change(part, role, count, changed / count, step / size if size else None))
-        moved, values = moved + changed, values + count
-    share = moved / values if values else 0.0
-    warning = None
-    if broken:
-        warning = f"{broken} trained values are not finite. Lower the learning rate."
-    elif share < LEARNT_SHARE:
-        warning = (
-            f"only {share:.2%} of the {values:,} trained values changed. "
-            "Raise the learning rate or train longer."
-        )
-    return ChangeReport(share, tuple(changes), warning)
-
-
-def norm_changes(before: Mapping[str, Tensor], tuned: Tuned) -> list[dict[str, Any]]:
-    """How far each trained norm parameter of the base went, one row a parameter; `before` as above.
-
-    `relative` is the norm of its step over that of its old values (None where these are zero), `rms` the root
-    mean square of its step.
-    """
-    rows = []
-    for place in tuned.anatomy.places:
-        if place.role != "norm" or place.name not in tuned.trained:
-            continue
-        new = tuned.trained[place.name].detach().double().cpu()
-        old = before[place.name].detach().double().cpu()
-        step, size = float((new - old).norm()), float(old.norm())
-        rows.append(
-            {
-                "name": place.name,
-                "part": place.part,
-                "layer": place.layer,
-                "kind": "bias" if place.name.endswith("bias") else "gain",
-                "count": place.numel,
-                "relative": step / size if size else None,
-                "rms": step / place.numel**0.5,
-            }
-        )
-    return rows
-
-
 @contextmanager
 def _seeded(model: nn.Module, seed: int) -> Iterator[None]:
     """Random numbers from `seed` inside, the caller's state again after."""
@@ -318,3 +232,67 @@ def _seeded(model: nn.Module, seed: int) -> Iterator[None]:
     with torch.random.fork_rng(sorted(devices, key=str)):
         torch.manual_seed(seed)
         yield
+
+
+def trainable(base: Anatomy, recipe: Recipe) -> list[str]:
+    """Names of the parameters that the intrinsic methods of a resolved recipe train, in the model's order.
+
+    Raises:
+        RecipeError: a method finds nothing in a part that is not optional.
+    """
+    chosen: set[str] = set()
+    for part, methods in recipe.parts:
+        for method in methods:
+            if method.name not in INTRINSIC:
+                continue
+            found = [
+                place.name for place in base.places if place.part == part and _takes(method, place, base)
+            ]
+            if not found and part not in recipe.optional:
+                raise RecipeError(_nothing(base, part, method))
+            chosen.update(found)
+    return [place.name for place in base.places if place.name in chosen]
+
+
+def _takes(method: Method, place: Place, base: Anatomy) -> bool:
+    if method.layers is not None and place.layer not in method.layer_range(base.depth(place.part)):
+        return False
+    if method.name == "bias":
+        return place.is_bias
+    if method.name == "ln":
+        return place.role == "norm" and bool(method.option("bias" if place.name.endswith("bias") else "gain"))
+    return method.name == "full" or place.role == method.name
+
+
+def _nothing(base: Anatomy, part: str, method: Method) -> str:
+    """What was asked, what there is, and what to do."""
+    alone = Method(method.name, method.options)
+    elsewhere = [
+        other
+        for other in base.parts
+        if any(place.part == other and _takes(alone, place, base) for place in base.places)
+    ]
+    if method.layers is not None and part in elsewhere:
+        return f"'{method}' finds nothing: part '{part}' has {base.depth(part)} layers. Change the range"
+    having = f"parts that have some: {', '.join(elsewhere)}" if elsewhere else "no part of this model has any"
+    return (
+        f"'{method}' finds nothing in part '{part}'; {having}. "
+        f"Change the recipe, write '{part}?' to skip it, or run normtune inspect"
+    )
+
+
+def add(model: nn.Module, part: str, method: Method, sites: Sequence[Site]) -> Addition:
+    """Add `method` to the linears `sites` of one part.
+
+    Raises:
+        NoSite: the part has no place for it.
+        InputError: another method stands there, or the part's layers differ too much for it.
+    """
+    if method.name == "lora":
+        return add_lora(model, part, method, sites)
+    if method.name == "ia3":
+        return add_ia3(model, part, sites)
+    if method.name == "adapter":
+        return add_bottleneck(part, int(method.option("width")), sites)
+    assert method.name in ("prefix", "ptuning"), method.name
+    return add_prefix(model, part, int(method.option("n")), method.name == "prefix", sites)

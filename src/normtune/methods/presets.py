@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from normtune.methods import METHODS, TEXT_ONLY
+from normtune.methods.registry import METHODS, TEXT_ONLY
 
 
 def _presets() -> dict[str, str]:

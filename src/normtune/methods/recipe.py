@@ -27,8 +27,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from normtune.errors import did_you_mean
-from normtune.methods import ADDED, METHODS, PARTS, TEXT_ONLY, Method, RecipeError, check_option, shown
-from normtune.presets import PRESETS
+from normtune.methods.presets import PRESETS
+from normtune.methods.registry import ADDED, METHODS, TEXT_ONLY, Method, RecipeError, check_option, shown
+from normtune.models.part_names import PARTS
 
 T = TypeVar("T")
 

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from normtune.errors import InputError, did_you_mean
 
-PARTS = ("vision", "connector", "encoder", "decoder", "language")
-
 METHODS: dict[str, dict[str, int | float]] = {  # method -> its options with their defaults
     "frozen": {},
     "full": {},
@@ -24,7 +22,6 @@ METHODS: dict[str, dict[str, int | float]] = {  # method -> its options with the
 INTRINSIC = ("full", "ln", "attention", "ffn", "bias")
 ADDED = ("lora", "prefix", "ptuning", "ia3", "adapter")
 TEXT_ONLY = ("prefix", "ptuning")  # `all` gives these to the text parts alone
-
 _LARGEST = 1_000_000  # no rank, width or layer index is larger
 
 
@@ -119,3 +116,18 @@ def shown(text: str) -> str:
     """The text on one line, shortened for a message."""
     text = text.encode("unicode_escape").decode("ascii")
     return text if len(text) <= 160 else text[:157] + "..."
+
+
+# Pairs seen being equal, the best of benchmarks/learning_rates.json, by method (tests hold the two together).
+LEARNING_RATES: dict[str, float] = {
+    "ln": 3e-2,
+    "bias": 1e-1,
+    "attention": 1e-3,
+    "ffn": 1e-3,
+    "full": 3e-4,
+    "lora": 3e-3,
+    "prefix": 3e-3,
+    "ptuning": 3e-1,
+    "ia3": 1e-1,
+    "adapter": 3e-3,
+}

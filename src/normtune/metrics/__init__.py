@@ -1,0 +1,1 @@
+"""Scores with confidence intervals; each way of counting has its own name."""

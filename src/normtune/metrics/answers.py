@@ -31,21 +31,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from normtune.data.records import Example
+from normtune.data.records import Example, Prediction
 from normtune.errors import InputError
-from normtune.metrics.stats import RESAMPLES, bootstrap_means, by_cluster
-from normtune.metrics.text import normalise, tokens
+from normtune.metrics.normalisation import normalise, tokens
+from normtune.metrics.statistics import RESAMPLES, bootstrap_means, by_cluster
 
 Scores = dict[str, dict[str, float]]  # metric -> example id -> score in [0, 1]
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """A model's answer to the example of the same id; `score` is the mean log-probability of its tokens."""
-
-    id: str
-    text: str
-    score: float | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normtune.errors import InputError
-from normtune.metrics.findings import FINDINGS, Status
+from normtune.metrics.finding_rules import FINDINGS, Status
 
 if TYPE_CHECKING:
     from torch import Tensor

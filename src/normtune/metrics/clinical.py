@@ -18,9 +18,9 @@ from typing import Any, Literal
 import numpy as np
 
 from normtune.errors import InputError
-from normtune.metrics.corpus import Summed, mean_of
-from normtune.metrics.findings import FINDINGS, FIVE, Status, findings
-from normtune.metrics.stats import Floats
+from normtune.metrics.finding_rules import FINDINGS, FIVE, Status, findings
+from normtune.metrics.statistics import Floats
+from normtune.metrics.sum_metrics import Summed, mean_of
 
 Texts = Mapping[str, tuple[str, str]]  # row id -> prediction, reference
 Labels = Mapping[str, Mapping[str, Status]]  # row id -> finding -> status

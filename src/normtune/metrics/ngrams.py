@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from normtune.metrics.stats import Floats
+from normtune.metrics.statistics import Floats
 
 ORDER = 4  # longest n-gram
 _SMALL, _TINY = 1e-9, 1e-15  # what coco-caption adds to divisors and dividends

@@ -11,7 +11,7 @@
 `llava-med`
     What LLaVA-Med's evaluation does (Li et al. 2023; eval_metrics/glossary.py): lower case first, then as
     `vqa` without its handling of line breaks, then the commas that are left go.
-`report` normalisations stand in `normtune.metrics.report`.
+`report` normalisations stand in `normtune.metrics.reports`.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ name                   score
 Each is computed under a named normalisation of both texts and is then called `NAME/NORMALISATION`:
 
 `none`
-    The text as it is. coco-caption's metrics and METEOR take the words of `normtune.metrics.ptb`.
+    The text as it is. coco-caption's metrics and METEOR take the words of `normtune.metrics.ptb_words`.
 `r2gen-iu`, `r2gen-mimic`
     What R2Gen does to IU X-ray and to MIMIC-CXR before it cuts at blanks (Chen et al. 2020): list numbers 1.
     to 5. go, lower case, ". " ends a sentence, `. , ? ; * ! % ^ & _ + ( ) : < = > @ [ ] { } " / \\ '` go
@@ -37,13 +37,13 @@ from typing import Any
 
 import numpy as np
 
-from normtune.data.records import Example
-from normtune.metrics.corpus import Summed, intervals, mean_of
+from normtune.data.records import Example, Prediction
+from normtune.metrics.answers import Metric, joined
 from normtune.metrics.ngrams import bleu, bleu_statistics, cider, rouge_l
-from normtune.metrics.ptb import ptb_words
-from normtune.metrics.stats import RESAMPLES, Floats
-from normtune.metrics.text import named
-from normtune.metrics.vqa import Metric, Prediction, joined
+from normtune.metrics.normalisation import named
+from normtune.metrics.ptb_words import ptb_words
+from normtune.metrics.statistics import RESAMPLES, Floats
+from normtune.metrics.sum_metrics import Summed, intervals, mean_of
 
 Texts = Mapping[str, tuple[str, str]]  # row id -> prediction, reference
 

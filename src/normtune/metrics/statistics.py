@@ -2,7 +2,7 @@
 
 Questions of one image share its difficulty, so the image, not the question, is what is resampled (cluster
 bootstrap: Davison and Hinkley 1997, section 3.8). Everything is seeded. Two runs are compared in
-`normtune.metrics.corpus`.
+`normtune.metrics.sum_metrics`.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from normtune.data.records import Example
-from normtune.metrics.corpus import Summed, intervals
-from normtune.metrics.stats import RESAMPLES
-from normtune.metrics.tables import headlines
+from normtune.metrics.statistics import RESAMPLES
+from normtune.metrics.sum_metrics import Summed, intervals
+from normtune.metrics.table import headlines
 
 FIELDS: dict[str, tuple[str, ...]] = {  # field -> keys of `Example.meta`, the first that is given
     "kind": (),

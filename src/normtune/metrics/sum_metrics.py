@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from normtune.errors import InputError
-from normtune.metrics.stats import EXACT_CLUSTERS, RESAMPLES, Floats, Interval, Paired, resampled_sums
+from normtune.metrics.statistics import EXACT_CLUSTERS, RESAMPLES, Floats, Interval, Paired, resampled_sums
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from normtune.data.records import Example
-from normtune.metrics import report, vqa
-from normtune.metrics.corpus import Summed, mean_of
-from normtune.metrics.stats import RESAMPLES
-from normtune.metrics.vqa import Metric, Prediction
+from normtune.data.records import Example, Prediction
+from normtune.metrics import answers, reports
+from normtune.metrics.answers import Metric
+from normtune.metrics.statistics import RESAMPLES
+from normtune.metrics.sum_metrics import Summed, mean_of
 
 HEADLINES = (  # what strata and replaced images are scored by
     "global_exact",
@@ -33,9 +33,9 @@ def metric_table(
         InputError: ids do not match one to one, or there is no such normalisation.
     """
     if isinstance(normalisation, str):
-        found = vqa.scores(examples, predictions, normalisation=normalisation)
+        found = answers.scores(examples, predictions, normalisation=normalisation)
         return {name: mean_of(rows) for name, rows in found.items()}
-    return report.report_table(report.text_pairs(examples, predictions), normalisations=normalisation)
+    return reports.report_table(reports.text_pairs(examples, predictions), normalisations=normalisation)
 
 
 def summarised(
@@ -43,9 +43,9 @@ def summarised(
 ) -> dict[str, Metric]:
     """Each metric of `metric_table` with the interval from resampling the images of `examples`."""
     if examples[0].kind == "report":
-        return report.summarise(table, examples, resamples=resamples)
+        return reports.summarise(table, examples, resamples=resamples)
     scores = {name: metric.by_row() for name, metric in table.items()}
-    return vqa.summarise(scores, examples, resamples=resamples)
+    return answers.summarise(scores, examples, resamples=resamples)
 
 
 def headlines(table: Mapping[str, Summed]) -> dict[str, Summed]:

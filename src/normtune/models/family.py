@@ -1,59 +1,40 @@
 """What every model family answers: how images and questions enter, what the loss is, how it answers.
 
-A family is one file in this folder. `normtune.models.load` picks it by the `model_type` of the config.
+A family is one file in this folder. `normtune.models.loading.load` picks it by the `model_type` of the config.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from normtune.generate import Generated, OnTokens
-from normtune.losses import Head, answer_log_probs, answer_loss
-from normtune.norms import Rows as NormRows
-from normtune.packing import Group, Segment
+from normtune.data.groups import Group, Segment
+from normtune.models.answer_loss import Head, answer_log_probs, answer_loss
+from normtune.models.generation import Generated, OnTokens
+from normtune.models.types import Answer, AnswerStates, Batch, Pixels
 
 if TYPE_CHECKING:
-    from normtune.models.below import Below
-
-Pixels = dict[str, Tensor]  # one image, processed, without a batch axis; keys are the family's own
-Batch = dict[str, Any]  # tensors on any device; keys are the family's own
+    from normtune.models.frozen_trunk import Below
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A generated answer and the mean log-probability of its tokens, end token included."""
+class UnitSelector(Protocol):
+    """Keeps track of which text rows of a batch are still active while answers are generated."""
 
-    text: str
-    score: float
-
-
-class AnswerStates(NamedTuple):
-    """What the head is given of a batch, for N answer tokens in the order of their segments.
-
-    Attributes:
-        states: [N, width], the hidden states that predict them.
-        labels: [N] long.
-        segments: [N] long, the segment of each, counted over all groups in the order given.
-    """
-
-    states: Tensor
-    labels: Tensor
-    segments: Tensor
+    def select(self, units: Tensor) -> None:
+        """Keep only these units, in this order: [units] long."""
 
 
 class Family(ABC):
     """A model with its processor, seen through the five verbs that training and evaluation need."""
 
     model_types: ClassVar[tuple[str, ...]]  # the config.model_type values that this family loads
-    texts: NormRows | None = None  # whose rows of text norms of several adapters are given (normtune.mixed)
+    texts: UnitSelector | None = None  # set where the text norms hold several adapters (adapters.multi)
     shares_prefix: ClassVar[bool] = True  # whether `prefix_tokens` stand once a group, not once a segment
 
     def __init__(self, model: nn.Module, processor: Any) -> None:

@@ -16,16 +16,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from normtune.anatomy import part_of
 from normtune.data.records import Dataset
 from normtune.errors import InputError
-from normtune.tensor_store import TensorStore, digest
+from normtune.models.part_names import IMAGE_PARTS
+from normtune.models.parts import part_of
+from normtune.runtime.tensor_cache import TensorStore, digest
 
 if TYPE_CHECKING:
-    from normtune.models.family import Family, Pixels
+    from normtune.models.family import Family
+    from normtune.models.types import Pixels
+
 
 LIMIT_BYTES = 2 << 30  # of one cache in memory
-IMAGE_PARTS = ("vision", "connector")
 _PASSING = ("_name_or_path", "architectures", "transformers_version")  # in a config, and decide no value
 
 

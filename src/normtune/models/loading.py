@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normtune.errors import InputError, did_you_mean
-from normtune.files import read_json
 from normtune.models.processors import check_sentencepiece
+from normtune.runtime.files import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 # model_type -> (module, class) of the family that loads it
 _FAMILIES = {
-    "miss": ("normtune.models.miss.family", "MissFamily"),
-    "llava": ("normtune.models.llava", "LlavaFamily"),
-    "llava_next": ("normtune.models.llava_next", "LlavaNextFamily"),
-    "qwen2_vl": ("normtune.models.qwen_vl", "QwenVLFamily"),
-    "qwen2_5_vl": ("normtune.models.qwen_vl", "QwenVLFamily"),
-    "qwen3_vl": ("normtune.models.qwen_vl", "QwenVLFamily"),
-    "gemma3": ("normtune.models.gemma3", "Gemma3Family"),
-    "idefics3": ("normtune.models.idefics3", "Idefics3Family"),
-    "smolvlm": ("normtune.models.idefics3", "Idefics3Family"),
-    "internvl": ("normtune.models.internvl", "InternVLFamily"),
-    "paligemma": ("normtune.models.paligemma", "PaliGemmaFamily"),
+    "miss": ("normtune.models.families.miss", "MissFamily"),
+    "llava": ("normtune.models.families.llava", "LlavaFamily"),
+    "llava_next": ("normtune.models.families.llava_next", "LlavaNextFamily"),
+    "qwen2_vl": ("normtune.models.families.qwen_vl", "QwenVLFamily"),
+    "qwen2_5_vl": ("normtune.models.families.qwen_vl", "QwenVLFamily"),
+    "qwen3_vl": ("normtune.models.families.qwen_vl", "QwenVLFamily"),
+    "gemma3": ("normtune.models.families.gemma3", "Gemma3Family"),
+    "idefics3": ("normtune.models.families.idefics3", "Idefics3Family"),
+    "smolvlm": ("normtune.models.families.idefics3", "Idefics3Family"),
+    "internvl": ("normtune.models.families.internvl", "InternVLFamily"),
+    "paligemma": ("normtune.models.families.paligemma", "PaliGemmaFamily"),
 }
 BUILT_IN = ("nano",)  # checkpoints that come with the package
 _AS_JSON = "Or put the same tokenizer beside it as tokenizer.json."
@@ -64,8 +64,8 @@ def load(
     if quantize is None:
         with quiet_loading(source):
             return _told(model, lambda: family.load(source, wanted, place))
-    from normtune.memory import return_freed
-    from normtune.quantize import check_installed, frozen_linears, quantization_config, quiet
+    from normtune.models.quantization import check_installed, frozen_linears, quantization_config, quiet
+    from normtune.runtime.memory import return_freed
 
     check_installed(quantize)
     return_freed()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from normtune.errors import InputError
-
-PARTS = ("vision", "connector", "encoder", "decoder", "language")
-ROLES = ("embedding", "norm", "attention", "ffn", "head", "other")
+from normtune.models.part_names import PARTS, ROLES
 
 # children of an attention: one linear for query, key and value, or one for each
 FUSED_PROJECTIONS = frozenset(
@@ -34,6 +32,8 @@ SPLIT_PROJECTIONS = (
     frozenset(("to_q", "to_k", "to_v")),
     frozenset(("kv_a_proj_with_mqa", "kv_b_proj")),  # DeepSeek's latent attention
 )
+
+ParameterHolder = tuple[nn.Module, str]  # a module, and the attribute under which it holds a parameter
 
 
 @dataclass(frozen=True)
@@ -149,9 +149,6 @@ def _numel(parameter: Tensor) -> int:
     return int(state.shape.numel()) if state is not None else parameter.numel()
 
 
-# --- Norms --------------------------------------------------------------------------------------------------
-
-
 def norms(model: nn.Module) -> dict[str, nn.Module]:
     """Name -> module of every norm whose kind is known and that has a gain, in the model's order."""
     return {name: module for name, module in model.named_modules() if _kind(module) is not None}
@@ -239,9 +236,6 @@ def _is_norm(module: nn.Module) -> bool:
     return ("Norm" in type(module).__name__ and not module._modules) or _kind(module) is not None
 
 
-# --- Parts --------------------------------------------------------------------------------------------------
-
-
 class _Parts:
     """The roots of a model's parts, and the part of any module by its nearest root."""
 
@@ -308,9 +302,6 @@ def _takes_images(module: nn.Module) -> bool:
 def part_of(model: nn.Module) -> Callable[[str], str]:
     """The part of a module or parameter, by its name in `model`; what a recipe added may stand in it."""
     return _Parts(model).of
-
-
-# --- Layers and roles ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -396,3 +387,22 @@ def _role_in_layer(
     weight = owners[owner_name]._parameters.get("weight")
     linear = weight is not None and (weight.ndim >= 2 or hasattr(owners[owner_name], "out_features"))
     return "ffn" if linear or parameter.ndim >= 2 else "other"
+
+
+def parameter_holders(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, list[ParameterHolder]]:
+    """Name -> every (module, attribute) that holds the parameter; a tied parameter has several holders."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    holders: dict[str, list[ParameterHolder]] = {name: [] for name in parameters}
+    for module in model.modules():
+        for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if (name := names.get(id(parameter))) is not None:
+                holders[name].append((module, attribute))
+    assert all(holders.values()), "every trained parameter is held by a module of the model"
+    return holders
+
+
+def is_quantized(parameter: Tensor) -> bool:
+    """Whether a parameter holds quantised values: whole numbers, or a tensor subclass around them."""
+    return not parameter.is_floating_point() or type(parameter.data) is not Tensor

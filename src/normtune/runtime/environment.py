@@ -16,10 +16,11 @@ PACKAGES = ("normtune", "torch", "transformers", "peft", "accelerate", "numpy")
 @cache
 def environment() -> dict[str, Any]:
     """`versions`, `commit` (of a source checkout; "+" where files differ from it) and `hardware`."""
-    return {"versions": _versions(), "commit": _commit(), "hardware": _hardware()}
+    return {"versions": versions(), "commit": _commit(), "hardware": hardware()}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result depends on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -30,11 +31,11 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    here = Path(__file__).parent
+    package = Path(__file__).parents[1]  # src/normtune: only changes there make the commit dirty
     try:
         commit, changed = (
             subprocess.run(
-                ["git", *words], cwd=here, capture_output=True, text=True, timeout=20, check=True
+                ["git", *words], cwd=package, capture_output=True, text=True, timeout=20, check=True
             ).stdout
             for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", "."])
         )
@@ -43,7 +44,8 @@ def _commit() -> str | None:
     return commit.strip() + ("+" if changed.strip() else "")
 
 
-def _hardware() -> dict[str, Any]:
+def hardware() -> dict[str, Any]:
+    """Processor, cores, threads, accelerator and operating system of this machine."""
     import torch
 
     return {

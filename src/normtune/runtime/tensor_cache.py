@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from normtune.errors import InputError
-from normtune.files import replacing
+from normtune.runtime.files import replacing
 
 _DIGEST = "sha256"
 _log = logging.getLogger(__name__)

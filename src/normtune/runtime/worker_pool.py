@@ -13,8 +13,8 @@ from multiprocessing.process import BaseProcess, parent_process
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from normtune import processes
 from normtune.errors import InputError
+from normtune.runtime import distributed
 
 T = TypeVar("T")
 POLL_S = 1.0  # between calls of `tick`
@@ -66,11 +66,13 @@ def side_by_side(
     Raises:
         InputError: a launcher started several processes, each of which would make all calls.
     """
-    if processes.launched() > 1:
+    if distributed.launched() > 1:
         raise InputError("this starts processes of its own. Run it without torchrun or accelerate launch.")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["normtune.train", "normtune.evaluate", "normtune.models.miss.family"])
+    context.set_forkserver_preload(
+        ["normtune.training.train", "normtune.evaluation.evaluate", "normtune.models.families.miss"]
+    )
     left = iter(arguments)
     running: dict[Connection, tuple[BaseProcess, T]] = {}
     try:
@@ -117,7 +119,7 @@ def _work(call: Callable[[T], Any], argument: T, sender: Connection, threads: in
     parent = parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-    processes.leave_launcher()
+    distributed.leave_launcher()
     import torch
 
     torch.set_num_threads(min(threads, torch.get_num_threads()))
@@ -130,3 +132,8 @@ def _end_with(sentinel: int) -> None:
     """Leave when the process that asked for the work has ended, by SIGKILL too."""
     wait([sentinel])
     os._exit(1)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,1 +1,1 @@
-"""One base for many adapters at once: what is asked (`requests`) and what answers it (`engine`)."""
+"""A server that answers requests for many adapters over one base."""

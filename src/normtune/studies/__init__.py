@@ -1,1 +1,1 @@
-"""Studies: a file (`spec`), its cells (`plan`), what runs them (`run`), and their tables (`table`)."""
+"""Grids of trainings and evaluations, with their tables and report page."""

@@ -13,13 +13,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from normtune.abreast import outcome
-from normtune.config import TrainConfig
-from normtune.data.splits import chosen
 from normtune.errors import InputError
-from normtune.files import read_json, write_json
-from normtune.study.environment import environment
-from normtune.study.plan import Cell, Evaluation
+from normtune.runtime.environment import environment
+from normtune.runtime.files import read_json, write_json
+from normtune.runtime.worker_pool import outcome
+from normtune.studies.plan import Cell, Evaluation
+from normtune.training.config import TrainConfig
 
 RESULT, ERROR, PROGRESS, BUDGET, SECONDS, LOCK = (
     "result.json", "error.json", "progress.json", "budget.json", "seconds.json", "lock",
@@ -122,8 +121,8 @@ def _train(work: Work) -> dict[str, Any]:
     """
     from transformers.utils import logging
 
-    from normtune.catalog import open_from
-    from normtune.train import train
+    from normtune.data.registry import open_from
+    from normtune.training.train import train
 
     logging.set_verbosity_error()  # it warns where two checkpoints fall into one second
     adapter = work.directory / "adapter"
@@ -131,7 +130,7 @@ def _train(work: Work) -> dict[str, Any]:
         return _trained(adapter)
     config, budget = work.cell.train, work.cell.budget
     assert config is not None and budget is not None
-    pairs = len(chosen(open_from(config).split(config.split), config))
+    pairs = len(config.select(open_from(config).split(config.split)))
     if "minutes" in budget:
         seen = _pairs_in(work, config, 60 * budget["minutes"])
         epochs = seen / pairs
@@ -165,14 +164,14 @@ def _trained(adapter: Path) -> dict[str, Any]:
 def _fingerprint(work: Work) -> str | None:
     if work.cell.train is None:
         return None
-    from normtune.delta import read_delta
+    from normtune.adapters.storage import read_delta
 
     return read_delta(work.directory / "adapter").base_fingerprint
 
 
 def _evaluate(work: Work, one: Evaluation, adapted: bool) -> dict[str, Any]:
     """Evaluate, or read what was evaluated: metrics.json without what other files hold."""
-    from normtune.evaluate import evaluate_config
+    from normtune.evaluation.evaluate import evaluate_config
 
     folder = work.directory / "evaluations" / one.folder
     if not (folder / "metrics.json").is_file():
@@ -249,7 +248,7 @@ def _pairs_in(work: Work, config: TrainConfig, seconds: float) -> int:
     """How many pairs this machine sees in a time: measured once a cell, for a resumed run to end alike."""
     from transformers import TrainerCallback
 
-    from normtune.train import train
+    from normtune.training.train import train
 
     path = work.directory / BUDGET
     if not path.is_file():

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from normtune.files import read_json
-from normtune.study.cell import PROGRESS, RESULT, failure, finished
-from normtune.study.plan import Cell, Plan, Sizes
-from normtune.study.run import Summary
+from normtune.runtime.files import read_json
+from normtune.studies.cell import PROGRESS, RESULT, failure, finished
+from normtune.studies.plan import Cell, Plan, Sizes
+from normtune.studies.run import Summary
 
 SHOWN = ("closed_label", "open_exact", "global_exact", "rouge_l/none", "bleu_4/none")
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from normtune.cells import Cell, run_cells
-from normtune.config import EvaluateConfig, TrainConfig
-from normtune.files import write_json, write_text
+from normtune.evaluation.config import EvaluateConfig
+from normtune.runtime.files import write_json, write_text
+from normtune.studies.demo_cells import Cell, run_cells
+from normtune.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def run_demo(
     write_json(out / "results.json", results)
     for name, table in tables.items():
         write_text(out / name, table)
-    from normtune.report.plots import accuracy_against_share
+    from normtune.studies.demo_plot import accuracy_against_share
 
     accuracy_against_share(answered, out / "accuracy.png")
     places = "\n".join(f"  {out / name}" for name in ("results.json", *tables, "accuracy.png"))

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from normtune import processes
-from normtune.abreast import side_by_side
-from normtune.config import EvaluateConfig, TrainConfig
 from normtune.errors import InputError
-from normtune.files import read_json, write_json
+from normtune.evaluation.config import EvaluateConfig
+from normtune.runtime import distributed
+from normtune.runtime.files import read_json, write_json
+from normtune.runtime.worker_pool import side_by_side
+from normtune.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,9 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     """Train, evaluate, and return one row: trainable share, seconds, peak memory, metrics with intervals."""
     from dataclasses import asdict
 
-    from normtune import memory
-    from normtune.evaluate import evaluate_config
-    from normtune.train import train
+    from normtune.evaluation.evaluate import evaluate_config
+    from normtune.runtime import memory
+    from normtune.training.train import train
 
     trained = asdict(train(cell.train)) if cell.train else None
     memory.reset_peak()
@@ -42,14 +43,14 @@ def run_cell(cell: Cell) -> dict[str, Any]:
 def run_cells(cells: Sequence[Cell], workers: int, *, kept: Path | None = None) -> Iterator[dict[str, Any]]:
     """Run cells in `workers` processes side by side; yields rows as they finish.
 
-    No cell's memory counts in another's peak (`normtune.abreast`). With `kept` each row is written to that
+    No cell's memory counts in another's peak (`normtune.runtime.worker_pool`). With `kept` each row is written to that
     folder as its cell ends, and a cell whose row lies there, of the same options, is not run again.
 
     Raises:
         InputError: a cell failed; the message names it. Or a launcher started several processes, each of
             which would run all cells.
     """
-    if processes.launched() > 1:
+    if distributed.launched() > 1:
         raise InputError("this starts processes of its own. Run it without torchrun or accelerate launch.")
     waiting = []
     for cell in cells:

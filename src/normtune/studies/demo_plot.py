@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from normtune.files import replacing
+from normtune.runtime.files import replacing
 
 
 def accuracy_against_share(rows: list[dict[str, Any]], path: Path, metric: str = "global_exact") -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from normtune.abreast import POLL_S, Outcome, outcome
-from normtune.errors import InputError
-from normtune.study.cell import Work
-from normtune.study.run import Execute, Pairs
+from normtune.errors import InputError, did_you_mean
+from normtune.runtime.worker_pool import POLL_S, Outcome, outcome, side_by_side
+from normtune.studies.cell import Work
 
 GPUS_VARIABLE = "NORMTUNE_STUDY_GPUS"  # of each cell; 0 by default
 SLURM_VARIABLE = "NORMTUNE_SLURM"  # parameters of submitit, such as "timeout_min=600 slurm_partition=gpu"
@@ -119,3 +118,46 @@ def on_slurm() -> Execute:
                 time.sleep(POLL_S)
 
     return execute
+
+
+PLACES = ("local", "ray", "slurm")
+Pairs = Iterator[tuple[Work, Outcome]]
+
+
+class Execute(Protocol):
+    """Calls `run_cell` with each work, several at once; yields the outcomes as they come."""
+
+    def __call__(
+        self,
+        call: Callable[[Work], str],
+        works: Iterable[Work],
+        workers: int,
+        *,
+        tick: Callable[[], None] | None,
+        folder: Path,
+    ) -> Pairs: ...
+
+
+def _local(
+    call: Callable[[Work], str],
+    works: Iterable[Work],
+    workers: int,
+    *,
+    tick: Callable[[], None] | None,
+    folder: Path,
+) -> Pairs:
+    """On this machine, a process a cell, one thread each: sums of floats then do not depend on the cores."""
+    return side_by_side(call, works, workers, tick=tick)
+
+
+def executor(on: str) -> Execute:
+    """Where cells run.
+
+    Raises:
+        InputError: no such place, or its package is not installed.
+    """
+    if on == "local":
+        return _local
+    if on not in PLACES:
+        raise InputError(f"--on {on}: unknown{did_you_mean(on, PLACES) or '.'} Known: {', '.join(PLACES)}.")
+    return on_ray() if on == "ray" else on_slurm()

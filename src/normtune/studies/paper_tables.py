@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from normtune.study.spec import SEARCH, Study
-from normtune.study.statistics import rate_words
+from normtune.studies.spec import SEARCH, Study
+from normtune.studies.statistics import rate_words
 
 Row = dict[str, Any]
 Tables = Mapping[str, list[Row]]

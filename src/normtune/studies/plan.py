@@ -10,14 +10,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from normtune.catalog import open_from
-from normtune.config import EvaluateConfig, TrainConfig
 from normtune.data.records import Dataset
-from normtune.data.splits import chosen
+from normtune.data.registry import open_from
 from normtune.errors import InputError
-from normtune.recipe import parse
-from normtune.study.recipes import FROZEN, default_rates, methods
-from normtune.study.spec import SEARCH, Budget, Data, Grid, Study
+from normtune.evaluation.config import EvaluateConfig
+from normtune.methods.recipe import parse
+from normtune.studies.recipe_names import FROZEN, default_rates, methods
+from normtune.studies.spec import SEARCH, Budget, Data, Grid, Study
+from normtune.training.config import TrainConfig
 
 Role = Literal["in", "out", "home", "zero-shot", "validate"]
 Source = Literal["default", "given", "search"]
@@ -379,7 +379,7 @@ class Sizes:
         dataset = self._open(cell.trained_on)
         if dataset is None or "epochs" not in cell.budget:
             return None
-        return round(cell.budget["epochs"] * len(chosen(dataset.split(cell.train.split), cell.train)))
+        return round(cell.budget["epochs"] * len(cell.train.select(dataset.split(cell.train.split))))
 
     def answering(self, cell: Cell) -> int | None:
         """The pairs that a cell answers."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from normtune.config import LEARNING_RATES
 from normtune.errors import InputError
-from normtune.presets import PRESETS
-from normtune.recipe import Recipe, parse
+from normtune.methods.presets import PRESETS
+from normtune.methods.recipe import Recipe, parse
+from normtune.methods.registry import LEARNING_RATES
 
 FROZEN = "frozen"
 

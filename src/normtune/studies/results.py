@@ -12,15 +12,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from normtune.delta import same_base
+from normtune.adapters.fingerprint import same_base
 from normtune.errors import InputError
-from normtune.files import read_json, replacing, write_json, write_text
-from normtune.study.cell import RESULT, directory_of, failure, finished
-from normtune.study.papers import latex, markdown
-from normtune.study.plan import Cell
-from normtune.study.run import current_plan
-from normtune.study.spec import Study
-from normtune.study.statistics import over_seeds, paired_tests
+from normtune.runtime.files import read_json, replacing, write_json, write_text
+from normtune.studies.cell import RESULT, directory_of, failure, finished
+from normtune.studies.paper_tables import latex, markdown
+from normtune.studies.plan import Cell
+from normtune.studies.run import current_plan
+from normtune.studies.spec import Study
+from normtune.studies.statistics import over_seeds, paired_tests
 
 Row = dict[str, Any]
 Tables = dict[str, list[Row]]

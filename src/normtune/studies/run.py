@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from normtune.abreast import Outcome, side_by_side
-from normtune.errors import InputError, did_you_mean
-from normtune.study.cell import (
+from normtune.studies.cell import (
     Work,
     directory_of,
     failure,
@@ -22,13 +19,11 @@ from normtune.study.cell import (
     run_cell,
     score_of,
 )
-from normtune.study.plan import Cell, Plan, Trial, plan
-from normtune.study.spec import Study
+from normtune.studies.executors import Execute, executor
+from normtune.studies.plan import Cell, Plan, Trial, plan
+from normtune.studies.spec import Study
 
 WAIT_S = 1.0  # before looking again for a cell that another command is at
-PLACES = ("local", "ray", "slurm")
-
-Pairs = Iterator[tuple[Work, Outcome]]
 
 
 class Show(Protocol):
@@ -113,7 +108,7 @@ def run_study(
             trials = {cell.key for trial in found.trials for cell in trial.cells}
             todo = sorted(todo, key=lambda cell: cell.key not in trials)
         if workers is None:
-            from normtune.study.workers import fitting_workers
+            from normtune.studies.worker_count import fitting_workers
 
             workers = fitting_workers(todo) if on == "local" else len(todo)
         show.begin(todo, len(found.cells) - len(todo), workers)
@@ -185,49 +180,3 @@ def _round(
 def _is_free(out: Path, cell: Cell) -> bool:
     with held(directory_of(out, cell)) as free:
         return free
-
-
-class Execute(Protocol):
-    """Calls `run_cell` with each work, several at once; yields the outcomes as they come."""
-
-    def __call__(
-        self,
-        call: Callable[[Work], str],
-        works: Iterable[Work],
-        workers: int,
-        *,
-        tick: Callable[[], None] | None,
-        folder: Path,
-    ) -> Pairs: ...
-
-
-def _local(
-    call: Callable[[Work], str],
-    works: Iterable[Work],
-    workers: int,
-    *,
-    tick: Callable[[], None] | None,
-    folder: Path,
-) -> Pairs:
-    """On this machine, a process a cell, one thread each: sums of floats then do not depend on the cores."""
-    return side_by_side(call, works, workers, tick=tick)
-
-
-def executor(on: str) -> Execute:
-    """Where cells run.
-
-    Raises:
-        InputError: no such place, or its package is not installed.
-    """
-    if on == "local":
-        return _local
-    if on not in PLACES:
-        raise InputError(f"--on {on}: unknown{did_you_mean(on, PLACES) or '.'} Known: {', '.join(PLACES)}.")
-    from normtune.study import clusters
-
-    return clusters.on_ray() if on == "ray" else clusters.on_slurm()
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

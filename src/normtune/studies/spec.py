@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from normtune.config import LEARNING_RATES, DataOptions
+from normtune.data.options import DataOptions
 from normtune.errors import InputError, did_you_mean
-from normtune.study.recipes import expanded
+from normtune.methods.registry import LEARNING_RATES
+from normtune.studies.recipe_names import expanded
 
 SEARCH = "search"  # the grid that trials of learning rates stand under
 

@@ -7,10 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from normtune.comparison import metric_rows, read_runs
-from normtune.metrics.corpus import Summed, paired
-from normtune.metrics.stats import holm, mean_over_seeds
-from normtune.study.spec import SEARCH, Study
+from normtune.evaluation.compare import metric_rows, read_runs
+from normtune.metrics.statistics import holm, mean_over_seeds
+from normtune.metrics.sum_metrics import Summed, paired
+from normtune.studies.spec import SEARCH, Study
 
 Row = dict[str, Any]
 Tables = Mapping[str, list[Row]]

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from normtune.errors import InputError
-from normtune.report.study_page import write_study_report
-from normtune.study.run import run_study, standing
-from normtune.study.show import Bars, summary_text
-from normtune.study.spec import Study
-from normtune.study.table import write_tables
+from normtune.studies.console import Bars, summary_text
+from normtune.studies.page.page import write_study_report
+from normtune.studies.results import write_tables
+from normtune.studies.run import run_study, standing
+from normtune.studies.spec import Study
 
 
 def run_and_tabulate(

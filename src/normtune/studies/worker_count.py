@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from normtune.errors import InputError
-from normtune.inspection import inspection
-from normtune.study.cell import located
-from normtune.study.plan import Cell
+from normtune.studies.cell import located
+from normtune.studies.plan import Cell
+from normtune.training.inspection import inspection
 
 ROOM = 0.85  # share of the free memory that cells may take; evaluation and the C library take some too
 
@@ -17,7 +17,7 @@ def fitting_workers(cells: Sequence[Cell]) -> int:
 
     Of each model and data set the recipe that trains most is planned. On CUDA the same device is shared.
     """
-    from normtune.study.run import cores
+    from normtune.runtime.worker_pool import cores
 
     dearest: dict[tuple[str, str | None], tuple[int, Cell]] = {}
     counted: dict[tuple[str, str], int] = {}
@@ -44,7 +44,7 @@ def _trainable(cell: Cell) -> int:
 
 
 def _fit(cell: Cell, most: int) -> int:
-    from normtune.planner import plan
+    from normtune.training.memory_plan.plan import plan
 
     train = located(cell).train
     assert train is not None

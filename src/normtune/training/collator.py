@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from normtune.adapt import Tuned
-from normtune.config import TrainConfig
+from normtune.data.groups import Group, Segment, group_by_image
 from normtune.data.records import Dataset, Example
-from normtune.image_cache import IMAGE_PARTS, LIMIT_BYTES, ImageCache, image_store
-from normtune.models.family import Batch, Family, Pixels
-from normtune.packing import Group, Segment, group_by_image
-from normtune.state_cache import StateCache, state_store
+from normtune.methods.adapt import Tuned
+from normtune.models.family import Family
+from normtune.models.image_cache import LIMIT_BYTES, ImageCache, image_store
+from normtune.models.part_names import IMAGE_PARTS
+from normtune.models.types import Batch, Pixels
+from normtune.training.config import TrainConfig
+from normtune.training.state_cache import StateCache, state_store
 
 
 class Collator:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from normtune.anatomy import layers
 from normtune.errors import InputError
-
-Holder = tuple[nn.Module, str]  # a module and the attribute under which it holds a parameter
+from normtune.models.parts import is_quantized, layers
 
 
 def shard_by_layers(accelerator: Accelerator, model: nn.Module) -> None:
@@ -27,7 +25,7 @@ def shard_by_layers(accelerator: Accelerator, model: nn.Module) -> None:
     Raises:
         InputError: the base is quantised, or runs layers of its own again in the backward pass.
     """
-    if any(type(one.data) is not Tensor or not one.is_floating_point() for one in model.parameters()):
+    if any(is_quantized(parameter) for parameter in model.parameters()):
         raise InputError("a quantised base cannot be dealt out by FSDP. Leave --quantize or --use_fsdp out.")
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:  # accelerate knows FSDP on accelerators alone; torch has it on the CPU too
@@ -40,18 +38,6 @@ def shard_by_layers(accelerator: Accelerator, model: nn.Module) -> None:
     plugin.auto_wrap_policy = transformer_auto_wrap_policy
     kinds = {type(model.get_submodule(name)).__name__ for name in layers(model)}
     plugin.transformer_cls_names_to_wrap = sorted(kinds)
-
-
-def holders(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, Holder]:
-    """Where each of `parameters` stands; sharding puts another parameter in the same place."""
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    found: dict[str, Holder] = {}
-    for module in model.modules():
-        for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            if (name := names.get(id(parameter))) is not None:
-                found.setdefault(name, (module, attribute))
-    assert found.keys() == parameters.keys(), "every trained parameter has a place"
-    return {name: found[name] for name in parameters}
 
 
 def whole(tensor: Tensor) -> Tensor:

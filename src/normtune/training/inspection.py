@@ -17,9 +17,9 @@ def inspection(model: str, tune: str | None = None) -> dict[str, Any]:
     Raises:
         InputError: no such model, or a recipe that does not fit it.
     """
-    from normtune.adapt import adapt
-    from normtune.anatomy import anatomy
-    from normtune.models import skeleton
+    from normtune.methods.adapt import adapt
+    from normtune.models.loading import skeleton
+    from normtune.models.parts import anatomy
 
     body = skeleton(model)
     parts = anatomy(body)
@@ -52,9 +52,9 @@ def planned(
     """`found` with the memory that training on a dataset takes, where `options` name one.
 
     Raises:
-        InputError: an option without `data`, or see `normtune.planner.plan`.
+        InputError: an option without `data`, or see `normtune.training.memory_plan.plan.plan`.
     """
-    from normtune.config import TrainConfig
+    from normtune.training.config import TrainConfig
 
     given = {name: value for name, value in options.items() if value is not None}
     if "data" not in given:
@@ -63,7 +63,7 @@ def planned(
             raise InputError(f"--{name} goes with --data: the data's questions and images decide the memory.")
         return found
     config = TrainConfig.checked(model=model, tune=tune or "ln", out=Path("."), **given)
-    from normtune.planner import plan
+    from normtune.training.memory_plan.plan import plan
 
     return {**found, "plan": plan(config).to_json()}
 
@@ -91,7 +91,7 @@ def inspect_text(found: dict[str, Any]) -> str:
             f"{100 * recipe['share']:.4f}% in {recipe['tensors']} tensors",
         ]
     if memory := found.get("plan"):
-        from normtune.planner import plan_text
+        from normtune.training.memory_plan.plan import plan_text
 
         lines += ["", plan_text(memory)]
     return "\n".join(lines)

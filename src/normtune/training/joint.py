@@ -3,7 +3,7 @@
     train_together([config.model_copy(update={"seed": seed, "out": out / str(seed)}) for seed in range(8)])
 
 Each adapter has its own data order, schedule, optimiser state and clipping, and its delta is that of
-`normtune.train` by itself, up to the rounding of fp32. What the base computes for all is computed at once:
+`normtune.training.train` by itself, up to the rounding of fp32. What the base computes for all is computed at once:
 one matmul for the rows of all adapters, and what is frozen once an image for all that see it.
 """
 
@@ -19,26 +19,31 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from normtune import delta, memory, processes
-from normtune.adapt import adapt
-from normtune.catalog import open_from
-from normtune.collator import Collator, collator
-from normtune.config import DataOptions, TrainConfig
+from normtune.adapters.fingerprint import fingerprint
+from normtune.adapters.multi.bank import Mixed, mix
+from normtune.adapters.multi.norms import MixedNorm
+from normtune.adapters.multi.rows import Owners
+from normtune.data.batches import EpochBatches
+from normtune.data.options import DataOptions
 from normtune.data.records import Dataset, Example
-from normtune.data.splits import chosen
+from normtune.data.registry import open_from
 from normtune.errors import InputError
-from normtune.lane import Groups, Lane
-from normtune.lean import lean
-from normtune.losses import Head, answer_loss
-from normtune.mixed import IMAGE_PARTS, Mixed, mix
-from normtune.models import load
-from normtune.models.family import Batch, Family, Pixels
-from normtune.models.tokens import count_tokens
-from normtune.norms import MixedNorm, Owners
-from normtune.packing import EpochBatches
-from normtune.recipe import parse
-from normtune.recompute import recomputed
-from normtune.train import TrainResult, outcome, write
+from normtune.methods.adapt import adapt
+from normtune.methods.recipe import parse
+from normtune.models.answer_loss import Head, answer_loss
+from normtune.models.family import Family
+from normtune.models.loading import load
+from normtune.models.part_names import IMAGE_PARTS
+from normtune.models.types import Batch, Pixels
+from normtune.runtime import distributed, memory
+from normtune.training.collator import Collator, collator
+from normtune.training.config import TrainConfig
+from normtune.training.joint_run import Groups, Lane
+from normtune.training.layer_wrapping import recomputed
+from normtune.training.result import TrainResult, outcome
+from normtune.training.saved_activations import lean
+from normtune.training.token_counts import count_tokens
+from normtune.training.train import write
 
 Tick = Callable[[int, int], None]  # of progress: steps that are done, and all
 SHARED = ("model", "dtype", "quantize", "device", "memory", "cache")  # options that all runs of a pass share
@@ -49,7 +54,7 @@ def train_together(
 ) -> list[TrainResult]:
     """Train one adapter a config in one pass over their base; each is written to its own `out`.
 
-    Deltas, loss logs and run records are those of `normtune.train`, one config after the other. A pass that
+    Deltas, loss logs and run records are those of `normtune.training.train`, one config after the other. A pass that
     was killed goes on from each adapter's last whole checkpoint.
 
     Args:
@@ -66,7 +71,7 @@ def train_together(
     recipe = parse(first.tune)
     data = _Data(configs)
     family = load(first.model, dtype=first.dtype, device=first.device, quantize=first.quantize)
-    fingerprint = delta.fingerprint(family.model)
+    base_fingerprint = fingerprint(family.model)
     tuned = adapt(family.model, recipe, seed=first.seed)
     if not tuned.trained:
         raise InputError(f"recipe '{tuned.recipe}' trains nothing. Choose another with --tune.")
@@ -90,7 +95,7 @@ def train_together(
             computed_once=lane.collate.computed_once,
             together=len(lanes),
         )
-        write(lane.config, alone, lane.dataset, len(lane.examples), fingerprint, result, description)
+        write(lane.config, alone, lane.dataset, len(lane.examples), base_fingerprint, result, description)
         results.append(result)
     return results
 
@@ -103,7 +108,7 @@ def check_together(configs: Sequence[TrainConfig]) -> None:
     """
     if not configs:
         raise InputError("there is nothing to train together: give at least one config.")
-    if processes.launched() > 1:
+    if distributed.launched() > 1:
         raise InputError(
             "adapters share a pass in one process. Run it without torchrun or accelerate launch."
         )
@@ -147,7 +152,7 @@ class _Data:
             if key not in self.datasets:
                 self.datasets[key] = open_from(config)
         self.examples: list[Sequence[Example]] = [
-            chosen(self.datasets[key].split(config.split), config)
+            config.select(self.datasets[key].split(config.split))
             for key, config in zip(self.keys, configs, strict=True)
         ]
 

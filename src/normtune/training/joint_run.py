@@ -14,30 +14,28 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from normtune.collator import Collator
-from normtune.config import TrainConfig
+from normtune.adapters.multi.bank import Mixed
+from normtune.data.batches import EpochBatches
 from normtune.data.records import Dataset, Example
 from normtune.errors import InputError
-from normtune.files import read_json, write_json
-from normtune.mixed import Mixed
-from normtune.packing import EpochBatches
-from normtune.trainer import (
+from normtune.runtime.files import read_json, write_json
+from normtune.training.checkpoints import (
     CHECKPOINT_MARK,
     OPTIMIZER_FILE,
     SCHEDULER_FILE,
     TRAINED_FILE,
-    logging_steps,
-    optimizer_steps,
     run_identity,
-    scheduler_name,
 )
+from normtune.training.collator import Collator
+from normtune.training.config import TrainConfig
+from normtune.training.trainer import logging_steps, optimizer_steps, scheduler_name
 
 Groups = list[list[Example]]  # of one batch: an image's examples a group
 _KEPT = 2  # checkpoints
 
 
 class Lane:
-    """The run of one adapter, a batch at a time; what `normtune.train` does with a model of its own.
+    """The run of one adapter, a batch at a time; what `normtune.training.train` does with a model of its own.
 
     Attributes:
         dataset, examples: what it is trained on.

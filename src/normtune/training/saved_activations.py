@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from normtune.added import set_submodule
-from normtune.anatomy import norm_kind, norms
-from normtune.forwards import Forward, forwards
-from normtune.norms import TunedNorm
+from normtune.methods.norms import TunedNorm
+from normtune.models.parts import norm_kind, norms
+from normtune.training.layer_wrapping import Forward, forwards
 
 aten = torch.ops.aten
 GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}  # children of a gated feed-forward (Shazeer 2020)
@@ -143,12 +142,12 @@ def lean(model: nn.Module) -> Iterator[list[str]]:
     leaner = _lean_forwards(model)
     try:
         for name, norm in own.items():
-            set_submodule(model, name, TunedNorm.of(norm))
+            model.set_submodule(name, TunedNorm.of(norm))
         with forwards(model, leaner):
             yield [*own, *leaner]
     finally:
         for name, norm in own.items():
-            set_submodule(model, name, norm)
+            model.set_submodule(name, norm)
 
 
 def _lean_forwards(model: nn.Module) -> dict[str, Forward]:

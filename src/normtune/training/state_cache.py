@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from normtune.image_cache import LIMIT_BYTES, ImageCache, size_of, values_key
-from normtune.models.below import Below, GroupStates
-from normtune.models.family import Batch, Family
-from normtune.packing import Group, Segment
-from normtune.tensor_store import TensorStore, digest
+from normtune.data.groups import Group, Segment
+from normtune.models.family import Family
+from normtune.models.frozen_trunk import Below, GroupStates
+from normtune.models.image_cache import LIMIT_BYTES, ImageCache, size_of, values_key
+from normtune.models.types import Batch
+from normtune.runtime.tensor_cache import TensorStore, digest
 
 AT_ONCE = 32  # questions of an image that are computed together
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from normtune.data.batches import Tokens
+from normtune.data.groups import Segment
 from normtune.data.records import Dataset, Example
 from normtune.models.family import Family
-from normtune.packing import Segment, Tokens
 
 
 def count_tokens(

@@ -17,21 +17,24 @@ from torch.utils.data import Dataset as TorchDataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import set_seed
 
-from normtune import processes
-from normtune.adapt import Tuned
-from normtune.collator import Collator
-from normtune.config import TrainConfig
+from normtune.data.batches import EpochBatches
 from normtune.data.records import Example
 from normtune.errors import InputError
-from normtune.files import read_json, write_json
+from normtune.methods.adapt import Tuned
 from normtune.models.family import Family
-from normtune.packing import EpochBatches
-from normtune.sharding import Holder, fill, holders, load_state, shard_by_layers, whole, whole_state
-
-CHECKPOINT_MARK = (
-    "whole"  # the last file of a checkpoint: one without it was cut short and is not resumed from
+from normtune.models.parts import parameter_holders
+from normtune.runtime import distributed
+from normtune.runtime.files import read_json, write_json
+from normtune.training.checkpoints import (
+    CHECKPOINT_MARK,
+    OPTIMIZER_FILE,
+    SCHEDULER_FILE,
+    TRAINED_FILE,
+    run_identity,
 )
-TRAINED_FILE, OPTIMIZER_FILE, SCHEDULER_FILE = "trained.safetensors", "optimizer.pt", "scheduler.pt"
+from normtune.training.collator import Collator
+from normtune.training.config import TrainConfig
+from normtune.training.fsdp import fill, load_state, shard_by_layers, whole, whole_state
 
 
 class Objective(nn.Module):
@@ -97,8 +100,10 @@ class DeltaTrainer(Trainer):
         self.config, self.tuned, self.batches = config, tuned, batches
         self.pairs_seen = 0  # by this process
         self._unlogged, self._logged_at = torch.zeros(()), 0  # loss summed since that step; HF's is not saved
-        self._holders: dict[str, Holder] = holders(family.model, tuned.trained)
-        every, sharded = config.save_every, processes.sharded()
+        # sharding replaces the parameters, but not the modules that hold them
+        holders = parameter_holders(family.model, tuned.trained)
+        self._holders = {name: places[0] for name, places in holders.items()}
+        every, sharded = config.save_every, distributed.sharded()
         arguments = TrainingArguments(
             output_dir=str(config.out / "checkpoints"),
             per_device_train_batch_size=1,
@@ -118,7 +123,7 @@ class DeltaTrainer(Trainer):
             report_to=config.tracker,
             seed=config.seed,
             data_seed=config.seed,
-            use_cpu=processes.on_cpu(config.device) if sharded else family.device.type == "cpu",
+            use_cpu=distributed.on_cpu(config.device) if sharded else family.device.type == "cpu",
             average_tokens_across_devices=True,
             disable_tqdm=True,
             dataloader_num_workers=0,
@@ -146,7 +151,7 @@ class DeltaTrainer(Trainer):
         if sharded:
             shard_by_layers(self.accelerator, family.model)
             self.is_fsdp_enabled = True
-        if rank := processes.rank():
+        if rank := distributed.rank():
             set_seed(config.seed + rank)  # each process draws its own dropout
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -202,7 +207,7 @@ class DeltaTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _mean_unlogged(self) -> float:
-        found = processes.gathered(self._unlogged.item())
+        found = distributed.gathered(self._unlogged.item())
         return sum(found) / len(found)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -247,9 +252,9 @@ class DeltaTrainer(Trainer):
                 f"cannot write a checkpoint under {self.args.output_dir}: {error}. "
                 "Free some space and run the same command again: it goes on from the last whole checkpoint."
             ) from error
-        pairs_seen = sum(processes.gathered(self.pairs_seen))  # by now all have written their part
+        pairs_seen = sum(distributed.gathered(self.pairs_seen))  # by now all have written their part
         unlogged = self._mean_unlogged()
-        if processes.is_first():
+        if distributed.is_first():
             directory = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             position = {
                 "pairs_seen": pairs_seen,
@@ -268,7 +273,7 @@ class DeltaTrainer(Trainer):
         position = read_json(Path(resume_from_checkpoint) / "run.json")
         self._unlogged = torch.tensor(position["unlogged_loss"])
         self._logged_at = int(position["logged_at"])
-        if processes.is_first():
+        if distributed.is_first():
             self.pairs_seen = int(position["pairs_seen"])
 
 
@@ -285,59 +290,3 @@ def logging_steps(config: TrainConfig, batches: EpochBatches) -> int:
 def scheduler_name(config: TrainConfig) -> str:
     """Transformers' name of the run's schedule."""
     return {"constant": "constant_with_warmup"}.get(config.schedule, config.schedule)
-
-
-def last_checkpoint(out: Path) -> Path | None:
-    """The newest whole checkpoint under `out`, if there is one."""
-    whole = [mark.parent for mark in (out / "checkpoints").glob(f"checkpoint-*/{CHECKPOINT_MARK}")]
-    return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
-
-
-def run_identity(config: TrainConfig) -> dict[str, Any]:
-    """What must be the same for a run to go on from a checkpoint."""
-    return config.model_dump(
-        mode="json",
-        exclude={"out", "root", "resume", "tracker", "device", "save_every", "memory", "cache", "compile"},
-    )
-
-
-def resumed_batch(config: TrainConfig, checkpoint: Path) -> int:
-    """Pairs a step and process with which the run that wrote `checkpoint` goes on.
-
-    A step holds what it held: fewer processes take more of it each, more processes less.
-
-    Raises:
-        InputError: it is of a run with other options, or its steps cannot be shared by these processes.
-    """
-    if not checkpoint.is_dir():
-        raise InputError(f"not all processes see {checkpoint}. Choose an --out on storage that all share.")
-    stored, now, ranks = read_json(checkpoint / "run.json"), run_identity(config), processes.count()
-    pairs = int(stored.get("pairs_a_step", config.batch * ranks))
-    if config.batch * ranks == pairs:
-        now["batch"] = stored.get("batch")
-    changed = [name for name, value in now.items() if stored.get(name) != value]
-    if changed:
-        raise InputError(
-            f"{checkpoint} is of a run with other options ({', '.join(changed)}). "
-            "Repeat those options, choose another --out, or start afresh with --no-resume."
-        )
-    if pairs % ranks:
-        raise InputError(
-            f"{checkpoint} is of a run of {pairs} pairs a step, which {ranks} processes cannot share evenly. "
-            "Start another number of them, or start afresh with --no-resume."
-        )
-    return pairs // ranks
-
-
-def check_same_steps(checkpoint: Path, batches: EpochBatches) -> None:
-    """Check that the run that wrote `checkpoint` cut an epoch into as many steps.
-
-    Raises:
-        InputError: it did not.
-    """
-    stored = int(read_json(checkpoint / "run.json").get("steps_an_epoch", batches.steps))
-    if stored != batches.steps:
-        raise InputError(
-            f"{checkpoint} is of a run of {stored} steps an epoch, and {batches.ranks} processes make "
-            f"{batches.steps} of these groups. Start fewer of them, or start afresh with --no-resume."
-        )

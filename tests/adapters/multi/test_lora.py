@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from normtune.adapt import adapt
-from normtune.lora_rows import LONG, MixedLinear, targets
-from normtune.norms import Owners, Rows
-from tests.bases import KINDS, base, logits
+from normtune.adapters.multi.lora import LONG, MixedLinear, targets
+from normtune.adapters.multi.rows import Owners, Rows
+from normtune.methods.adapt import adapt
+from tests.support.base_models import KINDS, base, logits
 
 WIDE, OUT, RANK = 12, 20, 3
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from normtune.data import jsonl
+from normtune.data.datasets import jsonl
 from normtune.errors import InputError
-from tests.data.samples import write_image, write_jsonl
+from tests.support.dataset_samples import write_image, write_jsonl
 
 ROW = {"image": "a.png", "question": "Is this a chest?", "answer": "yes"}
 
@@ -119,7 +119,7 @@ def test_an_empty_folder_and_an_empty_file_are_refused(root: Path) -> None:
 
 
 def test_the_examples_of_the_documentation_are_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "datasets.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs" / "datasets.md").read_text(encoding="utf-8")
     blocks = dict(re.findall(r"```(\w+)\n(.*?)```", page, flags=re.DOTALL))
     write_image(root / "scans" / "001.png")
     (example,) = jsonl.read(write_jsonl(root / "docs.jsonl", blocks["json"].strip())).examples

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from normtune.data import medpix
+from normtune.data.datasets import medpix
 from normtune.errors import InputError
-from tests.data.report_samples import medpix_row, write_medpix
-from tests.data.samples import write_jsonl
+from tests.support.dataset_samples import write_jsonl
+from tests.support.report_samples import medpix_row, write_medpix
 
 ROW = medpix_row("MPX1_synpic1")
 

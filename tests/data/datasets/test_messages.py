@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from normtune.data import messages
-from normtune.data.survey import survey, survey_text
+from normtune.data.datasets import messages
+from normtune.data.summary import survey, survey_text
 from normtune.errors import InputError
-from tests.data.report_samples import llava_med_row, messages_row
-from tests.data.samples import png_bytes, write_image, write_jsonl, write_parquet
+from tests.support.dataset_samples import png_bytes, write_image, write_jsonl, write_parquet
+from tests.support.report_samples import llava_med_row, messages_row
 
 PAIRS = (("What is shown?", "A CT."), ("Is the liver normal?", "Yes."), ("Where is it?", "Left."))
 

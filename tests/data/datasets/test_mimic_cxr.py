@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from normtune.data import mimic_cxr
+from normtune.data.datasets import mimic_cxr
 from normtune.errors import InputError
-from tests.data.report_samples import DICOM, r2gen_entry, write_csv, write_mimic, write_r2gen
+from tests.support.report_samples import DICOM, r2gen_entry, write_csv, write_mimic, write_r2gen
 
 STUDY = "files/p10/p10000032/s50414267"
 SPLIT = ("dicom_id", "study_id", "subject_id", "split")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from normtune.data import openi
+from normtune.data.datasets import openi
 from normtune.errors import InputError
-from tests.data.report_samples import (
+from tests.support.report_samples import (
     openi_xml,
     r2gen_entry,
     write_csv,

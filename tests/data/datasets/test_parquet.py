@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from normtune.data import parquet
+from normtune.data.datasets import parquet
 from normtune.errors import InputError
-from tests.data.samples import png_bytes, write_image, write_parquet
+from tests.support.dataset_samples import png_bytes, write_image, write_parquet
 
 
 def row(shade: int, **changes: Any) -> dict[str, Any]:

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from normtune.data import path_vqa
+from normtune.data.datasets import path_vqa
 from normtune.errors import InputError
-from tests.data.report_samples import write_path_vqa
-from tests.data.samples import png_bytes, write_parquet
+from tests.support.dataset_samples import png_bytes, write_parquet
+from tests.support.report_samples import write_path_vqa
 
 ROW = {"image": "train_0001", "question": "Is it?", "answer": "yes"}
 

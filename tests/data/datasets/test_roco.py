@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from normtune.data import roco
+from normtune.data.datasets import roco
 from normtune.errors import InputError
-from tests.data.report_samples import write_csv, write_roco
-from tests.data.samples import write_image
+from tests.support.dataset_samples import write_image
+from tests.support.report_samples import write_csv, write_roco
 
 
 def refused(root: Path) -> str:

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from normtune.data import slake
+from normtune.data.datasets import slake
 from normtune.errors import InputError
-from tests.data.samples import slake_row, write_slake
+from tests.support.dataset_samples import slake_row, write_slake
 
 
 def problems(root: Path, **options: str) -> list[str]:

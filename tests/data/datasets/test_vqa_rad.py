@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from normtune.data import vqa_rad
+from normtune.data.datasets import vqa_rad
 from normtune.data.splits import image_disjoint, leaks
-from normtune.data.survey import survey
+from normtune.data.summary import survey
 from normtune.errors import InputError
-from tests.data.samples import vqa_rad_row, write_image, write_vqa_rad
+from tests.support.dataset_samples import vqa_rad_row, write_image, write_vqa_rad
 
 FILE = "VQA_RAD Dataset Public.json"
 

@@ -20,9 +20,9 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from normtune.data.images import open_image
+from normtune.data.images.files import open_image
 from normtune.errors import InputError
-from tests.data.samples import dicom, dicom_bytes
+from tests.support.dataset_samples import dicom, dicom_bytes
 
 RAMP = np.array([[0, 100], [200, 255]], np.uint8)
 CT = np.array([[0, 1024], [1064, 2048]], np.uint16)  # stored values; Hounsfield units are these - 1024
@@ -131,7 +131,7 @@ def test_a_compression_without_a_decoder_is_named_with_what_to_install(
     class Undecodable:
         is_available = False
 
-    monkeypatch.setattr("normtune.data.dicom.get_decoder", lambda syntax: Undecodable())
+    monkeypatch.setattr("normtune.data.images.dicom.get_decoder", lambda syntax: Undecodable())
     file = dicom(RAMP)
     file.file_meta.TransferSyntaxUID = JPEGLosslessSV1
     file.PixelData = encapsulate([RAMP.tobytes()])

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from normtune.data.images import ImageFolder, open_image
+from normtune.data.images.files import ImageFolder, open_image
 from normtune.errors import InputError
 
 

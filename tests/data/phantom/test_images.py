@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from normtune.data.phantom import Scene, acquisition, dataset, questions, render, sample_scene
+from normtune.data.phantom.acquisition import _DRAW
+from normtune.data.phantom.canvas import Canvas
+from normtune.data.phantom.scene import KINDS, ORGANS
 from normtune.errors import InputError
-from normtune.phantom import Scene, acquisition, dataset, questions, render, sample_scene
-from normtune.phantom.acquisition import _DRAW
-from normtune.phantom.canvas import Canvas
-from normtune.phantom.scene import KINDS, ORGANS
 
 seeds, hospitals = st.integers(0, 10**6), st.sampled_from(["a", "b"])
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from normtune.phantom import Scene, dataset, questions, report, sample_scene
-from normtune.phantom.scene import Hospital
-from normtune.phantom.wording import TERMS, finding_term
+from normtune.data.phantom import Scene, dataset, questions, report, sample_scene
+from normtune.data.phantom.scene import Hospital
+from normtune.data.phantom.wording import TERMS, finding_term
 
 seeds, hospitals = st.integers(0, 10**6), st.sampled_from(["a", "b"])
 Words = dict[str, set[str]]

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from normtune.data.tables import Fault
-from normtune.data.turns import conversation, refers_back
-from tests.data.report_samples import llava_med_row, messages_row
+from normtune.data.reading.conversations import conversation, refers_back
+from normtune.data.reading.tables import Fault
+from tests.support.report_samples import llava_med_row, messages_row
 
 
 def test_llava_meds_conversation_is_read_turn_by_turn() -> None:

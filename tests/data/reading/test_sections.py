@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from normtune.data.sections import report_sections, section_name, split_sections, target
-from tests.data.report_samples import REPORT
+from normtune.data.reading.radiology import report_sections, section_name, split_sections, target
+from tests.support.report_samples import REPORT
 
 
 def test_a_report_is_cut_at_its_headings() -> None:

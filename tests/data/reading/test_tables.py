@@ -7,9 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from normtune.data.tables import csv_rows, file_bytes, find_table
+from normtune.data.reading.tables import csv_rows, file_bytes, find_table
 from normtune.errors import InputError
-from tests.data.report_samples import write_csv
+from tests.support.report_samples import write_csv
 
 
 def test_cells_come_by_column_with_the_row_of_a_spreadsheet(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from normtune.data.views import two_views
+from normtune.data.reading.radiology import two_views
 
 
 @pytest.mark.parametrize(

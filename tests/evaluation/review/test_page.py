@@ -17,12 +17,12 @@ import pytest
 from PIL import Image
 
 from normtune.cli import main
-from normtune.config import EvaluateConfig
+from normtune.data.phantom import dataset
 from normtune.data.records import Example
 from normtune.errors import InputError
-from normtune.phantom import dataset
-from normtune.review.page import review, review_text
-from tests.written_runs import QUESTIONS, answered, reported
+from normtune.evaluation.config import EvaluateConfig
+from normtune.evaluation.review.page import review, review_text
+from tests.support.evaluation_runs import QUESTIONS, answered, reported
 
 DATA = {"data": "phantom-b:2/0/4"}
 ASKED = dataset("b", {"train": 2, "validate": 0, "test": 4}).split("test")

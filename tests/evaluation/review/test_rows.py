@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from normtune.comparison import read_runs
 from normtune.data.records import Example
-from normtune.review.rows import Row, Said, chosen, count, read_rows, strata
-from tests.written_runs import QUESTIONS, REPORTS, answered, question, reported
+from normtune.evaluation.compare import read_runs
+from normtune.evaluation.review.rows import Row, Said, chosen, count, read_rows, strata
+from tests.support.evaluation_runs import QUESTIONS, REPORTS, answered, question, reported
 
 
 def rows_of(right: int, wrong: int, kind: str = "open") -> list[Row]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from normtune.review.wording import Piece, word_difference
+from normtune.evaluation.review.word_diff import Piece, word_difference
 
 WORDS = st.lists(
     st.sampled_from(["no", "No", "effusion", "effusion.", "small", "<b>", ".", "left,"]), max_size=12

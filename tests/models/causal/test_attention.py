@@ -13,14 +13,15 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from normtune.adapt import adapt
 from normtune.errors import InputError
-from normtune.models import attention, load
-from normtune.models.attention import BLOCK, additive, shared_attention, use_shared_attention
-from normtune.models.causal import CausalFamily
-from normtune.recipe import parse
-from tests.models.test_families import GROUPINGS, assert_same_gradients, gradients, grouped
-from tests.models.tiny import make_tiny
+from normtune.methods.adapt import adapt
+from normtune.methods.recipe import parse
+from normtune.models.causal import attention
+from normtune.models.causal.attention import BLOCK, additive, shared_attention, use_shared_attention
+from normtune.models.causal.family import CausalFamily
+from normtune.models.loading import load
+from tests.models.families.test_families import GROUPINGS, assert_same_gradients, gradients, grouped
+from tests.support.tiny_models import make_tiny
 
 UNCOMPILED = "ignore:flex_attention called without torch.compile:UserWarning"
 LENGTH = 52

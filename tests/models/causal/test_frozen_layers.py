@@ -10,20 +10,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from normtune.adapt import Tuned, adapt
+from normtune.data.groups import Group, Segment
 from normtune.data.records import Dataset
-from normtune.image_cache import ImageCache
-from normtune.models import load
-from normtune.models.below import PassThrough
-from normtune.models.causal import CausalFamily
+from normtune.methods.adapt import Tuned, adapt
+from normtune.models.causal.family import CausalFamily
 from normtune.models.family import Family
-from normtune.packing import Group, Segment
-from normtune.state_cache import StateCache
-from tests.models import tiny
-from tests.models.test_families import GROUPINGS, PAIRS, image
-from tests.tiny_miss import tiny_miss
+from normtune.models.frozen_trunk import PassThrough
+from normtune.models.image_cache import ImageCache
+from normtune.models.loading import load
+from normtune.training.state_cache import StateCache
+from tests.models.families.test_families import GROUPINGS, PAIRS, image
+from tests.support import tiny_models
+from tests.support.tiny_miss import tiny_miss
 
-SHARING = tuple(name for name in tiny.TINY if not name.startswith("paligemma"))
+SHARING = tuple(name for name in tiny_models.TINY if not name.startswith("paligemma"))
 TOLERANCE = 3e-6  # sums of tiles in another order: 1.1e-6 was seen
 UPPER = {  # of three layers; Gemma 3 has two
     "norms": "language=ln[2:]",
@@ -36,8 +36,8 @@ UPPER = {  # of three layers; Gemma 3 has two
 @pytest.fixture(scope="module", params=SHARING)
 def base(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CausalFamily]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tiny.TEXT_SIZES, "num_hidden_layers", 3)
-        loaded = load(str(tiny.make_tiny(request.param, tmp_path_factory.mktemp(request.param))))
+        patch.setitem(tiny_models.TEXT_SIZES, "num_hidden_layers", 3)
+        loaded = load(str(tiny_models.make_tiny(request.param, tmp_path_factory.mktemp(request.param))))
     assert isinstance(loaded, CausalFamily)
     yield loaded
 
@@ -156,9 +156,9 @@ def test_a_trained_head_that_is_the_embedding_too_reaches_down() -> None:
 def load_tied() -> CausalFamily:
     from transformers import AutoModelForImageTextToText
 
-    from normtune.models.gemma3 import Gemma3Family
+    from normtune.models.families.gemma3 import Gemma3Family
 
-    config, processor = tiny.gemma3()
+    config, processor = tiny_models.gemma3()
     config.tie_word_embeddings = True
     model: Any = AutoModelForImageTextToText.from_config(config)
     assert model.lm_head.weight is model.get_input_embeddings().weight
@@ -167,13 +167,13 @@ def load_tied() -> CausalFamily:
 
 def test_layers_that_take_image_features_are_not_passed_over(tmp_path: Any) -> None:
     """Qwen3-VL's first two layers do: with norms trained from the second on, all layers run."""
-    family = load(str(tiny.make_tiny("qwen3_vl", tmp_path)))
+    family = load(str(tiny_models.make_tiny("qwen3_vl", tmp_path)))
     tuned = adapt(family.model, "language=ln[1:]")
     assert family.below(tuned.trained.values()) is None
 
 
 def test_paligemma_holds_nothing(tmp_path: Any) -> None:
-    family = load(str(tiny.make_tiny("paligemma", tmp_path)))
+    family = load(str(tiny_models.make_tiny("paligemma", tmp_path)))
     tuned = adapt(family.model, "language=ln[1:]")
     assert family.below(tuned.trained.values()) is None
 

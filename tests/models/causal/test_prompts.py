@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tokenizers import processors
 
 from normtune.errors import InputError
-from normtune.models import load
-from normtune.models.conversation import Conversation
-from normtune.models.llava import MISTRAL_TEMPLATE, VICUNA_TEMPLATE
-from tests.models.tiny import TINY, make_tiny
+from normtune.models.causal.prompts import Conversation
+from normtune.models.families.llava import MISTRAL_TEMPLATE, VICUNA_TEMPLATE
+from normtune.models.loading import load
+from tests.support.tiny_models import TINY, make_tiny
 
 CHATS = ("llava", "qwen2_vl", "internvl")
 _made = {name: TINY[name]()[1] for name in CHATS}

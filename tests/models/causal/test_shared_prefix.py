@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from normtune.packing import Group, Segment
-from normtune.sequences import (
+from normtune.data.groups import Group, Segment
+from normtune.models.causal.shared_prefix import (
     PAD,
     PREFIX,
     Rows,

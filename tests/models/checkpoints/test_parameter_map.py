@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from normtune.checkpoint import SINGLE_FILE, Checkpoint
-from normtune.delta import fingerprint
-from normtune.models import load, skeleton
-from normtune.placement import placement, stored_as_is
-from tests.bases import save_base
-from tests.models.tiny import TINY, make_tiny
+from normtune.adapters.fingerprint import fingerprint
+from normtune.models.checkpoints.parameter_map import placement, stored_as_is
+from normtune.models.checkpoints.reader import SINGLE_FILE, Checkpoint
+from normtune.models.loading import load, skeleton
+from tests.support.base_models import save_base
+from tests.support.tiny_models import TINY, make_tiny
 
 WORDS = "text_decoder.bert.embeddings.word_embeddings.weight"
 HEAD = "text_decoder.cls.predictions.decoder.weight"
@@ -126,7 +126,9 @@ def test_a_converted_tensor_has_no_place(tmp_path: Path, monkeypatch: pytest.Mon
 
     save_base("miss", tmp_path)
     turned = WeightConverter("query.weight", "query.weight", [Transpose(0, 1)])
-    monkeypatch.setattr("normtune.placement.get_model_conversion_mapping", lambda *_: [turned])
+    monkeypatch.setattr(
+        "normtune.models.checkpoints.parameter_map.get_model_conversion_mapping", lambda *_: [turned]
+    )
     _, checkpoint, placed = on_disk(tmp_path)
     assert {name for name, keys in placed.items() if not keys} == {
         name for name in placed if name.endswith("query.weight")

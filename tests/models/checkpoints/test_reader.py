@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from normtune import checkpoint
-from normtune.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, read_header
 from normtune.errors import InputError
-from tests.bases import outcome
+from normtune.models.checkpoints import reader
+from normtune.models.checkpoints.reader import INDEX_FILE, SINGLE_FILE, Checkpoint, read_header
+from tests.support.base_models import outcome
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64)
 
@@ -33,7 +33,7 @@ def test_values_are_those_of_the_flat_tensor_however_far_apart(
     save_file({"before": torch.ones(3), "it": tensor}, directory / SINGLE_FILE)
     near = data.draw(st.sampled_from([0, 16, 1 << 16]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "_RUN", near)
+        patch.setattr(reader, "_RUN", near)
         found = Checkpoint(directory).values("it", places)
     assert found.dtype == dtype
     assert torch.equal(found, tensor.flatten()[places.start : places.stop : places.step])

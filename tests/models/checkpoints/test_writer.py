@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from normtune.shards import Planned, write_safetensors
+from normtune.models.checkpoints.writer import Planned, write_safetensors
 
 HELD = {
     "b.wide": torch.randn(4, 6).T,

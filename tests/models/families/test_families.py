@@ -14,14 +14,14 @@ from PIL import Image
 from torch import Tensor
 from transformers.models.paligemma import modeling_paligemma
 
-from normtune.losses import answer_loss
+from normtune.data.groups import Group
 from normtune.models import family as families
-from normtune.models import load
-from normtune.models.causal import CausalFamily
-from normtune.models.family import Pixels
-from normtune.packing import Group
-from tests.bases import CACHE
-from tests.models.tiny import TINY, make_tiny
+from normtune.models.answer_loss import answer_loss
+from normtune.models.causal.family import CausalFamily
+from normtune.models.loading import load
+from normtune.models.types import Pixels
+from tests.support.base_models import CACHE
+from tests.support.tiny_models import TINY, make_tiny
 
 FAMILIES = tuple(TINY)
 TOLERANCE = 1e-5

@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from normtune import report_task
-from normtune.asking import open_model
-from normtune.catalog import open_dataset
-from normtune.config import TrainConfig
+from normtune.adapters.storage import open_model
+from normtune.data import tasks
+from normtune.data.groups import Group
+from normtune.data.registry import open_dataset
 from normtune.errors import InputError
-from normtune.evaluate import evaluate
-from normtune.models import load
-from normtune.models.causal import ANSWER_TOKENS, CausalFamily
-from normtune.models.llava import LlavaFamily
-from normtune.packing import Group
-from normtune.train import train
-from tests.models.tiny import make_tiny
+from normtune.evaluation.evaluate import evaluate
+from normtune.models.causal.family import CausalFamily
+from normtune.models.families.llava import LlavaFamily
+from normtune.models.loading import load
+from normtune.training.config import TrainConfig
+from normtune.training.train import train
+from tests.support.tiny_models import make_tiny
 
 DATA = "phantom-b:2"
 
@@ -84,8 +84,13 @@ def test_long_answers_are_cut_before_their_end_token(tiny: Path) -> None:
     assert isinstance(family, CausalFamily)
     long = "lung " * 600
     answer, report = (family.encode("1", "", long, report=report).answer for report in (False, True))
-    assert len(answer) == ANSWER_TOKENS and len(report) == report_task.REFERENCE_TOKENS
-    assert answer[-1] == report[-1] == family.ends[0] and answer[:-1] == report[: ANSWER_TOKENS - 1]
+    assert (
+        len(answer) == tasks.MAX_ANSWER_REFERENCE_TOKENS and len(report) == tasks.MAX_REPORT_REFERENCE_TOKENS
+    )
+    assert (
+        answer[-1] == report[-1] == family.ends[0]
+        and answer[:-1] == report[: tasks.MAX_ANSWER_REFERENCE_TOKENS - 1]
+    )
 
 
 def test_a_frozen_tower_keeps_nothing_for_the_backward_pass(tiny: Path) -> None:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from normtune.losses import answer_loss
+from normtune.data.groups import Group
+from normtune.data.phantom import dataset
 from normtune.models import family as families
-from normtune.models.family import Batch
-from normtune.models.miss.family import MissFamily
-from normtune.packing import Group
-from normtune.phantom import dataset
-from tests.tiny_miss import tiny_miss
+from normtune.models.answer_loss import answer_loss
+from normtune.models.families.miss import MissFamily
+from normtune.models.types import Batch
+from tests.support.tiny_miss import tiny_miss
 
 
 def batch_of(family: MissFamily) -> Batch:

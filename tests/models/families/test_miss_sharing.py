@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from normtune.models.miss.attention import Slots
 from normtune.models.miss.model import MissForQuestionAnswering
-from tests.models.miss_tiny import ANSWERS, QUESTIONS, answered, asked, pixels, tiny_miss
+from tests.support.miss_batches import ANSWERS, QUESTIONS, answered, asked, pixels, tiny_miss
 
 TOLERANCE = 1e-5
 

@@ -11,20 +11,20 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from normtune.asking import open_model
-from normtune.catalog import open_dataset
-from normtune.config import TrainConfig
-from normtune.evaluate import evaluate
-from normtune.export import export_peft
-from normtune.merge import merge_to_disk
-from normtune.models.llava_med.importing import import_llava_med
+from normtune.adapters.export_peft import export_peft
+from normtune.adapters.merge import merge_to_disk
+from normtune.adapters.storage import open_model
+from normtune.data.registry import open_dataset
+from normtune.evaluation.evaluate import evaluate
+from normtune.evaluation.results import read_run
+from normtune.models.importers.llava_med.importer import import_llava_med
 from normtune.models.miss.model import MissForQuestionAnswering
-from normtune.results import read_run
-from normtune.train import train
-from tests.models.llava_med_original import HEADS, make_original, write_original
-from tests.models.test_families import image
-from tests.models.tiny import TINY, make_tiny
-from tests.tiny_miss import save_tiny_miss
+from normtune.training.config import TrainConfig
+from normtune.training.train import train
+from tests.models.families.test_families import image
+from tests.support.llava_med_original import HEADS, make_original, write_original
+from tests.support.tiny_miss import save_tiny_miss
+from tests.support.tiny_models import TINY, make_tiny
 
 DATA = "phantom-b:2"
 QUESTION = "Which organ is abnormal?"

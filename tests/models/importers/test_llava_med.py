@@ -16,19 +16,19 @@ from torch.nn import functional as F
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from normtune import cli
-from normtune.asking import open_model
-from normtune.config import TrainConfig
+from normtune.adapters.merge import merge_to_disk
+from normtune.adapters.storage import open_model
+from normtune.data.groups import Group
 from normtune.errors import InputError
-from normtune.merge import merge_to_disk
-from normtune.models import load
-from normtune.models.causal import CausalFamily
-from normtune.models.llava_med.importing import ImportReport, import_llava_med, import_text
-from normtune.models.llava_med.original import read_original
-from normtune.models.llava_med.plan import with_mean_rows
-from normtune.models.llava_med.processor import read_vocabulary
-from normtune.packing import Group
-from normtune.train import train
-from tests.models.llava_med_original import (
+from normtune.models.causal.family import CausalFamily
+from normtune.models.importers.llava_med.importer import ImportReport, import_llava_med, import_text
+from normtune.models.importers.llava_med.original_config import read_original
+from normtune.models.importers.llava_med.processor import read_vocabulary
+from normtune.models.importers.llava_med.tensor_plan import with_mean_rows
+from normtune.models.loading import load
+from normtune.training.config import TrainConfig
+from normtune.training.train import train
+from tests.support.llava_med_original import (
     HEADS,
     PATCHES,
     TOWER,
@@ -43,8 +43,8 @@ from tests.models.llava_med_original import (
     write_clip,
     write_original,
 )
-from tests.models.llava_med_original import config as config_of
-from tests.models.tiny import TEXT
+from tests.support.llava_med_original import config as config_of
+from tests.support.tiny_models import TEXT
 
 QUESTION = "Is there a fracture of the left rib?"
 V15_PROMPT = f"[INST] <image>\n{QUESTION} [/INST]"
@@ -277,8 +277,8 @@ def test_answers_of_version_1_0_end_where_the_next_turn_would_begin(
 def sign_of_state(family: CausalFamily, group: Group) -> Tensor:
     """A row of the head that the group's last state picks."""
     pixels = [[family.pixels(picture())]]
-    layout, _, _ = family._layout([group], pixels, "pad")
-    return family._states(layout, use_cache=False)[0, -1].sign()
+    layout, _, _ = family.layout([group], pixels, "pad")
+    return family.hidden_states(layout, use_cache=False)[0, -1].sign()
 
 
 # --- what is made of it -----------------------------------------------------------------------------------

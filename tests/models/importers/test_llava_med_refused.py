@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from normtune.models.llava_med.importing import import_llava_med
-from tests.models.llava_med_original import (
+from normtune.models.importers.llava_med.importer import import_llava_med
+from tests.support.llava_med_original import (
     HEADS,
     Form,
     Original,

@@ -18,16 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from normtune.errors import InputError
-from normtune.models.llava_med.importing import import_llava_med
-from normtune.models.llava_med.shards import Shards
-from normtune.models.llava_med.writing import cut, write_shard
-from normtune.shards import Planned
-from tests.models.llava_med_original import (
-    HEADS,
-    Original,
-    make_original,
-    write_original,
-)
+from normtune.models.checkpoints.reader import OriginalCheckpoint
+from normtune.models.checkpoints.writer import Planned, cut, write_shard
+from normtune.models.importers.llava_med.importer import import_llava_med
+from tests.support.llava_med_original import HEADS, Original, make_original, write_original
 
 
 @pytest.fixture(scope="module")
@@ -59,16 +53,16 @@ def test_an_interrupted_import_goes_on_to_the_same_files(
     whole: tuple[Path, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
     source, wanted = whole
-    count, read = 0, Shards.tensor
+    count, read = 0, OriginalCheckpoint.tensor
 
-    def interrupted(self: Shards, name: str) -> Tensor:
+    def interrupted(self: OriginalCheckpoint, name: str) -> Tensor:
         nonlocal count
         count += 1
         if count > after:
             raise KeyboardInterrupt
         return read(self, name)
 
-    monkeypatch.setattr(Shards, "tensor", interrupted)
+    monkeypatch.setattr(OriginalCheckpoint, "tensor", interrupted)
     options: dict[str, Any] = {"shard_bytes": SMALL, **HEADS}
     if after < 100:
         with pytest.raises(KeyboardInterrupt):
@@ -83,7 +77,7 @@ def test_an_interrupted_import_goes_on_to_the_same_files(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from normtune.models.llava_med import importing
+from normtune.models.importers.llava_med import importing
 
 def tick(done, total):
     if done > total // 2:
@@ -150,16 +144,16 @@ def test_one_tensor_is_in_memory_at_a_time(
 ) -> None:
     source = write_original(tmp_path / "src", original, form="bin")
     alive: list[weakref.ref[Tensor]] = []
-    most, read = 0, Shards.tensor
+    most, read = 0, OriginalCheckpoint.tensor
 
-    def watched(self: Shards, name: str) -> Tensor:
+    def watched(self: OriginalCheckpoint, name: str) -> Tensor:
         nonlocal most
         found = read(self, name)
         alive.append(weakref.ref(found))
         most = max(most, sum(one() is not None for one in alive))
         return found
 
-    monkeypatch.setattr(Shards, "tensor", watched)
+    monkeypatch.setattr(OriginalCheckpoint, "tensor", watched)
     import_llava_med(str(source), tmp_path / "out", **HEADS)
     assert len(alive) > 40 and most == 1
 

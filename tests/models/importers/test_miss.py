@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from normtune.errors import InputError
-from normtune.models.miss.checkpoints import ImportReport, import_miss, import_text
+from normtune.models.importers.miss.importer import ImportReport, import_miss, import_text
+from normtune.models.importers.miss.original_checkpoint import infer_config
 from normtune.models.miss.model import MissForQuestionAnswering
-from normtune.models.miss.original import infer_config
 from normtune.models.miss.vision import resize_positions
-from tests.models.miss_tiny import ANSWERS, QUESTIONS, VOCABULARY, answered, asked, pixels, tiny_miss
+from tests.support.miss_batches import ANSWERS, QUESTIONS, VOCABULARY, answered, asked, pixels, tiny_miss
 
 HEADS = {"vision_heads": 4, "text_heads": 4}
 BATCH = asked(QUESTIONS) | answered(ANSWERS)
@@ -185,7 +185,7 @@ def vocabulary(path: Path, pieces: int) -> Path:
 def test_with_a_vocabulary_the_family_loads_it(tmp_path: Path) -> None:
     from PIL import Image
 
-    from normtune.models.miss.family import MissFamily
+    from normtune.models.families.miss import MissFamily
 
     vocab = vocabulary(tmp_path / "vocab.txt", VOCABULARY - 2)
     source = save(tmp_path / "a.pth", original(tiny_miss()))

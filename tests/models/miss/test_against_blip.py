@@ -11,9 +11,19 @@ from torch import Tensor
 from transformers import BlipConfig, BlipForImageTextRetrieval, BlipForQuestionAnswering
 
 from normtune.errors import InputError
-from normtune.models.miss.blip import blip_weights, config_of_blip
-from normtune.models.miss.checkpoints import from_blip, import_miss
-from tests.models.miss_tiny import ANSWERS, END, QUESTIONS, START, VOCABULARY, answered, asked, pixels, spread
+from normtune.models.importers.miss.from_blip import blip_weights, config_of_blip
+from normtune.models.importers.miss.importer import from_blip, import_miss
+from tests.support.miss_batches import (
+    ANSWERS,
+    END,
+    QUESTIONS,
+    START,
+    VOCABULARY,
+    answered,
+    asked,
+    pixels,
+    spread,
+)
 
 
 def blip_config(vision: dict[str, Any] | None = None, text: dict[str, Any] | None = None) -> BlipConfig:
@@ -125,7 +135,7 @@ def test_a_shape_that_miss_has_not_is_refused() -> None:
 
 
 def test_a_directory_without_blip_is_refused(tmp_path: Path) -> None:
-    from tests.models.miss_tiny import tiny_miss
+    from tests.support.miss_batches import tiny_miss
 
     with pytest.raises(InputError, match="cannot read a BLIP model from"):
         from_blip(tmp_path)

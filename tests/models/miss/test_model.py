@@ -11,7 +11,7 @@ from normtune.errors import InputError
 from normtune.models.miss.config import MissConfig
 from normtune.models.miss.model import MissForQuestionAnswering, register
 from normtune.models.miss.vision import resize_positions
-from tests.models.miss_tiny import (
+from tests.support.miss_batches import (
     ANSWERS,
     QUESTIONS,
     VOCABULARY,

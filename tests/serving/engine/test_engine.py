@@ -13,19 +13,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from normtune import delta as delta_module
-from normtune.adapt import Tuned, adapt, untune
-from normtune.delta import INFO_FILE, TENSORS_FILE, fingerprint, load_delta, save_delta
-from normtune.models import load
-from normtune.models.causal import CausalFamily
-from normtune.models.family import Answer, Family, Pixels
-from normtune.packing import Group
-from normtune.serve.adapters import Adapters
-from normtune.serve.engine import Engine
-from normtune.serve.requests import Busy, Closed, Request, UnknownAdapter
-from tests.bases import outcome
-from tests.models.test_families import image
-from tests.models.tiny import make_tiny
+from normtune.adapters import storage as delta_module
+from normtune.adapters.fingerprint import fingerprint
+from normtune.adapters.storage import INFO_FILE, TENSORS_FILE, load_delta, save_delta
+from normtune.data.groups import Group
+from normtune.methods.adapt import Tuned, adapt, untune
+from normtune.models.causal.family import CausalFamily
+from normtune.models.family import Family
+from normtune.models.loading import load
+from normtune.models.types import Answer, Pixels
+from normtune.serving.engine.adapter_slots import Adapters
+from normtune.serving.engine.engine import Engine
+from normtune.serving.engine.requests import Busy, Closed, Request, UnknownAdapter
+from tests.models.families.test_families import image
+from tests.support.base_models import outcome
+from tests.support.tiny_models import make_tiny
 
 TOLERANCE = 1e-5
 MANY = 64

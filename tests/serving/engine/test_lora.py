@@ -11,27 +11,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from normtune.adapt import adapt, untune
-from normtune.delta import INFO_FILE, fingerprint, load_delta
-from normtune.lora_rows import MixedLinear
-from normtune.models import load
-from normtune.models.causal import CausalFamily
-from normtune.models.family import Answer, Family
-from normtune.packing import Group
-from normtune.serve.engine import Engine
-from normtune.serve.requests import Reply, Request
-from tests.bases import outcome
-from tests.models.test_families import image
-from tests.models.tiny import make_tiny
-from tests.serve.test_engine import (
-    TOLERANCE,
-    WAIT,
-    alone,
-    logits_of,
-    request,
-    write,
-    write_all,
-)
+from normtune.adapters.fingerprint import fingerprint
+from normtune.adapters.multi.lora import MixedLinear
+from normtune.adapters.storage import INFO_FILE, load_delta
+from normtune.data.groups import Group
+from normtune.methods.adapt import adapt, untune
+from normtune.models.causal.family import CausalFamily
+from normtune.models.family import Family
+from normtune.models.loading import load
+from normtune.models.types import Answer
+from normtune.serving.engine.engine import Engine
+from normtune.serving.engine.requests import Reply, Request
+from tests.models.families.test_families import image
+from tests.serving.engine.test_engine import TOLERANCE, WAIT, alone, logits_of, request, write, write_all
+from tests.support.base_models import outcome
+from tests.support.tiny_models import make_tiny
 
 RANK = 4
 LONG = 10  # tokens

@@ -16,13 +16,14 @@ from tokenizers import Tokenizer, decoders
 from tokenizers import models as token_models
 from transformers import BertTokenizer, PreTrainedTokenizerFast
 
-from normtune.models import load
-from normtune.models.family import Answer, Family
-from normtune.packing import Group
-from normtune.serve.engine import Engine
-from normtune.serve.growing import settled
-from tests.models.tiny import bpe_tokenizer, make_tiny
-from tests.serve.test_engine import WAIT, alone, request
+from normtune.data.groups import Group
+from normtune.models.family import Family
+from normtune.models.loading import load
+from normtune.models.types import Answer
+from normtune.serving.engine.engine import Engine
+from normtune.serving.engine.stable_text import settled
+from tests.serving.engine.test_engine import WAIT, alone, request
+from tests.support.tiny_models import bpe_tokenizer, make_tiny
 
 LONG = 12  # tokens
 

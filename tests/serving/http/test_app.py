@@ -14,11 +14,11 @@ import openai
 import pytest
 from PIL import Image
 
-from normtune.serve.api import adapter_entry, model_entry
-from normtune.serve.service import Settings
-from tests.data.samples import dicom, dicom_bytes
-from tests.serve.fake_engine import FakeEngine, info
-from tests.serve.served import call, data_url, picture, question, serving, upload
+from normtune.serving.http.openai_api import adapter_entry, model_entry
+from normtune.serving.http.state import Settings
+from tests.support.dataset_samples import dicom, dicom_bytes
+from tests.support.fake_engine import FakeEngine, info
+from tests.support.test_server import call, data_url, picture, question, serving, upload
 
 
 @pytest.fixture(scope="module")

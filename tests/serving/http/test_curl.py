@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from normtune.serve.limits import Keys
-from normtune.serve.service import Settings
-from tests.serve.fake_engine import FakeEngine
-from tests.serve.served import data_url, picture, question, serving
+from normtune.serving.http.limits import Keys
+from normtune.serving.http.state import Settings
+from tests.support.fake_engine import FakeEngine
+from tests.support.test_server import data_url, picture, question, serving
 
 CURL = shutil.which("curl")
 KEY = "k" * 20

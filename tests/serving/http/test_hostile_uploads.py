@@ -18,11 +18,11 @@ from PIL import Image
 from pydicom.encaps import encapsulate
 from pydicom.uid import UID, JPEG2000Lossless, JPEGBaseline8Bit, RLELossless
 
-from normtune.serve.limits import Limits
-from normtune.serve.service import Settings
-from tests.data.samples import dicom, dicom_bytes
-from tests.serve.fake_engine import FakeEngine
-from tests.serve.served import call, data_url, form, picture, question, serving, upload
+from normtune.serving.http.limits import Limits
+from normtune.serving.http.state import Settings
+from tests.support.dataset_samples import dicom, dicom_bytes
+from tests.support.fake_engine import FakeEngine
+from tests.support.test_server import call, data_url, form, picture, question, serving, upload
 
 NAMES = (
     "../../etc/passwd",

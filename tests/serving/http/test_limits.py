@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from normtune.answering import ANSWER_TOKENS
+from normtune.data.tasks import MAX_ANSWER_TOKENS, MAX_REPORT_TOKENS
 from normtune.errors import InputError
-from normtune.report_task import WRITTEN_TOKENS
-from normtune.serve.faults import Refused
-from normtune.serve.folders import adapters_below, named_adapters
-from normtune.serve.limits import Budget, Keys, Rates, read_keys
-from normtune.serve.service import Settings
-from normtune.serve.uploads import Uploads
+from normtune.serving.http.errors import Refused
+from normtune.serving.http.limits import Budget, Keys, Rates, read_keys
+from normtune.serving.http.paths import adapters_below, named_adapters
+from normtune.serving.http.state import Settings
+from normtune.serving.http.uploads import Uploads
 
 ONE, TWO = "a" * 16, "b" * 32
 
@@ -97,4 +96,4 @@ def test_adapters_are_named_on_the_command_line_or_by_their_folders(tmp_path: Pa
 
 def test_answers_have_the_room_that_evaluations_give_them() -> None:
     settings = Settings(base="nano")
-    assert (settings.question_tokens, settings.report_tokens) == (ANSWER_TOKENS, WRITTEN_TOKENS)
+    assert (settings.question_tokens, settings.report_tokens) == (MAX_ANSWER_TOKENS, MAX_REPORT_TOKENS)

@@ -10,11 +10,11 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from normtune.phantom import dataset
-from normtune.serve.service import Settings
-from tests.browser import CHROMIUM, Browser
-from tests.serve.fake_engine import FakeEngine
-from tests.serve.served import call, serving
+from normtune.data.phantom import dataset
+from normtune.serving.http.state import Settings
+from tests.support.browser import CHROMIUM, Browser
+from tests.support.fake_engine import FakeEngine
+from tests.support.test_server import call, serving
 
 
 @pytest.fixture(scope="module")

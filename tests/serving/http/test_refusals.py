@@ -16,11 +16,11 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 
-from normtune.serve.limits import Keys, Limits
-from normtune.serve.running import listen, own_names
-from normtune.serve.service import Settings
-from tests.serve.fake_engine import FakeEngine
-from tests.serve.served import Answer, call, data_url, eventually, picture, question, serving, upload
+from normtune.serving.http.limits import Keys, Limits
+from normtune.serving.http.server import listen, own_names
+from normtune.serving.http.state import Settings
+from tests.support.fake_engine import FakeEngine
+from tests.support.test_server import Answer, call, data_url, eventually, picture, question, serving, upload
 
 KEYS = {"ward": "k" * 20, "lab": "m" * 20}
 LIMITS = Limits(

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from normtune.serve.limits import Keys, Limits
-from normtune.serve.service import Settings
-from tests.serve.fake_engine import FakeEngine
-from tests.serve.served import call, serving
+from normtune.serving.http.limits import Keys, Limits
+from normtune.serving.http.state import Settings
+from tests.support.fake_engine import FakeEngine
+from tests.support.test_server import call, serving
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 KEY = "k" * 20
 EXAMPLES = 2  # of each address, valid and not; besides some 450 that follow from the schema
 

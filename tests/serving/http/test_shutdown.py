@@ -16,15 +16,15 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from normtune.serve.app import make_app
-from normtune.serve.limits import Limits
-from normtune.serve.running import Server, configuration, listen
-from normtune.serve.service import Settings
-from tests.serve.fake_engine import FakeEngine
-from tests.serve.served import call, eventually, question, serving
+from normtune.serving.http.app import make_app
+from normtune.serving.http.limits import Limits
+from normtune.serving.http.server import Server, configuration, listen
+from normtune.serving.http.state import Settings
+from tests.support.fake_engine import FakeEngine
+from tests.support.test_server import call, eventually, question, serving
 
 JSON = {"Content-Type": "application/json"}
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -103,8 +103,8 @@ def test_a_connection_that_is_there_too_late_does_not_hold_the_end_up() -> None:
 SERVER = """
 import sys
 from threading import Thread
-from normtune.serve.running import address, listen, run
-from normtune.serve.service import Settings
+from normtune.serving.http.server import address, listen, run
+from normtune.serving.http.state import Settings
 from tests.serve.fake_engine import FakeEngine
 engine, listening = FakeEngine(), listen("127.0.0.1", 0)
 engine.let.clear()

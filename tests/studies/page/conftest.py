@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.browser import CHROMIUM, Browser
+from tests.support.browser import CHROMIUM, Browser
 
 
 @pytest.fixture(scope="package")

@@ -5,7 +5,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from normtune.report.axes import Axis, scale
+from normtune.studies.page.axes import Axis, scale
 
 LINEAR = Axis("score (%)", str)
 LOG = Axis("share", str, log=True)

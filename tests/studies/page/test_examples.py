@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from normtune.catalog import open_dataset
-from normtune.report.study_page import study_report
-from normtune.results import split_hash
-from tests.browser import Browser
+from normtune.data.registry import open_dataset
+from normtune.evaluation.results import split_hash
+from normtune.studies.page.page import study_report
+from tests.support.browser import Browser
 
 
 def study(folder: Path, licence: str, answer: str = "an answer <made up>") -> dict[str, Any]:

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 
-from normtune.report import study_figures
-from normtune.report.charts import Point
-from normtune.report.study_data import Results
-from normtune.report.study_figures import binned_means, foremost_named
-from normtune.report.study_norms import heat_maps, place
-from tests.report.made import made_results
+from normtune.studies.page import figures
+from normtune.studies.page.charts import Point
+from normtune.studies.page.figures import binned_means, foremost_named
+from normtune.studies.page.norm_maps import heat_maps, place
+from normtune.studies.page.results import Results
+from tests.support.study_results import made_results
 
 
 @pytest.fixture(scope="module")
@@ -17,12 +17,12 @@ def study() -> Results:
 
 def test_bins_of_a_loss_curve_hold_all_runs() -> None:
     assert binned_means([[(1, 4.0), (60, 1.0)], [(1, 2.0), (60, float("nan"))]]) == [(1.0, 3.0), (60.0, 1.0)]
-    assert len(binned_means([[(step, 1.0) for step in range(1, 1000)]])) == study_figures.BINS
+    assert len(binned_means([[(step, 1.0) for step in range(1, 1000)]])) == figures.BINS
     assert binned_means([]) == []
 
 
 def test_every_trained_recipe_is_a_mark_of_the_scatter(study: Results) -> None:
-    panels = list(study_figures.against_share(study))
+    panels = list(figures.against_share(study))
     assert panels[0].title == "nano trained on slake"
     assert [row[0] for row in panels[0].rows] == ["ln", "full"]
     assert panels[0].chart.count("interval") == 2
@@ -44,7 +44,7 @@ def test_of_many_marks_those_are_named_that_none_beats_with_less() -> None:
 
 
 def test_data_sets_that_no_other_was_trained_for_have_no_transfer_plot(study: Results) -> None:
-    asked = [panel.title for panel in study_figures.transfer(study)]
+    asked = [panel.title for panel in figures.transfer(study)]
     assert asked == ["nano asked about slake", "nano asked about vqa-rad"]
 
 
@@ -53,14 +53,14 @@ def test_the_rate_that_the_search_gave_is_the_solid_one() -> None:
     for cell in made["cells"]:
         if cell["recipe"] == "ln" and cell["rate_source"] == "search":
             cell["rates"] = {"ln": 0.03 * (1 / 3)}  # not the best trial
-    (panel,) = study_figures.rate_curves(Results(made))
+    (panel,) = figures.rate_curves(Results(made))
     assert [row[1] for row in panel.rows if row[0] == "ln" and row[3] == "taken"] == ["0.01"]
     best = max((row for row in panel.rows if row[0] == "full"), key=lambda row: float(row[2].split()[0]))
     assert [row for row in panel.rows if row[0] == "full" and row[3] == "taken"] == [best]
 
 
 def test_forgetting_is_the_mean_of_the_seeds(study: Results) -> None:
-    panel = next(iter(study_figures.forgetting(study)))
+    panel = next(iter(figures.forgetting(study)))
     keys = {
         c["key"]
         for c in study.cells

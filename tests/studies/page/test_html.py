@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from normtune.report.markup import Html, joined, tag
+from normtune.studies.page.html import Html, joined, tag
 
 
 def test_text_and_attributes_are_escaped_once() -> None:

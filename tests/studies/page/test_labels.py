@@ -5,7 +5,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from normtune.report.labels import Box, beside, spread
+from normtune.studies.page.labels import Box, beside, spread
 
 
 @given(st.lists(st.floats(0, 300), min_size=1, max_size=15))

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from normtune.report.markup import VOID
-from normtune.report.study_page import study_report, write_study_report
-from tests.browser import Browser
-from tests.report.made import made_results
+from normtune.studies.page.html import VOID
+from normtune.studies.page.page import study_report, write_study_report
+from tests.support.browser import Browser
+from tests.support.study_results import made_results
 
 NOWHERE = Path("no/such/folder")
 

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from normtune.methods import METHODS
-from normtune.recipe import parse, resolve
-from normtune.report.palette import COLOURS, TOLD, family, marker, parts_of
+from normtune.methods.recipe import parse, resolve
+from normtune.methods.registry import METHODS
+from normtune.studies.page.palette import COLOURS, TOLD, family, marker, parts_of
 
 PARTS = ("vision", "encoder", "decoder")
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from normtune.report.findings import findings
-from normtune.report.study_data import Results
-from tests.report.made import Made
+from normtune.studies.page.results import Results
+from normtune.studies.page.sentences import findings
+from tests.support.study_results import Made
 
 
 def study(gains: dict[str, float], p: dict[str, float] | None = None, base: float = 0.4) -> dict[str, Any]:

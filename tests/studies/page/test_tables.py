@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from normtune.report.study_data import Results
-from normtune.report.study_tables import models_table, paired_table, setting_table, short_methods
-from tests.report.made import made_results
+from normtune.studies.page.results import Results
+from normtune.studies.page.tables import models_table, paired_table, setting_table, short_methods
+from tests.support.study_results import made_results
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from normtune.live import LiveBytes
+from normtune.training.memory_plan.live_bytes import LiveBytes
 
 
 def test_what_lives_is_counted_and_what_is_freed_is_not() -> None:

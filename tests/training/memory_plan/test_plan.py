@@ -10,21 +10,21 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
-from normtune.adapt import adapt
-from normtune.catalog import open_from
-from normtune.collator import collator
-from normtune.config import TrainConfig
+from normtune.data.registry import open_from
 from normtune.errors import InputError
-from normtune.hollow import bytes_of
-from normtune.inspection import inspect_text, inspection, planned
-from normtune.lean import lean
-from normtune.live import LiveBytes
-from normtune.memory import available_bytes, resident_bytes
-from normtune.models import load
-from normtune.planner import ROOM, _Costs, _HollowRun, plan
-from normtune.quantize import StandIn, linear_bytes, stand_in
-from normtune.recompute import EVERY, recomputed
-from tests.models.tiny import make_tiny
+from normtune.methods.adapt import adapt
+from normtune.models.loading import load
+from normtune.runtime.memory import available_bytes, resident_bytes
+from normtune.training.collator import collator
+from normtune.training.config import TrainConfig
+from normtune.training.inspection import inspect_text, inspection, planned
+from normtune.training.layer_wrapping import EVERY, recomputed
+from normtune.training.memory_plan.fake_model import bytes_of
+from normtune.training.memory_plan.live_bytes import LiveBytes
+from normtune.training.memory_plan.plan import ROOM, _Costs, _HollowRun, plan
+from normtune.training.memory_plan.quantized import StandIn, linear_bytes, stand_in
+from normtune.training.saved_activations import lean
+from tests.support.tiny_models import make_tiny
 
 MIB = 2**20
 
@@ -129,7 +129,7 @@ def test_a_plan_names_every_way_and_what_fits(llava: str, monkeypatch: pytest.Mo
     assert asked.total == parts and asked.fits
     between = (by_tier["fast"].step + by_tier["tight"].step) // 2
     short = int((asked.total - asked.program - asked.step + between) / ROOM)
-    monkeypatch.setattr("normtune.planner.available_bytes", lambda device: short)
+    monkeypatch.setattr("normtune.training.memory_plan.plan.available_bytes", lambda device: short)
     tight = plan(run_of(llava))
     assert not tight.asked.fits and 0 < (tight.asked.pairs or 0) < tight.pairs
     fitting = {way.memory: way.fits for way in tight.ways if way.quantize is None}

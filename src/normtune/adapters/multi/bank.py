@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from normtune.adapt import Tuned
-from normtune.added import set_submodule
+from normtune.adapters.multi.norms import MixedNorm
+from normtune.adapters.multi.rows import Owners, Rows
 from normtune.errors import InputError
-from normtune.norms import MixedNorm, Owners, Rows, TunedNorm
-
-IMAGE_PARTS = ("vision", "connector")  # their norms are given images, those of the other parts text
+from normtune.methods.adapt import Tuned
+from normtune.methods.norms import TunedNorm
+from normtune.models.part_names import IMAGE_PARTS
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def mix(tuned: Tuned, adapters: int) -> Mixed:
         part, _ = tuned.places[f"{name}.weight"]
         mixed = MixedNorm.of(norm, weight, bias, images if part in IMAGE_PARTS else texts)
         banks |= {f"{name}.{key}": bank for key, bank in mixed.named_parameters()}
-        set_submodule(tuned.model, name, mixed)
+        tuned.model.set_submodule(name, mixed)
     tuned = replace(tuned, trained={name: banks[name] for name in tuned.trained})
     in_order = {name: places[name] for name in tuned.trained}
     return Mixed(tuned, images, texts, values, torch.zeros_like(values), in_order, [*banks.values()])

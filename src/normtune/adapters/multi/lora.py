@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from normtune.adapt import adapt, untune
-from normtune.added import CROSS, KEY, VALUE, set_submodule
-from normtune.card import DeltaInfo
+from normtune.adapters.info import DeltaInfo
+from normtune.adapters.multi.rows import Owners, Rows
 from normtune.errors import InputError
-from normtune.methods import Method
-from normtune.mixed import IMAGE_PARTS
-from normtune.norms import Owners, Rows
-from normtune.recipe import parse
+from normtune.methods.adapt import adapt, untune
+from normtune.methods.recipe import parse
+from normtune.methods.registry import Method
+from normtune.methods.sites import CROSS, KEY, VALUE
+from normtune.models.part_names import IMAGE_PARTS
 
 DOWN, UP = "lora_A", "lora_B"  # as deltas name them, after the linear's name
 LONG = 16  # rows a unit from which on matmuls for each adapter are faster than one over gathered matrices
@@ -181,7 +181,7 @@ class LoraRows:
     def remove(self) -> None:
         """Give the model its own linears back."""
         for name, linear in self.linears.items():
-            set_submodule(self.model, name, linear.base_layer)
+            self.model.set_submodule(name, linear.base_layer)
 
 
 def mix_linears(
@@ -189,7 +189,7 @@ def mix_linears(
 ) -> LoraRows:
     """Put a `MixedLinear` in the place of every linear of `wanted`; no adapter has matrices yet.
 
-    `images` and `texts` are those of the norms (`normtune.mixed.Mixed`).
+    `images` and `texts` are those of the norms (`normtune.adapters.multi.bank.Mixed`).
     """
     sites: Sequence[str] = list(dict.fromkeys(name.rpartition(".")[0] for name in wanted))
     device = next(model.parameters()).device
@@ -203,7 +203,7 @@ def mix_linears(
         down, up = (_matrices(values, wanted[f"{site}.{matrix}"]) for matrix in (DOWN, UP))
         linears[site] = MixedLinear(model.get_submodule(site), down, up, rows, used)
     for site, linear in linears.items():
-        set_submodule(model, site, linear)
+        model.set_submodule(site, linear)
     return LoraRows(model, wanted, values, memory, linears, used)
 
 

@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from normtune.data.images import ImageFolder
-from normtune.data.reading import Reading, missing_images
+from normtune.data.images.files import ImageFolder
+from normtune.data.reading.cells import SPLITS, is_yes_no, split_name, text_of
+from normtune.data.reading.row_reader import Reading, missing_images
+from normtune.data.reading.tables import Fault, json_lines
 from normtune.data.records import Dataset, Example, Kind, Problem
-from normtune.data.rows import SPLITS, is_yes_no, split_name, text_of
-from normtune.data.tables import Fault, json_lines
 from normtune.errors import InputError, did_you_mean
 
 _FIELDS = ("image", "question", "answer", "id", "kind", "split")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from normtune.data.images import ImageFolder
-from normtune.data.reading import Reading
+from normtune.data.images.files import ImageFolder
+from normtune.data.reading.row_reader import Reading
+from normtune.data.reading.tables import json_objects
 from normtune.data.records import Dataset, Problem
-from normtune.data.tables import json_objects
 from normtune.errors import InputError
 
 LICENCE = "none found: never redistribute"

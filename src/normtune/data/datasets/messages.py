@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from normtune.data.images import ImageFolder
-from normtune.data.reading import Reading, Row, image_folder
+from normtune.data.images.files import ImageFolder
+from normtune.data.reading.cells import SPLITS, is_yes_no, split_name, split_of_file
+from normtune.data.reading.conversations import Pair, conversation
+from normtune.data.reading.row_reader import Reading, Row, image_folder
+from normtune.data.reading.tables import Fault, json_lines
 from normtune.data.records import Dataset, Example, Kind, Problem
-from normtune.data.rows import SPLITS, is_yes_no, split_name, split_of_file
-from normtune.data.tables import Fault, json_lines
-from normtune.data.turns import Pair, conversation
 from normtune.errors import InputError, did_you_mean
-from normtune.files import read_json
+from normtune.runtime.files import read_json
 
 if TYPE_CHECKING:
-    from normtune.data.parquet import ParquetImages
+    from normtune.data.reading.parquet_files import ParquetImages
 
 _FIELDS = ("messages", "conversations", "images", "image", "id", "kind", "split", "domain")
 _KINDS: tuple[Kind, ...] = ("open", "closed", "report")
@@ -39,7 +39,7 @@ def read(
 ) -> Dataset:
     """Read a file, or all *.jsonl, *.json and *.parquet files of a folder; one conversation a row.
 
-    See `normtune.data.turns.conversation` for a row's shape. Each pair of turns becomes one question of the
+    See `normtune.data.reading.conversations.conversation` for a row's shape. Each pair of turns becomes one question of the
     images shown up to it, answered without the turns before it, as they share the image and nothing else; a
     later pair that refers back to earlier turns (`turns.refers_back`) is left out and listed, and the
     survey's notes count both. Rows without an image are left out and listed.
@@ -128,7 +128,7 @@ def _files(root: Path) -> list[Path]:
 def _opener(base: Path, files: list[Path]) -> ParquetImages | None:
     if not any(file.suffix == ".parquet" for file in files):
         return None
-    from normtune.data.parquet import ParquetImages  # pyarrow takes half a second
+    from normtune.data.reading.parquet_files import ParquetImages  # pyarrow takes half a second
 
     return ParquetImages(base)
 
@@ -157,7 +157,7 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, Any, _Place]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from normtune.data.parquet import table_rows
+    from normtune.data.reading.parquet_files import table_rows
 
     try:
         with pq.ParquetFile(file) as parquet:

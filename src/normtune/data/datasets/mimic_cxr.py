@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from normtune.data.images import ImageFolder
-from normtune.data.r2gen import FILE, read_entries
-from normtune.data.reading import Reading, image_folder
+from normtune.data.images.files import ImageFolder
+from normtune.data.reading.r2gen import FILE, read_entries
+from normtune.data.reading.radiology import Sections, called, report_sections, target, two_views
+from normtune.data.reading.row_reader import Reading, image_folder
+from normtune.data.reading.tables import csv_rows, file_bytes, find_table
 from normtune.data.records import Dataset, Problem
-from normtune.data.sections import Sections, called, report_sections, target
-from normtune.data.tables import csv_rows, file_bytes, find_table
-from normtune.data.views import two_views
 from normtune.errors import InputError
 
 LICENCE = "PhysioNet Credentialed Health Data License 1.5.0 (credentialed access, data use agreement)"
@@ -31,7 +30,7 @@ def read(root: Path, *, sections: Sections = "findings", text_only: bool = False
     `-chexpert.csv` (14 labels, into `meta`), each also as .gz; `files/p10/p10000032/s50414267/*.jpg`. The
     reports are MIMIC-CXR's `mimic-cxr-reports.zip`, unpacked there or into mimic-cxr-reports/:
     `files/p10/p10000032/s50414267.txt`. Every study is one report of one or two views, frontal first; its
-    sections are taken by `normtune.data.sections`. Ids are `mimic-cxr-s50414267`.
+    sections are taken by `normtune.data.reading.radiology`. Ids are `mimic-cxr-s50414267`.
 
     R2Gen's file, read where it stands, holds the findings of one image each; ids are `mimic-cxr-<id>`.
 

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from normtune.data.images import ImageFolder
-from normtune.data.r2gen import FILE, entries, read_entries
-from normtune.data.reading import Reading, image_folder
+from normtune.data.images.files import ImageFolder
+from normtune.data.reading.r2gen import FILE, entries, read_entries
+from normtune.data.reading.radiology import Sections, called, target, two_views
+from normtune.data.reading.row_reader import Reading, image_folder
+from normtune.data.reading.tables import csv_rows, file_bytes
 from normtune.data.records import Dataset, Problem
-from normtune.data.sections import Sections, called, target
-from normtune.data.tables import csv_rows, file_bytes
-from normtune.data.views import two_views
 from normtune.errors import InputError
 
 LICENCE = "open access at NLM; the release's XML files name CC BY-NC-ND 4.0"

@@ -7,11 +7,11 @@ import pickle
 from pathlib import Path
 from typing import Any, NoReturn
 
-from normtune.data.images import ImageFolder
-from normtune.data.reading import Reading
+from normtune.data.images.files import ImageFolder
+from normtune.data.reading.cells import is_yes_no
+from normtune.data.reading.row_reader import Reading
+from normtune.data.reading.tables import file_bytes
 from normtune.data.records import Dataset, Problem
-from normtune.data.rows import is_yes_no
-from normtune.data.tables import file_bytes
 from normtune.errors import InputError
 
 LICENCE = "MIT (the images' copyright stays with the books and libraries that they are from)"
@@ -24,7 +24,7 @@ _IMAGES = "images"
 def read(root: Path, *, text_only: bool = False) -> Dataset:
     """Read the hub's parquet files, or the original release: qas/ and images/.
 
-    The hub's layout: see `normtune.data.parquet`; `root` may be its name, flaviagiammarino/path-vqa. The
+    The hub's layout: see `normtune.data.datasets.parquet`; `root` may be its name, flaviagiammarino/path-vqa. The
     release's: `qas/train/train_qa.pkl` (image, question, answer) or, where it is missing,
     `qas/train_vqa.pkl` (img_id, sent, label, question_type, question_id), and likewise val and test;
     `images/train/train_0422.jpg`. Neither names open and closed: yes and no are closed, as papers count it.
@@ -83,7 +83,7 @@ class _Plain(pickle.Unpickler):
 
 
 def _parquet(root: Path, text_only: bool) -> Dataset:
-    from normtune.data import parquet  # pyarrow takes half a second
+    from normtune.data.datasets import parquet  # pyarrow takes half a second
 
     if root.is_dir() and not any(root.rglob("*.parquet")):
         raise InputError(

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from normtune.data.images import ImageFolder
-from normtune.data.reading import Reading
+from normtune.data.images.files import ImageFolder
+from normtune.data.reading.row_reader import Reading
+from normtune.data.reading.tables import csv_rows, file_bytes, find_table
 from normtune.data.records import Dataset, Problem
-from normtune.data.tables import csv_rows, file_bytes, find_table
 from normtune.errors import InputError
 
 LICENCE = "each image under its article's licence (licences.txt); ROCOv2 as a whole CC BY-NC-SA 4.0"

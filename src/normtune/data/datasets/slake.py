@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from normtune.data.images import ImageFolder
-from normtune.data.reading import Reading
+from normtune.data.images.files import ImageFolder
+from normtune.data.reading.row_reader import Reading
 from normtune.data.records import Dataset, Problem
 from normtune.errors import InputError, did_you_mean
-from normtune.files import read_json
+from normtune.runtime.files import read_json
 
 LICENCE = "CC BY 4.0"
 LANGUAGES = {"en": "English", "zh": "Chinese"}

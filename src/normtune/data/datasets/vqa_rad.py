@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from normtune.data.images import ImageFolder
-from normtune.data.reading import Reading, Row
+from normtune.data.images.files import ImageFolder
+from normtune.data.reading.row_reader import Reading, Row
 from normtune.data.records import Dataset, Problem
 from normtune.errors import InputError
-from normtune.files import read_json
+from normtune.runtime.files import read_json
 
 LICENCE = "CC0 1.0"
 _PUBLIC = "VQA_RAD Dataset Public.json"

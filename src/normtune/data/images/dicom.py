@@ -16,7 +16,7 @@ from pydicom.pixels import apply_color_lut, get_decoder, pixel_array
 from pydicom.tag import BaseTag, Tag
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from normtune.data.pixels import Window, check_size, full_range, grey_image, window_values
+from normtune.data.images.intensity import Window, check_size, full_range, grey_image, window_values
 from normtune.errors import InputError
 
 _PIXEL_KEYWORDS = (

@@ -11,7 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from normtune.data.pixels import MAX_PIXELS, Window, check_size, full_range, grey_image, window_values
+from normtune.data.images.intensity import (
+    MAX_PIXELS,
+    Window,
+    check_size,
+    full_range,
+    grey_image,
+    window_values,
+)
 from normtune.errors import InputError
 
 # Formats that only decode pixels: Pillow would run Ghostscript for EPS and follow links in others.
@@ -30,7 +37,7 @@ def open_image(
 
     Grey images of more than 8 bits are scaled, not clipped: by `window` where given, else from zero to the
     largest value of the smallest depth (8, 10, 12, 14 or 16 bits) that holds them; signed and float ones from
-    their least to their greatest value. Transparent pixels lie over black. DICOM: see `normtune.data.dicom`.
+    their least to their greatest value. Transparent pixels lie over black. DICOM: see `normtune.data.images.dicom`.
 
     Args:
         source: the file, or its bytes.
@@ -79,7 +86,7 @@ def _bytes_of(path: Path, name: str) -> bytes:
 
 
 def _open_dicom(data: bytes, name: str, frame: int | None, window: Window | None) -> Image.Image:
-    from normtune.data.dicom import open_dicom  # pydicom takes 0.2 s to import
+    from normtune.data.images.dicom import open_dicom  # pydicom takes 0.2 s to import
 
     return open_dicom(data, name=name, frame=frame, window=window)
 

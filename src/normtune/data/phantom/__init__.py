@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from normtune.phantom.acquisition import Acquisition, acquisition, render
-from normtune.phantom.dataset import dataset
-from normtune.phantom.questions import Question, questions
-from normtune.phantom.reports import report
-from normtune.phantom.scene import Finding, Hospital, Scene, sample_scene
+from normtune.data.phantom.acquisition import Acquisition, acquisition, render
+from normtune.data.phantom.dataset import dataset
+from normtune.data.phantom.questions import Question, questions
+from normtune.data.phantom.reports import report
+from normtune.data.phantom.scene import Finding, Hospital, Scene, sample_scene
 
 __all__ = [
     "Acquisition",

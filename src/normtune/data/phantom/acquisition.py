@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from normtune.phantom import abdomen, chest, head
-from normtune.phantom.canvas import Canvas
-from normtune.phantom.scene import Hospital, Scene
+from normtune.data.phantom import abdomen, chest, head
+from normtune.data.phantom.canvas import Canvas
+from normtune.data.phantom.scene import Hospital, Scene
 
 _DRAW = {
     ("chest", "frontal"): chest.draw_radiograph,

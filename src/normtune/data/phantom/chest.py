@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from normtune.phantom.canvas import Canvas, Plane2D
-from normtune.phantom.scene import Finding, Scene
-from normtune.phantom.tissue import TISSUE
+from normtune.data.phantom.canvas import Canvas, Plane2D
+from normtune.data.phantom.scene import Finding, Scene
+from normtune.data.phantom.tissue import TISSUE
 
 _ZONE_Y = {"upper": -0.42, "middle": -0.13, "lower": 0.14}
 

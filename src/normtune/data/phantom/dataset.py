@@ -7,12 +7,12 @@ from typing import Literal
 
 from PIL import Image
 
+from normtune.data.phantom.acquisition import render
+from normtune.data.phantom.questions import questions
+from normtune.data.phantom.reports import report
+from normtune.data.phantom.scene import check_hospital, sample_scene
 from normtune.data.records import Dataset, Example
 from normtune.errors import InputError
-from normtune.phantom.acquisition import render
-from normtune.phantom.questions import questions
-from normtune.phantom.reports import report
-from normtune.phantom.scene import check_hospital, sample_scene
 
 SPLIT_SIZES: Mapping[str, int] = {"train": 300, "validate": 60, "test": 120}
 LARGEST_SIZE = 480

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from normtune.phantom.canvas import Canvas, Plane2D
-from normtune.phantom.chest import sign
-from normtune.phantom.scene import Finding, Scene
-from normtune.phantom.tissue import TISSUE
+from normtune.data.phantom.canvas import Canvas, Plane2D
+from normtune.data.phantom.chest import sign
+from normtune.data.phantom.scene import Finding, Scene
+from normtune.data.phantom.tissue import TISSUE
 
 _LOBE_Y = {"frontal": -0.42, "parietal": -0.02, "occipital": 0.42}  # axial: the face is at the top
 _LOBE_XY = {"frontal": (-0.40, -0.32), "parietal": (0.10, -0.50), "occipital": (0.46, -0.16)}  # sagittal

@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from normtune.data.records import Kind
-from normtune.phantom.acquisition import acquisition
-from normtune.phantom.scene import ORGANS, Finding, FindingKind, Hospital, Scene, kinds_of
-from normtune.phantom.wording import (
+from normtune.data.phantom.acquisition import acquisition
+from normtune.data.phantom.scene import ORGANS, Finding, FindingKind, Hospital, Scene, kinds_of
+from normtune.data.phantom.wording import (
     FUNCTIONS,
     INSIDE,
     LARGEST,
@@ -24,6 +23,7 @@ from normtune.phantom.wording import (
     finding_term,
     location_term,
 )
+from normtune.data.records import Kind
 
 FEWEST, MOST = 8, 14  # questions an image
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from normtune.phantom.scene import Finding, Hospital, Scene
-from normtune.phantom.wording import NUMBER_WORDS, finding_term, location_term
+from normtune.data.phantom.scene import Finding, Hospital, Scene
+from normtune.data.phantom.wording import NUMBER_WORDS, finding_term, location_term
 
 
 def report(scene: Scene, hospital: Hospital) -> str:

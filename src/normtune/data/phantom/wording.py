@@ -6,7 +6,7 @@ reports hold, in other roles: tuning norms cannot make the embedding of a word t
 
 from __future__ import annotations
 
-from normtune.phantom.scene import Hospital
+from normtune.data.phantom.scene import Hospital
 
 Terms = dict[str, str]
 

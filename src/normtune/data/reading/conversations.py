@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from normtune.data.tables import Fault
+from normtune.data.reading.tables import Fault
 from normtune.errors import did_you_mean
 
 MARK = "<image>"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from normtune.data.reading import Reading
-from normtune.data.sections import Sections, called
+from normtune.data.reading.radiology import Sections, called
+from normtune.data.reading.row_reader import Reading
 from normtune.errors import InputError
-from normtune.files import read_json
+from normtune.runtime.files import read_json
 
 FILE = "annotation.json"
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from normtune.data.reading.cells import SPLITS, is_yes_no, split_name, text_of
 from normtune.data.records import Dataset, Example, Kind, Problem
-from normtune.data.rows import SPLITS, is_yes_no, split_name, text_of
 from normtune.errors import InputError, did_you_mean
 
 

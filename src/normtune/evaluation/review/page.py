@@ -10,16 +10,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from normtune.card import NOTICE
-from normtune.catalog import open_from
-from normtune.comparison import Run, read_runs
-from normtune.config import DataOptions
+from normtune.adapters.info import NOTICE
+from normtune.data.options import DataOptions
 from normtune.data.records import Dataset, Example
+from normtune.data.registry import open_from
 from normtune.errors import InputError
-from normtune.files import write_text
-from normtune.review.images import Progress, Thumbnail, thumbnails
-from normtune.review.rows import Row, Said, Strata, chosen, count, read_rows, strata
-from normtune.review.wording import word_difference
+from normtune.evaluation.compare import Run, read_runs
+from normtune.evaluation.review.rows import Row, Said, Strata, chosen, count, read_rows, strata
+from normtune.evaluation.review.thumbnails import Progress, Thumbnail, thumbnails
+from normtune.evaluation.review.word_diff import word_difference
+from normtune.runtime.files import write_text
 
 LIMIT = 400
 PIXELS = 256
@@ -45,7 +45,7 @@ def review(
         data: the dataset's name, where it is another than the results say.
         root: where its files lie, likewise.
         images: whether to show them; without, the dataset is not opened.
-        limit: rows shown at most, see `normtune.review.rows.chosen`.
+        limit: rows shown at most, see `normtune.evaluation.review.rows.chosen`.
         pixels: longest side of an image.
         progress: called with (images done, images in all).
 
@@ -53,7 +53,7 @@ def review(
         out, rows, shown, images, unreadable (images that were not), bytes.
 
     Raises:
-        InputError: as `normtune.comparison.read_runs`, or the dataset cannot be opened or holds other rows.
+        InputError: as `normtune.evaluation.compare.read_runs`, or the dataset cannot be opened or holds other rows.
     """
     if limit < 1 or not 16 <= pixels <= 1024:
         raise InputError("--limit takes 1 or more rows, --pixels 16 to 1024.")
@@ -167,7 +167,7 @@ def _model(run: Run) -> str:
 
 
 def _resource(name: str) -> str:
-    return files("normtune.review").joinpath(name).read_text(encoding="utf-8")
+    return files("normtune.evaluation.review").joinpath(name).read_text(encoding="utf-8")
 
 
 def _policy(style: str, script: str) -> str:

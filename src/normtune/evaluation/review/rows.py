@@ -7,13 +7,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from normtune.comparison import Run
 from normtune.data.records import Example
+from normtune.evaluation.compare import Run
+from normtune.evaluation.results import read_scores
+from normtune.metrics.answers import scores
 from normtune.metrics.ngrams import rouge_l
-from normtune.metrics.ptb import ptb_words
+from normtune.metrics.ptb_words import ptb_words
 from normtune.metrics.strata import members
-from normtune.metrics.vqa import scores
-from normtune.results import read_scores
 
 Strata = dict[str, dict[str, list[str]]]  # field -> value -> ids of its rows
 

@@ -28,7 +28,7 @@ class Cache(Protocol):
 
 
 class Branches:
-    """The answers of a batch of groups; `step` is what `normtune.generate` asks for.
+    """The answers of a batch of groups; `step` is what `normtune.models.generation` asks for.
 
     Args:
         cache: B rows of S columns.
@@ -61,7 +61,7 @@ class Branches:
         self.selected = selected
 
     def step(self, tokens: Tensor, cache_rows: Tensor | None) -> Tensor:
-        """See `normtune.generate.Step`: tokens [answers] -> logits [answers, vocabulary]."""
+        """See `normtune.models.generation.Step`: tokens [answers] -> logits [answers, vocabulary]."""
         if cache_rows is not None:
             self._go_on_from(cache_rows)
         count = torch.bincount(self.row, minlength=len(self.column_place))  # [B]

@@ -1,6 +1,6 @@
 """Decoder-only families: image features stand among the tokens of a causal language model.
 
-A group is one sequence whose segments see its image and themselves (`normtune.sequences`), so that an image
+A group is one sequence whose segments see its image and themselves (`normtune.models.causal.shared_prefix`), so that an image
 is computed once for all its questions, in training, scoring and answering alike. A family says how its
 images become tokens and features, and whatever is its own in masks and positions.
 """
@@ -19,20 +19,28 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
-from normtune import report_task
+from normtune.data import tasks
+from normtune.data.groups import Group, Segment
 from normtune.errors import InputError
-from normtune.generate import Generated, OnTokens, generate
-from normtune.losses import Head
-from normtune.models.attention import BLOCK, Backend, additive, takes_blocks, use_shared_attention
-from normtune.models.below import DEPTH, ENTERING, Below, causal_below, passing
-from normtune.models.branches import Branches, Masks, Windows
-from normtune.models.conversation import Conversation, Prompts, Tokens
-from normtune.models.family import Answer, AnswerStates, Batch, Family, Pixels
-from normtune.packing import Group, Segment
-from normtune.quantize import loading_options
-from normtune.sequences import PREFIX, Rows, SharedSequence, block_mask, dense_mask, shared_sequence
+from normtune.models.answer_loss import Head
+from normtune.models.causal.attention import BLOCK, Backend, additive, takes_blocks, use_shared_attention
+from normtune.models.causal.decoding import Branches, Masks, Windows
+from normtune.models.causal.frozen_layers import causal_below
+from normtune.models.causal.prompts import Conversation, Prompts, Tokens
+from normtune.models.causal.shared_prefix import (
+    PREFIX,
+    Rows,
+    SharedSequence,
+    block_mask,
+    dense_mask,
+    shared_sequence,
+)
+from normtune.models.family import Family
+from normtune.models.frozen_trunk import DEPTH, ENTERING, Below, passing
+from normtune.models.generation import Generated, OnTokens, generate
+from normtune.models.quantization import loading_options
+from normtune.models.types import Answer, AnswerStates, Batch, Pixels
 
-ANSWER_TOKENS = 256  # with the end token
 FULL, SLIDING = "full_attention", "sliding_attention"
 FEATURES = "features"  # what `seen` calls the features of an image; names of further ones begin with it
 ONE_KIND = ""  # the name of the only kind of attention layer, where masks are no dict
@@ -181,18 +189,18 @@ class CausalFamily(Family):
     def encode(self, id: str, question: str, answer: str | None, *, report: bool = False) -> Segment:
         """The family's own chat template; no question: the report prompt."""
         prompt, tokens = self.conversation.segment(
-            id, question.strip() or report_task.PROMPT, None if answer is None else answer.strip()
+            id, question.strip() or tasks.REPORT_PROMPT, None if answer is None else answer.strip()
         )
-        limit = report_task.REFERENCE_TOKENS if report else ANSWER_TOKENS
+        limit = tasks.MAX_REPORT_REFERENCE_TOKENS if report else tasks.MAX_ANSWER_REFERENCE_TOKENS
         return Segment(id, prompt, tokens if len(tokens) <= limit else (*tokens[: limit - 1], tokens[-1]))
 
     def collate(self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]]) -> Batch:
-        """Keys: those of `_layout`, and
+        """Keys: those of `layout`, and
 
         labels [N] long, the answer tokens; answer_rows [N] long, the rows of the flattened hidden states that
         predict them; segment_index [N] long, their segments; pairs int, the number of segments.
         """
-        batch, sequence, _ = self._layout(groups, pixels, self.rows)
+        batch, sequence, _ = self.layout(groups, pixels, self.rows)
         return batch | {
             "labels": sequence.labels,
             "answer_rows": sequence.answer_rows,
@@ -200,7 +208,7 @@ class CausalFamily(Family):
             "pairs": sequence.segments,
         }
 
-    def _layout(
+    def layout(
         self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]], rows: Rows
     ) -> tuple[Batch, SharedSequence, Sequence[Group]]:
         """(batch, sequence, groups as arranged). Keys of the batch, for B rows of S tokens:
@@ -246,7 +254,7 @@ class CausalFamily(Family):
 
     def answer_states(self, batch: Batch) -> AnswerStates:
         """See `Family.answer_states`."""
-        states = self._states(batch, use_cache=False).flatten(0, 1)
+        states = self.hidden_states(batch, use_cache=False).flatten(0, 1)
         found = states.index_select(0, batch["answer_rows"])
         return AnswerStates(found, batch["labels"], batch["segment_index"])
 
@@ -262,7 +270,7 @@ class CausalFamily(Family):
     def _logits(self, states: Tensor) -> Tensor:
         return self.head(states).float()
 
-    def _states(self, batch: Batch, **options: Any) -> Tensor:
+    def hidden_states(self, batch: Batch, **options: Any) -> Tensor:
         """Hidden states [B, S, width] of a laid-out batch."""
         if ENTERING in batch:  # the first layers are done, see `Family.below`
             arguments = {"inputs_embeds": batch[ENTERING]}
@@ -327,10 +335,10 @@ class CausalFamily(Family):
         on_tokens: OnTokens | None = None,
     ) -> list[Generated]:
         """The tokens of each answer, one a segment in the order given."""
-        laid, _, groups = self._layout(groups, pixels, "pad")
+        laid, _, groups = self.layout(groups, pixels, "pad")
         batch: Batch = send_to_device(laid, self.device)
         cache = DynamicCache()  # every layer keeps all columns: masks measure windows in places
-        states = self._states(batch, use_cache=True, **{self._cache_argument: cache})
+        states = self.hidden_states(batch, use_cache=True, **{self._cache_argument: cache})
         branches, last = self._branches(batch, groups, cache)
         return generate(
             self._logits(states[branches.row, last]),

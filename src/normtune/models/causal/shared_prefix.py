@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from normtune.packing import Group
+from normtune.data.groups import Group
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask

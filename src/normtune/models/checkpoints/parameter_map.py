@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from normtune.checkpoint import Checkpoint
+from normtune.models.checkpoints.reader import Checkpoint
 
 Placement = dict[str, list[str]]
 

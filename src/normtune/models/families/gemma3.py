@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from normtune.models.causal import CausalFamily
-from normtune.models.family import Batch, Pixels
-from normtune.sequences import image_blocks
+from normtune.models.causal.family import CausalFamily
+from normtune.models.causal.shared_prefix import image_blocks
+from normtune.models.types import Batch, Pixels
 
 
 class Gemma3Family(CausalFamily):

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer, Idefics3Processor
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from normtune.models.causal import CausalFamily
-from normtune.models.family import Pixels
+from normtune.models.causal.family import CausalFamily
+from normtune.models.types import Pixels
 
 # by their modules: transformers 5.17 finds them by name only where torchvision is installed
 _IMAGE_PROCESSORS: dict[str, Any] = {

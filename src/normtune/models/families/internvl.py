@@ -10,9 +10,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import InternVLProcessor
 
-from normtune.models.causal import CausalFamily
-from normtune.models.family import Pixels
+from normtune.models.causal.family import CausalFamily
 from normtune.models.processors import image_only
+from normtune.models.types import Pixels
 
 
 class InternVLFamily(CausalFamily):

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from normtune.models.causal import FEATURES, CausalFamily
-from normtune.models.family import Pixels
+from normtune.models.causal.family import FEATURES, CausalFamily
+from normtune.models.types import Pixels
 
 # for checkpoints without a chat template: LLaVA 1.5 has Vicuna's prompts, LLaVA-Med 1.5 Mistral's
 _IMAGES_THEN_TEXT = (

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normtune.models.family import Pixels
-from normtune.models.llava import LlavaFamily
+from normtune.models.families.llava import LlavaFamily
+from normtune.models.types import Pixels
 
 _MISSPELT_END = r"'<\s> '"  # what the template of llava-v1.6-mistral has for the end of an answer
 

@@ -14,17 +14,18 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BlipImageProcessorPil, BlipProcessor
 
-from normtune import report_task
+from normtune.data import tasks
+from normtune.data.groups import Group, Segment
 from normtune.errors import InputError
-from normtune.generate import OnTokens
-from normtune.losses import Head
-from normtune.models.below import Below, GroupStates, own_parameters
-from normtune.models.family import Answer, AnswerStates, Batch, Family, Pixels
+from normtune.models.answer_loss import Head
+from normtune.models.family import Family
+from normtune.models.frozen_trunk import Below, GroupStates, own_parameters
+from normtune.models.generation import OnTokens
 from normtune.models.miss.config import MissConfig
 from normtune.models.miss.model import MissForQuestionAnswering
 from normtune.models.miss.tokenizer import ENCODE
-from normtune.packing import Group, Segment
-from normtune.quantize import loading_options
+from normtune.models.quantization import loading_options
+from normtune.models.types import Answer, AnswerStates, Batch, Pixels
 
 QUESTION_TOKENS = 35  # with [ENC] and [SEP] (Chen et al. 2024)
 NO_LABEL = -100
@@ -78,14 +79,14 @@ class MissFamily(Family):
 
     def encode(self, id: str, question: str, answer: str | None, *, report: bool = False) -> Segment:
         """[ENC] question [SEP], at most 35 tokens, and answer [SEP]; no question: the report prompt."""
-        asked = self._tokens(question or report_task.PROMPT)[: QUESTION_TOKENS - 2]
+        asked = self._tokens(question or tasks.REPORT_PROMPT)[: QUESTION_TOKENS - 2]
         end = self.config.eos_token_id
         prompt = (self.config.encode_token_id, *asked, end)
         if answer is None:
             return Segment(id, prompt)
         longest = self.config.text("decoder").max_position_embeddings - 1
         if report:
-            longest = min(longest, report_task.REFERENCE_TOKENS)
+            longest = min(longest, tasks.MAX_REPORT_REFERENCE_TOKENS)
         return Segment(id, prompt, (*self._tokens(answer)[: longest - 1], end))
 
     def _tokens(self, text: str) -> list[int]:

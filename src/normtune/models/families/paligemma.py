@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normtune.losses import Head
-from normtune.models.causal import CausalFamily
-from normtune.models.conversation import Tokens
-from normtune.models.family import Batch, Pixels
-from normtune.packing import Group, Segment
-from normtune.sequences import PAD, PREFIX, SharedSequence
+from normtune.data.groups import Group, Segment
+from normtune.models.answer_loss import Head
+from normtune.models.causal.family import CausalFamily
+from normtune.models.causal.prompts import Tokens
+from normtune.models.causal.shared_prefix import PAD, PREFIX, SharedSequence
+from normtune.models.types import Batch, Pixels
 
 
 class PrefixAndSuffix:

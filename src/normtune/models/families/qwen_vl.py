@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLProcessor, Qwen2VLProcessor, Qwen3VLProcessor
 
-from normtune.models.causal import FEATURES, CausalFamily, joined
-from normtune.models.conversation import Tokens
-from normtune.models.family import Batch, Pixels
+from normtune.models.causal.family import FEATURES, CausalFamily, joined
+from normtune.models.causal.prompts import Tokens
+from normtune.models.causal.shared_prefix import PREFIX, SharedSequence
 from normtune.models.processors import image_only
-from normtune.sequences import PREFIX, SharedSequence
+from normtune.models.types import Batch, Pixels
 
 _PROCESSORS = {
     "qwen2_vl": Qwen2VLProcessor,

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForVisualQuestionAnswering, PreTra
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from normtune.generate import Generated, OnTokens, generate
+from normtune.models.generation import Generated, OnTokens, generate
 from normtune.models.miss.attention import Slots, padding_mask
 from normtune.models.miss.config import MissConfig
 from normtune.models.miss.text import DecoderCache, TextDecoder, TextModel
@@ -202,7 +202,7 @@ class MissForQuestionAnswering(PreTrainedModel):
         """Answer every question; images and their keys are computed once, and all questions are one batch.
 
         The defaults are MISS's: 3 beams, at most 10 tokens counting [DEC]. `selected` is told which questions
-        stay, where some are done. Other arguments as for `forward` and `normtune.generate.generate`.
+        stay, where some are done. Other arguments as for `forward` and `normtune.models.generation.generate`.
         """
         if image_states is None:
             assert pixel_values is not None, "pixel_values or image_states"

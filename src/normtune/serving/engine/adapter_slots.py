@@ -21,15 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normtune.adapt import adapt, untune
-from normtune.card import DeltaInfo, parse_info
-from normtune.delta import INFO_FILE, TENSORS_FILE, fingerprint, read_delta, read_tensors, same_base
+from normtune.adapters.fingerprint import fingerprint, same_base
+from normtune.adapters.info import DeltaInfo, parse_info
+from normtune.adapters.multi.bank import Mixed, mix
+from normtune.adapters.multi.lora import LoraRows, mix_linears, targets
+from normtune.adapters.multi.rows import Owners
+from normtune.adapters.storage import INFO_FILE, TENSORS_FILE, read_delta, read_tensors
 from normtune.errors import InputError
-from normtune.files import read_json
-from normtune.lora_rows import LoraRows, mix_linears, targets
-from normtune.mixed import IMAGE_PARTS, Mixed, mix
-from normtune.norms import Owners
-from normtune.serve.requests import AdapterInfo, UnknownAdapter
+from normtune.methods.adapt import adapt, untune
+from normtune.models.part_names import IMAGE_PARTS
+from normtune.runtime.files import read_json
+from normtune.serving.engine.requests import AdapterInfo, UnknownAdapter
 
 BASE = 0  # the slot of the base's own gains; nobody else gets it
 BANK_BYTES = 256 << 20  # where nothing else is said, and no more slots than

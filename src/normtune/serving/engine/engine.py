@@ -22,18 +22,19 @@ from pathlib import Path
 from threading import Condition, Thread
 from typing import Any, Self
 
-from normtune import report_task
-from normtune.answering import ANSWER_TOKENS
+from normtune.adapters.multi.rows import Owners
+from normtune.data import tasks
+from normtune.data.groups import Group
+from normtune.data.tasks import MAX_ANSWER_TOKENS
 from normtune.errors import InputError
-from normtune.models.causal import CausalFamily
-from normtune.models.family import Answer, Family, Pixels
-from normtune.norms import Owners
-from normtune.packing import Group
-from normtune.serve.adapters import BASE, Adapters
-from normtune.serve.batching import Job, Text, apart, grouped, take
-from normtune.serve.growing import settled
-from normtune.serve.images import ImageStates, Key, digest_of
-from normtune.serve.requests import AdapterInfo, Busy, Closed, EngineStats, Reply, Request
+from normtune.models.causal.family import CausalFamily
+from normtune.models.family import Family
+from normtune.models.types import Answer, Pixels
+from normtune.serving.engine.adapter_slots import BASE, Adapters
+from normtune.serving.engine.image_states import ImageStates, Key, digest_of
+from normtune.serving.engine.queue import Job, Text, apart, grouped, take
+from normtune.serving.engine.requests import AdapterInfo, Busy, Closed, EngineStats, Reply, Request
+from normtune.serving.engine.stable_text import settled
 
 IMAGE_BYTES = 512 << 20  # of image states that are held
 
@@ -108,7 +109,7 @@ class Engine:
         entry = self._adapters.find(request.adapter)
         if not request.images:
             raise InputError("the request has no image. Send one, or the views of one study.")
-        usual = report_task.WRITTEN_TOKENS if request.question is None else ANSWER_TOKENS
+        usual = tasks.MAX_REPORT_TOKENS if request.question is None else MAX_ANSWER_TOKENS
         limit = usual if request.max_new_tokens is None else request.max_new_tokens
         if limit < 1 or request.beams < 1:
             raise InputError("the answer needs at least one token and one beam. Raise the limit.")

@@ -7,8 +7,8 @@ from collections import OrderedDict
 
 from PIL import Image
 
-from normtune.image_cache import size_of
-from normtune.models.family import Pixels
+from normtune.models.image_cache import size_of
+from normtune.models.types import Pixels
 
 Key = tuple[str, str]  # by whose gains it is seen (`Entry.images`), and the digest of its pixels
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
-from normtune.models.family import Pixels
-from normtune.packing import Segment
-from normtune.serve.adapters import BASE, Entry
-from normtune.serve.requests import Reply
+from normtune.data.groups import Segment
+from normtune.models.types import Pixels
+from normtune.serving.engine.adapter_slots import BASE, Entry
+from normtune.serving.engine.requests import Reply
 
 Text = Callable[[str], None]  # told the text so far, each time longer than before
 

@@ -30,7 +30,7 @@ class Request:
         images: the views of the study, in their order.
         question: None asks for a report.
         adapter: its registered name; None asks the base as it is.
-        max_new_tokens: None is `answering.ANSWER_TOKENS`, of a report `report_task.WRITTEN_TOKENS`.
+        max_new_tokens: None is `tasks.MAX_ANSWER_TOKENS`, of a report `tasks.MAX_REPORT_TOKENS`.
         beams: 1 is greedy.
     """
 

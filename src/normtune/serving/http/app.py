@@ -2,7 +2,7 @@
 
     app = make_app(engine, Settings(base="nano"))
 
-`normtune.serve.gate` stands before it; `normtune.serve.running` runs it.
+`normtune.serving.http.middleware` stands before it; `normtune.serving.http.server` runs it.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from starlette.routing import Match, Route
 from starlette.types import Scope
 
 from normtune import __version__
-from normtune.card import NOTICE
+from normtune.adapters.info import NOTICE
 from normtune.errors import InputError, did_you_mean
-from normtune.serve import api, batch, folders, schema
-from normtune.serve.chat import asked, events, reply_in_time
-from normtune.serve.faults import ClientGone, Refused, refusal, without_paths
-from normtune.serve.gate import COOKIE, Gate
-from normtune.serve.metrics_text import CONTENT_TYPE, exposition
-from normtune.serve.pages import add_pages
-from normtune.serve.requests import Busy, Closed, UnknownAdapter
-from normtune.serve.schema import refusals
-from normtune.serve.service import Answers, Service, Settings
-from normtune.serve.streamed import Streamed
-from normtune.serve.uploads import Upload, open_upload, png_bytes
+from normtune.serving.engine.requests import Busy, Closed, UnknownAdapter
+from normtune.serving.http import batch, openai_api, openapi, paths
+from normtune.serving.http.chat import asked, events, reply_in_time
+from normtune.serving.http.errors import ClientGone, Refused, refusal, without_paths
+from normtune.serving.http.middleware import COOKIE, Gate
+from normtune.serving.http.openapi import refusals
+from normtune.serving.http.pages import add_pages
+from normtune.serving.http.prometheus import CONTENT_TYPE, exposition
+from normtune.serving.http.state import Answers, Service, Settings
+from normtune.serving.http.streaming import Streamed
+from normtune.serving.http.uploads import Upload, open_upload, png_bytes
 
 _PURPOSES = ("vision", "user_data", "assistants")
 _HTTP = {404: "there is no such address.", 405: "this address takes other methods."}
@@ -47,7 +47,7 @@ def make_app(engine: Answers, settings: Settings) -> Gate:
         yield
         service.close()
 
-    app = schema.Described(
+    app = openapi.Described(
         keys=bool(settings.keys),
         title="Normtune",
         description=NOTICE,
@@ -61,7 +61,7 @@ def make_app(engine: Answers, settings: Settings) -> Gate:
     _add_models(app, service)
     _add_chat(app, service)
     _add_files(app, service)
-    _add_adapters(app, service)
+    add_bottleneck(app, service)
     _add_state(app, service, gate)
     add_pages(app, service)
     return gate
@@ -91,7 +91,7 @@ def _add_faults(app: FastAPI) -> None:
         assert isinstance(error, RequestValidationError)
         if any(one["type"] == "json_invalid" for one in error.errors()):
             return respond(Refused(400, "the body is not JSON."))
-        field, sentence = api.one_sentence(error.errors(), skip=1)
+        field, sentence = openai_api.one_sentence(error.errors(), skip=1)
         return respond(Refused(400, sentence, param=field or None))
 
     async def http(request: HttpRequest, error: Exception) -> Response:
@@ -116,18 +116,19 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
     def entries() -> dict[str, dict[str, Any]]:
         adapters = {
-            one.name: api.model_entry(one.name, service.started, one) for one in service.engine.adapters()
+            one.name: openai_api.model_entry(one.name, service.started, one)
+            for one in service.engine.adapters()
         }
-        return {base: api.model_entry(base, service.started), **adapters}
+        return {base: openai_api.model_entry(base, service.started), **adapters}
 
-    @app.get("/v1/models", response_model=schema.ModelList, response_model_exclude_none=True)
+    @app.get("/v1/models", response_model=openapi.ModelList, response_model_exclude_none=True)
     async def list_models() -> dict[str, Any]:
         """The base and its adapters, as models."""
         return {"object": "list", "data": list(entries().values())}
 
     @app.get(
         "/v1/models/{model:path}",
-        response_model=schema.ModelEntry,
+        response_model=openapi.ModelEntry,
         response_model_exclude_none=True,
         responses=refusals(404),
     )
@@ -153,8 +154,8 @@ def _add_chat(app: FastAPI, service: Service) -> None:
             param="model",
         )
 
-    @app.post("/v1/chat/completions", responses=schema.COMPLETION | refusals(400, 404, 503, 504))
-    async def chat(body: api.ChatRequest, request: HttpRequest) -> Response:
+    @app.post("/v1/chat/completions", responses=openapi.COMPLETION | refusals(400, 404, 503, 504))
+    async def chat(body: openai_api.ChatRequest, request: HttpRequest) -> Response:
         """Answer one question about an image, or without text write its report."""
         check_model(body.model)
         async with AsyncExitStack() as stack:
@@ -164,13 +165,13 @@ def _add_chat(app: FastAPI, service: Service) -> None:
                 pieces = events(question, stack.pop_all(), usage=usage, seconds=seconds)
                 return Streamed(pieces, "text/event-stream")
             reply = await reply_in_time(question, request.receive, seconds)
-            return JSONResponse(api.completion(question.id, question.model, reply, question.limit))
+            return JSONResponse(openai_api.completion(question.id, question.model, reply, question.limit))
 
     @app.post(
         "/v1/batch",
         response_class=Response,
-        responses=schema.LINES | refusals(400, 404),
-        openapi_extra=schema.ROWS,
+        responses=openapi.LINES | refusals(400, 404),
+        openapi_extra=openapi.ROWS,
     )
     async def answer_batch(request: HttpRequest) -> Response:
         """Answer a JSONL of questions: one line for each, in their order, as they come."""
@@ -194,9 +195,9 @@ def _add_files(app: FastAPI, service: Service) -> None:
 
     @app.post(
         "/v1/files",
-        response_model=schema.FileEntry,
+        response_model=openapi.FileEntry,
         responses=refusals(400),
-        openapi_extra=schema.IMAGES,
+        openapi_extra=openapi.IMAGES,
     )
     async def upload_file(
         request: HttpRequest,
@@ -209,55 +210,58 @@ def _add_files(app: FastAPI, service: Service) -> None:
         png, width, height = await service.aside(decode, await file.read())
         return _file_entry(service.uploads.add(_owner(request), png, width, height))
 
-    @app.get("/v1/files", response_model=schema.FileList)
+    @app.get("/v1/files", response_model=openapi.FileList)
     async def list_files(request: HttpRequest) -> dict[str, Any]:
         """The images that are held for this key."""
         data = [_file_entry(one) for one in service.uploads.of(_owner(request))]
         return {"object": "list", "data": data, "has_more": False}  # OpenAI's client would ask for more
 
-    @app.get("/v1/files/{id}", response_model=schema.FileEntry, responses=refusals(404))
+    @app.get("/v1/files/{id}", response_model=openapi.FileEntry, responses=refusals(404))
     async def get_file(id: str, request: HttpRequest) -> dict[str, Any]:
         """What is known of one image."""
         return _file_entry(service.uploads.get(_owner(request), id))
 
-    @app.get("/v1/files/{id}/content", response_class=Response, responses=schema.PNG | refusals(404))
+    @app.get("/v1/files/{id}/content", response_class=Response, responses=openapi.PNG | refusals(404))
     async def get_file_content(id: str, request: HttpRequest) -> Response:
         """The image as PNG, as the model sees it."""
         return Response(service.uploads.get(_owner(request), id).png, media_type="image/png")
 
-    @app.delete("/v1/files/{id}", response_model=schema.Deleted, responses=refusals(404))
+    @app.delete("/v1/files/{id}", response_model=openapi.Deleted, responses=refusals(404))
     async def delete_file(id: str, request: HttpRequest) -> dict[str, Any]:
         """Forget an image."""
         service.uploads.remove(_owner(request), id)
         return {"id": id, "object": "file", "deleted": True}
 
 
-def _add_adapters(app: FastAPI, service: Service) -> None:
+def add_bottleneck(app: FastAPI, service: Service) -> None:
     root = service.settings.adapter_root
 
-    @app.get("/v1/adapters", response_model=schema.AdapterList)
+    @app.get("/v1/adapters", response_model=openapi.AdapterList)
     async def list_adapters() -> dict[str, Any]:
         """The adapters that are registered."""
-        return {"object": "list", "data": [api.adapter_entry(one) for one in service.engine.adapters()]}
+        return {
+            "object": "list",
+            "data": [openai_api.adapter_entry(one) for one in service.engine.adapters()],
+        }
 
     @app.post(
         "/v1/adapters",
         status_code=201,
-        response_model=schema.AdapterEntry,
+        response_model=openapi.AdapterEntry,
         responses=refusals(400, 403, 404, 409),
     )
-    async def register_adapter(body: api.Registration) -> dict[str, Any]:
+    async def register_adapter(body: openai_api.Registration) -> dict[str, Any]:
         """Register an adapter of the adapter root."""
-        folder = folders.adapter_folder(root, body.folder or body.name)
+        folder = paths.adapter_folder(root, body.folder or body.name)
         if service.serves(body.name):
             raise Refused(409, "a model of that name is served already. Remove it first, or choose another.")
         try:
             info = await service.aside(service.engine.register, body.name, folder)
         except InputError as error:
             raise Refused(400, without_paths(str(error), [folder] + ([root] if root else []))) from None
-        return api.adapter_entry(info)
+        return openai_api.adapter_entry(info)
 
-    @app.delete("/v1/adapters/{name}", response_model=schema.Deleted, responses=refusals(403, 404))
+    @app.delete("/v1/adapters/{name}", response_model=openapi.Deleted, responses=refusals(403, 404))
     async def remove_adapter(name: str) -> dict[str, Any]:
         """Forget an adapter; its files stay, and requests that were accepted are answered."""
         if root is None:
@@ -270,7 +274,7 @@ def _add_adapters(app: FastAPI, service: Service) -> None:
 
 
 def _add_state(app: FastAPI, service: Service, gate: Gate) -> None:
-    @app.get("/healthz", response_model=schema.Health)
+    @app.get("/healthz", response_model=openapi.Health)
     async def healthz() -> dict[str, Any]:
         """Whether the server is there."""
         return {"status": "ok", "model": service.settings.base, "notice": NOTICE}

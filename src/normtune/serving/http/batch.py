@@ -11,23 +11,23 @@ from typing import Any
 from pydantic import ValidationError
 
 from normtune.errors import InputError
-from normtune.serve import api
-from normtune.serve.chat import asked
-from normtune.serve.faults import Refused, refusal
-from normtune.serve.requests import Busy
-from normtune.serve.service import Service
+from normtune.serving.engine.requests import Busy
+from normtune.serving.http import openai_api
+from normtune.serving.http.chat import asked
+from normtune.serving.http.errors import Refused, refusal
+from normtune.serving.http.state import Service
 
 _AT_ONCE = 64  # rows that the engine has of one batch
 _PATIENCE_S = 0.25  # before a row that met a full queue is given again
 
 
-def read_rows(data: bytes, most: int) -> list[api.BatchRow]:
+def read_rows(data: bytes, most: int) -> list[openai_api.BatchRow]:
     """The rows of a JSONL.
 
     Raises:
         InputError: a line is not such a row, an id is there twice, or there are none or too many.
     """
-    rows: list[api.BatchRow] = []
+    rows: list[openai_api.BatchRow] = []
     seen: set[str] = set()
     for number, line in enumerate(data.split(b"\n"), 1):
         if not line.strip():
@@ -35,9 +35,9 @@ def read_rows(data: bytes, most: int) -> list[api.BatchRow]:
         if len(rows) == most:
             raise InputError(f"more than {most:,} rows. Send them in several batches.")
         try:
-            row = api.BatchRow.model_validate_json(line)
+            row = openai_api.BatchRow.model_validate_json(line)
         except ValidationError as error:
-            raise InputError(f"line {number}: {api.one_sentence(error.errors())[1]}") from None
+            raise InputError(f"line {number}: {openai_api.one_sentence(error.errors())[1]}") from None
         if row.custom_id in seen:
             raise InputError(f"line {number}: its custom_id is there twice. Give each row its own.")
         seen.add(row.custom_id)
@@ -47,7 +47,7 @@ def read_rows(data: bytes, most: int) -> list[api.BatchRow]:
     return rows
 
 
-async def answers(service: Service, owner: str, rows: list[api.BatchRow]) -> AsyncIterator[str]:
+async def answers(service: Service, owner: str, rows: list[openai_api.BatchRow]) -> AsyncIterator[str]:
     """A line for each row, in OpenAI's shape; what could not be answered says so in its own line."""
     left, running = iter(rows), deque[asyncio.Task[str]]()
     try:
@@ -62,7 +62,7 @@ async def answers(service: Service, owner: str, rows: list[api.BatchRow]) -> Asy
             task.cancel()
 
 
-async def _line(service: Service, owner: str, row: api.BatchRow) -> str:
+async def _line(service: Service, owner: str, row: openai_api.BatchRow) -> str:
     try:
         status, body = 200, await _answer(service, owner, row.body)
     except Exception as error:
@@ -72,12 +72,12 @@ async def _line(service: Service, owner: str, row: api.BatchRow) -> str:
     return json.dumps({"custom_id": row.custom_id, "response": response, "error": None}) + "\n"
 
 
-async def _answer(service: Service, owner: str, body: api.ChatRequest) -> dict[str, Any]:
+async def _answer(service: Service, owner: str, body: openai_api.ChatRequest) -> dict[str, Any]:
     while True:
         try:
             async with asked(service, owner, body) as question:
                 reply = await asyncio.wait_for(question.reply, service.limits.request_s)
-                return api.completion(question.id, question.model, reply, question.limit)
+                return openai_api.completion(question.id, question.model, reply, question.limit)
         except Busy:
             await asyncio.sleep(_PATIENCE_S)
         except Refused as refused:

@@ -13,12 +13,12 @@ from typing import Any
 from PIL import Image
 from starlette.types import Receive
 
-from normtune.serve import api
-from normtune.serve.faults import ClientGone, Refused, refusal
-from normtune.serve.remote import fetch
-from normtune.serve.requests import Closed, Reply, Request
-from normtune.serve.service import Service
-from normtune.serve.uploads import decode_data_url, open_upload
+from normtune.serving.engine.requests import Closed, Reply, Request
+from normtune.serving.http import openai_api
+from normtune.serving.http.errors import ClientGone, Refused, refusal
+from normtune.serving.http.remote_images import fetch
+from normtune.serving.http.state import Service
+from normtune.serving.http.uploads import decode_data_url, open_upload
 
 _HEARTBEAT_S = 10.0  # a comment to keep proxies from closing a stream that waits
 
@@ -35,7 +35,7 @@ class Asked:
 
 
 @asynccontextmanager
-async def asked(service: Service, owner: str, body: api.ChatRequest) -> AsyncIterator[Asked]:
+async def asked(service: Service, owner: str, body: openai_api.ChatRequest) -> AsyncIterator[Asked]:
     """Hand a question to the engine; leaving the block cancels it, if it was not answered.
 
     Raises:
@@ -88,13 +88,13 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _limit(service: Service, body: api.ChatRequest, question: str | None) -> int:
+def _limit(service: Service, body: openai_api.ChatRequest, question: str | None) -> int:
     settings = service.settings
     usual = settings.report_tokens if question is None else settings.question_tokens
     return min(body.max_completion_tokens or body.max_tokens or usual, service.limits.new_tokens)
 
 
-def read_messages(messages: list[api.Message]) -> tuple[str | None, list[str]]:
+def read_messages(messages: list[openai_api.Message]) -> tuple[str | None, list[str]]:
     """(question, references of images); None where a report is wanted.
 
     Raises:
@@ -109,13 +109,13 @@ def read_messages(messages: list[api.Message]) -> tuple[str | None, list[str]]:
         )
     content = said[0].content
     parts = [] if isinstance(content, str) else content
-    references = [part.image_url.url for part in parts if isinstance(part, api.ImagePart)]
-    references += [part.file.file_id for part in parts if isinstance(part, api.FilePart)]
+    references = [part.image_url.url for part in parts if isinstance(part, openai_api.ImagePart)]
+    references += [part.file.file_id for part in parts if isinstance(part, openai_api.FilePart)]
     if not references:
         raise Refused(
             400, "no image: add an image_url part with a data URL to the message.", param="messages"
         )
-    text = "\n".join(part.text for part in parts if isinstance(part, api.TextPart)).strip()
+    text = "\n".join(part.text for part in parts if isinstance(part, openai_api.TextPart)).strip()
     return text or None, references
 
 
@@ -174,7 +174,7 @@ async def events(
     end = asyncio.get_running_loop().time() + seconds
     async with stack:
         try:
-            yield _event(api.chunk(question.id, question.model, {"role": "assistant", "content": ""}))
+            yield _event(openai_api.chunk(question.id, question.model, {"role": "assistant", "content": ""}))
             sent = ""
             while (text := await _next_text(question, end)) is not None:
                 if text == _WAITING:
@@ -185,7 +185,7 @@ async def events(
             reply = _result(question.reply)
             if len(reply.text) > len(sent) and reply.text.startswith(sent):
                 yield _event(_piece(question, reply.text[len(sent) :]))
-            for last in api.last_chunks(question.id, question.model, reply, question.limit, usage):
+            for last in openai_api.last_chunks(question.id, question.model, reply, question.limit, usage):
                 yield _event(last)
         except Exception as error:
             yield _event(refusal(error).body())
@@ -207,7 +207,7 @@ async def _next_text(question: Asked, end: float) -> str | None:
 
 
 def _piece(question: Asked, text: str) -> dict[str, Any]:
-    return api.chunk(question.id, question.model, {"content": text})
+    return openai_api.chunk(question.id, question.model, {"content": text})
 
 
 def _event(value: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from normtune.errors import InputError
-from normtune.serve.requests import Busy, Closed, UnknownAdapter
+from normtune.serving.engine.requests import Busy, Closed, UnknownAdapter
 
 GONE = 499  # as nginx counts a client that did not wait
 LOG = logging.getLogger("normtune.serve")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from normtune.errors import InputError
-from normtune.serve.faults import Refused
+from normtune.serving.http.errors import Refused
 
 KEYS_VARIABLE = "NORMTUNE_API_KEYS"
 _SHORTEST_KEY = 16

@@ -14,10 +14,10 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from normtune.serve.faults import GONE, LOG, ClientGone, Refused, refusal
-from normtune.serve.limits import Budget, Keys, Limits, Rates
-from normtune.serve.metrics_text import Counts
-from normtune.serve.requests import Busy
+from normtune.serving.engine.requests import Busy
+from normtune.serving.http.errors import GONE, LOG, ClientGone, Refused, refusal
+from normtune.serving.http.limits import Budget, Keys, Limits, Rates
+from normtune.serving.http.prometheus import Counts
 
 COOKIE = "normtune"
 BATCH = "/v1/batch"

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from normtune.serve.folders import NAME
-from normtune.serve.requests import AdapterInfo, Reply
+from normtune.serving.engine.requests import AdapterInfo, Reply
+from normtune.serving.http.paths import NAME
 
 ADAPTER_NAME = f"^{NAME}$"
 FOLDER_NAME = f"^{NAME}(/{NAME}){{0,3}}$"  # `folders.adapter_folder` says so in a sentence

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
-from normtune.serve.api import BatchRow
+from normtune.serving.http.openai_api import BatchRow
 
 Statuses = dict[int | str, dict[str, Any]]  # FastAPI's `responses`
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from fastapi import FastAPI, Response
 
-from normtune.serve.folders import review_names, review_page
-from normtune.serve.schema import ReviewList
-from normtune.serve.service import Service
+from normtune.serving.http.openapi import ReviewList
+from normtune.serving.http.paths import review_names, review_page
+from normtune.serving.http.state import Service
 
 # the page's own files, images that it made or fetched, and nothing from anywhere else
 POLICY = (
@@ -47,7 +47,7 @@ def add_pages(app: FastAPI, service: Service) -> None:
 
 
 def _file(name: str, media_type: str) -> Any:
-    content = files("normtune.serve").joinpath("page", name).read_bytes()
+    content = files("normtune.serving").joinpath("page", name).read_bytes()
 
     async def page() -> Response:
         headers = {"content-security-policy": POLICY, "cache-control": "no-cache"}

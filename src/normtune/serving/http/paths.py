@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from normtune.errors import InputError
-from normtune.serve.faults import Refused
+from normtune.serving.http.errors import Refused
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}"  # of an adapter, and of each step to its folder
 _STEP = re.compile(NAME, re.ASCII)

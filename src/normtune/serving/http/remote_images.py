@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from normtune.errors import InputError
-from normtune.serve.faults import Refused
+from normtune.serving.http.errors import Refused
 
 _SECONDS = 20.0
 _PIECE = 1 << 16

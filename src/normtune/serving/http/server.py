@@ -12,10 +12,10 @@ from collections.abc import Callable
 import uvicorn
 
 from normtune.errors import InputError
-from normtune.serve.app import make_app
-from normtune.serve.faults import LOG
-from normtune.serve.gate import Gate
-from normtune.serve.service import Answers, Settings
+from normtune.serving.http.app import make_app
+from normtune.serving.http.errors import LOG
+from normtune.serving.http.middleware import Gate
+from normtune.serving.http.state import Answers, Settings
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _HEAD_BYTES = 64 << 10  # of a request's line and headers

@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from normtune.serve.limits import Budget, Keys, Limits
-from normtune.serve.requests import AdapterInfo, EngineStats, Reply, Request
-from normtune.serve.uploads import Uploads
+from normtune.serving.engine.requests import AdapterInfo, EngineStats, Reply, Request
+from normtune.serving.http.limits import Budget, Keys, Limits
+from normtune.serving.http.uploads import Uploads
 
 Value = TypeVar("Value")
 _DECODERS = 4  # images decoded at once, which bounds the memory that decoding takes
 
 
 class Answers(Protocol):
-    """What the server needs of `normtune.serve.engine.Engine`."""
+    """What the server needs of `normtune.serving.engine.engine.Engine`."""
 
     def submit(
         self, request: Request, *, on_text: Callable[[str], None] | None = None

@@ -9,7 +9,7 @@ from typing import cast
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from normtune.serve.chat import until_gone
+from normtune.serving.http.chat import until_gone
 
 
 class Streamed(Response):

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from normtune.data.images import open_image
+from normtune.data.images.files import open_image
 from normtune.errors import InputError
-from normtune.serve.faults import Refused
+from normtune.serving.http.errors import Refused
 
 _SCANS = 200  # of a progressive JPEG; each is a pass over all pixels
 _ITEMS = 20_000  # of a DICOM file's sequences and fragments; reading one takes 25 microseconds

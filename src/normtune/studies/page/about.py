@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from normtune.card import NOTICE
-from normtune.files import read_json
-from normtune.report.markup import Child, tag
-from normtune.report.numbers import duration, memory, several
-from normtune.report.study_data import Record, Results, values_of
-from normtune.report.study_tables import boxed
+from normtune.adapters.info import NOTICE
+from normtune.runtime.files import read_json
+from normtune.studies.page.html import Child, tag
+from normtune.studies.page.number_format import duration, memory, several
+from normtune.studies.page.results import Record, Results, values_of
+from normtune.studies.page.tables import boxed
 
 
 def facts(study: Results) -> list[Child]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from normtune.report.axes import Axis, Scale, scale
-from normtune.report.labels import ADVANCE, Box, Place, beside, spread, width_of
-from normtune.report.markup import Html, tag
-from normtune.report.palette import interval, marker
+from normtune.studies.page.axes import Axis, Scale, scale
+from normtune.studies.page.html import Html, tag
+from normtune.studies.page.labels import ADVANCE, Box, Place, beside, spread, width_of
+from normtune.studies.page.palette import interval, marker
 
 WIDTH = 460.0
 LEFT, TOP, BOTTOM = 40.0, 34.0, 46.0  # room for the axes' ticks and titles

@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from normtune.catalog import open_from
-from normtune.config import DataOptions
+from normtune.data.options import DataOptions
+from normtune.data.registry import open_from
 from normtune.errors import InputError
-from normtune.files import read_json
-from normtune.report.markup import Child, Html, tag
-from normtune.report.study_data import Record, Results
-from normtune.results import read_run
+from normtune.evaluation.results import read_run
+from normtune.runtime.files import read_json
+from normtune.studies.page.html import Child, Html, tag
+from normtune.studies.page.results import Record, Results
 
 if TYPE_CHECKING:
     from normtune.data.records import Example

@@ -7,13 +7,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from normtune.errors import InputError
-from normtune.metrics.stats import mean_over_seeds
-from normtune.report import charts
-from normtune.report.axes import Axis
-from normtune.report.charts import Dot, Level, Line, Point, Row
-from normtune.report.markup import Html
-from normtune.report.numbers import duration, fixed, memory, percent, points, share, significant, tick
-from normtune.report.study_data import (
+from normtune.metrics.statistics import mean_over_seeds
+from normtune.studies.page import charts
+from normtune.studies.page.axes import Axis
+from normtune.studies.page.charts import Dot, Level, Line, Point, Row
+from normtune.studies.page.html import Html
+from normtune.studies.page.number_format import (
+    duration,
+    fixed,
+    memory,
+    percent,
+    points,
+    share,
+    significant,
+    tick,
+)
+from normtune.studies.page.results import (
     SEARCH,
     Arm,
     Estimate,

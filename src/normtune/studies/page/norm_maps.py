@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from normtune.report import charts
-from normtune.report.numbers import significant
-from normtune.report.study_data import Arm, Record, Results
-from normtune.report.study_figures import Panel
+from normtune.studies.page import charts
+from normtune.studies.page.figures import Panel
+from normtune.studies.page.number_format import significant
+from normtune.studies.page.results import Arm, Record, Results
 
 OUTSIDE = "other"  # the column of norms that stand in no layer
 _IN_LAYER = re.compile(r"\.(\d+)\.(.+)$")

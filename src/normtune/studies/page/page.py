@@ -8,16 +8,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from normtune.files import read_json, write_text
-from normtune.report import palette, study_figures
-from normtune.report.findings import findings
-from normtune.report.markup import Child, Html, joined, tag
-from normtune.report.study_about import facts, notice, terms
-from normtune.report.study_data import Results
-from normtune.report.study_examples import Roots, examples_section
-from normtune.report.study_figures import Panel
-from normtune.report.study_norms import heat_maps
-from normtune.report.study_tables import models_table, numbers_table, paired_table, settings_tables
+from normtune.runtime.files import read_json, write_text
+from normtune.studies.page import figures, palette
+from normtune.studies.page.about import facts, notice, terms
+from normtune.studies.page.examples import Roots, examples_section
+from normtune.studies.page.figures import Panel
+from normtune.studies.page.html import Child, Html, joined, tag
+from normtune.studies.page.norm_maps import heat_maps
+from normtune.studies.page.results import Results
+from normtune.studies.page.sentences import findings
+from normtune.studies.page.tables import models_table, numbers_table, paired_table, settings_tables
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 FIGURES = (  # id, heading, what to see, and the function that draws it
@@ -26,48 +26,48 @@ FIGURES = (  # id, heading, what to see, and the function that draws it
         "Score against what is trained",
         "Each mark is a recipe, the mean over seeds with its 95% interval; the dashed line is the frozen "
         "base. Of many recipes those are named that none beats with less; the pointer names the others.",
-        study_figures.against_share,
+        figures.against_share,
     ),
     (
         "memory",
         "Score against memory",
         "Peak memory of the process that trains: weights, gradients, optimizer state, activations, and the "
         "libraries.",
-        study_figures.against_memory,
+        figures.against_memory,
     ),
     (
         "transfer",
         "In and out of distribution",
         "Solid: trained on this data set. Hollow: trained on another, and never on this one. Dashed: the "
         "frozen base, zero-shot.",
-        study_figures.transfer,
+        figures.transfer,
     ),
     (
         "forgetting",
         "What is forgotten",
         "The frozen base's score on its own task less the tuned model's, in percentage points: farther right "
         "is more forgotten.",
-        study_figures.forgetting,
+        figures.forgetting,
     ),
     (
         "small-data",
         "How much data it takes",
         "Each share is drawn anew for each seed, by image.",
-        study_figures.share_curves,
+        figures.share_curves,
     ),
     (
         "loss",
         "Training loss",
         "The mean over bins of steps and over seeds. Rates differ by method, so the curves' order is not the "
         "order of the scores.",
-        study_figures.loss_curves,
+        figures.loss_curves,
     ),
     (
         "rates",
         "Sensitivity to the learning rate",
         "The search's trials, one seed each, scored on the validation split; intervals are among the "
         "numbers. Solid: the rate that was taken.",
-        study_figures.rate_curves,
+        figures.rate_curves,
     ),
 )
 
@@ -227,7 +227,7 @@ def _norms(study: Results) -> Section | None:
     folded: list[Child] = []
     seen = set()
     for arm, panels in heat_maps(study):
-        title = f"{arm.name}, {study_figures.title(study, arm.setting)}"
+        title = f"{arm.name}, {figures.title(study, arm.setting)}"
         drawn = tag("div", *map(_panel, panels), class_="panels")
         if arm.family == "ln" and arm.setting not in seen:
             seen.add(arm.setting)
@@ -260,7 +260,7 @@ def _footer() -> Html:
 
 
 def _style() -> Html:
-    text = files("normtune.report").joinpath("page.css").read_text(encoding="utf-8")
+    text = files("normtune.studies.page").joinpath("page.css").read_text(encoding="utf-8")
     for place, rules in (
         ("/*light*/", palette.variables(0)),
         ("/*dark*/", palette.variables(1)),

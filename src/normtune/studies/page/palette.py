@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 
-from normtune.report.axes import Scale
-from normtune.report.markup import Html, tag
+from normtune.studies.page.axes import Scale
+from normtune.studies.page.html import Html, tag
 
 COLOURS = {  # family: on light, on dark
     "ln": ("#0a5fa5", "#5fb0f0"),

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from normtune.report.palette import family, parts_of
+from normtune.studies.page.palette import family, parts_of
 
 Record = Mapping[str, Any]
 SEARCH = "search"  # the grid of trials of learning rates

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from normtune.report.numbers import memory, percent, points, several, share, significant
-from normtune.report.study_data import Arm, Estimate, Results, Setting, metric_name
-from normtune.report.study_figures import forgotten_by, score, score_interval, title
-from normtune.report.study_norms import moved
-from normtune.report.study_tables import SIGNIFICANT
+from normtune.studies.page.figures import forgotten_by, score, score_interval, title
+from normtune.studies.page.norm_maps import moved
+from normtune.studies.page.number_format import memory, percent, points, several, share, significant
+from normtune.studies.page.results import Arm, Estimate, Results, Setting, metric_name
+from normtune.studies.page.tables import SIGNIFICANT
 
 FULL = "full"
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from normtune.methods import METHODS, PARTS
-from normtune.report.markup import Child, Html, joined, tag
-from normtune.report.numbers import NONE, duration, fixed, memory, p_value, points, share
-from normtune.report.study_data import (
+from normtune.methods.registry import METHODS
+from normtune.models.part_names import PARTS
+from normtune.studies.page.figures import forgotten_by, score
+from normtune.studies.page.html import Child, Html, joined, tag
+from normtune.studies.page.number_format import NONE, duration, fixed, memory, p_value, points, share
+from normtune.studies.page.results import (
     FROZEN,
     Arm,
     Estimate,
@@ -18,7 +20,6 @@ from normtune.report.study_data import (
     is_fraction,
     metric_name,
 )
-from normtune.report.study_figures import forgotten_by, score
 
 SIGNIFICANT = 0.05
 ABOVE, BELOW = "▲", "▼"

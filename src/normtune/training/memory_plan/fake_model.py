@@ -14,7 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
-WEIGHTS = ("packed",)  # buffers of whole numbers that are weights, of `normtune.quantize.StandIn`
+WEIGHTS = (
+    "packed",
+)  # buffers of whole numbers that are weights, of `normtune.training.memory_plan.quantized.StandIn`
 
 
 def hollow_out(model: nn.Module, device: torch.device) -> dict[int, nn.Parameter]:

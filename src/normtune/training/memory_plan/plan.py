@@ -15,24 +15,24 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 
-from normtune.adapt import adapt
-from normtune.catalog import open_from
-from normtune.collator import Collator, collator
-from normtune.config import TrainConfig
+from normtune.data.batches import EpochBatches, Tokens
 from normtune.data.records import Dataset, Example
-from normtune.data.splits import chosen
+from normtune.data.registry import open_from
 from normtune.errors import InputError
-from normtune.hollow import RealMasks, bytes_of, hollow_out
-from normtune.image_cache import LIMIT_BYTES
-from normtune.lean import lean
-from normtune.live import LiveBytes
-from normtune.memory import available_bytes, resident_bytes
-from normtune.models import device_of, hollow
+from normtune.methods.adapt import adapt
 from normtune.models.family import Family
-from normtune.models.tokens import count_tokens
-from normtune.packing import EpochBatches, Tokens
-from normtune.quantize import PACKAGES, linear_bytes, quantised_linears, stand_in
-from normtune.recompute import EVERY, Tier, recomputed
+from normtune.models.image_cache import LIMIT_BYTES
+from normtune.models.loading import device_of, hollow
+from normtune.models.quantization import PACKAGES, quantised_linears
+from normtune.runtime.memory import available_bytes, resident_bytes
+from normtune.training.collator import Collator, collator
+from normtune.training.config import TrainConfig
+from normtune.training.layer_wrapping import EVERY, Tier, recomputed
+from normtune.training.memory_plan.fake_model import RealMasks, bytes_of, hollow_out
+from normtune.training.memory_plan.live_bytes import LiveBytes
+from normtune.training.memory_plan.quantized import linear_bytes, stand_in
+from normtune.training.saved_activations import lean
+from normtune.training.token_counts import count_tokens
 
 ROOM = 0.95  # share of what is free that a run may take; allocators hold more than their tensors
 _COPIES = 3  # of what is trained, besides itself and its gradient: AdamW's two means, and the values before
@@ -103,7 +103,7 @@ def plan(config: TrainConfig) -> Plan:
     config = config.model_copy(update={"cache": None})  # what is on disk takes no memory
     device = device_of(config.device)
     dataset = open_from(config)
-    examples = chosen(dataset.split(config.split), config)
+    examples = config.select(dataset.split(config.split))
     run = _HollowRun(config, dataset, examples, device)
     costs = _Costs(run, dataset, examples)
     whole, small = costs.largest(config.batch), costs.largest(1)

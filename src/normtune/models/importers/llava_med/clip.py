@@ -10,9 +10,10 @@ from typing import Any
 from transformers import CLIPVisionConfig
 
 from normtune.errors import InputError
-from normtune.files import read_json
-from normtune.models.llava_med.names import TOWER, harmless, tower_name
-from normtune.models.llava_med.shards import Shards, local_directory
+from normtune.models.checkpoints.reader import OriginalCheckpoint
+from normtune.models.importers.llava_med.hub import local_directory
+from normtune.models.importers.llava_med.tensor_names import TOWER, harmless, tower_name
+from normtune.runtime.files import read_json
 
 HEAD_DIM = 64  # of every CLIP of OpenAI's
 _FIELDS = (
@@ -46,7 +47,7 @@ class Tower:
 
     name: str
     config: CLIPVisionConfig
-    shards: Shards
+    shards: OriginalCheckpoint
     names: dict[str, str]
     dropped: tuple[str, ...]
     preparation: dict[str, Any]
@@ -68,7 +69,7 @@ def open_tower(name: str) -> Tower:
             f"{name} holds a model of type '{kind}', not a CLIP. Give the image encoder that the checkpoint "
             "was trained with."
         )
-    shards = Shards(directory)
+    shards = OriginalCheckpoint(directory)
     names: dict[str, str] = {}
     dropped = []
     for theirs in shards.entries:

@@ -1,6 +1,6 @@
 """LLaVA-Med in its original layout -> a directory that transformers and normtune load.
 
-Shards are written one tensor at a time into `OUT.partial`, which becomes `OUT` when all is there; run again
+OriginalCheckpoint are written one tensor at a time into `OUT.partial`, which becomes `OUT` when all is there; run again
 after a kill, the import goes on with the first shard that is not done.
 """
 
@@ -18,21 +18,15 @@ import torch
 from transformers import CLIPVisionConfig, GenerationConfig, LlavaConfig, LlavaProcessor
 
 from normtune.errors import InputError
-from normtune.files import write_json
-from normtune.models.llava_med.names import NORM, holds_tower, new_name
-from normtune.models.llava_med.original import Original, llava_config, read_original
-from normtune.models.llava_med.plan import Plan
-from normtune.models.llava_med.processor import Vocabulary, build_processor, read_vocabulary
-from normtune.models.llava_med.shards import Shards, local_directory, some
-from normtune.models.llava_med.tower import Tower, inferred_config, open_tower
-from normtune.models.llava_med.writing import (
-    RECORD_FILE,
-    Record,
-    Tick,
-    cut,
-    plan_id,
-    write_shards,
-)
+from normtune.models.checkpoints.reader import OriginalCheckpoint, some
+from normtune.models.checkpoints.writer import RECORD_FILE, Record, Tick, cut, plan_id, write_shards
+from normtune.models.importers.llava_med.clip import Tower, inferred_config, open_tower
+from normtune.models.importers.llava_med.hub import local_directory
+from normtune.models.importers.llava_med.original_config import Original, llava_config, read_original
+from normtune.models.importers.llava_med.processor import Vocabulary, build_processor, read_vocabulary
+from normtune.models.importers.llava_med.tensor_names import NORM, holds_tower, new_name
+from normtune.models.importers.llava_med.tensor_plan import Plan
+from normtune.runtime.files import write_json
 
 REPORT_FILE = "import_report.json"
 SHARD_BYTES = 2 * 10**9
@@ -144,11 +138,11 @@ def import_llava_med(
         raise InputError(f"{out} exists and is not an empty directory. Choose another one.")
     directory = local_directory(source)
     original = read_original(directory)
-    shards = Shards(directory)
+    shards = OriginalCheckpoint(directory)
     tower = _tower(source, shards, original, vision, stock_tower)
     inside = holds_tower(shards.entries)
     config_of_tower = tower.config if tower else _inside_config(shards, original, source, vision_heads)
-    under = None if base is None else Shards(local_directory(base))
+    under = None if base is None else OriginalCheckpoint(local_directory(base))
     words = read_vocabulary(local_directory(tokenizer) if tokenizer else directory, original)
     config = llava_config(
         original, config_of_tower, rows=words.rows, image_id=words.image_id, pad_id=words.pad_id
@@ -194,7 +188,9 @@ def import_llava_med(
     return report
 
 
-def _tower(source: str, shards: Shards, original: Original, vision: str | None, stock: bool) -> Tower | None:
+def _tower(
+    source: str, shards: OriginalCheckpoint, original: Original, vision: str | None, stock: bool
+) -> Tower | None:
     """The image encoder apart, where one is given."""
     if vision is not None:
         return open_tower(vision)
@@ -208,7 +204,9 @@ def _tower(source: str, shards: Shards, original: Original, vision: str | None, 
     return None
 
 
-def _inside_config(shards: Shards, original: Original, source: str, heads: int | None) -> CLIPVisionConfig:
+def _inside_config(
+    shards: OriginalCheckpoint, original: Original, source: str, heads: int | None
+) -> CLIPVisionConfig:
     shapes = {new_name(name) or name: entry.shape for name, entry in shards.entries.items()}
     if "laion" in original.tower.lower() or "clip" not in original.tower.lower():
         raise InputError(
@@ -218,7 +216,7 @@ def _inside_config(shards: Shards, original: Original, source: str, heads: int |
     return inferred_config(shapes, source, heads=heads)
 
 
-def _differing(shards: Shards, tower: Tower) -> int:
+def _differing(shards: OriginalCheckpoint, tower: Tower) -> int:
     """How many tensors of the image encoder inside differ from those apart, in the precision inside."""
     inside = {new_name(name): name for name in shards.entries}
     count = 0
@@ -230,7 +228,7 @@ def _differing(shards: Shards, tower: Tower) -> int:
     return count
 
 
-def _check_delta(source: str, shards: Shards, base: str | None) -> None:
+def _check_delta(source: str, shards: OriginalCheckpoint, base: str | None) -> None:
     """Tell a delta from a model by the gains of its final norm, which are near zero in a delta."""
     theirs = next((name for name in shards.entries if new_name(name) == NORM), None)
     assert theirs is not None, "the plan has found it"

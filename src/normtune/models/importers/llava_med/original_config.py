@@ -9,7 +9,7 @@ from typing import Any, Literal
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, MistralConfig
 
 from normtune.errors import InputError
-from normtune.files import read_json
+from normtune.runtime.files import read_json
 
 _KINDS: dict[str, Literal["mistral", "llama"]] = {
     "LlavaMistralForCausalLM": "mistral",

@@ -12,10 +12,10 @@ from transformers import CLIPVisionConfig, LlamaTokenizer, LlavaProcessor, PreTr
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from normtune.errors import InputError
-from normtune.files import read_json
-from normtune.models.llava import MISTRAL_TEMPLATE, VICUNA_TEMPLATE
-from normtune.models.llava_med.original import Original
+from normtune.models.families.llava import MISTRAL_TEMPLATE, VICUNA_TEMPLATE
+from normtune.models.importers.llava_med.original_config import Original
 from normtune.models.processors import check_sentencepiece
+from normtune.runtime.files import read_json
 
 IMAGE, PATCH, START, END = "<image>", "<im_patch>", "<im_start>", "<im_end>"
 PAD = "<pad>"

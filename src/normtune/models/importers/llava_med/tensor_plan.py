@@ -9,10 +9,17 @@ from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from normtune.errors import InputError
-from normtune.models.llava_med.names import EMBEDDING, HEAD, PROJECTOR, TOWER, harmless, new_name
-from normtune.models.llava_med.shards import Shards, some
-from normtune.models.llava_med.tower import Tower
-from normtune.shards import Planned
+from normtune.models.checkpoints.reader import OriginalCheckpoint, some
+from normtune.models.checkpoints.writer import Planned
+from normtune.models.importers.llava_med.clip import Tower
+from normtune.models.importers.llava_med.tensor_names import (
+    EMBEDDING,
+    HEAD,
+    PROJECTOR,
+    TOWER,
+    harmless,
+    new_name,
+)
 
 _ROWS = 1024  # summed at a time for a mean
 
@@ -27,9 +34,9 @@ class Plan:
     def __init__(
         self,
         source: str,
-        shards: Shards,
+        shards: OriginalCheckpoint,
         tower: Tower | None,
-        under: Shards | None,
+        under: OriginalCheckpoint | None,
         config: LlavaConfig,
         base: str | None,
         rows: int,
@@ -156,7 +163,7 @@ class Plan:
             ]
         )
 
-    def _check_base(self, under: Shards) -> None:
+    def _check_base(self, under: OriginalCheckpoint) -> None:
         """Base and delta belong together: each tensor of the language model is in both."""
         alone = [name for name in under.entries if name not in self.shards.entries and not harmless(name)]
         if alone:
@@ -184,7 +191,7 @@ def with_mean_rows(tensor: Tensor, rows: int) -> Tensor:
     return torch.cat([tensor, mean.expand(rows - len(tensor), -1)])
 
 
-def _reader(shards: Shards, name: str) -> Callable[[], Tensor]:
+def _reader(shards: OriginalCheckpoint, name: str) -> Callable[[], Tensor]:
     return lambda: shards.tensor(name)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from transformers import AutoConfig, BlipConfig, BlipForQuestionAnswering
 
 from normtune.errors import InputError
+from normtune.models.importers.miss.weights import BIAS_ALIAS, POSITIONS, Weights, some
 from normtune.models.miss.config import MissConfig, TextDims, VisionDims
-from normtune.models.miss.weights import BIAS_ALIAS, POSITIONS, Weights, some
 
 # transformers' names of the image encoder -> timm's, as MISS has them; the text parts' names are the same
 BLIP_NAMES = (

@@ -11,12 +11,12 @@ from safetensors import SafetensorError
 from transformers import BlipForQuestionAnswering, BlipProcessor
 
 from normtune.errors import InputError
-from normtune.models.miss.blip import blip_weights
+from normtune.models.importers.miss.from_blip import blip_weights
+from normtune.models.importers.miss.original_checkpoint import original_weights
+from normtune.models.importers.miss.weights import EMBEDDING, HEAD, POSITIONS, Weights, assemble, some
 from normtune.models.miss.config import VisionDims, checked_dims
 from normtune.models.miss.model import MissForQuestionAnswering
-from normtune.models.miss.original import original_weights
 from normtune.models.miss.vision import resize_positions
-from normtune.models.miss.weights import EMBEDDING, HEAD, POSITIONS, Weights, assemble, some
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def resize_images(weights: Weights, image_size: int) -> None:
 
 def _processor(vocab: Path, weights: Weights, divide_twice: bool) -> BlipProcessor:
     """Tokenizer and image processor; the config takes the tokenizer's ids."""
-    from normtune.models.miss.family import miss_processor
+    from normtune.models.families.miss import miss_processor
     from normtune.models.miss.tokenizer import ENCODE, bert_tokenizer
 
     tokenizer: Any = bert_tokenizer(vocab)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from normtune.errors import InputError
+from normtune.models.importers.miss.weights import BIAS_ALIAS, EMBEDDING, HEAD, HEAD_BIAS, POSITIONS, Weights
 from normtune.models.miss.config import MissConfig, TextDims, VisionDims
-from normtune.models.miss.weights import BIAS_ALIAS, EMBEDDING, HEAD, HEAD_BIAS, POSITIONS, Weights
 
 HEAD_DIM = 64  # of BERT and ViT at every size
 PARTS = {

@@ -1,0 +1,1 @@
+"""Trained adapters: stored on disk, merged, exported, and several of them over one base."""

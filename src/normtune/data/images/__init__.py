@@ -1,0 +1,1 @@
+"""Image files as 8-bit RGB."""

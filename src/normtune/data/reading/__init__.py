@@ -1,0 +1,1 @@
+"""What the dataset readers share: rows, cells, tables and conversations."""

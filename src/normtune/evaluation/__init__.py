@@ -1,0 +1,1 @@
+"""Predictions of a split to scores, result files and comparisons."""

@@ -1,0 +1,1 @@
+"""Model families: load, tokenise, collate, compute the loss, generate answers."""

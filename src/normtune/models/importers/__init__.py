@@ -1,0 +1,1 @@
+"""Importers that convert original checkpoints to the layout that `load` reads."""

@@ -1,0 +1,1 @@
+"""Importer of MISS and BLIP-VQA checkpoints."""

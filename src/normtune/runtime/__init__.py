@@ -1,0 +1,1 @@
+"""The machine that runs the code: files, processes, memory and progress."""

@@ -1,0 +1,1 @@
+"""The inference engine: batches requests of many adapters. It needs no HTTP."""
