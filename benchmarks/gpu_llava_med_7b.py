@@ -77,7 +77,7 @@ class LlavaMed(LlavaShape):
     name = MODEL
 
     def __init__(self, device: torch.device, tiny: bool) -> None:
-        values = read_json(Path(str(files("normtune.models.loading"))) / "shapes" / f"{MODEL}.json")
+        values = read_json(Path(str(files("normtune.models"))) / "shapes" / f"{MODEL}.json")
         if tiny:
             values["vision_config"] |= TINY | {"image_size": 28}
             values["text_config"] |= TINY | {"num_key_value_heads": 1, "vocab_size": 4000}

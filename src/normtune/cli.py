@@ -7,7 +7,18 @@ import sys
 
 import typer
 
-from normtune.commands import ask, evaluate, import_models, inspect, serve  # noqa: F401  # to enter
+# Importing the modules registers their commands.
+from normtune.commands import (  # noqa: F401
+    adapters,
+    ask,
+    bench,
+    evaluate,
+    import_models,
+    inspect,
+    serve,
+    study,
+    train,
+)
 from normtune.commands.app import app
 from normtune.errors import InputError
 from normtune.runtime import distributed

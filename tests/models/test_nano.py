@@ -14,7 +14,7 @@ from normtune.metrics.answers import score_vqa
 from normtune.models.loading import load
 from normtune.runtime.files import read_json
 
-NANO = Path(str(files("normtune.models.loading").joinpath("nano")))
+NANO = Path(str(files("normtune.models").joinpath("nano")))
 
 
 def test_nano_takes_at_most_12_megabytes() -> None:

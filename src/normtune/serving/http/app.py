@@ -61,7 +61,7 @@ def make_app(engine: Answers, settings: Settings) -> Gate:
     _add_models(app, service)
     _add_chat(app, service)
     _add_files(app, service)
-    add_bottleneck(app, service)
+    _add_adapters(app, service)
     _add_state(app, service, gate)
     add_pages(app, service)
     return gate
@@ -233,7 +233,7 @@ def _add_files(app: FastAPI, service: Service) -> None:
         return {"id": id, "object": "file", "deleted": True}
 
 
-def add_bottleneck(app: FastAPI, service: Service) -> None:
+def _add_adapters(app: FastAPI, service: Service) -> None:
     root = service.settings.adapter_root
 
     @app.get("/v1/adapters", response_model=openapi.AdapterList)
