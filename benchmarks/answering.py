@@ -21,7 +21,7 @@ from shape import Shape, Written
 from torch import nn
 from workload import parser, ratio, shown, spread, workload
 
-from normtune.data.batches import pair_batches
+from normtune.data.batches import batches_of_pairs
 from normtune.data.groups import Group, group_by_image
 from normtune.data.records import Dataset, Example
 from normtune.models.family import Family
@@ -99,12 +99,14 @@ def grouped(family: Family, dataset: Dataset, examples: Sequence[Example], batch
     """Batches of about so many questions, as `evaluate` cuts them; images of one key are processed once."""
     members = group_by_image(examples)
     made = []
-    for chosen in pair_batches([len(group) for group in members], batch):
+    for chosen in batches_of_pairs([len(group) for group in members], batch):
         groups = [
-            Group(m[0].images, tuple(family.encode(e.id, e.question, None) for e in m))
+            Group(m[0].images, tuple(family.tokenize(e.id, e.question, None) for e in m))
             for m in (members[i] for i in chosen)
         ]
-        made.append((groups, [[family.pixels(dataset.open_image(key)) for key in g.images] for g in groups]))
+        made.append(
+            (groups, [[family.preprocess_image(dataset.open_image(key)) for key in g.images] for g in groups])
+        )
     return made
 
 

@@ -24,8 +24,8 @@ from normtune.methods.adapt import adapt
 from normtune.methods.recipe import parse
 from normtune.models.families.llava import LlavaFamily
 from normtune.models.types import Batch
-from normtune.training.layer_wrapping import compiled
-from normtune.training.saved_activations import lean
+from normtune.training.layer_wrapping import compile_layers
+from normtune.training.saved_activations import save_fewer_activations
 
 QUESTIONS = [
     "What modality is used to take this image?",
@@ -39,11 +39,11 @@ GROUPS = (10, 11, 12, 9, 13, 8)
 
 def batches(family: LlavaFamily) -> list[Batch]:
     noise = torch.randint(0, 256, (336, 336, 3), generator=torch.Generator().manual_seed(0))
-    seen = family.seen(family.pixels(Image.fromarray(noise.to(torch.uint8).numpy())))
+    seen = family.encode_image(family.preprocess_image(Image.fromarray(noise.to(torch.uint8).numpy())))
     made = []
     for size in GROUPS:
         asked = [QUESTIONS[i % len(QUESTIONS)] for i in range(size)]
-        segments = tuple(family.encode(str(i), question, "left lung") for i, question in enumerate(asked))
+        segments = tuple(family.tokenize(str(i), question, "left lung") for i, question in enumerate(asked))
         made.append(send_to_device(family.collate([Group(("a",), segments)], [[seen]]), family.device))
     return made
 
@@ -75,10 +75,10 @@ def main() -> None:
     adapt(family.model, parse("ln"), seed=0)
     steps = batches(family)
     taken: dict[bool, list[float]] = {False: [], True: []}
-    with lean(family.model):
+    with save_fewer_activations(family.model):
         for counted in [False] + [True] * options.rounds:  # the first round compiles
             for wanted in (False, True):
-                with compiled(family.model, wanted):
+                with compile_layers(family.model, wanted):
                     found = [seconds(family, batch) for batch in steps]
                 if counted:
                     taken[wanted] += found

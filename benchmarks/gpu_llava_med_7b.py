@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, LlavaForConditionalGeneration
 from workload import sample, shown, spread
 
-from normtune.data.batches import pair_batches
+from normtune.data.batches import batches_of_pairs
 from normtune.data.groups import group_by_image
 from normtune.data.records import Dataset, Example
 from normtune.data.registry import open_dataset
@@ -43,8 +43,8 @@ from normtune.models.image_cache import ImageCache
 from normtune.models.types import Batch
 from normtune.runtime.files import read_json
 from normtune.training.collator import Collator
-from normtune.training.layer_wrapping import Tier, recomputed
-from normtune.training.saved_activations import lean
+from normtune.training.layer_wrapping import MemoryTier, checkpoint_activations
+from normtune.training.saved_activations import save_fewer_activations
 
 MODEL = "llava-med-7b"
 MEASURED, SMOKE, NOT_YET = "measured", "smoke run", "not yet measured"
@@ -58,7 +58,7 @@ class Ours:
 
     recipe: str
     attention: Literal["dense", "block"]
-    memory: Tier
+    memory: MemoryTier
 
     @property
     def name(self) -> str:
@@ -244,7 +244,7 @@ def ours(
         total, tokens = family.loss(batch)
         return total / tokens, int(batch["pairs"])
 
-    with lean(family.model), recomputed(family.model, way.memory):
+    with save_fewer_activations(family.model), checkpoint_activations(family.model, way.memory):
         yield Step(stepper(loss, list(tuned.trained.values())), shape.device)
 
 
@@ -284,7 +284,7 @@ def grouped(family: LlavaFamily, dataset: Dataset, examples: Sequence[Example], 
     collate = Collator(family, ImageCache(family, dataset))
     return [
         send_to_device(collate([members[i] for i in chosen]), family.device)
-        for chosen in pair_batches([len(group) for group in members], pairs)
+        for chosen in batches_of_pairs([len(group) for group in members], pairs)
     ]
 
 

@@ -25,7 +25,7 @@ from normtune.evaluation.config import EvaluateConfig
 from normtune.evaluation.results import read_run
 from normtune.metrics.answers import scores
 from normtune.metrics.statistics import holm, mean_over_seeds
-from normtune.metrics.sum_metrics import mean_of, paired
+from normtune.metrics.sum_metrics import mean_metric, paired
 from normtune.runtime.files import read_json
 from normtune.studies.demo_cells import Cell, run_cells
 from normtune.training.config import TrainConfig
@@ -114,7 +114,9 @@ def measured(study: Study, recipe: str, options: argparse.Namespace) -> list[dic
     scored = {arm: question_scores(paths) for arm, paths in where.items()}
     first, *others = study.arms
     images = scored[first][1]
-    against = {arm.name: paired(mean_of(scored[first][0]), mean_of(scored[arm][0]), images) for arm in others}
+    against = {
+        arm.name: paired(mean_metric(scored[first][0]), mean_metric(scored[arm][0]), images) for arm in others
+    }
     corrected = holm({name: one.p for name, one in against.items()})
     rows = []
     taken = set()

@@ -35,7 +35,7 @@ from torch import Tensor
 from normtune.data.groups import group_by_image
 from normtune.data.registry import open_dataset
 from normtune.models.checkpoints.writer import Planned, write_safetensors
-from normtune.models.loading import skeleton
+from normtune.models.loading import meta_model
 from normtune.models.quantization import PACKAGES
 from normtune.runtime.files import read_json, write_json
 from normtune.runtime.memory import status_bytes
@@ -193,7 +193,7 @@ def write_original(folder: Path, options: argparse.Namespace) -> None:
     shape = LlavaShape()
     shape.learn_words([f"{e.question} {e.answer}" for e in open_dataset(options.data, options.root).examples])
     shape._processor.tokenizer.save_pretrained(folder)
-    tensors = list(map(planned_tensor, skeleton("llava-med-7b").state_dict().items()))
+    tensors = list(map(planned_tensor, meta_model("llava-med-7b").state_dict().items()))
     shards: list[list[Planned]] = [[]]
     for tensor in tensors:
         if sum(one.bytes for one in shards[-1]) + tensor.bytes > SHARD_BYTES:
@@ -206,7 +206,7 @@ def write_original(folder: Path, options: argparse.Namespace) -> None:
         places |= {one.name: file for one in shard}
     index = {"metadata": {"total_size": sum(one.bytes for one in tensors)}, "weight_map": places}
     write_json(folder / "model.safetensors.index.json", index)
-    text = skeleton("llava-med-7b").config.text_config
+    text = meta_model("llava-med-7b").config.text_config
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     sizes = {name: getattr(text, name) for name in (*names, "num_key_value_heads", "rms_norm_eps")}
     write_json(folder / "config.json", CONFIG | sizes)

@@ -21,7 +21,7 @@ from typing import Any
 from record import record
 
 from normtune.data.records import Example
-from normtune.data.registry import open_from
+from normtune.data.registry import open_configured
 from normtune.data.splits import patients
 from normtune.evaluation.config import EvaluateConfig
 from normtune.metrics.reports import report_table, text_pairs
@@ -141,7 +141,7 @@ def test(chosen: dict[str, dict[str, Any]], options: argparse.Namespace) -> list
         adapter = options.work / "adapters" / row["name"]
         cells.append(Cell(f"test@{row['name']}", None, evaluation(row["name"], adapter, "test", options)))
     done = {row["name"]: row for row in run_cells(cells, workers=options.workers, kept=options.work / "rows")}
-    examples = open_from(cells[0].evaluate).split("test")
+    examples = open_configured(cells[0].evaluate).split("test")
     recipes = [*BASELINES, "frozen", *chosen]
     return [
         {

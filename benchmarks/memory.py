@@ -34,15 +34,15 @@ from normtune.methods.adapt import adapt
 from normtune.models.image_cache import ImageCache
 from normtune.models.parts import norms
 from normtune.training.collator import Collator
-from normtune.training.layer_wrapping import Tier, recomputed
-from normtune.training.memory_plan.live_bytes import LiveBytes
-from normtune.training.saved_activations import lean
+from normtune.training.layer_wrapping import MemoryTier, checkpoint_activations
+from normtune.training.memory_plan.live_bytes import LiveTensorBytes
+from normtune.training.saved_activations import save_fewer_activations
 
 WIDTH, FORWARD, HEADS = 512, 1376, 8
 NEEDED = (
     4 * FORWARD + 8 * WIDTH + 4 * WIDTH + 4 * HEADS + 8
 )  # bf16; see `normtune.training.saved_activations`
-TIERS: tuple[Tier, ...] = ("fast", "balanced", "tight")
+TIERS: tuple[MemoryTier, ...] = ("fast", "balanced", "tight")
 PEERS = ("PEFT LN_TUNING", "PEFT LoRA r8 q,v", "PEFT LoRA r8 all-linear", "full")
 OURS = tuple(f"normtune ln, {tier}" for tier in TIERS)
 
@@ -92,7 +92,7 @@ def block_rows(length: int, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def block_model(method: str, layers: int, dtype: torch.dtype) -> tuple[nn.Module, Tier | None]:
+def block_model(method: str, layers: int, dtype: torch.dtype) -> tuple[nn.Module, MemoryTier | None]:
     """A LLaMA under a method; the tier where it is Normtune's."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -121,8 +121,12 @@ def forward(model: Any, length: int, dtype: torch.dtype) -> Tensor:
     return model(inputs_embeds=states, attention_mask=mask, use_cache=False).last_hidden_state.float().mean()
 
 
-def tiered(model: nn.Module, tier: Tier | None) -> tuple[Any, Any]:
-    return (nullcontext(), nullcontext()) if tier is None else (lean(model), recomputed(model, tier))
+def tiered(model: nn.Module, tier: MemoryTier | None) -> tuple[Any, Any]:
+    return (
+        (nullcontext(), nullcontext())
+        if tier is None
+        else (save_fewer_activations(model), checkpoint_activations(model, tier))
+    )
 
 
 def stepper(method: str, layers: int, length: int) -> Callable[[], float]:
@@ -145,7 +149,7 @@ def bytes_a_token_and_layer(method: str, length: int) -> float:
     for layers in (2, 6):
         model, tier = block_model(method, layers, torch.bfloat16)
         first, second = tiered(model, tier)
-        with first, second, LiveBytes() as live:
+        with first, second, LiveTensorBytes() as live:
             loss = forward(model, length, torch.bfloat16)
             kept.append(live.now + 0 * loss.numel())
     return (kept[1] - kept[0]) / 4 / length
@@ -191,7 +195,11 @@ def peak(shape: LlavaShape, dataset: Dataset, members: Sequence[Example], method
         recipe, tier = method.removeprefix("normtune ").split(", ")
         adapt(family.model, recipe)
         batch = Collator(family, ImageCache(family, dataset))([members])
-        with lean(family.model), recomputed(family.model, tier), LiveBytes() as live:  # type: ignore[arg-type]
+        with (
+            save_fewer_activations(family.model),
+            checkpoint_activations(family.model, tier),
+            LiveTensorBytes() as live,
+        ):  # type: ignore[arg-type]
             family.loss(batch)[0].backward()
             return live.peak
     peer, checkpointed, _ = method.removeprefix("PEFT ").partition(", checkpointed")
@@ -200,7 +208,7 @@ def peak(shape: LlavaShape, dataset: Dataset, members: Sequence[Example], method
     if checkpointed:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     inputs = collate(rows)
-    with LiveBytes() as live:
+    with LiveTensorBytes() as live:
         model(**inputs).loss.backward()
         return live.peak
 

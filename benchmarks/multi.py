@@ -24,17 +24,17 @@ from shape import Shape
 from shapes import SHAPES
 from workload import ratio, sample, shown, spread
 
-from normtune.adapters.multi.bank import Mixed, mix
+from normtune.adapters.multi.bank import AdapterBank, build_bank
 from normtune.data.batches import EpochBatches
 from normtune.data.records import Dataset, Example
 from normtune.data.registry import open_dataset
 from normtune.methods.adapt import adapt
-from normtune.training.collator import collator
+from normtune.training.collator import build_collator
 from normtune.training.config import TrainConfig
-from normtune.training.joint import backward, run
-from normtune.training.joint_run import Lane
-from normtune.training.memory_plan.live_bytes import LiveBytes
-from normtune.training.saved_activations import lean
+from normtune.training.joint import backward, train_all
+from normtune.training.joint_run import AdapterRun
+from normtune.training.memory_plan.live_bytes import LiveTensorBytes
+from normtune.training.saved_activations import save_fewer_activations
 from normtune.training.train import fit
 
 TUNE = {"miss": "encoder=ln,decoder=ln", "llava": "language=ln"}
@@ -163,22 +163,22 @@ def together(
     family = loaded(shape)
     tuned = adapt(family.model, configs[0].tune)
     started = time.perf_counter()
-    mixed = mix(tuned, len(configs))
-    run(family, mixed, lanes_of(family, mixed, configs, dataset, examples), configs[0], at_once)
+    mixed = build_bank(tuned, len(configs))
+    train_all(family, mixed, lanes_of(family, mixed, configs, dataset, examples), configs[0], at_once)
     return time.perf_counter() - started
 
 
 def lanes_of(
     family: Any,
-    mixed: Mixed,
+    mixed: AdapterBank,
     configs: Sequence[TrainConfig],
     dataset: Dataset,
     examples: Sequence[Example],
-) -> list[Lane]:
+) -> list[AdapterRun]:
     """One a config, with one collator."""
-    collate = collator(configs[0], family, mixed.tuned, dataset, examples)
+    collate = build_collator(configs[0], family, mixed.tuned, dataset, examples)
     return [
-        Lane(
+        AdapterRun(
             adapter,
             config,
             mixed,
@@ -201,11 +201,11 @@ def step_bytes(
     """Bytes of the base's weights, and those alive at the peak of a step, the adapters' among them."""
     family = loaded(shape)
     base = sum(parameter.numel() * parameter.element_size() for parameter in family.model.parameters())
-    mixed = mix(adapt(family.model, configs[0].tune), len(configs))
+    mixed = build_bank(adapt(family.model, configs[0].tune), len(configs))
     parts = [(lane, lane.next()) for lane in lanes_of(family, mixed, configs, dataset, examples)]
     for lane, groups in parts:
         lane.collate(groups)  # images are seen before
-    with lean(family.model), LiveBytes() as live:
+    with save_fewer_activations(family.model), LiveTensorBytes() as live:
         for first in range(0, len(parts), at_once):
             backward(family, mixed, parts[first : first + at_once])
     return base, live.peak + OF_ADAM * mixed.values.numel()

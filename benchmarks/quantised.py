@@ -110,9 +110,9 @@ def batch(options: argparse.Namespace, family: Family) -> dict[str, Any]:
         if sum(map(len, members)) < options.pairs:
             members.append(group)
     groups = [
-        Group(m[0].images, tuple(family.encode(e.id, e.question, e.answer) for e in m)) for m in members
+        Group(m[0].images, tuple(family.tokenize(e.id, e.question, e.answer) for e in m)) for m in members
     ]
-    pixels = [[family.pixels(dataset.open_image(key)) for key in m[0].images] for m in members]
+    pixels = [[family.preprocess_image(dataset.open_image(key)) for key in m[0].images] for m in members]
     return family.collate(groups, pixels)
 
 

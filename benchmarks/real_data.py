@@ -17,7 +17,7 @@ from typing import Any
 
 from record import record
 
-from normtune.data.registry import open_from
+from normtune.data.registry import open_configured
 from normtune.evaluation.baselines import QuestionOnly
 from normtune.evaluation.config import EvaluateConfig
 from normtune.metrics.answers import score_vqa
@@ -64,7 +64,7 @@ def main() -> None:
 
 def baseline(name: str, named: dict[str, Any]) -> dict[str, Any]:
     """The answers that the questions alone give."""
-    dataset = open_from(EvaluateConfig(model="nano", out=Path("unused"), **named))
+    dataset = open_configured(EvaluateConfig(model="nano", out=Path("unused"), **named))
     test = dataset.split("test")
     found = score_vqa(test, QuestionOnly.fit(dataset.split("train")).predict(test))
     row = {"dataset": name, "recipe": "question-only", "training": None, "rows": len(test)}

@@ -30,8 +30,8 @@ from normtune.data.groups import Group
 from normtune.data.records import Dataset, Example
 from normtune.data.registry import open_dataset
 from normtune.methods.adapt import adapt
-from normtune.runtime.files import replacing
-from normtune.training.saved_activations import lean
+from normtune.runtime.files import atomic_write
+from normtune.training.saved_activations import save_fewer_activations
 
 QUESTIONS, IMAGE_TOKENS = (1, 2, 4, 8, 16, 32), (64, 144, 256, 576, 1024)
 AT_TOKENS, AT_QUESTIONS = 576, 11  # where the one is held while the other changes; the curves meet there
@@ -125,12 +125,12 @@ def prepare(
     """Both methods at one point: what runs a step, and its floating-point operations."""
     torch.manual_seed(0)
     family, peer = shape.family(), shape.tuned("LN_TUNING")
-    pixels = family.pixels(dataset.open_image(examples[0].images[0]))
-    segments = [family.encode(example.id, example.question, example.answer) for example in examples]
+    pixels = family.preprocess_image(dataset.open_image(examples[0].images[0]))
+    segments = [family.tokenize(example.id, example.question, example.answer) for example in examples]
     batch = family.collate([Group(examples[0].images, tuple(segments))], [[pixels]])
     inputs = shape.collate([shape.row(family, example, pixels) for example in examples])
     tuned = adapt(family.model, "ln")
-    held.enter_context(lean(family.model))  # as `normtune.training.train.fit` does
+    held.enter_context(save_fewer_activations(family.model))  # as `normtune.training.train.fit` does
 
     def loss() -> Tensor:
         total, tokens = family.loss(batch)
@@ -239,7 +239,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     panels[0].set_ylabel("seconds a training step")
     panels[0].legend(title="points: measured; lines: arithmetic", fontsize=8, title_fontsize=8)
     figure.tight_layout()
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png")
     plt.close(figure)
 

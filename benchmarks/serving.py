@@ -35,11 +35,11 @@ from torch import nn
 from workload import Workload, parser, ratio, shown, spread, workload
 
 from normtune.adapters.fingerprint import fingerprint
-from normtune.adapters.storage import save_delta
+from normtune.adapters.storage import save_adapter
 from normtune.data.groups import group_by_image
 from normtune.data.records import Dataset, Example
 from normtune.data.registry import open_dataset
-from normtune.methods.adapt import adapt, untune
+from normtune.methods.adapt import adapt, restore_base
 from normtune.models.family import Family
 from normtune.models.parts import norms
 from normtune.runtime import memory
@@ -113,8 +113,8 @@ def written(family: Family, recipe: str, count: int, out: Path) -> list[Path]:
         with torch.no_grad():
             for name, one in tuned.trained.items():
                 one.copy_(start[name] + 0.1 * torch.randn_like(one))
-        save_delta(tuned, folder, base_name="random", base_fingerprint=mark)
-    untune(tuned)
+        save_adapter(tuned, folder, base_name="random", base_fingerprint=mark)
+    restore_base(tuned)
     return folders
 
 
@@ -151,10 +151,10 @@ def throughput(
     examples = spread_over(work.dataset, images, options.pairs)
     images = len({example.images for example in examples})
     work = replace(work, examples=examples)
-    plain = family.pixels
+    plain = family.preprocess_image
     dataset = work.held(family)
     twin = copy.deepcopy(family)  # an engine has its base to itself
-    twin.pixels = family.pixels  # type: ignore[method-assign]
+    twin.preprocess_image = family.preprocess_image  # type: ignore[method-assign]
     rows = work.shape.rows(family, dataset, examples)
     batch, single = work.shape.asked(rows), [work.shape.asked([row]) for row in rows]
     names = [str(number) for number in range(len(examples))]
@@ -194,7 +194,7 @@ def throughput(
                 speeds[name].append(len(names) / (time.perf_counter() - began))
                 print(f"round {round_ + 1}  {images} images  {name:<48} {speeds[name][-1]:8.2f} requests/s")
         computed = engine.stats(), second.stats()
-    family.pixels = plain  # type: ignore[method-assign]
+    family.preprocess_image = plain  # type: ignore[method-assign]
     for one in computed:
         assert one.failed == 0 and one.batches == 2 * (options.rounds + 1), "whole batches"
     made = [

@@ -88,7 +88,7 @@ class Shape(ABC):
     def rows(self, family: Family, dataset: Dataset, examples: Sequence[Example]) -> list[Any]:
         """Every example as a row; an image is processed once."""
         keys = dict.fromkeys(example.images[0] for example in examples)
-        pixels = {key: family.pixels(dataset.open_image(key)) for key in keys}
+        pixels = {key: family.preprocess_image(dataset.open_image(key)) for key in keys}
         return [self.row(family, example, pixels[example.images[0]]) for example in examples]
 
     def peer(

@@ -130,7 +130,7 @@ class LlavaShape(Shape):
         return tuned_by_peft(self._model(), method, ("q_proj", "v_proj"))
 
     def row(self, family: Any, example: Example, pixels: Pixels) -> Row:
-        segment = family.encode(example.id, example.question, example.answer)
+        segment = family.tokenize(example.id, example.question, example.answer)
         alone = family.collate([Group(example.images, (segment,))], [[pixels]])
         labels = torch.full_like(alone["input_ids"][0], IGNORED)
         labels[alone["answer_rows"] + 1] = alone["labels"]
@@ -167,5 +167,5 @@ class LlavaShape(Shape):
         beams: int,
         tokens: int,
     ) -> list[Written]:
-        found = family.written(groups, pixels, max_new_tokens=tokens, beams=beams)
+        found = family.generate_tokens(groups, pixels, max_new_tokens=tokens, beams=beams)
         return [one.tokens for one in found]

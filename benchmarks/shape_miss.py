@@ -110,7 +110,7 @@ class MissShape(Shape):
         return tuned_by_peft(self._blip(), method, ("query", "value", "qkv"))
 
     def row(self, family: Any, example: Example, pixels: Pixels) -> Row:
-        segment = family.encode(example.id, example.question, example.answer)
+        segment = family.tokenize(example.id, example.question, example.answer)
         answer = torch.tensor((family.config.bos_token_id, *segment.answer))
         return Row(pixels["pixel_values"], torch.tensor(segment.prompt), answer)
 

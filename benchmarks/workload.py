@@ -56,9 +56,9 @@ class Workload:
         images = {
             key: self.dataset.open_image(key) for key in dict.fromkeys(e.images[0] for e in self.examples)
         }
-        processed = {id(image): family.pixels(image) for image in images.values()}
-        family.pixels = lambda image: processed[id(image)]  # type: ignore[method-assign]
-        return replace(self.dataset, examples=self.examples, open_image=images.__getitem__, left_out=[])
+        processed = {id(image): family.preprocess_image(image) for image in images.values()}
+        family.preprocess_image = lambda image: processed[id(image)]  # type: ignore[method-assign]
+        return replace(self.dataset, examples=self.examples, open_image=images.__getitem__, skipped=[])
 
     def about(self) -> dict[str, Any]:
         """For the record."""

@@ -213,7 +213,7 @@ def fit(family: MissFamily, images: Images, options: argparse.Namespace) -> None
         groups = [
             Group(
                 group[0].images,
-                tuple(family.encode(e.id, e.question, e.answer, report=reports) for e in group),
+                tuple(family.tokenize(e.id, e.question, e.answer, report=reports) for e in group),
             )
             for group in members
         ]

@@ -26,11 +26,11 @@ from normtune.runtime import distributed
 
 def main() -> None:
     """Entry point: bad input is one line on stderr and exit status 2."""
-    if distributed.launched() > 1:  # read when torch is imported; its warnings come once a process
+    if distributed.launched_count() > 1:  # read when torch is imported; its warnings come once a process
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         status = app(standalone_mode=False)
-        distributed.leave()
+        distributed.shut_down()
     except (typer.Abort, KeyboardInterrupt):
         print("stopped", file=sys.stderr)
         status = 130
@@ -52,6 +52,6 @@ def main() -> None:
 
 
 def _refuse(message: str) -> int:
-    if distributed.reports():
+    if distributed.should_report_failure():
         print("normtune: " + " ".join(message.split()), file=sys.stderr)
     return 2

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from normtune.adapters.export_peft import CONFIG_FILE, WEIGHTS_FILE, export_peft, export_text
 from normtune.adapters.fingerprint import fingerprint
-from normtune.adapters.storage import save_delta
-from normtune.methods.adapt import Tuned, adapt
+from normtune.adapters.storage import save_adapter
+from normtune.methods.adapt import TunedModel, adapt
 from tests.support.base_models import KINDS, base, logits, outcome, train_a_little
 
 pytestmark = [  # PEFT's own, where it loads
@@ -24,13 +24,13 @@ pytestmark = [  # PEFT's own, where it loads
 ]
 
 
-def saved(kind: str, recipe: str, directory: Path) -> Tuned:
+def saved(kind: str, recipe: str, directory: Path) -> TunedModel:
     model = base(kind)
     mark = fingerprint(model)
     tuned = adapt(model, recipe)
     train_a_little(tuned)
     tuned.model.eval()  # the dropout of a LoRA included
-    save_delta(tuned, directory, base_name=f"tiny-{kind}", base_fingerprint=mark, data={"licence": "CC0"})
+    save_adapter(tuned, directory, base_name=f"tiny-{kind}", base_fingerprint=mark, data={"licence": "CC0"})
     return tuned
 
 

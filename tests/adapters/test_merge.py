@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from normtune.adapters import merge
 from normtune.adapters.fingerprint import fingerprint
 from normtune.adapters.merge import NEW_SHARD, ORIGIN_FILE, merge_text, merge_to_disk
-from normtune.adapters.storage import TENSORS_FILE, save_delta
-from normtune.methods.adapt import Tuned, adapt
+from normtune.adapters.storage import TENSORS_FILE, save_adapter
+from normtune.methods.adapt import TunedModel, adapt
 from normtune.methods.registry import INTRINSIC
 from normtune.models.checkpoints.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
 from normtune.models.miss.model import MissForQuestionAnswering
@@ -44,11 +44,11 @@ RECIPES = (
 )
 
 
-def delta_of(model: nn.Module, recipe: str, directory: Path) -> Tuned:
+def delta_of(model: nn.Module, recipe: str, directory: Path) -> TunedModel:
     mark = fingerprint(model)
     tuned = adapt(model, recipe)
     train_a_little(tuned)
-    save_delta(tuned, directory, base_name="tiny", base_fingerprint=mark, metrics={"closed": 0.5})
+    save_adapter(tuned, directory, base_name="tiny", base_fingerprint=mark, metrics={"closed": 0.5})
     return tuned
 
 
@@ -92,7 +92,7 @@ def test_plain_transformers_loads_the_merged_model_to_the_same_logits(
     json.dumps(merged.__dict__)
 
 
-def whole(base_model: nn.Module, directory: Path, tuned: Tuned, dtype: torch.dtype) -> dict[str, Tensor]:
+def whole(base_model: nn.Module, directory: Path, tuned: TunedModel, dtype: torch.dtype) -> dict[str, Tensor]:
     """The new shard, made from the loaded base and what was trained; places are found by value."""
     held = load_file(directory / SINGLE_FILE)
     old = dict(base_model.named_parameters(remove_duplicate=False))
@@ -207,7 +207,7 @@ def test_norms_stay_fp32_over_a_bf16_base_and_the_rounding_is_told(kind: str, tm
     with torch.no_grad():  # one value moves by less than bf16 can hold, one by more
         tuned.trained[names[0]][0] += 1e-5
         tuned.trained[names[0]][1] += 1.0
-    save_delta(tuned, tmp_path / "delta", base_name="tiny", base_fingerprint=mark)
+    save_adapter(tuned, tmp_path / "delta", base_name="tiny", base_fingerprint=mark)
     merged = merge_to_disk(str(directory), tmp_path / "delta", tmp_path / "out")
     assert merged.rounded_away == 0.5
     assert "50.0% of the changes are lost" in merge_text(merged)

@@ -11,7 +11,7 @@ from torch import nn
 
 from normtune.adapters.merged_weights import UNMERGEABLE, changed_by, refuse_unmergeable, with_addition
 from normtune.methods.registry import ADDED, METHODS
-from normtune.training.memory_plan.live_bytes import LiveBytes
+from normtune.training.memory_plan.live_bytes import LiveTensorBytes
 from tests.support.base_models import outcome
 
 WEIGHT = torch.linspace(-1, 1, 48).reshape(6, 8)
@@ -60,7 +60,7 @@ def test_one_fp32_tensor_of_the_weight_s_size_is_made(method: str) -> None:
     )
     trained = {"0.lora_A": torch.ones(2, 8), "0.lora_B": torch.ones(6, 2), "0.ia3": torch.ones(6, 1)}
     old = WEIGHT.bfloat16()
-    with LiveBytes() as live:
+    with LiveTensorBytes() as live:
         with_addition("0", layer, "weight", old, trained)
     assert live.peak == 4 * WEIGHT.numel()
 

@@ -19,14 +19,14 @@ from normtune.adapters.storage import (
     CARD_FILE,
     INFO_FILE,
     TENSORS_FILE,
-    load_delta,
-    merge_delta,
-    read_delta,
+    load_adapter,
+    merge_adapter,
+    read_adapter_info,
     read_tensors,
-    save_delta,
-    unmerge_delta,
+    save_adapter,
+    unmerge_adapter,
 )
-from normtune.methods.adapt import Tuned, adapt
+from normtune.methods.adapt import TunedModel, adapt
 from normtune.methods.norms import TunedNorm
 from normtune.methods.recipe import parse
 from tests.support.base_models import KINDS, base, logits, outcome, train_a_little
@@ -52,13 +52,13 @@ UNMERGEABLE = ("prefix", "ptuning", "adapter")
 MIXTURES = RECIPES[-3:]  # between them they hold most methods
 
 
-def saved(kind: str, recipe: str, directory: Path, dtype: torch.dtype = torch.float32) -> Tuned:
+def saved(kind: str, recipe: str, directory: Path, dtype: torch.dtype = torch.float32) -> TunedModel:
     """A tuned base whose delta lies in `directory`."""
     model = base(kind, dtype)
     mark = fingerprint(model)
     tuned = adapt(model, recipe)
     train_a_little(tuned)
-    save_delta(
+    save_adapter(
         tuned,
         directory,
         base_name=f"tiny-{kind}",
@@ -79,7 +79,7 @@ def test_a_loaded_delta_gives_the_same_logits_to_the_bit(
 ) -> None:
     tuned = saved(kind, recipe, tmp_path, dtype)
     before = logits(tuned.model)
-    loaded = load_delta(base(kind, dtype), tmp_path)
+    loaded = load_adapter(base(kind, dtype), tmp_path)
     assert torch.equal(logits(loaded.model), before)
     assert not torch.equal(before, logits(base(kind, dtype)))
     assert str(loaded.recipe) == str(tuned.recipe)
@@ -91,7 +91,7 @@ def test_a_loaded_delta_gives_the_same_logits_to_the_bit(
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_delta_trained_on_an_fp32_base_fits_the_same_base_in_bf16(kind: str, tmp_path: Path) -> None:
     saved(kind, "ln", tmp_path)
-    loaded = load_delta(base(kind, torch.bfloat16), tmp_path)
+    loaded = load_adapter(base(kind, torch.bfloat16), tmp_path)
     assert all(parameter.dtype == torch.float32 for parameter in loaded.trained.values())
 
 
@@ -109,7 +109,7 @@ def test_the_files_say_what_was_trained_on_what(tmp_path: Path) -> None:
         "method": "ln",
     }
     card = (tmp_path / CARD_FILE).read_text()
-    assert card == model_card(read_delta(tmp_path))
+    assert card == model_card(read_adapter_info(tmp_path))
     assert "| closed | 0.5000 [0.4000, 0.6000] |" in card
     assert "| data: licence | CC0 |" in card
     assert f"{tuned.trainable:,} of {tuned.total:,} parameters" in card
@@ -121,10 +121,10 @@ def test_a_base_of_other_shapes_is_refused_by_name_and_shape(tmp_path: Path) -> 
     saved("miss", "ln", tmp_path)
     wide = base("miss")
     wide.visual_encoder.norm = torch.nn.LayerNorm(24)
-    message = outcome(lambda: load_delta(wide, tmp_path))
+    message = outcome(lambda: load_adapter(wide, tmp_path))
     assert "visual_encoder.norm.weight (delta [16], model [24])" in message
     assert "tiny-miss" in message
-    assert "(delta [16], model absent)" in outcome(lambda: load_delta(base("llava"), tmp_path))
+    assert "(delta [16], model absent)" in outcome(lambda: load_adapter(base("llava"), tmp_path))
 
 
 @pytest.mark.parametrize("recipe", ["ln", "lora(r=2)", "prefix(n=2)"])
@@ -135,9 +135,9 @@ def test_a_base_of_equal_shapes_and_other_values_is_refused_unless_allowed(
     other = base("miss")
     with torch.no_grad():
         other.text_decoder.bert.encoder.layer[0].attention.self.query.weight[0, 0] += 1
-    assert "other values" in outcome(lambda: load_delta(other, tmp_path))
+    assert "other values" in outcome(lambda: load_adapter(other, tmp_path))
     assert not any(isinstance(module, TunedNorm) for module in other.modules())
-    load_delta(other, tmp_path, allow_other_base=True)
+    load_adapter(other, tmp_path, allow_other_base=True)
 
 
 def test_an_added_method_that_does_not_fit_leaves_the_base_as_it_was(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_an_added_method_that_does_not_fit_leaves_the_base_as_it_was(tmp_path: P
     found["recipe"] = found["recipe"].replace("r=2", "r=3")
     (tmp_path / INFO_FILE).write_text(json.dumps(found))
     other = base("miss")
-    assert "lora_A (delta [2, 16], model [3, 16])" in outcome(lambda: load_delta(other, tmp_path))
+    assert "lora_A (delta [2, 16], model [3, 16])" in outcome(lambda: load_adapter(other, tmp_path))
     assert torch.equal(logits(other), logits(base("miss")))
 
 
@@ -168,7 +168,7 @@ def test_the_fingerprint_tells_values_shapes_and_names_apart_but_not_precision()
 def test_a_delta_with_a_missing_file_is_refused(file: str, tmp_path: Path) -> None:
     saved("miss", "ln", tmp_path)
     (tmp_path / file).unlink()
-    assert str(tmp_path) in outcome(lambda: load_delta(base("miss"), tmp_path))
+    assert str(tmp_path) in outcome(lambda: load_adapter(base("miss"), tmp_path))
 
 
 @pytest.mark.parametrize("file", [INFO_FILE, TENSORS_FILE])
@@ -177,14 +177,16 @@ def test_a_truncated_file_is_refused(file: str, kept: float, tmp_path: Path) -> 
     saved("miss", "vision=ln", tmp_path)
     whole = (tmp_path / file).read_bytes()
     (tmp_path / file).write_bytes(whole[: int(kept * len(whole))])
-    assert file in outcome(lambda: load_delta(base("miss"), tmp_path))
+    assert file in outcome(lambda: load_adapter(base("miss"), tmp_path))
 
 
 def test_files_of_two_deltas_are_refused(tmp_path: Path) -> None:
     saved("miss", "ln", tmp_path / "one")
     saved("miss", "vision=ln", tmp_path / "two")
     shutil.copy(tmp_path / "one" / TENSORS_FILE, tmp_path / "two" / TENSORS_FILE)
-    assert "is not the file that adapter.json describes" in outcome(lambda: read_delta(tmp_path / "two"))
+    assert "is not the file that adapter.json describes" in outcome(
+        lambda: read_adapter_info(tmp_path / "two")
+    )
 
 
 def test_tensors_that_the_json_does_not_name_are_refused(tmp_path: Path) -> None:
@@ -192,7 +194,7 @@ def test_tensors_that_the_json_does_not_name_are_refused(tmp_path: Path) -> None
     found = json.loads((tmp_path / INFO_FILE).read_text())
     del found["tensors"]["visual_encoder.norm.bias"]
     (tmp_path / INFO_FILE).write_text(json.dumps(found))
-    message = outcome(lambda: read_tensors(tmp_path, read_delta(tmp_path)))
+    message = outcome(lambda: read_tensors(tmp_path, read_adapter_info(tmp_path)))
     assert "visual_encoder.norm.bias" in message
 
 
@@ -241,7 +243,7 @@ def test_a_full_disk_leaves_the_old_delta_and_no_other_file(tmp_path: Path) -> N
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        message = outcome(lambda: save_delta(tuned, tmp_path, base_name="b", base_fingerprint="f"))
+        message = outcome(lambda: save_adapter(tuned, tmp_path, base_name="b", base_fingerprint="f"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "cannot write" in message
@@ -270,13 +272,13 @@ def test_a_kill_between_the_renames_leaves_a_whole_delta_or_one_that_is_refused(
     train_a_little(tuned)
     monkeypatch.setattr(os, "replace", dying)
     with pytest.raises(Killed):
-        save_delta(tuned, tmp_path, base_name="b", base_fingerprint=fingerprint(base("miss")))
+        save_adapter(tuned, tmp_path, base_name="b", base_fingerprint=fingerprint(base("miss")))
     monkeypatch.undo()
     if renames < 2:
-        loaded = load_delta(base("miss"), tmp_path)
+        loaded = load_adapter(base("miss"), tmp_path)
         assert all(torch.equal(loaded.trained[name], one) for name, one in old.items())
     else:
-        assert "is not the file" in outcome(lambda: load_delta(base("miss"), tmp_path))
+        assert "is not the file" in outcome(lambda: load_adapter(base("miss"), tmp_path))
 
 
 MERGEABLE = [recipe for recipe in RECIPES if not any(name in recipe for name in UNMERGEABLE)]
@@ -289,7 +291,7 @@ def test_a_merged_model_is_the_plain_model_with_equal_logits(recipe: str, kind: 
     tuned = adapt(base(kind), recipe)
     train_a_little(tuned)
     before = logits(tuned.model)
-    merged = merge_delta(tuned)
+    merged = merge_adapter(tuned)
     assert [(name, type(module)) for name, module in merged.named_modules()] == [
         (name, type(module)) for name, module in plain.named_modules()
     ]
@@ -315,10 +317,10 @@ def test_unmerging_gives_the_tuned_model_back_to_the_bit(kind: str, dtype: torch
     before = logits(tuned.model)
     state = {name: value.clone() for name, value in tuned.model.state_dict().items()}
     parameters = {id(parameter) for parameter in tuned.model.parameters()}
-    merge_delta(tuned)
+    merge_adapter(tuned)
     assert all(p.dtype == dtype for p in tuned.model.parameters())
     logits(tuned.model)
-    assert unmerge_delta(tuned) is tuned.model
+    assert unmerge_adapter(tuned) is tuned.model
     again = tuned.model.state_dict()
     assert again.keys() == state.keys()
     assert all(torch.equal(again[name], value) for name, value in state.items())
@@ -332,7 +334,7 @@ def test_unmerging_gives_the_tuned_model_back_to_the_bit(kind: str, dtype: torch
 def test_trained_norms_merge_to_the_bit() -> None:
     tuned = adapt(base("miss"), "ln")
     train_a_little(tuned)
-    merged = merge_delta(tuned).state_dict()
+    merged = merge_adapter(tuned).state_dict()
     assert all(torch.equal(merged[name], parameter) for name, parameter in tuned.trained.items())
 
 
@@ -341,21 +343,21 @@ def test_what_no_weight_can_stand_for_is_not_merged(recipe: str) -> None:
     tuned = adapt(base("miss"), recipe)
     train_a_little(tuned)
     before = logits(tuned.model)
-    assert "cannot be merged" in outcome(lambda: merge_delta(tuned))
+    assert "cannot be merged" in outcome(lambda: merge_adapter(tuned))
     assert torch.equal(logits(tuned.model), before)
 
 
 def test_merging_twice_and_unmerging_what_is_not_merged_are_refused() -> None:
     tuned = adapt(base("miss"), "ln")
-    assert "not merged" in outcome(lambda: unmerge_delta(tuned))
-    merge_delta(tuned)
-    assert "merged already" in outcome(lambda: merge_delta(tuned))
+    assert "not merged" in outcome(lambda: unmerge_adapter(tuned))
+    merge_adapter(tuned)
+    assert "merged already" in outcome(lambda: merge_adapter(tuned))
 
 
 def test_a_merged_model_saves_the_delta_that_it_was_merged_from(tmp_path: Path) -> None:
     tuned = saved("miss", "ln", tmp_path / "before")
-    merge_delta(tuned)
-    save_delta(tuned, tmp_path / "merged", base_name="b", base_fingerprint=fingerprint(base("miss")))
+    merge_adapter(tuned)
+    save_adapter(tuned, tmp_path / "merged", base_name="b", base_fingerprint=fingerprint(base("miss")))
     assert (tmp_path / "merged" / TENSORS_FILE).read_bytes() == (
         tmp_path / "before" / TENSORS_FILE
     ).read_bytes()

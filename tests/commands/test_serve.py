@@ -12,11 +12,11 @@ import pytest
 
 from normtune import cli
 from normtune.adapters.fingerprint import fingerprint
-from normtune.adapters.storage import save_delta
+from normtune.adapters.storage import save_adapter
 from normtune.methods.adapt import adapt
 from normtune.models.loading import load
 from normtune.serving.http import server
-from normtune.serving.http.state import Answers, Settings
+from normtune.serving.http.state import EngineProtocol, Settings
 from tests.support.test_server import call, question, serving
 
 
@@ -66,7 +66,7 @@ def test_a_base_and_its_adapters_are_served(
 ) -> None:
     asked: list[Any] = []
 
-    def once(engine: Answers, settings: Settings, listening: Any, *, ready: Any, quiet: bool) -> None:
+    def once(engine: EngineProtocol, settings: Settings, listening: Any, *, ready: Any, quiet: bool) -> None:
         ready()
         listening.close()
         with serving(engine, settings) as url:
@@ -93,7 +93,7 @@ def test_what_lies_below_the_root_and_cannot_be_served_is_left_out_by_name(
         model = load("nano").model
         mark = fingerprint(model)
         out = tmp_path / recipe.partition("=")[0]
-        save_delta(adapt(model, recipe), out, base_name="nano", base_fingerprint=mark)
+        save_adapter(adapt(model, recipe), out, base_name="nano", base_fingerprint=mark)
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "adapter.json").write_text("{")
     for name in ("ln-encoder+decoder", "nano", "of Jane Doe"):

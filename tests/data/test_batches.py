@@ -10,7 +10,14 @@ from accelerate.data_loader import BatchSamplerShard
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from normtune.data.batches import EpochBatches, Tokens, batch_count, even_batches, pair_batches, rank_shares
+from normtune.data.batches import (
+    EpochBatches,
+    TokenCosts,
+    batch_count,
+    batches_of_pairs,
+    even_batches,
+    split_across_ranks,
+)
 from normtune.data.groups import Segment, group_by_image
 from normtune.data.records import Example
 from normtune.errors import InputError
@@ -71,7 +78,7 @@ def test_a_shuffled_image_is_cut_differently_in_different_epochs() -> None:
 
 @given(sizes, st.integers(1, 40))
 def test_batches_keep_the_order_and_divide_no_group(sizes: list[int], pairs: int) -> None:
-    batches = pair_batches(sizes, pairs)
+    batches = batches_of_pairs(sizes, pairs)
     assert [index for batch in batches for index in batch] == list(range(len(sizes)))
     assert all(batches) and len(batches) == min(len(sizes), math.ceil(sum(sizes) / pairs))
 
@@ -79,7 +86,7 @@ def test_batches_keep_the_order_and_divide_no_group(sizes: list[int], pairs: int
 @given(sizes.filter(bool), st.integers(1, 40))
 def test_batches_hold_about_the_pairs_asked_for(sizes: list[int], pairs: int) -> None:
     largest = max(sizes)
-    for batch in pair_batches(sizes, pairs):
+    for batch in batches_of_pairs(sizes, pairs):
         held = sum(sizes[index] for index in batch)
         # both ends lie within half a group of an even share, and a share is at most `pairs`
         assert len(batch) == 1 or held <= pairs + largest
@@ -87,7 +94,7 @@ def test_batches_hold_about_the_pairs_asked_for(sizes: list[int], pairs: int) ->
 
 @given(st.integers(0, 100), st.integers(1, 20))
 def test_batches_of_single_questions_hold_at_most_the_pairs_asked_for(count: int, pairs: int) -> None:
-    held = [len(batch) for batch in pair_batches([1] * count, pairs)]
+    held = [len(batch) for batch in batches_of_pairs([1] * count, pairs)]
     assert sum(held) == count and max(held, default=0) <= pairs
     assert max(held, default=0) - min(held, default=0) <= 1
 
@@ -96,19 +103,19 @@ def test_batches_of_single_questions_hold_at_most_the_pairs_asked_for(count: int
 def test_the_number_of_batches_does_not_depend_on_the_order(
     sizes: list[int], pairs: int, rng: random.Random
 ) -> None:
-    before = len(pair_batches(sizes, pairs))
+    before = len(batches_of_pairs(sizes, pairs))
     rng.shuffle(sizes)
-    assert len(pair_batches(sizes, pairs)) == before
+    assert len(batches_of_pairs(sizes, pairs)) == before
 
 
 def test_each_cut_falls_on_the_nearest_boundary() -> None:
-    assert pair_batches([4, 4, 4, 4], 8) == [[0, 1], [2, 3]]
-    assert pair_batches([3, 3, 6], 6) == [[0, 1], [2]]
-    assert pair_batches([10, 1, 1], 4) == [[0], [1], [2]]
-    assert pair_batches([1, 1, 10], 4) == [[0], [1], [2]]
-    assert pair_batches([5], 2) == [[0]]
-    assert pair_batches([2, 6, 1], 5) == [[0], [1, 2]]
-    assert pair_batches([], 4) == []
+    assert batches_of_pairs([4, 4, 4, 4], 8) == [[0, 1], [2, 3]]
+    assert batches_of_pairs([3, 3, 6], 6) == [[0, 1], [2]]
+    assert batches_of_pairs([10, 1, 1], 4) == [[0], [1], [2]]
+    assert batches_of_pairs([1, 1, 10], 4) == [[0], [1], [2]]
+    assert batches_of_pairs([5], 2) == [[0]]
+    assert batches_of_pairs([2, 6, 1], 5) == [[0], [1, 2]]
+    assert batches_of_pairs([], 4) == []
 
 
 @given(costs, st.integers(1, 30), st.integers(1, 4))
@@ -128,20 +135,20 @@ def test_no_batch_costs_more_than_an_even_share_and_one_group(
 @given(costs.filter(bool), st.integers(1, 6))
 def test_processes_differ_by_no_more_than_the_dearest_group(costs: list[int], ranks: int) -> None:
     assume(len(costs) >= ranks)
-    shares = rank_shares(costs, ranks)
+    shares = split_across_ranks(costs, ranks)
     assert sorted(index for share in shares for index in share) == list(range(len(costs)))
     loads = [sum(costs[index] for index in share) for share in shares]
     assert len(loads) == ranks and min(loads) > 0 and max(loads) - min(loads) <= max(costs)
 
 
 def test_the_dearest_groups_go_to_different_processes() -> None:
-    assert rank_shares([1, 9, 8, 2], 2) == [[0, 1], [2, 3]]
-    assert rank_shares([3, 1, 2], 1) == [[0, 1, 2]]
+    assert split_across_ranks([1, 9, 8, 2], 2) == [[0, 1], [2, 3]]
+    assert split_across_ranks([3, 1, 2], 1) == [[0, 1, 2]]
 
 
-def tokens_of(examples: list[Example], prefix: int, rng: random.Random | None = None) -> Tokens:
+def tokens_of(examples: list[Example], prefix: int, rng: random.Random | None = None) -> TokenCosts:
     """Segments of 5 to 60 tokens, or of 10 each without `rng`."""
-    return Tokens(
+    return TokenCosts(
         {example.images: prefix for example in examples},
         {example.id: rng.randint(5, 60) if rng else 10 for example in examples},
     )
@@ -160,8 +167,8 @@ def test_batches_of_even_tokens_hold_every_example_once_in_as_many_batches(
         yielded = list(by_tokens)
         assert len(yielded) == len(by_tokens) and all(yielded)
         assert Counter(e.id for b in yielded for group in b for e in group) == Counter(e.id for e in examples)
-        dearest = max(tokens.of(group) for batch in yielded for group in batch)
-        held = [sum(map(tokens.of, batch)) for batch in yielded]
+        dearest = max(tokens.cost_of(group) for batch in yielded for group in batch)
+        held = [sum(map(tokens.cost_of, batch)) for batch in yielded]
         for batch, cost in zip(yielded, held, strict=True):
             assert len(batch) == 1 or cost <= sum(held) / len(held) + dearest
 
@@ -182,9 +189,9 @@ def test_a_batch_of_even_tokens_takes_fewer_groups_where_prefixes_weigh() -> Non
     examples = examples_of([12] + [1] * 12)
     tokens = tokens_of(examples, prefix=500)
 
-    def spread(tokens_of_batch: Tokens | None) -> int:
+    def spread(tokens_of_batch: TokenCosts | None) -> int:
         batches = list(EpochBatches(examples, 12, None, 0, tokens=tokens_of_batch))
-        held = [sum(map(tokens.of, batch)) for batch in batches]
+        held = [sum(map(tokens.cost_of, batch)) for batch in batches]
         assert len(held) == 2
         return max(held) - min(held)
 
@@ -208,8 +215,8 @@ def test_several_processes_see_every_example_once_as_accelerate_shards_the_batch
     assert seen == Counter(example.id for example in examples)
     assert {len(shard) for shard in shards} == {batches.steps} and len(batches) == batches.steps * ranks
     for step in zip(*shards, strict=True):
-        held = [sum(map(tokens.of, batch)) for batch in step]
-        dearest = max(tokens.of(group) for batch in step for group in batch)
+        held = [sum(map(tokens.cost_of, batch)) for batch in step]
+        dearest = max(tokens.cost_of(group) for batch in step for group in batch)
         assert min(held) > 0 and max(held) - min(held) <= dearest
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from normtune.data.options import DataOptions
-from normtune.data.registry import NAMES, open_dataset, open_from
+from normtune.data.registry import NAMES, open_configured, open_dataset
 from normtune.data.splits import leaks
 from normtune.errors import InputError
 from tests.support.dataset_samples import (
@@ -89,7 +89,7 @@ def test_text_alone_needs_no_image_files(root: Path, name: str) -> None:
 
 def test_the_sections_of_a_report_are_chosen_where_the_dataset_tells_them_apart(tmp_path: Path) -> None:
     options = {"data": "openi", "root": write_kaggle_openi(tmp_path)}
-    both = open_from(DataOptions.checked(**options, sections="both"))
+    both = open_configured(DataOptions.checked(**options, sections="both"))
     assert both.split("train")[0].answer.endswith(("Normal chest.", "left base.", "No effusion."))
     for name in ("slake", "medpix", "phantom-a"):
         with pytest.raises(InputError, match=f"dataset {name} tells no sections apart: --sections goes with"):
@@ -154,10 +154,10 @@ def test_a_root_that_is_not_there_is_named(name: str, tmp_path: Path) -> None:
 
 
 def test_the_options_of_a_command_open_the_dataset_split_by_image_where_they_say_so(root: Path) -> None:
-    plain = open_from(DataOptions(data="vqa-rad", root=root))
+    plain = open_configured(DataOptions(data="vqa-rad", root=root))
     assert [e.split for e in plain.examples] == ["train", "test"]
     assert leaks(plain)
-    disjoint = open_from(DataOptions(data="vqa-rad", root=root, image_disjoint=True))
+    disjoint = open_configured(DataOptions(data="vqa-rad", root=root, image_disjoint=True))
     assert leaks(disjoint) == []
     assert len(disjoint.examples) == 2
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from normtune.data.reading.cells import is_yes_no, split_name, text_of
 from normtune.data.records import Dataset, Example, Problem
-from normtune.data.splits import image_disjoint, leaks, parts, same_pixels
+from normtune.data.splits import image_disjoint, leaks, same_pixels, split_groups
 from normtune.errors import InputError
 
 
@@ -72,7 +72,7 @@ def test_languages_are_parts_of_their_own_and_leak_across_splits_alone() -> None
         example("2", "a", language="zh"),
         example("3", "a", language="zh", split="test"),
     )
-    assert list(parts(made)) == ["train (en)", "train (zh)", "test (zh)"]
+    assert list(split_groups(made)) == ["train (en)", "train (zh)", "test (zh)"]
     assert [(leak.part, leak.other) for leak in leaks(made) if leak.what == "image"] == [
         ("test (zh)", "train (en)"),
         ("test (zh)", "train (zh)"),
@@ -99,7 +99,9 @@ def test_no_image_stands_in_two_splits_and_no_row_is_lost(
 
 def test_the_splits_take_their_fractions_of_the_images_and_change_with_the_seed() -> None:
     made = dataset(*(example(f"{i}-{j}", f"i{i}") for i in range(50) for j in range(1 + i % 3)))
-    sizes = {name: len({e.images[0] for e in part}) for name, part in parts(image_disjoint(made)).items()}
+    sizes = {
+        name: len({e.images[0] for e in part}) for name, part in split_groups(image_disjoint(made)).items()
+    }
     assert sizes == {"train": 35, "validate": 5, "test": 10}
     assert image_disjoint(made, seed=1).examples != image_disjoint(made, seed=0).examples
     whole = image_disjoint(made, fractions=(0, 0, 1))
@@ -110,8 +112,8 @@ def test_the_splits_take_their_fractions_of_the_images_and_change_with_the_seed(
 
 def test_rows_that_were_left_out_go_with_their_image() -> None:
     gone = [example("x", "a", answer=""), Example("y", (), "", "", "open", "train")]
-    made = image_disjoint(dataset(example("1", "a"), left_out=gone), fractions=(0, 0, 1))
-    assert [e.split for e in made.left_out] == ["test", "train"]
+    made = image_disjoint(dataset(example("1", "a"), skipped=gone), fractions=(0, 0, 1))
+    assert [e.split for e in made.skipped] == ["test", "train"]
 
 
 def test_pictures_that_are_the_same_under_two_names_stay_together() -> None:

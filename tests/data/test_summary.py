@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from normtune.data.datasets import slake
-from normtune.data.summary import survey, survey_text
+from normtune.data.summary import summarize, summary_text
 from tests.support.dataset_samples import slake_row, write_slake
 
 
@@ -17,7 +17,7 @@ def made(root: Path, language: str = "en") -> dict[str, object]:
         slake_row(5, 3, "zh"),
     ]
     write_slake(root, train=train, validate=[], test=[slake_row(6, 2)])
-    return survey(slake.read(root, language=language))  # type: ignore[arg-type]
+    return summarize(slake.read(root, language=language))  # type: ignore[arg-type]
 
 
 def test_rows_and_kinds_count_the_file_and_images_count_what_can_be_used(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_several_languages_are_counted_apart(tmp_path: Path) -> None:
 
 
 def test_the_text_shows_the_counts_leaks_and_problems_but_no_question_or_answer(tmp_path: Path) -> None:
-    text = survey_text(made(tmp_path))
+    text = summary_text(made(tmp_path))
     lines = text.splitlines()
     assert lines[0] == "slake (licence: CC BY 4.0)"
     assert lines[3].split() == [
@@ -79,6 +79,6 @@ def test_the_text_shows_the_counts_leaks_and_problems_but_no_question_or_answer(
 
 def test_no_leak_and_no_problem_are_said_in_words(tmp_path: Path) -> None:
     rows = {split: [slake_row(n, n)] for n, split in enumerate(("train", "validate", "test"))}
-    text = survey_text(survey(slake.read(write_slake(tmp_path, **rows))))
+    text = summary_text(summarize(slake.read(write_slake(tmp_path, **rows))))
     assert "Leaks between splits: none" in text
     assert "Problems in the files: none" in text

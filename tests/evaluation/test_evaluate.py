@@ -156,7 +156,7 @@ def test_a_damaged_image_is_named() -> None:
 
 def test_memory_errors_say_what_to_lower() -> None:
     class Full(FakeFamily):
-        def answer(self, *_: Any, **__: Any) -> list[list[Answer]]:
+        def generate_answers(self, *_: Any, **__: Any) -> list[list[Answer]]:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(InputError, match=r"out of memory with 7 questions at once\. Lower --batch"):
@@ -165,7 +165,7 @@ def test_memory_errors_say_what_to_lower() -> None:
 
 def test_a_score_that_is_not_a_number_is_left_out(tmp_path: Path) -> None:
     class Unsure(FakeFamily):
-        def answer(self, groups: Any, *_: Any, **__: Any) -> list[list[Answer]]:
+        def generate_answers(self, groups: Any, *_: Any, **__: Any) -> list[list[Answer]]:
             return [[Answer("yes", math.nan) for _ in group.segments] for group in groups]
 
     run(Unsure(ANSWERS), fake_dataset(EXAMPLES), tmp_path)

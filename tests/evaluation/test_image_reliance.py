@@ -18,7 +18,14 @@ from normtune.data.records import Dataset, Example
 from normtune.errors import InputError
 from normtune.evaluation.config import CONTROLS
 from normtune.evaluation.evaluate import Evaluation, evaluate, metrics_text
-from normtune.evaluation.image_reliance import GREY, control_dataset, controls_of, noise, others, reliance
+from normtune.evaluation.image_reliance import (
+    GREY,
+    control_dataset,
+    controls_of,
+    image_reliance,
+    noise,
+    swapped_images,
+)
 from normtune.evaluation.results import read_run
 from normtune.metrics.table import metric_table
 from normtune.models.family import Family
@@ -34,12 +41,12 @@ class Looking(FakeFamily):
         super().__init__({})
         self.blind = blind
 
-    def pixels(self, image: Image.Image) -> Pixels:
+    def preprocess_image(self, image: Image.Image) -> Pixels:
         import torch
 
         return {"mean": torch.tensor(np.asarray(image).mean())}
 
-    def answer(
+    def generate_answers(
         self,
         groups: Sequence[Group],
         pixels: Sequence[Sequence[Pixels]],
@@ -112,9 +119,9 @@ def test_nobody_is_shown_an_image_of_their_own(patients: list[int], views: int, 
     examples = with_patients(patients, views)
     if len(set(patients)) < 2:
         with pytest.raises(InputError, match=r"of one patient.*Leave 'other' out"):
-            others(examples)
+            swapped_images(examples)
         return
-    found = others(examples)
+    found = swapped_images(examples)
     assert found.keys() == {key for example in examples for key in example.images}
     owner = {
         key: patient for example, patient in zip(examples, patients, strict=True) for key in example.images
@@ -126,13 +133,13 @@ def test_nobody_is_shown_an_image_of_their_own(patients: list[int], views: int, 
         assert [view for _, view in shown] == [str(view) for view in range(views)]
     if 2 * max(Counter(patients).values()) <= len(patients):
         assert sorted(found.values()) == sorted(found), "each is shown once"
-    assert others(random.Random(seed).sample(examples, len(examples))) == found
+    assert swapped_images(random.Random(seed).sample(examples, len(examples))) == found
 
 
 def test_a_study_of_fewer_views_shows_its_last_again() -> None:
     one = Example("a", ("a0", "a1"), "", "x", "report", "test")
     other = Example("b", ("b0",), "", "x", "report", "test")
-    assert others([one, other]) == {"a0": "b0", "a1": "b0", "b0": "a0"}
+    assert swapped_images([one, other]) == {"a0": "b0", "a1": "b0", "b0": "a0"}
 
 
 # --- The table ----------------------------------------------------------------------------------------------
@@ -144,7 +151,7 @@ def test_the_table_is_that_of_hand_worked_figures() -> None:
     right = metric_table(rows, {row.id: "lung" for row in rows}, "vqa")
     half = metric_table(rows, {row.id: "lung" if row.id < "2" else "heart" for row in rows}, "vqa")
     nothing = metric_table(rows, {row.id: "heart" for row in rows}, "vqa")
-    found = reliance(rows, right, {"blank": half, "other": right})
+    found = image_reliance(rows, right, {"blank": half, "other": right})
     one = found["blank"]["metrics"]["global_exact"]
     assert one["real"] == {"value": 1.0, "low": 1.0, "high": 1.0} and one["replaced"]["value"] == 0.5
     assert (one["difference"]["value"], one["earned"]["value"]) == (0.5, 0.5)
@@ -158,17 +165,19 @@ def test_the_table_is_that_of_hand_worked_figures() -> None:
         "open_exact",
         "open_recall",
     }
-    misled = reliance(rows, half, {"noise": right})["noise"]["metrics"]["global_exact"]
+    misled = image_reliance(rows, half, {"noise": right})["noise"]["metrics"]["global_exact"]
     assert misled["difference"]["value"] == -0.5 and misled["earned"]["value"] == -1.0
-    assert reliance(rows, nothing, {"noise": right})["noise"]["metrics"]["global_exact"]["earned"] is None
+    assert (
+        image_reliance(rows, nothing, {"noise": right})["noise"]["metrics"]["global_exact"]["earned"] is None
+    )
 
 
 def test_p_values_are_corrected_for_all_controls_and_metrics() -> None:
     rows = [Example(f"{i}", (f"{i}",), "?", "lung", "open", "test") for i in range(10)]
     right = metric_table(rows, {row.id: "lung" for row in rows}, "vqa")
     wrong = metric_table(rows, {row.id: "heart" for row in rows}, "vqa")
-    alone = reliance(rows, right, {"blank": wrong})["blank"]["metrics"]["open_exact"]["difference"]
-    three = reliance(rows, right, dict.fromkeys(CONTROLS, wrong))["blank"]["metrics"]["open_exact"]
+    alone = image_reliance(rows, right, {"blank": wrong})["blank"]["metrics"]["open_exact"]["difference"]
+    three = image_reliance(rows, right, dict.fromkeys(CONTROLS, wrong))["blank"]["metrics"]["open_exact"]
     assert alone["p"] == 2 / 2**10 and alone["p_holm"] == pytest.approx(3 * alone["p"])
     assert three["difference"]["p_holm"] == pytest.approx(9 * alone["p"])
 
@@ -186,7 +195,7 @@ def test_an_evaluation_asks_the_same_of_every_control(tmp_path: Path) -> None:
         batch_pairs=10,
         progress=lambda done, total: ticks.append((done, total)),
     )
-    shown = others(EXAMPLES)
+    shown = swapped_images(EXAMPLES)
     assert {p.id: p.text for p in found.predictions} == {e.id: e.answer for e in EXAMPLES}
     assert {p.text for p in found.controls["blank"]} == {f"level {GREY}"}
     assert {p.id: p.text for p in found.controls["other"]} == {

@@ -28,7 +28,7 @@ class Seeing(FakeFamily):
     def __init__(self) -> None:
         super().__init__({})
 
-    def seen(self, pixels: Pixels) -> Pixels:
+    def encode_image(self, pixels: Pixels) -> Pixels:
         level = pixels["mean"]
         return {"states": torch.stack((level, 255 - level)).repeat(3, 1)}
 
@@ -95,10 +95,10 @@ def test_every_image_is_opened_once() -> None:
 
 def test_a_family_without_image_features_is_refused() -> None:
     class Blind(FakeFamily):
-        def seen(self, pixels: Pixels) -> Pixels:
+        def encode_image(self, pixels: Pixels) -> Pixels:
             return pixels
 
-    pixels = Blind({}).pixels(Image.new("RGB", (2, 2)))
+    pixels = Blind({}).preprocess_image(Image.new("RGB", (2, 2)))
     with pytest.raises(InputError, match="Blind gives no image features"):
         pooled_features(Blind({}), pixels)  # type: ignore[arg-type]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from normtune.adapters.storage import save_delta
+from normtune.adapters.storage import save_adapter
 from normtune.evaluation.config import EvaluateConfig
 from normtune.evaluation.evaluate import _setting, evaluate_config, metrics_text
 from normtune.methods.adapt import adapt
@@ -54,5 +54,5 @@ def test_a_name_that_does_not_say_whose_data_it_is_decides_nothing(
 ) -> None:
     tuned = adapt(base("miss"), "ln")
     mark = "-".join(["0" * 32] * 2)
-    save_delta(tuned, tmp_path, base_name="tiny", base_fingerprint=mark, data=data)
+    save_adapter(tuned, tmp_path, base_name="tiny", base_fingerprint=mark, data=data)
     assert _setting(tmp_path, dataset)["setting"] == setting

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from normtune.errors import InputError
-from normtune.methods.adapt import adapt, trainable, untune
+from normtune.methods.adapt import adapt, restore_base, select_parameters
 from normtune.methods.norms import TunedNorm
 from normtune.methods.recipe import parse, resolve
 from normtune.methods.registry import RecipeError
-from normtune.models.parts import anatomy
+from normtune.models.parts import find_parts
 from normtune.training.changes import change_report
 from tests.support.base_models import KINDS, base, logits, train_a_little
 
@@ -128,7 +128,7 @@ def test_untune_gives_the_base_back(kind: str) -> None:
         tuned = adapt(model, "ln+lora(r=2)")
         train_a_little(tuned)
         assert not torch.equal(logits(model), expected)
-        assert untune(tuned) is model
+        assert restore_base(tuned) is model
         assert torch.equal(logits(model), expected)
         after = state(model)
         assert list(after) == list(before)
@@ -141,7 +141,7 @@ def test_untune_gives_the_base_back(kind: str) -> None:
 def test_untune_refuses_where_the_bases_values_are_gone() -> None:
     tuned = adapt(base("miss"), "encoder=ffn")
     with pytest.raises(InputError, match="was trained in place"):
-        untune(tuned)
+        restore_base(tuned)
 
 
 def test_tied_tensors_stay_tied_when_they_are_trained_from_bf16() -> None:
@@ -158,21 +158,21 @@ def test_tied_tensors_stay_tied_when_they_are_trained_from_bf16() -> None:
 
 
 def test_a_recipe_selects_by_part_role_and_layer() -> None:
-    found = anatomy(base("miss"))
+    found = find_parts(base("miss"))
 
     def chosen(text: str) -> list[str]:
-        return trainable(found, resolve(parse(text), found.parts))
+        return select_parameters(found, resolve(parse(text), found.parts))
 
-    roles = {place.name: (place.part, place.role, place.layer) for place in found.places}
+    roles = {place.name: (place.part, place.role, place.layer) for place in found.parameters}
     assert {roles[name][:2] for name in chosen("encoder=ln")} == {("encoder", "norm")}
     assert {roles[name] for name in chosen("decoder=attention[1:]")} == {("decoder", "attention", 1)}
-    assert chosen("full") == [place.name for place in found.places]
-    assert chosen("ffn") == [place.name for place in found.places if place.role == "ffn"]
+    assert chosen("full") == [place.name for place in found.parameters]
+    assert chosen("ffn") == [place.name for place in found.parameters if place.role == "ffn"]
     gains, shifts = chosen("ln(bias=0)"), chosen("ln(gain=0)")
     assert sorted(gains + shifts) == sorted(chosen("ln")) and all(name.endswith("weight") for name in gains)
     biases = chosen("bias")
     assert all(name.endswith("bias") and roles[name][1] != "norm" for name in biases)
-    both = [place.name for place in found.places if place.role == "norm" or place.name in biases]
+    both = [place.name for place in found.parameters if place.role == "norm" or place.name in biases]
     assert chosen("ln+bias") == both
     assert chosen("encoder=ln[-1:]") == [name for name in chosen("encoder=ln") if ".layer.1." in name]
     assert chosen("frozen") == []
@@ -222,9 +222,13 @@ def test_norms_are_replaced_only_where_they_are_trained() -> None:
 
 def test_places_and_methods_say_where_each_trained_tensor_is_from() -> None:
     tuned = adapt(base("llava"), "vision=ln,connector=full,language=lora(r=2)")
-    assert set(tuned.places) == set(tuned.methods) == set(tuned.trained)
+    assert set(tuned.part_and_role) == set(tuned.methods) == set(tuned.trained)
     assert set(tuned.methods.values()) == {"ln", "full", "lora"}
-    assert set(tuned.places.values()) == {("vision", "norm"), ("connector", "other"), ("language", "lora")}
+    assert set(tuned.part_and_role.values()) == {
+        ("vision", "norm"),
+        ("connector", "other"),
+        ("language", "lora"),
+    }
 
 
 def test_the_change_report_says_how_far_each_role_went() -> None:
@@ -235,7 +239,7 @@ def test_the_change_report_says_how_far_each_role_went() -> None:
     assert report.warning is not None and "only 0.00%" in report.warning
     with torch.no_grad():
         for name, parameter in tuned.trained.items():
-            if tuned.places[name] == ("encoder", "norm"):
+            if tuned.part_and_role[name] == ("encoder", "norm"):
                 parameter.mul_(1.5)
     report = change_report(before, tuned)
     assert report.warning is None

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from normtune.errors import InputError
-from normtune.methods.adapt import adapt, untune
+from normtune.methods.adapt import adapt, restore_base
 from normtune.methods.bottleneck import Bottleneck
 from tests.support.base_models import CACHE, KINDS, base, logits, train_a_little
 
@@ -57,7 +57,7 @@ def test_lora_stands_on_query_and_value_of_self_and_cross_attention() -> None:
     ]
     assert set(tuned.trained) == {f"{site}.lora_{side}" for site in sites for side in "AB"}
     assert {tuple(p.shape) for p in tuned.trained.values()} == {(2, 16), (16, 2)}
-    assert set(tuned.places.values()) == {("encoder", "lora")}
+    assert set(tuned.part_and_role.values()) == {("encoder", "lora")}
 
 
 def test_ia3_stands_on_key_value_output_and_the_feed_forwards_input() -> None:
@@ -184,8 +184,11 @@ def test_a_prefix_on_miss_is_seen_by_every_query_of_self_attention() -> None:
 
 
 def test_prefixes_leave_vision_alone_unless_they_are_asked_to() -> None:
-    assert {place[0] for place in adapt(base("miss"), "prefix").places.values()} == {"encoder", "decoder"}
-    assert {place[0] for place in adapt(base("llava"), "prefix").places.values()} == {"language"}
+    assert {place[0] for place in adapt(base("miss"), "prefix").part_and_role.values()} == {
+        "encoder",
+        "decoder",
+    }
+    assert {place[0] for place in adapt(base("llava"), "prefix").part_and_role.values()} == {"language"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -196,7 +199,7 @@ def test_what_was_added_comes_off_again(kind: str, method: str) -> None:
     tuned = adapt(model, method)
     train_a_little(tuned)
     assert not torch.equal(logits(model), expected)
-    assert untune(tuned) is model
+    assert restore_base(tuned) is model
     assert torch.equal(logits(model), expected)
     assert list(model.state_dict()) == names
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from normtune.adapters.multi import rows as norms_module
-from normtune.adapters.multi.norms import MixedNorm
-from normtune.adapters.multi.rows import Owners, Rows
+from normtune.adapters.multi.norms import MultiAdapterNorm
+from normtune.adapters.multi.rows import ActiveRows, RowAdapters
 from normtune.methods.norms import TunedNorm, norm_eps
 from normtune.models.parts import norm_kind
 
@@ -67,7 +67,7 @@ def inputs(name: str, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tens
 def test_an_untouched_gain_gives_the_bases_output(name: str) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         module, x = norm(name, dtype), inputs(name, dtype)
-        tuned = TunedNorm.of(module)
+        tuned = TunedNorm.from_norm(module)
         out, expected = tuned(x), module(x)
         assert out.dtype == dtype
         assert all(parameter.dtype == torch.float32 for parameter in tuned.parameters())
@@ -81,7 +81,7 @@ def test_an_untouched_gain_gives_the_bases_output(name: str) -> None:
 @pytest.mark.parametrize("name", MAKERS)
 def test_gradients_are_those_of_autograd(name: str) -> None:
     module, x = norm(name), inputs(name)
-    tuned = TunedNorm.of(module)
+    tuned = TunedNorm.from_norm(module)
     grad_out = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     tuned(ours).backward(grad_out)
@@ -94,7 +94,7 @@ def test_gradients_are_those_of_autograd(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in MAKERS if name != "group"])
 def test_gradients_of_a_bf16_input_are_the_fp32_ones_rounded(name: str) -> None:
-    tuned, x = TunedNorm.of(norm(name, torch.bfloat16)), inputs(name, torch.bfloat16)
+    tuned, x = TunedNorm.from_norm(norm(name, torch.bfloat16)), inputs(name, torch.bfloat16)
     grad_out = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).bfloat16()
     low, high = x.clone().requires_grad_(), x.float().requires_grad_()
     tuned(low).backward(grad_out)
@@ -112,7 +112,7 @@ def test_gradients_of_a_bf16_input_are_the_fp32_ones_rounded(name: str) -> None:
 def test_a_second_use_of_one_input_and_a_frozen_gain_have_right_gradients(name: str) -> None:
     module, x = norm(name), inputs(name)
     module.requires_grad_(False)
-    tuned = TunedNorm.of(module)
+    tuned = TunedNorm.from_norm(module)
     assert not any(parameter.requires_grad for parameter in tuned.parameters())
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     (tuned(ours) * ours).sum().backward()
@@ -123,7 +123,7 @@ def test_a_second_use_of_one_input_and_a_frozen_gain_have_right_gradients(name: 
 
 @pytest.mark.parametrize("name", ["layer", "llama", "gemma"])
 def test_only_the_input_and_its_statistics_are_saved(name: str) -> None:
-    tuned, x = TunedNorm.of(norm(name, torch.bfloat16)), inputs(name, torch.bfloat16).requires_grad_()
+    tuned, x = TunedNorm.from_norm(norm(name, torch.bfloat16)), inputs(name, torch.bfloat16).requires_grad_()
     own = {parameter.data_ptr() for parameter in tuned.parameters()}
     saved: list[Tensor] = []
 
@@ -146,7 +146,7 @@ def test_every_gain_of_a_bf16_base_moves_at_lr_1e_4_and_none_of_its_own_would(na
     if name != "gemma":
         with torch.no_grad():
             base.weight.fill_(1.0)
-    tuned = TunedNorm.of(base)
+    tuned = TunedNorm.from_norm(base)
     aim = 0.5 * torch.randn(WIDTH, generator=torch.Generator().manual_seed(3))
 
     def steps(module: nn.Module) -> dict[str, Tensor]:
@@ -167,14 +167,14 @@ def test_every_gain_of_a_bf16_base_moves_at_lr_1e_4_and_none_of_its_own_would(na
 # --- Several adapters ---------------------------------------------------------------------------------------
 
 
-def mixed_of(alone: list[TunedNorm]) -> MixedNorm:
+def mixed_of(alone: list[TunedNorm]) -> MultiAdapterNorm:
     weight = torch.stack([one.weight.detach() for one in alone])
     bias = (
         None
         if alone[0].bias is None
         else torch.stack([one.bias.detach() for one in alone if one.bias is not None])
     )
-    return MixedNorm.of(alone[0], weight, bias, Rows())
+    return MultiAdapterNorm.from_norm(alone[0], weight, bias, ActiveRows())
 
 
 @pytest.mark.parametrize("few", [0, 16], ids=["gathered", "a kernel a run"])
@@ -182,14 +182,14 @@ def mixed_of(alone: list[TunedNorm]) -> MixedNorm:
 def test_each_row_of_a_mixed_batch_equals_its_adapter_alone(
     name: str, few: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(norms_module, "FEW", few)
+    monkeypatch.setattr(norms_module, "MAX_RUNS", few)
     adapters = [2, 0, 1, 1, 2]
     for dtype in (torch.float32, torch.bfloat16):
-        alone = [TunedNorm.of(norm(name, dtype, seed=seed)) for seed in range(3)]
+        alone = [TunedNorm.from_norm(norm(name, dtype, seed=seed)) for seed in range(3)]
         mixed, x = mixed_of(alone), inputs(name, dtype)
         grad_out = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
         ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-        with mixed.rows.taken_by(Owners(adapters)):
+        with mixed.rows.use(RowAdapters(adapters)):
             out = mixed(ours)
             out.backward(grad_out)
         expected = torch.cat([alone[one](theirs[i : i + 1]) for i, one in enumerate(adapters)])
@@ -201,13 +201,13 @@ def test_each_row_of_a_mixed_batch_equals_its_adapter_alone(
         for key, bank in mixed.named_parameters():
             wanted = torch.stack([getattr(one, key).grad for one in alone])
             torch.testing.assert_close(bank.grad, wanted, rtol=1e-5, atol=2e-5)
-        with torch.inference_mode(), mixed.rows.taken_by(Owners(adapters)):
+        with torch.inference_mode(), mixed.rows.use(RowAdapters(adapters)):
             torch.testing.assert_close(mixed(x), expected, rtol=step, atol=step)
 
 
 @pytest.mark.parametrize("name", ["layer", "llama", "gemma"])
 def test_a_mixed_norm_of_one_adapters_rows_is_its_norm_to_the_bit_and_saves_no_more(name: str) -> None:
-    alone = [TunedNorm.of(norm(name, torch.bfloat16, seed=seed)) for seed in range(3)]
+    alone = [TunedNorm.from_norm(norm(name, torch.bfloat16, seed=seed)) for seed in range(3)]
     mixed, x = mixed_of(alone), inputs(name, torch.bfloat16).requires_grad_()
     own = {parameter.data_ptr() for parameter in mixed.parameters()}
     saved: list[Tensor] = []
@@ -216,7 +216,7 @@ def test_a_mixed_norm_of_one_adapters_rows_is_its_norm_to_the_bit_and_saves_no_m
         saved.append(tensor)
         return tensor
 
-    with mixed.rows.taken_by(Owners([1])), torch.autograd.graph.saved_tensors_hooks(keep, lambda one: one):
+    with mixed.rows.use(RowAdapters([1])), torch.autograd.graph.saved_tensors_hooks(keep, lambda one: one):
         assert torch.equal(mixed(x), alone[1](x))
     mine = saved[: len(saved) // 2 + 1]
     kept = [tensor for tensor in mine if tensor.data_ptr() not in own and tensor.data_ptr() != x.data_ptr()]
@@ -226,8 +226,8 @@ def test_a_mixed_norm_of_one_adapters_rows_is_its_norm_to_the_bit_and_saves_no_m
 
 @pytest.mark.parametrize("few", [0, 16])
 def test_units_share_rows_evenly_or_by_their_sizes(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(norms_module, "FEW", few)
-    alone = [TunedNorm.of(norm("layer", seed=seed)) for seed in range(2)]
+    monkeypatch.setattr(norms_module, "MAX_RUNS", few)
+    alone = [TunedNorm.from_norm(norm("layer", seed=seed)) for seed in range(2)]
     mixed, x = mixed_of(alone), inputs("layer").view(-1, WIDTH)[:24]
 
     def owners(found: Tensor) -> list[int]:
@@ -235,16 +235,16 @@ def test_units_share_rows_evenly_or_by_their_sizes(few: int, monkeypatch: pytest
         return [int((made[:, i] - found[i]).abs().sum(-1).argmin()) for i in range(len(x))]
 
     for units, wanted in [
-        (Owners([1, 0, 1]), [1] * 8 + [0] * 8 + [1] * 8),
-        (Owners([1, 0, 1], [2, 1, 1]), [1] * 12 + [0] * 6 + [1] * 6),
-        (Owners([0, 1], [16, 80]), [0] * 4 + [1] * 20),  # patches, four of which became a row
+        (RowAdapters([1, 0, 1]), [1] * 8 + [0] * 8 + [1] * 8),
+        (RowAdapters([1, 0, 1], [2, 1, 1]), [1] * 12 + [0] * 6 + [1] * 6),
+        (RowAdapters([0, 1], [16, 80]), [0] * 4 + [1] * 20),  # patches, four of which became a row
     ]:
-        with mixed.rows.taken_by(units):
+        with mixed.rows.use(units):
             assert owners(mixed(x)) == wanted
             assert owners(mixed(x.view(1, 2, 12, WIDTH)).view(24, WIDTH)) == wanted
     with (
         pytest.raises(AssertionError, match="24 rows cannot be shared by 5 units"),
-        mixed.rows.taken_by(Owners([0] * 5)),
+        mixed.rows.use(RowAdapters([0] * 5)),
     ):
         mixed(x)
     with pytest.raises(AssertionError, match="nobody has said"):
@@ -252,10 +252,10 @@ def test_units_share_rows_evenly_or_by_their_sizes(few: int, monkeypatch: pytest
 
 
 def test_kinds_and_epsilons_are_the_bases() -> None:
-    found = {name: (TunedNorm.of(norm(name)).kind, norm_eps(norm(name))) for name in MAKERS}
+    found = {name: (TunedNorm.from_norm(norm(name)).kind, norm_eps(norm(name))) for name in MAKERS}
     assert found["layer"] == ("layer", 1e-6)
     assert found["llama"] == ("rms", 1e-5)
     assert found["gemma"] == ("rms_offset", 1e-6)
     assert found["rms"] == ("rms", None)
     assert found["group"] == ("group", 1e-5)
-    assert norm_kind(TunedNorm.of(norm("gemma"))) == "rms_offset"
+    assert norm_kind(TunedNorm.from_norm(norm("gemma"))) == "rms_offset"

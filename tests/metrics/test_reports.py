@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 
 from normtune.data.records import Example
 from normtune.errors import InputError
-from normtune.metrics.reports import NORMALISATIONS, clean, normalisations_for, report_metrics, score_report
+from normtune.metrics.reports import (
+    NORMALISATIONS,
+    normalisations_for,
+    normalise_report,
+    report_metrics,
+    score_report,
+)
 
 MEANT = "The heart is normal. No pleural effusion."
 SAID = "The heart is enlarged. No effusion."
@@ -22,9 +28,9 @@ def report(id: str, text: str, image: str) -> Example:
 
 def test_r2gens_cleaning_by_hand() -> None:
     text = 'Heart:  normal.. 1. No "effusion". 2. A 2.5 cm nodule, <new>; [left]'
-    assert clean(text, "r2gen-iu") == "heart normal . no effusion . a 25 cm nodule new left ."
-    assert clean("____ year\nold.... clear", "r2gen-mimic") == "year old . clear ."
-    assert clean(MEANT, "none") == MEANT
+    assert normalise_report(text, "r2gen-iu") == "heart normal . no effusion . a 25 cm nodule new left ."
+    assert normalise_report("____ year\nold.... clear", "r2gen-mimic") == "year old . clear ."
+    assert normalise_report(MEANT, "none") == MEANT
 
 
 # R2Gen's cleaning once more, from its description, with one regular expression for each step.
@@ -40,18 +46,18 @@ def r2gen_again(text: str) -> str:
 
 @given(st.text(alphabet='aB 1.25,;:"<-/\n#', max_size=40).filter(lambda text: "........." not in text))
 def test_r2gens_cleaning_equals_its_description(text: str) -> None:
-    assert clean(text, "r2gen-iu") == r2gen_again(text)
+    assert normalise_report(text, "r2gen-iu") == r2gen_again(text)
 
 
 @given(st.lists(st.sampled_from(["heart", "normal", "no", "Effusion.", "seen,", "LUNGS"]), min_size=1))
 def test_cleaning_twice_changes_nothing(words: list[str]) -> None:
-    once = clean(" ".join(words), "r2gen-iu")
-    assert clean(once, "r2gen-iu") == once
+    once = normalise_report(" ".join(words), "r2gen-iu")
+    assert normalise_report(once, "r2gen-iu") == once
 
 
 def test_an_unknown_normalisation_is_refused_with_a_guess() -> None:
     with pytest.raises(InputError, match="did you mean 'r2gen-iu'"):
-        clean("x", "r2gen-ui")
+        normalise_report("x", "r2gen-ui")
     assert normalisations_for("MIMIC-CXR") == ("none", "r2gen-mimic")
     assert normalisations_for("openi") == ("none", "r2gen-iu")
 

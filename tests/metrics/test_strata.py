@@ -12,7 +12,7 @@ from normtune.data.registry import open_dataset
 from normtune.metrics.answers import score_vqa
 from normtune.metrics.reports import score_report
 from normtune.metrics.strata import FIELDS, NOT_GIVEN, members, strata, strata_of, strata_text
-from normtune.metrics.table import HEADLINES, metric_table, summarised
+from normtune.metrics.table import HEADLINES, metric_table, summarize_metrics
 from tests.support.dataset_samples import (
     slake_row,
     vqa_rad_row,
@@ -100,11 +100,11 @@ def test_a_stratum_of_reports_scores_as_its_rows_do_alone() -> None:
 
 
 def test_the_table_of_rows_summarises_to_the_tasks_own_metrics() -> None:
-    assert summarised(TABLE, ROWS) == score_vqa(ROWS, SAID)
+    assert summarize_metrics(TABLE, ROWS) == score_vqa(ROWS, SAID)
     reports = [Example(str(n), (str(n),), "", f"No effusion {n}.", "report", "test") for n in range(3)]
     said = {"0": "No effusion.", "1": "Effusion 1.", "2": "x"}
     table = metric_table(reports, said, ["none", "r2gen-iu"])
-    assert summarised(table, reports) == score_report(reports, said)
+    assert summarize_metrics(table, reports) == score_report(reports, said)
 
 
 def test_the_readers_name_strata(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_states_from_disk_are_those_computed_to_the_bit(
     without = cache(family, None)("1")
     assert equal(cache(family, tmp_path)("1"), without)
     again = load(str(source), dtype=dtype)
-    monkeypatch.setattr(type(again), "seen", lambda self, pixels: pytest.fail("the tower ran again"))
+    monkeypatch.setattr(type(again), "encode_image", lambda self, pixels: pytest.fail("the tower ran again"))
     assert equal(cache(again, tmp_path)("1"), without)
     (entry,) = tmp_path.rglob("*.safetensors")
     assert len(entry.stem) == 64 and set(entry.stem) <= set("0123456789abcdef")

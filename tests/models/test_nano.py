@@ -42,7 +42,7 @@ def test_its_tokenizer_knows_the_words_of_hospital_b() -> None:
     family = load("nano")
     unknown = family.processor.tokenizer.unk_token_id
     for example in open_dataset("phantom-b:20").examples:
-        segment = family.encode(example.id, example.question, example.answer)
+        segment = family.tokenize(example.id, example.question, example.answer)
         assert unknown not in segment.prompt + segment.answer
         assert not any(
             piece.startswith("##")

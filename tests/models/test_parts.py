@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from normtune.errors import InputError
 from normtune.models.part_names import ROLES
-from normtune.models.parts import anatomy, norm_kind, norms
+from normtune.models.parts import find_parts, norm_kind, norms
 from tests.support.architectures import SHAPES, shape
 from tests.support.base_models import base
 
@@ -83,21 +83,21 @@ KINDS = {  # of the language's norms, or the text parts'
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_family_is_counted_at_its_real_size(name: str) -> None:
     model = shape(name)
-    found = anatomy(model)
+    found = find_parts(model)
     if name in TOTALS:
         assert found.total == TOTALS[name]
     assert found.total == sum(parameter.numel() for parameter in model.parameters())
     encoder_decoder = name in ("miss_base", "blip_vqa")
     wanted = ("vision", "encoder", "decoder") if encoder_decoder else ("vision", "connector", "language")
     assert found.parts == wanted
-    norm_places = [place for place in found.places if place.role == "norm"]
+    norm_places = [place for place in found.parameters if place.role == "norm"]
     counted = {
         part: (len(sizes), sum(sizes))
         for part in found.parts
         if (sizes := [place.numel for place in norm_places if place.part == part])
     }
     assert counted == NORMS[name]
-    assert all(place.role in ROLES for place in found.places)
+    assert all(place.role in ROLES for place in found.parameters)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -107,7 +107,7 @@ def test_no_norm_of_a_family_is_left_out_and_nothing_else_is_taken(name: str) ->
     called = {n for n, module in leaves if type(module).__name__.endswith("Norm")}
     found = norms(model)
     assert set(found) == called
-    owners = {p.name.rpartition(".")[0] for p in anatomy(model).places if p.role == "norm"}
+    owners = {p.name.rpartition(".")[0] for p in find_parts(model).parameters if p.role == "norm"}
     assert owners == called
     text = {
         norm_kind(module) for n, module in found.items() if "vis" not in n and "projector.layer_norm" not in n
@@ -116,7 +116,7 @@ def test_no_norm_of_a_family_is_left_out_and_nothing_else_is_taken(name: str) ->
 
 
 def test_the_roles_of_miss_are_the_papers() -> None:
-    found = anatomy(shape("miss_base"))
+    found = find_parts(shape("miss_base"))
     percent = {
         (row["part"], row["role"]): row["percent"] for row in found.table() if row["role"] != "embedding"
     }
@@ -141,7 +141,7 @@ def test_the_roles_of_miss_are_the_papers() -> None:
 
 
 def test_attention_and_feed_forward_are_counted_by_hand_for_a_7b_model() -> None:
-    found = anatomy(shape("llava_med"))
+    found = find_parts(shape("llava_med"))
     width, key_width, inner, vocabulary = 4096, 1024, 14336, 32064
     assert found.count("language", "attention") == 32 * (2 * width * width + 2 * width * key_width)
     assert found.count("language", "ffn") == 32 * 3 * width * inner
@@ -154,22 +154,22 @@ def test_attention_and_feed_forward_are_counted_by_hand_for_a_7b_model() -> None
 
 
 def test_a_tied_head_counts_once_as_the_embedding_of_its_own_part() -> None:
-    found = anatomy(shape("miss_base"))
-    names = [place.name for place in found.places]
+    found = find_parts(shape("miss_base"))
+    names = [place.name for place in found.parameters]
     assert len(names) == len(set(names))
-    tied = [place for place in found.places if place.part == "decoder" and place.shape == (30524, 768)]
+    tied = [place for place in found.parameters if place.part == "decoder" and place.shape == (30524, 768)]
     assert len(tied) == 1
     assert tied[0].role == "embedding"
 
 
 def test_layers_are_numbered_in_each_part() -> None:
-    found = anatomy(shape("miss_base"))
-    layers = {place.name: place.layer for place in found.places}
+    found = find_parts(shape("miss_base"))
+    layers = {place.name: place.layer for place in found.parameters}
     assert layers["text_decoder.bert.encoder.layer.7.crossattention.output.dense.weight"] == 7
     assert layers["text_encoder.encoder.layer.11.output.LayerNorm.weight"] == 11
     assert layers["text_encoder.embeddings.LayerNorm.weight"] is None
     assert [found.depth(part) for part in found.parts] == [12, 12, 12]
-    assert anatomy(shape("qwen3_vl_4b")).depth("connector") == 0
+    assert find_parts(shape("qwen3_vl_4b")).depth("connector") == 0
 
 
 def test_a_class_that_nobody_knows_is_told_by_what_it_does() -> None:
@@ -206,16 +206,16 @@ def test_a_gated_norm_keeps_its_role_but_is_not_replaced() -> None:
 
     body = nn.ModuleDict({"norm": Qwen3NextRMSNormGated(8), "linear": nn.Linear(8, 8)})
     assert not norms(body)
-    assert {place.name for place in anatomy(body).places if place.role == "norm"} == {"norm.weight"}
+    assert {place.name for place in find_parts(body).parameters if place.role == "norm"} == {"norm.weight"}
 
 
 def test_asking_leaves_the_model_as_it_was() -> None:
     model = base("llava")
     before = {name: (id(p), p._version, p.requires_grad) for name, p in model.named_parameters()}
-    anatomy(model)
+    find_parts(model)
     assert {name: (id(p), p._version, p.requires_grad) for name, p in model.named_parameters()} == before
 
 
 def test_a_model_without_parameters_is_refused() -> None:
     with pytest.raises(InputError, match="Identity has no parameters"):
-        anatomy(nn.Identity())
+        find_parts(nn.Identity())

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from normtune.adapters.fingerprint import fingerprint, same_base
-from normtune.adapters.storage import open_model
+from normtune.adapters.storage import load_model
 from normtune.data.groups import Group
 from normtune.data.phantom import dataset as phantom
 from normtune.errors import InputError
@@ -23,11 +23,11 @@ from normtune.evaluation.evaluate import evaluate_config
 from normtune.methods.adapt import adapt
 from normtune.models import quantization
 from normtune.models.loading import load
-from normtune.models.parts import anatomy
+from normtune.models.parts import find_parts
 from normtune.models.quantization import Int8Linear, int8_linear, quantised_linears
 from normtune.training.config import TrainConfig
-from normtune.training.memory_plan.live_bytes import LiveBytes
-from normtune.training.saved_activations import lean
+from normtune.training.memory_plan.live_bytes import LiveTensorBytes
+from normtune.training.saved_activations import save_fewer_activations
 from normtune.training.train import train
 from tests.support.tiny_models import make_tiny
 
@@ -45,8 +45,8 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> str:
 def batch_of(family: Any) -> dict[str, Any]:
     dataset = phantom("a", images=2)
     examples = [one for one in dataset.examples if one.images == dataset.examples[0].images][:3]
-    segments = tuple(family.encode(e.id, e.question, e.answer) for e in examples)
-    pixels = [family.pixels(dataset.open_image(key)) for key in examples[0].images]
+    segments = tuple(family.tokenize(e.id, e.question, e.answer) for e in examples)
+    pixels = [family.preprocess_image(dataset.open_image(key)) for key in examples[0].images]
     return family.collate([Group(examples[0].images, segments)], [pixels])
 
 
@@ -81,7 +81,7 @@ def test_only_linears_of_the_text_parts_layers_are_quantised(name: str, llava: s
     model = load("nano" if name == "nano" else llava).model
     chosen = set(quantised_linears(model))
     parts = {"nano": {"encoder", "decoder"}, "llava": {"language"}}[name]
-    for place in anatomy(model).places:
+    for place in find_parts(model).parameters:
         owner, _, attribute = place.name.rpartition(".")
         text = place.part in parts and place.role in ("attention", "ffn") and attribute == "weight"
         assert (owner in chosen) == (text or (place.is_bias and owner in chosen)), place.name
@@ -114,7 +114,7 @@ def test_the_int8_product_and_its_gradient_are_those_of_the_weights_it_stands_fo
 def test_the_int8_product_keeps_no_weights_of_full_width() -> None:
     q, scale = torch.ones(64, 64, dtype=torch.int8), torch.ones(64, 1)
     x = torch.randn(1, 64, requires_grad=True)
-    with LiveBytes() as live:
+    with LiveTensorBytes() as live:
         out = int8_linear(x, q, scale, None)
         assert live.now == out.nbytes
         assert live.peak >= 64 * 64 * 4  # the weights were made, and freed
@@ -133,7 +133,7 @@ def test_a_quantised_base_counts_and_fingerprints_as_the_base(
     source = "nano" if name == "nano" else llava
     base, quantised = load(source).model, load(source, quantize=kind, dtype=dtype).model
     assert same_base(fingerprint(base), fingerprint(quantised))
-    assert anatomy(base).total == anatomy(quantised).total
+    assert find_parts(base).total == find_parts(quantised).total
     chosen = set(quantised_linears(base))
     for module_name, module in quantised.named_modules():
         if isinstance(module, nn.Linear):
@@ -178,7 +178,7 @@ def test_nothing_of_the_weights_is_kept_for_the_backward_pass(kind: str, llava: 
         family = load(llava, **options)  # type: ignore[arg-type]
         adapt(family.model, "ln")
         batch = batch_of(family)
-        with lean(family.model), LiveBytes() as live:
+        with save_fewer_activations(family.model), LiveTensorBytes() as live:
             loss = family.loss(batch)[0]
             kept[name] = live.now
             del loss
@@ -206,8 +206,8 @@ def test_a_delta_goes_from_a_quantised_base_to_the_base_and_back(kind: str, tmp_
     run = {"model": "nano", "data": "phantom-a:4", "limit": 40, "batch": 12, "max_steps": 2, "device": "cpu"}
     train(TrainConfig.checked(**run, out=tmp_path / "on-quantised", quantize=kind, cache=tmp_path / "cache"))
     train(TrainConfig.checked(**run, out=tmp_path / "on-base"))
-    plain = open_model("nano", tmp_path / "on-quantised", device="cpu")
-    quantised = open_model("nano", tmp_path / "on-base", device="cpu", quantize=kind)
+    plain = load_model("nano", tmp_path / "on-quantised", device="cpu")
+    quantised = load_model("nano", tmp_path / "on-base", device="cpu", quantize=kind)
     for family in (plain, quantised):
         assert torch.isfinite(family.loss(batch_of(family))[0])
 

@@ -54,9 +54,11 @@ def family(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Family:
 
 def batch(family: Family, *studies: tuple[str, ...]) -> dict[str, Any]:
     groups = [
-        Group(views, (family.encode(str(i), "", REPORT, report=True),)) for i, views in enumerate(studies)
+        Group(views, (family.tokenize(str(i), "", REPORT, report=True),)) for i, views in enumerate(studies)
     ]
-    return family.collate(groups, [[family.pixels(view(name)) for name in views] for views in studies])
+    return family.collate(
+        groups, [[family.preprocess_image(view(name)) for name in views] for views in studies]
+    )
 
 
 @torch.no_grad()
@@ -66,10 +68,10 @@ def log_prob(family: Family, *studies: tuple[str, ...]) -> Tensor:
 
 def written(family: Family, *studies: tuple[str, ...]) -> list[str]:
     groups = [
-        Group(views, (family.encode(str(i), "", None, report=True),)) for i, views in enumerate(studies)
+        Group(views, (family.tokenize(str(i), "", None, report=True),)) for i, views in enumerate(studies)
     ]
-    pixels = [[family.pixels(view(name)) for name in views] for views in studies]
-    return [answers[0].text for answers in family.answer(groups, pixels, max_new_tokens=6)]
+    pixels = [[family.preprocess_image(view(name)) for name in views] for views in studies]
+    return [answers[0].text for answers in family.generate_answers(groups, pixels, max_new_tokens=6)]
 
 
 def test_every_view_of_a_study_is_seen(family: Family) -> None:
@@ -97,7 +99,7 @@ def test_both_views_reach_the_gradients(family: Family) -> None:
 
 
 def test_every_family_asks_for_a_report_in_the_same_words(family: Family) -> None:
-    assert family.encode("x", "", None, report=True) == family.encode(
+    assert family.tokenize("x", "", None, report=True) == family.tokenize(
         "x", tasks.REPORT_PROMPT, None, report=True
     )
 
@@ -106,16 +108,16 @@ def test_a_long_reference_ends_where_the_model_or_the_task_does(family: Family) 
     room = None
     if isinstance(family, MissFamily):
         room = family.config.text("decoder").max_position_embeddings
-    segment = family.encode("x", "", "heart " * 2000, report=True)
+    segment = family.tokenize("x", "", "heart " * 2000, report=True)
     limit = (
         tasks.MAX_REPORT_REFERENCE_TOKENS
         if room is None
         else min(room - 1, tasks.MAX_REPORT_REFERENCE_TOKENS)
     )
     assert len(segment.answer) == limit
-    assert segment.answer[-1] == family.encode("x", "", "heart", report=True).answer[-1]
+    assert segment.answer[-1] == family.tokenize("x", "", "heart", report=True).answer[-1]
     if room is not None:  # and it can be learned: this was an index error
-        pixels = [[family.pixels(view("frontal"))]]
+        pixels = [[family.preprocess_image(view("frontal"))]]
         family.loss(family.collate([Group(("frontal",), (segment,))], pixels))
 
 

@@ -8,9 +8,9 @@ import pytest
 
 from normtune.data.options import DataOptions
 from normtune.data.records import Dataset
-from normtune.data.registry import open_dataset, open_from
+from normtune.data.registry import open_configured, open_dataset
 from normtune.data.splits import leaks
-from normtune.data.summary import survey, survey_text
+from normtune.data.summary import summarize, summary_text
 from normtune.errors import InputError
 
 FILE = "VQA_RAD Dataset Public.json"
@@ -31,7 +31,7 @@ def rows_of(dataset: Dataset, what: str) -> list[str]:
 
 
 def counts(dataset: Dataset, *fields: str) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(part[f] for f in fields) for name, part in survey(dataset)["parts"].items()}
+    return {name: tuple(part[f] for f in fields) for name, part in summarize(dataset)["parts"].items()}
 
 
 def test_english_slake_has_the_published_rows_and_images(slake: Dataset) -> None:
@@ -53,7 +53,7 @@ def test_chinese_slake_is_read_apart_and_both_together(slake_root: Path) -> None
 
 def test_slakes_leak_between_its_languages_is_named(slake: Dataset, slake_root: Path) -> None:
     assert leaks(slake) == []
-    text = survey_text(survey(slake))
+    text = summary_text(summarize(slake))
     assert "72 of the 96 English test images stand in the Chinese training split" in text
     assert "70 of the 96 Chinese test images stand in the English training split" in text
     both = [str(leak) for leak in leaks(open_dataset("slake", slake_root, language="all"))]
@@ -63,7 +63,7 @@ def test_slakes_leak_between_its_languages_is_named(slake: Dataset, slake_root: 
 
 def test_slakes_empty_answer_and_repeated_rows_are_listed(slake: Dataset) -> None:
     assert rows_of(slake, "answer is empty") == ["1622"]
-    assert [e.id for e in slake.left_out] == ["slake-1622"]
+    assert [e.id for e in slake.skipped] == ["slake-1622"]
     repeated = rows_of(slake, "same image, question and answer as an earlier row")
     assert repeated == [str(qid) for qid in range(592, 599)]
     assert any(e.answer == "None" for e in slake.examples)
@@ -90,7 +90,7 @@ def test_vqa_rads_oddities_are_listed(vqa_rad: Dataset) -> None:
 
 
 def test_vqa_rad_can_be_split_by_image(vqa_rad_root: Path) -> None:
-    dataset = open_from(DataOptions(data="vqa-rad", root=vqa_rad_root, image_disjoint=True))
+    dataset = open_configured(DataOptions(data="vqa-rad", root=vqa_rad_root, image_disjoint=True))
     assert leaks(dataset) == []
     assert counts(dataset, "images") == {"train": (219,), "validate": (31,), "test": (63,)}
 
@@ -134,7 +134,7 @@ def test_medpix_has_its_published_rows_split_by_case(medpix_root: Path) -> None:
         "validate": (186, 186, 186, 186),
         "test": (176, 176, 176, 176),
     }
-    assert survey(dataset)["parts"]["train"]["modalities"] == {"CT": 781, "MR": 701}
+    assert summarize(dataset)["parts"]["train"]["modalities"] == {"CT": 781, "MR": 701}
     assert [p.what for p in dataset.problems] == ["modality has blanks around it"]
     assert leaks(dataset) == []
     cases = {s: {e.meta["case"] for e in dataset.split(s)} for s in ("train", "validate", "test")}

@@ -17,13 +17,13 @@ from normtune.metrics.clinical import finding_table, label_metrics
 from normtune.metrics.finding_rules import FINDINGS, findings
 from normtune.metrics.ngrams import cider
 from normtune.metrics.ptb_words import ptb_words
-from normtune.metrics.reports import Texts, clean, report_metrics
-from normtune.metrics.sum_metrics import Summed
+from normtune.metrics.reports import Texts, normalise_report, report_metrics
+from normtune.metrics.sum_metrics import SumMetric
 
 LABELS = Path(__file__).with_name("openi_findings.json")
 SIZE = 250  # pairs of each source
 NORMALISATIONS = ("none", "r2gen-iu", "r2gen-mimic")
-Table = dict[str, Summed]
+Table = dict[str, SumMetric]
 
 
 def openi(root: Path) -> dict[str, str]:
@@ -76,7 +76,7 @@ def found(texts: Texts, how: str) -> Table:
 
 
 def cut(text: str, how: str) -> str:
-    return " ".join(ptb_words(text)) if how == "none" else clean(text, how)
+    return " ".join(ptb_words(text)) if how == "none" else normalise_report(text, how)
 
 
 def coco(texts: Texts, how: str) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
@@ -107,7 +107,8 @@ def test_bleu_rouge_and_cider_d_equal_coco_captions(texts: Texts, how: str, foun
 
 def test_cider_without_clipping_equals_its_definition_in_matrices(texts: Texts) -> None:
     rows = [
-        (clean(said, "r2gen-iu").split(), clean(meant, "r2gen-iu").split()) for said, meant in texts.values()
+        (normalise_report(said, "r2gen-iu").split(), normalise_report(meant, "r2gen-iu").split())
+        for said, meant in texts.values()
     ]
     total = np.zeros(len(rows))
     for n in (1, 2, 3, 4):
@@ -132,7 +133,9 @@ def test_sacrebleu_and_rouge_score_give_the_same(texts: Texts, how: str, found: 
     import sacrebleu
     from rouge_score.rouge_scorer import RougeScorer
 
-    said, meant = ([clean(text, how) for text in side] for side in zip(*texts.values(), strict=True))
+    said, meant = (
+        [normalise_report(text, how) for text in side] for side in zip(*texts.values(), strict=True)
+    )
     assert found["sacrebleu"].overall() == pytest.approx(
         sacrebleu.corpus_bleu(said, [meant]).score / 100, abs=1e-12
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from normtune.data.registry import open_from
+from normtune.data.registry import open_configured
 from normtune.evaluation.config import EvaluateConfig
 from normtune.evaluation.evaluate import evaluate_config
 from normtune.evaluation.results import read_run
@@ -23,7 +23,7 @@ def check(tmp_path: Path, **data: Any) -> None:
         model="nano", adapter=tmp_path / "ln", out=tmp_path / "scores", limit=30, device="cpu", **data
     )
     found = evaluate_config(scored)
-    test = open_from(scored).split("test")[:30]
+    test = open_configured(scored).split("test")[:30]
     examples, _, _ = read_run(tmp_path / "scores")
     assert [example.id for example in examples] == [example.id for example in test]
     assert found["rows"] == 30 and found["metrics"]["global_exact"]["rows"] == 30

@@ -20,11 +20,11 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def test_without_a_launcher_there_is_one_process_and_it_is_the_first() -> None:
-    distributed.join(None)
-    assert (distributed.launched(), distributed.rank(), distributed.count()) == (1, 0, 1)
-    assert distributed.is_first() and distributed.reports()
+    distributed.init_processes(None)
+    assert (distributed.launched_count(), distributed.rank(), distributed.count()) == (1, 0, 1)
+    assert distributed.is_main_process() and distributed.should_report_failure()
     assert not distributed.sharded() and not distributed.another_failed()
-    assert distributed.gathered("a") == ["a"] and distributed.from_first(lambda: 7) == 7
+    assert distributed.all_gather("a") == ["a"] and distributed.broadcast_from_first(lambda: 7) == 7
 
 
 @pytest.mark.parametrize(
@@ -42,22 +42,25 @@ def test_what_a_launcher_asks_for_and_is_not_offered_is_refused(
     for name, value in given.items():
         launched.setenv(name, value)
     with pytest.raises(InputError, match=said):
-        distributed.join(device)
+        distributed.init_processes(device)
 
 
 def test_the_second_process_leaves_a_fault_of_the_command_to_the_first(launched: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
     launched.setattr("normtune.runtime.distributed.time.sleep", waited.append)
-    assert not distributed.reports() and waited == [distributed.GRACE.total_seconds()]
+    assert not distributed.should_report_failure() and waited == [distributed.REPORT_DELAY.total_seconds()]
     launched.setenv("RANK", "0")
-    assert distributed.reports() and len(waited) == 1
+    assert distributed.should_report_failure() and len(waited) == 1
 
 
 def test_the_end_of_another_process_is_told_and_other_errors_pass(launched: pytest.MonkeyPatch) -> None:
     launched.setattr("normtune.runtime.distributed.count", lambda: 2)
-    with pytest.raises(InputError, match="another process of the run was ended"), distributed.losing_none():
+    with (
+        pytest.raises(InputError, match="another process of the run was ended"),
+        distributed.lost_process_as_error(),
+    ):
         raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
-    with pytest.raises(RuntimeError, match="shapes"), distributed.losing_none():
+    with pytest.raises(RuntimeError, match="shapes"), distributed.lost_process_as_error():
         raise RuntimeError("shapes differ")
 
 
@@ -67,6 +70,10 @@ def test_a_process_that_starts_others_leaves_its_launcher_first(launched: pytest
     launched.setenv("RANKING", "mine")
     with pytest.raises(InputError, match="Run it without torchrun"):
         next(run_cells([], 1))
-    distributed.leave_launcher()
-    assert distributed.launched() == 1 and distributed.is_first() and os.environ["RANKING"] == "mine"
+    distributed.clear_launcher_env()
+    assert (
+        distributed.launched_count() == 1
+        and distributed.is_main_process()
+        and os.environ["RANKING"] == "mine"
+    )
     assert not any(name.startswith(("ACCELERATE_", "FSDP_", "TORCHELASTIC_")) for name in os.environ)

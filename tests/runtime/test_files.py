@@ -11,12 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from normtune.errors import InputError
-from normtune.runtime.files import new_directory, read_json, replacing, write_json, write_jsonl, write_text
+from normtune.runtime.files import (
+    atomic_directory,
+    atomic_write,
+    read_json,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 from tests.support.base_models import outcome
 
 
 def write_and_fail(path: Path, failure: BaseException) -> None:
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("half")
         raise failure
 
@@ -105,13 +112,13 @@ def test_jsonl_has_one_object_a_line_whatever_the_text(tmp_path: Path) -> None:
 
 def test_a_new_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "out"
-    with new_directory(target) as building:
+    with atomic_directory(target) as building:
         (building / "a").write_text("x")
         assert not target.exists()
     assert (target / "a").read_text() == "x"
 
     def fail() -> None:
-        with new_directory(tmp_path / "other") as building:
+        with atomic_directory(tmp_path / "other") as building:
             (building / "a").write_text("x")
             raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -122,12 +129,12 @@ def test_a_new_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_a_new_directory_takes_an_empty_one_and_refuses_what_is_in_use(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with new_directory(tmp_path / "empty") as building:
+    with atomic_directory(tmp_path / "empty") as building:
         (building / "a").touch()
     assert [path.name for path in (tmp_path / "empty").iterdir()] == ["a"]
 
     def enter(path: Path) -> None:
-        with new_directory(path):
+        with atomic_directory(path):
             pass
 
     (tmp_path / "file").write_text("mine")
@@ -140,7 +147,7 @@ def test_removing_a_failed_directory_leaves_linked_files_alone(tmp_path: Path) -
     (tmp_path / "base").write_text("weights")
 
     def fail() -> None:
-        with new_directory(tmp_path / "out") as building:
+        with atomic_directory(tmp_path / "out") as building:
             os.link(tmp_path / "base", building / "link")
             raise InputError("stop")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from normtune.errors import InputError
 from normtune.runtime import files
-from normtune.runtime.tensor_cache import TensorStore, digest
+from normtune.runtime.tensor_cache import TensorCache, digest
 
 ENTRY = {
     "states": torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).bfloat16(),
@@ -33,8 +33,8 @@ def equal(found: dict[str, Tensor] | None, wanted: dict[str, Tensor]) -> bool:
 
 
 def test_an_entry_comes_back_to_the_bit_from_another_store_of_the_folder(tmp_path: Path) -> None:
-    TensorStore(tmp_path / "cache").write("a", ENTRY)
-    store = TensorStore(tmp_path / "cache")
+    TensorCache(tmp_path / "cache").write("a", ENTRY)
+    store = TensorCache(tmp_path / "cache")
     assert equal(store.read("a"), ENTRY) and store.read("b") is None
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["a.safetensors"]
 
@@ -42,14 +42,14 @@ def test_an_entry_comes_back_to_the_bit_from_another_store_of_the_folder(tmp_pat
 def test_views_and_transposed_tensors_are_written_as_they_look(tmp_path: Path) -> None:
     whole = torch.arange(12.0).view(3, 4)
     entry = {"row": whole[1], "same": whole[1], "turned": whole.T}
-    store = TensorStore(tmp_path)
+    store = TensorCache(tmp_path)
     store.write("a", entry)
     assert equal(store.read("a"), entry)
 
 
 @pytest.mark.parametrize("damage", ["cut short", "one bit", "empty", "text"])
 def test_a_damaged_entry_is_absent_and_is_written_anew(tmp_path: Path, damage: str) -> None:
-    store = TensorStore(tmp_path)
+    store = TensorCache(tmp_path)
     store.write("a", ENTRY)
     path = tmp_path / "a.safetensors"
     held = bytearray(path.read_bytes())
@@ -62,7 +62,7 @@ def test_a_damaged_entry_is_absent_and_is_written_anew(tmp_path: Path, damage: s
 
 
 def test_an_interrupted_write_leaves_no_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = TensorStore(tmp_path)
+    store = TensorCache(tmp_path)
 
     def killed(*args: object) -> None:
         raise KeyboardInterrupt
@@ -76,7 +76,7 @@ def test_an_interrupted_write_leaves_no_entry(tmp_path: Path, monkeypatch: pytes
 def test_a_full_disk_is_told_once_and_the_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = TensorStore(tmp_path)
+    store = TensorCache(tmp_path)
     store.write("before", ENTRY)
 
     def full(path: Path) -> None:
@@ -94,18 +94,18 @@ def test_a_full_disk_is_told_once_and_the_run_goes_on(
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"cannot make the cache .* Choose another --cache"):
-        TensorStore(tmp_path / "file" / "cache")
+        TensorCache(tmp_path / "file" / "cache")
 
 
 def _write_often(folder: Path) -> None:
     torch.set_num_threads(1)
-    store = TensorStore(folder)
+    store = TensorCache(folder)
     for _ in range(20):
         store.write("a", ENTRY)
 
 
 def test_a_reader_sees_whole_entries_while_another_process_writes(tmp_path: Path) -> None:
-    store = TensorStore(tmp_path)
+    store = TensorCache(tmp_path)
     store.write("a", ENTRY)
     other = multiprocessing.get_context("spawn").Process(target=_write_often, args=(tmp_path,))
     other.start()

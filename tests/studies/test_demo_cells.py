@@ -33,7 +33,7 @@ def refuse(*arguments: Any, **options: Any) -> Any:
 def test_a_kept_row_of_the_same_options_is_not_made_again(
     kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo_cells, "side_by_side", refuse)
+    monkeypatch.setattr(demo_cells, "run_in_processes", refuse)
     assert list(run_cells([cell("ln@0.1/2", tmp_path / "out")], 1, kept=kept)) == [{"name": "kept"}]
     with pytest.raises(AssertionError, match="a process was started"):
         list(run_cells([cell("ln@0.1/2", tmp_path / "out", beams=3)], 1, kept=kept))
@@ -53,7 +53,7 @@ def test_an_option_that_came_later_stands_at_its_default_in_a_kept_row(kept: Pat
 def test_a_file_that_is_no_kept_row_is_not_taken_for_one(
     damage: dict[str, Any], kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo_cells, "side_by_side", refuse)
+    monkeypatch.setattr(demo_cells, "run_in_processes", refuse)
     write_json(kept / "ln@0.1%2F2.json", damage)
     with pytest.raises(AssertionError, match="a process was started"):
         list(run_cells([cell("ln@0.1/2", tmp_path / "out")], 1, kept=kept))

@@ -46,7 +46,7 @@ def test_a_study_ends_with_the_same_table_wherever_its_cells_run(
         capture_output=True,
         timeout=280,
     )
-    monkeypatch.setattr(running, "executor", lambda on: here)
+    monkeypatch.setattr(running, "get_executor", lambda on: here)
     study = read_study(file)
     run_study(study, tmp_path / "here", workers=1)
     write_tables(study, tmp_path / "here")

@@ -110,10 +110,10 @@ def test_recipes_that_mix_methods_keep_the_defaults_of_each(tmp_path: Path) -> N
 def test_pairs_are_counted_before_anything_runs(tmp_path: Path) -> None:
     found = planned(tmp_path)
     sizes = Sizes(read_study(tmp_path / "study.yaml"))
-    from normtune.data.registry import open_from
+    from normtune.data.registry import open_configured
 
-    data = open_from(sizes.study.datasets["phantom-b"])
-    home = open_from(sizes.study.datasets["phantom-a"])
+    data = open_configured(sizes.study.datasets["phantom-b"])
+    home = open_configured(sizes.study.datasets["phantom-a"])
     cells = named(found)
     assert sizes.training(cells["ln"]) == len(data.split("train"))
     assert sizes.training(cells["frozen"]) == 0

@@ -19,11 +19,11 @@ import pytest
 
 from normtune import cli
 from normtune.runtime.files import write_json
-from normtune.runtime.worker_pool import Outcome, outcome
+from normtune.runtime.worker_pool import CallResult, call_safely
 from normtune.studies import cell as cells
 from normtune.studies import run as running
-from normtune.studies.cell import Work, held, run_cell
-from normtune.studies.executors import Pairs
+from normtune.studies.cell import CellJob, run_cell, try_lock
+from normtune.studies.executors import JobResults
 from normtune.studies.plan import plan
 from normtune.studies.results import SCHEMA, tabulate, write_tables
 from normtune.studies.run import Summary, run_study
@@ -50,16 +50,16 @@ def study_of(base: Path, folder: Path, grids: str, *, more: str = "") -> Path:
 
 
 def here(
-    call: Callable[[Work], str], works: Iterable[Work], workers: int, *, tick: Any, folder: Path
-) -> Pairs:
+    call: Callable[[CellJob], str], works: Iterable[CellJob], workers: int, *, tick: Any, folder: Path
+) -> JobResults:
     """Cells in this process, one after another."""
     for work in works:
-        yield work, outcome(call, work)
+        yield work, call_safely(call, work)
 
 
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(running, "executor", lambda on: here)
+    monkeypatch.setattr(running, "get_executor", lambda on: here)
     monkeypatch.setattr(running, "WAIT_S", 0.01)
     yield
 
@@ -94,11 +94,11 @@ def test_a_study_killed_in_a_cell_and_run_again_ends_with_the_same_table(
 
 
 def _free(directory: Path) -> bool:
-    with held(directory) as free:
+    with try_lock(directory) as free:
         return free
 
 
-def _stub(work: Work, log: Path) -> None:
+def _stub(work: CellJob, log: Path) -> None:
     """In a cell's place: tells that it ran, takes a while, and writes a result."""
     with open(log, "a") as handle:
         handle.write(f"{work.cell.key}\n")
@@ -130,8 +130,8 @@ def test_two_commands_at_once_run_no_cell_twice(
 
 def test_a_cell_that_another_process_is_at_is_busy(tmp_path: Path) -> None:
     study = read_study(study_of(Path("nowhere"), tmp_path, "  main: {recipes: [ln], train: b}\n"))
-    work = Work(plan(study).cells[0], tmp_path)
-    with held(work.directory) as mine:
+    work = CellJob(plan(study).cells[0], tmp_path)
+    with try_lock(work.directory) as mine:
         assert mine
         assert run_cell(work) == "busy"
 
@@ -179,7 +179,7 @@ def test_a_cell_that_fails_is_told_in_a_sentence_and_the_rest_goes_on(
     assert "| ln | ln 0.03 | 1 |" in (out / "tables.md").read_text()
     assert r"\toprule" in (out / "tables.tex").read_text()
     (out / "report.html").unlink()
-    monkeypatch.setattr(running, "executor", None)  # nothing may run
+    monkeypatch.setattr(running, "get_executor", None)  # nothing may run
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--report-only"])
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -200,7 +200,7 @@ def test_a_search_decides_the_rate_by_the_validation_split_alone(
         value = scores.get(rate or 0, 0) if role == "validate" else rate
         return {"value": value, "low": (value or 0) - 0.05, "high": (value or 0) + 0.05}
 
-    def run(work: Work) -> None:
+    def run(work: CellJob) -> None:
         rate = work.cell.rates.get("ln")
         rows = [
             {
@@ -230,7 +230,7 @@ def test_a_trial_that_fails_leaves_its_cells_waiting_and_is_told(
     grid = "  main: {recipes: [ln], train: b, learning_rates: search}\n"
     study = read_study(study_of(Path("nowhere"), tmp_path, grid))
 
-    def run(work: Work) -> None:
+    def run(work: CellJob) -> None:
         if work.cell.rates == {"ln": 0.1}:
             raise ZeroDivisionError("division by zero")
         _stub(work, tmp_path / "log")
@@ -282,11 +282,11 @@ def _square(number: int) -> int:
 
 
 def test_calls_side_by_side_survive_one_that_is_killed() -> None:
-    from normtune.runtime.worker_pool import side_by_side
+    from normtune.runtime.worker_pool import run_in_processes
 
-    found = dict(side_by_side(_square, range(5), workers=2))
+    found = dict(run_in_processes(_square, range(5), workers=2))
     assert [found[number].value for number in (0, 1, 4)] == [0, 1, 16]
     assert found[2].error is not None and "was killed by signal 9" in found[2].error
-    assert found[3] == Outcome(
+    assert found[3] == CallResult(
         error=f"ValueError at {Path(__file__).name}:{_square.__code__.co_firstlineno + 4}: three"
     )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaModel
 
-from normtune.methods.adapt import Tuned
+from normtune.methods.adapt import TunedModel
 from normtune.models.miss.config import MissConfig
 from normtune.models.miss.model import MissForQuestionAnswering
 from tests.support.tiny_models import make_tiny
@@ -80,7 +80,7 @@ def logits(model: nn.Module) -> Tensor:
     return model(input_ids=torch.cat([image, ids], 1), pixel_values=pixels, attention_mask=mask).logits
 
 
-def train_a_little(tuned: Tuned, seed: int = 5) -> None:
+def train_a_little(tuned: TunedModel, seed: int = 5) -> None:
     """Move every trained value, as training would."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

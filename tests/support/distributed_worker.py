@@ -1,6 +1,6 @@
 """One of several processes: does the jobs of a JSON file, one after the other.
 
-    torchrun --nproc-per-node 2 -m tests.distributed_worker JOBS
+    torchrun --nproc-per-node 2 -m tests.support.distributed_worker JOBS
 
 A job is ["train", options], ["evaluate", options], or ["fail", command line]: the last process cannot answer.
 """
@@ -29,17 +29,17 @@ from normtune.training.train import train
 def train_and_tell(options: dict[str, Any]) -> None:
     """Train, and write beside the delta how many trained tensors were dealt out."""
     dealt = 0
-    whole = trainer.whole
+    whole = trainer.gather_full
 
     def counting(tensor: Any) -> Any:
         nonlocal dealt
         dealt += isinstance(tensor, DTensor)
         return whole(tensor)
 
-    trainer.whole = counting  # type: ignore[attr-defined]
+    trainer.gather_full = counting  # type: ignore[attr-defined]
     config = TrainConfig.checked(**options)
     train(config)
-    if distributed.is_first():
+    if distributed.is_main_process():
         (config.out / "dealt").write_text(str(dealt))
 
 
@@ -47,7 +47,7 @@ def fail(command: list[str]) -> None:
     def unreadable(*args: Any, **kwargs: Any) -> Any:
         raise InputError("cannot read image 7.")
 
-    if int(os.environ["RANK"]) == distributed.launched() - 1:
+    if int(os.environ["RANK"]) == distributed.launched_count() - 1:
         evaluate.answer_all = unreadable  # type: ignore[assignment]
     sys.argv = ["normtune", *command]
     cli.main()

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from normtune.errors import InputError
 from normtune.serving.engine.requests import (
-    AdapterInfo,
     Busy,
     Closed,
     EngineStats,
     Reply,
     Request,
+    ServedAdapter,
     UnknownAdapter,
 )
 
@@ -68,7 +68,7 @@ class FakeEngine:
                     on_text(text[: len(text) * piece // self.pieces])
             future.set_result(Reply(text, -0.25, 12, len(text.split()) + 1, 0.01))
 
-    def register(self, name: str, folder: Path) -> AdapterInfo:
+    def register(self, name: str, folder: Path) -> ServedAdapter:
         if not (folder / "adapter.json").is_file():
             raise InputError(f"{folder / 'adapter.json'} is missing. Check the path.")
         self._adapters[name] = info(name)
@@ -79,7 +79,7 @@ class FakeEngine:
             raise UnknownAdapter(f"no adapter '{name}'.")
         del self._adapters[name]
 
-    def adapters(self) -> list[AdapterInfo]:
+    def adapters(self) -> list[ServedAdapter]:
         return list(self._adapters.values())
 
     def knows(self, name: str) -> bool:
@@ -95,8 +95,8 @@ class FakeEngine:
         self._thread.join(timeout)
 
 
-def info(name: str) -> AdapterInfo:
-    return AdapterInfo(name, Path("/secret") / name, "language=ln", "/secret/nano", 10, 1000, 40, False, 0)
+def info(name: str) -> ServedAdapter:
+    return ServedAdapter(name, Path("/secret") / name, "language=ln", "/secret/nano", 10, 1000, 40, False, 0)
 
 
 def answer_to(request: Request) -> str:

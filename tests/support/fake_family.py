@@ -25,14 +25,14 @@ class FakeFamily:
         self.settings: list[tuple[int, int]] = []
         self.asked: list[tuple[str, bool]] = []
 
-    def pixels(self, image: Image.Image) -> Pixels:
+    def preprocess_image(self, image: Image.Image) -> Pixels:
         return {"mean": torch.tensor(float(image.getpixel((0, 0))[0]))}  # type: ignore[index]
 
-    def encode(self, id: str, question: str, answer: str | None, *, report: bool = False) -> Segment:
+    def tokenize(self, id: str, question: str, answer: str | None, *, report: bool = False) -> Segment:
         self.asked.append((id, report))
         return Segment(id, tuple(question.encode()), tuple((answer or "").encode()))
 
-    def answer(
+    def generate_answers(
         self,
         groups: Sequence[Group],
         pixels: Sequence[Sequence[Pixels]],

@@ -14,13 +14,13 @@ from normtune.data.groups import Group
 from normtune.methods.adapt import adapt
 from normtune.models.loading import load
 from normtune.models.parts import layers
-from normtune.training.layer_wrapping import Tier, recomputed
-from normtune.training.memory_plan.live_bytes import LiveBytes
+from normtune.training.layer_wrapping import MemoryTier, checkpoint_activations
+from normtune.training.memory_plan.live_bytes import LiveTensorBytes
 from tests.models.families.test_families import PAIRS, image
 from tests.support.miss_batches import IMAGE, tiny_miss
 from tests.support.tiny_models import TINY, make_tiny
 
-TIERS: list[Tier] = ["fast", "balanced", "tight"]
+TIERS: list[MemoryTier] = ["fast", "balanced", "tight"]
 
 
 def miss_loss(model: Any) -> Tensor:
@@ -41,11 +41,11 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("tier", ["balanced", "tight"])
 @pytest.mark.parametrize("recipe", ["ln", "lora-4", "prefix", "decoder=full,vision=ln"])
-def test_miss_has_the_same_gradients_to_the_bit(recipe: str, tier: Tier) -> None:
+def test_miss_has_the_same_gradients_to_the_bit(recipe: str, tier: MemoryTier) -> None:
     model = tiny_miss()
     adapt(model, recipe)
     wanted = gradients(model, miss_loss(model))
-    with recomputed(model, tier):
+    with checkpoint_activations(model, tier):
         found = gradients(model, miss_loss(model))
     assert wanted and found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
@@ -56,15 +56,15 @@ def test_every_family_has_the_same_gradients(name: str, tmp_path: Path) -> None:
     family = load(str(make_tiny(name, tmp_path)))
     adapt(family.model, "all?=ln")
     segments = tuple(
-        family.encode(str(i), question, answer) for i, (_, question, answer) in enumerate(PAIRS[:3])
+        family.tokenize(str(i), question, answer) for i, (_, question, answer) in enumerate(PAIRS[:3])
     )
-    pixels = [[family.pixels(image("a"))]]
+    pixels = [[family.preprocess_image(image("a"))]]
 
     def found() -> dict[str, Tensor]:
         return gradients(family.model, family.loss(family.collate([Group(("a",), segments)], pixels))[0])
 
     wanted = found()
-    with recomputed(family.model, "tight") as chosen:
+    with checkpoint_activations(family.model, "tight") as chosen:
         again = found()
     assert chosen and again.keys() == wanted.keys()
     for parameter, gradient in wanted.items():
@@ -72,7 +72,7 @@ def test_every_family_has_the_same_gradients(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("tier", "every"), [("fast", 0), ("balanced", 2), ("tight", 1)])
-def test_the_chosen_layers_run_twice_and_the_others_once(tier: Tier, every: int) -> None:
+def test_the_chosen_layers_run_twice_and_the_others_once(tier: MemoryTier, every: int) -> None:
     model = tiny_miss()
     adapt(model, "ln")
     runs: Counter[str] = Counter()
@@ -83,7 +83,7 @@ def test_the_chosen_layers_run_twice_and_the_others_once(tier: Tier, every: int)
     for name in layers(model):
         norm = next(m for m in model.get_submodule(name).modules() if type(m).__name__ == "TunedNorm")
         norm.register_forward_hook(lambda *_, name=name: inside.update([name]))
-    with recomputed(model, tier) as chosen:
+    with checkpoint_activations(model, tier) as chosen:
         miss_loss(model).backward()
     for name, (_, index) in layers(model).items():
         twice = bool(every) and index % every == 0
@@ -95,14 +95,14 @@ def test_nothing_runs_twice_where_no_gradient_is_wanted() -> None:
     model = tiny_miss()
     inside: list[int] = []
     model.visual_encoder.blocks[0].norm1.register_forward_hook(lambda *_: inside.append(1))
-    with recomputed(model, "tight"), torch.no_grad():
+    with checkpoint_activations(model, "tight"), torch.no_grad():
         miss_loss(model)
     assert inside == [1]
 
 
 def test_layers_have_their_own_forward_again() -> None:
     model = tiny_miss()
-    with pytest.raises(ZeroDivisionError), recomputed(model, "tight"):
+    with pytest.raises(ZeroDivisionError), checkpoint_activations(model, "tight"):
         raise ZeroDivisionError
     assert not any("forward" in module.__dict__ for module in model.modules())
 
@@ -112,7 +112,7 @@ def test_each_tier_keeps_less_than_the_one_before() -> None:
     for tier in TIERS:
         model = tiny_miss()
         adapt(model, "ln")
-        with recomputed(model, tier), LiveBytes() as live:
+        with checkpoint_activations(model, tier), LiveTensorBytes() as live:
             loss = miss_loss(model)
             kept.append(live.now)
             del loss

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from normtune.adapters.multi.norms import MixedNorm
-from normtune.adapters.multi.rows import Owners, Rows
+from normtune.adapters.multi.norms import MultiAdapterNorm
+from normtune.adapters.multi.rows import ActiveRows, RowAdapters
 from normtune.errors import InputError
 from normtune.methods.adapt import adapt
 from normtune.methods.norms import TunedNorm
@@ -19,8 +19,8 @@ from normtune.methods.recipe import parse
 from normtune.models.causal.family import CausalFamily
 from normtune.models.loading import load
 from normtune.models.quantization import int8_linear
-from normtune.training.layer_wrapping import Tier, compiled, recomputed
-from normtune.training.saved_activations import lean
+from normtune.training.layer_wrapping import MemoryTier, checkpoint_activations, compile_layers
+from normtune.training.saved_activations import save_fewer_activations
 from tests.models.families.test_families import grouped
 from tests.support.tiny_models import make_tiny
 
@@ -42,7 +42,7 @@ def losses_and_gradients(family: CausalFamily) -> list[Tensor]:
 
 @pytest.mark.parametrize(("name", "tier"), [("llava_med", "fast"), ("gemma3", "tight")])
 def test_compiled_layers_give_the_same_and_compile_a_few_graphs_for_all_lengths(
-    name: str, tier: Tier, tmp_path: Path
+    name: str, tier: MemoryTier, tmp_path: Path
 ) -> None:
     family = load(str(make_tiny(name, tmp_path)))
     assert isinstance(family, CausalFamily)
@@ -50,9 +50,12 @@ def test_compiled_layers_give_the_same_and_compile_a_few_graphs_for_all_lengths(
     layer = family.decoder.layers[0]
     torch._dynamo.reset()
     counter: Any = CompileCounter()
-    with lean(family.model):
+    with save_fewer_activations(family.model):
         wanted = losses_and_gradients(family)
-        with compiled(family.model, backend=counter) as names, recomputed(family.model, tier):
+        with (
+            compile_layers(family.model, backend=counter) as names,
+            checkpoint_activations(family.model, tier),
+        ):
             found = losses_and_gradients(family)
             first = counter.frame_count
             losses_and_gradients(family)
@@ -76,7 +79,7 @@ def test_a_function_that_is_traced_gives_the_gradients_of_one_that_is_not(
     if kind in ("layer", "rms", "rms_offset"):
         module = TunedNorm(kind, gain, bias, 1e-6)
     elif kind == "mixed":
-        module = MixedNorm("rms", torch.stack((gain, 1 - gain)).detach(), None, 1e-6, Rows())
+        module = MultiAdapterNorm("rms", torch.stack((gain, 1 - gain)).detach(), None, 1e-6, ActiveRows())
     trained = [x, *([] if module is None else module.parameters())]
 
     def computed(x: Tensor) -> Tensor:
@@ -86,8 +89,8 @@ def test_a_function_that_is_traced_gives_the_gradients_of_one_that_is_not(
         return torch.autograd.grad(function(x).float().square().sum(), trained)
 
     torch._dynamo.reset()
-    rows = Owners([1, 0, 1])
-    with module.rows.taken_by(rows) if kind == "mixed" else nullcontext():
+    rows = RowAdapters([1, 0, 1])
+    with module.rows.use(rows) if kind == "mixed" else nullcontext():
         wanted, found = gradients(computed), gradients(torch.compile(computed, backend="eager"))
     assert all(one.abs().sum() > 0 for one in wanted)
     for one, other in zip(found, wanted, strict=True):
@@ -96,7 +99,7 @@ def test_a_function_that_is_traced_gives_the_gradients_of_one_that_is_not(
 
 def test_nothing_is_compiled_where_it_is_not_wanted(tmp_path: Path) -> None:
     model = load(str(make_tiny("llava_med", tmp_path))).model
-    with compiled(model, wanted=False) as names:
+    with compile_layers(model, wanted=False) as names:
         assert list(names) == [] and not any("forward" in one.__dict__ for one in model.modules())
 
 
@@ -111,7 +114,7 @@ def test_a_compiler_that_fails_is_told_in_one_line(tmp_path: Path) -> None:
     torch._dynamo.reset()
     with (
         pytest.raises(InputError, match=r"^--compile: .*No working C\+\+ compiler found\. Leave it out\.$"),
-        compiled(family.model, backend=none),
+        compile_layers(family.model, backend=none),
     ):
         family.loss(batch)
     assert "forward" not in family.decoder.layers[0].__dict__

@@ -57,7 +57,7 @@ def start(launcher: Sequence[str], *words: str) -> subprocess.Popen[str]:
 def work(launcher: Sequence[str], folder: Path, *jobs: tuple[str, Any]) -> tuple[int, str]:
     """The exit status of the jobs' launcher, and what it wrote to stderr."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    process = start(launcher, "tests.distributed_worker", str(folder / "jobs.json"))
+    process = start(launcher, "tests.support.distributed_worker", str(folder / "jobs.json"))
     _, told = process.communicate(timeout=200)
     return process.returncode, told
 

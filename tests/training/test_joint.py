@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from normtune.adapters.multi.bank import mix
-from normtune.adapters.multi.rows import Owners
-from normtune.adapters.storage import load_delta
+from normtune.adapters.multi.bank import build_bank
+from normtune.adapters.multi.rows import RowAdapters
+from normtune.adapters.storage import load_adapter
 from normtune.data.groups import group_by_image
 from normtune.data.records import Example
 from normtune.errors import InputError
@@ -29,7 +29,7 @@ from normtune.training import joint_run as lane_module
 from normtune.training.collator import Collator
 from normtune.training.config import TrainConfig
 from normtune.training.joint import backward, train_together
-from normtune.training.joint_run import Lane
+from normtune.training.joint_run import AdapterRun
 from normtune.training.train import train
 from tests.models.families.test_families import PAIRS, image
 from tests.support.base_models import outcome
@@ -84,7 +84,7 @@ def test_adapters_of_one_pass_equal_their_runs_apart(at_once: int, base: Path, t
     ends = [load_file(tmp_path / f"{i}" / "adapter.safetensors") for i in range(3)]
     name = next(iter(ends[0]))
     assert all(not torch.allclose(ends[0][name], other[name], atol=1e-4) for other in ends[1:])
-    load_delta(load(str(base)).model, tmp_path / "1")
+    load_adapter(load(str(base)).model, tmp_path / "1")
 
 
 def test_what_is_frozen_runs_once_an_image_for_all_adapters(
@@ -107,9 +107,9 @@ def test_what_is_frozen_runs_once_an_image_for_all_adapters(
 
 
 def _examples(base: Path, out: Path) -> Sequence[Example]:
-    from normtune.data.registry import open_from
+    from normtune.data.registry import open_configured
 
-    return open_from(config(base, out)).split("train")[:16]
+    return open_configured(config(base, out)).split("train")[:16]
 
 
 def test_llava_adapters_equal_their_runs_apart(tmp_path: Path) -> None:
@@ -128,23 +128,25 @@ def test_a_pass_that_was_killed_goes_on_from_each_adapters_checkpoint(
     ways = [{"save_every": 1}, {"seed": 1, "save_every": 2}, {"max_steps": 2}]
     configs = [config(base, tmp_path / f"{i}", **way) for i, way in enumerate(ways)]
     train_together([one.model_copy(update={"out": tmp_path / "whole" / one.out.name}) for one in configs])
-    after, passes = Lane.after, 0
+    after, passes = AdapterRun.record_batch, 0
 
-    def cut(self: Lane, *rest: Any) -> None:
+    def cut(self: AdapterRun, *rest: Any) -> None:
         nonlocal passes
         passes += self.adapter == 0
         if passes == 4:
             raise KeyboardInterrupt
         after(self, *rest)
 
-    monkeypatch.setattr(Lane, "after", cut)
+    monkeypatch.setattr(AdapterRun, "record_batch", cut)
     with pytest.raises(KeyboardInterrupt):
         train_together(configs)
-    monkeypatch.setattr(Lane, "after", after)
+    monkeypatch.setattr(AdapterRun, "record_batch", after)
     with pytest.raises(InputError, match=r"together-3 is of a run with other options \(lr\)"):
         train_together([configs[0].model_copy(update={"lr": 1.0}), *configs[1:]])
     steps: list[int] = []
-    monkeypatch.setattr(Lane, "next", lambda self, plain=Lane.next: steps.append(self.adapter) or plain(self))
+    monkeypatch.setattr(
+        AdapterRun, "next", lambda self, plain=AdapterRun.next: steps.append(self.adapter) or plain(self)
+    )
     train_together(configs)
     total = read_json(tmp_path / "0" / "train_result.json")["steps"]
     assert [steps.count(adapter) for adapter in range(3)] == [total - 3, total - 2, 0]
@@ -211,7 +213,7 @@ def test_gradients_of_a_mixed_batch_are_each_adapters_own(family: Any) -> None:
             }
         )
     collate = Collator(family, ImageCache(family, fake_dataset(EXAMPLES, image)))
-    batches = [group_by_image(EXAMPLES, cap=2), group_by_image(EXAMPLES[2:])]
+    batches = [group_by_image(EXAMPLES, max_group_size=2), group_by_image(EXAMPLES[2:])]
     wanted, losses = [], []
     for start, batch in zip(starts, batches, strict=True):
         with torch.no_grad():
@@ -223,15 +225,15 @@ def test_gradients_of_a_mixed_batch_are_each_adapters_own(family: Any) -> None:
         losses.append(float(loss.detach() / tokens))
         wanted.append({name: one.grad.clone() for name, one in tuned.trained.items() if one.grad is not None})
     norms = {name: norm for name, norm in family.model.named_modules() if isinstance(norm, TunedNorm)}
-    mixed = mix(tuned, 2)
+    mixed = build_bank(tuned, 2)
     for adapter, start in enumerate(starts):
-        mixed.put(adapter, start)
+        mixed.set_adapter(adapter, start)
     lanes: list[Any] = [
         SimpleNamespace(
             adapter=adapter,
             config=SimpleNamespace(label_smoothing=0.0),
             collate=collate,
-            scaled=lambda loss, batch=batch: (
+            scale_loss=lambda loss, batch=batch: (
                 loss / sum(len(collate.segment(e).answer) for g in batch for e in g)
             ),
         )
@@ -245,7 +247,7 @@ def test_gradients_of_a_mixed_batch_are_each_adapters_own(family: Any) -> None:
         assert found == pytest.approx(losses, rel=TOLERANCE)
         for adapter in range(2):
             scale = max(float(one.norm()) for one in wanted[adapter].values())
-            for name, place in mixed.places.items():
+            for name, place in mixed.slices.items():
                 own = wanted[adapter].get(name, torch.zeros(()))
                 gap = float((mixed.grads[adapter, place] - own.flatten()).norm())
                 assert gap < TOLERANCE * max(float(own.norm()), 0.01 * scale), (layout, name)
@@ -261,7 +263,7 @@ def test_answers_of_a_mixed_batch_are_each_adapters_own(
     """Answers end at different lengths, so that rows leave the batch."""
     family = load(str(base if kind == "miss" else make_tiny(kind, tmp_path)))
     tuned = adapt(family.model, "ln")
-    mixed = mix(tuned, 3)
+    mixed = build_bank(tuned, 3)
     generator = torch.Generator().manual_seed(1)
     mixed.values.add_(0.5 * torch.randn(mixed.values.shape, generator=generator))
     asked = [Example(e.id, e.images, e.question, "", "open", "train") for e in EXAMPLES]
@@ -269,23 +271,23 @@ def test_answers_of_a_mixed_batch_are_each_adapters_own(
     from normtune.data.groups import Group
 
     for members in group_by_image(asked):
-        own = family.pixels(image(members[0].images[0]))
+        own = family.preprocess_image(image(members[0].images[0]))
         for adapter in (2, 0, 1):  # one image of several adapters
-            segments = tuple(family.encode(e.id, e.question, None) for e in members)
+            segments = tuple(family.tokenize(e.id, e.question, None) for e in members)
             groups.append(Group(members[0].images, segments))
             pixels.append([dict(own)])
             owners.append(adapter)
-    family.texts = mixed.texts
+    family.active_text_rows = mixed.texts
     rows = [len(group.segments) if kind == "miss" else 1 for group in groups]
     texts = [owner for owner, count in zip(owners, rows, strict=True) for _ in range(count)]
-    with mixed.taken_by(Owners(owners), Owners(texts)):
-        found = family.answer(groups, pixels, max_new_tokens=8, beams=beams)
+    with mixed.use(RowAdapters(owners), RowAdapters(texts)):
+        found = family.generate_answers(groups, pixels, max_new_tokens=8, beams=beams)
     for adapter in range(3):
-        with mixed.taken_by(Owners([adapter]), Owners([adapter])):
-            family.texts = None
+        with mixed.use(RowAdapters([adapter]), RowAdapters([adapter])):
+            family.active_text_rows = None
             for group, images, owner, answers in zip(groups, pixels, owners, found, strict=True):
                 if owner == adapter:
-                    alone = family.answer([group], [images], max_new_tokens=8, beams=beams)[0]
+                    alone = family.generate_answers([group], [images], max_new_tokens=8, beams=beams)[0]
                     assert [a.text for a in alone] == [a.text for a in answers]
                     assert [a.score for a in alone] == pytest.approx([a.score for a in answers], rel=1e-4)
     assert len({answer.text for answers in found for answer in answers}) > 3

@@ -13,8 +13,8 @@ from transformers.activations import ACT2FN
 from normtune.methods.adapt import adapt
 from normtune.methods.norms import TunedNorm
 from normtune.models.families.llava import LlavaFamily
-from normtune.training.memory_plan.live_bytes import LiveBytes
-from normtune.training.saved_activations import activation, lean
+from normtune.training.memory_plan.live_bytes import LiveTensorBytes
+from normtune.training.saved_activations import activation, save_fewer_activations
 from tests.support.tiny_models import make_tiny
 
 WIDTH, FORWARD, HEADS, LENGTH = 64, 176, 4, 32
@@ -41,7 +41,7 @@ def norms_trained(model: nn.Module, *, tuned: bool) -> nn.Module:
             if "norm" in name:
                 child.requires_grad_(True)
                 if tuned:
-                    setattr(parent, name, TunedNorm.of(child))
+                    setattr(parent, name, TunedNorm.from_norm(child))
     return model
 
 
@@ -57,10 +57,10 @@ def run(model: Any) -> Tensor:
 def held(layers: int, *, tuned: bool, leaner: bool) -> int:
     model = norms_trained(llama(layers, torch.bfloat16), tuned=tuned)
     if leaner:
-        with lean(model), LiveBytes() as live:
+        with save_fewer_activations(model), LiveTensorBytes() as live:
             loss = run(model)
             return live.now + 0 * loss.numel()
-    with LiveBytes() as live:
+    with LiveTensorBytes() as live:
         loss = run(model)
         return live.now + 0 * loss.numel()
 
@@ -91,7 +91,7 @@ def test_loss_and_gradients_are_those_of_the_models_own_modules(act: str, dtype:
     model = llama(2, dtype, hidden_act=act)
     wanted_loss = run(model)
     wanted = gradients(model, wanted_loss)
-    with lean(model) as changed:
+    with save_fewer_activations(model) as changed:
         assert any(name.endswith("mlp") for name in changed)
         loss = run(model)
         found = gradients(model, loss)
@@ -104,7 +104,7 @@ def test_loss_and_gradients_are_those_of_the_models_own_modules(act: str, dtype:
 def test_modules_are_the_models_own_again_even_after_an_error() -> None:
     model = llama()
     before = dict(model.named_modules())
-    with pytest.raises(ZeroDivisionError), lean(model) as changed:
+    with pytest.raises(ZeroDivisionError), save_fewer_activations(model) as changed:
         assert isinstance(model.norm, TunedNorm) and "norm" in changed
         raise ZeroDivisionError
     assert dict(model.named_modules()) == before
@@ -124,7 +124,7 @@ class Shifted(nn.Module):
 
 
 def test_a_feed_forward_that_computes_something_else_is_left_alone() -> None:
-    with lean(nn.Sequential(Shifted())) as changed:
+    with save_fewer_activations(nn.Sequential(Shifted())) as changed:
         assert changed == []
 
 
@@ -147,8 +147,8 @@ def test_clip_keeps_its_quick_gelu_input_once() -> None:
             config = CLIPVisionConfig(**sizes, num_hidden_layers=layers, image_size=16, patch_size=4)
             model = norms_trained(CLIPVisionModel(config).to(torch.bfloat16), tuned=True)
             pixels = torch.zeros(1, 3, 16, 16, dtype=torch.bfloat16)
-            context = lean(model) if leaner else LiveBytes()
-            with context, LiveBytes() as live:
+            context = save_fewer_activations(model) if leaner else LiveTensorBytes()
+            with context, LiveTensorBytes() as live:
                 states = model(pixels).last_hidden_state
                 kept[leaner, layers] = live.now + 0 * states.numel()
     tokens = 17
@@ -167,7 +167,7 @@ def test_a_family_trains_alike(recipe: str, tmp_path: Any) -> None:
         return family.decoder(input_ids=ids, use_cache=False).last_hidden_state.square().sum()
 
     wanted = gradients(family.model, loss())
-    with lean(family.model):
+    with save_fewer_activations(family.model):
         found = gradients(family.model, loss())
     assert tuned.trained and wanted and wanted.keys() == found.keys()
     for name, gradient in wanted.items():

@@ -14,13 +14,13 @@ from normtune.models.causal.family import CausalFamily
 from normtune.models.families.llava import LlavaFamily
 from normtune.models.families.miss import MissFamily
 from normtune.models.family import Family
-from normtune.models.frozen_trunk import Below
+from normtune.models.frozen_trunk import FrozenTrunk
 from normtune.models.image_cache import LIMIT_BYTES
 from normtune.models.loading import load
 from normtune.models.miss.text import TextModel
 from normtune.models.miss.vision import VisionTransformer
 from normtune.training import state_cache
-from normtune.training.collator import Collator, collator
+from normtune.training.collator import Collator, build_collator
 from normtune.training.config import TrainConfig
 from normtune.training.train import train
 from tests.support.kill import Stop
@@ -49,7 +49,7 @@ def made(source: Path, out: Path, limit_bytes: int = LIMIT_BYTES, **more: Any) -
     dataset = open_dataset(run.data)
     family = load(run.model)
     tuned = adapt(family.model, run.tune)
-    return collator(run, family, tuned, dataset, dataset.split("train"), limit_bytes=limit_bytes)
+    return build_collator(run, family, tuned, dataset, dataset.split("train"), limit_bytes=limit_bytes)
 
 
 def test_a_run_ends_in_the_same_delta(
@@ -58,8 +58,8 @@ def test_a_run_ends_in_the_same_delta(
     result = train(config(source, tmp_path / "held", **options(kind)))
     told = "question states" if kind == "miss" else "hidden states below layer 1 of 2"
     assert result.computed_once is not None and told in result.computed_once
-    monkeypatch.setattr(MissFamily, "below", Family.below)
-    monkeypatch.setattr(CausalFamily, "below", Family.below)
+    monkeypatch.setattr(MissFamily, "frozen_trunk", Family.frozen_trunk)
+    monkeypatch.setattr(CausalFamily, "frozen_trunk", Family.frozen_trunk)
     assert train(config(source, tmp_path / "anew", **options(kind))).computed_once == "image states"
     held, anew = tensors(tmp_path / "held"), tensors(tmp_path / "anew")
     for name in anew:
@@ -71,14 +71,14 @@ def test_each_image_is_computed_once_whatever_the_groups_and_never_from_a_warm_c
 ) -> None:
     seen = 0
     family = MissFamily if kind == "miss" else LlavaFamily
-    original: Any = family.seen
+    original: Any = family.encode_image
 
     def counting(self: Any, pixels: Any) -> Any:
         nonlocal seen
         seen += 1
         return original(self, pixels)
 
-    monkeypatch.setattr(family, "seen", counting)
+    monkeypatch.setattr(family, "encode_image", counting)
     run = options(kind, cap=2, dtype="float32" if kind == "miss" else "bfloat16")
     images = len({e.images for e in open_dataset("phantom-b:6").split("train")[:24]})
     train(config(source, tmp_path / "without", **run))
@@ -112,7 +112,7 @@ def test_states_that_do_not_fit_are_not_kept_without_a_folder(
 ) -> None:
     whole = made(source, tmp_path, tune=UPPER[kind])
     assert whole.states is not None
-    rows = sum(len(whole.states.below.reads(s)) for own in whole.states.questions.values() for s in own)
+    rows = sum(len(whole.states.below.tokens_of(s)) for own in whole.states.questions.values() for s in own)
     first = whole.states._entry(next(iter(whole.states.questions)))
     rows += len(whole.states.questions) * len(first["prefix"])
     needed = rows * first["segments"][0].nbytes
@@ -130,7 +130,7 @@ def test_entries_of_another_depth_or_other_weights_below_are_not_taken(tmp_path:
         if change is not None:
             with torch.no_grad():
                 family.model.get_parameter(change).view(-1)[-1] += 1
-        below: Below | None = family.below(tuned.trained.values())
+        below: FrozenTrunk | None = family.frozen_trunk(tuned.trained.values())
         assert below is not None
         store = state_cache.state_store(tmp_path / "cache", family, below)
         assert store is not None
@@ -150,7 +150,7 @@ def test_entries_of_another_depth_or_other_weights_below_are_not_taken(tmp_path:
 
 def test_without_grouping_nothing_is_computed_once(kind: str, source: Path, tmp_path: Path) -> None:
     found = made(source, tmp_path, tune=UPPER[kind], group=False)
-    assert found.computed_once is None and found.states is None
+    assert found.cached_states is None and found.states is None
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_delta(kind: str, source: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ def test_tokens_are_counted_from_sizes_and_segments() -> None:
     examples = [Example(id, keys, "is it left ?", "yes", "closed", "train") for id, keys in views.items()]
     opened: list[str] = []
     processed: list[tuple[int, int]] = []
-    pixels = family.pixels
+    pixels = family.preprocess_image
 
     def open_image(key: str) -> Image.Image:
         opened.append(key)
@@ -25,15 +25,15 @@ def test_tokens_are_counted_from_sizes_and_segments() -> None:
         processed.append(image.size)
         return pixels(image)
 
-    family.pixels = counting  # type: ignore[method-assign]
-    segment = family.encode("0", "is it left ?", "yes")
+    family.preprocess_image = counting  # type: ignore[method-assign]
+    segment = family.tokenize("0", "is it left ?", "yes")
     dataset = Dataset("views", examples, open_image)
     counted = count_tokens(family, dataset, examples, lambda example: segment)
     states = 1 + (SIZE // 16) ** 2
     assert counted.prefixes == {keys: states * len(keys) for keys in views.values()}
     assert counted.segments == dict.fromkeys(views, len(segment))
-    assert counted.of(examples[:2]) == states + 2 * len(segment)
+    assert counted.cost_of(examples[:2]) == states + 2 * len(segment)
     assert opened == ["a", "b", "a", "c", "c", "b"] and len(processed) == 1 + 2 + 2
     family.shares_prefix = False  # type: ignore[misc]
     apart = count_tokens(family, dataset, examples, lambda example: segment)
-    assert apart.of(examples[:2]) == 2 * (states + len(segment))
+    assert apart.cost_of(examples[:2]) == 2 * (states + len(segment))

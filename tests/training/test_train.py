@@ -149,7 +149,7 @@ def test_a_frozen_image_encoder_runs_once_an_image(
     monkeypatch.setattr(VisionTransformer, "forward", counting)
     train(config(base, tmp_path / "held", tune="encoder=ln"))
     assert images == 6
-    monkeypatch.setattr(MissFamily, "seen", lambda self, pixels: pixels)
+    monkeypatch.setattr(MissFamily, "encode_image", lambda self, pixels: pixels)
     train(config(base, tmp_path / "anew", tune="encoder=ln"))
     assert images > 6 + 6
     held, anew = tensors(tmp_path / "held"), tensors(tmp_path / "anew")
@@ -161,13 +161,13 @@ def test_batches_of_even_tokens_tokenise_and_see_every_pair_once(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded: Counter[str] = Counter()
-    encode = MissFamily.encode
+    encode = MissFamily.tokenize
 
     def counting(self: MissFamily, id: str, *rest: Any, **named: Any) -> Segment:
         encoded[id] += 1
         return encode(self, id, *rest, **named)
 
-    monkeypatch.setattr(MissFamily, "encode", counting)
+    monkeypatch.setattr(MissFamily, "tokenize", counting)
     result = train(config(base, tmp_path / "tokens", balance="tokens"))
     examples = open_dataset(DATA).split("train")
     assert result.pairs == 2 * len(examples)
@@ -234,9 +234,9 @@ def test_a_question_loses_the_same_in_a_group_as_alone_under_the_same_draw_of_lo
     for seed, layer in enumerate(m for m in family.model.modules() if isinstance(m, LoraLayer)):
         draws.append(Draws(seed))
         layer.lora_dropout["normtune"] = draws[-1]
-    pixels = family.pixels(Image.new("RGB", (32, 32), (90, 20, 160)))
+    pixels = family.preprocess_image(Image.new("RGB", (32, 32), (90, 20, 160)))
     asked = [("What is the modality?", "MRI"), ("Which organ is abnormal?", "left lung"), ("Normal?", "no")]
-    segments = [family.encode(str(i), *pair) for i, pair in enumerate(asked)]
+    segments = [family.tokenize(str(i), *pair) for i, pair in enumerate(asked)]
 
     def log_probs(groups: list[list[int]]) -> torch.Tensor:
         packed = [Group(("a",), tuple(segments[i] for i in members)) for members in groups]

@@ -20,14 +20,14 @@ from pathlib import Path
 from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig
 from torch import Tensor
 
-from normtune.adapters.info import DeltaInfo
+from normtune.adapters.info import AdapterInfo
 from normtune.adapters.model_card import model_card
-from normtune.adapters.storage import CARD_FILE, read_delta, read_tensors, write_tensors
+from normtune.adapters.storage import CARD_FILE, read_adapter_info, read_tensors, write_tensors
 from normtune.errors import InputError
-from normtune.methods.lora import exactly
+from normtune.methods.lora import exact_name_pattern
 from normtune.methods.recipe import parse
 from normtune.methods.registry import Method
-from normtune.runtime.files import new_directory, write_json, write_text
+from normtune.runtime.files import atomic_directory, write_json, write_text
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -66,14 +66,14 @@ def export_peft(adapter: Path, out: Path, *, model: str | None = None) -> Export
         InputError: `out` is in use, the delta is broken, or PEFT can't hold what it trained (the error says
             which part, and why).
     """
-    info = read_delta(adapter)
+    info = read_adapter_info(adapter)
     kind = _kind(info)
     config, key_of = _METHODS[kind](info)
     config.base_model_name_or_path = model or info.base_name
     config.inference_mode = True
     found = read_tensors(adapter, info)
     tensors: dict[str, Tensor] = {_PREFIX + key_of(name): tensor for name, tensor in found.items()}
-    with new_directory(out) as building:
+    with atomic_directory(out) as building:
         write_json(building / CONFIG_FILE, config.to_dict())
         write_tensors(building / WEIGHTS_FILE, tensors)
         write_text(building / CARD_FILE, _card(info))
@@ -96,12 +96,12 @@ def export_text(exported: Exported) -> str:
     )
 
 
-def _card(info: DeltaInfo) -> str:
+def _card(info: AdapterInfo) -> str:
     head, _, _ = model_card(info).partition("\n`adapter.safetensors`")
     return head + "\nIn PEFT's layout: load it with `PeftModel.from_pretrained(base, directory)`.\n"
 
 
-def _kind(info: DeltaInfo) -> str:
+def _kind(info: AdapterInfo) -> str:
     """The one PEFT method that holds the delta: a key of `_METHODS`.
 
     Raises:
@@ -135,7 +135,7 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _ln_tuning(info: DeltaInfo) -> tuple[PeftConfig, Callable[[str], str]]:
+def _ln_tuning(info: AdapterInfo) -> tuple[PeftConfig, Callable[[str], str]]:
     """PEFT's LN tuning, on whatever modules hold the trained tensors."""
     for name, one in info.tensors.items():
         leaf = name.rpartition(".")[2]
@@ -150,7 +150,7 @@ def _ln_tuning(info: DeltaInfo) -> tuple[PeftConfig, Callable[[str], str]]:
             "Use normtune merge instead."
         )
     modules = list(dict.fromkeys(_module(name) for name in info.tensors))
-    return LNTuningConfig(target_modules=exactly(modules)), _ln_key
+    return LNTuningConfig(target_modules=exact_name_pattern(modules)), _ln_key
 
 
 def _ln_key(name: str) -> str:
@@ -158,7 +158,7 @@ def _ln_key(name: str) -> str:
     return f"{module}.ln_tuning_layers.{leaf}"
 
 
-def _lora(info: DeltaInfo) -> tuple[PeftConfig, Callable[[str], str]]:
+def _lora(info: AdapterInfo) -> tuple[PeftConfig, Callable[[str], str]]:
     """One LoRA config; parts that differ from the first in rank or alpha have a pattern of their own."""
     modules: dict[str, list[str]] = {}
     for name, one in info.tensors.items():
@@ -170,23 +170,28 @@ def _lora(info: DeltaInfo) -> tuple[PeftConfig, Callable[[str], str]]:
     rates = {float(method.option("dropout")) for method in methods.values()}
     first = next(iter(modules))
     config = LoraConfig(
-        target_modules=exactly(_flat(modules.values())),
+        target_modules=exact_name_pattern(_flat(modules.values())),
         r=ranks[first],
         lora_alpha=alphas[first],  # type: ignore[arg-type]  # PEFT divides it by r and takes any number
         lora_dropout=rates.pop() if len(rates) == 1 else 0.0,  # for training on; the logits don't know it
-        rank_pattern={exactly(modules[part]): rank for part, rank in ranks.items() if rank != ranks[first]},
-        alpha_pattern={exactly(modules[part]): one for part, one in alphas.items() if one != alphas[first]},
+        rank_pattern={
+            exact_name_pattern(modules[part]): rank for part, rank in ranks.items() if rank != ranks[first]
+        },
+        alpha_pattern={
+            exact_name_pattern(modules[part]): one for part, one in alphas.items() if one != alphas[first]
+        },
     )
     return config, lambda name: f"{name}.weight"
 
 
-def _ia3(info: DeltaInfo) -> tuple[PeftConfig, Callable[[str], str]]:
+def _ia3(info: AdapterInfo) -> tuple[PeftConfig, Callable[[str], str]]:
     """IA3; a vector of shape [1, width] scales its module's input, which PEFT calls feed-forward."""
     modules = [_module(name) for name in info.tensors]
     inputs = [_module(name) for name, one in info.tensors.items() if one.shape[0] == 1]
     # a pattern that matches nothing where no input is scaled: PEFT wants the field with its targets
     config = IA3Config(
-        target_modules=exactly(modules), feedforward_modules=exactly(inputs) if inputs else "(?!)"
+        target_modules=exact_name_pattern(modules),
+        feedforward_modules=exact_name_pattern(inputs) if inputs else "(?!)",
     )
     return config, lambda name: f"{name}_l"
 
@@ -194,7 +199,7 @@ def _ia3(info: DeltaInfo) -> tuple[PeftConfig, Callable[[str], str]]:
 _METHODS = {"LN tuning": _ln_tuning, "LoRA": _lora, "IA3": _ia3}
 
 
-def _method_of(info: DeltaInfo, part: str, name: str) -> Method:
+def _method_of(info: AdapterInfo, part: str, name: str) -> Method:
     """The part's method of that name; the delta's recipe is resolved, so that it names every part."""
     found = [method for method in parse(info.recipe).methods_of(part) if method.name == name]
     if len(found) != 1:

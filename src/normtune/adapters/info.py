@@ -28,7 +28,7 @@ class TrainedTensor:
 
 
 @dataclass(frozen=True)
-class DeltaInfo:
+class AdapterInfo:
     """The contents of `adapter.json`."""
 
     base_name: str
@@ -50,7 +50,7 @@ class DeltaInfo:
         return {"format": FORMAT, "base": base, **values}
 
 
-def parse_info(found: Any, path: Path) -> DeltaInfo:
+def parse_info(found: Any, path: Path) -> AdapterInfo:
     """Check what was read from `path`.
 
     Raises:
@@ -62,7 +62,7 @@ def parse_info(found: Any, path: Path) -> DeltaInfo:
     if isinstance(base := found.get("base"), dict):
         values |= {f"base_{name}": value for name, value in base.items()}
     try:
-        info = _delta_info().validate_python(values)
+        info = _adapter_info().validate_python(values)
     except ValidationError as error:
         fault = error.errors()[0]
         entry = ".".join(str(step) for step in fault["loc"]).replace("base_", "base.", 1)
@@ -73,5 +73,5 @@ def parse_info(found: Any, path: Path) -> DeltaInfo:
 
 
 @cache
-def _delta_info() -> TypeAdapter[DeltaInfo]:
-    return TypeAdapter(DeltaInfo)  # takes longer to build than to use, and a server reads thousands
+def _adapter_info() -> TypeAdapter[AdapterInfo]:
+    return TypeAdapter(AdapterInfo)  # takes longer to build than to use, and a server reads thousands

@@ -23,15 +23,15 @@ from transformers import PreTrainedModel
 
 from normtune.adapters.fingerprint import fingerprint, same_base
 from normtune.adapters.merged_weights import changed_by, quantised_site, refuse_unmergeable, with_addition
-from normtune.adapters.storage import attach_delta, read_delta, read_tensors
+from normtune.adapters.storage import attach_adapter, read_adapter_info, read_tensors
 from normtune.errors import InputError
-from normtune.methods.adapt import Tuned
+from normtune.methods.adapt import TunedModel
 from normtune.methods.registry import INTRINSIC
 from normtune.models.checkpoints.parameter_map import placement, stored_as_is
 from normtune.models.checkpoints.reader import INDEX_FILE, SINGLE_FILE, Checkpoint, read_header
 from normtune.models.checkpoints.writer import Planned, write_safetensors
-from normtune.models.loading import quiet_loading, skeleton
-from normtune.runtime.files import new_directory, write_json
+from normtune.models.loading import meta_model, quiet_loading
+from normtune.runtime.files import atomic_directory, write_json
 
 NEW_SHARD = "model-normtune.safetensors"
 ORIGIN_FILE = "normtune.json"  # what was merged, for people and for later runs
@@ -74,13 +74,13 @@ def merge_to_disk(model: str, adapter: Path, out: Path) -> Merged:
         InputError: `out` is in use, the delta is of another base, its method can't be merged, the base has no
             safetensors, or a tensor has no place of its own in them.
     """
-    info = read_delta(adapter)
+    info = read_adapter_info(adapter)
     refuse_unmergeable(one.method for one in info.tensors.values())
-    with new_directory(out) as building:
-        body: Any = skeleton(model)
+    with atomic_directory(out) as building:
+        body: Any = meta_model(model)
         directory = _directory(model, body.config.name_or_path)
         base = _Base(body, Checkpoint(directory))
-        tuned = attach_delta(base.body, adapter, info, base.has)
+        tuned = attach_adapter(base.body, adapter, info, base.has)
         loss = _RoundingLoss()
         planned = _planned(tuned, read_tensors(adapter, info), base, loss)
         write_safetensors(building / NEW_SHARD, planned)
@@ -197,7 +197,9 @@ class _Base:
         return self.checkpoint.values(self.placed[name][0], places).to(dtype)
 
 
-def _planned(tuned: Tuned, trained: Mapping[str, Tensor], base: _Base, loss: _RoundingLoss) -> list[Planned]:
+def _planned(
+    tuned: TunedModel, trained: Mapping[str, Tensor], base: _Base, loss: _RoundingLoss
+) -> list[Planned]:
     """The tensors of the new shard, by the checkpoint's names, in safetensors' order; none is made yet."""
     values: dict[str, Callable[[], Tensor]] = {}
     for name, method in tuned.methods.items():

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from normtune.adapters.info import DeltaInfo
+from normtune.adapters.info import AdapterInfo
 
 
-def model_card(info: DeltaInfo) -> str:
+def model_card(info: AdapterInfo) -> str:
     """The delta's README: base, recipe, trainable share, data and its licence, metrics, notice."""
     share = info.trainable / info.total if info.total else 0.0
     rows = [

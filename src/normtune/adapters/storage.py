@@ -24,25 +24,25 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from normtune.adapters.fingerprint import fingerprint, same_base
-from normtune.adapters.info import NOTICE, DeltaInfo, TrainedTensor, parse_info
+from normtune.adapters.info import NOTICE, AdapterInfo, TrainedTensor, parse_info
 from normtune.adapters.merged_weights import changed_by, quantised_site, refuse_unmergeable, with_addition
 from normtune.adapters.model_card import model_card
 from normtune.errors import InputError
-from normtune.methods.adapt import Cast, Tuned, adapt, untune
+from normtune.methods.adapt import Cast, TunedModel, adapt, restore_base
 from normtune.methods.recipe import parse
 from normtune.methods.registry import INTRINSIC
 from normtune.models.family import Family
 from normtune.models.parts import is_quantized
-from normtune.runtime.files import json_text, read_json, replacing
+from normtune.runtime.files import atomic_write, json_text, read_json
 
 TENSORS_FILE = "adapter.safetensors"
 INFO_FILE = "adapter.json"
 CARD_FILE = "README.md"
-_SHOWN = 3  # mismatches that an error names
+_MAX_NAMED = 3  # mismatches that an error names
 
 
-def save_delta(
-    tuned: Tuned,
+def save_adapter(
+    tuned: TunedModel,
     directory: Path | str,
     *,
     base_name: str,
@@ -58,12 +58,12 @@ def save_delta(
     directory = Path(directory)
     tensors = {name: one.detach().cpu().contiguous().clone() for name, one in tuned.trained.items()}
     with (  # the names are taken from the last to the first
-        replacing(directory / INFO_FILE) as info_file,
-        replacing(directory / TENSORS_FILE) as tensors_file,
-        replacing(directory / CARD_FILE) as card_file,
+        atomic_write(directory / INFO_FILE) as info_file,
+        atomic_write(directory / TENSORS_FILE) as tensors_file,
+        atomic_write(directory / CARD_FILE) as card_file,
     ):
         write_tensors(tensors_file, tensors)
-        info = DeltaInfo(
+        info = AdapterInfo(
             base_name=base_name,
             base_fingerprint=base_fingerprint,
             recipe=str(tuned.recipe),
@@ -80,7 +80,7 @@ def save_delta(
             notice=NOTICE,
             sha256=_digest(tensors_file),
             tensors={
-                name: TrainedTensor(list(tensor.shape), *tuned.places[name], tuned.methods[name])
+                name: TrainedTensor(list(tensor.shape), *tuned.part_and_role[name], tuned.methods[name])
                 for name, tensor in tensors.items()
             },
         )
@@ -100,7 +100,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise OSError(str(error)) from error
 
 
-def read_delta(directory: Path | str) -> DeltaInfo:
+def read_adapter_info(directory: Path | str) -> AdapterInfo:
     """Read and check `adapter.json`.
 
     Raises:
@@ -121,7 +121,7 @@ def read_delta(directory: Path | str) -> DeltaInfo:
     return info
 
 
-def read_tensors(directory: Path | str, info: DeltaInfo) -> dict[str, Tensor]:
+def read_tensors(directory: Path | str, info: AdapterInfo) -> dict[str, Tensor]:
     """The trained tensors of a delta, fp32, by name.
 
     Raises:
@@ -139,29 +139,29 @@ def read_tensors(directory: Path | str, info: DeltaInfo) -> dict[str, Tensor]:
     return tensors
 
 
-def load_delta(model: nn.Module, directory: Path | str, *, allow_other_base: bool = False) -> Tuned:
+def load_adapter(model: nn.Module, directory: Path | str, *, allow_other_base: bool = False) -> TunedModel:
     """Adapt `model` as the delta's recipe says and give it the trained values.
 
     Raises:
         InputError: the delta is broken or belongs to another base. Equal shapes with other values are let
             pass by `allow_other_base`.
     """
-    info = read_delta(directory)
+    info = read_adapter_info(directory)
     tensors = read_tensors(directory, info)
 
     def is_base(mark: str) -> bool:
         return allow_other_base or same_base(mark, fingerprint(model))
 
-    tuned = attach_delta(model, directory, info, is_base)
+    tuned = attach_adapter(model, directory, info, is_base)
     with torch.no_grad():
         for name, parameter in tuned.trained.items():
             parameter.copy_(tensors[name])
     return tuned
 
 
-def attach_delta(
-    model: nn.Module, directory: Path | str, info: DeltaInfo, is_base: Callable[[str], bool]
-) -> Tuned:
+def attach_adapter(
+    model: nn.Module, directory: Path | str, info: AdapterInfo, is_base: Callable[[str], bool]
+) -> TunedModel:
     """Adapt `model` as the delta's recipe says; it has not the trained values yet, and may be on meta.
 
     `is_base` says whether the fingerprint of the delta's base is that of `model`.
@@ -185,7 +185,7 @@ def attach_delta(
     faults = [_mismatch(name, wanted.get(name), have.get(name)) for name in {**wanted, **have}]
     if any(faults):
         if not any(one.method in INTRINSIC for one in info.tensors.values()):
-            untune(tuned)
+            restore_base(tuned)
         _refuse(directory, info, faults)
     return tuned
 
@@ -197,17 +197,17 @@ def _mismatch(name: str, wanted: tuple[int, ...] | None, have: tuple[int, ...] |
     return f"{name} (delta {shown[0]}, model {shown[1]})"
 
 
-def _refuse(directory: Path | str, info: DeltaInfo, faults: list[str | None]) -> None:
+def _refuse(directory: Path | str, info: AdapterInfo, faults: list[str | None]) -> None:
     found = [fault for fault in faults if fault]
     if found:
-        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        more = f" and {len(found) - _MAX_NAMED} more" if len(found) > _MAX_NAMED else ""
         raise InputError(
             f"delta {directory} of base '{info.base_name}' does not fit this model: "
-            f"{', '.join(found[:_SHOWN])}{more}. Load the base that it was trained on."
+            f"{', '.join(found[:_MAX_NAMED])}{more}. Load the base that it was trained on."
         )
 
 
-def merged_tensors(tuned: Tuned) -> dict[str, Tensor]:
+def merged_tensors(tuned: TunedModel) -> dict[str, Tensor]:
     """What merging writes: the base's name -> the tensor that stands for base and delta together, in fp32.
 
     Raises:
@@ -225,7 +225,7 @@ def merged_tensors(tuned: Tuned) -> dict[str, Tensor]:
     return merged
 
 
-def merge_delta(tuned: Tuned) -> nn.Module:
+def merge_adapter(tuned: TunedModel) -> nn.Module:
     """Fold what was trained into plain modules of the base, in the base's dtype.
 
     In an fp32 base trained norms keep their values to the bit; a lower-precision base rounds them.
@@ -253,7 +253,7 @@ def merge_delta(tuned: Tuned) -> nn.Module:
     return tuned.model
 
 
-def unmerge_delta(tuned: Tuned) -> nn.Module:
+def unmerge_adapter(tuned: TunedModel) -> nn.Module:
     """Undo `merge_delta`, bit for bit.
 
     Raises:
@@ -316,7 +316,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def open_model(
+def load_model(
     model: str,
     adapter: Path | None = None,
     *,
@@ -333,6 +333,6 @@ def open_model(
 
     family = load(model, dtype=dtype, device=device, quantize=quantize)
     if adapter is not None:
-        load_delta(family.model, adapter)
+        load_adapter(family.model, adapter)
     family.model.eval()
     return family

@@ -65,7 +65,7 @@ def _parameter(name: str, field: FieldInfo, positional: bool) -> inspect.Paramet
 
 
 def emit(as_json: bool, value: Any, text: str) -> None:
-    if distributed.is_first():
+    if distributed.is_main_process():
         print(dumps(value, ensure_ascii=False) if as_json else text)
 
 

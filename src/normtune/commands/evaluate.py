@@ -11,7 +11,7 @@ from normtune.commands.app import Json, app, emit, plain, takes
 from normtune.errors import InputError, did_you_mean
 from normtune.evaluation.config import EvaluateConfig
 from normtune.runtime import distributed
-from normtune.runtime.progress import bar
+from normtune.runtime.progress import progress_bar
 
 
 @app.command()
@@ -76,7 +76,7 @@ def review(
     """A page of right and wrong answers with their images, to look through: one file, no server."""
     from normtune.evaluation.review.page import review, review_text
 
-    with bar("images", quiet=json) as tick:
+    with progress_bar("images", quiet=json) as tick:
         found = review(
             runs, out, data=data, root=root, images=images, limit=limit, pixels=pixels, progress=tick
         )
@@ -104,6 +104,6 @@ def evaluate(config: EvaluateConfig, *, as_json: bool) -> None:
     """Answer every question of a split and score the answers, with 95% intervals."""
     from normtune.evaluation.evaluate import evaluate_config, metrics_text
 
-    with bar("answering", quiet=as_json or not distributed.is_first()) as tick:
+    with progress_bar("answering", quiet=as_json or not distributed.is_main_process()) as tick:
         found = evaluate_config(config, progress=tick)
     emit(as_json, found, metrics_text(found))

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from normtune.commands.app import Json, app, emit, plain
-from normtune.runtime.progress import bar
+from normtune.runtime.progress import progress_bar
 
 
 @app.command("import-miss")
@@ -62,7 +62,7 @@ def import_llava_med(
     """
     from normtune.models.importers.llava_med.importer import import_llava_med, import_text
 
-    with bar("writing tensors", quiet=json) as tick:
+    with progress_bar("writing tensors", quiet=json) as tick:
         found = import_llava_med(
             source,
             out,

@@ -51,8 +51,8 @@ def inspect_model(
 @takes(DataOptions, positional="data")
 def data(options: DataOptions, *, as_json: bool) -> None:
     """What a dataset holds: splits, images, open and closed counts, problems, leaks between splits."""
-    from normtune.data.registry import open_from
-    from normtune.data.summary import survey, survey_text
+    from normtune.data.registry import open_configured
+    from normtune.data.summary import summarize, summary_text
 
-    found = survey(open_from(options))
-    emit(as_json, found, survey_text(found))
+    found = summarize(open_configured(options))
+    emit(as_json, found, summary_text(found))

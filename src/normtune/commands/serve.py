@@ -100,7 +100,7 @@ def serve(
             names = [one.name for one in engine.adapters()]
             at_once = queue_limit + max_batch
             limits = Limits(per_minute=per_minute, request_s=timeout, questions=at_once)
-            longest = engine.family.longest_answer  # a client that asks for more gets so many
+            longest = engine.family.max_answer_tokens  # a client that asks for more gets so many
             if longest is not None and longest < limits.new_tokens:
                 limits = replace(limits, new_tokens=longest)
             settings = server.Settings(

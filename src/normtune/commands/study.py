@@ -65,9 +65,9 @@ def study(
         listed = listing(current_plan(found, folder), Sizes(found), folder)
         emit(json, listed, listing_text(listed))
         return
-    from normtune.studies.study import run_and_tabulate
+    from normtune.studies.study import run_study_and_report
 
-    summary, text = run_and_tabulate(
+    summary, text = run_study_and_report(
         found, folder, workers=workers, on=on, quiet=json, report_only=report_only, examples=examples
     )
     emit(json, summary, text)

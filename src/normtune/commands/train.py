@@ -16,6 +16,6 @@ def train(config: TrainConfig, *, as_json: bool) -> None:
     from normtune.training.progress import PrintProgress
     from normtune.training.train import train
 
-    quiet = as_json or not distributed.is_first()
+    quiet = as_json or not distributed.is_main_process()
     result = train(config, progress=None if quiet else PrintProgress())
     emit(as_json, asdict(result), result.text())

@@ -15,7 +15,7 @@ from normtune.errors import InputError
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenCosts:
     """What a group costs in tokens, padding left out: so measured, costs add up in any order.
 
     Padding rows to the longest of a batch adds 3 to 10% on SLAKE and VQA-RAD, about as evenly.
@@ -28,7 +28,7 @@ class Tokens:
     prefixes: Mapping[tuple[str, ...], int]
     segments: Mapping[str, int]
 
-    def of(self, group: Sequence[Example]) -> int:
+    def cost_of(self, group: Sequence[Example]) -> int:
         return self.prefixes[group[0].images] + sum(self.segments[example.id] for example in group)
 
 
@@ -63,7 +63,7 @@ def even_batches(costs: Sequence[int], count: int, least: int = 1) -> list[list[
     return [list(range(start, stop)) for start, stop in pairwise(cuts)]
 
 
-def pair_batches(sizes: Sequence[int], pairs: int) -> list[list[int]]:
+def batches_of_pairs(sizes: Sequence[int], pairs: int) -> list[list[int]]:
     """`even_batches` of about `pairs` question-answer pairs; groups of one pair make at most that many.
 
     The number of batches, ceil(sum(sizes) / pairs) where there are that many groups, does not depend on the
@@ -72,7 +72,7 @@ def pair_batches(sizes: Sequence[int], pairs: int) -> list[list[int]]:
     return even_batches(sizes, batch_count(sizes, pairs))
 
 
-def rank_shares(costs: Sequence[int], ranks: int) -> list[list[int]]:
+def split_across_ranks(costs: Sequence[int], ranks: int) -> list[list[int]]:
     """Deal the groups of one step out to `ranks` processes, the dearest first, each to whoever has least.
 
     Every process gets a group, and no two differ by more than the dearest one (Graham 1969, LPT). Returns
@@ -110,7 +110,7 @@ class EpochBatches:
         cap: int | None,
         seed: int,
         *,
-        tokens: Tokens | None = None,
+        tokens: TokenCosts | None = None,
         ranks: int = 1,
     ) -> None:
         self.examples, self.pairs, self.cap, self.seed, self.epoch = list(examples), pairs, cap, seed, 0
@@ -127,9 +127,9 @@ class EpochBatches:
         rng = random.Random(f"{self.seed}-{epoch}")
         groups = group_by_image(self.examples, self.cap, rng)
         rng.shuffle(groups)
-        costs = [self.tokens.of(group) if self.tokens else len(group) for group in groups]
+        costs = [self.tokens.cost_of(group) if self.tokens else len(group) for group in groups]
         for step in even_batches(costs, self.steps, least=self.ranks):
-            for share in rank_shares([costs[index] for index in step], self.ranks):
+            for share in split_across_ranks([costs[index] for index in step], self.ranks):
                 yield [groups[step[index]] for index in share]
 
     def set_epoch(self, epoch: int) -> None:

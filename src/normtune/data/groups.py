@@ -30,14 +30,14 @@ class Group:
 
 
 def group_by_image(
-    examples: Sequence[Example], cap: int | None = None, rng: random.Random | None = None
+    examples: Sequence[Example], max_group_size: int | None = None, rng: random.Random | None = None
 ) -> list[list[Example]]:
     """Split examples into groups of one image each, at most `cap` questions a group.
 
     With `cap=1` every question stands alone. With `rng`, the questions of each image are shuffled before
     they are cut into groups, so that capped groups differ between epochs; without it the order is kept.
     """
-    assert cap is None or cap >= 1, "a group holds at least one question"
+    assert max_group_size is None or max_group_size >= 1, "a group holds at least one question"
     by_image: dict[tuple[str, ...], list[Example]] = {}
     for example in examples:
         by_image.setdefault(example.images, []).append(example)
@@ -45,6 +45,6 @@ def group_by_image(
     for members in by_image.values():
         if rng is not None:
             rng.shuffle(members)
-        size = cap or len(members)
+        size = max_group_size or len(members)
         groups += [members[start : start + size] for start in range(0, len(members), size)]
     return groups

@@ -39,10 +39,10 @@ class Problem:
 
     def __str__(self) -> str:
         where = f"{self.file}, row {self.row}" if self.row else self.file
-        return f"{where}: {self.told}"
+        return f"{where}: {self.message}"
 
     @property
-    def told(self) -> str:
+    def message(self) -> str:
         """What is wrong and how to mend it, as sentences."""
         return f"{self.what}{'' if self.what.endswith('?') else '.'} {self.mend}"
 
@@ -56,7 +56,7 @@ class Dataset:
     open_image: Callable[[str], Image.Image]  # key -> RGB image; raises InputError naming the file
     problems: list[Problem] = field(default_factory=list)
     licence: str = "unknown"
-    left_out: list[Example] = field(default_factory=list)  # rows that cannot be used; `problems` says why
+    skipped: list[Example] = field(default_factory=list)  # rows that cannot be used; `problems` says why
     notes: list[str] = field(default_factory=list)  # how the reader took the files, where there was a choice
 
     def split(self, name: str) -> list[Example]:

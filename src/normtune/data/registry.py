@@ -34,7 +34,7 @@ _ON_THE_HUB = ("parquet", "path-vqa")  # --root may be owner/name
 NAMES = (*ROOTS, *PHANTOMS)
 
 
-def open_from(options: DataOptions) -> Dataset:
+def open_configured(options: DataOptions) -> Dataset:
     """The dataset that a command's options name, split by image anew (seed 0) where they say so.
 
     Raises:
@@ -148,5 +148,5 @@ def _narrowed(dataset: Dataset, language: Language, task: Task) -> Dataset:
         kept = [example for example in dataset.examples if keep(example)]
         if not kept:
             raise InputError(f"dataset {dataset.name} holds no {what}. Check --task and --language.")
-        dataset = replace(dataset, examples=kept, left_out=[e for e in dataset.left_out if keep(e)])
+        dataset = replace(dataset, examples=kept, skipped=[e for e in dataset.skipped if keep(e)])
     return dataset

@@ -29,7 +29,7 @@ class Leak:
         return f"{self.shared} of {self.total} rows of {self.part} stand word for word in {self.other} too"
 
 
-def part_of(dataset: Dataset) -> Callable[[Example], str]:
+def split_group_of(dataset: Dataset) -> Callable[[Example], str]:
     """Names the part that an example belongs to: its split, with the language where there are several."""
     languages = {example.meta.get("language", "") for example in dataset.examples}
     if len(languages) < 2:
@@ -37,9 +37,9 @@ def part_of(dataset: Dataset) -> Callable[[Example], str]:
     return lambda example: f"{example.split} ({example.meta.get('language', 'no language')})"
 
 
-def parts(dataset: Dataset) -> dict[str, list[Example]]:
+def split_groups(dataset: Dataset) -> dict[str, list[Example]]:
     """The usable examples of each part; train, validate and test come first, in this order."""
-    name = part_of(dataset)
+    name = split_group_of(dataset)
     found: dict[str, list[Example]] = {}
     for example in dataset.examples:
         found.setdefault(name(example), []).append(example)
@@ -53,7 +53,7 @@ def leaks(dataset: Dataset) -> list[Leak]:
     languages of one split are no leak; different splits of different languages are.
     """
     found = []
-    members = list(parts(dataset).items())
+    members = list(split_groups(dataset).items())
     images = {name: {key: key for example in part for key in example.images} for name, part in members}
     rows = {name: {_row_key(example): example.id for example in part} for name, part in members}
     for later in range(len(members)):
@@ -106,7 +106,7 @@ def image_disjoint(
     return replace(
         dataset,
         examples=[moved(example) for example in dataset.examples],
-        left_out=[moved(example) for example in dataset.left_out],
+        skipped=[moved(example) for example in dataset.skipped],
     )
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from normtune.data.reading.cells import is_yes_no
 from normtune.data.records import Dataset, Example
-from normtune.data.splits import leaks, part_of, parts
+from normtune.data.splits import leaks, split_group_of, split_groups
 
 _FIRST = 20  # problems shown in full
 _TOP = 5  # most frequent modalities and organs shown
 
 
-def survey(dataset: Dataset) -> dict[str, Any]:
+def summarize(dataset: Dataset) -> dict[str, Any]:
     """Counts of a dataset, ready for JSON.
 
     Returns:
@@ -27,14 +27,16 @@ def survey(dataset: Dataset) -> dict[str, Any]:
         the first 20 as `first` [{`file`, `row`, `what`, `mend`}];
         `leaks`: [{`what`, `part`, `other`, `shared`, `total`, `text`}].
     """
-    name = part_of(dataset)
+    name = split_group_of(dataset)
     left_out: dict[str, list[Example]] = {}
-    for example in dataset.left_out:
+    for example in dataset.skipped:
         left_out.setdefault(name(example), []).append(example)
     return {
         "dataset": dataset.name,
         "licence": dataset.licence,
-        "parts": {part: _counts(usable, left_out.get(part, [])) for part, usable in parts(dataset).items()},
+        "parts": {
+            part: _counts(usable, left_out.get(part, [])) for part, usable in split_groups(dataset).items()
+        },
         "notes": dataset.notes,
         "problems": {
             "count": len(dataset.problems),
@@ -58,7 +60,7 @@ def survey(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def survey_text(found: dict[str, Any]) -> str:
+def summary_text(found: dict[str, Any]) -> str:
     """A survey as plain text for people: a table of the parts, then leaks, then problems."""
     heads = ("split", "rows", "usable", "images", "open", "closed", "report", "yes/no", "questions an image")
     table = [heads]

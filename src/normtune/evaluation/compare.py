@@ -11,13 +11,13 @@ from normtune.data.records import Example
 from normtune.errors import InputError
 from normtune.evaluation.results import read_run, split_hash
 from normtune.metrics.statistics import holm
-from normtune.metrics.sum_metrics import Summed, paired
+from normtune.metrics.sum_metrics import SumMetric, paired
 from normtune.metrics.table import metric_table
 from normtune.runtime.files import read_json, write_text
 
 
 @dataclass(frozen=True)
-class Run:
+class EvaluationRun:
     """One evaluation as its files hold it: examples, answers by id, and metrics.json."""
 
     name: str  # the shortest end of its path that no other run has
@@ -33,7 +33,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Compared:
+class MetricDifference:
     """One metric of two runs on the same rows; `difference` is the second less the first."""
 
     first: float
@@ -52,9 +52,9 @@ class Compared:
 class Comparison:
     """Runs against the first of them: run -> metric -> the two values and their difference."""
 
-    baseline: Run
-    others: list[Run]
-    differences: dict[str, dict[str, Compared]]
+    baseline: EvaluationRun
+    others: list[EvaluationRun]
+    differences: dict[str, dict[str, MetricDifference]]
 
     @property
     def comparisons(self) -> int:
@@ -80,7 +80,7 @@ class Comparison:
         }
 
 
-def compare(run_a: Path | str, run_b: Path | str) -> dict[str, Compared]:
+def compare(run_a: Path | str, run_b: Path | str) -> dict[str, MetricDifference]:
     """Two evaluations of the same rows, paired by id: difference, interval and p-value of every metric.
 
     Raises:
@@ -108,9 +108,9 @@ def compare_runs(directories: Sequence[Path | str]) -> Comparison:
         for name, metric in first.items()
     }
     corrected = holm({key: pair.p for key, pair in pairs.items()})
-    differences: dict[str, dict[str, Compared]] = {run: {} for run in tables}
+    differences: dict[str, dict[str, MetricDifference]] = {run: {} for run in tables}
     for (run, name), pair in pairs.items():
-        differences[run][name] = Compared(
+        differences[run][name] = MetricDifference(
             first=first[name].overall(),
             second=tables[run][name].overall(),
             p_holm=corrected[run, name],
@@ -119,7 +119,7 @@ def compare_runs(directories: Sequence[Path | str]) -> Comparison:
     return Comparison(baseline, others, differences)
 
 
-def read_runs(directories: Sequence[Path | str]) -> list[Run]:
+def read_runs(directories: Sequence[Path | str]) -> list[EvaluationRun]:
     """Evaluations of one split, checked to hold the same questions of the same images.
 
     Raises:
@@ -138,7 +138,7 @@ def read_runs(directories: Sequence[Path | str]) -> list[Run]:
     return runs
 
 
-def _read(path: Path, name: str) -> Run:
+def _read(path: Path, name: str) -> EvaluationRun:
     examples, texts, about = read_run(path)
     manifest = read_json(path / "manifest.json")
     ids = manifest.get("ids") if isinstance(manifest, dict) else None
@@ -146,7 +146,7 @@ def _read(path: Path, name: str) -> Run:
         raise InputError(f"{path / 'manifest.json'} is not of the predictions beside it. Evaluate again.")
     if split_hash([str(id) for id in ids]) != about["split_hash"]:
         raise InputError(f"{path / 'manifest.json'}: its ids do not have its hash. Evaluate again.")
-    return Run(name, path, examples, texts, about)
+    return EvaluationRun(name, path, examples, texts, about)
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -159,7 +159,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def _check_same(first: Run, other: Run) -> None:
+def _check_same(first: EvaluationRun, other: EvaluationRun) -> None:
     """That both hold the same rows, with the same words, scored alike."""
     a, b = first.directory, other.directory
     if first.about["split_hash"] != other.about["split_hash"]:
@@ -191,13 +191,13 @@ def _check_same(first: Run, other: Run) -> None:
         )
 
 
-def _named(run: Run) -> str:
+def _named(run: EvaluationRun) -> str:
     """The run's normalisation, or normalisations."""
     given = run.about["normalisation"]
     return given if isinstance(given, str) else ", ".join(given)
 
 
-def metric_rows(run: Run) -> dict[str, Summed]:
+def metric_rows(run: EvaluationRun) -> dict[str, SumMetric]:
     """Every metric of the run's task, row by row."""
     return metric_table(run.examples, run.texts, run.about["normalisation"])
 
@@ -219,7 +219,7 @@ _HEAD = ["run", "metric", "baseline", "value", "difference", "p", "p (Holm)", "r
 _LEFT = 2  # columns of text; the others are numbers
 
 
-def _told(found: Mapping[str, Any]) -> tuple[str, str]:
+def _caption(found: Mapping[str, Any]) -> tuple[str, str]:
     """The line above the table, and the one below it."""
     return (
         f"{found['dataset']}: {found['rows']} rows, {found['images']} images; baseline: {found['baseline']}",
@@ -239,13 +239,13 @@ def comparison_text(found: Mapping[str, Any]) -> str:
         ).rstrip()
         for row in rows
     ]
-    above, below = _told(found)
+    above, below = _caption(found)
     return "\n".join([above, *lines, below])
 
 
 def comparison_markdown(found: Mapping[str, Any]) -> str:
     """`Comparison.to_json` as a Markdown table."""
-    above, below = _told(found)
+    above, below = _caption(found)
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (_HEAD, *_rows(found))]
     head, *lines = ["| " + " | ".join(row) + " |" for row in cells]
     rule = "|" + "---|" * _LEFT + "--:|" * (len(_HEAD) - _LEFT)

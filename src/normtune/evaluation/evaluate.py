@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normtune.data import tasks
-from normtune.data.batches import rank_shares
+from normtune.data.batches import split_across_ranks
 from normtune.data.groups import group_by_image
 from normtune.data.records import Dataset, Example, Prediction
 from normtune.data.tasks import MAX_ANSWER_TOKENS
@@ -18,11 +18,11 @@ from normtune.evaluation import image_reliance
 from normtune.evaluation.results import write_results
 from normtune.evaluation.score_files import clinical_table
 from normtune.inference.predict import Progress, answer_all, score_closed_candidates
-from normtune.metrics.answers import Metric, only_once
+from normtune.metrics.answers import Metric, check_unique_ids
 from normtune.metrics.normalisation import normalise
 from normtune.metrics.reports import normalisations_for, text_pairs
 from normtune.metrics.strata import Strata, strata, strata_text
-from normtune.metrics.table import metric_table, summarised
+from normtune.metrics.table import metric_table, summarize_metrics
 from normtune.runtime import distributed, memory
 from normtune.runtime.files import read_json
 
@@ -122,7 +122,7 @@ def evaluate(
     """
     if not examples:
         raise InputError("there is nothing to evaluate: no examples. Choose another split.")
-    only_once([example.id for example in examples], "examples")
+    check_unique_ids([example.id for example in examples], "examples")
     report = examples[0].kind == "report"
     if any((example.kind == "report") != report for example in examples):
         raise InputError("answers and reports cannot be evaluated together. Evaluate one task at a time.")
@@ -162,8 +162,8 @@ def evaluate(
             ) + score_closed_candidates(
                 family, shown, chosen, choices, progress=counted(before + len(written)), **options
             )
-        with distributed.losing_none():
-            everything = distributed.gathered((found, memory.peak_memory_bytes()))
+        with distributed.lost_process_as_error():
+            everything = distributed.all_gather((found, memory.peak_memory_bytes()))
         by_id = {prediction.id: prediction for predictions, _ in everything for prediction in predictions}
         return [by_id[example.id] for example in examples], max(peak for _, peak in everything)
 
@@ -178,13 +178,13 @@ def evaluate(
     used = normalisations_for(dataset.name) if report else normalisation
     evaluation = Evaluation(
         predictions=predictions,
-        scores=distributed.from_first(lambda: _scores(examples, predictions, controlled, used)),
+        scores=distributed.broadcast_from_first(lambda: _scores(examples, predictions, controlled, used)),
         seconds=seconds,
         pairs_per_second=len(examples) / seconds,
         peak_memory_bytes=peak,
         controls=controlled,
     )
-    if out is not None and distributed.is_first():
+    if out is not None and distributed.is_main_process():
         found = evaluation.scores
         write_results(
             out,
@@ -224,10 +224,10 @@ def _scores(
     report = not isinstance(normalisation, str)
     replaced = {name: metric_table(examples, found, normalisation) for name, found in controlled.items()}
     return Scores(
-        metrics=summarised(table, examples),
+        metrics=summarize_metrics(table, examples),
         strata=strata(examples, table),
         findings=clinical_table(text_pairs(examples, predictions))[1] if report else {},
-        reliance=image_reliance.reliance(examples, table, replaced),
+        reliance=image_reliance.image_reliance(examples, table, replaced),
     )
 
 
@@ -235,7 +235,7 @@ def _share(examples: Sequence[Example], rank: int, ranks: int) -> list[Example]:
     """The examples that process `rank` answers: those of whole images, about as many as each other has."""
     groups = group_by_image(examples)
     counts = [len(group) for group in groups]
-    shares = rank_shares(counts, min(ranks, len(groups)))
+    shares = split_across_ranks(counts, min(ranks, len(groups)))
     mine = shares[rank] if rank < len(shares) else []
     return [example for index in mine for example in groups[index]]
 
@@ -260,8 +260,8 @@ def evaluate_config(config: EvaluateConfig, *, progress: Progress | None = None)
     Raises:
         InputError: bad model, adapter, data or image.
     """
-    from normtune.adapters.storage import open_model
-    from normtune.data.registry import open_from
+    from normtune.adapters.storage import load_model
+    from normtune.data.registry import open_configured
     from normtune.evaluation.retrieval import fitted
     from normtune.models.image_cache import ImageCache, image_store
 
@@ -271,12 +271,12 @@ def evaluate_config(config: EvaluateConfig, *, progress: Progress | None = None)
             f"--baseline {config.baseline} takes no {'candidates' if config.candidates else 'adapter'}: "
             "it predicts texts of the training split. Leave it out."
         )
-    distributed.join(config.device)
-    dataset = open_from(config)
+    distributed.init_processes(config.device)
+    dataset = open_configured(config)
     examples = dataset.split(config.split)[: config.limit]
     family = None
     if looks:
-        family = open_model(
+        family = load_model(
             config.model, config.adapter, dtype=config.dtype, device=config.device, quantize=config.quantize
         )
     baseline = None
@@ -308,17 +308,17 @@ def evaluate_config(config: EvaluateConfig, *, progress: Progress | None = None)
             **({"baseline": config.baseline} if config.baseline else {}),
         },
     )
-    found: dict[str, Any] = distributed.from_first(lambda: read_json(config.out / "metrics.json"))
+    found: dict[str, Any] = distributed.broadcast_from_first(lambda: read_json(config.out / "metrics.json"))
     return {**found, "out": str(config.out)}
 
 
 def _setting(adapter: Path | None, dataset: str) -> dict[str, str | None]:
     """What the adapter was trained on, by its own word, and what an evaluation on `dataset` is by it."""
-    from normtune.adapters.storage import read_delta
+    from normtune.adapters.storage import read_adapter_info
 
     if adapter is None:
         return {"trained_on": None, "setting": "zero-shot"}
-    name = (read_delta(adapter).data or {}).get("name")
+    name = (read_adapter_info(adapter).data or {}).get("name")
     if name is None or (name == dataset and name in FILE_FORMATS):
         return {"trained_on": name, "setting": "unknown"}
     return {"trained_on": name, "setting": "in-distribution" if name == dataset else "out-of-distribution"}

@@ -36,10 +36,10 @@ from normtune.data.splits import patients
 from normtune.errors import InputError, did_you_mean
 from normtune.evaluation.config import CONTROLS
 from normtune.metrics.statistics import RESAMPLES, holm
-from normtune.metrics.sum_metrics import Summed, paired, share_lost
-from normtune.metrics.table import headlines, summarised
+from normtune.metrics.sum_metrics import SumMetric, paired, relative_drop
+from normtune.metrics.table import headline_metrics, summarize_metrics
 
-SHOWN = {  # by control, for people who read metrics.json
+CONTROL_DESCRIPTIONS = {  # by control, for people who read metrics.json
     "blank": "mid-grey (128) of the image's size",
     "noise": "uniform grey noise of the image's size in cells of 1/64 of its longer side, drawn by its key",
     "other": "an image of another patient among the same rows",
@@ -72,7 +72,7 @@ def control_dataset(dataset: Dataset, examples: Sequence[Example], name: str) ->
     """
     real = dataset.open_image
     if name == "other":
-        other = others(examples)
+        other = swapped_images(examples)
         return replace(dataset, open_image=lambda key: real(other[key]))
     if name == "noise":
         return replace(dataset, open_image=lambda key: noise(real(key).size, key))
@@ -92,7 +92,7 @@ def noise(size: tuple[int, int], key: str) -> Image.Image:
     return Image.fromarray(pixels).convert("RGB")
 
 
-def others(examples: Sequence[Example]) -> dict[str, str]:
+def swapped_images(examples: Sequence[Example]) -> dict[str, str]:
     """Image key -> key of an image of another patient; of the keys alone, whatever the order of the rows.
 
     The studies, those of a patient side by side and patients in an order drawn by their keys, are shifted by
@@ -130,10 +130,10 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(f"control:{key}".encode()).digest()
 
 
-def reliance(
+def image_reliance(
     examples: Sequence[Example],
-    real: Mapping[str, Summed],
-    replaced: Mapping[str, Mapping[str, Summed]],
+    real: Mapping[str, SumMetric],
+    replaced: Mapping[str, Mapping[str, SumMetric]],
     *,
     resamples: int = RESAMPLES,
 ) -> dict[str, dict[str, Any]]:
@@ -150,9 +150,9 @@ def reliance(
         resamples: draws of the bootstrap.
     """
     cluster = {example.id: example.images for example in examples}
-    table = headlines(real)
+    table = headline_metrics(real)
     alone = {"real": _ends(table, examples, resamples)} | {
-        control: _ends(headlines(found), examples, resamples) for control, found in replaced.items()
+        control: _ends(headline_metrics(found), examples, resamples) for control, found in replaced.items()
     }
     pairs = {
         (control, name): paired(found[name], metric, cluster, resamples=resamples)
@@ -161,10 +161,10 @@ def reliance(
     }
     corrected = holm({key: pair.p for key, pair in pairs.items()})
     result: dict[str, dict[str, Any]] = {
-        control: {"image": SHOWN[control], "metrics": {}} for control in replaced
+        control: {"image": CONTROL_DESCRIPTIONS[control], "metrics": {}} for control in replaced
     }
     for (control, name), pair in pairs.items():
-        earned = share_lost(table[name], replaced[control][name], cluster, resamples=resamples)
+        earned = relative_drop(table[name], replaced[control][name], cluster, resamples=resamples)
         result[control]["metrics"][name] = {
             "real": alone["real"][name],
             "replaced": alone[control][name],
@@ -184,9 +184,9 @@ def reliance(
 
 
 def _ends(
-    table: Mapping[str, Summed], examples: Sequence[Example], resamples: int
+    table: Mapping[str, SumMetric], examples: Sequence[Example], resamples: int
 ) -> dict[str, dict[str, float]]:
-    found = summarised(table, examples, resamples=resamples)
+    found = summarize_metrics(table, examples, resamples=resamples)
     return {name: {"value": one.value, "low": one.low, "high": one.high} for name, one in found.items()}
 
 

@@ -112,7 +112,7 @@ def pooled_features(family: Family, pixels: Pixels) -> Features:
     Raises:
         InputError: the family gives no features of an image alone.
     """
-    seen = family.seen(pixels)
+    seen = family.encode_image(pixels)
     made = [seen[name] for name in sorted(seen) if name not in pixels and seen[name].is_floating_point()]
     if not made:
         raise InputError(

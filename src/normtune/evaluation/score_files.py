@@ -127,7 +127,7 @@ def clinical_table(
     metrics: dict[str, Any] = {}
     tables: dict[str, Any] = {}
     said, meant = clinical.rules_labels(pairs)
-    if clinical.spoken_of(meant):
+    if clinical.mentions_any_finding(meant):
         tables["findings_rules"] = clinical.finding_table(said, meant)
     if chexbert is not None:
         said, meant = clinical.chexbert_labels(pairs, chexbert)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from normtune.adapters.storage import open_model
+from normtune.adapters.storage import load_model
 from normtune.data import tasks
 from normtune.data.groups import Group
 from normtune.data.images.files import open_image
@@ -23,10 +23,10 @@ def ask(
     quantize: str | None = None,
 ) -> list[Answer]:
     """Answers to `questions`, in their order; the image is computed once."""
-    family = open_model(model, adapter, device=device, quantize=quantize)
-    pixels = [family.pixels(open_image(image, name=image.name))]
-    segments = tuple(family.encode(str(i), question, None) for i, question in enumerate(questions))
-    return family.answer([Group((str(image),), segments)], [pixels], beams=beams)[0]
+    family = load_model(model, adapter, device=device, quantize=quantize)
+    pixels = [family.preprocess_image(open_image(image, name=image.name))]
+    segments = tuple(family.tokenize(str(i), question, None) for i, question in enumerate(questions))
+    return family.generate_answers([Group((str(image),), segments)], [pixels], beams=beams)[0]
 
 
 def describe(
@@ -40,8 +40,8 @@ def describe(
     quantize: str | None = None,
 ) -> Answer:
     """A report for one study of one or more views, in their order. Research use, not for diagnosis."""
-    family = open_model(model, adapter, device=device, quantize=quantize)
-    pixels = [family.pixels(open_image(image, name=image.name)) for image in images]
-    segment = family.encode("report", "", None, report=True)
+    family = load_model(model, adapter, device=device, quantize=quantize)
+    pixels = [family.preprocess_image(open_image(image, name=image.name)) for image in images]
+    segment = family.tokenize("report", "", None, report=True)
     group = Group(tuple(str(image) for image in images), (segment,))
-    return family.answer([group], [pixels], beams=beams, max_new_tokens=max_new_tokens)[0][0]
+    return family.generate_answers([group], [pixels], beams=beams, max_new_tokens=max_new_tokens)[0][0]

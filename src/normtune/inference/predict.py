@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from normtune.data.batches import pair_batches
+from normtune.data.batches import batches_of_pairs
 from normtune.data.groups import Group, group_by_image
 from normtune.data.records import Dataset, Example, Prediction
 from normtune.data.tasks import MAX_ANSWER_TOKENS
@@ -44,12 +44,12 @@ def answer_all(
         groups = [
             Group(
                 group[0].images,
-                tuple(family.encode(e.id, e.question, None, report=e.kind == "report") for e in group),
+                tuple(family.tokenize(e.id, e.question, None, report=e.kind == "report") for e in group),
             )
             for group in members
         ]
         with _memory_for(batch_pairs):
-            answers = family.answer(groups, pixels, max_new_tokens=max_new_tokens, beams=beams)
+            answers = family.generate_answers(groups, pixels, max_new_tokens=max_new_tokens, beams=beams)
         for group, group_answers in zip(members, answers, strict=True):
             for example, answer in zip(group, group_answers, strict=True):
                 predictions.append(Prediction(example.id, answer.text, _finite(answer.score)))
@@ -87,7 +87,7 @@ def score_closed_candidates(
             Group(
                 group[0].images,
                 tuple(
-                    family.encode(f"{e.id}={word}", e.question, word) for e in group for word in candidates
+                    family.tokenize(f"{e.id}={word}", e.question, word) for e in group for word in candidates
                 ),
             )
             for group in members
@@ -132,7 +132,7 @@ def _batches(
     """Groups of examples with the processed images of each; an image shared with the batch before is kept."""
     groups = group_by_image(examples, cap)
     held: dict[str, Pixels] = {}
-    for batch in pair_batches([len(group) for group in groups], pairs):
+    for batch in batches_of_pairs([len(group) for group in groups], pairs):
         members = [groups[index] for index in batch]
         keys = dict.fromkeys(key for group in members for key in group[0].images)
         held = {key: held[key] if key in held else opened(key) for key in keys}

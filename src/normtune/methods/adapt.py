@@ -22,12 +22,12 @@ from normtune.methods.norms import TunedNorm
 from normtune.methods.prefix import add_prefix
 from normtune.methods.recipe import Recipe, parse, resolve
 from normtune.methods.registry import ADDED, INTRINSIC, Method, RecipeError
-from normtune.methods.sites import Addition, NoSite, Site
+from normtune.methods.sites import AddedLayers, NoTarget, TargetLinear
 from normtune.models.parts import (
-    Anatomy,
+    ModelParts,
     ParameterHolder,
-    Place,
-    anatomy,
+    ParameterInfo,
+    find_parts,
     is_quantized,
     norms,
     parameter_holders,
@@ -35,17 +35,17 @@ from normtune.models.parts import (
 
 
 @dataclass
-class Tuned:
+class TunedModel:
     """A model with the parameters that its recipe trains."""
 
     model: nn.Module
     recipe: Recipe  # resolved: it names every part of the model
-    anatomy: Anatomy  # of the base, before
+    parts: ModelParts  # of the base, before
     trained: dict[str, nn.Parameter]  # by name; those of the base bear its names
     methods: dict[str, str]  # trained name -> method
-    places: dict[str, tuple[str, str]]  # trained name -> (part, role); of an added one: (part, method)
+    part_and_role: dict[str, tuple[str, str]]  # trained name -> (part, role); of an added one: (part, method)
     base_total: int
-    additions: list[Addition] = field(default_factory=list)
+    additions: list[AddedLayers] = field(default_factory=list)
     base_norms: dict[str, nn.Module] = field(default_factory=dict)  # the norms that were replaced, by name
     cast: list[ParameterHolder] = field(default_factory=list)  # (module, attribute) held in fp32
     unmerge: Callable[[], None] | None = None  # set while merged
@@ -76,13 +76,13 @@ class Cast(nn.Module):
         return tensor.to(self.dtype)
 
 
-def adapt(model: nn.Module, recipe: Recipe | str, *, seed: int = 0) -> Tuned:
+def adapt(model: nn.Module, recipe: Recipe | str, *, seed: int = 0) -> TunedModel:
     """Make `model` trainable in place; `seed` decides the start of what is added.
 
     Raises:
         InputError: the recipe does not fit the model (the model is then as it was, but frozen).
     """
-    base = anatomy(model)
+    base = find_parts(model)
     resolved = resolve(parse(recipe) if isinstance(recipe, str) else recipe, base.parts)
     claims = _claims(base, resolved)
     claimed = {name: parameter for name, parameter in model.named_parameters() if name in claims}
@@ -90,24 +90,24 @@ def adapt(model: nn.Module, recipe: Recipe | str, *, seed: int = 0) -> Tuned:
     for name in claims:
         _check_float(name, owners[name])
     model.requires_grad_(False)
-    tuned = Tuned(model, resolved, base, {}, {}, {}, base.total)
+    tuned = TunedModel(model, resolved, base, {}, {}, {}, base.total)
     try:
         with _seeded(model, seed):
             _add(tuned)
         if not claims and not tuned.additions and any(methods for _, methods in resolved.parts):
             raise RecipeError(f"recipe '{resolved}' finds nothing to train in this model. Change the recipe.")
     except InputError:
-        untune(tuned)
+        restore_base(tuned)
         raise
     _train_norms(tuned, {name: owners[name] for name in claims})
     for name, holders in owners.items():
         if name not in tuned.trained:
-            tuned.trained[name] = _hold_in_fp32(tuned, holders)
+            tuned.trained[name] = _train_in_fp32(tuned, holders)
     tuned.trained = {name: tuned.trained[name] for name in claims}
-    place_of = {place.name: place for place in base.places}
+    place_of = {place.name: place for place in base.parameters}
     for name, method in claims.items():
         tuned.methods[name] = method
-        tuned.places[name] = (place_of[name].part, place_of[name].role)
+        tuned.part_and_role[name] = (place_of[name].part, place_of[name].role)
     for addition in tuned.additions:
         tuned.trained |= addition.parameters
     for parameter in model.parameters():
@@ -118,7 +118,7 @@ def adapt(model: nn.Module, recipe: Recipe | str, *, seed: int = 0) -> Tuned:
     return tuned
 
 
-def untune(tuned: Tuned) -> nn.Module:
+def restore_base(tuned: TunedModel) -> nn.Module:
     """Give the base back: added parts off, the base's own norms on again; returns the model.
 
     Raises:
@@ -135,7 +135,7 @@ def untune(tuned: Tuned) -> nn.Module:
     return tuned.model
 
 
-def _claims(base: Anatomy, recipe: Recipe) -> dict[str, str]:
+def _claims(base: ModelParts, recipe: Recipe) -> dict[str, str]:
     """Trained parameter of the base -> the first method of the recipe that takes it, in the base's order."""
     claimed: dict[str, str] = {}
     for part, methods in recipe.parts:
@@ -143,9 +143,9 @@ def _claims(base: Anatomy, recipe: Recipe) -> dict[str, str]:
             if method.name in ADDED:
                 continue
             alone = Recipe(((part, (method,)),), recipe.optional & {part})
-            for name in trainable(base, alone):
+            for name in select_parameters(base, alone):
                 claimed.setdefault(name, method.name)
-    return {place.name: claimed[place.name] for place in base.places if place.name in claimed}
+    return {place.name: claimed[place.name] for place in base.parameters if place.name in claimed}
 
 
 def _check_float(name: str, holders: list[ParameterHolder]) -> None:
@@ -158,31 +158,31 @@ def _check_float(name: str, holders: list[ParameterHolder]) -> None:
         )
 
 
-def _add(tuned: Tuned) -> None:
+def _add(tuned: TunedModel) -> None:
     """Attach the recipe's added methods; all names are still the base's when their places are looked up."""
     sites = [(part, method, _sites(tuned, part, method)) for part, method in _added_methods(tuned.recipe)]
     for part, method, found in sites:
         try:
-            addition = add(tuned.model, part, method, found)
-        except NoSite:
+            addition = add_layers(tuned.model, part, method, found)
+        except NoTarget:
             if part in tuned.recipe.optional:
                 continue
             raise
         tuned.additions.append(addition)
         for name in addition.parameters:
             tuned.methods[name] = method.name
-            tuned.places[name] = (part, method.name)
+            tuned.part_and_role[name] = (part, method.name)
 
 
 def _added_methods(recipe: Recipe) -> list[tuple[str, Method]]:
     return [(part, method) for part, methods in recipe.parts for method in methods if method.name in ADDED]
 
 
-def _sites(tuned: Tuned, part: str, method: Method) -> list[Site]:
+def _sites(tuned: TunedModel, part: str, method: Method) -> list[TargetLinear]:
     """The part's attention and feed-forward linears in the method's layers."""
-    layers = method.layer_range(tuned.anatomy.depth(part))
+    layers = method.layer_range(tuned.parts.depth(part))
     found = []
-    for place in tuned.anatomy.places:
+    for place in tuned.parts.parameters:
         name, _, attribute = place.name.rpartition(".")
         if place.part != part or place.role not in ("attention", "ffn"):
             continue
@@ -190,11 +190,11 @@ def _sites(tuned: Tuned, part: str, method: Method) -> list[Site]:
             continue
         module = tuned.model.get_submodule(name)
         if attribute == "weight" and isinstance(module, nn.Linear):
-            found.append(Site(name, place.role, place.layer, module))
+            found.append(TargetLinear(name, place.role, place.layer, module))
     return found
 
 
-def _train_norms(tuned: Tuned, owners: Mapping[str, list[ParameterHolder]]) -> None:
+def _train_norms(tuned: TunedModel, owners: Mapping[str, list[ParameterHolder]]) -> None:
     """Put a `TunedNorm` in the place of every norm that has a trained parameter."""
     names = {id(module): name for name, module in norms(tuned.model).items()}
     wanted: dict[str, dict[str, str]] = {}  # norm -> attribute -> trained name
@@ -205,13 +205,13 @@ def _train_norms(tuned: Tuned, owners: Mapping[str, list[ParameterHolder]]) -> N
     for norm_name, attributes in wanted.items():
         norm = tuned.model.get_submodule(norm_name)
         tuned.base_norms[norm_name] = norm
-        replacement = TunedNorm.of(norm)
+        replacement = TunedNorm.from_norm(norm)
         tuned.model.set_submodule(norm_name, replacement)
         for attribute, name in attributes.items():
             tuned.trained[name] = getattr(replacement, attribute)
 
 
-def _hold_in_fp32(tuned: Tuned, holders: list[ParameterHolder]) -> nn.Parameter:
+def _train_in_fp32(tuned: TunedModel, holders: list[ParameterHolder]) -> nn.Parameter:
     """The parameter to train in the place of a base's tensor: itself, or fp32 and cast at use."""
     module, attribute = holders[0]
     old = getattr(module, attribute)
@@ -234,7 +234,7 @@ def _seeded(model: nn.Module, seed: int) -> Iterator[None]:
         yield
 
 
-def trainable(base: Anatomy, recipe: Recipe) -> list[str]:
+def select_parameters(base: ModelParts, recipe: Recipe) -> list[str]:
     """Names of the parameters that the intrinsic methods of a resolved recipe train, in the model's order.
 
     Raises:
@@ -246,15 +246,17 @@ def trainable(base: Anatomy, recipe: Recipe) -> list[str]:
             if method.name not in INTRINSIC:
                 continue
             found = [
-                place.name for place in base.places if place.part == part and _takes(method, place, base)
+                place.name
+                for place in base.parameters
+                if place.part == part and _selects(method, place, base)
             ]
             if not found and part not in recipe.optional:
-                raise RecipeError(_nothing(base, part, method))
+                raise RecipeError(_nothing_to_train(base, part, method))
             chosen.update(found)
-    return [place.name for place in base.places if place.name in chosen]
+    return [place.name for place in base.parameters if place.name in chosen]
 
 
-def _takes(method: Method, place: Place, base: Anatomy) -> bool:
+def _selects(method: Method, place: ParameterInfo, base: ModelParts) -> bool:
     if method.layers is not None and place.layer not in method.layer_range(base.depth(place.part)):
         return False
     if method.name == "bias":
@@ -264,13 +266,13 @@ def _takes(method: Method, place: Place, base: Anatomy) -> bool:
     return method.name == "full" or place.role == method.name
 
 
-def _nothing(base: Anatomy, part: str, method: Method) -> str:
+def _nothing_to_train(base: ModelParts, part: str, method: Method) -> str:
     """What was asked, what there is, and what to do."""
     alone = Method(method.name, method.options)
     elsewhere = [
         other
         for other in base.parts
-        if any(place.part == other and _takes(alone, place, base) for place in base.places)
+        if any(place.part == other and _selects(alone, place, base) for place in base.parameters)
     ]
     if method.layers is not None and part in elsewhere:
         return f"'{method}' finds nothing: part '{part}' has {base.depth(part)} layers. Change the range"
@@ -281,7 +283,7 @@ def _nothing(base: Anatomy, part: str, method: Method) -> str:
     )
 
 
-def add(model: nn.Module, part: str, method: Method, sites: Sequence[Site]) -> Addition:
+def add_layers(model: nn.Module, part: str, method: Method, sites: Sequence[TargetLinear]) -> AddedLayers:
     """Add `method` to the linears `sites` of one part.
 
     Raises:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normtune.methods.sites import Addition, NoSite, Site, ffn_outputs
+from normtune.methods.sites import AddedLayers, NoTarget, TargetLinear, ffn_outputs
 
 
 class Bottleneck(nn.Module):
@@ -36,10 +36,10 @@ def _adapt_output(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -
     return adapter(output)
 
 
-def add_bottleneck(part: str, width: int, sites: Sequence[Site]) -> Addition:
+def add_bottleneck(part: str, width: int, sites: Sequence[TargetLinear]) -> AddedLayers:
     targets = ffn_outputs(sites)
     if not targets:
-        raise NoSite(f"adapter finds no feed-forward in part '{part}'. Choose another method.")
+        raise NoTarget(f"adapter finds no feed-forward in part '{part}'. Choose another method.")
     parameters: dict[str, nn.Parameter] = {}
     hooks = []
     for site in targets:
@@ -53,4 +53,4 @@ def add_bottleneck(part: str, width: int, sites: Sequence[Site]) -> Addition:
             hook.remove()
             del site.module.adapter
 
-    return Addition(parameters, remove)
+    return AddedLayers(parameters, remove)

@@ -22,21 +22,21 @@ from normtune.methods.sites import (
     KEY,
     QUERY,
     VALUE,
-    Addition,
-    NoSite,
-    Site,
+    AddedLayers,
+    NoTarget,
+    TargetLinear,
     ffn_outputs,
 )
 
 _PEFT_NAME = "normtune"
 
 
-def lora_targets(sites: Sequence[Site]) -> list[Site]:
+def lora_targets(sites: Sequence[TargetLinear]) -> list[TargetLinear]:
     """Query and value of every self- and cross-attention (Hu et al. 2021); the whole of a fused one."""
     return [site for site in sites if site.role == "attention" and site.leaf in QUERY + VALUE + FUSED]
 
 
-def ia3_targets(sites: Sequence[Site]) -> tuple[list[Site], list[Site]]:
+def ia3_targets(sites: Sequence[TargetLinear]) -> tuple[list[TargetLinear], list[TargetLinear]]:
     """Linears whose output is scaled, and those whose input is, each feed-forward's last (Liu et al. 2022).
 
     As in MISS and MILE the output projections of BERT-like attentions are scaled too; a fused query-key-value
@@ -56,24 +56,26 @@ def lora_config(method: Method, targets: Sequence[str]) -> LoraConfig:
         r=int(method.option("r")),
         lora_alpha=int(method.option("alpha")),
         lora_dropout=float(method.option("dropout")),
-        target_modules=exactly(targets),
+        target_modules=exact_name_pattern(targets),
     )
 
 
 def ia3_config(outputs: Sequence[str], inputs: Sequence[str]) -> IA3Config:
     """PEFT's config for exactly the modules named; `inputs` are the feed-forward ones."""
-    return IA3Config(target_modules=exactly([*outputs, *inputs]), feedforward_modules=exactly(inputs))
+    return IA3Config(
+        target_modules=exact_name_pattern([*outputs, *inputs]), feedforward_modules=exact_name_pattern(inputs)
+    )
 
 
-def exactly(names: Sequence[str]) -> str:
+def exact_name_pattern(names: Sequence[str]) -> str:
     """A pattern that matches these full names alone (a list of names would match their suffixes too)."""
     return "|".join(re.escape(name) for name in names)
 
 
-def add_lora(model: nn.Module, part: str, method: Method, sites: Sequence[Site]) -> Addition:
+def add_lora(model: nn.Module, part: str, method: Method, sites: Sequence[TargetLinear]) -> AddedLayers:
     targets = lora_targets(sites)
     if not targets:
-        raise NoSite(
+        raise NoTarget(
             f"lora finds no query or value projection in part '{part}'. Choose another method there."
         )
     layers, remove = _inject(model, lora_config(method, [site.name for site in targets]), targets)
@@ -81,22 +83,22 @@ def add_lora(model: nn.Module, part: str, method: Method, sites: Sequence[Site])
     for name, layer in layers.items():
         parameters[f"{name}.lora_A"] = layer.lora_A[_PEFT_NAME].weight
         parameters[f"{name}.lora_B"] = layer.lora_B[_PEFT_NAME].weight
-    return Addition(parameters, remove, layers)
+    return AddedLayers(parameters, remove, layers)
 
 
-def add_ia3(model: nn.Module, part: str, sites: Sequence[Site]) -> Addition:
+def add_ia3(model: nn.Module, part: str, sites: Sequence[TargetLinear]) -> AddedLayers:
     outputs, inputs = ia3_targets(sites)
     if not outputs:
-        raise NoSite(f"ia3 finds no key or value projection in part '{part}'. Choose another method there.")
+        raise NoTarget(f"ia3 finds no key or value projection in part '{part}'. Choose another method there.")
     config = ia3_config([site.name for site in outputs], [site.name for site in inputs])
     layers, remove = _inject(model, config, [*outputs, *inputs])
-    return Addition(
+    return AddedLayers(
         {f"{name}.ia3": layer.ia3_l[_PEFT_NAME] for name, layer in layers.items()}, remove, layers
     )
 
 
 def _inject(
-    model: nn.Module, config: PeftConfig, targets: Sequence[Site]
+    model: nn.Module, config: PeftConfig, targets: Sequence[TargetLinear]
 ) -> tuple[dict[str, Any], Callable[[], None]]:
     for site in targets:
         if isinstance(site.module, BaseTunerLayer) or isinstance(

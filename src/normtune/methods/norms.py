@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from normtune.models.parts import norm_kind, tried
-from normtune.runtime.tensors import fresh
+from normtune.models.parts import norm_kind, probe_norm
+from normtune.runtime.tensors import clone_while_compiling
 
 
 def norm_eps(module: nn.Module) -> float | None:
@@ -27,14 +27,14 @@ def norm_eps(module: nn.Module) -> float | None:
     raise AssertionError(f"{type(module).__name__} names its epsilon neither eps nor variance_epsilon")
 
 
-def rounds_first(module: nn.Module) -> bool:
+def rounds_before_gain(module: nn.Module) -> bool:
     """Whether an "rms" norm rounds x/rms to the input's dtype before its gain (LLaMA) or after it (Gemma 4).
 
     Both are tried on 64 bf16 numbers; where neither explains the norm to the bit, the nearer one is taken.
     """
     x = torch.linspace(-3.0, 5.0, 64, dtype=torch.bfloat16)[None]
     gain = torch.linspace(0.3, 2.1, 64, dtype=torch.bfloat16)
-    got = tried(module, x, gain).float()
+    got = probe_norm(module, x, gain).float()
     wide = x.float()
     unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + (norm_eps(module) or 0.0))
     first, after = (unit.bfloat16() * gain).float(), (unit * gain.float()).bfloat16().float()
@@ -104,7 +104,7 @@ class _LayerNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
         out, mean, rstd = layer_norm(x, weight, bias, eps)
         ctx.save_for_backward(x, mean, rstd, weight, bias)
-        return fresh(out)
+        return clone_while_compiling(out)
 
     @staticmethod
     @once_differentiable
@@ -121,7 +121,7 @@ class _RMSNorm(torch.autograd.Function):
         out, rstd = rms_norm(x, weight, eps, offset, rounds)
         ctx.save_for_backward(x, rstd, weight)
         ctx.offset = offset
-        return fresh(out)
+        return clone_while_compiling(out)
 
     @staticmethod
     @once_differentiable
@@ -150,27 +150,27 @@ class TunedNorm(nn.Module):
         bias: Tensor | None,
         eps: float | None,
         groups: int = 1,
-        rounds: bool = False,
+        round_before_gain: bool = False,
     ) -> None:
         super().__init__()
         self.kind = kind
         self.eps = eps
         self.groups = groups
-        self.rounds = rounds
+        self.round_before_gain = round_before_gain
         self.weight = nn.Parameter(weight.detach().to(torch.float32, copy=True), weight.requires_grad)
         self.bias = None
         if bias is not None:
             self.bias = nn.Parameter(bias.detach().to(torch.float32, copy=True), bias.requires_grad)
 
     @classmethod
-    def of(cls, module: nn.Module) -> TunedNorm:
+    def from_norm(cls, module: nn.Module) -> TunedNorm:
         """The tuned counterpart of a norm, on the same device, with copies of its values."""
         weight = module.weight
         assert isinstance(weight, Tensor), "a norm without a gain has nothing to tune"
         bias = getattr(module, "bias", None)
         groups = module.num_groups if isinstance(module, nn.GroupNorm) else 1
         kind = norm_kind(module)
-        rounds = kind == "rms" and rounds_first(module)
+        rounds = kind == "rms" and rounds_before_gain(module)
         tuned = cls(kind, weight, bias, norm_eps(module), groups, rounds)
         return tuned.train(module.training)
 
@@ -181,7 +181,7 @@ class TunedNorm(nn.Module):
             return F.group_norm(x.float(), self.groups, self.weight, self.bias, eps).to(x.dtype)
         if self.kind == "layer":
             return _LayerNorm.apply(x, self.weight, self.bias, eps)
-        return _RMSNorm.apply(x, self.weight, eps, self.kind == "rms_offset", self.rounds)
+        return _RMSNorm.apply(x, self.weight, eps, self.kind == "rms_offset", self.round_before_gain)
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, kind={self.kind}, eps={self.eps}, bias={self.bias is not None}"

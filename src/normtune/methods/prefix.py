@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from normtune.errors import InputError
-from normtune.methods.sites import CROSS, FUSED, KEY, Addition, NoSite, Site
+from normtune.methods.sites import CROSS, FUSED, KEY, AddedLayers, NoTarget, TargetLinear
 
 PREFIX_ATTENTION = "normtune_prefix"
 
@@ -109,15 +109,17 @@ def prefix_attention(
     return sdpa_attention_forward(module, query, key, value, attention_mask, is_causal=False, **kwargs)
 
 
-def _takes_attention_functions(attention: nn.Module) -> bool:
+def _uses_attention_interface(attention: nn.Module) -> bool:
     """Whether the module calls the attention that its config names (transformers' AttentionInterface)."""
     return "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(type(attention).forward).__code__.co_names
 
 
-def add_prefix(model: nn.Module, part: str, n: int, projection: bool, sites: Sequence[Site]) -> Addition:
+def add_prefix(
+    model: nn.Module, part: str, n: int, projection: bool, sites: Sequence[TargetLinear]
+) -> AddedLayers:
     attentions = self_attentions(model, sites)
     if not attentions:
-        raise NoSite(
+        raise NoTarget(
             f"prefix finds no self-attention that takes one in part '{part}'. Choose another method."
         )
     if any(getattr(one, "attn_logit_softcapping", None) is not None for _, one in attentions):
@@ -132,7 +134,7 @@ def add_prefix(model: nn.Module, part: str, n: int, projection: bool, sites: Seq
     configs: dict[int, tuple[Any, str | None]] = {}
     for index, (_, attention) in enumerate(attentions):
         attention.prefix = LayerPrefix(prefix, index)
-        if _takes_attention_functions(attention):
+        if _uses_attention_interface(attention):
             config = attention.config
             configs.setdefault(id(config), (config, config._attn_implementation))
     if configs:
@@ -149,22 +151,22 @@ def add_prefix(model: nn.Module, part: str, n: int, projection: bool, sites: Seq
             config._attn_implementation = implementation
 
     parameters = {f"{part}.prefix.{name}": p for name, p in prefix.encoder.named_parameters()}
-    return Addition(parameters, remove)
+    return AddedLayers(parameters, remove)
 
 
-def self_attentions(model: nn.Module, sites: Sequence[Site]) -> list[tuple[Site, Any]]:
+def self_attentions(model: nn.Module, sites: Sequence[TargetLinear]) -> list[tuple[TargetLinear, Any]]:
     """(key projection, attention) of each self-attention that can take a prefix, in the model's order."""
     found = []
     for site in sites:
         if site.role != "attention" or site.leaf not in KEY + FUSED or set(site.name.split(".")) & set(CROSS):
             continue
         attention: Any = model.get_submodule(site.name.rpartition(".")[0])
-        if hasattr(attention, "prefix") or _takes_attention_functions(attention):
+        if hasattr(attention, "prefix") or _uses_attention_interface(attention):
             found.append((site, attention))
     return found
 
 
-def _key_shape(part: str, attentions: Sequence[tuple[Site, Any]]) -> tuple[int, int]:
+def _key_shape(part: str, attentions: Sequence[tuple[TargetLinear, Any]]) -> tuple[int, int]:
     """(width, heads) of the keys, the same in every layer."""
     shapes = set()
     for site, attention in attentions:

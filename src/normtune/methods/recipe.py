@@ -28,7 +28,15 @@ from typing import TypeVar
 
 from normtune.errors import did_you_mean
 from normtune.methods.presets import PRESETS
-from normtune.methods.registry import ADDED, METHODS, TEXT_ONLY, Method, RecipeError, check_option, shown
+from normtune.methods.registry import (
+    ADDED,
+    METHODS,
+    TEXT_ONLY,
+    Method,
+    RecipeError,
+    check_option,
+    option_text,
+)
 from normtune.models.part_names import PARTS
 
 T = TypeVar("T")
@@ -99,7 +107,7 @@ def resolve(recipe: Recipe, part_names: Sequence[str]) -> Recipe:
                 optional.add(target)
     if any(methods for _, methods in recipe.parts) and not any(found.values()):
         raise RecipeError(
-            f"recipe '{shown(str(recipe))}' trains nothing on this model; its parts: {', '.join(part_names)}"
+            f"recipe '{option_text(str(recipe))}' trains nothing on this model; its parts: {', '.join(part_names)}"
         )
     return Recipe(tuple((part, found.get(part, ())) for part in part_names), frozenset(optional))
 
@@ -128,7 +136,7 @@ def _check_part(part: str) -> None:
     if part not in PARTS and part != "all":
         known = (*PARTS, "all")
         raise RecipeError(
-            f"unknown part '{shown(part)}'{did_you_mean(part.lower(), known)} (parts: {', '.join(known)})"
+            f"unknown part '{option_text(part)}'{did_you_mean(part.lower(), known)} (parts: {', '.join(known)})"
         )
 
 
@@ -179,7 +187,7 @@ class _Reader:
             parts["all"] = self.methods(PRESETS)
         self.skip_blanks()
         if self.at < len(self.text):
-            raise self.error(f"unexpected '{shown(self.text[self.at])}'", self.at)
+            raise self.error(f"unexpected '{option_text(self.text[self.at])}'", self.at)
         return Recipe(tuple(parts.items()), frozenset(optional))
 
     def part_names(self) -> list[tuple[int, str, bool]]:
@@ -202,7 +210,7 @@ class _Reader:
                 hint = did_you_mean(name.lower(), (*METHODS, *also)) or f" (methods: {', '.join(METHODS)})"
                 if name in PARTS or name == "all":
                     hint = f": it is a part, write {name}=METHOD"
-                raise self.error(f"unknown method '{shown(name)}'{hint}", column)
+                raise self.error(f"unknown method '{option_text(name)}'{hint}", column)
             options, layers = self.options(name), self.layers()
             if name == "frozen" and not layers and not found:
                 frozen = True
@@ -222,7 +230,7 @@ class _Reader:
         while True:
             column, name = self.word("an option")
             if name in dict(options):
-                raise self.error(f"option '{shown(name)}' is given twice", column)
+                raise self.error(f"option '{option_text(name)}' is given twice", column)
             self.expect("=", "after the option's name")
             value_column, word = self.word("a number")
             if self._INT.fullmatch(word):
@@ -230,7 +238,7 @@ class _Reader:
             elif self._NUMBER.fullmatch(word):
                 value = float(word)
             else:
-                raise self.error(f"'{shown(word)}' is not a number", value_column)
+                raise self.error(f"'{option_text(word)}' is not a number", value_column)
             self.located(column, check_option, method, name, value)
             options.append((name, value))
             if not self.take(","):
@@ -259,7 +267,7 @@ class _Reader:
         self.skip_blanks()
         match = self._WORD.match(self.text, self.at)
         if match is None:
-            got = f"'{shown(self.text[self.at])}'" if self.at < len(self.text) else "the end"
+            got = f"'{option_text(self.text[self.at])}'" if self.at < len(self.text) else "the end"
             raise self.error(f"expected {wanted}, got {got}", self.at)
         self.at = match.end()
         return match.start(), match.group()
@@ -272,7 +280,7 @@ class _Reader:
 
     def expect(self, mark: str, where: str) -> None:
         if not self.take(mark):
-            got = f"'{shown(self.text[self.at])}'" if self.at < len(self.text) else "the end"
+            got = f"'{option_text(self.text[self.at])}'" if self.at < len(self.text) else "the end"
             raise self.error(f"expected '{mark}' {where}, got {got}", self.at)
 
     def located(self, column: int, check: Callable[..., T], *values: object) -> T:
@@ -283,4 +291,4 @@ class _Reader:
             raise self.error(str(error), column) from None
 
     def error(self, what: str, column: int) -> RecipeError:
-        return RecipeError(f"{what} (column {column + 1} of recipe '{shown(self.text)}')")
+        return RecipeError(f"{what} (column {column + 1} of recipe '{option_text(self.text)}')")

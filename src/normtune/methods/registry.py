@@ -91,7 +91,7 @@ def check_option(method: str, option: str, value: int | float) -> None:
     if option not in defaults:
         takes = ", ".join(defaults) or "none"
         raise RecipeError(
-            f"'{method}' has no option '{shown(option)}'{did_you_mean(option, defaults)} (options: {takes})"
+            f"'{method}' has no option '{option_text(option)}'{did_you_mean(option, defaults)} (options: {takes})"
         )
     if isinstance(defaults[option], bool):
         if value not in (0, 1):
@@ -112,7 +112,7 @@ def _check_layers(start: int | None, stop: int | None) -> None:
         raise RecipeError("layer range [:0] is empty")
 
 
-def shown(text: str) -> str:
+def option_text(text: str) -> str:
     """The text on one line, shortened for a message."""
     text = text.encode("unicode_escape").decode("ascii")
     return text if len(text) <= 160 else text[:157] + "..."

@@ -19,7 +19,7 @@ CROSS = ("crossattention", "cross_attn", "cross_attention", "encoder_attn")
 
 
 @dataclass(frozen=True)
-class Site:
+class TargetLinear:
     """A linear layer of the base where something may be added."""
 
     name: str  # the module's dotted name in the base
@@ -32,12 +32,12 @@ class Site:
         return self.name.rpartition(".")[2]
 
 
-class NoSite(InputError):
+class NoTarget(InputError):
     """A part has no place for the method."""
 
 
 @dataclass
-class Addition:
+class AddedLayers:
     """What one method added to one part."""
 
     parameters: dict[str, nn.Parameter]
@@ -45,7 +45,7 @@ class Addition:
     layers: dict[str, BaseTunerLayer] = field(default_factory=dict)  # PEFT's, by the base module's name
 
 
-def ffn_outputs(sites: Sequence[Site]) -> list[Site]:
+def ffn_outputs(sites: Sequence[TargetLinear]) -> list[TargetLinear]:
     """The last linear of each layer's feed-forward."""
     last = {site.layer: site for site in sites if site.role == "ffn" and hasattr(site.module, "in_features")}
     return list(last.values())

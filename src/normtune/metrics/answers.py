@@ -50,7 +50,7 @@ class Metric:
     images: int
 
 
-def joined(
+def pair_with_predictions(
     examples: Sequence[Example], predictions: Mapping[str, str] | Sequence[Prediction]
 ) -> list[tuple[Example, str]]:
     """Each example with its prediction's text, joined by id, in the order of the examples.
@@ -63,8 +63,8 @@ def joined(
         texts = dict(predictions)
     else:
         texts = {prediction.id: prediction.text for prediction in predictions}
-        only_once([prediction.id for prediction in predictions], "predictions")
-    only_once([example.id for example in examples], "examples")
+        check_unique_ids([prediction.id for prediction in predictions], "predictions")
+    check_unique_ids([example.id for example in examples], "examples")
     known = {example.id for example in examples}
     for what, odd in (
         ("examples have no prediction", [example.id for example in examples if example.id not in texts]),
@@ -77,7 +77,7 @@ def joined(
     return [(example, texts[example.id]) for example in examples]
 
 
-def only_once(ids: Sequence[str], what: str) -> None:
+def check_unique_ids(ids: Sequence[str], what: str) -> None:
     """Check that no id stands twice.
 
     Raises:
@@ -181,7 +181,7 @@ def scores(
     Raises:
         InputError: ids do not match one to one, an example asks for a report, or no such normalisation.
     """
-    pairs = joined(examples, predictions)
+    pairs = pair_with_predictions(examples, predictions)
     report = next((example.id for example, _ in pairs if example.kind == "report"), None)
     if report is not None:
         raise InputError(

@@ -20,7 +20,7 @@ import numpy as np
 from normtune.errors import InputError
 from normtune.metrics.finding_rules import FINDINGS, FIVE, Status, findings
 from normtune.metrics.statistics import Floats
-from normtune.metrics.sum_metrics import Summed, mean_of
+from normtune.metrics.sum_metrics import SumMetric, mean_metric
 
 Texts = Mapping[str, tuple[str, str]]  # row id -> prediction, reference
 Labels = Mapping[str, Mapping[str, Status]]  # row id -> finding -> status
@@ -30,7 +30,7 @@ _SETS = {14: FINDINGS, 5: FIVE}
 
 def label_metrics(
     said: Labels, meant: Labels, labeller: str, *, uncertain: Uncertain = "positive"
-) -> dict[str, Summed]:
+) -> dict[str, SumMetric]:
     """Micro and macro F1 over 14 and over 5 findings; a set that no reference has is left out."""
     rows = {id: _counts(said[id], meant[id], uncertain) for id in meant}
     held = sum(row[0] + row[2] for row in (counts.reshape(3, -1) for counts in rows.values()))
@@ -40,7 +40,7 @@ def label_metrics(
         if not np.any(np.asarray(held)[which]):
             continue
         for average in ("micro", "macro"):
-            metrics[f"{labeller}_f1_{average}_{size}"] = Summed(
+            metrics[f"{labeller}_f1_{average}_{size}"] = SumMetric(
                 rows, functools.partial(_f1, which=which, average=average)
             )
     return metrics
@@ -92,13 +92,13 @@ def rules_labels(texts: Texts) -> tuple[dict[str, dict[str, Status]], dict[str, 
     )
 
 
-def rules_metrics(texts: Texts) -> dict[str, Summed]:
+def rules_metrics(texts: Texts) -> dict[str, SumMetric]:
     """Label F1 by `findings_rules`; nothing where no reference speaks of any finding, as of other organs."""
     said, meant = rules_labels(texts)
-    return label_metrics(said, meant, "findings_rules") if spoken_of(meant) else {}
+    return label_metrics(said, meant, "findings_rules") if mentions_any_finding(meant) else {}
 
 
-def spoken_of(labels: Labels) -> bool:
+def mentions_any_finding(labels: Labels) -> bool:
     """Whether any report mentions any finding, if only to deny it."""
     return any(
         status != "absent" for row in labels.values() for name, status in row.items() if name != "No Finding"
@@ -121,7 +121,7 @@ def chexbert_labels(
     return said, meant
 
 
-def radgraph_metrics(texts: Texts, model_type: str = "radgraph-xl") -> dict[str, Summed]:
+def radgraph_metrics(texts: Texts, model_type: str = "radgraph-xl") -> dict[str, SumMetric]:
     """RadGraph F1 (Delbrouck et al. 2022), mean over rows: entities; with relations; with their kinds too.
 
     Raises:
@@ -146,6 +146,6 @@ def radgraph_metrics(texts: Texts, model_type: str = "radgraph-xl") -> dict[str,
     )
     levels = ("simple", "partial", "complete")
     return {
-        f"radgraph_f1_{level}": mean_of(dict(zip(texts, map(float, rows), strict=True)))
+        f"radgraph_f1_{level}": mean_metric(dict(zip(texts, map(float, rows), strict=True)))
         for level, rows in zip(levels, rewards, strict=True)
     }

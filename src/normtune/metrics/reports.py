@@ -38,12 +38,12 @@ from typing import Any
 import numpy as np
 
 from normtune.data.records import Example, Prediction
-from normtune.metrics.answers import Metric, joined
+from normtune.metrics.answers import Metric, pair_with_predictions
 from normtune.metrics.ngrams import bleu, bleu_statistics, cider, rouge_l
 from normtune.metrics.normalisation import named
 from normtune.metrics.ptb_words import ptb_words
 from normtune.metrics.statistics import RESAMPLES, Floats
-from normtune.metrics.sum_metrics import Summed, intervals, mean_of
+from normtune.metrics.sum_metrics import SumMetric, intervals, mean_metric
 
 Texts = Mapping[str, tuple[str, str]]  # row id -> prediction, reference
 
@@ -79,7 +79,7 @@ NORMALISATIONS: dict[str, Callable[[str], str]] = {
 }
 
 
-def clean(text: str, how: str) -> str:
+def normalise_report(text: str, how: str) -> str:
     """`text` under one of `NORMALISATIONS`, each described at the top of this module.
 
     Raises:
@@ -95,7 +95,7 @@ def normalisations_for(dataset: str) -> tuple[str, str]:
 
 def report_metrics(
     texts: Texts, *, normalisation: str = "none", bertscore: Path | str | None = None
-) -> dict[str, Summed]:
+) -> dict[str, SumMetric]:
     """Every metric above by its bare name, as statistics of rows that can be resampled and paired.
 
     Args:
@@ -107,29 +107,30 @@ def report_metrics(
         InputError: there is no such normalisation, or the model cannot be loaded.
     """
     cleaned = {
-        id: (clean(said, normalisation), clean(meant, normalisation)) for id, (said, meant) in texts.items()
+        id: (normalise_report(said, normalisation), normalise_report(meant, normalisation))
+        for id, (said, meant) in texts.items()
     }
     cut: Callable[[str], list[str]] = ptb_words if normalisation == "none" else str.split
     words = {id: (cut(said), cut(meant)) for id, (said, meant) in cleaned.items()}
     counts = {id: bleu_statistics(said, meant) for id, (said, meant) in words.items()}
-    metrics = {f"bleu_{n}": Summed(counts, functools.partial(bleu, n=n)) for n in (1, 2, 3, 4)}
+    metrics = {f"bleu_{n}": SumMetric(counts, functools.partial(bleu, n=n)) for n in (1, 2, 3, 4)}
     metrics["sacrebleu"] = _sacrebleu(cleaned)
-    metrics["rouge_l"] = mean_of({id: rouge_l(said, meant) for id, (said, meant) in words.items()})
-    metrics["rouge_l_f1"] = mean_of(_rouge_score(cleaned))
+    metrics["rouge_l"] = mean_metric({id: rouge_l(said, meant) for id, (said, meant) in words.items()})
+    metrics["rouge_l_f1"] = mean_metric(_rouge_score(cleaned))
     name, meteor = _meteor()
-    metrics[name] = mean_of({id: meteor(said, meant) for id, (said, meant) in words.items()})
+    metrics[name] = mean_metric({id: meteor(said, meant) for id, (said, meant) in words.items()})
     for name, d in (("cider_d", True), ("cider", False)):
-        metrics[name] = mean_of(dict(zip(words, cider(list(words.values()), d=d), strict=True)))
+        metrics[name] = mean_metric(dict(zip(words, cider(list(words.values()), d=d), strict=True)))
     if bertscore is not None:
         from normtune.metrics.bertscore import bertscore_f1
 
-        metrics["bertscore_f1"] = mean_of(
+        metrics["bertscore_f1"] = mean_metric(
             dict(zip(cleaned, bertscore_f1(list(cleaned.values()), bertscore), strict=True))
         )
     return metrics
 
 
-def _sacrebleu(texts: Texts) -> Summed:
+def _sacrebleu(texts: Texts) -> SumMetric:
     """sacrebleu's own statistics of each row, and its own score of their sums."""
     from sacrebleu.metrics import BLEU
 
@@ -145,7 +146,7 @@ def _sacrebleu(texts: Texts) -> Summed:
             found.append(BLEU.compute_bleu(row[:4], row[4:8], row[8], row[9], smooth_method="exp").score)
         return np.array(found) / 100
 
-    return Summed(rows, value)
+    return SumMetric(rows, value)
 
 
 def _rouge_score(texts: Texts) -> dict[str, float]:
@@ -185,7 +186,9 @@ def text_pairs(examples: Sequence[Example], predictions: Mapping[str, str] | Seq
     Raises:
         InputError: ids do not match one to one.
     """
-    return {example.id: (text, example.answer) for example, text in joined(examples, predictions)}
+    return {
+        example.id: (text, example.answer) for example, text in pair_with_predictions(examples, predictions)
+    }
 
 
 def report_table(
@@ -194,7 +197,7 @@ def report_table(
     normalisations: Sequence[str] = ("none", "r2gen-iu"),
     findings: bool = True,
     bertscore: Path | str | None = None,
-) -> dict[str, Summed]:
+) -> dict[str, SumMetric]:
     """Every metric under every normalisation as `NAME/NORMALISATION`, and the label F1 of `findings_rules`.
 
     Raises:
@@ -212,7 +215,7 @@ def report_table(
 
 
 def summarise(
-    table: Mapping[str, Summed], examples: Sequence[Example], *, resamples: int = RESAMPLES
+    table: Mapping[str, SumMetric], examples: Sequence[Example], *, resamples: int = RESAMPLES
 ) -> dict[str, Metric]:
     """Each metric's value with the interval from resampling the images of `examples`."""
     cluster = {example.id: example.images for example in examples}

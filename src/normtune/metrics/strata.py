@@ -12,8 +12,8 @@ from typing import Any
 
 from normtune.data.records import Example
 from normtune.metrics.statistics import RESAMPLES
-from normtune.metrics.sum_metrics import Summed, intervals
-from normtune.metrics.table import headlines
+from normtune.metrics.sum_metrics import SumMetric, intervals
+from normtune.metrics.table import headline_metrics
 
 FIELDS: dict[str, tuple[str, ...]] = {  # field -> keys of `Example.meta`, the first that is given
     "kind": (),
@@ -64,19 +64,21 @@ def members(examples: Sequence[Example]) -> dict[str, dict[str, list[Example]]]:
     return found
 
 
-def strata(examples: Sequence[Example], table: Mapping[str, Summed], *, resamples: int = RESAMPLES) -> Strata:
+def strata(
+    examples: Sequence[Example], table: Mapping[str, SumMetric], *, resamples: int = RESAMPLES
+) -> Strata:
     """field -> value -> rows, images, and metrics (name -> value, low, high, rows, images).
 
     Metrics are those of `HEADLINES`. The interval resamples the images of the stratum; of one image alone
     nothing can be resampled, and `low` and `high` are None. CIDEr's weights are those of all rows.
     """
     return {
-        field: {value: _stratum(rows, headlines(table), resamples) for value, rows in parts.items()}
+        field: {value: _stratum(rows, headline_metrics(table), resamples) for value, rows in parts.items()}
         for field, parts in members(examples).items()
     }
 
 
-def _stratum(examples: Sequence[Example], table: Mapping[str, Summed], resamples: int) -> dict[str, Any]:
+def _stratum(examples: Sequence[Example], table: Mapping[str, SumMetric], resamples: int) -> dict[str, Any]:
     cluster = {example.id: example.images for example in examples}
     metrics = {}
     for name, metric in table.items():
@@ -84,7 +86,7 @@ def _stratum(examples: Sequence[Example], table: Mapping[str, Summed], resamples
         if not rows:
             continue
         images = len({cluster[id] for id in rows})
-        found = intervals({name: Summed(rows, metric.value)}, cluster, resamples=resamples)[name]
+        found = intervals({name: SumMetric(rows, metric.value)}, cluster, resamples=resamples)[name]
         metrics[name] = {
             "value": found.value,
             "low": found.low if images > 1 else None,

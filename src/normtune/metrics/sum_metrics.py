@@ -18,7 +18,7 @@ from normtune.metrics.statistics import EXACT_CLUSTERS, RESAMPLES, Floats, Inter
 
 
 @dataclass(frozen=True)
-class Summed:
+class SumMetric:
     """One metric: the statistics of each row, [columns], and its value of their sums, [n, columns] -> [n]."""
 
     rows: Mapping[str, Floats]
@@ -33,9 +33,9 @@ class Summed:
         return dict(zip(self.rows, self.value(np.stack(list(self.rows.values()))).tolist(), strict=True))
 
 
-def mean_of(scores: Mapping[str, float]) -> Summed:
+def mean_metric(scores: Mapping[str, float]) -> SumMetric:
     """The mean over rows."""
-    return Summed({id: np.array([score, 1.0]) for id, score in scores.items()}, _mean)
+    return SumMetric({id: np.array([score, 1.0]) for id, score in scores.items()}, _mean)
 
 
 def _mean(sums: Floats) -> Floats:
@@ -53,7 +53,7 @@ def _clustered(rows: Mapping[str, Floats], cluster: Mapping[str, Hashable]) -> F
 
 
 def intervals(
-    metrics: Mapping[str, Summed],
+    metrics: Mapping[str, SumMetric],
     cluster: Mapping[str, Hashable],
     *,
     resamples: int = RESAMPLES,
@@ -83,8 +83,8 @@ def intervals(
 
 
 def paired(
-    first: Summed,
-    second: Summed,
+    first: SumMetric,
+    second: SumMetric,
     cluster: Mapping[str, Hashable],
     *,
     resamples: int = RESAMPLES,
@@ -117,9 +117,9 @@ def paired(
     return Paired(difference, float(low), float(high), p, len(first.rows), len(one), method)
 
 
-def share_lost(
-    first: Summed,
-    second: Summed,
+def relative_drop(
+    first: SumMetric,
+    second: SumMetric,
     cluster: Mapping[str, Hashable],
     *,
     resamples: int = RESAMPLES,
@@ -144,7 +144,7 @@ def share_lost(
 
 
 def _swapped_p(
-    metric: Summed, one: Floats, two: Floats, observed: float, *, swaps: int, seed: int
+    metric: SumMetric, one: Floats, two: Floats, observed: float, *, swaps: int, seed: int
 ) -> tuple[float, str]:
     """Share of swaps between the runs whose difference is as large as the observed one, and the method."""
     moved = (one != two).any(axis=1)

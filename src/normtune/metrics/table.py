@@ -8,7 +8,7 @@ from normtune.data.records import Example, Prediction
 from normtune.metrics import answers, reports
 from normtune.metrics.answers import Metric
 from normtune.metrics.statistics import RESAMPLES
-from normtune.metrics.sum_metrics import Summed, mean_of
+from normtune.metrics.sum_metrics import SumMetric, mean_metric
 
 HEADLINES = (  # what strata and replaced images are scored by
     "global_exact",
@@ -26,7 +26,7 @@ def metric_table(
     examples: Sequence[Example],
     predictions: Mapping[str, str] | Sequence[Prediction],
     normalisation: str | Sequence[str],
-) -> dict[str, Summed]:
+) -> dict[str, SumMetric]:
     """Every metric of answers (one normalisation) or of reports (several), joined by id.
 
     Raises:
@@ -34,12 +34,12 @@ def metric_table(
     """
     if isinstance(normalisation, str):
         found = answers.scores(examples, predictions, normalisation=normalisation)
-        return {name: mean_of(rows) for name, rows in found.items()}
+        return {name: mean_metric(rows) for name, rows in found.items()}
     return reports.report_table(reports.text_pairs(examples, predictions), normalisations=normalisation)
 
 
-def summarised(
-    table: Mapping[str, Summed], examples: Sequence[Example], *, resamples: int = RESAMPLES
+def summarize_metrics(
+    table: Mapping[str, SumMetric], examples: Sequence[Example], *, resamples: int = RESAMPLES
 ) -> dict[str, Metric]:
     """Each metric of `metric_table` with the interval from resampling the images of `examples`."""
     if examples[0].kind == "report":
@@ -48,6 +48,6 @@ def summarised(
     return answers.summarise(scores, examples, resamples=resamples)
 
 
-def headlines(table: Mapping[str, Summed]) -> dict[str, Summed]:
+def headline_metrics(table: Mapping[str, SumMetric]) -> dict[str, SumMetric]:
     """Those of `HEADLINES` that the table has, in their order."""
     return {name: table[name] for name in HEADLINES if name in table}

@@ -20,7 +20,7 @@ from normtune.models.generation import Generated, OnTokens
 from normtune.models.types import Answer, AnswerStates, Batch, Pixels
 
 if TYPE_CHECKING:
-    from normtune.models.frozen_trunk import Below
+    from normtune.models.frozen_trunk import FrozenTrunk
 
 
 class UnitSelector(Protocol):
@@ -34,7 +34,9 @@ class Family(ABC):
     """A model with its processor, seen through the five verbs that training and evaluation need."""
 
     model_types: ClassVar[tuple[str, ...]]  # the config.model_type values that this family loads
-    texts: UnitSelector | None = None  # set where the text norms hold several adapters (adapters.multi)
+    active_text_rows: UnitSelector | None = (
+        None  # set where the text norms hold several adapters (adapters.multi)
+    )
     shares_prefix: ClassVar[bool] = True  # whether `prefix_tokens` stand once a group, not once a segment
 
     def __init__(self, model: nn.Module, processor: Any) -> None:
@@ -66,17 +68,17 @@ class Family(ABC):
         """The processor alone."""
 
     @abstractmethod
-    def pixels(self, image: Image.Image) -> Pixels:
+    def preprocess_image(self, image: Image.Image) -> Pixels:
         """Process one RGB image."""
 
-    def seen(self, pixels: Pixels) -> Pixels:
+    def encode_image(self, pixels: Pixels) -> Pixels:
         """What the image encoder makes of one image, for `collate` to take in place of its pixels.
 
         Held by a run whose image encoder is frozen, and computed once. A family that cannot gives the pixels.
         """
         return pixels
 
-    def below(self, trained: Collection[nn.Parameter]) -> Below | None:
+    def frozen_trunk(self, trained: Collection[nn.Parameter]) -> FrozenTrunk | None:
         """What lies below everything that is trained; None where nothing does or a family cannot tell."""
         return None
 
@@ -85,7 +87,7 @@ class Family(ABC):
         """How many tokens a group of these images computes besides its segments; no features are computed."""
 
     @abstractmethod
-    def encode(self, id: str, question: str, answer: str | None, *, report: bool = False) -> Segment:
+    def tokenize(self, id: str, question: str, answer: str | None, *, report: bool = False) -> Segment:
         """Tokenise one question; with `answer=None` the segment ends where the model is to write.
 
         With `report=True` the answer is a report: its own length limit, and `question` may be empty (the
@@ -111,7 +113,7 @@ class Family(ABC):
         """How many tokens there are."""
 
     @property
-    def longest_answer(self) -> int | None:
+    def max_answer_tokens(self) -> int | None:
         """How many tokens an answer can have; None where the model sets no bound."""
         return None
 
@@ -141,7 +143,7 @@ class Family(ABC):
         return each.new_zeros(batch["pairs"]).index_add(0, segments, each)
 
     @abstractmethod
-    def answer(
+    def generate_answers(
         self,
         groups: Sequence[Group],
         pixels: Sequence[Sequence[Pixels]],
@@ -157,14 +159,14 @@ class Family(ABC):
         groups in the order given; with several beams it is told nothing.
         """
 
-    def spoken(self, tokens: Sequence[int]) -> str:
+    def decode_answer(self, tokens: Sequence[int]) -> str:
         """The text of an answer's tokens, as `answer` gives it."""
         text: str = self.processor.tokenizer.decode(tokens, skip_special_tokens=True)
         return text.strip()
 
     def _as_answers(self, groups: Sequence[Group], written: Iterable[Generated]) -> list[list[Answer]]:
         """What was written, one a segment in the order of the groups, as answers."""
-        each = (Answer(self.spoken(one.tokens), one.score) for one in written)
+        each = (Answer(self.decode_answer(one.tokens), one.score) for one in written)
         return [[next(each) for _ in group.segments] for group in groups]
 
     def save(self, directory: str | Path) -> None:

@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     from normtune.models.types import Batch, Pixels
 
 
-DEPTH, ENTERING = "depth", "entering"  # keys of a batch: layers that are done, and the states after them
+TRUNK_DEPTH, TRUNK_STATES = (
+    "depth",
+    "entering",
+)  # keys of a batch: layers that are done, and the states after them
 
 
-class GroupStates(NamedTuple):
+class TrunkStates(NamedTuple):
     """A group where it enters what is trained; tensors on the CPU.
 
     Attributes:
@@ -36,7 +39,7 @@ class GroupStates(NamedTuple):
     segments: tuple[Tensor, ...]
 
 
-class Below(ABC):
+class FrozenTrunk(ABC):
     """The part of a family's model that no training reaches.
 
     Attributes:
@@ -44,23 +47,23 @@ class Below(ABC):
         above: names of the modules that its output does not depend on.
     """
 
-    told: str
-    above: tuple[str, ...]
+    description: str
+    excluded_modules: tuple[str, ...]
 
-    def holds(self, name: str) -> bool:
+    def depends_on(self, name: str) -> bool:
         """Whether the output depends on the parameter or buffer of that name."""
-        return not any(name.startswith(f"{module}.") for module in self.above)
+        return not any(name.startswith(f"{module}.") for module in self.excluded_modules)
 
     @abstractmethod
-    def reads(self, segment: Segment) -> tuple[int, ...]:
+    def tokens_of(self, segment: Segment) -> tuple[int, ...]:
         """The tokens of a segment that its states are of."""
 
     @abstractmethod
-    def states(self, group: Group, images: Sequence[Pixels]) -> GroupStates:
+    def states(self, group: Group, images: Sequence[Pixels]) -> TrunkStates:
         """Compute a group, without gradients; `images` as `Family.seen` gives them."""
 
     @abstractmethod
-    def collate(self, groups: Sequence[Group], states: Sequence[GroupStates]) -> Batch:
+    def collate(self, groups: Sequence[Group], states: Sequence[TrunkStates]) -> Batch:
         """As `Family.collate`, from states in place of images."""
 
 
@@ -74,7 +77,7 @@ def own_parameters(module: nn.Module) -> set[int]:
     return found
 
 
-class PassThrough(nn.Module):
+class SkippedLayer(nn.Module):
     """In the place of a layer: its output is its input."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -82,15 +85,15 @@ class PassThrough(nn.Module):
 
 
 @contextmanager
-def passing(decoder: Any, layers: range, *, norm: bool = False) -> Iterator[None]:
+def skip_layers(decoder: Any, layers: range, *, norm: bool = False) -> Iterator[None]:
     """Inside, states pass these layers (and the last norm) as they are; layers keep their numbers."""
     held = {index: decoder.layers[index] for index in layers}
     last = decoder.norm
     try:
         for index in held:
-            decoder.layers[index] = PassThrough()
+            decoder.layers[index] = SkippedLayer()
         if norm:
-            decoder.norm = PassThrough()
+            decoder.norm = SkippedLayer()
         yield
     finally:
         for index, layer in held.items():

@@ -20,7 +20,7 @@ from normtune.data.records import Dataset
 from normtune.errors import InputError
 from normtune.models.part_names import IMAGE_PARTS
 from normtune.models.parts import part_of
-from normtune.runtime.tensor_cache import TensorStore, digest
+from normtune.runtime.tensor_cache import TensorCache, digest
 
 if TYPE_CHECKING:
     from normtune.models.family import Family
@@ -44,7 +44,7 @@ class ImageCache:
         dataset: Dataset,
         *,
         frozen: bool = False,
-        store: TensorStore | None = None,
+        store: TensorCache | None = None,
         limit_bytes: int = LIMIT_BYTES,
     ) -> None:
         self.family, self.dataset, self.limit_bytes = family, dataset, limit_bytes
@@ -92,7 +92,7 @@ class ImageCache:
             if (stored := self.store.read(self._digests[key])) is not None:
                 return stored
         pixels = pixels or read_pixels(self.family, self.dataset, key)
-        seen = self.family.seen(pixels)
+        seen = self.family.encode_image(pixels)
         if self.store is not None:
             self.store.write(self._digests[key], seen)
         return seen
@@ -105,7 +105,7 @@ def read_pixels(family: Family, dataset: Dataset, key: str) -> Pixels:
         InputError: it cannot be read.
     """
     try:
-        return family.pixels(dataset.open_image(key))
+        return family.preprocess_image(dataset.open_image(key))
     except (OSError, SyntaxError) as error:  # what PIL raises on a damaged file
         raise InputError(
             f"cannot read image {key} of dataset {dataset.name} ({type(error).__name__}). "
@@ -118,7 +118,7 @@ def size_of(tensors: dict[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def image_store(folder: Path | None, family: Family) -> TensorStore | None:
+def image_store(folder: Path | None, family: Family) -> TensorCache | None:
     """Where the family's image encoder, as it now is, keeps what it makes of images; None without a folder.
 
     Raises:
@@ -127,7 +127,7 @@ def image_store(folder: Path | None, family: Family) -> TensorStore | None:
     if folder is None:
         return None
     part = part_of(family.model)
-    return TensorStore(folder / f"images-{values_key(family, lambda name: part(name) in IMAGE_PARTS)[:32]}")
+    return TensorCache(folder / f"images-{values_key(family, lambda name: part(name) in IMAGE_PARTS)[:32]}")
 
 
 def values_key(family: Family, wanted: Callable[[str], bool], *words: str) -> str:

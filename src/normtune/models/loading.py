@@ -56,41 +56,43 @@ def load(
     """
     import torch
 
-    place = device_of(device)
+    place = resolve_device(device)
     source = _source(model)
     family = family_type(model)
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     check_sentencepiece(Path(source), _AS_JSON)
     if quantize is None:
         with quiet_loading(source):
-            return _told(model, lambda: family.load(source, wanted, place))
+            return _load_or_explain(model, lambda: family.load(source, wanted, place))
     from normtune.models.quantization import check_installed, frozen_linears, quantization_config, quiet
-    from normtune.runtime.memory import return_freed
+    from normtune.runtime.memory import release_freed_memory
 
     check_installed(quantize)
-    return_freed()
+    release_freed_memory()
     with quiet_loading(source), quiet():
-        how = quantization_config(skeleton(model), quantize, wanted)
-        loaded: Family = _told(model, lambda: family.load(source, wanted, place, quantization=how))
+        how = quantization_config(meta_model(model), quantize, wanted)
+        loaded: Family = _load_or_explain(model, lambda: family.load(source, wanted, place, quantization=how))
     frozen_linears(loaded.model)
     return loaded
 
 
-def hollow(model: str) -> Family:
+def load_without_weights(model: str) -> Family:
     """The family with its processor around a model on the meta device: questions can be laid out.
 
     Raises:
         InputError: there is no such model, it has no processor, or no family loads it.
     """
-    if model in shapes():
+    if model in known_architectures():
         raise InputError(f"'{model}' is a shape without a processor. Give a model: a directory or hub name.")
     family = family_type(model)
     source = _source(model)
     check_sentencepiece(Path(source), _AS_JSON)
-    body: Any = skeleton(model)
+    body: Any = meta_model(model)
     with quiet_loading(source):
-        processor = _told(model, lambda: family.load_processor(source, str(body.config.model_type)))
-    made: Family = _told(model, lambda: family(_generating(body.eval(), source), processor))
+        processor = _load_or_explain(
+            model, lambda: family.load_processor(source, str(body.config.model_type))
+        )
+    made: Family = _load_or_explain(model, lambda: family(_generating(body.eval(), source), processor))
     return made
 
 
@@ -120,7 +122,7 @@ def family_type(model: str) -> type[Family]:
     return found
 
 
-def skeleton(model: str) -> nn.Module:
+def meta_model(model: str) -> nn.Module:
     """The model's modules on the meta device, made from its config alone: no weights are read.
 
     `model` may also be the name of a shape: see `shapes()`.
@@ -140,11 +142,11 @@ def skeleton(model: str) -> nn.Module:
 
     register()
     shape = files("normtune.models").joinpath(_SHAPES, f"{model}.json")
-    if model in shapes():
+    if model in known_architectures():
         values = read_json(Path(str(shape)))
         config = AutoConfig.for_model(**values)
     else:
-        config = _told(model, lambda: AutoConfig.from_pretrained(_source(model)))
+        config = _load_or_explain(model, lambda: AutoConfig.from_pretrained(_source(model)))
     for auto in (AutoModelForImageTextToText, AutoModelForVisualQuestionAnswering, AutoModelForCausalLM):
         if type(config) in auto._model_mapping:
             with torch.device("meta"):
@@ -152,7 +154,7 @@ def skeleton(model: str) -> nn.Module:
     raise InputError(f"model {model} of type '{config.model_type}' is no vision-language model known here.")
 
 
-def device_of(name: str | None) -> torch.device:
+def resolve_device(name: str | None) -> torch.device:
     """The device of that name; None is CUDA where there is one.
 
     Raises:
@@ -171,7 +173,7 @@ def device_of(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def shapes() -> list[str]:
+def known_architectures() -> list[str]:
     """Names of well-known models whose config comes with the package, for `inspect`."""
     folder = files("normtune.models").joinpath(_SHAPES)
     return sorted(
@@ -192,7 +194,7 @@ def _source(model: str) -> str:
     if path.exists():
         raise InputError(f"{model} is a file. Point at the directory that holds the model's config.json.")
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        known = did_you_mean(model, (*BUILT_IN, *shapes()))
+        known = did_you_mean(model, (*BUILT_IN, *known_architectures()))
         raise InputError(
             f"no model '{model}'{known or '.'} Give a local directory, a hub name owner/name, or 'nano'."
         )
@@ -205,7 +207,7 @@ def _model_type(source: str) -> str:
 
     config = Path(source) / "config.json"
     if not config.is_file():
-        config = Path(_told(source, lambda: hf_hub_download(source, "config.json")))
+        config = Path(_load_or_explain(source, lambda: hf_hub_download(source, "config.json")))
     return str(read_json(config).get("model_type"))
 
 
@@ -230,7 +232,7 @@ def quiet_loading(source: str) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _told(model: str, read: Callable[[], Any]) -> Any:
+def _load_or_explain(model: str, read: Callable[[], Any]) -> Any:
     """`read()`, its many kinds of failure turned into one error."""
     try:
         return read()

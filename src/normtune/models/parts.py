@@ -37,7 +37,7 @@ ParameterHolder = tuple[nn.Module, str]  # a module, and the attribute under whi
 
 
 @dataclass(frozen=True)
-class Place:
+class ParameterInfo:
     """Where one parameter stands.
 
     Attributes:
@@ -60,26 +60,28 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class ModelParts:
     """The parts of a model, and every parameter's place; a tied parameter counts once."""
 
     parts: tuple[str, ...]  # in the order of PARTS
-    places: tuple[Place, ...]  # in the model's order
+    parameters: tuple[ParameterInfo, ...]  # in the model's order
 
     @property
     def total(self) -> int:
-        return sum(place.numel for place in self.places)
+        return sum(place.numel for place in self.parameters)
 
     def count(self, part: str | None = None, role: str | None = None) -> int:
         """Parameters of a part, of a role, or of a role in a part."""
         return sum(
-            place.numel for place in self.places if part in (None, place.part) and role in (None, place.role)
+            place.numel
+            for place in self.parameters
+            if part in (None, place.part) and role in (None, place.role)
         )
 
     def depth(self, part: str) -> int:
         """The number of the part's layers that hold parameters."""
         return 1 + max(
-            (place.layer for place in self.places if place.part == part and place.layer is not None),
+            (place.layer for place in self.parameters if place.part == part and place.layer is not None),
             default=-1,
         )
 
@@ -89,7 +91,7 @@ class Anatomy:
         rows: list[dict[str, Any]] = []
         for part in self.parts:
             for role in ROLES:
-                found = [place for place in self.places if (place.part, place.role) == (part, role)]
+                found = [place for place in self.parameters if (place.part, place.role) == (part, role)]
                 if found:
                     count = sum(place.numel for place in found)
                     rows.append(
@@ -104,7 +106,7 @@ class Anatomy:
         return rows
 
 
-def anatomy(model: nn.Module) -> Anatomy:
+def find_parts(model: nn.Module) -> ModelParts:
     """The parts and places of `model`, on any device, meta included.
 
     Raises:
@@ -135,12 +137,12 @@ def anatomy(model: nn.Module) -> Anatomy:
             role = "head" if part in seen_layer else "embedding"
         shape = tuple(parameter.shape)
         places.append(
-            Place(name, part, role, None if layer is None else layer.index, shape, _numel(parameter))
+            ParameterInfo(name, part, role, None if layer is None else layer.index, shape, _numel(parameter))
         )
     if not places:
         raise InputError(f"{type(model).__name__} has no parameters. Give a vision-language model.")
     present = {place.part for place in places}
-    return Anatomy(tuple(part for part in PARTS if part in present), tuple(places))
+    return ModelParts(tuple(part for part in PARTS if part in present), tuple(places))
 
 
 def _numel(parameter: Tensor) -> int:
@@ -189,10 +191,10 @@ def _kind(module: nn.Module) -> str | None:
         return None
     if len(inspect.signature(type(module).forward).parameters) != 2:  # a gated norm takes its gate too
         return None
-    return _tried_kind(module, "bias" in own)
+    return _probe_norm_kind(module, "bias" in own)
 
 
-def tried(module: nn.Module, x: Tensor, gain: Tensor, shift: Tensor | None = None) -> Tensor:
+def probe_norm(module: nn.Module, x: Tensor, gain: Tensor, shift: Tensor | None = None) -> Tensor:
     """What a norm would make of x [rows, width] with this gain and bias [width]; it is left alone."""
     probe: Any = copy.copy(module)
     own = {"weight": gain} if shift is None else {"weight": gain, "bias": shift}
@@ -204,11 +206,11 @@ def tried(module: nn.Module, x: Tensor, gain: Tensor, shift: Tensor | None = Non
         return type(module).forward(probe, x)
 
 
-def _tried_kind(module: nn.Module, has_bias: bool) -> str | None:
+def _probe_norm_kind(module: nn.Module, has_bias: bool) -> str | None:
     """The kind that explains what a norm makes of two numbers; its parameters and hooks are left alone."""
     x, gain, shift = torch.tensor([[3.0, 5.0]]), torch.tensor([0.5, 4.0]), torch.tensor([0.25, -1.0])
     try:
-        got = tried(module, x, gain, shift if has_bias else None)
+        got = probe_norm(module, x, gain, shift if has_bias else None)
     except Exception:  # whatever a foreign module raises on two numbers, it is no norm of these kinds
         return None
     if not isinstance(got, Tensor) or got.shape != x.shape:

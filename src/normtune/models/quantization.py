@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from normtune.errors import InputError
-from normtune.models.parts import anatomy
-from normtune.runtime.tensors import fresh
+from normtune.models.parts import find_parts
+from normtune.runtime.tensors import clone_while_compiling
 
 Quantisation = Literal["int8", "nf4"]
 PACKAGES: dict[str, str] = {"int8": "torchao", "nf4": "bitsandbytes"}
@@ -46,7 +46,7 @@ def check_installed(kind: str) -> None:
 def quantised_linears(model: nn.Module) -> list[str]:
     """Names of the linears that are quantised: those of attentions and feed-forwards in the text parts."""
     found = []
-    for place in anatomy(model).places:
+    for place in find_parts(model).parameters:
         name, _, attribute = place.name.rpartition(".")
         inside = place.part in _TEXT_PARTS and place.role in ("attention", "ffn")
         if inside and attribute == "weight" and type(model.get_submodule(name)) is nn.Linear:
@@ -128,7 +128,7 @@ class _ThroughInt8(torch.autograd.Function):
         ctx.save_for_backward(q, scale)
         ctx.dtype = x.dtype
         out = (x @ q.to(x.dtype).T).mul_(scale.to(x.dtype).flatten())
-        return fresh(out if bias is None else out.add_(bias))
+        return clone_while_compiling(out if bias is None else out.add_(bias))
 
     @staticmethod
     @once_differentiable

@@ -16,19 +16,19 @@ from typing import Any, TypeVar
 from normtune.errors import InputError
 
 Value = TypeVar("Value")
-PATIENCE = timedelta(hours=1)  # for a process that answers or writes longer than the others
-GRACE = timedelta(seconds=2)  # in which the first process reports a failure that all of them meet
+TIMEOUT = timedelta(hours=1)  # for a process that answers or writes longer than the others
+REPORT_DELAY = timedelta(seconds=2)  # in which the first process reports a failure that all of them meet
 LAUNCHER_WORDS = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "TORCHELASTIC_", "GROUP_", "ROLE_")
 LAUNCHER_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _FAILED = "normtune/failed"
 
 
-def launched() -> int:
+def launched_count() -> int:
     """How many processes a launcher started with this one; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Whether this process writes the files and speaks to people."""
     return int(os.environ.get("RANK", "0")) == 0
 
@@ -59,7 +59,7 @@ def on_cpu(device: str | None) -> bool:
     return device == "cpu" or (device is None and not torch.cuda.is_available())
 
 
-def join(device: str | None) -> None:
+def init_processes(device: str | None) -> None:
     """Meet the other processes, where a launcher started this one; `device` is the run's --device.
 
     Raises:
@@ -81,14 +81,14 @@ def join(device: str | None) -> None:
     cpu = on_cpu(device)
     if not cpu and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
         raise InputError(
-            f"{launched()} processes, and {torch.cuda.device_count()} GPUs on this machine. "
+            f"{launched_count()} processes, and {torch.cuda.device_count()} GPUs on this machine. "
             "Start one process a GPU, or say --device cpu."
         )
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # accelerate warns without it
-    PartialState(cpu=cpu, timeout=PATIENCE)
+    PartialState(cpu=cpu, timeout=TIMEOUT)
 
 
-def gathered(value: Value) -> list[Value]:
+def all_gather(value: Value) -> list[Value]:
     """What every process gave, in the order of the ranks; all of them call it."""
     if count() == 1:
         return [value]
@@ -99,19 +99,19 @@ def gathered(value: Value) -> list[Value]:
     return found
 
 
-def from_first(make: Callable[[], Value]) -> Value:
+def broadcast_from_first(make: Callable[[], Value]) -> Value:
     """What the first process makes; the others wait for it. All of them call it."""
     if count() == 1:
         return make()
-    return gathered(make() if is_first() else None)[0]  # type: ignore[return-value]
+    return all_gather(make() if is_main_process() else None)[0]  # type: ignore[return-value]
 
 
-def wait() -> None:
+def barrier() -> None:
     """Go on when all processes are here."""
-    gathered(None)
+    all_gather(None)
 
 
-def leave() -> None:
+def shut_down() -> None:
     """Part from the other processes, once all is done."""
     if count() > 1:
         import torch.distributed as dist
@@ -139,33 +139,33 @@ def _key() -> str:
     return f"{_FAILED}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
-def reports() -> bool:
+def should_report_failure() -> bool:
     """Whether this process is the one that tells people why the run failed: one of them does.
 
     What all of them meet is told by the first; what one of them meets, by that one. The others leave time for
     it: the launcher ends all processes once one has ended.
     """
-    if launched() == 1:
+    if launched_count() == 1:
         return True
     store = _failures() if "torch" in sys.modules else None  # before, there are faults of the command alone
     if store is None:
-        if not is_first():
-            time.sleep(GRACE.total_seconds())
-        return is_first()
-    if not is_first():
+        if not is_main_process():
+            time.sleep(REPORT_DELAY.total_seconds())
+        return is_main_process()
+    if not is_main_process():
         with suppress(RuntimeError):  # the first has not told it in that time
-            store.wait([_key()], GRACE)
+            store.wait([_key()], REPORT_DELAY)
     return bool(store.add(_key(), 1) == 1)
 
 
 def another_failed() -> bool:
     """Whether another process has told people already why the run failed."""
-    store = _failures() if launched() > 1 and "torch" in sys.modules else None
+    store = _failures() if launched_count() > 1 and "torch" in sys.modules else None
     return store is not None and bool(store.check([_key()]))
 
 
 @contextmanager
-def losing_none() -> Iterator[None]:
+def lost_process_as_error() -> Iterator[None]:
     """Turns the loss of another process into an error that says what to do.
 
     Raises:
@@ -184,7 +184,7 @@ def losing_none() -> Iterator[None]:
         raise
 
 
-def leave_launcher() -> None:
+def clear_launcher_env() -> None:
     """Forget the launcher: a process started from here is one of its own."""
     for name in list(os.environ):
         if name.startswith(LAUNCHER_WORDS) or name in LAUNCHER_NAMES:

@@ -14,7 +14,7 @@ from normtune.errors import InputError
 
 
 @contextmanager
-def replacing(path: Path | str) -> Iterator[Path]:
+def atomic_write(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` on success, remove it on failure.
 
     Raises:
@@ -37,7 +37,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
 
 
 @contextmanager
-def new_directory(path: Path | str) -> Iterator[Path]:
+def atomic_directory(path: Path | str) -> Iterator[Path]:
     """Yield a temporary directory beside `path`; rename it to `path` on success, remove it on failure.
 
     Raises:
@@ -70,7 +70,7 @@ def _flush(path: Path) -> None:
 
 def write_text(path: Path | str, text: str) -> None:
     """Write `text` to `path`, whole or not at all."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         # half a surrogate pair has no UTF-8: it is written as an escape, which JSON reads back
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 

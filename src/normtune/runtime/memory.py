@@ -38,7 +38,7 @@ def host_peak_bytes() -> int:
 _MMAP_THRESHOLD, _LARGE = -3, 1 << 18  # glibc's name of the option; bytes
 
 
-def return_freed() -> None:
+def release_freed_memory() -> None:
     """From now on a freed tensor's memory goes back to the system at once (glibc only; nothing elsewhere).
 
     The C library keeps blocks of up to 32 MiB for itself, in pieces that the next tensors may not fit into:

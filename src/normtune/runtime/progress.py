@@ -8,7 +8,7 @@ from typing import Any
 
 
 @contextmanager
-def bar(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+def progress_bar(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
     """Yield `tick(done, total)`, which draws from its first call on; None where `quiet`."""
     if quiet:
         yield None

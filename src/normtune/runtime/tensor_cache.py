@@ -18,13 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from normtune.errors import InputError
-from normtune.runtime.files import replacing
+from normtune.runtime.files import atomic_write
 
 _DIGEST = "sha256"
 _log = logging.getLogger(__name__)
 
 
-class TensorStore:
+class TensorCache:
     """A folder of entries. Whoever reads and writes them agrees on what a name stands for.
 
     A disk that is full or read-only ends no run: the store says so once and takes no more entries.
@@ -62,7 +62,7 @@ class TensorStore:
             return
         own = {key: tensors[key].detach().cpu().contiguous().clone() for key in sorted(tensors)}
         try:
-            with replacing(self._path(name)) as temporary:
+            with atomic_write(self._path(name)) as temporary:
                 save_file(own, temporary, metadata={"format": "pt", _DIGEST: digest(own)})
         except (InputError, SafetensorError) as error:
             self.takes = False

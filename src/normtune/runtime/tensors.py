@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def fresh(result: Tensor) -> Tensor:
+def clone_while_compiling(result: Tensor) -> Tensor:
     """A Function's result, as a tensor of its own where a compiler traces it (and then fuses the copy away).
 
     torch 2.11 traces a Function whose result comes out of an in-place step, or of a cast to the dtype it

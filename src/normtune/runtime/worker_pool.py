@@ -21,36 +21,36 @@ POLL_S = 1.0  # between calls of `tick`
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CallResult:
     """What a call returned, or why it did not, in one sentence."""
 
     value: Any = None
     error: str | None = None
 
 
-def outcome(call: Callable[[T], Any], argument: T) -> Outcome:
+def call_safely(call: Callable[[T], Any], argument: T) -> CallResult:
     """Call, and tell a failure in one sentence: the words of an `InputError`, else where it was raised."""
     try:
-        return Outcome(call(argument))
+        return CallResult(call(argument))
     except InputError as error:
-        return Outcome(error=" ".join(str(error).split()))
+        return CallResult(error=" ".join(str(error).split()))
     except Exception as error:
         frame = error.__traceback__
         while frame is not None and frame.tb_next is not None:
             frame = frame.tb_next
         where = f" at {Path(frame.tb_frame.f_code.co_filename).name}:{frame.tb_lineno}" if frame else ""
         words = " ".join(str(error).split())[:300]
-        return Outcome(error=f"{type(error).__name__}{where}: {words or 'no message'}")
+        return CallResult(error=f"{type(error).__name__}{where}: {words or 'no message'}")
 
 
-def side_by_side(
+def run_in_processes(
     call: Callable[[T], Any],
     arguments: Iterable[T],
     workers: int,
     *,
     threads: int = 1,
     tick: Callable[[], None] | None = None,
-) -> Iterator[tuple[T, Outcome]]:
+) -> Iterator[tuple[T, CallResult]]:
     """Call with each argument, `workers` at once; yields arguments with their outcomes as they end.
 
     The processes are forked from one that has imported the libraries and done nothing else: they start at
@@ -66,7 +66,7 @@ def side_by_side(
     Raises:
         InputError: a launcher started several processes, each of which would make all calls.
     """
-    if distributed.launched() > 1:
+    if distributed.launched_count() > 1:
         raise InputError("this starts processes of its own. Run it without torchrun or accelerate launch.")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     context = multiprocessing.get_context("forkserver")
@@ -101,14 +101,14 @@ def side_by_side(
             left_over.join()
 
 
-def _received(receiver: Connection, process: BaseProcess) -> Outcome:
+def _received(receiver: Connection, process: BaseProcess) -> CallResult:
     try:
-        found: Outcome = receiver.recv()
+        found: CallResult = receiver.recv()
     except (EOFError, OSError):
         process.join()
         code = process.exitcode or 0
         how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
-        return Outcome(error=f"its process {how}. Where memory ran out, run fewer side by side.")
+        return CallResult(error=f"its process {how}. Where memory ran out, run fewer side by side.")
     finally:
         receiver.close()
     process.join()
@@ -119,11 +119,11 @@ def _work(call: Callable[[T], Any], argument: T, sender: Connection, threads: in
     parent = parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-    distributed.leave_launcher()
+    distributed.clear_launcher_env()
     import torch
 
     torch.set_num_threads(min(threads, torch.get_num_threads()))
-    found = outcome(call, argument)
+    found = call_safely(call, argument)
     with suppress(BrokenPipeError):
         sender.send(found)
 

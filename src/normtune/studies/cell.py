@@ -16,7 +16,7 @@ from typing import Any
 from normtune.errors import InputError
 from normtune.runtime.environment import environment
 from normtune.runtime.files import read_json, write_json
-from normtune.runtime.worker_pool import outcome
+from normtune.runtime.worker_pool import call_safely
 from normtune.studies.plan import Cell, Evaluation
 from normtune.training.config import TrainConfig
 
@@ -30,7 +30,7 @@ TIMED_STEPS, UNTIMED_STEPS = 12, 4  # of the run that turns minutes into pairs; 
 
 
 @dataclass(frozen=True)
-class Work:
+class CellJob:
     """A cell and the study's folder: all that a process anywhere needs."""
 
     cell: Cell
@@ -38,17 +38,17 @@ class Work:
 
     @property
     def directory(self) -> Path:
-        return directory_of(self.out, self.cell)
+        return cell_directory(self.out, self.cell)
 
 
-def directory_of(out: Path, cell: Cell) -> Path:
+def cell_directory(out: Path, cell: Cell) -> Path:
     """Where a cell's files lie."""
     return out / "cells" / cell.key
 
 
-def finished(out: Path, cell: Cell) -> bool:
+def is_finished(out: Path, cell: Cell) -> bool:
     """Whether the cell has a result with all of its evaluations."""
-    path = directory_of(out, cell) / RESULT
+    path = cell_directory(out, cell) / RESULT
     if not path.is_file():
         return False
     have = {one["folder"] for one in read_json(path)["evaluations"]}
@@ -56,7 +56,7 @@ def finished(out: Path, cell: Cell) -> bool:
 
 
 @contextmanager
-def held(directory: Path) -> Iterator[bool]:
+def try_lock(directory: Path) -> Iterator[bool]:
     """Hold a directory's lock, or learn that another process has it; it is let go when its holder ends."""
     directory.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -71,18 +71,18 @@ def held(directory: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def run_cell(work: Work) -> str:
+def run_cell(work: CellJob) -> str:
     """Do what is missing of a cell: "done"; "busy" where another process is at it; else "failed: WHY".
 
     A failure is written to `error.json`. An adapter that lies there whole is not trained again.
     """
-    with held(work.directory) as mine:
+    with try_lock(work.directory) as mine:
         if not mine:
             return "busy"
-        if finished(work.out, work.cell):
+        if is_finished(work.out, work.cell):
             return "done"
         (work.directory / ERROR).unlink(missing_ok=True)
-        found = outcome(_run, work)
+        found = call_safely(_run, work)
         if found.error is not None:
             record_failure(work, found.error)
             return f"failed: {found.error}"
@@ -90,12 +90,12 @@ def run_cell(work: Work) -> str:
         return "done"
 
 
-def record_failure(work: Work, error: str) -> None:
+def record_failure(work: CellJob, error: str) -> None:
     """Write why a cell failed, in one sentence."""
     write_json(work.directory / ERROR, {"error": error, "at": _now(), **environment()})
 
 
-def _run(work: Work) -> None:
+def _run(work: CellJob) -> None:
     started = _now()
     training = None if work.cell.train is None else _train(work)
     evaluations = [_evaluate(work, one, training is not None) for one in work.cell.evaluations]
@@ -113,7 +113,7 @@ def _run(work: Work) -> None:
     )
 
 
-def _train(work: Work) -> dict[str, Any]:
+def _train(work: CellJob) -> dict[str, Any]:
     """Train, or read what was trained.
 
     Norm adapters that one pass over the base trains together are put under their cells' `adapter/` before the
@@ -121,7 +121,7 @@ def _train(work: Work) -> dict[str, Any]:
     """
     from transformers.utils import logging
 
-    from normtune.data.registry import open_from
+    from normtune.data.registry import open_configured
     from normtune.training.train import train
 
     logging.set_verbosity_error()  # it warns where two checkpoints fall into one second
@@ -130,7 +130,7 @@ def _train(work: Work) -> dict[str, Any]:
         return _trained(adapter)
     config, budget = work.cell.train, work.cell.budget
     assert config is not None and budget is not None
-    pairs = len(config.select(open_from(config).split(config.split)))
+    pairs = len(config.select(open_configured(config).split(config.split)))
     if "minutes" in budget:
         seen = _pairs_in(work, config, 60 * budget["minutes"])
         epochs = seen / pairs
@@ -161,21 +161,21 @@ def _trained(adapter: Path) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name != "out"}
 
 
-def _fingerprint(work: Work) -> str | None:
+def _fingerprint(work: CellJob) -> str | None:
     if work.cell.train is None:
         return None
-    from normtune.adapters.storage import read_delta
+    from normtune.adapters.storage import read_adapter_info
 
-    return read_delta(work.directory / "adapter").base_fingerprint
+    return read_adapter_info(work.directory / "adapter").base_fingerprint
 
 
-def _evaluate(work: Work, one: Evaluation, adapted: bool) -> dict[str, Any]:
+def _evaluate(work: CellJob, one: Evaluation, adapted: bool) -> dict[str, Any]:
     """Evaluate, or read what was evaluated: metrics.json without what other files hold."""
     from normtune.evaluation.evaluate import evaluate_config
 
     folder = work.directory / "evaluations" / one.folder
     if not (folder / "metrics.json").is_file():
-        tick = _Told(work.directory / PROGRESS, f"answering {one.dataset}")
+        tick = ProgressFile(work.directory / PROGRESS, f"answering {one.dataset}")
         config = one.config.model_copy(
             update={"out": folder, "adapter": work.directory / "adapter" if adapted else None}
         )
@@ -203,7 +203,7 @@ def _evaluate(work: Work, one: Evaluation, adapted: bool) -> dict[str, Any]:
     }
 
 
-class _Told:
+class ProgressFile:
     """Writes how far a cell is, for whoever watches; not more often than each second."""
 
     def __init__(self, path: Path, what: str) -> None:
@@ -217,7 +217,7 @@ class _Told:
             write_json(self.path, {"what": self.what, "done": done, "total": total})
 
 
-def _clock(work: Work) -> Any:
+def _clock(work: CellJob) -> Any:
     """A callback of the training run: tells its progress, and adds up the seconds of runs cut short."""
     from transformers import TrainerCallback
 
@@ -225,7 +225,7 @@ def _clock(work: Work) -> Any:
         before = 0.0
 
         def __init__(self) -> None:
-            self._told = _Told(work.directory / PROGRESS, "training")
+            self._told = ProgressFile(work.directory / PROGRESS, "training")
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self._started = time.perf_counter()
@@ -244,7 +244,7 @@ def _clock(work: Work) -> Any:
     return Clock()
 
 
-def _pairs_in(work: Work, config: TrainConfig, seconds: float) -> int:
+def _pairs_in(work: CellJob, config: TrainConfig, seconds: float) -> int:
     """How many pairs this machine sees in a time: measured once a cell, for a resumed run to end alike."""
     from transformers import TrainerCallback
 
@@ -272,7 +272,7 @@ def _pairs_in(work: Work, config: TrainConfig, seconds: float) -> int:
     return int(read_json(path)["pairs"])
 
 
-def located(cell: Cell) -> Cell:
+def with_absolute_paths(cell: Cell) -> Cell:
     """The cell with its roots and model as absolute paths, where they are folders here."""
 
     def absolute(config: Any) -> Any:
@@ -292,9 +292,9 @@ def located(cell: Cell) -> Cell:
     )
 
 
-def failure(out: Path, cell: Cell) -> str | None:
+def failure_reason(out: Path, cell: Cell) -> str | None:
     """Why the cell failed when it was last tried."""
-    path = directory_of(out, cell) / ERROR
+    path = cell_directory(out, cell) / ERROR
     if not path.is_file():
         return None
     found: str = read_json(path)["error"]
@@ -305,13 +305,13 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def score_of(out: Path, cell: Cell, metric: str | None) -> tuple[float, float]:
+def validation_score(out: Path, cell: Cell, metric: str | None) -> tuple[float, float]:
     """What a trial came to on the validation split, and the standard error of that.
 
     Raises:
         InputError: no such metric there.
     """
-    found = read_json(directory_of(out, cell) / RESULT)["evaluations"]
+    found = read_json(cell_directory(out, cell) / RESULT)["evaluations"]
     (one,) = (one for one in found if one["role"] == "validate")
     name = metric or ("global_exact" if one["task"] == "vqa" else "rouge_l/none")
     if name not in one["metrics"]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from normtune.runtime.files import read_json
-from normtune.studies.cell import PROGRESS, RESULT, failure, finished
+from normtune.studies.cell import PROGRESS, RESULT, failure_reason, is_finished
 from normtune.studies.plan import Cell, Plan, Sizes
 from normtune.studies.run import Summary
 
@@ -20,7 +20,11 @@ def listing(found: Plan, sizes: Sizes, out: Path) -> dict[str, Any]:
     rows = [
         {
             "key": cell.key,
-            "state": "done" if finished(out, cell) else "failed" if failure(out, cell) else "to run",
+            "state": "done"
+            if is_finished(out, cell)
+            else "failed"
+            if failure_reason(out, cell)
+            else "to run",
             "cell": str(cell),
             "grids": list(cell.grids),
             "rates": cell.rates,

@@ -13,7 +13,7 @@ from normtune.errors import InputError
 from normtune.evaluation.config import EvaluateConfig
 from normtune.runtime import distributed
 from normtune.runtime.files import read_json, write_json
-from normtune.runtime.worker_pool import side_by_side
+from normtune.runtime.worker_pool import run_in_processes
 from normtune.training.config import TrainConfig
 
 
@@ -50,7 +50,7 @@ def run_cells(cells: Sequence[Cell], workers: int, *, kept: Path | None = None) 
         InputError: a cell failed; the message names it. Or a launcher started several processes, each of
             which would run all cells.
     """
-    if distributed.launched() > 1:
+    if distributed.launched_count() > 1:
         raise InputError("this starts processes of its own. Run it without torchrun or accelerate launch.")
     waiting = []
     for cell in cells:
@@ -62,7 +62,7 @@ def run_cells(cells: Sequence[Cell], workers: int, *, kept: Path | None = None) 
     if not waiting:
         return
     threads = max(1, (os.cpu_count() or 1) // workers)
-    for cell, done in side_by_side(run_cell, waiting, workers, threads=threads):
+    for cell, done in run_in_processes(run_cell, waiting, workers, threads=threads):
         if done.error is not None:
             raise InputError(f"cell '{cell.name}': {done.error}")
         if kept is not None:

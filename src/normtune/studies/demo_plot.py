@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from normtune.runtime.files import replacing
+from normtune.runtime.files import atomic_write
 
 
 def accuracy_against_share(rows: list[dict[str, Any]], path: Path, metric: str = "global_exact") -> None:
@@ -38,6 +38,6 @@ def accuracy_against_share(rows: list[dict[str, Any]], path: Path, metric: str =
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.tight_layout()
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png")
     plt.close(figure)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from normtune.data.records import Dataset
-from normtune.data.registry import open_from
+from normtune.data.registry import open_configured
 from normtune.errors import InputError
 from normtune.evaluation.config import EvaluateConfig
 from normtune.methods.recipe import parse
@@ -91,7 +91,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Trial:
+class RateSearch:
     """A search that some cells wait for: its cells, one a rate, are evaluated on the validation split."""
 
     model: str
@@ -110,7 +110,7 @@ class Plan:
     """What can be run now (`cells`, trials among them), the searches, and how many cells wait for one."""
 
     cells: tuple[Cell, ...]
-    trials: tuple[Trial, ...]
+    trials: tuple[RateSearch, ...]
     waiting: int
 
 
@@ -122,7 +122,7 @@ def plan(study: Study, found: Mapping[str, float] | None = None) -> Plan:
     """
     found = found or {}
     cells: dict[str, Cell] = {}
-    trials: dict[str, Trial] = {}
+    trials: dict[str, RateSearch] = {}
     waiting = 0
     for name, grid in study.grids.items():
         for made in _cells_of(study, name, grid, found, trials):
@@ -154,7 +154,7 @@ def _merge(cells: dict[str, Cell], cell: Cell) -> None:
 
 
 def _cells_of(
-    study: Study, name: str, grid: Grid, found: Mapping[str, float], trials: dict[str, Trial]
+    study: Study, name: str, grid: Grid, found: Mapping[str, float], trials: dict[str, RateSearch]
 ) -> Iterator[Cell | None]:
     """The cells of a grid; None for one whose learning rate is still looked for."""
     recipes = study.recipes_of(grid)
@@ -193,7 +193,7 @@ def _rates(
     text: str,
     data: str,
     found: Mapping[str, float],
-    trials: dict[str, Trial],
+    trials: dict[str, RateSearch],
 ) -> Iterator[tuple[Source, dict[str, float] | None]]:
     """The learning rates of a grid for one recipe, by method; None where a search has not ended."""
     defaults = default_rates(text)
@@ -205,7 +205,7 @@ def _rates(
         (method,) = defaults
         tried = sorted(study.search.rates.get(method) or _around(defaults[method]))
         budget = study.search.budget or grid.budget
-        trial = Trial(
+        trial = RateSearch(
             model,
             recipe,
             data,
@@ -393,7 +393,7 @@ class Sizes:
     def _open(self, name: str) -> Dataset | None:
         if name not in self._opened:
             try:
-                self._opened[name] = open_from(self.study.datasets[name])
+                self._opened[name] = open_configured(self.study.datasets[name])
             except InputError:
                 self._opened[name] = None
         return self._opened[name]

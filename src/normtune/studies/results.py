@@ -14,8 +14,8 @@ from typing import Any
 
 from normtune.adapters.fingerprint import same_base
 from normtune.errors import InputError
-from normtune.runtime.files import read_json, replacing, write_json, write_text
-from normtune.studies.cell import RESULT, directory_of, failure, finished
+from normtune.runtime.files import atomic_write, read_json, write_json, write_text
+from normtune.studies.cell import RESULT, cell_directory, failure_reason, is_finished
 from normtune.studies.paper_tables import latex, markdown
 from normtune.studies.plan import Cell
 from normtune.studies.run import current_plan
@@ -115,9 +115,9 @@ def tabulate(study: Study, out: Path) -> Tables:
 
 def _add(tables: Tables, cell: Cell, out: Path) -> None:
     """The rows of one cell."""
-    directory = directory_of(out, cell)
-    done = finished(out, cell)
-    error = None if done else failure(out, cell)
+    directory = cell_directory(out, cell)
+    done = is_finished(out, cell)
+    error = None if done else failure_reason(out, cell)
     found = read_json(directory / RESULT) if done else {}
     training = found.get("training") or {}
     row = {
@@ -212,7 +212,7 @@ def _forgetting(tables: Tables) -> Iterator[Row]:
 
 
 def _write_sqlite(path: Path, tables: Mapping[str, list[Row]]) -> None:
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.unlink(missing_ok=True)
         connection = sqlite3.connect(temporary)
         try:

@@ -9,24 +9,24 @@ from pathlib import Path
 from typing import Protocol
 
 from normtune.studies.cell import (
-    Work,
-    directory_of,
-    failure,
-    finished,
-    held,
-    located,
+    CellJob,
+    cell_directory,
+    failure_reason,
+    is_finished,
     record_failure,
     run_cell,
-    score_of,
+    try_lock,
+    validation_score,
+    with_absolute_paths,
 )
-from normtune.studies.executors import Execute, executor
-from normtune.studies.plan import Cell, Plan, Trial, plan
+from normtune.studies.executors import Executor, get_executor
+from normtune.studies.plan import Cell, Plan, RateSearch, plan
 from normtune.studies.spec import Study
 
 WAIT_S = 1.0  # before looking again for a cell that another command is at
 
 
-class Show(Protocol):
+class ProgressListener(Protocol):
     """Who is told how it goes."""
 
     def begin(self, cells: Sequence[Cell], done: int, workers: int) -> None: ...
@@ -35,7 +35,7 @@ class Show(Protocol):
     def tick(self) -> None: ...
 
 
-class Silent:
+class NoProgress:
     """Tells nobody."""
 
     def begin(self, cells: Sequence[Cell], done: int, workers: int) -> None: ...
@@ -56,7 +56,7 @@ class Summary:
     waiting: int = 0  # cells whose learning rate could not be found, since a trial failed
 
 
-def chosen_rates(study: Study, out: Path, trials: Iterable[Trial]) -> dict[str, float]:
+def chosen_rates(study: Study, out: Path, trials: Iterable[RateSearch]) -> dict[str, float]:
     """The rate of each search whose trials have all ended: the lowest within a standard error of the best.
 
     Trials are short and validation splits small: the best of them is often a rate that is too high for the
@@ -64,8 +64,8 @@ def chosen_rates(study: Study, out: Path, trials: Iterable[Trial]) -> dict[str, 
     """
     found = {}
     for trial in trials:
-        if all(finished(out, cell) for cell in trial.cells):
-            scores = [score_of(out, cell, study.search.metric) for cell in trial.cells]
+        if all(is_finished(out, cell) for cell in trial.cells):
+            scores = [validation_score(out, cell, study.search.metric) for cell in trial.cells]
             best, error = max(scores)
             lowest = next(
                 cell for cell, (score, _) in zip(trial.cells, scores, strict=True) if score >= best - error
@@ -80,7 +80,12 @@ def current_plan(study: Study, out: Path) -> Plan:
 
 
 def run_study(
-    study: Study, out: Path, *, workers: int | None = None, on: str = "local", show: Show | None = None
+    study: Study,
+    out: Path,
+    *,
+    workers: int | None = None,
+    on: str = "local",
+    show: ProgressListener | None = None,
 ) -> Summary:
     """Run every cell that has no result yet. Several commands may run one study in one folder.
 
@@ -95,13 +100,13 @@ def run_study(
         InputError: no such place, or what it needs is not installed.
     """
     started = time.perf_counter()
-    out, show = out.absolute(), show or Silent()
-    execute = executor(on)
+    out, show = out.absolute(), show or NoProgress()
+    execute = get_executor(on)
     failed: dict[str, tuple[Cell, str]] = {}
     ran = 0
     while True:
         found = current_plan(study, out)
-        todo = [cell for cell in found.cells if cell.key not in failed and not finished(out, cell)]
+        todo = [cell for cell in found.cells if cell.key not in failed and not is_finished(out, cell)]
         if not todo:
             break
         if found.waiting:  # trials first: others wait for them
@@ -117,40 +122,40 @@ def run_study(
             if error is not None:
                 failed[cell.key] = (cell, error)
     return replace(
-        standing(study, out),
+        study_status(study, out),
         ran=ran,
         seconds=time.perf_counter() - started,
         failed={str(cell): error for cell, error in failed.values()},
     )
 
 
-def standing(study: Study, out: Path) -> Summary:
+def study_status(study: Study, out: Path) -> Summary:
     """How a study stands, without running anything of it."""
     found = current_plan(study, out)
-    left = [cell for cell in found.cells if not finished(out, cell)]
+    left = [cell for cell in found.cells if not is_finished(out, cell)]
     return Summary(
         cells=len(found.cells) + found.waiting,
         done=len(found.cells) - len(left),
         ran=0,
         seconds=0.0,
-        failed={str(cell): error for cell in left if (error := failure(out, cell)) is not None},
+        failed={str(cell): error for cell in left if (error := failure_reason(out, cell)) is not None},
         waiting=found.waiting,
     )
 
 
 def _round(
-    todo: Sequence[Cell], out: Path, workers: int, execute: Execute, show: Show
+    todo: Sequence[Cell], out: Path, workers: int, execute: Executor, show: ProgressListener
 ) -> Iterator[tuple[Cell, str | None]]:
     """Run cells; yields each with its error, if any, as it ends. What others are at is waited for."""
     left = {cell.key: cell for cell in todo}
     while left:
         free = [cell for cell in left.values() if _is_free(out, cell)]
 
-        def works(cells: Sequence[Cell] = free) -> Iterator[Work]:
+        def works(cells: Sequence[Cell] = free) -> Iterator[CellJob]:
             for cell in cells:
-                if not finished(out, cell):
-                    show.started(cell, directory_of(out, cell))
-                    yield Work(located(cell), out)
+                if not is_finished(out, cell):
+                    show.started(cell, cell_directory(out, cell))
+                    yield CellJob(with_absolute_paths(cell), out)
 
         busy = len(free) < len(left)
         for work, found in execute(run_cell, works(), workers, tick=show.tick, folder=out):
@@ -165,12 +170,12 @@ def _round(
             show.ended(cell, work.directory, error)
             yield cell, error
         for cell in list(left.values()):  # what others ended meanwhile
-            if finished(out, cell):
+            if is_finished(out, cell):
                 del left[cell.key]
-                show.ended(cell, directory_of(out, cell), None)
-            elif cell not in free and _is_free(out, cell) and (error := failure(out, cell)):
+                show.ended(cell, cell_directory(out, cell), None)
+            elif cell not in free and _is_free(out, cell) and (error := failure_reason(out, cell)):
                 del left[cell.key]
-                show.ended(cell, directory_of(out, cell), error)
+                show.ended(cell, cell_directory(out, cell), error)
                 yield cell, error
         if busy and left:
             show.tick()
@@ -178,5 +183,5 @@ def _round(
 
 
 def _is_free(out: Path, cell: Cell) -> bool:
-    with held(directory_of(out, cell)) as free:
+    with try_lock(cell_directory(out, cell)) as free:
         return free

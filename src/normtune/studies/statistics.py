@@ -9,7 +9,7 @@ from typing import Any
 
 from normtune.evaluation.compare import metric_rows, read_runs
 from normtune.metrics.statistics import holm, mean_over_seeds
-from normtune.metrics.sum_metrics import Summed, paired
+from normtune.metrics.sum_metrics import SumMetric, paired
 from normtune.studies.spec import SEARCH, Study
 
 Row = dict[str, Any]
@@ -133,9 +133,9 @@ class _Read:
 
     def __init__(self, metrics: Sequence[str]) -> None:
         self.metrics = metrics
-        self._held: dict[Path, tuple[dict[str, Summed], dict[str, tuple[str, ...]]]] = {}
+        self._held: dict[Path, tuple[dict[str, SumMetric], dict[str, tuple[str, ...]]]] = {}
 
-    def together(self, folders: Sequence[Path]) -> tuple[dict[str, Summed], dict[str, tuple[str, ...]]]:
+    def together(self, folders: Sequence[Path]) -> tuple[dict[str, SumMetric], dict[str, tuple[str, ...]]]:
         """The metrics of several seeds' rows as one, and each row's images: the clusters, of all seeds."""
         every = [self._one(folder) for folder in folders]
         summed = {}
@@ -145,13 +145,13 @@ class _Read:
                 for seed, (metrics, _) in enumerate(every)
                 for id, values in metrics[metric].rows.items()
             }
-            summed[metric] = Summed(rows, every[0][0][metric].value)
+            summed[metric] = SumMetric(rows, every[0][0][metric].value)
         cluster = {
             f"{seed} {id}": images for seed, (_, held) in enumerate(every) for id, images in held.items()
         }
         return summed, cluster
 
-    def _one(self, folder: Path) -> tuple[dict[str, Summed], dict[str, tuple[str, ...]]]:
+    def _one(self, folder: Path) -> tuple[dict[str, SumMetric], dict[str, tuple[str, ...]]]:
         if folder not in self._held:
             (run,) = read_runs([folder])
             metrics = {name: one for name, one in metric_rows(run).items() if name in self.metrics}

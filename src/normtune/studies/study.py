@@ -11,11 +11,11 @@ from normtune.errors import InputError
 from normtune.studies.console import Bars, summary_text
 from normtune.studies.page.page import write_study_report
 from normtune.studies.results import write_tables
-from normtune.studies.run import run_study, standing
+from normtune.studies.run import run_study, study_status
 from normtune.studies.spec import Study
 
 
-def run_and_tabulate(
+def run_study_and_report(
     study: Study,
     out: Path,
     *,
@@ -34,7 +34,7 @@ def run_and_tabulate(
         InputError: see `run_study` and `write_tables`.
     """
     if report_only:
-        summary = standing(study, out)
+        summary = study_status(study, out)
         if not summary.done:
             raise InputError(
                 f"{out} holds no finished cell of this study. Leave --report-only out to run it."

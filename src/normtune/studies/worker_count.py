@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from normtune.errors import InputError
-from normtune.studies.cell import located
+from normtune.studies.cell import with_absolute_paths
 from normtune.studies.plan import Cell
 from normtune.training.inspection import inspection
 
-ROOM = 0.85  # share of the free memory that cells may take; evaluation and the C library take some too
+USABLE_SHARE = (
+    0.85  # share of the free memory that cells may take; evaluation and the C library take some too
+)
 
 
 def fitting_workers(cells: Sequence[Cell]) -> int:
@@ -46,10 +48,10 @@ def _trainable(cell: Cell) -> int:
 def _fit(cell: Cell, most: int) -> int:
     from normtune.training.memory_plan.plan import plan
 
-    train = located(cell).train
+    train = with_absolute_paths(cell).train
     assert train is not None
     try:
         found = plan(train)
     except InputError:
         return most
-    return most if found.free is None else int(ROOM * found.free // found.asked.total)
+    return most if found.free is None else int(USABLE_SHARE * found.free // found.requested.total)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from normtune.errors import InputError
-from normtune.methods.adapt import Tuned
+from normtune.methods.adapt import TunedModel
 
 LEARNT_SHARE = 0.01  # below it a run is reported as having learnt nothing
 
@@ -35,7 +35,7 @@ class ChangeReport:
     warning: str | None
 
 
-def change_report(before: Mapping[str, Tensor], tuned: Tuned) -> ChangeReport:
+def change_report(before: Mapping[str, Tensor], tuned: TunedModel) -> ChangeReport:
     """Compare the trained parameters with those `before` training (a copy of `tuned.trained`, by name).
 
     Raises:
@@ -47,7 +47,7 @@ def change_report(before: Mapping[str, Tensor], tuned: Tuned) -> ChangeReport:
         if name not in before:
             raise InputError(f"no earlier value of {name} to compare with.")
         old, new = before[name].detach().to(parameter.device, torch.float32), parameter.detach()
-        groups.setdefault(tuned.places[name], []).append((old, new))
+        groups.setdefault(tuned.part_and_role[name], []).append((old, new))
         broken += int((~torch.isfinite(new)).sum())
     changes, moved, values = [], 0, 0
     for (part, role), pairs in groups.items():
@@ -69,14 +69,14 @@ def change_report(before: Mapping[str, Tensor], tuned: Tuned) -> ChangeReport:
     return ChangeReport(share, tuple(changes), warning)
 
 
-def norm_changes(before: Mapping[str, Tensor], tuned: Tuned) -> list[dict[str, Any]]:
+def norm_changes(before: Mapping[str, Tensor], tuned: TunedModel) -> list[dict[str, Any]]:
     """How far each trained norm parameter of the base went, one row a parameter; `before` as above.
 
     `relative` is the norm of its step over that of its old values (None where these are zero), `rms` the root
     mean square of its step.
     """
     rows = []
-    for place in tuned.anatomy.places:
+    for place in tuned.parts.parameters:
         if place.role != "norm" or place.name not in tuned.trained:
             continue
         new = tuned.trained[place.name].detach().double().cpu()

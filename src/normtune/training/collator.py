@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from normtune.data.groups import Group, Segment, group_by_image
 from normtune.data.records import Dataset, Example
-from normtune.methods.adapt import Tuned
+from normtune.methods.adapt import TunedModel
 from normtune.models.family import Family
 from normtune.models.image_cache import LIMIT_BYTES, ImageCache, image_store
 from normtune.models.part_names import IMAGE_PARTS
@@ -28,41 +28,41 @@ class Collator:
         self._segments: dict[str, Segment] = {}
 
     @property
-    def computed_once(self) -> str | None:
+    def cached_states(self) -> str | None:
         if self.states is not None:
-            return self.states.below.told
+            return self.states.below.description
         return "image states" if self.images.frozen else None
 
     def __call__(self, groups: Sequence[Sequence[Example]]) -> Batch:
-        packed = self.packed(groups)
+        packed = self.tokenize_groups(groups)
         if self.states is not None:
             return self.states.collate(packed)
-        return self.family.collate(packed, [self.shown(group) for group in packed])
+        return self.family.collate(packed, [self.images_of(group) for group in packed])
 
-    def packed(self, groups: Sequence[Sequence[Example]]) -> list[Group]:
+    def tokenize_groups(self, groups: Sequence[Sequence[Example]]) -> list[Group]:
         """The groups as tokens."""
         return [
             Group(members[0].images, tuple(self.segment(example) for example in members))
             for members in groups
         ]
 
-    def shown(self, group: Group) -> list[Pixels]:
+    def images_of(self, group: Group) -> list[Pixels]:
         """The images of a group, or what a frozen encoder makes of them."""
         return [self.images(key) for key in group.images]
 
     def segment(self, example: Example) -> Segment:
         """The tokens of one example."""
         if example.id not in self._segments:
-            self._segments[example.id] = self.family.encode(
+            self._segments[example.id] = self.family.tokenize(
                 example.id, example.question, example.answer, report=example.kind == "report"
             )
         return self._segments[example.id]
 
 
-def collator(
+def build_collator(
     config: TrainConfig,
     family: Family,
-    tuned: Tuned,
+    tuned: TunedModel,
     dataset: Dataset,
     examples: Sequence[Example],
     *,
@@ -79,13 +79,13 @@ def collator(
     Raises:
         InputError: the cache's folder cannot be made, or an image cannot be read.
     """
-    frozen = hold and config.group and not {*IMAGE_PARTS} & {part for part, _ in tuned.places.values()}
+    frozen = hold and config.group and not {*IMAGE_PARTS} & {part for part, _ in tuned.part_and_role.values()}
     if not frozen:
         return Collator(family, ImageCache(family, dataset, limit_bytes=limit_bytes))
     store = image_store(config.cache, family)
     images = ImageCache(family, dataset, frozen=True, store=store, limit_bytes=limit_bytes)
     made = Collator(family, images)
-    below = family.below(tuned.trained.values())
+    below = family.frozen_trunk(tuned.trained.values())
     if below is None:
         return made
     by_image = {group[0].images: [made.segment(one) for one in group] for group in group_by_image(examples)}

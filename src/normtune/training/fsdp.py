@@ -40,30 +40,30 @@ def shard_by_layers(accelerator: Accelerator, model: nn.Module) -> None:
     plugin.transformer_cls_names_to_wrap = sorted(kinds)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather_full(tensor: Tensor) -> Tensor:
     """All of a tensor that may be dealt out; all processes call it, for one tensor after the other."""
     found = tensor.detach()
     return found.full_tensor() if isinstance(found, DTensor) else found
 
 
-def fill(parameter: nn.Parameter, value: Tensor) -> None:
+def copy_into(parameter: nn.Parameter, value: Tensor) -> None:
     """Give a parameter, dealt out or not, the values of a whole tensor."""
     with torch.no_grad():
-        parameter.copy_(_as_dealt(value, parameter))
+        parameter.copy_(_shard_like(value, parameter))
 
 
-def _as_dealt(value: Tensor, like: Tensor) -> Tensor:
+def _shard_like(value: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return value
     on_device = value.to(like.device)
     return distribute_tensor(on_device, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def full_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The optimizer's state as that of a run of one process; all processes call it."""
     stored = optimizer.state_dict()
     state = {
-        index: {key: whole(value) if isinstance(value, Tensor) else value for key, value in one.items()}
+        index: {key: gather_full(value) if isinstance(value, Tensor) else value for key, value in one.items()}
         for index, one in sorted(stored["state"].items())
     }
     return {"state": state, "param_groups": stored["param_groups"]}
@@ -74,7 +74,7 @@ def load_state(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None
     parameters = _parameters(optimizer.param_groups)
     state = {
         index: {
-            key: _as_dealt(value, parameters[index]) if _follows(value, parameters[index]) else value
+            key: _shard_like(value, parameters[index]) if _follows(value, parameters[index]) else value
             for key, value in one.items()
         }
         for index, one in stored["state"].items()

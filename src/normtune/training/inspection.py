@@ -18,11 +18,11 @@ def inspection(model: str, tune: str | None = None) -> dict[str, Any]:
         InputError: no such model, or a recipe that does not fit it.
     """
     from normtune.methods.adapt import adapt
-    from normtune.models.loading import skeleton
-    from normtune.models.parts import anatomy
+    from normtune.models.loading import meta_model
+    from normtune.models.parts import find_parts
 
-    body = skeleton(model)
-    parts = anatomy(body)
+    body = meta_model(model)
+    parts = find_parts(body)
     found: dict[str, Any] = {
         "model": model,
         "total": parts.total,

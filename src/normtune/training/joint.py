@@ -20,13 +20,13 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from normtune.adapters.fingerprint import fingerprint
-from normtune.adapters.multi.bank import Mixed, mix
-from normtune.adapters.multi.norms import MixedNorm
-from normtune.adapters.multi.rows import Owners
+from normtune.adapters.multi.bank import AdapterBank, build_bank
+from normtune.adapters.multi.norms import MultiAdapterNorm
+from normtune.adapters.multi.rows import RowAdapters
 from normtune.data.batches import EpochBatches
 from normtune.data.options import DataOptions
 from normtune.data.records import Dataset, Example
-from normtune.data.registry import open_from
+from normtune.data.registry import open_configured
 from normtune.errors import InputError
 from normtune.methods.adapt import adapt
 from normtune.methods.recipe import parse
@@ -36,14 +36,14 @@ from normtune.models.loading import load
 from normtune.models.part_names import IMAGE_PARTS
 from normtune.models.types import Batch, Pixels
 from normtune.runtime import distributed, memory
-from normtune.training.collator import Collator, collator
+from normtune.training.collator import Collator, build_collator
 from normtune.training.config import TrainConfig
-from normtune.training.joint_run import Groups, Lane
-from normtune.training.layer_wrapping import recomputed
-from normtune.training.result import TrainResult, outcome
-from normtune.training.saved_activations import lean
+from normtune.training.joint_run import AdapterRun, Groups
+from normtune.training.layer_wrapping import checkpoint_activations
+from normtune.training.result import TrainResult, build_result
+from normtune.training.saved_activations import save_fewer_activations
 from normtune.training.token_counts import count_tokens
-from normtune.training.train import write
+from normtune.training.train import save_run
 
 Tick = Callable[[int, int], None]  # of progress: steps that are done, and all
 SHARED = ("model", "dtype", "quantize", "device", "memory", "cache")  # options that all runs of a pass share
@@ -75,16 +75,16 @@ def train_together(
     tuned = adapt(family.model, recipe, seed=first.seed)
     if not tuned.trained:
         raise InputError(f"recipe '{tuned.recipe}' trains nothing. Choose another with --tune.")
-    mixed = mix(tuned, len(configs))
+    mixed = build_bank(tuned, len(configs))
     before = {name: one.detach().clone() for name, one in mixed.trained(0).items()}
     lanes = data.lanes(family, mixed)
     for lane in lanes:
         lane.resume()
-    run(family, mixed, lanes, first, at_once, progress)
+    train_all(family, mixed, lanes, first, at_once, progress)
     results = []
     for lane in lanes:
-        alone = mixed.alone(lane.adapter)
-        result, description = outcome(
+        alone = mixed.as_single(lane.adapter)
+        result, description = build_result(
             lane.config,
             alone,
             before,
@@ -92,10 +92,10 @@ def train_together(
             pairs=lane.pairs,
             steps=lane.steps,
             seconds=lane.seconds,
-            computed_once=lane.collate.computed_once,
+            computed_once=lane.collate.cached_states,
             together=len(lanes),
         )
-        write(lane.config, alone, lane.dataset, len(lane.examples), base_fingerprint, result, description)
+        save_run(lane.config, alone, lane.dataset, len(lane.examples), base_fingerprint, result, description)
         results.append(result)
     return results
 
@@ -108,7 +108,7 @@ def check_together(configs: Sequence[TrainConfig]) -> None:
     """
     if not configs:
         raise InputError("there is nothing to train together: give at least one config.")
-    if distributed.launched() > 1:
+    if distributed.launched_count() > 1:
         raise InputError(
             "adapters share a pass in one process. Run it without torchrun or accelerate launch."
         )
@@ -150,13 +150,13 @@ class _Data:
         self.datasets: dict[str, Dataset] = {}
         for key, config in zip(self.keys, configs, strict=True):
             if key not in self.datasets:
-                self.datasets[key] = open_from(config)
+                self.datasets[key] = open_configured(config)
         self.examples: list[Sequence[Example]] = [
             config.select(self.datasets[key].split(config.split))
             for key, config in zip(self.keys, configs, strict=True)
         ]
 
-    def lanes(self, family: Family, mixed: Mixed) -> list[Lane]:
+    def lanes(self, family: Family, mixed: AdapterBank) -> list[AdapterRun]:
         """One a config, in their order."""
         collators: dict[str, Collator] = {}
         for key, config in zip(self.keys, self.configs, strict=True):
@@ -164,7 +164,7 @@ class _Data:
                 continue
             own = [some for other, some in zip(self.keys, self.examples, strict=True) if other == key]
             every = list({example.id: example for example in chain.from_iterable(own)}.values())
-            collators[key] = collator(config, family, mixed.tuned, self.datasets[key], every)
+            collators[key] = build_collator(config, family, mixed.tuned, self.datasets[key], every)
         if any(one.states is None for one in collators.values()):
             for one in collators.values():
                 one.states = None  # a batch holds states for all of its groups, or images
@@ -174,14 +174,14 @@ class _Data:
             by_tokens = config.balance == "tokens"
             tokens = count_tokens(family, dataset, examples, collate.segment) if by_tokens else None
             batches = EpochBatches(examples, config.batch, config.cap, config.seed, tokens=tokens)
-            lanes.append(Lane(adapter, config, mixed, dataset, examples, collate, batches))
+            lanes.append(AdapterRun(adapter, config, mixed, dataset, examples, collate, batches))
         return lanes
 
 
-def run(
+def train_all(
     family: Family,
-    mixed: Mixed,
-    lanes: Sequence[Lane],
+    mixed: AdapterBank,
+    lanes: Sequence[AdapterRun],
     config: TrainConfig,
     at_once: int | None = None,
     progress: Tick | None = None,
@@ -196,7 +196,7 @@ def run(
     memory.reset_peak()
     started = time.perf_counter()
     of = sum(lane.total for lane in lanes)
-    with lean(family.model), recomputed(family.model, config.memory):
+    with save_fewer_activations(family.model), checkpoint_activations(family.model, config.memory):
         while under_way := [lane for lane in lanes if not lane.done]:
             parts = [(lane, lane.next()) for lane in under_way]
             losses: list[float] = []
@@ -210,7 +210,7 @@ def run(
                         f"{config.memory}. Take fewer (at_once), --memory tight or a smaller --batch."
                     ) from error
             for (lane, batch), loss in zip(parts, losses, strict=True):
-                lane.after(batch, loss)
+                lane.record_batch(batch, loss)
                 if lane.done:
                     lane.seconds = time.perf_counter() - started
             if progress is not None:
@@ -219,21 +219,21 @@ def run(
         lane.seconds = lane.seconds or time.perf_counter() - started  # its checkpoint was its last
 
 
-def backward(family: Family, mixed: Mixed, parts: Sequence[tuple[Lane, Groups]]) -> list[float]:
+def backward(family: Family, mixed: AdapterBank, parts: Sequence[tuple[AdapterRun, Groups]]) -> list[float]:
     """Add the gradients of one batch of each lane to the adapters'; returns the scaled losses."""
     batch, images = collated(family, mixed, parts)
     batch = send_to_device(batch, family.device)
     questions = [sum(map(len, groups)) for _, groups in parts]
     lane_of = torch.arange(len(parts)).repeat_interleave(torch.tensor(questions))  # [segments]
     adapters = [lane.adapter for lane, _ in parts]
-    texts = Owners([adapters[i] for i in lane_of[family.text_segments(batch).cpu()].tolist()])
-    with mixed.taken_by(images, texts):
+    texts = RowAdapters([adapters[i] for i in lane_of[family.text_segments(batch).cpu()].tolist()])
+    with mixed.use(images, texts):
         states, labels, segments = family.answer_states(batch)
         counts = torch.bincount(lane_of[segments.cpu()], minlength=len(parts)).tolist()
         losses = [
-            lane.scaled(
+            lane.scale_loss(
                 answer_loss(
-                    owned(family.head, mixed, lane.adapter),
+                    head_for(family.head, mixed, lane.adapter),
                     some,
                     wanted,
                     vocabulary=family.vocabulary,
@@ -244,30 +244,30 @@ def backward(family: Family, mixed: Mixed, parts: Sequence[tuple[Lane, Groups]])
         ]
         every = torch.stack(losses)
         every.sum().backward()
-    mixed.gather()
+    mixed.collect_gradients()
     return every.detach().tolist()  # type: ignore[no-any-return]
 
 
-def owned(head: Head, mixed: Mixed, adapter: int) -> Head:
+def head_for(head: Head, mixed: AdapterBank, adapter: int) -> Head:
     """The head for the states of one adapter; itself where it holds no norms of theirs."""
-    if isinstance(head, nn.Module) and any(isinstance(one, MixedNorm) for one in head.modules()):
-        return partial(_headed, head, mixed, Owners((adapter,)))
+    if isinstance(head, nn.Module) and any(isinstance(one, MultiAdapterNorm) for one in head.modules()):
+        return partial(_headed, head, mixed, RowAdapters((adapter,)))
     return head
 
 
-def _headed(head: Head, mixed: Mixed, owners: Owners, states: Tensor) -> Tensor:
-    with mixed.texts.taken_by(owners):
+def _headed(head: Head, mixed: AdapterBank, owners: RowAdapters, states: Tensor) -> Tensor:
+    with mixed.texts.use(owners):
         return head(states)
 
 
 def collated(
-    family: Family, mixed: Mixed, parts: Sequence[tuple[Lane, Groups]]
-) -> tuple[Batch, Owners | None]:
+    family: Family, mixed: AdapterBank, parts: Sequence[tuple[AdapterRun, Groups]]
+) -> tuple[Batch, RowAdapters | None]:
     """The batches of several lanes as one, in their order, and whose its images are (None: nobody asks).
 
     Adapters share the images that a frozen encoder has seen; where it is tuned, each sees its own.
     """
-    packed = [(lane, lane.collate.packed(groups)) for lane, groups in parts]
+    packed = [(lane, lane.collate.tokenize_groups(groups)) for lane, groups in parts]
     groups = [group for _, some in packed for group in some]
     kept = parts[0][0].collate.states
     if kept is not None:
@@ -276,14 +276,14 @@ def collated(
             assert lane.collate.states is not None, "all lanes hold states, or none does"
             states += map(lane.collate.states, some)
         return kept.below.collate(groups, states), None
-    tuned = bool({*IMAGE_PARTS} & {part for part, _ in mixed.tuned.places.values()})
+    tuned = bool({*IMAGE_PARTS} & {part for part, _ in mixed.tuned.part_and_role.values()})
     shown: list[list[Pixels]] = []
     owner: dict[int, int] = {}  # of each image, in the order in which the family takes them
     sizes: list[int] = []
     for lane, some in packed:
         own: dict[int, tuple[Pixels, Pixels]] = {}  # id -> the image, kept so that its id is, and a copy
         for group in some:
-            images = lane.collate.shown(group)
+            images = lane.collate.images_of(group)
             if tuned:
                 images = [own.setdefault(id(one), (one, dict(one)))[1] for one in images]
                 for image in images:
@@ -291,4 +291,4 @@ def collated(
                         owner[id(image)] = lane.adapter
                         sizes.append(len(image["pixel_values"]))  # patches, tiles, or channels: as many each
             shown.append(images)
-    return family.collate(groups, shown), Owners([*owner.values()], sizes) if tuned else None
+    return family.collate(groups, shown), RowAdapters([*owner.values()], sizes) if tuned else None

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from normtune.adapters.multi.bank import Mixed
+from normtune.adapters.multi.bank import AdapterBank
 from normtune.data.batches import EpochBatches
 from normtune.data.records import Dataset, Example
 from normtune.errors import InputError
@@ -34,7 +34,7 @@ Groups = list[list[Example]]  # of one batch: an image's examples a group
 _KEPT = 2  # checkpoints
 
 
-class Lane:
+class AdapterRun:
     """The run of one adapter, a batch at a time; what `normtune.training.train` does with a model of its own.
 
     Attributes:
@@ -51,7 +51,7 @@ class Lane:
         self,
         adapter: int,
         config: TrainConfig,
-        mixed: Mixed,
+        mixed: AdapterBank,
         dataset: Dataset,
         examples: Sequence[Example],
         collate: Collator,
@@ -115,11 +115,11 @@ class Lane:
             )
         return self._window.pop(0)
 
-    def scaled(self, loss: Tensor) -> Tensor:
+    def scale_loss(self, loss: Tensor) -> Tensor:
         """A batch's summed cross-entropy as its part of the step's mean over answer tokens."""
         return loss / self._tokens
 
-    def after(self, batch: Groups, loss: float) -> None:
+    def record_batch(self, batch: Groups, loss: float) -> None:
         """Take in a batch whose gradients are there, with its scaled loss; step where it was the last one."""
         self.pairs += sum(map(len, batch))
         self._loss += loss
@@ -187,7 +187,7 @@ class Lane:
                 f"{whole[-1]} is of a run with other options ({', '.join(changed)}). "
                 "Repeat those options, choose another --out, or start afresh with --no-resume."
             )
-        self.mixed.put(self.adapter, load_file(whole[-1] / TRAINED_FILE))
+        self.mixed.set_adapter(self.adapter, load_file(whole[-1] / TRAINED_FILE))
         optimizer, scheduler = (
             torch.load(whole[-1] / name, self._values.device, weights_only=True)
             for name in (OPTIMIZER_FILE, SCHEDULER_FILE)

@@ -17,7 +17,9 @@ from normtune.models.parts import layers
 
 
 @contextmanager
-def compiled(model: nn.Module, wanted: bool = True, *, backend: Any = "inductor") -> Iterator[Sequence[str]]:
+def compile_layers(
+    model: nn.Module, wanted: bool = True, *, backend: Any = "inductor"
+) -> Iterator[Sequence[str]]:
     """Inside, the language model's layers run compiled; yields their names, none where that is not wanted.
 
     Raises:
@@ -29,7 +31,7 @@ def compiled(model: nn.Module, wanted: bool = True, *, backend: Any = "inductor"
         for name in chosen
     }
     try:
-        with forwards(model, fused):
+        with replace_forwards(model, fused):
             yield chosen
     except BackendCompilerFailed as error:
         reason = str(error.inner_exception).splitlines()[0].rstrip(".")
@@ -40,7 +42,7 @@ Forward = Callable[..., Any]
 
 
 @contextmanager
-def forwards(model: nn.Module, replacements: Mapping[str, Forward]) -> Iterator[None]:
+def replace_forwards(model: nn.Module, replacements: Mapping[str, Forward]) -> Iterator[None]:
     """Inside, the modules of these names compute by the functions given; after, as they did before."""
     held: list[tuple[nn.Module, Forward | None]] = []
     try:
@@ -57,24 +59,30 @@ def forwards(model: nn.Module, replacements: Mapping[str, Forward]) -> Iterator[
                 module.forward = own  # type: ignore[method-assign]
 
 
-Tier = Literal["fast", "balanced", "tight"]
-EVERY: dict[Tier, int] = {"fast": 0, "balanced": 2, "tight": 1}  # of so many layers one is run again; 0: none
+MemoryTier = Literal["fast", "balanced", "tight"]
+CHECKPOINT_EVERY: dict[MemoryTier, int] = {
+    "fast": 0,
+    "balanced": 2,
+    "tight": 1,
+}  # of so many layers one is run again; 0: none
 
 
 @contextmanager
-def recomputed(model: nn.Module, tier: Tier) -> Iterator[Sequence[str]]:
+def checkpoint_activations(model: nn.Module, tier: MemoryTier) -> Iterator[Sequence[str]]:
     """Inside, some of the model's layers run again in the backward pass: none, every second one, or all.
 
     What one layer keeps while it runs again is its whole, so that a tier's peak is that of the layers' inputs
     and one layer. Loss and gradients are the same; dropout draws the same numbers again. Yields the layers.
     """
-    every = EVERY[tier]
+    every = CHECKPOINT_EVERY[tier]
     chosen = [name for name, (_, index) in layers(model).items() if index % every == 0] if every else []
-    with forwards(model, {name: partial(_twice, model.get_submodule(name).forward) for name in chosen}):
+    with replace_forwards(
+        model, {name: partial(_with_checkpoint, model.get_submodule(name).forward) for name in chosen}
+    ):
         yield chosen
 
 
-def _twice(forward: Forward, *args: Any, **kwargs: Any) -> Any:
+def _with_checkpoint(forward: Forward, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)

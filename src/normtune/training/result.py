@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from normtune.methods.adapt import Tuned
+from normtune.methods.adapt import TunedModel
 from normtune.runtime import distributed, memory
 from normtune.training.changes import Change, change_report, norm_changes
 from normtune.training.config import TrainConfig
@@ -59,9 +59,9 @@ class TrainResult:
         return "\n".join([*lines, f"Written: {self.out}"])
 
 
-def outcome(
+def build_result(
     config: TrainConfig,
-    tuned: Tuned,
+    tuned: TunedModel,
     before: Mapping[str, Tensor],
     losses: Sequence[tuple[int, float]],
     *,
@@ -83,7 +83,7 @@ def outcome(
         steps=steps,
         seconds=seconds,
         pairs_per_second=pairs / seconds,
-        peak_memory_bytes=max(distributed.gathered(memory.peak_memory_bytes())),
+        peak_memory_bytes=max(distributed.all_gather(memory.peak_memory_bytes())),
         computed_once=computed_once,
         final_loss=losses[-1][1] if losses else None,
         changed=changes.share,

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from normtune.methods.norms import TunedNorm
 from normtune.models.parts import norm_kind, norms
-from normtune.training.layer_wrapping import Forward, forwards
+from normtune.training.layer_wrapping import Forward, replace_forwards
 
 aten = torch.ops.aten
 GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}  # children of a gated feed-forward (Shazeer 2020)
@@ -127,7 +127,7 @@ def _with_weights(module: Any) -> Any:
 
 
 @contextmanager
-def lean(model: nn.Module) -> Iterator[list[str]]:
+def save_fewer_activations(model: nn.Module) -> Iterator[list[str]]:
     """Inside, the model's modules keep less for the backward pass; after, they are the model's own again.
 
     What changes: RMS norms that no recipe replaced keep their input and 1/rms; gated feed-forwards keep gate
@@ -139,18 +139,18 @@ def lean(model: nn.Module) -> Iterator[list[str]]:
         for name, norm in norms(model).items()
         if not isinstance(norm, TunedNorm) and norm_kind(norm).startswith("rms")
     }
-    leaner = _lean_forwards(model)
+    leaner = _reduced_forwards(model)
     try:
         for name, norm in own.items():
-            model.set_submodule(name, TunedNorm.of(norm))
-        with forwards(model, leaner):
+            model.set_submodule(name, TunedNorm.from_norm(norm))
+        with replace_forwards(model, leaner):
             yield [*own, *leaner]
     finally:
         for name, norm in own.items():
             model.set_submodule(name, norm)
 
 
-def _lean_forwards(model: nn.Module) -> dict[str, Forward]:
+def _reduced_forwards(model: nn.Module) -> dict[str, Forward]:
     """What gated feed-forwards and quick GELUs are to compute by, by module name."""
     found: dict[str, Forward] = {}
     gated: dict[type, str | None] = {}

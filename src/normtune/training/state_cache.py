@@ -10,10 +10,10 @@ from torch import Tensor
 
 from normtune.data.groups import Group, Segment
 from normtune.models.family import Family
-from normtune.models.frozen_trunk import Below, GroupStates
+from normtune.models.frozen_trunk import FrozenTrunk, TrunkStates
 from normtune.models.image_cache import LIMIT_BYTES, ImageCache, size_of, values_key
 from normtune.models.types import Batch
-from normtune.runtime.tensor_cache import TensorStore, digest
+from normtune.runtime.tensor_cache import TensorCache, digest
 
 AT_ONCE = 32  # questions of an image that are computed together
 
@@ -34,14 +34,14 @@ class StateCache:
 
     def __init__(
         self,
-        below: Below,
+        trunk: FrozenTrunk,
         images: ImageCache,
         questions: Mapping[Images, Sequence[Segment]],
         *,
-        store: TensorStore | None = None,
+        store: TensorCache | None = None,
         limit_bytes: int = LIMIT_BYTES,
     ) -> None:
-        self.below, self.images, self.questions = below, images, questions
+        self.below, self.images, self.questions = trunk, images, questions
         self.store, self.limit_bytes = store, limit_bytes
         self.held: dict[Images, dict[str, Tensor]] = {}
         self.bytes = 0
@@ -50,18 +50,18 @@ class StateCache:
         """See `Family.collate`."""
         return self.below.collate(groups, [self(group) for group in groups])
 
-    def __call__(self, group: Group) -> GroupStates:
+    def __call__(self, group: Group) -> TrunkStates:
         """The states of a group, some or all of the questions of its images."""
         entry = self._entry(group.images)
         asked = self.questions[group.images]
-        rows = entry["segments"].split([len(self.below.reads(segment)) for segment in asked])
+        rows = entry["segments"].split([len(self.below.tokens_of(segment)) for segment in asked])
         by_id = {segment.id: states for segment, states in zip(asked, rows, strict=True)}
         images: list[dict[str, Tensor]] = [{} for _ in group.images]
         for name, value in entry.items():
             number, _, own = name.partition(".")
             if own:
                 images[int(number)][own] = value
-        return GroupStates(
+        return TrunkStates(
             tuple(images), entry["prefix"], tuple(by_id[segment.id] for segment in group.segments)
         )
 
@@ -69,7 +69,7 @@ class StateCache:
         """Whether the states of all images fit in memory, if the prefixes are as long as the first one."""
         first = self._entry(next(iter(self.questions)))
         row = first["segments"].shape[1] * first["segments"].element_size()
-        tokens = sum(len(self.below.reads(one)) for asked in self.questions.values() for one in asked)
+        tokens = sum(len(self.below.tokens_of(one)) for asked in self.questions.values() for one in asked)
         return (tokens + len(self.questions) * len(first["prefix"])) * row <= self.limit_bytes
 
     def _entry(self, images: Images) -> dict[str, Tensor]:
@@ -85,7 +85,7 @@ class StateCache:
 
     def _stored(self, images: Images) -> dict[str, Tensor]:
         assert self.store is not None
-        read = [self.below.reads(segment) for segment in self.questions[images]]
+        read = [self.below.tokens_of(segment) for segment in self.questions[images]]
         name = digest({}, *(self.images.digest(key) for key in images), *map(str, read))
         entry = self.store.read(name)
         if entry is None:
@@ -109,7 +109,7 @@ class StateCache:
         return entry
 
 
-def state_store(folder: Path | None, family: Family, below: Below) -> TensorStore | None:
+def state_store(folder: Path | None, family: Family, below: FrozenTrunk) -> TensorCache | None:
     """Where the states below are kept; None without a folder.
 
     Raises:
@@ -117,4 +117,4 @@ def state_store(folder: Path | None, family: Family, below: Below) -> TensorStor
     """
     if folder is None:
         return None
-    return TensorStore(folder / f"states-{values_key(family, below.holds, below.told)[:32]}")
+    return TensorCache(folder / f"states-{values_key(family, below.depends_on, below.description)[:32]}")

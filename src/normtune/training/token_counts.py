@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from normtune.data.batches import Tokens
+from normtune.data.batches import TokenCosts
 from normtune.data.groups import Segment
 from normtune.data.records import Dataset, Example
 from normtune.models.family import Family
@@ -12,7 +12,7 @@ from normtune.models.family import Family
 
 def count_tokens(
     family: Family, dataset: Dataset, examples: Sequence[Example], segment: Callable[[Example], Segment]
-) -> Tokens:
+) -> TokenCosts:
     """Open every image once, process one of each size, and compute no features.
 
     Processors decide by an image's size alone how many tokens it takes. `segment` gives the tokens of an
@@ -27,12 +27,12 @@ def count_tokens(
         images = [dataset.open_image(key) for key in keys]
         sizes = tuple(image.size for image in images)
         if sizes not in by_size:
-            by_size[sizes] = family.prefix_tokens([family.pixels(image) for image in images])
+            by_size[sizes] = family.prefix_tokens([family.preprocess_image(image) for image in images])
         prefixes[keys] = by_size[sizes]
     segments = {example.id: len(segment(example)) for example in examples}
     if family.shares_prefix:
-        return Tokens(prefixes, segments)
-    return Tokens(
+        return TokenCosts(prefixes, segments)
+    return TokenCosts(
         dict.fromkeys(prefixes, 0),
         {example.id: prefixes[example.images] + segments[example.id] for example in examples},
     )

@@ -17,22 +17,22 @@ from normtune.adapters import storage
 from normtune.adapters.fingerprint import fingerprint
 from normtune.data.batches import EpochBatches
 from normtune.data.records import Dataset, Example
-from normtune.data.registry import open_from
+from normtune.data.registry import open_configured
 from normtune.errors import InputError
-from normtune.methods.adapt import Tuned, adapt
+from normtune.methods.adapt import TunedModel, adapt
 from normtune.methods.recipe import parse
 from normtune.models.family import Family
 from normtune.models.loading import load
 from normtune.runtime import distributed, memory
 from normtune.runtime.files import write_json
 from normtune.training.checkpoints import check_same_steps, last_checkpoint, resumed_batch
-from normtune.training.collator import collator
+from normtune.training.collator import build_collator
 from normtune.training.config import TrainConfig
-from normtune.training.layer_wrapping import compiled, recomputed
-from normtune.training.result import TrainResult, outcome
-from normtune.training.saved_activations import lean
+from normtune.training.layer_wrapping import checkpoint_activations, compile_layers
+from normtune.training.result import TrainResult, build_result
+from normtune.training.saved_activations import save_fewer_activations
 from normtune.training.token_counts import count_tokens
-from normtune.training.trainer import DeltaTrainer
+from normtune.training.trainer import AdapterTrainer
 
 
 def train(config: TrainConfig, *, progress: TrainerCallback | None = None) -> TrainResult:
@@ -45,28 +45,28 @@ def train(config: TrainConfig, *, progress: TrainerCallback | None = None) -> Tr
         InputError: bad option, data, model or recipe.
     """
     recipe = parse(config.tune)  # a misspelt word is told before anything is loaded
-    distributed.join(config.device)
+    distributed.init_processes(config.device)
     if config.memory == "tight":
-        memory.return_freed()
-    dataset = open_from(config)
+        memory.release_freed_memory()
+    dataset = open_configured(config)
     examples = config.select(dataset.split(config.split))
     # a base that is to be dealt out may be larger than a device
     device = "cpu" if distributed.sharded() else config.device
     family = load(config.model, dtype=config.dtype, device=device, quantize=config.quantize)
     base_fingerprint = fingerprint(family.model)
-    if len(set(distributed.gathered(base_fingerprint))) > 1:
+    if len(set(distributed.all_gather(base_fingerprint))) > 1:
         raise InputError(f"the processes loaded different bases as {config.model}. Give all the same files.")
     tuned = adapt(family.model, recipe, seed=config.seed)
     result, description = fit(config, family, tuned, dataset, examples, progress=progress)
-    if distributed.is_first():
-        write(config, tuned, dataset, len(examples), base_fingerprint, result, description)
-    distributed.wait()
+    if distributed.is_main_process():
+        save_run(config, tuned, dataset, len(examples), base_fingerprint, result, description)
+    distributed.barrier()
     return result
 
 
-def write(
+def save_run(
     config: TrainConfig,
-    tuned: Tuned,
+    tuned: TunedModel,
     dataset: Dataset,
     pairs: int,
     base_fingerprint: str,
@@ -78,7 +78,7 @@ def write(
     Raises:
         InputError: the files cannot be written.
     """
-    storage.save_delta(
+    storage.save_adapter(
         tuned,
         config.out,
         base_name=config.model,
@@ -100,7 +100,7 @@ def write(
 def fit(
     config: TrainConfig,
     family: Family,
-    tuned: Tuned,
+    tuned: TunedModel,
     dataset: Dataset,
     examples: Sequence[Example],
     *,
@@ -119,29 +119,31 @@ def fit(
         raise InputError("--cache: under FSDP no process holds the whole image encoder. Leave --cache out.")
     set_seed(config.seed)
     before = {name: parameter.detach().clone() for name, parameter in tuned.trained.items()}
-    collate = collator(config, family, tuned, dataset, examples, hold=not distributed.sharded())
+    collate = build_collator(config, family, tuned, dataset, examples, hold=not distributed.sharded())
     by_tokens = config.balance == "tokens"
     tokens = count_tokens(family, dataset, examples, collate.segment) if by_tokens else None
     cap = config.cap if config.group else 1
-    checkpoint = distributed.from_first(lambda: last_checkpoint(config.out) if config.resume else None)
+    checkpoint = distributed.broadcast_from_first(
+        lambda: last_checkpoint(config.out) if config.resume else None
+    )
     pairs = config.batch if checkpoint is None else resumed_batch(config, checkpoint)
     batches = EpochBatches(examples, pairs, cap, config.seed, tokens=tokens, ranks=distributed.count())
     if checkpoint is not None:
         check_same_steps(checkpoint, batches)
     try:
-        trainer = DeltaTrainer(config, family, tuned, collate, batches, progress)
+        trainer = AdapterTrainer(config, family, tuned, collate, batches, progress)
     except (ValueError, RuntimeError, ImportError) as error:  # what the Trainer says of a tracker
         raise InputError(f"--tracker {config.tracker}: {error}") from error
-    if checkpoint is None and distributed.is_first():
+    if checkpoint is None and distributed.is_main_process():
         shutil.rmtree(config.out / "checkpoints", ignore_errors=True)
-    distributed.wait()
+    distributed.barrier()
     memory.reset_peak()
     started = time.perf_counter()
     with (
-        lean(family.model),
-        compiled(family.model, config.compile),
-        recomputed(family.model, config.memory),
-        distributed.losing_none(),
+        save_fewer_activations(family.model),
+        compile_layers(family.model, config.compile),
+        checkpoint_activations(family.model, config.memory),
+        distributed.lost_process_as_error(),
     ):
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -155,13 +157,13 @@ def fit(
     family.model.eval()
     if distributed.sharded():
         tuned.trained = {name: nn.Parameter(value) for name, value in trainer.trained_values().items()}
-    return outcome(
+    return build_result(
         config,
         tuned,
         before,
         [(int(row["step"]), row["loss"]) for row in trainer.state.log_history if "loss" in row],
-        pairs=sum(distributed.gathered(trainer.pairs_seen)),
+        pairs=sum(distributed.all_gather(trainer.pairs_seen)),
         steps=trainer.state.global_step,
         seconds=seconds,
-        computed_once=collate.computed_once,
+        computed_once=collate.cached_states,
     )

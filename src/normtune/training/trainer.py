@@ -20,7 +20,7 @@ from transformers.trainer_utils import set_seed
 from normtune.data.batches import EpochBatches
 from normtune.data.records import Example
 from normtune.errors import InputError
-from normtune.methods.adapt import Tuned
+from normtune.methods.adapt import TunedModel
 from normtune.models.family import Family
 from normtune.models.parts import parameter_holders
 from normtune.runtime import distributed
@@ -34,7 +34,7 @@ from normtune.training.checkpoints import (
 )
 from normtune.training.collator import Collator
 from normtune.training.config import TrainConfig
-from normtune.training.fsdp import fill, load_state, shard_by_layers, whole, whole_state
+from normtune.training.fsdp import copy_into, full_state, gather_full, load_state, shard_by_layers
 
 
 class Objective(nn.Module):
@@ -85,14 +85,14 @@ class Examples(TorchDataset[list[list[Example]]]):
         self.batches.set_epoch(epoch)
 
 
-class DeltaTrainer(Trainer):
+class AdapterTrainer(Trainer):
     """HF's Trainer for a family's batches; its checkpoints hold only what is trained."""
 
     def __init__(
         self,
         config: TrainConfig,
         family: Family,
-        tuned: Tuned,
+        tuned: TunedModel,
         collate: Collator,
         batches: EpochBatches,
         progress: TrainerCallback | None,
@@ -207,7 +207,7 @@ class DeltaTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _mean_unlogged(self) -> float:
-        found = distributed.gathered(self._unlogged.item())
+        found = distributed.all_gather(self._unlogged.item())
         return sum(found) / len(found)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -216,7 +216,7 @@ class DeltaTrainer(Trainer):
     def trained_values(self) -> dict[str, Tensor]:
         """What is trained, each tensor whole and on the CPU; all processes call it."""
         present = {name: getattr(module, attribute) for name, (module, attribute) in self._holders.items()}
-        return {name: whole(parameter).cpu().contiguous() for name, parameter in present.items()}
+        return {name: gather_full(parameter).cpu().contiguous() for name, parameter in present.items()}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         tensors = self.trained_values()
@@ -228,7 +228,7 @@ class DeltaTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """As a run of one process does, so that any number of them can go on."""
         assert self.optimizer is not None and self.lr_scheduler is not None
-        state = whole_state(self.optimizer)
+        state = full_state(self.optimizer)
         if self.args.should_save:
             torch.save(state, Path(output_dir) / OPTIMIZER_FILE)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_FILE)
@@ -252,9 +252,9 @@ class DeltaTrainer(Trainer):
                 f"cannot write a checkpoint under {self.args.output_dir}: {error}. "
                 "Free some space and run the same command again: it goes on from the last whole checkpoint."
             ) from error
-        pairs_seen = sum(distributed.gathered(self.pairs_seen))  # by now all have written their part
+        pairs_seen = sum(distributed.all_gather(self.pairs_seen))  # by now all have written their part
         unlogged = self._mean_unlogged()
-        if distributed.is_first():
+        if distributed.is_main_process():
             directory = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             position = {
                 "pairs_seen": pairs_seen,
@@ -269,11 +269,11 @@ class DeltaTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         stored = load_file(Path(resume_from_checkpoint) / TRAINED_FILE)
         for name, (module, attribute) in self._holders.items():
-            fill(getattr(module, attribute), stored[name])
+            copy_into(getattr(module, attribute), stored[name])
         position = read_json(Path(resume_from_checkpoint) / "run.json")
         self._unlogged = torch.tensor(position["unlogged_loss"])
         self._logged_at = int(position["logged_at"])
-        if distributed.is_first():
+        if distributed.is_main_process():
             self.pairs_seen = int(position["pairs_seen"])
 
 

@@ -8,23 +8,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from normtune.adapters.multi.lora import LONG, MixedLinear, targets
-from normtune.adapters.multi.rows import Owners, Rows
+from normtune.adapters.multi.lora import MIN_ROWS_FOR_RUNS, MultiAdapterLoRA, targets
+from normtune.adapters.multi.rows import ActiveRows, RowAdapters
 from normtune.methods.adapt import adapt
 from tests.support.base_models import KINDS, base, logits
 
 WIDE, OUT, RANK = 12, 20, 3
 
 
-def mixed_linear(adapters: int, used: set[int], dtype: torch.dtype) -> MixedLinear:
+def mixed_linear(adapters: int, used: set[int], dtype: torch.dtype) -> MultiAdapterLoRA:
     torch.manual_seed(0)
     down, up = torch.randn(adapters, RANK, WIDE), torch.randn(adapters, OUT, RANK)
     for one in {*range(adapters)} - used:
         down[one], up[one] = 0.0, 0.0
-    return MixedLinear(nn.Linear(WIDE, OUT).to(dtype), down, up, Rows(), used)
+    return MultiAdapterLoRA(nn.Linear(WIDE, OUT).to(dtype), down, up, ActiveRows(), used)
 
 
-def of_one(linear: MixedLinear, adapter: int, x: Tensor) -> Tensor:
+def of_one(linear: MultiAdapterLoRA, adapter: int, x: Tensor) -> Tensor:
     """As PEFT computes it: the update in fp32, the sum rounded once."""
     plain = linear.base_layer(x)
     if adapter not in linear.used:
@@ -34,7 +34,7 @@ def of_one(linear: MixedLinear, adapter: int, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sizes", [None, (1, 3, 2)])
-@pytest.mark.parametrize("length", [2, LONG])
+@pytest.mark.parametrize("length", [2, MIN_ROWS_FOR_RUNS])
 @torch.inference_mode()
 def test_each_row_takes_the_matrices_of_its_owner(
     length: int, sizes: tuple[int, ...] | None, dtype: torch.dtype
@@ -46,7 +46,7 @@ def test_each_row_takes_the_matrices_of_its_owner(
     adapters = [(unit * 3) % (units + 1) for unit in range(units)]
     shape = (units, length, WIDE) if every is None else (sum(every), WIDE)
     x = torch.randn(shape).to(dtype)
-    with linear.rows.taken_by(Owners(adapters, every)):
+    with linear.rows.use(RowAdapters(adapters, every)):
         found = linear(x)
     rows = x.split([1] * units if every is None else list(every))
     wanted = torch.cat([of_one(linear, one, some) for one, some in zip(adapters, rows, strict=True)])
@@ -58,7 +58,7 @@ def test_each_row_takes_the_matrices_of_its_owner(
 def test_rows_of_adapters_without_matrices_are_the_bases_own_to_the_bit() -> None:
     linear = mixed_linear(4, {3}, torch.float32)
     x = torch.randn(2, 5, WIDE)
-    with linear.rows.taken_by(Owners([1, 2])):
+    with linear.rows.use(RowAdapters([1, 2])):
         assert torch.equal(linear(x), linear.base_layer(x))
     with pytest.raises(AssertionError, match="whose these rows are"):
         linear(x)

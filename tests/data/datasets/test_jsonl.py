@@ -100,7 +100,7 @@ def test_an_id_used_twice_and_many_bad_rows_are_told_in_one_error(root: Path) ->
 def test_bad_rows_can_be_left_out_and_listed_instead(root: Path) -> None:
     file = write_jsonl(root / "mine.jsonl", ROW, ROW | {"image": "no.png"}, "no json")
     dataset = jsonl.read(file, strict=False)
-    assert (len(dataset.examples), len(dataset.left_out)) == (1, 2)
+    assert (len(dataset.examples), len(dataset.skipped)) == (1, 2)
     assert [(p.file, p.row) for p in dataset.problems] == [("mine.jsonl", "3"), ("mine.jsonl", "2")]
 
 

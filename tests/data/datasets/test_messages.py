@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from normtune.data.datasets import messages
-from normtune.data.summary import survey, survey_text
+from normtune.data.summary import summarize, summary_text
 from normtune.errors import InputError
 from tests.support.dataset_samples import png_bytes, write_image, write_jsonl, write_parquet
 from tests.support.report_samples import llava_med_row, messages_row
@@ -41,7 +41,7 @@ def test_llava_meds_instruct_json_becomes_a_question_for_each_pair(root: Path) -
     ]
     assert dataset.examples[0].meta == {"modality": "ct_scan"}
     assert dataset.open_image("c.jpg").size == (4, 4)  # below images/
-    assert [e.id for e in dataset.left_out] == ["c-turn3"]
+    assert [e.id for e in dataset.skipped] == ["c-turn3"]
     assert [str(p) for p in dataset.problems] == [
         "llava_med_instruct.json, row 1, turn 3: refers back to earlier turns. "
         "Left out: write the question so that it stands alone."
@@ -50,7 +50,7 @@ def test_llava_meds_instruct_json_becomes_a_question_for_each_pair(root: Path) -
 
 def test_the_survey_says_how_turns_were_taken(root: Path) -> None:
     write_jsonl(root / "train.jsonl", llava_med_row("c", *PAIRS))
-    text = survey_text(survey(messages.read(root)))
+    text = summary_text(summarize(messages.read(root)))
     assert "1 conversations of 3 pairs of turns: each pair is one question of its image" in text
     assert "  1 pairs left out, as they refer back to earlier turns" in text
     assert "liver" not in text
@@ -138,7 +138,7 @@ def test_a_bad_row_is_named_by_file_row_and_what_to_do(root: Path, row: Any, tol
     text = refused(root, messages_row("What?", "x", "a.png"), row)
     assert text.startswith("bad.jsonl, row 2: ")
     assert told in text
-    assert len(messages.read(root / "bad.jsonl", strict=False).left_out) == 1
+    assert len(messages.read(root / "bad.jsonl", strict=False).skipped) == 1
 
 
 def test_other_files_are_refused(root: Path) -> None:

@@ -41,7 +41,7 @@ def test_studies_without_the_section_or_the_report_are_left_out_and_listed(tmp_p
         ("6", "its report file is missing"),
         ("6", "findings section is empty"),
     ]
-    assert [e.id for e in dataset.left_out] == ["mimic-cxr-s50578979", "mimic-cxr-s51029426"]
+    assert [e.id for e in dataset.skipped] == ["mimic-cxr-s50578979", "mimic-cxr-s51029426"]
     assert "1 further images of studies with several views are not read" in dataset.notes
     both = mimic_cxr.read(tmp_path, sections="both").examples
     assert [e.split for e in both] == ["train", "validate"]

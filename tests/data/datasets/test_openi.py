@@ -61,7 +61,7 @@ def test_one_missing_view_leaves_its_study_out(tmp_path: Path) -> None:
     (tmp_path / "images" / VIEWS[1]).unlink()
     dataset = openi.read(tmp_path)
     assert [e.id for e in dataset.examples] == ["openi-CXR3_3_IM-0003"]
-    assert len(dataset.left_out) == 2
+    assert len(dataset.skipped) == 2
 
 
 def test_an_empty_report_is_left_out_and_listed(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_rows_that_cannot_be_used_are_left_out_and_listed(tmp_path: Path) -> Non
     (tmp_path / "imgs/xmlab8/source.jpg").unlink()
     dataset = slake.read(tmp_path)
     assert [e.id for e in dataset.examples] == ["slake-1"]
-    assert len(dataset.left_out) == 4
+    assert len(dataset.skipped) == 4
     told = [str(problem) for problem in dataset.problems]
     assert told[0] == "imgs/xmlab8/source.jpg: image is missing. Rows left out: 1. Put the image there."
     assert "train.json, row 2: answer is empty. Row left out: fill it in, or leave it so." in told

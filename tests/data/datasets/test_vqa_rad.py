@@ -8,7 +8,7 @@ import pytest
 
 from normtune.data.datasets import vqa_rad
 from normtune.data.splits import image_disjoint, leaks
-from normtune.data.summary import survey
+from normtune.data.summary import summarize
 from normtune.errors import InputError
 from tests.support.dataset_samples import vqa_rad_row, write_image, write_vqa_rad
 
@@ -41,7 +41,7 @@ def official_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_official_file_gives_1797_training_and_451_test_rows(official_root: Path) -> None:
-    found = survey(vqa_rad.read(official_root))
+    found = summarize(vqa_rad.read(official_root))
     parts = found["parts"]
     assert {name: (part["rows"], part["usable"], part["images"]) for name, part in parts.items()} == {
         "train": (1797, 1797, 313),

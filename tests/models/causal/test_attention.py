@@ -179,12 +179,12 @@ def test_folded_queries_give_the_same_loss_and_gradients(
     loss, _ = family.loss(batch)
     wanted = gradients(family, loss)
     asked, pixels = grouped(family, GROUPINGS["cap of two"], answered=False)
-    answers = family.written(asked, pixels, max_new_tokens=4, beams=2)
+    answers = family.generate_tokens(asked, pixels, max_new_tokens=4, beams=2)
     monkeypatch.setattr(attention, "_takes_groups", lambda device: False)
     again, _ = family.loss(batch)
     torch.testing.assert_close(again, loss, rtol=1e-6, atol=0)
     assert_same_gradients(gradients(family, again), wanted)
-    found = family.written(asked, pixels, max_new_tokens=4, beams=2)
+    found = family.generate_tokens(asked, pixels, max_new_tokens=4, beams=2)
     assert [one.tokens for one in found] == [one.tokens for one in answers]
 
 
@@ -207,9 +207,9 @@ def test_block_masks_give_the_same_log_probs(
 @pytest.mark.filterwarnings(UNCOMPILED)
 def test_block_masks_give_the_same_answers(family: CausalFamily, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, pixels = grouped(family, GROUPINGS["mixed order"], answered=False)
-    wanted = family.written(asked, pixels, max_new_tokens=5, beams=2)
+    wanted = family.generate_tokens(asked, pixels, max_new_tokens=5, beams=2)
     monkeypatch.setattr(family, "attention", "block")
-    found = family.written(asked, pixels, max_new_tokens=5, beams=2)
+    found = family.generate_tokens(asked, pixels, max_new_tokens=5, beams=2)
     assert [one.tokens for one in found] == [one.tokens for one in wanted]
 
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from normtune.data.groups import Group, Segment
 from normtune.data.records import Dataset
-from normtune.methods.adapt import Tuned, adapt
+from normtune.methods.adapt import TunedModel, adapt
 from normtune.models.causal.family import CausalFamily
 from normtune.models.family import Family
-from normtune.models.frozen_trunk import PassThrough
+from normtune.models.frozen_trunk import SkippedLayer
 from normtune.models.image_cache import ImageCache
 from normtune.models.loading import load
 from normtune.training.state_cache import StateCache
@@ -42,7 +42,7 @@ def base(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cau
     yield loaded
 
 
-def fresh(family: Family, recipe: str) -> tuple[Any, Tuned]:
+def fresh(family: Family, recipe: str) -> tuple[Any, TunedModel]:
     """A copy of the family, adapted; what is added starts away from zero, so that all gradients matter."""
     own: Any = type(family)(copy.deepcopy(family.model), family.processor)
     if isinstance(own, CausalFamily) and len(own.decoder.layers) == 2:
@@ -62,11 +62,11 @@ def groups(family: Family, grouping: str) -> list[Group]:
 
 
 def segment(family: Family, i: int) -> Segment:
-    return family.encode(str(i), PAIRS[i][1], PAIRS[i][2])
+    return family.tokenize(str(i), PAIRS[i][1], PAIRS[i][2])
 
 
-def cached(family: Family, tuned: Tuned) -> StateCache:
-    below = family.below(tuned.trained.values())
+def cached(family: Family, tuned: TunedModel) -> StateCache:
+    below = family.frozen_trunk(tuned.trained.values())
     assert below is not None
     asked = {
         (name,): [segment(family, i) for i in range(len(PAIRS)) if PAIRS[i][0] == name] for name in "abc"
@@ -74,7 +74,7 @@ def cached(family: Family, tuned: Tuned) -> StateCache:
     return StateCache(below, ImageCache(family, Dataset("noise", [], image), frozen=True), asked)
 
 
-def stepped(family: Family, tuned: Tuned, batch: dict[str, Any]) -> tuple[float, dict[str, Tensor]]:
+def stepped(family: Family, tuned: TunedModel, batch: dict[str, Any]) -> tuple[float, dict[str, Tensor]]:
     family.model.zero_grad()
     loss, _ = family.loss(batch)
     loss.backward()
@@ -83,9 +83,9 @@ def stepped(family: Family, tuned: Tuned, batch: dict[str, Any]) -> tuple[float,
     return float(loss.detach()), gradients
 
 
-def assert_same_step(family: Family, tuned: Tuned, grouping: str) -> None:
+def assert_same_step(family: Family, tuned: TunedModel, grouping: str) -> None:
     asked = groups(family, grouping)
-    pixels = [[family.pixels(image(group.images[0]))] for group in asked]
+    pixels = [[family.preprocess_image(image(group.images[0]))] for group in asked]
     loss, wanted = stepped(family, tuned, family.collate(asked, pixels))
     own_loss, found = stepped(family, tuned, cached(family, tuned).collate(asked))
     assert abs(own_loss - loss) / loss < TOLERANCE
@@ -125,7 +125,7 @@ def test_neither_the_tower_nor_a_layer_below_runs_in_a_step(
     family.loss(batch)
     assert ran == list(range(len(layers)))[-1:]
     assert all(own is layer for own, layer in zip(family.decoder.layers, layers, strict=True))
-    assert not any(isinstance(module, PassThrough) for module in family.model.modules())
+    assert not any(isinstance(module, SkippedLayer) for module in family.model.modules())
 
 
 @pytest.mark.parametrize(
@@ -141,15 +141,15 @@ def test_neither_the_tower_nor_a_layer_below_runs_in_a_step(
 )
 def test_nothing_lies_below_what_reaches_down(base: CausalFamily, recipe: str) -> None:
     family, tuned = fresh(base, recipe)
-    assert family.below(tuned.trained.values()) is None
+    assert family.frozen_trunk(tuned.trained.values()) is None
 
 
 def test_a_trained_head_that_is_the_embedding_too_reaches_down() -> None:
     family: Any = load_tied()
-    assert family.below([family.model.lm_head.weight]) is None
+    assert family.frozen_trunk([family.model.lm_head.weight]) is None
     untied = nn.Parameter(family.model.lm_head.weight.detach().clone())
     family.model.lm_head.weight = untied
-    below = family.below([untied])
+    below = family.frozen_trunk([untied])
     assert below is not None and below.depth == len(family.decoder.layers)
 
 
@@ -169,13 +169,13 @@ def test_layers_that_take_image_features_are_not_passed_over(tmp_path: Any) -> N
     """Qwen3-VL's first two layers do: with norms trained from the second on, all layers run."""
     family = load(str(tiny_models.make_tiny("qwen3_vl", tmp_path)))
     tuned = adapt(family.model, "language=ln[1:]")
-    assert family.below(tuned.trained.values()) is None
+    assert family.frozen_trunk(tuned.trained.values()) is None
 
 
 def test_paligemma_holds_nothing(tmp_path: Any) -> None:
     family = load(str(tiny_models.make_tiny("paligemma", tmp_path)))
     tuned = adapt(family.model, "language=ln[1:]")
-    assert family.below(tuned.trained.values()) is None
+    assert family.frozen_trunk(tuned.trained.values()) is None
 
 
 @pytest.mark.parametrize("grouping", GROUPINGS)
@@ -189,4 +189,4 @@ def test_miss_reads_its_questions_from_states_where_only_the_decoder_is_trained(
 @pytest.mark.parametrize("recipe", ["encoder=ln,decoder=ln", "vision=ln", "encoder=prefix(n=3)", "full"])
 def test_miss_has_nothing_below_where_its_encoders_are_trained(recipe: str) -> None:
     family, tuned = fresh(tiny_miss(), recipe)
-    assert family.below(tuned.trained.values()) is None
+    assert family.frozen_trunk(tuned.trained.values()) is None

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import processors
 
 from normtune.errors import InputError
-from normtune.models.causal.prompts import Conversation
+from normtune.models.causal.prompts import ChatPrompt
 from normtune.models.families.llava import MISTRAL_TEMPLATE, VICUNA_TEMPLATE
 from normtune.models.loading import load
 from tests.support.tiny_models import TINY, make_tiny
@@ -28,9 +28,9 @@ def processor(name: str = "llava", template: str | None = None) -> Any:
     return found
 
 
-def conversation(found: Any) -> Conversation:
+def conversation(found: Any) -> ChatPrompt:
     end = getattr(found, "end_image_token", found.image_token)
-    return Conversation(found, end, "", [found.tokenizer.eos_token_id])
+    return ChatPrompt(found, end, "", [found.tokenizer.eos_token_id])
 
 
 def written(found: Any, ids: tuple[int, ...]) -> str:
@@ -65,7 +65,7 @@ def test_the_misspelt_end_of_llava_1_6_is_no_part_of_an_answer(tmp_path: Path) -
     """The template of llava-v1.6-mistral ends answers with letters that look like the end token."""
     family = load(str(make_tiny("llava_next", tmp_path)))
     assert r"<\s>" in (tmp_path / "chat_template.jinja").read_text()
-    answer = family.encode("1", "Is it?", "no").answer
+    answer = family.tokenize("1", "Is it?", "no").answer
     assert written(family.processor, answer).strip() == "no</s>"
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from normtune.adapters.fingerprint import fingerprint
 from normtune.models.checkpoints.parameter_map import placement, stored_as_is
 from normtune.models.checkpoints.reader import SINGLE_FILE, Checkpoint
-from normtune.models.loading import load, skeleton
+from normtune.models.loading import load, meta_model
 from tests.support.base_models import save_base
 from tests.support.tiny_models import TINY, make_tiny
 
@@ -23,7 +23,7 @@ HEAD = "text_decoder.cls.predictions.decoder.weight"
 
 
 def on_disk(directory: Path) -> tuple[Any, Checkpoint, dict[str, list[str]]]:
-    body: Any = skeleton(str(directory))
+    body: Any = meta_model(str(directory))
     checkpoint = Checkpoint(directory)
     return body, checkpoint, placement(body, checkpoint)
 

@@ -59,11 +59,11 @@ def family(request: Any, tmp_path_factory: pytest.TempPathFactory) -> CausalFami
 def grouped(
     family: CausalFamily, grouping: list[list[int]], *, answered: bool = True
 ) -> tuple[list[Group], list[list[Pixels]]]:
-    seen = {name: family.pixels(image(name)) for name in "abc"}
+    seen = {name: family.preprocess_image(image(name)) for name in "abc"}
     groups, pixels = [], []
     for members in grouping:
         name = PAIRS[members[0]][0]
-        segments = [family.encode(str(i), PAIRS[i][1], PAIRS[i][2] if answered else None) for i in members]
+        segments = [family.tokenize(str(i), PAIRS[i][1], PAIRS[i][2] if answered else None) for i in members]
         groups.append(Group((name,), tuple(segments)))
         pixels.append([seen[name]])
     return groups, pixels
@@ -76,7 +76,7 @@ def conversation(family: CausalFamily, i: int) -> tuple[dict[str, Any], int]:
     if processor.chat_template is None:  # PaliGemma
         made = processor(images=[image(name)], text=["<image>" + question], suffix=[answer])
         found = {key: torch.as_tensor(value) for key, value in made.items() if key != "pixel_values"}
-        found["pixel_values"] = family.pixels(image(name))["pixel_values"][None]
+        found["pixel_values"] = family.preprocess_image(image(name))["pixel_values"][None]
         return found, int((found.pop("labels") != -100).sum())
     asked: list[dict[str, Any]] = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
@@ -157,8 +157,8 @@ def test_tokens_are_counted_without_computing_features(
 
 
 def test_the_tokens_of_two_views_are_counted_together(family: CausalFamily) -> None:
-    one, other = family.pixels(image("a")), family.pixels(image("b"))
-    segment = family.encode("0", "What changed?", "nothing")
+    one, other = family.preprocess_image(image("a")), family.preprocess_image(image("b"))
+    segment = family.tokenize("0", "What changed?", "nothing")
     copies = family.collate([Group(("a", "b"), (segment,))], [[one, other]])["group_of"]
     assert family.prefix_tokens([one, other]) + len(segment) == (copies >= 0).sum()
 
@@ -221,7 +221,7 @@ def test_answers_are_transformers_own_token_for_token(
     if ends != "its own":  # a random model hardly ever ends an answer: now answers differ in length
         monkeypatch.setattr(family, "ends", tuple(range(0, family.model.lm_head.out_features, 4)))
     groups, pixels = grouped(family, GROUPINGS[grouping], answered=False)
-    found = family.written(groups, pixels, max_new_tokens=8, beams=beams)
+    found = family.generate_tokens(groups, pixels, max_new_tokens=8, beams=beams)
     for i, one in zip(chain(*GROUPINGS[grouping]), found, strict=True):
         tokens, score = transformers_answer(family, i, beams)
         assert one.tokens == tokens
@@ -246,10 +246,10 @@ def test_an_image_is_computed_once_and_its_prefix_is_never_copied(
     hook = family.decoder.register_forward_pre_hook(
         lambda module, args, kwargs: read.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
     )
-    family.answer(groups, pixels, max_new_tokens=3)
+    family.generate_answers(groups, pixels, max_new_tokens=3)
     hook.remove()
     token = family.processor.tokenizer.convert_ids_to_tokens(family.image_token_id)
-    tokens = [family.image_text(family.pixels(image(name))).count(token) for name in "abc"]
+    tokens = [family.image_text(family.preprocess_image(image(name))).count(token) for name in "abc"]
     assert seen == [sum(tokens)]
     if family.config.model_type == "paligemma":  # it shares no prefix
         assert [rows for rows, _ in read] == [6, 6, 6]
@@ -259,13 +259,13 @@ def test_an_image_is_computed_once_and_its_prefix_is_never_copied(
 
 def test_features_that_were_kept_give_the_same_loss_and_answers(family: CausalFamily) -> None:
     groups, pixels = grouped(family, GROUPINGS["cap of two"])
-    kept = {id(one): family.seen(one) for images in pixels for one in images}
+    kept = {id(one): family.encode_image(one) for images in pixels for one in images}
     features = [[kept[id(one)] for one in images] for images in pixels]
     with torch.no_grad():
         loss, again = (family.loss(family.collate(groups, given))[0] for given in (pixels, features))
     torch.testing.assert_close(again, loss, rtol=1e-6, atol=0)
     asked, _ = grouped(family, GROUPINGS["cap of two"], answered=False)
-    assert family.answer(asked, features) == family.answer(asked, pixels)
+    assert family.generate_answers(asked, features) == family.generate_answers(asked, pixels)
     assert all(not name.startswith("pixel") for one in kept.values() for name in one)
 
 
@@ -277,15 +277,17 @@ def test_bf16_answers_and_learns(family: CausalFamily, plain: tuple[list[float],
     loss.backward()
     assert all(bool(p.grad.isfinite().all()) for p in half.parameters() if p.grad is not None)
     groups, pixels = grouped(low, GROUPINGS["by image"], answered=False)
-    assert [len(answers) for answers in low.answer(groups, pixels, beams=2)] == [3, 2, 1]
+    assert [len(answers) for answers in low.generate_answers(groups, pixels, beams=2)] == [3, 2, 1]
 
 
 def test_views_of_one_study_are_seen_together(family: CausalFamily) -> None:
     """Two images before one question, as transformers' processor writes them."""
     question, answer = "Describe the findings.", "The heart is normal in size."
     views = [image("a"), image("b")]
-    segment = family.encode("r", question, answer, report=True)
-    batch = family.collate([Group(("a", "b"), (segment,))], [[family.pixels(view) for view in views]])
+    segment = family.tokenize("r", question, answer, report=True)
+    batch = family.collate(
+        [Group(("a", "b"), (segment,))], [[family.preprocess_image(view) for view in views]]
+    )
     processor = family.processor
     if processor.chat_template is None:
         text = ["<image><image>" + question]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from normtune.adapters.storage import open_model
+from normtune.adapters.storage import load_model
 from normtune.data import tasks
 from normtune.data.groups import Group
 from normtune.data.registry import open_dataset
@@ -33,8 +33,8 @@ def scores(family: CausalFamily, limit: int = 8) -> torch.Tensor:
     """Log-probabilities of the references of the first training examples, each in a group of its own."""
     dataset = open_dataset(DATA)
     examples = dataset.split("train")[:limit]
-    groups = [Group(e.images, (family.encode(e.id, e.question, e.answer),)) for e in examples]
-    pixels = [[family.pixels(dataset.open_image(key)) for key in e.images] for e in examples]
+    groups = [Group(e.images, (family.tokenize(e.id, e.question, e.answer),)) for e in examples]
+    pixels = [[family.preprocess_image(dataset.open_image(key)) for key in e.images] for e in examples]
     with torch.inference_mode():
         return family.log_probs(family.collate(groups, pixels))
 
@@ -47,7 +47,7 @@ def test_a_recipe_is_trained_written_loaded_and_evaluated(tiny: Path, tmp_path: 
     )
     result = train(config)
     assert result.steps == 2 and result.changed > 0.4 and result.warning is None
-    base, tuned = load(str(tiny)), open_model(str(tiny), out, device="cpu")
+    base, tuned = load(str(tiny)), load_model(str(tiny), out, device="cpu")
     assert isinstance(base, CausalFamily) and isinstance(tuned, CausalFamily)
     assert (scores(tuned) - scores(base)).abs().min() > 1e-4
     dataset = open_dataset(DATA)
@@ -83,7 +83,7 @@ def test_long_answers_are_cut_before_their_end_token(tiny: Path) -> None:
     family = load(str(tiny))
     assert isinstance(family, CausalFamily)
     long = "lung " * 600
-    answer, report = (family.encode("1", "", long, report=report).answer for report in (False, True))
+    answer, report = (family.tokenize("1", "", long, report=report).answer for report in (False, True))
     assert (
         len(answer) == tasks.MAX_ANSWER_REFERENCE_TOKENS and len(report) == tasks.MAX_REPORT_REFERENCE_TOKENS
     )

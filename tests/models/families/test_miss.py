@@ -22,7 +22,7 @@ def batch_of(family: MissFamily) -> Batch:
     groups: dict[str, list] = {}
     for example in dataset("a", 12).examples:
         groups.setdefault(example.images[0], []).append(
-            family.encode(example.id, example.question, example.answer)
+            family.tokenize(example.id, example.question, example.answer)
         )
     images = torch.rand(len(groups), 3, 48, 48, generator=torch.Generator().manual_seed(0))
     packed = [Group((key,), tuple(members)) for key, members in groups.items()]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from normtune.adapters.export_peft import export_peft
 from normtune.adapters.merge import merge_to_disk
-from normtune.adapters.storage import open_model
+from normtune.adapters.storage import load_model
 from normtune.data.registry import open_dataset
 from normtune.evaluation.evaluate import evaluate
 from normtune.evaluation.results import read_run
@@ -83,7 +83,7 @@ def test_a_family_is_trained_written_evaluated_merged_and_exported(kind: str, tm
     )  # fmt: skip
     assert result.steps == 1 and result.changed > 0.5 and result.warning is None
 
-    tuned = open_model(str(base), delta, device="cpu")
+    tuned = load_model(str(base), delta, device="cpu")
     dataset = open_dataset(DATA)
     found = evaluate(tuned, dataset, dataset.split("test")[:4], tmp_path / "run", max_new_tokens=2)
     assert {row.id: row.text for row in found.predictions} == read_run(tmp_path / "run")[1]

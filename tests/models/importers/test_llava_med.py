@@ -17,7 +17,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from normtune import cli
 from normtune.adapters.merge import merge_to_disk
-from normtune.adapters.storage import open_model
+from normtune.adapters.storage import load_model
 from normtune.data.groups import Group
 from normtune.errors import InputError
 from normtune.models.causal.family import CausalFamily
@@ -261,22 +261,22 @@ def test_answers_of_version_1_0_end_where_the_next_turn_would_begin(
     import_llava_med(str(source), tmp_path / "out", vision=str(clip))
     family = load(str(tmp_path / "out"))
     assert isinstance(family, CausalFamily) and len(family.ends) == 2
-    answer = family.encode("1", QUESTION, "no").answer
+    answer = family.tokenize("1", QUESTION, "no").answer
     words = family.processor.tokenizer
     assert answer[-1] == family.ends[1] and words.decode(answer[:-1]).strip() == "no"
     assert words.decode(family.ends[1]).startswith("#")
-    group = Group(("a",), (family.encode("1", QUESTION, None),))
+    group = Group(("a",), (family.tokenize("1", QUESTION, None),))
     with torch.no_grad():
         family.model.lm_head.weight.zero_()
         family.model.lm_head.weight[family.ends[1]] = 1
         family.model.model.language_model.norm.weight.fill_(1)
         family.model.lm_head.weight[family.ends[1]] = sign_of_state(family, group)
-    assert family.answer([group], [[family.pixels(picture())]])[0][0].text == ""
+    assert family.generate_answers([group], [[family.preprocess_image(picture())]])[0][0].text == ""
 
 
 def sign_of_state(family: CausalFamily, group: Group) -> Tensor:
     """A row of the head that the group's last state picks."""
-    pixels = [[family.pixels(picture())]]
+    pixels = [[family.preprocess_image(picture())]]
     layout, _, _ = family.layout([group], pixels, "pad")
     return family.hidden_states(layout, use_cache=False)[0, -1].sign()
 
@@ -300,14 +300,14 @@ def test_an_imported_model_is_trained_and_answers(imported: Path, tmp_path: Path
     )  # fmt: skip
     result = train(config)
     assert result.steps == 2 and result.changed > 0.4 and result.warning is None
-    tuned = open_model(str(imported), tmp_path / "out", device="cpu")
+    tuned = load_model(str(imported), tmp_path / "out", device="cpu")
     assert isinstance(tuned, CausalFamily)
-    group = Group(("a",), (tuned.encode("1", QUESTION, None), tuned.encode("2", "Which organ?", None)))
-    answers = tuned.answer([group], [[tuned.pixels(picture())]], max_new_tokens=3)
+    group = Group(("a",), (tuned.tokenize("1", QUESTION, None), tuned.tokenize("2", "Which organ?", None)))
+    answers = tuned.generate_answers([group], [[tuned.preprocess_image(picture())]], max_new_tokens=3)
     assert len(answers[0]) == 2
     merge_to_disk(str(imported), tmp_path / "out", tmp_path / "merged")
     merged = load(str(tmp_path / "merged"))
-    again = merged.answer([group], [[merged.pixels(picture())]], max_new_tokens=3)
+    again = merged.generate_answers([group], [[merged.preprocess_image(picture())]], max_new_tokens=3)
     for one, other in zip(again[0], answers[0], strict=True):
         assert one.text == other.text and abs(one.score - other.score) < 1e-5
 
@@ -318,8 +318,8 @@ def test_questions_that_share_an_image_give_the_original_log_probabilities(
     family = load(str(imported))
     assert isinstance(family, CausalFamily)
     questions = [(QUESTION, "no"), ("Which organ is abnormal in this image?", "lung")]
-    segments = tuple(family.encode(str(i), q, a) for i, (q, a) in enumerate(questions))
-    pixels = family.pixels(picture())
+    segments = tuple(family.tokenize(str(i), q, a) for i, (q, a) in enumerate(questions))
+    pixels = family.preprocess_image(picture())
     batch = family.collate([Group(("a",), segments)], [[pixels]])
     with torch.no_grad():
         found = family.log_probs(batch)

@@ -77,7 +77,7 @@ def test_an_interrupted_import_goes_on_to_the_same_files(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from normtune.models.importers.llava_med import importing
+from normtune.models.importers.llava_med import importer
 
 def tick(done, total):
     if done > total // 2:
@@ -85,7 +85,7 @@ def tick(done, total):
         os.kill(os.getpid(), signal.SIGKILL)
 
 source, out, size = sys.argv[1:]
-importing.import_llava_med(source, Path(out), vision_heads=2, shard_bytes=int(size), tick=tick)
+importer.import_llava_med(source, Path(out), vision_heads=2, shard_bytes=int(size), tick=tick)
 """
 
 

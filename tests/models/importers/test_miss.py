@@ -192,9 +192,9 @@ def test_with_a_vocabulary_the_family_loads_it(tmp_path: Path) -> None:
     report = import_miss(source, tmp_path / "out", vocab=vocab, divide_twice=True, **HEADS)
     assert report.processor
     family = MissFamily.load(tmp_path / "out", torch.float32)
-    assert family.encode("1", "Is this a lung?", "yes").prompt == (59, 5, 6, 7, 8, 10, 3)
-    assert family.encode("1", "Is this a lung?", "yes").answer == (9, 3)
-    white = family.pixels(Image.new("RGB", (40, 40), "white"))["pixel_values"]
+    assert family.tokenize("1", "Is this a lung?", "yes").prompt == (59, 5, 6, 7, 8, 10, 3)
+    assert family.tokenize("1", "Is this a lung?", "yes").answer == (9, 3)
+    white = family.preprocess_image(Image.new("RGB", (40, 40), "white"))["pixel_values"]
     assert white.shape == (3, 32, 32)
     torch.testing.assert_close(white, torch.full_like(white, 1 / 255))
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from normtune.adapters import storage as delta_module
 from normtune.adapters.fingerprint import fingerprint
-from normtune.adapters.storage import INFO_FILE, TENSORS_FILE, load_delta, save_delta
+from normtune.adapters.storage import INFO_FILE, TENSORS_FILE, load_adapter, save_adapter
 from normtune.data.groups import Group
-from normtune.methods.adapt import Tuned, adapt, untune
+from normtune.methods.adapt import TunedModel, adapt, restore_base
 from normtune.models.causal.family import CausalFamily
 from normtune.models.family import Family
 from normtune.models.loading import load
@@ -37,14 +37,16 @@ RECIPES = {"miss": ("ln", "encoder=ln,decoder=ln", "decoder=ln"), "llava": ("ln"
 TOKENS = 5
 
 
-def write(tuned: Tuned, folder: Path, mark: str, seed: int, met: Callable[[], None] = lambda: None) -> Path:
+def write(
+    tuned: TunedModel, folder: Path, mark: str, seed: int, met: Callable[[], None] = lambda: None
+) -> Path:
     """An adapter whose values are far from the base's."""
     generator = torch.Generator().manual_seed(seed)
     start = {name: one.detach().clone() for name, one in tuned.trained.items()}
     with torch.no_grad():
         for one in tuned.trained.values():
             one += 0.3 * torch.randn(one.shape, generator=generator)
-    save_delta(tuned, folder, base_name="tiny", base_fingerprint=mark)
+    save_adapter(tuned, folder, base_name="tiny", base_fingerprint=mark)
     met()
     with torch.no_grad():
         for name, one in tuned.trained.items():
@@ -65,7 +67,7 @@ def write_all(
         tuned = adapt(family.model, recipe)
         for number in range(first, count, len(recipes)):
             write(tuned, folders[number], mark, number, partial(met, number))
-        untune(tuned)
+        restore_base(tuned)
     return folders
 
 
@@ -83,9 +85,9 @@ def request(number: int, adapter: str | None, **options: Any) -> Request:
 def alone(family: Family, number: int, **options: Any) -> Answer:
     """The answer of a family with at most one adapter."""
     name, question = asked(number)
-    group = Group((name,), (family.encode("q", question, None),))
+    group = Group((name,), (family.tokenize("q", question, None),))
     options = {"max_new_tokens": TOKENS} | options
-    return family.answer([group], [[family.pixels(image(name))]], **options)[0][0]
+    return family.generate_answers([group], [[family.preprocess_image(image(name))]], **options)[0][0]
 
 
 def logits_of(family: Family) -> list[Tensor]:
@@ -167,14 +169,14 @@ def folders(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture
 def gate(family: Family, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Event, Event]]:
     """(set once a batch is at work, opens the way for it)."""
-    begun, opened, plain = Event(), Event(), family.answer
+    begun, opened, plain = Event(), Event(), family.generate_answers
 
     def gated(*args: Any, **options: Any) -> list[list[Answer]]:
         begun.set()
         assert opened.wait(WAIT)
         return plain(*args, **options)
 
-    monkeypatch.setattr(family, "answer", gated)
+    monkeypatch.setattr(family, "generate_answers", gated)
     yield begun, opened
     opened.set()
 
@@ -185,14 +187,14 @@ def test_what_requests_have_in_common_is_computed_once(
     """One group an adapter and image; one look at an image for all that leave the image encoder alone."""
     shapes: list[list[int]] = []
     shared: list[bool] = []
-    plain = family.answer
+    plain = family.generate_answers
 
     def noting(groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]], **options: Any) -> Any:
         shapes.append([len(group.segments) for group in groups])
         shared.append(len({id(one) for images in pixels for one in images}) == 2)
         return plain(groups, pixels, **options)
 
-    monkeypatch.setattr(family, "answer", noting)
+    monkeypatch.setattr(family, "generate_answers", noting)
     tuned = [None, "decoder", "all", "decoder", "encoder"]
     with Engine(family, max_batch=5, max_wait=WAIT) as engine:
         for name, folder in zip(("all", "encoder", "decoder"), folders, strict=False):
@@ -208,12 +210,12 @@ def test_what_requests_have_in_common_is_computed_once(
     assert 0 < stats.seconds_loading < stats.seconds_busy
     for number, name, reply in zip(numbers, tuned, replies, strict=True):
         model = None if name is None else folders[("all", "encoder", "decoder").index(name)]
-        adapted = load_delta(family.model, model) if model else None
+        adapted = load_adapter(family.model, model) if model else None
         answer = alone(family, number)
         assert reply.text == answer.text and reply.score == pytest.approx(answer.score, rel=TOLERANCE)
         assert reply.prompt_tokens > 10 and 1 <= reply.completion_tokens <= TOKENS
         if adapted:
-            untune(adapted)
+            restore_base(adapted)
 
 
 def test_views_beams_and_reports_are_answered_as_by_the_family(family: Family, folders: list[Path]) -> None:
@@ -223,10 +225,12 @@ def test_views_beams_and_reports_are_answered_as_by_the_family(family: Family, f
         engine.register("chest", folders[0])
         study = Request(views, None, "chest", max_new_tokens=9, beams=2)
         reply = engine.submit(study, on_text=texts.append).result(WAIT)
-    load_delta(family.model, folders[0])
-    segment = family.encode("r", "", None, report=True)
-    pixels = [family.pixels(view.convert("RGB")) for view in views]
-    answer = family.answer([Group(("1", "2"), (segment,))], [pixels], max_new_tokens=9, beams=2)[0][0]
+    load_adapter(family.model, folders[0])
+    segment = family.tokenize("r", "", None, report=True)
+    pixels = [family.preprocess_image(view.convert("RGB")) for view in views]
+    answer = family.generate_answers([Group(("1", "2"), (segment,))], [pixels], max_new_tokens=9, beams=2)[0][
+        0
+    ]
     assert texts == [reply.text] == [answer.text] and reply.score == pytest.approx(answer.score, rel=1e-4)
 
 
@@ -246,9 +250,9 @@ def test_adapters_make_room_for_each_other_and_answer_as_before(family: Family, 
     assert stats.batches >= 6 and stats.loads == stats.evictions + 2 and stats.loads >= 10
     assert [info.name for info in infos if info.loaded] == ["4", "5"] and stats.adapter_bytes == 2 * each
     for text, folder in zip(found[0], folders, strict=True):
-        tuned = load_delta(family.model, folder)
+        tuned = load_adapter(family.model, folder)
         assert alone(family, 0).text == text
-        untune(tuned)
+        restore_base(tuned)
     assert "does not hold" in outcome(lambda: Engine(family, adapter_memory=each))
     assert alone(family, 0).text == alone(family, 0).text
 
@@ -311,7 +315,7 @@ def test_closing_answers_what_waits_or_turns_it_away(
     assert all(future.done() and future.result().text for future in futures)
     with pytest.raises(Closed):
         engine.submit(request(0, None))
-    assert [*map(type, family.model.modules())] == before and family.texts is None
+    assert [*map(type, family.model.modules())] == before and family.active_text_rows is None
     opened.clear()
     begun.clear()
     engine = Engine(family, max_batch=1, max_wait=0)
@@ -371,7 +375,7 @@ def test_what_cannot_be_served_is_refused_with_a_word(
 ) -> None:
     tuned = adapt(family.model, "ln")
     write(tuned, tmp_path / "other", "0" * 32 + "-" + "1" * 32, 0)
-    untune(tuned)
+    restore_base(tuned)
     with Engine(family, max_wait=0) as engine:
         assert "trained on 'tiny'" in outcome(lambda: engine.register("other", tmp_path / "other"))
         assert "is missing" in outcome(lambda: engine.register("none", tmp_path / "none"))
@@ -412,14 +416,14 @@ def test_a_request_that_fails_takes_no_other_with_it(
 
 
 def test_a_batch_that_is_too_large_is_halved(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = family.answer
+    plain = family.generate_answers
 
     def small(groups: Sequence[Group], pixels: Any, **options: Any) -> Any:
         if len(groups) > 1:
             raise torch.OutOfMemoryError("too many")
         return plain(groups, pixels, **options)
 
-    monkeypatch.setattr(family, "answer", small)
+    monkeypatch.setattr(family, "generate_answers", small)
     with Engine(family, max_batch=3, max_wait=WAIT) as engine:
         futures = [engine.submit(request(number, None)) for number in range(3)]
         texts = [future.result(WAIT).text for future in futures]

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from normtune.adapters.fingerprint import fingerprint
-from normtune.adapters.multi.lora import MixedLinear
-from normtune.adapters.storage import INFO_FILE, load_delta
+from normtune.adapters.multi.lora import MultiAdapterLoRA
+from normtune.adapters.storage import INFO_FILE, load_adapter
 from normtune.data.groups import Group
-from normtune.methods.adapt import adapt, untune
+from normtune.methods.adapt import adapt, restore_base
 from normtune.models.causal.family import CausalFamily
 from normtune.models.family import Family
 from normtune.models.loading import load
@@ -61,9 +61,9 @@ def test_a_batch_of_lora_and_norm_adapters_and_the_base_equals_each_alone(
         else:
             one.model.config.eos_token_id = one.processor.tokenizer.vocab["kind"]
     gathered: list[int] = []
-    of_each = MixedLinear._of_each
+    of_each = MultiAdapterLoRA.forward_rows
     monkeypatch.setattr(
-        MixedLinear, "_of_each", lambda self, *args: gathered.append(1) or of_each(self, *args)
+        MultiAdapterLoRA, "forward_rows", lambda self, *args: gathered.append(1) or of_each(self, *args)
     )
     together, apart = logits_of(family), logits_of(single)
     of_base: tuple[Answer, list[Tensor]] = (alone(single, many, max_new_tokens=LONG), [*apart])
@@ -94,7 +94,7 @@ def test_a_batch_of_lora_and_norm_adapters_and_the_base_equals_each_alone(
         own = torch.cat([row[step] for row in rows if len(row) > step])
         assert logits.shape == own.shape and float((logits - own).abs().max()) < TOLERANCE
     assert len({reply.text for reply in replies}) > many // 4 and len({*map(len, rows)}) > 1
-    assert not any(isinstance(module, MixedLinear) for module in family.model.modules())
+    assert not any(isinstance(module, MultiAdapterLoRA) for module in family.model.modules())
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +104,13 @@ def folders(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def answered(family: Family, folder: Path | None, views: tuple[str, ...], **options: Any) -> Answer:
     """The answer about a study by one adapter, or by the base."""
-    tuned = None if folder is None else load_delta(family.model, folder)
-    group = Group(views, (family.encode("q", "Is there a fracture?", None),))
-    answer = family.answer([group], [[family.pixels(image(view)) for view in views]], **options)[0][0]
+    tuned = None if folder is None else load_adapter(family.model, folder)
+    group = Group(views, (family.tokenize("q", "Is there a fracture?", None),))
+    answer = family.generate_answers(
+        [group], [[family.preprocess_image(image(view)) for view in views]], **options
+    )[0][0]
     if tuned is not None:
-        untune(tuned)
+        restore_base(tuned)
     return answer
 
 
@@ -156,11 +158,11 @@ def test_a_slot_that_held_a_lora_forgets_it(family: Family, folders: list[Path])
         stats = engine.stats()
     assert (stats.evictions, stats.loaded, stats.adapter_bytes) == (len(order) - 1, 1, each)
     for one, text in zip(order, texts, strict=True):
-        tuned = load_delta(family.model, folders[one])
+        tuned = load_adapter(family.model, folders[one])
         assert alone(family, 0).text == text
-        untune(tuned)
+        restore_base(tuned)
     assert "does not hold" in outcome(lambda: Engine(family, lora_rank=RANK, adapter_memory=each))
-    assert not any(isinstance(module, MixedLinear) for module in family.model.modules())
+    assert not any(isinstance(module, MultiAdapterLoRA) for module in family.model.modules())
 
 
 def edited(folder: Path, out: Path, edit: Callable[[dict[str, Any]], object]) -> Path:

@@ -21,7 +21,7 @@ from normtune.models.family import Family
 from normtune.models.loading import load
 from normtune.models.types import Answer
 from normtune.serving.engine.engine import Engine
-from normtune.serving.engine.stable_text import settled
+from normtune.serving.engine.stable_text import stable_text
 from tests.serving.engine.test_engine import WAIT, alone, request
 from tests.support.tiny_models import bpe_tokenizer, make_tiny
 
@@ -78,7 +78,7 @@ def interrupted(family: Family, change: Callable[[int], int]) -> Callable[..., l
 
     `change` is what becomes of the tokens that are told in such a batch.
     """
-    plain = family.answer
+    plain = family.generate_answers
 
     def answer(
         groups: Sequence[Group], pixels: Any, *, on_tokens: Any = None, **options: Any
@@ -100,7 +100,7 @@ def interrupted(family: Family, change: Callable[[int], int]) -> Callable[..., l
 def test_a_batch_that_is_tried_again_in_halves_tells_nothing_twice(
     family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(family, "answer", interrupted(family, lambda token: token))
+    monkeypatch.setattr(family, "generate_answers", interrupted(family, lambda token: token))
     told: list[list[str]] = [[], []]
     with Engine(family, max_batch=2, max_wait=WAIT) as engine:
         futures = [
@@ -117,7 +117,7 @@ def test_an_answer_that_comes_out_otherwise_than_it_was_told_is_no_answer(
 ) -> None:
     """Nothing can be taken back, and a text that nobody wrote must not stand."""
     pieces = family.processor.tokenizer
-    monkeypatch.setattr(family, "answer", interrupted(family, lambda token: pieces.vocab["!"]))
+    monkeypatch.setattr(family, "generate_answers", interrupted(family, lambda token: pieces.vocab["!"]))
     with Engine(family, max_batch=2, max_wait=WAIT) as engine:
         heard = engine.submit(request(0, None, max_new_tokens=LONG), on_text=lambda text: None)
         unheard = engine.submit(request(1, None, max_new_tokens=LONG))
@@ -153,7 +153,7 @@ def spoken_by(kind: str) -> Any:
         vocab = {piece: number for number, piece in enumerate(pieces)}
         tokenizer = BertTokenizer(vocab=vocab, clean_up_tokenization_spaces=kind == "cleaned")
     found = SimpleNamespace(processor=SimpleNamespace(tokenizer=tokenizer))
-    found.spoken = lambda tokens: Family.spoken(found, tokens)
+    found.decode_answer = lambda tokens: Family.decode_answer(found, tokens)
     return found
 
 
@@ -166,9 +166,9 @@ KINDS = ("bytes", "sentencepiece", "wordpiece", "cleaned")
 def test_whatever_tokens_come_next_what_is_told_stays(kind: str, data: st.DataObject) -> None:
     family = spoken_by(kind)
     tokens = data.draw(st.lists(st.integers(0, len(family.processor.tokenizer) - 1), max_size=14))
-    whole, before = family.spoken(tokens), ""
+    whole, before = family.decode_answer(tokens), ""
     for count in range(len(tokens) + 1):
-        text = settled(family, tokens[:count])
+        text = stable_text(family, tokens[:count])
         assert text.startswith(before) and whole.startswith(text)
         before = text
 
@@ -180,9 +180,9 @@ def test_whatever_tokens_come_next_what_is_told_stays(kind: str, data: st.DataOb
 def test_no_character_is_told_in_parts(text: str, kind: str) -> None:
     family = spoken_by(kind)
     tokens = family.processor.tokenizer(text, add_special_tokens=False).input_ids
-    told = [settled(family, tokens[:count]) for count in range(len(tokens) + 1)]
+    told = [stable_text(family, tokens[:count]) for count in range(len(tokens) + 1)]
     assert all("\ufffd" not in one and text.strip().startswith(one) for one in told)
-    assert family.spoken(tokens) == text.strip()
+    assert family.decode_answer(tokens) == text.strip()
 
 
 def test_bytes_that_turn_out_to_be_no_character_were_not_told_as_one() -> None:
@@ -190,15 +190,15 @@ def test_bytes_that_turn_out_to_be_no_character_were_not_told_as_one() -> None:
     family = spoken_by("sentencepiece")
     vocab = family.processor.tokenizer.get_vocab()
     run = [vocab[f"<0x{byte:02X}>"] for byte in "€".encode()]
-    assert family.spoken(run) == "€" and settled(family, [vocab["a"], *run]) == "a"
-    assert settled(family, [*run, vocab["a"]]) == "€a"
-    assert settled(family, [*run, run[0], vocab["a"]]) == "\ufffd" * 4 + "a"
+    assert family.decode_answer(run) == "€" and stable_text(family, [vocab["a"], *run]) == "a"
+    assert stable_text(family, [*run, vocab["a"]]) == "€a"
+    assert stable_text(family, [*run, run[0], vocab["a"]]) == "\ufffd" * 4 + "a"
 
 
 def test_blanks_that_a_clean_up_may_take_away_are_not_told() -> None:
     family = spoken_by("cleaned")
     vocab = family.processor.tokenizer.vocab
     tokens = [vocab[piece] for piece in ("x", "do", "n", "'", "t", "x", "x", "x")]
-    told = [settled(family, tokens[:count]) for count in range(1, len(tokens) + 1)]
-    assert family.spoken(tokens[:5]) == "x don't" and "x do n" not in told
-    assert told[-1] == "x don'" and family.spoken(tokens) == "x don't x x x"
+    told = [stable_text(family, tokens[:count]) for count in range(1, len(tokens) + 1)]
+    assert family.decode_answer(tokens[:5]) == "x don't" and "x do n" not in told
+    assert told[-1] == "x don'" and family.decode_answer(tokens) == "x don't x x x"

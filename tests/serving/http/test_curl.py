@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from normtune.serving.http.limits import Keys
+from normtune.serving.http.limits import ApiKeys
 from normtune.serving.http.state import Settings
 from tests.support.fake_engine import FakeEngine
 from tests.support.test_server import data_url, picture, question, serving
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(CURL is None, reason="curl is not installed")
 @pytest.fixture(scope="module")
 def curl() -> Iterator[Callable[..., str]]:
     """Runs curl with a key and the address, and gives what it prints."""
-    with serving(FakeEngine(), Settings(base="nano", keys=Keys({"ward": KEY}))) as url:
+    with serving(FakeEngine(), Settings(base="nano", keys=ApiKeys({"ward": KEY}))) as url:
 
         def run(path: str, *options: str, data: bytes | None = None) -> str:
             held = ["-H", f"Authorization: Bearer {KEY}", "--max-time", "20", *options]

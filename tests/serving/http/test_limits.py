@@ -8,8 +8,8 @@ import pytest
 
 from normtune.data.tasks import MAX_ANSWER_TOKENS, MAX_REPORT_TOKENS
 from normtune.errors import InputError
-from normtune.serving.http.errors import Refused
-from normtune.serving.http.limits import Budget, Keys, Rates, read_keys
+from normtune.serving.http.errors import RequestRefused
+from normtune.serving.http.limits import ApiKeys, Budget, Rates, read_keys
 from normtune.serving.http.paths import adapters_below, named_adapters
 from normtune.serving.http.state import Settings
 from normtune.serving.http.uploads import Uploads
@@ -29,7 +29,7 @@ def test_keys_come_from_a_file_and_the_environment(tmp_path: Path) -> None:
         None,
     ]
     assert keys.cookie_owner(keys.cookie(ONE)) == "ward" and keys.owner(keys.cookie(ONE)) is None
-    assert keys and not read_keys(None, {}) and Keys().owner("") is None
+    assert keys and not read_keys(None, {}) and ApiKeys().owner("") is None
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_a_rate_fills_again_and_says_when() -> None:
     rates = Rates(per_minute=30, burst=2, now=lambda: now[0])
     rates.take("a")
     rates.take("a")
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RequestRefused) as refused:
         rates.take("a")
     assert (refused.value.status, refused.value.retry_after) == (429, 2)
     rates.take("b")
@@ -64,7 +64,7 @@ def test_a_rate_fills_again_and_says_when() -> None:
 def test_a_budget_gives_what_it_has() -> None:
     budget = Budget(10)
     budget.take(7)
-    with pytest.raises(Refused):
+    with pytest.raises(RequestRefused):
         budget.take(4)
     budget.give(7)
     budget.take(10)
@@ -75,7 +75,7 @@ def test_uploads_are_forgotten_by_age_number_and_size() -> None:
     held = Uploads(count=3, total_bytes=10, seconds=60, now=lambda: now[0])
     ids = [held.add("a", b"1234", 1, 1).id for _ in range(3)]
     assert [one.id for one in held.of("a")] == ids[1:] and held.size == 8
-    with pytest.raises(Refused):
+    with pytest.raises(RequestRefused):
         held.get("b", ids[2])
     now[0] = 61.0
     assert held.of("a") == [] and held.size == 0

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 
-from normtune.serving.http.limits import Keys, Limits
+from normtune.serving.http.limits import ApiKeys, Limits
 from normtune.serving.http.server import listen, own_names
 from normtune.serving.http.state import Settings
 from tests.support.fake_engine import FakeEngine
@@ -37,7 +37,7 @@ def engine() -> FakeEngine:
 
 @pytest.fixture(scope="module")
 def url(engine: FakeEngine) -> Iterator[str]:
-    with serving(engine, Settings(base="nano", limits=LIMITS, keys=Keys(KEYS))) as found:
+    with serving(engine, Settings(base="nano", limits=LIMITS, keys=ApiKeys(KEYS))) as found:
         yield found
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from normtune.serving.http.limits import Keys, Limits
+from normtune.serving.http.limits import ApiKeys, Limits
 from normtune.serving.http.state import Settings
 from tests.support.fake_engine import FakeEngine
 from tests.support.test_server import call, serving
@@ -29,7 +29,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     (root / "knee").mkdir()
     (root / "knee" / "adapter.json").write_text("{}")
     limits = Limits(per_minute=600_000, burst=600_000)
-    settings = Settings(base="nano", limits=limits, keys=Keys({"ward": KEY}), adapter_root=root)
+    settings = Settings(base="nano", limits=limits, keys=ApiKeys({"ward": KEY}), adapter_root=root)
     with serving(FakeEngine(), settings) as found:
         yield found
 
@@ -42,7 +42,7 @@ def test_every_answer_is_as_the_schema_says_and_what_it_forbids_is_refused(url: 
     command += ["--max-examples", str(EXAMPLES), "--generation-deterministic", "--request-timeout", "10"]
     command += ["--header", f"Authorization: Bearer {KEY}"]
     hooks = {
-        "SCHEMATHESIS_HOOKS": "tests.serve.schema_hooks",
+        "SCHEMATHESIS_HOOKS": "tests.support.schema_hooks",
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}",
     }
     done = subprocess.run(

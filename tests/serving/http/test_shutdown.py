@@ -105,7 +105,7 @@ import sys
 from threading import Thread
 from normtune.serving.http.server import address, listen, run
 from normtune.serving.http.state import Settings
-from tests.serve.fake_engine import FakeEngine
+from tests.support.fake_engine import FakeEngine
 engine, listening = FakeEngine(), listen("127.0.0.1", 0)
 engine.let.clear()
 Thread(target=lambda: sys.stdin.readline() and engine.let.set(), daemon=True).start()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from normtune.training.memory_plan.live_bytes import LiveBytes
+from normtune.training.memory_plan.live_bytes import LiveTensorBytes
 
 
 def test_what_lives_is_counted_and_what_is_freed_is_not() -> None:
     given = torch.zeros(100)
-    with LiveBytes() as live:
+    with LiveTensorBytes() as live:
         kept = given + 1  # 400 bytes
         view = kept.view(10, 10)  # none of its own
         given.add_(1)  # made before
@@ -27,7 +27,7 @@ def test_what_lives_is_counted_and_what_is_freed_is_not() -> None:
 
 def test_what_autograd_keeps_counts_until_the_backward_pass() -> None:
     x = torch.ones(50, requires_grad=True)
-    with LiveBytes() as live:
+    with LiveTensorBytes() as live:
         y = x.exp().sum()  # keeps exp(x), 200 bytes, and the sum
         assert live.now == 204
         y.backward()

@@ -12,16 +12,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from normtune.adapters.multi.norms import MixedNorm
-from normtune.adapters.multi.rows import Owners, Rows
+from normtune.adapters.multi.norms import MultiAdapterNorm
+from normtune.adapters.multi.rows import ActiveRows, RowAdapters
 from normtune.errors import InputError
-from normtune.methods.adapt import Tuned
+from normtune.methods.adapt import TunedModel
 from normtune.methods.norms import TunedNorm
 from normtune.models.part_names import IMAGE_PARTS
 
 
 @dataclass(frozen=True)
-class Mixed:
+class AdapterBank:
     """A model whose tuned norms hold several adapters.
 
     Attributes:
@@ -33,29 +33,29 @@ class Mixed:
         banks: the norms' gains and biases, in the order of their places.
     """
 
-    tuned: Tuned
-    images: Rows
-    texts: Rows
+    tuned: TunedModel
+    images: ActiveRows
+    texts: ActiveRows
     values: Tensor
     grads: Tensor
-    places: Mapping[str, slice]
+    slices: Mapping[str, slice]
     banks: Sequence[nn.Parameter]
 
     def trained(self, adapter: int) -> dict[str, nn.Parameter]:
         """What one adapter trains, by name; views of `values`."""
-        return {name: nn.Parameter(self.values[adapter, place], False) for name, place in self.places.items()}
+        return {name: nn.Parameter(self.values[adapter, place], False) for name, place in self.slices.items()}
 
-    def alone(self, adapter: int) -> Tuned:
+    def as_single(self, adapter: int) -> TunedModel:
         """One adapter as `adapt` and training would have left it, for its delta."""
         return replace(self.tuned, trained=self.trained(adapter))
 
     @torch.no_grad()
-    def put(self, adapter: int, tensors: Mapping[str, Tensor]) -> None:
+    def set_adapter(self, adapter: int, tensors: Mapping[str, Tensor]) -> None:
         """Give an adapter its values, such as those of a delta."""
-        for name, place in self.places.items():
+        for name, place in self.slices.items():
             self.values[adapter, place] = tensors[name].to(self.values)
 
-    def gather(self) -> None:
+    def collect_gradients(self) -> None:
         """Add what a backward pass left at the norms to `grads`."""
         found = [torch.zeros_like(bank) if bank.grad is None else bank.grad for bank in self.banks]
         self.grads.add_(torch.cat(found, 1))
@@ -63,23 +63,23 @@ class Mixed:
             bank.grad = None
 
     @contextmanager
-    def taken_by(self, images: Owners | None, texts: Owners | None) -> Iterator[None]:
+    def use(self, images: RowAdapters | None, texts: RowAdapters | None) -> Iterator[None]:
         """Inside, norms give each image and each row of text the gains of its owner.
 
         A backward pass belongs inside too: layers may run again there. None: no norm of those parts is met.
         Answers that end early leave the batch: `Family.texts` tells the norms of it.
         """
-        with self.images.taken_by(images), self.texts.taken_by(texts):
+        with self.images.use(images), self.texts.use(texts):
             yield
 
 
-def mix(tuned: Tuned, adapters: int) -> Mixed:
+def build_bank(tuned: TunedModel, adapters: int) -> AdapterBank:
     """Put a `MixedNorm` in the place of every tuned norm, with as many copies of its values.
 
     Raises:
         InputError: something else than norms is trained (the model is left as it was).
     """
-    refuse_all_but_norms(tuned)
+    check_only_norms(tuned)
     names = dict.fromkeys(name.rpartition(".")[0] for name in tuned.trained)
     held = {name: norm for name in names if isinstance(norm := tuned.model.get_submodule(name), TunedNorm)}
     own = {f"{name}.{key}": one for name, norm in held.items() for key, one in norm.named_parameters()}
@@ -94,21 +94,21 @@ def mix(tuned: Tuned, adapters: int) -> Mixed:
         places[name] = slice(start, stop)
     start_values = torch.cat([one.detach() for one in own.values()])
     values = start_values.repeat(adapters, 1)
-    images, texts = Rows(), Rows()
+    images, texts = ActiveRows(), ActiveRows()
     banks: dict[str, nn.Parameter] = {}
     for name, norm in held.items():
         weight = values[:, places[f"{name}.weight"]]
         bias = None if norm.bias is None else values[:, places[f"{name}.bias"]]
-        part, _ = tuned.places[f"{name}.weight"]
-        mixed = MixedNorm.of(norm, weight, bias, images if part in IMAGE_PARTS else texts)
+        part, _ = tuned.part_and_role[f"{name}.weight"]
+        mixed = MultiAdapterNorm.from_norm(norm, weight, bias, images if part in IMAGE_PARTS else texts)
         banks |= {f"{name}.{key}": bank for key, bank in mixed.named_parameters()}
         tuned.model.set_submodule(name, mixed)
     tuned = replace(tuned, trained={name: banks[name] for name in tuned.trained})
     in_order = {name: places[name] for name in tuned.trained}
-    return Mixed(tuned, images, texts, values, torch.zeros_like(values), in_order, [*banks.values()])
+    return AdapterBank(tuned, images, texts, values, torch.zeros_like(values), in_order, [*banks.values()])
 
 
-def refuse_all_but_norms(tuned: Tuned) -> None:
+def check_only_norms(tuned: TunedModel) -> None:
     """Check that a recipe trains norms by the method `ln` and nothing else.
 
     Raises:

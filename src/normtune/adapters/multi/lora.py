@@ -14,17 +14,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from normtune.adapters.info import DeltaInfo
-from normtune.adapters.multi.rows import Owners, Rows
+from normtune.adapters.info import AdapterInfo
+from normtune.adapters.multi.rows import ActiveRows, RowAdapters
 from normtune.errors import InputError
-from normtune.methods.adapt import adapt, untune
+from normtune.methods.adapt import adapt, restore_base
 from normtune.methods.recipe import parse
 from normtune.methods.registry import Method
 from normtune.methods.sites import CROSS, KEY, VALUE
 from normtune.models.part_names import IMAGE_PARTS
 
 DOWN, UP = "lora_A", "lora_B"  # as deltas name them, after the linear's name
-LONG = 16  # rows a unit from which on matmuls for each adapter are faster than one over gathered matrices
+MIN_ROWS_FOR_RUNS = (
+    16  # rows a unit from which on matmuls for each adapter are faster than one over gathered matrices
+)
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,12 @@ def targets(model: nn.Module, rank: int) -> dict[str, Target]:
     stop = 0
     for name, one in tuned.trained.items():
         start, stop = stop, stop + one.numel()
-        found[name] = Target(tuned.places[name][0], (one.shape[0], one.shape[1]), slice(start, stop))
-    untune(tuned)
+        found[name] = Target(tuned.part_and_role[name][0], (one.shape[0], one.shape[1]), slice(start, stop))
+    restore_base(tuned)
     return found
 
 
-class MixedLinear(nn.Module):
+class MultiAdapterLoRA(nn.Module):
     """A frozen linear, and the low-rank matrices of several adapters: each row of a batch takes its own's.
 
     Attributes:
@@ -62,7 +64,9 @@ class MixedLinear(nn.Module):
         used: the adapters that have matrices; those of the others are zeros.
     """
 
-    def __init__(self, base_layer: nn.Module, down: Tensor, up: Tensor, rows: Rows, used: set[int]) -> None:
+    def __init__(
+        self, base_layer: nn.Module, down: Tensor, up: Tensor, rows: ActiveRows, used: set[int]
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.down, self.up = down, up
@@ -71,20 +75,24 @@ class MixedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in], any float dtype -> [..., out]; the sum is made in fp32 and rounded once."""
         out: Tensor = self.base_layer(x)
-        owners = self.rows.owners
+        owners = self.rows.adapters
         assert owners is not None, "nobody has said whose these rows are: see Rows.taken_by"
         if self.used.isdisjoint(owners.adapters):
             return out
         wide, found = x.reshape(-1, x.shape[-1]).float(), out.reshape(-1, out.shape[-1])
         runs = [run for run in owners.runs(len(wide)) if run[0] in self.used]
-        if len(runs) == 1 or owners.sizes is not None or len(wide) >= LONG * len(owners.adapters):
+        if (
+            len(runs) == 1
+            or owners.sizes is not None
+            or len(wide) >= MIN_ROWS_FOR_RUNS * len(owners.adapters)
+        ):
             for one, start, stop in runs:
                 found[start:stop].add_(wide[start:stop] @ self.down[one].T @ self.up[one].T)
         else:
-            found.add_(self._of_each(wide, owners))
+            found.add_(self.forward_rows(wide, owners))
         return found.view(out.shape)
 
-    def _of_each(self, wide: Tensor, owners: Owners) -> Tensor:
+    def forward_rows(self, wide: Tensor, owners: RowAdapters) -> Tensor:
         """What is added to rows [R, in] of many adapters, as many each: [R, out]; matrices are gathered."""
         index = owners.index(self.down.device)
         inner = wide.view(len(index), -1, wide.shape[-1]) @ self.down.index_select(0, index).mT
@@ -96,7 +104,7 @@ class MixedLinear(nn.Module):
 
 
 @dataclass(frozen=True)
-class LoraRows:
+class LoRABank:
     """A model whose query and value projections hold the matrices of several adapters.
 
     Attributes:
@@ -110,8 +118,8 @@ class LoraRows:
     model: nn.Module
     targets: Mapping[str, Target]
     values: Tensor
-    memory: Rows
-    linears: Mapping[str, MixedLinear]
+    memory: ActiveRows
+    linears: Mapping[str, MultiAdapterLoRA]
     used: set[int]
 
     @property
@@ -119,7 +127,7 @@ class LoraRows:
         """Whether text layers make something of images, which is each adapter's own then."""
         return any(one.rows is self.memory for one in self.linears.values())
 
-    def check(self, info: DeltaInfo) -> None:
+    def check(self, info: AdapterInfo) -> None:
         """Check that there is room for the LoRA matrices of a delta.
 
         Raises:
@@ -146,7 +154,7 @@ class LoraRows:
         if odd := sorted(sites[DOWN] ^ sites[UP]):
             raise InputError(f"of the LoRA at {odd[0]} one matrix is missing")
 
-    def row(self, info: DeltaInfo, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    def row(self, info: AdapterInfo, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """The values of an adapter that was checked, [values] on the CPU; None where it has no LoRA."""
         names = [name for name, one in info.tensors.items() if one.method == "lora"]
         if not names:
@@ -161,7 +169,7 @@ class LoraRows:
             row[target.place].view(target.shape)[: own.shape[0], : own.shape[1]] = own
         return row
 
-    def put(self, adapter: int, row: Tensor | None) -> None:
+    def set_adapter(self, adapter: int, row: Tensor | None) -> None:
         """Give an adapter its values; None: it has none."""
         if row is not None:
             self.values[adapter].copy_(row)
@@ -170,7 +178,7 @@ class LoraRows:
             self.values[adapter].zero_()
             self.used.discard(adapter)
 
-    def of_images(self, row: Tensor | None) -> Tensor:
+    def image_values(self, row: Tensor | None) -> Tensor:
         """The values of a row that change what the image encoder makes of an image; empty where none do."""
         if row is None:
             return torch.zeros(0)
@@ -184,9 +192,9 @@ class LoraRows:
             self.model.set_submodule(name, linear.base_layer)
 
 
-def mix_linears(
-    model: nn.Module, wanted: Mapping[str, Target], adapters: int, images: Rows, texts: Rows
-) -> LoraRows:
+def add_lora_bank(
+    model: nn.Module, wanted: Mapping[str, Target], adapters: int, images: ActiveRows, texts: ActiveRows
+) -> LoRABank:
     """Put a `MixedLinear` in the place of every linear of `wanted`; no adapter has matrices yet.
 
     `images` and `texts` are those of the norms (`normtune.adapters.multi.bank.Mixed`).
@@ -195,16 +203,16 @@ def mix_linears(
     device = next(model.parameters()).device
     size = max(target.place.stop for target in wanted.values())
     values = torch.zeros((adapters, size), device=device)
-    memory, used = Rows(), set[int]()
-    linears: dict[str, MixedLinear] = {}
+    memory, used = ActiveRows(), set[int]()
+    linears: dict[str, MultiAdapterLoRA] = {}
     for site in sites:
         part = wanted[f"{site}.{DOWN}"].part
         rows = memory if _reads_images(part, site) else images if part in IMAGE_PARTS else texts
         down, up = (_matrices(values, wanted[f"{site}.{matrix}"]) for matrix in (DOWN, UP))
-        linears[site] = MixedLinear(model.get_submodule(site), down, up, rows, used)
+        linears[site] = MultiAdapterLoRA(model.get_submodule(site), down, up, rows, used)
     for site, linear in linears.items():
         model.set_submodule(site, linear)
-    return LoraRows(model, wanted, values, memory, linears, used)
+    return LoRABank(model, wanted, values, memory, linears, used)
 
 
 def _matrices(values: Tensor, target: Target) -> Tensor:
@@ -221,7 +229,7 @@ def _own_shape(target: Target, matrix: str, rank: int) -> list[int]:
     return [rank, target.shape[1]] if matrix == DOWN else [target.shape[0], rank]
 
 
-def _loras(info: DeltaInfo) -> dict[str, Method]:
+def _loras(info: AdapterInfo) -> dict[str, Method]:
     """Part -> its LoRA, as the delta's recipe has it; a part has one at most."""
     parts = parse(info.recipe).parts
     return {part: one for part, methods in parts for one in methods if one.name == "lora"}

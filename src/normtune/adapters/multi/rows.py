@@ -8,11 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-FEW = 16  # runs of one adapter's rows up to which a kernel for each is faster than gains gathered by row
+MAX_RUNS = 16  # runs of one adapter's rows up to which a kernel for each is faster than gains gathered by row
 Run = tuple[int, int, int]  # an adapter, and the rows that take it: first, one past the last
 
 
-class Owners:
+class RowAdapters:
     """Which adapter each unit of a batch takes: an image, a row of tokens, a token.
 
     Units follow each other in a norm's input, and each has its share of the rows there, whatever stands for
@@ -56,7 +56,7 @@ class Owners:
                 self._index[device] = torch.tensor(self.adapters, device=device)
         return self._index[device]
 
-    def gathered(self, bank: Tensor, rows: int) -> Tensor:
+    def gather(self, bank: Tensor, rows: int) -> Tensor:
         """[adapters, width] -> what broadcasts over the rows as [units, share, width], or as [rows, 1, width]
         where shares differ."""
         index = self.index(bank.device)
@@ -65,7 +65,7 @@ class Owners:
         return bank.index_select(0, index)[:, None]
 
 
-class Rows:
+class ActiveRows:
     """What the norms of one part share: whose rows they are given.
 
     Attributes:
@@ -73,19 +73,19 @@ class Rows:
     """
 
     def __init__(self) -> None:
-        self.owners: Owners | None = None
+        self.adapters: RowAdapters | None = None
 
     @contextmanager
-    def taken_by(self, owners: Owners | None) -> Iterator[None]:
+    def use(self, owners: RowAdapters | None) -> Iterator[None]:
         """Inside, the norms give each row the gains of its owner."""
-        before, self.owners = self.owners, owners
+        before, self.adapters = self.adapters, owners
         try:
             yield
         finally:
-            self.owners = before
+            self.adapters = before
 
     def select(self, units: Tensor) -> None:
         """Only these units go on, in this order: [units] long. In generation some are done before others."""
-        if self.owners is not None:
-            assert self.owners.sizes is None, "units of one size"
-            self.owners = Owners([self.owners.adapters[unit] for unit in units.tolist()])
+        if self.adapters is not None:
+            assert self.adapters.sizes is None, "units of one size"
+            self.adapters = RowAdapters([self.adapters.adapters[unit] for unit in units.tolist()])

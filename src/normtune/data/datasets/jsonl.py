@@ -8,7 +8,7 @@ from typing import Any
 
 from normtune.data.images.files import ImageFolder
 from normtune.data.reading.cells import SPLITS, is_yes_no, split_name, text_of
-from normtune.data.reading.row_reader import Reading, missing_images
+from normtune.data.reading.row_reader import RowReader, missing_images
 from normtune.data.reading.tables import Fault, json_lines
 from normtune.data.records import Dataset, Example, Kind, Problem
 from normtune.errors import InputError, did_you_mean
@@ -43,7 +43,7 @@ def read(
     files = sorted(root.glob("*.jsonl")) if root.is_dir() else [root]
     if not files:
         raise InputError(f"{root} holds no *.jsonl file. Point --root at one.")
-    reading = Reading("jsonl", text_only)
+    reading = RowReader("jsonl", text_only)
     faults: list[Problem] = []
     folder = image_root or files[0].parent
     for file in files:
@@ -63,7 +63,7 @@ def read(
     return reading.dataset(ImageFolder(folder), licence)
 
 
-def _read_row(reading: Reading, file: Path, line: int, cells: Any) -> Fault | None:
+def _read_row(reading: RowReader, file: Path, line: int, cells: Any) -> Fault | None:
     """Add the row, or say what is wrong with it."""
     try:
         if not isinstance(cells, dict):
@@ -129,7 +129,7 @@ def _split_of(file: Path) -> str:
     return name if name in SPLITS else "train"
 
 
-def _missing(reading: Reading, folder: Path) -> list[Problem]:
+def _missing(reading: RowReader, folder: Path) -> list[Problem]:
     """Take out the rows whose image file is not there; one problem a row."""
     missing = missing_images(folder, (name for example in reading.examples for name in example.images))
     kept, faults = [], []
@@ -146,6 +146,6 @@ def _missing(reading: Reading, folder: Path) -> list[Problem]:
 
 
 def _told(faults: list[Problem]) -> str:
-    shown = " ".join(f"{fault.file}, line {fault.row}: {fault.told}" for fault in faults[:_SHOWN])
+    shown = " ".join(f"{fault.file}, line {fault.row}: {fault.message}" for fault in faults[:_SHOWN])
     more = f" And {len(faults) - _SHOWN} more bad rows." if len(faults) > _SHOWN else ""
     return shown + more

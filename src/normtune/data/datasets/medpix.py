@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from normtune.data.images.files import ImageFolder
-from normtune.data.reading.row_reader import Reading
+from normtune.data.reading.row_reader import RowReader
 from normtune.data.reading.tables import json_objects
 from normtune.data.records import Dataset, Problem
 from normtune.errors import InputError
@@ -33,7 +33,7 @@ def read(root: Path, *, text_only: bool = False) -> Dataset:
             f"{root} holds none of {', '.join(_FILES.values())}: not MedPix's folder. "
             "Point --root at the folder that holds these and images/."
         )
-    reading = Reading("medpix", text_only)
+    reading = RowReader("medpix", text_only)
     cases: dict[str, str] = {}
     for split, file in _FILES.items():
         if split not in present:
@@ -55,7 +55,7 @@ def read(root: Path, *, text_only: bool = False) -> Dataset:
     return reading.dataset(ImageFolder(root), LICENCE)
 
 
-def _read_row(reading: Reading, file: str, line: int, cells: dict[str, Any], split: str) -> None:
+def _read_row(reading: RowReader, file: str, line: int, cells: dict[str, Any], split: str) -> None:
     id = cells["id"] if isinstance(cells["id"], str) else ""
     row = reading.unique_row(file, str(line), id and f"medpix-{id}")
     row.finish(

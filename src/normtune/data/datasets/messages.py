@@ -13,7 +13,7 @@ from PIL import Image
 from normtune.data.images.files import ImageFolder
 from normtune.data.reading.cells import SPLITS, is_yes_no, split_name, split_of_file
 from normtune.data.reading.conversations import Pair, conversation
-from normtune.data.reading.row_reader import Reading, Row, image_folder
+from normtune.data.reading.row_reader import Row, RowReader, image_folder
 from normtune.data.reading.tables import Fault, json_lines
 from normtune.data.records import Dataset, Example, Kind, Problem
 from normtune.errors import InputError, did_you_mean
@@ -57,7 +57,7 @@ def read(
         InputError: there is no such file, no usable row, or (strict) a bad row.
     """
     files = _files(root)
-    reading = Reading("messages", text_only)
+    reading = RowReader("messages", text_only)
     base = root if root.is_dir() else root.parent
     taken = _Taken(base.absolute(), _opener(base, files))
     for file in files:
@@ -136,7 +136,7 @@ def _opener(base: Path, files: list[Path]) -> ParquetImages | None:
 _Place = tuple[Path, int, int] | None  # file, row group, row in it, of a parquet file
 
 
-def _rows(reading: Reading, file: Path, named: bool) -> Iterator[tuple[int, Any, _Place]]:
+def _rows(reading: RowReader, file: Path, named: bool) -> Iterator[tuple[int, Any, _Place]]:
     """(row number from 1, the row or why it is none, its place in a parquet file)."""
     if file.suffix == ".parquet":
         yield from _parquet_rows(file)
@@ -170,7 +170,7 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, Any, _Place]]:
         raise InputError(f"{file} is no parquet file, or is damaged. Fetch it again.") from error
 
 
-def _read_row(reading: Reading, taken: _Taken, file: Path, number: int, cells: Any, place: _Place) -> None:
+def _read_row(reading: RowReader, taken: _Taken, file: Path, number: int, cells: Any, place: _Place) -> None:
     if isinstance(cells, Fault):
         raise cells
     if not isinstance(cells, dict):
@@ -195,7 +195,7 @@ def _read_row(reading: Reading, taken: _Taken, file: Path, number: int, cells: A
         )
 
 
-def _leave_out(reading: Reading, row: Row, pair: Pair, keys: list[str], kind: Kind, split: str) -> None:
+def _leave_out(reading: RowReader, row: Row, pair: Pair, keys: list[str], kind: Kind, split: str) -> None:
     row.problem("refers back to earlier turns", "Left out: write the question so that it stands alone.")
     images = tuple(keys[: pair.images])
     reading.left_out.append(Example(row.id, images, pair.question, pair.answer, kind, split))
@@ -256,6 +256,6 @@ def _meta(cells: dict[str, Any]) -> dict[str, str]:
 
 
 def _told(faults: list[Problem]) -> str:
-    shown = " ".join(f"{fault.file}, row {fault.row}: {fault.told}" for fault in faults[:_SHOWN])
+    shown = " ".join(f"{fault.file}, row {fault.row}: {fault.message}" for fault in faults[:_SHOWN])
     more = f" And {len(faults) - _SHOWN} more bad rows." if len(faults) > _SHOWN else ""
     return shown + more

@@ -10,7 +10,7 @@ from pathlib import Path
 from normtune.data.images.files import ImageFolder
 from normtune.data.reading.r2gen import FILE, read_entries
 from normtune.data.reading.radiology import Sections, called, report_sections, target, two_views
-from normtune.data.reading.row_reader import Reading, image_folder
+from normtune.data.reading.row_reader import RowReader, image_folder
 from normtune.data.reading.tables import csv_rows, file_bytes, find_table
 from normtune.data.records import Dataset, Problem
 from normtune.errors import InputError
@@ -41,7 +41,7 @@ def read(root: Path, *, sections: Sections = "findings", text_only: bool = False
         InputError: neither layout is there, there are no reports, a file is damaged or lacks a column, an
             id is no id of MIMIC-CXR's, or a study stands in two splits.
     """
-    reading = Reading("mimic-cxr", text_only)
+    reading = RowReader("mimic-cxr", text_only)
     split_file = find_table(root, _SPLIT)
     if (root / FILE).is_file() and (sections == "findings" or split_file is None):
         read_entries(reading, root, sections)
@@ -70,7 +70,7 @@ class _Study:
     images: list[tuple[str, str]] = field(default_factory=list)  # (dicom_id, key)
 
 
-def _read_release(reading: Reading, root: Path, split_file: Path, sections: Sections) -> None:
+def _read_release(reading: RowReader, root: Path, split_file: Path, sections: Sections) -> None:
     studies = _studies(reading, split_file)
     views = _views(reading, root)
     labels = _labels(reading, root)
@@ -98,7 +98,7 @@ def _read_release(reading: Reading, root: Path, split_file: Path, sections: Sect
         reading.notes.append(f"{unused} further images of studies with several views are not read")
 
 
-def _studies(reading: Reading, file: Path) -> dict[str, _Study]:
+def _studies(reading: RowReader, file: Path) -> dict[str, _Study]:
     """study_id -> its images and split, in file order."""
     studies: dict[str, _Study] = {}
     for number, cells in _checked(file, ("dicom_id", "study_id", "subject_id", "split")):
@@ -123,7 +123,7 @@ def _checked(file: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[s
         yield number, cells
 
 
-def _views(reading: Reading, root: Path) -> dict[str, str]:
+def _views(reading: RowReader, root: Path) -> dict[str, str]:
     """dicom_id -> ViewPosition (PA, AP, LATERAL, LL, ...)."""
     file = find_table(root, _METADATA)
     if file is None:
@@ -135,7 +135,7 @@ def _views(reading: Reading, root: Path) -> dict[str, str]:
     }
 
 
-def _labels(reading: Reading, root: Path) -> dict[str, str]:
+def _labels(reading: RowReader, root: Path) -> dict[str, str]:
     """study_id -> the labels that CheXpert gave, as `Edema 1, Pneumonia -1` (1 yes, 0 no, -1 uncertain)."""
     file = find_table(root, _LABELS)
     if file is None:

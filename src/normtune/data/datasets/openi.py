@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 from normtune.data.images.files import ImageFolder
 from normtune.data.reading.r2gen import FILE, entries, read_entries
 from normtune.data.reading.radiology import Sections, called, target, two_views
-from normtune.data.reading.row_reader import Reading, image_folder
+from normtune.data.reading.row_reader import RowReader, image_folder
 from normtune.data.reading.tables import csv_rows, file_bytes
 from normtune.data.records import Dataset, Problem
 from normtune.errors import InputError
@@ -43,7 +43,7 @@ def read(root: Path, *, sections: Sections = "findings", text_only: bool = False
     Raises:
         InputError: none of the layouts is there, a file is damaged or lacks a column, an id comes twice.
     """
-    reading = Reading("openi", text_only)
+    reading = RowReader("openi", text_only)
     below: tuple[str, ...]
     has_csv, xml = (root / _REPORTS).is_file(), _xml_folder(root)
     if (root / FILE).is_file() and (sections == "findings" or not (has_csv or xml)):
@@ -79,7 +79,7 @@ class _Study:
     problems: str  # as the file names them, for meta
 
 
-def _finish(reading: Reading, root: Path, studies: Iterator[_Study], sections: Sections) -> None:
+def _finish(reading: RowReader, root: Path, studies: Iterator[_Study], sections: Sections) -> None:
     """Add a row for each study; studies that the split leaves out and views that are not read are counted."""
     split_of = _splits(root, reading)
     outside = unused = 0
@@ -110,7 +110,7 @@ def _finish(reading: Reading, root: Path, studies: Iterator[_Study], sections: S
         reading.problems.append(Problem(FILE, "", what, "Left out, as published counts leave them."))
 
 
-def _splits(root: Path, reading: Reading) -> Callable[[str], str | None]:
+def _splits(root: Path, reading: RowReader) -> Callable[[str], str | None]:
     """A study's number -> its split, None where annotation.json is there and does not name it."""
     if not (root / FILE).is_file():
         reading.notes.append("no split in the files: 70 / 10 / 20% of the studies, by a hash of their number")

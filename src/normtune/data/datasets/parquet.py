@@ -17,7 +17,7 @@ from normtune.data.reading.parquet_files import (
     parquet_files,
     table_rows,
 )
-from normtune.data.reading.row_reader import Reading
+from normtune.data.reading.row_reader import RowReader
 from normtune.data.records import Dataset, Kind
 from normtune.errors import InputError
 
@@ -48,7 +48,7 @@ def read(root: Path, *, name: str = "parquet", licence: str = "unknown", text_on
     """
     base, files = parquet_files(root)
     images = ParquetImages(base)
-    reading = Reading(name, text_only)
+    reading = RowReader(name, text_only)
     for file in files:
         _read_file(reading, images, file, shown_as=file.relative_to(base).as_posix())
     reading.check_images(base, inside=images)
@@ -56,7 +56,7 @@ def read(root: Path, *, name: str = "parquet", licence: str = "unknown", text_on
     return reading.dataset(images, licence)
 
 
-def _read_file(reading: Reading, images: ParquetImages, file: Path, shown_as: str) -> None:
+def _read_file(reading: RowReader, images: ParquetImages, file: Path, shown_as: str) -> None:
     try:
         with pq.ParquetFile(file) as parquet:
             names = parquet.schema_arrow.names
@@ -79,7 +79,7 @@ def _read_file(reading: Reading, images: ParquetImages, file: Path, shown_as: st
 
 
 def _read_row(
-    reading: Reading,
+    reading: RowReader,
     images: ParquetImages,
     cells: dict[str, Any],
     place: RowLocation,

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from normtune.data.images.files import ImageFolder
 from normtune.data.reading.cells import is_yes_no
-from normtune.data.reading.row_reader import Reading
+from normtune.data.reading.row_reader import RowReader
 from normtune.data.reading.tables import file_bytes
 from normtune.data.records import Dataset, Problem
 from normtune.errors import InputError
@@ -40,7 +40,7 @@ def read(root: Path, *, text_only: bool = False) -> Dataset:
         return _parquet(root, text_only)
     if not text_only and not (root / _IMAGES).is_dir():
         raise InputError(f"{root} has no image folder '{_IMAGES}'. Put PathVQA's images/ there.")
-    reading = Reading("path-vqa", text_only)
+    reading = RowReader("path-vqa", text_only)
     for split, file in files.items():
         if file is None:
             missing = _PLAIN.format(_SPLITS[split])
@@ -107,7 +107,7 @@ def _rows(file: Path, shown: str) -> list[Any]:
     return rows
 
 
-def _read_row(reading: Reading, file: str, number: int, cells: Any, split: str) -> None:
+def _read_row(reading: RowReader, file: str, number: int, cells: Any, split: str) -> None:
     cells = cells if isinstance(cells, dict) else {}
     if "sent" in cells:
         cells = _typed(cells)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from normtune.data.images.files import ImageFolder
-from normtune.data.reading.row_reader import Reading
+from normtune.data.reading.row_reader import RowReader
 from normtune.data.reading.tables import csv_rows, file_bytes, find_table
 from normtune.data.records import Dataset, Problem
 from normtune.errors import InputError
@@ -41,7 +41,7 @@ def read(root: Path, *, text_only: bool = False) -> Dataset:
     Raises:
         InputError: none of the layouts is there, a file is damaged or lacks a column, an id comes twice.
     """
-    reading = Reading("roco", text_only)
+    reading = RowReader("roco", text_only)
     found = False
     for split, names in _SPLITS.items():
         part = next((part for name in names if (part := _part(root, name)) is not None), None)
@@ -83,7 +83,7 @@ def _part(root: Path, name: str) -> _Part | None:
 
 
 def _read_split(
-    reading: Reading, root: Path, split: str, captions: Iterator[_Caption], licences: dict[str, str]
+    reading: RowReader, root: Path, split: str, captions: Iterator[_Caption], licences: dict[str, str]
 ) -> None:
     unfree = 0
     file = ""

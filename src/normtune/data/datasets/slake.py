@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from normtune.data.images.files import ImageFolder
-from normtune.data.reading.row_reader import Reading
+from normtune.data.reading.row_reader import RowReader
 from normtune.data.records import Dataset, Problem
 from normtune.errors import InputError, did_you_mean
 from normtune.runtime.files import read_json
@@ -44,7 +44,7 @@ def read(root: Path, *, language: Literal["en", "zh", "all"] = "en", text_only: 
         )
     if not text_only and not (root / _IMAGES).is_dir():
         raise InputError(f"{root} has no image folder '{_IMAGES}'. Unpack SLAKE's imgs.zip there.")
-    reading = Reading("slake", text_only)
+    reading = RowReader("slake", text_only)
     images: _Images = {}
     for split, file in _FILES.items():
         if split not in present:
@@ -77,7 +77,7 @@ def _note_image(images: _Images, split: str, cells: Any) -> None:
         images.setdefault((split, _language(cells)), set()).add(cells["img_name"])
 
 
-def _read_row(reading: Reading, file: str, number: int, cells: Any, split: str) -> None:
+def _read_row(reading: RowReader, file: str, number: int, cells: Any, split: str) -> None:
     cells = cells if isinstance(cells, dict) else {}
     qid = cells.get("qid")
     row = reading.row(file, str(qid) if isinstance(qid, int | str) else f"row {number}")

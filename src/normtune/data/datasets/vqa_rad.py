@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from normtune.data.images.files import ImageFolder
-from normtune.data.reading.row_reader import Reading, Row
+from normtune.data.reading.row_reader import Row, RowReader
 from normtune.data.records import Dataset, Problem
 from normtune.errors import InputError
 from normtune.runtime.files import read_json
@@ -47,7 +47,7 @@ def read(root: Path, *, text_only: bool = False) -> Dataset:
         folder = _IMAGE_FOLDERS[0]
     if folder is None:
         raise InputError(f"{root} has no image folder. Put VQA-RAD's images in '{_IMAGE_FOLDERS[0]}' there.")
-    reading = Reading("vqa-rad", text_only)
+    reading = RowReader("vqa-rad", text_only)
     for split, file in files.items():
         rows = read_json(root / file)
         if not isinstance(rows, list):
@@ -60,7 +60,7 @@ def read(root: Path, *, text_only: bool = False) -> Dataset:
     return reading.dataset(ImageFolder(root / folder), LICENCE)
 
 
-def _read_row(reading: Reading, file: str, number: int, cells: dict[str, Any], split: str) -> None:
+def _read_row(reading: RowReader, file: str, number: int, cells: dict[str, Any], split: str) -> None:
     """Read one row; `split` is empty where the row's phrase_type decides."""
     qid = cells.get("qid")
     row = reading.row(file, str(qid) if isinstance(qid, int | str) and qid != "" else f"row {number}")
@@ -104,7 +104,7 @@ def _question_type(row: Row, text: str) -> str:
     return ", ".join(types)
 
 
-def _list_unused(reading: Reading, root: Path, folder: str) -> None:
+def _list_unused(reading: RowReader, root: Path, folder: str) -> None:
     used = {name for example in reading.examples for name in example.images}
     for path in sorted((root / folder).glob("*")):
         if path.suffix.lower() in (".jpg", ".jpeg", ".png") and path.name not in used:

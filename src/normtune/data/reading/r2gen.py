@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from normtune.data.reading.radiology import Sections, called
-from normtune.data.reading.row_reader import Reading
+from normtune.data.reading.row_reader import RowReader
 from normtune.errors import InputError
 from normtune.runtime.files import read_json
 
@@ -33,7 +33,7 @@ def entries(root: Path) -> dict[str, list[dict[str, Any]]]:
     return lists
 
 
-def read_entries(reading: Reading, root: Path, sections: Sections, **meta: str) -> None:
+def read_entries(reading: RowReader, root: Path, sections: Sections, **meta: str) -> None:
     """Add a row for each entry; its one or two `image_path` are relative to the image folder.
 
     Raises:

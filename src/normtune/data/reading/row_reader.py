@@ -15,7 +15,7 @@ from normtune.data.records import Dataset, Example, Kind, Problem
 from normtune.errors import InputError, did_you_mean
 
 
-class Reading:
+class RowReader:
     """What was read so far. Rows that cannot be used are left out; whatever is odd becomes a problem.
 
     With `text_only`, rows whose image files are missing are kept (and the files listed all the same).
@@ -100,7 +100,7 @@ class Reading:
 class Row:
     """One row being read: its cells go through here, so that every fault is listed with file and row."""
 
-    def __init__(self, reading: Reading, file: str, row: str, id: str) -> None:
+    def __init__(self, reading: RowReader, file: str, row: str, id: str) -> None:
         self._reading, self.file, self.row = reading, file, row
         self.id, again = id, 2
         while self.id in reading.places:

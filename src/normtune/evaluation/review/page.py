@@ -13,9 +13,9 @@ from typing import Any
 from normtune.adapters.info import NOTICE
 from normtune.data.options import DataOptions
 from normtune.data.records import Dataset, Example
-from normtune.data.registry import open_from
+from normtune.data.registry import open_configured
 from normtune.errors import InputError
-from normtune.evaluation.compare import Run, read_runs
+from normtune.evaluation.compare import EvaluationRun, read_runs
 from normtune.evaluation.review.rows import Row, Said, Strata, chosen, count, read_rows, strata
 from normtune.evaluation.review.thumbnails import Progress, Thumbnail, thumbnails
 from normtune.evaluation.review.word_diff import word_difference
@@ -90,7 +90,7 @@ def review_text(found: Mapping[str, Any]) -> str:
     )
 
 
-def _opened(run: Run, data: str | None, root: Path | None) -> Dataset:
+def _opened(run: EvaluationRun, data: str | None, root: Path | None) -> Dataset:
     """The dataset that the result names, or that the options name in its place."""
     recorded = run.about.get("data")
     options: dict[str, Any] = dict(recorded) if isinstance(recorded, dict) and data is None else {}
@@ -99,7 +99,7 @@ def _opened(run: Run, data: str | None, root: Path | None) -> Dataset:
         options["root"] = root
     known = {name: value for name, value in options.items() if name in DataOptions.model_fields}
     try:
-        dataset = open_from(DataOptions.checked(**known))
+        dataset = open_configured(DataOptions.checked(**known))
     except InputError as error:
         raise InputError(f"{error} To leave the images out: --no-images.") from error
     held = {example.id: example for example in dataset.examples}
@@ -118,7 +118,7 @@ def _same(one: Example, other: Example) -> bool:
 
 
 def _page(
-    runs: Sequence[Run],
+    runs: Sequence[EvaluationRun],
     rows: Sequence[Row],
     shown: Sequence[Row],
     sentence: str,
@@ -158,7 +158,7 @@ def _page(
     )
 
 
-def _model(run: Run) -> str:
+def _model(run: EvaluationRun) -> str:
     """What answered, as the result records it."""
     base, adapter = run.about.get("base"), run.about.get("adapter")
     if not base:
@@ -187,7 +187,7 @@ def _table(field: str, values: Mapping[str, Sequence[str]], by_id: Mapping[str, 
     return {"name": field.replace("_", " "), "lines": lines, "more": len(values) - len(lines)}
 
 
-def _sorts(runs: Sequence[Run], rows: Sequence[Row]) -> list[tuple[str, str]]:
+def _sorts(runs: Sequence[EvaluationRun], rows: Sequence[Row]) -> list[tuple[str, str]]:
     """(key, label) of the orders: key is direction, what (score, value or gain) and which run."""
     found = [("", "as in the dataset")]
     for at, run in enumerate(runs):
@@ -204,7 +204,7 @@ def _sorts(runs: Sequence[Run], rows: Sequence[Row]) -> list[tuple[str, str]]:
     return found
 
 
-def _outcomes(runs: Sequence[Run]) -> list[tuple[str, str]]:
+def _outcomes(runs: Sequence[EvaluationRun]) -> list[tuple[str, str]]:
     """(key, label) of what the rows can be narrowed to; the first shows all."""
     found = [("", "all")]
     if runs[0].is_report:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from normtune.data.records import Example
-from normtune.evaluation.compare import Run
+from normtune.evaluation.compare import EvaluationRun
 from normtune.evaluation.results import read_scores
 from normtune.metrics.answers import scores
 from normtune.metrics.ngrams import rouge_l
@@ -50,7 +50,7 @@ class Count:
     shares: tuple[float, ...]
 
 
-def read_rows(runs: Sequence[Run], metas: Mapping[str, Mapping[str, str]]) -> list[Row]:
+def read_rows(runs: Sequence[EvaluationRun], metas: Mapping[str, Mapping[str, str]]) -> list[Row]:
     """The rows of all runs, joined by id, in the order of the first; `metas` adds strata by id."""
     first = runs[0]
     columns = [_column(run) for run in runs]
@@ -61,7 +61,7 @@ def read_rows(runs: Sequence[Run], metas: Mapping[str, Mapping[str, str]]) -> li
     return rows
 
 
-def _column(run: Run) -> dict[str, Said]:
+def _column(run: EvaluationRun) -> dict[str, Said]:
     """What one run made of every row, by id."""
     scored = read_scores(run.directory)
     confidence = {id: score for id, score in scored.items() if score is not None and math.isfinite(score)}

@@ -27,7 +27,7 @@ class Cache(Protocol):
     def batch_select_indices(self, indices: Tensor) -> None: ...
 
 
-class Branches:
+class SharedCacheDecoder:
     """The answers of a batch of groups; `step` is what `normtune.models.generation` asks for.
 
     Args:
@@ -37,8 +37,8 @@ class Branches:
         visible: [answers, S] bool, the columns that each answer sees so far.
         row: [answers] long, the cache row of each answer; never falls.
         position: [answers] long, the position of the next token of each answer.
-        place: [answers] long, how many tokens precede it; what windows are measured in.
-        column_place: [B, S] long, the same of each column.
+        token_index: [answers] long, how many tokens precede it; what windows are measured in.
+        column_token_index: [B, S] long, the same of each column.
         selected: told which rows of the cache stay, where some go.
     """
 
@@ -51,20 +51,20 @@ class Branches:
         visible: Tensor,
         row: Tensor,
         position: Tensor,
-        place: Tensor,
-        column_place: Tensor,
-        selected: Callable[[Tensor], None] | None = None,
+        token_index: Tensor,
+        column_token_index: Tensor,
+        on_select: Callable[[Tensor], None] | None = None,
     ) -> None:
         self.cache, self.decode, self.windows = cache, decode, windows
-        self.visible, self.row, self.position, self.place = visible, row, position, place
-        self.column_place = column_place
-        self.selected = selected
+        self.visible, self.row, self.position, self.token_index = visible, row, position, token_index
+        self.column_token_index = column_token_index
+        self.selected = on_select
 
     def step(self, tokens: Tensor, cache_rows: Tensor | None) -> Tensor:
         """See `normtune.models.generation.Step`: tokens [answers] -> logits [answers, vocabulary]."""
         if cache_rows is not None:
-            self._go_on_from(cache_rows)
-        count = torch.bincount(self.row, minlength=len(self.column_place))  # [B]
+            self._continue_from(cache_rows)
+        count = torch.bincount(self.row, minlength=len(self.column_token_index))  # [B]
         slot = torch.arange(len(self.row), device=self.row.device) - (count.cumsum(0) - count)[self.row]
         slots = int(count.max())
         at = (self.row, slot)
@@ -73,33 +73,33 @@ class Branches:
             """[answers] -> [B, slots]; slots without an answer hold 0 and see themselves alone."""
             return values.new_zeros(len(count), slots).index_put(at, values)
 
-        places = spread(self.place)
+        places = spread(self.token_index)
         seen = self.visible.new_zeros(len(count), slots, self.visible.shape[1])
         seen[at] = self.visible
         itself = torch.eye(slots, dtype=torch.bool, device=seen.device).expand(len(count), -1, -1)
         seen = torch.cat((seen, itself), 2)
-        self.column_place = torch.cat((self.column_place, places), 1)
+        self.column_token_index = torch.cat((self.column_token_index, places), 1)
         logits = self.decode(spread(tokens), spread(self.position), self._masks(seen, places))[at]
         self.visible = torch.cat((self.visible, F.one_hot(slot, slots).bool()), 1)
-        self.position, self.place = self.position + 1, self.place + 1
+        self.position, self.token_index = self.position + 1, self.token_index + 1
         return logits
 
-    def _go_on_from(self, answers: Tensor) -> None:
+    def _continue_from(self, answers: Tensor) -> None:
         """Answer r goes on from answer `answers[r]`; rows of the cache that nobody needs any more go."""
         self.visible, self.row = self.visible[answers], self.row[answers]
-        self.position, self.place = self.position[answers], self.place[answers]
+        self.position, self.token_index = self.position[answers], self.token_index[answers]
         needed, self.row = self.row.unique(return_inverse=True)
-        if len(needed) < len(self.column_place):
+        if len(needed) < len(self.column_token_index):
             self.cache.batch_select_indices(needed)
             if self.selected is not None:
                 self.selected(needed)
-            self.column_place = self.column_place[needed]
+            self.column_token_index = self.column_token_index[needed]
 
     def _masks(self, seen: Tensor, places: Tensor) -> Masks:
         masks = {}
         for kind, window in self.windows.items():
             near = seen
             if window is not None:
-                near = seen & (self.column_place[:, None] > places[:, :, None] - window)
+                near = seen & (self.column_token_index[:, None] > places[:, :, None] - window)
             masks[kind] = near[:, None]
         return masks

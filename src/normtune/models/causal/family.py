@@ -24,9 +24,9 @@ from normtune.data.groups import Group, Segment
 from normtune.errors import InputError
 from normtune.models.answer_loss import Head
 from normtune.models.causal.attention import BLOCK, Backend, additive, takes_blocks, use_shared_attention
-from normtune.models.causal.decoding import Branches, Masks, Windows
-from normtune.models.causal.frozen_layers import causal_below
-from normtune.models.causal.prompts import Conversation, Prompts, Tokens
+from normtune.models.causal.decoding import Masks, SharedCacheDecoder, Windows
+from normtune.models.causal.frozen_layers import causal_trunk
+from normtune.models.causal.prompts import ChatPrompt, PromptFormat, TokenIds
 from normtune.models.causal.shared_prefix import (
     PREFIX,
     Rows,
@@ -36,7 +36,7 @@ from normtune.models.causal.shared_prefix import (
     shared_sequence,
 )
 from normtune.models.family import Family
-from normtune.models.frozen_trunk import DEPTH, ENTERING, Below, passing
+from normtune.models.frozen_trunk import TRUNK_DEPTH, TRUNK_STATES, FrozenTrunk, skip_layers
 from normtune.models.generation import Generated, OnTokens, generate
 from normtune.models.quantization import loading_options
 from normtune.models.types import Answer, AnswerStates, Batch, Pixels
@@ -74,7 +74,7 @@ class CausalFamily(Family):
         self.pad_id: int = self.ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.image_token_id: int = self.config.image_token_id
         self.windows = _windows(self.config.get_text_config())
-        self.conversation = self.converse()
+        self.prompts = self.prompt_format()
         parameters = inspect.signature(self.decoder.forward).parameters
         self._cache_argument = "cache" if "cache" in parameters else "past_key_values"  # before 5.24
 
@@ -116,18 +116,18 @@ class CausalFamily(Family):
         """The last special token of an image as the processor writes it, and the text that follows it."""
         return self.processor.image_token, ""
 
-    def converse(self) -> Prompts:
+    def prompt_format(self) -> PromptFormat:
         """How questions are written."""
-        return Conversation(self.processor, *self.image_end, self.ends)
+        return ChatPrompt(self.processor, *self.image_end, self.ends)
 
-    def arrange(
+    def group_prefixes(
         self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]]
-    ) -> tuple[Sequence[Group], list[Tokens], Sequence[Sequence[Pixels]]]:
+    ) -> tuple[Sequence[Group], list[TokenIds], Sequence[Sequence[Pixels]]]:
         """Groups as they share their prefixes: (groups, the prefix of each, the images of each)."""
         texts = [[self.image_text(image) for image in images] for images in pixels]
-        return groups, [self.conversation.prefix(images) for images in texts], pixels
+        return groups, [self.prompts.prefix(images) for images in texts], pixels
 
-    def blocks(self, batch: Batch) -> Tensor | None:
+    def bidirectional_blocks(self, batch: Batch) -> Tensor | None:
         """[B, S] long, the block of each token, -1 for none; tokens of a block see each other both ways."""
         return None
 
@@ -140,7 +140,7 @@ class CausalFamily(Family):
         return {name: torch.stack([image[name] for image in images]) for name in images[0]}
 
     def positions(
-        self, sequence: SharedSequence, prefixes: Sequence[Tokens], pixels: Sequence[Sequence[Pixels]]
+        self, sequence: SharedSequence, prefixes: Sequence[TokenIds], pixels: Sequence[Sequence[Pixels]]
     ) -> Tensor:
         """Rotary positions of the tokens: [B, S], or [axes, B, S]."""
         return sequence.position_ids
@@ -155,7 +155,7 @@ class CausalFamily(Family):
         found = self.model.model.get_image_features(**images, return_dict=True)
         return {FEATURES: joined(found.pooler_output)}
 
-    def embedded(self, batch: Batch, features: dict[str, Tensor]) -> dict[str, Any]:
+    def input_embeddings(self, batch: Batch, features: dict[str, Tensor]) -> dict[str, Any]:
         """The decoder's arguments that hold what is seen and read: `inputs_embeds` [B, S, width] and more."""
         image = batch["input_ids"] == self.image_token_id
         embeds = self.decoder.get_input_embeddings()(batch["input_ids"].masked_fill(image, 0))
@@ -163,13 +163,13 @@ class CausalFamily(Family):
 
     # --- images and questions to tensors --------------------------------------------------------------------
 
-    def pixels(self, image: Image.Image) -> Pixels:
+    def preprocess_image(self, image: Image.Image) -> Pixels:
         """One image as its processor prepares it, without the batch axis."""
         prepared = self.processor.image_processor([image], return_tensors="pt", **self.image_options)
         return {name: prepared[name][0] for name in self.image_keys}
 
     @torch.no_grad()
-    def seen(self, pixels: Pixels) -> Pixels:
+    def encode_image(self, pixels: Pixels) -> Pixels:
         """The features of one image, on the CPU, and what of its pixels tells how it is written."""
         found = self.features(send_to_device(self.image_inputs([pixels]), self.device))
         return {name: value for name, value in pixels.items() if not name.startswith("pixel")} | {
@@ -180,15 +180,15 @@ class CausalFamily(Family):
         """What of `seen` tells how an image is written: its features keep their number, and no width."""
         return {name: value[:, :0] if name.startswith(FEATURES) else value for name, value in pixels.items()}
 
-    def below(self, trained: Collection[nn.Parameter]) -> Below | None:
-        return causal_below(self, trained, image_layers=self.image_layers)
+    def frozen_trunk(self, trained: Collection[nn.Parameter]) -> FrozenTrunk | None:
+        return causal_trunk(self, trained, image_layers=self.image_layers)
 
     def prefix_tokens(self, images: Sequence[Pixels]) -> int:
-        return len(self.conversation.prefix([self.image_text(image) for image in images]))
+        return len(self.prompts.prefix([self.image_text(image) for image in images]))
 
-    def encode(self, id: str, question: str, answer: str | None, *, report: bool = False) -> Segment:
+    def tokenize(self, id: str, question: str, answer: str | None, *, report: bool = False) -> Segment:
         """The family's own chat template; no question: the report prompt."""
-        prompt, tokens = self.conversation.segment(
+        prompt, tokens = self.prompts.segment(
             id, question.strip() or tasks.REPORT_PROMPT, None if answer is None else answer.strip()
         )
         limit = tasks.MAX_REPORT_REFERENCE_TOKENS if report else tasks.MAX_ANSWER_REFERENCE_TOKENS
@@ -218,7 +218,7 @@ class CausalFamily(Family):
         or the features as `features` gives them; feature_rows [image tokens] long where an image stands in
         several groups, else None.
         """
-        groups, prefixes, pixels = self.arrange(groups, pixels)
+        groups, prefixes, pixels = self.group_prefixes(groups, pixels)
         sequence = shared_sequence(groups, prefixes, self.pad_id, rows=rows)
         if self._takes_blocks(sequence.input_ids):
             sequence = shared_sequence(groups, prefixes, self.pad_id, rows=rows, multiple_of=BLOCK)
@@ -272,19 +272,19 @@ class CausalFamily(Family):
 
     def hidden_states(self, batch: Batch, **options: Any) -> Tensor:
         """Hidden states [B, S, width] of a laid-out batch."""
-        if ENTERING in batch:  # the first layers are done, see `Family.below`
-            arguments = {"inputs_embeds": batch[ENTERING]}
+        if TRUNK_STATES in batch:  # the first layers are done, see `Family.below`
+            arguments = {"inputs_embeds": batch[TRUNK_STATES]}
         else:
-            arguments = self.embedded(batch, self._features(batch))
+            arguments = self.input_embeddings(batch, self._features(batch))
         masks = self._masks(batch, arguments["inputs_embeds"].dtype)
-        with passing(self.decoder, range(batch.get(DEPTH, 0))):
+        with skip_layers(self.decoder, range(batch.get(TRUNK_DEPTH, 0))):
             return self.decoder(
                 **arguments, attention_mask=masks, position_ids=batch["position_ids"], **options
             ).last_hidden_state
 
     def _masks(self, batch: Batch, dtype: torch.dtype) -> Any:
         """Who sees whom, as the decoder takes it for states of `dtype`."""
-        blocks = self.blocks(batch)
+        blocks = self.bidirectional_blocks(batch)
         makes = block_mask if self._takes_blocks(batch["input_ids"]) else dense_mask
         masks: dict[str, Any] = {
             kind: makes(
@@ -311,7 +311,7 @@ class CausalFamily(Family):
 
     # --- answers --------------------------------------------------------------------------------------------
 
-    def answer(
+    def generate_answers(
         self,
         groups: Sequence[Group],
         pixels: Sequence[Sequence[Pixels]],
@@ -321,11 +321,13 @@ class CausalFamily(Family):
         on_tokens: OnTokens | None = None,
     ) -> list[list[Answer]]:
         """See `Family.answer`; all questions of all groups are one batch."""
-        found = self.written(groups, pixels, max_new_tokens=max_new_tokens, beams=beams, on_tokens=on_tokens)
+        found = self.generate_tokens(
+            groups, pixels, max_new_tokens=max_new_tokens, beams=beams, on_tokens=on_tokens
+        )
         return self._as_answers(groups, found)
 
     @torch.inference_mode()
-    def written(
+    def generate_tokens(
         self,
         groups: Sequence[Group],
         pixels: Sequence[Sequence[Pixels]],
@@ -349,7 +351,9 @@ class CausalFamily(Family):
             on_tokens=on_tokens,
         )
 
-    def _branches(self, batch: Batch, groups: Sequence[Group], cache: Any) -> tuple[Branches, Tensor]:
+    def _branches(
+        self, batch: Batch, groups: Sequence[Group], cache: Any
+    ) -> tuple[SharedCacheDecoder, Tensor]:
         """One branch a segment, and the column of each segment's last token [segments]."""
         segments = [segment for group in groups for segment in group.segments]
         assert not any(segment.answer for segment in segments), "segments end where the model is to write"
@@ -373,16 +377,16 @@ class CausalFamily(Family):
             ).last_hidden_state
             return self._logits(states)
 
-        branches = Branches(
+        branches = SharedCacheDecoder(
             cache,
             decode,
             self.windows,
             visible=visible,
             row=row,
             position=rotary[row, last] + 1,
-            place=batch["place_ids"][row, last] + 1,
-            column_place=batch["place_ids"],
-            selected=None if self.texts is None else self.texts.select,
+            token_index=batch["place_ids"][row, last] + 1,
+            column_token_index=batch["place_ids"],
+            on_select=None if self.active_text_rows is None else self.active_text_rows.select,
         )
         return branches, last
 

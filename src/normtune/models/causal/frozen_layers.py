@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from normtune.data.groups import Group, Segment
 from normtune.models.causal.shared_prefix import PAD, PREFIX, Rows, SharedSequence
-from normtune.models.frozen_trunk import DEPTH, ENTERING, Below, GroupStates, own_parameters, passing
+from normtune.models.frozen_trunk import (
+    TRUNK_DEPTH,
+    TRUNK_STATES,
+    FrozenTrunk,
+    TrunkStates,
+    own_parameters,
+    skip_layers,
+)
 from normtune.models.types import Batch, Pixels
 
 
@@ -32,35 +39,35 @@ class CausalModel(Protocol):
     def collate(self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]]) -> Batch: ...
 
 
-class CausalBelow(Below):
+class CausalTrunk(FrozenTrunk):
     """The first `depth` layers of a causal language model, and all that comes before them."""
 
     def __init__(self, family: CausalModel, depth: int) -> None:
         self.family, self.depth = family, depth
         layers = len(family.decoder.layers)
-        self.told = f"hidden states below layer {depth} of {layers}"
+        self.description = f"hidden states below layer {depth} of {layers}"
         names = {id(module): name for name, module in family.model.named_modules()}
-        above = [*family.decoder.layers[depth:], family.decoder.norm, family.model.lm_head]
-        self.above = tuple(names[id(module)] for module in above)
+        excluded_modules = [*family.decoder.layers[depth:], family.decoder.norm, family.model.lm_head]
+        self.excluded_modules = tuple(names[id(module)] for module in excluded_modules)
 
-    def reads(self, segment: Segment) -> tuple[int, ...]:
+    def tokens_of(self, segment: Segment) -> tuple[int, ...]:
         return segment.prompt + segment.answer
 
     @torch.no_grad()
-    def states(self, group: Group, images: Sequence[Pixels]) -> GroupStates:
+    def states(self, group: Group, images: Sequence[Pixels]) -> TrunkStates:
         laid, _, _ = self.family.layout([group], [images], "pad")
         batch = send_to_device(laid, self.family.device)
         decoder = self.family.decoder
-        with passing(decoder, range(self.depth, len(decoder.layers)), norm=True):
+        with skip_layers(decoder, range(self.depth, len(decoder.layers)), norm=True):
             found = self.family.hidden_states(batch, use_cache=False)[0].cpu()
         number = laid["segment_of"][0]
-        return GroupStates(
+        return TrunkStates(
             tuple(self.family.without_features(image) for image in images),
             found[number == PREFIX],
             tuple(found[number == PREFIX + 1 + i] for i in range(len(group.segments))),
         )
 
-    def collate(self, groups: Sequence[Group], states: Sequence[GroupStates]) -> Batch:
+    def collate(self, groups: Sequence[Group], states: Sequence[TrunkStates]) -> Batch:
         batch = self.family.collate(groups, [one.images for one in states])
         tokens = torch.cat([rows for one in states for rows in (one.prefix, *one.segments)])
         group_of = batch["group_of"]
@@ -69,14 +76,14 @@ class CausalBelow(Below):
         return batch | {
             "images": {},
             "feature_rows": None,
-            DEPTH: self.depth,
-            ENTERING: entering.view(*group_of.shape, -1),
+            TRUNK_DEPTH: self.depth,
+            TRUNK_STATES: entering.view(*group_of.shape, -1),
         }
 
 
-def causal_below(
+def causal_trunk(
     family: CausalModel, trained: Collection[nn.Parameter], *, image_layers: int = 0
-) -> CausalBelow | None:
+) -> CausalTrunk | None:
     """The layers below all that is trained; None where there are none or something before them is trained.
 
     Image features enter up to layer `image_layers`.
@@ -90,4 +97,4 @@ def causal_below(
     embedding = own_parameters(decoder.get_input_embeddings())
     if depth < max(1, image_layers) or wanted - inside or wanted & embedding:
         return None
-    return CausalBelow(family, depth)
+    return CausalTrunk(family, depth)

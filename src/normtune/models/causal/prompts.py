@@ -11,19 +11,19 @@ from typing import Any, Protocol
 
 from normtune.errors import InputError
 
-Tokens = tuple[int, ...]
-HELD_PREFIXES = 1024
+TokenIds = tuple[int, ...]
+CACHED_PREFIXES = 1024
 
 
-class Prompts(Protocol):
+class PromptFormat(Protocol):
     """How a family writes questions: the shared prefix of a group, and its segments."""
 
-    def prefix(self, images: Sequence[str]) -> Tokens: ...
+    def prefix(self, images: Sequence[str]) -> TokenIds: ...
 
-    def segment(self, id: str, question: str, answer: str | None) -> tuple[Tokens, Tokens]: ...
+    def segment(self, id: str, question: str, answer: str | None) -> tuple[TokenIds, TokenIds]: ...
 
 
-class Conversation:
+class ChatPrompt:
     """Prefixes and segments of one processor.
 
     Args:
@@ -37,7 +37,7 @@ class Conversation:
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.marker, self.trailing, self.ends = marker, trailing, frozenset(ends)
         self.marker_id: int = self.tokenizer.convert_tokens_to_ids(marker)
-        self._prefixes: dict[tuple[str, ...], Tokens] = {}
+        self._prefixes: dict[tuple[str, ...], TokenIds] = {}
         if processor.chat_template is None:
             raise InputError(
                 "the checkpoint has no chat template, so its prompts are unknown. "
@@ -45,7 +45,7 @@ class Conversation:
             )
         self._head = self._pieces("?", None, images=1)[0]
 
-    def prefix(self, images: Sequence[str]) -> Tokens:
+    def prefix(self, images: Sequence[str]) -> TokenIds:
         """The tokens that all questions of a group share.
 
         `images[i]` is what the processor writes for image i.
@@ -65,12 +65,12 @@ class Conversation:
                     f"{self.marker}), so questions cannot share an image. Set add_eos_token to false in "
                     "tokenizer_config.json."
                 )
-            if len(self._prefixes) >= HELD_PREFIXES:  # a server sees images of ever new sizes
+            if len(self._prefixes) >= CACHED_PREFIXES:  # a server sees images of ever new sizes
                 self._prefixes.clear()
             self._prefixes[key] = tokens
         return self._prefixes[key]
 
-    def segment(self, id: str, question: str, answer: str | None) -> tuple[Tokens, Tokens]:
+    def segment(self, id: str, question: str, answer: str | None) -> tuple[TokenIds, TokenIds]:
         """(what follows the image up to where the model is to write, the answer with its end token).
 
         Raises:
@@ -100,7 +100,7 @@ class Conversation:
             )
         return prompt, tokens
 
-    def _written(self, prompt: Tokens, whole: Tokens, end: int | None = None) -> Tokens | None:
+    def _written(self, prompt: TokenIds, whole: TokenIds, end: int | None = None) -> TokenIds | None:
         """The answer's tokens up to its end token, `end` being put there where it is given."""
         answer = whole[len(prompt) :]
         if whole[: len(prompt)] != prompt:
@@ -128,7 +128,7 @@ class Conversation:
             )
         return self.trailing + rest
 
-    def _segment_tokens(self, id: str, text: str) -> Tokens:
+    def _segment_tokens(self, id: str, text: str) -> TokenIds:
         """Tokens of a text that follows the marker, checked to be those of the whole conversation."""
         tokens = self._tokens(self.marker + text)
         whole = self._tokens(self._head + self.marker + text, start=True)
@@ -157,7 +157,7 @@ class Conversation:
             raise ValueError(f"{len(pieces) - 1} image tokens for {images} images")
         return pieces
 
-    def _tokens(self, text: str, *, start: bool = False) -> Tokens:
+    def _tokens(self, text: str, *, start: bool = False) -> TokenIds:
         """With `start` the text begins a conversation: it gets the first token if it lacks it."""
         first = self.tokenizer.bos_token
         add = start and not (first is not None and text.startswith(first))

@@ -122,7 +122,7 @@ class _Tokens(NamedTuple):
 
     group: Tensor
     segment: Tensor
-    place: Tensor  # column in the row
+    token_index: Tensor  # column in the row
     block: Tensor | None  # image block, -1 outside images
     position: Tensor | None
 
@@ -133,7 +133,7 @@ class _Tokens(NamedTuple):
 def _visible(q: _Tokens, k: _Tokens, window: int | None, whole_blocks: bool) -> Tensor:
     """Whether queries see keys; the two sides broadcast, so it serves dense and block masks alike."""
     shared = (q.group == k.group) & ((k.segment == PREFIX) | (k.segment == q.segment))
-    seen = k.place <= q.place
+    seen = k.token_index <= q.token_index
     near = None
     if window is not None:
         assert q.position is not None and k.position is not None, "a window is measured in positions"
@@ -143,7 +143,9 @@ def _visible(q: _Tokens, k: _Tokens, window: int | None, whole_blocks: bool) -> 
         seen = seen | together
         near = near | together if near is not None and whole_blocks else near
     seen = shared & seen if near is None else shared & seen & near
-    return seen | (k.place == q.place)  # a padding token sees itself: a softmax over nothing is NaN
+    return seen | (
+        k.token_index == q.token_index
+    )  # a padding token sees itself: a softmax over nothing is NaN
 
 
 def _tokens(

@@ -215,7 +215,10 @@ def read_header(path: Path) -> dict[str, Entry]:
     try:
         with open(path, "rb") as handle:
             length = int.from_bytes(handle.read(8), "little")
-            found = json.loads(handle.read(length))
+            header = handle.read(length)
+        if len(header) < length:
+            raise ValueError("the header is cut short")
+        found = json.loads(header)
         entries = {}
         for name, entry in found.items():
             if name != "__metadata__":

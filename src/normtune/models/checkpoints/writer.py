@@ -19,7 +19,7 @@ from torch import Tensor
 
 from normtune.errors import InputError
 from normtune.models.checkpoints.reader import DTYPES, INDEX_FILE
-from normtune.runtime.files import read_json, replacing, write_json
+from normtune.runtime.files import atomic_write, read_json, write_json
 
 RECORD_FILE = "import_progress.json"
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -178,7 +178,7 @@ def write_shards(record: Record, shards: Sequence[Shard], tick: Tick | None = No
 
 def write_shard(path: Path, tensors: Sequence[Planned]) -> str:
     """Write one safetensors file, whole or not at all; returns its SHA-256."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         return write_safetensors(temporary, tensors)
 
 

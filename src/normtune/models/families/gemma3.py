@@ -22,5 +22,5 @@ class Gemma3Family(CausalFamily):
     def image_text(self, pixels: Pixels) -> str:
         return self.processor.full_image_sequence
 
-    def blocks(self, batch: Batch) -> Tensor:
+    def bidirectional_blocks(self, batch: Batch) -> Tensor:
         return image_blocks(batch["input_ids"], self.image_token_id)

@@ -43,7 +43,7 @@ class Idefics3Family(CausalFamily):
     def image_end(self) -> tuple[str, str]:
         return self.processor.fake_image_token, ""
 
-    def pixels(self, image: Image.Image) -> Pixels:
+    def preprocess_image(self, image: Image.Image) -> Pixels:
         """pixel_values [tiles, 3, height, width]; pixel_attention_mask [tiles, height, width]; rows, cols [].
 
         `rows` and `cols` are those of the tiles besides the whole image, 0 where there are none.

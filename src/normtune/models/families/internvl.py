@@ -28,7 +28,7 @@ class InternVLFamily(CausalFamily):
     def image_end(self) -> tuple[str, str]:
         return self.processor.end_image_token, ""
 
-    def pixels(self, image: Image.Image) -> Pixels:
+    def preprocess_image(self, image: Image.Image) -> Pixels:
         """pixel_values [patches, 3, size, size]; patches []."""
         prepared = self.processor.image_processor([image], return_tensors="pt", crop_to_patches=True)
         patches = prepared["pixel_values"]

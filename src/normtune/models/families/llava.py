@@ -49,7 +49,7 @@ class LlavaFamily(CausalFamily):
             return self.processor.image_token * len(pixels[FEATURES])
         return super().image_text(pixels)
 
-    def spoken(self, tokens: Sequence[int]) -> str:
+    def decode_answer(self, tokens: Sequence[int]) -> str:
         """LLaVA-Med 1.0's answers end with a separator, which is no special token and is not decoded."""
         ended = bool(tokens) and tokens[-1] in self.ends
-        return super().spoken(tokens[:-1] if ended else tokens)
+        return super().decode_answer(tokens[:-1] if ended else tokens)

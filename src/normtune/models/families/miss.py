@@ -19,7 +19,7 @@ from normtune.data.groups import Group, Segment
 from normtune.errors import InputError
 from normtune.models.answer_loss import Head
 from normtune.models.family import Family
-from normtune.models.frozen_trunk import Below, GroupStates, own_parameters
+from normtune.models.frozen_trunk import FrozenTrunk, TrunkStates, own_parameters
 from normtune.models.generation import OnTokens
 from normtune.models.miss.config import MissConfig
 from normtune.models.miss.model import MissForQuestionAnswering
@@ -62,13 +62,13 @@ class MissFamily(Family):
     def config(self) -> MissConfig:
         return self.model.config
 
-    def pixels(self, image: Image.Image) -> Pixels:
+    def preprocess_image(self, image: Image.Image) -> Pixels:
         """One image resized to the model's square: `pixel_values` [3, size, size]."""
         prepared = self.processor.image_processor(image, return_tensors="pt")
         return {"pixel_values": prepared["pixel_values"][0]}
 
     @torch.no_grad()
-    def seen(self, pixels: Pixels) -> Pixels:
+    def encode_image(self, pixels: Pixels) -> Pixels:
         """`image_states` [1 + patches, width], on the CPU."""
         states = self.model.visual_encoder(pixels["pixel_values"][None].to(self.device))
         return {"image_states": states[0].cpu()}
@@ -77,7 +77,7 @@ class MissFamily(Family):
         """The image states, 1 + patches an image."""
         return len(images) * self.model.visual_encoder.pos_embed.shape[1]
 
-    def encode(self, id: str, question: str, answer: str | None, *, report: bool = False) -> Segment:
+    def tokenize(self, id: str, question: str, answer: str | None, *, report: bool = False) -> Segment:
         """[ENC] question [SEP], at most 35 tokens, and answer [SEP]; no question: the report prompt."""
         asked = self._tokens(question or tasks.REPORT_PROMPT)[: QUESTION_TOKENS - 2]
         end = self.config.eos_token_id
@@ -145,10 +145,10 @@ class MissFamily(Family):
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long() if padded else None
         return {"input_ids": ids, "attention_mask": mask}
 
-    def below(self, trained: Collection[nn.Parameter]) -> Below | None:
+    def frozen_trunk(self, trained: Collection[nn.Parameter]) -> FrozenTrunk | None:
         """All but the decoder, where nothing else is trained."""
         decoder = own_parameters(self.model.text_decoder)
-        return MissBelow(self) if all(id(one) in decoder for one in trained) else None
+        return MissTrunk(self) if all(id(one) in decoder for one in trained) else None
 
     @property
     def head(self) -> Head:
@@ -159,7 +159,7 @@ class MissFamily(Family):
         return self.config.vocab_size
 
     @property
-    def longest_answer(self) -> int:
+    def max_answer_tokens(self) -> int:
         """See `Family.longest_answer`; the first position is the start token's."""
         return self.config.text("decoder").max_position_embeddings - 1
 
@@ -178,7 +178,7 @@ class MissFamily(Family):
         return torch.arange(batch["pairs"], device=batch["labels"].device)
 
     @torch.inference_mode()
-    def answer(
+    def generate_answers(
         self,
         groups: Sequence[Group],
         pixels: Sequence[Sequence[Pixels]],
@@ -197,33 +197,33 @@ class MissFamily(Family):
             name: value.to(self.device) if isinstance(value, Tensor) else value
             for name, value in self._questions(groups, pixels).items()
         }
-        selected = None if self.texts is None else self.texts.select
+        selected = None if self.active_text_rows is None else self.active_text_rows.select
         found = self.model.generate(
             max_new_tokens=max_new_tokens, beams=beams, selected=selected, on_tokens=on_tokens, **batch
         )
         return self._as_answers(groups, found)
 
 
-class MissBelow(Below):
+class MissTrunk(FrozenTrunk):
     """The image and text encoders."""
 
-    told = "question states, which the decoder reads"
-    above = ("text_decoder",)
+    description = "question states, which the decoder reads"
+    excluded_modules = ("text_decoder",)
 
     def __init__(self, family: MissFamily) -> None:
         self.family = family
 
-    def reads(self, segment: Segment) -> tuple[int, ...]:
+    def tokens_of(self, segment: Segment) -> tuple[int, ...]:
         return segment.prompt
 
     @torch.no_grad()
-    def states(self, group: Group, images: Sequence[Pixels]) -> GroupStates:
+    def states(self, group: Group, images: Sequence[Pixels]) -> TrunkStates:
         batch = send_to_device(self.family._questions([group], [images]), self.family.device)
         found = self.family.model.encode_questions(**batch).cpu()
         rows = [states[: len(one.prompt)] for one, states in zip(group.segments, found, strict=True)]
-        return GroupStates((), found.new_zeros(0, found.shape[-1]), tuple(rows))
+        return TrunkStates((), found.new_zeros(0, found.shape[-1]), tuple(rows))
 
-    def collate(self, groups: Sequence[Group], states: Sequence[GroupStates]) -> Batch:
+    def collate(self, groups: Sequence[Group], states: Sequence[TrunkStates]) -> Batch:
         segments = [segment for group in groups for segment in group.segments]
         rows = [question for one in states for question in one.segments]
         return {

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from normtune.data.groups import Group, Segment
 from normtune.models.answer_loss import Head
 from normtune.models.causal.family import CausalFamily
-from normtune.models.causal.prompts import Tokens
+from normtune.models.causal.prompts import TokenIds
 from normtune.models.causal.shared_prefix import PAD, PREFIX, SharedSequence
 from normtune.models.types import Batch, Pixels
 
@@ -26,16 +26,16 @@ class PrefixAndSuffix:
     def __init__(self, processor: Any) -> None:
         self.tokenizer = processor.tokenizer
 
-    def prefix(self, images: Sequence[str]) -> Tokens:
+    def prefix(self, images: Sequence[str]) -> TokenIds:
         """What comes before the question: the images alone."""
         return self._tokens("".join(images))
 
-    def segment(self, id: str, question: str, answer: str | None) -> tuple[Tokens, Tokens]:
+    def segment(self, id: str, question: str, answer: str | None) -> tuple[TokenIds, TokenIds]:
         """See `Conversation.segment`."""
         prompt = self._tokens(f"{self.tokenizer.bos_token}{question}\n")
         return prompt, () if answer is None else self._tokens(answer + self.tokenizer.eos_token)
 
-    def _tokens(self, text: str) -> Tokens:
+    def _tokens(self, text: str) -> TokenIds:
         return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
 
 
@@ -63,34 +63,34 @@ class PaliGemmaFamily(CausalFamily):
         plain, cap = super().head, self.cap
         return plain if cap is None else lambda states: cap * torch.tanh(plain(states) / cap)
 
-    def below(self, trained: Collection[nn.Parameter]) -> None:
+    def frozen_trunk(self, trained: Collection[nn.Parameter]) -> None:
         """Nothing is held: an image's states differ from question to question."""
 
-    def converse(self) -> PrefixAndSuffix:
+    def prompt_format(self) -> PrefixAndSuffix:
         return PrefixAndSuffix(self.processor)
 
     def image_text(self, pixels: Pixels) -> str:
         return self.processor.image_token * self.processor.image_seq_length
 
-    def arrange(
+    def group_prefixes(
         self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]]
-    ) -> tuple[list[Group], list[Tokens], list[Sequence[Pixels]]]:
+    ) -> tuple[list[Group], list[TokenIds], list[Sequence[Pixels]]]:
         """Groups of one, whose prefix is image and question; they share the image's pixels."""
         alone: list[Group] = []
-        prefixes: list[Tokens] = []
+        prefixes: list[TokenIds] = []
         images: list[Sequence[Pixels]] = []
         for group, shown in zip(groups, pixels, strict=True):
-            start = self.conversation.prefix([self.image_text(image) for image in shown])
+            start = self.prompts.prefix([self.image_text(image) for image in shown])
             for segment in group.segments:
                 alone.append(Group(group.images, (Segment(segment.id, (), segment.answer),)))
                 prefixes.append(start + segment.prompt)
                 images.append(shown)
         return alone, prefixes, images
 
-    def blocks(self, batch: Batch) -> Tensor:
+    def bidirectional_blocks(self, batch: Batch) -> Tensor:
         return batch["group_of"].where(batch["segment_of"] == PREFIX, PAD)
 
     def positions(
-        self, sequence: SharedSequence, prefixes: Sequence[Tokens], pixels: Sequence[Sequence[Pixels]]
+        self, sequence: SharedSequence, prefixes: Sequence[TokenIds], pixels: Sequence[Sequence[Pixels]]
     ) -> Tensor:
         return sequence.position_ids + 1

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLProcessor, Qwen2VLProcessor, Qwen3VLProcessor
 
 from normtune.models.causal.family import FEATURES, CausalFamily, joined
-from normtune.models.causal.prompts import Tokens
+from normtune.models.causal.prompts import TokenIds
 from normtune.models.causal.shared_prefix import PREFIX, SharedSequence
 from normtune.models.processors import image_only
 from normtune.models.types import Batch, Pixels
@@ -47,7 +47,7 @@ class QwenVLFamily(CausalFamily):
             "image_grid_thw": torch.stack([image["image_grid_thw"] for image in images]),
         }
 
-    def pixels(self, image: Any) -> Pixels:
+    def preprocess_image(self, image: Any) -> Pixels:
         """pixel_values [patches, patch width]; image_grid_thw [3], the patches in time, height and width."""
         prepared = self.processor.image_processor([image], return_tensors="pt")
         return {
@@ -60,7 +60,7 @@ class QwenVLFamily(CausalFamily):
         return self.processor.image_token * (patches // self.processor.image_processor.merge_size**2)
 
     def positions(
-        self, sequence: SharedSequence, prefixes: Sequence[Tokens], pixels: Sequence[Sequence[Pixels]]
+        self, sequence: SharedSequence, prefixes: Sequence[TokenIds], pixels: Sequence[Sequence[Pixels]]
     ) -> Tensor:
         """[3, B, S]: time, height and width. Segments go on where their own conversation would."""
         positions = sequence.position_ids.expand(3, -1, -1).clone()
@@ -85,8 +85,8 @@ class QwenVLFamily(CausalFamily):
         every |= {f"{FEATURES}_{level}": of_level for level, of_level in enumerate(levels)}
         return {name: joined(one) for name, one in every.items()}
 
-    def embedded(self, batch: Batch, features: dict[str, Tensor]) -> dict[str, Any]:
-        arguments = super().embedded(batch, features)
+    def input_embeddings(self, batch: Batch, features: dict[str, Tensor]) -> dict[str, Any]:
+        arguments = super().input_embeddings(batch, features)
         levels = [features[f"{FEATURES}_{level}"] for level in range(len(features) - 1)]
         if levels:
             arguments["visual_pos_masks"] = batch["input_ids"] == self.image_token_id

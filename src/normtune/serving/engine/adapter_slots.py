@@ -22,16 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from normtune.adapters.fingerprint import fingerprint, same_base
-from normtune.adapters.info import DeltaInfo, parse_info
-from normtune.adapters.multi.bank import Mixed, mix
-from normtune.adapters.multi.lora import LoraRows, mix_linears, targets
-from normtune.adapters.multi.rows import Owners
-from normtune.adapters.storage import INFO_FILE, TENSORS_FILE, read_delta, read_tensors
+from normtune.adapters.info import AdapterInfo, parse_info
+from normtune.adapters.multi.bank import AdapterBank, build_bank
+from normtune.adapters.multi.lora import LoRABank, add_lora_bank, targets
+from normtune.adapters.multi.rows import RowAdapters
+from normtune.adapters.storage import INFO_FILE, TENSORS_FILE, read_adapter_info, read_tensors
 from normtune.errors import InputError
-from normtune.methods.adapt import adapt, untune
+from normtune.methods.adapt import adapt, restore_base
 from normtune.models.part_names import IMAGE_PARTS
 from normtune.runtime.files import read_json
-from normtune.serving.engine.requests import AdapterInfo, UnknownAdapter
+from normtune.serving.engine.requests import ServedAdapter, UnknownAdapter
 
 BASE = 0  # the slot of the base's own gains; nobody else gets it
 BANK_BYTES = 256 << 20  # where nothing else is said, and no more slots than
@@ -41,7 +41,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class Entry:
+class AdapterSlot:
     """One registered adapter, or the base.
 
     Attributes:
@@ -53,14 +53,14 @@ class Entry:
         removed: no longer registered; requests that were accepted are answered all the same.
     """
 
-    told: AdapterInfo
+    told: ServedAdapter
     sha256: str
     slot: int | None = None
     pins: int = 0
     images: str = ""
     removed: bool = False
 
-    def info(self) -> AdapterInfo:
+    def info(self) -> ServedAdapter:
         return replace(self.told, loaded=self.slot is not None, running=self.pins)
 
 
@@ -89,25 +89,25 @@ class Adapters:
                     f"adapters of this base take {self.entry_bytes:,} bytes each and the base itself as "
                     "many, which the memory for adapters does not hold. Allow more of it."
                 )
-            mixed = mix(tuned, slots)
+            mixed = build_bank(tuned, slots)
         except InputError:
-            untune(tuned)
+            restore_base(tuned)
             raise
-        self.bank: Mixed = replace(mixed, grads=mixed.grads.new_zeros(0))  # nothing is trained
+        self.bank: AdapterBank = replace(mixed, grads=mixed.grads.new_zeros(0))  # nothing is trained
         for one in self.bank.banks:
             one.requires_grad_(False)
-        self.lora: LoraRows | None = None
+        self.lora: LoRABank | None = None
         if matrices:
-            self.lora = mix_linears(model, matrices, slots, mixed.images, mixed.texts)
-        self.base = Entry(_base_info(self.entry_bytes), "", BASE)
+            self.lora = add_lora_bank(model, matrices, slots, mixed.images, mixed.texts)
+        self.base = AdapterSlot(_base_info(self.entry_bytes), "", BASE)
         self.loads = self.evictions = 0
         self.seconds_loading = 0.0
         self._base_row = self.bank.values[BASE].cpu()
         self._of_images = torch.zeros(len(self._base_row), dtype=torch.bool)
-        for name, place in self.bank.places.items():
-            self._of_images[place] = tuned.places[name][0] in IMAGE_PARTS
-        self._registered: dict[str, Entry] = {}
-        self._loaded: OrderedDict[Entry, int] = OrderedDict()  # entry -> slot, the longest idle first
+        for name, place in self.bank.slices.items():
+            self._of_images[place] = tuned.part_and_role[name][0] in IMAGE_PARTS
+        self._registered: dict[str, AdapterSlot] = {}
+        self._loaded: OrderedDict[AdapterSlot, int] = OrderedDict()  # entry -> slot, the longest idle first
         self._free = [*range(slots - 1, BASE, -1)]
         self._lock = Lock()
 
@@ -118,7 +118,7 @@ class Adapters:
 
     # --- the register ---------------------------------------------------------------------------------------
 
-    def register(self, name: str, folder: Path) -> AdapterInfo:
+    def register(self, name: str, folder: Path) -> ServedAdapter:
         """Make an adapter known by its folder; its tensors are not read yet.
 
         Raises:
@@ -131,8 +131,8 @@ class Adapters:
         if not (folder / TENSORS_FILE).is_file():
             raise InputError(f"{folder / TENSORS_FILE} is missing. Copy the delta anew.")
         self._check(name, info)
-        entry = Entry(
-            AdapterInfo(
+        entry = AdapterSlot(
+            ServedAdapter(
                 name=name,
                 folder=folder,
                 recipe=info.recipe,
@@ -166,7 +166,7 @@ class Adapters:
             entry.removed = True
             self._leave(entry)
 
-    def find(self, name: str | None) -> Entry:
+    def find(self, name: str | None) -> AdapterSlot:
         """The adapter of that name; None: the base.
 
         Raises:
@@ -185,7 +185,7 @@ class Adapters:
         with self._lock:
             return name in self._registered
 
-    def infos(self) -> list[AdapterInfo]:
+    def infos(self) -> list[ServedAdapter]:
         """All that are registered, in the order in which they were."""
         with self._lock:
             return [entry.info() for entry in self._registered.values()]
@@ -195,7 +195,7 @@ class Adapters:
         with self._lock:
             return len(self._registered), len(self._loaded)
 
-    def _check(self, name: str, info: DeltaInfo) -> None:
+    def _check(self, name: str, info: AdapterInfo) -> None:
         if not same_base(info.base_fingerprint, self.fingerprint):
             raise InputError(
                 f"adapter '{name}' was trained on '{info.base_name}', and the base here has other values or "
@@ -204,7 +204,7 @@ class Adapters:
         for tensor, one in info.tensors.items():
             if one.method == "lora" and self.lora is not None:
                 continue
-            place = self.bank.places.get(tensor)
+            place = self.bank.slices.get(tensor)
             if place is None:
                 served = "norms alone" if self.lora is None else "norms and LoRA alone"
                 room = ", or make room for it (--lora-rank)" if one.method == "lora" else ""
@@ -225,7 +225,7 @@ class Adapters:
 
     # --- the bank -------------------------------------------------------------------------------------------
 
-    def pin(self, entry: Entry) -> int:
+    def pin(self, entry: AdapterSlot) -> int:
         """The slot of an adapter, loaded where it was not; it stays until it is unpinned as often.
 
         Raises:
@@ -244,7 +244,7 @@ class Adapters:
             slot = self._free.pop() if self._free else self._evicted()
             self.bank.values[slot].copy_(row)
             if self.lora is not None:
-                self.lora.put(slot, matrices)
+                self.lora.set_adapter(slot, matrices)
             entry.slot, self._loaded[entry] = slot, slot
             entry.images = self._seen_by(row, matrices)
             entry.pins += 1
@@ -252,7 +252,7 @@ class Adapters:
             self.seconds_loading += time.monotonic() - began
         return slot
 
-    def unpin(self, entry: Entry) -> None:
+    def unpin(self, entry: AdapterSlot) -> None:
         """One request of the adapter is done."""
         if entry is self.base:
             return
@@ -261,16 +261,16 @@ class Adapters:
             if entry.removed:
                 self._leave(entry)
 
-    def looked_at_by(self, owners: Owners | None) -> AbstractContextManager[None]:
+    def looked_at_by(self, owners: RowAdapters | None) -> AbstractContextManager[None]:
         """Inside, text layers that read images give each study the LoRA of its owner."""
-        return nullcontext() if self.lora is None else self.lora.memory.taken_by(owners)
+        return nullcontext() if self.lora is None else self.lora.memory.use(owners)
 
-    def _rows(self, entry: Entry) -> tuple[Tensor, Tensor | None]:
+    def _rows(self, entry: AdapterSlot) -> tuple[Tensor, Tensor | None]:
         """All values of the bank's norms, those that the adapter trains and the base's others: [values]; and
         those of its LoRA."""
         name, folder = entry.told.name, entry.told.folder
         try:
-            info = read_delta(folder)
+            info = read_adapter_info(folder)
             if info.sha256 != entry.sha256:
                 raise InputError("it is not the one that was registered")
             self._check(name, info)
@@ -283,13 +283,13 @@ class Adapters:
             ) from error
         row = self._base_row.clone()
         for tensor, values in tensors.items():
-            if tensor in self.bank.places:
-                row[self.bank.places[tensor]] = values.to(row.dtype)
+            if tensor in self.bank.slices:
+                row[self.bank.slices[tensor]] = values.to(row.dtype)
         return row, None if self.lora is None else self.lora.row(info, tensors)
 
     def _seen_by(self, row: Tensor, matrices: Tensor | None) -> str:
         values = row[self._of_images]
-        added = torch.zeros(0) if self.lora is None else self.lora.of_images(matrices)
+        added = torch.zeros(0) if self.lora is None else self.lora.image_values(matrices)
         if torch.equal(values, self._base_row[self._of_images]) and not len(added):
             return ""
         return hashlib.sha256(torch.cat((values, added)).numpy().data).hexdigest()
@@ -303,7 +303,7 @@ class Adapters:
         self.evictions += 1
         return slot
 
-    def _leave(self, entry: Entry) -> None:
+    def _leave(self, entry: AdapterSlot) -> None:
         """Free the slot of an adapter that is not running."""
         if entry.slot is not None and not entry.pins:
             self._free.append(self._loaded.pop(entry))
@@ -313,11 +313,11 @@ class Adapters:
         """Give the base its own layers back."""
         if self.lora is not None:
             self.lora.remove()
-        untune(self.bank.tuned)
+        restore_base(self.bank.tuned)
 
 
-def _base_info(size: int) -> AdapterInfo:
-    return AdapterInfo("", Path(), "frozen", "", 0, 0, size, True, 0)
+def _base_info(size: int) -> ServedAdapter:
+    return ServedAdapter("", Path(), "frozen", "", 0, 0, size, True, 0)
 
 
 def _unknown(name: str) -> str:

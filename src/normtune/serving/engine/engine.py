@@ -22,7 +22,7 @@ from pathlib import Path
 from threading import Condition, Thread
 from typing import Any, Self
 
-from normtune.adapters.multi.rows import Owners
+from normtune.adapters.multi.rows import RowAdapters
 from normtune.data import tasks
 from normtune.data.groups import Group
 from normtune.data.tasks import MAX_ANSWER_TOKENS
@@ -32,9 +32,9 @@ from normtune.models.family import Family
 from normtune.models.types import Answer, Pixels
 from normtune.serving.engine.adapter_slots import BASE, Adapters
 from normtune.serving.engine.image_states import ImageStates, Key, digest_of
-from normtune.serving.engine.queue import Job, Text, apart, grouped, take
-from normtune.serving.engine.requests import AdapterInfo, Busy, Closed, EngineStats, Reply, Request
-from normtune.serving.engine.stable_text import settled
+from normtune.serving.engine.queue import Job, Text, grouped, separate_images, take_batch
+from normtune.serving.engine.requests import Busy, Closed, EngineStats, Reply, Request, ServedAdapter
+from normtune.serving.engine.stable_text import stable_text
 
 IMAGE_BYTES = 512 << 20  # of image states that are held
 
@@ -74,7 +74,7 @@ class Engine:
         self.queue_limit = queue_limit
         self._adapters = Adapters(family.model, adapter_memory, lora_rank)
         self._images = ImageStates(image_memory)
-        family.texts = self._adapters.bank.texts
+        family.active_text_rows = self._adapters.bank.texts
         self._changed = Condition()  # guards what follows
         self._queue: list[Job] = []
         self._closing = self._given_back = False
@@ -135,7 +135,7 @@ class Engine:
             self._changed.notify_all()
         return job.future
 
-    def register(self, name: str, folder: Path) -> AdapterInfo:
+    def register(self, name: str, folder: Path) -> ServedAdapter:
         """Make an adapter known; its tensors are read when it is first asked for.
 
         Raises:
@@ -151,7 +151,7 @@ class Engine:
         """
         self._adapters.remove(name)
 
-    def adapters(self) -> list[AdapterInfo]:
+    def adapters(self) -> list[ServedAdapter]:
         """All that are registered, in the order in which they were."""
         return self._adapters.infos()
 
@@ -195,7 +195,7 @@ class Engine:
         with self._changed:
             given_back, self._given_back = self._given_back, True
         if not given_back:
-            self.family.texts = None
+            self.family.active_text_rows = None
             self._adapters.close()
 
     def _check_room(self) -> None:
@@ -247,7 +247,7 @@ class Engine:
                     continue
                 left = self._queue[0].arrived + self.max_wait - time.monotonic()
                 if len(self._queue) >= self.max_batch or left <= 0 or self._closing:
-                    jobs = take(self._queue, self.max_batch, self._adapters.room)
+                    jobs = take_batch(self._queue, self.max_batch, self._adapters.room)
                     self._running = len(jobs)
                     return jobs
                 self._changed.wait(left)
@@ -275,15 +275,15 @@ class Engine:
 
     def _prepare(self, job: Job, seen: dict[Key, Pixels]) -> None:
         report = job.question is None
-        job.segment = self.family.encode(str(job.number), job.question or "", None, report=report)
+        job.segment = self.family.tokenize(str(job.number), job.question or "", None, report=report)
         for image, digest in zip(job.images, job.keys, strict=True):
             key = job.entry.images, digest
             states = seen.get(key) or self._images.get(key)
             self._count("images_computed" if states is None else "images_reused")
             if states is None:
                 assert job.entry.slot is not None, "pinned"
-                with self._adapters.bank.taken_by(Owners([job.entry.slot]), None):
-                    states = self.family.seen(self.family.pixels(image))
+                with self._adapters.bank.use(RowAdapters([job.entry.slot]), None):
+                    states = self.family.encode_image(self.family.preprocess_image(image))
                 self._images.put(key, states)
             seen[key] = states
         job.shown = tuple(seen[job.entry.images, digest] for digest in job.keys)
@@ -320,13 +320,13 @@ class Engine:
         shown, studies = [jobs[0].shown for jobs in groups], None
         if (lora := self._adapters.lora) is not None and lora.reads_images:
             slots = [jobs[0].entry.slot or BASE for jobs in groups]
-            shown, whose = apart(groups, [slot if slot in lora.used else BASE for slot in slots])
-            studies = Owners(whose)
+            shown, whose = separate_images(groups, [slot if slot in lora.used else BASE for slot in slots])
+            studies = RowAdapters(whose)
         with (
-            self._adapters.bank.taken_by(None, Owners(owners)),  # images are seen already
+            self._adapters.bank.use(None, RowAdapters(owners)),  # images are seen already
             self._adapters.looked_at_by(studies),
         ):
-            return self.family.answer(
+            return self.family.generate_answers(
                 asked,
                 shown,
                 max_new_tokens=first.limit,
@@ -342,7 +342,7 @@ class Engine:
                 continue
             job.tokens.append(token)
             try:
-                job.tell(settled(self.family, job.tokens))
+                job.send(stable_text(self.family, job.tokens))
             except Exception as error:
                 job.fault = error
 
@@ -355,8 +355,8 @@ class Engine:
             score = answer.score if math.isfinite(answer.score) else None
             if job.fault is not None:
                 raise job.fault
-            job.tell(answer.text)
-            if not answer.text.startswith(job.told):  # by rounding, in a batch of another size
+            job.send(answer.text)
+            if not answer.text.startswith(job.sent_text):  # by rounding, in a batch of another size
                 raise RuntimeError("an answer came out otherwise when its batch was tried again")
         except Exception as error:
             self._fail(job, error)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from normtune.data.groups import Segment
 from normtune.models.types import Pixels
-from normtune.serving.engine.adapter_slots import BASE, Entry
+from normtune.serving.engine.adapter_slots import BASE, AdapterSlot
 from normtune.serving.engine.requests import Reply
 
 Text = Callable[[str], None]  # told the text so far, each time longer than before
@@ -35,7 +35,7 @@ class Job:
     images: tuple[Image.Image, ...]
     keys: tuple[str, ...]
     question: str | None
-    entry: Entry
+    entry: AdapterSlot
     limit: int
     beams: int
     future: Future[Reply]
@@ -44,17 +44,17 @@ class Job:
     segment: Segment | None = None
     shown: tuple[Pixels, ...] = ()
     tokens: list[int] = field(default_factory=list)
-    told: str = ""
+    sent_text: str = ""
     fault: Exception | None = None
 
-    def tell(self, text: str) -> None:
+    def send(self, text: str) -> None:
         """Hand the text so far to the listener, where it says more than the one before."""
-        if self.on_text is not None and len(text) > len(self.told) and text.startswith(self.told):
-            self.told = text
+        if self.on_text is not None and len(text) > len(self.sent_text) and text.startswith(self.sent_text):
+            self.sent_text = text
             self.on_text(text)
 
 
-def take(queue: list[Job], most: int, adapters: int) -> list[Job]:
+def take_batch(queue: list[Job], most: int, adapters: int) -> list[Job]:
     """Take the next batch out of the queue: the job that has waited longest, and those that can go with it.
 
     They write at most as many tokens with as many beams. At most `most` jobs of `adapters` adapters, the base
@@ -63,7 +63,7 @@ def take(queue: list[Job], most: int, adapters: int) -> list[Job]:
     first = queue[0]
     taken: list[Job] = []
     left: list[Job] = []
-    entries: set[Entry] = set()
+    entries: set[AdapterSlot] = set()
     for job in queue:
         alike = (job.limit, job.beams) == (first.limit, first.beams)
         own = set() if job.entry.slot == BASE else {job.entry}
@@ -76,7 +76,7 @@ def take(queue: list[Job], most: int, adapters: int) -> list[Job]:
     return taken
 
 
-def apart(
+def separate_images(
     groups: Sequence[Sequence[Job]], owners: Sequence[int]
 ) -> tuple[list[tuple[Pixels, ...]], list[int]]:
     """The images of each group, none of them shared by groups of several owners, and whose each study is.

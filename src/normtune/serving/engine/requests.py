@@ -60,7 +60,7 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class AdapterInfo:
+class ServedAdapter:
     """A registered adapter, as its `adapter.json` tells of it.
 
     Attributes:

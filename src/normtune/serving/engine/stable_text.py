@@ -13,7 +13,7 @@ _BROKEN = "\ufffd"  # what decoders write for bytes that are no character, or no
 _REWRITTEN = re.compile(r"(\s*\S){0,4}\s*\Z")  # where transformers' clean-up of blanks may change its mind
 
 
-def settled(family: Family, tokens: Sequence[int]) -> str:
+def stable_text(family: Family, tokens: Sequence[int]) -> str:
     """The beginning of an answer whose first tokens are these that every way of going on has in common.
 
     All tokens are decoded anew, as the family decodes an answer: whether a token stands with a blank before
@@ -26,7 +26,7 @@ def settled(family: Family, tokens: Sequence[int]) -> str:
       blank stays depends on at most so many.
     """
     tokenizer: Any = family.processor.tokenizer
-    text = family.spoken(tokens[: _before_bytes(tokenizer, tokens)]).rstrip(_BROKEN)
+    text = family.decode_answer(tokens[: _before_bytes(tokenizer, tokens)]).rstrip(_BROKEN)
     if tokenizer.clean_up_tokenization_spaces:
         text = _REWRITTEN.sub("", text, count=1)
     return text.rstrip()

@@ -24,13 +24,13 @@ from normtune.adapters.info import NOTICE
 from normtune.errors import InputError, did_you_mean
 from normtune.serving.engine.requests import Busy, Closed, UnknownAdapter
 from normtune.serving.http import batch, openai_api, openapi, paths
-from normtune.serving.http.chat import asked, events, reply_in_time
-from normtune.serving.http.errors import ClientGone, Refused, refusal, without_paths
-from normtune.serving.http.middleware import COOKIE, Gate
+from normtune.serving.http.chat import events, parse_request, reply_in_time
+from normtune.serving.http.errors import ClientGone, RequestRefused, refusal, without_paths
+from normtune.serving.http.middleware import COOKIE, RequestGate
 from normtune.serving.http.openapi import refusals
 from normtune.serving.http.pages import add_pages
 from normtune.serving.http.prometheus import CONTENT_TYPE, exposition
-from normtune.serving.http.state import Answers, Service, Settings
+from normtune.serving.http.state import EngineProtocol, Service, Settings
 from normtune.serving.http.streaming import Streamed
 from normtune.serving.http.uploads import Upload, open_upload, png_bytes
 
@@ -38,7 +38,7 @@ _PURPOSES = ("vision", "user_data", "assistants")
 _HTTP = {404: "there is no such address.", 405: "this address takes other methods."}
 
 
-def make_app(engine: Answers, settings: Settings) -> Gate:
+def make_app(engine: EngineProtocol, settings: Settings) -> RequestGate:
     """The ASGI application of one engine, which it closes at its end, after what was accepted is answered."""
     service = Service(engine, settings)
 
@@ -47,7 +47,7 @@ def make_app(engine: Answers, settings: Settings) -> Gate:
         yield
         service.close()
 
-    app = openapi.Described(
+    app = openapi.DocumentedApp(
         keys=bool(settings.keys),
         title="Normtune",
         description=NOTICE,
@@ -56,7 +56,9 @@ def make_app(engine: Answers, settings: Settings) -> Gate:
         docs_url=None,  # these pages load scripts of a CDN
         redoc_url=None,
     )
-    gate = Gate(app, keys=settings.keys, limits=settings.limits, budget=service.budget, hosts=settings.hosts)
+    gate = RequestGate(
+        app, keys=settings.keys, limits=settings.limits, budget=service.budget, hosts=settings.hosts
+    )
     _add_faults(app)
     _add_models(app, service)
     _add_chat(app, service)
@@ -81,7 +83,7 @@ def _methods(app: FastAPI, scope: Scope) -> list[str]:
 def _add_faults(app: FastAPI) -> None:
     """Every error has OpenAI's shape and one sentence."""
 
-    def respond(refused: Refused) -> Response:
+    def respond(refused: RequestRefused) -> Response:
         return JSONResponse(refused.body(), refused.status, headers=refused.headers())
 
     async def known(_: HttpRequest, error: Exception) -> Response:
@@ -90,21 +92,21 @@ def _add_faults(app: FastAPI) -> None:
     async def invalid(_: HttpRequest, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         if any(one["type"] == "json_invalid" for one in error.errors()):
-            return respond(Refused(400, "the body is not JSON."))
+            return respond(RequestRefused(400, "the body is not JSON."))
         field, sentence = openai_api.one_sentence(error.errors(), skip=1)
-        return respond(Refused(400, sentence, param=field or None))
+        return respond(RequestRefused(400, sentence, param=field or None))
 
     async def http(request: HttpRequest, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         status = error.status_code
-        refused = Refused(status, _HTTP.get(status, "the request cannot be read."))
+        refused = RequestRefused(status, _HTTP.get(status, "the request cannot be read."))
         headers = {"Allow": ", ".join(_methods(app, request.scope))} if status == 405 else {}
         return JSONResponse(refused.body(), status, headers=headers)
 
     async def unknown(_: HttpRequest, __: Exception) -> Response:
-        return respond(Refused(500, "the server failed at this request. Its log says where."))
+        return respond(RequestRefused(500, "the server failed at this request. Its log says where."))
 
-    for kind in (Refused, InputError, Busy, Closed, TimeoutError, ClientGone):
+    for kind in (RequestRefused, InputError, Busy, Closed, TimeoutError, ClientGone):
         app.add_exception_handler(kind, known)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
@@ -136,7 +138,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
         """One model."""
         found = entries().get(model)
         if found is None:
-            raise Refused(404, "there is no such model.", code="model_not_found", param="model")
+            raise RequestRefused(404, "there is no such model.", code="model_not_found", param="model")
         return found
 
 
@@ -147,7 +149,7 @@ def _add_chat(app: FastAPI, service: Service) -> None:
         if service.serves(name):
             return
         known = [service.settings.base, *(one.name for one in service.engine.adapters())]
-        raise Refused(
+        raise RequestRefused(
             404,
             f"there is no such model{did_you_mean(name, known) or '.'} /v1/models lists them.",
             code="model_not_found",
@@ -159,7 +161,7 @@ def _add_chat(app: FastAPI, service: Service) -> None:
         """Answer one question about an image, or without text write its report."""
         check_model(body.model)
         async with AsyncExitStack() as stack:
-            question = await stack.enter_async_context(asked(service, _owner(request), body))
+            question = await stack.enter_async_context(parse_request(service, _owner(request), body))
             if body.stream:
                 usage = bool(body.stream_options and body.stream_options.include_usage)
                 pieces = events(question, stack.pop_all(), usage=usage, seconds=seconds)
@@ -176,7 +178,7 @@ def _add_chat(app: FastAPI, service: Service) -> None:
     async def answer_batch(request: HttpRequest) -> Response:
         """Answer a JSONL of questions: one line for each, in their order, as they come."""
         data = await request.body()
-        rows = await service.aside(batch.read_rows, data, service.limits.batch_rows)
+        rows = await service.run_in_decoder(batch.read_rows, data, service.limits.batch_rows)
         for name in sorted({row.body.model for row in rows}):
             check_model(name)
         return Streamed(batch.answers(service, _owner(request), rows), "application/jsonl")
@@ -206,8 +208,8 @@ def _add_files(app: FastAPI, service: Service) -> None:
     ) -> dict[str, Any]:
         """Hold an image for later questions. Its pixels alone are kept, as PNG; its name is not."""
         if purpose not in _PURPOSES:
-            raise Refused(400, "files are images for questions: give purpose=vision.", param="purpose")
-        png, width, height = await service.aside(decode, await file.read())
+            raise RequestRefused(400, "files are images for questions: give purpose=vision.", param="purpose")
+        png, width, height = await service.run_in_decoder(decode, await file.read())
         return _file_entry(service.uploads.add(_owner(request), png, width, height))
 
     @app.get("/v1/files", response_model=openapi.FileList)
@@ -254,26 +256,30 @@ def _add_adapters(app: FastAPI, service: Service) -> None:
         """Register an adapter of the adapter root."""
         folder = paths.adapter_folder(root, body.folder or body.name)
         if service.serves(body.name):
-            raise Refused(409, "a model of that name is served already. Remove it first, or choose another.")
+            raise RequestRefused(
+                409, "a model of that name is served already. Remove it first, or choose another."
+            )
         try:
-            info = await service.aside(service.engine.register, body.name, folder)
+            info = await service.run_in_decoder(service.engine.register, body.name, folder)
         except InputError as error:
-            raise Refused(400, without_paths(str(error), [folder] + ([root] if root else []))) from None
+            raise RequestRefused(
+                400, without_paths(str(error), [folder] + ([root] if root else []))
+            ) from None
         return openai_api.adapter_entry(info)
 
     @app.delete("/v1/adapters/{name}", response_model=openapi.Deleted, responses=refusals(403, 404))
     async def remove_adapter(name: str) -> dict[str, Any]:
         """Forget an adapter; its files stay, and requests that were accepted are answered."""
         if root is None:
-            raise Refused(403, "adapters are not removed here. Start the server with --adapter-root.")
+            raise RequestRefused(403, "adapters are not removed here. Start the server with --adapter-root.")
         try:
-            await service.aside(service.engine.remove, name)
+            await service.run_in_decoder(service.engine.remove, name)
         except UnknownAdapter:
-            raise Refused(404, "there is no such adapter.", code="model_not_found") from None
+            raise RequestRefused(404, "there is no such adapter.", code="model_not_found") from None
         return {"id": name, "object": "adapter", "deleted": True}
 
 
-def _add_state(app: FastAPI, service: Service, gate: Gate) -> None:
+def _add_state(app: FastAPI, service: Service, gate: RequestGate) -> None:
     @app.get("/healthz", response_model=openapi.Health)
     async def healthz() -> dict[str, Any]:
         """Whether the server is there."""

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from normtune.errors import InputError
 from normtune.serving.engine.requests import Busy
 from normtune.serving.http import openai_api
-from normtune.serving.http.chat import asked
-from normtune.serving.http.errors import Refused, refusal
+from normtune.serving.http.chat import parse_request
+from normtune.serving.http.errors import RequestRefused, refusal
 from normtune.serving.http.state import Service
 
 _AT_ONCE = 64  # rows that the engine has of one batch
@@ -75,12 +75,12 @@ async def _line(service: Service, owner: str, row: openai_api.BatchRow) -> str:
 async def _answer(service: Service, owner: str, body: openai_api.ChatRequest) -> dict[str, Any]:
     while True:
         try:
-            async with asked(service, owner, body) as question:
+            async with parse_request(service, owner, body) as question:
                 reply = await asyncio.wait_for(question.reply, service.limits.request_s)
                 return openai_api.completion(question.id, question.model, reply, question.limit)
         except Busy:
             await asyncio.sleep(_PATIENCE_S)
-        except Refused as refused:
+        except RequestRefused as refused:
             if refused.code != "busy":
                 raise
             await asyncio.sleep(_PATIENCE_S)

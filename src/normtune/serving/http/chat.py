@@ -15,7 +15,7 @@ from starlette.types import Receive
 
 from normtune.serving.engine.requests import Closed, Reply, Request
 from normtune.serving.http import openai_api
-from normtune.serving.http.errors import ClientGone, Refused, refusal
+from normtune.serving.http.errors import ClientGone, RequestRefused, refusal
 from normtune.serving.http.remote_images import fetch
 from normtune.serving.http.state import Service
 from normtune.serving.http.uploads import decode_data_url, open_upload
@@ -24,7 +24,7 @@ _HEARTBEAT_S = 10.0  # a comment to keep proxies from closing a stream that wait
 
 
 @dataclass(frozen=True)
-class Asked:
+class ChatJob:
     """A question that the engine has: `reply` ends with its answer; `texts` gives the text as it grows."""
 
     id: str
@@ -35,7 +35,7 @@ class Asked:
 
 
 @asynccontextmanager
-async def asked(service: Service, owner: str, body: openai_api.ChatRequest) -> AsyncIterator[Asked]:
+async def parse_request(service: Service, owner: str, body: openai_api.ChatRequest) -> AsyncIterator[ChatJob]:
     """Hand a question to the engine; leaving the block cancels it, if it was not answered.
 
     Raises:
@@ -44,11 +44,15 @@ async def asked(service: Service, owner: str, body: openai_api.ChatRequest) -> A
     adapter = _adapter(service, body.model)
     question, references = read_messages(body.messages)
     if len(references) > service.limits.images:
-        raise Refused(400, f"more than {service.limits.images} images. Send the views of one study alone.")
+        raise RequestRefused(
+            400, f"more than {service.limits.images} images. Send the views of one study alone."
+        )
     if question is not None and len(question) > service.limits.question_characters:
-        raise Refused(400, f"the question has more than {service.limits.question_characters:,} characters.")
+        raise RequestRefused(
+            400, f"the question has more than {service.limits.question_characters:,} characters."
+        )
     if question is not None and not _is_unicode(question):
-        raise Refused(400, "the question holds half a character (a lone surrogate).", param="messages")
+        raise RequestRefused(400, "the question holds half a character (a lone surrogate).", param="messages")
     limit = _limit(service, body, question)
     loop, texts = asyncio.get_running_loop(), asyncio.Queue[str | None]()
 
@@ -67,9 +71,11 @@ async def asked(service: Service, owner: str, body: openai_api.ChatRequest) -> A
             charged += size
             images.append(image)
         request = Request(tuple(images), question, adapter, limit, body.beams)
-        reply = asyncio.wrap_future(await service.aside(service.engine.submit, request, on_text=on_text))
+        reply = asyncio.wrap_future(
+            await service.run_in_decoder(service.engine.submit, request, on_text=on_text)
+        )
         reply.add_done_callback(lambda _: texts.put_nowait(None))
-        yield Asked(f"chatcmpl-{secrets.token_hex(12)}", body.model, limit, reply, texts)
+        yield ChatJob(f"chatcmpl-{secrets.token_hex(12)}", body.model, limit, reply, texts)
     finally:
         if reply is not None and not reply.cancel() and not reply.cancelled():
             reply.exception()  # seen, so that asyncio does not report it
@@ -102,7 +108,7 @@ def read_messages(messages: list[openai_api.Message]) -> tuple[str | None, list[
     """
     said = [message for message in messages if message.role not in ("system", "developer")]
     if len(said) != 1 or said[0].role != "user":
-        raise Refused(
+        raise RequestRefused(
             400,
             "one question at a time: send one user message with the image and the question.",
             param="messages",
@@ -112,7 +118,7 @@ def read_messages(messages: list[openai_api.Message]) -> tuple[str | None, list[
     references = [part.image_url.url for part in parts if isinstance(part, openai_api.ImagePart)]
     references += [part.file.file_id for part in parts if isinstance(part, openai_api.FilePart)]
     if not references:
-        raise Refused(
+        raise RequestRefused(
             400, "no image: add an image_url part with a data URL to the message.", param="messages"
         )
     text = "\n".join(part.text for part in parts if isinstance(part, openai_api.TextPart)).strip()
@@ -123,7 +129,7 @@ async def _image(service: Service, owner: str, reference: str, name: str) -> Ima
     pixels = service.limits.pixels
     if reference.startswith("file-"):
         png = service.uploads.get(owner, reference[:64]).png
-        return await service.aside(open_upload, png, max_pixels=pixels, name=name)
+        return await service.run_in_decoder(open_upload, png, max_pixels=pixels, name=name)
 
     def read() -> Image.Image:
         if reference[:5].lower() == "data:":
@@ -132,10 +138,10 @@ async def _image(service: Service, owner: str, reference: str, name: str) -> Ima
             data = fetch(reference, service.settings.remote_hosts, service.limits.body_bytes, name)
         return open_upload(data, max_pixels=pixels, name=name)
 
-    return await service.aside(read)
+    return await service.run_in_decoder(read)
 
 
-async def reply_in_time(question: Asked, receive: Receive, seconds: float) -> Reply:
+async def reply_in_time(question: ChatJob, receive: Receive, seconds: float) -> Reply:
     """The reply.
 
     Raises:
@@ -168,7 +174,7 @@ async def until_gone(receive: Receive) -> None:
 
 
 async def events(
-    question: Asked, stack: AsyncExitStack, *, usage: bool, seconds: float
+    question: ChatJob, stack: AsyncExitStack, *, usage: bool, seconds: float
 ) -> AsyncIterator[str]:
     """The answer as server-sent events, OpenAI's chunks; `stack` holds the question, and is closed."""
     end = asyncio.get_running_loop().time() + seconds
@@ -195,7 +201,7 @@ async def events(
 _WAITING = "\0"
 
 
-async def _next_text(question: Asked, end: float) -> str | None:
+async def _next_text(question: ChatJob, end: float) -> str | None:
     """The text so far when it has grown, None when it is whole. Raises: TimeoutError."""
     left = end - asyncio.get_running_loop().time()
     try:
@@ -206,7 +212,7 @@ async def _next_text(question: Asked, end: float) -> str | None:
         return _WAITING
 
 
-def _piece(question: Asked, text: str) -> dict[str, Any]:
+def _piece(question: ChatJob, text: str) -> dict[str, Any]:
     return openai_api.chunk(question.id, question.model, {"content": text})
 
 

@@ -23,7 +23,7 @@ class ClientGone(Exception):
     """The client closed its connection; nobody waits for the answer."""
 
 
-class Refused(Exception):
+class RequestRefused(Exception):
     """A request that is not answered.
 
     Attributes:
@@ -61,27 +61,27 @@ class Refused(Exception):
         return found | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
 
 
-def refusal(error: BaseException) -> Refused:
+def refusal(error: BaseException) -> RequestRefused:
     """What `error` is told as: bad input by its sentence, anything else without a word from inside it."""
     match error:
-        case Refused():
+        case RequestRefused():
             return error
         case ClientGone():
-            return Refused(GONE, "the client has gone.")
+            return RequestRefused(GONE, "the client has gone.")
         case UnknownAdapter():
-            return Refused(404, without_paths(str(error)), code="model_not_found", param="model")
+            return RequestRefused(404, without_paths(str(error)), code="model_not_found", param="model")
         case InputError():
-            return Refused(400, without_paths(str(error)))
+            return RequestRefused(400, without_paths(str(error)))
         case Busy():
-            return Refused(
+            return RequestRefused(
                 429, "too many requests wait already. Ask again in a second.", code="busy", retry_after=1
             )
         case Closed() | CancelledError():
-            return Refused(503, "the server is going down. Ask another one, or later.", retry_after=5)
+            return RequestRefused(503, "the server is going down. Ask another one, or later.", retry_after=5)
         case TimeoutError():
-            return Refused(504, "no answer in the time that a request has.", code="timeout")
+            return RequestRefused(504, "no answer in the time that a request has.", code="timeout")
     record(error)
-    return Refused(500, "the server failed at this request. Its log says where.")
+    return RequestRefused(500, "the server failed at this request. Its log says where.")
 
 
 def record(error: BaseException) -> None:

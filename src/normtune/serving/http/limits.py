@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from normtune.errors import InputError
-from normtune.serving.http.errors import Refused
+from normtune.serving.http.errors import RequestRefused
 
 KEYS_VARIABLE = "NORMTUNE_API_KEYS"
 _SHORTEST_KEY = 16
@@ -56,7 +56,7 @@ class Limits:
     upload_s: float = 3_600.0
 
 
-class Keys:
+class ApiKeys:
     """API keys, held as digests; without any, every request is let in."""
 
     def __init__(self, keys: Mapping[str, str] | None = None) -> None:
@@ -95,7 +95,7 @@ def _owner(digest: bytes, known: Mapping[str, bytes]) -> str | None:
     return found
 
 
-def read_keys(file: Path | None, environment: Mapping[str, str] = os.environ) -> Keys:
+def read_keys(file: Path | None, environment: Mapping[str, str] = os.environ) -> ApiKeys:
     """Keys of a file, one a line as `KEY` or `NAME:KEY`, and of NORMTUNE_API_KEYS, separated by commas.
 
     Raises:
@@ -125,7 +125,7 @@ def read_keys(file: Path | None, environment: Mapping[str, str] = os.environ) ->
         if name in found or key in found.values():
             raise InputError(f"{where}: this key or its name is there twice. Remove one.")
         found[name] = key
-    return Keys(found)
+    return ApiKeys(found)
 
 
 class Rates:
@@ -151,7 +151,9 @@ class Rates:
             self._held.popitem(last=False)
         if tokens < 1:
             wait = math.ceil((1 - tokens) / self._per_second)
-            raise Refused(429, f"too many requests. The next is let in after {wait} s.", retry_after=wait)
+            raise RequestRefused(
+                429, f"too many requests. The next is let in after {wait} s.", retry_after=wait
+            )
 
 
 class Budget:
@@ -167,7 +169,7 @@ class Budget:
             Refused: 429, there are too few left now.
         """
         if count > self._left:
-            raise Refused(
+            raise RequestRefused(
                 429, "the server holds too many images just now. Ask again.", code="busy", retry_after=1
             )
         self._left -= count

@@ -15,8 +15,8 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from normtune.serving.engine.requests import Busy
-from normtune.serving.http.errors import GONE, LOG, ClientGone, Refused, refusal
-from normtune.serving.http.limits import Budget, Keys, Limits, Rates
+from normtune.serving.http.errors import GONE, LOG, ClientGone, RequestRefused, refusal
+from normtune.serving.http.limits import ApiKeys, Budget, Limits, Rates
 from normtune.serving.http.prometheus import Counts
 
 COOKIE = "normtune"
@@ -33,7 +33,7 @@ _HEADERS = {
 }
 
 
-class Gate:
+class RequestGate:
     """An ASGI application around another one.
 
     Args:
@@ -43,7 +43,7 @@ class Gate:
     """
 
     def __init__(
-        self, app: ASGIApp, *, keys: Keys, limits: Limits, budget: Budget, hosts: Iterable[str] | None
+        self, app: ASGIApp, *, keys: ApiKeys, limits: Limits, budget: Budget, hosts: Iterable[str] | None
     ) -> None:
         self._app, self._keys, self._limits, self._budget = app, keys, limits, budget
         self._hosts = None if hosts is None else frozenset(hosts)
@@ -73,7 +73,7 @@ class Gate:
         try:
             try:
                 self._admit(scope)
-            except Refused:
+            except RequestRefused:
                 await self._discard(receive)  # a client that still writes would not read the answer
                 raise
             body = await self._body(scope, receive)
@@ -104,9 +104,9 @@ class Gate:
         """Tell whose request it is, and let it in. Raises: Refused."""
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         if self._hosts is not None and _host(headers.get("host", "")) not in self._hosts:
-            raise Refused(421, "this server is not called by that name. Use the address it printed.")
+            raise RequestRefused(421, "this server is not called by that name. Use the address it printed.")
         if len(scope["path"]) > 512 or len(scope.get("query_string", b"")) > 2048:
-            raise Refused(414, "the address is too long.")
+            raise RequestRefused(414, "the address is too long.")
         path = scope["path"]
         if not path.startswith(("/v1/", "/reviews")):
             return
@@ -114,13 +114,15 @@ class Gate:
         if not self._keys:
             # a page of another site may send simple requests, though it cannot read the answers
             if headers.get("sec-fetch-site", "none") == "cross-site" and scope["method"] not in _SAFE:
-                raise Refused(403, "requests from pages of other sites are refused.")
+                raise RequestRefused(403, "requests from pages of other sites are refused.")
             self._rates.take(client)
         else:
             owner = self._owner(headers, path)
             if owner is None:
                 self._rates.take(f"unknown {client}")
-                raise Refused(401, "a key is needed: Authorization: Bearer KEY.", code="invalid_api_key")
+                raise RequestRefused(
+                    401, "a key is needed: Authorization: Bearer KEY.", code="invalid_api_key"
+                )
             scope["state"]["owner"] = owner
             self._rates.take(owner)
         if path == CHAT and self._questions >= self._limits.questions:
@@ -143,7 +145,7 @@ class Gate:
         most = self._limits.batch_bytes if scope["path"] == BATCH else self._limits.body_bytes
         pieces: list[bytes] = []
         size = taken = 0
-        refused: Refused | None = None
+        refused: RequestRefused | None = None
         try:
             async with asyncio.timeout(self._limits.body_s):
                 async for piece in _pieces(receive):
@@ -156,7 +158,7 @@ class Gate:
                     elif size > most + _PATIENCE * self._limits.body_bytes:
                         break
         except TimeoutError:
-            refused = refused or Refused(408, "the request did not arrive in time.")
+            refused = refused or RequestRefused(408, "the request did not arrive in time.")
         except BaseException:
             self._budget.give(taken)
             raise
@@ -165,13 +167,13 @@ class Gate:
             raise refused
         return b"".join(pieces)
 
-    def _too_much(self, size: int, most: int, more: int) -> Refused | None:
+    def _too_much(self, size: int, most: int, more: int) -> RequestRefused | None:
         """Set `more` bytes aside, or tell why not."""
         if size > most:
-            return Refused(413, f"the request has more than the {most >> 20} MiB that are taken.")
+            return RequestRefused(413, f"the request has more than the {most >> 20} MiB that are taken.")
         try:
             self._budget.take(more)
-        except Refused as refused:
+        except RequestRefused as refused:
             return refused
         return None
 
@@ -224,7 +226,7 @@ def _with_defaults(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, 
     return found + [(name, value) for name, value in more if name not in there]
 
 
-async def send_refusal(refused: Refused, send: Send) -> None:
+async def send_refusal(refused: RequestRefused, send: Send) -> None:
     """Send the error object."""
     body = json.dumps(refused.body()).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body))} | refused.headers()

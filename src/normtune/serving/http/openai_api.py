@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from normtune.serving.engine.requests import AdapterInfo, Reply
+from normtune.serving.engine.requests import Reply, ServedAdapter
 from normtune.serving.http.paths import NAME
 
 ADAPTER_NAME = f"^{NAME}$"
@@ -157,19 +157,19 @@ def last_chunks(id: str, model: str, reply: Reply, limit: int | None, usage: boo
     return [last, counted] if usage else [last]
 
 
-def model_entry(name: str, started: float, adapter: AdapterInfo | None = None) -> dict[str, Any]:
+def model_entry(name: str, started: float, adapter: ServedAdapter | None = None) -> dict[str, Any]:
     """A row of `/v1/models`."""
     own = "base" if adapter is None else "adapter"
     told = {"id": name, "object": "model", "created": int(started), "owned_by": "normtune", "kind": own}
     return told if adapter is None else told | {"recipe": adapter.recipe, "data": _trained_on(adapter)}
 
 
-def _trained_on(info: AdapterInfo) -> dict[str, Any]:
+def _trained_on(info: ServedAdapter) -> dict[str, Any]:
     known = ("name", "split", "licence", "task", "pairs")
     return {name: value for name, value in (info.data or {}).items() if name in known}
 
 
-def adapter_entry(info: AdapterInfo) -> dict[str, Any]:
+def adapter_entry(info: ServedAdapter) -> dict[str, Any]:
     """A row of `/v1/adapters`: what the adapter says of itself, without where it lies."""
     told = {"id": info.name, "object": "adapter", "recipe": info.recipe, "base": info.base.rpartition("/")[2]}
     return told | {

@@ -205,7 +205,7 @@ def _refusal(status: int) -> dict[str, Any]:
     return told | ({"headers": _HEADERS[status]} if status in _HEADERS else {})
 
 
-class Described(FastAPI):
+class DocumentedApp(FastAPI):
     """An application whose schema tells what the gate before it refuses, too.
 
     Args:

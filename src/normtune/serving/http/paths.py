@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from normtune.errors import InputError
-from normtune.serving.http.errors import Refused
+from normtune.serving.http.errors import RequestRefused
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}"  # of an adapter, and of each step to its folder
 _STEP = re.compile(NAME, re.ASCII)
@@ -21,14 +21,14 @@ def adapter_folder(root: Path | None, name: str) -> Path:
         Refused: there is no root (403), the name is not one (400), or there is no such folder inside (404).
     """
     if root is None:
-        raise Refused(403, "adapters are not registered here. Start the server with --adapter-root.")
+        raise RequestRefused(403, "adapters are not registered here. Start the server with --adapter-root.")
     steps = name.split("/")
     if not 1 <= len(steps) <= 4 or not all(_STEP.fullmatch(step) for step in steps):
-        raise Refused(400, "the folder is a name below the adapter root, as chest or run-3/chest.")
+        raise RequestRefused(400, "the folder is a name below the adapter root, as chest or run-3/chest.")
     inside = root.resolve()
     found = inside.joinpath(*steps).resolve()
     if not found.is_relative_to(inside) or not found.is_dir():  # a link may lead out of the root
-        raise Refused(404, "there is no such folder below the adapter root.", code="folder_not_found")
+        raise RequestRefused(404, "there is no such folder below the adapter root.", code="folder_not_found")
     return found
 
 
@@ -90,7 +90,7 @@ def review_page(folder: Path | None, name: str) -> Path:
         Refused: 404, there is none of that name.
     """
     if folder is None or not _is_page(folder, name):
-        raise Refused(404, "there is no such page.")
+        raise RequestRefused(404, "there is no such page.")
     return folder / name
 
 

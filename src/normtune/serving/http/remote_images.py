@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from normtune.errors import InputError
-from normtune.serving.http.errors import Refused
+from normtune.serving.http.errors import RequestRefused
 
 _SECONDS = 20.0
 _PIECE = 1 << 16
@@ -36,7 +36,7 @@ def fetch(url: str, hosts: Collection[str], max_bytes: int, name: str = "the ima
         raise InputError(f"{name}: its URL cannot be read. Send the image itself, as a data URL.") from None
     host = (parts.hostname or "") + (f":{port}" if port else "")
     if parts.scheme not in ("http", "https") or host not in hosts or parts.username is not None:
-        raise Refused(
+        raise RequestRefused(
             400,
             f"{name}: images of other hosts are not fetched. Send a data URL, or upload the file.",
             code="remote_image_refused",

@@ -14,8 +14,8 @@ import uvicorn
 from normtune.errors import InputError
 from normtune.serving.http.app import make_app
 from normtune.serving.http.errors import LOG
-from normtune.serving.http.middleware import Gate
-from normtune.serving.http.state import Answers, Settings
+from normtune.serving.http.middleware import RequestGate
+from normtune.serving.http.state import EngineProtocol, Settings
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _HEAD_BYTES = 64 << 10  # of a request's line and headers
@@ -54,7 +54,7 @@ def address(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def configuration(app: Gate, settings: Settings) -> uvicorn.Config:
+def configuration(app: RequestGate, settings: Settings) -> uvicorn.Config:
     """uvicorn's, for an application of `make_app`."""
     return uvicorn.Config(
         app,
@@ -70,7 +70,7 @@ def configuration(app: Gate, settings: Settings) -> uvicorn.Config:
 
 
 def run(
-    engine: Answers,
+    engine: EngineProtocol,
     settings: Settings,
     listening: socket.socket,
     *,

@@ -10,26 +10,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from normtune.serving.engine.requests import AdapterInfo, EngineStats, Reply, Request
-from normtune.serving.http.limits import Budget, Keys, Limits
+from normtune.serving.engine.requests import EngineStats, Reply, Request, ServedAdapter
+from normtune.serving.http.limits import ApiKeys, Budget, Limits
 from normtune.serving.http.uploads import Uploads
 
 Value = TypeVar("Value")
 _DECODERS = 4  # images decoded at once, which bounds the memory that decoding takes
 
 
-class Answers(Protocol):
+class EngineProtocol(Protocol):
     """What the server needs of `normtune.serving.engine.engine.Engine`."""
 
     def submit(
         self, request: Request, *, on_text: Callable[[str], None] | None = None
     ) -> Future[Reply]: ...  # pragma: no cover
 
-    def register(self, name: str, folder: Path) -> AdapterInfo: ...  # pragma: no cover
+    def register(self, name: str, folder: Path) -> ServedAdapter: ...  # pragma: no cover
 
     def remove(self, name: str) -> None: ...  # pragma: no cover
 
-    def adapters(self) -> list[AdapterInfo]: ...  # pragma: no cover
+    def adapters(self) -> list[ServedAdapter]: ...  # pragma: no cover
 
     def knows(self, name: str) -> bool: ...  # pragma: no cover
 
@@ -53,7 +53,7 @@ class Settings:
 
     base: str
     limits: Limits = field(default_factory=Limits)
-    keys: Keys = field(default_factory=Keys)
+    keys: ApiKeys = field(default_factory=ApiKeys)
     adapter_root: Path | None = None
     reviews: Path | None = None
     remote_hosts: frozenset[str] = frozenset()
@@ -65,7 +65,7 @@ class Settings:
 class Service:
     """A running server's parts."""
 
-    def __init__(self, engine: Answers, settings: Settings) -> None:
+    def __init__(self, engine: EngineProtocol, settings: Settings) -> None:
         limits = settings.limits
         self.engine, self.settings, self.limits = engine, settings, limits
         self.uploads = Uploads(limits.uploads, limits.upload_bytes, limits.upload_s)
@@ -77,7 +77,7 @@ class Service:
         """Whether requests may name it: the base, or an adapter that is registered."""
         return model == self.settings.base or self.engine.knows(model)
 
-    async def aside(self, work: Callable[..., Value], *arguments: Any, **named: Any) -> Value:
+    async def run_in_decoder(self, work: Callable[..., Value], *arguments: Any, **named: Any) -> Value:
         """Run `work` in a thread of the few that decode."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._pool, lambda: work(*arguments, **named))

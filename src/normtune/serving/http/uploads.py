@@ -23,7 +23,7 @@ from PIL import Image
 
 from normtune.data.images.files import open_image
 from normtune.errors import InputError
-from normtune.serving.http.errors import Refused
+from normtune.serving.http.errors import RequestRefused
 
 _SCANS = 200  # of a progressive JPEG; each is a pass over all pixels
 _ITEMS = 20_000  # of a DICOM file's sequences and fragments; reading one takes 25 microseconds
@@ -188,7 +188,7 @@ class Uploads:
         self._forget_old()
         found = self._held.get(id)
         if found is None or found.owner != owner:
-            raise Refused(404, "no such file is held. Upload it anew.", code="file_not_found")
+            raise RequestRefused(404, "no such file is held. Upload it anew.", code="file_not_found")
         return found
 
     def remove(self, owner: str, id: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from normtune.data.options import DataOptions
-from normtune.data.registry import open_from
+from normtune.data.registry import open_configured
 from normtune.errors import InputError
 from normtune.evaluation.results import read_run
 from normtune.runtime.files import read_json
@@ -93,7 +93,7 @@ def _pictures(study: Results, dataset: str, examples: list[Example], root: Path 
     spec = dict((study.spec.get("datasets") or {}).get(dataset) or {}) | {"root": root}
     try:
         options = DataOptions.checked(**{k: v for k, v in spec.items() if k in DataOptions.model_fields})
-        opened = open_from(options)
+        opened = open_configured(options)
         return {example.id: _uri(opened.open_image(example.images[0])) for example in examples}
     except InputError:
         return {}

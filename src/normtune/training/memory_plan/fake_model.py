@@ -19,7 +19,7 @@ WEIGHTS = (
 )  # buffers of whole numbers that are weights, of `normtune.training.memory_plan.quantized.StandIn`
 
 
-def hollow_out(model: nn.Module, device: torch.device) -> dict[int, nn.Parameter]:
+def use_fake_tensors(model: nn.Module, device: torch.device) -> dict[int, nn.Parameter]:
     """Put fake tensors on `device` in the place of a meta model's parameters and buffers.
 
     Buffers of whole numbers become real zeros. Returns the new parameters by the old ones' ids; tied ones
@@ -48,7 +48,7 @@ def hollow_out(model: nn.Module, device: torch.device) -> dict[int, nn.Parameter
     return made
 
 
-class RealMasks(TorchDispatchMode):
+class BooleanIndexing(TorchDispatchMode):
     """Inside, fake tensors are indexed by real masks as by the places that are true, which are known."""
 
     _INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)

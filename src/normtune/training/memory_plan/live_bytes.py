@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveTensorBytes(TorchDispatchMode):
     """Inside, every storage that an operation makes is counted until it is freed.
 
     Attributes:

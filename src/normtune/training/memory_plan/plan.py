@@ -15,26 +15,26 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 
-from normtune.data.batches import EpochBatches, Tokens
+from normtune.data.batches import EpochBatches, TokenCosts
 from normtune.data.records import Dataset, Example
-from normtune.data.registry import open_from
+from normtune.data.registry import open_configured
 from normtune.errors import InputError
 from normtune.methods.adapt import adapt
 from normtune.models.family import Family
 from normtune.models.image_cache import LIMIT_BYTES
-from normtune.models.loading import device_of, hollow
+from normtune.models.loading import load_without_weights, resolve_device
 from normtune.models.quantization import PACKAGES, quantised_linears
 from normtune.runtime.memory import available_bytes, resident_bytes
-from normtune.training.collator import Collator, collator
+from normtune.training.collator import Collator, build_collator
 from normtune.training.config import TrainConfig
-from normtune.training.layer_wrapping import EVERY, Tier, recomputed
-from normtune.training.memory_plan.fake_model import RealMasks, bytes_of, hollow_out
-from normtune.training.memory_plan.live_bytes import LiveBytes
-from normtune.training.memory_plan.quantized import linear_bytes, stand_in
-from normtune.training.saved_activations import lean
+from normtune.training.layer_wrapping import CHECKPOINT_EVERY, MemoryTier, checkpoint_activations
+from normtune.training.memory_plan.fake_model import BooleanIndexing, bytes_of, use_fake_tensors
+from normtune.training.memory_plan.live_bytes import LiveTensorBytes
+from normtune.training.memory_plan.quantized import insert_placeholders, linear_bytes
+from normtune.training.saved_activations import save_fewer_activations
 from normtune.training.token_counts import count_tokens
 
-ROOM = 0.95  # share of what is free that a run may take; allocators hold more than their tensors
+USABLE_SHARE = 0.95  # share of what is free that a run may take; allocators hold more than their tensors
 _COPIES = 3  # of what is trained, besides itself and its gradient: AdamW's two means, and the values before
 _WORD = 4  # bytes of an fp32 value
 
@@ -42,7 +42,7 @@ Groups = Sequence[Sequence[Example]]  # a batch: the examples of each group
 
 
 @dataclass(frozen=True)
-class Way:
+class MemoryOption:
     """One way to train, and the bytes that it takes.
 
     Attributes:
@@ -55,7 +55,7 @@ class Way:
         pairs: about so many of the run's pairs a step fit into what is free; None where that is not known.
     """
 
-    memory: Tier
+    memory: MemoryTier
     quantize: str | None
     weights: int
     optimiser: int
@@ -63,12 +63,12 @@ class Way:
     step: int
     program: int
     total: int
-    pairs: int | None
+    pairs_that_fit: int | None
     fits: bool | None
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """The run as asked (`asked`) and its other tiers and quantisations (`ways`, that one among them).
 
     Attributes:
@@ -83,14 +83,23 @@ class Plan:
     pairs: int
     rows: int
     tokens: int
-    asked: Way
-    ways: tuple[Way, ...]
+    requested: MemoryOption
+    options: tuple[MemoryOption, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """The plan with the keys that `normtune inspect --json` prints."""
+        keys = {"requested": "asked", "options": "ways", "pairs_that_fit": "pairs"}
+
+        def renamed(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {keys.get(key, key): renamed(entry) for key, entry in value.items()}
+            return [renamed(entry) for entry in value] if isinstance(value, tuple | list) else value
+
+        plan: dict[str, Any] = renamed(asdict(self))
+        return plan
 
 
-def plan(config: TrainConfig) -> Plan:
+def plan(config: TrainConfig) -> MemoryPlan:
     """What training as `config` says would take, and what its other tiers and quantisations would.
 
     Of the model its config and processor are read. The images are opened for their sizes, and one of each
@@ -101,15 +110,15 @@ def plan(config: TrainConfig) -> Plan:
         InputError: bad option, data, model or recipe, or a model that has no processor.
     """
     config = config.model_copy(update={"cache": None})  # what is on disk takes no memory
-    device = device_of(config.device)
-    dataset = open_from(config)
+    device = resolve_device(config.device)
+    dataset = open_configured(config)
     examples = config.select(dataset.split(config.split))
-    run = _HollowRun(config, dataset, examples, device)
+    run = _WeightlessRun(config, dataset, examples, device)
     costs = _Costs(run, dataset, examples)
     whole, small = costs.largest(config.batch), costs.largest(1)
     free = available_bytes(device)
     ways = []
-    for tier in EVERY:
+    for tier in CHECKPOINT_EVERY:
         step, least = run.step(whole, tier), run.step(small, tier)
         per_token = _slope(step, least, costs.of(whole), costs.of(small))
         per_pair = per_token * costs.of(whole) / _pairs(whole)
@@ -117,7 +126,7 @@ def plan(config: TrainConfig) -> Plan:
             ways.append(run.way(tier, quantize, step, per_pair, _pairs(whole), free))
     asked = next(way for way in ways if (way.memory, way.quantize) == (config.memory, config.quantize))
     rows, tokens = costs.shape(whole)
-    return Plan(
+    return MemoryPlan(
         str(device), config.dtype, free, config.batch, _pairs(whole), rows, tokens, asked, tuple(ways)
     )
 
@@ -131,7 +140,7 @@ def _pairs(groups: Groups) -> int:
     return sum(len(members) for members in groups)
 
 
-class _HollowRun:
+class _WeightlessRun:
     """The run of a config on a model without values.
 
     Attributes:
@@ -142,7 +151,7 @@ class _HollowRun:
         self, config: TrainConfig, dataset: Dataset, examples: Sequence[Example], device: torch.device
     ) -> None:
         self.config, self.device = config, device
-        self.family: Family = hollow(config.model)
+        self.family: Family = load_without_weights(config.model)
         model = self.family.model.to(getattr(torch, config.dtype))
         names = quantised_linears(model)
         linears: list[Any] = [model.get_submodule(name) for name in names]
@@ -160,32 +169,32 @@ class _HollowRun:
                 "bits: choose ln or lora there, or leave --quantize out."
             )
         self._lean = ExitStack()  # held, and never closed: the model serves nothing else
-        self._lean.enter_context(lean(model))
+        self._lean.enter_context(save_fewer_activations(model))
         if config.quantize is not None:
-            stand_in(linears, config.quantize)
-        new = hollow_out(model, device)
+            insert_placeholders(linears, config.quantize)
+        new = use_fake_tensors(model, device)
         tuned.trained = {name: new[id(one)] for name, one in tuned.trained.items()}
         model.train(not config.group)
         if hasattr(self.family, "attention"):
             self.family.attention = "dense"  # block masks are compiled; their kernels keep the same
         self.weights = bytes_of(model)
         self.optimiser = _COPIES * _WORD * tuned.trainable
-        with RealMasks():
-            self.collate: Collator = collator(config, self.family, tuned, dataset, examples)
+        with BooleanIndexing():
+            self.collate: Collator = build_collator(config, self.family, tuned, dataset, examples)
         self.examples = len(examples)
         self.images = {example.images for example in examples}
         self.program = resident_bytes()
 
-    def step(self, groups: Groups, tier: Tier) -> int:
+    def step(self, groups: Groups, tier: MemoryTier) -> int:
         """The most that a step adds to what is held before and after it."""
-        with RealMasks(), LiveBytes() as live:
+        with BooleanIndexing(), LiveTensorBytes() as live:
             before = self._kept()[0]
             batch = self.collate(groups)
             grown = self._kept()[0] - before
             seen = live.peak
             batch = send_to_device(batch, self.device)
             live.reset_peak()
-            with recomputed(self.family.model, tier):
+            with checkpoint_activations(self.family.model, tier):
                 self.family.loss(batch)[0].backward()
         self.family.model.zero_grad(set_to_none=True)
         return max(seen, live.peak) - grown
@@ -202,8 +211,8 @@ class _HollowRun:
         return min(LIMIT_BYTES, now * len(images) // max(1, entries))
 
     def way(
-        self, tier: Tier, quantize: str | None, step: int, per_pair: float, pairs: int, free: int | None
-    ) -> Way:
+        self, tier: MemoryTier, quantize: str | None, step: int, per_pair: float, pairs: int, free: int | None
+    ) -> MemoryOption:
         """One way, where the run's own quantisation takes `step` bytes a step of `pairs` pairs."""
         width = getattr(torch, self.config.dtype).itemsize
         asked = self.config.quantize
@@ -217,9 +226,9 @@ class _HollowRun:
         total = weights + self.optimiser + step + program + (held if on_host else 0)
         fitting = None
         if free is not None:
-            fitting = int(pairs + (ROOM * free - (total - program)) / per_pair)
+            fitting = int(pairs + (USABLE_SHARE * free - (total - program)) / per_pair)
             fitting = max(0, min(fitting, self.examples))
-        return Way(
+        return MemoryOption(
             memory=tier,
             quantize=quantize,
             weights=weights,
@@ -228,17 +237,17 @@ class _HollowRun:
             step=step,
             program=program,
             total=total,
-            pairs=fitting,
-            fits=None if free is None else total - program <= ROOM * free,
+            pairs_that_fit=fitting,
+            fits=None if free is None else total - program <= USABLE_SHARE * free,
         )
 
 
 class _Costs:
     """What batches hold, in tokens with their padding."""
 
-    def __init__(self, run: _HollowRun, dataset: Dataset, examples: Sequence[Example]) -> None:
+    def __init__(self, run: _WeightlessRun, dataset: Dataset, examples: Sequence[Example]) -> None:
         self.config, self.examples, self.shares = run.config, examples, run.family.shares_prefix
-        self.tokens: Tokens = count_tokens(run.family, dataset, examples, run.collate.segment)
+        self.tokens: TokenCosts = count_tokens(run.family, dataset, examples, run.collate.segment)
 
     def largest(self, pairs: int) -> Groups:
         """The dearest batch of about so many pairs in the run's first epoch."""
@@ -254,7 +263,7 @@ class _Costs:
 
     def shape(self, groups: Groups) -> tuple[int, int]:
         rows = groups if self.shares else [[one] for members in groups for one in members]
-        return len(rows), max(self.tokens.of(row) for row in rows)
+        return len(rows), max(self.tokens.cost_of(row) for row in rows)
 
 
 def plan_text(found: Mapping[str, Any]) -> str:

@@ -28,7 +28,7 @@ class _Through(torch.autograd.Function):
         return grad @ ctx.make(), None, None
 
 
-class StandIn(nn.Linear):
+class QuantizedPlaceholder(nn.Linear):
     """Takes the bytes of a quantised linear, for plans: its values mean nothing.
 
     Attributes:
@@ -47,12 +47,12 @@ class StandIn(nn.Linear):
         return _Through.apply(input, make, self.bias)
 
 
-def stand_in(linears: Iterable[nn.Linear], kind: str) -> None:
+def insert_placeholders(linears: Iterable[nn.Linear], kind: str) -> None:
     """Make stand-ins of linears that `kind` would quantise, on their own device."""
     for linear in linears:
         device = linear.weight.device
         shape, scales = _packed(linear.out_features, linear.in_features, kind)
-        linear.__class__ = StandIn
+        linear.__class__ = QuantizedPlaceholder
         linear.register_buffer("packed", torch.empty(shape, device=device, dtype=_STORED[kind]))
         linear.register_buffer("scales", torch.empty(scales, device=device))
         linear.weight = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
