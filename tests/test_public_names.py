@@ -22,3 +22,9 @@ def test_no_public_name_is_that_of_a_module() -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'adaptt'"):
         _ = normtune.adaptt
+
+
+@pytest.mark.parametrize(("old", "new"), normtune._RENAMED.items())
+def test_an_old_name_still_works_with_a_warning(old: str, new: str) -> None:
+    with pytest.warns(DeprecationWarning, match=f"normtune.{new}"):
+        assert getattr(normtune, old) is getattr(normtune, new)

@@ -1,40 +1,50 @@
 """Normtune: fine-tune medical vision-language models by training what is already inside them.
 
-The public names load what they need when they are first used, so that `import normtune` takes no torch.
-Functions named like their module are imported from it: `from normtune.methods.adapt import adapt`, and so `train` and
-`evaluate`.
+The public names are imported when they are first used, so that `import normtune` does not import torch.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import Any
+from warnings import warn
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_MODULES = {  # public name -> the module that defines it
     "Dataset": "normtune.data.records",
-    "Example": "normtune.data.records",
     "EvaluateConfig": "normtune.evaluation.config",
+    "Example": "normtune.data.records",
     "InputError": "normtune.errors",
     "TrainConfig": "normtune.training.config",
-    "Tuned": "normtune.methods.adapt",
+    "TunedModel": "normtune.methods.adapt",
+    "adapt": "normtune.methods.adapt",
     "compare": "normtune.evaluation.compare",
     "load": "normtune.models.loading",
-    "load_delta": "normtune.adapters.storage",
+    "load_adapter": "normtune.adapters.storage",
     "open_dataset": "normtune.data.registry",
     "parse": "normtune.methods.recipe",
-    "save_delta": "normtune.adapters.storage",
+    "restore_base": "normtune.methods.adapt",
+    "save_adapter": "normtune.adapters.storage",
     "score_vqa": "normtune.metrics.answers",
-    "untune": "normtune.methods.adapt",
+    "train": "normtune.training.train",
 }
-__all__ = list(_HOMES)
+_RENAMED = {  # name in version 0.1.0 -> its name today
+    "Tuned": "TunedModel",
+    "load_delta": "load_adapter",
+    "save_delta": "save_adapter",
+    "untune": "restore_base",
+}
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name in _RENAMED:
+        warn(f"normtune.{name} is now normtune.{_RENAMED[name]}.", DeprecationWarning, stacklevel=2)
+        name = _RENAMED[name]
+    if name not in _MODULES:
         raise AttributeError(f"module 'normtune' has no attribute '{name}'")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:
