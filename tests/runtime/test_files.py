@@ -1,4 +1,4 @@
-"""Files are whole or absent, and what people wrote badly is told in one line."""
+"""Files are written atomically, and invalid files are reported in one line."""
 
 from __future__ import annotations
 
@@ -11,15 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from normtune.errors import InputError
-from normtune.runtime.files import (
-    atomic_directory,
-    atomic_write,
-    read_json,
-    write_json,
-    write_jsonl,
-    write_text,
-)
-from tests.support.base_models import outcome
+from normtune.runtime.files import atomic_directory, atomic_write, read_json, write_json, write_jsonl, write_text
+from tests.support.base_models import input_error
 
 
 def write_and_fail(path: Path, failure: BaseException) -> None:
@@ -28,7 +21,7 @@ def write_and_fail(path: Path, failure: BaseException) -> None:
         raise failure
 
 
-def test_a_write_makes_the_directories_and_replaces_the_old_file(tmp_path: Path) -> None:
+def test_a_write_creates_the_directories_and_replaces_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b.txt"
     write_text(path, "one")
     write_text(path, "two")
@@ -39,7 +32,7 @@ def test_a_write_makes_the_directories_and_replaces_the_old_file(tmp_path: Path)
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     write_text(path, "old")
-    message = outcome(lambda: write_and_fail(path, OSError(errno.ENOSPC, "No space left on device")))
+    message = input_error(lambda: write_and_fail(path, OSError(errno.ENOSPC, "No space left on device")))
     assert str(path) in message
     assert "No space left" in message
     with pytest.raises(KeyboardInterrupt):
@@ -50,8 +43,8 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
 
 def test_a_path_through_a_file_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert "cannot write" in outcome(lambda: write_text(tmp_path / "file" / "a.txt", "x"))
-    assert "cannot write" in outcome(lambda: write_text(tmp_path, "x"))
+    assert "cannot write" in input_error(lambda: write_text(tmp_path / "file" / "a.txt", "x"))
+    assert "cannot write" in input_error(lambda: write_text(tmp_path, "x"))
     assert (tmp_path / "file").read_text() == ""
 
 
@@ -65,7 +58,7 @@ characters = st.characters(exclude_categories=())  # halves of surrogate pairs i
 
 @settings(max_examples=50, deadline=None)
 @given(value=values | st.text(characters))
-def test_json_comes_back_as_it_was_written(tmp_path_factory: pytest.TempPathFactory, value: object) -> None:
+def test_json_is_read_as_it_was_written(tmp_path_factory: pytest.TempPathFactory, value: object) -> None:
     path = tmp_path_factory.getbasetemp() / "value.json"
     write_json(path, value)
     assert read_json(path) == value
@@ -86,7 +79,7 @@ def test_any_bytes_are_json_or_an_input_error_that_names_the_file(
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b'{"a": 1,\n"b"}', "line 2"),
         (b"\xff\xfe", "not UTF-8"),
@@ -94,23 +87,23 @@ def test_any_bytes_are_json_or_an_input_error_that_names_the_file(
         (b"1" * 5000, "not valid JSON"),
     ],
 )
-def test_what_is_no_json_is_told_with_its_place(content: bytes, told: str, tmp_path: Path) -> None:
+def test_invalid_json_is_reported_with_its_line(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(content)
-    assert told in outcome(lambda: read_json(tmp_path / "a.json"))
+    assert message in input_error(lambda: read_json(tmp_path / "a.json"))
 
 
-def test_a_missing_file_and_a_directory_are_told(tmp_path: Path) -> None:
-    assert "is missing" in outcome(lambda: read_json(tmp_path / "none.json"))
-    assert "cannot read" in outcome(lambda: read_json(tmp_path))
+def test_a_missing_file_and_a_directory_are_reported(tmp_path: Path) -> None:
+    assert "is missing" in input_error(lambda: read_json(tmp_path / "none.json"))
+    assert "cannot read" in input_error(lambda: read_json(tmp_path))
 
 
-def test_jsonl_has_one_object_a_line_whatever_the_text(tmp_path: Path) -> None:
+def test_jsonl_has_one_object_per_line_for_any_text(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [{"a": "line\nbreak"}, {"a": "ß\u2028"}])
     lines = (tmp_path / "rows.jsonl").read_text(encoding="utf-8").removesuffix("\n").split("\n")
     assert lines == ['{"a": "line\\nbreak"}', '{"a": "ß\u2028"}']
 
 
-def test_a_new_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_directory_is_written_completely_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "out"
     with atomic_directory(target) as building:
         (building / "a").write_text("x")
@@ -122,12 +115,12 @@ def test_a_new_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
             (building / "a").write_text("x")
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    assert "No space left" in outcome(fail)
+    assert "No space left" in input_error(fail)
     assert [path.name for path in tmp_path.iterdir()] == ["deep"]
     assert [path.name for path in target.parent.iterdir()] == ["out"]
 
 
-def test_a_new_directory_takes_an_empty_one_and_refuses_what_is_in_use(tmp_path: Path) -> None:
+def test_an_empty_directory_is_replaced_and_a_full_one_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with atomic_directory(tmp_path / "empty") as building:
         (building / "a").touch()
@@ -138,12 +131,12 @@ def test_a_new_directory_takes_an_empty_one_and_refuses_what_is_in_use(tmp_path:
             pass
 
     (tmp_path / "file").write_text("mine")
-    assert "--out" in outcome(lambda: enter(tmp_path / "empty"))
-    assert "--out" in outcome(lambda: enter(tmp_path / "file"))
+    assert "--out" in input_error(lambda: enter(tmp_path / "empty"))
+    assert "--out" in input_error(lambda: enter(tmp_path / "file"))
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_removing_a_failed_directory_leaves_linked_files_alone(tmp_path: Path) -> None:
+def test_removing_a_failed_directory_does_not_change_linked_files(tmp_path: Path) -> None:
     (tmp_path / "base").write_text("weights")
 
     def fail() -> None:
@@ -151,5 +144,5 @@ def test_removing_a_failed_directory_leaves_linked_files_alone(tmp_path: Path) -
             os.link(tmp_path / "base", building / "link")
             raise InputError("stop")
 
-    assert outcome(fail) == "stop"
+    assert input_error(fail) == "stop"
     assert (tmp_path / "base").read_text() == "weights"

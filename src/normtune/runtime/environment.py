@@ -1,4 +1,4 @@
-"""What a result was made with and on."""
+"""The environment of a result: package versions, source commit and hardware."""
 
 from __future__ import annotations
 
@@ -10,34 +10,43 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+# packages that can change a result
 PACKAGES = ("normtune", "torch", "transformers", "peft", "accelerate", "numpy")
 
 
 @cache
 def environment() -> dict[str, Any]:
-    """`versions`, `commit` (of a source checkout; "+" where files differ from it) and `hardware`."""
+    """Describe the environment; it is stored with every result.
+
+    Returns:
+        `versions`, `commit` (of a source checkout, with "+" if its files were changed; None without one) and
+        `hardware`.
+    """
     return {"versions": versions(), "commit": _commit(), "hardware": hardware()}
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that a result depends on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    return {"python": platform.python_version(), **{name: package_version(name) for name in PACKAGES}}
+
+
+def package_version(name: str) -> str:
+    """The installed version of a package, or "not installed"."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _commit() -> str | None:
+    """The git commit of the source checkout, or None if there is none."""
     package = Path(__file__).parents[1]  # src/normtune: only changes there make the commit dirty
     try:
         commit, changed = (
             subprocess.run(
-                ["git", *words], cwd=package, capture_output=True, text=True, timeout=20, check=True
+                ["git", *arguments], cwd=package, capture_output=True, text=True, timeout=20, check=True
             ).stdout
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", "."])
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", "."])
         )
     except (OSError, subprocess.SubprocessError):
         return None
@@ -45,7 +54,7 @@ def _commit() -> str | None:
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, cores, threads, accelerator and operating system of this machine."""
+    """Processor, cores, torch's threads, accelerator and operating system of this machine."""
     import torch
 
     return {

@@ -1,4 +1,4 @@
-"""Files and directories that are whole or absent: written to a temporary name, flushed, then renamed."""
+"""Atomic writes of files and directories: to a temporary name, flushed to disk, then renamed."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from normtune.errors import InputError
 
 @contextmanager
 def atomic_write(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` on success, remove it on failure.
+    """Yield a temporary path in the same directory; rename it to `path` on success, remove it on failure.
 
     Raises:
-        InputError: the file cannot be written (disk full, no permission); the old file is untouched.
+        InputError: the file cannot be written (disk full, no permission); the old file is unchanged.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -38,10 +38,10 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary directory beside `path`; rename it to `path` on success, remove it on failure.
+    """Yield a temporary directory next to `path`; rename it to `path` on success, remove it on failure.
 
     Raises:
-        InputError: `path` is there already and is not an empty directory, or a file cannot be written.
+        InputError: `path` exists and is not an empty directory, or a file cannot be written.
     """
     path = Path(path).absolute()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -64,14 +64,15 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
 
 
 def _flush(path: Path) -> None:
+    """Write a file's cached pages to disk: without it, a crash after the rename could leave an empty file."""
     with open(path, "rb") as handle:
         os.fsync(handle.fileno())
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Write `text` to `path`, whole or not at all."""
+    """Write text in UTF-8, atomically."""
     with atomic_write(path) as temporary:
-        # half a surrogate pair has no UTF-8: it is written as an escape, which JSON reads back
+        # half a surrogate pair cannot be encoded in UTF-8: it is written as an escape, which JSON decodes
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
@@ -81,12 +82,12 @@ def json_text(value: Any) -> str:
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    """Write `value` as indented JSON, whole or not at all."""
+    """Write `value` as indented JSON, atomically."""
     write_text(path, json_text(value))
 
 
 def write_jsonl(path: Path | str, rows: Iterable[dict[str, Any]]) -> None:
-    """Write one JSON object a line, whole or not at all."""
+    """Write one JSON object per line, atomically."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 

@@ -1,4 +1,4 @@
-"""Peak memory of a stretch of work: the accelerator's where there is one, else the process's resident set."""
+"""Memory of this process and machine: peak, resident and available bytes, of the GPU or of the host."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD, an option of glibc's mallopt
+_MIN_MMAP_BYTES = 1 << 18  # blocks from this size on are returned to the system when they are freed
+
 
 def reset_peak() -> None:
-    """Forget the peak so far, where the platform allows it (CUDA; Linux for the resident set)."""
+    """Reset the peak, where the platform can (CUDA; Linux for the resident set)."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: sets VmHWM to the present resident set
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: sets VmHWM to the current resident set
 
 
 def peak_memory_bytes() -> int:
-    """Peak bytes since `reset_peak`: allocated on the CUDA device in use, else resident on the host."""
+    """Peak bytes since `reset_peak`: allocated on the current CUDA device, else resident on the host."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
@@ -28,35 +31,35 @@ def peak_memory_bytes() -> int:
 
 
 def host_peak_bytes() -> int:
-    """Peak resident bytes of this process since `reset_peak` (since its start where that can't be reset)."""
-    if (known := status_bytes("VmHWM")) is not None:
-        return known
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Peak resident bytes of this process since `reset_peak` (else since its start)."""
+    if (high_water_mark := read_status_bytes("VmHWM")) is not None:
+        return high_water_mark
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, KiB elsewhere
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-_MMAP_THRESHOLD, _LARGE = -3, 1 << 18  # glibc's name of the option; bytes
-
-
 def release_freed_memory() -> None:
-    """From now on a freed tensor's memory goes back to the system at once (glibc only; nothing elsewhere).
+    """Make the C library return the memory of freed tensors to the system at once (glibc; else no effect).
 
-    The C library keeps blocks of up to 32 MiB for itself, in pieces that the next tensors may not fit into:
-    training a 7B in 8 bits then held 3 GiB more than its tensors. Small models' steps become slower by it.
+    By default glibc keeps freed blocks of up to 32 MiB in its heap, in fragments that the next tensors may
+    not fit into: training a 7B model in 8 bits then had 3 GiB more resident than its tensors need. Blocks
+    that are mapped separately (`mmap`) are returned when they are freed. Training steps of small models
+    become slower.
     """
     with suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE)
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _MIN_MMAP_BYTES)
 
 
 def resident_bytes() -> int:
-    """Bytes of this process that are resident now; 0 where the system does not say."""
-    return status_bytes("VmRSS") or 0
+    """Bytes of this process that are resident now; 0 if the system does not report them."""
+    return read_status_bytes("VmRSS") or 0
 
 
 def available_bytes(device: Any) -> int | None:
-    """Bytes that a new program could take on a `torch.device`: the accelerator's free ones, or the host's.
+    """Bytes that a new program could allocate on a `torch.device`.
 
-    The host's are what Linux calls available, within the limit of the control group; None elsewhere.
+    On a GPU these are the free bytes. On the host these are the bytes that Linux reports as available, within
+    the limit of the control group (of a container); None on other systems.
     """
     torch = sys.modules["torch"]
     if device.type == "cuda":
@@ -65,23 +68,23 @@ def available_bytes(device: Any) -> int | None:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return None
-    found = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-    limited = _left_in_group(Path("/sys/fs/cgroup"))
-    return limited if found is None else min(found, limited or found)
+    on_host = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    in_group = _available_in_group(Path("/sys/fs/cgroup"))
+    return in_group if on_host is None else min(on_host, in_group or on_host)
 
 
-def _left_in_group(group: Path) -> int | None:
-    """What a control group (version 2) may still take, caches of files counted as free; None: no limit."""
+def _available_in_group(group: Path) -> int | None:
+    """Bytes that a control group (version 2) may still use, file caches counted as free; None: no limit."""
     try:
         limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
         caches = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         return max(0, int(limit) - int(used) + int(caches.get("inactive_file", 0)))
-    except (OSError, ValueError):  # no such group, or the word "max"
+    except (OSError, ValueError):  # no such group, or the limit is the word "max"
         return None
 
 
-def status_bytes(field: str, process: int | str = "self") -> int | None:
-    """What Linux says of a process's memory (VmRSS, VmHWM, RssAnon, ...); None where it does not."""
+def read_status_bytes(field: str, process: int | str = "self") -> int | None:
+    """A memory field (VmRSS, VmHWM, RssAnon, ...) of /proc/PROCESS/status in bytes; None if there is none."""
     try:
         for line in Path(f"/proc/{process}/status").read_text().splitlines():
             if line.startswith(f"{field}:"):

@@ -1,4 +1,4 @@
-"""A bar on stderr for long work."""
+"""A progress bar on stderr."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from typing import Any
 
 
 @contextmanager
-def progress_bar(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """Yield `tick(done, total)`, which draws from its first call on; None where `quiet`."""
+def progress_bar(description: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """Show a progress bar while the context is open.
+
+    Yields:
+        A function `tick(done, total)` that updates the bar; the first call draws it. None if `quiet`.
+    """
     if quiet:
         yield None
         return
@@ -23,7 +27,7 @@ def progress_bar(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], Non
     def tick(done: int, total: int) -> None:
         if not tasks:
             progress.start()
-            tasks.append(progress.add_task(what, total=total))
+            tasks.append(progress.add_task(description, total=total))
         progress.update(tasks[0], completed=done)
 
     try:

@@ -1,7 +1,7 @@
-"""Tensors on disk by name, which several runs may share and any may interrupt: what is there is whole.
+"""A cache of tensors on disk. Several runs may share it, and an interrupted run leaves no partial entry.
 
-One safetensors file an entry, written to a temporary name and renamed. It holds a digest of its values: an
-entry that was damaged is read as absent, so that it is computed and written anew.
+Each entry is one safetensors file, written atomically, with a digest of its values in the metadata. A damaged
+entry is treated as missing, so that the caller computes and writes it again.
 """
 
 from __future__ import annotations
@@ -20,72 +20,81 @@ from torch import Tensor
 from normtune.errors import InputError
 from normtune.runtime.files import atomic_write
 
-_DIGEST = "sha256"
+_DIGEST = "sha256"  # key of the digest in a file's metadata
 _log = logging.getLogger(__name__)
 
 
 class TensorCache:
-    """A folder of entries. Whoever reads and writes them agrees on what a name stands for.
+    """A folder of entries; the caller chooses their names, for example a hash of the inputs.
 
-    A disk that is full or read-only ends no run: the store says so once and takes no more entries.
+    If the disk is full or read-only, the cache logs a warning and writes no more entries; the run continues.
+
+    Args:
+        folder: the folder, which is created if it is missing.
 
     Raises:
-        InputError: the folder cannot be made.
+        InputError: the folder cannot be created.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.takes = True  # whether entries are still written
+        self.writable = True  # whether entries are still written
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(
-                f"cannot make the cache {folder}: {error.strerror}. Choose another --cache, or leave it out."
+                f"cannot create the cache {folder}: {error.strerror}. Choose another --cache, or remove it."
             ) from error
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
 
     def read(self, name: str) -> dict[str, Tensor] | None:
-        """The tensors of an entry, on the CPU; None where there is no whole one."""
+        """Read the tensors of an entry, on the CPU; None if it is missing or damaged."""
         try:
             with safe_open(self._path(name), "pt") as file:
-                told = (file.metadata() or {}).get(_DIGEST)
-                found = {key: file.get_tensor(key).clone() for key in sorted(file.keys())}
+                expected = (file.metadata() or {}).get(_DIGEST)
+                # clone: the memory of a tensor from `get_tensor` is that of the mapped file
+                tensors = {key: file.get_tensor(key).clone() for key in sorted(file.keys())}
         except (OSError, SafetensorError):
             return None
-        return found if digest(found) == told else None
+        return tensors if digest(tensors) == expected else None
 
     def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Put an entry in the place of any of that name."""
-        if not self.takes:
+        """Write an entry; an entry of the same name is replaced."""
+        if not self.writable:
             return
-        own = {key: tensors[key].detach().cpu().contiguous().clone() for key in sorted(tensors)}
+        # clone: safetensors refuses tensors that share memory
+        copies = {key: tensors[key].detach().cpu().contiguous().clone() for key in sorted(tensors)}
         try:
             with atomic_write(self._path(name)) as temporary:
-                save_file(own, temporary, metadata={"format": "pt", _DIGEST: digest(own)})
+                save_file(copies, temporary, metadata={"format": "pt", _DIGEST: digest(copies)})
         except (InputError, SafetensorError) as error:
-            self.takes = False
-            _log.warning("cache %s takes no more, the run goes on: %s", self.folder, error.__cause__ or error)
+            self.writable = False
+            _log.warning("cache %s: no more entries are written: %s", self.folder, error.__cause__ or error)
 
 
 def digest(tensors: Mapping[str, Tensor], *words: str) -> str:
-    """64 hex digits of `words` and of all names, dtypes, shapes and values, to the bit."""
-    found = hashlib.sha256()
+    """The SHA-256 of `words` and of the names, dtypes, shapes and values of tensors, as 64 hex digits.
+
+    Any change of a name or of a bit changes it. Lengths are hashed too, so that ("ab", "c") and ("a", "bc")
+    have different digests.
+    """
+    sha256 = hashlib.sha256()
     for word in words:
-        found.update(f"{len(word)} {word}\n".encode())
-    for name, tensor in _plain(tensors.items()):
-        found.update(f"{len(name)} {name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        sha256.update(f"{len(word)} {word}\n".encode())
+    for name, tensor in _unwrap(tensors.items()):
+        sha256.update(f"{len(name)} {name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha256.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha256.hexdigest()
 
 
-def _plain(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of a class that wraps others (torchao's quantised ones) as those others."""
+def _unwrap(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Replace tensors of a wrapper class (torchao's quantised tensors) by the tensors inside them."""
     for name, tensor in tensors:
-        whole: Any = tensor
-        if hasattr(whole, "__tensor_flatten__"):
-            inner, _ = whole.__tensor_flatten__()
-            yield from _plain((f"{name}.{one}", getattr(whole, one)) for one in inner)
+        wrapper: Any = tensor
+        if hasattr(wrapper, "__tensor_flatten__"):
+            inner_names, _ = wrapper.__tensor_flatten__()
+            yield from _unwrap((f"{name}.{inner}", getattr(wrapper, inner)) for inner in inner_names)
         else:
             yield name, tensor

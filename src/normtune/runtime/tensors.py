@@ -1,4 +1,4 @@
-"""What differs while torch.compile traces."""
+"""Workarounds for torch.compile."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def clone_while_compiling(result: Tensor) -> Tensor:
-    """A Function's result, as a tensor of its own where a compiler traces it (and then fuses the copy away).
+    """Clone the result of an autograd Function while torch.compile traces it (the copy is fused away).
 
-    torch 2.11 traces a Function whose result comes out of an in-place step, or of a cast to the dtype it
-    has, without a gradient, and says nothing.
+    If the result is that of an in-place operation, or of a cast to the dtype that it already has, torch 2.11
+    traces the Function without its gradient, silently.
     """
     return result.clone() if torch.compiler.is_compiling() else result

@@ -1,4 +1,4 @@
-"""Calls side by side, each in a process of its own: one's memory, failure or end is not another's."""
+"""Runs calls in parallel, each in a new process: memory, errors and crashes of one do not affect others."""
 
 from __future__ import annotations
 
@@ -17,19 +17,24 @@ from normtune.errors import InputError
 from normtune.runtime import distributed
 
 T = TypeVar("T")
-POLL_S = 1.0  # between calls of `tick`
+POLL_S = 1.0  # seconds between calls of `tick`
 
 
 @dataclass(frozen=True)
 class CallResult:
-    """What a call returned, or why it did not, in one sentence."""
+    """What a call returned, or the reason why it failed, in one sentence."""
 
     value: Any = None
     error: str | None = None
 
 
 def call_safely(call: Callable[[T], Any], argument: T) -> CallResult:
-    """Call, and tell a failure in one sentence: the words of an `InputError`, else where it was raised."""
+    """Run a call and catch its exception.
+
+    Returns:
+        The result, or an error in one sentence: the message of an `InputError`; for any other exception also
+        its type, and the file and line where it was raised.
+    """
     try:
         return CallResult(call(argument))
     except InputError as error:
@@ -38,9 +43,9 @@ def call_safely(call: Callable[[T], Any], argument: T) -> CallResult:
         frame = error.__traceback__
         while frame is not None and frame.tb_next is not None:
             frame = frame.tb_next
-        where = f" at {Path(frame.tb_frame.f_code.co_filename).name}:{frame.tb_lineno}" if frame else ""
-        words = " ".join(str(error).split())[:300]
-        return CallResult(error=f"{type(error).__name__}{where}: {words or 'no message'}")
+        location = f" at {Path(frame.tb_frame.f_code.co_filename).name}:{frame.tb_lineno}" if frame else ""
+        message = " ".join(str(error).split())[:300]
+        return CallResult(error=f"{type(error).__name__}{location}: {message or 'no message'}")
 
 
 def run_in_processes(
@@ -51,89 +56,95 @@ def run_in_processes(
     threads: int = 1,
     tick: Callable[[], None] | None = None,
 ) -> Iterator[tuple[T, CallResult]]:
-    """Call with each argument, `workers` at once; yields arguments with their outcomes as they end.
+    """Call a function with each argument, in up to `workers` processes at a time.
 
-    The processes are forked from one that has imported the libraries and done nothing else: they start at
-    once, and no call's memory counts in another's peak. They end with this process, however it ends.
+    Each call gets a new process, forked from a server process that has only imported the libraries. So it
+    starts quickly, and its peak memory does not include that of other calls. The processes end with this one,
+    even if it is killed.
 
     Args:
-        call: a function of a module.
-        arguments: taken when a process is free.
-        workers: how many at once.
-        threads: torch's, of each; fewer where OMP_NUM_THREADS says so.
+        call: a function at the top level of a module, so that it can be pickled.
+        arguments: consumed as processes become free.
+        workers: maximum number of processes at a time.
+        threads: torch's threads in each process; fewer if OMP_NUM_THREADS is smaller.
         tick: called about every second while calls run.
 
+    Yields:
+        (argument, result) as the calls end, in any order.
+
     Raises:
-        InputError: a launcher started several processes, each of which would make all calls.
+        InputError: a launcher started several processes, each of which would run all calls.
     """
     if distributed.launched_count() > 1:
-        raise InputError("this starts processes of its own. Run it without torchrun or accelerate launch.")
+        raise InputError("this starts its own processes. Run it without torchrun or accelerate launch.")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["normtune.training.train", "normtune.evaluation.evaluate", "normtune.models.families.miss"]
     )
-    left = iter(arguments)
+    remaining = iter(arguments)
     running: dict[Connection, tuple[BaseProcess, T]] = {}
     try:
         while True:
             while len(running) < workers:
                 try:
-                    argument = next(left)
+                    argument = next(remaining)
                 except StopIteration:
                     break
                 receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=_work, args=(call, argument, sender, threads), daemon=True)
+                process = context.Process(target=_run, args=(call, argument, sender, threads), daemon=True)
                 process.start()
-                sender.close()
+                sender.close()  # only the child's copy stays open: its end is then noticed here
                 running[receiver] = (process, argument)
             if not running:
                 return
             for ready in wait(list(running), timeout=POLL_S):
                 receiver = cast(Connection, ready)
                 ended, argument = running.pop(receiver)
-                yield argument, _received(receiver, ended)
+                yield argument, _receive_result(receiver, ended)
             if tick is not None:
                 tick()
     finally:
-        for left_over, _ in running.values():
-            left_over.kill()
-            left_over.join()
+        for unfinished, _ in running.values():  # the caller stopped, or an error was raised
+            unfinished.kill()
+            unfinished.join()
 
 
-def _received(receiver: Connection, process: BaseProcess) -> CallResult:
+def _receive_result(receiver: Connection, process: BaseProcess) -> CallResult:
+    """The result that a process sent, or an error if it ended without one."""
     try:
-        found: CallResult = receiver.recv()
+        result: CallResult = receiver.recv()
     except (EOFError, OSError):
         process.join()
         code = process.exitcode or 0
         how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
-        return CallResult(error=f"its process {how}. Where memory ran out, run fewer side by side.")
+        return CallResult(error=f"its process {how}. If memory ran out, run fewer in parallel.")
     finally:
         receiver.close()
     process.join()
-    return found
+    return result
 
 
-def _work(call: Callable[[T], Any], argument: T, sender: Connection, threads: int) -> None:
+def _run(call: Callable[[T], Any], argument: T, sender: Connection, threads: int) -> None:
+    """The main function of a worker process."""
     parent = parent_process()
     assert parent is not None
-    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(parent.sentinel,), daemon=True).start()
     distributed.clear_launcher_env()
     import torch
 
     torch.set_num_threads(min(threads, torch.get_num_threads()))
-    found = call_safely(call, argument)
-    with suppress(BrokenPipeError):
-        sender.send(found)
+    result = call_safely(call, argument)
+    with suppress(BrokenPipeError):  # the parent has ended
+        sender.send(result)
 
 
-def _end_with(sentinel: int) -> None:
-    """Leave when the process that asked for the work has ended, by SIGKILL too."""
+def _exit_with_parent(sentinel: int) -> None:
+    """Wait for the end of the parent process, even by SIGKILL, and exit."""
     wait([sentinel])
     os._exit(1)
 
 
-def cores() -> int:
-    """Cores that this process may use."""
+def count_cores() -> int:
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
