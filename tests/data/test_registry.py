@@ -8,7 +8,7 @@ import pytest
 
 from normtune.data.options import DataOptions
 from normtune.data.registry import NAMES, open_configured, open_dataset
-from normtune.data.splits import leaks
+from normtune.data.splits import find_leaks
 from normtune.errors import InputError
 from tests.support.dataset_samples import (
     png_bytes,
@@ -33,7 +33,7 @@ from tests.support.report_samples import (
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """One folder that holds a little of every layout."""
+    """One folder with a small sample of several layouts."""
     rows = [slake_row(1, 1), slake_row(2, 1, "zh")]
     write_slake(tmp_path, train=rows, validate=rows[:1], test=rows[:1])
     write_vqa_rad(tmp_path, [vqa_rad_row(1, "a.jpg"), vqa_rad_row(2, "a.jpg", phrase_type="test_para")])
@@ -46,7 +46,7 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("name", "count"), [("slake", 3), ("vqa-rad", 2), ("jsonl", 1), ("parquet", 1)])
-def test_every_reader_is_opened_by_its_name(root: Path, name: str, count: int) -> None:
+def test_question_readers_are_opened_by_name(root: Path, name: str, count: int) -> None:
     dataset = open_dataset(name, root)
     assert dataset.name == name
     assert len(dataset.examples) == count
@@ -54,10 +54,9 @@ def test_every_reader_is_opened_by_its_name(root: Path, name: str, count: int) -
 
 
 @pytest.mark.parametrize(
-    ("name", "count"),
-    [("path-vqa", 6), ("openi", 2), ("mimic-cxr", 1), ("medpix", 1), ("roco", 3), ("messages", 1)],
+    ("name", "count"), [("path-vqa", 6), ("openi", 2), ("mimic-cxr", 1), ("medpix", 1), ("roco", 3), ("messages", 1)]
 )
-def test_every_further_reader_is_opened_by_its_name(tmp_path: Path, name: str, count: int) -> None:
+def test_report_and_conversation_readers_are_opened_by_name(tmp_path: Path, name: str, count: int) -> None:
     write = {
         "path-vqa": write_path_vqa,
         "openi": write_kaggle_openi,
@@ -68,7 +67,7 @@ def test_every_further_reader_is_opened_by_its_name(tmp_path: Path, name: str, c
     }
     write_image(tmp_path / "a.png")
     write[name](tmp_path)
-    dataset = open_dataset(name, tmp_path)  # reports come without --task report, where there is nothing else
+    dataset = open_dataset(name, tmp_path)  # datasets with reports only need no --task report
     assert dataset.name == name
     assert len(dataset.examples) == count
     assert dataset.open_image(dataset.examples[0].images[0]).mode == "RGB"
@@ -78,7 +77,7 @@ def test_every_further_reader_is_opened_by_its_name(tmp_path: Path, name: str, c
 
 
 @pytest.mark.parametrize("name", ["slake", "vqa-rad", "jsonl"])
-def test_text_alone_needs_no_image_files(root: Path, name: str) -> None:
+def test_text_only_needs_no_image_files(root: Path, name: str) -> None:
     count = len(open_dataset(name, root).examples)
     for picture in [*root.rglob("*.jpg"), *root.rglob("*.png")]:
         picture.unlink()
@@ -87,12 +86,14 @@ def test_text_alone_needs_no_image_files(root: Path, name: str) -> None:
     assert "image is missing" in [problem.what for problem in dataset.problems]
 
 
-def test_the_sections_of_a_report_are_chosen_where_the_dataset_tells_them_apart(tmp_path: Path) -> None:
+def test_sections_can_be_selected_for_datasets_that_separate_them(tmp_path: Path) -> None:
     options = {"data": "openi", "root": write_kaggle_openi(tmp_path)}
     both = open_configured(DataOptions.checked(**options, sections="both"))
     assert both.split("train")[0].answer.endswith(("Normal chest.", "left base.", "No effusion."))
     for name in ("slake", "medpix", "phantom-a"):
-        with pytest.raises(InputError, match=f"dataset {name} tells no sections apart: --sections goes with"):
+        with pytest.raises(
+            InputError, match=f"dataset {name} does not separate the sections of a report: --sections works with"
+        ):
             open_dataset(name, tmp_path, sections="impression")
 
 
@@ -101,13 +102,13 @@ def test_a_single_file_is_a_root_too(root: Path) -> None:
     assert len(open_dataset("parquet", root / "train.parquet", language="all").examples) == 2
 
 
-def test_one_language_and_one_task_are_kept(root: Path) -> None:
+def test_one_language_and_one_task_are_selected(root: Path) -> None:
     assert [e.meta["language"] for e in open_dataset("parquet", root, language="zh").examples] == ["zh"]
     assert [e.id for e in open_dataset("slake", root, language="zh").examples] == ["slake-2"]
     assert [e.kind for e in open_dataset("jsonl", root, task="report").examples] == ["report"]
-    with pytest.raises(InputError, match="dataset slake holds no reports"):
+    with pytest.raises(InputError, match="dataset slake has no reports"):
         open_dataset("slake", root, task="report")
-    with pytest.raises(InputError, match="dataset vqa-rad holds no rows of language 'zh'"):
+    with pytest.raises(InputError, match="dataset vqa-rad has no rows of language 'zh'"):
         open_dataset("vqa-rad", root, language="zh")
 
 
@@ -123,51 +124,46 @@ def test_phantoms_need_no_root_and_take_a_number_of_training_images() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
-        (
-            "slak",
-            r"no dataset 'slak', did you mean 'slake'\? Known are slake, vqa-rad, path-vqa, openi",
-        ),
+        ("slak", r"no dataset 'slak', did you mean 'slake'\? Known datasets: slake, vqa-rad, path-vqa, openi"),
         ("phantom-c", r"did you mean 'phantom-[ab]'\?"),
-        ("phantom-b:many", "'many' is no number of images. Write for example phantom-b:240"),
-        ("phantom-b:0", "'0' is no number of images"),
-        ("phantom-b:9/x/3", "'x' is no number of images"),
-        ("phantom-b:9/3", "give the images of train, or of train/validate/test"),
-        ("phantom-b:-3", "'-3' is no number of images"),
-        ("slake:7", "a number of images goes with phantoms only. Write --data slake"),
+        ("phantom-b:many", "'many' is not a number of images. Write for example phantom-b:240"),
+        ("phantom-b:0", "'0' is not a number of images"),
+        ("phantom-b:9/x/3", "'x' is not a number of images"),
+        ("phantom-b:9/3", r"give one number \(train\) or three \(train/validate/test\)"),
+        ("phantom-b:-3", "'-3' is not a number of images"),
+        ("slake:7", "only phantoms take a number of images. Write --data slake"),
         ("slake", "dataset slake needs --root: the folder that holds train.json"),
         ("jsonl", "dataset jsonl needs --root: a JSONL file"),
     ],
 )
-def test_a_wrong_name_or_a_missing_root_is_told_with_what_to_write(name: str, told: str) -> None:
-    with pytest.raises(InputError, match=told):
+def test_a_wrong_name_and_a_missing_root_are_errors_with_a_fix(name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         open_dataset(name)
 
 
 @pytest.mark.parametrize("name", ["slake", "vqa-rad", "jsonl"])
-def test_a_root_that_is_not_there_is_named(name: str, tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError, match=rf"--root .*/nowhere: there is no such file or folder\. {name} needs"
-    ):
+def test_errors_name_a_missing_root(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=rf"--root .*/nowhere: no such file or folder\. {name} needs"):
         open_dataset(name, tmp_path / "nowhere")
 
 
-def test_the_options_of_a_command_open_the_dataset_split_by_image_where_they_say_so(root: Path) -> None:
+def test_the_option_image_disjoint_makes_new_splits(root: Path) -> None:
     plain = open_configured(DataOptions(data="vqa-rad", root=root))
     assert [e.split for e in plain.examples] == ["train", "test"]
-    assert leaks(plain)
+    assert find_leaks(plain)
     disjoint = open_configured(DataOptions(data="vqa-rad", root=root, image_disjoint=True))
-    assert leaks(disjoint) == []
+    assert find_leaks(disjoint) == []
     assert len(disjoint.examples) == 2
 
 
-def test_every_name_stands_in_the_options_description() -> None:
+def test_the_option_describes_every_dataset_name() -> None:
     described = DataOptions.model_fields["data"].description or ""
     assert all(name in described for name in NAMES)
 
 
-def test_the_catalog_does_not_import_the_slow_readers() -> None:
+def test_the_registry_does_not_import_slow_packages() -> None:
     code = "import sys, normtune.data.registry; print({'pyarrow', 'pydicom', 'torch'} & {*sys.modules})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "set()"

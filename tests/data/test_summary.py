@@ -8,7 +8,7 @@ from normtune.data.summary import summarize, summary_text
 from tests.support.dataset_samples import slake_row, write_slake
 
 
-def made(root: Path, language: str = "en") -> dict[str, object]:
+def summary_of(root: Path, language: str = "en") -> dict[str, object]:
     train = [
         slake_row(1, 1, answer="Yes", answer_type="CLOSED", question="Is it?"),
         slake_row(2, 1, answer="T2", answer_type="CLOSED"),
@@ -20,10 +20,10 @@ def made(root: Path, language: str = "en") -> dict[str, object]:
     return summarize(slake.read(root, language=language))  # type: ignore[arg-type]
 
 
-def test_rows_and_kinds_count_the_file_and_images_count_what_can_be_used(tmp_path: Path) -> None:
-    found = made(tmp_path)
-    assert list(found["parts"]) == ["train", "test"]
-    assert found["parts"]["train"] == {
+def test_rows_and_kinds_are_counted_over_all_rows_and_images_over_usable_rows(tmp_path: Path) -> None:
+    summary = summary_of(tmp_path)
+    assert list(summary["parts"]) == ["train", "test"]
+    assert summary["parts"]["train"] == {
         "rows": 4,
         "usable": 3,
         "images": 2,
@@ -37,14 +37,14 @@ def test_rows_and_kinds_count_the_file_and_images_count_what_can_be_used(tmp_pat
         "modalities": {"X-Ray": 2, "CT": 1},
         "organs": {"Lung": 3},
     }
-    assert [leak["text"] for leak in found["leaks"]] == ["1 of 1 images of test stand in train too"]
-    assert found["problems"]["by_kind"] == {"answer is empty": 1}
-    assert json.loads(json.dumps(found)) == found
+    assert [leak["text"] for leak in summary["leaks"]] == ["1 of 1 images of test are in train too"]
+    assert summary["problems"]["by_kind"] == {"answer is empty": 1}
+    assert json.loads(json.dumps(summary)) == summary
 
 
-def test_several_languages_are_counted_apart(tmp_path: Path) -> None:
-    found = made(tmp_path, "all")
-    assert {name: part["rows"] for name, part in found["parts"].items()} == {
+def test_several_languages_are_counted_separately(tmp_path: Path) -> None:
+    summary = summary_of(tmp_path, "all")
+    assert {name: part["rows"] for name, part in summary["parts"].items()} == {
         "train (en)": 4,
         "train (zh)": 1,
         "test (en)": 1,
@@ -52,7 +52,7 @@ def test_several_languages_are_counted_apart(tmp_path: Path) -> None:
 
 
 def test_the_text_shows_the_counts_leaks_and_problems_but_no_question_or_answer(tmp_path: Path) -> None:
-    text = summary_text(made(tmp_path))
+    text = summary_text(summary_of(tmp_path))
     lines = text.splitlines()
     assert lines[0] == "slake (licence: CC BY 4.0)"
     assert lines[3].split() == [
@@ -71,13 +71,13 @@ def test_the_text_shows_the_counts_leaks_and_problems_but_no_question_or_answer(
         "2",
         "most",
     ]
-    assert "  1 of 1 images of test stand in train too" in lines
-    assert "  train.json, row 4: answer is empty. Row left out: fill it in, or leave it so." in lines
+    assert "  1 of 1 images of test are in train too" in lines
+    assert "  train.json, row 4: answer is empty. Row skipped. Fill it in to use the row." in lines
     assert "What is shown" not in text
     assert "left lung" not in text
 
 
-def test_no_leak_and_no_problem_are_said_in_words(tmp_path: Path) -> None:
+def test_the_text_reports_no_leaks_and_no_problems_as_none(tmp_path: Path) -> None:
     rows = {split: [slake_row(n, n)] for n, split in enumerate(("train", "validate", "test"))}
     text = summary_text(summarize(slake.read(write_slake(tmp_path, **rows))))
     assert "Leaks between splits: none" in text

@@ -1,4 +1,4 @@
-"""Examples -> groups -> batches: one group is one image (or study) with several of its questions."""
+"""Examples -> groups -> batches. One group is one image (or study) with several of its questions."""
 
 from __future__ import annotations
 
@@ -16,88 +16,131 @@ from normtune.errors import InputError
 
 @dataclass(frozen=True)
 class TokenCosts:
-    """What a group costs in tokens, padding left out: so measured, costs add up in any order.
+    """The number of tokens of each group, without padding.
 
-    Padding rows to the longest of a batch adds 3 to 10% on SLAKE and VQA-RAD, about as evenly.
+    Padding depends on the batch that a row is in. Without it, costs add up in any order. Padding the rows to
+    the longest of a batch adds 3 to 10% on SLAKE and VQA-RAD, about evenly over the batches.
 
     Attributes:
-        prefixes: by images, the tokens that stand once for all questions of a group.
-        segments: by example id, the tokens of a question with its answer.
+        prefixes: image keys of a group -> tokens that all questions of the group share (the images).
+        segments: example id -> tokens of the question with its answer.
     """
 
     prefixes: Mapping[tuple[str, ...], int]
     segments: Mapping[str, int]
 
     def cost_of(self, group: Sequence[Example]) -> int:
+        """Tokens of one group: its prefix once, and the segment of each question."""
         return self.prefixes[group[0].images] + sum(self.segments[example.id] for example in group)
 
 
-def batch_count(sizes: Sequence[int], pairs: int, least: int = 1) -> int:
-    """How many batches of about `pairs` pairs, and at least `least` groups, the groups make in any order.
+def count_batches(sizes: Sequence[int], pairs: int, min_groups: int = 1) -> int:
+    """The number of batches for these groups; it does not depend on their order.
 
-    `sizes[i]` is the number of pairs in group i.
+    Args:
+        sizes: number of question-answer pairs in each group.
+        pairs: pairs that a batch should hold, about.
+        min_groups: fewest groups that a batch may hold.
     """
     assert pairs >= 1 and all(size >= 1 for size in sizes), "batches and groups hold at least one pair"
-    return min(len(sizes) // least, math.ceil(sum(sizes) / pairs))
+    return min(len(sizes) // min_groups, math.ceil(sum(sizes) / pairs))
 
 
-def even_batches(costs: Sequence[int], count: int, least: int = 1) -> list[list[int]]:
-    """Cut groups, in the order given, into `count` batches of about the same cost; lists of group indices.
+def even_batches(costs: Sequence[int], count: int, min_groups: int = 1) -> list[list[int]]:
+    """Cut a sequence of groups into `count` consecutive batches of about the same cost.
 
-    A group is never divided and none is left out. Each cut falls on the boundary of groups that is nearest to
-    its even share: a batch of more than `least` groups costs at most an even share and the dearest group.
+    Every group is in exactly one batch, and groups are never divided. Each cut is made at the boundary
+    between two groups that is nearest to the ideal cut. A batch of more than `min_groups` groups costs at
+    most the mean cost of a batch plus the cost of the most expensive group.
+
+    Example: costs [4, 4, 1, 3], two batches. The ideal cut is at half of 12, that is 6. Groups end at 4, 8, 9
+    and 12; 4 and 8 are equally near and the later boundary wins, so the batches are [0, 1] (cost 8) and
+    [2, 3] (cost 4).
+
+    Args:
+        costs: cost of each group, in tokens or pairs.
+        count: number of batches.
+        min_groups: fewest groups that a batch may hold.
+
+    Returns:
+        For each batch the indices of its groups, in order.
     """
-    assert len(costs) >= count * least and (count or not costs), "every batch takes `least` groups"
+    assert len(costs) >= count * min_groups and (count or not costs), "each batch needs `min_groups` groups"
     if not count:
         return []
-    ends = [end * count for end in accumulate(costs)]  # in parts of 1 / count, where shares are whole numbers
+    # ends[i]: summed cost of groups 0 to i, times `count`. In this unit the ideal cuts total, 2 * total, ...
+    # are whole numbers, so that no rounding of floats decides where a cut is made.
+    ends = [end * count for end in accumulate(costs)]
     total = ends[-1] // count
-    cuts = [0]
+    cuts = [0]  # index of the first group of each batch
     for batch in range(1, count):
-        share = total * batch
-        after = bisect_left(ends, share)  # ends[after] is the first boundary at or after the share
-        nearer = after - 1 if after and share - ends[after - 1] < ends[after] - share else after
-        # every batch takes its least number of groups and leaves as many to each of those that follow
-        cuts.append(min(max(nearer + 1, cuts[-1] + least), len(costs) - least * (count - batch)))
+        ideal = total * batch
+        after = bisect_left(ends, ideal)  # ends[after] is the first boundary at or after the ideal cut
+        nearer = after - 1 if after and ideal - ends[after - 1] < ends[after] - ideal else after
+        # The batch that ends here needs `min_groups` groups, and so does each batch that follows.
+        cuts.append(min(max(nearer + 1, cuts[-1] + min_groups), len(costs) - min_groups * (count - batch)))
     cuts.append(len(costs))
     return [list(range(start, stop)) for start, stop in pairwise(cuts)]
 
 
 def batches_of_pairs(sizes: Sequence[int], pairs: int) -> list[list[int]]:
-    """`even_batches` of about `pairs` question-answer pairs; groups of one pair make at most that many.
+    """Cut a sequence of groups into batches of about `pairs` question-answer pairs.
 
-    The number of batches, ceil(sum(sizes) / pairs) where there are that many groups, does not depend on the
-    order. `sizes[i]` is the number of pairs in group i; returns lists of group indices.
+    Where every group holds one pair, no batch holds more than `pairs`. The number of batches is
+    ceil(sum(sizes) / pairs), or the number of groups where that is smaller. It does not depend on the order.
+
+    Args:
+        sizes: number of pairs in each group.
+        pairs: pairs that a batch should hold, about.
+
+    Returns:
+        For each batch the indices of its groups, in order.
     """
-    return even_batches(sizes, batch_count(sizes, pairs))
+    return even_batches(sizes, count_batches(sizes, pairs))
 
 
 def split_across_ranks(costs: Sequence[int], ranks: int) -> list[list[int]]:
-    """Deal the groups of one step out to `ranks` processes, the dearest first, each to whoever has least.
+    """Distribute the groups of one step over `ranks` processes of about the same cost.
 
-    Every process gets a group, and no two differ by more than the dearest one (Graham 1969, LPT). Returns
-    lists of group indices, each in the order given.
+    The most expensive group is assigned first, each group to the process with the least cost so far (LPT,
+    Graham 1969). Every process gets a group, and the costs of two processes differ by at most the cost of the
+    most expensive group.
+
+    Example: costs [1, 9, 8, 2] on two ranks are assigned in the order 9, 8, 2, 1. Rank 0 gets 9 and 1 (groups
+    [0, 1], cost 10), rank 1 gets 8 and 2 (groups [2, 3], cost 10).
+
+    Returns:
+        For each rank the indices of its groups, in order.
     """
     assert len(costs) >= ranks >= 1 and all(cost >= 1 for cost in costs), "a group for each process"
-    held: list[list[int]] = [[] for _ in range(ranks)]
+    groups_of_rank: list[list[int]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
     for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
         rank = loads.index(min(loads))
-        held[rank].append(index)
+        groups_of_rank[rank].append(index)
         loads[rank] += costs[index]
-    return [sorted(indices) for indices in held]
+    return [sorted(indices) for indices in groups_of_rank]
 
 
 class EpochBatches:
-    """A batch sampler whose order is a function of (seed, epoch) alone, so that a resumed run repeats it.
+    """A batch sampler with an order that depends only on (seed, epoch), so that a resumed run repeats it.
 
-    Yields lists of groups, each a list of examples; every epoch yields every example once, in `len(self)`
-    batches of about `pairs` pairs. `set_epoch` is called by the Trainer before each epoch.
+    Iterating yields batches: lists of groups, each group a list of examples. Every epoch yields every example
+    once, in `len(self)` batches. The Trainer calls `set_epoch` before each epoch.
 
-    With `tokens` the batches are cut so that each holds about as many tokens as the others, instead of as
-    many pairs; how many there are is the same. With `ranks` processes a step is cut for all of them together
-    and dealt out: the batches of ranks 0, 1, ... follow each other, as accelerate takes them. They are a
-    multiple of `ranks`, so that none is repeated to fill up the last step.
+    With several processes, each step is first cut as one large batch and then distributed over the ranks. The
+    batches of ranks 0, 1, ... of a step follow each other, as accelerate expects them: for two ranks, step 0
+    is batches 0 and 1, step 1 is batches 2 and 3. The number of batches is a multiple of `ranks`, so that
+    accelerate repeats no batch to complete the last step.
+
+    Args:
+        examples: the examples of one epoch.
+        pairs: question-answer pairs that a batch should hold, about.
+        max_group_size: most questions of one image in a group; None sets no limit.
+        seed: seed of the order.
+        token_costs: if given, batches hold about the same number of tokens instead of pairs; the number of
+            batches stays the same.
+        ranks: number of processes.
 
     Raises:
         InputError: there are fewer groups than processes.
@@ -107,36 +150,38 @@ class EpochBatches:
         self,
         examples: Sequence[Example],
         pairs: int,
-        cap: int | None,
+        max_group_size: int | None,
         seed: int,
         *,
-        tokens: TokenCosts | None = None,
+        token_costs: TokenCosts | None = None,
         ranks: int = 1,
     ) -> None:
-        self.examples, self.pairs, self.cap, self.seed, self.epoch = list(examples), pairs, cap, seed, 0
-        self.tokens, self.ranks = tokens, ranks
-        sizes = [len(group) for group in group_by_image(self.examples, cap)]
+        self.examples, self.pairs, self.seed, self.epoch = list(examples), pairs, seed, 0
+        self.max_group_size, self.token_costs, self.ranks = max_group_size, token_costs, ranks
+        sizes = [len(group) for group in group_by_image(self.examples, max_group_size)]
         if 0 < len(sizes) < ranks:
             raise InputError(
                 f"{ranks} processes cannot share {len(sizes)} groups of questions. "
                 "Start fewer processes, or lower --cap."
             )
-        self.steps = batch_count(sizes, pairs * ranks, least=ranks)
+        self.steps = count_batches(sizes, pairs * ranks, min_groups=ranks)  # of one epoch
 
-    def _of_epoch(self, epoch: int) -> Iterator[list[list[Example]]]:
+    def _batches_of_epoch(self, epoch: int) -> Iterator[list[list[Example]]]:
         rng = random.Random(f"{self.seed}-{epoch}")
-        groups = group_by_image(self.examples, self.cap, rng)
+        groups = group_by_image(self.examples, self.max_group_size, rng)
         rng.shuffle(groups)
-        costs = [self.tokens.cost_of(group) if self.tokens else len(group) for group in groups]
-        for step in even_batches(costs, self.steps, least=self.ranks):
+        costs = [self.token_costs.cost_of(group) if self.token_costs else len(group) for group in groups]
+        for step in even_batches(costs, self.steps, min_groups=self.ranks):
+            # `step` holds indices of groups; the ranks' indices count within the step
             for share in split_across_ranks([costs[index] for index in step], self.ranks):
                 yield [groups[step[index]] for index in share]
 
     def set_epoch(self, epoch: int) -> None:
+        """Select the epoch that the next iteration yields."""
         self.epoch = epoch
 
     def __len__(self) -> int:
         return self.steps * self.ranks
 
     def __iter__(self) -> Iterator[list[list[Example]]]:
-        yield from self._of_epoch(self.epoch)
+        yield from self._batches_of_epoch(self.epoch)

@@ -11,7 +11,7 @@ from normtune.data.records import Example
 
 @dataclass(frozen=True)
 class Segment:
-    """One tokenised question with its answer. The answer is empty when the model is to write it."""
+    """One tokenised question and its answer. The answer is empty when the model is to generate it."""
 
     id: str
     prompt: tuple[int, ...]
@@ -23,7 +23,12 @@ class Segment:
 
 @dataclass(frozen=True)
 class Group:
-    """One image (or study of several views) and the segments that share it."""
+    """One image (or a study of several views) and the segments that share it.
+
+    Attributes:
+        images: image keys of the group.
+        segments: one segment a question.
+    """
 
     images: tuple[str, ...]
     segments: tuple[Segment, ...]
@@ -32,10 +37,17 @@ class Group:
 def group_by_image(
     examples: Sequence[Example], max_group_size: int | None = None, rng: random.Random | None = None
 ) -> list[list[Example]]:
-    """Split examples into groups of one image each, at most `cap` questions a group.
+    """Split examples into groups of one image (or study) each.
 
-    With `cap=1` every question stands alone. With `rng`, the questions of each image are shuffled before
-    they are cut into groups, so that capped groups differ between epochs; without it the order is kept.
+    Args:
+        examples: the examples, in any order; those of one image need not be adjacent.
+        max_group_size: most questions in a group (--cap). 1 puts each question into a group of its own; None
+            sets no limit.
+        rng: shuffles the questions of each image before they are cut into groups, so that the groups differ
+            between epochs. None keeps the order of the examples.
+
+    Returns:
+        The groups, in the order in which their images first occur.
     """
     assert max_group_size is None or max_group_size >= 1, "a group holds at least one question"
     by_image: dict[tuple[str, ...], list[Example]] = {}

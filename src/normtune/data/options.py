@@ -1,4 +1,4 @@
-"""Options that select a dataset and its examples."""
+"""Options of the commands that read a dataset: which dataset, and which of its examples."""
 
 from __future__ import annotations
 
@@ -15,49 +15,49 @@ class _Options(BaseModel):
 
     @classmethod
     def checked(cls, **values: Any) -> Self:
-        """Build a config.
+        """Validate option values and build the config.
 
         Raises:
-            InputError: all faults in one line, each with the option it is about.
+            InputError: a value is invalid; one line lists all invalid values, each with its option.
         """
         try:
             return cls(**values)
         except ValidationError as error:
-            faults = []
-            for fault in error.errors():
-                option = ".".join(str(part) for part in fault["loc"])
-                if fault["type"] == "extra_forbidden":
-                    faults.append(f"{option}: unknown{did_you_mean(option, cls.model_fields)}")
+            messages = []
+            for item in error.errors():
+                option = ".".join(str(part) for part in item["loc"])
+                if item["type"] == "extra_forbidden":
+                    messages.append(f"{option}: unknown{did_you_mean(option, cls.model_fields)}")
                 else:
-                    faults.append(f"--{option.replace('_', '-')}: {fault['msg']} (got {fault['input']!r})")
-            raise InputError("; ".join(faults)) from error
+                    messages.append(f"--{option.replace('_', '-')}: {item['msg']} (got {item['input']!r})")
+            raise InputError("; ".join(messages)) from error
 
 
 class DataOptions(_Options):
-    """Which examples of which dataset."""
+    """The dataset and the selection of its examples. The descriptions are what `--help` prints."""
 
     data: str = Field(
         description="Dataset: slake, vqa-rad, path-vqa, openi, mimic-cxr, medpix, roco, messages, jsonl, "
         "parquet, phantom-a, phantom-b."
     )
-    root: Path | None = Field(None, description="Where the dataset's files lie.")
+    root: Path | None = Field(None, description="Folder or file of the dataset; phantoms need none.")
     language: Literal["en", "zh", "all"] = Field(
-        "en", description="Questions of one language, where the dataset has several."
+        "en", description="Language of the questions, for datasets with several languages."
     )
     image_disjoint: bool = Field(
-        False, description="Split by image anew, instead of the dataset's own splits."
+        False, description="Make new splits that share no image, instead of the dataset's own splits."
     )
     task: Literal["vqa", "report"] = Field(
-        "vqa", description="Answer questions, or write reports; datasets of reports alone need no word of it."
+        "vqa", description="Answer questions, or write reports; ignored for datasets with reports only."
     )
     sections: Literal["findings", "impression", "both"] = Field(
-        "findings", description="What a report is to hold, where the dataset tells its sections apart."
+        "findings", description="Sections that a report consists of (openi, mimic-cxr)."
     )
-    text_only: bool = Field(False, description="Keep rows whose image files are missing, for their text.")
+    text_only: bool = Field(False, description="Keep rows with missing image files, for their text.")
 
     def data_options(self) -> dict[str, Any]:
-        """The options that open the same data again, from any folder, as a result records them."""
-        found = self.model_dump(mode="json", include=set(DataOptions.model_fields))
-        if self.root is not None and self.root.exists():  # else it is a hub name
-            found["root"] = str(self.root.resolve())
-        return found
+        """The options for a result file, with an absolute root: they open the same data from any folder."""
+        options = self.model_dump(mode="json", include=set(DataOptions.model_fields))
+        if self.root is not None and self.root.exists():  # a root that does not exist is a hub name
+            options["root"] = str(self.root.resolve())
+        return options

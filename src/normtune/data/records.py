@@ -1,4 +1,4 @@
-"""The record types that every dataset reader yields and every later stage takes."""
+"""The records that dataset readers return and all later stages use: examples, datasets, predictions."""
 
 from __future__ import annotations
 
@@ -15,27 +15,25 @@ Kind = Literal["open", "closed", "report"]
 
 @dataclass(frozen=True)
 class Example:
-    """One question (or report request) of one image, with its reference answer."""
+    """One question about an image (or one report request), with its reference answer."""
 
-    id: str  # unique within the dataset; predictions are joined by it
+    id: str  # unique within the dataset; predictions are matched to examples by it
     images: tuple[str, ...]  # keys for Dataset.open_image; one for a question, one or two views for a report
-    question: str
+    question: str  # may be empty for a report
     answer: str
-    kind: Kind  # "closed" as the dataset labels it; readers say in their docstring what that means
-    split: str
-    meta: dict[str, str] = field(
-        default_factory=dict, hash=False, compare=False
-    )  # modality, organ, language, ...
+    kind: Kind  # "closed" as the dataset labels it; each reader's docstring explains what that means
+    split: str  # "train", "validate" or "test", or another name that the files use
+    meta: dict[str, str] = field(default_factory=dict, hash=False, compare=False)  # modality, organ, language, ...
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong in a data file, and how to mend it. Never holds patient text."""
+    """A fault in a data file and how to fix it. Never contains text of a patient."""
 
     file: str
-    row: str  # row number or row id, "" where the whole file is meant
-    what: str
-    mend: str
+    row: str  # row number or row id; "" if the whole file is concerned
+    what: str  # the fault
+    fix: str  # what was done with the row, and what the user can do
 
     def __str__(self) -> str:
         where = f"{self.file}, row {self.row}" if self.row else self.file
@@ -43,44 +41,44 @@ class Problem:
 
     @property
     def message(self) -> str:
-        """What is wrong and how to mend it, as sentences."""
-        return f"{self.what}{'' if self.what.endswith('?') else '.'} {self.mend}"
+        """The fault and its fix, as sentences."""
+        return f"{self.what}{'' if self.what.endswith('?') else '.'} {self.fix}"
 
 
 @dataclass
 class Dataset:
-    """All examples of all splits, in file order, with what was wrong in the files."""
+    """All examples of all splits, in file order, with the problems of the files."""
 
     name: str
     examples: list[Example]
     open_image: Callable[[str], Image.Image]  # key -> RGB image; raises InputError naming the file
     problems: list[Problem] = field(default_factory=list)
     licence: str = "unknown"
-    skipped: list[Example] = field(default_factory=list)  # rows that cannot be used; `problems` says why
-    notes: list[str] = field(default_factory=list)  # how the reader took the files, where there was a choice
+    skipped: list[Example] = field(default_factory=list)  # unusable rows; `problems` holds the reasons
+    notes: list[str] = field(default_factory=list)  # choices of the reader, such as the source of splits
 
     def split(self, name: str) -> list[Example]:
         """The examples of one split, in file order.
 
         Raises:
-            InputError: there is no such split; the message lists those there are.
+            InputError: there is no such split; the message lists the existing ones.
         """
         from normtune.errors import InputError, did_you_mean
 
-        found = [example for example in self.examples if example.split == name]
-        if not found:
+        examples = [example for example in self.examples if example.split == name]
+        if not examples:
             splits = sorted({example.split for example in self.examples})
             raise InputError(
                 f"dataset {self.name} has no split '{name}'{did_you_mean(name, splits) or '.'} "
                 f"Its splits: {', '.join(splits) or 'none'}."
             )
-        return found
+        return examples
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A model's answer to the example of the same id; `score` is the mean log-probability of its tokens."""
+    """A model's answer to the example with the same id."""
 
     id: str
     text: str
-    score: float | None = None
+    score: float | None = None  # mean log-probability of the answer's tokens

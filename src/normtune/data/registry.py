@@ -1,4 +1,4 @@
-"""Every dataset by its name: the reader or the phantom that is meant, with the options that narrow it."""
+"""Opens a dataset by its name, and selects the examples of one task and language."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from normtune.errors import InputError, did_you_mean
 
 Language = Literal["en", "zh", "all"]
 Task = Literal["vqa", "report"]
+# Dataset name -> what --root must point at; messages quote it.
 ROOTS = {
     "slake": "the folder that holds train.json and imgs/",
     "vqa-rad": "the folder that holds 'VQA_RAD Dataset Public.json'",
@@ -28,14 +29,14 @@ ROOTS = {
     "jsonl": "a JSONL file or a folder of them",
     "parquet": "a parquet file, a folder of them, or a hub name owner/name",
 }
-PHANTOMS = ("phantom-a", "phantom-b")
-SECTIONED = ("openi", "mimic-cxr")  # datasets that tell findings from impression
-_ON_THE_HUB = ("parquet", "path-vqa")  # --root may be owner/name
+PHANTOMS = ("phantom-a", "phantom-b")  # drawn images, without files
+WITH_SECTIONS = ("openi", "mimic-cxr")  # datasets that separate findings and impression
+_ON_THE_HUB = ("parquet", "path-vqa")  # --root may be a hub name, owner/name
 NAMES = (*ROOTS, *PHANTOMS)
 
 
 def open_configured(options: DataOptions) -> Dataset:
-    """The dataset that a command's options name, split by image anew (seed 0) where they say so.
+    """Open the dataset that a command's options select; with `image_disjoint`, make new splits (seed 0).
 
     Raises:
         InputError: see `open_dataset`.
@@ -64,89 +65,88 @@ def open_dataset(
     sections: Sections = "findings",
     text_only: bool = False,
 ) -> Dataset:
-    """A dataset by its name, with the examples of one task and, where it has several, of one language.
+    """Open a dataset by its name, with the examples of one task and one language.
 
     Args:
-        name: one of `NAMES`; `phantom-b:240` has 240 training images, `phantom-b:240/60/120` has those of
-            train, validate and test.
-        root: where its files lie; phantoms are drawn and need none.
-        language: rows that name no language are of every language.
-        task: a dataset that holds reports alone gives them whatever the task.
-        sections: what a report is to hold; for the datasets `SECTIONED`.
-        text_only: keep the rows whose image files are missing.
+        name: one of `NAMES`. For phantoms a number of images may follow: `phantom-b:240` has 240 training
+            images, `phantom-b:240/60/120` gives the images of train, validate and test.
+        root: folder or file of the dataset; phantoms are drawn and need none.
+        language: language of the questions. Rows without a language are part of every language.
+        task: questions or reports. A dataset that has only reports returns them for either task.
+        sections: sections that a report consists of; only for the datasets in `WITH_SECTIONS`.
+        text_only: keep the rows with missing image files.
 
     Raises:
-        InputError: the name is unknown, the root is missing where one is needed or is not the dataset's,
-            the dataset holds nothing of that task or language, or tells no sections apart.
+        InputError: the name is unknown; the root is needed but missing, or is not this dataset; the dataset
+            has no examples of that task or language; or it does not separate sections.
     """
     family, colon, images = name.partition(":")
     if family not in NAMES:
         raise InputError(
             f"no dataset '{name}'{did_you_mean(family, NAMES)} "
-            f"Known are {', '.join(NAMES)} (phantom-b:240 has 240 training images)."
+            f"Known datasets: {', '.join(NAMES)} (phantom-b:240 has 240 training images)."
         )
-    if sections != "findings" and family not in SECTIONED:
+    if sections != "findings" and family not in WITH_SECTIONS:
         raise InputError(
-            f"dataset {family} tells no sections apart: --sections goes with {' and '.join(SECTIONED)}. "
-            "Leave it out."
+            f"dataset {family} does not separate the sections of a report: --sections works with "
+            f"{' and '.join(WITH_SECTIONS)} only. Remove it."
         )
     if family in PHANTOMS:
-        from normtune.data.phantom import dataset as phantom
+        from normtune.data.phantom import phantom_dataset as phantom
 
-        return phantom(family[-1], images=_images(name, images) if colon else None, task=task)
+        return phantom(family[-1], images=_image_counts(name, images) if colon else None, task=task)
     if colon:
-        raise InputError(
-            f"dataset '{name}': a number of images goes with phantoms only. Write --data {family}."
-        )
+        raise InputError(f"dataset '{name}': only phantoms take a number of images. Write --data {family}.")
     if root is None:
         raise InputError(f"dataset {family} needs --root: {ROOTS[family]}.")
-    dataset = _read(family, root, language, sections, text_only)
+    dataset = _open_files(family, root, language, sections, text_only)
     if all(example.kind == "report" for example in dataset.examples):
         task = "report"
-    return _narrowed(dataset, language, task)
+    return _select_task_and_language(dataset, language, task)
 
 
-def _images(name: str, numbers: str) -> int | dict[str, int]:
-    """Images of the training split, or of train/validate/test."""
+def _image_counts(name: str, numbers: str) -> int | dict[str, int]:
+    """Parse "240" (images of the training split) or "240/60/120" (of train, validate and test)."""
     counts: list[int] = []
     for number in numbers.split("/"):
         if not (number.isascii() and number.isdecimal()) or (not counts and int(number) == 0):
             raise InputError(
-                f"dataset '{name}': '{number}' is no number of images. Write for example phantom-b:240."
+                f"dataset '{name}': '{number}' is not a number of images. Write for example phantom-b:240."
             )
         counts.append(int(number))
     if len(counts) not in (1, len(SPLITS)):
         raise InputError(
-            f"dataset '{name}': give the images of train, or of {'/'.join(SPLITS)}: phantom-b:240/60/120."
+            f"dataset '{name}': give one number (train) or three ({'/'.join(SPLITS)}): phantom-b:240/60/120."
         )
     return dict(zip(SPLITS, counts, strict=True)) if len(counts) > 1 else counts[0]
 
 
-def _read(family: str, root: Path, language: Language, sections: Sections, text_only: bool) -> Dataset:
-    """By `read` of the module that bears its name, imported when it is used: pyarrow takes half a second."""
+def _open_files(family: str, root: Path, language: Language, sections: Sections, text_only: bool) -> Dataset:
+    """Call `read` of the module named after the dataset.
+
+    The module is imported only here, as pyarrow takes half a second to import.
+    """
     if not root.exists() and family not in _ON_THE_HUB:
-        raise InputError(f"--root {root}: there is no such file or folder. {family} needs {ROOTS[family]}.")
+        raise InputError(f"--root {root}: no such file or folder. {family} needs {ROOTS[family]}.")
     options: dict[str, Any] = {"text_only": text_only}
     if family == "slake":
         options["language"] = language
-    if family in SECTIONED:
+    if family in WITH_SECTIONS:
         options["sections"] = sections
     read: Callable[..., Dataset] = import_module(f"normtune.data.datasets.{family.replace('-', '_')}").read
     return read(root, **options)
 
 
-def _narrowed(dataset: Dataset, language: Language, task: Task) -> Dataset:
-    """The dataset with its examples of one task and language alone; rows that were left out likewise."""
-    wanted: list[tuple[str, Callable[[Example], bool]]] = [
+def _select_task_and_language(dataset: Dataset, language: Language, task: Task) -> Dataset:
+    """The dataset with only the examples and skipped rows of one task and language."""
+    conditions: list[tuple[str, Callable[[Example], bool]]] = [
         ("reports" if task == "report" else "questions", lambda e: (e.kind == "report") == (task == "report"))
     ]
     if language != "all":
-        wanted.append(
-            (f"rows of language '{language}'", lambda e: e.meta.get("language", language) == language)
-        )
-    for what, keep in wanted:
-        kept = [example for example in dataset.examples if keep(example)]
-        if not kept:
-            raise InputError(f"dataset {dataset.name} holds no {what}. Check --task and --language.")
-        dataset = replace(dataset, examples=kept, skipped=[e for e in dataset.skipped if keep(e)])
+        conditions.append((f"rows of language '{language}'", lambda e: e.meta.get("language", language) == language))
+    for what, keep in conditions:
+        examples = [example for example in dataset.examples if keep(example)]
+        if not examples:
+            raise InputError(f"dataset {dataset.name} has no {what}. Check --task and --language.")
+        dataset = replace(dataset, examples=examples, skipped=[e for e in dataset.skipped if keep(e)])
     return dataset

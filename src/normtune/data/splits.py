@@ -1,4 +1,4 @@
-"""What two splits share and should not, and new splits that share no image."""
+"""Finds images and rows that several splits share (leaks), and makes new splits that share no image."""
 
 from __future__ import annotations
 
@@ -14,75 +14,84 @@ from normtune.errors import InputError
 
 @dataclass(frozen=True)
 class Leak:
-    """Images or whole rows of one part of a dataset that stand in an earlier part too."""
+    """Images, or whole rows, of one split that an earlier split contains too.
+
+    Splits are ordered train, validate, test, others. They are named as `split_label` names them.
+    """
 
     what: Literal["image", "row"]
-    part: str  # the later part, "test" or "test (en)"
-    other: str  # the earlier part, "train" or "train (zh)"
-    shared: int
-    total: int  # images or rows of `part`
-    examples: tuple[str, ...]  # the first few: image keys, or ids of rows in `part`
+    split: str  # the later split, such as "test" or "test (en)"
+    earlier_split: str  # such as "train" or "train (zh)"
+    shared: int  # number of shared images or rows
+    total: int  # number of images or rows of `split`
+    examples: tuple[str, ...]  # the first three: image keys, or ids of rows in `split`
 
     def __str__(self) -> str:
-        if self.what == "image":
-            return f"{self.shared} of {self.total} images of {self.part} stand in {self.other} too"
-        return f"{self.shared} of {self.total} rows of {self.part} stand word for word in {self.other} too"
+        unit, exact = ("images", "") if self.what == "image" else ("rows", "word for word ")
+        return f"{self.shared} of {self.total} {unit} of {self.split} are {exact}in {self.earlier_split} too"
 
 
-def split_group_of(dataset: Dataset) -> Callable[[Example], str]:
-    """Names the part that an example belongs to: its split, with the language where there are several."""
+def split_label(dataset: Dataset) -> Callable[[Example], str]:
+    """Return a function that names an example's split, with several languages "test (en)" or "test (zh)"."""
     languages = {example.meta.get("language", "") for example in dataset.examples}
     if len(languages) < 2:
         return lambda example: example.split
     return lambda example: f"{example.split} ({example.meta.get('language', 'no language')})"
 
 
-def split_groups(dataset: Dataset) -> dict[str, list[Example]]:
-    """The usable examples of each part; train, validate and test come first, in this order."""
-    name = split_group_of(dataset)
-    found: dict[str, list[Example]] = {}
+def examples_by_split(dataset: Dataset) -> dict[str, list[Example]]:
+    """Split label -> its usable examples; train, validate and test come first, in this order."""
+    label = split_label(dataset)
+    examples: dict[str, list[Example]] = {}
     for example in dataset.examples:
-        found.setdefault(name(example), []).append(example)
-    return dict(sorted(found.items(), key=lambda item: _rank(item[1][0].split)))
+        examples.setdefault(label(example), []).append(example)
+    return dict(sorted(examples.items(), key=lambda item: _split_order(item[1][0].split)))
 
 
-def leaks(dataset: Dataset) -> list[Leak]:
-    """Images, and rows word for word, that a later split shares with an earlier one.
+def find_leaks(dataset: Dataset) -> list[Leak]:
+    """Find the images and the rows that a later split shares with an earlier one.
 
-    A row is shared where image, question and answer are the same, whatever their case and blanks. Different
-    languages of one split are no leak; different splits of different languages are.
+    Two rows are the same if image, question and answer are the same; case and blanks do not count. The
+    languages of one split may share images: that is no leak. Languages of different splits may not.
     """
-    found = []
-    members = list(split_groups(dataset).items())
-    images = {name: {key: key for example in part for key in example.images} for name, part in members}
-    rows = {name: {_row_key(example): example.id for example in part} for name, part in members}
-    for later in range(len(members)):
-        part = members[later][0]
-        for other, earlier in members[:later]:
-            if earlier[0].split == members[later][1][0].split:
-                continue
-            shared = sorted(images[part].keys() & images[other].keys())
+    leaks = []
+    splits = list(examples_by_split(dataset).items())
+    images = {name: {key for example in members for key in example.images} for name, members in splits}
+    rows = {name: {_row_key(example) for example in members} for name, members in splits}
+    for later, (name, members) in enumerate(splits):
+        for earlier_name, earlier_members in splits[:later]:
+            if earlier_members[0].split == members[0].split:
+                continue  # the same split in another language
+            shared = sorted(images[name] & images[earlier_name])
             if shared:
-                found.append(Leak("image", part, other, len(shared), len(images[part]), tuple(shared[:3])))
-            again = [e.id for e in members[later][1] if _row_key(e) in rows[other]]
-            if again:
-                total = len(members[later][1])
-                found.append(Leak("row", part, other, len(again), total, tuple(again[:3])))
-    return found
+                leaks.append(Leak("image", name, earlier_name, len(shared), len(images[name]), tuple(shared[:3])))
+            repeated = [example.id for example in members if _row_key(example) in rows[earlier_name]]
+            if repeated:
+                leaks.append(Leak("row", name, earlier_name, len(repeated), len(members), tuple(repeated[:3])))
+    return leaks
 
 
 def image_disjoint(
     dataset: Dataset,
     fractions: tuple[float, float, float] = (0.7, 0.1, 0.2),
     seed: int = 0,
-    same: Iterable[Sequence[str]] = (),
+    identical: Iterable[Sequence[str]] = (),
 ) -> Dataset:
-    """The dataset with new splits train, validate and test, none of which shares an image with another.
+    """Make new splits train, validate and test that share no image.
 
-    Every image goes to one split with all its examples, in `fractions` of the number of images. Which one
-    depends on the seed and the images' keys, not on the order of the rows. Images of one study stay together,
-    and so do those of one patient or case where `meta` names it, and the keys of each item of `same` (see
-    `same_pixels`).
+    Every image goes to one split, with all its examples. Images of one study (one example) stay together, as
+    do those of one patient or case that `meta` names, and those of one item of `identical`. The split of an
+    image depends on the seed and on the image keys, not on the order of the rows.
+
+    Args:
+        dataset: the dataset; its own splits are ignored.
+        fractions: shares of train, validate and test, of the number of images (those that stay together
+            count as one).
+        seed: another seed gives other splits.
+        identical: keys of the same picture, from `find_identical_images`.
+
+    Returns:
+        The dataset with the new splits, also for its skipped rows.
 
     Raises:
         InputError: the fractions are negative or do not add up to 1.
@@ -90,40 +99,42 @@ def image_disjoint(
     if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise InputError(f"fractions {fractions} must be at least 0 and add up to 1.")
     images = (example.images for example in dataset.examples)
-    clusters = _clusters([*images, *_by_patient(dataset.examples), *same])
-    heads = _drawn(clusters.values(), seed)
-    train = round(fractions[0] * len(heads))
-    learn = round((fractions[0] + fractions[1]) * len(heads))
+    clusters = _cluster_images([*images, *_by_patient(dataset.examples), *identical])
+    names = _shuffled(clusters.values(), seed)
+    train_end = round(fractions[0] * len(names))
+    validate_end = round((fractions[0] + fractions[1]) * len(names))
     split = {
-        head: SPLITS[0] if index < train else SPLITS[1] if index < learn else SPLITS[2]
-        for index, head in enumerate(heads)
+        name: SPLITS[0] if index < train_end else SPLITS[1] if index < validate_end else SPLITS[2]
+        for index, name in enumerate(names)
     }
 
-    def moved(example: Example) -> Example:
-        head = clusters.get(example.images[0]) if example.images else None
-        return replace(example, split=split[head]) if head else example
+    def move(example: Example) -> Example:
+        name = clusters.get(example.images[0]) if example.images else None
+        return replace(example, split=split[name]) if name else example
 
     return replace(
         dataset,
-        examples=[moved(example) for example in dataset.examples],
-        skipped=[moved(example) for example in dataset.skipped],
+        examples=[move(example) for example in dataset.examples],
+        skipped=[move(example) for example in dataset.skipped],
     )
 
 
 def share_of_images(examples: Sequence[Example], share: float, seed: int) -> list[Example]:
-    """The examples of a share of the images (at least one), in their order.
+    """The examples of a random share of the images (at least one image), in their order.
 
-    Which images depends on the seed and their keys alone, so that a larger share holds a smaller one. Images
-    that stand in one example, or are of one patient or case, stay together.
+    The selection depends only on the seed and the image keys, so that a larger share contains every smaller
+    one. Images of one example, patient or case stay together.
     """
-    clusters = _clusters([*(example.images for example in examples), *_by_patient(examples)])
-    heads = _drawn(clusters.values(), seed)
-    kept = set(heads[: max(1, round(share * len(heads)))])
-    return [example for example in examples if example.images and clusters[example.images[0]] in kept]
+    clusters = _cluster_images([*(example.images for example in examples), *_by_patient(examples)])
+    names = _shuffled(clusters.values(), seed)
+    selected = set(names[: max(1, round(share * len(names)))])
+    return [example for example in examples if example.images and clusters[example.images[0]] in selected]
 
 
-def same_pixels(dataset: Dataset) -> list[tuple[str, ...]]:
-    """Keys of images that are the same picture under several names: every image is opened once.
+def find_identical_images(dataset: Dataset) -> list[tuple[str, ...]]:
+    """Find pictures that occur under several image keys; each item holds the keys of one picture.
+
+    Every image is opened once.
 
     Raises:
         InputError: an image cannot be read.
@@ -136,51 +147,59 @@ def same_pixels(dataset: Dataset) -> list[tuple[str, ...]]:
     return [tuple(keys) for keys in by_content.values() if len(keys) > 1]
 
 
-def patients(examples: Sequence[Example]) -> dict[str, str]:
-    """Image key -> one key for all images of its patient or case, as far as studies and `meta` tell them."""
-    return _clusters([*(example.images for example in examples), *_by_patient(examples)])
+def patient_of_image(examples: Sequence[Example]) -> dict[str, str]:
+    """Image key -> a name for its patient: the smallest key of all images of that patient.
+
+    Images are of one patient if they are in one example, or if `meta` names the same patient or case.
+    """
+    return _cluster_images([*(example.images for example in examples), *_by_patient(examples)])
 
 
-def _drawn(keys: Iterable[str], seed: int) -> list[str]:
-    """The keys in an order that the seed and they alone decide."""
+def _shuffled(keys: Iterable[str], seed: int) -> list[str]:
+    """The distinct keys in a random order that depends only on the keys and the seed."""
     return sorted(set(keys), key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
 
 
 def _by_patient(examples: Iterable[Example]) -> list[list[str]]:
-    """The images of each patient, or of each case where the files name cases."""
-    found: dict[tuple[str, str], list[str]] = {}
+    """The image keys of each patient and of each case that `meta` names."""
+    images: dict[tuple[str, str], list[str]] = {}
     for example in examples:
         for field in ("patient", "case"):
             if field in example.meta:
-                found.setdefault((field, example.meta[field]), []).extend(example.images)
-    return [keys for keys in found.values() if keys]
+                images.setdefault((field, example.meta[field]), []).extend(example.images)
+    return [keys for keys in images.values() if keys]
 
 
-def _rank(split: str) -> int:
+def _split_order(split: str) -> int:
     return SPLITS.index(split) if split in SPLITS else len(SPLITS)
 
 
 def _row_key(example: Example) -> tuple[object, ...]:
-    return (
-        example.images,
-        " ".join(example.question.lower().split()),
-        " ".join(example.answer.lower().split()),
-    )
+    """Equal for rows with the same images, question and answer; case and blanks do not count."""
+    return (example.images, " ".join(example.question.lower().split()), " ".join(example.answer.lower().split()))
 
 
-def _clusters(groups: Iterable[Sequence[str]]) -> dict[str, str]:
-    """Image key -> the least key of all images that stand in one group with it, directly or in steps."""
+def _cluster_images(groups: Iterable[Sequence[str]]) -> dict[str, str]:
+    """Merge groups that share an image: image key -> the name of its cluster, which is its smallest key.
+
+    Example: the groups (a, b), (b, c), (d,) and (e, d) make the two clusters {a: a, b: a, c: a} and
+    {d: d, e: d}. The images a and c are in no common group, but b connects them.
+
+    A union-find structure: each key points to another key of its cluster, and the smallest key, the root,
+    points to itself.
+    """
     parent: dict[str, str] = {}
 
-    def head(key: str) -> str:
+    def root(key: str) -> str:
         parent.setdefault(key, key)
         while parent[key] != key:
-            parent[key] = parent[parent[key]]
+            parent[key] = parent[parent[key]]  # path halving: shortens the path for later calls
             key = parent[key]
         return key
 
     for group in groups:
         for key in group:
-            low, high = sorted((head(group[0]), head(key)))
+            # The smaller root stays the root, so that names do not depend on the order of the groups.
+            low, high = sorted((root(group[0]), root(key)))
             parent[high] = low
-    return {key: head(key) for key in parent}
+    return {key: root(key) for key in parent}

@@ -1,4 +1,4 @@
-"""What a dataset holds, as counts: what `normtune data` prints. No question or answer is quoted."""
+"""Counts of a dataset's contents, as `normtune data` prints them. No question or answer is quoted."""
 
 from __future__ import annotations
 
@@ -9,80 +9,82 @@ from typing import Any
 
 from normtune.data.reading.cells import is_yes_no
 from normtune.data.records import Dataset, Example
-from normtune.data.splits import leaks, split_group_of, split_groups
+from normtune.data.splits import examples_by_split, find_leaks, split_label
 
-_FIRST = 20  # problems shown in full
-_TOP = 5  # most frequent modalities and organs shown
+_FIRST = 20  # number of problems that are listed in full
+_TOP = 5  # number of modalities and organs that are listed, the most frequent ones
 
 
 def summarize(dataset: Dataset) -> dict[str, Any]:
-    """Counts of a dataset, ready for JSON.
+    """Count a dataset's rows, images, problems and leaks.
 
     Returns:
-        `dataset`, `licence`; `parts`: split (with language where there are several) -> `rows`, `open`,
-        `closed`, `report` and `yes_no` (of all rows of the file, as published counts are), `usable`; of the
-        usable rows `images`, `questions_per_image` {`mean`, `median`, `max`}, `longest_question_words`,
-        `longest_answer_words`, `modalities`, `organs` (name -> rows, most frequent first); `notes`: how
-        the files were taken, where there was a choice; `problems`: `count`, `by_kind` (what -> number) and
-        the first 20 as `first` [{`file`, `row`, `what`, `mend`}];
-        `leaks`: [{`what`, `part`, `other`, `shared`, `total`, `text`}].
+        A dict for JSON with these keys:
+
+        - `dataset`, `licence`.
+        - `parts`: split (with the language if there are several) -> counts. Over all rows of the file, as
+          published counts are: `rows`, `open`, `closed`, `report`, `yes_no`. Over the usable rows: `usable`,
+          `images`, `questions_per_image` {`mean`, `median`, `max`}, `longest_question_words`,
+          `longest_answer_words`, `modalities` and `organs` (name -> rows, most frequent first).
+        - `notes`: choices that the reader made.
+        - `problems`: `count`, `by_kind` (what -> number) and the first 20 as `first`
+          [{`file`, `row`, `what`, `mend`}], where `mend` is the fix.
+        - `leaks`: [{`what`, `part`, `other`, `shared`, `total`, `text`}], where `part` is the later split and
+          `other` the earlier one.
     """
-    name = split_group_of(dataset)
-    left_out: dict[str, list[Example]] = {}
+    label = split_label(dataset)
+    skipped: dict[str, list[Example]] = {}
     for example in dataset.skipped:
-        left_out.setdefault(name(example), []).append(example)
+        skipped.setdefault(label(example), []).append(example)
     return {
         "dataset": dataset.name,
         "licence": dataset.licence,
         "parts": {
-            part: _counts(usable, left_out.get(part, [])) for part, usable in split_groups(dataset).items()
+            split: _counts(usable, skipped.get(split, [])) for split, usable in examples_by_split(dataset).items()
         },
         "notes": dataset.notes,
         "problems": {
             "count": len(dataset.problems),
             "by_kind": dict(Counter(problem.what for problem in dataset.problems).most_common()),
-            "first": [
-                {"file": p.file, "row": p.row, "what": p.what, "mend": p.mend}
-                for p in dataset.problems[:_FIRST]
-            ],
+            "first": [{"file": p.file, "row": p.row, "what": p.what, "mend": p.fix} for p in dataset.problems[:_FIRST]],
         },
         "leaks": [
             {
                 "what": leak.what,
-                "part": leak.part,
-                "other": leak.other,
+                "part": leak.split,
+                "other": leak.earlier_split,
                 "shared": leak.shared,
                 "total": leak.total,
                 "text": str(leak),
             }
-            for leak in leaks(dataset)
+            for leak in find_leaks(dataset)
         ],
     }
 
 
-def summary_text(found: dict[str, Any]) -> str:
-    """A survey as plain text for people: a table of the parts, then leaks, then problems."""
+def summary_text(summary: dict[str, Any]) -> str:
+    """The result of `summarize` as plain text: a table of the splits, then notes, leaks and problems."""
     heads = ("split", "rows", "usable", "images", "open", "closed", "report", "yes/no", "questions an image")
     table = [heads]
-    for part, counts in found["parts"].items():
+    for split, counts in summary["parts"].items():
         per_image = counts["questions_per_image"]
-        spread = f"{per_image['mean']:.1f} mean, {per_image['median']:g} median, {per_image['max']} most"
+        questions = f"{per_image['mean']:.1f} mean, {per_image['median']:g} median, {per_image['max']} most"
         fields = ("rows", "usable", "images", "open", "closed", "report", "yes_no")
-        table.append((part, *(str(counts[field]) for field in fields), spread))
-    lines = [f"{found['dataset']} (licence: {found['licence']})", "", *_aligned(table)]
-    for part, counts in found["parts"].items():
+        table.append((split, *(str(counts[field]) for field in fields), questions))
+    lines = [f"{summary['dataset']} (licence: {summary['licence']})", "", *_aligned(table)]
+    for split, counts in summary["parts"].items():
         words = f"{counts['longest_question_words']} and {counts['longest_answer_words']} words"
-        lines += ["", f"{part}: longest question and answer {words}"]
+        lines += ["", f"{split}: longest question and answer {words}"]
         for field in ("modalities", "organs"):
             if counts[field]:
                 named = ", ".join(f"{name} {rows}" for name, rows in list(counts[field].items())[:_TOP])
                 more = f", {len(counts[field]) - _TOP} more" if len(counts[field]) > _TOP else ""
                 lines.append(f"  {field}: {named}{more}")
-    if found["notes"]:
-        lines += ["", "How the files were read:", *(f"  {note}" for note in found["notes"])]
-    lines += ["", f"Leaks between splits: {len(found['leaks']) or 'none among these rows'}"]
-    lines += [f"  {leak['text']}" for leak in found["leaks"]]
-    problems = found["problems"]
+    if summary["notes"]:
+        lines += ["", "How the files were read:", *(f"  {note}" for note in summary["notes"])]
+    lines += ["", f"Leaks between splits: {len(summary['leaks']) or 'none among these rows'}"]
+    lines += [f"  {leak['text']}" for leak in summary["leaks"]]
+    problems = summary["problems"]
     lines += ["", f"Problems in the files: {problems['count'] or 'none'}"]
     lines += [f"  {count} x {what}" for what, count in problems["by_kind"].items()]
     if problems["first"]:
@@ -93,8 +95,9 @@ def summary_text(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _counts(examples: Sequence[Example], left_out: Sequence[Example]) -> dict[str, Any]:
-    rows = [*examples, *left_out]
+def _counts(examples: Sequence[Example], skipped: Sequence[Example]) -> dict[str, Any]:
+    """The counts of one split; see `summarize`."""
+    rows = [*examples, *skipped]
     kinds = Counter(example.kind for example in rows)
     per_image = Counter(example.images for example in examples).values()
     return {
@@ -105,11 +108,7 @@ def _counts(examples: Sequence[Example], left_out: Sequence[Example]) -> dict[st
         "closed": kinds["closed"],
         "report": kinds["report"],
         "yes_no": sum(is_yes_no(example.answer) for example in rows),
-        "questions_per_image": {
-            "mean": round(mean(per_image), 2),
-            "median": median(per_image),
-            "max": max(per_image),
-        },
+        "questions_per_image": {"mean": round(mean(per_image), 2), "median": median(per_image), "max": max(per_image)},
         "longest_question_words": max(len(example.question.split()) for example in examples),
         "longest_answer_words": max(len(example.answer.split()) for example in examples),
         "modalities": _frequent(examples, "modality"),
@@ -118,12 +117,13 @@ def _counts(examples: Sequence[Example], left_out: Sequence[Example]) -> dict[st
 
 
 def _frequent(examples: Sequence[Example], field: str) -> dict[str, int]:
-    named = Counter(example.meta[field] for example in examples if field in example.meta)
-    return dict(sorted(named.items(), key=lambda item: (-item[1], item[0])))
+    """Value of a `meta` field -> number of rows, most frequent first."""
+    counts = Counter(example.meta[field] for example in examples if field in example.meta)
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of a text table: the first and last column flush left, the others flush right."""
+    """Lines of a text table: the first and the last column are left-aligned, the others right-aligned."""
     widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
     last = len(widths) - 1
     return [

@@ -22,7 +22,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def refused(root: Path, *rows: object) -> str:
+def read_error(root: Path, *rows: object) -> str:
     with pytest.raises(InputError) as caught:
         jsonl.read(write_jsonl(root / "bad.jsonl", *rows))
     assert "\n" not in str(caught.value)
@@ -36,7 +36,7 @@ def test_a_minimal_row_gets_an_id_a_kind_and_a_split(root: Path) -> None:
     assert (second.id, second.kind, second.images) == ("mine-2", "open", ("a.png",))
 
 
-def test_given_fields_are_taken_and_further_ones_become_meta(root: Path) -> None:
+def test_optional_fields_are_read_and_other_fields_become_meta(root: Path) -> None:
     row = ROW | {"id": 7, "kind": "open", "split": "Dev", "modality": "CT", "slice": 3, "boxes": [1]}
     (example,) = jsonl.read(write_jsonl(root / "mine.jsonl", row)).examples
     assert (example.id, example.kind, example.split) == ("7", "open", "validate")
@@ -68,13 +68,10 @@ def test_blank_lines_and_a_byte_order_mark_are_skipped(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "message"),
     [
         ({"image": "a.png", "question": "Why?"}, "field 'answer' is missing. Add 'answer'"),
-        (
-            {"image": "a.png", "quesiton": "Why?", "answer": "x"},
-            "field 'question' is missing, is it 'quesiton'?",
-        ),
+        ({"image": "a.png", "quesiton": "Why?", "answer": "x"}, "field 'question' is missing, is it 'quesiton'?"),
         (ROW | {"answer": "  "}, "answer is empty"),
         (ROW | {"answer": ["yes"]}, "answer is of type list, not text"),
         (ROW | {"kind": "clsoed"}, "kind is unknown, did you mean 'closed'?"),
@@ -84,27 +81,27 @@ def test_blank_lines_and_a_byte_order_mark_are_skipped(root: Path) -> None:
         ('{"image": ', "not valid JSON"),
     ],
 )
-def test_a_bad_row_is_named_by_file_line_and_what_to_do(root: Path, row: object, told: str) -> None:
-    text = refused(root, ROW, row)
+def test_errors_name_the_file_and_line_of_a_bad_row_and_the_fix(root: Path, row: object, message: str) -> None:
+    text = read_error(root, ROW, row)
     assert text.startswith("bad.jsonl, line 2: ")
-    assert told in text
+    assert message in text
 
 
-def test_an_id_used_twice_and_many_bad_rows_are_told_in_one_error(root: Path) -> None:
-    again = ROW | {"id": "x"}
-    text = refused(root, again, again, *["no json"] * 6)
-    assert "bad.jsonl, line 2: its id stands on an earlier row too" in text
+def test_a_repeated_id_and_many_bad_rows_are_one_error(root: Path) -> None:
+    row = ROW | {"id": "x"}
+    text = read_error(root, row, row, *["no json"] * 6)
+    assert "bad.jsonl, line 2: its id is used by an earlier row" in text
     assert text.endswith("And 2 more bad rows.")
 
 
-def test_bad_rows_can_be_left_out_and_listed_instead(root: Path) -> None:
+def test_bad_rows_can_be_skipped_and_listed_instead(root: Path) -> None:
     file = write_jsonl(root / "mine.jsonl", ROW, ROW | {"image": "no.png"}, "no json")
     dataset = jsonl.read(file, strict=False)
     assert (len(dataset.examples), len(dataset.skipped)) == (1, 2)
     assert [(p.file, p.row) for p in dataset.problems] == [("mine.jsonl", "3"), ("mine.jsonl", "2")]
 
 
-def test_text_that_is_not_utf8_is_named_by_its_line(root: Path) -> None:
+def test_errors_name_the_line_that_is_not_utf8(root: Path) -> None:
     file = root / "mine.jsonl"
     file.write_bytes(json.dumps(ROW).encode() + b'\n{"image": "\xff"}\n')
     with pytest.raises(InputError, match="line 2: not UTF-8 text"):
@@ -114,7 +111,7 @@ def test_text_that_is_not_utf8_is_named_by_its_line(root: Path) -> None:
 def test_an_empty_folder_and_an_empty_file_are_refused(root: Path) -> None:
     with pytest.raises(InputError, match=r"holds no \*\.jsonl file"):
         jsonl.read(root / "views")
-    with pytest.raises(InputError, match="holds no usable rows"):
+    with pytest.raises(InputError, match="has no usable rows"):
         jsonl.read(write_jsonl(root / "none.jsonl"))
 
 
@@ -138,13 +135,13 @@ rows = st.dictionaries(
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(rows | values, max_size=4))
-def test_any_json_is_read_or_refused_in_one_line(root: Path, found: list[object]) -> None:
-    file = write_jsonl(root / "any.jsonl", *(json.dumps(row) for row in found))
+def test_any_json_is_read_or_refused_in_one_line(root: Path, lines: list[object]) -> None:
+    file = write_jsonl(root / "any.jsonl", *(json.dumps(row) for row in lines))
     try:
         dataset = jsonl.read(file)
     except InputError as error:
         assert str(error)
         assert len(str(error).splitlines()) == 1
     else:
-        assert len(dataset.examples) == len(found)
-        assert len({e.id for e in dataset.examples}) == len(found)
+        assert len(dataset.examples) == len(lines)
+        assert len({e.id for e in dataset.examples}) == len(lines)

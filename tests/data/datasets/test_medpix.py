@@ -12,7 +12,7 @@ from tests.support.report_samples import medpix_row, write_medpix
 ROW = medpix_row("MPX1_synpic1")
 
 
-def refused(root: Path) -> str:
+def read_error(root: Path) -> str:
     with pytest.raises(InputError) as caught:
         medpix.read(root)
     assert "\n" not in str(caught.value)
@@ -20,16 +20,10 @@ def refused(root: Path) -> str:
 
 
 def test_a_row_is_a_report_with_modality_organ_and_case(tmp_path: Path) -> None:
-    root = write_medpix(
-        tmp_path, train=[ROW], dev=[medpix_row("MPX2_s2")], test=[medpix_row("MPX3_s3", plane=None)]
-    )
+    root = write_medpix(tmp_path, train=[ROW], dev=[medpix_row("MPX2_s2")], test=[medpix_row("MPX3_s3", plane=None)])
     dataset = medpix.read(root)
     first, _, third = dataset.examples
-    assert (first.id, first.images, first.kind) == (
-        "medpix-MPX1_synpic1",
-        ("images/MPX1_synpic1.jpg",),
-        "report",
-    )
+    assert (first.id, first.images, first.kind) == ("medpix-MPX1_synpic1", ("images/MPX1_synpic1.jpg",), "report")
     assert first.answer == "A made finding of MPX1_synpic1."
     assert first.meta == {
         "language": "en",
@@ -51,28 +45,28 @@ def test_a_case_in_two_splits_a_missing_file_and_a_missing_image_are_listed(tmp_
     assert [(p.file, p.what) for p in medpix.read(root).problems] == [
         ("dev.jsonl", "file is missing"),
         ("images/MPX2_s1.jpg", "image is missing"),
-        ("test.jsonl", "its case stands in another split too"),
+        ("test.jsonl", "its case is in another split too"),
     ]
     assert len(medpix.read(root, text_only=True).examples) == 3
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "message"),
     [
         ('{"id": ', "not valid JSON"),
         ([1], "not a JSON object"),
         ({"id": "a", "image": "b.jpg"}, "no report"),
-        (ROW, "its id stands on row 1 of train.jsonl too"),
-        (medpix_row("MPX2_s1", image="../x.jpg"), "the image's path leads out of the dataset's folder"),
+        (ROW, "its id is already used by row 1 of train.jsonl"),
+        (medpix_row("MPX2_s1", image="../x.jpg"), "the image's path is outside the dataset's folder"),
         (ROW | {"id": 5}, "its id is empty"),
     ],
 )
-def test_a_bad_line_is_named_by_file_and_row(tmp_path: Path, row: object, told: str) -> None:
+def test_errors_name_the_file_and_row_of_a_bad_line(tmp_path: Path, row: object, message: str) -> None:
     root = write_medpix(tmp_path, train=[ROW])
     write_jsonl(root / "train.jsonl", ROW, row)
-    assert refused(root).startswith("train.jsonl, row 2: ")
-    assert told in refused(root)
+    assert read_error(root).startswith("train.jsonl, row 2: ")
+    assert message in read_error(root)
 
 
-def test_a_folder_of_another_layout_is_told_what_was_looked_for(tmp_path: Path) -> None:
-    assert "holds none of train.jsonl, dev.jsonl, test.jsonl: not MedPix's folder" in refused(tmp_path)
+def test_a_folder_of_another_layout_is_refused_with_the_expected_files(tmp_path: Path) -> None:
+    assert "holds none of train.jsonl, dev.jsonl, test.jsonl: not MedPix's folder" in read_error(tmp_path)

@@ -24,14 +24,14 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def refused(root: Path, *rows: object) -> str:
+def read_error(root: Path, *rows: object) -> str:
     with pytest.raises(InputError) as caught:
         messages.read(write_jsonl(root / "bad.jsonl", *rows))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_llava_meds_instruct_json_becomes_a_question_for_each_pair(root: Path) -> None:
+def test_each_pair_of_llava_meds_instruct_json_becomes_an_example(root: Path) -> None:
     file = root / "llava_med_instruct.json"
     file.write_text(json.dumps([llava_med_row("c", *PAIRS)]))
     dataset = messages.read(file)
@@ -44,15 +44,15 @@ def test_llava_meds_instruct_json_becomes_a_question_for_each_pair(root: Path) -
     assert [e.id for e in dataset.skipped] == ["c-turn3"]
     assert [str(p) for p in dataset.problems] == [
         "llava_med_instruct.json, row 1, turn 3: refers back to earlier turns. "
-        "Left out: write the question so that it stands alone."
+        "Skipped. Write a question that needs no earlier turn."
     ]
 
 
-def test_the_survey_says_how_turns_were_taken(root: Path) -> None:
+def test_the_notes_count_pairs_and_skipped_pairs(root: Path) -> None:
     write_jsonl(root / "train.jsonl", llava_med_row("c", *PAIRS))
     text = summary_text(summarize(messages.read(root)))
-    assert "1 conversations of 3 pairs of turns: each pair is one question of its image" in text
-    assert "  1 pairs left out, as they refer back to earlier turns" in text
+    assert "1 conversations with 3 question-answer pairs: each pair is one question about its image" in text
+    assert "  1 pairs skipped, as they refer back to earlier turns" in text
     assert "liver" not in text
 
 
@@ -64,21 +64,21 @@ def test_messages_with_images_are_read_from_every_kind_of_file(root: Path) -> No
     image = {"bytes": png_bytes(9), "path": None}
     write_parquet(root / "data/test-00000-of-00001.parquet", [messages_row("What?", "Heart", image, image)])
     dataset = messages.read(root)
-    found = {e.split: e for e in dataset.examples}
-    assert (found["train"].id, found["train"].kind, found["train"].meta) == (
+    by_split = {e.split: e for e in dataset.examples}
+    assert (by_split["train"].id, by_split["train"].kind, by_split["train"].meta) == (
         "train-1",
         "open",
         {"modality": "CT"},
     )
-    assert (found["validate"].id, found["validate"].images) == ("seven", ("b.png",))
-    assert found["test"].images[0] == found["test"].images[1]
+    assert (by_split["validate"].id, by_split["validate"].images) == ("seven", ("b.png",))
+    assert by_split["test"].images[0] == by_split["test"].images[1]
     assert [str(p) for p in dataset.problems] == ["dataset_info.json: holds no list of rows. Not read."]
     copy = pickle.loads(pickle.dumps(dataset.open_image))
     for example in dataset.examples:
         assert copy(example.images[0]).size == (4, 4)
 
 
-def test_several_images_inside_of_parquet_are_told_apart(tmp_path: Path) -> None:
+def test_several_images_in_a_parquet_cell_have_their_own_keys(tmp_path: Path) -> None:
     images = [{"bytes": png_bytes(shade), "path": None} for shade in (10, 20, 30)]
     rows = [messages_row("<image><image>Which?", "x", *images[:2]), messages_row("What?", "y", images[2])]
     dataset = messages.read(write_parquet(tmp_path / "train.parquet", rows, group=1))
@@ -92,12 +92,8 @@ def test_conversations_in_parquet_are_read_too(tmp_path: Path) -> None:
     assert (example.id, example.question, example.meta) == ("c", "What is shown?", {"modality": "ct_scan"})
 
 
-def test_rows_without_an_image_and_missing_images_are_left_out_and_listed(root: Path) -> None:
-    rows = [
-        messages_row("What?", "x", "a.png"),
-        messages_row("Who?", "me"),
-        messages_row("What?", "x", "no.png"),
-    ]
+def test_rows_with_no_image_or_a_missing_one_are_skipped_and_listed(root: Path) -> None:
+    rows = [messages_row("What?", "x", "a.png"), messages_row("Who?", "me"), messages_row("What?", "x", "no.png")]
     dataset = messages.read(write_jsonl(root / "train.jsonl", *rows))
     assert len(dataset.examples) == 1
     assert [(p.file, p.row, p.what) for p in dataset.problems] == [
@@ -107,37 +103,37 @@ def test_rows_without_an_image_and_missing_images_are_left_out_and_listed(root: 
     assert len(messages.read(root / "train.jsonl", text_only=True).examples) == 2
 
 
-def test_an_id_that_comes_again_is_numbered_as_such_files_name_images_by_it(root: Path) -> None:
+def test_repeated_ids_get_a_number(root: Path) -> None:
     rows = [messages_row("What?", "x", "a.png", id="a"), messages_row("Where?", "y", "a.png", id="a")]
     dataset = messages.read(write_jsonl(root / "train.jsonl", *rows))
     assert [e.id for e in dataset.examples] == ["a", "a-2"]
-    assert [p.what for p in dataset.problems] == ["its id stands on an earlier row too"]
+    assert [p.what for p in dataset.problems] == ["its id is used by an earlier row"]
 
 
-def test_absolute_paths_below_the_folder_are_taken_and_others_refused(root: Path) -> None:
+def test_absolute_paths_inside_the_folder_are_accepted_and_others_refused(root: Path) -> None:
     row = messages_row("What?", "x", str(root / "a.png"))
     assert messages.read(write_jsonl(root / "train.jsonl", row)).examples[0].images == ("a.png",)
-    assert "leads out of the folder of images" in refused(root, messages_row("What?", "x", "/etc/hosts"))
+    assert "is outside the image folder" in read_error(root, messages_row("What?", "x", "/etc/hosts"))
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "message"),
     [
         ("{", "not valid JSON"),
         ([1], "not a JSON object"),
         ({"question": "x"}, "no list 'messages' or 'conversations'"),
-        (messages_row("What?", "x", "../a.png"), "the path of image 1 leads out of the folder of images"),
+        (messages_row("What?", "x", "../a.png"), "the path of image 1 is outside the image folder"),
         (messages_row("What?", "x", "https://a.org/b.png"), "image 1 is a URL, not a file"),
-        (messages_row("What?", "x", 5), "image 1 is no path"),
+        (messages_row("What?", "x", 5), "image 1 is not a path"),
         (messages_row("What?", "x", "a.png", split="tset"), "split is unknown, did you mean 'test'?"),
         (messages_row("What?", "x", "a.png", kind="opne"), "kind is unknown, did you mean 'open'?"),
         (messages_row("<image><image>?", "x", "a.png"), "2 <image> marks for 1 images"),
     ],
 )
-def test_a_bad_row_is_named_by_file_row_and_what_to_do(root: Path, row: Any, told: str) -> None:
-    text = refused(root, messages_row("What?", "x", "a.png"), row)
+def test_errors_name_the_file_and_row_of_a_bad_row_and_the_fix(root: Path, row: Any, message: str) -> None:
+    text = read_error(root, messages_row("What?", "x", "a.png"), row)
     assert text.startswith("bad.jsonl, row 2: ")
-    assert told in text
+    assert message in text
     assert len(messages.read(root / "bad.jsonl", strict=False).skipped) == 1
 
 
@@ -146,7 +142,7 @@ def test_other_files_are_refused(root: Path) -> None:
     with pytest.raises(InputError, match=r"one\.json holds no list of rows"):
         messages.read(root / "one.json")
     (root / "x.parquet").write_bytes(b"PAR1")
-    with pytest.raises(InputError, match=r"x\.parquet is no parquet file, or is damaged"):
+    with pytest.raises(InputError, match=r"x\.parquet is not a parquet file, or is damaged"):
         messages.read(root / "x.parquet")
     with pytest.raises(InputError, match=r"holds no \*\.jsonl, \*\.json or \*\.parquet file"):
         messages.read(root / "images")

@@ -12,7 +12,7 @@ STUDY = "files/p10/p10000032/s50414267"
 SPLIT = ("dicom_id", "study_id", "subject_id", "split")
 
 
-def refused(root: Path) -> str:
+def read_error(root: Path) -> str:
     with pytest.raises(InputError) as caught:
         mimic_cxr.read(root)
     assert "\n" not in str(caught.value)
@@ -21,9 +21,7 @@ def refused(root: Path) -> str:
 
 @pytest.mark.parametrize("packed", ["", ".gz"])
 @pytest.mark.parametrize("reports", ["", "mimic-cxr-reports"])
-def test_a_study_is_its_report_with_frontal_and_lateral_view(
-    tmp_path: Path, packed: str, reports: str
-) -> None:
+def test_a_study_is_its_report_with_frontal_and_lateral_view(tmp_path: Path, packed: str, reports: str) -> None:
     dataset = mimic_cxr.read(write_mimic(tmp_path, packed, reports))
     (study,) = dataset.examples
     assert (study.id, study.split, study.kind) == ("mimic-cxr-s50414267", "train", "report")
@@ -34,7 +32,7 @@ def test_a_study_is_its_report_with_frontal_and_lateral_view(
     assert dataset.licence.startswith("PhysioNet Credentialed Health Data License 1.5.0")
 
 
-def test_studies_without_the_section_or_the_report_are_left_out_and_listed(tmp_path: Path) -> None:
+def test_studies_without_the_section_or_the_report_are_skipped_and_listed(tmp_path: Path) -> None:
     dataset = mimic_cxr.read(write_mimic(tmp_path))
     assert [(p.row, p.what) for p in dataset.problems] == [
         ("5", "findings section is empty"),
@@ -50,71 +48,68 @@ def test_studies_without_the_section_or_the_report_are_left_out_and_listed(tmp_p
 
 def test_no_text_of_a_report_enters_a_problem_or_a_note(tmp_path: Path) -> None:
     dataset = mimic_cxr.read(write_mimic(tmp_path))
-    told = " ".join([*map(str, dataset.problems), *dataset.notes]).lower()
-    assert not any(word in told for word in ("lungs", "cough", "heart", "acute"))
+    message = " ".join([*map(str, dataset.problems), *dataset.notes]).lower()
+    assert not any(word in message for word in ("lungs", "cough", "heart", "acute"))
 
 
-def test_without_metadata_and_labels_the_first_image_stands_for_the_study(tmp_path: Path) -> None:
+def test_without_metadata_a_study_has_its_first_image_only(tmp_path: Path) -> None:
     root = write_mimic(tmp_path)
     (root / "mimic-cxr-2.0.0-metadata.csv").unlink()
     (root / "mimic-cxr-2.0.0-chexpert.csv").unlink()
     dataset = mimic_cxr.read(root)
     assert dataset.examples[0].images == (f"{STUDY}/00{DICOM[2:]}.jpg",)
-    assert [p.file for p in dataset.problems[:2]] == [
-        "mimic-cxr-2.0.0-metadata.csv",
-        "mimic-cxr-2.0.0-chexpert.csv",
-    ]
+    assert [p.file for p in dataset.problems[:2]] == ["mimic-cxr-2.0.0-metadata.csv", "mimic-cxr-2.0.0-chexpert.csv"]
 
 
-def test_missing_images_are_kept_for_their_text_alone(tmp_path: Path) -> None:
+def test_text_only_keeps_rows_with_missing_images(tmp_path: Path) -> None:
     root = write_mimic(tmp_path)
     for image in root.rglob("*.jpg"):
         image.unlink()
-    assert "add --text-only" in refused(root)
+    assert "add --text-only" in read_error(root)
     assert len(mimic_cxr.read(root, text_only=True).examples) == 1
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "message"),
     [
-        (("../../x", "50414267", "10000032", "train"), "dicom_id is no id of MIMIC-CXR's"),
-        ((DICOM, "s50414267", "10000032", "train"), "study_id is no id of MIMIC-CXR's"),
-        ((DICOM, "50414267", "10000032", "test"), "its study stands under another patient or split too"),
-        ((DICOM, "50414267", "10000033", "train"), "its study stands under another patient or split too"),
-        ((DICOM, "50414267", "10000032"), "3 cells, where there are 4 columns"),
+        (("../../x", "50414267", "10000032", "train"), "dicom_id is not a MIMIC-CXR id"),
+        ((DICOM, "s50414267", "10000032", "train"), "study_id is not a MIMIC-CXR id"),
+        ((DICOM, "50414267", "10000032", "test"), "its study is also under another patient or split"),
+        ((DICOM, "50414267", "10000033", "train"), "its study is also under another patient or split"),
+        ((DICOM, "50414267", "10000032"), "3 cells for 4 columns"),
     ],
 )
-def test_a_bad_row_of_the_split_is_named(tmp_path: Path, row: tuple[str, ...], told: str) -> None:
+def test_errors_name_a_bad_row_of_the_split_file(tmp_path: Path, row: tuple[str, ...], message: str) -> None:
     root = write_mimic(tmp_path)
     write_csv(root / "mimic-cxr-2.0.0-split.csv", SPLIT, (DICOM, "50414267", "10000032", "train"), row)
-    assert refused(root).startswith("mimic-cxr-2.0.0-split.csv, row 3: ")
-    assert told in refused(root)
+    assert read_error(root).startswith("mimic-cxr-2.0.0-split.csv, row 3: ")
+    assert message in read_error(root)
 
 
 def test_an_unknown_split_is_refused(tmp_path: Path) -> None:
     root = write_mimic(tmp_path)
     write_csv(root / "mimic-cxr-2.0.0-split.csv", SPLIT, (DICOM, "50414267", "10000032", "tarin"))
-    assert "row 2: split 'tarin' is unknown, did you mean 'train'?" in refused(root)
+    assert "row 2: split 'tarin' is unknown, did you mean 'train'?" in read_error(root)
 
 
 def test_images_without_reports_and_a_folder_of_another_layout_are_refused(tmp_path: Path) -> None:
     root = write_mimic(tmp_path / "jpg")
     for report in root.rglob("*.txt"):
         report.unlink()
-    assert "holds no reports: looked for files/p10/p10000032/s50414267.txt" in refused(root)
-    assert "holds neither mimic-cxr-2.0.0-split.csv (the JPG release) nor R2Gen's" in refused(tmp_path)
+    assert "holds no reports: looked for files/p10/p10000032/s50414267.txt" in read_error(root)
+    assert "holds neither mimic-cxr-2.0.0-split.csv (the JPG release) nor R2Gen's" in read_error(tmp_path)
 
 
-def test_a_damaged_archive_is_refused_by_name(tmp_path: Path) -> None:
+def test_errors_name_a_damaged_archive(tmp_path: Path) -> None:
     root = write_mimic(tmp_path, ".gz")
     file = root / "mimic-cxr-2.0.0-split.csv.gz"
     whole = file.read_bytes()
     for data in (b"", whole[:-9], b"x" + whole[1:], whole[:12] + b"\xff" * 20):
         file.write_bytes(data)
-        assert "mimic-cxr-2.0.0-split.csv" in refused(root)
+        assert "mimic-cxr-2.0.0-split.csv" in read_error(root)
 
 
-def test_r2gens_annotation_is_read_too(tmp_path: Path) -> None:
+def test_r2gens_annotation_file_is_read_too(tmp_path: Path) -> None:
     name = "p10/p10000032/s50414267/02aa804e.jpg"
     row = r2gen_entry("02aa804e", "train", [name], study_id=50414267, subject_id=10000032)
     row["report"] = "Clear\n lungs."

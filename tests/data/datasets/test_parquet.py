@@ -37,7 +37,7 @@ def test_files_named_as_on_the_hub_give_their_splits(tmp_path: Path) -> None:
     assert len({e.id for e in dataset.examples}) == 4
 
 
-def test_equal_images_have_one_key_whatever_their_row_group_or_file(tmp_path: Path) -> None:
+def test_equal_images_have_one_key_across_row_groups_and_files(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train.parquet", [row(1), row(2), row(1, question="Again?")], group=1)
     write_parquet(tmp_path / "test.parquet", [row(2, question="And here?")])
     dataset = parquet.read(tmp_path)
@@ -54,22 +54,20 @@ def test_images_are_read_again_after_they_were_dropped_from_memory(tmp_path: Pat
     keys = {e.answer: e.images[0] for e in dataset.examples}
     order = np.random.default_rng(0).permutation(40) % 20
     assert [shade_of(dataset, keys[str(shade)]) for shade in order] == order.tolist()
-    assert dataset.open_image._held <= len(png_bytes(0)) + 20  # type: ignore[attr-defined]
+    assert dataset.open_image._cached_bytes <= len(png_bytes(0)) + 20  # type: ignore[attr-defined]
 
 
-def test_workers_get_a_copy_without_the_images_that_were_kept(tmp_path: Path) -> None:
+def test_workers_get_a_copy_with_an_empty_cache(tmp_path: Path) -> None:
     dataset = parquet.read(write_parquet(tmp_path / "train.parquet", [row(9)]))
     key = dataset.examples[0].images[0]
     dataset.open_image(key)
     copy = pickle.loads(pickle.dumps(dataset.open_image))
-    assert copy._kept == {}
+    assert copy._cache == {}
     assert np.asarray(copy(key))[0, 0, 0] == 9
 
 
-def test_stated_ids_kinds_splits_and_meta_are_taken(tmp_path: Path) -> None:
-    stated = row(
-        1, qid=12, answer_type="CLOSED", split="validation", modality="CT", image_organ="chest", more="x"
-    )
+def test_columns_of_ids_kinds_splits_and_meta_are_read(tmp_path: Path) -> None:
+    stated = row(1, qid=12, answer_type="CLOSED", split="validation", modality="CT", image_organ="chest", more="x")
     (example,) = parquet.read(write_parquet(tmp_path / "x.parquet", [stated])).examples
     assert (example.id, example.kind, example.split) == ("parquet-12", "closed", "validate")
     assert example.meta == {"modality": "CT", "organ": "chest"}
@@ -78,17 +76,15 @@ def test_stated_ids_kinds_splits_and_meta_are_taken(tmp_path: Path) -> None:
 def test_plain_bytes_and_paths_are_images_too(tmp_path: Path) -> None:
     write_image(tmp_path / "pictures/a.png", 77)
     write_parquet(tmp_path / "bytes.parquet", [row(5, image=png_bytes(5))])
-    write_parquet(
-        tmp_path / "paths.parquet", [row(6, image="pictures/a.png"), row(7, image="pictures/no.png")]
-    )
+    write_parquet(tmp_path / "paths.parquet", [row(6, image="pictures/a.png"), row(7, image="pictures/no.png")])
     dataset = parquet.read(tmp_path)
     assert [shade_of(dataset, e.images[0]) for e in dataset.examples] == [5, 77]
     assert [str(p) for p in dataset.problems] == [
-        "pictures/no.png: image is missing. Rows left out: 1. Put the image there."
+        "pictures/no.png: image is missing. Rows skipped: 1. Put the image there."
     ]
 
 
-def test_rows_without_image_question_or_answer_are_left_out_and_listed(tmp_path: Path) -> None:
+def test_rows_without_image_question_or_answer_are_skipped_and_listed(tmp_path: Path) -> None:
     rows = [row(1), row(2, image=None), row(3, question=None), row(4, answer=""), row(5)]
     dataset = parquet.read(write_parquet(tmp_path / "train.parquet", rows))
     assert len(dataset.examples) == 2
@@ -99,22 +95,22 @@ def test_rows_without_image_question_or_answer_are_left_out_and_listed(tmp_path:
     ]
 
 
-def test_a_missing_column_is_named_beside_those_there_are(tmp_path: Path) -> None:
+def test_errors_name_a_missing_column_and_the_existing_ones(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train.parquet", [{"image": b"x", "query": "?", "answer": "y"}])
     with pytest.raises(InputError, match="has no column question; its columns are image, query, answer"):
         parquet.read(tmp_path)
 
 
-def test_damaged_files_are_refused_by_name(tmp_path: Path) -> None:
+def test_errors_name_damaged_files(tmp_path: Path) -> None:
     file = write_parquet(tmp_path / "train.parquet", [row(1)])
     whole = file.read_bytes()
     for data in (b"", b"PAR1", whole[: len(whole) // 2], b"x" + whole[1:-4] + b"abcd"):
         file.write_bytes(data)
-        with pytest.raises(InputError, match=r"train\.parquet is no parquet file, or is damaged"):
+        with pytest.raises(InputError, match=r"train\.parquet is not a parquet file, or is damaged"):
             parquet.read(tmp_path)
 
 
-def test_a_file_that_vanished_after_it_was_read_is_an_error_not_a_crash(tmp_path: Path) -> None:
+def test_a_file_deleted_after_reading_is_an_error_and_not_a_crash(tmp_path: Path) -> None:
     file = write_parquet(tmp_path / "train.parquet", [row(1)])
     dataset = parquet.read(file)
     file.unlink()
@@ -122,7 +118,7 @@ def test_a_file_that_vanished_after_it_was_read_is_an_error_not_a_crash(tmp_path
         dataset.open_image(dataset.examples[0].images[0])
 
 
-def test_a_damaged_image_inside_is_named_by_file_and_row(tmp_path: Path) -> None:
+def test_errors_name_the_file_and_row_of_a_damaged_image(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.effect_noise((64, 64), 50).save(buffer, "PNG")
     broken = row(1, image={"bytes": buffer.getvalue()[:1000], "path": None})
@@ -131,25 +127,25 @@ def test_a_damaged_image_inside_is_named_by_file_and_row(tmp_path: Path) -> None
         dataset.open_image(dataset.examples[1].images[0])
 
 
-def test_a_folder_without_parquet_and_a_name_that_is_none_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"holds no \*\.parquet file"):
+def test_a_folder_without_parquet_and_an_invalid_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"has no \*\.parquet file"):
         parquet.read(tmp_path)
     with pytest.raises(InputError, match="Give --root a parquet file, a folder, or a hub name"):
         parquet.read(tmp_path / "no" / "such")
 
 
-def test_a_hub_name_is_fetched_and_a_failure_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_dataset_is_downloaded_and_a_failure_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_parquet(tmp_path / "data/train-0.parquet", [row(1)])
-    asked = []
+    requests = []
 
     def snapshot(name: str, **options: Any) -> str:
-        asked.append((name, options["repo_type"]))
+        requests.append((name, options["repo_type"]))
         if name == "owner/gone":
             raise OSError("offline")
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     assert len(parquet.read(Path("owner/name")).examples) == 1
-    assert asked == [("owner/name", "dataset")]
-    with pytest.raises(InputError, match="owner/gone is no local folder, and cannot be had from the hub"):
+    assert requests == [("owner/name", "dataset")]
+    with pytest.raises(InputError, match="owner/gone is not a local folder, and its download from the hub failed"):
         parquet.read(Path("owner/gone"))

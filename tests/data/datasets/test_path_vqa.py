@@ -19,7 +19,7 @@ from tests.support.report_samples import write_path_vqa
 ROW = {"image": "train_0001", "question": "Is it?", "answer": "yes"}
 
 
-def refused(root: Path) -> str:
+def read_error(root: Path) -> str:
     with pytest.raises(InputError) as caught:
         path_vqa.read(root)
     assert "\n" not in str(caught.value)
@@ -44,7 +44,7 @@ def test_the_plain_pickles_are_read_and_yes_and_no_are_closed(tmp_path: Path) ->
     assert dataset.problems == []
 
 
-def test_the_pickles_with_question_types_are_read_where_the_plain_ones_are_missing(tmp_path: Path) -> None:
+def test_pickles_with_question_types_are_read_if_the_plain_ones_are_missing(tmp_path: Path) -> None:
     first = path_vqa.read(write_path_vqa(tmp_path, typed=True)).examples[0]
     assert (first.id, first.question, first.answer) == ("path-vqa-0", "Where is it made?", "in a made place")
     assert first.meta == {"language": "en", "question_type": "where"}
@@ -74,9 +74,9 @@ class Evil:
 @pytest.mark.parametrize(
     "thing", [collections.OrderedDict(), fractions.Fraction(1, 2), print, {1, 2}.__class__, Path("x")]
 )
-def test_a_pickle_that_holds_a_class_or_function_is_refused(tmp_path: Path, thing: Any) -> None:
+def test_a_pickle_with_a_class_or_function_is_refused(tmp_path: Path, thing: Any) -> None:
     root = write_train(write_path_vqa(tmp_path), [ROW, {"image": thing}])
-    assert "where lists, dicts, strings and numbers alone are read" in refused(root)
+    assert "but only lists, dicts, strings and numbers are read" in read_error(root)
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -104,43 +104,41 @@ plain = st.recursive(
 
 
 @given(plain, st.integers(0, pickle.HIGHEST_PROTOCOL))
-def test_plain_values_come_back_as_they_were(value: Any, protocol: int) -> None:
+def test_plain_values_are_read_back_unchanged(value: Any, protocol: int) -> None:
     assert path_vqa.load_plain(pickle.dumps(value, protocol=protocol), "x.pkl") == value
 
 
 @pytest.mark.parametrize(
-    ("rows", "told"),
+    ("rows", "message"),
     [
         ([ROW, {"image": "a", "question": "?"}], "qas/train/train_qa.pkl, row 2: no answer."),
         ([ROW, "text"], "qas/train/train_qa.pkl, row 2: no image, question, answer."),
-        ([ROW | {"image": "../../../x"}], "row 1: the image's path leads out of the dataset's folder"),
+        ([ROW | {"image": "../../../x"}], "row 1: the image's path is outside the dataset's folder"),
         ({"a": 1}, "qas/train/train_qa.pkl holds no list of rows"),
-        (b"\x80\x04]", "qas/train/train_qa.pkl: no pickle, or damaged"),
-        (b"", "qas/train/train_qa.pkl: no pickle, or damaged"),
+        (b"\x80\x04]", "qas/train/train_qa.pkl: not a pickle, or damaged"),
+        (b"", "qas/train/train_qa.pkl: not a pickle, or damaged"),
     ],
 )
-def test_a_bad_pickle_is_named_by_file_and_row(tmp_path: Path, rows: Any, told: str) -> None:
-    assert told in refused(write_train(write_path_vqa(tmp_path), rows))
+def test_errors_name_the_file_and_row_of_a_bad_pickle(tmp_path: Path, rows: Any, message: str) -> None:
+    assert message in read_error(write_train(write_path_vqa(tmp_path), rows))
 
 
-def test_a_question_id_that_comes_twice_is_refused(tmp_path: Path) -> None:
+def test_a_repeated_question_id_is_refused(tmp_path: Path) -> None:
     root = write_path_vqa(tmp_path, typed=True)
     row = {"img_id": "train_0001", "sent": "Where?", "label": {"here": 1}, "question_id": 7}
     (root / "qas/train_vqa.pkl").write_bytes(pickle.dumps([row, row]))
-    assert "qas/train_vqa.pkl, row 2: its id stands on row 1" in refused(root)
+    assert "qas/train_vqa.pkl, row 2: its id is already used by row 1" in read_error(root)
 
 
-def test_missing_files_and_images_are_told(tmp_path: Path) -> None:
+def test_missing_files_and_images_are_listed(tmp_path: Path) -> None:
     root = write_path_vqa(tmp_path / "pvqa")
     (root / "qas/val/val_qa.pkl").unlink()
     (root / "images/test/test_0001.jpg").unlink()
     dataset = path_vqa.read(root)
     assert [str(p) for p in dataset.problems] == [
         "qas/val/val_qa.pkl: file is missing. There is no split 'validate' without it.",
-        "images/test/test_0001.jpg: image is missing. Rows left out: 2. Put the image there.",
+        "images/test/test_0001.jpg: image is missing. Rows skipped: 2. Put the image there.",
     ]
     assert len(path_vqa.read(root, text_only=True).examples) == 4
     (tmp_path / "none").mkdir()
-    assert "holds neither qas/train/train_qa.pkl nor qas/train_vqa.pkl nor *.parquet" in refused(
-        tmp_path / "none"
-    )
+    assert "holds neither qas/train/train_qa.pkl nor qas/train_vqa.pkl nor *.parquet" in read_error(tmp_path / "none")

@@ -10,7 +10,7 @@ from tests.support.dataset_samples import write_image
 from tests.support.report_samples import write_csv, write_roco
 
 
-def refused(root: Path) -> str:
+def read_error(root: Path) -> str:
     with pytest.raises(InputError) as caught:
         roco.read(root)
     assert "\n" not in str(caught.value)
@@ -28,8 +28,8 @@ def test_captions_of_the_repository_are_reports_of_one_image(tmp_path: Path) -> 
     assert [e.meta["licence"] for e in (train, test)] == ["CC BY", "NO-CC CODE"]
     assert dataset.open_image(test.images[0]).size == (4, 4)
     assert [str(p) for p in dataset.problems] == [
-        "data/test/radiology/captions.txt: 1 images are of articles without a Creative Commons licence. "
-        "Kept: look at meta['licence'] before you pass any on."
+        "data/test/radiology/captions.txt: 1 images are from articles without a Creative Commons licence. "
+        "Kept. Look at meta['licence'] before you pass any on."
     ]
 
 
@@ -63,20 +63,20 @@ def test_missing_images_are_listed_by_the_name_of_their_id(tmp_path: Path) -> No
     assert len(roco.read(root, text_only=True).examples) == 3
 
 
-def test_bad_captions_are_named_by_file_and_row(tmp_path: Path) -> None:
+def test_errors_name_the_file_and_row_of_bad_captions(tmp_path: Path) -> None:
     root = write_roco(tmp_path)
     file = root / "data/train/radiology/captions.txt"
     file.write_text("no tab\n")
-    assert "data/train/radiology/captions.txt, row 1: no id and tab before the caption" in refused(root)
+    assert "data/train/radiology/captions.txt, row 1: no id and tab before the caption" in read_error(root)
     file.write_text("ROCO_1\tOne.\n\nROCO_1\tAgain.\n")
-    assert "captions.txt, row 3: its id stands on row 1 of data/train/radiology/captions.txt too" in refused(
+    assert "captions.txt, row 3: its id is already used by row 1 of data/train/radiology/captions.txt" in read_error(
         root
     )
     file.write_text("../../../../../x\tOne.\n")
-    assert "row 1: the image's path leads out of the dataset's folder" in refused(root)
+    assert "row 1: the image's path is outside the dataset's folder" in read_error(root)
 
 
-def test_a_missing_column_and_a_folder_of_another_layout_are_told(tmp_path: Path) -> None:
-    assert "holds neither data/train/radiology/captions.txt (ROCO), nor" in refused(tmp_path)
+def test_a_missing_column_and_a_folder_of_another_layout_are_refused(tmp_path: Path) -> None:
+    assert "holds neither data/train/radiology/captions.txt (ROCO), nor" in read_error(tmp_path)
     write_csv(tmp_path / "train_captions.csv", ("ID", "Text"), ("a", "b"))
-    assert "train_captions.csv, row 1: no column Caption; its columns are ID, Text." in refused(tmp_path)
+    assert "train_captions.csv, row 1: no column Caption; its columns are ID, Text." in read_error(tmp_path)

@@ -29,7 +29,7 @@ def test_rows_become_examples_with_the_files_own_answer_type(tmp_path: Path) -> 
     assert dataset.problems == []
 
 
-def test_languages_are_read_apart_or_together(tmp_path: Path) -> None:
+def test_languages_are_read_separately_or_together(tmp_path: Path) -> None:
     rows = [slake_row(1, 1), slake_row(2, 1, "zh", question="图中是什么？", answer="肺"), slake_row(3, 2)]
     write_slake(tmp_path, train=rows, validate=rows[:1], test=rows[:1])
     assert [e.id for e in slake.read(tmp_path).split("train")] == ["slake-1", "slake-3"]
@@ -39,34 +39,28 @@ def test_languages_are_read_apart_or_together(tmp_path: Path) -> None:
         slake.read(tmp_path, language="fr")  # type: ignore[arg-type]
 
 
-def test_test_images_in_the_other_languages_training_split_are_named(tmp_path: Path) -> None:
+def test_test_images_in_the_other_languages_training_split_are_listed(tmp_path: Path) -> None:
     train = [slake_row(1, 1), slake_row(2, 2, "zh")]
     test = [slake_row(3, 2), slake_row(4, 3), slake_row(5, 1, "zh")]
     write_slake(tmp_path, train=train, validate=[slake_row(6, 9)], test=test)
-    told = problems(tmp_path)
-    assert "1 of the 2 English test images stand in the Chinese training split" in told[0]
-    assert "1 of the 1 Chinese test images stand in the English training split" in told[1]
+    messages = problems(tmp_path)
+    assert "1 of the 2 English test images are in the Chinese training split" in messages[0]
+    assert "1 of the 1 Chinese test images are in the English training split" in messages[1]
 
 
-def test_rows_that_cannot_be_used_are_left_out_and_listed(tmp_path: Path) -> None:
-    train = [
-        slake_row(1, 1),
-        slake_row(2, 1, answer=""),
-        slake_row(3, 1, img_name=None),
-        "no row",
-        slake_row(4, 8),
-    ]
+def test_unusable_rows_are_skipped_and_listed(tmp_path: Path) -> None:
+    train = [slake_row(1, 1), slake_row(2, 1, answer=""), slake_row(3, 1, img_name=None), "no row", slake_row(4, 8)]
     write_slake(tmp_path, train=[row for row in train if isinstance(row, dict)], validate=[], test=[])
     (tmp_path / "train.json").write_text(json.dumps(train))
     (tmp_path / "imgs/xmlab8/source.jpg").unlink()
     dataset = slake.read(tmp_path)
     assert [e.id for e in dataset.examples] == ["slake-1"]
     assert len(dataset.skipped) == 4
-    told = [str(problem) for problem in dataset.problems]
-    assert told[0] == "imgs/xmlab8/source.jpg: image is missing. Rows left out: 1. Put the image there."
-    assert "train.json, row 2: answer is empty. Row left out: fill it in, or leave it so." in told
-    assert any(text.startswith("train.json, row 3: image is empty") for text in told)
-    assert any(text.startswith("train.json, row row 4: image is empty") for text in told)
+    messages = [str(problem) for problem in dataset.problems]
+    assert messages[0] == "imgs/xmlab8/source.jpg: image is missing. Rows skipped: 1. Put the image there."
+    assert "train.json, row 2: answer is empty. Row skipped. Fill it in to use the row." in messages
+    assert any(text.startswith("train.json, row 3: image is empty") for text in messages)
+    assert any(text.startswith("train.json, row row 4: image is empty") for text in messages)
 
 
 def test_none_is_an_answer_and_repeated_rows_are_kept_and_listed(tmp_path: Path) -> None:
@@ -74,17 +68,15 @@ def test_none_is_an_answer_and_repeated_rows_are_kept_and_listed(tmp_path: Path)
     write_slake(tmp_path, train=[row, row | {"qid": 2}], validate=[], test=[])
     dataset = slake.read(tmp_path)
     assert [e.answer for e in dataset.examples] == ["None", "None"]
-    assert [(p.row, p.what) for p in dataset.problems] == [
-        ("2", "same image, question and answer as an earlier row")
-    ]
+    assert [(p.row, p.what) for p in dataset.problems] == [("2", "same image, question and answer as an earlier row")]
 
 
-def test_an_id_that_is_used_again_is_numbered(tmp_path: Path) -> None:
+def test_repeated_ids_get_a_number(tmp_path: Path) -> None:
     write_slake(tmp_path, train=[slake_row(1, 1), slake_row(1, 2)], validate=[], test=[])
     assert [e.id for e in slake.read(tmp_path).examples] == ["slake-1", "slake-1-2"]
 
 
-def test_a_folder_of_another_layout_is_refused_with_what_belongs_there(tmp_path: Path) -> None:
+def test_a_folder_of_another_layout_is_refused_with_the_expected_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holds none of train\.json, validate\.json, test\.json"):
         slake.read(tmp_path)
     (tmp_path / "train.json").write_text("{}")
@@ -97,5 +89,5 @@ def test_a_folder_of_another_layout_is_refused_with_what_belongs_there(tmp_path:
     with pytest.raises(InputError, match=r"train\.json, line 1: not valid JSON"):
         slake.read(tmp_path)
     (tmp_path / "train.json").write_text("[]")
-    with pytest.raises(InputError, match="holds no usable rows"):
+    with pytest.raises(InputError, match="has no usable rows"):
         slake.read(tmp_path)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from normtune.data.datasets import vqa_rad
-from normtune.data.splits import image_disjoint, leaks
+from normtune.data.splits import find_leaks, image_disjoint
 from normtune.data.summary import summarize
 from normtune.errors import InputError
 from tests.support.dataset_samples import vqa_rad_row, write_image, write_vqa_rad
@@ -16,20 +16,16 @@ FILE = "VQA_RAD Dataset Public.json"
 
 
 def official() -> list[dict[str, Any]]:
-    """2248 rows over 314 images as in the official file: 202 of the 203 test images stand in training too."""
+    """2248 rows over 314 images as in the official file: 202 of the 203 test images are in training too."""
     rows = []
     for number in range(1797):
         phrase = "freeform" if number % 3 else "para"
         rows.append(vqa_rad_row(number, f"synpic{number % 313}.jpg", phrase_type=phrase))
     for number in range(451):
-        image = (
-            number % 203 if number % 203 < 202 else 313
-        )  # image 313 is asked about in the test split alone
+        image = number % 203 if number % 203 < 202 else 313  # image 313 is only in the test split
         phrase = "test_freeform" if number % 3 else "test_para"
         rows.append(vqa_rad_row(2000 + number, f"synpic{image}.jpg", phrase_type=phrase))
-    rows[1797] = vqa_rad_row(
-        2000, "synpic0.jpg", phrase_type="test_para", question=rows[0]["question"].upper()
-    )
+    rows[1797] = vqa_rad_row(2000, "synpic0.jpg", phrase_type="test_para", question=rows[0]["question"].upper())
     return rows
 
 
@@ -41,34 +37,34 @@ def official_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_official_file_gives_1797_training_and_451_test_rows(official_root: Path) -> None:
-    found = summarize(vqa_rad.read(official_root))
-    parts = found["parts"]
+    summary = summarize(vqa_rad.read(official_root))
+    parts = summary["parts"]
     assert {name: (part["rows"], part["usable"], part["images"]) for name, part in parts.items()} == {
         "train": (1797, 1797, 313),
         "test": (451, 451, 203),
     }
 
 
-def test_the_leak_of_the_official_split_is_named(official_root: Path) -> None:
-    told = [str(leak) for leak in leaks(vqa_rad.read(official_root))]
-    assert told == [
-        "202 of 203 images of test stand in train too",
-        "1 of 451 rows of test stand word for word in train too",
+def test_the_leak_of_the_official_split_is_listed(official_root: Path) -> None:
+    messages = [str(leak) for leak in find_leaks(vqa_rad.read(official_root))]
+    assert messages == [
+        "202 of 203 images of test are in train too",
+        "1 of 451 rows of test are word for word in train too",
     ]
 
 
 def test_an_image_disjoint_split_of_the_official_file_leaks_nothing(official_root: Path) -> None:
     dataset = image_disjoint(vqa_rad.read(official_root))
-    assert leaks(dataset) == []
+    assert find_leaks(dataset) == []
     images = {split: {e.images[0] for e in dataset.split(split)} for split in ("train", "validate", "test")}
     assert [len(part) for part in images.values()] == [220, 31, 63]  # 70%, 10% and 20% of 314
     assert len(dataset.examples) == 2248
 
 
 def test_an_image_without_a_question_is_listed(official_root: Path) -> None:
-    told = [str(problem) for problem in vqa_rad.read(official_root).problems]
-    assert told == [
-        "VQA_RAD Image Folder/synpic999.jpg: image without a question. Nothing to do: it is not used."
+    messages = [str(problem) for problem in vqa_rad.read(official_root).problems]
+    assert messages == [
+        "VQA_RAD Image Folder/synpic999.jpg: image without a question. Nothing to do. The image is not used."
     ]
 
 
@@ -80,7 +76,7 @@ def test_the_layout_of_two_files_lets_the_file_decide(tmp_path: Path) -> None:
     assert [(e.id, e.split) for e in dataset.examples] == [("vqa-rad-1", "train"), ("vqa-rad-2", "test")]
 
 
-def test_oddities_of_the_release_are_read_as_text_and_listed(tmp_path: Path) -> None:
+def test_irregular_cells_of_the_release_are_read_as_text_and_listed(tmp_path: Path) -> None:
     rows = [
         vqa_rad_row("0", "a.jpg"),
         vqa_rad_row(1, "a.jpg", answer=4, answer_type="OPEN"),
@@ -122,7 +118,7 @@ def test_oddities_of_the_release_are_read_as_text_and_listed(tmp_path: Path) -> 
     }
 
 
-def test_a_folder_of_another_layout_is_refused_with_what_belongs_there(tmp_path: Path) -> None:
+def test_a_folder_of_another_layout_is_refused_with_the_expected_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holds neither 'VQA_RAD Dataset Public\.json' nor trainset\.json"):
         vqa_rad.read(tmp_path)
     (tmp_path / FILE).write_text("{}")

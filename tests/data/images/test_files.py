@@ -23,7 +23,7 @@ def encoded(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes
 
 
 def grey(picture: Image.Image) -> list[list[int]]:
-    """Grey values of an RGB picture whose three channels must be equal."""
+    """Grey values of an RGB picture, after checking that its three channels are equal."""
     pixels = np.asarray(picture)
     assert picture.mode == "RGB"
     assert (pixels == pixels[..., :1]).all()
@@ -31,7 +31,7 @@ def grey(picture: Image.Image) -> list[list[int]]:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds next to nothing."""
+    """A PNG that claims a size but has almost no data."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -43,20 +43,17 @@ def png_header(width: int, height: int) -> bytes:
 def test_grey_pictures_of_1_and_8_bits_keep_their_values() -> None:
     eight = np.array([[0, 17, 200], [255, 1, 99]], np.uint8)
     assert grey(open_image(encoded(Image.fromarray(eight)))) == eight.tolist()
-    assert grey(open_image(encoded(Image.fromarray(eight).convert("1", dither=0)))) == [
-        [0, 0, 255],
-        [255, 0, 0],
-    ]
+    assert grey(open_image(encoded(Image.fromarray(eight).convert("1", dither=0)))) == [[0, 0, 255], [255, 0, 0]]
 
 
-def test_16_bit_pictures_are_scaled_by_the_smallest_depth_that_holds_them_and_never_clipped() -> None:
+def test_16_bit_images_are_scaled_by_the_smallest_sufficient_depth_and_not_clipped() -> None:
     twelve = np.array([[0, 2048, 4095]], np.uint16)
     full = np.array([[0, 32768, 65535]], np.uint16)
     assert grey(open_image(encoded(Image.fromarray(twelve)))) == [[0, 128, 255]]
     assert grey(open_image(encoded(Image.fromarray(full)))) == [[0, 128, 255]]
 
 
-def test_a_window_chooses_the_grey_range_of_a_16_bit_picture() -> None:
+def test_a_window_selects_the_grey_range_of_a_16_bit_image() -> None:
     values = np.array([[900, 1000, 1100, 3000]], np.uint16)
     # Linear window (PS3.3 C.11.2.1.2): black up to 1000 - 0.5 - 200/2, white above 1000 - 0.5 + 200/2.
     expected = [round(255 * min(1, max(0, (v - 999.5) / 200 + 0.5))) for v in (900, 1000, 1100, 3000)]
@@ -64,7 +61,7 @@ def test_a_window_chooses_the_grey_range_of_a_16_bit_picture() -> None:
     assert grey(opened) == [expected]
 
 
-def test_a_palette_gives_its_colours_and_its_transparent_entry_lies_over_black() -> None:
+def test_palettes_are_converted_and_their_transparent_entry_is_black() -> None:
     picture = Image.new("P", (2, 1))
     picture.putpalette([255, 0, 0, 0, 255, 0])
     picture.putpixel((1, 0), 1)
@@ -72,7 +69,7 @@ def test_a_palette_gives_its_colours_and_its_transparent_entry_lies_over_black()
     assert np.asarray(open_image(encoded(picture, transparency=1))).tolist() == [[[255, 0, 0], [0, 0, 0]]]
 
 
-def test_transparent_pixels_lie_over_black() -> None:
+def test_transparent_pixels_become_black() -> None:
     picture = Image.new("RGBA", (2, 1), (200, 100, 50, 255))
     picture.putpixel((1, 0), (255, 255, 255, 0))
     assert np.asarray(open_image(encoded(picture))).tolist() == [[[200, 100, 50], [0, 0, 0]]]
@@ -86,14 +83,14 @@ def test_jpeg_of_every_colour_mode_opens_as_rgb(mode: str) -> None:
     assert abs(opened - 90).max() <= 3
 
 
-def test_a_photograph_that_lies_on_its_side_is_turned_upright() -> None:
+def test_a_photograph_is_rotated_by_its_exif_orientation() -> None:
     picture = Image.new("L", (8, 4))
     exif = Image.Exif()
     exif[0x0112] = 6
     assert open_image(encoded(picture, "JPEG", exif=exif)).size == (4, 8)
 
 
-def test_a_frame_is_chosen_and_a_missing_one_is_named() -> None:
+def test_a_frame_can_be_selected_and_a_missing_frame_is_an_error() -> None:
     frames = [Image.new("L", (4, 4), shade) for shade in (10, 20)]
     data = encoded(frames[0], "TIFF", save_all=True, append_images=frames[1:])
     assert grey(open_image(data, frame=1))[0][0] == 20
@@ -101,7 +98,7 @@ def test_a_frame_is_chosen_and_a_missing_one_is_named() -> None:
         open_image(data, name="scan.tif", frame=2)
 
 
-def test_truncated_pictures_are_refused_by_name() -> None:
+def test_errors_name_truncated_images() -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8))
     for kind in ("PNG", "JPEG"):
         data = encoded(noise, kind)
@@ -110,13 +107,13 @@ def test_truncated_pictures_are_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"hello", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
-def test_files_that_are_no_pictures_are_refused_by_name(data: bytes, tmp_path: Path) -> None:
+def test_errors_name_files_that_are_not_images(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(data)
     with pytest.raises(InputError, match=r"^a\.png: not an image that can be read"):
         open_image(tmp_path / "a.png")
 
 
-def test_missing_files_and_folders_are_refused_by_name(tmp_path: Path) -> None:
+def test_errors_name_missing_files_and_folders(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"deep/no\.png: no such image file"):
         ImageFolder(tmp_path)("deep/no.png")
     with pytest.raises(InputError, match="cannot read the image file"):
@@ -126,12 +123,12 @@ def test_missing_files_and_folders_are_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("side", [10_000, 60_000])
-def test_pictures_of_too_many_pixels_are_refused_without_a_warning(side: int) -> None:
-    with warnings.catch_warnings(record=True) as seen:
+def test_images_with_too_many_pixels_are_refused_without_a_warning(side: int) -> None:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        with pytest.raises(InputError, match=r"huge\.png: .*more than the 89,478,485"):
+        with pytest.raises(InputError, match=r"huge\.png: .*than the limit of 89,478,485"):
             open_image(png_header(side, side), name="huge.png")
-    assert not seen
+    assert not caught
 
 
 @settings(max_examples=150, deadline=None)

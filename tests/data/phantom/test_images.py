@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from normtune.data.phantom import Scene, acquisition, dataset, questions, render, sample_scene
+from normtune.data.phantom import Scene, ask_questions, phantom_dataset, render, sample_acquisition, sample_scene
 from normtune.data.phantom.acquisition import _DRAW
 from normtune.data.phantom.canvas import Canvas
 from normtune.data.phantom.scene import KINDS, ORGANS
@@ -19,20 +19,20 @@ seeds, hospitals = st.integers(0, 10**6), st.sampled_from(["a", "b"])
 
 @settings(max_examples=40, deadline=None)
 @given(seeds, hospitals)
-def test_an_image_is_a_function_of_its_seed(seed: int, hospital: str) -> None:
+def test_an_image_depends_only_on_its_seed(seed: int, hospital: str) -> None:
     scene = sample_scene(seed, hospital)
     assert sample_scene(seed, hospital) == scene
     picture = render(scene, hospital)
     assert picture.shape == (96, 96)
     assert picture.dtype == np.uint8
     assert (render(scene, hospital) == picture).all()
-    assert picture.std() > 10  # something is to be seen
+    assert picture.std() > 10  # the image is not blank
     assert (render(sample_scene(seed + 1, hospital), hospital) != picture).any()
 
 
 @settings(max_examples=60, deadline=None)
 @given(seeds, hospitals)
-def test_a_scene_holds_what_its_view_can_show(seed: int, hospital: str) -> None:
+def test_a_scene_contains_only_what_its_view_can_show(seed: int, hospital: str) -> None:
     scene = sample_scene(seed, hospital)
     assert scene.organs == ORGANS[scene.region, scene.plane]
     known = {kind.kind for kind in KINDS[scene.region, scene.plane]} | {"stone"}
@@ -46,7 +46,7 @@ def test_a_scene_holds_what_its_view_can_show(seed: int, hospital: str) -> None:
 
 
 @pytest.mark.parametrize("size", [32, 224])
-def test_any_size_shows_the_same_anatomy(size: int) -> None:
+def test_all_sizes_show_the_same_anatomy(size: int) -> None:
     scene = sample_scene(7, "a")
     small, large = render(scene, "a", 32).astype(float), render(scene, "a", size).astype(float)
     step = size // 32
@@ -55,7 +55,7 @@ def test_any_size_shows_the_same_anatomy(size: int) -> None:
 
 
 def changed_by(scene: Scene, other: Scene) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
-    """Rows and columns of the pixels in which two scenes of one anatomy differ, noise apart."""
+    """Rows and columns of the pixels in which two scenes with the same anatomy differ, without noise."""
     pictures = []
     for drawn in (scene, other):
         canvas = Canvas(96, np.random.default_rng((scene.seed, 0)))
@@ -69,7 +69,7 @@ def scenes_with_one_finding() -> list[Scene]:
     return [scene for scene in scenes if len(scene.findings) == 1]
 
 
-def test_a_sided_finding_is_drawn_at_the_other_side_of_the_image() -> None:
+def test_findings_are_drawn_on_the_mirrored_side_of_the_image() -> None:
     checked = set()
     for scene in scenes_with_one_finding():
         (finding,) = scene.findings
@@ -87,9 +87,7 @@ def test_zones_and_lobes_are_drawn_in_their_order() -> None:
         (finding,) = scene.findings
         if finding.zone:
             rows, columns = changed_by(scene, replace(scene, findings=()))
-            place = (
-                columns if scene.plane == "sagittal" else rows
-            )  # the face of a sagittal head is at the left
+            place = columns if scene.plane == "sagittal" else rows  # the face of a sagittal head is at the left
             heights.setdefault((scene.region, scene.plane, finding.zone), []).append(float(place.mean()))
     middle = {key: np.median(values) for key, values in heights.items()}
     for view, zones in (
@@ -104,17 +102,17 @@ def test_zones_and_lobes_are_drawn_in_their_order() -> None:
 
 
 def test_every_finding_device_and_missing_kidney_can_be_seen() -> None:
-    seen = set()
+    checked = set()
     for scene in (sample_scene(seed, "a") for seed in range(600)):
         for change in ({"findings": ()}, {"device": ""}, {"missing_kidney": ""}):
             other = replace(scene, **change)
             if other != scene and len(scene.findings) < 2:
                 rows, columns = changed_by(scene, other)
                 assert len(rows) >= 6, (scene, change)
-                seen.update([*(f.kind for f in scene.findings), scene.device, bool(scene.missing_kidney)])
+                checked.update([*(f.kind for f in scene.findings), scene.device, bool(scene.missing_kidney)])
                 if "missing_kidney" in change:
                     assert ("left" if columns.mean() > 48 else "right") == scene.missing_kidney
-    assert {"pacemaker", "catheter", True, "cardiomegaly", "splenomegaly", "ascites", "hydrocephalus"} <= seen
+    assert {"pacemaker", "catheter", True, "cardiomegaly", "splenomegaly", "ascites", "hydrocephalus"} <= checked
 
 
 def test_a_larger_size_of_effusion_covers_more() -> None:
@@ -126,29 +124,31 @@ def test_a_larger_size_of_effusion_covers_more() -> None:
     assert areas[1] > 1.5 * areas[0]
 
 
-def test_the_colour_of_the_lung_is_answered_as_it_is_displayed() -> None:
+def test_the_answer_about_the_lungs_colour_is_that_displayed() -> None:
     answers = set()
     for scene in (sample_scene(seed, "b") for seed in range(400)):
         if (scene.region, scene.plane) != ("chest", "frontal") or scene.findings:
             continue
         picture = render(scene, "b").astype(float)
         lung, belly = picture[36:52, 22:32].mean(), picture[80:90, 40:56].mean()
-        for asked in questions(scene, "b"):
-            if asked.meta["type"] == "color":
-                assert asked.answer == ("bright" if lung > belly else "dark")
-                answers.add(asked.answer)
+        for question in ask_questions(scene, "b"):
+            if question.meta["type"] == "color":
+                assert question.answer == ("bright" if lung > belly else "dark")
+                answers.add(question.answer)
     assert answers == {"bright", "dark"}
 
 
 def test_the_hospitals_differ_in_contrast_noise_and_inversion() -> None:
-    a, b = ([acquisition(sample_scene(s, h), h) for s in range(300)] for h in ("a", "b"))
-    assert max(how.noise for how in a) < min(how.noise for how in b)
-    assert max(how.white - how.black for how in b) < min(how.white - how.black for how in a)
-    assert sum(how.inverted for how in a) < 30 < 60 < sum(how.inverted for how in b)
+    a, b = ([sample_acquisition(sample_scene(s, h), h) for s in range(300)] for h in ("a", "b"))
+    assert max(settings.noise for settings in a) < min(settings.noise for settings in b)
+    assert max(settings.white - settings.black for settings in b) < min(
+        settings.white - settings.black for settings in a
+    )
+    assert sum(settings.inverted for settings in a) < 30 < 60 < sum(settings.inverted for settings in b)
 
 
 def test_a_dataset_is_split_by_image_and_a_larger_one_begins_with_a_smaller_one() -> None:
-    small, large = dataset("b", images=5), dataset("b", images={"train": 9, "validate": 3, "test": 4})
+    small, large = (phantom_dataset("b", images=5), phantom_dataset("b", images={"train": 9, "validate": 3, "test": 4}))
     assert [len({e.images for e in small.split(s)}) for s in ("train", "validate", "test")] == [5, 1, 1]
     for split in ("train", "validate", "test"):
         few, many = small.split(split), large.split(split)
@@ -159,15 +159,15 @@ def test_a_dataset_is_split_by_image_and_a_larger_one_begins_with_a_smaller_one(
 
 
 def test_dataset_seeds_share_no_image_and_the_default_sizes_are_300_60_and_120() -> None:
-    first = dataset("a", images=3)
-    other = dataset("a", images=3, seed=1)
+    first = phantom_dataset("a", images=3)
+    other = phantom_dataset("a", images=3, seed=1)
     assert first.open_image("a-000000").tobytes() != other.open_image("a-000000").tobytes()
-    default = dataset("a", task="report")
+    default = phantom_dataset("a", task="report")
     assert [len(default.split(s)) for s in ("train", "validate", "test")] == [300, 60, 120]
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"hospital": "c"}, "no phantom hospital 'c'"),
         ({"hospital": "a", "size": 16}, "phantom size 16 is out of range"),
@@ -176,8 +176,8 @@ def test_dataset_seeds_share_no_image_and_the_default_sizes_are_300_60_and_120()
         ({"hospital": "a", "images": {"train": -1}}, "'train: -1' is not possible"),
     ],
 )
-def test_options_out_of_range_are_told(options: dict[str, object], told: str) -> None:
-    with pytest.raises(InputError, match=told):
-        dataset(**options)
+def test_options_out_of_range_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        phantom_dataset(**options)
     with pytest.raises(InputError, match=r"holds no image 'a-9'\. Keys run to a-000002"):
-        dataset("a", images=1).open_image("a-9")
+        phantom_dataset("a", images=1).open_image("a-9")

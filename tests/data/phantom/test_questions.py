@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from normtune.data.phantom import Scene, dataset, questions, report, sample_scene
+from normtune.data.phantom import Scene, ask_questions, phantom_dataset, sample_scene, write_report
 from normtune.data.phantom.scene import Hospital
 from normtune.data.phantom.wording import TERMS, finding_term
 
@@ -20,46 +20,42 @@ def words(text: str) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def known() -> Words:
+def vocabulary_of_a() -> Words:
     """The words that hospital A uses over its first 2000 scenes."""
-    found: Words = {"question": set(), "answer": set()}
+    vocabulary: Words = {"question": set(), "answer": set()}
     for seed in range(2000):
         scene = sample_scene(seed, "a")
-        for asked in questions(scene, "a"):
-            found["question"] |= words(asked.question)
-            found["answer"] |= words(asked.answer)
-        found["answer"] |= words(report(scene, "a"))
-    return found
+        for question in ask_questions(scene, "a"):
+            vocabulary["question"] |= words(question.question)
+            vocabulary["answer"] |= words(question.answer)
+        vocabulary["answer"] |= words(write_report(scene, "a"))
+    return vocabulary
 
 
 @settings(max_examples=100, deadline=None)
 @given(seeds, hospitals)
-def test_each_scene_gets_8_to_14_questions_no_wording_twice(seed: int, hospital: Hospital) -> None:
+def test_each_scene_gets_8_to_14_different_questions(seed: int, hospital: Hospital) -> None:
     scene = sample_scene(seed, hospital)
-    asked = questions(scene, hospital)
-    assert 8 <= len(asked) <= 14
-    assert len({q.question for q in asked}) == len(asked)
-    assert asked == questions(scene, hospital)
-    for question in asked:
+    questions = ask_questions(scene, hospital)
+    assert 8 <= len(questions) <= 14
+    assert len({q.question for q in questions}) == len(questions)
+    assert questions == ask_questions(scene, hospital)
+    for question in questions:
         assert (question.kind == "closed") == (question.answer in ("yes", "no"))
         assert "{" not in question.question
         assert question.question[0].isupper()
         assert question.question.endswith("?")
-        assert question.meta == {
-            "type": question.meta["type"],
-            "modality": scene.modality,
-            "organ": scene.region,
-        }
+        assert question.meta == {"type": question.meta["type"], "modality": scene.modality, "organ": scene.region}
 
 
 @settings(max_examples=150, deadline=None)
 @given(seeds)
-def test_hospital_b_uses_only_words_that_hospital_a_teaches(known: Words, seed: int) -> None:
+def test_hospital_b_uses_only_words_of_hospital_a(vocabulary_of_a: Words, seed: int) -> None:
     scene = sample_scene(seed, "b")
-    for asked in questions(scene, "b"):
-        assert words(asked.question) <= known["question"]
-        assert words(asked.answer) <= known["answer"]
-    assert words(report(scene, "b")) <= known["answer"]
+    for question in ask_questions(scene, "b"):
+        assert words(question.question) <= vocabulary_of_a["question"]
+        assert words(question.answer) <= vocabulary_of_a["answer"]
+    assert words(write_report(scene, "b")) <= vocabulary_of_a["answer"]
 
 
 @settings(max_examples=150, deadline=None)
@@ -69,35 +65,35 @@ def test_answers_follow_from_the_scene(seed: int, hospital: Hospital) -> None:
     terms = TERMS[hospital]
     names = [finding_term(f.kind, f.organ, hospital) for f in scene.findings]
     sides = {terms[f.side] for f in scene.findings if f.side}
-    for asked in questions(scene, hospital):
-        match asked.meta["type"]:
+    for question in ask_questions(scene, hospital):
+        match question.meta["type"]:
             case "modality":
-                assert asked.answer == terms[scene.modality]
+                assert question.answer == terms[scene.modality]
             case "region":
-                assert asked.answer == terms[scene.region]
+                assert question.answer == terms[scene.region]
             case "plane":
-                assert asked.answer == terms[scene.plane]
+                assert question.answer == terms[scene.plane]
             case "diseases":
-                assert asked.answer == (", ".join(names) or terms["none"])
+                assert question.answer == (", ".join(names) or terms["none"])
             case "abnormal":
-                assert asked.answer == ("yes" if names else "no")
+                assert question.answer == ("yes" if names else "no")
             case "normal":
-                assert asked.answer == ("no" if names else "yes")
+                assert question.answer == ("no" if names else "yes")
             case "side":
-                assert asked.answer in sides
+                assert question.answer in sides
             case "count_kidneys":
-                assert asked.answer == terms["1" if scene.missing_kidney else "2"]
+                assert question.answer == terms["1" if scene.missing_kidney else "2"]
             case "count_kinds":
-                assert asked.answer == terms[str(len(names))]
+                assert question.answer == terms[str(len(names))]
             case "contains":
-                (organ,) = {o for o in ORGAN_WORDS if f" {o}" in f" {asked.question.lower()}"}
-                assert asked.answer == ("yes" if organ in DRAWN[scene.region, scene.plane] else "no")
+                (organ,) = {o for o in ORGAN_WORDS if f" {o}" in f" {question.question.lower()}"}
+                assert question.answer == ("yes" if organ in DRAWN[scene.region, scene.plane] else "no")
             case "device":
-                assert asked.answer == scene.device
+                assert question.answer == scene.device
 
 
 ORGAN_WORDS = {"lung", "heart", "liver", "spleen", "kidney", "stomach", "brain", "cerebellum"}
-# What a person sees in the pictures, written down apart from the code that draws them.
+# What a person sees in the images, written independently of the code that draws them.
 DRAWN = {
     ("chest", "frontal"): {"lung", "heart"},
     ("chest", "axial"): {"lung", "heart"},
@@ -113,10 +109,10 @@ def yes_shares(hospital: Hospital) -> dict[str, float]:
     """Closed family -> its share of "yes" over 1500 scenes."""
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     for seed in range(1500):
-        for asked in questions(sample_scene(seed, hospital), hospital):
-            if asked.kind == "closed":
-                answers[asked.meta["type"]][asked.answer] += 1
-                answers["all"][asked.answer] += 1
+        for question in ask_questions(sample_scene(seed, hospital), hospital):
+            if question.kind == "closed":
+                answers[question.meta["type"]][question.answer] += 1
+                answers["all"][question.answer] += 1
     return {family: count["yes"] / count.total() for family, count in answers.items() if count.total() > 200}
 
 
@@ -129,16 +125,16 @@ def test_closed_questions_are_balanced(hospital: Hospital) -> None:
 
 
 def test_the_wording_of_hospital_b_does_not_give_the_answer_away() -> None:
-    """The commonest training answer to the same words: a reader without eyes."""
-    made = dataset("b", images={"train": 600, "test": 300})
+    """Answers each question with its most frequent training answer, without the image."""
+    data = phantom_dataset("b", images={"train": 600, "test": 300})
     answers: dict[str, Counter[str]] = defaultdict(Counter)
-    for example in made.split("train"):
+    for example in data.split("train"):
         answers[example.question][example.answer] += 1
     right: Counter[str] = Counter()
-    for example in made.split("test"):
+    for example in data.split("test"):
         guess = answers[example.question].most_common(1)
         right[example.kind] += bool(guess) and guess[0][0] == example.answer
-    kinds = Counter(example.kind for example in made.split("test"))
+    kinds = Counter(example.kind for example in data.split("test"))
     assert right["closed"] / kinds["closed"] < 0.6
     assert right["open"] / kinds["open"] < 0.5
 
@@ -147,8 +143,8 @@ def test_the_wording_of_hospital_b_does_not_give_the_answer_away() -> None:
 @given(seeds, hospitals)
 def test_a_report_names_every_finding_and_no_other(seed: int, hospital: Hospital) -> None:
     scene = sample_scene(seed, hospital)
-    text = report(scene, hospital)
-    assert report(scene, hospital) == text
+    text = write_report(scene, hospital)
+    assert write_report(scene, hospital) == text
     impression = re.search(r"Impression: ([^.]*)\.", text)
     assert impression is not None
     for finding in scene.findings:

@@ -6,45 +6,47 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from normtune.data.reading.conversations import conversation, refers_back
-from normtune.data.reading.tables import Fault
+from normtune.data.reading.conversations import read_conversation, refers_back
+from normtune.data.reading.tables import RowError
 from tests.support.report_samples import llava_med_row, messages_row
 
 
-def test_llava_meds_conversation_is_read_turn_by_turn() -> None:
-    row = llava_med_row(
-        "a", ("What is shown?", "A CT."), ("Is the liver normal?", "Yes."), ("Where is it?", "Left.")
-    )
-    found = conversation(row)
-    assert found.images == ("a.jpg",)
-    assert [(p.turn, p.question, p.answer, p.images, p.refers_back) for p in found.pairs] == [
+def test_a_llava_med_conversation_becomes_pairs_of_turns() -> None:
+    row = llava_med_row("a", ("What is shown?", "A CT."), ("Is the liver normal?", "Yes."), ("Where is it?", "Left."))
+    conversation = read_conversation(row)
+    assert conversation.images == ("a.jpg",)
+    assert [(p.turn, p.question, p.answer, p.image_count, p.refers_back) for p in conversation.pairs] == [
         (1, "What is shown?", "A CT.", 1, False),
         (2, "Is the liver normal?", "Yes.", 1, False),
         (3, "Where is it?", "Left.", 1, True),
     ]
 
 
-def test_messages_leave_the_system_out_and_marks_out_of_the_question() -> None:
-    (pair,) = conversation(messages_row("<image>\nWhat?", "Lung", "a.png")).pairs
-    assert (pair.question, pair.answer, pair.images) == ("What?", "Lung", 1)
+def test_system_messages_and_image_marks_are_removed() -> None:
+    (pair,) = read_conversation(messages_row("<image>\nWhat?", "Lung", "a.png")).pairs
+    assert (pair.question, pair.answer, pair.image_count) == ("What?", "Lung", 1)
 
 
-def test_images_in_the_content_stand_where_they_are_shown() -> None:
+def test_images_in_the_content_are_shown_at_their_position() -> None:
     content = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What?"}]
-    found = conversation(
+    conversation = read_conversation(
         {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "L"}]}
     )
-    assert (found.images, found.pairs[0].question, found.pairs[0].images) == (("a.png",), "What?", 1)
+    assert (conversation.images, conversation.pairs[0].question, conversation.pairs[0].image_count) == (
+        ("a.png",),
+        "What?",
+        1,
+    )
 
 
 def test_a_later_image_is_not_shown_to_earlier_questions() -> None:
     turns = [("human", "<image> First?"), ("gpt", "a"), ("human", "<image> Second?"), ("gpt", "b")]
     row = {"image": ["a.png", "b.png"], "conversations": [{"from": f, "value": v} for f, v in turns]}
-    assert [p.images for p in conversation(row).pairs] == [1, 2]
+    assert [p.image_count for p in read_conversation(row).pairs] == [1, 2]
 
 
 def test_without_a_mark_images_are_shown_before_the_first_question() -> None:
-    assert conversation(messages_row("What?", "Lung", "a.png", "b.png")).pairs[0].images == 2
+    assert read_conversation(messages_row("What?", "Lung", "a.png", "b.png")).pairs[0].image_count == 2
 
 
 @pytest.mark.parametrize(
@@ -63,7 +65,7 @@ def test_without_a_mark_images_are_shown_before_the_first_question() -> None:
         "Is there anything else?",
     ],
 )
-def test_questions_that_need_the_turns_before_them_are_told(question: str) -> None:
+def test_questions_that_need_earlier_turns_are_recognised(question: str) -> None:
     assert refers_back(question)
 
 
@@ -79,56 +81,48 @@ def test_questions_that_need_the_turns_before_them_are_told(question: str) -> No
         "Why is contrast given in this CT?",
     ],
 )
-def test_questions_that_stand_alone_are_kept(question: str) -> None:
+def test_independent_questions_do_not_refer_back(question: str) -> None:
     assert not refers_back(question)
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "message"),
     [
         ({"mesages": []}, "no list 'messages' or 'conversations', is it 'mesages'?"),
         ({"messages": "x"}, "no list 'messages' or 'conversations'"),
-        ({"messages": []}, "turns do not go from question to answer"),
-        ({"messages": [{"role": "user", "content": "x"}]}, "turns do not go from question to answer"),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, "turns do not go from question to answer"),
+        ({"messages": []}, "questions and answers do not alternate"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "questions and answers do not alternate"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "questions and answers do not alternate"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "turn 1: 'role' is none of user, human"),
-        ({"conversations": [{"from": "human", "value": 3}]}, "turn 1: 'value' is no text"),
+        ({"conversations": [{"from": "human", "value": 3}]}, "turn 1: 'value' is not text"),
         ({"conversations": ["hello"]}, "turn 1: 'from' is none of"),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "video"}]}]},
-            "a part is neither text nor image",
-        ),
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "a part is neither text nor image"),
         (messages_row("<image><image> What?", "x", "a.png"), "2 <image> marks for 1 images"),
     ],
 )
-def test_rows_of_another_shape_are_refused(row: dict[str, Any], told: str) -> None:
-    with pytest.raises(Fault) as caught:
-        conversation(row)
-    assert told in caught.value.what
+def test_rows_of_another_shape_are_refused(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(RowError) as caught:
+        read_conversation(row)
+    assert message in caught.value.what
 
 
 json = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.sampled_from(["user", "gpt", "<image>", "text", "image", "a"]),
+    st.none() | st.booleans() | st.integers() | st.sampled_from(["user", "gpt", "<image>", "text", "image", "a"]),
     lambda inner: (
         st.lists(inner, max_size=4)
-        | st.dictionaries(
-            st.sampled_from(["role", "content", "from", "value", "type", "text"]), inner, max_size=4
-        )
+        | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "type", "text"]), inner, max_size=4)
     ),
     max_leaves=12,
 )
 
 
 @given(st.dictionaries(st.sampled_from(["messages", "conversations", "images", "image"]), json))
-def test_any_json_is_a_conversation_or_a_fault(cells: dict[str, Any]) -> None:
+def test_any_json_is_a_conversation_or_an_error(cells: dict[str, Any]) -> None:
     try:
-        found = conversation(cells)
-    except Fault as fault:
-        assert fault.what and fault.mend
+        conversation = read_conversation(cells)
+    except RowError as error:
+        assert error.what and error.fix
     else:
-        assert found.pairs
-        assert [p.turn for p in found.pairs] == list(range(1, len(found.pairs) + 1))
-        assert all(0 <= p.images <= len(found.images) for p in found.pairs)
+        assert conversation.pairs
+        assert [p.turn for p in conversation.pairs] == list(range(1, len(conversation.pairs) + 1))
+        assert all(0 <= p.image_count <= len(conversation.images) for p in conversation.pairs)

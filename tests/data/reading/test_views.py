@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from normtune.data.reading.radiology import two_views
+from normtune.data.reading.radiology import select_views
 
 
 @pytest.mark.parametrize(
-    ("views", "chosen"),
+    ("views", "selected"),
     [
         (["Lateral", "Frontal"], (1, 0)),
         (["AP", "PA", "LL"], (1, 2)),
@@ -19,5 +19,5 @@ from normtune.data.reading.radiology import two_views
         ([], ()),
     ],
 )
-def test_one_frontal_and_one_lateral_view_are_chosen(views: list[str], chosen: tuple[int, ...]) -> None:
-    assert two_views([(view, str(n)) for n, view in enumerate(views)]) == tuple(str(n) for n in chosen)
+def test_one_frontal_and_one_lateral_view_are_selected(views: list[str], selected: tuple[int, ...]) -> None:
+    assert select_views([(view, str(n)) for n, view in enumerate(views)]) == tuple(str(n) for n in selected)

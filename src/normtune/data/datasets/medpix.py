@@ -14,56 +14,57 @@ from normtune.errors import InputError
 LICENCE = "none found: never redistribute"
 _FILES = {"train": "train.jsonl", "validate": "dev.jsonl", "test": "test.jsonl"}
 _NEEDED = ("id", "image", "report")
+# meta key -> field of the file
 _META = {"modality": "type", "organ": "location", "plane": "plane", "protocol": "modality", "case": "case"}
 
 
 def read(root: Path, *, text_only: bool = False) -> Dataset:
-    """Read train.jsonl, dev.jsonl, test.jsonl and images/: one image and its report a line.
+    """Read train.jsonl, dev.jsonl, test.jsonl and images/; each line is one image with its report.
 
-    Fields: id, image, report; case, type (CT or MR), plane, modality (the protocol), location. `meta` holds
-    modality (the file's type), organ (its location), plane, protocol (its modality) and case. Ids are
-    `medpix-<id>`. The splits are by case; a case that stands in two is listed.
+    Fields of a line: id, image, report; case, type (CT or MR), plane, modality (the protocol), location.
+    `meta` holds modality (the file's type), organ (its location), plane, protocol (its modality) and case.
+    Ids are `medpix-<id>`. The splits are by case; a case in two splits is listed.
 
     Raises:
-        InputError: a file is missing, a line is no JSON object or lacks a field, an id comes twice.
+        InputError: all files are missing, a line is not a JSON object or lacks a field, or an id is repeated.
     """
     present = {split: file for split, file in _FILES.items() if (root / file).is_file()}
     if not present:
         raise InputError(
             f"{root} holds none of {', '.join(_FILES.values())}: not MedPix's folder. "
-            "Point --root at the folder that holds these and images/."
+            "Point --root at the folder with these files and images/."
         )
-    reading = RowReader("medpix", text_only)
+    reader = RowReader("medpix", text_only)
     cases: dict[str, str] = {}
     for split, file in _FILES.items():
         if split not in present:
-            mend = f"There is no split '{split}' without it."
-            reading.problems.append(Problem(file, "", "file is missing", mend))
+            fix = f"There is no split '{split}' without it."
+            reader.problems.append(Problem(file, "", "file is missing", fix))
             continue
         for line, cells in json_objects(root / file):
-            lacking = [field for field in _NEEDED if field not in cells]
-            if lacking:
-                raise InputError(f"{file}, row {line}: no {', '.join(lacking)}. Add what is missing.")
-            _read_row(reading, file, line, cells, split)
+            missing = [field for field in _NEEDED if field not in cells]
+            if missing:
+                raise InputError(f"{file}, row {line}: no {', '.join(missing)}. Add the missing fields.")
+            _read_row(reader, file, line, cells, split)
             case = str(cells.get("case") or "")
             if case and cases.setdefault(case, split) != split:
-                mend = "Kept: use --image-disjoint, or move the case."
-                what = "its case stands in another split too"
-                reading.problems.append(Problem(file, str(line), what, mend))
-    reading.check_images(root)
-    reading.check_repeats()
-    return reading.dataset(ImageFolder(root), LICENCE)
+                fix = "Kept. Use --image-disjoint, or move the case to one split."
+                what = "its case is in another split too"
+                reader.problems.append(Problem(file, str(line), what, fix))
+    reader.check_images(root)
+    reader.check_repeats()
+    return reader.build_dataset(ImageFolder(root), LICENCE)
 
 
-def _read_row(reading: RowReader, file: str, line: int, cells: dict[str, Any], split: str) -> None:
+def _read_row(reader: RowReader, file: str, line: int, cells: dict[str, Any], split: str) -> None:
     id = cells["id"] if isinstance(cells["id"], str) else ""
-    row = reading.unique_row(file, str(line), id and f"medpix-{id}")
+    row = reader.start_unique_row(file, str(line), id and f"medpix-{id}")
     row.finish(
-        images=(row.image(row.text("image", cells["image"])),),
+        images=(row.image_key(row.read_text("image", cells["image"])),),
         question="",
-        answer=row.prose("report", cells["report"]),
+        answer=row.read_prose("report", cells["report"]),
         kind="report",
         split=split,
-        meta={"language": "en", **{key: row.text(field, cells.get(field)) for key, field in _META.items()}},
-        answer_called="report",
+        meta={"language": "en", **{key: row.read_text(field, cells.get(field)) for key, field in _META.items()}},
+        answer_name="report",
     )

@@ -1,4 +1,4 @@
-"""Data in the ecosystem's shapes: `messages` with `images`, ShareGPT's and LLaVA-Med's `conversations`."""
+"""Conversations about images: `messages` with `images`, and `conversations` of ShareGPT and LLaVA-Med."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from PIL import Image
 
 from normtune.data.images.files import ImageFolder
 from normtune.data.reading.cells import SPLITS, is_yes_no, split_name, split_of_file
-from normtune.data.reading.conversations import Pair, conversation
-from normtune.data.reading.row_reader import Row, RowReader, image_folder
-from normtune.data.reading.tables import Fault, json_lines
+from normtune.data.reading.conversations import Pair, read_conversation
+from normtune.data.reading.row_reader import Row, RowReader, find_image_folder
+from normtune.data.reading.tables import RowError, json_lines
 from normtune.data.records import Dataset, Example, Kind, Problem
 from normtune.errors import InputError, did_you_mean
 from normtune.runtime.files import read_json
@@ -22,10 +22,11 @@ from normtune.runtime.files import read_json
 if TYPE_CHECKING:
     from normtune.data.reading.parquet_files import ParquetImages
 
+# Columns with a meaning; all others become `meta`.
 _FIELDS = ("messages", "conversations", "images", "image", "id", "kind", "split", "domain")
 _KINDS: tuple[Kind, ...] = ("open", "closed", "report")
-_IMAGE_FOLDERS = ("", "images", "image")
-_SHOWN = 5  # bad rows named in one error
+_IMAGE_FOLDERS = ("", "images", "image")  # searched below the file's folder
+_MAX_SHOWN = 5  # number of bad rows that one error names
 _URLS = ("http://", "https://", "data:", "s3://", "gs://")
 
 
@@ -37,77 +38,82 @@ def read(
     licence: str = "unknown",
     text_only: bool = False,
 ) -> Dataset:
-    """Read a file, or all *.jsonl, *.json and *.parquet files of a folder; one conversation a row.
+    """Read a file, or all *.jsonl, *.json and *.parquet files of a folder; each row is one conversation.
 
-    See `normtune.data.reading.conversations.conversation` for a row's shape. Each pair of turns becomes one question of the
-    images shown up to it, answered without the turns before it, as they share the image and nothing else; a
-    later pair that refers back to earlier turns (`turns.refers_back`) is left out and listed, and the
-    survey's notes count both. Rows without an image are left out and listed.
+    For the layout of a row see `normtune.data.reading.conversations.read_conversation`. Each question-answer
+    pair becomes one example, with the images that were shown before the answer. Its question is answered
+    without the turns before it, as the questions of a group share nothing but the image. A later pair that
+    refers back to earlier turns (see `conversations.refers_back`) is therefore skipped and listed; the notes
+    count all pairs and the skipped ones. Rows without an image are skipped and listed.
 
-    Optional fields: `id`, `kind` (open, closed, report; without it yes and no are closed), `split` (without
-    it the file's name decides, then train); LLaVA-Med's `domain` becomes the modality, further fields of text
-    or numbers become `meta`. Ids are the row's id, with `-turn2` and so on for later pairs; as such files use
-    an image's id again for its next conversation, ids that come again are numbered and listed.
+    Optional fields: `id`; `kind` (open, closed or report; by default yes and no are closed); `split` (by
+    default from the file's name, else train). LLaVA-Med's `domain` becomes the modality. All other fields of
+    text or numbers become `meta`.
+
+    Ids are the row's id, with `-turn2` and so on for later pairs. Such files often use an image's id for
+    several conversations: repeated ids are numbered and listed.
 
     Args:
-        strict: raise an error that names the bad rows; otherwise they are left out and listed as problems.
-        image_root: what image paths are relative to; by default the file's folder, or images/ in it.
+        root: a file or a folder.
+        strict: raise an error that names the bad rows; otherwise skip them and list them as problems.
+        image_root: folder that image paths are relative to; by default the file's folder, or images/ in it.
+        licence: licence of the data.
+        text_only: keep rows with missing image files.
 
     Raises:
         InputError: there is no such file, no usable row, or (strict) a bad row.
     """
     files = _files(root)
-    reading = RowReader("messages", text_only)
+    reader = RowReader("messages", text_only)
     base = root if root.is_dir() else root.parent
-    taken = _Taken(base.absolute(), _opener(base, files))
+    progress = _Progress(base.absolute(), _opener(base, files))
     for file in files:
-        for number, cells, place in _rows(reading, file, named=len(files) == 1):
+        for number, cells, location in _rows(reader, file, named=len(files) == 1):
             try:
-                _read_row(reading, taken, file, number, cells, place)
-            except Fault as fault:
-                taken.faults.append(Problem(file.name, str(number), fault.what, fault.mend))
-                reading.left_out.append(
-                    Example(f"{file.stem}-{number}", (), "", "", "open", split_of_file(file))
-                )
-    if strict and taken.faults:
-        raise InputError(_told(taken.faults))
-    reading.problems += taken.faults
-    names = (name for example in reading.examples for name in example.images if name not in taken.inside)
-    folder = image_root or image_folder(base, _IMAGE_FOLDERS, names)
-    reading.check_images(folder, inside=taken.inside)
-    reading.check_repeats()
-    reading.notes += taken.notes()
-    return reading.dataset(_Opener(taken.parquet, ImageFolder(folder)), licence)
+                _read_row(reader, progress, file, number, cells, location)
+            except RowError as error:
+                progress.errors.append(Problem(file.name, str(number), error.what, error.fix))
+                reader.skipped.append(Example(f"{file.stem}-{number}", (), "", "", "open", split_of_file(file)))
+    if strict and progress.errors:
+        raise InputError(_summarize_errors(progress.errors))
+    reader.problems += progress.errors
+    names = (name for example in reader.examples for name in example.images if name not in progress.embedded)
+    folder = image_root or find_image_folder(base, _IMAGE_FOLDERS, names)
+    reader.check_images(folder, embedded=progress.embedded)
+    reader.check_repeats()
+    reader.notes += progress.notes()
+    return reader.build_dataset(_Opener(progress.parquet, ImageFolder(folder)), licence)
 
 
 @dataclass
-class _Taken:
-    """What became of the rows so far."""
+class _Progress:
+    """Counts and errors of the rows read so far."""
 
-    base: Path  # absolute
-    parquet: ParquetImages | None
+    base: Path  # the folder of the files, absolute
+    parquet: ParquetImages | None  # images inside parquet files
     conversations: int = 0
     pairs: int = 0
-    dependent: int = 0
-    faults: list[Problem] = field(default_factory=list)
+    dependent: int = 0  # pairs that were skipped as they refer back
+    errors: list[Problem] = field(default_factory=list)
 
     @property
-    def inside(self) -> ParquetImages | tuple[()]:
+    def embedded(self) -> ParquetImages | tuple[()]:
+        """The keys of images inside parquet files, for `in`."""
         return self.parquet if self.parquet is not None else ()
 
     def notes(self) -> list[str]:
         notes = [
-            f"{self.conversations} conversations of {self.pairs} pairs of turns: each pair is one question "
-            "of its image, answered without the turns before it"
+            f"{self.conversations} conversations with {self.pairs} question-answer pairs: each pair is one "
+            "question about its image, answered without the turns before it"
         ]
         if self.dependent:
-            notes.append(f"{self.dependent} pairs left out, as they refer back to earlier turns")
+            notes.append(f"{self.dependent} pairs skipped, as they refer back to earlier turns")
         return notes
 
 
 @dataclass(frozen=True)
 class _Opener:
-    """Images inside of parquet files by key, others by path."""
+    """Opens images inside parquet files by key, and image files by path."""
 
     parquet: ParquetImages | None
     folder: Callable[[str], Image.Image]
@@ -117,6 +123,7 @@ class _Opener:
 
 
 def _files(root: Path) -> list[Path]:
+    """The data files of a folder, or the file itself."""
     if not root.is_dir():
         return [root]
     files = [*sorted(root.glob("*.jsonl")), *sorted(root.glob("*.json")), *sorted(root.rglob("*.parquet"))]
@@ -126,6 +133,7 @@ def _files(root: Path) -> list[Path]:
 
 
 def _opener(base: Path, files: list[Path]) -> ParquetImages | None:
+    """An opener for images inside the parquet files, if there are any."""
     if not any(file.suffix == ".parquet" for file in files):
         return None
     from normtune.data.reading.parquet_files import ParquetImages  # pyarrow takes half a second
@@ -133,11 +141,14 @@ def _opener(base: Path, files: list[Path]) -> ParquetImages | None:
     return ParquetImages(base)
 
 
-_Place = tuple[Path, int, int] | None  # file, row group, row in it, of a parquet file
+_Location = tuple[Path, int, int] | None  # (file, row group, row within the group) in a parquet file
 
 
-def _rows(reading: RowReader, file: Path, named: bool) -> Iterator[tuple[int, Any, _Place]]:
-    """(row number from 1, the row or why it is none, its place in a parquet file)."""
+def _rows(reader: RowReader, file: Path, named: bool) -> Iterator[tuple[int, Any, _Location]]:
+    """Yield (row number from 1, row or `RowError`, location in a parquet file) for each row of a file.
+
+    A .json file without a list of rows is an error if it was `named` by the user, else only listed.
+    """
     if file.suffix == ".parquet":
         yield from _parquet_rows(file)
     elif file.suffix == ".jsonl":
@@ -150,74 +161,79 @@ def _rows(reading: RowReader, file: Path, named: bool) -> Iterator[tuple[int, An
         elif named:
             raise InputError(f"{file} holds no list of rows. Write a list of conversations, or JSON lines.")
         else:  # such as LLaMA-Factory's dataset_info.json
-            reading.problems.append(Problem(file.name, "", "holds no list of rows", "Not read."))
+            reader.problems.append(Problem(file.name, "", "holds no list of rows", "Not read."))
 
 
-def _parquet_rows(file: Path) -> Iterator[tuple[int, Any, _Place]]:
+def _parquet_rows(file: Path) -> Iterator[tuple[int, Any, _Location]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from normtune.data.reading.parquet_files import table_rows
+    from normtune.data.reading.parquet_files import iter_rows
 
     try:
         with pq.ParquetFile(file) as parquet:
             number = 0
             for group in range(parquet.num_row_groups):
-                for within, cells in enumerate(table_rows(parquet.read_row_group(group))):
+                for row, cells in enumerate(iter_rows(parquet.read_row_group(group))):
                     number += 1
-                    yield number, cells, (file, group, within)
+                    yield number, cells, (file, group, row)
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{file} is no parquet file, or is damaged. Fetch it again.") from error
+        raise InputError(f"{file} is not a parquet file, or is damaged. Fetch it again.") from error
 
 
-def _read_row(reading: RowReader, taken: _Taken, file: Path, number: int, cells: Any, place: _Place) -> None:
-    if isinstance(cells, Fault):
+def _read_row(reader: RowReader, progress: _Progress, file: Path, number: int, cells: Any, location: _Location) -> None:
+    if isinstance(cells, RowError):
         raise cells
     if not isinstance(cells, dict):
-        raise Fault("not a JSON object", 'Write {"messages": [...], "images": [...]}.')
-    found = conversation(cells)
+        raise RowError("not a JSON object", 'Write {"messages": [...], "images": [...]}.')
+    conversation = read_conversation(cells)
     kind, split, id = _kind(cells), _split(cells, file), _id(cells, file, number)
     column = "images" if cells.get("images") else "image"
-    keys = [_key(taken, image, place, column, index) for index, image in enumerate(found.images)]
-    taken.conversations += 1
-    taken.pairs += len(found.pairs)
-    for pair in found.pairs:
-        later = f", turn {pair.turn}" if pair.turn > 1 else ""
-        row = reading.row(file.name, f"{number}{later}", f"{id}-turn{pair.turn}" if later else id)
-        answer = row.prose("answer", pair.answer)
-        said: Kind = kind or ("closed" if is_yes_no(answer) else "open")
+    keys = [_key(progress, image, location, column, index) for index, image in enumerate(conversation.images)]
+    progress.conversations += 1
+    progress.pairs += len(conversation.pairs)
+    for pair in conversation.pairs:
+        turn = f", turn {pair.turn}" if pair.turn > 1 else ""
+        row = reader.start_row(file.name, f"{number}{turn}", f"{id}-turn{pair.turn}" if turn else id)
+        answer = row.read_prose("answer", pair.answer)
+        kind_of_pair: Kind = kind or ("closed" if is_yes_no(answer) else "open")
         if pair.refers_back:
-            taken.dependent += 1
-            _leave_out(reading, row, pair, keys, said, split)
+            progress.dependent += 1
+            _skip_pair(reader, row, pair, keys, kind_of_pair, split)
             continue
         row.finish(
-            keys[: pair.images], row.prose("question", pair.question), answer, said, split, _meta(cells)
+            keys[: pair.image_count],
+            row.read_prose("question", pair.question),
+            answer,
+            kind_of_pair,
+            split,
+            _meta(cells),
         )
 
 
-def _leave_out(reading: RowReader, row: Row, pair: Pair, keys: list[str], kind: Kind, split: str) -> None:
-    row.problem("refers back to earlier turns", "Left out: write the question so that it stands alone.")
-    images = tuple(keys[: pair.images])
-    reading.left_out.append(Example(row.id, images, pair.question, pair.answer, kind, split))
+def _skip_pair(reader: RowReader, row: Row, pair: Pair, keys: list[str], kind: Kind, split: str) -> None:
+    row.add_problem("refers back to earlier turns", "Skipped. Write a question that needs no earlier turn.")
+    images = tuple(keys[: pair.image_count])
+    reader.skipped.append(Example(row.id, images, pair.question, pair.answer, kind, split))
 
 
-def _key(taken: _Taken, image: Any, place: _Place, column: str, index: int) -> str:
-    """The key of an image: the SHA-1 of its bytes, or its path below the folder of images."""
+def _key(progress: _Progress, image: Any, location: _Location, column: str, index: int) -> str:
+    """An image's key: the SHA-1 of its bytes in a parquet file, or its path relative to the image folder."""
     data = image.get("bytes") if isinstance(image, dict) else image
-    if isinstance(data, bytes) and taken.parquet is not None and place is not None:
-        return taken.parquet.add(data, place, column, index)
+    if isinstance(data, bytes) and progress.parquet is not None and location is not None:
+        return progress.parquet.add(data, location, column, index)
     path = image.get("path") if isinstance(image, dict) else image
     if not isinstance(path, str) or not path.strip():
-        raise Fault(f"image {index + 1} is no path", "Write its path.")
+        raise RowError(f"image {index + 1} is not a path", "Write its path.")
     path = path.strip()
     if path.startswith(_URLS):
-        raise Fault(f"image {index + 1} is a URL, not a file", "Fetch it and write its path.")
-    if Path(path).is_absolute() and Path(path).is_relative_to(taken.base):
-        path = Path(path).relative_to(taken.base).as_posix()
+        raise RowError(f"image {index + 1} is a URL, not a file", "Download it and write its path.")
+    if Path(path).is_absolute() and Path(path).is_relative_to(progress.base):
+        path = Path(path).relative_to(progress.base).as_posix()
     key = posixpath.normpath(path.replace("\\", "/"))
     if key.startswith(("/", "../")) or key == "..":
-        what = f"the path of image {index + 1} leads out of the folder of images"
-        raise Fault(what, "Write it relative to the file, or to images/ beside it.")
+        what = f"the path of image {index + 1} is outside the image folder"
+        raise RowError(what, "Write it relative to the file, or to images/ next to the file.")
     return key
 
 
@@ -228,7 +244,7 @@ def _kind(cells: dict[str, Any]) -> Kind | None:
     for kind in _KINDS:
         if kind == word:
             return kind
-    raise Fault(f"kind is unknown{did_you_mean(str(word), _KINDS)}", f"Known kinds: {', '.join(_KINDS)}.")
+    raise RowError(f"kind is unknown{did_you_mean(str(word), _KINDS)}", f"Known kinds: {', '.join(_KINDS)}.")
 
 
 def _split(cells: dict[str, Any], file: Path) -> str:
@@ -237,7 +253,7 @@ def _split(cells: dict[str, Any], file: Path) -> str:
         return split_of_file(file)
     name = split_name(str(word))
     if name not in SPLITS:
-        raise Fault(f"split is unknown{did_you_mean(name, SPLITS)}", f"Known splits: {', '.join(SPLITS)}.")
+        raise RowError(f"split is unknown{did_you_mean(name, SPLITS)}", f"Known splits: {', '.join(SPLITS)}.")
     return name
 
 
@@ -251,11 +267,11 @@ def _meta(cells: dict[str, Any]) -> dict[str, str]:
     meta = {key: str(value) for key, value in extra.items() if isinstance(value, str | int | float)}
     domain = cells.get("domain")  # LLaVA-Med's {"chest_xray": true, "mri": false, ...}
     if isinstance(domain, dict):
-        meta.setdefault("modality", ", ".join(str(name) for name, holds in domain.items() if holds is True))
+        meta.setdefault("modality", ", ".join(str(name) for name, value in domain.items() if value is True))
     return meta
 
 
-def _told(faults: list[Problem]) -> str:
-    shown = " ".join(f"{fault.file}, row {fault.row}: {fault.message}" for fault in faults[:_SHOWN])
-    more = f" And {len(faults) - _SHOWN} more bad rows." if len(faults) > _SHOWN else ""
-    return shown + more
+def _summarize_errors(errors: list[Problem]) -> str:
+    text = " ".join(f"{error.file}, row {error.row}: {error.message}" for error in errors[:_MAX_SHOWN])
+    more = f" And {len(errors) - _MAX_SHOWN} more bad rows." if len(errors) > _MAX_SHOWN else ""
+    return text + more

@@ -10,9 +10,9 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from normtune.data.images.files import ImageFolder
-from normtune.data.reading.r2gen import FILE, entries, read_entries
-from normtune.data.reading.radiology import Sections, called, target, two_views
-from normtune.data.reading.row_reader import RowReader, image_folder
+from normtune.data.reading.r2gen import R2GEN_FILE, load_entries, read_entries
+from normtune.data.reading.radiology import Sections, section_label, select_views, target_text
+from normtune.data.reading.row_reader import RowReader, find_image_folder
 from normtune.data.reading.tables import csv_rows, file_bytes
 from normtune.data.records import Dataset, Problem
 from normtune.errors import InputError
@@ -20,117 +20,128 @@ from normtune.errors import InputError
 LICENCE = "open access at NLM; the release's XML files name CC BY-NC-ND 4.0"
 _REPORTS, _VIEWS = "indiana_reports.csv", "indiana_projections.csv"
 _XML = "ecgen-radiology"
+# Folders below root that may hold the images, by layout.
 _R2GEN_IMAGES = ("images", "")
 _KAGGLE_IMAGES = ("images/images_normalized", "images_normalized", "images", "")
 _XML_IMAGES = ("NLMCXR_png", "images", "png", "")
-_SHARES = (0.7, 0.8)  # of the studies: train up to the first, validate up to the second, then test
+# Without a split in the files: hashes in [0, 0.7) are train, in [0.7, 0.8) validate, in [0.8, 1) test.
+_SHARES = (0.7, 0.8)
 
 
 def read(root: Path, *, sections: Sections = "findings", text_only: bool = False) -> Dataset:
-    """Read R2Gen's annotation.json, the Kaggle pair of CSV files, or the original XML reports.
+    """Read R2Gen's annotation.json, Kaggle's two CSV files, or the original XML reports.
 
-    Every study is one report of one or two views, frontal first. The answer is its findings, its impression
-    or both. Ids are `openi-CXR2384_IM-0942` in R2Gen's layout, `openi-2384` in the others.
+    Each study is one report on one or two views, frontal first. The answer is its findings, its impression or
+    both. Ids are `openi-CXR2384_IM-0942` in R2Gen's layout and `openi-2384` in the others.
 
-    R2Gen's file holds the findings and the split 2069 / 296 / 590 that papers compare on; where it stands,
-    it is read for the findings. The others name no split: where annotation.json stands beside them its split
-    is taken, by the study's number, and studies that it leaves out are left out; else each study goes to
-    train, validate or test (70 / 10 / 20%) by a hash of its number.
+    R2Gen's file has the findings, and the split 2069 / 296 / 590 that papers use. If the file exists, it is
+    used for the findings. The other layouts have no split. If annotation.json is in the same folder, its
+    split is used, matched by the study's number, and studies that it does not contain are skipped. Otherwise
+    a hash of the study's number assigns it to train, validate or test (70 / 10 / 20%).
 
-    Studies without the section, or without an image, are left out and listed; with `text_only` those whose
-    image files are missing are kept.
+    Studies without the section or without an image are skipped and listed; with `text_only`, those with
+    missing image files are kept.
+
+    Args:
+        root: the dataset's folder.
+        sections: sections that a report consists of.
+        text_only: keep studies with missing image files.
 
     Raises:
-        InputError: none of the layouts is there, a file is damaged or lacks a column, an id comes twice.
+        InputError: none of the layouts is present, a file is damaged or lacks a column, or an id is repeated.
     """
-    reading = RowReader("openi", text_only)
-    below: tuple[str, ...]
+    reader = RowReader("openi", text_only)
+    subfolders: tuple[str, ...]
     has_csv, xml = (root / _REPORTS).is_file(), _xml_folder(root)
-    if (root / FILE).is_file() and (sections == "findings" or not (has_csv or xml)):
-        read_entries(reading, root, sections)
-        reading.notes.append("R2Gen's annotation.json: its findings, its split, its two views")
-        below, licence = _R2GEN_IMAGES, LICENCE
+    if (root / R2GEN_FILE).is_file() and (sections == "findings" or not (has_csv or xml)):
+        read_entries(reader, root, sections)
+        reader.notes.append("R2Gen's annotation.json: its findings, its split, its two views")
+        subfolders, licence = _R2GEN_IMAGES, LICENCE
     elif has_csv:
-        _finish(reading, root, _csv_studies(root), sections)
-        below, licence = _KAGGLE_IMAGES, LICENCE
+        _read_studies(reader, root, _csv_studies(root), sections)
+        subfolders, licence = _KAGGLE_IMAGES, LICENCE
     elif xml:
-        _finish(reading, root, _xml_studies(xml), sections)
-        below, licence = _XML_IMAGES, _xml_licence(xml)
+        _read_studies(reader, root, _xml_studies(xml), sections)
+        subfolders, licence = _XML_IMAGES, _xml_licence(xml)
     else:
         raise InputError(
-            f"{root} holds neither R2Gen's {FILE}, nor Kaggle's {_REPORTS}, nor the XML reports "
-            f"({_XML}/1.xml): not OpenI's folder. Point --root at the folder that does."
+            f"{root} holds neither R2Gen's {R2GEN_FILE}, nor Kaggle's {_REPORTS}, nor the XML reports "
+            f"({_XML}/1.xml): not OpenI's folder. Point --root at the folder with one of them."
         )
-    names = (name for example in reading.examples for name in example.images)
-    folder = image_folder(root, below, names)
-    shown = folder.relative_to(root).as_posix()
-    reading.check_images(folder, "" if shown == "." else shown)
-    return reading.dataset(ImageFolder(folder), licence)
+    names = (name for example in reader.examples for name in example.images)
+    folder = find_image_folder(root, subfolders, names)
+    subfolder = folder.relative_to(root).as_posix()
+    reader.check_images(folder, "" if subfolder == "." else subfolder)
+    return reader.build_dataset(ImageFolder(folder), licence)
 
 
 @dataclass(frozen=True)
 class _Study:
+    """One study, from either the CSV or the XML layout."""
+
     file: str
     row: str
-    number: str
+    number: str  # 2384 of CXR2384
     findings: str
     impression: str
     views: list[tuple[str, str]]  # (view, image name)
-    problems: str  # as the file names them, for meta
+    problems: str  # findings as the file names them, for `meta`
 
 
-def _finish(reading: RowReader, root: Path, studies: Iterator[_Study], sections: Sections) -> None:
-    """Add a row for each study; studies that the split leaves out and views that are not read are counted."""
-    split_of = _splits(root, reading)
+def _read_studies(reader: RowReader, root: Path, studies: Iterator[_Study], sections: Sections) -> None:
+    """Add a row for each study; note the numbers of studies without a split and of further views."""
+    split_of = _splits(root, reader)
     outside = unused = 0
     for study in studies:
         split = split_of(study.number)
         outside += split is None
         if split is None:
             continue
-        row = reading.unique_row(study.file, study.row, f"openi-{study.number}")
-        keys = [row.image(name) for name in two_views(study.views)]
+        row = reader.start_unique_row(study.file, study.row, f"openi-{study.number}")
+        keys = [row.image_key(name) for name in select_views(study.views)]
         unused += len(study.views) - len(keys)
-        findings = row.prose("findings", study.findings)
-        impression = row.prose("impression", study.impression)
+        findings = row.read_prose("findings", study.findings)
+        impression = row.read_prose("impression", study.impression)
         row.finish(
             images=keys,
             question="",
-            answer=target(findings, impression, sections),
+            answer=target_text(findings, impression, sections),
             kind="report",
-            split=row.split(split),
+            split=row.read_split(split),
             meta={"language": "en", "problems": study.problems},
-            answer_called=called(sections),
+            answer_name=section_label(sections),
         )
-    reading.notes.append(f"target: {sections}")
+    reader.notes.append(f"target: {sections}")
     if unused:
-        reading.notes.append(f"{unused} further images of studies with several views are not read")
+        reader.notes.append(f"{unused} further images of studies with several views are not read")
     if outside:
-        what = f"{outside} studies stand in no split of {FILE}"
-        reading.problems.append(Problem(FILE, "", what, "Left out, as published counts leave them."))
+        what = f"{outside} studies are in no split of {R2GEN_FILE}"
+        reader.problems.append(Problem(R2GEN_FILE, "", what, "Skipped, as in published counts."))
 
 
-def _splits(root: Path, reading: RowReader) -> Callable[[str], str | None]:
-    """A study's number -> its split, None where annotation.json is there and does not name it."""
-    if not (root / FILE).is_file():
-        reading.notes.append("no split in the files: 70 / 10 / 20% of the studies, by a hash of their number")
-        return _hashed
-    named = {}
-    for split, rows in entries(root).items():
+def _splits(root: Path, reader: RowReader) -> Callable[[str], str | None]:
+    """Return a function: study's number -> split, or None if annotation.json exists without the study."""
+    if not (root / R2GEN_FILE).is_file():
+        reader.notes.append("no split in the files: 70 / 10 / 20% of the studies, by a hash of their number")
+        return _hash_split
+    split_of_study = {}
+    for split, rows in load_entries(root).items():
         for cells in rows:
             number = re.match(r"CXR(\d+)_", str(cells["id"]))
             if number:
-                named[number.group(1)] = split
-    reading.notes.append(f"split of R2Gen's {FILE}")
-    return named.get
+                split_of_study[number.group(1)] = split
+    reader.notes.append(f"split: that of R2Gen's {R2GEN_FILE}")
+    return split_of_study.get
 
 
-def _hashed(number: str) -> str:
+def _hash_split(number: str) -> str:
+    """A split that depends only on the study's number: the hash is a uniform number in [0, 1)."""
     share = int.from_bytes(hashlib.sha256(f"openi:{number}".encode()).digest()[:8]) / 2**64
     return "train" if share < _SHARES[0] else "validate" if share < _SHARES[1] else "test"
 
 
 def _csv_studies(root: Path) -> Iterator[_Study]:
+    """Studies of Kaggle's two CSV files."""
     views: dict[str, list[tuple[str, str]]] = {}
     if not (root / _VIEWS).is_file():
         raise InputError(f"{root} holds {_REPORTS} without {_VIEWS}. Put both there.")
@@ -139,13 +150,7 @@ def _csv_studies(root: Path) -> Iterator[_Study]:
     for number, cells in csv_rows(root / _REPORTS, ("uid", "Problems", "findings", "impression")):
         uid = cells["uid"].strip()
         yield _Study(
-            _REPORTS,
-            str(number),
-            uid,
-            cells["findings"],
-            cells["impression"],
-            views.get(uid, []),
-            cells["Problems"],
+            _REPORTS, str(number), uid, cells["findings"], cells["impression"], views.get(uid, []), cells["Problems"]
         )
 
 
@@ -158,7 +163,7 @@ def _xml_folder(root: Path) -> Path | None:
 
 
 def _xml_studies(folder: Path) -> Iterator[_Study]:
-    """Studies in the order of their numbers. The files name no views: the images' order stands for it."""
+    """Studies of the XML files by number. The files name no views: the first image counts as frontal."""
     for file in sorted(folder.glob("*.xml"), key=lambda path: (len(path.stem), path.stem)):
         report = _xml(file)
         uid = report.find(".//uId")
@@ -180,7 +185,7 @@ def _xml_studies(folder: Path) -> Iterator[_Study]:
 
 
 def _xml_licence(folder: Path) -> str:
-    """The licence that the first report names."""
+    """The licence, with the URL that the first report names."""
     first = min(folder.glob("*.xml"), key=lambda path: (len(path.stem), path.stem))
     url = (_xml(first).findtext(".//licenseURL") or "").strip()
     return f"open access at NLM; {first.name} names {url}" if url else LICENCE
@@ -188,9 +193,9 @@ def _xml_licence(folder: Path) -> str:
 
 def _xml(file: Path) -> ElementTree.Element:
     data = file_bytes(file)
-    if b"<!ENTITY" in data:
-        raise InputError(f"{file.name} defines entities, as no report of OpenI does. Fetch it again.")
+    if b"<!ENTITY" in data:  # entities can expand to gigabytes ("billion laughs")
+        raise InputError(f"{file.name} defines entities, unlike the reports of OpenI. Fetch it again.")
     try:
         return ElementTree.fromstring(data)
     except (ElementTree.ParseError, ValueError) as error:
-        raise InputError(f"{file.name}: no valid XML ({error}). Fetch it again.") from error
+        raise InputError(f"{file.name}: not valid XML ({error}). Fetch it again.") from error

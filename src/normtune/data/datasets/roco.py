@@ -1,4 +1,4 @@
-"""ROCO (Pelka et al. 2018, doi:10.1007/978-3-030-01364-6_20), ROCOv2 and captions in their layouts."""
+"""ROCO (Pelka et al. 2018, doi:10.1007/978-3-030-01364-6_20), ROCOv2 and captions in the same layouts."""
 
 from __future__ import annotations
 
@@ -13,65 +13,68 @@ from normtune.data.records import Dataset, Problem
 from normtune.errors import InputError
 
 LICENCE = "each image under its article's licence (licences.txt); ROCOv2 as a whole CC BY-NC-SA 4.0"
+# Split -> the names of its folder or file.
 _SPLITS = {"train": ("train",), "validate": ("validation", "valid", "val"), "test": ("test",)}
-_FREE = "CC"  # licences that begin with it are Creative Commons'
+_CREATIVE_COMMONS = "CC"  # how Creative Commons licences begin
 
 
 @dataclass(frozen=True)
 class _Caption:
+    """One row of any layout."""
+
     file: str
     row: str
     id: str
-    images: tuple[str, ...]  # paths below root, one of which should be there
+    images: tuple[str, ...]  # possible paths of the image, relative to root
     text: str
 
 
 def read(root: Path, *, text_only: bool = False) -> Dataset:
-    """Read captions as reports of one image each, from any of three layouts.
+    """Read captions as reports on one image each, from one of three layouts.
 
-    - ROCO's repository: `data/<split>/radiology/captions.txt` (id, tab, caption) with `images/` beside it;
-      images are named by id, or as licences.txt names them.
+    - ROCO's repository: `data/<split>/radiology/captions.txt` (id, tab, caption) and `images/` in the same
+      folder. An image file is named by its id, or as in licences.txt.
     - Kaggle's copy: `<split>/radiology<train|val|test>data.csv` (id, name, caption) and
       `<split>/radiology/images/`.
     - ROCOv2: `<split>_captions.csv` (ID, Caption) and `<split>/<ID>.jpg`.
 
-    Only ROCO's `radiology` part is read. `meta` holds the licence of the image where licences.txt names it.
-    Ids are `roco-<id>`.
+    Only ROCO's `radiology` folder is read. `meta` holds the image's licence if licences.txt names it. Ids are
+    `roco-<id>`.
 
     Raises:
-        InputError: none of the layouts is there, a file is damaged or lacks a column, an id comes twice.
+        InputError: none of the layouts is present, a file is damaged or lacks a column, or an id is repeated.
     """
-    reading = RowReader("roco", text_only)
-    found = False
+    reader = RowReader("roco", text_only)
+    has_layout = False
     for split, names in _SPLITS.items():
-        part = next((part for name in names if (part := _part(root, name)) is not None), None)
-        if part is None:
+        files = next((files for name in names if (files := _find_split(root, name)) is not None), None)
+        if files is None:
             continue
-        found = True
-        captions, licences = part
-        _read_split(reading, root, split, captions, licences)
-    if not found:
+        has_layout = True
+        captions, licences = files
+        _read_split(reader, root, split, captions, licences)
+    if not has_layout:
         raise InputError(
             f"{root} holds neither data/train/radiology/captions.txt (ROCO), nor "
             "train/radiologytraindata.csv (Kaggle's copy), nor train_captions.csv (ROCOv2). "
-            "Point --root at the folder that does."
+            "Point --root at the folder with one of them."
         )
-    reading.check_images(root)
-    reading.check_repeats()
-    return reading.dataset(ImageFolder(root), LICENCE)
+    reader.check_images(root)
+    reader.check_repeats()
+    return reader.build_dataset(ImageFolder(root), LICENCE)
 
 
-_Part = tuple[Iterator[_Caption], dict[str, str]]  # captions, licence by id
+_SplitFiles = tuple[Iterator[_Caption], dict[str, str]]  # captions; id -> licence
 
 
-def _part(root: Path, name: str) -> _Part | None:
-    """The captions and licences of the split called `name`, in whichever layout is there."""
+def _find_split(root: Path, name: str) -> _SplitFiles | None:
+    """The captions and licences of the split named `name`, from whichever layout is present, or None."""
     short = {"validation": "val", "valid": "val"}.get(name, name)
     for base in (root / "data", root):
         folder = base / name / "radiology"
         if (folder / "captions.txt").is_file():
-            named, licences = _licences(folder)
-            return _text_captions(root, folder, named), licences
+            image_names, licences = _licences(folder)
+            return _text_captions(root, folder, image_names), licences
     for base in (root / "all_data", root):
         table = find_table(base / name, f"radiology{short}data.csv", "radiology*data.csv")
         if table is not None:
@@ -83,34 +86,34 @@ def _part(root: Path, name: str) -> _Part | None:
 
 
 def _read_split(
-    reading: RowReader, root: Path, split: str, captions: Iterator[_Caption], licences: dict[str, str]
+    reader: RowReader, root: Path, split: str, captions: Iterator[_Caption], licences: dict[str, str]
 ) -> None:
-    unfree = 0
+    restricted = 0
     file = ""
     for caption in captions:
         file = caption.file
-        row = reading.unique_row(file, caption.row, caption.id and f"roco-{caption.id}")
-        names = [row.image(name) for name in caption.images]
+        row = reader.start_unique_row(file, caption.row, caption.id and f"roco-{caption.id}")
+        names = [row.image_key(name) for name in caption.images]
         licence = licences.get(caption.id, "")
-        unfree += bool(licence) and not licence.startswith(_FREE)
+        restricted += bool(licence) and not licence.startswith(_CREATIVE_COMMONS)
         row.finish(
             images=([name for name in names if (root / name).is_file()] or names)[:1],
             question="",
-            answer=row.prose("caption", caption.text),
+            answer=row.read_prose("caption", caption.text),
             kind="report",
             split=split,
             meta={"language": "en", "licence": licence},
-            answer_called="caption",
+            answer_name="caption",
         )
-    if unfree:
-        what = f"{unfree} images are of articles without a Creative Commons licence"
-        mend = "Kept: look at meta['licence'] before you pass any on."
-        reading.problems.append(Problem(file, "", what, mend))
+    if restricted:
+        what = f"{restricted} images are from articles without a Creative Commons licence"
+        fix = "Kept. Look at meta['licence'] before you pass any on."
+        reader.problems.append(Problem(file, "", what, fix))
 
 
-def _text_captions(root: Path, folder: Path, named: dict[str, str]) -> Iterator[_Caption]:
-    """Lines of id, tab, caption; a line without an id goes on with the caption before it."""
-    shown = (folder / "captions.txt").relative_to(root).as_posix()
+def _text_captions(root: Path, folder: Path, image_names: dict[str, str]) -> Iterator[_Caption]:
+    """Yield the captions of captions.txt (id, tab, caption). A line without an id continues a caption."""
+    file_name = (folder / "captions.txt").relative_to(root).as_posix()
     images = (folder / "images").relative_to(root).as_posix()
     rows: list[tuple[int, str, str]] = []
     text = file_bytes(folder / "captions.txt").decode("utf-8", errors="replace")
@@ -119,25 +122,26 @@ def _text_captions(root: Path, folder: Path, named: dict[str, str]) -> Iterator[
         if tab and id.strip():
             rows.append((number, id.strip(), caption))
         elif line.strip() and not rows:
-            raise InputError(f"{shown}, row {number}: no id and tab before the caption. Fetch it again.")
+            raise InputError(f"{file_name}, row {number}: no id and tab before the caption. Fetch it again.")
         elif line.strip():
             rows[-1] = (rows[-1][0], rows[-1][1], f"{rows[-1][2]} {line}")
     for number, id, caption in rows:
-        names = (f"{id}.jpg", *([named[id]] if id in named else []))
-        yield _Caption(shown, str(number), id, tuple(f"{images}/{name}" for name in names), caption)
+        names = (f"{id}.jpg", *([image_names[id]] if id in image_names else []))
+        yield _Caption(file_name, str(number), id, tuple(f"{images}/{name}" for name in names), caption)
 
 
 def _csv_captions(root: Path, table: Path, images: Path, name_column: str | None) -> Iterator[_Caption]:
-    shown, below = table.relative_to(root).as_posix(), images.relative_to(root).as_posix()
+    """Yield the captions of a CSV file: Kaggle's, with a column of image names, or ROCOv2's, without one."""
+    file_name, image_folder = table.relative_to(root).as_posix(), images.relative_to(root).as_posix()
     needed = ("id", "name", "caption") if name_column else ("ID", "Caption")
     for number, cells in csv_rows(table, needed):
         id = cells[needed[0]].strip()
         name = cells[name_column].strip() if name_column else f"{id}.jpg"
-        yield _Caption(shown, str(number), id, (f"{below}/{name}",) if name else ("",), cells[needed[-1]])
+        yield _Caption(file_name, str(number), id, (f"{image_folder}/{name}",) if name else ("",), cells[needed[-1]])
 
 
 def _licences(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """(image's name in its article's package, licence) by id, from licences.txt where it is there."""
+    """(id -> image's name in its article's package, id -> licence) from licences.txt, if the file exists."""
     if not (folder / "licences.txt").is_file():
         return {}, {}
     rows = [cells for _, cells in csv_rows(folder / "licences.txt", ("ROCO_ID", "PMC_ID", "CC"))]

@@ -1,4 +1,4 @@
-"""One image of any common file kind as 8-bit RGB: PNG, JPEG, TIFF, BMP, GIF, WebP, JPEG 2000, DICOM."""
+"""Opens an image file as 8-bit RGB: PNG, JPEG, TIFF, BMP, GIF, WebP, JPEG 2000, PPM or DICOM."""
 
 from __future__ import annotations
 
@@ -11,39 +11,29 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from normtune.data.images.intensity import (
-    MAX_PIXELS,
-    Window,
-    check_size,
-    full_range,
-    grey_image,
-    window_values,
-)
+from normtune.data.images.intensity import MAX_PIXELS, Window, apply_window, check_size, grey_to_rgb, stretch_full_range
 from normtune.errors import InputError
 
 # Formats that only decode pixels: Pillow would run Ghostscript for EPS and follow links in others.
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")
-_DICOM_ENDINGS = (".dcm", ".dicom", ".ima", "")
+_DICOM_ENDINGS = (".dcm", ".dicom", ".ima", "")  # of files that may be DICOM without its preamble
 
 
 def open_image(
-    source: Path | str | bytes,
-    *,
-    name: str | None = None,
-    frame: int | None = None,
-    window: Window | None = None,
+    source: Path | str | bytes, *, name: str | None = None, frame: int | None = None, window: Window | None = None
 ) -> Image.Image:
     """Read one image as 8-bit RGB, upright.
 
-    Grey images of more than 8 bits are scaled, not clipped: by `window` where given, else from zero to the
-    largest value of the smallest depth (8, 10, 12, 14 or 16 bits) that holds them; signed and float ones from
-    their least to their greatest value. Transparent pixels lie over black. DICOM: see `normtune.data.images.dicom`.
+    Grey images of more than 8 bits are scaled, not clipped: by `window` if given; signed and float images
+    from their smallest to their largest value; others from 0 to the maximum of the smallest bit depth (8, 10,
+    12, 14 or 16) that contains all values. Transparent pixels are drawn on black. For DICOM see
+    `normtune.data.images.dicom`.
 
     Args:
         source: the file, or its bytes.
-        name: how errors call the image; by default the file's name without its folder.
-        frame: frame of a multi-frame file, from 0; by default the first, of a DICOM file the middle one.
-        window: (centre, width) for images of more than 8 bits and DICOM files, instead of the file's own.
+        name: name of the image in errors; by default the file's name without its folder.
+        frame: index in a file of several frames, from 0; by default the first, or for DICOM the middle one.
+        window: (centre, width) for images of more than 8 bits and DICOM, instead of the file's own window.
 
     Raises:
         InputError: the file is missing, damaged, of an unknown kind or too large, or has no such frame.
@@ -55,17 +45,17 @@ def open_image(
     else:
         path = Path(source)
         name = name or path.name
-        data = _bytes_of(path, name)
+        data = _read_file(path, name)
     if data[128:132] == b"DICM":
         return _open_dicom(data, name, frame, window)
-    if not _known_to_pillow(data) and Path(name).suffix.lower() in _DICOM_ENDINGS:
-        return _open_dicom(data, name, frame, window)  # DICOM of old, without a preamble
+    if not _is_known_to_pillow(data) and Path(name).suffix.lower() in _DICOM_ENDINGS:
+        return _open_dicom(data, name, frame, window)  # old DICOM files have no preamble
     return _open_picture(data, name, frame, window)
 
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Opens images by their path below a folder; what datasets of files give as `open_image`."""
+    """Opens images by their path relative to a folder: the `open_image` of datasets with image files."""
 
     folder: Path
     frame: int | None = None
@@ -75,7 +65,7 @@ class ImageFolder:
         return open_image(self.folder / key, name=key, frame=self.frame, window=self.window)
 
 
-def _bytes_of(path: Path, name: str) -> bytes:
+def _read_file(path: Path, name: str) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError as error:
@@ -91,13 +81,13 @@ def _open_dicom(data: bytes, name: str, frame: int | None, window: Window | None
     return open_dicom(data, name=name, frame=frame, window=window)
 
 
-def _known_to_pillow(data: bytes) -> bool:
+def _is_known_to_pillow(data: bytes) -> bool:
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS):
             return True
     except Image.UnidentifiedImageError:
         return False
-    except Exception:  # recognised, yet too large or damaged: opening it again names the fault
+    except Exception:  # recognised, but too large or damaged: opening it again reports the reason
         return True
 
 
@@ -111,47 +101,48 @@ def _open_picture(data: bytes, name: str, frame: int | None, window: Window | No
                 picture.seek(frame)
             check_size(*picture.size, name)
             picture.load()
-            return _rgb(_upright(picture), window)
+            return _to_rgb(_upright(picture), window)
     except InputError:
         raise
     except Image.UnidentifiedImageError as error:
         raise InputError(
-            f"{name}: not an image that can be read. Known are PNG, JPEG, TIFF, BMP, GIF, WebP, JPEG 2000, "
-            "PPM and DICOM."
+            f"{name}: not an image that can be read. Supported are PNG, JPEG, TIFF, BMP, GIF, WebP, "
+            "JPEG 2000, PPM and DICOM."
         ) from error
     except Image.DecompressionBombError as error:
         raise InputError(
-            f"{name}: the image has more than the {MAX_PIXELS:,} pixels that are read. Make it smaller."
+            f"{name}: the image has more pixels than the limit of {MAX_PIXELS:,}. Make it smaller."
         ) from error
     except Exception as error:  # Pillow's decoders raise SyntaxError, struct.error, OverflowError and more
         raise InputError(f"{name}: the image is damaged or cut short. Replace the file.") from error
 
 
 def _upright(picture: Image.Image) -> Image.Image:
+    """Apply the rotation that the EXIF data names."""
     try:
         return ImageOps.exif_transpose(picture)
     except Exception:  # damaged EXIF does not make the pixels unreadable
         return picture
 
 
-def _rgb(picture: Image.Image, window: Window | None) -> Image.Image:
-    """Any Pillow mode -> RGB."""
+def _to_rgb(picture: Image.Image, window: Window | None) -> Image.Image:
+    """Convert any Pillow mode to RGB."""
     if picture.mode.startswith("I") or picture.mode == "F":
-        return grey_image(_scaled(np.asarray(picture).astype(np.float64), picture.mode, window))
+        return grey_to_rgb(_scale_grey(np.asarray(picture).astype(np.float64), picture.mode, window))
     if picture.mode in ("P", "PA") and "transparency" in picture.info:
         picture = picture.convert("RGBA")
     if picture.has_transparency_data:
-        over = picture.convert("RGBA")
-        black = Image.new("RGBA", over.size, (0, 0, 0, 255))
-        return Image.alpha_composite(black, over).convert("RGB")
+        rgba = picture.convert("RGBA")
+        black = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
+        return Image.alpha_composite(black, rgba).convert("RGB")
     return picture.convert("RGB")
 
 
-def _scaled(values: NDArray[np.floating], mode: str, window: Window | None) -> NDArray[np.floating]:
-    """Grey values of more than 8 bits, shape [rows, columns] -> [0, 1]."""
+def _scale_grey(values: NDArray[np.floating], mode: str, window: Window | None) -> NDArray[np.floating]:
+    """Scale grey values of more than 8 bits, shape [rows, columns], to [0, 1]; see `open_image`."""
     if window is not None:
-        return window_values(values, window)
+        return apply_window(values, window)
     if mode == "F" or values.min() < 0 or values.max() > 65535:
-        return full_range(values)
+        return stretch_full_range(values)
     top = next(2**bits - 1 for bits in (8, 10, 12, 14, 16) if values.max() < 2**bits)
     return values / top

@@ -1,4 +1,4 @@
-"""Grey values of any depth -> 8-bit pixels, and how many pixels an image may have."""
+"""Conversion of grey values of any bit depth to 8-bit pixels, and the limit on the size of an image."""
 
 from __future__ import annotations
 
@@ -8,34 +8,38 @@ from PIL import Image
 
 from normtune.errors import InputError
 
-MAX_PIXELS = 89_478_485  # Pillow's own limit of a decompression bomb: a quarter of a gigabyte of RGB
+MAX_PIXELS = 89_478_485  # Pillow's limit for decompression bombs: a quarter of a gigabyte as RGB
 Window = tuple[float, float]  # (centre, width), in the units of the rescaled values (Hounsfield units for CT)
 
 
 def check_size(width: int, height: int, name: str) -> None:
-    """Refuse images of too many pixels.
+    """Refuse images with too many pixels.
 
     Raises:
         InputError: the image has more than `MAX_PIXELS` pixels, or none.
     """
     if width * height > MAX_PIXELS:
         raise InputError(
-            f"{name}: the image has {width} x {height} pixels, more than the {MAX_PIXELS:,} that are read. "
-            "Make it smaller."
+            f"{name}: the image has {width} x {height} pixels, more than the limit of {MAX_PIXELS:,}. Make it smaller."
         )
     if width < 1 or height < 1:
         raise InputError(f"{name}: the image has no pixels. Replace the file.")
 
 
-def window_values(
-    values: NDArray[np.floating], window: Window, function: str = "LINEAR"
-) -> NDArray[np.floating]:
-    """Values -> [0, 1] through a VOI window of (centre, width).
+def apply_window(values: NDArray[np.floating], window: Window, function: str = "LINEAR") -> NDArray[np.floating]:
+    """Map values to [0, 1] with a VOI window.
+
+    Example: the window (40, 400) maps -160 to 0, 40 to about 0.5 and 240 to 1; values outside are clipped.
 
     Source: DICOM PS3.3 C.11.2.1.2 (LINEAR, the default), C.11.2.1.3 (SIGMOID and LINEAR_EXACT).
 
+    Args:
+        values: values in the window's units.
+        window: (centre, width).
+        function: LINEAR, LINEAR_EXACT or SIGMOID.
+
     Raises:
-        InputError: the width is not above zero (LINEAR: below one).
+        InputError: the width is not positive, or for LINEAR below 1.
     """
     centre, width = window
     if not (width >= 1 if function == "LINEAR" else width > 0) or not np.isfinite([centre, width]).all():
@@ -49,8 +53,8 @@ def window_values(
     return np.clip((values - (centre - 0.5)) / (width - 1) + 0.5, 0, 1)
 
 
-def full_range(values: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Values -> [0, 1] from their least to their greatest finite value; all zero where they are all equal."""
+def stretch_full_range(values: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Map values to [0, 1] by their smallest and largest finite value; all zero if all values are equal."""
     finite = values[np.isfinite(values)]
     if finite.size == 0 or finite.min() == finite.max():
         return np.zeros_like(values)
@@ -58,6 +62,6 @@ def full_range(values: NDArray[np.floating]) -> NDArray[np.floating]:
     return np.clip((np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / (high - low), 0, 1)
 
 
-def grey_image(values: NDArray[np.floating]) -> Image.Image:
-    """An RGB image of grey values in [0, 1], shape [rows, columns]."""
+def grey_to_rgb(values: NDArray[np.floating]) -> Image.Image:
+    """Convert grey values in [0, 1], shape [rows, columns], to an 8-bit RGB image."""
     return Image.fromarray(np.round(values * 255).astype(np.uint8)).convert("RGB")

@@ -1,11 +1,11 @@
-"""Drawn radiology-like images with known answers: the embedded default data and the tests' ground truth."""
+"""Drawn images that resemble radiology, with known answers: the built-in data, and ground truth for tests."""
 
 from __future__ import annotations
 
-from normtune.data.phantom.acquisition import Acquisition, acquisition, render
-from normtune.data.phantom.dataset import dataset
-from normtune.data.phantom.questions import Question, questions
-from normtune.data.phantom.reports import report
+from normtune.data.phantom.acquisition import Acquisition, render, sample_acquisition
+from normtune.data.phantom.dataset import phantom_dataset
+from normtune.data.phantom.questions import Question, ask_questions
+from normtune.data.phantom.reports import write_report
 from normtune.data.phantom.scene import Finding, Hospital, Scene, sample_scene
 
 __all__ = [
@@ -14,10 +14,10 @@ __all__ = [
     "Hospital",
     "Question",
     "Scene",
-    "acquisition",
-    "dataset",
-    "questions",
+    "ask_questions",
+    "phantom_dataset",
     "render",
-    "report",
+    "sample_acquisition",
     "sample_scene",
+    "write_report",
 ]

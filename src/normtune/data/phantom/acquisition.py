@@ -1,4 +1,4 @@
-"""How a hospital's scanners and display turn a drawn anatomy into an image."""
+"""Renders a scene as an image, with the geometry, grey values and noise of a hospital's scanners."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from normtune.data.phantom import abdomen, chest, head
 from normtune.data.phantom.canvas import Canvas
 from normtune.data.phantom.scene import Hospital, Scene
 
-_DRAW = {
+_DRAW = {  # (region, plane) -> drawing function
     ("chest", "frontal"): chest.draw_radiograph,
     ("chest", "axial"): chest.draw_axial,
     ("chest", "coronal"): chest.draw_coronal,
@@ -28,7 +28,7 @@ _LETTER_L = ((0.0, 0.25, 0.0, 1.0), (0.25, 0.8, 0.75, 1.0))
 
 @dataclass(frozen=True)
 class Acquisition:
-    """Geometry, grey map and noise of one image; lengths in units of half the image's width."""
+    """Geometry, grey values and noise of one image. Lengths are in units of half the image's width."""
 
     zoom: float
     rotation_deg: float
@@ -39,13 +39,13 @@ class Acquisition:
     noise: float  # standard deviation
     blur: float
     inverted: bool  # displayed as MONOCHROME1
-    marker: bool
+    marker: bool  # the side marker, a letter L
 
 
-def acquisition(scene: Scene, hospital: Hospital) -> Acquisition:
-    """The acquisition of one scene at one hospital, a function of both alone.
+def sample_acquisition(scene: Scene, hospital: Hospital) -> Acquisition:
+    """Sample the acquisition of a scene at a hospital; it depends only on these two.
 
-    B shows a wider field of view, flatter contrast, more noise and blur, and a third of it inverted.
+    B has a wider field of view, flatter contrast, more noise and blur. A third of its images is inverted.
     """
     rng = random.Random(f"acquisition-{hospital}-{scene.seed}")
     if hospital == "a":
@@ -78,39 +78,46 @@ def acquisition(scene: Scene, hospital: Hospital) -> Acquisition:
 def render(
     scene: Scene, hospital: Hospital, size: int = 96, rng: np.random.Generator | None = None
 ) -> NDArray[np.uint8]:
-    """Draw a scene as a grey image [size, size].
+    """Draw a scene as a grey image.
 
-    The anatomy's shapes come from `scene.seed`; `rng` makes the noise alone (default: also from the seed).
+    Args:
+        scene: the scene; its seed determines the shapes of the anatomy.
+        hospital: "a" or "b".
+        size: width and height in pixels.
+        rng: source of the noise; None derives it from the scene's seed.
+
+    Returns:
+        The image, shape [size, size].
     """
-    how = acquisition(scene, hospital)
+    settings = sample_acquisition(scene, hospital)
     canvas = Canvas(
         size,
         np.random.default_rng((scene.seed, 0)),
-        zoom=how.zoom,
-        rotation_deg=how.rotation_deg,
-        shift=how.shift,
+        zoom=settings.zoom,
+        rotation_deg=settings.rotation_deg,
+        shift=settings.shift,
     )
     _DRAW[scene.region, scene.plane](canvas, scene)
     value = np.clip(canvas.value, 0, 1)
     if scene.modality == "mri":
-        value *= 1 + canvas.texture(3, 0.06)  # coil shading
-    if how.marker:
+        value *= 1 + canvas.texture(3, 0.06)  # uneven brightness of the receiver coil
+    if settings.marker:
         _paint_marker(value, hospital)
-    if how.blur * size / 2 > 0.3:
-        # Blur in 8 bits: PIL filters no floats, and the noise added next hides the rounding.
+    if settings.blur * size / 2 > 0.3:
+        # Blur in 8 bits, as PIL cannot filter floats; the noise that is added next hides the rounding.
         grey = Image.fromarray((np.clip(value, 0, 1) * 255).astype(np.uint8))
-        value = np.asarray(grey.filter(ImageFilter.GaussianBlur(how.blur * size / 2)), np.float32) / 255
+        value = np.asarray(grey.filter(ImageFilter.GaussianBlur(settings.blur * size / 2)), np.float32) / 255
     noise_rng = rng if rng is not None else np.random.default_rng((scene.seed, 1))
-    value = np.clip(value, 0, 1) ** np.float32(how.gamma)
-    value = value + noise_rng.standard_normal(value.shape, np.float32) * np.float32(how.noise)
-    value = how.black + np.clip(value, 0, 1) * np.float32(how.white - how.black)
-    if how.inverted:
+    value = np.clip(value, 0, 1) ** np.float32(settings.gamma)
+    value = value + noise_rng.standard_normal(value.shape, np.float32) * np.float32(settings.noise)
+    value = settings.black + np.clip(value, 0, 1) * np.float32(settings.white - settings.black)
+    if settings.inverted:
         value = 1 - value
     return np.rint(value * 255).astype(np.uint8)
 
 
 def _paint_marker(value: NDArray[np.float32], hospital: Hospital) -> None:
-    """The side marker: an L at the patient's left; A has it at the top, B larger and at the bottom."""
+    """Paint the side marker, an L at the patient's left: small at the top (A), larger at the bottom (B)."""
     size = len(value)
     height, top = (0.07, 0.03) if hospital == "a" else (0.10, 0.87)
     for x0, x1, y0, y1 in _LETTER_L:

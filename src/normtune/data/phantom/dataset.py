@@ -1,4 +1,4 @@
-"""Phantoms as a dataset: the records that every reader yields, with images drawn when they are opened."""
+"""Phantoms as a `Dataset`. Images are drawn when they are opened."""
 
 from __future__ import annotations
 
@@ -8,36 +8,38 @@ from typing import Literal
 from PIL import Image
 
 from normtune.data.phantom.acquisition import render
-from normtune.data.phantom.questions import questions
-from normtune.data.phantom.reports import report
+from normtune.data.phantom.questions import ask_questions
+from normtune.data.phantom.reports import write_report
 from normtune.data.phantom.scene import check_hospital, sample_scene
 from normtune.data.records import Dataset, Example
 from normtune.errors import InputError
 
-SPLIT_SIZES: Mapping[str, int] = {"train": 300, "validate": 60, "test": 120}
-LARGEST_SIZE = 480
-_PER_SPLIT = 10_000_000  # scene seeds kept for one split of one dataset seed
+SPLIT_SIZES: Mapping[str, int] = {"train": 300, "validate": 60, "test": 120}  # default number of images
+LARGEST_SIZE = 480  # pixels
+_PER_SPLIT = 10_000_000  # scene seeds reserved for one split of one dataset seed
 
 
-def dataset(
+def phantom_dataset(
     hospital: str,
     images: int | Mapping[str, int] | None = None,
     seed: int = 0,
     size: int = 96,
     task: Literal["vqa", "report", "all"] = "vqa",
 ) -> Dataset:
-    """The phantom dataset of hospital "a" or "b", deterministic by `seed`, split by image.
+    """Make the phantom dataset of hospital "a" or "b". Splits share no image.
+
+    Yes/no questions are closed, all others open. Image keys are such as "b-000123".
 
     Args:
-        images: images a split (default 300 / 60 / 120); a number is the size of train, and the other two
-            splits get a fifth of it each. A larger split begins with the images of a smaller one.
+        hospital: "a" or "b".
+        images: number of images of each split (default 300 / 60 / 120). A single number is that of train, and
+            validate and test have a fifth of it each. A larger split begins with the images of a smaller one.
+        seed: the same seed makes the same dataset.
         size: width and height of the images in pixels, 32 to 480.
-        task: question answering, one report an image (kind "report", empty question), or both.
-
-    An example is closed where it is answered by yes or no. Keys of images are like "b-000123".
+        task: questions, one report per image (kind "report", empty question), or both.
 
     Raises:
-        InputError: an unknown hospital or task, or a size or a number of images that is out of range.
+        InputError: the hospital or task is unknown, or the size or number of images is out of range.
     """
     name = check_hospital(hospital)
     if not 32 <= size <= LARGEST_SIZE:
@@ -61,28 +63,27 @@ def dataset(
 
     def open_image(key: str) -> Image.Image:
         if key not in scenes:
-            raise InputError(
-                f"the phantom dataset holds no image '{key}'. Keys run to {name}-{len(scenes) - 1:06d}."
-            )
+            raise InputError(f"the phantom dataset holds no image '{key}'. Keys run to {name}-{len(scenes) - 1:06d}.")
         return Image.fromarray(render(sample_scene(scenes[key], name), name, size)).convert("RGB")
 
     return Dataset(f"phantom-{name}", examples, open_image, licence="Apache-2.0 (synthetic)")
 
 
 def scene_seed(split: str, number: int, seed: int) -> int:
-    """The seed of a split's scene; splits and dataset seeds have ranges of their own."""
+    """The seed of a scene. Each split of each dataset seed has its own range, so that no image is shared."""
     return (seed * len(SPLIT_SIZES) + list(SPLIT_SIZES).index(split)) * _PER_SPLIT + number
 
 
 def _examples(key: str, seed: int, hospital: str, split: str, task: str) -> list[Example]:
+    """The examples of one image; `seed` is that of its scene."""
     name = check_hospital(hospital)
     scene = sample_scene(seed, name)
-    found = []
+    examples = []
     if task in ("vqa", "all"):
-        for number, asked in enumerate(questions(scene, name)):
+        for number, item in enumerate(ask_questions(scene, name)):
             id = f"{key}-{number:02d}"
-            found.append(Example(id, (key,), asked.question, asked.answer, asked.kind, split, asked.meta))
+            examples.append(Example(id, (key,), item.question, item.answer, item.kind, split, item.meta))
     if task in ("report", "all"):
         meta = {"type": "report", "modality": scene.modality, "organ": scene.region}
-        found.append(Example(f"{key}-report", (key,), "", report(scene, name), "report", split, meta))
-    return found
+        examples.append(Example(f"{key}-report", (key,), "", write_report(scene, name), "report", split, meta))
+    return examples

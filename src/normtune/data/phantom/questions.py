@@ -1,7 +1,9 @@
 """Questions with known answers about a scene, in the style of SLAKE (Liu 2021) and VQA-RAD (Lau 2018).
 
-Yes/no questions are drawn so that each family that both hospitals ask is answered "yes" about as often as
-"no": what is asked about without being there is drawn with the frequency of what is there.
+A family is one kind of question, such as "modality" or "presence", with several wordings.
+
+Yes/no questions are sampled so that each family which both hospitals ask is answered "yes" about as often as
+"no": a finding that is absent is asked about with the frequency with which it is present in other scenes.
 """
 
 from __future__ import annotations
@@ -11,8 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from normtune.data.phantom.acquisition import acquisition
-from normtune.data.phantom.scene import ORGANS, Finding, FindingKind, Hospital, Scene, kinds_of
+from normtune.data.phantom.acquisition import sample_acquisition
+from normtune.data.phantom.scene import ORGANS, Finding, FindingKind, Hospital, Scene, possible_kinds
 from normtune.data.phantom.wording import (
     FUNCTIONS,
     INSIDE,
@@ -25,11 +27,11 @@ from normtune.data.phantom.wording import (
 )
 from normtune.data.records import Kind
 
-FEWEST, MOST = 8, 14  # questions an image
+MIN_QUESTIONS, MAX_QUESTIONS = 8, 14  # of one image
 
 
 class Question(NamedTuple):
-    """`meta` holds the question's family as "type", and the image's "modality" and "organ"."""
+    """A question; `meta` holds its family as "type", and the image's "modality" and "organ"."""
 
     question: str
     answer: str
@@ -39,24 +41,27 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class _Asker:
-    """One scene at one hospital, and the dice that choose among wordings."""
+    """Writes questions about one scene in the wording of one hospital; `rng` selects among wordings."""
 
     scene: Scene
     hospital: Hospital
     rng: random.Random
 
     def ask(self, family: str, answer: str | bool, **words: str) -> Question:
+        """Write a question of a family, with `words` in its template; a bool answer becomes yes or no."""
         words.setdefault("noun", self.rng.choice(NOUNS[self.hospital][self.scene.modality]))
-        text = self.rng.choice(TEMPLATES[family][self.hospital]).format(**words)
+        question = self.rng.choice(TEMPLATES[family][self.hospital]).format(**words)
         closed = isinstance(answer, bool)
-        spoken = ("yes" if answer else "no") if closed else str(answer)
+        text = ("yes" if answer else "no") if closed else str(answer)
         meta = {"type": family, "modality": self.scene.modality, "organ": self.scene.region}
-        return Question(text, spoken, "closed" if closed else "open", meta)
+        return Question(question, text, "closed" if closed else "open", meta)
 
     def term(self, concept: str) -> str:
+        """The hospital's word for a concept."""
         return TERMS[self.hospital][concept]
 
     def name(self, finding: Finding | FindingKind) -> str:
+        """The hospital's word for a finding."""
         organ = finding.organ if isinstance(finding, Finding) else finding.organs[0]
         return finding_term(finding.kind, organ, self.hospital)
 
@@ -64,176 +69,177 @@ class _Asker:
         return any(finding.kind in kinds for finding in self.scene.findings)
 
 
-def questions(scene: Scene, hospital: Hospital) -> list[Question]:
-    """8 to 14 questions about one scene, no wording twice; a function of the scene and the hospital alone."""
+def ask_questions(scene: Scene, hospital: Hospital) -> list[Question]:
+    """Write 8 to 14 different questions about one scene; they depend only on the scene and the hospital."""
     asker = _Asker(scene, hospital, random.Random(f"questions-{hospital}-{scene.seed}"))
-    chosen: dict[str, Question] = {}
-    reserve: dict[str, Question] = {}
-    for family, share in _SHARES.items():
+    questions: dict[str, Question] = {}
+    reserve: dict[str, Question] = {}  # not selected; used if there are fewer than MIN_QUESTIONS
+    for family, share in _FAMILY_SHARES.items():
         for question in family(asker):
-            kept = chosen if asker.rng.random() < share[hospital] else reserve
-            kept.setdefault(question.question, question)
-    for family in (_presence, _balanced):  # always asked: thinning them by chance is done inside
+            target = questions if asker.rng.random() < share[hospital] else reserve
+            target.setdefault(question.question, question)
+    for family in (_presence, _balanced):  # always called: they select at random themselves
         for question in family(asker):
-            chosen.setdefault(question.question, question)
-    spare = [question for text, question in reserve.items() if text not in chosen]
-    asker.rng.shuffle(spare)
-    found = list(chosen.values())
-    found += spare[: max(0, FEWEST - len(found))]
-    asker.rng.shuffle(found)
-    return found[:MOST]
+            questions.setdefault(question.question, question)
+    extra = [question for text, question in reserve.items() if text not in questions]
+    asker.rng.shuffle(extra)
+    selected = list(questions.values())
+    selected += extra[: max(0, MIN_QUESTIONS - len(selected))]
+    asker.rng.shuffle(selected)
+    return selected[:MAX_QUESTIONS]
 
 
-def _modality(a: _Asker) -> Iterator[Question]:
-    yield a.ask("modality", a.term(a.scene.modality))
+def _modality(asker: _Asker) -> Iterator[Question]:
+    yield asker.ask("modality", asker.term(asker.scene.modality))
 
 
-def _modality_is(a: _Asker) -> Iterator[Question]:
-    asked = _truth_or_other(a, a.scene.modality, ["x-ray", "ct", "mri"])
-    article = "an" if asked in ("x-ray", "mri") else "a"
-    yield a.ask("modality_is", asked == a.scene.modality, article=article, modality=a.term(asked))
+def _modality_is(asker: _Asker) -> Iterator[Question]:
+    modality = _true_or_other(asker, asker.scene.modality, ["x-ray", "ct", "mri"])
+    article = "an" if modality in ("x-ray", "mri") else "a"
+    yield asker.ask("modality_is", modality == asker.scene.modality, article=article, modality=asker.term(modality))
 
 
-def _truth_or_other(a: _Asker, truth: str, values: list[str]) -> str:
-    """The truth half of the time, else another value: with equally frequent values, half are true."""
-    return truth if a.rng.random() < 0.5 else a.rng.choice([value for value in values if value != truth])
+def _true_or_other(asker: _Asker, truth: str, values: list[str]) -> str:
+    """The true value half of the time, else another one, so that half of the yes/no answers are yes."""
+    return truth if asker.rng.random() < 0.5 else asker.rng.choice([value for value in values if value != truth])
 
 
-def _weighting(a: _Asker) -> Iterator[Question]:
-    if a.scene.weighting:
-        yield a.ask("weighting", a.term(a.scene.weighting))
+def _weighting(asker: _Asker) -> Iterator[Question]:
+    if asker.scene.weighting:
+        yield asker.ask("weighting", asker.term(asker.scene.weighting))
 
 
-def _region(a: _Asker) -> Iterator[Question]:
-    yield a.ask("region", a.term(a.scene.region))
+def _region(asker: _Asker) -> Iterator[Question]:
+    yield asker.ask("region", asker.term(asker.scene.region))
 
 
-def _region_is(a: _Asker) -> Iterator[Question]:
-    asked = _truth_or_other(a, a.scene.region, ["chest", "abdomen", "head"])
-    yield a.ask("region_is", asked == a.scene.region, region=a.term(asked))
+def _region_is(asker: _Asker) -> Iterator[Question]:
+    region = _true_or_other(asker, asker.scene.region, ["chest", "abdomen", "head"])
+    yield asker.ask("region_is", region == asker.scene.region, region=asker.term(region))
 
 
-def _plane(a: _Asker) -> Iterator[Question]:
-    if a.scene.plane != "frontal":
-        yield a.ask("plane", a.term(a.scene.plane))
+def _plane(asker: _Asker) -> Iterator[Question]:
+    if asker.scene.plane != "frontal":
+        yield asker.ask("plane", asker.term(asker.scene.plane))
 
 
-def _plane_is(a: _Asker) -> Iterator[Question]:
-    """Sagittal sections are rarer than the others, so they are asked about less where they are not."""
-    if a.scene.plane == "frontal":
+def _plane_is(asker: _Asker) -> Iterator[Question]:
+    """Sagittal sections are rare, so that "Is it sagittal?" is rarely asked about other sections."""
+    if asker.scene.plane == "frontal":
         return
-    asked: str = a.scene.plane
-    if a.rng.random() < 0.5:
+    plane: str = asker.scene.plane
+    if asker.rng.random() < 0.5:
         others = {"axial": 0.5, "coronal": 0.4, "sagittal": 0.2}
-        del others[asked]
-        asked = a.rng.choices(list(others), list(others.values()))[0]
-    yield a.ask("plane_is", asked == a.scene.plane, plane=a.term(asked))
+        del others[plane]
+        plane = asker.rng.choices(list(others), list(others.values()))[0]
+    yield asker.ask("plane_is", plane == asker.scene.plane, plane=asker.term(plane))
 
 
-def _contains(a: _Asker) -> Iterator[Question]:
-    """One organ that is there or one that is not; a missing kidney leaves the other one."""
-    present = list(a.scene.organs)
+def _contains(asker: _Asker) -> Iterator[Question]:
+    """Ask for an organ that is present or one that is not. With one kidney missing, the kidney is present."""
+    present = list(asker.scene.organs)
     absent = sorted({organ for organs in ORGANS.values() for organ in organs} - set(present))
-    asked = a.rng.choice(present if a.rng.random() < 0.5 else absent)
-    yield a.ask("contains", asked in present, organ=asked)
+    name = asker.rng.choice(present if asker.rng.random() < 0.5 else absent)
+    yield asker.ask("contains", name in present, organ=name)
 
 
-def _largest(a: _Asker) -> Iterator[Question]:
-    yield a.ask("largest", LARGEST[a.scene.region], inside=INSIDE[a.scene.region])
+def _largest(asker: _Asker) -> Iterator[Question]:
+    yield asker.ask("largest", LARGEST[asker.scene.region], inside=INSIDE[asker.scene.region])
 
 
-def _diseases(a: _Asker) -> Iterator[Question]:
-    yield a.ask("diseases", ", ".join(map(a.name, a.scene.findings)) or a.term("none"))
+def _diseases(asker: _Asker) -> Iterator[Question]:
+    yield asker.ask("diseases", ", ".join(map(asker.name, asker.scene.findings)) or asker.term("none"))
 
 
-def _sides(a: _Asker) -> Iterator[Question]:
-    for finding in a.scene.findings:
+def _sides(asker: _Asker) -> Iterator[Question]:
+    for finding in asker.scene.findings:
         if finding.side:
-            yield a.ask("side", a.term(finding.side), finding=a.name(finding))
+            yield asker.ask("side", asker.term(finding.side), finding=asker.name(finding))
 
 
-def _side_is(a: _Asker) -> Iterator[Question]:
-    for finding in a.scene.findings:
+def _side_is(asker: _Asker) -> Iterator[Question]:
+    for finding in asker.scene.findings:
         if finding.side:
-            asked = a.rng.choice(("left", "right"))
-            words = {"finding": a.name(finding), "side": a.term(asked)}
-            yield a.ask("side_is", asked == finding.side, **words)
+            side = asker.rng.choice(("left", "right"))
+            words = {"finding": asker.name(finding), "side": asker.term(side)}
+            yield asker.ask("side_is", side == finding.side, **words)
 
 
-def _locations(a: _Asker) -> Iterator[Question]:
-    findings = [f for f in a.scene.findings if f.side or f.zone or f.kind in ("mass", "cyst")]
+def _locations(asker: _Asker) -> Iterator[Question]:
+    findings = [f for f in asker.scene.findings if f.side or f.zone or f.kind in ("mass", "cyst")]
     for finding in findings:
-        where = location_term(finding.organ, finding.side, finding.zone, a.hospital)
-        if len(a.scene.findings) == 1 and a.rng.random() < 0.6:
-            yield a.ask("location_only", where)
+        where = location_term(finding.organ, finding.side, finding.zone, asker.hospital)
+        if len(asker.scene.findings) == 1 and asker.rng.random() < 0.6:
+            yield asker.ask("location_only", where)
         else:
-            yield a.ask("location", where, finding=a.name(finding))
+            yield asker.ask("location", where, finding=asker.name(finding))
 
 
-def _organ_abnormal(a: _Asker) -> Iterator[Question]:
-    organs = {finding.organ for finding in a.scene.findings}
+def _organ_abnormal(asker: _Asker) -> Iterator[Question]:
+    organs = {finding.organ for finding in asker.scene.findings}
     if len(organs) == 1 and not organs & {"brain", "abdomen"}:
-        yield a.ask("organ_abnormal", organs.pop())
+        yield asker.ask("organ_abnormal", organs.pop())
 
 
-def _counts(a: _Asker) -> Iterator[Question]:
-    nodules = a.scene.finding("nodule")
-    if a.scene.region == "chest" and (nodules or a.rng.random() < 0.2):
-        yield a.ask("count_nodules", a.term(str(nodules.count if nodules else 0)))
-    if a.scene.region == "abdomen":
-        yield a.ask("count_kidneys", a.term("1" if a.scene.missing_kidney else "2"))
-    if a.rng.random() < 0.4:
-        yield a.ask("count_kinds", a.term(str(len(a.scene.findings))))
+def _counts(asker: _Asker) -> Iterator[Question]:
+    nodules = asker.scene.finding("nodule")
+    if asker.scene.region == "chest" and (nodules or asker.rng.random() < 0.2):
+        yield asker.ask("count_nodules", asker.term(str(nodules.count if nodules else 0)))
+    if asker.scene.region == "abdomen":
+        yield asker.ask("count_kidneys", asker.term("1" if asker.scene.missing_kidney else "2"))
+    if asker.rng.random() < 0.4:
+        yield asker.ask("count_kinds", asker.term(str(len(asker.scene.findings))))
 
 
-def _sizes(a: _Asker) -> Iterator[Question]:
-    for finding in a.scene.findings:
+def _sizes(asker: _Asker) -> Iterator[Question]:
+    for finding in asker.scene.findings:
         if finding.size:
-            yield a.ask("size", a.term(finding.size), finding=a.name(finding))
+            yield asker.ask("size", asker.term(finding.size), finding=asker.name(finding))
 
 
-def _colors(a: _Asker) -> Iterator[Question]:
-    """The shade of the lung, of the fluid in the ventricles or of the skull, as displayed."""
-    if a.scene.region == "chest":
+def _colors(asker: _Asker) -> Iterator[Question]:
+    """The displayed shade of the lung, of the fluid in the ventricles or of the skull."""
+    if asker.scene.region == "chest":
         part, bright = "lung", False
-    elif a.scene.region == "head":
-        part = a.rng.choice(("skull", "fluid"))
-        bright = a.scene.modality == "ct" if part == "skull" else a.scene.weighting == "t2"
+    elif asker.scene.region == "head":
+        part = asker.rng.choice(("skull", "fluid"))
+        bright = asker.scene.modality == "ct" if part == "skull" else asker.scene.weighting == "t2"
     else:
         return
-    inverted = acquisition(a.scene, a.hospital).inverted
-    yield a.ask("color", a.term("white" if bright != inverted else "black"), part=part)
+    inverted = sample_acquisition(asker.scene, asker.hospital).inverted
+    yield asker.ask("color", asker.term("white" if bright != inverted else "black"), part=part)
 
 
-def _devices(a: _Asker) -> Iterator[Question]:
-    if a.scene.modality != "x-ray":
+def _devices(asker: _Asker) -> Iterator[Question]:
+    if asker.scene.modality != "x-ray":
         return
-    if a.scene.device and a.rng.random() < 0.5:
-        yield a.ask("device", a.scene.device)
-    # Asked of the device that is there, and as often where it is not.
-    asked = a.scene.device or (a.rng.choice(("pacemaker", "catheter")) if a.rng.random() < 0.5 else "")
-    if asked:
-        yield a.ask("device_is", asked == a.scene.device, device=asked)
-    if a.scene.device and a.rng.random() < 0.25:
-        yield a.ask("device_is", False, device="catheter" if a.scene.device == "pacemaker" else "pacemaker")
+    if asker.scene.device and asker.rng.random() < 0.5:
+        yield asker.ask("device", asker.scene.device)
+    # Ask about the present device; without one, ask about a random device half of the time.
+    device = asker.scene.device or (asker.rng.choice(("pacemaker", "catheter")) if asker.rng.random() < 0.5 else "")
+    if device:
+        yield asker.ask("device_is", device == asker.scene.device, device=device)
+    if asker.scene.device and asker.rng.random() < 0.25:
+        yield asker.ask("device_is", False, device="catheter" if asker.scene.device == "pacemaker" else "pacemaker")
 
 
-def _function(a: _Asker) -> Iterator[Question]:
-    yield a.ask("function", FUNCTIONS[a.scene.region])
+def _function(asker: _Asker) -> Iterator[Question]:
+    yield asker.ask("function", FUNCTIONS[asker.scene.region])
 
 
-def _presence(a: _Asker) -> Iterator[Question]:
-    """Each finding that is there, and about as many of those that are not."""
-    present = {finding.kind: finding for finding in a.scene.findings}
+def _presence(asker: _Asker) -> Iterator[Question]:
+    """Ask for each finding that is present, and for one that is not."""
+    present = {finding.kind: finding for finding in asker.scene.findings}
     for finding in present.values():
-        yield _is_there(a, finding, True)
-    absent = [kind for kind in kinds_of(a.scene) if kind.kind not in present]
-    weights = [kind.weight[a.hospital] for kind in absent]
+        yield _is_there(asker, finding, True)
+    absent = [kind for kind in possible_kinds(asker.scene) if kind.kind not in present]
+    weights = [kind.weight[asker.hospital] for kind in absent]
     if absent:
-        yield _is_there(a, a.rng.choices(absent, weights)[0], False)
+        yield _is_there(asker, asker.rng.choices(absent, weights)[0], False)
 
 
-_ALONE = {
+# Finding -> family that asks for its sign, as in "Is the heart enlarged?" for cardiomegaly.
+_FAMILY_OF_SIGN = {
     "cardiomegaly": "heart",
     "splenomegaly": "spleen",
     "hydrocephalus": "ventricles",
@@ -243,54 +249,56 @@ _ALONE = {
 }
 
 
-def _is_there(a: _Asker, finding: Finding | FindingKind, truth: bool) -> Question:
-    """Presence by name or, at A, at times by what it looks like ("Is the heart enlarged?")."""
-    if a.hospital == "a" and finding.kind in _ALONE and a.rng.random() < 0.4:
-        return a.ask(_ALONE[finding.kind], truth)
-    return a.ask("presence", truth, finding=_with_article(a.name(finding), a.hospital))
+def _is_there(asker: _Asker, finding: Finding | FindingKind, truth: bool) -> Question:
+    """Ask whether a finding is present, by its name or (only A) by its sign: "Is the heart enlarged?"."""
+    if asker.hospital == "a" and finding.kind in _FAMILY_OF_SIGN and asker.rng.random() < 0.4:
+        return asker.ask(_FAMILY_OF_SIGN[finding.kind], truth)
+    return asker.ask("presence", truth, finding=_with_article(asker.name(finding), asker.hospital))
 
 
 def _with_article(name: str, hospital: Hospital) -> str:
-    """A asks after "a nodule" and "pneumonia", B leaves articles out."""
+    """A writes "a nodule" and "pneumonia"; B writes no articles."""
     counted = ("nodule", "mass", "fracture", "cyst", "stone", "infarct", "pleural effusion", "brain tumor")
     if hospital == "b" or name not in counted:
         return name
     return f"an {name}" if name == "infarct" else f"a {name}"
 
 
-def _balanced(a: _Asker) -> Iterator[Question]:
-    """Yes/no questions whose truth is not even by nature: the commoner answer is asked about less often."""
-    normal = not a.scene.findings
-    if a.rng.random() < (0.9 if normal else 0.39):
-        family = a.rng.choice(("normal", "abnormal"))
-        yield a.ask(family, normal == (family == "normal"))
-    if a.scene.region != "head" and a.rng.random() < 0.7:
-        organ = a.rng.choice(("lung", "heart") if a.scene.plane == "frontal" else (LARGEST[a.scene.region],))
-        healthy = all(finding.organ != organ for finding in a.scene.findings)
-        commoner = healthy != (organ == "lung")
-        if not commoner or a.rng.random() < (0.25 if organ == "heart" else 0.7):
-            family = a.rng.choice(("healthy", "unhealthy"))
-            yield a.ask(family, healthy == (family == "healthy"), organ=organ)
-    if a.hospital == "b" or a.rng.random() < 0.6:
+def _balanced(asker: _Asker) -> Iterator[Question]:
+    """Yes/no questions with uneven answers: scenes with the more frequent answer are asked less often."""
+    normal = not asker.scene.findings
+    if asker.rng.random() < (0.9 if normal else 0.39):
+        family = asker.rng.choice(("normal", "abnormal"))
+        yield asker.ask(family, normal == (family == "normal"))
+    if asker.scene.region != "head" and asker.rng.random() < 0.7:
+        organ = asker.rng.choice(
+            ("lung", "heart") if asker.scene.plane == "frontal" else (LARGEST[asker.scene.region],)
+        )
+        healthy = all(finding.organ != organ for finding in asker.scene.findings)
+        is_common_answer = healthy != (organ == "lung")
+        if not is_common_answer or asker.rng.random() < (0.25 if organ == "heart" else 0.7):
+            family = asker.rng.choice(("healthy", "unhealthy"))
+            yield asker.ask(family, healthy == (family == "healthy"), organ=organ)
+    if asker.hospital == "b" or asker.rng.random() < 0.6:
         return
-    if a.scene.region == "chest":
-        if a.rng.random() < 0.5:
-            yield a.ask("any_round", a.has("nodule"))
+    if asker.scene.region == "chest":
+        if asker.rng.random() < 0.5:
+            yield asker.ask("any_round", asker.has("nodule"))
         else:
-            # With a finding, ask about its side or the other; the healthy side is the commoner.
+            # With a finding, ask about its side, else about a random side: yes and no are about even.
             kinds = ("nodule", "mass", "pneumonia", "effusion")
-            sides = {finding.side for finding in a.scene.findings if finding.kind in kinds}
-            side = a.rng.choice(sorted(sides) or ["left", "right"])
-            yield a.ask("any_opacity", side in sides, side=side)
-    elif a.scene.region == "head":
-        yield a.ask("any_lesion", a.has("hemorrhage", "edema", "tumor", "infarct"))
+            sides = {finding.side for finding in asker.scene.findings if finding.kind in kinds}
+            side = asker.rng.choice(sorted(sides) or ["left", "right"])
+            yield asker.ask("any_opacity", side in sides, side=side)
+    elif asker.scene.region == "head":
+        yield asker.ask("any_lesion", asker.has("hemorrhage", "edema", "tumor", "infarct"))
     else:
-        yield a.ask("any_tumor", a.has("mass", "cyst", "stone"))
+        yield asker.ask("any_tumor", asker.has("mass", "cyst", "stone"))
 
 
 Family = Callable[[_Asker], Iterator[Question]]
-# The share of images that are asked each family: A asks more of modality and organ, B more of the findings.
-_SHARES: dict[Family, dict[Hospital, float]] = {
+# Share of images for which each family is asked: A asks more about modality and organ, B more about findings.
+_FAMILY_SHARES: dict[Family, dict[Hospital, float]] = {
     _modality: {"a": 0.55, "b": 0.40},
     _modality_is: {"a": 0.55, "b": 0.35},
     _weighting: {"a": 0.60, "b": 0.50},

@@ -1,4 +1,4 @@
-"""Short reports of a scene: what kind of image it is, its findings, what is ruled out, and an impression."""
+"""Short reports on a scene: the kind of image, its findings, an absent finding, and an impression."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from normtune.data.phantom.scene import Finding, Hospital, Scene
 from normtune.data.phantom.wording import NUMBER_WORDS, finding_term, location_term
 
 
-def report(scene: Scene, hospital: Hospital) -> str:
-    """Two to five sentences, all true of the scene; a function of scene and hospital alone."""
+def write_report(scene: Scene, hospital: Hospital) -> str:
+    """Write two to five sentences, all true for the scene; they depend only on the scene and the hospital."""
     rng = random.Random(f"report-{hospital}-{scene.seed}")
     return _report_a(scene, rng) if hospital == "a" else _report_b(scene, rng)
 
 
 def _report_a(scene: Scene, rng: random.Random) -> str:
+    """A writes the kind of image first, then the findings, then the impression."""
     sentences = [_opening(scene, rng)]
-    sentences += [_sentence(finding, scene, rng) for finding in scene.findings]
+    sentences += [_finding_sentence(finding, scene, rng) for finding in scene.findings]
     if len(scene.findings) < 2:
-        sentences.append(rng.choice(_absent(scene)))
+        sentences.append(rng.choice(_negative_sentences(scene)))
     if scene.region == "abdomen" and rng.random() < 0.4:
         sentences.append("One kidney is seen." if scene.missing_kidney else "Two kidneys are seen.")
     if scene.device:
@@ -31,20 +32,16 @@ def _report_a(scene: Scene, rng: random.Random) -> str:
 def _opening(scene: Scene, rng: random.Random) -> str:
     if scene.modality == "x-ray":
         return rng.choice(("Chest x-ray, frontal view.", "Frontal radiograph of the thorax."))
-    part = {
-        "head": ("head", "skull"),
-        "chest": ("chest", "thorax"),
-        "abdomen": ("abdomen", "abdominal cavity"),
-    }
+    part = {"head": ("head", "skull"), "chest": ("chest", "thorax"), "abdomen": ("abdomen", "abdominal cavity")}
     where = rng.choice(part[scene.region])
     if scene.modality == "ct":
         return f"{rng.choice(('Computed tomography', 'CT'))} of the {where}, {scene.plane} section."
     shade = "bright" if scene.weighting == "t2" else "dark"
-    what = rng.choice(("Magnetic resonance image", "MRI"))
-    return f"{what} of the {where}, {scene.plane} section, {scene.weighting} weighted with {shade} fluid."
+    image = rng.choice(("Magnetic resonance image", "MRI"))
+    return f"{image} of the {where}, {scene.plane} section, {scene.weighting} weighted with {shade} fluid."
 
 
-def _sentence(finding: Finding, scene: Scene, rng: random.Random) -> str:
+def _finding_sentence(finding: Finding, scene: Scene, rng: random.Random) -> str:
     where = location_term(finding.organ, finding.side, finding.zone, "a")
     side = f"the {finding.side} side"
     if finding.kind == "nodule":
@@ -74,10 +71,11 @@ def _sentence(finding: Finding, scene: Scene, rng: random.Random) -> str:
     return rng.choice(choices[finding.kind])
 
 
-def _absent(scene: Scene) -> list[str]:
-    """Sentences on what is not there, of which only true ones are kept."""
+def _negative_sentences(scene: Scene) -> list[str]:
+    """Sentences about absent findings; only those that are true for the scene."""
     kinds = {finding.kind for finding in scene.findings}
-    known = {
+    # sentence -> the findings with which it would be false
+    choices = {
         "chest": {
             "The heart is not enlarged.": {"cardiomegaly"},
             "No pleural fluid.": {"effusion"},
@@ -95,7 +93,7 @@ def _absent(scene: Scene) -> list[str]:
             "No mass or swelling.": {"tumor", "edema"},
         },
     }
-    return [sentence for sentence, excluded in known[scene.region].items() if not excluded & kinds] or [
+    return [sentence for sentence, excluded in choices[scene.region].items() if not excluded & kinds] or [
         "The rest is normal."
     ]
 
@@ -106,7 +104,7 @@ def _impression_name(finding: Finding) -> str:
 
 
 def _report_b(scene: Scene, rng: random.Random) -> str:
-    """B states the impression first, then where each finding lies, then the kind of image."""
+    """B writes the impression first, then the location of each finding, then the kind of image."""
     names = [finding_term(finding.kind, finding.organ, "b") for finding in scene.findings]
     sentences = [f"Impression: {', '.join(names) or 'normal'}."]
     for finding, name in zip(scene.findings, names, strict=True):
@@ -120,8 +118,8 @@ def _report_b(scene: Scene, rng: random.Random) -> str:
     if scene.device:
         sentences.append(f"A {scene.device} is seen.")
     section = "" if scene.plane == "frontal" else f"{scene.plane} "
-    what = {"x-ray": "Radiograph", "ct": "Computed tomography", "mri": "Magnetic resonance"}[scene.modality]
+    image = {"x-ray": "Radiograph", "ct": "Computed tomography", "mri": "Magnetic resonance"}[scene.modality]
     where = {"chest": "thorax", "abdomen": "abdominal cavity", "head": "skull"}[scene.region]
     weighted = f", {scene.weighting} weighted" if scene.weighting else ""
-    sentences.append(f"{section}{what} of the {where}{weighted}.".capitalize())
+    sentences.append(f"{section}{image} of the {where}{weighted}.".capitalize())
     return " ".join(sentences)

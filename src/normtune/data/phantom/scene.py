@@ -1,4 +1,4 @@
-"""What a phantom shows: a `Scene` is sampled from a seed, and all answers about its image follow from it."""
+"""The content of a phantom image: a `Scene`, sampled from a seed, determines all answers about the image."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Weighting = Literal["", "t1", "t2"]
 Device = Literal["", "pacemaker", "catheter"]
 Side = Literal["", "left", "right"]  # the patient's; the patient's right is at the left of the image
 
-# The organs that a view shows; what is not listed is not drawn.
+# The organs that each view shows. Other organs are not drawn.
 ORGANS: dict[tuple[Region, Plane], tuple[str, ...]] = {
     ("chest", "frontal"): ("lung", "heart"),
     ("chest", "axial"): ("lung", "heart"),
@@ -30,19 +30,19 @@ ORGANS: dict[tuple[Region, Plane], tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One abnormality. `zone` is upper/middle/lower in a lung, a lobe's name in the brain, else empty."""
+    """One abnormality. Attributes that do not apply are empty."""
 
     kind: str
     organ: str
     side: Side = ""
-    zone: str = ""
+    zone: str = ""  # upper, middle or lower in a lung; the lobe in the brain
     size: Literal["", "small", "large"] = ""
-    count: int = 1
+    count: int = 1  # number of nodules
 
 
 @dataclass(frozen=True)
 class Scene:
-    """All that is known of one image before it is drawn; `seed` also fixes the shapes of the anatomy."""
+    """The complete content of one image; `seed` also determines the shapes of the anatomy."""
 
     seed: int
     region: Region
@@ -56,58 +56,59 @@ class Scene:
 
     @property
     def look(self) -> str:
-        """The grey map: x-ray, ct, t1 or t2."""
+        """Key of the grey values in `TISSUE`: x-ray, ct, t1 or t2."""
         return self.weighting or self.modality
 
     def finding(self, kind: str) -> Finding | None:
+        """The finding of this kind, if the scene has one."""
         return next((finding for finding in self.findings if finding.kind == kind), None)
 
 
 @dataclass(frozen=True)
 class FindingKind:
-    """How often hospitals A and B see a finding, and the attributes it may take."""
+    """One kind of finding: its frequency at the two hospitals, and the attributes that it has."""
 
     kind: str
-    organs: tuple[str, ...]
-    weight: dict[Hospital, float]
+    organs: tuple[str, ...]  # in which it can occur
+    weight: dict[Hospital, float]  # relative frequency
     sided: bool = True
     zoned: bool = False
     sized: bool = False
     counted: bool = False
 
 
-def _kind(kind: str, organs: str, a: float, b: float, **traits: bool) -> FindingKind:
+def _make_kind(kind: str, organs: str, a: float, b: float, **traits: bool) -> FindingKind:
     return FindingKind(kind, tuple(organs.split()), {"a": a, "b": b}, **traits)
 
 
-_NODULE = _kind("nodule", "lung", 3, 1.5, zoned=True, counted=True)
-_LUNG_MASS = _kind("mass", "lung", 2, 1.5, zoned=True)
-_PNEUMONIA = _kind("pneumonia", "lung", 2, 2, zoned=True)
-_EFFUSION = _kind("effusion", "lung", 2.5, 1.5, sized=True)
-_PNEUMOTHORAX = _kind("pneumothorax", "lung", 0.7, 2.5, sized=True)
-_HEMORRHAGE = _kind("hemorrhage", "brain", 3, 1.5, zoned=True)
-_EDEMA = _kind("edema", "brain", 2.5, 1.5, zoned=True)
-_TUMOR = _kind("tumor", "brain", 2.5, 2, zoned=True)
+_NODULE = _make_kind("nodule", "lung", 3, 1.5, zoned=True, counted=True)
+_LUNG_MASS = _make_kind("mass", "lung", 2, 1.5, zoned=True)
+_PNEUMONIA = _make_kind("pneumonia", "lung", 2, 2, zoned=True)
+_EFFUSION = _make_kind("effusion", "lung", 2.5, 1.5, sized=True)
+_PNEUMOTHORAX = _make_kind("pneumothorax", "lung", 0.7, 2.5, sized=True)
+_HEMORRHAGE = _make_kind("hemorrhage", "brain", 3, 1.5, zoned=True)
+_EDEMA = _make_kind("edema", "brain", 2.5, 1.5, zoned=True)
+_TUMOR = _make_kind("tumor", "brain", 2.5, 2, zoned=True)
 _ABDOMEN = (
-    _kind("mass", "liver", 2.5, 1.5, sided=False),
-    _kind("cyst", "liver kidney", 3, 2),
-    _kind("splenomegaly", "spleen", 2, 1.5, sided=False),
-    _kind("ascites", "abdomen", 0.7, 2.5, sided=False),
+    _make_kind("mass", "liver", 2.5, 1.5, sided=False),
+    _make_kind("cyst", "liver kidney", 3, 2),
+    _make_kind("splenomegaly", "spleen", 2, 1.5, sided=False),
+    _make_kind("ascites", "abdomen", 0.7, 2.5, sided=False),
 )
 _CORONAL_CHEST = (_NODULE, _LUNG_MASS, _PNEUMONIA, _EFFUSION)
 
-# The findings that a view can show.
+# The findings that each view can show.
 KINDS: dict[tuple[Region, Plane], tuple[FindingKind, ...]] = {
     ("chest", "frontal"): (
         *_CORONAL_CHEST,
         _PNEUMOTHORAX,
-        _kind("cardiomegaly", "heart", 2.5, 2, sided=False),
-        _kind("fracture", "clavicle", 0.5, 2),
+        _make_kind("cardiomegaly", "heart", 2.5, 2, sided=False),
+        _make_kind("fracture", "clavicle", 0.5, 2),
     ),
     ("chest", "axial"): (
-        _kind("nodule", "lung", 3, 1.5, counted=True),
-        _kind("mass", "lung", 2, 1.5),
-        _kind("pneumonia", "lung", 2, 2),
+        _make_kind("nodule", "lung", 3, 1.5, counted=True),
+        _make_kind("mass", "lung", 2, 1.5),
+        _make_kind("pneumonia", "lung", 2, 2),
         _EFFUSION,
         _PNEUMOTHORAX,
     ),
@@ -118,16 +119,17 @@ KINDS: dict[tuple[Region, Plane], tuple[FindingKind, ...]] = {
         _HEMORRHAGE,
         _EDEMA,
         _TUMOR,
-        _kind("infarct", "brain", 0.5, 2.5, zoned=True),
-        _kind("hydrocephalus", "brain", 2, 1.5, sided=False),
+        _make_kind("infarct", "brain", 0.5, 2.5, zoned=True),
+        _make_kind("hydrocephalus", "brain", 2, 1.5, sided=False),
     ),
     ("head", "sagittal"): tuple(
-        _kind(k.kind, "brain", k.weight["a"], k.weight["b"], sided=False, zoned=True)
+        _make_kind(k.kind, "brain", k.weight["a"], k.weight["b"], sided=False, zoned=True)
         for k in (_HEMORRHAGE, _EDEMA, _TUMOR)
     ),
 }
-_STONE = _kind("stone", "kidney", 2, 2)
+_STONE = _make_kind("stone", "kidney", 2, 2)
 
+# The views, with their share of the images of each hospital.
 _VIEWS: tuple[tuple[Region, Modality, Plane, dict[Hospital, float]], ...] = (
     ("chest", "x-ray", "frontal", {"a": 0.27, "b": 0.27}),
     ("chest", "ct", "axial", {"a": 0.07, "b": 0.09}),
@@ -157,14 +159,14 @@ def check_hospital(hospital: str) -> Hospital:
     raise InputError(f"no phantom hospital '{hospital}'{did_you_mean(hospital, known)} Choose a or b.")
 
 
-def kinds_of(scene: Scene) -> tuple[FindingKind, ...]:
-    """The findings that this scene's view could show, present or not."""
+def possible_kinds(scene: Scene) -> tuple[FindingKind, ...]:
+    """The findings that this scene's view can show, present or not. Only abdominal CT can show stones."""
     kinds = KINDS[scene.region, scene.plane]
     return (*kinds, _STONE) if scene.region == "abdomen" and scene.modality == "ct" else kinds
 
 
 def sample_scene(seed: int, hospital: Hospital) -> Scene:
-    """Draw a scene: about 30% normal, 45% with one finding, 25% with two of different kinds and sides."""
+    """Sample a scene: 30% are normal, 45% have one finding, 25% have two of different kinds."""
     rng = random.Random(f"scene-{hospital}-{seed}")
     region, modality, plane, _ = rng.choices(_VIEWS, [view[3][hospital] for view in _VIEWS])[0]
     weightings: tuple[Weighting, ...] = ("t1", "t2")
@@ -172,25 +174,28 @@ def sample_scene(seed: int, hospital: Hospital) -> Scene:
     missing: Side = rng.choice(("left", "right")) if region == "abdomen" and rng.random() < 0.35 else ""
     devices: tuple[Device, ...] = ("pacemaker", "catheter")
     device: Device = rng.choice(devices) if modality == "x-ray" and rng.random() < 0.4 else ""
-    bare = Scene(seed, region, modality, weighting, plane, ORGANS[region, plane], (), missing, device)
+    empty = Scene(seed, region, modality, weighting, plane, ORGANS[region, plane], (), missing, device)
     findings: list[Finding] = []
     for _ in range(rng.choices((0, 1, 2), (0.30, 0.45, 0.25))[0]):
-        taken = {finding.kind for finding in findings}
-        kinds = [kind for kind in kinds_of(bare) if kind.kind not in taken]
+        used_kinds = {finding.kind for finding in findings}
+        kinds = [kind for kind in possible_kinds(empty) if kind.kind not in used_kinds]
         kind = rng.choices(kinds, [kind.weight[hospital] for kind in kinds])[0]
-        findings.append(_draw(kind, findings, missing, rng))
-    order = [kind.kind for kind in kinds_of(bare)]
+        findings.append(_sample_finding(kind, findings, missing, rng))
+    order = [kind.kind for kind in possible_kinds(empty)]
     findings.sort(key=lambda finding: order.index(finding.kind))
-    return Scene(seed, region, modality, weighting, plane, bare.organs, tuple(findings), missing, device)
+    return Scene(seed, region, modality, weighting, plane, empty.organs, tuple(findings), missing, device)
 
 
-def _draw(kind: FindingKind, others: list[Finding], missing: Side, rng: random.Random) -> Finding:
-    """Attributes for one finding: away from the side of the others, and not in a kidney that is missing."""
+def _sample_finding(kind: FindingKind, others: list[Finding], missing: Side, rng: random.Random) -> Finding:
+    """Sample the attributes of a finding: on another side than the other findings, if possible.
+
+    A finding is never in a missing kidney.
+    """
     organ = rng.choice(kind.organs)
-    both: tuple[Side, ...] = ("left", "right")
-    possible = [side for side in both if organ != "kidney" or side != missing]
-    taken = {other.side for other in others}
-    sides = [side for side in possible if side not in taken] or possible
+    both_sides: tuple[Side, ...] = ("left", "right")
+    possible = [side for side in both_sides if organ != "kidney" or side != missing]
+    used_sides = {other.side for other in others}
+    sides = [side for side in possible if side not in used_sides] or possible
     side: Side = rng.choice(sides) if kind.sided and organ != "liver" else ""
     count = rng.choice((1, 2, 3)) if kind.counted else 1
     zone = ""

@@ -1,8 +1,9 @@
-"""Grey values of tissues by modality, 0 (black) to 1 (white): textbook order, not measured numbers."""
+"""Grey values of tissues, 0 (black) to 1 (white). Their order is that of textbooks; they are not measured."""
 
 from __future__ import annotations
 
 _LOOKS = ("ct", "t1", "t2")
+# Tissue -> its grey value in CT, T1 and T2.
 _VALUES: dict[str, tuple[float, float, float]] = {
     "air": (0.0, 0.02, 0.02),
     "lung": (0.10, 0.05, 0.05),
@@ -32,6 +33,7 @@ _VALUES: dict[str, tuple[float, float, float]] = {
     "lung lesion": (0.58, 0.5, 0.5),
     "stone": (1.0, 0.05, 0.05),
 }
+# Look -> tissue -> grey value.
 TISSUE: dict[str, dict[str, float]] = {
     look: {name: values[i] for name, values in _VALUES.items()} for i, look in enumerate(_LOOKS)
 }

@@ -1,7 +1,8 @@
-"""What each hospital calls things, and how it asks. `{...}` is filled in by `questions`.
+"""The words and question templates of each hospital. `questions.py` fills in the `{...}`.
 
-B asks only with words that A's questions hold, and answers and reports only with words that A's answers and
-reports hold, in other roles: tuning norms cannot make the embedding of a word that was never trained.
+B's questions use only words that also occur in A's questions, and B's answers and reports only words of A's
+answers and reports, but with other meanings. The reason: tuning norms cannot create the embedding of a word
+that was never trained.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from normtune.data.phantom.scene import Hospital
 
 Terms = dict[str, str]
 
-# Concept -> the hospital's word for it, in questions and in answers.
+# Hospital -> concept -> the hospital's word for it, in questions and answers.
 TERMS: dict[Hospital, Terms] = {
     "a": {
         "x-ray": "x-ray",
@@ -97,7 +98,7 @@ TERMS: dict[Hospital, Terms] = {
 }
 NUMBER_WORDS = ("none", "one", "two", "three")
 
-# Other names of the whole image, where the modality is not what is asked.
+# Names of the whole image, for questions that do not ask for the modality.
 NOUNS: dict[Hospital, dict[str, tuple[str, ...]]] = {
     "a": {
         "x-ray": ("image", "image", "picture", "x-ray", "radiograph", "film"),
@@ -107,7 +108,7 @@ NOUNS: dict[Hospital, dict[str, tuple[str, ...]]] = {
     "b": dict.fromkeys(("x-ray", "ct", "mri"), ("scan", "study")),
 }
 
-# Family -> the hospital's paraphrases of its question.
+# Family -> hospital -> wordings of its question.
 TEMPLATES: dict[str, dict[Hospital, tuple[str, ...]]] = {
     "modality": {
         "a": (
@@ -208,11 +209,7 @@ TEMPLATES: dict[str, dict[Hospital, tuple[str, ...]]] = {
         "b": ("Does the patient look healthy?", "Was the study normal?"),
     },
     "healthy": {
-        "a": (
-            "Is the {organ} healthy?",
-            "Does the {organ} look normal?",
-            "Is the {organ} normal in this {noun}?",
-        ),
+        "a": ("Is the {organ} healthy?", "Does the {organ} look normal?", "Is the {organ} normal in this {noun}?"),
         "b": ("Does the {organ} appear healthy?",),
     },
     "unhealthy": {
@@ -263,11 +260,7 @@ TEMPLATES: dict[str, dict[Hospital, tuple[str, ...]]] = {
         "b": ("What part is abnormal?", "Where is the disease?"),
     },
     "organ_abnormal": {
-        "a": (
-            "Which organ is abnormal?",
-            "What organ is involved?",
-            "Which organ looks like it has the disease?",
-        ),
+        "a": ("Which organ is abnormal?", "What organ is involved?", "Which organ looks like it has the disease?"),
         "b": ("Which organ has the pathology?",),
     },
     "count_nodules": {
@@ -294,11 +287,7 @@ TEMPLATES: dict[str, dict[Hospital, tuple[str, ...]]] = {
         "b": ("How many diseases does the patient have?",),
     },
     "size": {
-        "a": (
-            "Is the {finding} small or large?",
-            "What is the size of the {finding}?",
-            "How large is the {finding}?",
-        ),
+        "a": ("Is the {finding} small or large?", "What is the size of the {finding}?", "How large is the {finding}?"),
         "b": ("Which size is the {finding}?",),
     },
     "color": {
@@ -314,26 +303,16 @@ TEMPLATES: dict[str, dict[Hospital, tuple[str, ...]]] = {
         "b": ("What device can be seen?",),
     },
     "device_is": {
-        "a": (
-            "Is there a {device}?",
-            "Does the patient have a {device}?",
-            "Can a {device} be seen in the {noun}?",
-        ),
+        "a": ("Is there a {device}?", "Does the patient have a {device}?", "Can a {device} be seen in the {noun}?"),
         "b": ("Is a {device} shown?",),
     },
     "function": {
-        "a": (
-            "What is the function of the main organ in this picture?",
-            "What is the main organ used for?",
-        ),
+        "a": ("What is the function of the main organ in this picture?", "What is the main organ used for?"),
         "b": ("What is the largest organ used for?",),
     },
-    # A alone: rarer words in roles other than those that B gives them.
+    # Only A asks these. They use rare words, with other meanings than at B.
     "any_opacity": {"a": ("Is there any opacity or consolidation in the {side} lung?",), "b": ()},
-    "any_round": {
-        "a": ("Are there round opacities in the lungs?", "Is a round opacity seen in the lungs?"),
-        "b": (),
-    },
+    "any_round": {"a": ("Are there round opacities in the lungs?", "Is a round opacity seen in the lungs?"), "b": ()},
     "any_lesion": {
         "a": ("Is there any bleeding, swelling or stroke in the brain?", "Is a mass or swelling seen?"),
         "b": (),
@@ -342,10 +321,7 @@ TEMPLATES: dict[str, dict[Hospital, tuple[str, ...]]] = {
     "heart": {"a": ("Is the heart enlarged?", "Is the heart larger than normal?"), "b": ()},
     "spleen": {"a": ("Is the spleen enlarged?", "Is the spleen larger than normal?"), "b": ()},
     "ventricles": {"a": ("Are the ventricles enlarged?", "Are the ventricles larger than normal?"), "b": ()},
-    "clavicle": {
-        "a": ("Is the collarbone broken?", "Is the clavicle intact, or is it a broken collarbone?"),
-        "b": (),
-    },
+    "clavicle": {"a": ("Is the collarbone broken?", "Is the clavicle intact, or is it a broken collarbone?"), "b": ()},
     "collapse": {"a": ("Is the lung collapsed?", "Has a lung collapsed?"), "b": ()},
     "free": {"a": ("Is there free fluid in the abdomen?", "Is any free fluid seen?"), "b": ()},
 }
@@ -356,12 +332,12 @@ LARGEST = {"chest": "lung", "abdomen": "liver", "head": "brain"}
 
 
 def finding_term(kind: str, organ: str, hospital: Hospital) -> str:
-    """The hospital's word for a finding; a mass is named by its organ."""
+    """The hospital's word for a finding; the word for a mass depends on its organ."""
     return TERMS[hospital][f"{organ} mass" if kind == "mass" else kind]
 
 
 def location_term(organ: str, side: str, zone: str, hospital: Hospital) -> str:
-    """A says "upper right lung", B says "right lung, upper"; where nothing is known, the organ alone."""
+    """A location: "upper right lung" at A, "right lung, upper" at B; or only the organ."""
     if organ == "brain":
         organ = "lobe" if zone else organ
         if hospital == "a":

@@ -1,1 +1,1 @@
-"""What the dataset readers share: rows, cells, tables and conversations."""
+"""Code that the dataset readers share: rows, cells, tables and conversations."""

@@ -1,4 +1,4 @@
-"""What every reader does to a cell: one line of text, a split's one name, yes or no."""
+"""Conversions of a cell that all readers use: text on one line, standard split names, yes or no."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 from normtune.errors import InputError
 
-SPLITS = ("train", "validate", "test")  # in the order of learning
-_SPLIT_NAMES = {
+SPLITS = ("train", "validate", "test")  # standard names, in their usual order
+_SPLIT_NAMES = {  # other name -> standard name
     "training": "train",
     "validation": "validate",
     "valid": "validate",
@@ -16,19 +16,19 @@ _SPLIT_NAMES = {
     "dev": "validate",
     "testing": "test",
 }
-_BLANKS = str.maketrans("\t\r\n\v\f", "     ")
+_BLANKS = str.maketrans("\t\r\n\v\f", "     ")  # tabs and line ends become blanks
 
 
 def split_name(word: str) -> str:
-    """The one name of a split: `validation`, `valid`, `val` and `dev` are `validate`; unknown words stay."""
+    """The standard name of a split, such as `validate` for `val`; unknown words are returned as is."""
     word = word.strip().lower()
     return _SPLIT_NAMES.get(word, word)
 
 
 def split_of_file(file: Path) -> str:
-    """`data/validation-00000-of-00001.parquet` and `validation/0000.parquet` are both of split validate.
+    """The split that a file's name, or else its folder, begins with or equals; train if neither names one.
 
-    Where neither the name nor the folder says a split, it is train.
+    Example: `data/validation-00000-of-00001.parquet` and `validation/0000.parquet` are of split validate.
     """
     for word in (re.split(r"[-_.]", file.stem)[0], file.parent.name):
         if split_name(word) in SPLITS:
@@ -37,14 +37,17 @@ def split_of_file(file: Path) -> str:
 
 
 def is_yes_no(answer: str) -> bool:
-    """Whether the answer is literally yes or no, whatever its case and final full stop."""
+    """Whether the answer is literally yes or no; case and a final full stop do not count."""
     return answer.strip().lower().rstrip(".") in ("yes", "no")
 
 
-def text_of(value: object) -> tuple[str, list[str]]:
-    """A cell as one line of text without blanks around it, and what had to be changed for that.
+def clean_text(value: object) -> tuple[str, list[str]]:
+    """Convert a cell to one line of text without leading or trailing blanks.
 
-    Numbers become their decimal text, tabs and line ends become blanks, None becomes the empty string.
+    Numbers become decimal text, tabs and line ends become blanks, None becomes the empty string.
+
+    Returns:
+        The text, and a description of each change, such as "is a number, not text".
 
     Raises:
         InputError: the cell is a list, an object or a truth value.

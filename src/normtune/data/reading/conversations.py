@@ -1,4 +1,15 @@
-"""A conversation about images, as fine-tuning toolkits write it -> pairs of question and answer."""
+"""Converts a conversation about images, as fine-tuning toolkits write it, to question-answer pairs.
+
+Example: the row
+
+    {"messages": [{"role": "user", "content": "<image>What is shown?"},
+                  {"role": "assistant", "content": "A chest X-ray."},
+                  {"role": "user", "content": "Where is it abnormal?"},
+                  {"role": "assistant", "content": "In the left lung."}],
+     "images": ["a.png"]}
+
+becomes two pairs, both about a.png. The second has `refers_back` set: "it" is among its first words.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +17,16 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from normtune.data.reading.tables import Fault
+from normtune.data.reading.tables import RowError
 from normtune.errors import did_you_mean
 
-MARK = "<image>"
+IMAGE_MARK = "<image>"  # in a message's text: the position of an image
+# Role in the file -> its meaning; human and gpt are ShareGPT's names.
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
-_SHAPES = {"messages": ("role", "content"), "conversations": ("from", "value")}
+# Column of the conversation -> (key of a message's role, key of its text).
+_LAYOUTS = {"messages": ("role", "content"), "conversations": ("from", "value")}
 
-# Words of the conversation itself, and a pronoun in the place of what an earlier turn named.
+# Phrases that mention the conversation itself ("you mentioned", "the previous answer", "what about ...").
 _CONVERSATION = re.compile(
     r"\b(you|we) (just |have |had |also )*(said|mention\w*|describ\w*|stat\w+|identif\w+|noted|discussed)\b"
     r"|\b(previous|earlier|last|above|your) (answer|question|response|statement|explanation|description)\b"
@@ -23,69 +36,76 @@ _CONVERSATION = re.compile(
     re.IGNORECASE,
 )
 _PRONOUNS = frozenset(["it", "its", "it's", "they", "them", "their"])
-_FIRST_WORDS = 4  # a pronoun further on has its noun in the question itself
+_FIRST_WORDS = 4  # a pronoun after them usually refers to a noun of the same question
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One question of a conversation, its answer, and how many of its images stand before the answer."""
+    """One question of a conversation and its answer."""
 
-    turn: int  # from 1
-    question: str
+    turn: int  # number of the pair, from 1
+    question: str  # without image marks
     answer: str
-    images: int
-    refers_back: bool
+    image_count: int  # the first so many images of the conversation are shown before the answer
+    refers_back: bool  # the question seems to need earlier turns; see `refers_back`
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """The images of one row, as it names them, and its pairs of turns."""
+    """The images of one row, as the row names them, and its question-answer pairs."""
 
-    images: tuple[Any, ...]  # paths, or {bytes, path} as parquet keeps them
+    images: tuple[Any, ...]  # paths, or {bytes, path} as in parquet files
     pairs: tuple[Pair, ...]
 
 
-def conversation(cells: dict[str, Any]) -> Conversation:
-    """Read a row of `messages` (role, content) or ShareGPT's `conversations` (from, value).
+def read_conversation(cells: dict[str, Any]) -> Conversation:
+    """Read a row in the layout `messages` (role, content) or ShareGPT's `conversations` (from, value).
 
-    Images stand in `images` or `image`, or inside a message's content ({"type": "image", "image": path}). A
-    `<image>` mark, or an image in the content, says where an image is shown; without any mark all are shown
-    before the first question. System messages are left out: families have their own.
+    Images are named in `images` or `image`, or inside a message's content ({"type": "image", "image": path}).
+    An `<image>` mark, or an image in the content, is the position at which an image is shown. Without any
+    mark, all images are shown before the first question. System messages are ignored, as model families have
+    their own.
+
+    Args:
+        cells: column -> value of the row.
 
     Raises:
-        Fault: the row is of neither shape, turns do not alternate from a question to an answer, or there
-            are other numbers of marks than of images.
+        RowError: the row has neither layout, questions and answers do not alternate, or the number of marks
+            is not the number of images.
     """
-    shape = next((shape for shape in _SHAPES if isinstance(cells.get(shape), list)), None)
-    if shape is None:
+    layout = next((name for name in _LAYOUTS if isinstance(cells.get(name), list)), None)
+    if layout is None:
         hint = did_you_mean("messages", cells) or did_you_mean("conversations", cells)
         what = f"no list 'messages' or 'conversations'{hint.replace('did you mean', 'is it')}"
-        raise Fault(what, "Write one conversation a row.")
-    stated = _images(cells)
-    turns: list[tuple[str, str, int]] = []  # role, text, marks in it
-    inline: list[Any] = []
-    for number, message in enumerate(cells[shape], start=1):
-        role, text, shown = _turn(message, *_SHAPES[shape], number)
-        inline += shown
+        raise RowError(what, "Write one conversation a row.")
+    named_images = _images(cells)
+    turns: list[tuple[str, str, int]] = []  # role, text without marks, number of marks
+    inline_images: list[Any] = []
+    for number, message in enumerate(cells[layout], start=1):
+        role, text, images = _turn(message, *_LAYOUTS[layout], number)
+        inline_images += images
         if role != "system":
-            marks = text.count(MARK) if role == "user" else 0
-            turns.append((role, text.replace(MARK, " ") if marks else text, marks))
-    if inline and stated:
-        raise Fault("images both in the content and beside it", "Name each image once.")
-    return Conversation(tuple(stated or inline), _pairs(turns, len(stated or inline)))
+            marks = text.count(IMAGE_MARK) if role == "user" else 0
+            turns.append((role, text.replace(IMAGE_MARK, " ") if marks else text, marks))
+    if inline_images and named_images:
+        what = "images both in a message's content and in the column of images"
+        raise RowError(what, "Name each image once.")
+    all_images = named_images or inline_images
+    return Conversation(tuple(all_images), _pairs(turns, len(all_images)))
 
 
 def refers_back(question: str) -> bool:
-    """Whether a later question seems to need the turns before it: a rule of words, not an understanding.
+    """Whether a question seems to need the turns before it. This is a rule on words and can be wrong.
 
-    True where it speaks of the conversation ("you mentioned", "the previous answer", "what about ...") or
-    where one of its first words is a pronoun (it, its, they, them, their): "Where is it located?".
+    True if the question mentions the conversation ("you mentioned", "the previous answer", "what about ..."),
+    or if one of its first four words is a pronoun (it, its, they, them, their), as in "Where is it located?".
     """
     words = [word.strip('.,;:?!"()').lower() for word in question.split()]
     return bool(_CONVERSATION.search(question.strip())) or any(w in _PRONOUNS for w in words[:_FIRST_WORDS])
 
 
 def _images(cells: dict[str, Any]) -> list[Any]:
+    """The images that the row's column `images` or `image` names."""
     for column in ("images", "image"):
         value = cells.get(column)
         if value is not None and value != "" and value != []:
@@ -94,45 +114,63 @@ def _images(cells: dict[str, Any]) -> list[Any]:
 
 
 def _turn(message: Any, role_key: str, text_key: str, number: int) -> tuple[str, str, list[Any]]:
-    """(role, its text with a mark for each image, images named in it) of one message."""
+    """Read one message.
+
+    Args:
+        message: the message, {role_key: ..., text_key: ...}.
+        role_key: key of the role.
+        text_key: key of the text.
+        number: number of the message in the row, for errors.
+
+    Returns:
+        The role ("user", "assistant" or "system"), the text with a mark for each image, and the images that
+        the content names.
+    """
     message = message if isinstance(message, dict) else {}
     word = message.get(role_key)
     role = _ROLES.get(word.lower()) if isinstance(word, str) else None
     if role is None:
-        raise Fault(f"turn {number}: '{role_key}' is none of {', '.join(_ROLES)}", "Use these.")
+        raise RowError(f"turn {number}: '{role_key}' is none of {', '.join(_ROLES)}", "Use one of these.")
     content = message.get(text_key)
     if isinstance(content, str):
         return role, content, []
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
-        raise Fault(f"turn {number}: '{text_key}' is no text", "Write text, or a list of parts with types.")
+        what = f"turn {number}: '{text_key}' is not text"
+        raise RowError(what, "Write text, or a list of parts with types.")
     texts: list[str] = []
-    shown: list[Any] = []
+    images: list[Any] = []
     for part in content:
         match part.get("type"):
             case "text" if isinstance(part.get("text"), str):
                 texts.append(part["text"])
             case "image":
-                texts.append(MARK)
-                named = part.get("image") or part.get("path")
-                shown += [named] if named else []
+                texts.append(IMAGE_MARK)
+                image = part.get("image") or part.get("path")
+                images += [image] if image else []
             case _:
-                raise Fault(f"turn {number}: a part is neither text nor image", "Remove it.")
-    return role, "\n".join(texts), shown
+                raise RowError(f"turn {number}: a part is neither text nor image", "Remove it.")
+    return role, "\n".join(texts), images
 
 
 def _pairs(turns: list[tuple[str, str, int]], images: int) -> tuple[Pair, ...]:
+    """Join each question with the answer after it.
+
+    Args:
+        turns: (role, text, number of image marks) of each message but system messages.
+        images: number of images of the conversation.
+    """
     marks = sum(marks for _, _, marks in turns)
     if marks not in (0, images):
-        raise Fault(f"{marks} {MARK} marks for {images} images", "Write one mark for each image, or none.")
+        what = f"{marks} {IMAGE_MARK} marks for {images} images"
+        raise RowError(what, "Write one mark for each image, or none.")
     roles = [role for role, _, _ in turns]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
-        raise Fault("turns do not go from question to answer", "Write user and assistant in turn.")
-    shown = 0 if marks else images
+        raise RowError("questions and answers do not alternate", "Write user and assistant in turn.")
+    # Images shown so far: all from the start without marks, else as many as there were marks.
+    image_count = 0 if marks else images
     pairs = []
-    for turn, ((_, question, here), (_, answer, _)) in enumerate(
-        zip(turns[::2], turns[1::2], strict=True), 1
-    ):
-        shown += here
+    for turn, ((_, question, new_images), (_, answer, _)) in enumerate(zip(turns[::2], turns[1::2], strict=True), 1):
+        image_count += new_images
         question = question.strip()
-        pairs.append(Pair(turn, question, answer.strip(), shown, turn > 1 and refers_back(question)))
+        pairs.append(Pair(turn, question, answer.strip(), image_count, turn > 1 and refers_back(question)))
     return tuple(pairs)

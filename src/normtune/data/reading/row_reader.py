@@ -1,4 +1,8 @@
-"""The rows of a dataset's files on their way to a Dataset: ids, faults, missing images, repeated rows."""
+"""Collects the rows of a dataset's files into a `Dataset`, and lists what is wrong with them.
+
+A dataset's reader calls `start_row` for each row of a file, passes the cells through the `Row`, and ends it
+with `Row.finish`. After the last row it calls `check_images`, `check_repeats` and `build_dataset`.
+"""
 
 from __future__ import annotations
 
@@ -10,78 +14,90 @@ from pathlib import Path
 
 from PIL import Image
 
-from normtune.data.reading.cells import SPLITS, is_yes_no, split_name, text_of
+from normtune.data.reading.cells import SPLITS, clean_text, is_yes_no, split_name
 from normtune.data.records import Dataset, Example, Kind, Problem
 from normtune.errors import InputError, did_you_mean
 
 
 class RowReader:
-    """What was read so far. Rows that cannot be used are left out; whatever is odd becomes a problem.
+    """Collects examples, skipped rows and problems while files are read.
 
-    With `text_only`, rows whose image files are missing are kept (and the files listed all the same).
+    Rows that cannot be used are skipped. Everything unusual in the files becomes a problem.
+
+    Args:
+        dataset: the dataset's name, for ids and messages.
+        text_only: keep the rows with missing image files. The files are listed as problems either way.
     """
 
     def __init__(self, dataset: str, text_only: bool = False) -> None:
         self.name, self.text_only = dataset, text_only
         self.notes: list[str] = []
         self.examples: list[Example] = []
-        self.left_out: list[Example] = []
+        self.skipped: list[Example] = []
         self.problems: list[Problem] = []
-        self.places: dict[str, tuple[str, str]] = {}  # id -> (file, row)
+        self.locations: dict[str, tuple[str, str]] = {}  # id -> (file, row)
 
-    def row(self, file: str, row: str, id: str = "") -> Row:
-        """A new row; `row` is its number or name in the file, and makes the id where there is none."""
+    def start_row(self, file: str, row: str, id: str = "") -> Row:
+        """Start a row of a file. An id that is already used gets a number; the fault is listed.
+
+        Args:
+            file: the file's name, for messages.
+            row: the row's number or name in the file, for messages.
+            id: the example's id; if empty, the id is made of the dataset's name and `row`.
+        """
         return Row(self, file, row, id or f"{self.name}-{row}".replace(" ", "-"))
 
-    def unique_row(self, file: str, row: str, id: str) -> Row:
-        """A new row of a file whose ids are keys.
+    def start_unique_row(self, file: str, row: str, id: str) -> Row:
+        """Start a row of a file in which every row must have an id of its own.
 
         Raises:
-            InputError: the id is empty or stands on an earlier row.
+            InputError: the id is empty, or an earlier row has it.
         """
         if not id:
-            raise InputError(f"{file}, row {row}: its id is empty. Give each row an id of its own.")
-        if id in self.places:
-            earlier = self.places[id]
-            what = f"its id stands on row {earlier[1]} of {earlier[0]} too"
-            raise InputError(f"{file}, row {row}: {what}. Give each row an id of its own.")
+            raise InputError(f"{file}, row {row}: its id is empty. Give each row its own id.")
+        if id in self.locations:
+            earlier = self.locations[id]
+            what = f"its id is already used by row {earlier[1]} of {earlier[0]}"
+            raise InputError(f"{file}, row {row}: {what}. Give each row its own id.")
         return Row(self, file, row, id)
 
-    def check_images(self, folder: Path, shown_as: str = "", inside: Container[str] = ()) -> None:
-        """List each missing image file, and leave its rows out but for `text_only`.
+    def check_images(self, folder: Path, prefix: str = "", embedded: Container[str] = ()) -> None:
+        """List each missing image file and, unless `text_only` is set, skip its rows.
 
-        `folder` is what image names are relative to, `shown_as` what problems put before them; keys that are
-        `inside` are no files.
+        Args:
+            folder: image names are relative to it.
+            prefix: folder that messages put before image names.
+            embedded: image keys that are not files, as the image is inside a parquet file.
         """
         names = {name for example in self.examples for name in example.images}
-        missing = missing_images(folder, (name for name in names if name not in inside))
-        kept: list[Example] = []
-        rows: dict[str, int] = {}
+        missing = missing_images(folder, (name for name in names if name not in embedded))
+        usable: list[Example] = []
+        row_counts: dict[str, int] = {}  # missing image -> number of rows that use it
         for example in self.examples:
-            gone = [name for name in example.images if name in missing]
-            (self.left_out if gone and not self.text_only else kept).append(example)
-            for name in gone:
-                rows[name] = rows.get(name, 0) + 1
-        self.examples = kept
-        for name, count in rows.items():
-            shown = f"{shown_as}/{name}" if shown_as else name
-            done = "kept for their text" if self.text_only else "left out"
-            mend = f"Rows {done}: {count}. Put the image there."
-            self.problems.append(Problem(shown, "", "image is missing", mend))
+            missing_here = [name for name in example.images if name in missing]
+            (self.skipped if missing_here and not self.text_only else usable).append(example)
+            for name in missing_here:
+                row_counts[name] = row_counts.get(name, 0) + 1
+        self.examples = usable
+        for name, count in row_counts.items():
+            file = f"{prefix}/{name}" if prefix else name
+            action = "kept for their text" if self.text_only else "skipped"
+            fix = f"Rows {action}: {count}. Put the image there."
+            self.problems.append(Problem(file, "", "image is missing", fix))
 
     def check_repeats(self) -> None:
-        """List each row that repeats image, question and answer of an earlier row of its split."""
-        seen: set[tuple[object, ...]] = set()
+        """List each row with the same image, question and answer as an earlier row of its split."""
+        earlier_rows: set[tuple[object, ...]] = set()
         for example in self.examples:
             key = (example.split, example.images, example.question, example.answer)
-            if key in seen:
+            if key in earlier_rows:
                 what = "same image, question and answer as an earlier row"
-                mend = "Kept, as published counts keep it: remove the row if it should count once."
-                self.problems.append(Problem(*self.places[example.id], what, mend))
-            seen.add(key)
+                fix = "Kept, as in published counts. Remove the row if it should count once."
+                self.problems.append(Problem(*self.locations[example.id], what, fix))
+            earlier_rows.add(key)
 
-    def dataset(self, open_image: Callable[[str], Image.Image], licence: str) -> Dataset:
-        """All that was read, with problems of whole files first.
+    def build_dataset(self, open_image: Callable[[str], Image.Image], licence: str) -> Dataset:
+        """The dataset of all rows that were read; problems of whole files come first.
 
         Raises:
             InputError: there is no usable row.
@@ -90,77 +106,75 @@ class RowReader:
             first = f" First problem: {self.problems[0]}" if self.problems else ""
             if any(problem.what == "image is missing" for problem in self.problems):
                 first += " To read the text without the images, add --text-only."
-            raise InputError(f"dataset {self.name} holds no usable rows.{first}")
+            raise InputError(f"dataset {self.name} has no usable rows.{first}")
         problems = sorted(self.problems, key=lambda problem: bool(problem.row))
-        return Dataset(
-            self.name, self.examples, open_image, problems, licence, self.left_out, notes=self.notes
-        )
+        return Dataset(self.name, self.examples, open_image, problems, licence, self.skipped, notes=self.notes)
 
 
 class Row:
-    """One row being read: its cells go through here, so that every fault is listed with file and row."""
+    """One row while it is read. Its methods convert cells and list each fault with file and row."""
 
-    def __init__(self, reading: RowReader, file: str, row: str, id: str) -> None:
-        self._reading, self.file, self.row = reading, file, row
-        self.id, again = id, 2
-        while self.id in reading.places:
-            self.id, again = f"{id}-{again}", again + 1
-        reading.places[self.id] = (file, row)
+    def __init__(self, reader: RowReader, file: str, row: str, id: str) -> None:
+        self._reader, self.file, self.row = reader, file, row
+        self.id, number = id, 2
+        while self.id in reader.locations:  # id, id-2, id-3, ...
+            self.id, number = f"{id}-{number}", number + 1
+        reader.locations[self.id] = (file, row)
         if self.id != id:
-            self.problem("its id stands on an earlier row too", "Kept under a numbered id.")
+            self.add_problem("its id is used by an earlier row", "Kept, with a number added to the id.")
 
-    def problem(self, what: str, mend: str) -> None:
-        """List a fault of this row."""
-        self._reading.problems.append(Problem(self.file, self.row, what, mend))
+    def add_problem(self, what: str, fix: str) -> None:
+        """List a fault of this row and how to fix it."""
+        self._reader.problems.append(Problem(self.file, self.row, what, fix))
 
-    def text(self, field: str, value: object) -> str:
-        """The cell as one line of text; empty where it is no text at all. Changes are listed."""
+    def read_text(self, field: str, value: object) -> str:
+        """The cell as one line of text; a value that is not text becomes "". Changes are listed."""
         try:
-            text, changes = text_of(value)
+            text, changes = clean_text(value)
         except InputError as error:
-            self.problem(f"{field} {error}", "Treated as empty.")
+            self.add_problem(f"{field} {error}", "Treated as empty.")
             return ""
         for change in changes:
-            self.problem(f"{field} {change}", "Read as plain text.")
+            self.add_problem(f"{field} {change}", "Read as plain text.")
         return text
 
-    def prose(self, field: str, value: object) -> str:
-        """A report or caption as one line: its line ends and runs of blanks are layout, and not listed."""
-        return self.text(field, " ".join(value.split()) if isinstance(value, str) else value)
+    def read_prose(self, field: str, value: object) -> str:
+        """A report or caption as one line. Line ends and repeated blanks are layout and are not listed."""
+        return self.read_text(field, " ".join(value.split()) if isinstance(value, str) else value)
 
-    def split(self, word: str) -> str:
-        """The split's one name.
+    def read_split(self, word: str) -> str:
+        """The standard name of a split: train, validate or test.
 
         Raises:
-            InputError: it is none of train, validate, test or their other names.
+            InputError: the word is not a name of a split; see `split_name`.
         """
         name = split_name(word)
         if name not in SPLITS:
-            known = f"Known are {', '.join(SPLITS)}."
+            known = f"Known splits: {', '.join(SPLITS)}."
             hint = did_you_mean(name, SPLITS) or "."
             raise InputError(f"{self.file}, row {self.row}: split '{word}' is unknown{hint} {known}")
         return name
 
-    def image(self, name: str) -> str:
-        """An image's path below its folder, normalised so that one file has one key.
+    def image_key(self, name: str) -> str:
+        """An image's key: its path relative to the image folder, normalised so that one file has one key.
 
         Raises:
-            InputError: the path is absolute or leads out of the folder.
+            InputError: the path is absolute, or is outside the folder.
         """
         key = posixpath.normpath(name.replace("\\", "/")) if name else ""
         if key.startswith(("/", "../")) or key == ".." or ":" in key.split("/")[0]:
-            what = "the image's path leads out of the dataset's folder"
+            what = "the image's path is outside the dataset's folder"
             raise InputError(f"{self.file}, row {self.row}: {what}. Write it relative to that folder.")
         return key
 
-    def kind(self, answer_type: str, answer: str) -> Kind:
-        """Open or closed as the file says; a file that says something else is listed."""
+    def read_kind(self, answer_type: str, answer: str) -> Kind:
+        """Open or closed, by the file's answer type. Any other type is listed, and yes and no are closed."""
         match answer_type.upper():
             case "OPEN":
                 return "open"
             case "CLOSED":
                 return "closed"
-        self.problem("answer_type is neither OPEN nor CLOSED", "Read as closed if yes/no, else open.")
+        self.add_problem("answer_type is neither OPEN nor CLOSED", "Read as closed if yes/no, else open.")
         return "closed" if is_yes_no(answer) else "open"
 
     def finish(
@@ -171,34 +185,49 @@ class Row:
         kind: Kind,
         split: str,
         meta: dict[str, str],
-        answer_called: str = "answer",
+        answer_name: str = "answer",
     ) -> None:
-        """Keep the row, or leave it out where image, answer or (but for reports) question is empty."""
-        filled = {key: value for key, value in meta.items() if value}
-        example = Example(self.id, tuple(images), question, answer, kind, split, filled)
-        empty = "image" if not all(images) or not images else answer_called if not answer else ""
+        """Add the row to the reader's examples, or skip it if its image, answer or question is empty.
+
+        A report may have an empty question.
+
+        Args:
+            images: image keys.
+            question: the question; empty for a report.
+            answer: the reference answer or report.
+            kind: open, closed or report.
+            split: the split's name.
+            meta: further fields; empty values are dropped.
+            answer_name: name of the answer's field, for the message about an empty answer.
+        """
+        meta = {key: value for key, value in meta.items() if value}
+        example = Example(self.id, tuple(images), question, answer, kind, split, meta)
+        empty = "image" if not all(images) or not images else answer_name if not answer else ""
         if not empty and not question and kind != "report":
             empty = "question"
         if empty:
-            self.problem(f"{empty} is empty", "Row left out: fill it in, or leave it so.")
-        (self._reading.left_out if empty else self._reading.examples).append(example)
+            self.add_problem(f"{empty} is empty", "Row skipped. Fill it in to use the row.")
+        (self._reader.skipped if empty else self._reader.examples).append(example)
 
 
-def image_folder(root: Path, below: Sequence[str], names: Iterable[str]) -> Path:
-    """The first of the folders `below` root ("" is root itself) that holds one of the first few images.
+def find_image_folder(root: Path, subfolders: Sequence[str], names: Iterable[str]) -> Path:
+    """Find the image folder: the first subfolder of root ("" is root itself) with one of the first 50 images.
 
-    Where none does, the first of all.
+    If no subfolder has any of them, the first subfolder.
     """
-    few = list(islice(names, 50))
-    for folder in (root / name for name in below):
-        if any((folder / name).is_file() for name in few):
+    first_names = list(islice(names, 50))
+    for folder in (root / name for name in subfolders):
+        if any((folder / name).is_file() for name in first_names):
             return folder
-    return root / below[0]
+    return root / subfolders[0]
 
 
 def missing_images(folder: Path, names: Iterable[str]) -> set[str]:
-    """Those of `names` (below `folder`, or absolute) that are no files: each directory is listed once."""
-    listings: dict[str, set[str]] = {}
+    """The names that are not files. Names are relative to `folder`, or absolute.
+
+    Each directory is listed once, instead of a check file by file.
+    """
+    listings: dict[str, set[str]] = {}  # directory -> names of its files
     missing = set()
     for name in set(names):
         parent, file = os.path.split(os.path.normpath(os.path.join(folder, name)))

@@ -1,4 +1,4 @@
-"""Rows of the file kinds that datasets come in (CSV, JSON lines), with the row's number for every fault."""
+"""Reads the rows of CSV and JSON-lines files; errors name the file and the row."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from normtune.errors import InputError
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-class Fault(InputError):
-    """Why one row cannot be used, and how to mend it."""
+class RowError(InputError):
+    """One row cannot be used: what is wrong with it, and how to fix it."""
 
-    def __init__(self, what: str, mend: str) -> None:
+    def __init__(self, what: str, fix: str) -> None:
         super().__init__(what)
-        self.what, self.mend = what, mend
+        self.what, self.fix = what, fix
 
 
 def file_bytes(path: Path) -> bytes:
-    """The bytes of a file, unpacked where its name ends in .gz.
+    """The bytes of a file; a file with a name that ends in .gz is decompressed.
 
     Raises:
-        InputError: it is missing, unreadable or a damaged archive.
+        InputError: the file is missing, unreadable or a damaged archive.
     """
     try:
         data = path.read_bytes()
@@ -40,7 +40,7 @@ def file_bytes(path: Path) -> bytes:
 
 
 def json_lines(file: Path) -> Iterator[tuple[int, Any]]:
-    """(line number from 1, its JSON value or a `Fault`) of every line that is not blank.
+    """Yield (line number from 1, JSON value or `RowError`) for every line that is not blank.
 
     Raises:
         InputError: the file cannot be read.
@@ -51,31 +51,40 @@ def json_lines(file: Path) -> Iterator[tuple[int, Any]]:
         try:
             yield number, json.loads(line)
         except UnicodeDecodeError:
-            yield number, Fault("not UTF-8 text", "Save the file as UTF-8.")
+            yield number, RowError("not UTF-8 text", "Save the file as UTF-8.")
         except (ValueError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else "too deep"
-            yield number, Fault(f"not valid JSON ({reason})", "Write one JSON object a line.")
+            yield number, RowError(f"not valid JSON ({reason})", "Write one JSON object a line.")
 
 
 def json_objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of every line that is not blank, in files that others have made.
+    """Yield (line number, object) for every line that is not blank, of a published file.
+
+    A fault is an error here, as a published file should have none: it is damaged or of another layout.
 
     Raises:
-        InputError: the file cannot be read, or a line is no JSON object.
+        InputError: the file cannot be read, or a line is not a JSON object.
     """
     for line, cells in json_lines(file):
-        if isinstance(cells, Fault):
-            raise InputError(f"{file.name}, row {line}: {cells.what}. {cells.mend}")
+        if isinstance(cells, RowError):
+            raise InputError(f"{file.name}, row {line}: {cells.what}. {cells.fix}")
         if not isinstance(cells, dict):
             raise InputError(f"{file.name}, row {line}: not a JSON object. Fetch the file again.")
         yield line, cells
 
 
 def csv_rows(file: Path, needed: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """(row number as a spreadsheet shows it, cells by column) of a CSV file; .csv.gz is unpacked.
+    """Yield (row number, column -> cell) for the rows of a .csv or .csv.gz file.
+
+    Args:
+        file: the file.
+        needed: columns that the file must have.
+
+    Yields:
+        Row numbers as a spreadsheet shows them: the header is row 1.
 
     Raises:
-        InputError: the file cannot be read or is no CSV, a column is missing, or a row has too many or too
+        InputError: the file cannot be read or is not CSV, a column is missing, or a row has too many or too
             few cells.
     """
     try:
@@ -89,30 +98,30 @@ def csv_rows(file: Path, needed: Sequence[str]) -> Iterator[tuple[int, dict[str,
         for number, cells in enumerate(reader, start=1):
             if not header:
                 header = cells
-                lacking = [column for column in needed if column not in header]
-                if lacking:
-                    there = ", ".join(header)
+                missing = [column for column in needed if column not in header]
+                if missing:
+                    columns = ", ".join(header)
                     raise InputError(
-                        f"{file.name}, row 1: no column {', '.join(lacking)}; its columns are {there}. "
-                        "Use the file as it was released, or rename them."
+                        f"{file.name}, row 1: no column {', '.join(missing)}; its columns are {columns}. "
+                        "Use the file as released, or rename its columns."
                     )
             elif cells:
                 if len(cells) != len(header):
-                    what = f"{len(cells)} cells, where there are {len(header)} columns"
-                    raise InputError(f"{file.name}, row {number}: {what}. Put quotes around its text.")
+                    what = f"{len(cells)} cells for {len(header)} columns"
+                    raise InputError(f"{file.name}, row {number}: {what}. Quote cells that contain commas.")
                 yield number, dict(zip(header, cells, strict=True))
     except csv.Error as error:
-        what = f"no valid CSV ({error})"
+        what = f"not valid CSV ({error})"
         raise InputError(f"{file.name}, row {number + 1}: {what}. Fetch the file again.") from error
     if not header:
         raise InputError(f"{file.name} is empty. Fetch the file again.")
 
 
 def find_table(root: Path, *names: str) -> Path | None:
-    """The first of the files that is there, as it is or with .gz; a name may be a pattern."""
+    """The first file in `root` with one of these names, also with .gz; a name may be a glob pattern."""
     for name in names:
         for pattern in (name, f"{name}.gz"):
-            found = sorted(path for path in root.glob(pattern) if path.is_file())
-            if found:
-                return found[0]
+            files = sorted(path for path in root.glob(pattern) if path.is_file())
+            if files:
+                return files[0]
     return None
