@@ -26,10 +26,10 @@ TRAIN = [
 
 
 def answer(question: str) -> str:
-    return QuestionOnly.fit(TRAIN).predict([row(question, "never looked at")])[0].text
+    return QuestionOnly.fit(TRAIN).predict([row(question, "unused")])[0].text
 
 
-def test_the_same_question_gets_its_commonest_answer() -> None:
+def test_the_same_question_gets_its_most_common_answer() -> None:
     assert answer("IS THE LUNG NORMAL") == "Yes"  # "Yes" and "yes" are one answer; "Yes" sorts first
 
 
@@ -47,9 +47,9 @@ def test_ties_go_to_the_alphabetically_first_form() -> None:
     assert QuestionOnly.fit(TRAIN[::-1]) == QuestionOnly.fit(TRAIN)
 
 
-def test_predictions_carry_the_ids() -> None:
-    found = QuestionOnly.fit(TRAIN).predict([row("Which side?", "", "7"), row("Where?", "", "3")])
-    assert [prediction.id for prediction in found] == ["7", "3"]
+def test_predictions_have_the_ids_of_the_examples() -> None:
+    predictions = QuestionOnly.fit(TRAIN).predict([row("Which side?", "", "7"), row("Where?", "", "3")])
+    assert [prediction.id for prediction in predictions] == ["7", "3"]
 
 
 def test_no_training_rows_is_an_input_error() -> None:

@@ -10,54 +10,68 @@ import pytest
 
 from normtune.errors import InputError
 from normtune.evaluation.compare import compare, compare_runs, comparison_markdown, comparison_text
-from normtune.metrics.statistics import holm
-from tests.support.evaluation_runs import QUESTIONS, answered, question, reported
+from normtune.metrics.statistics import holm_correction
+from tests.support.evaluation_runs import QUESTIONS, make_question, write_report_run, write_vqa_run
 
 
 def test_compare_pairs_rows_by_id(tmp_path: Path) -> None:
-    first = answered(tmp_path / "a", {0, 1, 8})
-    second = answered(tmp_path / "b", {0, 1, 2, 3, 4, 5, 8, 9})
-    found = compare(first, second)
-    opened = found["open_exact"]
-    assert (opened.first, opened.second, opened.difference) == (2 / 8, 6 / 8, 0.5)
-    assert (opened.rows, opened.images, opened.p) == (8, 4, 0.5)  # two images differ: 2 of 4 patterns
-    assert opened.p_holm == 1.0 and opened.low <= 0.5 <= opened.high
-    assert found["closed_label"].difference == 0.25
-    back = compare(second, first)["open_exact"]
-    assert (back.difference, back.p) == (-0.5, opened.p)
+    first = write_vqa_run(tmp_path / "a", {0, 1, 8})
+    second = write_vqa_run(tmp_path / "b", {0, 1, 2, 3, 4, 5, 8, 9})
+    differences = compare(first, second)
+    open_exact = differences["open_exact"]
+    assert (open_exact.first, open_exact.second, open_exact.difference) == (2 / 8, 6 / 8, 0.5)
+    assert (open_exact.rows, open_exact.images, open_exact.p) == (8, 4, 0.5)  # two images differ: 2 of 4 patterns
+    assert open_exact.p_holm == 1.0 and open_exact.low <= 0.5 <= open_exact.high
+    assert differences["closed_label"].difference == 0.25
+    reversed_open_exact = compare(second, first)["open_exact"]
+    assert (reversed_open_exact.difference, reversed_open_exact.p) == (-0.5, open_exact.p)
 
 
 def test_reports_are_compared_by_report_metrics(tmp_path: Path) -> None:
-    found = compare(
-        reported(tmp_path / "a", {0: "x", 1: "y", 2: "No effusion."}), reported(tmp_path / "b", {3: "z"})
+    differences = compare(
+        write_report_run(tmp_path / "a", {0: "x", 1: "y", 2: "No effusion."}),
+        write_report_run(tmp_path / "b", {3: "z"}),
     )
-    bleu = found["bleu_1/none"]
+    bleu = differences["bleu_1/none"]
     assert bleu.second > bleu.first > 0 and bleu.difference == pytest.approx(bleu.second - bleu.first)
     assert bleu.rows == bleu.images == 4 and bleu.low <= bleu.difference <= bleu.high
-    rouge = found["rouge_l/none"]
+    rouge = differences["rouge_l/none"]
     assert (rouge.second, rouge.p) == (0.75, 10 / 16)  # of +1, +1, +d, -1 ten of 16 swaps reach 1 + d
-    assert "global_exact" not in found
+    assert "global_exact" not in differences
 
 
-def test_several_runs_are_corrected_for_all_their_comparisons(tmp_path: Path) -> None:
-    many = [question(n) for n in range(60)]
-    runs = [answered(tmp_path / name, set(range(n)), many) for name, n in (("a", 4), ("b", 30), ("c", 56))]
-    found = compare_runs(runs)
-    assert list(found.differences) == ["b", "c"] and found.baseline.name == "a"
-    every = {(run, name): one for run, table in found.differences.items() for name, one in table.items()}
-    assert found.comparisons == len(every) == 2 * len(compare(runs[0], runs[1]))
-    assert {key: one.p_holm for key, one in every.items()} == holm({key: one.p for key, one in every.items()})
-    alone = compare(runs[0], runs[2])["global_exact"]
-    assert every["c", "global_exact"].p == alone.p and every["c", "global_exact"].p_holm > alone.p_holm
+def test_p_values_are_corrected_for_the_comparisons_of_all_runs(tmp_path: Path) -> None:
+    many = [make_question(n) for n in range(60)]
+    runs = [write_vqa_run(tmp_path / name, set(range(n)), many) for name, n in (("a", 4), ("b", 30), ("c", 56))]
+    comparison = compare_runs(runs)
+    assert list(comparison.differences) == ["b", "c"] and comparison.baseline.name == "a"
+    all_differences = {
+        (run, name): difference
+        for run, metrics in comparison.differences.items()
+        for name, difference in metrics.items()
+    }
+    assert comparison.comparisons == len(all_differences) == 2 * len(compare(runs[0], runs[1]))
+    assert {key: difference.p_holm for key, difference in all_differences.items()} == holm_correction(
+        {key: difference.p for key, difference in all_differences.items()}
+    )
+    pair_only = compare(runs[0], runs[2])["global_exact"]
+    assert (
+        all_differences["c", "global_exact"].p == pair_only.p
+        and all_differences["c", "global_exact"].p_holm > pair_only.p_holm
+    )
 
 
-def test_the_tables_hold_every_difference(tmp_path: Path) -> None:
-    runs = [answered(tmp_path / "a|1", {0}), answered(tmp_path / "b", {0, 2}), answered(tmp_path / "c", {1})]
-    found = compare_runs(runs).to_json()
-    json.dumps(found)
-    text, markdown = comparison_text(found), comparison_markdown(found)
+def test_the_tables_list_every_difference(tmp_path: Path) -> None:
+    runs = [
+        write_vqa_run(tmp_path / "a|1", {0}),
+        write_vqa_run(tmp_path / "b", {0, 2}),
+        write_vqa_run(tmp_path / "c", {1}),
+    ]
+    result = compare_runs(runs).to_json()
+    json.dumps(result)
+    text, markdown = comparison_text(result), comparison_markdown(result)
     assert "baseline: a|1" in text and "corrected for all" in text
-    for run, metrics in found["differences"].items():
+    for run, metrics in result["differences"].items():
         for name in metrics:
             assert any(line.split()[:2] == [run, name] for line in text.splitlines())
             assert f"| {run} | {name} | " in markdown
@@ -65,22 +79,22 @@ def test_the_tables_hold_every_difference(tmp_path: Path) -> None:
     assert len({row.count("|") for row in rows}) == 1 and "a\\|1" in markdown
 
 
-def test_runs_are_named_by_the_shortest_end_that_tells_them_apart(tmp_path: Path) -> None:
-    runs = [answered(tmp_path / path, {0}) for path in ("x/ln/scores", "x/full/scores", "y/other")]
-    found = compare_runs(runs)
-    assert [found.baseline.name, *found.differences] == ["ln/scores", "full/scores", "other"]
+def test_runs_are_named_by_the_shortest_unique_end_of_their_path(tmp_path: Path) -> None:
+    runs = [write_vqa_run(tmp_path / path, {0}) for path in ("x/ln/scores", "x/full/scores", "y/other")]
+    comparison = compare_runs(runs)
+    assert [comparison.baseline.name, *comparison.differences] == ["ln/scores", "full/scores", "other"]
 
 
-def test_other_rows_are_refused_with_how_many_and_where(tmp_path: Path) -> None:
-    first = answered(tmp_path / "a", {0})
-    second = answered(tmp_path / "b", {0}, [*QUESTIONS[2:], question(40)])
+def test_runs_with_different_rows_are_refused(tmp_path: Path) -> None:
+    first = write_vqa_run(tmp_path / "a", {0})
+    second = write_vqa_run(tmp_path / "b", {0}, [*QUESTIONS[2:], make_question(40)])
     with pytest.raises(InputError) as error:
         compare(first, second)
-    assert f"2 stand in {first} alone, first 'q0'; 1 stand in {second} alone, first 'q40'" in str(error.value)
+    assert f"2 are only in {first}, first 'q0'; 1 are only in {second}, first 'q40'" in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "told"),
+    ("field", "value", "message"),
     [
         ("answer", "heart", "1 references, first that of 'q0'"),
         ("question", "where?", "1 questions, first that of 'q0'"),
@@ -88,37 +102,37 @@ def test_other_rows_are_refused_with_how_many_and_where(tmp_path: Path) -> None:
         ("kind", "closed", "1 kinds of question, first that of 'q0'"),
     ],
 )
-def test_rows_that_changed_under_their_ids_are_refused(
-    tmp_path: Path, field: str, value: Any, told: str
+def test_rows_with_the_same_id_and_different_content_are_refused(
+    tmp_path: Path, field: str, value: Any, message: str
 ) -> None:
-    first = answered(tmp_path / "a", {1})
-    second = answered(tmp_path / "b", {1}, [replace(QUESTIONS[0], **{field: value}), *QUESTIONS[1:]])
-    with pytest.raises(InputError, match=told):
+    first = write_vqa_run(tmp_path / "a", {1})
+    second = write_vqa_run(tmp_path / "b", {1}, [replace(QUESTIONS[0], **{field: value}), *QUESTIONS[1:]])
+    with pytest.raises(InputError, match=message):
         compare(first, second)
 
 
-def test_other_normalisations_are_refused(tmp_path: Path) -> None:
-    first = answered(tmp_path / "a", {0})
-    second = answered(tmp_path / "b", {0}, normalisation="none")
+def test_runs_with_different_normalisations_are_refused(tmp_path: Path) -> None:
+    first = write_vqa_run(tmp_path / "a", {0})
+    second = write_vqa_run(tmp_path / "b", {0}, normalisation="none")
     with pytest.raises(InputError, match="different normalisations: vqa and none"):
         compare(first, second)
 
 
-def test_a_manifest_of_other_rows_is_refused(tmp_path: Path) -> None:
-    first, second = answered(tmp_path / "a", {0}), answered(tmp_path / "b", {0})
-    other = answered(tmp_path / "c", {0}, QUESTIONS[1:])
+def test_a_manifest_of_another_run_is_refused(tmp_path: Path) -> None:
+    first, second = write_vqa_run(tmp_path / "a", {0}), write_vqa_run(tmp_path / "b", {0})
+    other = write_vqa_run(tmp_path / "c", {0}, QUESTIONS[1:])
     shutil.copy(other / "manifest.json", second / "manifest.json")
-    with pytest.raises(InputError, match=r"b/manifest\.json is not of the predictions beside it"):
+    with pytest.raises(InputError, match=r"b/manifest\.json does not match predictions\.jsonl"):
         compare(first, second)
     manifest = json.loads((first / "manifest.json").read_text())
     (second / "manifest.json").write_text(json.dumps(manifest | {"ids": manifest["ids"][1:]}))
-    with pytest.raises(InputError, match="its ids do not have its hash"):
+    with pytest.raises(InputError, match="its ids do not match its hash"):
         compare(first, second)
 
 
-def test_one_run_or_one_twice_is_refused(tmp_path: Path) -> None:
-    run = answered(tmp_path / "a", {0})
-    with pytest.raises(InputError, match="Name two result folders"):
+def test_a_single_run_or_a_repeated_run_is_refused(tmp_path: Path) -> None:
+    run = write_vqa_run(tmp_path / "a", {0})
+    with pytest.raises(InputError, match="Name two or more result folders"):
         compare_runs([run])
     with pytest.raises(InputError, match="named twice"):
         compare_runs([run, tmp_path / "." / "a"])

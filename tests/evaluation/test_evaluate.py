@@ -12,17 +12,12 @@ from PIL import Image
 
 from normtune.data.records import Dataset, Example, Kind
 from normtune.errors import InputError
-from normtune.evaluation.evaluate import (
-    Evaluation,
-    answer_all,
-    evaluate,
-    metrics_text,
-    score_closed_candidates,
-)
+from normtune.evaluation.evaluate import Evaluation, answer_all, evaluate, metrics_text, score_closed_candidates
 from normtune.evaluation.results import split_hash
 from normtune.models.family import Family
 from normtune.models.types import Answer
 from tests.support.fake_family import CountingImages, FakeFamily, fake_dataset
+from tests.support.tolerance import approx
 
 
 def example(id: str, image: str, answer: str, kind: Kind = "open") -> Example:
@@ -44,29 +39,29 @@ def run(family: FakeFamily, dataset: Dataset, out: Path | None = None, **options
 
 
 def test_answers_are_joined_by_id_and_scored() -> None:
-    found = run(FakeFamily(ANSWERS), fake_dataset(EXAMPLES))
-    assert [(p.id, p.text, p.score) for p in found.predictions] == [(i, a, -0.5) for i, a in ANSWERS.items()]
-    assert found.metrics["closed_label"].value == 0.5
-    assert found.metrics["open_exact"].value == pytest.approx(1 / 3)
-    assert found.metrics["open_recall"].value == pytest.approx(0.5)
-    assert found.pairs_per_second == pytest.approx(5 / found.seconds)
-    assert found.peak_memory_bytes > 0
+    evaluation = run(FakeFamily(ANSWERS), fake_dataset(EXAMPLES))
+    assert [(p.id, p.text, p.score) for p in evaluation.predictions] == [(i, a, -0.5) for i, a in ANSWERS.items()]
+    assert evaluation.metrics["closed_label"].value == 0.5
+    assert evaluation.metrics["open_exact"].value == pytest.approx(1 / 3)
+    assert evaluation.metrics["open_recall"].value == pytest.approx(0.5)
+    assert evaluation.pairs_per_second == pytest.approx(5 / evaluation.seconds)
+    assert evaluation.peak_memory_bytes > 0
 
 
-@pytest.mark.parametrize(("cap", "batch_pairs"), [(None, 64), (1, 2), (2, 1), (None, 1)])
-def test_each_image_is_opened_once_and_shared(cap: int | None, batch_pairs: int) -> None:
+@pytest.mark.parametrize(("max_group_size", "batch_pairs"), [(None, 64), (1, 2), (2, 1), (None, 1)])
+def test_each_image_is_opened_once_and_shared(max_group_size: int | None, batch_pairs: int) -> None:
     images, family = CountingImages(), FakeFamily(ANSWERS)
-    found = run(family, fake_dataset(EXAMPLES, images), cap=cap, batch_pairs=batch_pairs)
+    evaluation = run(family, fake_dataset(EXAMPLES, images), max_group_size=max_group_size, batch_pairs=batch_pairs)
     assert sorted(images.opened) == ["10", "20", "30"]
     groups = [group for batch in family.batches for group in batch]
-    assert all(len(group.segments) <= (cap or 3) for group in groups)
+    assert all(len(group.segments) <= (max_group_size or 3) for group in groups)
     assert sorted(s.id for group in groups for s in group.segments) == sorted(ANSWERS)
-    assert found.metrics["global_exact"].value == pytest.approx(2 / 5)
+    assert evaluation.metrics["global_exact"].value == pytest.approx(2 / 5)
 
 
-def test_files_hold_predictions_manifest_and_metrics(tmp_path: Path) -> None:
-    names = {"base": "nano", "adapter": "ln"}
-    found = run(FakeFamily(ANSWERS), fake_dataset(EXAMPLES), tmp_path / "run", names=names, beams=3)
+def test_predictions_manifest_and_metrics_are_written(tmp_path: Path) -> None:
+    metadata = {"base": "nano", "adapter": "ln"}
+    evaluation = run(FakeFamily(ANSWERS), fake_dataset(EXAMPLES), tmp_path / "run", metadata=metadata, beams=3)
     rows = [json.loads(line) for line in (tmp_path / "run/predictions.jsonl").read_text().splitlines()]
     assert rows[2] == {
         "id": "q3",
@@ -81,7 +76,7 @@ def test_files_hold_predictions_manifest_and_metrics(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "run/manifest.json").read_text())
     assert manifest == {"split_hash": split_hash(list(ANSWERS)), "ids": sorted(ANSWERS)}
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
-    assert metrics["metrics"]["closed_label"]["value"] == found.metrics["closed_label"].value
+    assert metrics["metrics"]["closed_label"]["value"] == evaluation.metrics["closed_label"].value
     assert (metrics["base"], metrics["adapter"], metrics["licence"]) == ("nano", "ln", "CC0")
     assert metrics["notice"] == "research use, not for diagnosis"
     assert (metrics["rows"], metrics["images"], metrics["splits"]) == (5, 3, ["test"])
@@ -92,31 +87,28 @@ def test_files_hold_predictions_manifest_and_metrics(tmp_path: Path) -> None:
 
 
 def test_candidates_answer_the_closed_questions() -> None:
-    """q1 prefers yes by 3 nats, q4 no by 1: shares are softmaxes; open questions are answered as usual."""
+    """q1 prefers yes by 3 nats, q4 prefers no by 1. Scores are log-softmaxes; open answers are generated."""
     sums = {("q1", "yes"): -1.0, ("q1", "no"): -4.0, ("q4", "yes"): -3.0, ("q4", "no"): -2.0}
     family = FakeFamily(ANSWERS, lambda id, word: sums[id, word])
     ticks: list[tuple[int, int]] = []
-    found = run(
-        family,
-        fake_dataset(EXAMPLES),
-        candidates="yes/no",
-        progress=lambda done, total: ticks.append((done, total)),
+    evaluation = run(
+        family, fake_dataset(EXAMPLES), candidates="yes/no", progress=lambda done, total: ticks.append((done, total))
     )
-    by_id = {p.id: p for p in found.predictions}
+    by_id = {p.id: p for p in evaluation.predictions}
     assert (by_id["q1"].text, by_id["q4"].text, by_id["q2"].text) == ("yes", "no", "lung")
-    assert by_id["q1"].score == pytest.approx(-math.log(1 + math.exp(-3)), abs=1e-6)
-    assert found.metrics["closed_label"].value == 1.0
+    assert by_id["q1"].score == approx(-math.log(1 + math.exp(-3)))
+    assert evaluation.metrics["closed_label"].value == 1.0
     assert ticks == [(3, 5), (5, 5)]
 
 
-def test_a_tie_goes_to_the_first_candidate() -> None:
+def test_of_equally_probable_candidates_the_first_is_taken() -> None:
     family = FakeFamily(ANSWERS, lambda id, word: -1.0)
     dataset = fake_dataset(EXAMPLES)
-    found = score_closed_candidates(cast(Family, family), dataset, [EXAMPLES[0]], ("no", "yes"))
-    assert found[0].text == "no"
+    predictions = score_closed_candidates(cast(Family, family), dataset, [EXAMPLES[0]], ("no", "yes"))
+    assert predictions[0].text == "no"
 
 
-def test_candidates_share_a_group_and_fit_the_batch() -> None:
+def test_candidates_of_one_image_share_a_group_and_fit_the_batch() -> None:
     family = FakeFamily(ANSWERS, lambda id, word: float(len(word)))
     dataset = fake_dataset(EXAMPLES)
     score_closed_candidates(cast(Family, family), dataset, EXAMPLES, ("yes", "no"), batch_pairs=4, cap=2)
@@ -124,24 +116,24 @@ def test_candidates_share_a_group_and_fit_the_batch() -> None:
     assert family.batches[0][0].segments[1].id == "q1=no"
 
 
-def test_reports_get_their_own_length_and_prompt() -> None:
+def test_reports_have_a_different_length_and_prompt() -> None:
     report = Example("r", ("10", "20"), "", "The lungs are clear.", "report", "test")
     family = FakeFamily({"r": "clear lungs"})
-    found = answer_all(cast(Family, family), fake_dataset([report]), [report], max_new_tokens=128)
-    assert family.asked == [("r", True)] and family.settings == [(128, 1)]
-    assert found[0].text == "clear lungs"
+    predictions = answer_all(cast(Family, family), fake_dataset([report]), [report], max_new_tokens=128)
+    assert family.tokenized == [("r", True)] and family.settings == [(128, 1)]
+    assert predictions[0].text == "clear lungs"
 
 
-def test_reports_are_scored_as_reports_and_their_files_say_so(tmp_path: Path) -> None:
+def test_reports_are_scored_with_report_metrics(tmp_path: Path) -> None:
     texts = {"a": "The heart is enlarged. No effusion.", "b": "Small left effusion."}
     reports = [Example(id, ("10", "20"), "", text, "report", "test") for id, text in texts.items()]
-    said = {"a": texts["a"], "b": "No effusion."}
-    found = run(FakeFamily(said), fake_dataset(reports), tmp_path)
-    assert {"bleu_4/none", "rouge_l/r2gen-iu", "findings_rules_f1_micro_14"} <= set(found.metrics)
-    assert not {"global_exact", "open_exact"} & set(found.metrics)
+    predictions = {"a": texts["a"], "b": "No effusion."}
+    evaluation = run(FakeFamily(predictions), fake_dataset(reports), tmp_path)
+    assert {"bleu_4/none", "rouge_l/r2gen-iu", "findings_rules_f1_micro_14"} <= set(evaluation.metrics)
+    assert not {"global_exact", "open_exact"} & set(evaluation.metrics)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["normalisation"] == ["none", "r2gen-iu"]
-    assert metrics["metrics"]["bleu_4/none"]["value"] == found.metrics["bleu_4/none"].value
+    assert metrics["metrics"]["bleu_4/none"]["value"] == evaluation.metrics["bleu_4/none"].value
 
 
 def test_a_damaged_image_is_named() -> None:
@@ -154,7 +146,7 @@ def test_a_damaged_image_is_named() -> None:
         run(FakeFamily(ANSWERS), fake_dataset(EXAMPLES, broken))
 
 
-def test_memory_errors_say_what_to_lower() -> None:
+def test_a_memory_error_names_the_option_to_lower() -> None:
     class Full(FakeFamily):
         def generate_answers(self, *_: Any, **__: Any) -> list[list[Answer]]:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -163,7 +155,7 @@ def test_memory_errors_say_what_to_lower() -> None:
         run(Full(ANSWERS), fake_dataset(EXAMPLES), batch_pairs=7)
 
 
-def test_a_score_that_is_not_a_number_is_left_out(tmp_path: Path) -> None:
+def test_a_score_that_is_nan_is_omitted(tmp_path: Path) -> None:
     class Unsure(FakeFamily):
         def generate_answers(self, groups: Any, *_: Any, **__: Any) -> list[list[Answer]]:
             return [[Answer("yes", math.nan) for _ in group.segments] for group in groups]
@@ -176,13 +168,13 @@ def test_a_score_that_is_not_a_number_is_left_out(tmp_path: Path) -> None:
     ("examples", "options", "message"),
     [
         ([], {}, "nothing to evaluate"),
-        ([EXAMPLES[0], EXAMPLES[0]], {}, "1 ids stand twice among the examples, first 'q1'"),
+        ([EXAMPLES[0], EXAMPLES[0]], {}, "1 ids occur more than once in the examples, first 'q1'"),
         ([EXAMPLES[0], Example("r", ("10",), "", "x", "report", "test")], {}, "one task at a time"),
         (EXAMPLES, {"candidates": "yes"}, "give two or more"),
         (EXAMPLES, {"normalisation": "vqaa"}, "did you mean 'vqa'"),
     ],
 )
-def test_bad_input_is_told_before_anything_is_answered(
+def test_bad_input_is_reported_before_anything_is_answered(
     examples: list[Example], options: dict[str, Any], message: str
 ) -> None:
     family = FakeFamily(ANSWERS)
@@ -191,7 +183,7 @@ def test_bad_input_is_told_before_anything_is_answered(
     assert family.batches == []
 
 
-def test_an_unwritable_place_is_told_first(tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_reported_before_anything_is_answered(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     family = FakeFamily(ANSWERS)
     with pytest.raises(InputError, match="Choose another --out"):

@@ -19,19 +19,15 @@ def example(number: int, answer: str = "lung", kind: Kind = "open") -> Example:
 EXAMPLES = [example(n) for n in range(8)] + [example(n, "yes", "closed") for n in range(8, 12)]
 
 
-def write(
-    out: Path, right: set[int], examples: list[Example] | None = None, normalisation: str = "vqa"
-) -> Path:
+def write(out: Path, right: set[int], examples: list[Example] | None = None, normalisation: str = "vqa") -> Path:
     examples = examples or EXAMPLES
-    predictions = [
-        Prediction(e.id, e.answer if int(e.id[1:]) in right else "wrong", -0.1) for e in reversed(examples)
-    ]
+    predictions = [Prediction(e.id, e.answer if int(e.id[1:]) in right else "wrong", -0.1) for e in reversed(examples)]
     metrics = score_vqa(examples, predictions, normalisation=normalisation)
     write_results(out, fake_dataset(examples), examples, predictions, metrics, normalisation=normalisation)
     return out
 
 
-def test_a_run_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+def test_a_written_run_reads_back_unchanged(tmp_path: Path) -> None:
     examples, texts, metrics = read_run(write(tmp_path, {0, 1}))
     assert examples == [Example(e.id, e.images, e.question, e.answer, e.kind, "") for e in EXAMPLES]
     assert texts["q0"] == "lung" and texts["q5"] == "wrong"
@@ -43,7 +39,7 @@ def test_scores_are_read_back_by_id(tmp_path: Path) -> None:
     assert scores == {example.id: -0.1 for example in EXAMPLES}
 
 
-def test_the_hash_knows_rows_and_not_their_order() -> None:
+def test_the_hash_depends_on_the_rows_and_not_on_their_order() -> None:
     assert split_hash(["b", "a"]) == split_hash(["a", "b"]) != split_hash(["a", "c"])
     # printf 'a\nb' | sha256sum
     assert split_hash(["b", "a"]) == "7e18f737311b2dc3b2f269dd78396b0351f14fb66efa879f768cb23181883c78"
@@ -56,10 +52,10 @@ def test_a_damaged_row_is_named(tmp_path: Path) -> None:
         read_run(tmp_path)
 
 
-def test_rows_taken_away_are_noticed(tmp_path: Path) -> None:
+def test_removed_rows_are_detected(tmp_path: Path) -> None:
     path = write(tmp_path, {0}) / "predictions.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
-    with pytest.raises(InputError, match=r"does not hold the rows|not a prediction row"):
+    with pytest.raises(InputError, match=r"does not have the rows|not a prediction row"):
         read_run(tmp_path)
 
 
@@ -71,7 +67,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         read_run(tmp_path / "elsewhere")
 
 
-def test_no_half_written_file_is_left(tmp_path: Path) -> None:
+def test_no_temporary_file_remains(tmp_path: Path) -> None:
     names = {path.name for path in write(tmp_path, {0}).iterdir()}
     assert names == {"predictions.jsonl", "manifest.json", "metrics.json"}
     assert json.loads((tmp_path / "metrics.json").read_text())["intervals"].startswith("95%")

@@ -32,47 +32,43 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_reports_are_joined_by_id_and_resampled_by_image(files: tuple[Path, Path], tmp_path: Path) -> None:
-    found = score_files(*files, resamples=50, out=tmp_path / "scores.json")
-    assert (found["task"], found["rows"], found["images"]) == ("report", 3, 2)
-    assert found["normalisations"] == ["none", "r2gen-iu"]
+    result = score_files(*files, resamples=50, out=tmp_path / "scores.json")
+    assert (result["task"], result["rows"], result["images"]) == ("report", 3, 2)
+    assert result["normalisations"] == ["none", "r2gen-iu"]
     texts = {str(row["id"]): str(row["prediction"]) for row in PREDICTIONS}
-    expected = score_lists(
-        [texts[str(row["id"])] for row in REFERENCES], [str(row["reference"]) for row in REFERENCES]
-    )
-    assert {name: each["value"] for name, each in found["metrics"].items()} == pytest.approx(expected)
-    assert found["findings"]["findings_rules"]["Pleural Effusion"]["f1"] == 1.0
-    assert found["findings"]["findings_rules"]["Cardiomegaly"]["recall"] == 0.0
-    assert json.loads((tmp_path / "scores.json").read_text()) == found
-    text = score_text(found)
+    expected = score_lists([texts[str(row["id"])] for row in REFERENCES], [str(row["reference"]) for row in REFERENCES])
+    assert {name: metric["value"] for name, metric in result["metrics"].items()} == pytest.approx(expected)
+    assert result["findings"]["findings_rules"]["Pleural Effusion"]["f1"] == 1.0
+    assert result["findings"]["findings_rules"]["Cardiomegaly"]["recall"] == 0.0
+    assert json.loads((tmp_path / "scores.json").read_text()) == result
+    text = score_text(result)
     assert "bleu_4/r2gen-iu" in text and "Pleural Effusion" in text and "left pleural" not in text
 
 
-def test_the_order_of_rows_changes_nothing(files: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_order_of_rows_does_not_matter(files: tuple[Path, Path], tmp_path: Path) -> None:
     backwards = write(tmp_path / "backwards.jsonl", PREDICTIONS[::-1])
     assert score_files(backwards, files[1], resamples=20) == score_files(*files, resamples=20)
 
 
-def test_the_predictions_of_an_evaluation_serve_as_both_files(tmp_path: Path) -> None:
+def test_the_predictions_of_an_evaluation_can_be_both_files(tmp_path: Path) -> None:
     rows = [
         {"id": "q1", "images": ["x"], "kind": "closed", "reference": "Yes", "prediction": "yes"},
         {"id": "q2", "images": ["x"], "kind": "open", "reference": "lung", "prediction": "left lung"},
         {"id": "q3", "images": ["y"], "kind": "open", "reference": 2, "prediction": "two"},
     ]
     path = write(tmp_path / "predictions.jsonl", rows)
-    found = score_files(path, path, resamples=20)
-    assert found["task"] == "vqa" and found["normalisations"] == ["vqa"]
-    assert found["metrics"]["closed_label"]["value"] == 1.0
-    assert found["metrics"]["open_exact"]["value"] == 0.5
-    assert "findings" not in found and "open_exact" in score_text(found)
+    result = score_files(path, path, resamples=20)
+    assert result["task"] == "vqa" and result["normalisations"] == ["vqa"]
+    assert result["metrics"]["closed_label"]["value"] == 1.0
+    assert result["metrics"]["open_exact"]["value"] == 0.5
+    assert "findings" not in result and "open_exact" in score_text(result)
 
 
-def test_answers_without_a_kind_are_closed_where_they_are_yes_or_no(tmp_path: Path) -> None:
+def test_answers_without_a_kind_are_closed_if_they_are_yes_or_no(tmp_path: Path) -> None:
     references = write(tmp_path / "r.jsonl", [{"id": "1", "answer": "yes"}, {"id": "2", "answer": "heart"}])
-    predictions = write(
-        tmp_path / "p.jsonl", [{"id": "1", "prediction": "Yes"}, {"id": "2", "prediction": "x"}]
-    )
-    found = score_files(predictions, references, task="vqa", resamples=5)
-    assert (found["metrics"]["closed_label"]["rows"], found["metrics"]["open_exact"]["value"]) == (1, 0.0)
+    predictions = write(tmp_path / "p.jsonl", [{"id": "1", "prediction": "Yes"}, {"id": "2", "prediction": "x"}])
+    result = score_files(predictions, references, task="vqa", resamples=5)
+    assert (result["metrics"]["closed_label"]["rows"], result["metrics"]["open_exact"]["value"]) == (1, 0.0)
     assert score_lists(["Yes", "x"], ["yes", "heart"], task="vqa")["closed_label"] == 1.0
 
 
@@ -82,16 +78,16 @@ ROW = {"id": "a", "prediction": "x"}
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([ROW, ROW], r"pred\.jsonl, line 2: id 'a' stands on line 1 too\. Keep one"),
+        ([ROW, ROW], r"pred\.jsonl, line 2: id 'a' is also on line 1\. Keep one"),
         ([{"id": "a", "predicton": "x"}], r"line 1: field 'prediction' is missing, is it 'predicton'\?"),
-        ([{"prediction": "x"}], r"line 1: field 'id' is missing or is no text"),
-        ([{"id": True, "prediction": "x"}], r"line 1: field 'id' is missing or is no text"),
+        ([{"prediction": "x"}], r"line 1: field 'id' is missing or is not text"),
+        ([{"id": True, "prediction": "x"}], r"line 1: field 'id' is missing or is not text"),
         ([{"id": "a", "prediction": ["x"]}], r"line 1: field 'prediction' is a list, not text"),
         ([{"id": "a", "prediction": None}], r"line 1: field 'prediction' is null, not text"),
         ([ROW, "{"], r"line 2: not valid JSON"),
         (["[1]"], r"line 1: not a JSON object"),
-        ([], r"holds no row"),
-        ([{**ROW, "images": [3]}], r"line 1: field 'images' is no list of texts"),
+        ([], r"has no rows"),
+        ([{**ROW, "images": [3]}], r"line 1: field 'images' is not a list of texts"),
         ([{**ROW, "kind": "both"}], r"line 1: field 'kind' is unknown"),
     ],
 )
@@ -108,11 +104,9 @@ def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
         read_texts(tmp_path / "nowhere.jsonl", ("prediction",))
 
 
-def test_ids_of_one_file_alone_are_named(files: tuple[Path, Path], tmp_path: Path) -> None:
+def test_ids_of_only_one_file_are_named(files: tuple[Path, Path], tmp_path: Path) -> None:
     fewer = write(tmp_path / "fewer.jsonl", PREDICTIONS[:1])
-    with pytest.raises(
-        InputError, match=r"ref\.jsonl, line 1: id 'a' \(and 1 more\) is not in .*fewer\.jsonl"
-    ):
+    with pytest.raises(InputError, match=r"ref\.jsonl, line 1: id 'a' \(and 1 more\) is not in .*fewer\.jsonl"):
         score_files(fewer, files[1])
     more = write(tmp_path / "more.jsonl", [*PREDICTIONS, {"id": "z", "prediction": "x"}])
     with pytest.raises(InputError, match=r"more\.jsonl, line 4: id 'z' is not in .*ref\.jsonl"):
@@ -124,9 +118,12 @@ def test_an_empty_reference_and_mixed_tasks_are_refused(tmp_path: Path) -> None:
     empty = write(tmp_path / "r.jsonl", [{"id": "a", "reference": "x"}, {"id": "b", "reference": " "}])
     with pytest.raises(InputError, match=r"r\.jsonl, line 2: field 'reference' is empty"):
         score_files(predictions, empty)
-    mixed = [{"id": "a", "reference": "x", "kind": "open"}, {"id": "b", "reference": "y", "kind": "report"}]
-    with pytest.raises(InputError, match=r"hold questions and reports\. Say --task"):
-        score_files(predictions, write(tmp_path / "m.jsonl", mixed))
+    questions_and_reports = [
+        {"id": "a", "reference": "x", "kind": "open"},
+        {"id": "b", "reference": "y", "kind": "report"},
+    ]
+    with pytest.raises(InputError, match=r"have questions and reports\. Set --task"):
+        score_files(predictions, write(tmp_path / "m.jsonl", questions_and_reports))
 
 
 def test_options_of_reports_are_refused_for_answers(files: tuple[Path, Path], tmp_path: Path) -> None:
@@ -138,6 +135,6 @@ def test_options_of_reports_are_refused_for_answers(files: tuple[Path, Path], tm
         score_files(*files, chexbert=tmp_path)
 
 
-def test_lists_of_other_lengths_are_refused() -> None:
+def test_lists_of_different_lengths_are_refused() -> None:
     with pytest.raises(InputError, match="2 predictions and 1 references"):
         score_lists(["a", "b"], ["a"])

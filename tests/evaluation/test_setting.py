@@ -1,4 +1,4 @@
-"""What an evaluation is told to be: of the adapter's own data, of others, or of no adapter at all."""
+"""The recorded setting of an evaluation: on the adapter's training dataset, on another one, or zero-shot."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from normtune.methods.adapt import adapt
 from normtune.runtime.files import read_json
 from normtune.training.config import TrainConfig
 from normtune.training.train import train
-from tests.support.base_models import base
+from tests.support.base_models import tiny_base
 from tests.support.dataset_samples import slake_row, vqa_rad_row, write_slake, write_vqa_rad
 from tests.support.tiny_miss import save_tiny_miss
 
 
-def test_results_say_what_was_trained_on_and_what_an_evaluation_elsewhere_is(tmp_path: Path) -> None:
-    """A delta of SLAKE on SLAKE, VQA-RAD and phantoms, and the base without one."""
+def test_results_record_the_training_dataset_and_the_setting(tmp_path: Path) -> None:
+    """An adapter trained on SLAKE is evaluated on SLAKE, VQA-RAD and phantoms, and the base on VQA-RAD."""
     (tmp_path / "slake").mkdir()
     slake = write_slake(tmp_path / "slake", train=[slake_row(1, 1), slake_row(2, 1)], test=[slake_row(3, 2)])
     rad = write_vqa_rad(tmp_path / "rad", [vqa_rad_row(1, "a.jpg", phrase_type="test_freeform")])
     model: dict[str, Any] = {"model": str(save_tiny_miss(tmp_path / "base")), "device": "cpu"}
-    delta = tmp_path / "delta"
-    train(TrainConfig(**model, data="slake", root=slake, out=delta, max_steps=1))
+    adapter_folder = tmp_path / "adapter"
+    train(TrainConfig(**model, data="slake", root=slake, out=adapter_folder, max_steps=1))
 
-    def told(data: str, root: Path | None, adapter: Path | None) -> tuple[Any, ...]:
-        where: dict[str, Any] = {"data": data, "root": root, "adapter": adapter, "out": tmp_path / "run"}
-        found = evaluate_config(EvaluateConfig(**model, **where, max_new_tokens=2, limit=2))
-        assert found == {**read_json(tmp_path / "run/metrics.json"), "out": str(tmp_path / "run")}
-        assert found["setting"] in metrics_text(found)
-        return found["trained_on"], found["dataset"], found["setting"]
+    def evaluate(data: str, root: Path | None, adapter: Path | None) -> tuple[Any, ...]:
+        options: dict[str, Any] = {"data": data, "root": root, "adapter": adapter, "out": tmp_path / "run"}
+        result = evaluate_config(EvaluateConfig(**model, **options, max_new_tokens=2, limit=2))
+        assert result == {**read_json(tmp_path / "run/metrics.json"), "out": str(tmp_path / "run")}
+        assert result["setting"] in metrics_text(result)
+        return result["trained_on"], result["dataset"], result["setting"]
 
-    assert told("slake", slake, delta) == ("slake", "slake", "in-distribution")
-    assert told("vqa-rad", rad, delta) == ("slake", "vqa-rad", "out-of-distribution")
-    assert told("phantom-b:2", None, delta) == ("slake", "phantom-b", "out-of-distribution")
-    assert told("vqa-rad", rad, None) == (None, "vqa-rad", "zero-shot")
+    assert evaluate("slake", slake, adapter_folder) == ("slake", "slake", "in-distribution")
+    assert evaluate("vqa-rad", rad, adapter_folder) == ("slake", "vqa-rad", "out-of-distribution")
+    assert evaluate("phantom-b:2", None, adapter_folder) == ("slake", "phantom-b", "out-of-distribution")
+    assert evaluate("vqa-rad", rad, None) == (None, "vqa-rad", "zero-shot")
 
 
 @pytest.mark.parametrize(
@@ -49,10 +49,10 @@ def test_results_say_what_was_trained_on_and_what_an_evaluation_elsewhere_is(tmp
         ({"name": "jsonl"}, "slake", "out-of-distribution"),
     ],
 )
-def test_a_name_that_does_not_say_whose_data_it_is_decides_nothing(
+def test_a_dataset_named_by_its_file_format_has_an_unknown_setting(
     data: dict[str, Any] | None, dataset: str, setting: str, tmp_path: Path
 ) -> None:
-    tuned = adapt(base("miss"), "ln")
-    mark = "-".join(["0" * 32] * 2)
-    save_adapter(tuned, tmp_path, base_name="tiny", base_fingerprint=mark, data=data)
+    tuned = adapt(tiny_base("miss"), "ln")
+    fingerprint = "-".join(["0" * 32] * 2)
+    save_adapter(tuned, tmp_path, base_name="tiny", base_fingerprint=fingerprint, data=data)
     assert _setting(tmp_path, dataset)["setting"] == setting

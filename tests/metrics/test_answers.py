@@ -13,31 +13,16 @@ from normtune.errors import InputError
 from normtune.metrics.answers import (
     METRICS,
     closed_substring,
-    exact,
-    f1,
+    exact_match,
     llava_med_recall,
-    recall,
+    score_rows,
     score_vqa,
-    scores,
+    token_f1,
+    token_recall,
 )
 from normtune.metrics.normalisation import normalise, tokens
 
-WORDS = [
-    "left",
-    "lung",
-    "right",
-    "kidney",
-    "no",
-    "yes",
-    "normal",
-    "the",
-    "a",
-    "2",
-    "two",
-    "x-ray",
-    "1,000",
-    "dont.",
-]
+WORDS = ["left", "lung", "right", "kidney", "no", "yes", "normal", "the", "a", "2", "two", "x-ray", "1,000", "dont."]
 texts = st.lists(st.sampled_from(WORDS), max_size=6).map(" ".join)
 
 
@@ -45,8 +30,8 @@ def example(id: str, answer: str, kind: Kind = "open", image: str = "image") -> 
     return Example(id, (image,), "question", answer, kind, "test")
 
 
-# LLaVA-Med's protocol written again from its description, one function, sets and loops instead of counters.
-def llava_med_again(prediction: str, reference: str) -> float:
+# An independent implementation of LLaVA-Med's protocol from its description, with sets and loops.
+def llava_med_reference(prediction: str, reference: str) -> float:
     def words(text: str) -> list[str]:
         for _ in range(2):
             source = text = text.lower()
@@ -55,7 +40,7 @@ def llava_med_again(prediction: str, reference: str) -> float:
                 text = text.replace(mark, "" if touches_blank or re.search(r"\d,\d", source) else " ")
             text = re.sub(r"\.(?!\d)", "", text, count=32)
             numbers = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-            kept = []
+            words_left = []
             for word in text.split():
                 if word == "none":
                     word = "0"
@@ -63,29 +48,29 @@ def llava_med_again(prediction: str, reference: str) -> float:
                     word = str(numbers.index(word))
                 if word in ("a", "an", "the"):
                     continue
-                kept.append({"dont": "don't"}.get(word, word))
-            text = " ".join(kept).replace(",", "")
+                words_left.append({"dont": "don't"}.get(word, word))
+            text = " ".join(words_left).replace(",", "")
         return text.split()
 
-    said, meant = words(prediction), words(reference)
+    predicted, expected = words(prediction), words(reference)
     true_positive = false_negative = 0
-    for word in set(said) | set(meant):
-        if word in said and word in meant:
-            true_positive += said.count(word)
-        elif word in meant:
-            false_negative += meant.count(word)
+    for word in set(predicted) | set(expected):
+        if word in predicted and word in expected:
+            true_positive += predicted.count(word)
+        elif word in expected:
+            false_negative += expected.count(word)
     return true_positive / (true_positive + false_negative) if true_positive else 0.0
 
 
 # The formula of SQuAD's official evaluation, on tokens.
 def squad_f1(prediction: str, reference: str) -> float:
-    said, meant = prediction.split(), reference.split()
-    if not said or not meant:
-        return float(said == meant)
-    same = sum((Counter(said) & Counter(meant)).values())
+    predicted, expected = prediction.split(), reference.split()
+    if not predicted or not expected:
+        return float(predicted == expected)
+    same = sum((Counter(predicted) & Counter(expected)).values())
     if same == 0:
         return 0.0
-    precision, recall = same / len(said), same / len(meant)
+    precision, recall = same / len(predicted), same / len(expected)
     return 2 * precision * recall / (precision + recall)
 
 
@@ -94,7 +79,7 @@ def squad_f1(prediction: str, reference: str) -> float:
     [
         ("left lung", "left lung", 1, 1, 1),
         ("lung", "left lung", 1 / 2, 2 / 3, 1 / 2),
-        ("left left left", "left kidney", 1 / 2, 2 / 5, 3 / 4),  # repeats inflate LLaVA-Med's alone
+        ("left left left", "left kidney", 1 / 2, 2 / 5, 3 / 4),  # repeated words raise only LLaVA-Med's recall
         ("left and right lung", "left lung, right lung", 3 / 4, 3 / 4, 1),
         ("heart", "left lung", 0, 0, 0),
         ("", "left lung", 0, 0, 0),
@@ -105,46 +90,44 @@ def squad_f1(prediction: str, reference: str) -> float:
 def test_open_scores_by_hand(
     prediction: str, reference: str, expected_recall: float, expected_f1: float, expected_llava_med: float
 ) -> None:
-    said, meant = normalise(prediction), normalise(reference)
-    assert recall(said, meant) == pytest.approx(expected_recall)
-    assert f1(said, meant) == pytest.approx(expected_f1)
+    normalised_prediction, normalised_reference = normalise(prediction), normalise(reference)
+    assert token_recall(normalised_prediction, normalised_reference) == pytest.approx(expected_recall)
+    assert token_f1(normalised_prediction, normalised_reference) == pytest.approx(expected_f1)
     assert llava_med_recall(prediction, reference) == pytest.approx(expected_llava_med)
 
 
 @given(texts, texts)
 def test_f1_is_squads(prediction: str, reference: str) -> None:
-    assert f1(prediction, reference) == pytest.approx(squad_f1(prediction, reference))
+    assert token_f1(prediction, reference) == pytest.approx(squad_f1(prediction, reference))
 
 
 @given(texts, texts)
 def test_llava_med_recall_is_its_protocol(prediction: str, reference: str) -> None:
-    assert llava_med_recall(prediction, reference) == pytest.approx(llava_med_again(prediction, reference))
+    assert llava_med_recall(prediction, reference) == pytest.approx(llava_med_reference(prediction, reference))
 
 
 @given(texts, texts)
 def test_open_scores_are_bounded_and_ordered(prediction: str, reference: str) -> None:
-    for score in (exact, recall, f1):
+    for score in (exact_match, token_recall, token_f1):
         assert 0 <= score(prediction, reference) <= 1
         assert score(reference, reference) == 1
-    assert exact(prediction, reference) <= f1(prediction, reference)
-    assert exact(prediction, reference) <= recall(prediction, reference)
+    assert exact_match(prediction, reference) <= token_f1(prediction, reference)
+    assert exact_match(prediction, reference) <= token_recall(prediction, reference)
     assert 0 <= llava_med_recall(prediction, reference) <= 1
     overlap = len(set(tokens(prediction)) & set(tokens(reference)))
-    assert (recall(prediction, reference) > 0) == (overlap > 0) or not prediction or not reference
+    assert (token_recall(prediction, reference) > 0) == (overlap > 0) or not prediction or not reference
 
 
 @given(texts, texts, st.randoms(use_true_random=False))
-def test_word_order_changes_neither_recall_nor_f1(
-    prediction: str, reference: str, rng: random.Random
-) -> None:
+def test_word_order_changes_neither_recall_nor_f1(prediction: str, reference: str, rng: random.Random) -> None:
     words = prediction.split()
     rng.shuffle(words)
     shuffled = " ".join(words)
-    assert recall(shuffled, reference) == recall(prediction, reference)
-    assert f1(shuffled, reference) == f1(prediction, reference)
+    assert token_recall(shuffled, reference) == token_recall(prediction, reference)
+    assert token_f1(shuffled, reference) == token_f1(prediction, reference)
 
 
-def test_the_substring_trap_is_kept_under_its_own_name() -> None:
+def test_closed_substring_counts_no_in_normal() -> None:
     assert closed_substring("It looks normal", "No") == 1
     assert closed_substring("It looks fine", "No") == 0
     assert closed_substring("Yes, it does.", "yes") == 1
@@ -155,13 +138,13 @@ ROWS = [
     example("c2", "No", "closed", "i1"),
     example("c3", "Left", "closed", "i2"),
     example("o1", "left lung", "open", "i2"),
-    example("o2", "yes", "open", "i3"),  # labelled open, yet its answer is yes
+    example("o2", "yes", "open", "i3"),  # labelled open, although its answer is yes
 ]
 ANSWERS = {"c1": "yes.", "c2": "normal", "c3": "left side", "o1": "The lung", "o2": "yes"}
 
 
-def test_each_metric_takes_the_rows_it_names() -> None:
-    table = scores(ROWS, ANSWERS)
+def test_each_metric_scores_the_rows_of_its_table() -> None:
+    table = score_rows(ROWS, ANSWERS)
     assert set(table) == set(METRICS)
     assert table["closed_label"] == {"c1": 1, "c2": 0, "c3": 0}
     assert table["closed_yes_no"] == {"c1": 1, "c2": 0, "o2": 1}
@@ -174,7 +157,7 @@ def test_each_metric_takes_the_rows_it_names() -> None:
     assert table["global_exact"] == {"c1": 1, "c2": 0, "c3": 0, "o1": 0, "o2": 1}
 
 
-def test_metrics_are_means_with_their_rows_and_images() -> None:
+def test_metrics_are_means_with_row_and_image_counts() -> None:
     metrics = score_vqa(ROWS, ANSWERS)
     closed = metrics["closed_label"]
     assert closed.value == pytest.approx(1 / 3) and (closed.rows, closed.images) == (3, 2)
@@ -183,20 +166,20 @@ def test_metrics_are_means_with_their_rows_and_images() -> None:
     assert metrics["global_exact"].images == 3
 
 
-def test_a_metric_without_rows_is_left_out() -> None:
+def test_a_metric_without_rows_is_omitted() -> None:
     metrics = score_vqa([example("o", "lung")], {"o": "lung"})
     assert not any(name.startswith("closed") for name in metrics)
 
 
-def test_order_of_predictions_and_examples_changes_nothing() -> None:
+def test_the_order_of_predictions_and_examples_does_not_matter() -> None:
     predictions = [Prediction(id, text) for id, text in ANSWERS.items()]
     backwards = score_vqa(ROWS, predictions[::-1])
     assert backwards == score_vqa(ROWS, ANSWERS)
-    assert scores(ROWS[::-1], ANSWERS) == scores(ROWS, ANSWERS)
+    assert score_rows(ROWS[::-1], ANSWERS) == score_rows(ROWS, ANSWERS)
 
 
-def test_normalisation_is_a_choice() -> None:
-    strict = scores([example("o", "Lung")], {"o": "lung"}, normalisation="none")
+def test_normalisation_can_be_turned_off() -> None:
+    strict = score_rows([example("o", "Lung")], {"o": "lung"}, normalisation="none")
     assert strict["open_exact"] == {"o": 0.0}
 
 
@@ -205,10 +188,7 @@ def test_normalisation_is_a_choice() -> None:
     [
         ({"c1": "yes"}, r"4 examples have no prediction, first id 'c2'"),
         ({**ANSWERS, "zz": "yes"}, r"1 predictions have no example, first id 'zz'"),
-        (
-            [Prediction("c1", "a"), Prediction("c1", "b")],
-            r"1 ids stand twice among the predictions, first 'c1'",
-        ),
+        ([Prediction("c1", "a"), Prediction("c1", "b")], r"1 ids occur more than once in the predictions, first 'c1'"),
     ],
 )
 def test_ids_must_match_one_to_one(predictions: dict[str, str] | list[Prediction], message: str) -> None:
@@ -216,8 +196,8 @@ def test_ids_must_match_one_to_one(predictions: dict[str, str] | list[Prediction
         score_vqa(ROWS, predictions)
 
 
-def test_examples_must_differ_in_id() -> None:
-    with pytest.raises(InputError, match="1 ids stand twice among the examples"):
+def test_example_ids_must_be_unique() -> None:
+    with pytest.raises(InputError, match="1 ids occur more than once in the examples"):
         score_vqa([example("o", "lung"), example("o", "heart")], {"o": "lung"})
 
 

@@ -8,31 +8,26 @@ from transformers import BertConfig, BertModel
 
 from normtune.errors import InputError
 from normtune.metrics.bertscore import bertscore_f1
-from normtune.metrics.clinical import (
-    chexbert_labels,
-    finding_table,
-    label_metrics,
-    radgraph_metrics,
-    rules_metrics,
-)
+from normtune.metrics.clinical import finding_table, label_metrics, label_with_chexbert, radgraph_metrics, rules_metrics
 from normtune.metrics.finding_rules import FINDINGS, Status
+from tests.support.tolerance import approx
 
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "no", "effusion", "heart", "large", "clear", "lungs"]
 
 
-def labels(**held: Status) -> dict[str, Status]:
-    named: dict[str, Status] = {name.replace("_", " "): status for name, status in held.items()}
-    return {name: named.get(name, "absent") for name in FINDINGS}
+def labels(**statuses: Status) -> dict[str, Status]:
+    by_name: dict[str, Status] = {name.replace("_", " "): status for name, status in statuses.items()}
+    return {name: by_name.get(name, "absent") for name in FINDINGS}
 
 
-SAID = {"a": labels(Edema="positive", Fracture="positive"), "b": labels(Atelectasis="uncertain")}
-MEANT = {"a": labels(Edema="positive"), "b": labels(Atelectasis="positive", Consolidation="positive")}
+PREDICTIONS = {"a": labels(Edema="positive", Fracture="positive"), "b": labels(Atelectasis="uncertain")}
+REFERENCES = {"a": labels(Edema="positive"), "b": labels(Atelectasis="positive", Consolidation="positive")}
 
 
 def test_label_f1_by_hand() -> None:
-    """True: Edema, Atelectasis; false: Fracture; missed: Consolidation."""
-    found = {name: metric.overall() for name, metric in label_metrics(SAID, MEANT, "x").items()}
-    assert found == pytest.approx(
+    """True positives: Edema, Atelectasis; false positive: Fracture; false negative: Consolidation."""
+    scores = {name: metric.overall() for name, metric in label_metrics(PREDICTIONS, REFERENCES, "x").items()}
+    assert scores == pytest.approx(
         {
             "x_f1_micro_14": 2 * 2 / (2 * 2 + 1 + 1),
             "x_f1_macro_14": 2 / 14,
@@ -43,53 +38,51 @@ def test_label_f1_by_hand() -> None:
 
 
 def test_uncertain_labels_can_count_as_negative() -> None:
-    found = label_metrics(SAID, MEANT, "x", uncertain="negative")
-    assert found["x_f1_micro_5"].overall() == pytest.approx(2 * 1 / (2 * 1 + 0 + 2))
+    metrics = label_metrics(PREDICTIONS, REFERENCES, "x", uncertain="negative")
+    assert metrics["x_f1_micro_5"].overall() == pytest.approx(2 * 1 / (2 * 1 + 0 + 2))
 
 
 def test_the_table_of_findings_by_hand() -> None:
-    table = finding_table(SAID, MEANT)
+    table = finding_table(PREDICTIONS, REFERENCES)
     assert tuple(table) == FINDINGS
     assert table["Edema"] == {"precision": 1.0, "recall": 1.0, "f1": 1.0, "predictions": 1, "references": 1}
     assert table["Fracture"] == {"precision": 0, "recall": 0, "f1": 0, "predictions": 1, "references": 0}
     assert table["Consolidation"]["references"] == 1 and table["Consolidation"]["recall"] == 0
 
 
-def test_label_f1_equals_what_scikit_learn_defines() -> None:
-    """Micro is of pooled counts and macro the plain mean, from a matrix of random labels."""
+def test_label_f1_equals_the_definition_of_scikit_learn() -> None:
+    """On random labels: micro F1 from pooled counts, macro F1 as the mean over findings."""
     draw = torch.Generator().manual_seed(0)
-    ours, theirs = (torch.rand(40, 14, generator=draw) < 0.3 for _ in range(2))
+    predicted, expected = (torch.rand(40, 14, generator=draw) < 0.3 for _ in range(2))
 
-    def named(matrix: torch.Tensor) -> dict[str, dict[str, Status]]:
+    def to_labels(matrix: torch.Tensor) -> dict[str, dict[str, Status]]:
         return {
             str(at): {n: "positive" if on else "absent" for n, on in zip(FINDINGS, row, strict=True)}
             for at, row in enumerate(matrix.tolist())
         }
 
-    found = {n: m.overall() for n, m in label_metrics(named(ours), named(theirs), "x").items()}
-    true, false, missed = (each.sum(0).double() for each in (ours & theirs, ours & ~theirs, ~ours & theirs))
+    scores = {n: m.overall() for n, m in label_metrics(to_labels(predicted), to_labels(expected), "x").items()}
+    true, false, missed = (
+        counts.sum(0).double() for counts in (predicted & expected, predicted & ~expected, ~predicted & expected)
+    )
     f1 = 2 * true / (2 * true + false + missed)
-    assert found["x_f1_macro_14"] == pytest.approx(float(f1.mean()))
-    assert found["x_f1_micro_14"] == pytest.approx(
+    assert scores["x_f1_macro_14"] == pytest.approx(float(f1.mean()))
+    assert scores["x_f1_micro_14"] == pytest.approx(
         float(2 * true.sum() / (2 * true.sum() + false.sum() + missed.sum()))
     )
 
 
 def test_rules_label_reports_end_to_end() -> None:
     texts = {"a": ("Cardiomegaly.", "The heart is enlarged."), "b": ("Clear.", "Small pleural effusion.")}
-    found = rules_metrics(texts)
-    assert found["findings_rules_f1_micro_5"].overall() == pytest.approx(2 / 3)
+    metrics = rules_metrics(texts)
+    assert metrics["findings_rules_f1_micro_5"].overall() == pytest.approx(2 / 3)
 
 
 def chexbert_folder(folder: Path) -> tuple[BertModel, torch.nn.ModuleList]:
     """A checkpoint in CheXbert's layout, with a tiny BERT of random weights."""
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(VOCAB),
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=1,
-        intermediate_size=32,
+        vocab_size=len(VOCAB), hidden_size=64, num_hidden_layers=2, num_attention_heads=1, intermediate_size=32
     )
     bert = BertModel(config).eval()
     heads = torch.nn.ModuleList(torch.nn.Linear(64, 4) for _ in range(13))
@@ -101,27 +94,27 @@ def chexbert_folder(folder: Path) -> tuple[BertModel, torch.nn.ModuleList]:
     return bert, heads
 
 
-def test_chexbert_labels_are_those_of_its_weights(tmp_path: Path) -> None:
-    """In one batch and of other lengths; class 1 is positive, 2 negative, 3 uncertain, 0 not mentioned."""
+def test_chexbert_labels_equal_the_outputs_of_its_weights(tmp_path: Path) -> None:
+    """In one batch with different lengths; class 1 is positive, 2 negative, 3 uncertain, 0 not mentioned."""
     bert, heads = chexbert_folder(tmp_path)
     texts = {"a": ("no effusion", "heart large"), "b": ("lungs\n clear no effusion", "")}
-    said, meant = chexbert_labels(texts, tmp_path, device="cpu")
+    predictions, references = label_with_chexbert(texts, tmp_path, device="cpu")
     ids = {"a": [2, 5, 6, 3], "b": [2, 10, 9, 5, 6, 3]}
     for id, row in ids.items():
         first = bert(torch.tensor([row])).last_hidden_state[:, 0]
         classes = [int(head(first).argmax()) for head in heads]
         status = ["absent", "positive", "negative", "uncertain"]
-        assert said[id] == {name: status[at] for name, at in zip(FINDINGS, classes, strict=True)}
-    assert set(meant) == {"a", "b"}
+        assert predictions[id] == {name: status[at] for name, at in zip(FINDINGS, classes, strict=True)}
+    assert set(references) == {"a", "b"}
 
 
 def test_chexbert_without_its_weights_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"CheXbert needs .*chexbert\.pth, which is not there"):
-        chexbert_labels({"a": ("x", "y")}, tmp_path)
+    with pytest.raises(InputError, match=r"CheXbert needs .*chexbert\.pth, which is missing"):
+        label_with_chexbert({"a": ("x", "y")}, tmp_path)
     (tmp_path / "chexbert.pth").write_bytes(b"not a checkpoint")
     (tmp_path / "vocab.txt").write_text("\n".join(VOCAB))
     with pytest.raises(InputError, match=r"is not CheXbert's checkpoint"):
-        chexbert_labels({"a": ("x", "y")}, tmp_path)
+        label_with_chexbert({"a": ("x", "y")}, tmp_path)
 
 
 def test_radgraph_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,8 +134,8 @@ def test_radgraph_scores_are_joined_to_their_rows(monkeypatch: pytest.MonkeyPatc
 
     package = type("radgraph", (), {"F1RadGraph": Scorer})
     monkeypatch.setitem(__import__("sys").modules, "radgraph", package)
-    found = radgraph_metrics({"a": ("x", "x"), "b": ("x", "y")})
-    assert found["radgraph_f1_partial"].by_row() == {"a": 1.0, "b": 0.0}
+    metrics = radgraph_metrics({"a": ("x", "x"), "b": ("x", "y")})
+    assert metrics["radgraph_f1_partial"].by_row() == {"a": 1.0, "b": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -154,36 +147,32 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     BertTokenizer(vocab=str(folder / "vocab.txt"), model_max_length=64).save_pretrained(folder)
     torch.manual_seed(1)
     config = BertConfig(
-        vocab_size=len(VOCAB),
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=32,
+        vocab_size=len(VOCAB), hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32
     )
     BertModel(config).save_pretrained(folder)
     return folder
 
 
 def test_bertscore_matches_words_by_their_best_cosine(encoder: Path) -> None:
-    """Against loops over the hidden states; special tokens may be matched with but are not scored."""
+    """Compares with loops over the hidden states. Words may match special tokens, which are not scored."""
     model = BertModel.from_pretrained(encoder).eval()
-    said, meant = [2, 5, 6, 3], [2, 8, 7, 6, 3]
+    prediction, reference = [2, 5, 6, 3], [2, 8, 7, 6, 3]
     states = [
         model(torch.tensor([row]), output_hidden_states=True).hidden_states[2][0].detach()
-        for row in (said, meant)
+        for row in (prediction, reference)
     ]
-    ours, theirs = (state / state.norm(dim=1, keepdim=True) for state in states)
-    cosine = ours @ theirs.T
+    predicted, reference_states = (state / state.norm(dim=1, keepdim=True) for state in states)
+    cosine = predicted @ reference_states.T
     precision = float(torch.stack([cosine[i].max() for i in (1, 2)]).mean())
     recall = float(torch.stack([cosine[:, j].max() for j in (1, 2, 3)]).mean())
     expected = 2 * precision * recall / (precision + recall)
     pairs = [("no effusion", "large heart effusion"), ("clear", "clear"), ("", "clear")]
-    found = bertscore_f1(pairs, encoder, layer=2, device="cpu")
-    assert found == pytest.approx([expected, 1.0, 0.0], abs=1e-5)
+    scores = bertscore_f1(pairs, encoder, layer=2, device="cpu")
+    assert scores == approx([expected, 1.0, 0.0])
 
 
 def test_bertscore_without_a_local_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Give a local one"):
         bertscore_f1([("a", "b")], tmp_path / "nowhere")
-    with pytest.raises(InputError, match="holds no encoder"):
+    with pytest.raises(InputError, match="has no encoder"):
         bertscore_f1([("a", "b")], tmp_path)

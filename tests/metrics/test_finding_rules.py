@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from normtune.metrics.finding_rules import FINDINGS, FIVE, PHRASES, findings
+from normtune.metrics.finding_rules import FINDINGS, FIVE_FINDINGS, PHRASES, extract_findings
 
 CASES: dict[str, dict[str, str]] = {
     "The heart is normal in size. The lungs are clear.": {},
@@ -23,17 +23,11 @@ CASES: dict[str, dict[str, str]] = {
     "Enlarged cardiomediastinal silhouette.": {"Enlarged Cardiomediastinum": "positive"},
     "No change in the left pleural effusion.": {"Pleural Effusion": "positive"},
     "The effusion has resolved.": {"Pleural Effusion": "negative"},
-    "Pleural effusion and pneumothorax are not seen.": {
-        "Pleural Effusion": "negative",
-        "Pneumothorax": "negative",
-    },
+    "Pleural effusion and pneumothorax are not seen.": {"Pleural Effusion": "negative", "Pneumothorax": "negative"},
     "A nodule, not seen on prior exams.": {"Lung Lesion": "positive"},
     "Pneumonia cannot be excluded.": {"Pneumonia": "uncertain"},
     "Opacity which may represent pneumonia.": {"Lung Opacity": "positive", "Pneumonia": "uncertain"},
-    "Streaky opacities, atelectasis versus infiltrate.": {
-        "Lung Opacity": "positive",
-        "Atelectasis": "uncertain",
-    },
+    "Streaky opacities, atelectasis versus infiltrate.": {"Lung Opacity": "positive", "Atelectasis": "uncertain"},
     "If there is concern for fracture, repeat.": {},
     "Old healed rib fractures.": {"Fracture": "positive"},
     "Calcified granuloma.": {},
@@ -49,35 +43,35 @@ CASES: dict[str, dict[str, str]] = {
 
 
 @pytest.mark.parametrize(("report", "expected"), CASES.items())
-def test_findings_of_a_made_sentence(report: str, expected: dict[str, str]) -> None:
-    told = {name: status for name, status in findings(report).items() if status != "absent"}
-    told.pop("No Finding", None)
-    assert told == expected
+def test_findings_of_an_example_sentence(report: str, expected: dict[str, str]) -> None:
+    statuses = {name: status for name, status in extract_findings(report).items() if status != "absent"}
+    statuses.pop("No Finding", None)
+    assert statuses == expected
 
 
-def test_no_finding_is_given_where_devices_at_most_are_positive() -> None:
-    assert findings("Lungs are clear. PICC in place.")["No Finding"] == "positive"
-    assert findings("Possible pneumonia.")["No Finding"] == "absent"
-    assert findings("")["No Finding"] == "positive"
+def test_no_finding_ignores_support_devices() -> None:
+    assert extract_findings("Lungs are clear. PICC in place.")["No Finding"] == "positive"
+    assert extract_findings("Possible pneumonia.")["No Finding"] == "absent"
+    assert extract_findings("")["No Finding"] == "positive"
 
 
 def test_the_findings_are_chexperts_fourteen() -> None:
-    assert len(FINDINGS) == 14 and set(FIVE) < set(FINDINGS) and FINDINGS[-1] == "No Finding"
+    assert len(FINDINGS) == 14 and set(FIVE_FINDINGS) < set(FINDINGS) and FINDINGS[-1] == "No Finding"
 
 
 @pytest.mark.parametrize("name", PHRASES)
-def test_every_finding_is_found_asserted_and_denied(name: str) -> None:
-    """By its plainest phrase; what makes it plain differs."""
-    plain = {
+def test_every_finding_can_be_positive_negative_and_uncertain(name: str) -> None:
+    """Each finding is mentioned by a simple phrase."""
+    phrase = {
         "Enlarged Cardiomediastinum": "mediastinal widening",
         "Lung Lesion": "mass",
         "Lung Opacity": "infiltrate",
         "Pleural Other": "pleural thickening",
         "Support Devices": "catheter",
     }.get(name, name.lower())
-    assert findings(f"There is {plain}.")[name] == "positive"
-    assert findings(f"There is no {plain}.")[name] == "negative"
-    assert findings(f"There is possible {plain}.")[name] == "uncertain"
+    assert extract_findings(f"There is {phrase}.")[name] == "positive"
+    assert extract_findings(f"There is no {phrase}.")[name] == "negative"
+    assert extract_findings(f"There is possible {phrase}.")[name] == "uncertain"
 
 
 WORDS = ["no", "effusion", ",", "or", ".", "mass", "is", "not", "seen", "may", "if"]
@@ -85,6 +79,6 @@ WORDS = ["no", "effusion", ",", "or", ".", "mass", "is", "not", "seen", "may", "
 
 @given(st.lists(st.sampled_from(WORDS), max_size=20))
 def test_any_text_gets_a_status_for_every_finding(words: list[str]) -> None:
-    found = findings(" ".join(words))
-    assert tuple(found) == FINDINGS
-    assert set(found.values()) <= {"positive", "uncertain", "negative", "absent"}
+    statuses = extract_findings(" ".join(words))
+    assert tuple(statuses) == FINDINGS
+    assert set(statuses.values()) <= {"positive", "uncertain", "negative", "absent"}

@@ -1,4 +1,4 @@
-"""BLEU, ROUGE-L and CIDEr on cases worked by hand; tests/real sets them beside pycocoevalcap."""
+"""BLEU, ROUGE-L and CIDEr on cases computed by hand; tests/real compares them with pycocoevalcap."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ words = st.lists(st.sampled_from(["the", "lungs", "are", "clear", "no", "."]), m
 
 
 def test_bleu_by_hand() -> None:
-    """4 words said, "lungs" counts once: 3/4; of the bigrams "the lungs" alone: 1/3; 5 words meant."""
+    """3 of 4 words match ("lungs" counts once) and 1 of 3 bigrams ("the lungs"); 5 reference words."""
     counts = bleu_statistics(["the", "lungs", "lungs", "clear"], ["the", "lungs", "are", "all", "clear"])
     assert counts.tolist() == [3, 1, 0, 0, 4, 3, 2, 1, 4, 5]
     brevity = math.exp(1 - 5 / 4)
     assert bleu(counts[None], 1)[0] == pytest.approx(brevity * 3 / 4)
     assert bleu(counts[None], 2)[0] == pytest.approx(brevity * math.sqrt(3 / 4 * 1 / 3))
-    assert bleu(counts[None], 4)[0] < 1e-3  # no smoothing but coco-caption's 1e-15
+    assert bleu(counts[None], 4)[0] < 1e-3  # no smoothing except coco-caption's 1e-15
 
 
-def test_bleu_of_a_corpus_is_of_the_sums_not_the_mean_of_rows() -> None:
+def test_corpus_bleu_is_computed_from_sums_not_as_a_mean() -> None:
     rows = np.stack([bleu_statistics(["a"], ["a"]), bleu_statistics(["b"] * 3, ["c"] * 3)])
     assert bleu(rows.sum(axis=0)[None], 1)[0] == pytest.approx(1 / 4)
     assert bleu(rows, 1).mean() == pytest.approx(1 / 2)
 
 
-def test_a_longer_prediction_pays_no_brevity_penalty() -> None:
+def test_a_longer_prediction_has_no_brevity_penalty() -> None:
     assert bleu(bleu_statistics(["a", "b"], ["a"])[None], 1)[0] == pytest.approx(1 / 2)
 
 
@@ -44,29 +44,29 @@ def test_rouge_l_by_hand() -> None:
 
 
 def test_cider_by_hand() -> None:
-    """ "a" is in both references and weighs 0: "b" alone counts, alike in row 1, absent in row 2."""
+    """ "a" is in both references and has weight 0. Only "b" counts: it matches in row 1, row 2 lacks it."""
     rows = [(["a", "b"], ["a", "b"]), (["a"], ["a", "c"])]
     cosine = 1.0  # unigrams: b against b; bigrams: "a b" against "a b"
-    assert cider(rows, d=False) == pytest.approx([10 * (cosine + cosine) / 4, 0.0])
-    gap = math.exp(-(1**2) / (2 * 6**2))  # row 2 has a bigram less; it changes nothing of 0
-    assert cider(rows, d=True) == pytest.approx([5.0, 0.0 * gap])
+    assert cider(rows, variant_d=False) == pytest.approx([10 * (cosine + cosine) / 4, 0.0])
+    gap = math.exp(-(1**2) / (2 * 6**2))  # row 2 has one bigram less; its score of 0 stays 0
+    assert cider(rows, variant_d=True) == pytest.approx([5.0, 0.0 * gap])
 
 
-def test_cider_d_clips_and_minds_the_length() -> None:
+def test_cider_d_clips_matches_and_penalises_length() -> None:
     rows = [(["b", "b", "b"], ["b"]), (["c"], ["c"])]
-    plain, d = cider(rows, d=False)[0], cider(rows, d=True)[0]
-    assert plain == pytest.approx(10 / 4)  # the cosine of parallel vectors
-    assert d == pytest.approx(10 / 4 / 3 * math.exp(-(2**2) / 72))  # 1 of 3 counts; 2 bigrams too many
+    cosine_score, d_score = cider(rows, variant_d=False)[0], cider(rows, variant_d=True)[0]
+    assert cosine_score == pytest.approx(10 / 4)  # the cosine of parallel vectors
+    assert d_score == pytest.approx(10 / 4 / 3 * math.exp(-(2**2) / 72))  # 1 of 3 counts; 2 bigrams too many
 
 
-def test_one_row_alone_scores_nothing_in_cider() -> None:
-    assert cider([(["a", "b"], ["a", "b"])], d=True) == [0.0]
-    assert cider([], d=True) == []
+def test_a_single_row_scores_zero_in_cider() -> None:
+    assert cider([(["a", "b"], ["a", "b"])], variant_d=True) == [0.0]
+    assert cider([], variant_d=True) == []
 
 
 @given(words, words)
-def test_scores_are_shares_and_a_text_is_like_itself(said: list[str], meant: list[str]) -> None:
+def test_scores_are_shares_and_one_for_equal_texts(prediction: list[str], reference: list[str]) -> None:
     for n in (1, 2, 3, 4):
-        assert 0 <= bleu(bleu_statistics(said, meant)[None], n)[0] <= 1
-    assert 0 <= rouge_l(said, meant) <= 1
-    assert rouge_l(meant, meant) == pytest.approx(1.0)
+        assert 0 <= bleu(bleu_statistics(prediction, reference)[None], n)[0] <= 1
+    assert 0 <= rouge_l(prediction, reference) <= 1
+    assert rouge_l(reference, reference) == pytest.approx(1.0)

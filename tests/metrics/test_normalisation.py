@@ -16,7 +16,7 @@ CASES = [
     ("two", "2"),
     ("Ten", "10"),
     ("A", ""),
-    ("left-sided", "left sided"),  # no blank touches it: it becomes one
+    ("left-sided", "left sided"),  # no blank touches the hyphen, so it becomes a blank
     ("left - sided", "left sided"),
     ("x-ray, CT", "x ray ct"),  # the comma touches a blank, the hyphen does not
     ("1,000 ml", "1000 ml"),  # a comma between digits: every mark is dropped
@@ -39,15 +39,15 @@ def test_line_breaks_and_tabs_are_blanks() -> None:
     assert normalise("\tleft\nlung ") == "left lung"
 
 
-def test_the_normalisations_differ_where_they_say_so() -> None:
+def test_the_normalisations_differ_as_documented() -> None:
     assert normalise(" Left Lung. ", "none") == " Left Lung. "
-    # VQA turns the line break into a blank before it looks at the hyphen's neighbours, LLaVA-Med after.
-    # Where a mark touches a blank once, it is dropped everywhere.
+    # VQA turns the line break into a blank before it looks at the hyphen's neighbours, LLaVA-Med after it.
+    # A mark that touches a blank once is removed everywhere.
     assert normalise("x-ray-\nleft") == "xray left"
     assert normalise("x-ray-\nleft", "llava-med") == "x ray left"
 
 
-def test_an_unknown_normalisation_is_named_with_the_nearest() -> None:
+def test_an_unknown_normalisation_suggests_the_nearest_name() -> None:
     with pytest.raises(InputError, match="unknown normalisation 'llavamed', did you mean 'llava-med'"):
         normalise("yes", "llavamed")
 
@@ -59,8 +59,8 @@ def test_tokens_split_at_blanks_and_between_chinese_characters() -> None:
 
 
 @given(st.text(max_size=60), st.sampled_from(["vqa", "llava-med"]))
-def test_no_normalised_word_is_an_article_or_upper_case(text: str, how: str) -> None:
-    words = normalise(text, how).split(" ")
+def test_no_normalised_word_is_an_article_or_upper_case(text: str, name: str) -> None:
+    words = normalise(text, name).split(" ")
     assert not {"a", "an", "the"} & set(words)
     assert all(word == word.lower() for word in words)
     assert not re.search(r"[;/\[\]\"{}()=+\\_><@`?!-]", " ".join(words))

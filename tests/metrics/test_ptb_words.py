@@ -1,4 +1,4 @@
-"""The Stanford tokenizer's words, on made sentences whose words it was asked for."""
+"""Compares with the Stanford tokenizer on example sentences that it has tokenised."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from normtune.metrics.ptb_words import DROPPED, ptb_words
 
-# As PTBTokenizer 3.4.1 of Stanford CoreNLP cuts them, less coco-caption's punctuation.
+# The words of PTBTokenizer 3.4.1 (Stanford CoreNLP), without coco-caption's punctuation.
 CASES = {
     "The lungs are clear.": "the lungs are clear",
     "No effusion.No pneumothorax": "no effusion.no pneumothorax",
@@ -28,11 +28,11 @@ CASES = {
 
 
 @pytest.mark.parametrize(("text", "expected"), CASES.items())
-def test_words_are_the_stanford_tokenizers(text: str, expected: str) -> None:
+def test_words_equal_those_of_the_stanford_tokenizer(text: str, expected: str) -> None:
     assert ptb_words(text) == expected.split()
 
 
 @given(st.text(max_size=60))
-def test_any_text_is_cut_into_words_without_blanks_or_dropped_marks(text: str) -> None:
-    found = ptb_words(text)
-    assert all(word and not word.isspace() and word not in DROPPED for word in found)
+def test_words_contain_no_blanks_or_removed_marks(text: str) -> None:
+    words = ptb_words(text)
+    assert all(word and not word.isspace() and word not in DROPPED for word in words)

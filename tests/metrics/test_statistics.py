@@ -6,73 +6,77 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from normtune.errors import InputError
 from normtune.metrics.statistics import (
+    RESAMPLES,
     bootstrap_mean,
     bootstrap_means,
-    by_cluster,
-    holm,
+    holm_correction,
     mean_over_seeds,
+    sum_by_cluster,
     t_quantile,
 )
+from tests.support.tolerance import approx, quantile_error
 
 
-def alone(values: list[float]) -> tuple[dict[str, float], dict[str, str]]:
-    """Scores by id, each in a cluster of its own."""
+def one_row_per_cluster(values: list[float]) -> tuple[dict[str, float], dict[str, str]]:
+    """Scores by id, with one row per cluster."""
     return {str(i): value for i, value in enumerate(values)}, {str(i): str(i) for i in range(len(values))}
 
 
 def test_clusters_are_summed_in_order_of_appearance() -> None:
-    sums, counts = by_cluster(
+    sums, counts = sum_by_cluster(
         {"q1": 1.0, "q2": 0.0, "q3": 1.0, "q4": 1.0}, {"q1": "b", "q2": "a", "q3": "b", "q4": "a"}
     )
     assert sums.tolist() == [2.0, 1.0] and counts.tolist() == [2.0, 2.0]
 
 
-def test_singleton_interval_equals_scipys() -> None:
+def test_interval_of_single_row_clusters_equals_scipy() -> None:
     """scipy 1.17: bootstrap((x,), np.mean, n_resamples=200_000, method="percentile", rng=0) with
     x = (np.arange(40) * 37 % 101) / 100 gives (0.4075, 0.58975)."""
-    scores, cluster = alone([(i * 37 % 101) / 100 for i in range(40)])
-    found = bootstrap_mean(scores, cluster, resamples=100_000)
-    assert found.value == pytest.approx(np.mean(list(scores.values())), abs=1e-15)
-    assert found.low == pytest.approx(0.4075, abs=2e-3)
-    assert found.high == pytest.approx(0.58975, abs=2e-3)
+    scores, cluster = one_row_per_cluster([(i * 37 % 101) / 100 for i in range(40)])
+    interval = bootstrap_mean(scores, cluster, resamples=100_000)
+    assert interval.value == approx(np.mean(list(scores.values())), dtype=torch.float64)
+    width = 0.58975 - 0.4075  # of a 95% interval: 3.92 standard deviations
+    error = 2 * quantile_error(width / 3.92, 100_000)  # both values are random
+    assert interval.low == pytest.approx(0.4075, abs=error)
+    assert interval.high == pytest.approx(0.58975, abs=error)
 
 
 def test_interval_of_few_clusters_equals_full_enumeration() -> None:
-    """Four images of unequal size: the 256 equally likely resamples, worked out one by one."""
+    """Four images of unequal size: all 256 equally likely resamples are enumerated."""
     sums, counts = np.array([1.0, 3.0, 0.0, 2.0]), np.array([1.0, 6.0, 2.0, 2.0])
-    every = [
-        sums[list(draw)].sum() / counts[list(draw)].sum() for draw in itertools.product(range(4), repeat=4)
-    ]
-    low, high = np.quantile(every, [0.025, 0.975])
-    found = bootstrap_means(sums[None], counts[None], resamples=20_000)[0]
-    assert (found.value, found.low, found.high) == (6 / 11, pytest.approx(low), pytest.approx(high))
+    means = [sums[list(draw)].sum() / counts[list(draw)].sum() for draw in itertools.product(range(4), repeat=4)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    interval = bootstrap_means(sums[None], counts[None], resamples=20_000)[0]
+    assert (interval.value, interval.low, interval.high) == (6 / 11, pytest.approx(low), pytest.approx(high))
 
 
 def test_questions_of_one_image_widen_the_interval() -> None:
-    """Ten questions an image, all right or all wrong: the interval is of images, sqrt(10) times wider."""
+    """Ten questions per image, all right or all wrong: the interval over images is sqrt(10) times wider."""
     scores = {f"{image}-{q}": float(image % 2) for image in range(100) for q in range(10)}
     by_image = bootstrap_mean(scores, {id: id.split("-")[0] for id in scores})
     by_question = bootstrap_mean(scores, {id: id for id in scores})
     ratio = (by_image.high - by_image.low) / (by_question.high - by_question.low)
-    assert ratio == pytest.approx(math.sqrt(10), rel=0.1)
+    # the relative error of two widths of 3.92 standard deviations with two random ends each
+    assert ratio == pytest.approx(math.sqrt(10), rel=2 * 2 * quantile_error(1 / 3.92, RESAMPLES))
 
 
-def test_metrics_share_their_resamples_whatever_the_block_size() -> None:
+def test_metrics_share_their_resamples_for_any_block_size() -> None:
     generator = np.random.default_rng(3)
     sums, counts = generator.random((2, 50)), np.ones((2, 50))
     both = bootstrap_means(sums, counts)
     assert both[1] == bootstrap_means(sums[1:], counts[1:])[0]
 
 
-def test_a_resample_without_a_row_is_left_out() -> None:
+def test_a_resample_without_rows_is_ignored() -> None:
     sums, counts = np.array([[1.0, 0.0, 0.0]]), np.array([[1.0, 0.0, 0.0]])
-    found = bootstrap_means(sums, counts)[0]
-    assert (found.value, found.low, found.high) == (1.0, 1.0, 1.0)
+    interval = bootstrap_means(sums, counts)[0]
+    assert (interval.value, interval.low, interval.high) == (1.0, 1.0, 1.0)
 
 
 def test_five_thousand_rows_take_a_fraction_of_a_second() -> None:
@@ -84,23 +88,23 @@ def test_five_thousand_rows_take_a_fraction_of_a_second() -> None:
 
 
 def test_no_rows_is_an_input_error() -> None:
-    with pytest.raises(InputError, match="no row"):
+    with pytest.raises(InputError, match="no rows"):
         bootstrap_mean({}, {})
 
 
 def test_holm_by_hand() -> None:
-    found = holm({"a": 0.04, "b": 0.01, "c": 0.03})
-    assert found == {"a": pytest.approx(0.06), "b": pytest.approx(0.03), "c": pytest.approx(0.06)}
-    assert list(found) == ["a", "b", "c"]
-    assert holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
+    corrected = holm_correction({"a": 0.04, "b": 0.01, "c": 0.03})
+    assert corrected == {"a": pytest.approx(0.06), "b": pytest.approx(0.03), "c": pytest.approx(0.06)}
+    assert list(corrected) == ["a", "b", "c"]
+    assert holm_correction({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
 
 
 @given(st.dictionaries(st.text(max_size=3), st.floats(0, 1), max_size=8))
-def test_holm_never_lowers_and_keeps_the_order(p: dict[str, float]) -> None:
-    found = holm(p)
-    assert all(p[name] <= found[name] <= 1 for name in p)
+def test_holm_never_lowers_p_values_and_keeps_their_order(p: dict[str, float]) -> None:
+    corrected = holm_correction(p)
+    assert all(p[name] <= corrected[name] <= 1 for name in p)
     ranked = sorted(p, key=lambda name: p[name])
-    assert all(found[a] <= found[b] for a, b in itertools.pairwise(ranked))
+    assert all(corrected[a] <= corrected[b] for a, b in itertools.pairwise(ranked))
 
 
 @pytest.mark.parametrize(
@@ -116,14 +120,18 @@ def test_holm_never_lowers_and_keeps_the_order(p: dict[str, float]) -> None:
         (0.5, 7, 0.7111417780817866),
     ],
 )
-def test_t_quantiles_equal_scipys(level: float, freedom: int, expected: float) -> None:
-    assert t_quantile(level, freedom) == pytest.approx(expected, rel=1e-9)
+def test_t_quantiles_equal_scipy(level: float, freedom: int, expected: float) -> None:
+    assert t_quantile(level, freedom) == approx(expected, dtype=torch.float64, terms=1_000_000)
 
 
 def test_mean_over_seeds_by_hand() -> None:
-    found = mean_over_seeds([1.0, 2.0, 3.0])
-    half = 4.302652729749462 / math.sqrt(3)
-    assert (found.value, found.low, found.high) == (2.0, pytest.approx(2 - half), pytest.approx(2 + half))
+    interval = mean_over_seeds([1.0, 2.0, 3.0])
+    half_width = 4.302652729749462 / math.sqrt(3)
+    assert (interval.value, interval.low, interval.high) == (
+        2.0,
+        pytest.approx(2 - half_width),
+        pytest.approx(2 + half_width),
+    )
 
 
 def test_one_seed_has_no_interval() -> None:

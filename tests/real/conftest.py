@@ -1,4 +1,4 @@
-"""Real datasets, where they lie beside the repository: none of them is part of it."""
+"""Folders of real datasets, which are not part of the repository."""
 
 from __future__ import annotations
 
@@ -7,32 +7,33 @@ from pathlib import Path
 
 import pytest
 
-_BESIDE = Path(__file__).parents[2].parent / "shared" / "data"
+# The default folder of the datasets; NORMTUNE_DATA names another one.
+_DEFAULT = Path(__file__).parents[2].parent / "shared" / "data"
 
 
-def folder(name: str) -> Path:
-    """The folder of one real dataset; the test is skipped where there is none."""
-    root = Path(os.environ.get("NORMTUNE_DATA") or _BESIDE) / name
+def dataset_folder(name: str) -> Path:
+    """Return the folder of a real dataset; skip the test if there is none."""
+    root = Path(os.environ.get("NORMTUNE_DATA") or _DEFAULT) / name
     if not root.is_dir():
-        pytest.skip(f"no real data at {root}: set NORMTUNE_DATA to the folder that holds {name}/")
+        pytest.skip(f"no real data at {root}: set NORMTUNE_DATA to the folder that contains {name}/")
     return root
 
 
 @pytest.fixture(scope="session")
 def slake_root() -> Path:
-    return folder("slake")
+    return dataset_folder("slake")
 
 
 @pytest.fixture(scope="session")
 def vqa_rad_root() -> Path:
-    return folder("vqa-rad")
+    return dataset_folder("vqa-rad")
 
 
 @pytest.fixture(scope="session")
 def openi_root() -> Path:
-    return folder("openi")
+    return dataset_folder("openi")
 
 
 @pytest.fixture(scope="session")
 def medpix_root() -> Path:
-    return folder("medpix")
+    return dataset_folder("medpix")

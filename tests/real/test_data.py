@@ -1,4 +1,4 @@
-"""What the readers make of the real SLAKE, VQA-RAD, OpenI (R2Gen's annotation.json) and MedPix."""
+"""Reads the real datasets SLAKE, VQA-RAD, OpenI (R2Gen's annotation.json) and MedPix."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from normtune.data.options import DataOptions
 from normtune.data.records import Dataset
 from normtune.data.registry import open_configured, open_dataset
-from normtune.data.splits import leaks
+from normtune.data.splits import find_leaks
 from normtune.data.summary import summarize, summary_text
 from normtune.errors import InputError
 
@@ -42,7 +42,7 @@ def test_english_slake_has_the_published_rows_and_images(slake: Dataset) -> None
     }
 
 
-def test_chinese_slake_is_read_apart_and_both_together(slake_root: Path) -> None:
+def test_chinese_slake_can_be_read_separately_or_with_english(slake_root: Path) -> None:
     chinese = open_dataset("slake", slake_root, language="zh")
     assert {e.meta["language"] for e in chinese.examples} == {"zh"}
     assert counts(chinese, "rows") == {"train": (4916,), "validate": (1046,), "test": (1033,)}
@@ -51,17 +51,17 @@ def test_chinese_slake_is_read_apart_and_both_together(slake_root: Path) -> None
     assert sum(rows for (rows,) in both.values()) == 14_028
 
 
-def test_slakes_leak_between_its_languages_is_named(slake: Dataset, slake_root: Path) -> None:
-    assert leaks(slake) == []
+def test_slakes_leak_between_languages_is_reported(slake: Dataset, slake_root: Path) -> None:
+    assert find_leaks(slake) == []
     text = summary_text(summarize(slake))
-    assert "72 of the 96 English test images stand in the Chinese training split" in text
-    assert "70 of the 96 Chinese test images stand in the English training split" in text
-    both = [str(leak) for leak in leaks(open_dataset("slake", slake_root, language="all"))]
-    assert "72 of 96 images of test (en) stand in train (zh) too" in both
-    assert "70 of 96 images of test (zh) stand in train (en) too" in both
+    assert "72 of the 96 English test images are in the Chinese training split" in text
+    assert "70 of the 96 Chinese test images are in the English training split" in text
+    both = [str(leak) for leak in find_leaks(open_dataset("slake", slake_root, language="all"))]
+    assert "72 of 96 images of test (en) are in train (zh) too" in both
+    assert "70 of 96 images of test (zh) are in train (en) too" in both
 
 
-def test_slakes_empty_answer_and_repeated_rows_are_listed(slake: Dataset) -> None:
+def test_slakes_empty_answer_and_repeated_rows_are_reported(slake: Dataset) -> None:
     assert rows_of(slake, "answer is empty") == ["1622"]
     assert [e.id for e in slake.skipped] == ["slake-1622"]
     repeated = rows_of(slake, "same image, question and answer as an earlier row")
@@ -75,7 +75,7 @@ def test_vqa_rads_training_rows_are_all_read(vqa_rad: Dataset) -> None:
     }
 
 
-def test_vqa_rads_oddities_are_listed(vqa_rad: Dataset) -> None:
+def test_vqa_rads_problems_are_reported(vqa_rad: Dataset) -> None:
     assert rows_of(vqa_rad, "qid is text, not a number") == ["0"]
     assert rows_of(vqa_rad, "answer is a number, not text") == ["1511", "1568", "1683", "2234", "2235"]
     assert len(rows_of(vqa_rad, "answer_type has blanks around it")) == 2
@@ -85,13 +85,13 @@ def test_vqa_rads_oddities_are_listed(vqa_rad: Dataset) -> None:
     assert len(rows_of(vqa_rad, "question_type is none of the release's")) == 2
     assert len(rows_of(vqa_rad, "same image, question and answer as an earlier row")) == 3
     unused = [p.file for p in vqa_rad.problems if p.what == "image without a question"]
-    assert len(unused) == 2  # one of them is asked about in the official test rows alone
+    assert len(unused) == 2  # one of them has questions only in the official test rows
     assert not any("NULL" in (e.question, e.answer, *e.meta.values()) for e in vqa_rad.examples)
 
 
 def test_vqa_rad_can_be_split_by_image(vqa_rad_root: Path) -> None:
     dataset = open_configured(DataOptions(data="vqa-rad", root=vqa_rad_root, image_disjoint=True))
-    assert leaks(dataset) == []
+    assert find_leaks(dataset) == []
     assert counts(dataset, "images") == {"train": (219,), "validate": (31,), "test": (63,)}
 
 
@@ -106,7 +106,7 @@ def test_every_image_opens(name: str, count: int, request: pytest.FixtureRequest
         assert max(picture.size) <= 384
 
 
-def test_openis_reports_have_r2gens_split_and_their_missing_images_are_listed(openi_root: Path) -> None:
+def test_openi_has_r2gens_split_and_reports_missing_images(openi_root: Path) -> None:
     dataset = open_dataset("openi", openi_root, text_only=True)
     assert counts(dataset, "rows", "usable", "images", "report") == {
         "train": (2069, 2069, 4138, 2069),
@@ -116,14 +116,14 @@ def test_openis_reports_have_r2gens_split_and_their_missing_images_are_listed(op
     assert {len(example.images) for example in dataset.examples} == {2}
     missing = [p.file for p in dataset.problems if p.what == "image is missing"]
     assert len(missing) == len(dataset.problems) == 5910
-    assert leaks(dataset) == []
+    assert find_leaks(dataset) == []
     assert not any("\n" in e.answer or "  " in e.answer for e in dataset.examples)
 
 
-def test_openi_without_its_images_says_how_to_read_the_text_alone(openi_root: Path) -> None:
+def test_openi_without_images_suggests_text_only(openi_root: Path) -> None:
     with pytest.raises(InputError, match=r"no usable rows.*image is missing.*add --text-only"):
         open_dataset("openi", openi_root)
-    with pytest.raises(InputError, match="holds the findings alone"):
+    with pytest.raises(InputError, match="has only the findings"):
         open_dataset("openi", openi_root, sections="both", text_only=True)
 
 
@@ -136,7 +136,7 @@ def test_medpix_has_its_published_rows_split_by_case(medpix_root: Path) -> None:
     }
     assert summarize(dataset)["parts"]["train"]["modalities"] == {"CT": 781, "MR": 701}
     assert [p.what for p in dataset.problems] == ["modality has blanks around it"]
-    assert leaks(dataset) == []
+    assert find_leaks(dataset) == []
     cases = {s: {e.meta["case"] for e in dataset.split(s)} for s in ("train", "validate", "test")}
     assert not cases["train"] & cases["test"] and not cases["validate"] & cases["test"]
     for example in dataset.split("test"):

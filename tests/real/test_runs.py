@@ -1,4 +1,4 @@
-"""The main job on real data: a few steps of training, and an evaluation whose rows are the split's."""
+"""Trains for a few steps on real data and evaluates the first rows of the test split."""
 
 from __future__ import annotations
 
@@ -14,19 +14,17 @@ from normtune.training.train import train
 
 
 def check(tmp_path: Path, **data: Any) -> None:
-    config = TrainConfig(
-        model="nano", tune="ln", out=tmp_path / "ln", limit=60, epochs=1, device="cpu", **data
-    )
+    config = TrainConfig(model="nano", tune="ln", out=tmp_path / "ln", limit=60, epochs=1, device="cpu", **data)
     result = train(config)
     assert result.pairs == 60 and result.changed > 0.99 and result.warning is None
-    scored = EvaluateConfig(
+    evaluate_options = EvaluateConfig(
         model="nano", adapter=tmp_path / "ln", out=tmp_path / "scores", limit=30, device="cpu", **data
     )
-    found = evaluate_config(scored)
-    test = open_configured(scored).split("test")[:30]
+    metrics = evaluate_config(evaluate_options)
+    test = open_configured(evaluate_options).split("test")[:30]
     examples, _, _ = read_run(tmp_path / "scores")
     assert [example.id for example in examples] == [example.id for example in test]
-    assert found["rows"] == 30 and found["metrics"]["global_exact"]["rows"] == 30
+    assert metrics["rows"] == 30 and metrics["metrics"]["global_exact"]["rows"] == 30
 
 
 def test_slake(slake_root: Path, tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Predictions of a split to scores, result files and comparisons."""
+"""Evaluates predictions: scores, result files, comparisons and the review page."""

@@ -1,4 +1,4 @@
-"""What can be answered without looking: the floor that every model must clear."""
+"""Baselines that answer without the image. Every model should score higher than they do."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from normtune.data.records import Example, Prediction
-from normtune.data.splits import patients
+from normtune.data.splits import patient_of_image
 from normtune.errors import InputError
 from normtune.metrics.normalisation import normalise, tokens
 
 _QUESTION_MARKS = str.maketrans(dict.fromkeys("?!.,;:\"'()？！。，；：、", " "))
 
 
-def words_of(question: str) -> tuple[str, ...]:
-    """The words that tell a question from another, whatever its case and punctuation."""
+def question_words(question: str) -> tuple[str, ...]:
+    """Split a question into lower-case words without punctuation. Equal words mean the same question."""
     return tuple(tokens(question.lower().translate(_QUESTION_MARKS)))
 
 
-def _commonest(answers: Sequence[str]) -> str:
-    """The answer given most often, spellings of one normalised form counted together.
+def _most_common(answers: Sequence[str]) -> str:
+    """Return the most common answer. Spellings with the same normalised form are counted together.
 
-    Ties go to the alphabetically first form, and among a form's spellings to the commonest, then the first.
+    Of equally common forms, the alphabetically first is taken. Of a form's spellings, the most common is
+    returned, or the first of equally common ones.
     """
     forms: dict[str, Counter[str]] = defaultdict(Counter)
     for answer in answers:
@@ -34,13 +35,14 @@ def _commonest(answers: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class QuestionOnly:
-    """The commonest training answer to the same question, else to its first two words, else of all rows.
+    """Predicts the most common training answer to the same question.
 
-    Two questions are the same when their words are, whatever the case and punctuation.
+    If training has no such question, it predicts the most common answer to questions with the same first two
+    words, else the most common answer of all rows. Case and punctuation of questions are ignored.
     """
 
-    by_question: dict[tuple[str, ...], str]
-    by_start: dict[tuple[str, ...], str]
+    by_question: dict[tuple[str, ...], str]  # words of a question -> answer
+    by_start: dict[tuple[str, ...], str]  # first two words of a question -> answer
     overall: str
 
     @classmethod
@@ -48,92 +50,98 @@ class QuestionOnly:
         """Count the answers of the training rows.
 
         Raises:
-            InputError: there are none.
+            InputError: if there are no rows.
         """
         if not train:
             raise InputError("the question-only baseline needs training rows and got none.")
         questions: dict[tuple[str, ...], list[str]] = defaultdict(list)
         starts: dict[tuple[str, ...], list[str]] = defaultdict(list)
         for example in train:
-            words = words_of(example.question)
+            words = question_words(example.question)
             questions[words].append(example.answer)
             starts[words[:2]].append(example.answer)
         return cls(
-            by_question={words: _commonest(answers) for words, answers in questions.items()},
-            by_start={words: _commonest(answers) for words, answers in starts.items()},
-            overall=_commonest([example.answer for example in train]),
+            by_question={words: _most_common(answers) for words, answers in questions.items()},
+            by_start={words: _most_common(answers) for words, answers in starts.items()},
+            overall=_most_common([example.answer for example in train]),
         )
 
     def predict(self, examples: Sequence[Example]) -> list[Prediction]:
-        """One prediction an example, in order; neither its image nor its reference is looked at."""
-        return [Prediction(example.id, self._answer(words_of(example.question))) for example in examples]
+        """Predict one answer per example, in order. Neither images nor references are used."""
+        return [Prediction(example.id, self._answer(question_words(example.question))) for example in examples]
 
     def _answer(self, words: tuple[str, ...]) -> str:
         return self.by_question.get(words, self.by_start.get(words[:2], self.overall))
 
 
 @dataclass(frozen=True)
-class OneText:
-    """One training text for every image, however it looks."""
+class ConstantText:
+    """Predicts the same training text for every image."""
 
     text: str
 
     @classmethod
-    def most_frequent(cls, train: Sequence[Example]) -> OneText:
-        """The report (or answer) of the most patients.
+    def most_frequent(cls, train: Sequence[Example]) -> ConstantText:
+        """Take the report (or answer) that the most patients have.
 
-        Texts are the same when their normalised forms are. Each counts once for a patient, a case or, where
-        the data name neither, a study: the slices of one case often bear one caption. Of texts that are
-        equally frequent the one nearest the middle is taken, see `medoid`.
+        Texts with the same normalised form are counted together. A text counts once per patient, per case or,
+        if the data name neither, per study, because the slices of a case often share one caption. Of equally
+        frequent texts, the one with the highest mean similarity to all texts is taken, as in `medoid`.
 
         Raises:
-            InputError: there are no training rows.
+            InputError: if there are no training rows.
         """
-        spelt = _spellings(train, "most-frequent")
-        cluster = patients(train)
-        whose: dict[str, set[str]] = defaultdict(set)  # form -> the patients that have it
+        spellings = _first_spellings(train, "most-frequent")
+        patient = patient_of_image(train)
+        patients: dict[str, set[str]] = defaultdict(set)  # form -> the patients that have it
         for example in train:
-            whose[normalise(example.answer)].add(cluster[example.images[0]] if example.images else example.id)
-        most = max(len(them) for them in whose.values())
-        return cls(spelt[_medoid([form for form, them in whose.items() if len(them) == most], train)])
+            form = normalise(example.answer)
+            patients[form].add(patient[example.images[0]] if example.images else example.id)
+        most = max(len(names) for names in patients.values())
+        forms = [form for form, names in patients.items() if len(names) == most]
+        return cls(spellings[_medoid(forms, train)])
 
     @classmethod
-    def medoid(cls, train: Sequence[Example]) -> OneText:
-        """The text whose word counts have the highest mean cosine similarity to those of all training rows.
+    def medoid(cls, train: Sequence[Example]) -> ConstantText:
+        """Take the text with the highest mean cosine similarity of word counts to all training rows.
 
-        Of equal ones the first counts.
+        Of equally similar texts, the first is taken.
 
         Raises:
-            InputError: there are no training rows.
+            InputError: if there are no training rows.
         """
-        spelt = _spellings(train, "medoid")
-        return cls(spelt[_medoid(list(spelt), train)])
+        spellings = _first_spellings(train, "medoid")
+        return cls(spellings[_medoid(list(spellings), train)])
 
     def predict(self, examples: Sequence[Example]) -> list[Prediction]:
-        """One prediction an example, in order; only its id is looked at."""
+        """Predict one text per example, in order. Only the ids of the examples are used."""
         return [Prediction(example.id, self.text) for example in examples]
 
 
-def _spellings(train: Sequence[Example], baseline: str) -> dict[str, str]:
-    """Normalised form -> its first spelling, in the order of the rows."""
+def _first_spellings(train: Sequence[Example], baseline: str) -> dict[str, str]:
+    """Map each normalised form to its first spelling, in the order of the rows."""
     if not train:
         raise InputError(f"the {baseline} baseline needs training rows and got none.")
-    spelt: dict[str, str] = {}
+    spellings: dict[str, str] = {}
     for example in train:
-        spelt.setdefault(normalise(example.answer), example.answer)
-    return spelt
+        spellings.setdefault(normalise(example.answer), example.answer)
+    return spellings
 
 
 def _medoid(forms: Sequence[str], train: Sequence[Example]) -> str:
-    """Of `forms` the one nearest all training rows: cosines with all add up to one with their sum."""
+    """Return the form with the highest mean cosine similarity to all training rows.
+
+    The sum of a vector's cosines with all unit vectors is its dot product with their sum, so the pairs of
+    texts need not be compared one by one.
+    """
     total: Counter[str] = Counter()
     for example in train:
-        total.update(_direction(normalise(example.answer)))  # type: ignore[arg-type]  # counts of parts
-    return max(forms, key=lambda form: sum(part * total[word] for word, part in _direction(form).items()))
+        total.update(_unit_vector(normalise(example.answer)))  # type: ignore[arg-type]  # fractional counts
+    return max(forms, key=lambda f: sum(weight * total[word] for word, weight in _unit_vector(f).items()))
 
 
-def _direction(text: str) -> dict[str, float]:
-    """Word counts, divided by their Euclidean length."""
+def _unit_vector(text: str) -> dict[str, float]:
+    """Count the words of a text and divide the counts by their Euclidean norm."""
     counts = Counter(tokens(text))
     length = math.hypot(*counts.values())
     return {word: count / length for word, count in counts.items()}

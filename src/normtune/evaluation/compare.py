@@ -1,4 +1,4 @@
-"""Evaluations of the same questions side by side: checked to be so, then every metric paired by image."""
+"""Compares evaluations of the same questions: checks that they match, then pairs every metric by image."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from typing import Any
 from normtune.data.records import Example
 from normtune.errors import InputError
 from normtune.evaluation.results import read_run, split_hash
-from normtune.metrics.statistics import holm
-from normtune.metrics.sum_metrics import SumMetric, paired
+from normtune.metrics.statistics import holm_correction
+from normtune.metrics.sum_metrics import SumMetric, paired_difference
 from normtune.metrics.table import metric_table
 from normtune.runtime.files import read_json, write_text
 
 
 @dataclass(frozen=True)
 class EvaluationRun:
-    """One evaluation as its files hold it: examples, answers by id, and metrics.json."""
+    """One evaluation, read from its files."""
 
     name: str  # the shortest end of its path that no other run has
     directory: Path
     examples: list[Example]
-    texts: dict[str, str]
-    about: dict[str, Any]
+    texts: dict[str, str]  # example id -> predicted text
+    record: dict[str, Any]  # contents of metrics.json
 
     @property
     def is_report(self) -> bool:
-        """Whether reports were written rather than questions answered."""
+        """Whether the predictions are reports rather than answers."""
         return self.examples[0].kind == "report"
 
 
 @dataclass(frozen=True)
 class MetricDifference:
-    """One metric of two runs on the same rows; `difference` is the second less the first."""
+    """One metric of two runs on the same rows. `difference` is the second minus the first."""
 
     first: float
     second: float
@@ -42,7 +42,7 @@ class MetricDifference:
     low: float
     high: float
     p: float
-    p_holm: float  # corrected for all metrics of all runs that were compared
+    p_holm: float  # corrected for all metrics of all compared runs (Holm 1979)
     rows: int
     images: int
     method: str
@@ -50,20 +50,20 @@ class MetricDifference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs against the first of them: run -> metric -> the two values and their difference."""
+    """Several runs compared with the first of them, the baseline."""
 
     baseline: EvaluationRun
     others: list[EvaluationRun]
-    differences: dict[str, dict[str, MetricDifference]]
+    differences: dict[str, dict[str, MetricDifference]]  # run -> metric -> difference from the baseline
 
     @property
     def comparisons(self) -> int:
-        """How many differences were tested, and their p-values corrected for."""
-        return sum(len(found) for found in self.differences.values())
+        """The number of tested differences, for which p-values are corrected."""
+        return sum(len(metrics) for metrics in self.differences.values())
 
     def to_json(self) -> dict[str, Any]:
-        """What `normtune compare --json` prints."""
-        about = self.baseline.about
+        """Build the dictionary that `normtune compare --json` prints."""
+        about = self.baseline.record
         return {
             "dataset": about["dataset"],
             "rows": about["rows"],
@@ -74,163 +74,174 @@ class Comparison:
             "runs": {run.name: str(run.directory) for run in (self.baseline, *self.others)},
             "comparisons": self.comparisons,
             "differences": {
-                run: {name: asdict(one) for name, one in found.items()}
-                for run, found in self.differences.items()
+                run: {name: asdict(difference) for name, difference in metrics.items()}
+                for run, metrics in self.differences.items()
             },
         }
 
 
 def compare(run_a: Path | str, run_b: Path | str) -> dict[str, MetricDifference]:
-    """Two evaluations of the same rows, paired by id: difference, interval and p-value of every metric.
+    """Compare two evaluations of the same rows, paired by id.
+
+    Args:
+        run_a: result folder of the first evaluation.
+        run_b: result folder of the second.
+
+    Returns:
+        Metric name -> both values, the difference (second minus first), its 95% interval and p-values.
 
     Raises:
         InputError: as `read_runs`.
     """
-    (found,) = compare_runs([run_a, run_b]).differences.values()
-    return found
+    (differences,) = compare_runs([run_a, run_b]).differences.values()
+    return differences
 
 
 def compare_runs(directories: Sequence[Path | str]) -> Comparison:
-    """Every metric of each run against the first, paired by image, p-values corrected over all (Holm).
+    """Compare every metric of each run with the first run, paired by image.
+
+    The p-values are corrected for all metrics of all runs (Holm 1979).
 
     Raises:
-        InputError: as `read_runs`.
+        InputError: as `read_runs`, or if there is only one run.
     """
     baseline, *others = read_runs(directories)
     if not others:
-        raise InputError("one run alone has nothing to be compared with. Name two result folders or more.")
+        raise InputError("a comparison needs at least two runs. Name two or more result folders.")
     cluster = {example.id: example.images for example in baseline.examples}
-    first = metric_rows(baseline)
-    tables = {run.name: metric_rows(run) for run in others}
+    first = compute_metrics(baseline)
+    tables = {run.name: compute_metrics(run) for run in others}
     pairs = {
-        (run, name): paired(metric, table[name], cluster)
+        (run, name): paired_difference(metric, table[name], cluster)
         for run, table in tables.items()
         for name, metric in first.items()
     }
-    corrected = holm({key: pair.p for key, pair in pairs.items()})
+    corrected = holm_correction({key: pair.p for key, pair in pairs.items()})
     differences: dict[str, dict[str, MetricDifference]] = {run: {} for run in tables}
     for (run, name), pair in pairs.items():
         differences[run][name] = MetricDifference(
-            first=first[name].overall(),
-            second=tables[run][name].overall(),
-            p_holm=corrected[run, name],
-            **asdict(pair),
+            first=first[name].overall(), second=tables[run][name].overall(), p_holm=corrected[run, name], **asdict(pair)
         )
     return Comparison(baseline, others, differences)
 
 
 def read_runs(directories: Sequence[Path | str]) -> list[EvaluationRun]:
-    """Evaluations of one split, checked to hold the same questions of the same images.
+    """Read evaluations of one split and check that they have the same questions about the same images.
 
     Raises:
-        InputError: a file is missing or damaged, a folder stands twice, or a run has other rows, questions,
-            references or normalisations than the first; the message counts them and names where they are.
+        InputError: if a file is missing or damaged, a folder is named twice, or a run differs from the first
+            in rows, questions, references, images, kinds or normalisation. The message states how many differ
+            and in which folder.
     """
     paths = [Path(directory) for directory in directories]
     resolved = [path.resolve() for path in paths]
-    for path, whole in zip(paths, resolved, strict=True):
-        if resolved.count(whole) > 1:
+    for path, absolute in zip(paths, resolved, strict=True):
+        if resolved.count(absolute) > 1:
             raise InputError(f"{path} is named twice. Name each result folder once.")
-    names = _names(resolved)
-    runs = [_read(path, name) for path, name in zip(paths, names, strict=True)]
+    names = _short_names(resolved)
+    runs = [_read_run(path, name) for path, name in zip(paths, names, strict=True)]
     for run in runs[1:]:
-        _check_same(runs[0], run)
+        _check_same_rows(runs[0], run)
     return runs
 
 
-def _read(path: Path, name: str) -> EvaluationRun:
-    examples, texts, about = read_run(path)
+def _read_run(path: Path, name: str) -> EvaluationRun:
+    """Read one evaluation and check its manifest."""
+    examples, texts, record = read_run(path)
     manifest = read_json(path / "manifest.json")
     ids = manifest.get("ids") if isinstance(manifest, dict) else None
-    if not isinstance(ids, list) or manifest.get("split_hash") != about["split_hash"]:
-        raise InputError(f"{path / 'manifest.json'} is not of the predictions beside it. Evaluate again.")
-    if split_hash([str(id) for id in ids]) != about["split_hash"]:
-        raise InputError(f"{path / 'manifest.json'}: its ids do not have its hash. Evaluate again.")
-    return EvaluationRun(name, path, examples, texts, about)
+    if not isinstance(ids, list) or manifest.get("split_hash") != record["split_hash"]:
+        raise InputError(f"{path / 'manifest.json'} does not match predictions.jsonl. Evaluate again.")
+    if split_hash([str(id) for id in ids]) != record["split_hash"]:
+        raise InputError(f"{path / 'manifest.json'}: its ids do not match its hash. Evaluate again.")
+    return EvaluationRun(name, path, examples, texts, record)
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths, in whole folders, that tell them apart."""
+def _short_names(paths: Sequence[Path]) -> list[str]:
+    """Name each path by its shortest end, in whole folders, that no other path has."""
     names = []
     for path in paths:
-        deep = len(path.parts)
-        ends = (d for d in range(1, deep) if sum(p.parts[-d:] == path.parts[-d:] for p in paths) == 1)
-        names.append(str(Path(*path.parts[-next(ends, deep) :])))
+        depth = len(path.parts)
+        unique = (n for n in range(1, depth) if sum(p.parts[-n:] == path.parts[-n:] for p in paths) == 1)
+        names.append(str(Path(*path.parts[-next(unique, depth) :])))
     return names
 
 
-def _check_same(first: EvaluationRun, other: EvaluationRun) -> None:
-    """That both hold the same rows, with the same words, scored alike."""
+def _check_same_rows(first: EvaluationRun, other: EvaluationRun) -> None:
+    """Check that both runs have the same rows with the same texts, and the same normalisation."""
     a, b = first.directory, other.directory
-    if first.about["split_hash"] != other.about["split_hash"]:
-        odd = [
-            f"{len(alone)} stand in {run} alone, first '{min(alone)}'"
-            for run, alone in ((a, first.texts.keys() - other.texts), (b, other.texts.keys() - first.texts))
-            if alone
+    if first.record["split_hash"] != other.record["split_hash"]:
+        unmatched = [
+            f"{len(ids)} are only in {run}, first '{min(ids)}'"
+            for run, ids in ((a, first.texts.keys() - other.texts), (b, other.texts.keys() - first.texts))
+            if ids
         ]
-        raise InputError(
-            f"{a} and {b} evaluate different rows: {'; '.join(odd)}. Evaluate both on one split."
-        )
-    held = {example.id: example for example in other.examples}
+        raise InputError(f"{a} and {b} evaluate different rows: {'; '.join(unmatched)}. Evaluate both on one split.")
+    by_id = {example.id: example for example in other.examples}
     for what, field in (
         ("questions", "question"),
         ("references", "answer"),
         ("images", "images"),
         ("kinds of question", "kind"),
     ):
-        changed = [e.id for e in first.examples if getattr(e, field) != getattr(held[e.id], field)]
+        changed = [e.id for e in first.examples if getattr(e, field) != getattr(by_id[e.id], field)]
         if changed:
             raise InputError(
                 f"{a} and {b} differ in {len(changed)} {what}, first that of '{changed[0]}'. "
                 "Evaluate both on one version of the data."
             )
-    if first.about["normalisation"] != other.about["normalisation"]:
+    if first.record["normalisation"] != other.record["normalisation"]:
         raise InputError(
-            f"{a} and {b} were scored under different normalisations: {_named(first)} and {_named(other)}. "
+            f"{a} and {b} were scored under different normalisations: "
+            f"{_normalisation_text(first)} and {_normalisation_text(other)}. "
             "Evaluate both with one --normalisation."
         )
 
 
-def _named(run: EvaluationRun) -> str:
-    """The run's normalisation, or normalisations."""
-    given = run.about["normalisation"]
-    return given if isinstance(given, str) else ", ".join(given)
+def _normalisation_text(run: EvaluationRun) -> str:
+    """Format the run's normalisation (answers) or normalisations (reports)."""
+    normalisation = run.record["normalisation"]
+    return normalisation if isinstance(normalisation, str) else ", ".join(normalisation)
 
 
-def metric_rows(run: EvaluationRun) -> dict[str, SumMetric]:
-    """Every metric of the run's task, row by row."""
-    return metric_table(run.examples, run.texts, run.about["normalisation"])
+def compute_metrics(run: EvaluationRun) -> dict[str, SumMetric]:
+    """Compute every metric of the run's task, row by row."""
+    return metric_table(run.examples, run.texts, run.record["normalisation"])
 
 
-def _rows(found: Mapping[str, Any]) -> list[list[str]]:
-    """One row a run and metric: both values, the difference with its interval, p and rows; times 100."""
+def _table_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
+    """Format one row per run and metric: both values, the difference with its interval, p-values and rows.
+
+    Values are multiplied by 100.
+    """
     rows = []
-    for run, metrics in found["differences"].items():
-        for name, one in metrics.items():
-            first, second = 100 * one["first"], 100 * one["second"]
-            value, low, high = (100 * one[end] for end in ("difference", "low", "high"))
+    for run, metrics in comparison["differences"].items():
+        for name, metric in metrics.items():
+            first, second = 100 * metric["first"], 100 * metric["second"]
+            value, low, high = (100 * metric[end] for end in ("difference", "low", "high"))
             interval = f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
-            p = [f"{one[which]:.4f}" for which in ("p", "p_holm")]
-            rows.append([run, name, f"{first:.2f}", f"{second:.2f}", interval, *p, str(one["rows"])])
+            p = [f"{metric[key]:.4f}" for key in ("p", "p_holm")]
+            rows.append([run, name, f"{first:.2f}", f"{second:.2f}", interval, *p, str(metric["rows"])])
     return rows
 
 
 _HEAD = ["run", "metric", "baseline", "value", "difference", "p", "p (Holm)", "rows"]
-_LEFT = 2  # columns of text; the others are numbers
+_LEFT = 2  # the first two columns are text and aligned left; the others are numbers
 
 
-def _caption(found: Mapping[str, Any]) -> tuple[str, str]:
-    """The line above the table, and the one below it."""
+def _caption(comparison: Mapping[str, Any]) -> tuple[str, str]:
+    """Format the line before the table and the line after it."""
     return (
-        f"{found['dataset']}: {found['rows']} rows, {found['images']} images; baseline: {found['baseline']}",
+        f"{comparison['dataset']}: {comparison['rows']} rows, {comparison['images']} images; "
+        f"baseline: {comparison['baseline']}",
         f"Values times 100; intervals 95%, paired bootstrap over images; p-values corrected for all "
-        f"{found['comparisons']} comparisons (Holm).",
+        f"{comparison['comparisons']} comparisons (Holm).",
     )
 
 
-def comparison_text(found: Mapping[str, Any]) -> str:
-    """`Comparison.to_json` as an aligned table."""
-    rows = [_HEAD, *_rows(found)]
+def comparison_text(comparison: Mapping[str, Any]) -> str:
+    """Format the result of `Comparison.to_json` as an aligned table."""
+    rows = [_HEAD, *_table_rows(comparison)]
     widths = [max(len(row[at]) for row in rows) for at in range(len(_HEAD))]
     lines = [
         "  ".join(
@@ -239,19 +250,19 @@ def comparison_text(found: Mapping[str, Any]) -> str:
         ).rstrip()
         for row in rows
     ]
-    above, below = _caption(found)
-    return "\n".join([above, *lines, below])
+    title, note = _caption(comparison)
+    return "\n".join([title, *lines, note])
 
 
-def comparison_markdown(found: Mapping[str, Any]) -> str:
-    """`Comparison.to_json` as a Markdown table."""
-    above, below = _caption(found)
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in (_HEAD, *_rows(found))]
+def comparison_markdown(comparison: Mapping[str, Any]) -> str:
+    """Format the result of `Comparison.to_json` as a Markdown table."""
+    title, note = _caption(comparison)
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (_HEAD, *_table_rows(comparison))]
     head, *lines = ["| " + " | ".join(row) + " |" for row in cells]
     rule = "|" + "---|" * _LEFT + "--:|" * (len(_HEAD) - _LEFT)
-    return "\n".join([above.replace("|", "\\|"), "", head, rule, *lines, "", below]) + "\n"
+    return "\n".join([title.replace("|", "\\|"), "", head, rule, *lines, "", note]) + "\n"
 
 
-def write_comparison(found: Mapping[str, Any], path: Path) -> None:
-    """Write the Markdown table, whole or not at all."""
-    write_text(path, comparison_markdown(found))
+def write_comparison(comparison: Mapping[str, Any], path: Path) -> None:
+    """Write the Markdown table to a file, atomically."""
+    write_text(path, comparison_markdown(comparison))

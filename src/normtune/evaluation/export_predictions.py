@@ -1,15 +1,15 @@
-"""Answers of an evaluation in the forms that lmms-eval and VLMEvalKit score again without a model.
+"""Exports the answers of an evaluation to files that lmms-eval and VLMEvalKit score without a model.
 
-Layouts, read in their sources in November 2026:
+The layouts, taken from the sources of both harnesses in November 2026:
 
-`lmms-eval`
-    What its model `from_log` reads (lmms_eval/models/simple/from_log.py, release 0.7.3): a `.json` of
-    `args` (model, model_args, limit), `model_configs.task` and `logs`, each with `doc_id` and `resps`. It
-    does not read the `.jsonl` that --log_samples writes today. `doc_id` is the row's place in the task.
-`vlmevalkit`
-    A prediction table of index, question, answer, prediction and category, as `vlmutil eval` loads it
-    (vlmeval/smp/file.py: pandas' read_csv with tabs; vlmeval/dataset/image_vqa.py and image_shortqa.py read
-    the columns). pandas takes words such as None and NA for missing, and they are scored as "nan".
+`lmms-eval` A `.json` file that its model `from_log` reads (lmms_eval/models/simple/from_log.py, release
+    0.7.3). It has `args` (model, model_args, limit), `model_configs.task` and `logs`; each log has `doc_id`
+    and `resps`. `from_log` does not read the `.jsonl` files that --log_samples writes today. `doc_id` is the
+    index of the row in the task.
+`vlmevalkit` A table of index, question, answer, prediction and category, as `vlmutil eval` loads it
+    (vlmeval/smp/file.py calls pandas' read_csv with tabs; vlmeval/dataset/image_vqa.py and image_shortqa.py
+    read the columns). pandas reads words such as None and NA as missing values, and VLMEvalKit scores them as
+    "nan".
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from normtune.evaluation.results import read_run
 from normtune.runtime.files import write_json, write_text
 
 HARNESSES = ("lmms-eval", "vlmevalkit")
-# tasks of lmms-eval on a dataset that is read here: by language, and how many rows the task has
+# lmms-eval's tasks on SLAKE: language -> (task, number of its rows)
 _SLAKE = {"en": ("slake_en", 1061), "zh": ("slake_zh", 1033), "all": ("slake", 2094)}
-# what pandas.read_csv takes for a missing value by default (pandas 2 and 3)
+# Words that pandas.read_csv reads as a missing value by default (pandas 2 and 3).
 _MISSING = frozenset((
     "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A",
     "NA", "NULL", "NaN", "None", "n/a", "nan", "null",
@@ -39,102 +39,105 @@ _MISSING = frozenset((
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and how many of its texts the harness will not read as they are."""
+    """The written file, and how many of its texts the harness will misread."""
 
     out: str
-    to: str
-    task: str | None  # of lmms-eval
+    to: str  # the harness
+    task: str | None  # the task of lmms-eval
     rows: int
-    misread: int  # predictions and answers that pandas takes for missing
+    misread: int  # number of predictions and answers that pandas reads as missing
 
 
 def export_predictions(run: Path | str, to: str, out: Path | str, *, task: str | None = None) -> Exported:
-    """Write the answers of the result folder `run` to the file `out`; see the top of this module.
+    """Write the answers of an evaluation to a file for another harness. The top of this module describes it.
 
     Args:
         run: result folder of an evaluation of questions.
         to: one of `HARNESSES`.
         out: the file: `.json` for lmms-eval, `MODEL_DATASET.tsv` for VLMEvalKit.
-        task: lmms-eval's task; for SLAKE's test split it is known. Its rows must be those evaluated, in their
-            order: `doc_id` is the place in predictions.jsonl.
+        task: lmms-eval's task; by default it is known for SLAKE's test split. The rows of the task must be
+            the evaluated rows in the same order, because `doc_id` is the index in predictions.jsonl.
 
     Raises:
-        InputError: as `read_run`; reports; an unknown harness, ending or task; not the rows of a known task.
+        InputError: as `read_run`, or if the run has reports, the harness, file ending or task is unknown, or
+            the rows are not those of a known task.
     """
     if to not in HARNESSES:
         known = ", ".join(HARNESSES)
         raise InputError(f"--to {to}: unknown harness{did_you_mean(to, HARNESSES) or '.'} Known: {known}.")
     out = Path(out)
-    examples, texts, about = read_run(run)
+    examples, texts, record = read_run(run)
     if examples[0].kind == "report":
-        raise InputError(f"{run} holds reports, which neither harness scores again. Export answers.")
+        raise InputError(f"{run} has reports, which neither harness can score. Export answers.")
     ending = ".json" if to == "lmms-eval" else ".tsv"
     if out.suffix != ending:
-        raise InputError(f"--out {out}: {to} reads files that end in {ending}. Name it so.")
+        raise InputError(f"--out {out}: {to} reads files that end in {ending}. Use this ending.")
     answers = [texts[example.id] for example in examples]
     if to == "lmms-eval":
-        task = task or _known_task(about)
-        _check_rows(task, examples, about)
-        written = datetime.fromtimestamp((Path(run) / "metrics.json").stat().st_mtime, UTC)
-        write_json(out, _from_log(examples, answers, about, task, written))
+        task = task or _known_task(record)
+        _check_rows(task, examples, record)
+        evaluated_at = datetime.fromtimestamp((Path(run) / "metrics.json").stat().st_mtime, UTC)
+        write_json(out, _lmms_eval_log(examples, answers, record, task, evaluated_at))
         return Exported(str(out), to, task, len(examples), 0)
     if task is not None:
-        raise InputError("--task goes with lmms-eval; VLMEvalKit tells its dataset by the name of the file.")
-    write_text(out, _table(examples, answers))
+        raise InputError("--task is for lmms-eval; VLMEvalKit gets its dataset from the name of the file.")
+    write_text(out, _vlmevalkit_table(examples, answers))
     misread = sum(text in _MISSING for text in (*answers, *(example.answer for example in examples)))
     return Exported(str(out), to, None, len(examples), misread)
 
 
-def _known_task(about: dict[str, Any]) -> str:
-    data = about.get("data") or {}
-    known = _SLAKE.get(data.get("language", "en")) if about["dataset"] == "slake" else None
+def _known_task(record: dict[str, Any]) -> str:
+    """Return lmms-eval's task for the evaluated dataset."""
+    data = record.get("data") or {}
+    known = _SLAKE.get(data.get("language", "en")) if record["dataset"] == "slake" else None
     if known is None:
         raise InputError(
-            f"lmms-eval has no task of {about['dataset']} that is known here. "
-            "Give --task, the name of one whose rows are those evaluated, in their order."
+            f"no task of lmms-eval is known for {record['dataset']}. "
+            "Give --task, the name of a task with the evaluated rows in the same order."
         )
     return known[0]
 
 
-def _check_rows(task: str, examples: Sequence[Example], about: dict[str, Any]) -> None:
-    """That a task whose number of rows is known gets all of them: places are counted from its first."""
+def _check_rows(task: str, examples: Sequence[Example], record: dict[str, Any]) -> None:
+    """Check that a run has all rows of a known task, because `doc_id` counts from the task's first row."""
     rows = dict(_SLAKE.values()).get(task)
-    if rows is not None and (len(examples) != rows or about["splits"] != ["test"]):
+    if rows is not None and (len(examples) != rows or record["splits"] != ["test"]):
         raise InputError(
-            f"lmms-eval's {task} is the whole test split of SLAKE, {rows} rows; the result holds "
-            f"{len(examples)} of {', '.join(about['splits'])}. Evaluate --split test without --limit."
+            f"lmms-eval's {task} is the whole test split of SLAKE, {rows} rows; the result has "
+            f"{len(examples)} of {', '.join(record['splits'])}. Evaluate --split test without --limit."
         )
 
 
-def _from_log(
-    examples: Sequence[Example], answers: Sequence[str], about: dict[str, Any], task: str, written: datetime
+def _lmms_eval_log(
+    examples: Sequence[Example], answers: Sequence[str], record: dict[str, Any], task: str, time: datetime
 ) -> dict[str, Any]:
-    named = [f"{what}={about[what]}" for what in ("base", "adapter") if about.get(what)]
+    """Build the log that lmms-eval's `from_log` reads."""
+    model_args = [f"{key}={record[key]}" for key in ("base", "adapter") if record.get(key)]
     return {
-        "args": {"model": "normtune", "model_args": ",".join(named), "limit": None},
+        "args": {"model": "normtune", "model_args": ",".join(model_args), "limit": None},
         "model_configs": {"task": task},
-        "time": written.strftime("%m%d_%H%M"),
+        "time": time.strftime("%m%d_%H%M"),
         "logs": [
-            {"doc_id": place, "id": example.id, "target": example.answer, "resps": [[answer]]}
-            for place, (example, answer) in enumerate(zip(examples, answers, strict=True))
+            {"doc_id": index, "id": example.id, "target": example.answer, "resps": [[answer]]}
+            for index, (example, answer) in enumerate(zip(examples, answers, strict=True))
         ],
     }
 
 
-def _table(examples: Sequence[Example], answers: Sequence[str]) -> str:
+def _vlmevalkit_table(examples: Sequence[Example], answers: Sequence[str]) -> str:
+    """Build the tab-separated table that VLMEvalKit reads."""
     buffer = io.StringIO()
     rows = csv.writer(buffer, delimiter="\t", quoting=csv.QUOTE_ALL, lineterminator="\n")
     rows.writerow(["index", "id", "question", "answer", "prediction", "category"])
-    for place, (example, answer) in enumerate(zip(examples, answers, strict=True)):
-        rows.writerow([place, example.id, example.question, example.answer, answer, example.kind])
+    for index, (example, answer) in enumerate(zip(examples, answers, strict=True)):
+        rows.writerow([index, example.id, example.question, example.answer, answer, example.kind])
     return buffer.getvalue()
 
 
-def export_text(found: Exported) -> str:
-    """What was written, as a sentence."""
-    said = f"{found.rows} answers for {found.to}{f', task {found.task}' if found.task else ''}: {found.out}"
-    if found.misread:
-        said += (
-            f". {found.misread} texts are words that pandas takes for missing; they will be scored as 'nan'"
-        )
-    return said
+def export_text(exported: Exported) -> str:
+    """Describe the export in a sentence."""
+    task = f", task {exported.task}" if exported.task else ""
+    text = f"{exported.rows} answers for {exported.to}{task}: {exported.out}"
+    if exported.misread:
+        text += f". pandas reads {exported.misread} of the texts as missing; they will be scored as 'nan'"
+    return text

@@ -1,23 +1,26 @@
-"""Does the model look at the image? The same questions are asked of images that cannot answer them.
+"""Measures how much a model relies on the image: it answers the same questions with control images.
+
+A control image replaces the real one and cannot answer the question:
 
 =========  ===================================================================================================
-control    what is shown in the image's place
+control    replaces the image by
 =========  ===================================================================================================
-`blank`    the same mid-grey (128) everywhere: not the image's own mean, which tells an X-ray from a CT slice
-`noise`    uniform grey values, in cells of 1/64 of the longer side, drawn by the image's key: finer noise
-           would be averaged away to grey when a processor scales it
-`other`    an image of another patient among the evaluated rows; each stands in for one other where no patient
-           has more than half of them all. Two views of a study are replaced by those of one other study
+`blank`    mid-grey (128) everywhere. The image's mean is not used, because it distinguishes an X-ray from a
+           CT slice
+`noise`    uniform grey values in cells of 1/64 of the longer side, seeded by the image's key. Finer noise
+           would be averaged to grey when a processor scales the image
+`other`    an image of another patient of the evaluated rows. Each image replaces exactly one other image if
+           no patient has more than half of all images. One other study replaces all views of a study
 =========  ===================================================================================================
 
-Blank and noise keep the image's size, so that a model takes as many image tokens as before; that size is all
-they tell. `other` may be of another modality or organ, and may happen to have the same answer, so what it
-leaves is more than what is known without looking. Patients are told apart as far as `meta` and studies name
-them, else each image counts as one (SLAKE and VQA-RAD name none).
+`blank` and `noise` keep the image's size, so that a model gets the same number of image tokens. They keep no
+other information. `other` may show another modality or organ and may happen to have the same answer, so its
+score is higher than what is known without the image. Patients are identified by `meta` and by studies;
+without them (SLAKE and VQA-RAD), each image counts as one patient.
 
-What the image earns, of a metric, is (real - replaced) / real: the share of the score that goes when the
-image does. It is 0 for a model that does not look, 1 for one that knows nothing without looking, and below 0
-where the image misleads; where the real score is 0 there is none.
+The image's contribution to a metric (the field `earned`) is (real - replaced) / real: the share of the score
+that is lost without the image. It is 0 for a model that ignores the image, 1 for a model that knows nothing
+without it, and negative if the image misleads the model. It is undefined if the real score is 0.
 """
 
 from __future__ import annotations
@@ -32,98 +35,102 @@ import numpy as np
 from PIL import Image
 
 from normtune.data.records import Dataset, Example
-from normtune.data.splits import patients
+from normtune.data.splits import patient_of_image
 from normtune.errors import InputError, did_you_mean
 from normtune.evaluation.config import CONTROLS
-from normtune.metrics.statistics import RESAMPLES, holm
-from normtune.metrics.sum_metrics import SumMetric, paired, relative_drop
+from normtune.metrics.statistics import RESAMPLES, holm_correction
+from normtune.metrics.sum_metrics import SumMetric, paired_difference, relative_drop
 from normtune.metrics.table import headline_metrics, summarize_metrics
 
-CONTROL_DESCRIPTIONS = {  # by control, for people who read metrics.json
+# Explains each control to readers of metrics.json.
+CONTROL_DESCRIPTIONS = {
     "blank": "mid-grey (128) of the image's size",
     "noise": "uniform grey noise of the image's size in cells of 1/64 of its longer side, drawn by its key",
     "other": "an image of another patient among the same rows",
 }
-GREY = 128
-CELLS = 64  # of noise, along the longer side
+GREY = 128  # value of all pixels of `blank`
+NOISE_CELLS = 64  # cells of `noise` along the longer side
 
 
-def controls_of(text: str | None) -> tuple[str, ...]:
-    """The controls that "blank,noise,other" names, in the order given.
+def parse_controls(text: str | None) -> tuple[str, ...]:
+    """Parse a list of controls such as "blank,noise,other"; the order is kept, repetitions are removed.
 
     Raises:
-        InputError: there is none of such a name.
+        InputError: if a name is unknown.
     """
     names = tuple(dict.fromkeys(word.strip() for word in (text or "").split(",") if word.strip()))
     for name in names:
         if name not in CONTROLS:
             raise InputError(
-                f"no control image '{name}'{did_you_mean(name, CONTROLS) or '.'} "
-                f"Known are {', '.join(CONTROLS)}, one or several with commas."
+                f"unknown control image '{name}'{did_you_mean(name, CONTROLS) or '.'} "
+                f"Give one or several of {', '.join(CONTROLS)}, separated by commas."
             )
     return names
 
 
 def control_dataset(dataset: Dataset, examples: Sequence[Example], name: str) -> Dataset:
-    """The dataset with the images of a control under the keys of its own.
+    """Replace the images of a dataset by those of a control; the image keys stay the same.
 
     Raises:
-        InputError: all examples are of one patient, so that there is no other.
+        InputError: if `other` has no image to show, because all examples are of one patient.
     """
-    real = dataset.open_image
+    open_real = dataset.open_image
     if name == "other":
-        other = swapped_images(examples)
-        return replace(dataset, open_image=lambda key: real(other[key]))
+        swapped = swapped_images(examples)
+        return replace(dataset, open_image=lambda key: open_real(swapped[key]))
     if name == "noise":
-        return replace(dataset, open_image=lambda key: noise(real(key).size, key))
+        return replace(dataset, open_image=lambda key: noise_image(open_real(key).size, key))
     assert name == "blank", name
-    return replace(dataset, open_image=lambda key: Image.new("RGB", real(key).size, (GREY, GREY, GREY)))
+    return replace(dataset, open_image=lambda key: Image.new("RGB", open_real(key).size, (GREY, GREY, GREY)))
 
 
-def noise(size: tuple[int, int], key: str) -> Image.Image:
-    """An RGB image (all channels alike) of uniform grey cells, a function of size and key alone."""
+def noise_image(size: tuple[int, int], key: str) -> Image.Image:
+    """Create an RGB image of random grey cells; it depends only on size and key. All channels are equal."""
     width, height = size
-    cell = -(-max(size) // CELLS)
+    cell = -(-max(size) // NOISE_CELLS)  # side of a cell in pixels, rounded up
     seed = int.from_bytes(_digest(key)[:8], "big")
-    grid = np.random.default_rng(seed).integers(
-        0, 256, size=(-(-height // cell), -(-width // cell)), dtype=np.uint8
-    )
+    grid = np.random.default_rng(seed).integers(0, 256, size=(-(-height // cell), -(-width // cell)), dtype=np.uint8)
     pixels = grid.repeat(cell, axis=0).repeat(cell, axis=1)[:height, :width]  # [height, width]
     return Image.fromarray(pixels).convert("RGB")
 
 
 def swapped_images(examples: Sequence[Example]) -> dict[str, str]:
-    """Image key -> key of an image of another patient; of the keys alone, whatever the order of the rows.
+    """Assign to each image an image of another patient. The result does not depend on the order of the rows.
 
-    The studies, those of a patient side by side and patients in an order drawn by their keys, are shifted by
-    as many places as the patient of most studies has: that meets no patient's own where none has more than
-    half. Otherwise a study that would is given one of the others' in turn.
+    The studies are sorted by patient, and patients by a hash of their keys. Each study then gets the study
+    that is n places further, where n is the number of studies of the patient with the most studies. No study
+    gets one of the same patient if no patient has more than half of all studies. Otherwise, a study for which
+    this fails gets one of the other patients' studies in turn.
+
+    Returns:
+        Image key -> key of the image that replaces it.
 
     Raises:
-        InputError: all examples are of one patient.
+        InputError: if all examples are of one patient.
     """
-    patient = patients(examples)
+    patient = patient_of_image(examples)
     studies = sorted(
         {example.images for example in examples if example.images},
         key=lambda images: (_digest(patient[images[0]]), images),
     )
-    owners = [patient[images[0]] for images in studies]
-    counts = Counter(owners)
+    patients = [patient[images[0]] for images in studies]
+    counts = Counter(patients)
     if len(counts) < 2:
         raise InputError(
-            "the evaluated rows are of one patient or image, so that no other can be shown. "
-            "Leave 'other' out of --controls, or evaluate more rows."
+            "the evaluated rows are all of one patient or image, so there is no image of another patient. "
+            "Remove 'other' from --controls, or evaluate more rows."
         )
     step = max(counts.values())
-    found: dict[str, str] = {}
+    swapped: dict[str, str] = {}
     for at, images in enumerate(studies):
-        shown = (at + step) % len(studies)
-        if owners[shown] == owners[at]:
-            strangers = [index for index, owner in enumerate(owners) if owner != owners[at]]
-            shown = strangers[at % len(strangers)]
+        target = (at + step) % len(studies)
+        if patients[target] == patients[at]:
+            of_others = [index for index, name in enumerate(patients) if name != patients[at]]
+            target = of_others[at % len(of_others)]
         for view, key in enumerate(images):
-            found.setdefault(key, studies[shown][min(view, len(studies[shown]) - 1)])
-    return found
+            # A study with fewer views repeats its last view.
+            swapped.setdefault(key, studies[target][min(view, len(studies[target]) - 1)])
+    return swapped
 
 
 def _digest(key: str) -> bytes:
@@ -137,37 +144,43 @@ def image_reliance(
     *,
     resamples: int = RESAMPLES,
 ) -> dict[str, dict[str, Any]]:
-    """Control -> what was shown ("image") and, by metric of `HEADLINES`, what the image is worth.
-
-    `real` and `replaced` hold value, low and high of the two scores; `difference` is real less replaced,
-    paired by image, with p and with p_holm, corrected for all metrics and controls; `earned` is the share of
-    the real score that the image earns, its interval from the same resamples, or None where there is none.
+    """Compare the scores with real images to those with control images, for each of the `HEADLINE_METRICS`.
 
     Args:
-        examples: the rows evaluated.
-        real: `metric_table` of the predictions of the images themselves.
+        examples: the evaluated rows.
+        real: `metric_table` of the predictions for the real images.
         replaced: control -> `metric_table` of its predictions.
-        resamples: draws of the bootstrap.
+        resamples: number of bootstrap resamples.
+
+    Returns:
+        Control -> {image: description of the control, metrics: metric -> fields}. The fields are:
+
+        - `real`, `replaced`: {value, low, high} of the two scores.
+        - `difference`: real minus replaced, paired by image, with its interval, `p`, and `p_holm`, which is
+          corrected for all metrics and controls.
+        - `earned`: the share of the real score that is lost without the image, {value, low, high} from the
+          same resamples; None if the real score is 0.
+        - `rows`, `images`: what the metric is based on.
     """
     cluster = {example.id: example.images for example in examples}
-    table = headline_metrics(real)
-    alone = {"real": _ends(table, examples, resamples)} | {
-        control: _ends(headline_metrics(found), examples, resamples) for control, found in replaced.items()
+    real_table = headline_metrics(real)
+    intervals = {"real": _summarize(real_table, examples, resamples)} | {
+        control: _summarize(headline_metrics(table), examples, resamples) for control, table in replaced.items()
     }
     pairs = {
-        (control, name): paired(found[name], metric, cluster, resamples=resamples)
-        for control, found in replaced.items()
-        for name, metric in table.items()
+        (control, name): paired_difference(table[name], metric, cluster, resamples=resamples)
+        for control, table in replaced.items()
+        for name, metric in real_table.items()
     }
-    corrected = holm({key: pair.p for key, pair in pairs.items()})
+    corrected = holm_correction({key: pair.p for key, pair in pairs.items()})
     result: dict[str, dict[str, Any]] = {
         control: {"image": CONTROL_DESCRIPTIONS[control], "metrics": {}} for control in replaced
     }
     for (control, name), pair in pairs.items():
-        earned = relative_drop(table[name], replaced[control][name], cluster, resamples=resamples)
+        contribution = relative_drop(real_table[name], replaced[control][name], cluster, resamples=resamples)
         result[control]["metrics"][name] = {
-            "real": alone["real"][name],
-            "replaced": alone[control][name],
+            "real": intervals["real"][name],
+            "replaced": intervals[control][name],
             "difference": {
                 "value": pair.difference,
                 "low": pair.low,
@@ -176,35 +189,36 @@ def image_reliance(
                 "p_holm": corrected[control, name],
                 "method": pair.method,
             },
-            "earned": earned and asdict(earned),
+            "earned": contribution and asdict(contribution),
             "rows": pair.rows,
             "images": pair.images,
         }
     return result
 
 
-def _ends(
+def _summarize(
     table: Mapping[str, SumMetric], examples: Sequence[Example], resamples: int
 ) -> dict[str, dict[str, float]]:
-    found = summarize_metrics(table, examples, resamples=resamples)
-    return {name: {"value": one.value, "low": one.low, "high": one.high} for name, one in found.items()}
+    """Compute each metric with its interval, without the number of rows and images."""
+    metrics = summarize_metrics(table, examples, resamples=resamples)
+    return {name: {"value": m.value, "low": m.low, "high": m.high} for name, m in metrics.items()}
 
 
-def reliance_text(found: Mapping[str, Any]) -> str:
-    """The result of `reliance` as an aligned table, in %."""
-    rows = [["without the image", "metric", "real", "replaced", "real - replaced", "p (Holm)", "earned %"]]
-    for control, about in found.items():
-        for name, one in about["metrics"].items():
-            difference = one["difference"]
+def reliance_text(reliance: Mapping[str, Any]) -> str:
+    """Format the result of `image_reliance` as an aligned table, in %."""
+    rows = [["control", "metric", "real", "replaced", "real - replaced", "p (Holm)", "image contribution %"]]
+    for control, result in reliance.items():
+        for name, metric in result["metrics"].items():
+            difference = metric["difference"]
             rows.append(
                 [
                     control,
                     name,
-                    f"{100 * one['real']['value']:.1f}",
-                    f"{100 * one['replaced']['value']:.1f}",
+                    f"{100 * metric['real']['value']:.1f}",
+                    f"{100 * metric['replaced']['value']:.1f}",
                     interval_text(difference, sign="+"),
                     f"{difference['p_holm']:.4f}",
-                    "–" if one["earned"] is None else interval_text(one["earned"]),
+                    "–" if metric["earned"] is None else interval_text(metric["earned"]),
                 ]
             )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -213,7 +227,7 @@ def reliance_text(found: Mapping[str, Any]) -> str:
     )
 
 
-def interval_text(found: Mapping[str, float], sign: str = "") -> str:
-    """value [low, high] in %, with one decimal."""
-    value, low, high = (f"{100 * found[end]:{sign}.1f}" for end in ("value", "low", "high"))
+def interval_text(interval: Mapping[str, float], sign: str = "") -> str:
+    """Format an interval as `value [low, high]` in % with one decimal. `sign` is a format sign, e.g. "+"."""
+    value, low, high = (f"{100 * interval[end]:{sign}.1f}" for end in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"

@@ -1,4 +1,4 @@
-"""The files of an evaluation, written and read back: predictions, manifest, metrics."""
+"""Writes and reads the files of an evaluation: predictions, manifest and metrics."""
 
 from __future__ import annotations
 
@@ -19,11 +19,15 @@ from normtune.metrics.strata import strata_of
 from normtune.runtime.environment import versions
 from normtune.runtime.files import read_json, write_json, write_jsonl
 
+# Describes the intervals in metrics.json.
 INTERVALS = f"95%, percentile bootstrap over images, {RESAMPLES} resamples"
 
 
 def split_hash(ids: Sequence[str]) -> str:
-    """SHA-256 of the sorted ids, one a line: equal where and only where two runs hold the same rows."""
+    """Compute SHA-256 of the sorted ids, one per line.
+
+    Two runs have the same hash if and only if they have the same rows.
+    """
     return hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest()
 
 
@@ -34,30 +38,30 @@ def write_results(
     predictions: Sequence[Prediction],
     metrics: Mapping[str, Metric],
     controls: Mapping[str, Sequence[Prediction]] | None = None,
-    **about: Any,
+    **metadata: Any,
 ) -> None:
-    """Write `predictions.jsonl`, `manifest.json` and, last, `metrics.json`, each whole or not at all.
+    """Write `predictions.jsonl`, `manifest.json` and finally `metrics.json`, each atomically.
 
-    `predictions-NAME.jsonl` hold what was answered to other images than the rows' own; those of an earlier
-    evaluation go.
+    The predictions for control images are written to `predictions-NAME.jsonl`. Those of an earlier evaluation
+    are deleted.
 
     Args:
         out: the directory.
-        dataset: whose name and licence are recorded.
-        examples: the rows evaluated.
-        predictions: one an example, in any order.
-        metrics: their scores.
-        controls: the predictions of each control of `normtune.evaluation.image_reliance`.
-        about: what else metrics.json is to hold: base, adapter, settings, seconds, ...
+        dataset: its name and licence are recorded.
+        examples: the evaluated rows.
+        predictions: one per example, in any order.
+        metrics: the scores of the predictions.
+        controls: name of a control of `normtune.evaluation.image_reliance` -> its predictions.
+        metadata: further fields of metrics.json: base, adapter, settings, seconds, ...
     """
     ids = sorted(example.id for example in examples)
     for name in CONTROLS:
         path = out / f"predictions-{name}.jsonl"
         if controls and name in controls:
-            write_jsonl(path, _rows(examples, controls[name]))
+            write_jsonl(path, _prediction_rows(examples, controls[name]))
         else:
             path.unlink(missing_ok=True)
-    write_jsonl(out / "predictions.jsonl", _rows(examples, predictions))
+    write_jsonl(out / "predictions.jsonl", _prediction_rows(examples, predictions))
     write_json(out / "manifest.json", {"split_hash": split_hash(ids), "ids": ids})
     write_json(
         out / "metrics.json",
@@ -71,14 +75,14 @@ def write_results(
             "split_hash": split_hash(ids),
             "metrics": {name: asdict(metric) for name, metric in metrics.items()},
             "intervals": INTERVALS,
-            **about,
+            **metadata,
             "versions": versions(),
         },
     )
 
 
-def _rows(examples: Sequence[Example], predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
-    """One row an example, its prediction joined by id."""
+def _prediction_rows(examples: Sequence[Example], predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
+    """Build the rows of a predictions file: one per example, with its prediction joined by id."""
     by_id = {prediction.id: prediction for prediction in predictions}
     return [
         {
@@ -96,10 +100,14 @@ def _rows(examples: Sequence[Example], predictions: Sequence[Prediction]) -> lis
 
 
 def read_run(directory: Path | str) -> tuple[list[Example], dict[str, str], dict[str, Any]]:
-    """Examples, predictions by id and metrics.json of a finished evaluation.
+    """Read a finished evaluation.
+
+    Returns:
+        The examples, the predictions (id -> text), and the contents of metrics.json.
 
     Raises:
-        InputError: a file is missing or damaged, or predictions.jsonl isn't the one metrics.json was made of.
+        InputError: if a file is missing or damaged, or metrics.json was computed from other rows than those
+            of predictions.jsonl.
     """
     directory = Path(directory)
     metrics = read_json(directory / "metrics.json")
@@ -116,12 +124,15 @@ def read_run(directory: Path | str) -> tuple[list[Example], dict[str, str], dict
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise InputError(f"{path}, line {number}: not a prediction row. Evaluate again.") from error
     if split_hash([example.id for example in examples]) != metrics.get("split_hash"):
-        raise InputError(f"{path} does not hold the rows that metrics.json was made of. Evaluate again.")
+        raise InputError(f"{path} does not have the rows that metrics.json was computed from. Evaluate again.")
     return examples, texts, metrics
 
 
 def read_scores(directory: Path | str) -> dict[str, float | None]:
-    """The mean log-probability of each prediction of a run that `read_run` has read, by id."""
+    """Read the mean log-probability of each prediction of a run: id -> score.
+
+    `read_run` must have read the run before, because it checks the files.
+    """
     text = (Path(directory) / "predictions.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.rstrip("\n").split("\n")]
     return {row["id"]: row.get("score") for row in rows}

@@ -1,4 +1,4 @@
-"""What the nearest training image got, the baseline that a model should beat; and all baselines by name."""
+"""The retrieval baseline, which predicts the text of the nearest image, and all baselines by name."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ from numpy.typing import NDArray
 
 from normtune.data.records import Dataset, Example, Prediction
 from normtune.errors import InputError
-from normtune.evaluation.baselines import OneText, QuestionOnly, words_of
+from normtune.evaluation.baselines import ConstantText, QuestionOnly, question_words
 from normtune.models.family import Family
 from normtune.models.image_cache import read_pixels
 from normtune.models.types import Pixels
 
-Answers = Callable[[Dataset, Sequence[Example]], list[Prediction]]  # the dataset opens the images
-Tick = Callable[[int, int], None]  # images done, images in all
+# Predicts one text per example; the dataset opens the images.
+Predictor = Callable[[Dataset, Sequence[Example]], list[Prediction]]
+ImageProgress = Callable[[int, int], None]  # (images done, images in all)
 Features = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Retrieval:
-    """The text of the nearest training study, among those that were asked the same question.
+    """Predicts the text of the nearest training study that has the same question.
 
-    A report is asked by the empty question, so any training study can be its nearest. Studies are compared
-    by their mean image features with the mean of the training studies taken off, by cosine similarity, which
-    is the prediction's `score`; of equally near ones the first counts. A question that training did not ask
-    gets `QuestionOnly`'s answer.
+    Reports have the empty question, so every training study is a candidate. Studies are compared by the
+    cosine similarity of their mean image features, after subtraction of the training studies' mean. The
+    similarity is the `score` of the prediction. Of equally near studies, the first is taken. A question that
+    training does not have gets the answer of `QuestionOnly`.
 
     Attributes:
-        family: whose image encoder, as it is, makes the features.
+        family: its image encoder computes the features, without changes to it.
         train: the training rows.
-        mean: [width], of the training studies' features.
-        directions: [training rows, width], centred and of length one.
+        mean: mean of the training studies' features, [width].
+        directions: centred features of unit length, [training rows, width].
         by_question: words of a question -> rows of `directions`.
-        otherwise: for questions that training did not ask.
+        fallback: answers questions that training does not have.
     """
 
     family: Family
@@ -44,102 +45,108 @@ class Retrieval:
     mean: Features
     directions: Features
     by_question: dict[tuple[str, ...], list[int]]
-    otherwise: QuestionOnly
+    fallback: QuestionOnly
 
     @classmethod
     def fit(
-        cls, family: Family, dataset: Dataset, train: Sequence[Example], tick: Tick | None = None
+        cls, family: Family, dataset: Dataset, train: Sequence[Example], progress: ImageProgress | None = None
     ) -> Retrieval:
         """Compute the features of the training images, each once.
 
         Raises:
-            InputError: there are no rows, an image cannot be read, or the family gives no features.
+            InputError: if there are no rows, an image cannot be read, or the family provides no features.
         """
-        otherwise = QuestionOnly.fit(train)
-        features = study_features(family, dataset, train, tick)
+        fallback = QuestionOnly.fit(train)
+        features = study_features(family, dataset, train, progress)
         mean = np.mean(list(features.values()), axis=0)
         by_question = defaultdict(list)
         for row, example in enumerate(train):
-            by_question[words_of(example.question)].append(row)
+            by_question[question_words(example.question)].append(row)
         directions = np.stack([_direction(features[example.images] - mean) for example in train])
-        return cls(family, tuple(train), mean, directions, dict(by_question), otherwise)
+        return cls(family, tuple(train), mean, directions, dict(by_question), fallback)
 
     def predict(
-        self, dataset: Dataset, examples: Sequence[Example], tick: Tick | None = None
+        self, dataset: Dataset, examples: Sequence[Example], progress: ImageProgress | None = None
     ) -> list[Prediction]:
-        """One prediction an example, in order; references are not looked at.
+        """Predict one text per example, in order. References are not used.
 
         Raises:
-            InputError: an image cannot be read.
+            InputError: if an image cannot be read.
         """
-        features = study_features(self.family, dataset, examples, tick)
-        guesses = self.otherwise.predict(examples)
+        features = study_features(self.family, dataset, examples, progress)
+        fallbacks = self.fallback.predict(examples)
         return [
-            self._nearest(example, features[example.images] - self.mean) or guess
-            for example, guess in zip(examples, guesses, strict=True)
+            self._nearest(example, features[example.images] - self.mean) or fallback
+            for example, fallback in zip(examples, fallbacks, strict=True)
         ]
 
     def _nearest(self, example: Example, centred: Features) -> Prediction | None:
-        rows = self.by_question.get(words_of(example.question))
+        """Predict the text of the nearest training row with the same question, or None if there is none."""
+        rows = self.by_question.get(question_words(example.question))
         if rows is None:
             return None
-        near = self.directions[rows] @ _direction(centred)
-        best = int(near.argmax())
-        return Prediction(example.id, self.train[rows[best]].answer, float(near[best]))
+        similarities = self.directions[rows] @ _direction(centred)  # [rows, width] @ [width] -> [rows]
+        best = int(similarities.argmax())
+        return Prediction(example.id, self.train[rows[best]].answer, float(similarities[best]))
 
 
 def study_features(
-    family: Family, dataset: Dataset, examples: Sequence[Example], tick: Tick | None = None
+    family: Family, dataset: Dataset, examples: Sequence[Example], progress: ImageProgress | None = None
 ) -> dict[tuple[str, ...], Features]:
-    """Images of a study -> the mean of its views' features [width]; every image is opened once.
+    """Compute the mean features of the views of each study. Every image is opened once.
+
+    Returns:
+        Image keys of a study -> features, [width].
 
     Raises:
-        InputError: an image cannot be read, or the family gives no features.
+        InputError: if an image cannot be read, or the family provides no features.
     """
     keys = list(dict.fromkeys(key for example in examples for key in example.images))
     pooled = {}
     for done, key in enumerate(keys, start=1):
         pooled[key] = pooled_features(family, read_pixels(family, dataset, key))
-        if tick is not None:
-            tick(done, len(keys))
+        if progress is not None:
+            progress(done, len(keys))
     studies = dict.fromkeys(example.images for example in examples)
     return {images: np.mean([pooled[key] for key in images], axis=0) for images in studies}
 
 
 def pooled_features(family: Family, pixels: Pixels) -> Features:
-    """What the image encoder makes of one image, its tokens averaged: [width].
+    """Encode one image and average over its tokens: features of shape [width].
 
     Raises:
-        InputError: the family gives no features of an image alone.
+        InputError: if the family provides no features of an image without a question.
     """
-    seen = family.encode_image(pixels)
-    made = [seen[name] for name in sorted(seen) if name not in pixels and seen[name].is_floating_point()]
-    if not made:
+    encoded = family.encode_image(pixels)
+    # The encoder's outputs are the floating-point entries that `pixels` did not have.
+    states = [encoded[name] for name in sorted(encoded) if name not in pixels and encoded[name].is_floating_point()]
+    if not states:
         raise InputError(
-            f"--baseline retrieval: {type(family).__name__} gives no image features. Choose most-frequent."
+            f"--baseline retrieval: {type(family).__name__} provides no image features. Choose most-frequent."
         )
-    means = [each.flatten(0, -2).double().mean(0).numpy() for each in made]
+    means = [state.flatten(0, -2).double().mean(0).numpy() for state in states]  # [..., width] -> [width]
     return np.concatenate(means).astype(np.float64)
 
 
 def _direction(vector: Features) -> Features:
+    """Scale a vector to unit length; a zero vector stays zero."""
     length = float(np.linalg.norm(vector))
     return vector / length if length else vector
 
 
-def fitted(name: str, family: Family | None, dataset: Dataset, train: Sequence[Example]) -> Answers:
-    """The baseline of that name, fitted on training rows; `family` is for retrieval alone.
+def fit_baseline(name: str, family: Family | None, dataset: Dataset, train: Sequence[Example]) -> Predictor:
+    """Fit the baseline of that name on training rows. Only retrieval uses `family`.
 
     Raises:
         InputError: see `Retrieval.fit`.
     """
     if name == "retrieval":
-        assert family is not None, "retrieval has a model whose features it compares"
+        assert family is not None, "retrieval needs a model that computes image features"
         return Retrieval.fit(family, dataset, train).predict
-    fit: dict[str, Callable[[Sequence[Example]], QuestionOnly | OneText]] = {
+    fit: dict[str, Callable[[Sequence[Example]], QuestionOnly | ConstantText]] = {
         "question-only": QuestionOnly.fit,
-        "most-frequent": OneText.most_frequent,
-        "medoid": OneText.medoid,
+        "most-frequent": ConstantText.most_frequent,
+        "medoid": ConstantText.medoid,
     }
-    blind = fit[name](train)
-    return lambda dataset, examples: blind.predict(examples)
+    baseline = fit[name](train)
+    return lambda dataset, examples: baseline.predict(examples)

@@ -1,4 +1,4 @@
-"""Two JSONL files, predictions and references, joined by id -> every metric of their task."""
+"""Scores a JSONL file of predictions against a JSONL file of references, joined by id."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from typing import Any, Literal, cast
 from normtune.data.reading.cells import is_yes_no
 from normtune.data.records import Example, Kind
 from normtune.errors import InputError, did_you_mean
-from normtune.metrics.answers import score_vqa, scores
-from normtune.metrics.reports import report_table, summarise
+from normtune.metrics.answers import score_rows, score_vqa
+from normtune.metrics.reports import report_table, summarise_reports
 from normtune.metrics.statistics import RESAMPLES
 from normtune.runtime.files import write_json
 
 Task = Literal["vqa", "report"]
 TASKS: tuple[Task, ...] = ("report", "vqa")
+# Fields that may contain the text of a row; the first one that a row has is used.
 _PREDICTION = ("prediction",)
-_REFERENCE = ("reference", "answer", "report")  # an evaluation's file, a dataset's own, a report's
+_REFERENCE = ("reference", "answer", "report")  # in files of evaluations, of question datasets, of report datasets
 _KINDS: tuple[Kind, ...] = ("open", "closed", "report")
-_LIBRARIES = ("sacrebleu", "rouge-score", "nltk")
+_LIBRARIES = ("sacrebleu", "rouge-score", "nltk")  # their versions are recorded
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a file: its text, and what else of it is used."""
+    """The used fields of one line of a file."""
 
-    line: int  # from 1
+    line: int  # number of the line, from 1
     text: str
     images: tuple[str, ...]
     kind: Kind | None
@@ -47,58 +48,58 @@ def score_files(
     resamples: int = RESAMPLES,
     out: Path | None = None,
 ) -> dict[str, Any]:
-    """Score a file of predictions against a file of references; rows are joined by id, in any order.
+    """Score a file of predictions against a file of references. Rows are joined by id, in any order.
 
     Args:
-        predictions: {"id", "prediction"} a line; more fields are let pass, so that the `predictions.jsonl`
-            of an evaluation serves as both files.
-        references: {"id", "reference"} a line, or `answer` or `report` for the text; `image` or `images` say
-            which rows are resampled together, `kind` (open, closed, report) which metrics take a row.
-        task: by default report, unless rows have a `kind` of question.
-        normalisations: of texts; by default `none` and `r2gen-iu` for reports, `vqa` for answers.
+        predictions: JSONL file of {"id", "prediction"}. Other fields are ignored, so that the
+            `predictions.jsonl` of an evaluation can be both files.
+        references: JSONL file of {"id", "reference"}; the text may also be in `answer` or `report`. Rows with
+            the same `image` or `images` are resampled together. `kind` (open, closed, report) selects the
+            metrics of a row.
+        task: vqa or report; by default report, unless rows have a `kind` of question.
+        normalisations: applied to the texts; by default `none` and `r2gen-iu` for reports, `vqa` for answers.
         chexbert: folder of CheXbert's weights, for its label F1 of reports.
         bertscore: folder of a model, for BERTScore of reports.
-        radgraph: add RadGraph F1 of reports.
-        resamples: draws of the bootstrap.
-        out: where the result is written as JSON besides.
+        radgraph: adds RadGraph F1 of reports.
+        resamples: number of bootstrap resamples.
+        out: a file to write the result to as JSON.
 
     Returns:
         task, rows, images, normalisations, metrics (name -> value, low, high, rows, images), versions; for
-        reports `findings`, the table of every labeller.
+        reports also `findings`, the table of every labeller.
 
     Raises:
-        InputError: a row is not as above, an id stands twice, the files' ids differ, or what a metric needs
-            is not there; the message names the file and the line.
+        InputError: if a row is not as described above, an id occurs more than once, the ids of the files
+            differ, or something that a metric needs is missing. The message names the file and the line.
     """
-    said = read_texts(predictions, _PREDICTION)
-    meant = read_texts(references, _REFERENCE)
-    _match(Path(predictions), said, Path(references), meant)
-    task = task or _told_task(meant)
+    prediction_rows = read_texts(predictions, _PREDICTION)
+    reference_rows = read_texts(references, _REFERENCE)
+    _check_same_ids(Path(predictions), prediction_rows, Path(references), reference_rows)
+    task = task or _infer_task(reference_rows)
     examples = [
+        # A row without images is resampled on its own.
         Example(id, row.images or (f"row {id}",), "", row.text, _kind(row, task), "")
-        for id, row in meant.items()
+        for id, row in reference_rows.items()
     ]
-    texts = {id: row.text for id, row in said.items()}
-    found: dict[str, Any]
+    texts = {id: row.text for id, row in prediction_rows.items()}
+    extra: dict[str, Any]
     if task == "vqa":
         if chexbert or bertscore or radgraph:
             raise InputError(
-                "CheXbert, BERTScore and RadGraph score reports. Leave them out, or say --task report."
+                "CheXbert, BERTScore and RadGraph score reports. Remove their options, or set --task report."
             )
         used = tuple(normalisations or ("vqa",))
         if len(used) > 1:
-            raise InputError(
-                "answers are scored under one normalisation at a time. Give --normalisation once."
-            )
+            raise InputError("answers are scored under one normalisation at a time. Give --normalisation once.")
         metrics = score_vqa(examples, texts, normalisation=used[0], resamples=resamples)
-        found = {}
+        extra = {}
     else:
         used = tuple(normalisations or ("none", "r2gen-iu"))
         pairs = {example.id: (texts[example.id], example.answer) for example in examples}
-        more, findings = clinical_table(pairs, chexbert=chexbert, radgraph=radgraph)
+        clinical_metrics, findings = clinical_table(pairs, chexbert=chexbert, radgraph=radgraph)
         table = report_table(pairs, normalisations=used, bertscore=bertscore)
-        metrics = summarise({**table, **more}, examples, resamples=resamples)
-        found = {"findings": findings}
+        metrics = summarise_reports({**table, **clinical_metrics}, examples, resamples=resamples)
+        extra = {"findings": findings}
     result = {
         "task": task,
         "rows": len(examples),
@@ -106,7 +107,7 @@ def score_files(
         "normalisations": list(used),
         "metrics": {name: asdict(metric) for name, metric in metrics.items()},
         "intervals": f"95%, percentile bootstrap over images, {resamples} resamples",
-        **found,
+        **extra,
         "versions": {library: version(library) for library in _LIBRARIES},
     }
     if out is not None:
@@ -117,32 +118,45 @@ def score_files(
 def clinical_table(
     pairs: Mapping[str, tuple[str, str]], *, chexbert: Path | None = None, radgraph: bool = False
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Metrics of the asked-for models, and labeller -> finding -> precision, recall, f1, counts.
+    """Compute the clinical metrics of reports.
+
+    Args:
+        pairs: row id -> (prediction, reference).
+        chexbert: folder of CheXbert's weights; None omits its labels.
+        radgraph: computes RadGraph F1.
+
+    Returns:
+        The metrics of CheXbert and RadGraph (those of `findings_rules` are in `report_table`), and labeller
+        -> finding -> precision, recall, f1 and counts.
 
     Raises:
-        InputError: what one of them needs is not there.
+        InputError: if weights or a package are missing.
     """
     from normtune.metrics import clinical
 
     metrics: dict[str, Any] = {}
     tables: dict[str, Any] = {}
-    said, meant = clinical.rules_labels(pairs)
-    if clinical.mentions_any_finding(meant):
-        tables["findings_rules"] = clinical.finding_table(said, meant)
+    predictions, references = clinical.label_with_rules(pairs)
+    if clinical.mentions_any_finding(references):
+        tables["findings_rules"] = clinical.finding_table(predictions, references)
     if chexbert is not None:
-        said, meant = clinical.chexbert_labels(pairs, chexbert)
-        metrics.update(clinical.label_metrics(said, meant, "chexbert"))
-        tables["chexbert"] = clinical.finding_table(said, meant)
+        predictions, references = clinical.label_with_chexbert(pairs, chexbert)
+        metrics.update(clinical.label_metrics(predictions, references, "chexbert"))
+        tables["chexbert"] = clinical.finding_table(predictions, references)
     if radgraph:
         metrics.update(clinical.radgraph_metrics(pairs))
     return metrics, tables
 
 
 def read_texts(path: Path | str, fields: Sequence[str]) -> dict[str, Row]:
-    """id -> row of a JSONL file, in its order; the text is the first of `fields` that a row has.
+    """Read a JSONL file as id -> row, in the order of the file.
+
+    Args:
+        path: the file.
+        fields: fields that may contain the text; the first one that a row has is used.
 
     Raises:
-        InputError: the file cannot be read, has no row, or a row is not as it must be.
+        InputError: if the file cannot be read, has no row, or a row is invalid.
     """
     path = Path(path)
     try:
@@ -150,67 +164,66 @@ def read_texts(path: Path | str, fields: Sequence[str]) -> dict[str, Row]:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}. Check the path.") from error
     rows: dict[str, Row] = {}
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):  # without a BOM
         if not line.strip():
             continue
         try:
-            id, row = _row(line, number, fields)
+            id, row = _parse_row(line, number, fields)
         except InputError as error:
             raise InputError(f"{path}, line {number}: {error}") from error
         if id in rows:
             raise InputError(
-                f"{path}, line {number}: id '{id}' stands on line {rows[id].line} too. Keep one of the two."
+                f"{path}, line {number}: id '{id}' is also on line {rows[id].line}. Keep one of the two rows."
             )
         rows[id] = row
     if not rows:
-        raise InputError(f"{path} holds no row. Write one JSON object a line.")
+        raise InputError(f"{path} has no rows. Write one JSON object per line.")
     return rows
 
 
-def _row(line: bytes, number: int, fields: Sequence[str]) -> tuple[str, Row]:
+def _parse_row(line: bytes, number: int, fields: Sequence[str]) -> tuple[str, Row]:
+    """Parse and check one line: its id and its row."""
     try:
         cells = json.loads(line)
     except UnicodeDecodeError as error:
         raise InputError("not UTF-8 text. Save the file as UTF-8.") from error
     except (ValueError, RecursionError) as error:
-        raise InputError("not valid JSON. Write one JSON object a line.") from error
-    shape = f'{{"id": ..., "{fields[0]}": ...}}'
+        raise InputError("not valid JSON. Write one JSON object per line.") from error
+    layout = f'{{"id": ..., "{fields[0]}": ...}}'
     if not isinstance(cells, dict):
-        raise InputError(f"not a JSON object. Write {shape}.")
+        raise InputError(f"not a JSON object. Write {layout}.")
     id = cells.get("id")
     if isinstance(id, bool) or not isinstance(id, str | int) or id == "":
-        raise InputError(f"field 'id' is missing or is no text. Write {shape}.")
+        raise InputError(f"field 'id' is missing or is not text. Write {layout}.")
     field = next((field for field in fields if field in cells), None)
     if field is None:
         hint = did_you_mean(fields[0], [key for key in cells if key != "id"]).replace("did you mean", "is it")
-        raise InputError(f"field '{fields[0]}' is missing{hint or '.'} Write {shape}.")
+        raise InputError(f"field '{fields[0]}' is missing{hint or '.'} Write {layout}.")
     text = cells[field]
     if isinstance(text, int | float) and not isinstance(text, bool):
         text = str(text)  # answers may be numbers
     if not isinstance(text, str):
-        raise InputError(f"field '{field}' is {_kind_of(text)}, not text. Write it as text.")
+        raise InputError(f"field '{field}' is {_json_type(text)}, not text. Write it as text.")
     if fields is _REFERENCE and not text.strip():
         raise InputError(f"field '{field}' is empty. Fill it in, or remove the row from both files.")
-    return str(id), Row(number, text, _images(cells), _kind_cell(cells))
+    return str(id), Row(number, text, _parse_images(cells), _parse_kind(cells))
 
 
-def _kind_of(value: object) -> str:
-    return {"NoneType": "null", "bool": "true or false", "list": "a list", "dict": "an object"}[
-        type(value).__name__
-    ]
+def _json_type(value: object) -> str:
+    return {"NoneType": "null", "bool": "true or false", "list": "a list", "dict": "an object"}[type(value).__name__]
 
 
-def _images(cells: Mapping[str, Any]) -> tuple[str, ...]:
+def _parse_images(cells: Mapping[str, Any]) -> tuple[str, ...]:
     value = cells.get("images", cells.get("image"))
     if value is None:
         return ()
     names = value if isinstance(value, list) else [value]
     if not all(isinstance(name, str) for name in names):
-        raise InputError("field 'images' is no list of texts. Write the images' names, or leave it out.")
+        raise InputError("field 'images' is not a list of texts. Write the images' names, or remove the field.")
     return tuple(names)
 
 
-def _kind_cell(cells: Mapping[str, Any]) -> Kind | None:
+def _parse_kind(cells: Mapping[str, Any]) -> Kind | None:
     kind = cells.get("kind")
     if kind in (None, ""):
         return None
@@ -219,29 +232,33 @@ def _kind_cell(cells: Mapping[str, Any]) -> Kind | None:
     return cast(Kind, kind)
 
 
-def _match(predictions: Path, said: Mapping[str, Row], references: Path, meant: Mapping[str, Row]) -> None:
-    """Check that both files hold the same ids."""
-    for path, rows, other, held in (
-        (predictions, said, references, meant),
-        (references, meant, predictions, said),
+def _check_same_ids(
+    predictions: Path, prediction_rows: Mapping[str, Row], references: Path, reference_rows: Mapping[str, Row]
+) -> None:
+    """Check that both files have the same ids."""
+    for path, rows, other, other_rows in (
+        (predictions, prediction_rows, references, reference_rows),
+        (references, reference_rows, predictions, prediction_rows),
     ):
-        odd = [id for id in rows if id not in held]
-        if odd:
-            more = f" (and {len(odd) - 1} more)" if len(odd) > 1 else ""
+        unmatched = [id for id in rows if id not in other_rows]
+        if unmatched:
+            more = f" (and {len(unmatched) - 1} more)" if len(unmatched) > 1 else ""
             raise InputError(
-                f"{path}, line {rows[odd[0]].line}: id '{odd[0]}'{more} is not in {other}. "
-                "Give both files the same rows."
+                f"{path}, line {rows[unmatched[0]].line}: id '{unmatched[0]}'{more} is not in {other}. "
+                "Write the same ids to both files."
             )
 
 
-def _told_task(rows: Mapping[str, Row]) -> Task:
-    questions = [row.kind in ("open", "closed") for row in rows.values()]
-    if any(questions) and not all(questions):
-        raise InputError("the references hold questions and reports. Say --task, or score them apart.")
-    return "vqa" if questions[0] else "report"
+def _infer_task(rows: Mapping[str, Row]) -> Task:
+    """Infer the task from the kinds of the references: vqa if all are questions, report if none is."""
+    is_question = [row.kind in ("open", "closed") for row in rows.values()]
+    if any(is_question) and not all(is_question):
+        raise InputError("the references have questions and reports. Set --task, or score them separately.")
+    return "vqa" if is_question[0] else "report"
 
 
 def _kind(row: Row, task: Task) -> Kind:
+    """Return the row's kind. Without one, a question is closed if its reference is yes or no."""
     if task == "report":
         return "report"
     return row.kind or ("closed" if is_yes_no(row.text) else "open")
@@ -250,21 +267,25 @@ def _kind(row: Row, task: Task) -> Kind:
 def score_lists(
     predictions: Sequence[str], references: Sequence[str], *, task: Task = "report", **options: Any
 ) -> dict[str, float]:
-    """Every metric of a task for two lists of texts in the same order, as plain numbers.
+    """Compute every metric of a task for two lists of texts in the same order, without intervals.
 
     Args:
         predictions: the texts to score.
-        references: the text that each is scored against.
+        references: the reference of each prediction.
         task: report or vqa.
-        options: of `report_table` (normalisations, findings, bertscore), or `normalisation` of answers.
+        options: options of `report_table` (normalisations, findings, bertscore), or `normalisation` of
+            answers.
+
+    Returns:
+        Metric name -> value.
 
     Raises:
-        InputError: the lists differ in length or are empty.
+        InputError: if the lists differ in length or are empty.
     """
     if len(predictions) != len(references) or not references:
         raise InputError(
             f"{len(predictions)} predictions and {len(references)} references. "
-            "Give as many of one as of the other, at least one."
+            "Give the same number of both, at least one."
         )
     if task == "report":
         pairs = {str(at): pair for at, pair in enumerate(zip(predictions, references, strict=True))}
@@ -274,18 +295,18 @@ def score_lists(
         for at, text in enumerate(references)
     ]
     texts = {str(at): text for at, text in enumerate(predictions)}
-    found = scores(examples, texts, **options)
-    return {name: sum(rows.values()) / len(rows) for name, rows in found.items()}
+    table = score_rows(examples, texts, **options)
+    return {name: sum(rows.values()) / len(rows) for name, rows in table.items()}
 
 
-def score_text(found: Mapping[str, Any]) -> str:
-    """The result of `score_files` as aligned tables; shares in %, CIDEr and CIDEr-D times 100."""
-    width = max(len(name) for name in found["metrics"])
-    lines = [f"{found['task']}: {found['rows']} rows, {found['images']} images; {found['intervals']}"]
-    for name, metric in found["metrics"].items():
+def score_text(result: Mapping[str, Any]) -> str:
+    """Format the result of `score_files` as aligned tables: shares in %, CIDEr and CIDEr-D times 100."""
+    width = max(len(name) for name in result["metrics"])
+    lines = [f"{result['task']}: {result['rows']} rows, {result['images']} images; {result['intervals']}"]
+    for name, metric in result["metrics"].items():
         value, low, high = (100 * metric[end] for end in ("value", "low", "high"))
         lines.append(f"{name:<{width}}  {value:6.2f}  [{low:.2f}, {high:.2f}]  {metric['rows']} rows")
-    for labeller, table in found.get("findings", {}).items():
+    for labeller, table in result.get("findings", {}).items():
         lines += ["", f"{labeller:<{width}}  precision  recall      F1  predictions  references"]
         for name, row in table.items():
             shares = "".join(f"{100 * row[column]:8.2f}" for column in ("precision", "recall", "f1"))

@@ -1,1 +1,1 @@
-"""Scores with confidence intervals; each way of counting has its own name."""
+"""Scores with confidence intervals. Each way of counting has its own metric name."""

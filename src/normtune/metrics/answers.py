@@ -1,7 +1,7 @@
-"""Scores of answers to questions; every way of counting has a name of its own.
+"""Scores of answers to questions. Each way of counting has its own metric name.
 
-Published figures for one model and one test set differ by points because "closed" and "open" are counted
-differently. Here each metric says which rows it takes and how it scores one:
+Published figures for the same model and test set differ by points because "closed" and "open" are counted
+differently. Here each metric states which rows it scores and how it scores a row:
 
 ========================  ============================  =====================================================
 name                      rows                          score of one row
@@ -12,15 +12,15 @@ name                      rows                          score of one row
                                                         `llava-med` normalisation (so "no" is in "normal")
 `open_exact`              labelled open                 exact match
 `open_not_yes_no`         reference is not yes or no    exact match ("open" of MISS and MILE)
-`open_recall`             labelled open                 share of the reference's tokens found, each as often
-                                                        as it stands in the prediction
+`open_recall`             labelled open                 share of the reference's tokens that the prediction
+                                                        contains, each at most as often as it contains it
 `open_f1`                 labelled open                 token F1 (Rajpurkar et al. 2016, SQuAD)
 `open_recall_llava_med`   labelled open                 LLaVA-Med's recall: see `llava_med_recall`
 `global_exact`            all                           exact match
 ========================  ============================  =====================================================
 
-LLaVA-Med's released script leaves a closed row out of the count where the prediction holds "yes" or "no" but
-not the reference, which hides most wrong answers; `closed_substring` counts such a row as wrong.
+LLaVA-Med's released script does not count a closed row if the prediction contains "yes" or "no" but not the
+reference. This hides most wrong answers, so `closed_substring` counts such a row as wrong.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ import numpy as np
 from normtune.data.records import Example, Prediction
 from normtune.errors import InputError
 from normtune.metrics.normalisation import normalise, tokens
-from normtune.metrics.statistics import RESAMPLES, bootstrap_means, by_cluster
+from normtune.metrics.statistics import RESAMPLES, bootstrap_means, sum_by_cluster
 
 Scores = dict[str, dict[str, float]]  # metric -> example id -> score in [0, 1]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A mean score with the 95% interval from resampling images, and how many rows and images it rests on."""
+    """A mean score, its 95% interval from resampling images, and the rows and images that it is based on."""
 
     value: float
     low: float
@@ -53,11 +53,11 @@ class Metric:
 def pair_with_predictions(
     examples: Sequence[Example], predictions: Mapping[str, str] | Sequence[Prediction]
 ) -> list[tuple[Example, str]]:
-    """Each example with its prediction's text, joined by id, in the order of the examples.
+    """Pair each example with the text of its prediction, joined by id, in the order of the examples.
 
     Raises:
-        InputError: an id stands twice, an example has no prediction, or a prediction has no example; the
-            message says how many and names the first.
+        InputError: if an id occurs more than once, an example has no prediction, or a prediction has no
+            example. The message states how many there are and names the first.
     """
     if isinstance(predictions, Mapping):
         texts = dict(predictions)
@@ -65,78 +65,76 @@ def pair_with_predictions(
         texts = {prediction.id: prediction.text for prediction in predictions}
         check_unique_ids([prediction.id for prediction in predictions], "predictions")
     check_unique_ids([example.id for example in examples], "examples")
-    known = {example.id for example in examples}
-    for what, odd in (
+    example_ids = {example.id for example in examples}
+    for problem, ids in (
         ("examples have no prediction", [example.id for example in examples if example.id not in texts]),
-        ("predictions have no example", [id for id in texts if id not in known]),
+        ("predictions have no example", [id for id in texts if id not in example_ids]),
     ):
-        if odd:
-            raise InputError(
-                f"{len(odd)} {what}, first id '{odd[0]}'. Predict exactly the rows of the split."
-            )
+        if ids:
+            raise InputError(f"{len(ids)} {problem}, first id '{ids[0]}'. Predict exactly the rows of the split.")
     return [(example, texts[example.id]) for example in examples]
 
 
 def check_unique_ids(ids: Sequence[str], what: str) -> None:
-    """Check that no id stands twice.
+    """Check that no id occurs more than once; `what` names the ids' owners in the error ("examples").
 
     Raises:
-        InputError: one does; the message says how many and names the first.
+        InputError: if one does. The message states how many there are and names the first.
     """
     if len(set(ids)) < len(ids):
-        twice = [id for id, times in Counter(ids).items() if times > 1]
+        repeated = [id for id, times in Counter(ids).items() if times > 1]
         raise InputError(
-            f"{len(twice)} ids stand twice among the {what}, first '{twice[0]}'. Keep one of each."
+            f"{len(repeated)} ids occur more than once in the {what}, first '{repeated[0]}'. Keep one each."
         )
 
 
-def exact(prediction: str, reference: str) -> float:
-    """1.0 where the two normalised texts are the same, else 0.0."""
+def exact_match(prediction: str, reference: str) -> float:
+    """Return 1.0 if the two normalised texts are equal, else 0.0."""
     return float(prediction == reference)
 
 
-def recall(prediction: str, reference: str) -> float:
-    """Share of the reference's tokens that the prediction holds, each counted at most as often as there.
+def token_recall(prediction: str, reference: str) -> float:
+    """Share of the reference's tokens that the prediction contains, with clipped counts.
 
-    With an empty reference it is 1.0 for an empty prediction, else 0.0.
+    A token counts at most as often as the prediction contains it. If the reference is empty, the recall is
+    1.0 for an empty prediction, else 0.0.
     """
     return _overlap(prediction, reference)[1]
 
 
-def f1(prediction: str, reference: str) -> float:
+def token_f1(prediction: str, reference: str) -> float:
     """Harmonic mean of token precision and recall (SQuAD; Rajpurkar et al. 2016)."""
     precision, recall = _overlap(prediction, reference)
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
 def _overlap(prediction: str, reference: str) -> tuple[float, float]:
-    """Token precision and recall with clipped counts."""
-    said, meant = Counter(tokens(prediction)), Counter(tokens(reference))
-    if not said or not meant:
-        return (1.0, 1.0) if said == meant else (0.0, 0.0)
-    common = (said & meant).total()
-    return common / said.total(), common / meant.total()
+    """Compute token precision and recall with clipped counts."""
+    predicted, expected = Counter(tokens(prediction)), Counter(tokens(reference))
+    if not predicted or not expected:
+        return (1.0, 1.0) if predicted == expected else (0.0, 0.0)
+    common = (predicted & expected).total()  # `&` takes the smaller count of each token
+    return common / predicted.total(), common / expected.total()
 
 
 def llava_med_recall(prediction: str, reference: str) -> float:
-    """Recall as LLaVA-Med counts it, from raw texts (Li et al. 2023; calculate_f1score of its evaluation).
+    """Compute recall as LLaVA-Med does, from raw texts (Li et al. 2023, section 5; its calculate_f1score).
 
-    tp / (tp + fn), where tp counts every *occurrence in the prediction* of a word that the reference has,
-    and fn the reference's occurrences of words that the prediction lacks. Saying a right word again raises
-    it: "left left left" scores 3/4 against "left kidney", "left" scores 1/2. Two passes of normalisation,
-    as there; 0.0 where either side is empty.
+    It is tp / (tp + fn). Here tp counts every *occurrence in the prediction* of a word that the reference
+    has, and fn counts the reference's occurrences of words that the prediction lacks. Repeating a correct
+    word therefore raises the score: "left left left" scores 3/4 against "left kidney", and "left" scores 1/2.
+    Both texts are normalised twice, as in the published code. The score is 0.0 if either text is empty.
     """
-    said, meant = (
-        Counter(normalise(normalise(text, "llava-med"), "llava-med").split())
-        for text in (prediction, reference)
+    predicted, expected = (
+        Counter(normalise(normalise(text, "llava-med"), "llava-med").split()) for text in (prediction, reference)
     )
-    found = sum(times for word, times in said.items() if word in meant)
-    missed = sum(times for word, times in meant.items() if word not in said)
-    return found / (found + missed) if found else 0.0
+    true_positives = sum(times for word, times in predicted.items() if word in expected)
+    false_negatives = sum(times for word, times in expected.items() if word not in predicted)
+    return true_positives / (true_positives + false_negatives) if true_positives else 0.0
 
 
 def closed_substring(prediction: str, reference: str) -> float:
-    """LLaVA-Med's closed score, from raw texts: the reference is a substring of the prediction."""
+    """Return 1.0 if the prediction contains the reference, else 0.0: LLaVA-Med's score of closed answers."""
     return float(normalise(reference, "llava-med") in normalise(prediction, "llava-med"))
 
 
@@ -152,63 +150,61 @@ def _is_open(example: Example) -> bool:
     return example.kind == "open"
 
 
-_Takes = Callable[[Example], bool]
-_Score = Callable[[str, str], float]
-_NORMALISED: dict[str, tuple[_Takes, _Score]] = {
-    "closed_label": (_is_closed, exact),
-    "closed_yes_no": (_is_yes_no, exact),
-    "open_exact": (_is_open, exact),
-    "open_not_yes_no": (lambda example: not _is_yes_no(example), exact),
-    "open_recall": (_is_open, recall),
-    "open_f1": (_is_open, f1),
-    "global_exact": (lambda example: True, exact),
+_Filter = Callable[[Example], bool]  # whether a metric scores an example
+_Score = Callable[[str, str], float]  # (prediction, reference) -> score
+# Metrics of normalised texts, and metrics of raw texts that normalise in their own way.
+_NORMALISED: dict[str, tuple[_Filter, _Score]] = {
+    "closed_label": (_is_closed, exact_match),
+    "closed_yes_no": (_is_yes_no, exact_match),
+    "open_exact": (_is_open, exact_match),
+    "open_not_yes_no": (lambda example: not _is_yes_no(example), exact_match),
+    "open_recall": (_is_open, token_recall),
+    "open_f1": (_is_open, token_f1),
+    "global_exact": (lambda example: True, exact_match),
 }
-_RAW: dict[str, tuple[_Takes, _Score]] = {
+_RAW: dict[str, tuple[_Filter, _Score]] = {
     "closed_substring": (_is_closed, closed_substring),
     "open_recall_llava_med": (_is_open, llava_med_recall),
 }
 METRICS = (*_NORMALISED, *_RAW)
 
 
-def scores(
-    examples: Sequence[Example],
-    predictions: Mapping[str, str] | Sequence[Prediction],
-    *,
-    normalisation: str = "vqa",
+def score_rows(
+    examples: Sequence[Example], predictions: Mapping[str, str] | Sequence[Prediction], *, normalisation: str = "vqa"
 ) -> Scores:
-    """Score of every row under every metric that takes it; a metric that takes no row is left out.
+    """Score every row under every metric that applies to it. A metric without rows is omitted.
 
     Raises:
-        InputError: ids do not match one to one, an example asks for a report, or no such normalisation.
+        InputError: if ids do not match one to one, an example asks for a report, or the normalisation is
+            unknown.
     """
     pairs = pair_with_predictions(examples, predictions)
     report = next((example.id for example, _ in pairs if example.kind == "report"), None)
     if report is not None:
-        raise InputError(
-            f"example '{report}' asks for a report, not an answer. Score it with the report task."
-        )
+        raise InputError(f"example '{report}' asks for a report, not an answer. Score it with the report task.")
     table: Scores = {name: {} for name in METRICS}
     for example, text in pairs:
-        said, meant = normalise(text, normalisation), normalise(example.answer, normalisation)
-        for name, (takes, score) in _NORMALISED.items():
-            if takes(example):
-                table[name][example.id] = score(said, meant)
-        for name, (takes, score) in _RAW.items():
-            if takes(example):
+        prediction, reference = normalise(text, normalisation), normalise(example.answer, normalisation)
+        for name, (applies_to, score) in _NORMALISED.items():
+            if applies_to(example):
+                table[name][example.id] = score(prediction, reference)
+        for name, (applies_to, score) in _RAW.items():
+            if applies_to(example):
                 table[name][example.id] = score(text, example.answer)
     return {name: rows for name, rows in table.items() if rows}
 
 
-def summarise(table: Scores, examples: Sequence[Example], *, resamples: int = RESAMPLES) -> dict[str, Metric]:
-    """The mean of each metric over its rows, with intervals that resample the images of `examples`."""
+def summarise_scores(table: Scores, examples: Sequence[Example], *, resamples: int = RESAMPLES) -> dict[str, Metric]:
+    """Compute the mean of each metric over its rows. Intervals resample the images of `examples`."""
     if not table:
         return {}
     cluster = {example.id: example.images for example in examples}
     index = {images: at for at, images in enumerate(dict.fromkeys(cluster.values()))}
-    sums, counts = np.zeros((2, len(table), len(index)))
+    sums, counts = np.zeros((2, len(table), len(index)))  # each [metrics, clusters]
     for row, rows in enumerate(table.values()):
-        held = [index[images] for images in dict.fromkeys(cluster[id] for id in rows)]
-        sums[row, held], counts[row, held] = by_cluster(rows, cluster)
+        # The clusters of this metric's rows, in order of appearance, as `sum_by_cluster` returns them.
+        columns = [index[images] for images in dict.fromkeys(cluster[id] for id in rows)]
+        sums[row, columns], counts[row, columns] = sum_by_cluster(rows, cluster)
     intervals = bootstrap_means(sums, counts, resamples=resamples)
     return {
         name: Metric(interval.value, interval.low, interval.high, len(rows), int((counts[row] > 0).sum()))
@@ -223,18 +219,22 @@ def score_vqa(
     normalisation: str = "vqa",
     resamples: int = RESAMPLES,
 ) -> dict[str, Metric]:
-    """Every metric of this module for one set of predictions, joined to the examples by id.
+    """Compute every metric of this module for one set of predictions, joined to the examples by id.
 
     Args:
-        examples: the rows of a split, references included.
+        examples: the rows of a split with their references.
         predictions: id -> answer text, or `Prediction`s in any order.
-        normalisation: of texts before exact match and token overlap; `none` or `vqa` (metrics named after
-            LLaVA-Med always use its own).
-        resamples: draws of the bootstrap.
+        normalisation: applied to texts before exact match and token overlap; `none` or `vqa`. Metrics named
+            after LLaVA-Med always use LLaVA-Med's normalisation.
+        resamples: number of bootstrap resamples.
+
+    Returns:
+        Metric name -> mean with its interval. A metric without rows is omitted.
 
     Raises:
-        InputError: ids do not match one to one, an example asks for a report, or no such normalisation.
+        InputError: if ids do not match one to one, an example asks for a report, or the normalisation is
+            unknown.
     """
-    return summarise(
-        scores(examples, predictions, normalisation=normalisation), examples, resamples=resamples
+    return summarise_scores(
+        score_rows(examples, predictions, normalisation=normalisation), examples, resamples=resamples
     )

@@ -1,4 +1,7 @@
-"""CheXbert (Smit et al. 2020) from its own checkpoint: BERT and 14 linear heads on the first token."""
+"""CheXbert (Smit et al. 2020), loaded from the checkpoint of its authors.
+
+The model is BERT with 14 linear heads on the first token, one for each finding.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +15,24 @@ from normtune.metrics.finding_rules import FINDINGS, Status
 if TYPE_CHECKING:
     from torch import Tensor
 
-_STATUS: tuple[Status, ...] = ("absent", "positive", "negative", "uncertain")  # its classes, in its order
-_TOKENS = 512
-_BATCH = 16
+_STATUS: tuple[Status, ...] = ("absent", "positive", "negative", "uncertain")  # classes of a head, in order
+_MAX_TOKENS = 512  # of a report; the rest is truncated
+_BATCH = 16  # reports per forward pass
+# Reports -> for each report, finding -> status.
 Labeller = Callable[[Sequence[str]], list[dict[str, Status]]]
 
 
-def chexbert(directory: Path | str, *, device: str | None = None) -> Labeller:
-    """A function from reports to the status of each of the 14 findings.
+def load_chexbert(directory: Path | str, *, device: str | None = None) -> Labeller:
+    """Load CheXbert as a function from reports to the status of each of the 14 findings.
 
     Args:
-        directory: holds `chexbert.pth`, as its authors or f1chexbert's publish it, and the `vocab.txt` of
-            bert-base-uncased. BERT's size is read off the checkpoint; heads are 64 wide.
-        device: cpu or cuda; by default CUDA where there is one.
+        directory: contains `chexbert.pth`, as published by its authors or by those of f1chexbert, and the
+            `vocab.txt` of bert-base-uncased. The size of BERT is read from the checkpoint. Attention heads
+            are 64 wide.
+        device: cpu or cuda; by default CUDA if it is available.
 
     Raises:
-        InputError: a file is missing, or the checkpoint is not CheXbert's.
+        InputError: if a file is missing, or the checkpoint is not one of CheXbert.
     """
     import torch
 
@@ -36,30 +41,31 @@ def chexbert(directory: Path | str, *, device: str | None = None) -> Labeller:
     for path in (checkpoint, vocab):
         if not path.is_file():
             raise InputError(
-                f"CheXbert needs {path}, which is not there. Put chexbert.pth and the vocab.txt of "
-                "bert-base-uncased into one folder, or go without: findings_rules needs no weights."
+                f"CheXbert needs {path}, which is missing. Put chexbert.pth and the vocab.txt of "
+                "bert-base-uncased into one folder, or use findings_rules, which needs no weights."
             )
     try:
-        held = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        state = {name.removeprefix("module."): tensor for name, tensor in held["model_state_dict"].items()}
-        bert, heads = _build(state)
-    except Exception as error:  # torch.load raises anything at all on a damaged file
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        state = {name.removeprefix("module."): tensor for name, tensor in saved["model_state_dict"].items()}
+        bert, heads = _build_model(state)
+    except Exception as error:  # torch.load raises many kinds of exception for a damaged file
         raise InputError(
-            f"{checkpoint} is not CheXbert's checkpoint ({type(error).__name__}). Fetch it again."
+            f"{checkpoint} is not CheXbert's checkpoint ({type(error).__name__}). Download it again."
         ) from error
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    bert.to(where).eval()
-    heads.to(where)
-    tokenizer = _tokenizer(vocab)
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    bert.to(target).eval()
+    heads.to(target)
+    tokenizer = _load_tokenizer(vocab)
 
     @torch.inference_mode()
     def label(reports: Sequence[str]) -> list[dict[str, Status]]:
         rows: list[dict[str, Status]] = []
         for start in range(0, len(reports), _BATCH):
             texts = [" ".join(report.split()) for report in reports[start : start + _BATCH]]
-            batch = tokenizer(
-                texts, padding=True, truncation=True, max_length=_TOKENS, return_tensors="pt"
-            ).to(where)
+            batch = tokenizer(texts, padding=True, truncation=True, max_length=_MAX_TOKENS, return_tensors="pt").to(
+                target
+            )
+            # The states of the first token, [reports, width]
             first = bert(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state[:, 0]
             classes = [head(first).argmax(dim=1).tolist() for head in heads]  # [findings][reports]
             for row in zip(*classes, strict=True):
@@ -69,8 +75,8 @@ def chexbert(directory: Path | str, *, device: str | None = None) -> Labeller:
     return label
 
 
-def _build(state: Mapping[str, Tensor]) -> tuple[Any, Any]:
-    """BERT and its heads with the checkpoint's weights."""
+def _build_model(state: Mapping[str, Tensor]) -> tuple[Any, Any]:
+    """Build BERT and its heads with the checkpoint's weights. The shapes of the weights give the sizes."""
     import torch
     from transformers import BertConfig, BertModel
 
@@ -84,8 +90,9 @@ def _build(state: Mapping[str, Tensor]) -> tuple[Any, Any]:
         max_position_embeddings=state["bert.embeddings.position_embeddings.weight"].shape[0],
     )
     bert = BertModel(config, add_pooling_layer=False)
-    own = {n.removeprefix("bert."): t for n, t in state.items() if n.startswith("bert.")}
-    missing = bert.load_state_dict(own, strict=False).missing_keys  # a pooler and old buffers are left over
+    bert_state = {n.removeprefix("bert."): t for n, t in state.items() if n.startswith("bert.")}
+    # Not strict, because the checkpoint also has a pooler and old buffers.
+    missing = bert.load_state_dict(bert_state, strict=False).missing_keys
     if missing:
         raise KeyError(missing[0])
     sizes = [state[f"linear_heads.{at}.weight"].shape[0] for at in range(len(FINDINGS))]
@@ -96,7 +103,7 @@ def _build(state: Mapping[str, Tensor]) -> tuple[Any, Any]:
     return bert, heads
 
 
-def _tokenizer(vocab: Path) -> Any:
+def _load_tokenizer(vocab: Path) -> Any:
     from transformers import BertTokenizer
 
     return BertTokenizer(vocab=str(vocab), do_lower_case=True)

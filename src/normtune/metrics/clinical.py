@@ -1,11 +1,14 @@
 """Clinical scores of reports: F1 of finding labels (by rules or by CheXbert), and RadGraph F1.
 
-Label F1 is named LABELLER_f1_AVERAGE_FINDINGS: `findings_rules_f1_micro_14`, `chexbert_f1_macro_5`. The 14
-are CheXpert's with No Finding; the 5 are its competition's (cardiomegaly, edema, consolidation, atelectasis,
-pleural effusion). Micro sums over findings, macro averages their F1, where a finding that neither side has
-counts 0 as it does in scikit-learn and f1chexbert. An uncertain label counts as positive, as in f1chexbert;
-R2Gen's script counts it as negative (`uncertain="negative"`). Labels are of the texts as they are, never
-normalised.
+The name of a label F1 is LABELLER_f1_AVERAGE_FINDINGS: `findings_rules_f1_micro_14`, `chexbert_f1_macro_5`.
+
+- The 14 findings are those of CheXpert with No Finding. The 5 findings are those of its competition
+  (cardiomegaly, edema, consolidation, atelectasis, pleural effusion).
+- The micro average sums the counts over findings. The macro average is the mean of the findings' F1; a
+  finding that neither side has counts as 0, as in scikit-learn and f1chexbert.
+- An uncertain label counts as positive, as in f1chexbert. R2Gen's script counts it as negative
+  (`uncertain="negative"`).
+- Labels are computed from the original texts, never from normalised ones.
 """
 
 from __future__ import annotations
@@ -18,60 +21,75 @@ from typing import Any, Literal
 import numpy as np
 
 from normtune.errors import InputError
-from normtune.metrics.finding_rules import FINDINGS, FIVE, Status, findings
+from normtune.metrics.finding_rules import FINDINGS, FIVE_FINDINGS, Status, extract_findings
 from normtune.metrics.statistics import Floats
 from normtune.metrics.sum_metrics import SumMetric, mean_metric
 
-Texts = Mapping[str, tuple[str, str]]  # row id -> prediction, reference
+Texts = Mapping[str, tuple[str, str]]  # row id -> (prediction, reference)
 Labels = Mapping[str, Mapping[str, Status]]  # row id -> finding -> status
-Uncertain = Literal["positive", "negative"]
-_SETS = {14: FINDINGS, 5: FIVE}
+Uncertain = Literal["positive", "negative"]  # what an uncertain label counts as
+_SETS = {14: FINDINGS, 5: FIVE_FINDINGS}  # number of findings -> their names
 
 
 def label_metrics(
-    said: Labels, meant: Labels, labeller: str, *, uncertain: Uncertain = "positive"
+    predictions: Labels, references: Labels, labeller: str, *, uncertain: Uncertain = "positive"
 ) -> dict[str, SumMetric]:
-    """Micro and macro F1 over 14 and over 5 findings; a set that no reference has is left out."""
-    rows = {id: _counts(said[id], meant[id], uncertain) for id in meant}
-    held = sum(row[0] + row[2] for row in (counts.reshape(3, -1) for counts in rows.values()))
+    """Build the micro and macro F1 over 14 and over 5 findings.
+
+    A set of findings is omitted if no reference has any of them.
+
+    Args:
+        predictions: labels of the predictions.
+        references: labels of the references.
+        labeller: first part of the metrics' names.
+        uncertain: what an uncertain label counts as.
+    """
+    rows = {id: _count_labels(predictions[id], references[id], uncertain) for id in references}
+    # True positives plus false negatives: how many references have each finding, [14].
+    reference_counts = sum(row[0] + row[2] for row in (counts.reshape(3, -1) for counts in rows.values()))
     metrics = {}
     for size, names in _SETS.items():
-        which = [FINDINGS.index(name) for name in names]
-        if not np.any(np.asarray(held)[which]):
+        columns = [FINDINGS.index(name) for name in names]
+        if not np.any(np.asarray(reference_counts)[columns]):
             continue
         for average in ("micro", "macro"):
             metrics[f"{labeller}_f1_{average}_{size}"] = SumMetric(
-                rows, functools.partial(_f1, which=which, average=average)
+                rows, functools.partial(_f1, columns=columns, average=average)
             )
     return metrics
 
 
-def _has(status: Status, uncertain: Uncertain) -> bool:
+def _is_positive(status: Status, uncertain: Uncertain) -> bool:
     return status == "positive" or (status == "uncertain" and uncertain == "positive")
 
 
-def _counts(said: Mapping[str, Status], meant: Mapping[str, Status], uncertain: Uncertain) -> Floats:
-    """True positives, false positives, false negatives of the 14 findings, one after the other: [42]."""
-    ours = np.array([_has(said[name], uncertain) for name in FINDINGS])
-    theirs = np.array([_has(meant[name], uncertain) for name in FINDINGS])
-    return np.concatenate([ours & theirs, ours & ~theirs, ~ours & theirs]).astype(np.float64)
+def _count_labels(prediction: Mapping[str, Status], reference: Mapping[str, Status], uncertain: Uncertain) -> Floats:
+    """Count one row: true positives [14], then false positives [14], then false negatives [14], as [42]."""
+    predicted = np.array([_is_positive(prediction[name], uncertain) for name in FINDINGS])
+    expected = np.array([_is_positive(reference[name], uncertain) for name in FINDINGS])
+    return np.concatenate([predicted & expected, predicted & ~expected, ~predicted & expected]).astype(np.float64)
 
 
-def _f1(sums: Floats, which: Sequence[int], average: str) -> Floats:
-    """F1 from summed counts, [m, 42] -> [m]."""
-    true, false, missed = np.moveaxis(sums.reshape(len(sums), 3, -1)[:, :, which], 1, 0)  # each [m, findings]
+def _f1(sums: Floats, columns: Sequence[int], average: str) -> Floats:
+    """Compute F1 = 2 TP / (2 TP + FP + FN) from summed counts, [resamples, 42] -> [resamples]."""
+    # [resamples, 42] -> [resamples, 3, 14] -> [resamples, 3, findings] -> three times [resamples, findings]
+    true, false, missed = np.moveaxis(sums.reshape(len(sums), 3, -1)[:, :, columns], 1, 0)
     if average == "micro":
-        true, false, missed = (part.sum(axis=1, keepdims=True) for part in (true, false, missed))
-    spread = 2 * true + false + missed
-    found: Floats = np.divide(2 * true, spread, out=np.zeros_like(spread), where=spread > 0).mean(axis=1)
-    return found
+        true, false, missed = (counts.sum(axis=1, keepdims=True) for counts in (true, false, missed))
+    total = 2 * true + false + missed
+    f1: Floats = np.divide(2 * true, total, out=np.zeros_like(total), where=total > 0).mean(axis=1)
+    return f1
 
 
 def finding_table(
-    said: Labels, meant: Labels, *, uncertain: Uncertain = "positive"
+    predictions: Labels, references: Labels, *, uncertain: Uncertain = "positive"
 ) -> dict[str, dict[str, float | int]]:
-    """Precision, recall, F1 and how often each side has each finding; 0 where a share is of nothing."""
-    total = np.sum([_counts(said[id], meant[id], uncertain) for id in meant], axis=0).reshape(3, -1)
+    """Compute precision, recall and F1 of each finding, and how many predictions and references have it.
+
+    A share with the denominator 0 is 0.
+    """
+    rows = [_count_labels(predictions[id], references[id], uncertain) for id in references]
+    total = np.sum(rows, axis=0).reshape(3, -1)  # [3, findings]
     table: dict[str, dict[str, float | int]] = {}
     for name, (true, false, missed) in zip(FINDINGS, total.T.tolist(), strict=True):
         table[name] = {
@@ -84,65 +102,67 @@ def finding_table(
     return table
 
 
-def rules_labels(texts: Texts) -> tuple[dict[str, dict[str, Status]], dict[str, dict[str, Status]]]:
-    """`findings_rules`' labels of predictions and of references."""
+def label_with_rules(texts: Texts) -> tuple[dict[str, dict[str, Status]], dict[str, dict[str, Status]]]:
+    """Label predictions and references with `findings_rules`."""
     return (
-        {id: findings(said) for id, (said, _) in texts.items()},
-        {id: findings(meant) for id, (_, meant) in texts.items()},
+        {id: extract_findings(prediction) for id, (prediction, _) in texts.items()},
+        {id: extract_findings(reference) for id, (_, reference) in texts.items()},
     )
 
 
 def rules_metrics(texts: Texts) -> dict[str, SumMetric]:
-    """Label F1 by `findings_rules`; nothing where no reference speaks of any finding, as of other organs."""
-    said, meant = rules_labels(texts)
-    return label_metrics(said, meant, "findings_rules") if mentions_any_finding(meant) else {}
+    """Build the label F1 of `findings_rules`.
+
+    The result is empty if no reference mentions any finding, for example in reports of other organs.
+    """
+    labels = label_with_rules(texts)  # of predictions and of references
+    return label_metrics(*labels, "findings_rules") if mentions_any_finding(labels[1]) else {}
 
 
 def mentions_any_finding(labels: Labels) -> bool:
-    """Whether any report mentions any finding, if only to deny it."""
-    return any(
-        status != "absent" for row in labels.values() for name, status in row.items() if name != "No Finding"
-    )
+    """Whether any report mentions any finding, including findings that it denies."""
+    return any(status != "absent" for row in labels.values() for name, status in row.items() if name != "No Finding")
 
 
-def chexbert_labels(
+def label_with_chexbert(
     texts: Texts, weights: Path | str, *, device: str | None = None
 ) -> tuple[dict[str, dict[str, Status]], dict[str, dict[str, Status]]]:
-    """CheXbert's labels of predictions and of references (Smit et al. 2020).
+    """Label predictions and references with CheXbert (Smit et al. 2020).
 
     Raises:
-        InputError: the directory does not hold `chexbert.pth` and `vocab.txt`, or they are damaged.
+        InputError: if the directory does not contain `chexbert.pth` and `vocab.txt`, or they are damaged.
     """
-    from normtune.metrics.chexbert import chexbert
+    from normtune.metrics.chexbert import load_chexbert
 
-    label = chexbert(weights, device=device)
-    said = dict(zip(texts, label([said for said, _ in texts.values()]), strict=True))
-    meant = dict(zip(texts, label([meant for _, meant in texts.values()]), strict=True))
-    return said, meant
+    label = load_chexbert(weights, device=device)
+    predictions = dict(zip(texts, label([prediction for prediction, _ in texts.values()]), strict=True))
+    references = dict(zip(texts, label([reference for _, reference in texts.values()]), strict=True))
+    return predictions, references
 
 
 def radgraph_metrics(texts: Texts, model_type: str = "radgraph-xl") -> dict[str, SumMetric]:
-    """RadGraph F1 (Delbrouck et al. 2022), mean over rows: entities; with relations; with their kinds too.
+    """Build RadGraph F1 (Delbrouck et al. 2022) as means over rows, in three levels.
+
+    `simple` compares entities, `partial` also their relations, and `complete` also the kinds of relations.
 
     Raises:
-        InputError: the package or its weights are not there.
+        InputError: if the package or its weights are missing.
     """
     try:
         from radgraph import F1RadGraph
     except ImportError as error:
         raise InputError(
-            "RadGraph F1 needs the package radgraph, which is not installed. "
-            "Run: pip install 'normtune[clinical]'."
+            "RadGraph F1 needs the package radgraph, which is not installed. Run: pip install 'normtune[clinical]'."
         ) from error
     try:
         scorer: Any = F1RadGraph(reward_level="all", model_type=model_type)
-    except Exception as error:  # its download wraps whatever failed in a bare Exception
+    except Exception as error:  # the package raises a bare Exception if the download fails
         raise InputError(
             f"cannot load RadGraph's model {model_type} ({type(error).__name__}). "
-            "Fetch it once with the network on."
+            "Download it once with a network connection."
         ) from error
     _, rewards, _, _ = scorer(
-        refs=[meant for _, meant in texts.values()], hyps=[said for said, _ in texts.values()]
+        refs=[reference for _, reference in texts.values()], hyps=[prediction for prediction, _ in texts.values()]
     )
     levels = ("simple", "partial", "complete")
     return {

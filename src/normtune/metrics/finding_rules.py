@@ -1,20 +1,20 @@
-"""`findings_rules`: the 14 CheXpert findings in a chest X-ray report, by phrases and scope rules.
+"""`findings_rules`: extracts the 14 CheXpert findings from a chest X-ray report with phrases and scope rules.
 
-A transparent extractor for where CheXbert's weights are not to be had: a table of phrases, and rules of
-negation and uncertainty in the manner of NegEx (Chapman et al. 2001) and of CheXpert's labeller (Irvin et
-al. 2019), whose categories and order of precedence it follows. It is neither of them: its scores go by its
-own name, and docs/metrics.md says how it does against labels written by hand. It reads English reports of
-chest X-rays alone.
+This labeller is an alternative to CheXbert that needs no weights. It has a table of phrases, and rules for
+negation and uncertainty like those of NegEx (Chapman et al. 2001) and of CheXpert's labeller (Irvin et al.
+2019). Its categories and their order of precedence are those of CheXpert's labeller. Its results differ from
+both, so its scores have their own name; docs/metrics.md compares it with labels written by hand. It reads
+only English reports of chest X-rays.
 
-What is counted where it could be done otherwise:
+Decisions that could have been made differently:
 
 - "infiltrate", "airspace disease" and scars are Lung Opacity; a finding does not imply its parent.
-- A granuloma is no Lung Lesion; a nodule is one, calcified or not.
-- A blunted costophrenic angle is no Pleural Effusion; a compression or wedge deformity is no Fracture.
+- A granuloma is not a Lung Lesion; a nodule is one, calcified or not.
+- A blunted costophrenic angle is not a Pleural Effusion; a compression or wedge deformity is not a Fracture.
 - Lines, tubes, leads, wires, valves and implants are Support Devices; clips, sutures and stray metal are not.
-- "likely", "probable" and "consistent with" assert; "may", "possible", "suggests", "borderline" and "a or b"
-  leave open; "no definite" and "no large" deny.
-- No Finding is given where no other finding but Support Devices is positive or uncertain.
+- "likely", "probable" and "consistent with" make a finding positive; "may", "possible", "suggests",
+  "borderline" and "a or b" make it uncertain; "no definite" and "no large" make it negative.
+- No Finding is positive if no other finding except Support Devices is positive or uncertain.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from typing import Literal
 
 Status = Literal["positive", "uncertain", "negative", "absent"]
 
-# `*` stands for any ending, `...` for up to four words, `(a|b)` for either, `(a)?` for one that may lack.
+# Phrases of each finding. In a phrase, `*` matches any ending, `...` matches up to four words, `(a|b)`
+# matches either, and `(a)?` is optional.
 PHRASES: dict[str, tuple[str, ...]] = {
     "Enlarged Cardiomediastinum": (
         "(cardiomediastin*|mediastin*|cardiomediastinal silhouette) ... (enlarge*|widen*|prominen*|large)",
@@ -55,12 +56,7 @@ PHRASES: dict[str, tuple[str, ...]] = {
         "(cavitary|lung|pulmonary|parenchymal|cavitating) lesion*",
         "(carcinoma|neoplas*|tumor*|malignan*|metasta*)",
     ),
-    "Edema": (
-        "edema",
-        "(heart|cardiac) failure",
-        "chf",
-        "(vascular|pulmonary|venous) (congestion|engorgement)",
-    ),
+    "Edema": ("edema", "(heart|cardiac) failure", "chf", "(vascular|pulmonary|venous) (congestion|engorgement)"),
     "Consolidation": ("consolidat*",),
     "Pneumonia": ("pneumonia*", "bronchopneumonia*", "infectious (process|infiltrate|etiology)", "infection"),
     "Atelectasis": ("atelecta*", "(lung|lobe|lobar) collapse", "collapse of the ... (lung|lobe)"),
@@ -78,15 +74,15 @@ PHRASES: dict[str, tuple[str, ...]] = {
         "(port-a-cath|mediport|port|chemoport|infuse-a-port)",
         "(tube|tubes|tubing|tracheostomy|drain|drains|lead|leads|wire|wires|cerclage|hardware|device*)",
         "(central|venous|subclavian|jugular|ij|picc|arterial|dialysis) ... (line|lines)",
-        "sternotomy xxxx",  # the wires, as OpenI's redaction leaves them
+        "sternotomy xxxx",  # OpenI's redaction replaces "wires"
         "(valve|valvular) (replacement|prosthesis|repair)",
         "(prosthetic|artificial|mechanical) ... valve",
         "(spinal|cervical|orthopedic|surgical|fixation|metallic) ... (fusion|plate*|rod*|screw*)",
         "(arthroplasty|balloon pump|filter)",
     ),
 }
-# Struck out before the phrases are looked for.
-ELSEWHERE: tuple[str, ...] = (
+# Text that matches these phrases is removed before the search for findings.
+EXCLUDED_PHRASES: tuple[str, ...] = (
     "(pericardial|joint) effusion*",
     "(breast|thyroid|liver|abdominal|soft tissue) (mass|masses|nodule|nodules|edema)",
     "(bone|bony|sclerotic|lytic|osseous|skeletal) (mass|lesion|lesions|density|densities|metasta*)",
@@ -100,12 +96,12 @@ ELSEWHERE: tuple[str, ...] = (
     "without mass effect",
 )
 FINDINGS: tuple[str, ...] = (*PHRASES, "No Finding")
-FIVE: tuple[str, ...] = ("Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Effusion")
+# The findings of CheXpert's competition.
+FIVE_FINDINGS: tuple[str, ...] = ("Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Effusion")
 
-# Cues in one clause; "before" ones reach forward to the finding, "after" ones back to it.
-_NO_DENIAL = (
-    r"no (?:significant |interval |definite |appreciable |substantial |other )*(?:change|increase|worsening)"
-)
+# Cues within one clause. A "before" cue precedes the finding that it changes, an "after" cue follows it.
+# `_NO_DENIAL` matches phrases that contain "no" but deny no finding.
+_NO_DENIAL = r"no (?:significant |interval |definite |appreciable |substantial |other )*(?:change|increase|worsening)"
 _DENIED_BEFORE = (
     r"\b(?:no|without|denies|absen(?:t|ce of)|negative for|(?:free|clear) of|lack of|never|neither|nor"
     r"|rather than|resolution of|resolved|removal of|removed|ruled? out"
@@ -131,7 +127,7 @@ _OPEN_AFTER = (
     r"|(?:is|are|was) (?:possible|suspected|questioned|questionable|suggested|uncertain)|borderline"
     r"|(?:is|are) considered)\b"
 )
-# Where a denial that began before stops.
+# Ends the scope of a denial: findings after this are not denied.
 _STOP = re.compile(
     r"\b(?:but|however|although|though|except|aside from|apart from|other than|yet|while"
     r"|with(?! evidence)|which|there (?:is|are|has|have)|secondary to|due to)\b"
@@ -141,13 +137,14 @@ _STOP = re.compile(
 )
 _SENTENCE = re.compile(r"[.!?](?=\s|$|[A-Za-z])|[;\n]")
 _CLAUSE = re.compile(r"\b(?:but|however|although|though|whereas)\b|:")
-_OR = r"(?:or|versus|vs|and/or)"  # between two findings it leaves both open
+_OR = r"(?:or|versus|vs|and/or)"  # between two findings, it makes both uncertain
 _OR_AFTER = re.compile(rf"^(?:\s+(?!may|might|could|which|that|is|are|represent)[\w/-]+){{0,3}}?\s+{_OR}\b")
 _OR_BEFORE = re.compile(rf"\b{_OR}(?:\s+[\w-]+){{0,3}}\s*$")
 
 
 def _pattern(phrase: str) -> str:
-    """A phrase of the tables as a regular expression."""
+    """Translate a phrase of the tables into a regular expression."""
+    # `...` as up to four words, none of which changes the subject
     gap = r"(?:\W+(?!(?:normal|and|with|but|aorta|aortic)\b)[\w/-]+){0,4}?"
     words = re.escape(phrase).replace(r"\ ", " ")
     words = words.replace(r"\(", "(?:").replace(r"\)\?", ")?").replace(r"\)", ")").replace(r"\|", "|")
@@ -158,37 +155,43 @@ def _pattern(phrase: str) -> str:
 
 
 _MENTIONS = {name: re.compile("|".join(map(_pattern, phrases))) for name, phrases in PHRASES.items()}
-_ELSEWHERE = re.compile("|".join(map(_pattern, ELSEWHERE)))
+_ELSEWHERE = re.compile("|".join(map(_pattern, EXCLUDED_PHRASES)))
 _CUES = [re.compile(cue) for cue in (_NO_DENIAL, _DENIED_BEFORE, _DENIED_AFTER, _OPEN_BEFORE, _OPEN_AFTER)]
-_ORDER: tuple[Status, ...] = ("positive", "uncertain", "negative", "absent")  # the first that is found wins
+_ORDER: tuple[Status, ...] = ("positive", "uncertain", "negative", "absent")  # the first one that occurs is reported
 
 
-def findings(report: str) -> dict[str, Status]:
-    """The status of each of the 14 findings in a report; `absent` where it is not mentioned."""
-    found: dict[str, set[Status]] = {name: {"absent"} for name in PHRASES}
-    for clause in _clauses(report.lower()):
-        for name, mention in _MENTIONS.items():
-            found[name].update(_status(clause, at.start(), at.end()) for at in mention.finditer(clause))
+def extract_findings(report: str) -> dict[str, Status]:
+    """Label a report with the status of each of the 14 findings; `absent` means that it is not mentioned."""
+    mentions: dict[str, set[Status]] = {name: {"absent"} for name in PHRASES}
+    for clause in _split_clauses(report.lower()):
+        for name, pattern in _MENTIONS.items():
+            mentions[name].update(_status(clause, at.start(), at.end()) for at in pattern.finditer(clause))
+    # A finding with several mentions gets the status that comes first in `_ORDER`.
     statuses: dict[str, Status] = {
-        name: next(status for status in _ORDER if status in seen) for name, seen in found.items()
+        name: next(status for status in _ORDER if status in mentioned) for name, mentioned in mentions.items()
     }
-    told = [status for name, status in statuses.items() if name != "Support Devices"]
-    clear = not any(status in ("positive", "uncertain") for status in told)
-    return {**statuses, "No Finding": "positive" if clear else "absent"}
+    pathology = [status for name, status in statuses.items() if name != "Support Devices"]
+    is_clear = not any(status in ("positive", "uncertain") for status in pathology)
+    return {**statuses, "No Finding": "positive" if is_clear else "absent"}
 
 
-def _clauses(report: str) -> list[str]:
+def _split_clauses(report: str) -> list[str]:
+    """Split a report into clauses, without conditional clauses ("if ...") and without `EXCLUDED_PHRASES`."""
     sentences = (" ".join(sentence.split()) for sentence in _SENTENCE.split(report))
     clauses = (clause.strip() for sentence in sentences for clause in _CLAUSE.split(sentence))
     return [_ELSEWHERE.sub(" ", clause) for clause in clauses if clause and not clause.startswith("if ")]
 
 
 def _status(clause: str, start: int, end: int) -> Status:
-    """What a clause says of the finding mentioned at [start, end)."""
-    pseudo, denied_before, denied_after, open_before, open_after = _CUES
-    before, after = clause[:end], clause[end:]  # a mention such as "heart is not enlarged" holds its own cue
-    hidden = pseudo.sub(lambda found: " " * len(found[0]), before)
-    for cue in denied_before.finditer(hidden):
+    """Determine the status that a clause gives to the finding mentioned at [start, end).
+
+    Denial has precedence over uncertainty: "no evidence of possible pneumonia" is negative.
+    """
+    no_denial, denied_before, denied_after, open_before, open_after = _CUES
+    before, after = clause[:end], clause[end:]  # a mention such as "heart is not enlarged" contains its cue
+    # Blank out "no change" and the like, and keep the length so that positions stay valid.
+    masked = no_denial.sub(lambda match: " " * len(match[0]), before)
+    for cue in denied_before.finditer(masked):
         if not _STOP.search(clause[cue.end() : end]):
             return "negative"
     if denied_after.search(_until_stop(after)):
@@ -200,5 +203,6 @@ def _status(clause: str, start: int, end: int) -> Status:
 
 
 def _until_stop(text: str) -> str:
+    """Return the text up to the first end of a scope."""
     stop = _STOP.search(text)
     return text[: stop.start()] if stop else text

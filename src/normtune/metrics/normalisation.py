@@ -1,17 +1,24 @@
-"""Named normalisations of answers, and how an answer is cut into tokens.
+"""Named normalisations of answers, and the tokeniser that splits an answer into words.
 
 `none`
-    The text as it is.
+    Leaves the text unchanged.
 `vqa`
-    What the VQA evaluation does to an answer (Antol et al. 2015; vqaEval.py): line breaks and tabs become
-    blanks; each punctuation mark is dropped where it touches a blank or where the text has a comma between
-    digits, else it becomes a blank; full stops go unless a digit follows; lower case; none, zero ... ten
-    become digits; a, an, the go; contractions get the one apostrophe they lack ("dont" -> "don't").
-    Mind that "None" becomes "0" and a lone "A" becomes the empty string.
+    The normalisation of the VQA evaluation (Antol et al. 2015; vqaEval.py). Its steps are:
+
+    1. Line breaks and tabs become blanks.
+    2. Each punctuation mark is removed if it touches a blank anywhere in the text, or if the text has a comma
+       between digits. Otherwise it becomes a blank.
+    3. Full stops are removed unless a digit follows.
+    4. The text is converted to lower case.
+    5. The words none, zero ... ten become digits, and a, an, the are removed.
+    6. Contractions without their apostrophe get it back ("dont" -> "don't").
+
+    Note that "None" becomes "0", and that an answer "A" becomes the empty string.
 `llava-med`
-    What LLaVA-Med's evaluation does (Li et al. 2023; eval_metrics/glossary.py): lower case first, then as
-    `vqa` without its handling of line breaks, then the commas that are left go.
-`report` normalisations stand in `normtune.metrics.reports`.
+    The normalisation of LLaVA-Med's evaluation (Li et al. 2023; eval_metrics/glossary.py): lower case first,
+    then steps 2 to 6 of `vqa`, then all remaining commas are removed.
+
+The normalisations of reports are in `normtune.metrics.reports`.
 """
 
 from __future__ import annotations
@@ -21,6 +28,7 @@ from collections.abc import Callable, Mapping
 
 from normtune.errors import InputError, did_you_mean
 
+# The constants below are those of vqaEval.py.
 _PUNCTUATION = ';/[]"{}()=+\\_->@`<,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _FULL_STOP = re.compile(r"\.(?!\d)")
@@ -37,24 +45,24 @@ _CONTRACTED = """
     y'all'll you'll there're they're what're why're you're he's how's somebody's someone's that's there's
     what's when's where's who's why's ma'am o'clock 'ow's'at 'twas y'all
 """
-# Each is reached from the spellings that lack exactly one of its apostrophes, as in the published table.
+# Spelling without one apostrophe -> correct spelling. Each contraction is listed once for each of its
+# apostrophes, as in the published table.
 _CONTRACTIONS = {
-    word[:at] + word[at + 1 :]: word
-    for word in _CONTRACTED.split()
-    for at, sign in enumerate(word)
-    if sign == "'"
-} | {"somebody'd": "somebodyd"}  # the table has this one the wrong way round
+    word[:at] + word[at + 1 :]: word for word in _CONTRACTED.split() for at, sign in enumerate(word) if sign == "'"
+} | {"somebody'd": "somebodyd"}  # the published table swaps the two sides of this entry
 _IDEOGRAPH = r"[\u3400-\u4dbf\u4e00-\u9fff]"
+# A token is one Chinese character, or a run of other characters without white space.
 _TOKEN = re.compile(rf"{_IDEOGRAPH}|(?:(?!{_IDEOGRAPH})\S)+")
 
 
 def _vqa_words(text: str) -> str:
-    marked = text
-    in_number = _COMMA_IN_NUMBER.search(marked) is not None
+    """Apply steps 2 to 6 of the `vqa` normalisation."""
+    original = text  # every mark looks at the text before any mark was removed, as the published code does
+    has_comma_in_number = _COMMA_IN_NUMBER.search(original) is not None
     for mark in _PUNCTUATION:
-        dropped = in_number or f"{mark} " in marked or f" {mark}" in marked
-        text = text.replace(mark, "" if dropped else " ")
-    text = _FULL_STOP.sub("", text, count=32)  # the published code drops 32 at most
+        is_removed = has_comma_in_number or f"{mark} " in original or f" {mark}" in original
+        text = text.replace(mark, "" if is_removed else " ")
+    text = _FULL_STOP.sub("", text, count=32)  # the published code removes at most 32 full stops
     words = (_NUMBERS.get(word, word) for word in text.lower().split())
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
@@ -74,29 +82,33 @@ def _llava_med(text: str) -> str:
 NORMALISATIONS: dict[str, Callable[[str], str]] = {"none": _none, "vqa": _vqa, "llava-med": _llava_med}
 
 
-def normalise(text: str, how: str = "vqa") -> str:
-    """`text` under one of `NORMALISATIONS`, each described at the top of this module.
+def normalise(text: str, name: str = "vqa") -> str:
+    """Normalise an answer with one of `NORMALISATIONS`, which the top of this module describes.
 
     Raises:
-        InputError: there is no normalisation of that name.
+        InputError: if there is no normalisation of that name.
     """
-    return named(how, NORMALISATIONS)(text)
+    return find_normalisation(name, NORMALISATIONS)(text)
 
 
-def named(how: str, known: Mapping[str, Callable[[str], str]], of: str = "") -> Callable[[str], str]:
-    """The normalisation of that name; `of` says in the error what it is for.
+def find_normalisation(name: str, known: Mapping[str, Callable[[str], str]], of: str = "") -> Callable[[str], str]:
+    """Return the normalisation of that name.
+
+    Args:
+        name: name of the normalisation.
+        known: name -> function.
+        of: what the normalisation is for, inserted in the error message (" of reports").
 
     Raises:
-        InputError: there is none.
+        InputError: if `known` has no such name.
     """
-    if how not in known:
+    if name not in known:
         raise InputError(
-            f"unknown normalisation '{how}'{of}{did_you_mean(how, known) or '.'} "
-            f"Choose one of: {', '.join(known)}."
+            f"unknown normalisation '{name}'{of}{did_you_mean(name, known) or '.'} Choose one of: {', '.join(known)}."
         )
-    return known[how]
+    return known[name]
 
 
 def tokens(text: str) -> list[str]:
-    """The words of a normalised answer; a Chinese character is a token of its own."""
+    """Split a normalised answer into words. Each Chinese character is one token."""
     return _TOKEN.findall(text)

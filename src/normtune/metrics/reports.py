@@ -1,30 +1,31 @@
-"""Scores of reports against references; every way of counting has a name of its own.
+"""Scores of reports against references. Each way of counting has its own metric name.
 
 =====================  =======================================================================================
 name                   score
 =====================  =======================================================================================
 `bleu_1` ... `bleu_4`  coco-caption's BLEU: cumulative, of the whole corpus, unsmoothed
-`sacrebleu`            sacrebleu's corpus BLEU-4 (13a words, case kept, exponential smoothing) over 100
+`sacrebleu`            sacrebleu's corpus BLEU-4 divided by 100 (13a words, case-sensitive, exp smoothing)
 `rouge_l`              coco-caption's ROUGE-L: F with beta = 1.2, mean over rows
 `rouge_l_f1`           rouge-score's rougeL F1 without stemming, mean over rows
-`meteor_nltk`          nltk's METEOR with WordNet, where nltk finds `corpora/wordnet` among its data
-`meteor_exact_stem`    otherwise: nltk's METEOR with exact and stem matches alone, a lower score
+`meteor_nltk`          nltk's METEOR with WordNet, if nltk finds `corpora/wordnet` in its data
+`meteor_exact_stem`    otherwise: nltk's METEOR with exact and stem matches only, a lower score
 `cider_d`              CIDEr-D, 0 to 10: what coco-caption and most papers print as "CIDEr"
 `cider`                CIDEr as first defined, without clipping and length penalty, 0 to 10
-`bertscore_f1`         BERTScore's F1, where a local model is given
+`bertscore_f1`         BERTScore's F1, if a local model is given
 =====================  =======================================================================================
 
-Each is computed under a named normalisation of both texts and is then called `NAME/NORMALISATION`:
+Each metric is computed after a named normalisation of both texts; its full name is `NAME/NORMALISATION`:
 
-`none`
-    The text as it is. coco-caption's metrics and METEOR take the words of `normtune.metrics.ptb_words`.
+`none` Leaves the text unchanged. coco-caption's metrics and METEOR use the words of
+    `normtune.metrics.ptb_words`.
 `r2gen-iu`, `r2gen-mimic`
-    What R2Gen does to IU X-ray and to MIMIC-CXR before it cuts at blanks (Chen et al. 2020): list numbers 1.
-    to 5. go, lower case, ". " ends a sentence, `. , ? ; * ! % ^ & _ + ( ) : < = > @ [ ] { } " / \\ '` go
-    (decimal points too), sentences are joined by " . ". R2Gen's own scores are of references cut at 60 or 100
-    words with rare words replaced, which flatters; these are of whole references.
+    What R2Gen does to IU X-ray and to MIMIC-CXR before it splits at blanks (Chen et al. 2020). List numbers
+    1. to 5. are removed. Texts are converted to lower case and split into sentences at ". ". The characters
+    `. , ? ; * ! % ^ & _ + ( ) : < = > @ [ ] { } " / \\ '` are removed (decimal points too). Sentences are
+    joined by " . ". R2Gen computes its scores with references truncated to 60 or 100 words, in which rare
+    words are replaced; that raises scores. Scores here use the whole references.
 
-coco-caption's METEOR 1.5 is another metric than nltk's, needs Java, and is not computed here.
+coco-caption's METEOR 1.5 differs from nltk's METEOR, needs Java, and is not computed here.
 """
 
 from __future__ import annotations
@@ -40,13 +41,14 @@ import numpy as np
 from normtune.data.records import Example, Prediction
 from normtune.metrics.answers import Metric, pair_with_predictions
 from normtune.metrics.ngrams import bleu, bleu_statistics, cider, rouge_l
-from normtune.metrics.normalisation import named
+from normtune.metrics.normalisation import find_normalisation
 from normtune.metrics.ptb_words import ptb_words
 from normtune.metrics.statistics import RESAMPLES, Floats
-from normtune.metrics.sum_metrics import SumMetric, intervals, mean_metric
+from normtune.metrics.sum_metrics import SumMetric, bootstrap_intervals, mean_metric
 
-Texts = Mapping[str, tuple[str, str]]  # row id -> prediction, reference
+Texts = Mapping[str, tuple[str, str]]  # row id -> (prediction, reference)
 
+# Characters that R2Gen removes, and (list number, replacement) in its order.
 _R2GEN_MARKS = re.compile(r"[.,?;*!%^&_+():-\[\]{}\"/\\']")
 _R2GEN_NUMBERS = (("1. ", ""), *((f". {n}. ", ". ") for n in "2345"), *((f" {n}. ", ". ") for n in "2345"))
 
@@ -58,113 +60,117 @@ def _none(text: str) -> str:
 def _r2gen_iu(text: str) -> str:
     for _ in range(3):
         text = text.replace("..", ".")
-    for number, instead in _R2GEN_NUMBERS:
-        text = text.replace(number, instead)
+    for number, replacement in _R2GEN_NUMBERS:
+        text = text.replace(number, replacement)
     sentences = (_R2GEN_MARKS.sub("", sentence.strip()) for sentence in text.strip().lower().split(". "))
     return " ".join(f"{' . '.join(sentences)} .".split())
 
 
 def _r2gen_mimic(text: str) -> str:
     text = text.replace("\n", " ")
-    for twice, times in (("__", 7), ("  ", 6), ("..", 8)):
+    for doubled, times in (("__", 7), ("  ", 6), ("..", 8)):  # as often as R2Gen repeats the replacement
         for _ in range(times):
-            text = text.replace(twice, twice[0])
+            text = text.replace(doubled, doubled[0])
     return _r2gen_iu(text)
 
 
-NORMALISATIONS: dict[str, Callable[[str], str]] = {
-    "none": _none,
-    "r2gen-iu": _r2gen_iu,
-    "r2gen-mimic": _r2gen_mimic,
-}
+NORMALISATIONS: dict[str, Callable[[str], str]] = {"none": _none, "r2gen-iu": _r2gen_iu, "r2gen-mimic": _r2gen_mimic}
 
 
-def normalise_report(text: str, how: str) -> str:
-    """`text` under one of `NORMALISATIONS`, each described at the top of this module.
+def normalise_report(text: str, name: str) -> str:
+    """Normalise a report with one of `NORMALISATIONS`, which the top of this module describes.
 
     Raises:
-        InputError: there is no normalisation of that name.
+        InputError: if there is no normalisation of that name.
     """
-    return named(how, NORMALISATIONS, of=" of reports")(text)
+    return find_normalisation(name, NORMALISATIONS, of=" of reports")(text)
 
 
 def normalisations_for(dataset: str) -> tuple[str, str]:
-    """What reports of a dataset are scored under: as they are, and as R2Gen cleans that dataset."""
+    """Return the normalisations for the reports of a dataset: `none`, and the one that R2Gen uses for it."""
     return "none", "r2gen-mimic" if "mimic" in dataset.lower() else "r2gen-iu"
 
 
 def report_metrics(
     texts: Texts, *, normalisation: str = "none", bertscore: Path | str | None = None
 ) -> dict[str, SumMetric]:
-    """Every metric above by its bare name, as statistics of rows that can be resampled and paired.
+    """Build every metric of the table above, as row statistics that can be resampled and paired.
 
     Args:
         texts: row id -> (prediction, reference).
-        normalisation: of both texts.
-        bertscore: local directory of the model for BERTScore; none leaves it out.
+        normalisation: applied to both texts.
+        bertscore: local directory of the model for BERTScore; None omits BERTScore.
+
+    Returns:
+        Metric name without the normalisation -> metric.
 
     Raises:
-        InputError: there is no such normalisation, or the model cannot be loaded.
+        InputError: if the normalisation is unknown, or the model cannot be loaded.
     """
-    cleaned = {
-        id: (normalise_report(said, normalisation), normalise_report(meant, normalisation))
-        for id, (said, meant) in texts.items()
+    normalised = {
+        id: (normalise_report(prediction, normalisation), normalise_report(reference, normalisation))
+        for id, (prediction, reference) in texts.items()
     }
-    cut: Callable[[str], list[str]] = ptb_words if normalisation == "none" else str.split
-    words = {id: (cut(said), cut(meant)) for id, (said, meant) in cleaned.items()}
-    counts = {id: bleu_statistics(said, meant) for id, (said, meant) in words.items()}
+    # R2Gen's normalisations leave words that are separated by blanks.
+    split: Callable[[str], list[str]] = ptb_words if normalisation == "none" else str.split
+    words = {id: (split(prediction), split(reference)) for id, (prediction, reference) in normalised.items()}
+    counts = {id: bleu_statistics(*pair) for id, pair in words.items()}
     metrics = {f"bleu_{n}": SumMetric(counts, functools.partial(bleu, n=n)) for n in (1, 2, 3, 4)}
-    metrics["sacrebleu"] = _sacrebleu(cleaned)
-    metrics["rouge_l"] = mean_metric({id: rouge_l(said, meant) for id, (said, meant) in words.items()})
-    metrics["rouge_l_f1"] = mean_metric(_rouge_score(cleaned))
-    name, meteor = _meteor()
-    metrics[name] = mean_metric({id: meteor(said, meant) for id, (said, meant) in words.items()})
-    for name, d in (("cider_d", True), ("cider", False)):
-        metrics[name] = mean_metric(dict(zip(words, cider(list(words.values()), d=d), strict=True)))
+    metrics["sacrebleu"] = _sacrebleu(normalised)
+    metrics["rouge_l"] = mean_metric({id: rouge_l(*pair) for id, pair in words.items()})
+    metrics["rouge_l_f1"] = mean_metric(_rouge_score(normalised))
+    name, meteor = _load_meteor()
+    metrics[name] = mean_metric({id: meteor(*pair) for id, pair in words.items()})
+    for name, variant_d in (("cider_d", True), ("cider", False)):
+        scores = cider(list(words.values()), variant_d=variant_d)
+        metrics[name] = mean_metric(dict(zip(words, scores, strict=True)))
     if bertscore is not None:
         from normtune.metrics.bertscore import bertscore_f1
 
-        metrics["bertscore_f1"] = mean_metric(
-            dict(zip(cleaned, bertscore_f1(list(cleaned.values()), bertscore), strict=True))
-        )
+        f1 = bertscore_f1(list(normalised.values()), bertscore)
+        metrics["bertscore_f1"] = mean_metric(dict(zip(normalised, f1, strict=True)))
     return metrics
 
 
 def _sacrebleu(texts: Texts) -> SumMetric:
-    """sacrebleu's own statistics of each row, and its own score of their sums."""
+    """Build corpus BLEU from sacrebleu's statistics of each row and sacrebleu's score of their sums."""
     from sacrebleu.metrics import BLEU
 
-    scorer = BLEU(effective_order=True)  # only so that it does not warn about scoring one row
+    scorer = BLEU(effective_order=True)  # avoids sacrebleu's warning about scores of single rows
     rows = {}
-    for id, (said, meant) in texts.items():
-        row = scorer.sentence_score(said, [meant])
+    for id, (prediction, reference) in texts.items():
+        row = scorer.sentence_score(prediction, [reference])
         rows[id] = np.array([*row.counts, *row.totals, row.sys_len, row.ref_len], dtype=np.float64)
 
-    def value(sums: Floats) -> Floats:
-        found = []
+    def from_sums(sums: Floats) -> Floats:  # [resamples, 10] -> [resamples]
+        scores = []
         for row in sums.round().astype(int).tolist():
-            found.append(BLEU.compute_bleu(row[:4], row[4:8], row[8], row[9], smooth_method="exp").score)
-        return np.array(found) / 100
+            scores.append(BLEU.compute_bleu(row[:4], row[4:8], row[8], row[9], smooth_method="exp").score)
+        return np.array(scores) / 100
 
-    return SumMetric(rows, value)
+    return SumMetric(rows, from_sums)
 
 
 def _rouge_score(texts: Texts) -> dict[str, float]:
+    """Compute rougeL F1 of each row with the package rouge-score: row id -> F1."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
-    return {id: float(scorer.score(meant, said)["rougeL"].fmeasure) for id, (said, meant) in texts.items()}
+    return {
+        id: float(scorer.score(reference, prediction)["rougeL"].fmeasure)
+        for id, (prediction, reference) in texts.items()
+    }
 
 
 class _NoWordNet:
-    """Stands in for WordNet in nltk's METEOR: no word has a synonym."""
+    """Replaces WordNet in nltk's METEOR if its data are missing: no word has a synonym."""
 
     def synsets(self, word: str) -> list[Any]:
         return []
 
 
-def _meteor() -> tuple[str, Callable[[Sequence[str], Sequence[str]], float]]:
-    """The name of the METEOR that can be computed here, and the function (said, meant) -> score."""
+def _load_meteor() -> tuple[str, Callable[[Sequence[str], Sequence[str]], float]]:
+    """Return the name of the METEOR that is available, and the function (prediction, reference) -> score."""
     from nltk.corpus import wordnet
     from nltk.translate.meteor_score import single_meteor_score
 
@@ -174,21 +180,19 @@ def _meteor() -> tuple[str, Callable[[Sequence[str], Sequence[str]], float]]:
     except LookupError:
         name, synonyms = "meteor_exact_stem", _NoWordNet()
 
-    def score(said: Sequence[str], meant: Sequence[str]) -> float:
-        return float(single_meteor_score(meant, said, wordnet=synonyms))
+    def score(prediction: Sequence[str], reference: Sequence[str]) -> float:
+        return float(single_meteor_score(reference, prediction, wordnet=synonyms))
 
     return name, score
 
 
 def text_pairs(examples: Sequence[Example], predictions: Mapping[str, str] | Sequence[Prediction]) -> Texts:
-    """id -> (prediction, reference), joined by id.
+    """Join predictions and references by id: id -> (prediction, reference).
 
     Raises:
-        InputError: ids do not match one to one.
+        InputError: if ids do not match one to one.
     """
-    return {
-        example.id: (text, example.answer) for example, text in pair_with_predictions(examples, predictions)
-    }
+    return {example.id: (text, example.answer) for example, text in pair_with_predictions(examples, predictions)}
 
 
 def report_table(
@@ -198,15 +202,21 @@ def report_table(
     findings: bool = True,
     bertscore: Path | str | None = None,
 ) -> dict[str, SumMetric]:
-    """Every metric under every normalisation as `NAME/NORMALISATION`, and the label F1 of `findings_rules`.
+    """Build every metric under every normalisation as `NAME/NORMALISATION`, and `findings_rules` label F1.
+
+    Args:
+        texts: row id -> (prediction, reference).
+        normalisations: names of `NORMALISATIONS`.
+        findings: includes the label F1 of `findings_rules`.
+        bertscore: local directory of the model for BERTScore; None omits BERTScore.
 
     Raises:
         InputError: as `report_metrics`.
     """
     table = {}
-    for how in normalisations:
-        found = report_metrics(texts, normalisation=how, bertscore=bertscore)
-        table.update({f"{name}/{how}": metric for name, metric in found.items()})
+    for normalisation in normalisations:
+        metrics = report_metrics(texts, normalisation=normalisation, bertscore=bertscore)
+        table.update({f"{name}/{normalisation}": metric for name, metric in metrics.items()})
     if findings:
         from normtune.metrics.clinical import rules_metrics
 
@@ -214,14 +224,14 @@ def report_table(
     return table
 
 
-def summarise(
+def summarise_reports(
     table: Mapping[str, SumMetric], examples: Sequence[Example], *, resamples: int = RESAMPLES
 ) -> dict[str, Metric]:
-    """Each metric's value with the interval from resampling the images of `examples`."""
+    """Compute each metric over all rows, with the interval from resampling the images of `examples`."""
     cluster = {example.id: example.images for example in examples}
     rows, images = len(cluster), len(set(cluster.values()))
-    found = intervals(table, cluster, resamples=resamples)
-    return {name: Metric(each.value, each.low, each.high, rows, images) for name, each in found.items()}
+    intervals = bootstrap_intervals(table, cluster, resamples=resamples)
+    return {name: Metric(i.value, i.low, i.high, rows, images) for name, i in intervals.items()}
 
 
 def score_report(
@@ -232,19 +242,17 @@ def score_report(
     bertscore: Path | str | None = None,
     resamples: int = RESAMPLES,
 ) -> dict[str, Metric]:
-    """Every metric of this module and `findings_rules` for one set of predictions, joined by id.
+    """Compute every metric of this module and `findings_rules` for one set of predictions, joined by id.
 
     Args:
-        examples: the rows of a split, references included.
+        examples: the rows of a split with their references.
         predictions: id -> report, or `Prediction`s in any order.
         normalisations: each metric is computed under all of them.
-        bertscore: local directory of the model for BERTScore; none leaves it out.
-        resamples: draws of the bootstrap.
+        bertscore: local directory of the model for BERTScore; None omits BERTScore.
+        resamples: number of bootstrap resamples.
 
     Raises:
-        InputError: ids do not match one to one, no such normalisation, or the model cannot be loaded.
+        InputError: if ids do not match one to one, a normalisation is unknown, or the model cannot be loaded.
     """
-    table = report_table(
-        text_pairs(examples, predictions), normalisations=normalisations, bertscore=bertscore
-    )
-    return summarise(table, examples, resamples=resamples)
+    table = report_table(text_pairs(examples, predictions), normalisations=normalisations, bertscore=bertscore)
+    return summarise_reports(table, examples, resamples=resamples)

@@ -1,8 +1,8 @@
-"""Intervals and tests for scores whose rows are not independent.
+"""Confidence intervals and tests for scores of rows that are not independent.
 
-Questions of one image share its difficulty, so the image, not the question, is what is resampled (cluster
-bootstrap: Davison and Hinkley 1997, section 3.8). Everything is seeded. Two runs are compared in
-`normtune.metrics.sum_metrics`.
+Questions about one image share its difficulty. The bootstrap (Efron and Tibshirani 1993) therefore resamples
+images, not questions (cluster bootstrap: Davison and Hinkley 1997, section 3.8). All random draws are seeded.
+`normtune.metrics.sum_metrics` compares two runs.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from normtune.errors import InputError
 
 Floats = NDArray[np.float64]
 Key = TypeVar("Key", bound=Hashable)
-RESAMPLES = 2000
-EXACT_CLUSTERS = 12  # up to 2^12 sign patterns are all tried
+RESAMPLES = 2000  # bootstrap resamples by default
+MAX_EXACT_CLUSTERS = 12  # up to this number of clusters, a paired test tries every pattern of swaps
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with the ends of its confidence interval."""
+    """An estimate with the two ends of its confidence interval."""
 
     value: float
     low: float
@@ -33,8 +33,8 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Paired:
-    """The difference (second run less first) of one metric on the same rows."""
+class PairedDifference:
+    """The difference of one metric between two runs on the same rows: second run minus first run."""
 
     difference: float
     low: float
@@ -45,25 +45,47 @@ class Paired:
     method: str
 
 
-def by_cluster(scores: Mapping[str, float], cluster: Mapping[str, Hashable]) -> tuple[Floats, Floats]:
-    """Sums and row counts of each cluster that has a scored row, in order of appearance: [clusters] both."""
+def sum_by_cluster(scores: Mapping[str, float], cluster: Mapping[str, Hashable]) -> tuple[Floats, Floats]:
+    """Sum the scores of each cluster and count its rows.
+
+    Args:
+        scores: row id -> score.
+        cluster: row id -> cluster (the row's images).
+
+    Returns:
+        Sums and row counts, each [clusters], of the clusters that have a scored row, in order of appearance.
+    """
     index: dict[Hashable, int] = {}
-    which = np.array([index.setdefault(cluster[id], len(index)) for id in scores], dtype=np.intp)
-    values = np.fromiter(scores.values(), dtype=np.float64, count=len(scores))
-    return np.bincount(which, weights=values).astype(np.float64), np.bincount(which).astype(np.float64)
+    cluster_of_row = np.array([index.setdefault(cluster[id], len(index)) for id in scores], dtype=np.intp)
+    values = np.fromiter(scores.values(), dtype=np.float64, count=len(scores))  # [rows]
+    return (
+        np.bincount(cluster_of_row, weights=values).astype(np.float64),
+        np.bincount(cluster_of_row).astype(np.float64),
+    )
 
 
-def resampled_sums(stacked: Floats, *, resamples: int = RESAMPLES, seed: int = 0) -> Floats:
-    """Column sums over clusters drawn with replacement: [clusters, columns] -> [resamples, columns]."""
+def resample_sums(stacked: Floats, *, resamples: int = RESAMPLES, seed: int = 0) -> Floats:
+    """Draw clusters with replacement and sum their columns, once per resample.
+
+    Args:
+        stacked: statistics of each cluster, [clusters, columns].
+        resamples: number of resamples.
+        seed: of the draws.
+
+    Returns:
+        [resamples, columns].
+    """
     clusters = len(stacked)
     generator = np.random.default_rng(seed)
     totals = np.empty((resamples, stacked.shape[1]))
-    step = max(1, 2_000_000 // clusters)  # bounds the memory of one block of draws
+    step = max(1, 2_000_000 // clusters)  # resamples per block, which bounds the memory
     for start in range(0, resamples, step):
         block = min(step, resamples - start)
         drawn = generator.integers(0, clusters, size=(block, clusters), dtype=np.int32)
+        # Shift each resample into its own range of numbers: one bincount then counts all of them.
         drawn += (np.arange(block, dtype=np.int32) * clusters)[:, None]
         times = np.bincount(drawn.ravel(), minlength=block * clusters).reshape(block, clusters)
+        # How often each cluster was drawn, [block, clusters] @ [clusters, columns] -> [block, columns]
         totals[start : start + block] = times.astype(np.float64) @ stacked
     return totals
 
@@ -71,22 +93,27 @@ def resampled_sums(stacked: Floats, *, resamples: int = RESAMPLES, seed: int = 0
 def bootstrap_means(
     sums: Floats, counts: Floats, *, resamples: int = RESAMPLES, level: float = 0.95, seed: int = 0
 ) -> list[Interval]:
-    """Percentile intervals of several means over rows, from the same resamples of clusters.
+    """Compute percentile intervals of several means over rows, all from the same resamples of clusters.
 
-    Percentile rather than BCa: BCa's jackknife is undefined for scores that are all equal, which small
-    closed subsets reach, and the two agree to a few tenths of a point at the sizes of VQA test sets. A
-    resample without a row of some metric is left out for that metric.
+    These are percentile intervals (Efron and Tibshirani 1993, chapter 13) rather than BCa intervals. The
+    jackknife of BCa is undefined if all scores are equal, which happens in small closed subsets, and the two
+    agree to a few tenths of a point at the sizes of VQA test sets. A metric ignores the resamples that have
+    none of its rows.
 
     Args:
         sums: total score of each metric in each cluster, [metrics, clusters].
-        counts: rows of each metric in each cluster, [metrics, clusters]; every metric has a row.
-        resamples: how often clusters are drawn with replacement.
-        level: the interval's coverage.
+        counts: number of rows of each metric in each cluster, [metrics, clusters]. Every metric has a row.
+        resamples: number of bootstrap resamples.
+        level: coverage of the interval.
         seed: of the draws.
+
+    Returns:
+        One interval per metric, in the order of `sums`.
     """
     assert sums.shape == counts.shape and sums.ndim == 2 and (counts.sum(axis=1) > 0).all()
-    totals = resampled_sums(np.concatenate([sums, counts]).T, resamples=resamples, seed=seed)
-    with np.errstate(invalid="ignore"):
+    # One column per sum, then one per count: [clusters, 2 * metrics] -> [resamples, 2 * metrics]
+    totals = resample_sums(np.concatenate([sums, counts]).T, resamples=resamples, seed=seed)
+    with np.errstate(invalid="ignore"):  # 0 / 0 of a resample without rows is NaN, which nanquantile ignores
         means = totals[:, : len(sums)] / totals[:, len(sums) :]  # [resamples, metrics]
     tail = (1 - level) / 2
     ends = np.nanquantile(means, [tail, 1 - tail], axis=0)  # [2, metrics]
@@ -102,21 +129,32 @@ def bootstrap_mean(
     level: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """The mean of `scores` (row id -> score) with an interval that resamples clusters (row id -> image).
+    """Compute the mean of some scores, with an interval that resamples clusters.
+
+    Args:
+        scores: row id -> score.
+        cluster: row id -> cluster (the row's images).
+        resamples: number of bootstrap resamples.
+        level: coverage of the interval.
+        seed: of the draws.
 
     Raises:
-        InputError: there is no row.
+        InputError: if there is no row.
     """
     if not scores:
-        raise InputError("no row to take the mean of. Choose a split that has some.")
-    sums, counts = by_cluster(scores, cluster)
+        raise InputError("there are no rows to take the mean of. Choose a split that has rows.")
+    sums, counts = sum_by_cluster(scores, cluster)
     return bootstrap_means(sums[None], counts[None], resamples=resamples, level=level, seed=seed)[0]
 
 
-def holm(p: Mapping[Key, float]) -> dict[Key, float]:
-    """p-values corrected for being several, in the order given (Holm 1979)."""
+def holm_correction(p: Mapping[Key, float]) -> dict[Key, float]:
+    """Correct p-values for multiple comparisons (Holm 1979); the result has the order of `p`.
+
+    The smallest of m p-values is multiplied by m, the next by m - 1, and so on. The corrected values never
+    decrease in that order and are at most 1.
+    """
     adjusted: dict[Key, float] = {}
-    highest = 0.0
+    highest = 0.0  # the largest corrected value so far
     for rank, name in enumerate(sorted(p, key=lambda name: p[name])):
         highest = max(highest, min(1.0, (len(p) - rank) * p[name]))
         adjusted[name] = highest
@@ -124,21 +162,24 @@ def holm(p: Mapping[Key, float]) -> dict[Key, float]:
 
 
 def _t_coverage(t: float, freedom: int) -> float:
-    """P(|T| < t) of Student's t for whole degrees of freedom (Abramowitz and Stegun 26.7.3, 26.7.4)."""
+    """Compute P(|T| < t) of Student's t for integer degrees of freedom.
+
+    The finite series is in Abramowitz and Stegun: 26.7.3 for odd and 26.7.4 for even degrees of freedom.
+    """
     angle = math.atan(t / math.sqrt(freedom))
     square = math.cos(angle) ** 2
-    odd = freedom % 2 == 1
-    term, total = (math.cos(angle), 0.0) if odd else (1.0, 0.0)
+    is_odd = freedom % 2 == 1
+    term, total = (math.cos(angle), 0.0) if is_odd else (1.0, 0.0)
     for k in range(freedom // 2):
         total += term
-        term *= square * ((2 * k + 2) / (2 * k + 3) if odd else (2 * k + 1) / (2 * k + 2))
-    return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
+        term *= square * ((2 * k + 2) / (2 * k + 3) if is_odd else (2 * k + 1) / (2 * k + 2))
+    return 2 / math.pi * (angle + math.sin(angle) * total) if is_odd else math.sin(angle) * total
 
 
 def t_quantile(level: float, freedom: int) -> float:
-    """The t for which Student's T lies in (-t, t) with probability `level`."""
+    """Find the t with P(-t < T < t) = `level` for Student's T, by bisection."""
     low, high = 0.0, 1.0
-    while _t_coverage(high, freedom) < level:
+    while _t_coverage(high, freedom) < level:  # double the upper end until it is beyond t
         high *= 2
     for _ in range(100):
         middle = (low + high) / 2
@@ -147,14 +188,14 @@ def t_quantile(level: float, freedom: int) -> float:
 
 
 def mean_over_seeds(values: Sequence[float], level: float = 0.95) -> Interval:
-    """Mean of one score over training seeds, with Student's t interval.
+    """Compute the mean of one score over training seeds, with Student's t interval.
 
     Raises:
-        InputError: fewer than two values, from which no spread can be told.
+        InputError: if there are fewer than two values, which have no standard deviation.
     """
     if len(values) < 2:
         raise InputError(f"an interval over seeds needs two runs or more, got {len(values)}. Add a seed.")
     mean = math.fsum(values) / len(values)
-    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
-    half = t_quantile(level, len(values) - 1) * spread / math.sqrt(len(values))
-    return Interval(mean, mean - half, mean + half)
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    half_width = t_quantile(level, len(values) - 1) * deviation / math.sqrt(len(values))
+    return Interval(mean, mean - half_width, mean + half_width)

@@ -1,8 +1,8 @@
-"""An evaluation broken down by kind and type of question, organ, modality, plane and language.
+"""Breaks an evaluation down by kind and type of question, organ, modality, plane and language.
 
-A stratum is all rows of one value. A question of several types ("ABN, PRES" in VQA-RAD) stands in each of
-them. A field in which all rows are alike is left out: it would repeat the whole. Rows that do not name a
-value that others name are "not given".
+A stratum is the set of all rows that have the same value in a field. A question with several types
+("ABN, PRES" in VQA-RAD) belongs to each of their strata. A field is omitted if all rows have the same value,
+because its only stratum would repeat the whole. Rows without a value belong to the stratum "not given".
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from typing import Any
 
 from normtune.data.records import Example
 from normtune.metrics.statistics import RESAMPLES
-from normtune.metrics.sum_metrics import SumMetric, intervals
+from normtune.metrics.sum_metrics import SumMetric, bootstrap_intervals
 from normtune.metrics.table import headline_metrics
 
-FIELDS: dict[str, tuple[str, ...]] = {  # field -> keys of `Example.meta`, the first that is given
+# Field -> keys of `Example.meta`; the first key that the example has gives the value.
+STRATUM_FIELDS: dict[str, tuple[str, ...]] = {
     "kind": (),
     "question_type": ("question_type", "content_type", "type"),
     "organ": ("organ",),
@@ -24,25 +25,25 @@ FIELDS: dict[str, tuple[str, ...]] = {  # field -> keys of `Example.meta`, the f
     "language": ("language",),
 }
 NOT_GIVEN = "not given"
-SHOWN_VALUES = 8  # of a field, on the terminal
-Strata = dict[str, dict[str, dict[str, Any]]]
+MAX_PRINTED_VALUES = 8  # of a field in the printed table
+Strata = dict[str, dict[str, dict[str, Any]]]  # field -> value -> the stratum, as `score_strata` describes it
 
 
 def strata_of(example: Example) -> dict[str, str]:
-    """What a row names of `FIELDS`, but for its kind, as the dataset writes it.
+    """Read a row's values of `STRATUM_FIELDS` except its kind, as the dataset spells them: field -> value.
 
-    SLAKE's content_type and a phantom's type are question types. A field that a row does not name is left
-    out.
+    SLAKE's content_type and a phantom's type are question types. Fields without a value are omitted.
     """
-    found = {}
-    for field, keys in FIELDS.items():
+    values = {}
+    for field, keys in STRATUM_FIELDS.items():
         value = next((example.meta[key] for key in keys if example.meta.get(key)), "")
         if value:
-            found[field] = value
-    return found
+            values[field] = value
+    return values
 
 
 def _values(example: Example, field: str) -> tuple[str, ...]:
+    """Read the values of one field: several for a question of several types, else one."""
     if field == "kind":
         return (example.kind,)
     value = strata_of(example).get(field, "")
@@ -51,71 +52,86 @@ def _values(example: Example, field: str) -> tuple[str, ...]:
     return (value or NOT_GIVEN,)
 
 
-def members(examples: Sequence[Example]) -> dict[str, dict[str, list[Example]]]:
-    """field -> value -> its rows, the value of most rows first; fields of one value are left out."""
-    found: dict[str, dict[str, list[Example]]] = {}
-    for field in FIELDS:
-        parts: dict[str, list[Example]] = {}
+def group_by_stratum(examples: Sequence[Example]) -> dict[str, dict[str, list[Example]]]:
+    """Group rows by the values of each field: field -> value -> rows, the value with the most rows first.
+
+    Fields with only one value are omitted.
+    """
+    groups: dict[str, dict[str, list[Example]]] = {}
+    for field in STRATUM_FIELDS:
+        rows_of_value: dict[str, list[Example]] = {}
         for example in examples:
             for value in _values(example, field):
-                parts.setdefault(value, []).append(example)
-        if len(parts) > 1:
-            found[field] = dict(sorted(parts.items(), key=lambda item: (-len(item[1]), item[0])))
-    return found
+                rows_of_value.setdefault(value, []).append(example)
+        if len(rows_of_value) > 1:
+            groups[field] = dict(sorted(rows_of_value.items(), key=lambda item: (-len(item[1]), item[0])))
+    return groups
 
 
-def strata(
-    examples: Sequence[Example], table: Mapping[str, SumMetric], *, resamples: int = RESAMPLES
-) -> Strata:
-    """field -> value -> rows, images, and metrics (name -> value, low, high, rows, images).
+def score_strata(examples: Sequence[Example], table: Mapping[str, SumMetric], *, resamples: int = RESAMPLES) -> Strata:
+    """Score each stratum with the `HEADLINE_METRICS`.
 
-    Metrics are those of `HEADLINES`. The interval resamples the images of the stratum; of one image alone
-    nothing can be resampled, and `low` and `high` are None. CIDEr's weights are those of all rows.
+    The interval resamples the images of the stratum. A stratum of one image has nothing to resample, so its
+    `low` and `high` are None. CIDEr's n-gram weights are those of all rows.
+
+    Args:
+        examples: all rows of the evaluation.
+        table: `metric_table` of all rows.
+        resamples: number of bootstrap resamples.
+
+    Returns:
+        field -> value -> {rows, images, metrics: name -> {value, low, high, rows, images}}.
     """
+    headlines = headline_metrics(table)
     return {
-        field: {value: _stratum(rows, headline_metrics(table), resamples) for value, rows in parts.items()}
-        for field, parts in members(examples).items()
+        field: {value: _score_stratum(rows, headlines, resamples) for value, rows in values.items()}
+        for field, values in group_by_stratum(examples).items()
     }
 
 
-def _stratum(examples: Sequence[Example], table: Mapping[str, SumMetric], resamples: int) -> dict[str, Any]:
+def _score_stratum(examples: Sequence[Example], table: Mapping[str, SumMetric], resamples: int) -> dict[str, Any]:
     cluster = {example.id: example.images for example in examples}
     metrics = {}
     for name, metric in table.items():
-        rows = {id: metric.rows[id] for id in cluster if id in metric.rows}
+        rows = {id: metric.row_statistics[id] for id in cluster if id in metric.row_statistics}
         if not rows:
             continue
         images = len({cluster[id] for id in rows})
-        found = intervals({name: SumMetric(rows, metric.value)}, cluster, resamples=resamples)[name]
+        stratum_metric = SumMetric(rows, metric.from_sums)
+        interval = bootstrap_intervals({name: stratum_metric}, cluster, resamples=resamples)[name]
         metrics[name] = {
-            "value": found.value,
-            "low": found.low if images > 1 else None,
-            "high": found.high if images > 1 else None,
+            "value": interval.value,
+            "low": interval.low if images > 1 else None,
+            "high": interval.high if images > 1 else None,
             "rows": len(rows),
             "images": images,
         }
     return {"rows": len(examples), "images": len(set(cluster.values())), "metrics": metrics}
 
 
-def strata_text(found: Mapping[str, Any]) -> str:
-    """The first metric of each stratum as an aligned table, in %; of long fields the largest strata alone."""
-    name = next((name for parts in found.values() for one in parts.values() for name in one["metrics"]), "")
-    shown = {field: list(parts.items())[:SHOWN_VALUES] for field, parts in found.items()}
-    heads = {field: f"by {field.replace('_', ' ')}" for field in found}
-    labels = [*heads.values(), *(value for parts in shown.values() for value, _ in parts)]
+def strata_text(strata: Mapping[str, Any]) -> str:
+    """Format the first metric of each stratum as an aligned table, in %.
+
+    Only the largest strata of a field with many values are listed.
+    """
+    metrics = (stratum["metrics"] for values in strata.values() for stratum in values.values())
+    name = next((name for table in metrics for name in table), "")
+    largest = {field: list(values.items())[:MAX_PRINTED_VALUES] for field, values in strata.items()}
+    heads = {field: f"by {field.replace('_', ' ')}" for field in strata}
+    labels = [*heads.values(), *(value for values in largest.values() for value, _ in values)]
     width = max(map(len, labels), default=0)
     lines = []
-    for field, parts in shown.items():
+    for field, values in largest.items():
         lines.append(f"{heads[field]:<{width + 2}}   rows  images  {name}")
-        for value, one in parts:
-            score = _score(one["metrics"].get(name))
-            lines.append(f"  {value:<{width}}  {one['rows']:5}  {one['images']:6}  {score}")
-        if more := len(found[field]) - len(parts):
+        for value, stratum in values:
+            score = _format_score(stratum["metrics"].get(name))
+            lines.append(f"  {value:<{width}}  {stratum['rows']:5}  {stratum['images']:6}  {score}")
+        if more := len(strata[field]) - len(values):
             lines.append(f"  and {more} more, in metrics.json")
     return "\n".join(lines)
 
 
-def _score(metric: Mapping[str, Any] | None) -> str:
+def _format_score(metric: Mapping[str, Any] | None) -> str:
     if metric is None:
         return "–"
     if metric["low"] is None:

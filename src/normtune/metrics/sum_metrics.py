@@ -1,9 +1,10 @@
 """Metrics that are a function of sums over rows, such as BLEU and F1: values, intervals, paired tests.
 
-BLEU of a corpus is not the mean of its rows' BLEU, so a resample of images sums the rows' *statistics*
-(n-gram counts, lengths) and computes the metric again from the sums (Koehn 2004). A mean is the case whose
-statistics are the score and a one. Two runs are compared by swapping them image by image (approximate
-randomisation: Riezler and Maxwell 2005), which for a mean flips the signs of the images' differences.
+The BLEU of a corpus is not the mean of the BLEU of its rows. A bootstrap resample of images therefore sums
+the *statistics* of the rows (n-gram counts, lengths) and computes the metric again from the sums (Koehn
+2004). A mean is the special case with two statistics per row: the score and the number 1. Two runs are
+compared by swapping their statistics image by image (approximate randomisation: Riezler and Maxwell 2005).
+For a mean, a swap flips the sign of the image's difference.
 """
 
 from __future__ import annotations
@@ -14,27 +15,28 @@ from dataclasses import dataclass
 import numpy as np
 
 from normtune.errors import InputError
-from normtune.metrics.statistics import EXACT_CLUSTERS, RESAMPLES, Floats, Interval, Paired, resampled_sums
+from normtune.metrics.statistics import MAX_EXACT_CLUSTERS, RESAMPLES, Floats, Interval, PairedDifference, resample_sums
 
 
 @dataclass(frozen=True)
 class SumMetric:
-    """One metric: the statistics of each row, [columns], and its value of their sums, [n, columns] -> [n]."""
+    """One metric as the statistics of its rows and a function of their sums."""
 
-    rows: Mapping[str, Floats]
-    value: Callable[[Floats], Floats]
+    row_statistics: Mapping[str, Floats]  # row id -> [columns]
+    from_sums: Callable[[Floats], Floats]  # sums of statistics, [n, columns] -> values of the metric, [n]
 
     def overall(self) -> float:
-        """The metric over all rows."""
-        return float(self.value(np.sum(list(self.rows.values()), axis=0)[None])[0])
+        """Compute the metric over all rows."""
+        return float(self.from_sums(np.sum(list(self.row_statistics.values()), axis=0)[None])[0])
 
     def by_row(self) -> dict[str, float]:
-        """The metric of each row alone, as row id -> score."""
-        return dict(zip(self.rows, self.value(np.stack(list(self.rows.values()))).tolist(), strict=True))
+        """Compute the metric of each row separately: row id -> score."""
+        values = self.from_sums(np.stack(list(self.row_statistics.values())))  # [rows, columns] -> [rows]
+        return dict(zip(self.row_statistics, values.tolist(), strict=True))
 
 
 def mean_metric(scores: Mapping[str, float]) -> SumMetric:
-    """The mean over rows."""
+    """Build the metric that is the mean of `scores` (row id -> score) over rows."""
     return SumMetric({id: np.array([score, 1.0]) for id, score in scores.items()}, _mean)
 
 
@@ -43,16 +45,16 @@ def _mean(sums: Floats) -> Floats:
     return mean
 
 
-def _clustered(rows: Mapping[str, Floats], cluster: Mapping[str, Hashable]) -> Floats:
-    """Sums of each cluster, in order of appearance: [clusters, columns]."""
+def _sum_by_cluster(rows: Mapping[str, Floats], cluster: Mapping[str, Hashable]) -> Floats:
+    """Sum the statistics of each cluster, [clusters, columns], in the clusters' order of appearance."""
     index: dict[Hashable, int] = {}
-    which = [index.setdefault(cluster[id], len(index)) for id in rows]
+    cluster_of_row = [index.setdefault(cluster[id], len(index)) for id in rows]
     sums = np.zeros((len(index), len(next(iter(rows.values())))))
-    np.add.at(sums, which, np.stack(list(rows.values())))
+    np.add.at(sums, cluster_of_row, np.stack(list(rows.values())))
     return sums
 
 
-def intervals(
+def bootstrap_intervals(
     metrics: Mapping[str, SumMetric],
     cluster: Mapping[str, Hashable],
     *,
@@ -60,29 +62,39 @@ def intervals(
     level: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """Percentile intervals of metrics over the same rows, all from the same resamples of clusters.
+    """Compute percentile intervals of several metrics of the same rows, from the same resamples of clusters.
+
+    The method is the percentile bootstrap (Efron and Tibshirani 1993, chapter 13).
+
+    Args:
+        metrics: name -> metric; all have the same rows.
+        cluster: row id -> cluster (the row's images).
+        resamples: number of bootstrap resamples.
+        level: coverage of the intervals.
+        seed: of the draws.
 
     Raises:
-        InputError: there is no row.
+        InputError: if there is no row.
     """
     if not metrics:
         return {}
-    first = next(iter(metrics.values())).rows
+    first = next(iter(metrics.values())).row_statistics
     if not first:
-        raise InputError("no row to score. Choose a split that has some.")
-    assert all(metric.rows.keys() == first.keys() for metric in metrics.values())
-    tables = [_clustered(metric.rows, cluster) for metric in metrics.values()]
-    drawn = resampled_sums(np.concatenate(tables, axis=1), resamples=resamples, seed=seed)
-    found, start = {}, 0
+        raise InputError("there are no rows to score. Choose a split that has rows.")
+    assert all(metric.row_statistics.keys() == first.keys() for metric in metrics.values())
+    tables = [_sum_by_cluster(metric.row_statistics, cluster) for metric in metrics.values()]
+    # The columns of all metrics next to each other: [clusters, columns] -> [resamples, columns]
+    drawn = resample_sums(np.concatenate(tables, axis=1), resamples=resamples, seed=seed)
+    intervals, start = {}, 0
     for (name, metric), table in zip(metrics.items(), tables, strict=True):
-        values = metric.value(drawn[:, start : start + table.shape[1]])
+        values = metric.from_sums(drawn[:, start : start + table.shape[1]])
         low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-        found[name] = Interval(metric.overall(), float(low), float(high))
+        intervals[name] = Interval(metric.overall(), float(low), float(high))
         start += table.shape[1]
-    return found
+    return intervals
 
 
-def paired(
+def paired_difference(
     first: SumMetric,
     second: SumMetric,
     cluster: Mapping[str, Hashable],
@@ -91,30 +103,43 @@ def paired(
     swaps: int = 10_000,
     level: float = 0.95,
     seed: int = 0,
-) -> Paired:
-    """`second` less `first` on the same rows, joined by id: bootstrap interval and two-sided p-value.
+) -> PairedDifference:
+    """Compute `second` minus `first` on the same rows: the bootstrap interval and a two-sided p-value.
 
-    Every pattern of swaps is tried for up to 12 clusters in which the runs differ, else `swaps` random ones
-    with the observed one counted among them, so that p is never 0 (Phipson and Smyth 2010).
+    If the runs differ in at most 12 clusters, the test tries every pattern of swaps. Otherwise it draws
+    `swaps` random patterns and counts the observed one among them, so that p is never 0 (Phipson and Smyth
+    2010).
+
+    Args:
+        first: metric of the first run.
+        second: the same metric of the second run; rows are joined by id.
+        cluster: row id -> cluster (the row's images).
+        resamples: number of bootstrap resamples for the interval.
+        swaps: number of random patterns of swaps for the p-value.
+        level: coverage of the interval.
+        seed: of all draws.
 
     Raises:
-        InputError: the two do not score the same rows, or score none.
+        InputError: if the two metrics do not have the same rows, or have no rows.
     """
-    if first.rows.keys() != second.rows.keys():
-        odd = sorted(first.rows.keys() ^ second.rows.keys())
-        raise InputError(f"the runs differ in {len(odd)} rows, first '{odd[0]}'. Compare runs of one split.")
-    if not first.rows:
-        raise InputError("no row to compare. Choose a split that has some.")
-    one = _clustered(first.rows, cluster)
-    two = _clustered({id: second.rows[id] for id in first.rows}, cluster)
-    width = one.shape[1]
-    drawn = resampled_sums(np.concatenate([one, two], axis=1), resamples=resamples, seed=seed)
-    low, high = np.quantile(
-        second.value(drawn[:, width:]) - first.value(drawn[:, :width]), [(1 - level) / 2, (1 + level) / 2]
-    )
+    if first.row_statistics.keys() != second.row_statistics.keys():
+        differing = sorted(first.row_statistics.keys() ^ second.row_statistics.keys())
+        raise InputError(
+            f"the runs differ in {len(differing)} rows, first '{differing[0]}'. Compare runs of one split."
+        )
+    if not first.row_statistics:
+        raise InputError("there are no rows to compare. Choose a split that has rows.")
+    first_sums = _sum_by_cluster(first.row_statistics, cluster)  # [clusters, columns]
+    second_sums = _sum_by_cluster({id: second.row_statistics[id] for id in first.row_statistics}, cluster)
+    width = first_sums.shape[1]
+    # Both runs get the same clusters in each resample: [resamples, 2 * columns]
+    drawn = resample_sums(np.concatenate([first_sums, second_sums], axis=1), resamples=resamples, seed=seed)
+    differences = second.from_sums(drawn[:, width:]) - first.from_sums(drawn[:, :width])  # [resamples]
+    low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2])
     difference = second.overall() - first.overall()
-    p, method = _swapped_p(first, one, two, difference, swaps=swaps, seed=seed)
-    return Paired(difference, float(low), float(high), p, len(first.rows), len(one), method)
+    p, method = _swap_test(first, first_sums, second_sums, difference, swaps=swaps, seed=seed)
+    rows, images = len(first.row_statistics), len(first_sums)
+    return PairedDifference(difference, float(low), float(high), p, rows, images, method)
 
 
 def relative_drop(
@@ -126,44 +151,60 @@ def relative_drop(
     level: float = 0.95,
     seed: int = 0,
 ) -> Interval | None:
-    """(first - second) / first on the same rows, joined by id, with its percentile interval.
+    """Compute (first - second) / first on the same rows, joined by id, with its percentile interval.
 
-    None where `first` is 0; a resample in which it is 0 is left out.
+    Returns:
+        The relative drop, or None if `first` is 0. The interval ignores resamples in which `first` is 0.
     """
-    assert first.rows.keys() == second.rows.keys(), "the same rows"
-    whole = first.overall()
-    if whole == 0:
+    assert first.row_statistics.keys() == second.row_statistics.keys(), "the same rows"
+    first_value = first.overall()
+    if first_value == 0:
         return None
-    one = _clustered(first.rows, cluster)
-    two = _clustered({id: second.rows[id] for id in first.rows}, cluster)
-    drawn = resampled_sums(np.concatenate([one, two], axis=1), resamples=resamples, seed=seed)
-    before, after = first.value(drawn[:, : one.shape[1]]), second.value(drawn[:, one.shape[1] :])
-    shares = 1 - after[before != 0] / before[before != 0]
-    low, high = np.quantile(shares, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(1 - second.overall() / whole, float(low), float(high))
+    first_sums = _sum_by_cluster(first.row_statistics, cluster)  # [clusters, columns]
+    second_sums = _sum_by_cluster({id: second.row_statistics[id] for id in first.row_statistics}, cluster)
+    drawn = resample_sums(np.concatenate([first_sums, second_sums], axis=1), resamples=resamples, seed=seed)
+    width = first_sums.shape[1]
+    before, after = first.from_sums(drawn[:, :width]), second.from_sums(drawn[:, width:])  # each [resamples]
+    drops = 1 - after[before != 0] / before[before != 0]
+    low, high = np.quantile(drops, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(1 - second.overall() / first_value, float(low), float(high))
 
 
-def _swapped_p(
-    metric: SumMetric, one: Floats, two: Floats, observed: float, *, swaps: int, seed: int
+def _swap_test(
+    metric: SumMetric, first: Floats, second: Floats, observed: float, *, swaps: int, seed: int
 ) -> tuple[float, str]:
-    """Share of swaps between the runs whose difference is as large as the observed one, and the method."""
-    moved = (one != two).any(axis=1)
-    gap = (two - one)[moved]  # [differing clusters, columns]
-    total_one, total_two = one.sum(axis=0), two.sum(axis=0)
-    slack = 1e-9 * max(1.0, abs(observed))
+    """Test the observed difference by swapping clusters between the runs.
 
-    def extreme(swapped: Floats) -> int:
-        """swapped: [patterns, differing clusters] of 0 and 1."""
-        change = swapped @ gap
-        difference = metric.value(total_two - change) - metric.value(total_one + change)
-        return int((np.abs(difference) >= abs(observed) - slack).sum())
+    Args:
+        metric: the metric of both runs.
+        first: sums of each cluster in the first run, [clusters, columns].
+        second: the same of the second run.
+        observed: the metric of the second run minus that of the first.
+        swaps: number of random patterns, if there are too many clusters to try all patterns.
+        seed: of the patterns.
 
-    if len(gap) <= EXACT_CLUSTERS:
+    Returns:
+        The p-value (the share of patterns with a difference at least as large as the observed one), and a
+        description of the method.
+    """
+    differs = (first != second).any(axis=1)
+    gap = (second - first)[differs]  # [differing clusters, columns]; swapping equal clusters changes nothing
+    first_total, second_total = first.sum(axis=0), second.sum(axis=0)
+    tolerance = 1e-9 * max(1.0, abs(observed))  # equal differences count in spite of rounding
+
+    def count_extreme(swapped: Floats) -> int:
+        """Count the patterns ([patterns, differing clusters] of 0 and 1) with a difference that large."""
+        change = swapped @ gap  # what the swaps move from the second run to the first, [patterns, columns]
+        difference = metric.from_sums(second_total - change) - metric.from_sums(first_total + change)
+        return int((np.abs(difference) >= abs(observed) - tolerance).sum())
+
+    if len(gap) <= MAX_EXACT_CLUSTERS:
+        # Bit j of the pattern's number decides whether cluster j is swapped.
         patterns = (np.arange(2 ** len(gap))[:, None] >> np.arange(len(gap))) & 1
-        return extreme(patterns.astype(np.float64)) / len(patterns), f"exact swaps of {len(gap)} images"
+        return count_extreme(patterns.astype(np.float64)) / len(patterns), f"exact swaps of {len(gap)} images"
     generator = np.random.default_rng(seed)
-    hits, step = 0, max(1, 2_000_000 // len(gap))
+    hits, step = 0, max(1, 2_000_000 // len(gap))  # patterns per block, which bounds the memory
     for start in range(0, swaps, step):
         size = (min(step, swaps - start), len(gap))
-        hits += extreme(generator.integers(0, 2, size=size, dtype=np.int8).astype(np.float64))
+        hits += count_extreme(generator.integers(0, 2, size=size, dtype=np.int8).astype(np.float64))
     return (1 + hits) / (1 + swaps), f"swaps by image, {swaps} random patterns"

@@ -1,4 +1,7 @@
-"""Every metric of a task, row by row, so that it can be summarised over all rows, over a part, or paired."""
+"""Computes every metric of a task row by row.
+
+The result can be summarised over all rows or over a stratum, or paired with another run.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ from normtune.metrics.answers import Metric
 from normtune.metrics.statistics import RESAMPLES
 from normtune.metrics.sum_metrics import SumMetric, mean_metric
 
-HEADLINES = (  # what strata and replaced images are scored by
+# The metrics that are reported for strata and for control images.
+HEADLINE_METRICS = (
     "global_exact",
     "closed_label",
     "open_exact",
@@ -27,27 +31,35 @@ def metric_table(
     predictions: Mapping[str, str] | Sequence[Prediction],
     normalisation: str | Sequence[str],
 ) -> dict[str, SumMetric]:
-    """Every metric of answers (one normalisation) or of reports (several), joined by id.
+    """Compute every metric of answers (one normalisation) or of reports (several normalisations).
+
+    Args:
+        examples: the rows with their references; all questions, or all report requests.
+        predictions: id -> text, or `Prediction`s in any order; joined to the examples by id.
+        normalisation: one name for answers, several names for reports.
+
+    Returns:
+        Metric name -> metric.
 
     Raises:
-        InputError: ids do not match one to one, or there is no such normalisation.
+        InputError: if ids do not match one to one, or a normalisation is unknown.
     """
     if isinstance(normalisation, str):
-        found = answers.scores(examples, predictions, normalisation=normalisation)
-        return {name: mean_metric(rows) for name, rows in found.items()}
+        scores = answers.score_rows(examples, predictions, normalisation=normalisation)
+        return {name: mean_metric(rows) for name, rows in scores.items()}
     return reports.report_table(reports.text_pairs(examples, predictions), normalisations=normalisation)
 
 
 def summarize_metrics(
     table: Mapping[str, SumMetric], examples: Sequence[Example], *, resamples: int = RESAMPLES
 ) -> dict[str, Metric]:
-    """Each metric of `metric_table` with the interval from resampling the images of `examples`."""
+    """Summarise each metric of `metric_table`, with the interval from resampling the images of `examples`."""
     if examples[0].kind == "report":
-        return reports.summarise(table, examples, resamples=resamples)
+        return reports.summarise_reports(table, examples, resamples=resamples)
     scores = {name: metric.by_row() for name, metric in table.items()}
-    return answers.summarise(scores, examples, resamples=resamples)
+    return answers.summarise_scores(scores, examples, resamples=resamples)
 
 
 def headline_metrics(table: Mapping[str, SumMetric]) -> dict[str, SumMetric]:
-    """Those of `HEADLINES` that the table has, in their order."""
-    return {name: table[name] for name in HEADLINES if name in table}
+    """Select the `HEADLINE_METRICS` that the table has, in their order."""
+    return {name: table[name] for name in HEADLINE_METRICS if name in table}

@@ -17,22 +17,22 @@ import pytest
 from PIL import Image
 
 from normtune.cli import main
-from normtune.data.phantom import dataset
+from normtune.data.phantom import phantom_dataset
 from normtune.data.records import Example
 from normtune.errors import InputError
 from normtune.evaluation.config import EvaluateConfig
 from normtune.evaluation.review.page import review, review_text
-from tests.support.evaluation_runs import QUESTIONS, answered, reported
+from tests.support.evaluation_runs import QUESTIONS, write_report_run, write_vqa_run
 
 DATA = {"data": "phantom-b:2/0/4"}
-ASKED = dataset("b", {"train": 2, "validate": 0, "test": 4}).split("test")
-WRITTEN = dataset("b", {"train": 2, "validate": 0, "test": 4}, task="report").split("test")
+TEST_QUESTIONS = phantom_dataset("b", {"train": 2, "validate": 0, "test": 4}).split("test")
+TEST_REPORTS = phantom_dataset("b", {"train": 2, "validate": 0, "test": 4}, task="report").split("test")
 HOSTILE = "<script>alert('x')</script> & \"quoted\" {{ 7 * 7 }} </style>"
 
 
 @dataclass
 class Page(HTMLParser):
-    """A page's elements, as (name, attributes), and what the text between them is."""
+    """The elements of a page as (name, attributes), and the texts between them."""
 
     html: str
     elements: list[tuple[str, dict[str, str]]] = field(default_factory=list)
@@ -53,12 +53,12 @@ class Page(HTMLParser):
 
     @property
     def facts(self) -> list[dict[str, Any]]:
-        return [json.loads(one["data-facts"]) for one in self.all("li")]
+        return [json.loads(attributes["data-facts"]) for attributes in self.all("li")]
 
 
-def written(out: Path, *runs: Path, **options: Any) -> tuple[Page, dict[str, Any]]:
-    found = review(runs, out, **options)
-    return Page(out.read_text(encoding="utf-8")), found
+def write_page(out: Path, *runs: Path, **options: Any) -> tuple[Page, dict[str, Any]]:
+    result = review(runs, out, **options)
+    return Page(out.read_text(encoding="utf-8")), result
 
 
 def hidden_form(page: str) -> bool:
@@ -72,34 +72,34 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Page, dict[str, Any]]
     """The page of two runs on all questions of the phantoms."""
     folder = tmp_path_factory.mktemp("two")
     runs = [
-        answered(folder / name, right, ASKED, data=DATA) for name, right in (("a", {0, 1}), ("b", {1, 2}))
+        write_vqa_run(folder / name, right, TEST_QUESTIONS, data=DATA) for name, right in (("a", {0, 1}), ("b", {1, 2}))
     ]
-    return written(folder / "page.html", *runs)
+    return write_page(folder / "page.html", *runs)
 
 
-def test_every_row_stands_with_what_each_run_said(two: tuple[Page, dict[str, Any]]) -> None:
-    page, found = two
-    assert found["rows"] == found["shown"] == len(ASKED) == len(page.all("li"))
+def test_every_row_has_the_prediction_of_each_run(two: tuple[Page, dict[str, Any]]) -> None:
+    page, result = two
+    assert result["rows"] == result["shown"] == len(TEST_QUESTIONS) == len(page.all("li"))
     assert [facts["value"] for facts in page.facts][:4] == [[1, 0], [1, 1], [0, 1], [0, 0]]
     assert all(facts["score"] == [-0.1, -0.1] for facts in page.facts)
     text = " ".join(page.words)
-    assert all(example.question in text and example.id in text for example in ASKED)
-    assert text.count("✓") == 4 and text.count("✗") == 2 * len(ASKED) - 4
+    assert all(example.question in text and example.id in text for example in TEST_QUESTIONS)
+    assert text.count("✓") == 4 and text.count("✗") == 2 * len(TEST_QUESTIONS) - 4
 
 
-def test_each_image_is_embedded_once_however_many_questions_it_has(two: tuple[Page, dict[str, Any]]) -> None:
-    page, found = two
+def test_each_image_is_embedded_once_for_any_number_of_questions(two: tuple[Page, dict[str, Any]]) -> None:
+    page, result = two
     stored = page.all("image")
-    assert found["images"] == len(stored) == 4 and found["unreadable"] == 0
-    assert {use["href"] for use in page.all("use")} == {f"#{one['id']}" for one in stored}
-    assert len(page.all("use")) == len(ASKED)
-    for one in stored:
-        kind, data = one["href"].split(",", 1)
+    assert result["images"] == len(stored) == 4 and result["unreadable"] == 0
+    assert {use["href"] for use in page.all("use")} == {f"#{image_tag['id']}" for image_tag in stored}
+    assert len(page.all("use")) == len(TEST_QUESTIONS)
+    for image_tag in stored:
+        kind, data = image_tag["href"].split(",", 1)
         with Image.open(io.BytesIO(base64.b64decode(data))) as image:
             assert kind == "data:image/jpeg;base64" and image.size == (96, 96)
 
 
-def test_nothing_is_loaded_and_only_its_own_script_may_run(two: tuple[Page, dict[str, Any]]) -> None:
+def test_nothing_is_loaded_and_only_the_pages_script_may_run(two: tuple[Page, dict[str, Any]]) -> None:
     page, _ = two
     for name, attributes in page.elements:
         for attribute in ("src", "href", "srcset", "action", "data", "poster"):
@@ -114,7 +114,7 @@ def test_nothing_is_loaded_and_only_its_own_script_may_run(two: tuple[Page, dict
         assert f"{tag}-src 'sha256-{digest}'" in policy
 
 
-def test_the_notice_and_the_licence_are_in_sight(two: tuple[Page, dict[str, Any]]) -> None:
+def test_the_notice_and_the_licence_are_visible(two: tuple[Page, dict[str, Any]]) -> None:
     text = " ".join(" ".join(two[0].words).split())
     assert text.count("Research use, not for diagnosis") >= 3 and text.count("licence CC0") >= 2
 
@@ -126,16 +126,14 @@ def test_controls_and_images_are_labelled(two: tuple[Page, dict[str, Any]]) -> N
     for image in page.all("svg"):
         assert image.get("aria-hidden") == "true" or (image["role"] == "img" and image["aria-label"])
     assert all(button.get("aria-label") for button in page.all("button") if button.get("class") == "picture")
-    assert page.all("html")[0]["lang"] == "en" and any(
-        "viewport" in m.get("name", "") for m in page.all("meta")
-    )
+    assert page.all("html")[0]["lang"] == "en" and any("viewport" in m.get("name", "") for m in page.all("meta"))
     headings = [name for name, _ in page.elements if name in ("h1", "h2", "h3")]
     assert headings[:3] == ["h1", "h2", "h2"] and set(headings[3:]) == {"h3"}
 
 
-def test_the_filters_offer_what_the_rows_hold(two: tuple[Page, dict[str, Any]]) -> None:
+def test_the_filters_offer_the_values_of_the_rows(two: tuple[Page, dict[str, Any]]) -> None:
     page, _ = two
-    fields = {one["data-field"] for one in page.all("select") if "data-field" in one}
+    fields = {select["data-field"] for select in page.all("select") if "data-field" in select}
     assert {"kind", "question_type", "organ", "modality"} >= fields >= {"kind", "question_type"}
     offered = {option["value"] for option in page.all("option")}
     assert {"only-right 0", "only-right 1", "some wrong", "up score 1"} <= offered
@@ -144,39 +142,39 @@ def test_the_filters_offer_what_the_rows_hold(two: tuple[Page, dict[str, Any]]) 
         assert {value for values in facts["strata"].values() for value in values} <= offered
 
 
-def test_what_a_model_says_stays_text(tmp_path: Path) -> None:
+def test_texts_are_escaped(tmp_path: Path) -> None:
     examples = [replace(example, question=HOSTILE, id=f'i"{n}<i>') for n, example in enumerate(QUESTIONS)]
     examples[0] = replace(examples[0], answer=HOSTILE, meta={"organ": HOSTILE})
-    page, _ = written(tmp_path / "page.html", answered(tmp_path / 'a"<b>', {0}, examples), images=False)
+    page, _ = write_page(tmp_path / "page.html", write_vqa_run(tmp_path / 'a"<b>', {0}, examples), images=False)
     assert len(page.all("script")) == len(page.all("style")) == 1 and page.all("b") == page.all("i") == []
     text = "".join(page.words)
     assert text.count(HOSTILE) >= len(examples) + 1 and "49" not in text
     assert page.facts[0]["strata"]["organ"] == [HOSTILE]
 
 
-def test_reports_show_their_differences_in_words(tmp_path: Path) -> None:
-    said = {0: "Something else. " + WRITTEN[0].answer}
+def test_reports_show_word_differences(tmp_path: Path) -> None:
+    changed = {0: "Something else. " + TEST_REPORTS[0].answer}
     runs = [
-        reported(tmp_path / name, some, WRITTEN, data=DATA | {"task": "report"})
-        for name, some in (("a", {}), ("b", said))
+        write_report_run(tmp_path / name, texts, TEST_REPORTS, data=DATA | {"task": "report"})
+        for name, texts in (("a", {}), ("b", changed))
     ]
-    page, found = written(tmp_path / "page.html", *runs)
-    assert found["images"] == 4 and len(page.all("ins")) == 2  # one in the legend
+    page, result = write_page(tmp_path / "page.html", *runs)
+    assert result["images"] == 4 and len(page.all("ins")) == 2  # one in the legend
     assert page.facts[1]["value"] == [1.0, 1.0] and page.facts[0]["value"][1] < 1
-    assert {"gain 1", "loss 1", "down gain 1", "up value 0"} <= {one["value"] for one in page.all("option")}
+    assert {"gain 1", "loss 1", "down gain 1", "up value 0"} <= {option["value"] for option in page.all("option")}
 
 
-def test_no_more_rows_than_the_limit_and_the_tables_count_all(tmp_path: Path) -> None:
-    run = answered(tmp_path / "a", set(range(10)), ASKED, data=DATA)
-    page, found = written(tmp_path / "page.html", run, limit=8, pixels=32)
-    assert (found["shown"], len(page.all("li"))) == (8, 8)
+def test_the_limit_applies_to_rows_and_not_to_tables(tmp_path: Path) -> None:
+    run = write_vqa_run(tmp_path / "a", set(range(10)), TEST_QUESTIONS, data=DATA)
+    page, result = write_page(tmp_path / "page.html", run, limit=8, pixels=32)
+    assert (result["shown"], len(page.all("li"))) == (8, 8)
     assert sum(facts["value"] == [1] for facts in page.facts) == 2
-    assert f"All {len(ASKED)} rows" in " ".join(page.words) and "The tables count all rows" in page.html
-    assert found["bytes"] == (tmp_path / "page.html").stat().st_size < 60_000
-    assert f"8 of {len(ASKED)} rows" in review_text(found)
+    assert f"All {len(TEST_QUESTIONS)} rows" in " ".join(page.words) and "The tables count all rows" in page.html
+    assert result["bytes"] == (tmp_path / "page.html").stat().st_size < 60_000
+    assert f"8 of {len(TEST_QUESTIONS)} rows" in review_text(result)
 
 
-def test_an_image_that_cannot_be_read_is_told_on_the_page(tmp_path: Path) -> None:
+def test_the_page_names_images_that_cannot_be_read(tmp_path: Path) -> None:
     root = tmp_path / "data"
     root.mkdir()
     for name in ("0", "1"):
@@ -185,17 +183,17 @@ def test_an_image_that_cannot_be_read_is_told_on_the_page(tmp_path: Path) -> Non
     (root / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     examples = [Example(row["id"], (row["image"],), "?", "yes", "closed", "test") for row in rows]
     options = EvaluateConfig(model="m", out=tmp_path, data="jsonl", root=root, text_only=True).data_options()
-    run = answered(tmp_path / "a", {0}, examples, data=options)
+    run = write_vqa_run(tmp_path / "a", {0}, examples, data=options)
     (root / "1.png").write_bytes(b"no image")
-    page, found = written(tmp_path / "page.html", run, pixels=16)
-    assert (found["images"], found["unreadable"]) == (1, 1)
+    page, result = write_page(tmp_path / "page.html", run, pixels=16)
+    assert (result["images"], result["unreadable"]) == (1, 1)
     assert "Image 1.png could not be read." in " ".join(page.words)
     assert page.all("image")[0]["width"] == "16" and page.all("image")[0]["height"] == "8"
-    assert "1 more could not be read" in review_text(found)
+    assert "1 more could not be read" in review_text(result)
 
 
-def test_other_data_than_was_evaluated_is_refused(tmp_path: Path) -> None:
-    run = answered(tmp_path / "a", {0}, ASKED, data=DATA)
+def test_data_that_was_not_evaluated_is_refused(tmp_path: Path) -> None:
+    run = write_vqa_run(tmp_path / "a", {0}, TEST_QUESTIONS, data=DATA)
     with pytest.raises(InputError, match=r"first 'b-000002-00', of .* are not those of phantom-b:1/0/4"):
         review([run], tmp_path / "page.html", data="phantom-b:1/0/4")
     with pytest.raises(InputError, match="are not those of phantom-a"):
@@ -203,31 +201,33 @@ def test_other_data_than_was_evaluated_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "page.html").exists()
 
 
-def test_data_that_is_not_told_is_asked_for(tmp_path: Path) -> None:
-    run = answered(tmp_path / "a", {0}, ASKED)  # its dataset is called "fake"
+def test_a_result_with_an_unknown_dataset_needs_data_or_no_images(tmp_path: Path) -> None:
+    run = write_vqa_run(tmp_path / "a", {0}, TEST_QUESTIONS)  # its dataset is called "fake"
     with pytest.raises(InputError, match=r"no dataset 'fake'.*--no-images"):
         review([run], tmp_path / "page.html")
-    _, found = written(tmp_path / "page.html", run, images=False)
-    assert (found["images"], found["unreadable"]) == (0, 0)
+    _, result = write_page(tmp_path / "page.html", run, images=False)
+    assert (result["images"], result["unreadable"]) == (0, 0)
     with pytest.raises(InputError, match="--limit takes 1"):
         review([run], tmp_path / "page.html", limit=0)
 
 
-def test_a_result_records_where_its_data_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_records_the_folder_of_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     config = EvaluateConfig(model="m", out=Path("out"), data="jsonl", root=Path("data"), task="report")
-    found = config.data_options()
-    assert found["root"] == str(tmp_path.resolve() / "data") and found["task"] == "report"
-    assert "model" not in found and json.loads(json.dumps(found)) == found
+    options = config.data_options()
+    assert options["root"] == str(tmp_path.resolve() / "data") and options["task"] == "report"
+    assert "model" not in options and json.loads(json.dumps(options)) == options
     hub = EvaluateConfig(model="m", out=Path("out"), data="parquet", root=Path("owner/name"))
     assert hub.data_options()["root"] == "owner/name"
 
 
-def test_the_command_prints_counts_and_no_text(
+def test_the_command_prints_counts_and_no_texts_of_the_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = answered(tmp_path / "a", {0}, [replace(ASKED[0], answer="a secret answer"), *ASKED[1:4]], data=DATA)
+    run = write_vqa_run(
+        tmp_path / "a", {0}, [replace(TEST_QUESTIONS[0], answer="a secret answer"), *TEST_QUESTIONS[1:4]], data=DATA
+    )
     command = ["review", str(run), "--no-images", "--out", str(tmp_path / "page.html")]
     for more in ([], ["--json"]):
         monkeypatch.setattr(sys, "argv", ["normtune", *command, *more])
@@ -235,26 +235,19 @@ def test_the_command_prints_counts_and_no_text(
             main()
         printed = capsys.readouterr()
         assert ended.value.code == 0 and "page.html" in printed.out
-        assert not any(text in printed.out + printed.err for text in ("secret", ASKED[0].question))
+        assert not any(text in printed.out + printed.err for text in ("secret", TEST_QUESTIONS[0].question))
     assert json.loads(printed.out)["shown"] == 4 and "a secret answer" in (tmp_path / "page.html").read_text()
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs a browser: chromium is not installed")
-def test_a_browser_runs_the_page_without_a_complaint(tmp_path: Path) -> None:
-    run = answered(tmp_path / "a", {0}, ASKED[:6], data=DATA)
-    page, _ = written(tmp_path / "page.html", run)
+def test_a_browser_runs_the_page_without_errors(tmp_path: Path) -> None:
+    run = write_vqa_run(tmp_path / "a", {0}, TEST_QUESTIONS[:6], data=DATA)
+    page, _ = write_page(tmp_path / "page.html", run)
     assert hidden_form(page.html), "without a script the filters would do nothing"
     quiet = ("--disable-background-networking", "--disable-component-update", "--disable-sync")
-    alone = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}")
+    isolated = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}")
     ran = subprocess.run(
-        [
-            "chromium",
-            *alone,
-            *quiet,
-            "--enable-logging=stderr",
-            "--dump-dom",
-            f"file://{tmp_path / 'page.html'}",
-        ],
+        ["chromium", *isolated, *quiet, "--enable-logging=stderr", "--dump-dom", f"file://{tmp_path / 'page.html'}"],
         capture_output=True,
         text=True,
         timeout=120,

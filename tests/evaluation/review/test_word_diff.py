@@ -5,18 +5,16 @@ from hypothesis import strategies as st
 
 from normtune.evaluation.review.word_diff import Piece, word_difference
 
-WORDS = st.lists(
-    st.sampled_from(["no", "No", "effusion", "effusion.", "small", "<b>", ".", "left,"]), max_size=12
-)
+WORDS = st.lists(st.sampled_from(["no", "No", "effusion", "effusion.", "small", "<b>", ".", "left,"]), max_size=12)
 
 
-def test_capitals_and_punctuation_do_not_count() -> None:
+def test_case_and_punctuation_are_ignored() -> None:
     assert word_difference("no effusion", "No effusion.") == [Piece("same", "no effusion")]
 
 
-def test_what_was_missed_comes_before_what_was_added() -> None:
-    found = word_difference("Small left effusion seen.", "Small right effusion.")
-    assert found == [
+def test_missed_words_come_before_added_words() -> None:
+    pieces = word_difference("Small left effusion seen.", "Small right effusion.")
+    assert pieces == [
         Piece("same", "Small"),
         Piece("missed", "right"),
         Piece("added", "left"),
@@ -25,7 +23,7 @@ def test_what_was_missed_comes_before_what_was_added() -> None:
     ]
 
 
-def test_an_empty_text_misses_everything() -> None:
+def test_an_empty_prediction_misses_all_words() -> None:
     assert word_difference("", "no effusion") == [Piece("missed", "no effusion")]
     assert word_difference("no effusion", "") == [Piece("added", "no effusion")]
     assert word_difference("", "") == []
@@ -33,9 +31,9 @@ def test_an_empty_text_misses_everything() -> None:
 
 @settings(max_examples=50)
 @given(WORDS, WORDS)
-def test_no_word_is_lost_or_made(said: list[str], meant: list[str]) -> None:
-    pieces = word_difference(" ".join(said), " ".join(meant))
-    ours = [word for piece in pieces if piece.kind != "missed" for word in piece.text.split()]
-    assert ours == said
-    theirs = sum(len(piece.text.split()) for piece in pieces if piece.kind != "added")
-    assert theirs == len(meant)
+def test_no_word_is_lost_or_invented(prediction: list[str], reference: list[str]) -> None:
+    pieces = word_difference(" ".join(prediction), " ".join(reference))
+    predicted = [word for piece in pieces if piece.kind != "missed" for word in piece.text.split()]
+    assert predicted == prediction
+    reference_words = sum(len(piece.text.split()) for piece in pieces if piece.kind != "added")
+    assert reference_words == len(reference)

@@ -1,1 +1,1 @@
-"""An HTML page of right and wrong predictions."""
+"""The review page: right and wrong answers of evaluations in one HTML file."""

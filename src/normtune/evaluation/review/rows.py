@@ -1,4 +1,4 @@
-"""Runs of the same questions -> rows with every run's answer, counts by stratum, and the rows to be shown."""
+"""The rows of a review page: joins runs of the same questions, counts strata, and selects rows to show."""
 
 from __future__ import annotations
 
@@ -10,50 +10,55 @@ from dataclasses import dataclass, replace
 from normtune.data.records import Example
 from normtune.evaluation.compare import EvaluationRun
 from normtune.evaluation.results import read_scores
-from normtune.metrics.answers import scores
+from normtune.metrics.answers import score_rows
 from normtune.metrics.ngrams import rouge_l
 from normtune.metrics.ptb_words import ptb_words
-from normtune.metrics.strata import members
+from normtune.metrics.strata import group_by_stratum
 
 Strata = dict[str, dict[str, list[str]]]  # field -> value -> ids of its rows
 
 
 @dataclass(frozen=True)
-class Said:
-    """What one run made of one row."""
+class RunPrediction:
+    """The prediction of one run for one row, with its scores."""
 
     text: str
-    value: float  # of an answer 1 where it is right, else 0; of a report its ROUGE-L
-    recall: float | None  # of an open answer: share of the reference's words
+    value: float  # of an answer: 1 if it is right, else 0; of a report: its ROUGE-L
+    recall: float | None  # of an open answer: the share of the reference's words that it contains
     score: float | None  # mean log-probability of its tokens
 
 
 @dataclass(frozen=True)
 class Row:
-    """One question or report, and what each run made of it, in the order of the runs."""
+    """One question or report with the prediction of each run."""
 
     example: Example
-    said: tuple[Said, ...]
+    predictions: tuple[RunPrediction, ...]  # in the order of the runs
 
     @property
     def all_right(self) -> bool:
-        """Whether no run is wrong (of answers)."""
-        return all(one.value == 1 for one in self.said)
+        """Whether every run answered the question right."""
+        return all(prediction.value == 1 for prediction in self.predictions)
 
 
 @dataclass(frozen=True)
-class Count:
-    """Of some rows: how many, and each run's share of right answers, or mean ROUGE-L."""
+class StratumCount:
+    """One line of a table: a group of rows with each run's share of right answers, or mean ROUGE-L."""
 
-    value: str  # what they have in common
+    value: str  # the value that the rows share in a field, or "all"
     rows: int
-    shares: tuple[float, ...]
+    shares: tuple[float, ...]  # one per run
 
 
 def read_rows(runs: Sequence[EvaluationRun], metas: Mapping[str, Mapping[str, str]]) -> list[Row]:
-    """The rows of all runs, joined by id, in the order of the first; `metas` adds strata by id."""
+    """Join the rows of all runs by id, in the order of the first run.
+
+    Args:
+        runs: evaluations of the same rows.
+        metas: example id -> metadata of the dataset, which adds strata to those of the runs.
+    """
     first = runs[0]
-    columns = [_column(run) for run in runs]
+    columns = [_read_predictions(run) for run in runs]
     rows = []
     for example in first.examples:
         meta = {**metas.get(example.id, {}), **example.meta}
@@ -61,60 +66,66 @@ def read_rows(runs: Sequence[EvaluationRun], metas: Mapping[str, Mapping[str, st
     return rows
 
 
-def _column(run: EvaluationRun) -> dict[str, Said]:
-    """What one run made of every row, by id."""
-    scored = read_scores(run.directory)
-    confidence = {id: score for id, score in scored.items() if score is not None and math.isfinite(score)}
+def _read_predictions(run: EvaluationRun) -> dict[str, RunPrediction]:
+    """Read and score the predictions of one run: example id -> prediction."""
+    log_probs = read_scores(run.directory)
+    confidence = {id: score for id, score in log_probs.items() if score is not None and math.isfinite(score)}
     if run.is_report:
         values = {e.id: rouge_l(ptb_words(run.texts[e.id]), ptb_words(e.answer)) for e in run.examples}
         recalls: dict[str, float] = {}
     else:
-        table = scores(run.examples, run.texts, normalisation=run.about["normalisation"])
+        table = score_rows(run.examples, run.texts, normalisation=run.record["normalisation"])
         values, recalls = table["global_exact"], table.get("open_recall", {})
-    return {id: Said(text, values[id], recalls.get(id), confidence.get(id)) for id, text in run.texts.items()}
+    return {id: RunPrediction(text, values[id], recalls.get(id), confidence.get(id)) for id, text in run.texts.items()}
 
 
-def strata(rows: Sequence[Row]) -> Strata:
-    """The fields that part the rows, each value with the ids of its rows, the most frequent first."""
-    parts = members([row.example for row in rows])
+def ids_by_stratum(rows: Sequence[Row]) -> Strata:
+    """Group the ids of rows by field and value, the most frequent value first."""
+    groups = group_by_stratum([row.example for row in rows])
     return {
-        field: {value: [example.id for example in held] for value, held in values.items()}
-        for field, values in parts.items()
+        field: {value: [example.id for example in examples] for value, examples in values.items()}
+        for field, values in groups.items()
     }
 
 
-def count(rows: Sequence[Row], value: str) -> Count:
-    """Some rows, at least one, as one line of a table."""
-    columns = zip(*(row.said for row in rows), strict=True)
-    shares = tuple(sum(said.value for said in column) / len(rows) for column in columns)
-    return Count(value, len(rows), shares)
+def count_rows(rows: Sequence[Row], value: str) -> StratumCount:
+    """Summarise rows (at least one) as one line of a table; `value` labels the line."""
+    columns = zip(*(row.predictions for row in rows), strict=True)  # one column per run
+    shares = tuple(sum(prediction.value for prediction in column) / len(rows) for column in columns)
+    return StratumCount(value, len(rows), shares)
 
 
-def chosen(rows: Sequence[Row], limit: int) -> tuple[list[Row], str]:
-    """At most `limit` rows, in their order, and a sentence that says which.
+def select_rows(rows: Sequence[Row], limit: int) -> tuple[list[Row], str]:
+    """Select at most `limit` rows.
 
-    Answers: three quarters are rows that some run got wrong, the rest right ones, to see the contrast; where
-    one kind runs out, the other fills up. Within each, and of reports, rows are drawn by a hash of their ids:
-    evenly, and the same ones in every page of a split.
+    For answers, three quarters of the selected rows are rows that at least one run got wrong, and one quarter
+    are rows that all runs got right, for contrast. If there are too few of one kind, more of the other kind
+    are taken. Within each kind, and for reports, the rows are selected by a hash of their ids. The selection
+    is therefore even, and every page of a split has the same rows.
+
+    Returns:
+        The rows in their order, and a sentence for the page that describes the selection.
     """
     if len(rows) <= limit:
-        return list(rows), f"All {len(rows)} rows are shown."
+        return list(rows), f"The page shows all {len(rows)} rows."
     if rows[0].example.kind == "report":
-        kept = _drawn(rows, limit)
-        sentence = f"Shown are {limit} of {len(rows)} reports, drawn evenly by a hash of their ids."
+        selected = _draw_rows(rows, limit)
+        sentence = f"The page shows {limit} of {len(rows)} reports, selected evenly by a hash of their ids."
     else:
         wrong = [row for row in rows if not row.all_right]
         right = [row for row in rows if row.all_right]
-        some = _drawn(wrong, max(limit - len(right), limit - limit // 4))
-        rest = _drawn(right, limit - len(some))
-        kept = [*some, *rest]
+        some_wrong = _draw_rows(wrong, max(limit - len(right), limit - limit // 4))
+        some_right = _draw_rows(right, limit - len(some_wrong))
+        selected = [*some_wrong, *some_right]
         sentence = (
-            f"Shown are {limit} of {len(rows)} rows: {len(some)} of the {len(wrong)} that some run got "
-            f"wrong, and {len(rest)} of the {len(right)} others, drawn evenly by a hash of their ids."
+            f"The page shows {limit} of {len(rows)} rows: {len(some_wrong)} of the {len(wrong)} that at "
+            f"least one run got wrong, and {len(some_right)} of the {len(right)} others, "
+            "selected evenly by a hash of their ids."
         )
-    ids = {row.example.id for row in kept}
+    ids = {row.example.id for row in selected}
     return [row for row in rows if row.example.id in ids], f"{sentence} The tables count all rows."
 
 
-def _drawn(rows: Sequence[Row], number: int) -> list[Row]:
+def _draw_rows(rows: Sequence[Row], number: int) -> list[Row]:
+    """Take the rows with the smallest hashes of their ids."""
     return sorted(rows, key=lambda row: hashlib.sha256(row.example.id.encode()).digest())[:number]

@@ -1,4 +1,4 @@
-"""The images of some rows as small JPEG files in data URLs, each image once."""
+"""Converts images to small JPEG files in data URLs, each image once."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from PIL import Image
 
 from normtune.errors import InputError
 
-Progress = Callable[[int, int], None]  # images done, images in all
-_QUALITY = 82
+Progress = Callable[[int, int], None]  # (images done, images in all)
+_QUALITY = 82  # of the JPEG files
 
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """An image of the page; `name` is its anchor there. One that could not be read has no `url`."""
+    """An image of the page. `name` is its id in the page; `url` is empty if the image could not be read."""
 
     name: str
     url: str
@@ -26,26 +26,32 @@ class Thumbnail:
 
 
 def thumbnails(
-    keys: Iterable[str],
-    open_image: Callable[[str], Image.Image],
-    *,
-    pixels: int,
-    progress: Progress | None = None,
+    keys: Iterable[str], open_image: Callable[[str], Image.Image], *, pixels: int, progress: Progress | None = None
 ) -> dict[str, Thumbnail]:
-    """Image key -> thumbnail of at most `pixels` a side; an image that cannot be read stays empty."""
+    """Create a thumbnail of every image.
+
+    Args:
+        keys: image keys; repetitions are ignored.
+        open_image: opens the image of a key.
+        pixels: maximum length of a side.
+        progress: called after each image.
+
+    Returns:
+        Image key -> thumbnail. An image that cannot be read has a thumbnail without `url`.
+    """
     keys = list(dict.fromkeys(keys))
-    found = {}
+    images = {}
     for number, key in enumerate(keys):
         try:
-            found[key] = _thumbnail(f"image-{number}", open_image(key), pixels)
+            images[key] = _create_thumbnail(f"image-{number}", open_image(key), pixels)
         except InputError:
-            found[key] = Thumbnail(f"image-{number}", "", pixels, pixels)
+            images[key] = Thumbnail(f"image-{number}", "", pixels, pixels)
         if progress is not None:
             progress(number + 1, len(keys))
-    return found
+    return images
 
 
-def _thumbnail(name: str, image: Image.Image, pixels: int) -> Thumbnail:
+def _create_thumbnail(name: str, image: Image.Image, pixels: int) -> Thumbnail:
     small = image.convert("RGB")
     small.thumbnail((pixels, pixels))
     buffer = io.BytesIO()
