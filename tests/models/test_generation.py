@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -15,7 +14,8 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from normtune.models.generation import Generated, Step, generate
-from tests.support.base_models import CACHE
+from tests.support.base_models import CACHE_ARGUMENT
+from tests.support.tolerance import approx
 
 VOCABULARY = 11
 Early = bool | Literal["never"]
@@ -23,7 +23,7 @@ Early = bool | Literal["never"]
 
 @pytest.fixture(scope="module")
 def llama() -> LlamaForCausalLM:
-    """A tiny LLaMA with decided opinions, so that answers differ in length and beams cross."""
+    """A tiny LLaMA with large logits, so that answers differ in length and beams cross."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -49,14 +49,14 @@ PROMPTS = torch.randint(2, VOCABULARY, (32, 4), generator=torch.Generator().manu
 def ours(model: LlamaForCausalLM, sizes: list[int] | None = None, **options: Any) -> list[Generated]:
     """`generate` over the model with its own cache; `sizes` collects the rows of each step."""
     cache = DynamicCache(config=model.config)
-    first = model(PROMPTS, use_cache=True, **{CACHE: cache}).logits[:, -1]
+    first = model(PROMPTS, use_cache=True, **{CACHE_ARGUMENT: cache}).logits[:, -1]
 
     def step(tokens: Tensor, rows: Tensor | None) -> Tensor:
         if rows is not None:
             cache.reorder_cache(rows)
         if sizes is not None:
             sizes.append(len(tokens))
-        return model(tokens[:, None], use_cache=True, **{CACHE: cache}).logits[:, -1]
+        return model(tokens[:, None], use_cache=True, **{CACHE_ARGUMENT: cache}).logits[:, -1]
 
     return generate(first, step, **options)
 
@@ -65,7 +65,7 @@ def theirs(
     model: LlamaForCausalLM, end: list[int], max_new_tokens: int, beams: int = 1, **options: Any
 ) -> tuple[list[tuple[int, ...]], list[float] | None]:
     """transformers' answers, cut after their end, and its scores (beams only)."""
-    found = model.generate(
+    output = model.generate(
         PROMPTS,
         attention_mask=torch.ones_like(PROMPTS),
         do_sample=False,
@@ -79,22 +79,20 @@ def theirs(
         **options,
     )
     answers = []
-    for row in found.sequences[:, PROMPTS.shape[1] :].tolist():
+    for row in output.sequences[:, PROMPTS.shape[1] :].tolist():
         length = next((i + 1 for i, token in enumerate(row) if token in end), len(row))
         answers.append(tuple(row[:length]))
-    return answers, found.sequences_scores.tolist() if beams > 1 else None
+    return answers, output.sequences_scores.tolist() if beams > 1 else None
 
 
 @pytest.mark.parametrize("end", [[1], [1, 5]])
 @pytest.mark.parametrize("max_new_tokens", [1, 7])
-def test_greedy_answers_are_those_of_transformers(
-    llama: LlamaForCausalLM, end: list[int], max_new_tokens: int
-) -> None:
-    wanted, _ = theirs(llama, end, max_new_tokens)
-    found = ours(llama, end=end, max_new_tokens=max_new_tokens)
-    assert [answer.tokens for answer in found] == wanted
+def test_greedy_answers_are_those_of_transformers(llama: LlamaForCausalLM, end: list[int], max_new_tokens: int) -> None:
+    expected, _ = theirs(llama, end, max_new_tokens)
+    generated = ours(llama, end=end, max_new_tokens=max_new_tokens)
+    assert [answer.tokens for answer in generated] == expected
     if max_new_tokens > 1:
-        assert len({len(answer) for answer in wanted}) > 1, "answers of several lengths"
+        assert len({len(answer) for answer in expected}) > 1, "answers of several lengths"
 
 
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])
@@ -104,70 +102,68 @@ def test_beam_answers_are_those_of_transformers(
     llama: LlamaForCausalLM, beams: int, end: list[int], length_penalty: float, early_stopping: Early
 ) -> None:
     options: dict[str, Any] = {"length_penalty": length_penalty, "early_stopping": early_stopping}
-    wanted, scores = theirs(llama, end, 7, beams, **options)
-    found = ours(llama, end=end, max_new_tokens=7, beams=beams, **options)
-    assert [answer.tokens for answer in found] == wanted
+    expected, scores = theirs(llama, end, 7, beams, **options)
+    generated = ours(llama, end=end, max_new_tokens=7, beams=beams, **options)
+    assert [answer.tokens for answer in generated] == expected
     assert scores is not None
-    for answer, score in zip(found, scores, strict=True):
+    for answer, score in zip(generated, scores, strict=True):
         # transformers' score is the summed log-probability / length ** penalty
         length = len(answer.tokens)
-        assert answer.score * length / length**length_penalty == pytest.approx(score, abs=1e-5)
+        assert answer.score * length / length**length_penalty == approx(score)
 
 
 def test_the_early_stopping_variants_differ_here(llama: LlamaForCausalLM) -> None:
-    """Else their agreement with transformers, above, would say little."""
+    """Otherwise their agreement with transformers, above, would prove little."""
     options: dict[str, Any] = {"end": [1, 5], "max_new_tokens": 7, "beams": 2, "length_penalty": 2.5}
     early: tuple[Early, ...] = (False, True, "never")
-    answers = {tuple(a.tokens for a in ours(llama, early_stopping=one, **options)) for one in early}
+    answers = {tuple(a.tokens for a in ours(llama, early_stopping=variant, **options)) for variant in early}
     assert len(answers) == 3
 
 
 @pytest.mark.parametrize("beams", [2, 3])
 def test_one_new_token_is_the_likeliest(llama: LlamaForCausalLM, beams: int) -> None:
-    wanted, _ = theirs(llama, [1], 1, beams)
-    found = ours(llama, end=[1], max_new_tokens=1, beams=beams)
-    assert [answer.tokens for answer in found] == wanted
-    assert [answer.tokens for answer in found] == [a.tokens for a in ours(llama, end=[1], max_new_tokens=1)]
+    expected, _ = theirs(llama, [1], 1, beams)
+    generated = ours(llama, end=[1], max_new_tokens=1, beams=beams)
+    assert [answer.tokens for answer in generated] == expected
+    assert [answer.tokens for answer in generated] == [a.tokens for a in ours(llama, end=[1], max_new_tokens=1)]
 
 
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])
 @pytest.mark.parametrize("beams", [1, 3])
-def test_compaction_leaves_rows_out_and_changes_nothing(
-    llama: LlamaForCausalLM, beams: int, early_stopping: Early
-) -> None:
+def test_compaction_drops_rows_and_changes_nothing(llama: LlamaForCausalLM, beams: int, early_stopping: Early) -> None:
     options: dict[str, Any] = {"end": [1, 5], "beams": beams, "early_stopping": early_stopping}
     short: list[int] = []
     whole: list[int] = []
-    found = ours(llama, short, max_new_tokens=8, **options)
-    wanted = ours(llama, whole, max_new_tokens=8, compact=False, **options)
-    assert [answer.tokens for answer in found] == [answer.tokens for answer in wanted]
-    assert [a.score for a in found] == pytest.approx([a.score for a in wanted], abs=1e-5)
+    generated = ours(llama, short, max_new_tokens=8, **options)
+    expected = ours(llama, whole, max_new_tokens=8, compact=False, **options)
+    assert [answer.tokens for answer in generated] == [answer.tokens for answer in expected]
+    assert [a.score for a in generated] == approx([a.score for a in expected])
     assert set(whole) == {len(PROMPTS) * beams}
     assert short == sorted(short, reverse=True)
     if early_stopping != "never":
         assert sum(short) < sum(whole)
 
 
-# --- tables of log-probabilities: every history has its own ------------------------------------------------
+# --- tables of log-probabilities, one for each history ------------------------------------------------------
 
 Table = Callable[[tuple[int, ...]], Tensor]
 
 
 def table_of(seed: int, vocabulary: int) -> Table:
     """history (its first entry is the prompt's number) -> logits, a fixed random table."""
-    held: dict[tuple[int, ...], Tensor] = {}
+    cached: dict[tuple[int, ...], Tensor] = {}
 
     def logits(history: tuple[int, ...]) -> Tensor:
-        if history not in held:
+        if history not in cached:
             number = hash((seed, *history)) % (2**63)
-            held[history] = 2 * torch.randn(vocabulary, generator=torch.Generator().manual_seed(number))
-        return held[history]
+            cached[history] = 2 * torch.randn(vocabulary, generator=torch.Generator().manual_seed(number))
+        return cached[history]
 
     return logits
 
 
 def stepping(table: Table, prompts: int) -> tuple[Tensor, Step]:
-    """First logits and a step whose rows remember what they have read."""
+    """First logits, and a step that remembers the tokens of each row."""
     histories: list[tuple[int, ...]] = [(prompt,) for prompt in range(prompts)]
 
     def step(tokens: Tensor, rows: Tensor | None) -> Tensor:
@@ -188,9 +184,7 @@ def log_probability(table: Table, prompt: int, answer: tuple[int, ...]) -> float
 
 def all_answers(vocabulary: int, longest: int, end: int) -> list[tuple[int, ...]]:
     others = [token for token in range(vocabulary) if token != end]
-    complete = [
-        (*start, end) for length in range(longest) for start in itertools.product(others, repeat=length)
-    ]
+    complete = [(*start, end) for length in range(longest) for start in itertools.product(others, repeat=length)]
     return complete + list(itertools.product(others, repeat=longest))
 
 
@@ -208,7 +202,7 @@ def test_enough_beams_find_the_best_of_all_answers(
     vocabulary, end, prompts = 3, 2, 3
     table = table_of(seed, vocabulary)
     first, step = stepping(table, prompts)
-    found = generate(
+    generated = generate(
         first,
         step,
         end=[end],
@@ -218,14 +212,14 @@ def test_enough_beams_find_the_best_of_all_answers(
         early_stopping=early_stopping,
         compact=compact,
     )
-    for prompt, answer in enumerate(found):
+    for prompt, answer in enumerate(generated):
         scored = {
             candidate: log_probability(table, prompt, candidate) / len(candidate) ** length_penalty
             for candidate in all_answers(vocabulary, longest, end)
         }
-        assert scored[answer.tokens] == pytest.approx(max(scored.values()), abs=1e-4)
+        assert scored[answer.tokens] == approx(max(scored.values()))
         mean = log_probability(table, prompt, answer.tokens) / len(answer.tokens)
-        assert answer.score == pytest.approx(mean, abs=1e-4)
+        assert answer.score == approx(mean)
 
 
 @settings(max_examples=40, deadline=None)
@@ -262,24 +256,24 @@ def test_answers_end_once_and_are_scored_by_their_own_history(
         assert not set(answer.tokens[:-1]) & set(end)
         assert len(answer.tokens) == longest or answer.tokens[-1] in end
         mean = log_probability(table, prompt, answer.tokens) / len(answer.tokens)
-        assert math.isclose(answer.score, mean, abs_tol=1e-4)
+        assert answer.score == approx(mean)
 
 
 def test_a_prompts_answer_does_not_depend_on_its_neighbours() -> None:
     table = table_of(3, 6)
     first, step = stepping(table, 4)
-    together = generate(first, step, end=[0], max_new_tokens=5, beams=3)
+    answers = generate(first, step, end=[0], max_new_tokens=5, beams=3)
     for prompt in range(4):
         shifted: Table = lambda history, p=prompt: table((p, *history[1:]))  # type: ignore[misc]  # noqa: E731
-        alone, alone_step = stepping(shifted, 1)
-        (answer,) = generate(alone, alone_step, end=[0], max_new_tokens=5, beams=3)
-        assert answer.tokens == together[prompt].tokens
+        single_first, single_step = stepping(shifted, 1)
+        (answer,) = generate(single_first, single_step, end=[0], max_new_tokens=5, beams=3)
+        assert answer.tokens == answers[prompt].tokens
 
 
 @pytest.mark.parametrize("compact", [True, False])
-def test_tokens_are_told_as_they_are_chosen(compact: bool) -> None:
-    """Each before the next is computed, and those of prompts that are done no more; beams tell nothing."""
-    told: list[list[int]] = [[] for _ in range(6)]
+def test_tokens_are_passed_on_as_they_are_chosen(compact: bool) -> None:
+    """Each before the next is computed, and none of prompts that are done; beams pass nothing on."""
+    received: list[list[int]] = [[] for _ in range(6)]
     longest = 0
 
     def on_tokens(prompts: Sequence[int], tokens: Sequence[int]) -> None:
@@ -287,7 +281,7 @@ def test_tokens_are_told_as_they_are_chosen(compact: bool) -> None:
         assert len(prompts) == len(tokens) and longest == steps
         longest += 1
         for prompt, token in zip(prompts, tokens, strict=True):
-            told[prompt].append(token)
+            received[prompt].append(token)
 
     first, plain = stepping(table_of(4, 5), 6)
     steps = 0
@@ -298,21 +292,21 @@ def test_tokens_are_told_as_they_are_chosen(compact: bool) -> None:
         return plain(tokens, rows)
 
     options: dict[str, Any] = {"end": [0, 1], "max_new_tokens": 6, "compact": compact}
-    found = generate(first, step, on_tokens=on_tokens, **options)
-    assert [tuple(tokens) for tokens in told] == [answer.tokens for answer in found]
-    assert len({len(tokens) for tokens in told}) > 2
+    generated = generate(first, step, on_tokens=on_tokens, **options)
+    assert [tuple(tokens) for tokens in received] == [answer.tokens for answer in generated]
+    assert len({len(tokens) for tokens in received}) > 2
     first, plain = stepping(table_of(4, 5), 6)
-    generate(first, plain, beams=2, on_tokens=lambda *_: pytest.fail("beams tell nothing"), **options)
+    generate(first, plain, beams=2, on_tokens=lambda *_: pytest.fail("beams pass nothing on"), **options)
 
 
 def test_a_whole_number_below_zero_is_a_length_penalty_too() -> None:
     first, step = stepping(table_of(1, 6), 2)
-    found = generate(first, step, end=[0], max_new_tokens=4, beams=2, length_penalty=-1)
-    assert all(answer.score < 0 for answer in found)
+    generated = generate(first, step, end=[0], max_new_tokens=4, beams=2, length_penalty=-1)
+    assert all(answer.score < 0 for answer in generated)
 
 
 def test_half_precision_logits_are_scored_in_fp32() -> None:
     logits = torch.tensor([[1.0, 2.0, 0.5]], dtype=torch.bfloat16)
     (answer,) = generate(logits, lambda tokens, rows: logits, end=[1], max_new_tokens=3)
     assert answer.tokens == (1,)
-    assert answer.score == pytest.approx(float(logits.float().log_softmax(-1)[0, 1]), abs=1e-6)
+    assert answer.score == approx(float(logits.float().log_softmax(-1)[0, 1]))

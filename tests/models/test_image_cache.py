@@ -1,4 +1,4 @@
-"""Image states in memory and on disk: equal to those computed anew, and never another tower's."""
+"""Cached image states equal those computed again, and are never those of another tower."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from normtune.models.parts import part_of
 from normtune.training.config import TrainConfig
 from normtune.training.train import train
 from tests.support.tiny_models import make_tiny
-from tests.training.test_train import DATA, config, same
+from tests.support.tolerance import approx
+from tests.training.test_train import DATA, config, equal_adapters
 
 KINDS = ("miss", "llava", "qwen3_vl", "idefics3")
 
@@ -48,9 +49,9 @@ def cache(family: Family, folder: Path | None, **options: Any) -> ImageCache:
     return ImageCache(family, IMAGES, frozen=True, store=image_store(folder, family), **options)
 
 
-def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(
-        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
+def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(
+        first[name].dtype == second[name].dtype and torch.equal(first[name], second[name]) for name in first
     )
 
 
@@ -71,17 +72,17 @@ def test_states_from_disk_are_those_computed_to_the_bit(
 def test_a_tower_with_one_changed_value_has_other_entries(source: Path, tmp_path: Path) -> None:
     family = load(str(source))
     part = part_of(family.model)
-    folders = {image_store(tmp_path, family).folder}  # type: ignore[union-attr]
+    directories = {image_store(tmp_path, family).folder}  # type: ignore[union-attr]
     vision = [p for name, p in family.model.named_parameters() if part(name) == "vision"]
     with torch.no_grad():
         for parameter in (vision[0], vision[-1]):
             last = parameter.view(-1)[-1:]
             last.copy_(torch.nextafter(last, last.new_tensor([9.0])))
-            folders.add(image_store(tmp_path, family).folder)  # type: ignore[union-attr]
-    assert len(folders) == 3
+            directories.add(image_store(tmp_path, family).folder)  # type: ignore[union-attr]
+    assert len(directories) == 3
 
 
-def test_language_values_do_not_count(source: Path, tmp_path: Path) -> None:
+def test_language_values_do_not_change_the_key(source: Path, tmp_path: Path) -> None:
     family = load(str(source))
     before = image_store(tmp_path, family)
     tuned = adapt(family.model, "decoder=full" if isinstance(family, MissFamily) else "language=full")
@@ -93,7 +94,7 @@ def test_language_values_do_not_count(source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["ln", "lora", "adapter", "prefix", "ptuning"])
-def test_whatever_is_added_to_the_tower_counts(base: Path, tmp_path: Path, method: str) -> None:
+def test_parameters_added_to_the_tower_change_the_key(base: Path, tmp_path: Path, method: str) -> None:
     family = load(str(base))
     tuned = adapt(family.model, f"vision={method}")
     first = image_store(tmp_path, family)
@@ -103,7 +104,7 @@ def test_whatever_is_added_to_the_tower_counts(base: Path, tmp_path: Path, metho
     assert first is not None and second is not None and first.folder != second.folder
 
 
-def test_an_image_processed_otherwise_has_an_entry_of_its_own(source: Path, tmp_path: Path) -> None:
+def test_an_image_preprocessed_differently_has_another_entry(source: Path, tmp_path: Path) -> None:
     family = load(str(source))
     first = cache(family, tmp_path)("1")
     processor: Any = family.processor.image_processor
@@ -112,12 +113,12 @@ def test_an_image_processed_otherwise_has_an_entry_of_its_own(source: Path, tmp_
     assert len(list(tmp_path.rglob("*.safetensors"))) == 2
 
 
-def test_images_beyond_the_limit_are_not_held_but_come_from_disk(base: Path, tmp_path: Path) -> None:
+def test_images_beyond_the_limit_are_read_from_disk(base: Path, tmp_path: Path) -> None:
     family = load(str(base))
     size = sum(value.nbytes for value in cache(family, None)("1").values())
     limited = cache(family, tmp_path, limit_bytes=size)
     whole = [limited(key) for key in ("1", "2")]
-    assert list(limited.held) == ["1"] and limited.bytes == size
+    assert list(limited.entries) == ["1"] and limited.bytes == size
     assert equal(limited("2"), whole[1]) and limited("1") is whole[0]
 
 
@@ -130,18 +131,20 @@ def test_an_unreadable_image_is_named(base: Path) -> None:
         opened("x")
 
 
-def test_training_from_a_warm_cache_gives_the_same_delta_and_runs_no_tower(
+def test_training_from_a_warm_cache_gives_the_same_adapter_and_runs_no_tower(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = {"tune": "encoder=ln", "epochs": 1}
     result = train(config(base, tmp_path / "without", **recipe))
     assert result.computed_once == "image states"
-    assert "computed once an image: image states" in result.text()
+    assert "computed once per image: image states" in result.text()
     train(config(base, tmp_path / "cold", cache=tmp_path / "cache", **recipe))
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 6
     monkeypatch.setattr(VisionTransformer, "forward", lambda *_: pytest.fail("the tower ran again"))
     train(config(base, tmp_path / "warm", cache=tmp_path / "cache", **recipe))
-    assert same(tmp_path / "without", tmp_path / "cold") and same(tmp_path / "without", tmp_path / "warm")
+    assert equal_adapters(tmp_path / "without", tmp_path / "cold") and equal_adapters(
+        tmp_path / "without", tmp_path / "warm"
+    )
 
 
 def test_a_trained_tower_is_not_cached(base: Path, tmp_path: Path) -> None:
@@ -149,14 +152,14 @@ def test_a_trained_tower_is_not_cached(base: Path, tmp_path: Path) -> None:
     assert result.computed_once is None and not (tmp_path / "cache").exists()
 
 
-def test_the_cache_is_no_part_of_a_runs_identity() -> None:
+def test_the_cache_is_not_part_of_a_runs_identity() -> None:
     from normtune.training.checkpoints import run_identity
 
     with_cache = TrainConfig(model="nano", data=DATA, out=Path("x"), cache=Path("c"))
     assert run_identity(with_cache) == run_identity(TrainConfig(model="nano", data=DATA, out=Path("x")))
 
 
-def test_evaluation_answers_alike_from_a_cache_and_keeps_adapters_apart(
+def test_evaluation_from_a_cache_gives_the_same_answers_and_separates_adapters(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(config(base, tmp_path / "ln", tune="vision=ln,decoder=ln", epochs=1, limit=20))
@@ -166,10 +169,7 @@ def test_evaluation_answers_alike_from_a_cache_and_keeps_adapters_apart(
     def answers(out: str, adapter: str | None, folder: Path | None) -> list[tuple[str, float]]:
         evaluate_config(
             EvaluateConfig(
-                **options,
-                out=tmp_path / out,
-                cache=folder,
-                adapter=None if adapter is None else tmp_path / adapter,
+                **options, out=tmp_path / out, cache=folder, adapter=None if adapter is None else tmp_path / adapter
             )
         )
         rows = map(json.loads, (tmp_path / out / "predictions.jsonl").read_text().splitlines())
@@ -183,6 +183,6 @@ def test_evaluation_answers_alike_from_a_cache_and_keeps_adapters_apart(
         patch.setattr(VisionTransformer, "forward", lambda *_: pytest.fail("the tower ran again"))
         warm = {adapter: answers("warm", adapter, folder) for adapter in (None, "ln")}
     assert warm == cold and without[None] != without["ln"]
-    for adapter, found in without.items():
-        for (text, score), (kept_text, kept_score) in zip(found, cold[adapter], strict=True):
-            assert text == kept_text and score == pytest.approx(kept_score, rel=1e-5)
+    for adapter, answer_rows in without.items():
+        for (text, score), (cold_text, cold_score) in zip(answer_rows, cold[adapter], strict=True):
+            assert text == cold_text and score == approx(cold_score)

@@ -1,11 +1,9 @@
-"""The base that comes with the package: small enough, whole, and trained."""
+"""The base in the package is small, complete, and trained."""
 
 from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
-
-import pytest
 
 from normtune.data.registry import open_dataset
 from normtune.evaluation.baselines import QuestionOnly
@@ -21,20 +19,20 @@ def test_nano_takes_at_most_12_megabytes() -> None:
     assert sum(path.stat().st_size for path in NANO.rglob("*") if path.is_file()) <= 12_000_000
 
 
-def test_nano_answers_hospital_a_better_than_its_questions_alone_do() -> None:
+def test_nano_answers_hospital_a_better_than_a_question_only_baseline() -> None:
     dataset = open_dataset("phantom-a:150")
     test = dataset.split("test")
     blind = score_vqa(test, QuestionOnly.fit(dataset.split("train")).predict(test))["global_exact"]
-    found = evaluate(load("nano"), dataset, test).metrics["global_exact"]
-    assert found.low > blind.high
+    accuracy = evaluate(load("nano"), dataset, test).metrics["global_exact"]
+    assert accuracy.low > blind.high
 
 
 def test_the_record_of_its_training_agrees_with_its_weights() -> None:
-    """The committed scores are of 100 test images; 30 of them are near that."""
+    """The committed scores are of 100 test images; the interval of 30 of them contains them."""
     record = read_json(NANO / "training.json")
     dataset = open_dataset("phantom-a:150")
-    found = evaluate(load("nano"), dataset, dataset.split("test")).metrics["global_exact"]
-    assert found.value == pytest.approx(record["test"]["hospital a"]["global_exact"]["value"], abs=0.08)
+    accuracy = evaluate(load("nano"), dataset, dataset.split("test")).metrics["global_exact"]
+    assert accuracy.low <= record["test"]["hospital a"]["global_exact"]["value"] <= accuracy.high
 
 
 def test_its_tokenizer_knows_the_words_of_hospital_b() -> None:
@@ -45,6 +43,5 @@ def test_its_tokenizer_knows_the_words_of_hospital_b() -> None:
         segment = family.tokenize(example.id, example.question, example.answer)
         assert unknown not in segment.prompt + segment.answer
         assert not any(
-            piece.startswith("##")
-            for piece in family.processor.tokenizer.convert_ids_to_tokens(segment.answer)
+            piece.startswith("##") for piece in family.processor.tokenizer.convert_ids_to_tokens(segment.answer)
         )

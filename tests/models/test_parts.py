@@ -1,4 +1,4 @@
-"""Parts, roles and norms of real families at their real sizes, on the meta device."""
+"""Parts, roles and norms of real models at their real sizes, on the meta device."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from normtune.errors import InputError
 from normtune.models.part_names import ROLES
 from normtune.models.parts import find_parts, norm_kind, norms
-from tests.support.architectures import SHAPES, shape
-from tests.support.base_models import base
+from tests.support.architectures import ARCHITECTURES, build_on_meta
+from tests.support.base_models import tiny_base
 
 # parameters of each, tied ones once: the hub's published counts, and the papers' for MISS and LLaVA-Med
 TOTALS = {
@@ -80,46 +80,44 @@ KINDS = {  # of the language's norms, or the text parts'
 }
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_family_is_counted_at_its_real_size(name: str) -> None:
-    model = shape(name)
-    found = find_parts(model)
+    model = build_on_meta(name)
+    model_parts = find_parts(model)
     if name in TOTALS:
-        assert found.total == TOTALS[name]
-    assert found.total == sum(parameter.numel() for parameter in model.parameters())
+        assert model_parts.total == TOTALS[name]
+    assert model_parts.total == sum(parameter.numel() for parameter in model.parameters())
     encoder_decoder = name in ("miss_base", "blip_vqa")
-    wanted = ("vision", "encoder", "decoder") if encoder_decoder else ("vision", "connector", "language")
-    assert found.parts == wanted
-    norm_places = [place for place in found.parameters if place.role == "norm"]
+    expected = ("vision", "encoder", "decoder") if encoder_decoder else ("vision", "connector", "language")
+    assert model_parts.parts == expected
+    norm_parameters = [info for info in model_parts.parameters if info.role == "norm"]
     counted = {
         part: (len(sizes), sum(sizes))
-        for part in found.parts
-        if (sizes := [place.numel for place in norm_places if place.part == part])
+        for part in model_parts.parts
+        if (sizes := [info.numel for info in norm_parameters if info.part == part])
     }
     assert counted == NORMS[name]
-    assert all(place.role in ROLES for place in found.parameters)
+    assert all(info.role in ROLES for info in model_parts.parameters)
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_no_norm_of_a_family_is_left_out_and_nothing_else_is_taken(name: str) -> None:
-    model = shape(name)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_all_norms_of_a_family_are_found_and_nothing_else(name: str) -> None:
+    model = build_on_meta(name)
     leaves = [(n, module) for n, module in model.named_modules() if not module._modules]
     called = {n for n, module in leaves if type(module).__name__.endswith("Norm")}
-    found = norms(model)
-    assert set(found) == called
-    owners = {p.name.rpartition(".")[0] for p in find_parts(model).parameters if p.role == "norm"}
-    assert owners == called
+    found_norms = norms(model)
+    assert set(found_norms) == called
+    modules_with_norm_role = {p.name.rpartition(".")[0] for p in find_parts(model).parameters if p.role == "norm"}
+    assert modules_with_norm_role == called
     text = {
-        norm_kind(module) for n, module in found.items() if "vis" not in n and "projector.layer_norm" not in n
+        norm_kind(module) for n, module in found_norms.items() if "vis" not in n and "projector.layer_norm" not in n
     }
     assert text == {KINDS.get(name, "rms")}
 
 
 def test_the_roles_of_miss_are_the_papers() -> None:
-    found = find_parts(shape("miss_base"))
-    percent = {
-        (row["part"], row["role"]): row["percent"] for row in found.table() if row["role"] != "embedding"
-    }
+    model_parts = find_parts(build_on_meta("miss_base"))
+    percent = {(row["part"], row["role"]): row["percent"] for row in model_parts.table() if row["role"] != "embedding"}
     assert {key: round(value, 4 if key[1] == "norm" else 3) for key, value in percent.items()} == {
         ("vision", "norm"): 0.0106,
         ("vision", "attention"): 7.842,
@@ -132,48 +130,48 @@ def test_the_roles_of_miss_are_the_papers() -> None:
         ("decoder", "ffn"): 15.677,
         ("decoder", "head"): 0.172,
     }
-    assert found.count("vision") == 86_339_328
-    assert round(100 * found.count("vision") / found.total, 3) == 23.885
-    assert found.count("encoder") == 137_258_496
-    assert found.count("decoder") == 137_881_148
-    assert found.count(role="norm") == 153_600
-    assert round(100 * 153_600 / found.total, 4) == 0.0425
+    assert model_parts.count("vision") == 86_339_328
+    assert round(100 * model_parts.count("vision") / model_parts.total, 3) == 23.885
+    assert model_parts.count("encoder") == 137_258_496
+    assert model_parts.count("decoder") == 137_881_148
+    assert model_parts.count(role="norm") == 153_600
+    assert round(100 * 153_600 / model_parts.total, 4) == 0.0425
 
 
 def test_attention_and_feed_forward_are_counted_by_hand_for_a_7b_model() -> None:
-    found = find_parts(shape("llava_med"))
+    model_parts = find_parts(build_on_meta("llava_med"))
     width, key_width, inner, vocabulary = 4096, 1024, 14336, 32064
-    assert found.count("language", "attention") == 32 * (2 * width * width + 2 * width * key_width)
-    assert found.count("language", "ffn") == 32 * 3 * width * inner
-    assert found.count("language", "embedding") == found.count("language", "head") == vocabulary * width
-    assert found.count("vision", "attention") == 24 * 4 * (1024 * 1024 + 1024)
-    assert found.count("vision", "ffn") == 24 * (2 * 1024 * 4096 + 4096 + 1024)
+    assert model_parts.count("language", "attention") == 32 * (2 * width * width + 2 * width * key_width)
+    assert model_parts.count("language", "ffn") == 32 * 3 * width * inner
+    assert model_parts.count("language", "embedding") == model_parts.count("language", "head") == vocabulary * width
+    assert model_parts.count("vision", "attention") == 24 * 4 * (1024 * 1024 + 1024)
+    assert model_parts.count("vision", "ffn") == 24 * (2 * 1024 * 4096 + 4096 + 1024)
     patches = 1024 * 3 * 14 * 14
-    assert found.count("vision", "embedding") == patches + (577 + 1) * 1024  # places, and the class token
-    assert found.count("connector") == found.count("connector", "other")
+    assert model_parts.count("vision", "embedding") == patches + (577 + 1) * 1024  # positions, and the class token
+    assert model_parts.count("connector") == model_parts.count("connector", "other")
 
 
-def test_a_tied_head_counts_once_as_the_embedding_of_its_own_part() -> None:
-    found = find_parts(shape("miss_base"))
-    names = [place.name for place in found.parameters]
+def test_a_tied_head_counts_once_as_the_embedding_of_its_part() -> None:
+    model_parts = find_parts(build_on_meta("miss_base"))
+    names = [info.name for info in model_parts.parameters]
     assert len(names) == len(set(names))
-    tied = [place for place in found.parameters if place.part == "decoder" and place.shape == (30524, 768)]
+    tied = [info for info in model_parts.parameters if info.part == "decoder" and info.shape == (30524, 768)]
     assert len(tied) == 1
     assert tied[0].role == "embedding"
 
 
 def test_layers_are_numbered_in_each_part() -> None:
-    found = find_parts(shape("miss_base"))
-    layers = {place.name: place.layer for place in found.parameters}
+    model_parts = find_parts(build_on_meta("miss_base"))
+    layers = {info.name: info.layer for info in model_parts.parameters}
     assert layers["text_decoder.bert.encoder.layer.7.crossattention.output.dense.weight"] == 7
     assert layers["text_encoder.encoder.layer.11.output.LayerNorm.weight"] == 11
     assert layers["text_encoder.embeddings.LayerNorm.weight"] is None
-    assert [found.depth(part) for part in found.parts] == [12, 12, 12]
-    assert find_parts(shape("qwen3_vl_4b")).depth("connector") == 0
+    assert [model_parts.depth(part) for part in model_parts.parts] == [12, 12, 12]
+    assert find_parts(build_on_meta("qwen3_vl_4b")).depth("connector") == 0
 
 
-def test_a_class_that_nobody_knows_is_told_by_what_it_does() -> None:
-    class Strange(nn.Module):  # a root-mean-square norm with an offset, by no name that says so
+def test_an_unknown_norm_class_is_recognised_by_its_output() -> None:
+    class Strange(nn.Module):  # a root-mean-square norm with an offset, without "Norm" in its name
         def __init__(self) -> None:
             super().__init__()
             self.weight = nn.Parameter(torch.zeros(8))
@@ -192,11 +190,7 @@ def test_a_class_that_nobody_knows_is_told_by_what_it_does() -> None:
             return x * self.weight
 
     assert norm_kind(Strange().to("meta")) == "rms_offset"
-    assert list(norms(nn.Sequential(Strange(), Scaled(), nn.LayerNorm(8), nn.GroupNorm(2, 8)))) == [
-        "0",
-        "2",
-        "3",
-    ]
+    assert list(norms(nn.Sequential(Strange(), Scaled(), nn.LayerNorm(8), nn.GroupNorm(2, 8)))) == ["0", "2", "3"]
     with pytest.raises(InputError, match="Scaled is not a norm"):
         norm_kind(Scaled())
 
@@ -206,11 +200,11 @@ def test_a_gated_norm_keeps_its_role_but_is_not_replaced() -> None:
 
     body = nn.ModuleDict({"norm": Qwen3NextRMSNormGated(8), "linear": nn.Linear(8, 8)})
     assert not norms(body)
-    assert {place.name for place in find_parts(body).parameters if place.role == "norm"} == {"norm.weight"}
+    assert {info.name for info in find_parts(body).parameters if info.role == "norm"} == {"norm.weight"}
 
 
-def test_asking_leaves_the_model_as_it_was() -> None:
-    model = base("llava")
+def test_finding_parts_does_not_change_the_model() -> None:
+    model = tiny_base("llava")
     before = {name: (id(p), p._version, p.requires_grad) for name, p in model.named_parameters()}
     find_parts(model)
     assert {name: (id(p), p._version, p.requires_grad) for name, p in model.named_parameters()} == before

@@ -1,6 +1,6 @@
-"""A quantised base loads by parts, passes exact gradients of what it computes, and shares its deltas.
+"""A quantised base: what is quantised, exact gradients of its results, and adapters shared with the base.
 
-The tests that quantise run where the extra is installed: pip install 'normtune[quantize]'.
+Tests that quantise run if the extra is installed: pip install 'normtune[quantize]'.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 from normtune.adapters.fingerprint import fingerprint, same_base
 from normtune.adapters.storage import load_model
 from normtune.data.groups import Group
-from normtune.data.phantom import dataset as phantom
+from normtune.data.phantom import phantom_dataset as phantom
 from normtune.errors import InputError
 from normtune.evaluation.config import EvaluateConfig
 from normtune.evaluation.evaluate import evaluate_config
@@ -44,7 +44,7 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def batch_of(family: Any) -> dict[str, Any]:
     dataset = phantom("a", images=2)
-    examples = [one for one in dataset.examples if one.images == dataset.examples[0].images][:3]
+    examples = [example for example in dataset.examples if example.images == dataset.examples[0].images][:3]
     segments = tuple(family.tokenize(e.id, e.question, e.answer) for e in examples)
     pixels = [family.preprocess_image(dataset.open_image(key)) for key in examples[0].images]
     return family.collate([Group(examples[0].images, segments)], [pixels])
@@ -53,19 +53,17 @@ def batch_of(family: Any) -> dict[str, Any]:
 def gradients(family: Any, recipe: str = "ln") -> torch.Tensor:
     tuned = adapt(family.model, recipe)
     family.loss(batch_of(family))[0].backward()
-    reached = [one.grad.flatten() for one in tuned.trained.values() if one.grad is not None]
-    return torch.cat(reached)
+    grads = [parameter.grad.flatten() for parameter in tuned.trained.values() if parameter.grad is not None]
+    return torch.cat(grads)
 
 
 # --- without the extra --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_the_extra_quantising_is_refused_in_words(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra_the_error_names_the_package(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantization, "find_spec", lambda name: None)
-    with pytest.raises(
-        InputError, match=rf"--quantize {kind} needs {quantization.PACKAGES[kind]}.*\[quantize\]"
-    ):
+    with pytest.raises(InputError, match=rf"--quantize {kind} needs {quantization.PACKAGES[kind]}.*\[quantize\]"):
         load("nano", quantize=kind)
 
 
@@ -77,27 +75,29 @@ def test_a_misspelt_kind_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["nano", "llava"])
-def test_only_linears_of_the_text_parts_layers_are_quantised(name: str, llava: str) -> None:
+def test_only_linears_in_layers_of_text_parts_are_quantised(name: str, llava: str) -> None:
     model = load("nano" if name == "nano" else llava).model
-    chosen = set(quantised_linears(model))
+    quantised_names = set(quantised_linears(model))
     parts = {"nano": {"encoder", "decoder"}, "llava": {"language"}}[name]
-    for place in find_parts(model).parameters:
-        owner, _, attribute = place.name.rpartition(".")
-        text = place.part in parts and place.role in ("attention", "ffn") and attribute == "weight"
-        assert (owner in chosen) == (text or (place.is_bias and owner in chosen)), place.name
+    for info in find_parts(model).parameters:
+        owner, _, attribute = info.name.rpartition(".")
+        text = info.part in parts and info.role in ("attention", "ffn") and attribute == "weight"
+        assert (owner in quantised_names) == (text or (info.is_bias and owner in quantised_names)), info.name
 
 
-def test_what_is_kept_covers_every_other_linear_and_no_chosen_one(llava: str) -> None:
+def test_skipped_modules_cover_all_other_linears_and_no_quantised_one(llava: str) -> None:
     model = load(llava).model
-    chosen = set(quantised_linears(model))
-    kept = quantization._others(model, chosen)
-    assert "lm_head" in kept and "model.vision_tower" in kept
+    quantised_names = set(quantised_linears(model))
+    skipped = quantization._modules_to_skip(model, quantised_names)
+    assert "lm_head" in skipped and "model.vision_tower" in skipped
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            assert any(f"{name}.".startswith(f"{one}.") for one in kept) == (name not in chosen), name
+            assert any(f"{name}.".startswith(f"{module_name}.") for module_name in skipped) == (
+                name not in quantised_names
+            ), name
 
 
-def test_the_int8_product_and_its_gradient_are_those_of_the_weights_it_stands_for() -> None:
+def test_the_int8_product_and_its_gradient_are_those_of_the_dequantised_weights() -> None:
     generator = torch.Generator().manual_seed(0)
     q = torch.randint(-127, 128, (5, 7), generator=generator, dtype=torch.int8)
     scale, bias = torch.rand(5, 1, generator=generator), torch.randn(5, generator=generator)
@@ -111,13 +111,13 @@ def test_the_int8_product_and_its_gradient_are_those_of_the_weights_it_stands_fo
     torch.testing.assert_close(x.grad, same.grad)
 
 
-def test_the_int8_product_keeps_no_weights_of_full_width() -> None:
+def test_the_int8_product_saves_no_dequantised_weights() -> None:
     q, scale = torch.ones(64, 64, dtype=torch.int8), torch.ones(64, 1)
     x = torch.randn(1, 64, requires_grad=True)
-    with LiveTensorBytes() as live:
+    with LiveTensorBytes() as counter:
         out = int8_linear(x, q, scale, None)
-        assert live.now == out.nbytes
-        assert live.peak >= 64 * 64 * 4  # the weights were made, and freed
+        assert counter.now == out.nbytes
+        assert counter.peak >= 64 * 64 * 4  # the weights were made, and freed
 
 
 # --- with it ------------------------------------------------------------------------------------------------
@@ -127,17 +127,15 @@ def test_the_int8_product_keeps_no_weights_of_full_width() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["nano", "llava"])
-def test_a_quantised_base_counts_and_fingerprints_as_the_base(
-    name: str, kind: str, dtype: str, llava: str
-) -> None:
+def test_a_quantised_base_counts_and_fingerprints_as_the_base(name: str, kind: str, dtype: str, llava: str) -> None:
     source = "nano" if name == "nano" else llava
     base, quantised = load(source).model, load(source, quantize=kind, dtype=dtype).model
     assert same_base(fingerprint(base), fingerprint(quantised))
     assert find_parts(base).total == find_parts(quantised).total
-    chosen = set(quantised_linears(base))
+    quantised_names = set(quantised_linears(base))
     for module_name, module in quantised.named_modules():
         if isinstance(module, nn.Linear):
-            assert (type(module) is nn.Linear) == (module_name not in chosen), module_name
+            assert (type(module) is nn.Linear) == (module_name not in quantised_names), module_name
             if type(module) is nn.Linear:
                 expected = base.get_submodule(module_name).weight.to(module.weight.dtype)
                 torch.testing.assert_close(module.weight, expected, rtol=0, atol=0)
@@ -155,10 +153,10 @@ def test_gradients_of_a_quantised_base_are_near_those_of_the_base(name: str, kin
 @needs_extra
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_the_same_after_answers_without_gradients(kind: str, llava: str) -> None:
-    fresh, used = load(llava, quantize=kind, dtype="bfloat16"), load(llava, quantize=kind, dtype="bfloat16")
+    new, used = load(llava, quantize=kind, dtype="bfloat16"), load(llava, quantize=kind, dtype="bfloat16")
     with torch.inference_mode():
         used.loss(batch_of(used))
-    torch.testing.assert_close(gradients(used), gradients(fresh), rtol=0, atol=0)
+    torch.testing.assert_close(gradients(used), gradients(new), rtol=0, atol=0)
 
 
 @needs_extra
@@ -172,22 +170,22 @@ def test_an_int8_layer_computes_what_torchao_does(llava: str) -> None:
 
 @needs_extra
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_of_the_weights_is_kept_for_the_backward_pass(kind: str, llava: str) -> None:
-    kept = {}
+def test_no_weights_are_saved_for_the_backward_pass(kind: str, llava: str) -> None:
+    saved_bytes = {}
     for name, options in {"base": {}, "quantised": {"quantize": kind}}.items():
         family = load(llava, **options)  # type: ignore[arg-type]
         adapt(family.model, "ln")
         batch = batch_of(family)
-        with save_fewer_activations(family.model), LiveTensorBytes() as live:
+        with save_fewer_activations(family.model), LiveTensorBytes() as counter:
             loss = family.loss(batch)[0]
-            kept[name] = live.now
+            saved_bytes[name] = counter.now
             del loss
-    assert kept["quantised"] <= kept["base"] * 1.01
+    assert saved_bytes["quantised"] <= saved_bytes["base"] * 1.01
 
 
 @needs_extra
 @pytest.mark.parametrize("recipe", ["language=attention", "full", "ffn"])
-def test_a_recipe_that_trains_what_is_quantised_is_refused(recipe: str, llava: str) -> None:
+def test_a_recipe_that_trains_quantised_parameters_is_refused(recipe: str, llava: str) -> None:
     with pytest.raises(InputError, match=r"quantised.*--quantize"):
         adapt(load(llava, quantize="int8").model, recipe)
 
@@ -195,14 +193,14 @@ def test_a_recipe_that_trains_what_is_quantised_is_refused(recipe: str, llava: s
 @needs_extra
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("recipe", ["lora-4", "connector=full,language=ln", "ia3", "prefix"])
-def test_other_recipes_train_on_it(kind: str, recipe: str, llava: str) -> None:
-    found = gradients(load(llava, quantize=kind), recipe)
-    assert torch.isfinite(found).all() and found.norm() > 0
+def test_other_recipes_train_on_a_quantised_base(kind: str, recipe: str, llava: str) -> None:
+    result = gradients(load(llava, quantize=kind), recipe)
+    assert torch.isfinite(result).all() and result.norm() > 0
 
 
 @needs_extra
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_delta_goes_from_a_quantised_base_to_the_base_and_back(kind: str, tmp_path: Path) -> None:
+def test_an_adapter_moves_from_a_quantised_base_to_the_base_and_back(kind: str, tmp_path: Path) -> None:
     run = {"model": "nano", "data": "phantom-a:4", "limit": 40, "batch": 12, "max_steps": 2, "device": "cpu"}
     train(TrainConfig.checked(**run, out=tmp_path / "on-quantised", quantize=kind, cache=tmp_path / "cache"))
     train(TrainConfig.checked(**run, out=tmp_path / "on-base"))

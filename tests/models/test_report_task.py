@@ -1,4 +1,4 @@
-"""The report task of every family: two views of a study go in, and one report comes out."""
+"""The report task in every family: one report for two views of a study."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from normtune.training.config import TrainConfig
 from normtune.training.train import train
 from tests.support.tiny_miss import save_tiny_miss
 from tests.support.tiny_models import TINY, make_tiny
+from tests.support.tolerance import assert_close, differ
 
 FAMILIES = ("miss", *TINY)
 REPORT = "The heart is normal in size. A fracture of the left rib."
@@ -32,12 +33,10 @@ REPORT = "The heart is normal in size. A fracture of the left rib."
 
 @cache
 def view(name: str) -> Image.Image:
-    """Noise of a size of its own."""
+    """Noise; each view has another size."""
     width, height = {"frontal": (40, 48), "lateral": (48, 40), "another": (48, 40)}[name]
     generator = torch.Generator().manual_seed(len(name) + ord(name[0]))
-    return Image.fromarray(
-        torch.randint(0, 256, (height, width, 3), generator=generator).to(torch.uint8).numpy()
-    )
+    return Image.fromarray(torch.randint(0, 256, (height, width, 3), generator=generator).to(torch.uint8).numpy())
 
 
 def write(kind: str, directory: Path) -> Path:
@@ -53,12 +52,8 @@ def family(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Family:
 
 
 def batch(family: Family, *studies: tuple[str, ...]) -> dict[str, Any]:
-    groups = [
-        Group(views, (family.tokenize(str(i), "", REPORT, report=True),)) for i, views in enumerate(studies)
-    ]
-    return family.collate(
-        groups, [[family.preprocess_image(view(name)) for name in views] for views in studies]
-    )
+    groups = [Group(views, (family.tokenize(str(i), "", REPORT, report=True),)) for i, views in enumerate(studies)]
+    return family.collate(groups, [[family.preprocess_image(view(name)) for name in views] for views in studies])
 
 
 @torch.no_grad()
@@ -67,9 +62,7 @@ def log_prob(family: Family, *studies: tuple[str, ...]) -> Tensor:
 
 
 def written(family: Family, *studies: tuple[str, ...]) -> list[str]:
-    groups = [
-        Group(views, (family.tokenize(str(i), "", None, report=True),)) for i, views in enumerate(studies)
-    ]
+    groups = [Group(views, (family.tokenize(str(i), "", None, report=True),)) for i, views in enumerate(studies)]
     pixels = [[family.preprocess_image(view(name)) for name in views] for views in studies]
     return [answers[0].text for answers in family.generate_answers(groups, pixels, max_new_tokens=6)]
 
@@ -77,13 +70,13 @@ def written(family: Family, *studies: tuple[str, ...]) -> list[str]:
 def test_every_view_of_a_study_is_seen(family: Family) -> None:
     both = log_prob(family, ("frontal", "lateral"))
     for other in (("frontal", "another"), ("another", "lateral"), ("frontal",)):
-        assert (both - log_prob(family, other)).abs() > 1e-5, other
+        assert differ(both, log_prob(family, other)), other
 
 
 def test_studies_of_one_and_of_two_views_share_a_batch(family: Family) -> None:
     studies = [("frontal", "lateral"), ("another",), ("lateral", "frontal")]
-    alone = torch.cat([log_prob(family, study) for study in studies])
-    torch.testing.assert_close(log_prob(family, *studies), alone, atol=1e-4, rtol=1e-5)
+    single = torch.cat([log_prob(family, study) for study in studies])
+    assert_close(log_prob(family, *studies), single)
     assert written(family, *studies) == [written(family, study)[0] for study in studies]
 
 
@@ -92,31 +85,29 @@ def test_both_views_reach_the_gradients(family: Family) -> None:
     for study in (("frontal", "lateral"), ("frontal",)):
         family.model.zero_grad()
         family.loss(batch(family, study))[0].backward()
-        found = {name: p.grad.clone() for name, p in family.model.named_parameters() if p.grad is not None}
-        gradients.append(found)
+        study_gradients = {name: p.grad.clone() for name, p in family.model.named_parameters() if p.grad is not None}
+        gradients.append(study_gradients)
     assert any("norm" in name for name in gradients[0])
-    assert max(float((gradients[0][name] - gradients[1][name]).abs().max()) for name in gradients[0]) > 1e-5
+    assert any(differ(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
 
 def test_every_family_asks_for_a_report_in_the_same_words(family: Family) -> None:
-    assert family.tokenize("x", "", None, report=True) == family.tokenize(
-        "x", tasks.REPORT_PROMPT, None, report=True
-    )
+    assert family.tokenize("x", "", None, report=True) == family.tokenize("x", tasks.REPORT_PROMPT, None, report=True)
 
 
-def test_a_long_reference_ends_where_the_model_or_the_task_does(family: Family) -> None:
-    room = None
+def test_a_long_reference_is_truncated_to_the_limit_of_model_and_task(family: Family) -> None:
+    positions = None
     if isinstance(family, MissFamily):
-        room = family.config.text("decoder").max_position_embeddings
+        positions = family.config.text("decoder").max_position_embeddings
     segment = family.tokenize("x", "", "heart " * 2000, report=True)
     limit = (
         tasks.MAX_REPORT_REFERENCE_TOKENS
-        if room is None
-        else min(room - 1, tasks.MAX_REPORT_REFERENCE_TOKENS)
+        if positions is None
+        else min(positions - 1, tasks.MAX_REPORT_REFERENCE_TOKENS)
     )
     assert len(segment.answer) == limit
     assert segment.answer[-1] == family.tokenize("x", "", "heart", report=True).answer[-1]
-    if room is not None:  # and it can be learned: this was an index error
+    if positions is not None:  # and it can be learned: this was an index error
         pixels = [[family.preprocess_image(view("frontal"))]]
         family.loss(family.collate([Group(("frontal",), (segment,))], pixels))
 
@@ -149,19 +140,10 @@ def test_a_study_of_two_views_is_learned_evaluated_and_described(
     row = json.loads((tmp_path / "out" / "predictions.jsonl").read_text())
     files = [openi / "images" / "CXR3_IM-0001" / name for name in ("0.png", "1.png")]
     assert len(row["images"]) == 2
-    said = describe(str(model), files, adapter=adapter, max_new_tokens=6, device="cpu")
-    assert said.text == row["prediction"]
+    answer = describe(str(model), files, adapter=adapter, max_new_tokens=6, device="cpu")
+    assert answer.text == row["prediction"]
     options = [word for file in files for word in ("--image", str(file))]
-    arguments = [
-        "describe",
-        str(model),
-        *options,
-        "--adapter",
-        str(adapter),
-        "--max-new-tokens",
-        "6",
-        "--json",
-    ]
+    arguments = ["describe", str(model), *options, "--adapter", str(adapter), "--max-new-tokens", "6", "--json"]
     assert cli.app(arguments, standalone_mode=False) is None
-    told = json.loads(capsys.readouterr().out)
-    assert told["report"] == said.text and told["images"] == [str(file) for file in files]
+    output = json.loads(capsys.readouterr().out)
+    assert output["report"] == answer.text and output["images"] == [str(file) for file in files]

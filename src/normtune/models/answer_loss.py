@@ -1,4 +1,4 @@
-"""The cross-entropy of answer tokens, without the logits of all of them at once."""
+"""The cross-entropy of answer tokens, without having the logits of all of them in memory at once."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 Head = Callable[[Tensor], Tensor]  # states [N, width] -> logits [N, vocabulary]
 
-# fp32 logits that are held at once: as much as one layer of a 7B model keeps of 600 tokens, so that chunks
-# never decide the peak, and of 128 rows or more for vocabularies up to 131,072, so that matmuls stay whole.
+# Bytes of fp32 logits in memory at once. This is as much as one layer of a 7B model saves for 600 tokens, so
+# that chunks never determine peak memory, and gives 128 rows or more for vocabularies up to 131,072, so that
+# matrix products are large enough to be efficient.
 LIMIT_BYTES = 64 * 2**20
 
 
@@ -27,49 +28,58 @@ def answer_loss(
     label_smoothing: float = 0.0,
     limit_bytes: int = LIMIT_BYTES,
 ) -> Tensor:
-    """Summed cross-entropy of `labels` [N] under `head(states)`, states [N, width]: a scalar, fp32.
+    """The summed cross-entropy of answer tokens: a scalar, fp32.
 
-    Where the fp32 logits exceed `limit_bytes` they are made chunk by chunk of rows, and made again in the
-    backward pass. With Liger on CUDA a plain linear head goes through its fused kernel instead.
+    If the fp32 logits exceed `limit_bytes`, they are computed in chunks of rows, and once more in the
+    backward pass. If Liger is installed, a frozen linear head on CUDA uses its fused kernel instead.
+
+    Args:
+        head: states [N, width] -> logits [N, vocabulary].
+        states: [N, width].
+        labels: [N] long, the answer tokens.
+        vocabulary: the number of tokens, which with N determines the number of chunks.
+        label_smoothing: as in `torch.nn.functional.cross_entropy`.
+        limit_bytes: the most bytes of fp32 logits in memory at once.
     """
-    if states.is_cuda and _is_plain(head) and (fused := _liger()) is not None:
+    if states.is_cuda and _is_frozen_linear(head) and (fused := _liger()) is not None:
         weight, bias = head.weight, head.bias  # type: ignore[attr-defined]
         return fused(states, weight, labels, bias=bias, label_smoothing=label_smoothing, reduction="sum")
 
-    def summed(some: Tensor, wanted: Tensor) -> Tensor:
-        return F.cross_entropy(head(some).float(), wanted, reduction="sum", label_smoothing=label_smoothing)
+    def chunk_loss(rows: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(head(rows).float(), targets, reduction="sum", label_smoothing=label_smoothing)
 
-    count = chunks(len(labels), vocabulary, limit_bytes)
+    count = chunk_count(len(labels), vocabulary, limit_bytes)
     if count == 1:
-        return summed(states, labels)
+        return chunk_loss(states, labels)
     parts = zip(states.tensor_split(count), labels.tensor_split(count), strict=True)
     if not torch.is_grad_enabled():
-        return torch.stack([summed(*part) for part in parts]).sum()
-    return torch.stack([checkpoint(summed, *part, use_reentrant=False) for part in parts]).sum()
+        return torch.stack([chunk_loss(*part) for part in parts]).sum()
+    # without checkpointing autograd would save every chunk's logits
+    return torch.stack([checkpoint(chunk_loss, *part, use_reentrant=False) for part in parts]).sum()
 
 
 def answer_log_probs(
     head: Head, states: Tensor, labels: Tensor, *, vocabulary: int, limit_bytes: int = LIMIT_BYTES
 ) -> Tensor:
-    """Log-probability of each label, [N] fp32; arguments as for `answer_loss`."""
-    count = chunks(len(labels), vocabulary, limit_bytes)
+    """The log-probability of each label: [N] fp32. Arguments as for `answer_loss`."""
+    count = chunk_count(len(labels), vocabulary, limit_bytes)
     parts = zip(states.tensor_split(count), labels.tensor_split(count), strict=True)
-    return torch.cat([-F.cross_entropy(head(some).float(), one, reduction="none") for some, one in parts])
+    return torch.cat([-F.cross_entropy(head(rows).float(), targets, reduction="none") for rows, targets in parts])
 
 
-def chunks(rows: int, vocabulary: int, limit_bytes: int) -> int:
-    """Into how many chunks logits of 4 bytes are cut; at least one, at most one a row."""
+def chunk_count(rows: int, vocabulary: int, limit_bytes: int) -> int:
+    """The number of chunks of fp32 logits [rows, vocabulary]: at least one, at most one a row."""
     return max(1, min(rows, -(-rows * vocabulary * 4 // limit_bytes)))
 
 
-def _is_plain(head: Head) -> bool:
-    """A frozen linear layer, neither quantised nor wrapped, which a kernel may take apart."""
+def _is_frozen_linear(head: Head) -> bool:
+    """Whether a head is a frozen, unquantised, unwrapped linear, so that a kernel can use its weight."""
     return type(head) is nn.Linear and type(head.weight) is nn.Parameter and not head.weight.requires_grad
 
 
 @cache
 def _liger() -> Callable[..., Any] | None:
-    """Liger's fused linear cross-entropy (Hsu et al. 2024, arXiv 2410.10989), where it is installed."""
+    """Liger's fused linear cross-entropy (Hsu et al. 2024, arXiv 2410.10989); None if it is not installed."""
     try:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
     except ImportError:

@@ -1,6 +1,7 @@
-"""What every model family answers: how images and questions enter, what the loss is, how it answers.
+"""The interface that every model family implements: preprocess, tokenise, collate, loss, generate.
 
-A family is one file in this folder. `normtune.models.loading.load` picks it by the `model_type` of the config.
+Each family is one file in `models/families/`. `normtune.models.loading.load` chooses it by the `model_type`
+of the checkpoint's config.
 """
 
 from __future__ import annotations
@@ -23,21 +24,25 @@ if TYPE_CHECKING:
     from normtune.models.frozen_trunk import FrozenTrunk
 
 
-class UnitSelector(Protocol):
-    """Keeps track of which text rows of a batch are still active while answers are generated."""
+class TextRowSelector(Protocol):
+    """Keeps track of the text rows of a batch that are still active while answers are generated."""
 
     def select(self, units: Tensor) -> None:
-        """Keep only these units, in this order: [units] long."""
+        """Keep only these text rows, in this order: [rows] long. See `Family.text_segments`."""
 
 
 class Family(ABC):
-    """A model with its processor, seen through the five verbs that training and evaluation need."""
+    """A model with its processor, and the operations that training and evaluation need.
+
+    A training step: `preprocess_image` and `tokenize` each example, `collate` groups of them into a batch,
+    then `loss`. Scoring uses `log_probs` in place of `loss`, and `generate_answers` makes its own batches.
+    """
 
     model_types: ClassVar[tuple[str, ...]]  # the config.model_type values that this family loads
-    active_text_rows: UnitSelector | None = (
-        None  # set where the text norms hold several adapters (adapters.multi)
-    )
-    shares_prefix: ClassVar[bool] = True  # whether `prefix_tokens` stand once a group, not once a segment
+    # set while the norms of text parts hold several adapters (`normtune.adapters.multi`)
+    active_text_rows: TextRowSelector | None = None
+    # whether the tokens that `prefix_tokens` counts are computed once a group, not once a segment
+    shares_prefix: ClassVar[bool] = True
 
     def __init__(self, model: nn.Module, processor: Any) -> None:
         self.model = model
@@ -50,97 +55,113 @@ class Family(ABC):
     @classmethod
     @abstractmethod
     def load(
-        cls,
-        source: str | Path,
-        dtype: torch.dtype,
-        device: str | torch.device = "cpu",
-        *,
-        quantization: Any = None,
+        cls, source: str | Path, dtype: torch.dtype, device: str | torch.device = "cpu", *, quantization: Any = None
     ) -> Family:
-        """Load model and processor from a local directory or a hub name, in eval mode.
+        """Load model and processor, in eval mode.
 
-        `quantization` is transformers' config of it; linears are quantised while they are read.
+        Args:
+            source: a local directory or a hub name.
+            dtype: the dtype of the weights.
+            device: where the model is put.
+            quantization: a quantisation config of transformers; linears are quantised while they are read.
         """
 
     @classmethod
     @abstractmethod
     def load_processor(cls, source: str, model_type: str) -> Any:
-        """The processor alone."""
+        """Load the processor without the model."""
 
     @abstractmethod
     def preprocess_image(self, image: Image.Image) -> Pixels:
-        """Process one RGB image."""
+        """Resize and normalise one RGB image as the model expects it."""
 
     def encode_image(self, pixels: Pixels) -> Pixels:
-        """What the image encoder makes of one image, for `collate` to take in place of its pixels.
+        """Run the image encoder on one image; `collate` takes the result in place of pixels.
 
-        Held by a run whose image encoder is frozen, and computed once. A family that cannot gives the pixels.
+        A run with a frozen image encoder does this once an image. Families that do not support it return the
+        pixels unchanged.
         """
         return pixels
 
     def frozen_trunk(self, trained: Collection[nn.Parameter]) -> FrozenTrunk | None:
-        """What lies below everything that is trained; None where nothing does or a family cannot tell."""
+        """The part of the model before everything that is trained.
+
+        None if there is no such part, or if the family does not support it.
+        """
         return None
 
     @abstractmethod
     def prefix_tokens(self, images: Sequence[Pixels]) -> int:
-        """How many tokens a group of these images computes besides its segments; no features are computed."""
+        """The number of tokens that a group of these images has besides its segments.
+
+        No features are computed for it.
+        """
 
     @abstractmethod
     def tokenize(self, id: str, question: str, answer: str | None, *, report: bool = False) -> Segment:
-        """Tokenise one question; with `answer=None` the segment ends where the model is to write.
+        """Tokenise one question.
 
-        With `report=True` the answer is a report: its own length limit, and `question` may be empty (the
-        family's report prompt is used).
+        Args:
+            id: the example's id.
+            question: the question; if it is empty, the report prompt is used.
+            answer: the reference answer; None if the model is to write it.
+            report: whether the answer is a report, which has a length limit of its own.
         """
 
     @abstractmethod
     def collate(self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]]) -> Batch:
-        """Tensors for a training or scoring step; `pixels[g]` are the processed images of group g.
+        """Make the tensors of a training or scoring step.
 
-        Every segment sees its group's images and itself, never its siblings: loss and gradients equal
-        those of the same segments in groups of one.
+        Every segment sees its group's images and itself, never the group's other segments: loss and
+        gradients equal those of the same segments in groups of one.
+
+        Args:
+            groups: images with their questions and answers.
+            pixels: `pixels[g]` are the preprocessed (or encoded) images of group g.
         """
 
     @property
     @abstractmethod
     def head(self) -> Head:
-        """States [N, width] -> logits [N, vocabulary]."""
+        """The head: hidden states [N, width] -> logits [N, vocabulary]."""
 
     @property
     @abstractmethod
     def vocabulary(self) -> int:
-        """How many tokens there are."""
+        """The number of tokens in the vocabulary."""
 
     @property
     def max_answer_tokens(self) -> int | None:
-        """How many tokens an answer can have; None where the model sets no bound."""
+        """The largest number of tokens in an answer; None if the model sets no limit."""
         return None
 
     @abstractmethod
     def answer_states(self, batch: Batch) -> AnswerStates:
-        """The model up to its head."""
+        """Run the model up to its head: the states that predict the answer tokens."""
 
     @abstractmethod
     def text_segments(self, batch: Batch) -> Tensor:
-        """[units] long: a segment of each unit of text that norms are given, in their order.
+        """One segment of each text row, so that multi-adapter norms know the adapter of each: [rows] long.
 
-        A unit is what belongs to one group alone: a row of tokens, or a token where one row holds all groups.
+        A text row is the largest piece of a norm's input that belongs to a single group: a row of tokens, or
+        a single token if all groups are in one row.
         """
 
     def loss(self, batch: Batch, *, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-        """(sum of the answer tokens' cross-entropies, number of answer tokens), both scalar tensors."""
+        """(sum of the answer tokens' cross-entropies, number of answer tokens), both scalar tensors.
+
+        A sum, and not a mean, so that batches and processes can be weighted by their answer tokens.
+        """
         states, labels, _ = self.answer_states(batch)
-        summed = answer_loss(
-            self.head, states, labels, vocabulary=self.vocabulary, label_smoothing=label_smoothing
-        )
-        return summed, torch.tensor(len(labels), device=summed.device)
+        loss_sum = answer_loss(self.head, states, labels, vocabulary=self.vocabulary, label_smoothing=label_smoothing)
+        return loss_sum, torch.tensor(len(labels), device=loss_sum.device)
 
     def log_probs(self, batch: Batch) -> Tensor:
-        """Sum of the answer tokens' log-probabilities, one a segment in the order given: [segments]."""
+        """The log-probability of each segment's answer, in the order given: [segments]."""
         states, labels, segments = self.answer_states(batch)
-        each = answer_log_probs(self.head, states, labels, vocabulary=self.vocabulary)
-        return each.new_zeros(batch["pairs"]).index_add(0, segments, each)
+        token_log_probs = answer_log_probs(self.head, states, labels, vocabulary=self.vocabulary)  # [N]
+        # sum over the tokens of each segment; a segment without an answer has 0
+        return token_log_probs.new_zeros(batch["pairs"]).index_add(0, segments, token_log_probs)
 
     @abstractmethod
     def generate_answers(
@@ -152,22 +173,28 @@ class Family(ABC):
         beams: int = 1,
         on_tokens: OnTokens | None = None,
     ) -> list[list[Answer]]:
-        """Answers for groups whose segments have no answer; `result[g][s]` is for segment s of group g.
+        """Generate answers; `result[g][s]` is the answer to segment s of group g.
 
-        The images of a group are computed once and shared by its segments. `texts`, where it is set, follows
-        the rows that go on. `on_tokens` is told of tokens as they are chosen, segments being counted over all
-        groups in the order given; with several beams it is told nothing.
+        The images of a group are computed once and shared by its segments.
+
+        Args:
+            groups: groups of segments without answers.
+            pixels: `pixels[g]` are the preprocessed (or encoded) images of group g.
+            max_new_tokens: the largest number of tokens in an answer, end token included.
+            beams: 1 is greedy search.
+            on_tokens: called with each step's tokens, segments being counted over all groups in the order
+                given; with several beams it is never called.
         """
 
     def decode_answer(self, tokens: Sequence[int]) -> str:
-        """The text of an answer's tokens, as `answer` gives it."""
+        """The text of an answer's tokens, as in the results of `generate_answers`."""
         text: str = self.processor.tokenizer.decode(tokens, skip_special_tokens=True)
         return text.strip()
 
-    def _as_answers(self, groups: Sequence[Group], written: Iterable[Generated]) -> list[list[Answer]]:
-        """What was written, one a segment in the order of the groups, as answers."""
-        each = (Answer(self.decode_answer(one.tokens), one.score) for one in written)
-        return [[next(each) for _ in group.segments] for group in groups]
+    def _as_answers(self, groups: Sequence[Group], generated: Iterable[Generated]) -> list[list[Answer]]:
+        """Decode generated tokens, one a segment in the order of the groups, and nest them by group."""
+        answers = (Answer(self.decode_answer(answer.tokens), answer.score) for answer in generated)
+        return [[next(answers) for _ in group.segments] for group in groups]
 
     def save(self, directory: str | Path) -> None:
         """Write model and processor in the layout that `load` reads."""

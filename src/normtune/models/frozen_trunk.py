@@ -1,7 +1,8 @@
-"""What lies below everything that a recipe trains, so that its states are computed once, not once a step.
+"""The interface of a frozen trunk: the part of a model before everything that a recipe trains.
 
-The states of an image's tokens depend on the image alone, those of a question on the image and itself, never
-on the other questions of a group: they may be computed in any company and laid out in any batch.
+Its output states are computed once, not once a step. The states of an image's tokens depend only on the
+image, those of a question on the image and the question, never on the group's other questions: they can be
+computed in any group and used in any batch.
 """
 
 from __future__ import annotations
@@ -19,19 +20,17 @@ if TYPE_CHECKING:
     from normtune.models.types import Batch, Pixels
 
 
-TRUNK_DEPTH, TRUNK_STATES = (
-    "depth",
-    "entering",
-)  # keys of a batch: layers that are done, and the states after them
+# keys of a batch: how many layers the trunk has computed, and the states after them
+TRUNK_DEPTH, TRUNK_STATES = "depth", "entering"
 
 
 class TrunkStates(NamedTuple):
-    """A group where it enters what is trained; tensors on the CPU.
+    """The trunk's output for one group; tensors on the CPU.
 
     Attributes:
-        images: what of each image's pixels tells how it is written.
-        prefix: states of the tokens that the segments share, [tokens, width]; none where they share none.
-        segments: those of each segment, [tokens, width].
+        images: the values of each image that a batch still needs, such as its size or number of tokens.
+        prefix: states of the tokens that the segments share, [tokens, width]; no rows if they share none.
+        segments: states of each segment, [tokens, width].
     """
 
     images: tuple[Pixels, ...]
@@ -40,45 +39,51 @@ class TrunkStates(NamedTuple):
 
 
 class FrozenTrunk(ABC):
-    """The part of a family's model that no training reaches.
+    """The part of a family's model before everything that is trained.
 
     Attributes:
-        told: its output, for people.
-        above: names of the modules that its output does not depend on.
+        description: its output, in words.
+        excluded_modules: names of the modules that its output does not depend on.
     """
 
     description: str
     excluded_modules: tuple[str, ...]
 
     def depends_on(self, name: str) -> bool:
-        """Whether the output depends on the parameter or buffer of that name."""
+        """Whether the output depends on the parameter or buffer of this name."""
         return not any(name.startswith(f"{module}.") for module in self.excluded_modules)
 
     @abstractmethod
     def tokens_of(self, segment: Segment) -> tuple[int, ...]:
-        """The tokens of a segment that its states are of."""
+        """The tokens of a segment that have states."""
 
     @abstractmethod
     def states(self, group: Group, images: Sequence[Pixels]) -> TrunkStates:
-        """Compute a group, without gradients; `images` as `Family.seen` gives them."""
+        """Compute the states of one group, without gradients.
+
+        Args:
+            group: the images' questions, with their answers.
+            images: the results of `Family.encode_image`.
+        """
 
     @abstractmethod
     def collate(self, groups: Sequence[Group], states: Sequence[TrunkStates]) -> Batch:
-        """As `Family.collate`, from states in place of images."""
+        """Make a batch like `Family.collate`, from states in place of images."""
 
 
-def own_parameters(module: nn.Module) -> set[int]:
-    """The ids of a module's parameters, those of the prefixes of its attentions included."""
-    found = {id(parameter) for parameter in module.parameters()}
-    for one in module.modules():
-        shared = getattr(one, "shared_parameters", None)  # such as the prefix that all layers of a part share
+def parameter_ids(module: nn.Module) -> set[int]:
+    """The ids (`id()`) of a module's parameters, including those of the prefixes of its attentions."""
+    ids = {id(parameter) for parameter in module.parameters()}
+    for submodule in module.modules():
+        # such as the prefix that all layers of a part share: it is registered elsewhere in the model
+        shared = getattr(submodule, "shared_parameters", None)
         if shared is not None:
-            found |= {id(parameter) for parameter in shared()}
-    return found
+            ids |= {id(parameter) for parameter in shared()}
+    return ids
 
 
 class SkippedLayer(nn.Module):
-    """In the place of a layer: its output is its input."""
+    """Replaces a layer: its output is its input."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
@@ -86,16 +91,19 @@ class SkippedLayer(nn.Module):
 
 @contextmanager
 def skip_layers(decoder: Any, layers: range, *, norm: bool = False) -> Iterator[None]:
-    """Inside, states pass these layers (and the last norm) as they are; layers keep their numbers."""
-    held = {index: decoder.layers[index] for index in layers}
-    last = decoder.norm
+    """Within the context, states pass unchanged through these layers, and with `norm` through the last norm.
+
+    The list of layers keeps its length, so that the other layers keep their numbers.
+    """
+    skipped = {index: decoder.layers[index] for index in layers}
+    last_norm = decoder.norm
     try:
-        for index in held:
+        for index in skipped:
             decoder.layers[index] = SkippedLayer()
         if norm:
             decoder.norm = SkippedLayer()
         yield
     finally:
-        for index, layer in held.items():
+        for index, layer in skipped.items():
             decoder.layers[index] = layer
-        decoder.norm = last
+        decoder.norm = last_norm

@@ -1,8 +1,10 @@
-"""Greedy and beam search over any decoder: a family gives the first logits and a step, and gets answers.
+"""Greedy and beam search over any decoder.
 
-The beam search keeps the semantics of transformers' `GenerationMixin._beam_search` to the letter (candidates
-kept, length penalty, early stopping), so that answers compare with published ones. It differs in one thing
-that changes no result: prompts that are done leave the batch.
+A family provides the logits of the first new token and a step function that computes the next ones;
+`generate` returns the answers. The beam search has exactly the semantics of transformers'
+`GenerationMixin._beam_search` (number of candidates, length penalty, early stopping), so that answers are
+comparable with published ones. There is one difference, which changes no result: prompts that are done leave
+the batch.
 """
 
 from __future__ import annotations
@@ -17,21 +19,30 @@ from torch import Tensor
 Step = Callable[[Tensor, Tensor | None], Tensor]
 """`step(tokens [rows], cache_rows [rows] or None) -> logits [rows, vocabulary]`.
 
-`cache_rows[r]` is the row of the previous call whose cache row r goes on from; None means that rows are as
-they were. The rows before the first call are the prompts. Rows of one prompt are adjacent, `beams` each, in
-the prompts' order; with `compact` prompts that are done are left out.
+Row r continues from row `cache_rows[r]` of the previous call and reads its cache; None means that every row
+continues from itself. The rows before the first call are the prompts. Rows of one prompt are adjacent,
+`beams` each, in the prompts' order; with `compact` there are no rows of prompts that are done.
+
+Example: with two prompts and three beams the first call has 6 rows and cache_rows [0, 0, 0, 1, 1, 1]. If in
+the next step beam 0 of prompt 0 is continued twice, cache_rows is [0, 0, 1, 3, 4, 5]; if prompt 0 is done
+then, it is [3, 4, 5].
 """
 
 OnTokens = Callable[[Sequence[int], Sequence[int]], None]
-"""`on_tokens(prompts, tokens)`: the next token of each prompt that is not done, end tokens included; prompts
-are counted from 0."""
+"""`on_tokens(prompts, tokens)` is called with the next token of each prompt that is not done, including end
+tokens; prompts are counted from 0."""
 
-NEVER = -1.0e9  # what transformers adds to a score that must not win
+NEVER = -1.0e9  # added to a score that must not win, as in transformers
 
 
 @dataclass(frozen=True)
 class Generated:
-    """The tokens of one answer, end token included where one was written, and their mean log-probability."""
+    """One answer.
+
+    Attributes:
+        tokens: its tokens, including the end token if one was generated.
+        score: their mean log-probability.
+    """
 
     tokens: tuple[int, ...]
     score: float
@@ -52,23 +63,23 @@ def generate(
     """Continue prompts until an end token or `max_new_tokens`.
 
     Args:
-        logits: of the first new token, one row a prompt: [prompts, vocabulary].
+        logits: those of the first new token, one row a prompt: [prompts, vocabulary].
         step: computes the logits of the next token; see `Step`.
         end: the tokens that end an answer.
-        beams: 1 is greedy.
+        max_new_tokens: the largest number of new tokens a prompt.
+        beams: 1 is greedy search.
         length_penalty: a finished beam's score is its summed log-probability / length ** length_penalty.
         early_stopping: as in transformers: True stops a prompt once it has `beams` finished answers, False
-            where the best running beam cannot win at its present length, "never" where it cannot win at any
+            when its best running beam cannot win at its present length, "never" when it cannot win at any
             length.
-        compact: drop prompts that are done from the batch; switch it off where something outside the step
-            depends on the rows' number.
-        on_tokens: told of tokens as they are chosen. Beams tell nothing: which of them wins shows at the end.
+        compact: drop prompts that are done from the batch; False if something outside the step depends on
+            the number of rows.
+        on_tokens: called with each step's tokens. Not called with several beams, since the best beam is known
+            only at the end.
     """
     assert beams >= 1 and max_new_tokens >= 1, "at least one beam and one token"
     if beams == 1:
-        return greedy(
-            logits, step, end=end, max_new_tokens=max_new_tokens, compact=compact, on_tokens=on_tokens
-        )
+        return greedy(logits, step, end=end, max_new_tokens=max_new_tokens, compact=compact, on_tokens=on_tokens)
     return beam_search(
         logits,
         step,
@@ -90,33 +101,34 @@ def greedy(
     compact: bool = True,
     on_tokens: OnTokens | None = None,
 ) -> list[Generated]:
-    """The likeliest token at every step; arguments as for `generate`."""
+    """Take the most likely token at every step; arguments as for `generate`."""
     device, prompts = logits.device, logits.shape[0]
     ends = torch.tensor(list(end), device=device)
-    tokens = torch.full((prompts, max_new_tokens), -1, device=device)
-    total = torch.zeros(prompts, device=device)
-    alive = torch.arange(prompts, device=device)  # the prompts that are not done
-    rows = alive  # where they stand in the batch
+    tokens = torch.full((prompts, max_new_tokens), -1, device=device)  # -1: not generated
+    total = torch.zeros(prompts, device=device)  # summed log-probabilities
+    active = torch.arange(prompts, device=device)  # the prompts that are not done
+    rows = active  # their rows in the batch
     for position in range(max_new_tokens):
-        own = logits[rows] if len(rows) < len(logits) else logits
-        own = own.float()
-        token = own.argmax(-1)
-        tokens[alive, position] = token
-        total[alive] += own.gather(-1, token[:, None])[:, 0] - own.logsumexp(-1)
+        active_logits = logits[rows] if len(rows) < len(logits) else logits
+        active_logits = active_logits.float()
+        token = active_logits.argmax(-1)
+        tokens[active, position] = token
+        # log_softmax of the chosen token only, without a tensor of the vocabulary's size
+        total[active] += active_logits.gather(-1, token[:, None])[:, 0] - active_logits.logsumexp(-1)
         if on_tokens is not None:
-            on_tokens(alive.tolist(), token.tolist())
-        going = (~torch.isin(token, ends)).nonzero()[:, 0]
+            on_tokens(active.tolist(), token.tolist())
+        going = (~torch.isin(token, ends)).nonzero()[:, 0]  # indices into `active`
         if len(going) == 0 or position + 1 == max_new_tokens:
             break
-        kept = None
-        present = logits.shape[0]
-        alive, rows, token = alive[going], rows[going], token[going]
-        if compact and len(rows) < present:
-            kept, rows = rows, torch.arange(len(rows), device=device)
-        elif len(rows) < present:
-            token = ends.new_full((present,), int(ends[0])).index_copy(0, rows, token)
-        logits = step(token, kept)
-    return _answers(tokens, total.tolist())
+        cache_rows = None
+        batch_rows = logits.shape[0]
+        active, rows, token = active[going], rows[going], token[going]
+        if compact and len(rows) < batch_rows:  # drop the rows of prompts that are done
+            cache_rows, rows = rows, torch.arange(len(rows), device=device)
+        elif len(rows) < batch_rows:  # keep them, and feed them an end token
+            token = ends.new_full((batch_rows,), int(ends[0])).index_copy(0, rows, token)
+        logits = step(token, cache_rows)
+    return _cut_answers(tokens, total.tolist())
 
 
 def beam_search(
@@ -130,31 +142,34 @@ def beam_search(
     early_stopping: bool | Literal["never"] = False,
     compact: bool = True,
 ) -> list[Generated]:
-    """The best of `beams` running answers a prompt; arguments as for `generate`."""
+    """Find the best of `beams` running answers a prompt; arguments as for `generate`."""
     device, prompts, vocabulary = logits.device, logits.shape[0], logits.shape[1]
     ends = torch.tensor(list(end), device=device)
+    # so many that `beams` candidates remain even if every beam's best ones are end tokens
     candidates = max(2, 1 + len(end)) * beams
-    among_best = torch.arange(candidates, device=device) < beams
+    among_best = torch.arange(candidates, device=device) < beams  # candidates are sorted by score
 
-    best = torch.full((prompts, max_new_tokens), -1, device=device)  # results, filled as prompts are done
+    best = torch.full((prompts, max_new_tokens), -1, device=device)  # results, updated in every step
     best_score = torch.zeros(prompts, device=device)
-    alive = torch.arange(prompts, device=device)
+    active = torch.arange(prompts, device=device)  # the prompts that are not done
+    # the following tensors have one row for each active prompt
     running = torch.full((prompts, beams, max_new_tokens), -1, device=device)
     running_score = torch.full((prompts, beams), NEVER, device=device)
-    running_score[:, 0] = 0.0  # only the first beam counts in the first step: they are all alike
+    running_score[:, 0] = 0.0  # only the first beam counts in the first step, since all beams are the same
     finished = running.clone()
     finished_score = torch.full((prompts, beams), NEVER, device=device)
     is_finished = torch.zeros((prompts, beams), dtype=torch.bool, device=device)
     improvable = torch.ones((prompts, 1), dtype=torch.bool, device=device)
 
-    width = 1  # rows a prompt in the cache
+    width = 1  # rows a prompt in the cache: one before the first step, then `beams`
     for position in range(max_new_tokens):
-        count = len(alive)
+        count = len(active)
+        # scores of all continuations of all beams: [count, width, vocabulary]
         log_probs = logits.float().log_softmax(-1).view(count, width, vocabulary) + running_score[:, :, None]
         score, flat = log_probs.view(count, -1).topk(candidates)  # [prompts, candidates]
-        parent, token = flat // vocabulary, flat % vocabulary
-        grown = _take(running, parent)
-        grown[:, :, position] = token
+        parent, token = flat // vocabulary, flat % vocabulary  # beam and token of each candidate
+        continued = _take(running, parent)  # [prompts, candidates, max_new_tokens]
+        continued[:, :, position] = token
         stops = torch.isin(token, ends)
         if position + 1 == max_new_tokens:
             stops = torch.ones_like(stops)
@@ -162,7 +177,7 @@ def beam_search(
         # running beams: the best that have not ended
         running_all = score + stops * NEVER
         order = running_all.topk(beams).indices
-        running, running_score = _take(grown, order), running_all.gather(1, order)
+        running, running_score = _take(continued, order), running_all.gather(1, order)
         next_token, parent = token.gather(1, order), parent.gather(1, order)
 
         # finished answers: those that ended among the best `beams` candidates join, if they score higher
@@ -172,11 +187,11 @@ def beam_search(
             penalised = penalised + is_finished.all(1, keepdim=True) * NEVER
         penalised = penalised + ~improvable * NEVER + ~joins * NEVER
         finished_score, order = torch.cat((finished_score, penalised), 1).topk(beams)
-        finished = _take(torch.cat((finished, grown), 1), order)
+        finished = _take(torch.cat((finished, continued), 1), order)
         is_finished = torch.cat((is_finished, joins), 1).gather(1, order)
-        best[alive], best_score[alive] = finished[:, 0], finished_score[:, 0]
+        best[active], best_score[active] = finished[:, 0], finished_score[:, 0]
 
-        # which prompts can still improve
+        # which prompts can still improve: a running beam's best possible score beats a finished answer
         optimistic = early_stopping == "never" and length_penalty > 0.0
         length = max_new_tokens if optimistic else position + 1
         hope = running_score[:, :1] / length**length_penalty
@@ -190,21 +205,22 @@ def beam_search(
         # in the first step all beams come from the prompt's only row
         cache_rows = torch.arange(count, device=device)[:, None] * width + parent.clamp(max=width - 1)
         if compact and not bool(going.all()):
-            alive, running, running_score = alive[going], running[going], running_score[going]
+            active, running, running_score = active[going], running[going], running_score[going]
             finished, finished_score, is_finished = finished[going], finished_score[going], is_finished[going]
             improvable, next_token, cache_rows = improvable[going], next_token[going], cache_rows[going]
         width = beams
         logits = step(next_token.flatten(), cache_rows.flatten())
     lengths = (best >= 0).sum(1)
-    return _answers(best, (best_score * lengths ** float(length_penalty)).tolist())
+    # undo the length penalty: `Generated.score` is a mean log-probability
+    return _cut_answers(best, (best_score * lengths ** float(length_penalty)).tolist())
 
 
 def _take(beams: Tensor, index: Tensor) -> Tensor:
-    """beams [prompts, n, length], index [prompts, m] -> [prompts, m, length]."""
+    """Select beams of each prompt: beams [prompts, n, length], index [prompts, m] -> [prompts, m, length]."""
     return beams.take_along_dim(index[:, :, None], 1)
 
 
-def _answers(tokens: Tensor, totals: list[float]) -> list[Generated]:
-    """Cut the filling (-1) off; `totals` are summed log-probabilities."""
+def _cut_answers(tokens: Tensor, totals: list[float]) -> list[Generated]:
+    """Drop the fill value -1 after each answer; `totals` are summed log-probabilities."""
     rows = [tuple(token for token in row if token >= 0) for row in tokens.tolist()]
     return [Generated(row, total / len(row)) for row, total in zip(rows, totals, strict=True)]

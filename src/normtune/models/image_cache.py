@@ -1,8 +1,8 @@
-"""Images as a family takes them, held in memory and, where their encoder is frozen, on disk.
+"""A cache of preprocessed images in memory; if the image encoder is frozen, of encoded images, also on disk.
 
-What an image encoder makes of an image is kept by two digests: of all values and settings that it depends on,
-and of the processed image. An encoder whose norms were tuned, or an image that was processed otherwise, has
-other digests; nothing of a file's name or of a patient is in them.
+On disk an encoded image is found by two digests: one of all values and settings that the encoder depends on,
+and one of the preprocessed image. If norms of the encoder are tuned, or an image is preprocessed differently,
+the digests differ. They contain no file names and no patient data.
 """
 
 from __future__ import annotations
@@ -27,15 +27,23 @@ if TYPE_CHECKING:
     from normtune.models.types import Pixels
 
 
-LIMIT_BYTES = 2 << 30  # of one cache in memory
-_PASSING = ("_name_or_path", "architectures", "transformers_version")  # in a config, and decide no value
+LIMIT_BYTES = 2 << 30  # the most that one cache uses in memory
+# entries of a model's config that do not influence what the model computes
+_IRRELEVANT_SETTINGS = ("_name_or_path", "architectures", "transformers_version")
 
 
 class ImageCache:
-    """Processed images by key, kept while they fit in `limit_bytes`; the rest are opened again each time.
+    """Preprocessed or encoded images by key.
 
-    With `frozen`, what the image encoder makes of them: the tower runs once an image, not once a step; with a
-    `store` (see `image_store`), once for all runs that share it.
+    Images are kept in memory while they fit in `limit_bytes`; others are opened again each time.
+
+    Args:
+        family: preprocesses and encodes the images.
+        dataset: opens the images.
+        frozen: cache encoded images, so that the vision tower runs once an image and not once a step. The
+            image encoder must not be trained then.
+        store: a cache on disk (see `image_store`), so that the tower runs once for all runs that share it.
+        limit_bytes: the most bytes in memory.
     """
 
     def __init__(
@@ -49,80 +57,83 @@ class ImageCache:
     ) -> None:
         self.family, self.dataset, self.limit_bytes = family, dataset, limit_bytes
         self.frozen, self.store = frozen, store
-        self.held: dict[str, Pixels] = {}
-        self.bytes = 0
-        self._digests: dict[str, str] = {}
+        self.entries: dict[str, Pixels] = {}
+        self.bytes = 0  # of all entries
+        self._digests: dict[str, str] = {}  # image key -> digest of the preprocessed image
 
     def __call__(self, key: str) -> Pixels:
-        """One image.
+        """Get one image, from memory if possible.
 
         Raises:
-            InputError: it cannot be read.
+            InputError: the image cannot be read.
         """
-        if key in self.held:
-            return self.held[key]
-        pixels = self._seen(key) if self.frozen else read_pixels(self.family, self.dataset, key)
-        size = size_of(pixels)
+        if key in self.entries:
+            return self.entries[key]
+        pixels = self._encode(key) if self.frozen else read_pixels(self.family, self.dataset, key)
+        size = tensor_bytes(pixels)
         if self.bytes + size <= self.limit_bytes:
-            self.held[key] = pixels
+            self.entries[key] = pixels
             self.bytes += size
         return pixels
 
-    def of(self, dataset: Dataset) -> ImageCache:
-        """An empty cache of another dataset's images; the store on disk is the same."""
-        return ImageCache(
-            self.family, dataset, frozen=self.frozen, store=self.store, limit_bytes=self.limit_bytes
-        )
+    def for_dataset(self, dataset: Dataset) -> ImageCache:
+        """An empty cache for another dataset's images, with the same store on disk."""
+        return ImageCache(self.family, dataset, frozen=self.frozen, store=self.store, limit_bytes=self.limit_bytes)
 
     def digest(self, key: str) -> str:
-        """Of the processed image; it is opened once for it."""
+        """The digest of the preprocessed image; the first call opens it."""
         if key not in self._digests:
-            self._note(key, read_pixels(self.family, self.dataset, key))
+            self._set_digest(key, read_pixels(self.family, self.dataset, key))
         return self._digests[key]
 
-    def _note(self, key: str, pixels: Pixels) -> None:
+    def _set_digest(self, key: str, pixels: Pixels) -> None:
         self._digests[key] = digest(dict(sorted(pixels.items())))
 
-    def _seen(self, key: str) -> Pixels:
+    def _encode(self, key: str) -> Pixels:
+        """The encoded image, from the store if it is there."""
         pixels = None
         if self.store is not None:
             if key not in self._digests:
                 pixels = read_pixels(self.family, self.dataset, key)
-                self._note(key, pixels)
+                self._set_digest(key, pixels)
             if (stored := self.store.read(self._digests[key])) is not None:
                 return stored
         pixels = pixels or read_pixels(self.family, self.dataset, key)
-        seen = self.family.encode_image(pixels)
+        encoded = self.family.encode_image(pixels)
         if self.store is not None:
-            self.store.write(self._digests[key], seen)
-        return seen
+            self.store.write(self._digests[key], encoded)
+        return encoded
 
 
 def read_pixels(family: Family, dataset: Dataset, key: str) -> Pixels:
-    """Open and process one image.
+    """Open and preprocess one image.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: the image cannot be read.
     """
     try:
         return family.preprocess_image(dataset.open_image(key))
-    except (OSError, SyntaxError) as error:  # what PIL raises on a damaged file
+    except (OSError, SyntaxError) as error:  # PIL raises these for a damaged file
         raise InputError(
             f"cannot read image {key} of dataset {dataset.name} ({type(error).__name__}). "
             "Replace the file or remove its rows."
         ) from error
 
 
-def size_of(tensors: dict[str, Tensor]) -> int:
-    """Bytes of the values."""
+def tensor_bytes(tensors: dict[str, Tensor]) -> int:
+    """The bytes of all values of the tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def image_store(folder: Path | None, family: Family) -> TensorCache | None:
-    """Where the family's image encoder, as it now is, keeps what it makes of images; None without a folder.
+    """The cache on disk for images encoded by the family's encoder with its present values.
+
+    Args:
+        folder: where caches are; None gives no cache.
+        family: the model.
 
     Raises:
-        InputError: the folder cannot be made.
+        InputError: the folder cannot be created.
     """
     if folder is None:
         return None
@@ -130,25 +141,30 @@ def image_store(folder: Path | None, family: Family) -> TensorCache | None:
     return TensorCache(folder / f"images-{values_key(family, lambda name: part(name) in IMAGE_PARTS)[:32]}")
 
 
-def values_key(family: Family, wanted: Callable[[str], bool], *words: str) -> str:
-    """A digest of the model's parameters and buffers whose names are `wanted`, and of what computes them.
+def values_key(family: Family, include: Callable[[str], bool], *extra: str) -> str:
+    """A digest of some of a model's values and of everything else that its results depend on.
 
-    All values are read (samples could miss a tuned norm): about a second for each gigabyte.
+    All values are read, about a second for each gigabyte, since samples could miss a tuned norm.
+
+    Args:
+        family: the model.
+        include: whether a parameter or buffer of this name is part of the digest.
+        extra: further texts to include.
     """
     model = family.model
     config: dict[str, Any] = model.config.to_dict()  # type: ignore[operator,union-attr]
-    settings = {name: value for name, value in config.items() if name not in _PASSING}
+    settings = {name: value for name, value in config.items() if name not in _IRRELEVANT_SETTINGS}
     return digest(
-        {name: value for name, value in _values(model).items() if wanted(name)},
+        {name: value for name, value in _values(model).items() if include(name)},
         type(family).__name__,
         json.dumps(settings, sort_keys=True, default=str),
         f"torch {torch.__version__} {torch.get_float32_matmul_precision()} on {family.device.type}",
         f"transformers {version('transformers')}",
-        *words,
+        *extra,
     )
 
 
 def _values(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, those of quantisation and those that no checkpoint holds included."""
-    held = {**dict(model.named_buffers(remove_duplicate=False)), **model.state_dict()}
-    return {name: value for name, value in held.items() if isinstance(value, Tensor)}
+    """Parameters and buffers by name, including those of quantisation and buffers that are not saved."""
+    values = {**dict(model.named_buffers(remove_duplicate=False)), **model.state_dict()}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}

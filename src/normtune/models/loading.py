@@ -1,4 +1,7 @@
-"""Model families by the `model_type` of a checkpoint's config: `load` for work, `skeleton` for counting."""
+"""Loads models: `load` with weights, `load_without_weights` and `meta_model` for planning and counting.
+
+The `model_type` of a checkpoint's config determines the family.
+"""
 
 from __future__ import annotations
 
@@ -33,51 +36,56 @@ _FAMILIES = {
     "internvl": ("normtune.models.families.internvl", "InternVLFamily"),
     "paligemma": ("normtune.models.families.paligemma", "PaliGemmaFamily"),
 }
-BUILT_IN = ("nano",)  # checkpoints that come with the package
-_AS_JSON = "Or put the same tokenizer beside it as tokenizer.json."
-_SHAPES = "shapes"  # folder of configs of well-known models, for counting without their files
+BUILT_IN = ("nano",)  # checkpoints that are part of the package
+_TOKENIZER_ADVICE = "Or put the same tokenizer into the directory as tokenizer.json."
+_SHAPES = "shapes"  # directory with configs of well-known models, for counting without their files
 
 
 def load(
-    model: str,
-    *,
-    dtype: str | torch.dtype = "float32",
-    device: str | None = "cpu",
-    quantize: str | None = None,
+    model: str, *, dtype: str | torch.dtype = "float32", device: str | None = "cpu", quantize: str | None = None
 ) -> Family:
-    """Load a base: 'nano', a local directory, or a name of the hub; `device` None is CUDA where there is one.
+    """Load a base model with its processor.
 
-    With `quantize` ("int8", "nf4") the linears of the language model's layers are quantised while they are
-    read, so that the base is never held whole in `dtype`.
+    Args:
+        model: 'nano', a local directory, or a name of the hub.
+        dtype: the dtype of the weights.
+        device: where the model is put; None is CUDA if there is one, else the CPU.
+        quantize: "int8" or "nf4": the linears of the language model's layers are quantised while they are
+            read, so that the whole base is never in memory in `dtype`.
 
     Raises:
-        InputError: there is no such model or device, no family for the model's kind, or the package that
-            quantises is not installed.
+        InputError: there is no such model or device, no family for the model's type, or the package for
+            quantisation is not installed.
     """
     import torch
 
-    place = resolve_device(device)
+    target = resolve_device(device)
     source = _source(model)
     family = family_type(model)
-    wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    check_sentencepiece(Path(source), _AS_JSON)
+    torch_dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    check_sentencepiece(Path(source), _TOKENIZER_ADVICE)
     if quantize is None:
         with quiet_loading(source):
-            return _load_or_explain(model, lambda: family.load(source, wanted, place))
-    from normtune.models.quantization import check_installed, frozen_linears, quantization_config, quiet
+            return _load_or_explain(model, lambda: family.load(source, torch_dtype, target))
+    from normtune.models.quantization import (
+        allow_gradients_through,
+        check_installed,
+        quantization_config,
+        quiet_quantization,
+    )
     from normtune.runtime.memory import release_freed_memory
 
     check_installed(quantize)
     release_freed_memory()
-    with quiet_loading(source), quiet():
-        how = quantization_config(meta_model(model), quantize, wanted)
-        loaded: Family = _load_or_explain(model, lambda: family.load(source, wanted, place, quantization=how))
-    frozen_linears(loaded.model)
+    with quiet_loading(source), quiet_quantization():
+        config = quantization_config(meta_model(model), quantize, torch_dtype)
+        loaded: Family = _load_or_explain(model, lambda: family.load(source, torch_dtype, target, quantization=config))
+    allow_gradients_through(loaded.model)
     return loaded
 
 
 def load_without_weights(model: str) -> Family:
-    """The family with its processor around a model on the meta device: questions can be laid out.
+    """Load a family with its processor around a model on the meta device, which can tokenise and collate.
 
     Raises:
         InputError: there is no such model, it has no processor, or no family loads it.
@@ -86,18 +94,16 @@ def load_without_weights(model: str) -> Family:
         raise InputError(f"'{model}' is a shape without a processor. Give a model: a directory or hub name.")
     family = family_type(model)
     source = _source(model)
-    check_sentencepiece(Path(source), _AS_JSON)
+    check_sentencepiece(Path(source), _TOKENIZER_ADVICE)
     body: Any = meta_model(model)
     with quiet_loading(source):
-        processor = _load_or_explain(
-            model, lambda: family.load_processor(source, str(body.config.model_type))
-        )
-    made: Family = _load_or_explain(model, lambda: family(_generating(body.eval(), source), processor))
-    return made
+        processor = _load_or_explain(model, lambda: family.load_processor(source, str(body.config.model_type)))
+    loaded: Family = _load_or_explain(model, lambda: family(_with_generation_config(body.eval(), source), processor))
+    return loaded
 
 
-def _generating(body: Any, source: str) -> Any:
-    """The model with its checkpoint's generation config, which says what ends an answer."""
+def _with_generation_config(body: Any, source: str) -> Any:
+    """Give a model its checkpoint's generation config, which names the tokens that end an answer."""
     from transformers import GenerationConfig
 
     with suppress(OSError):  # not every checkpoint has one
@@ -106,26 +112,27 @@ def _generating(body: Any, source: str) -> Any:
 
 
 def family_type(model: str) -> type[Family]:
-    """The class that loads a model.
+    """The family class that loads a model.
 
     Raises:
-        InputError: there is no such model, or no family for its kind.
+        InputError: there is no such model, or no family for its type.
     """
     model_type = _model_type(_source(model))
     if model_type not in _FAMILIES:
         raise InputError(
             f"model {model} is of type '{model_type}', which no family loads. "
-            f"Families: {', '.join(_FAMILIES)}. (normtune inspect can count it all the same.)"
+            f"Families: {', '.join(_FAMILIES)}. (normtune inspect can still count its parameters.)"
         )
     module, name = _FAMILIES[model_type]
-    found: type[Family] = getattr(import_module(module), name)
-    return found
+    family: type[Family] = getattr(import_module(module), name)
+    return family
 
 
 def meta_model(model: str) -> nn.Module:
-    """The model's modules on the meta device, made from its config alone: no weights are read.
+    """Make a model's modules on the meta device from its config, without reading weights.
 
-    `model` may also be the name of a shape: see `shapes()`.
+    Args:
+        model: a model as for `load`, or one of `known_architectures()`.
 
     Raises:
         InputError: there is no such model.
@@ -151,14 +158,14 @@ def meta_model(model: str) -> nn.Module:
         if type(config) in auto._model_mapping:
             with torch.device("meta"):
                 return auto.from_config(config)
-    raise InputError(f"model {model} of type '{config.model_type}' is no vision-language model known here.")
+    raise InputError(f"model {model} of type '{config.model_type}' is not a supported vision-language model.")
 
 
 def resolve_device(name: str | None) -> torch.device:
-    """The device of that name; None is CUDA where there is one.
+    """The device of this name; None is CUDA if there is one, else the CPU.
 
     Raises:
-        InputError: there is no such device here.
+        InputError: this machine has no such device.
     """
     import torch
 
@@ -168,21 +175,23 @@ def resolve_device(name: str | None) -> torch.device:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         raise InputError(
-            f"device '{name}' is not to be had here. Use cpu, or cuda where there is one."
+            f"device '{name}' is not available on this machine. Use cpu, or cuda if there is a GPU."
         ) from error
     return torch.device(name)
 
 
 def known_architectures() -> list[str]:
-    """Names of well-known models whose config comes with the package, for `inspect`."""
+    """Names of well-known models with a config in the package, for `normtune inspect`."""
     folder = files("normtune.models").joinpath(_SHAPES)
-    return sorted(
-        entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json")
-    )
+    return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
 
 
 def _source(model: str) -> str:
-    """What transformers loads `model` from."""
+    """The directory or hub name from which transformers loads `model`.
+
+    Raises:
+        InputError: `model` is neither.
+    """
     if model in BUILT_IN:
         return str(files("normtune.models").joinpath(model))
     path = Path(model)
@@ -195,14 +204,12 @@ def _source(model: str) -> str:
         raise InputError(f"{model} is a file. Point at the directory that holds the model's config.json.")
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         known = did_you_mean(model, (*BUILT_IN, *known_architectures()))
-        raise InputError(
-            f"no model '{model}'{known or '.'} Give a local directory, a hub name owner/name, or 'nano'."
-        )
+        raise InputError(f"no model '{model}'{known or '.'} Give a local directory, a hub name owner/name, or 'nano'.")
     return model
 
 
 def _model_type(source: str) -> str:
-    """The `model_type` of a checkpoint's config, whether or not transformers knows it."""
+    """The `model_type` in a checkpoint's config, also if transformers does not support it."""
     from huggingface_hub import hf_hub_download
 
     config = Path(source) / "config.json"
@@ -213,7 +220,7 @@ def _model_type(source: str) -> str:
 
 @contextmanager
 def quiet_loading(source: str) -> Iterator[None]:
-    """Transformers draws bars and warns of types that it does not know; only a download needs them."""
+    """Silence transformers' progress bars and warnings while a local model is loaded, not in downloads."""
     from huggingface_hub.utils import are_progress_bars_disabled
     from transformers.utils import logging
 
@@ -233,16 +240,15 @@ def quiet_loading(source: str) -> Iterator[None]:
 
 
 def _load_or_explain(model: str, read: Callable[[], Any]) -> Any:
-    """`read()`, its many kinds of failure turned into one error."""
+    """Call `read()`, and turn its many kinds of errors into an InputError."""
     try:
         return read()
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which this module does not import
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; this module does not import torch at the top
             raise InputError(
-                f"model {model} does not fit into the device's memory. Hold it in --dtype bfloat16, or in "
-                "fewer bits: --quantize int8."
+                f"model {model} does not fit into the device's memory. Use --dtype bfloat16 or --quantize int8."
             ) from error
         reason = str(error).strip().split("\n")[0]
         raise InputError(

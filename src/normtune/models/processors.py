@@ -1,4 +1,4 @@
-"""Processors for images alone (transformers' for videos need torchvision), and what tokenizers need."""
+"""Processors without their video part, which needs torchvision, and a check of what tokenizers need."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from normtune.errors import InputError
 
 
 def image_only(processor_class: Any, source: str) -> Any:
-    """The processor of a checkpoint without its video processor; it is saved under its own name."""
+    """Load a checkpoint's processor without its video processor.
+
+    The class has the name of `processor_class`, so that saved files refer to transformers' class.
+    """
 
     class ImageOnly(processor_class):  # type: ignore[misc]
         @classmethod
@@ -20,13 +23,15 @@ def image_only(processor_class: Any, source: str) -> Any:
     return ImageOnly.from_pretrained(source)
 
 
-def check_sentencepiece(directory: Path, otherwise: str) -> None:
-    """Check that transformers can read the tokenizer of `directory`, where sentencepiece's file is all of it.
+def check_sentencepiece(directory: Path, advice: str) -> None:
+    """Check that transformers can read a tokenizer that consists of sentencepiece's file only.
 
-    `otherwise` says what to do instead of installing the packages.
+    Args:
+        directory: the checkpoint's directory.
+        advice: a sentence for the error message: what to do instead of installing the packages.
 
     Raises:
-        InputError: it needs packages that are not installed.
+        InputError: the tokenizer needs packages that are not installed.
     """
     file = directory / "tokenizer.model"
     if (directory / "tokenizer.json").is_file() or not file.is_file():
@@ -34,4 +39,4 @@ def check_sentencepiece(directory: Path, otherwise: str) -> None:
     from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
     if not (is_sentencepiece_available() and is_protobuf_available()):
-        raise InputError(f"{file} needs two packages: pip install sentencepiece protobuf. {otherwise}")
+        raise InputError(f"{file} needs two packages: pip install sentencepiece protobuf. {advice}")

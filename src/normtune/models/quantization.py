@@ -1,8 +1,8 @@
-"""A frozen base in 8 or 4 bits: which of its linears are quantised, and how gradients pass through them.
+"""A frozen base in 8 or 4 bits: which linears are quantised, and how gradients pass through them.
 
-The linears of the language model's layers are quantised while the checkpoint is read, so that two copies are
-never held. Image encoder, connector, embeddings, norms and heads stay as they are: they are a small part of
-the values, and what a recipe trains of the base is there, norms above all.
+The linears of the language model's layers are quantised while the checkpoint is read, so that there are never
+two copies in memory. Image encoder, connector, embeddings, norms and heads are not quantised: they are a
+small part of the values, and recipes train parameters there, above all norms.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from normtune.models.parts import find_parts
 from normtune.runtime.tensors import clone_while_compiling
 
 Quantisation = Literal["int8", "nf4"]
-PACKAGES: dict[str, str] = {"int8": "torchao", "nf4": "bitsandbytes"}
+PACKAGES: dict[str, str] = {"int8": "torchao", "nf4": "bitsandbytes"}  # kind -> package that implements it
 NF4_BLOCK = 64  # values that share one scale (Dettmers et al. 2023, arXiv 2305.14314)
 _TEXT_PARTS = ("language", "encoder", "decoder")
 
 
 def check_installed(kind: str) -> None:
-    """See to it that the package behind `kind` can be imported.
+    """Check that the package of a kind of quantisation can be imported.
 
     Raises:
         InputError: it is not installed, or there is no such kind.
@@ -44,56 +44,64 @@ def check_installed(kind: str) -> None:
 
 
 def quantised_linears(model: nn.Module) -> list[str]:
-    """Names of the linears that are quantised: those of attentions and feed-forwards in the text parts."""
-    found = []
-    for place in find_parts(model).parameters:
-        name, _, attribute = place.name.rpartition(".")
-        inside = place.part in _TEXT_PARTS and place.role in ("attention", "ffn")
-        if inside and attribute == "weight" and type(model.get_submodule(name)) is nn.Linear:
-            found.append(name)
-    return found
+    """Names of the linears to quantise: those of attentions and feed-forwards in the text parts."""
+    names = []
+    for parameter in find_parts(model).parameters:
+        name, _, attribute = parameter.name.rpartition(".")
+        in_text_layer = parameter.part in _TEXT_PARTS and parameter.role in ("attention", "ffn")
+        if in_text_layer and attribute == "weight" and type(model.get_submodule(name)) is nn.Linear:
+            names.append(name)
+    return names
 
 
 def quantization_config(model: nn.Module, kind: str, dtype: torch.dtype) -> Any:
-    """What transformers' `from_pretrained` takes to quantise `model` (on any device) while it is read.
+    """The config with which transformers' `from_pretrained` quantises a model while reading it.
+
+    Args:
+        model: the model's modules, on any device, including meta.
+        kind: "int8" or "nf4".
+        dtype: the dtype in which nf4 computes.
 
     Raises:
         InputError: the package is not installed, or the model has no linear to quantise.
     """
     check_installed(kind)
-    wanted = quantised_linears(model)
-    if not wanted:
+    linears = quantised_linears(model)
+    if not linears:
         raise InputError("--quantize finds no linear layer in the model's text parts. Leave it out.")
-    kept = _others(model, set(wanted))
-    with quiet():
+    skipped = _modules_to_skip(model, set(linears))
+    with quiet_quantization():
         if kind == "int8":
             from torchao.quantization import Int8WeightOnlyConfig
             from transformers import TorchAoConfig
 
-            return TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False), modules_to_not_convert=kept)
+            return TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False), modules_to_not_convert=skipped)
         from transformers import BitsAndBytesConfig
 
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=kept,  # of 4 bits too
+            llm_int8_skip_modules=skipped,  # despite its name also for 4 bits
         )
 
 
 def loading_options(quantization: Any, device: str | torch.device) -> dict[str, Any]:
-    """The arguments of `from_pretrained` that quantise while reading; none without a config of it."""
+    """The arguments of `from_pretrained` for a quantisation config; none if it is None."""
     if quantization is None:
         return {}
     return {"quantization_config": quantization, "device_map": {"": torch.device(device)}}
 
 
-def _others(model: nn.Module, wanted: set[str]) -> list[str]:
-    """The largest modules that hold linears and none of the wanted ones."""
+def _modules_to_skip(model: nn.Module, quantised: set[str]) -> list[str]:
+    """Names of the largest modules that contain linears, but none that is to be quantised.
+
+    The packages take names of modules to skip, not of modules to quantise.
+    """
 
     def walk(name: str, module: nn.Module) -> Iterator[str]:
-        linears = [one for one, child in module.named_modules(prefix=name) if isinstance(child, nn.Linear)]
-        if wanted.isdisjoint(linears):
+        linears = [path for path, child in module.named_modules(prefix=name) if isinstance(child, nn.Linear)]
+        if quantised.isdisjoint(linears):
             if linears:
                 yield name
             return
@@ -104,8 +112,8 @@ def _others(model: nn.Module, wanted: set[str]) -> list[str]:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Inside, torchao and bitsandbytes do not tell of kernels for other devices and of their own futures."""
+def quiet_quantization() -> Iterator[None]:
+    """Silence torchao's and bitsandbytes' messages about kernels for other devices and coming versions."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -116,17 +124,18 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-class _ThroughInt8(torch.autograd.Function):
-    """x @ q.T * scale, which keeps the 8-bit q for the backward pass.
+class _Int8LinearFunction(torch.autograd.Function):
+    """x @ q.T * scale, which saves the 8-bit q for the backward pass.
 
-    torchao's own kernel makes q.T in x's dtype before autograd sees the product, so that the weights of every
-    layer are kept in full between the forward and the backward pass: more than was saved.
+    torchao's own kernel converts q.T to x's dtype before autograd records the product. Autograd then saves
+    the weights of every layer in full precision until the backward pass: more memory than quantisation saves.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(q, scale)
         ctx.dtype = x.dtype
+        # [..., in] @ [in, out], then one scale for each output; the converted q is freed at once
         out = (x @ q.to(x.dtype).T).mul_(scale.to(x.dtype).flatten())
         return clone_while_compiling(out if bias is None else out.add_(bias))
 
@@ -134,27 +143,29 @@ class _ThroughInt8(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         q, scale = ctx.saved_tensors
+        # the gradient of x only, since q, scale and bias are frozen: [..., out] @ [out, in]
         return (grad * scale.to(ctx.dtype).flatten()) @ q.to(ctx.dtype), None, None, None
 
 
 class Int8Linear(nn.Linear):
-    """A linear whose weight torchao holds in 8 bits, one fp32 scale a row; frozen."""
+    """A frozen linear with a torchao weight of 8 bits a value, and one fp32 scale for each row (output)."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """input: [..., in]; returns [..., out] in its dtype."""
+        """input [..., in] -> [..., out] in the input's dtype."""
         weight: Any = self.weight
         return int8_linear(input, weight.qdata, weight.scale, self.bias)
 
 
 def int8_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """x: [..., in], q: [out, in] int8, scale: [out] or [out, 1] -> [..., out] in x's dtype."""
-    return _ThroughInt8.apply(x, q, scale, bias)
+    """x [..., in], q [out, in] int8, scale [out] or [out, 1], bias [out] -> [..., out] in x's dtype."""
+    return _Int8LinearFunction.apply(x, q, scale, bias)
 
 
-def frozen_linears(model: nn.Module) -> Sequence[str]:
-    """Let gradients pass through the quantised linears of a loaded model at the cost of their bits.
+def allow_gradients_through(model: nn.Module) -> Sequence[str]:
+    """Make gradients pass through the quantised linears of a loaded model without saving full weights.
 
-    Returns their names.
+    Returns:
+        The names of the quantised linears.
     """
     names = []
     for name, module in model.named_modules():
@@ -164,7 +175,8 @@ def frozen_linears(model: nn.Module) -> Sequence[str]:
         if hasattr(weight, "qdata"):
             module.__class__ = Int8Linear
         elif hasattr(weight, "quant_state"):
-            # without gradients bitsandbytes would pack weights anew for a CPU kernel that has none
+            # In passes without gradients, bitsandbytes would repack the weights for a CPU kernel that has no
+            # gradients.
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         else:
             continue

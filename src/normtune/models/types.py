@@ -7,25 +7,30 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-Pixels = dict[str, Tensor]  # one image, processed, without a batch axis; keys are the family's own
-Batch = dict[str, Any]  # tensors on any device; keys are the family's own
+Pixels = dict[str, Tensor]  # one preprocessed or encoded image, without a batch axis; keys depend on the family
+Batch = dict[str, Any]  # tensors on any device; keys depend on the family
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A generated answer and the mean log-probability of its tokens, end token included."""
+    """A generated answer.
+
+    Attributes:
+        text: the decoded answer.
+        score: the mean log-probability of its tokens, end token included.
+    """
 
     text: str
     score: float
 
 
 class AnswerStates(NamedTuple):
-    """What the head is given of a batch, for N answer tokens in the order of their segments.
+    """The head's input for a batch of N answer tokens, in the order of their segments.
 
     Attributes:
-        states: [N, width], the hidden states that predict them.
-        labels: [N] long.
-        segments: [N] long, the segment of each, counted over all groups in the order given.
+        states: [N, width], the hidden states that predict the tokens.
+        labels: [N] long, the tokens.
+        segments: [N] long, the segment of each token, counted over all groups in the order given.
     """
 
     states: Tensor

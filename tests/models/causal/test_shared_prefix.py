@@ -9,7 +9,7 @@ from normtune.data.groups import Group, Segment
 from normtune.models.causal.shared_prefix import (
     PAD,
     PREFIX,
-    Rows,
+    RowLayout,
     block_mask,
     dense_mask,
     image_blocks,
@@ -29,7 +29,7 @@ grouped = st.lists(
 
 @given(grouped, st.sampled_from(["pad", "pack"]), st.sampled_from([1, 8]))
 def test_each_label_is_predicted_by_the_token_before_it(
-    drawn: list[tuple[list[int], list[Segment]]], rows: Rows, multiple_of: int
+    drawn: list[tuple[list[int], list[Segment]]], rows: RowLayout, multiple_of: int
 ) -> None:
     groups = [Group((str(g),), tuple(members)) for g, (_, members) in enumerate(drawn)]
     prefixes = [prefix for prefix, _ in drawn]
@@ -39,7 +39,7 @@ def test_each_label_is_predicted_by_the_token_before_it(
     assert sequence.input_ids.shape[0] == (len(groups) if rows == "pad" else 1)
     flat = [segment for group in groups for segment in group.segments]
     owners = [g for g, group in enumerate(groups) for _ in group.segments]
-    assert sequence.segments == len(flat)
+    assert sequence.segment_count == len(flat)
     assert sequence.labels.tolist() == [token for segment in flat for token in segment.answer]
     assert sequence.segment_index.tolist() == [i for i, s in enumerate(flat) for _ in s.answer]
 
@@ -48,10 +48,7 @@ def test_each_label_is_predicted_by_the_token_before_it(
     length = sequence.input_ids.shape[1]
     seen_labels: dict[int, int] = {}
     for at, label, index in zip(
-        sequence.answer_rows.tolist(),
-        sequence.labels.tolist(),
-        sequence.segment_index.tolist(),
-        strict=True,
+        sequence.answer_rows.tolist(), sequence.labels.tolist(), sequence.segment_index.tolist(), strict=True
     ):
         row, column = divmod(at, length)
         visible = sequence.input_ids[row][mask[row, column]].tolist()
@@ -119,7 +116,7 @@ def test_queries_are_the_last_rows_of_the_mask() -> None:
 
 @pytest.mark.parametrize("window", [None, 2])
 @pytest.mark.parametrize("rows", ["pad", "pack"])
-def test_block_mask_equals_dense_mask(rows: Rows, window: int | None) -> None:
+def test_block_mask_equals_dense_mask(rows: RowLayout, window: int | None) -> None:
     from torch.nn.attention.flex_attention import create_mask
 
     groups, prefixes = example()

@@ -1,4 +1,4 @@
-"""The files of a base tell its fingerprint and the places of its tensors without loading it."""
+"""Parameters are mapped to the tensors of the files, and fingerprinted, without loading the model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from normtune.adapters.fingerprint import fingerprint
-from normtune.models.checkpoints.parameter_map import placement, stored_as_is
+from normtune.models.checkpoints.parameter_map import has_every_parameter, map_parameters
 from normtune.models.checkpoints.reader import SINGLE_FILE, Checkpoint
 from normtune.models.loading import load, meta_model
 from tests.support.base_models import save_base
@@ -23,20 +23,20 @@ HEAD = "text_decoder.cls.predictions.decoder.weight"
 
 
 def on_disk(directory: Path) -> tuple[Any, Checkpoint, dict[str, list[str]]]:
-    body: Any = meta_model(str(directory))
+    model: Any = meta_model(str(directory))
     checkpoint = Checkpoint(directory)
-    return body, checkpoint, placement(body, checkpoint)
+    return model, checkpoint, map_parameters(model, checkpoint)
 
 
 def fingerprint_on_disk(directory: Path) -> str:
-    body, checkpoint, placed = on_disk(directory)
-    assert stored_as_is(placed, checkpoint)
-    assert all(one.device.type == "meta" for one in body.parameters())
-    return fingerprint(body, lambda name, places: checkpoint.values(placed[name][0], places))
+    model, checkpoint, parameter_map = on_disk(directory)
+    assert has_every_parameter(parameter_map, checkpoint)
+    assert all(parameter.device.type == "meta" for parameter in model.parameters())
+    return fingerprint(model, lambda name, positions: checkpoint.read_values(parameter_map[name][0], positions))
 
 
 def edit(directory: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    """Change the tensors of a checkpoint of one file."""
+    """Change the tensors of a checkpoint with a single file."""
     tensors = load_file(directory / SINGLE_FILE)
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     change(tensors)
@@ -53,25 +53,25 @@ def loaded_fingerprint(kind: str, directory: Path, dtype: torch.dtype) -> str:
 
 
 @pytest.mark.parametrize("kind", ["miss", *TINY])
-def test_the_fingerprint_of_the_files_is_that_of_the_loaded_model(kind: str, tmp_path: Path) -> None:
+def test_the_fingerprint_of_the_files_equals_that_of_the_loaded_model(kind: str, tmp_path: Path) -> None:
     if kind == "miss":
         save_base(kind, tmp_path)
     else:
         make_tiny(kind, tmp_path)
-    mark = fingerprint_on_disk(tmp_path)
-    assert mark == loaded_fingerprint(kind, tmp_path, torch.float32)
+    original = fingerprint_on_disk(tmp_path)
+    assert original == loaded_fingerprint(kind, tmp_path, torch.float32)
 
     def halve(tensors: dict[str, Tensor]) -> None:
-        tensors |= {name: one.bfloat16() for name, one in tensors.items()}
+        tensors |= {name: tensor.bfloat16() for name, tensor in tensors.items()}
 
     edit(tmp_path, halve)
-    assert fingerprint_on_disk(tmp_path) == mark == loaded_fingerprint(kind, tmp_path, torch.bfloat16)
+    assert fingerprint_on_disk(tmp_path) == original == loaded_fingerprint(kind, tmp_path, torch.bfloat16)
 
     def move(tensors: dict[str, Tensor]) -> None:
-        next(one for one in tensors.values() if one.dtype == torch.bfloat16).view(-1)[0] += 1
+        next(tensor for tensor in tensors.values() if tensor.dtype == torch.bfloat16).view(-1)[0] += 1
 
     edit(tmp_path, move)
-    assert fingerprint_on_disk(tmp_path) != mark
+    assert fingerprint_on_disk(tmp_path) != original
 
 
 def test_the_fingerprint_of_the_shipped_model_is_read_from_its_file() -> None:
@@ -79,21 +79,21 @@ def test_the_fingerprint_of_the_shipped_model_is_read_from_its_file() -> None:
     assert fingerprint_on_disk(Path(family.model.config.name_or_path)) == fingerprint(family.model)
 
 
-def test_a_tied_tensor_has_every_place_that_the_file_gives_it(tmp_path: Path) -> None:
+def test_a_tied_parameter_is_mapped_to_every_tensor_that_holds_it(tmp_path: Path) -> None:
     save_base("miss", tmp_path)
-    placed = on_disk(tmp_path)[2]
-    (only,) = placed[WORDS]
-    assert placed[HEAD] == [only]
-    mark = fingerprint_on_disk(tmp_path)
-    other = HEAD if only == WORDS else WORDS
+    parameter_map = on_disk(tmp_path)[2]
+    (stored,) = parameter_map[WORDS]
+    assert parameter_map[HEAD] == [stored]
+    original = fingerprint_on_disk(tmp_path)
+    other = HEAD if stored == WORDS else WORDS
 
-    edit(tmp_path, lambda tensors: tensors.update({other: tensors[only].clone()}))
+    edit(tmp_path, lambda tensors: tensors.update({other: tensors[stored].clone()}))
     assert set(on_disk(tmp_path)[2][WORDS]) == {WORDS, HEAD}
-    assert fingerprint_on_disk(tmp_path) == mark
+    assert fingerprint_on_disk(tmp_path) == original
 
-    edit(tmp_path, lambda tensors: tensors.pop(only))  # the other name alone: it is tied from there
+    edit(tmp_path, lambda tensors: tensors.pop(stored))  # only the other name is left, and the parameter is tied to it
     assert on_disk(tmp_path)[2][WORDS] == [other]
-    assert fingerprint_on_disk(tmp_path) == mark
+    assert fingerprint_on_disk(tmp_path) == original
 
 
 @pytest.mark.parametrize(
@@ -107,31 +107,31 @@ def test_a_tied_tensor_has_every_place_that_the_file_gives_it(tmp_path: Path) ->
     ],
     ids=["missing", "of another shape", "quantised", "tied and different", "tied and of two precisions"],
 )
-def test_what_the_files_do_not_tell_is_seen(change: Any, tmp_path: Path) -> None:
+def test_parameters_that_cannot_be_read_from_the_files_are_detected(change: Any, tmp_path: Path) -> None:
     save_base("miss", tmp_path)
     edit(tmp_path, change)
-    _, checkpoint, placed = on_disk(tmp_path)
-    assert not stored_as_is(placed, checkpoint)
+    _, checkpoint, parameter_map = on_disk(tmp_path)
+    assert not has_every_parameter(parameter_map, checkpoint)
 
 
-def test_a_tensor_that_belongs_to_no_parameter_does_not_matter(tmp_path: Path) -> None:
+def test_a_tensor_of_no_parameter_is_ignored(tmp_path: Path) -> None:
     save_base("miss", tmp_path)
-    mark = fingerprint_on_disk(tmp_path)
+    original = fingerprint_on_disk(tmp_path)
     edit(tmp_path, lambda tensors: tensors.update({"text_encoder.position_ids": torch.arange(16)}))
-    assert fingerprint_on_disk(tmp_path) == mark
+    assert fingerprint_on_disk(tmp_path) == original
 
 
-def test_a_converted_tensor_has_no_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_converted_parameter_is_not_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.core_model_loading import Transpose, WeightConverter
 
     save_base("miss", tmp_path)
-    turned = WeightConverter("query.weight", "query.weight", [Transpose(0, 1)])
+    transposed = WeightConverter("query.weight", "query.weight", [Transpose(0, 1)])
     monkeypatch.setattr(
-        "normtune.models.checkpoints.parameter_map.get_model_conversion_mapping", lambda *_: [turned]
+        "normtune.models.checkpoints.parameter_map.get_model_conversion_mapping", lambda *_: [transposed]
     )
-    _, checkpoint, placed = on_disk(tmp_path)
-    assert {name for name, keys in placed.items() if not keys} == {
-        name for name in placed if name.endswith("query.weight")
+    _, checkpoint, parameter_map = on_disk(tmp_path)
+    assert {name for name, keys in parameter_map.items() if not keys} == {
+        name for name in parameter_map if name.endswith("query.weight")
     }
-    assert not stored_as_is(placed, checkpoint)
-    assert stored_as_is({WORDS: placed[WORDS]}, checkpoint)
+    assert not has_every_parameter(parameter_map, checkpoint)
+    assert has_every_parameter({WORDS: parameter_map[WORDS]}, checkpoint)

@@ -1,4 +1,4 @@
-"""Safetensors written tensor by tensor: the bytes are those that the library would write."""
+"""Safetensors written tensor by tensor have the same bytes as those written by the library."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from normtune.models.checkpoints.writer import Planned, write_safetensors
+from normtune.models.checkpoints.writer import PlannedTensor, write_safetensors
 
-HELD = {
+TENSORS = {
     "b.wide": torch.randn(4, 6).T,
     "c.wide": torch.randn(()),
     "a.half": torch.randn(3, 5).bfloat16(),
@@ -21,15 +21,16 @@ HELD = {
 }
 
 
-def test_the_file_is_the_library_s_to_the_byte_and_its_digest_is_told(tmp_path: Path) -> None:
+def test_the_file_equals_the_librarys_and_its_digest_is_returned(tmp_path: Path) -> None:
     planned = [
-        Planned(name, one.dtype, tuple(one.shape), "", lambda one=one: one) for name, one in HELD.items()
+        PlannedTensor(name, tensor.dtype, tuple(tensor.shape), "", lambda tensor=tensor: tensor)
+        for name, tensor in TENSORS.items()
     ]  # type: ignore[misc]
     sha = write_safetensors(tmp_path / "new", planned)
-    wanted = save({name: one.contiguous() for name, one in HELD.items()}, metadata={"format": "pt"})
-    assert (tmp_path / "new").read_bytes() == wanted
-    assert hashlib.sha256(wanted).hexdigest() == sha
-    assert [one.values for one in planned] == [24, 1, 15, 0] and [one.bytes for one in planned] == [
+    expected = save({name: tensor.contiguous() for name, tensor in TENSORS.items()}, metadata={"format": "pt"})
+    assert (tmp_path / "new").read_bytes() == expected
+    assert hashlib.sha256(expected).hexdigest() == sha
+    assert [tensor.numel for tensor in planned] == [24, 1, 15, 0] and [tensor.bytes for tensor in planned] == [
         96,
         4,
         30,
@@ -46,12 +47,10 @@ def test_one_tensor_is_alive_at_a_time(tmp_path: Path) -> None:
         alive.add(tensor.untyped_storage())
         return tensor
 
-    write_safetensors(tmp_path / "new", [Planned(name, torch.float32, (5,), "", make) for name in "abc"])
+    write_safetensors(tmp_path / "new", [PlannedTensor(name, torch.float32, (5,), "", make) for name in "abc"])
     assert not alive
 
 
-def test_a_tensor_other_than_planned_is_not_written(tmp_path: Path) -> None:
+def test_a_tensor_that_differs_from_the_plan_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="wrong"):
-        write_safetensors(
-            tmp_path / "new", [Planned("wrong", torch.float32, (2,), "", lambda: torch.ones(3))]
-        )
+        write_safetensors(tmp_path / "new", [PlannedTensor("wrong", torch.float32, (2,), "", lambda: torch.ones(3))])

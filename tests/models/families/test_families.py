@@ -1,4 +1,4 @@
-"""Decoder-only families: questions that share an image give what transformers gives for each alone."""
+"""Questions that share an image give the results of transformers for each question separately."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from normtune.models.answer_loss import answer_loss
 from normtune.models.causal.family import CausalFamily
 from normtune.models.loading import load
 from normtune.models.types import Pixels
-from tests.support.base_models import CACHE
+from tests.support.base_models import CACHE_ARGUMENT
 from tests.support.tiny_models import TINY, make_tiny
+from tests.support.tolerance import approx, assert_close, assert_gradients_close
 
 FAMILIES = tuple(TINY)
-TOLERANCE = 1e-5
 PAIRS = [
     ("a", "What is the modality of this image?", "MRI"),
     ("a", "Is there a fracture of the left rib?", "no"),
@@ -35,7 +35,7 @@ PAIRS = [
 ]
 GROUPINGS = {
     "by image": [[0, 1, 2], [3, 4], [5]],
-    "cap of two": [[0, 1], [2], [3, 4], [5]],  # image a stands in two groups
+    "cap of two": [[0, 1], [2], [3, 4], [5]],  # image a is in two groups
     "mixed order": [[5], [4, 3], [1, 2, 0]],
 }
 
@@ -59,40 +59,38 @@ def family(request: Any, tmp_path_factory: pytest.TempPathFactory) -> CausalFami
 def grouped(
     family: CausalFamily, grouping: list[list[int]], *, answered: bool = True
 ) -> tuple[list[Group], list[list[Pixels]]]:
-    seen = {name: family.preprocess_image(image(name)) for name in "abc"}
+    preprocessed = {name: family.preprocess_image(image(name)) for name in "abc"}
     groups, pixels = [], []
     for members in grouping:
         name = PAIRS[members[0]][0]
         segments = [family.tokenize(str(i), PAIRS[i][1], PAIRS[i][2] if answered else None) for i in members]
         groups.append(Group((name,), tuple(segments)))
-        pixels.append([seen[name]])
+        pixels.append([preprocessed[name]])
     return groups, pixels
 
 
 def conversation(family: CausalFamily, i: int) -> tuple[dict[str, Any], int]:
-    """What transformers' own processor makes of pair i, and how many tokens its answer has at the end."""
+    """Pair i from transformers' own processor, and how many of its last tokens are the answer."""
     name, question, answer = PAIRS[i]
     processor = family.processor
     if processor.chat_template is None:  # PaliGemma
         made = processor(images=[image(name)], text=["<image>" + question], suffix=[answer])
-        found = {key: torch.as_tensor(value) for key, value in made.items() if key != "pixel_values"}
-        found["pixel_values"] = family.preprocess_image(image(name))["pixel_values"][None]
-        return found, int((found.pop("labels") != -100).sum())
-    asked: list[dict[str, Any]] = [
+        inputs_by_name = {key: torch.as_tensor(value) for key, value in made.items() if key != "pixel_values"}
+        inputs_by_name["pixel_values"] = family.preprocess_image(image(name))["pixel_values"][None]
+        return inputs_by_name, int((inputs_by_name.pop("labels") != -100).sum())
+    messages: list[dict[str, Any]] = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
     ]
-    told = [*asked, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-    prompt = processor.apply_chat_template(asked, add_generation_prompt=True)
-    whole = processor.apply_chat_template(told).rstrip()
+    answered_messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    whole = processor.apply_chat_template(answered_messages).rstrip()
     tokenizer = processor.tokenizer
-    if tokenizer(whole, add_special_tokens=False).input_ids[-1] not in family.ends:
+    if tokenizer(whole, add_special_tokens=False).input_ids[-1] not in family.end_tokens:
         whole += tokenizer.eos_token
     first = not (tokenizer.bos_token and prompt.startswith(tokenizer.bos_token))
 
     def processed(text: str) -> dict[str, Any]:
-        return dict(
-            processor(images=[image(name)], text=[text], return_tensors="pt", add_special_tokens=first)
-        )
+        return dict(processor(images=[image(name)], text=[text], return_tensors="pt", add_special_tokens=first))
 
     inputs = processed(whole)
     return inputs, inputs["input_ids"].shape[1] - processed(prompt)["input_ids"].shape[1]
@@ -112,15 +110,9 @@ def gradients(family: CausalFamily, loss: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in family.model.named_parameters() if p.grad is not None}
 
 
-def assert_same_gradients(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert set(found) == set(wanted) and len(wanted) > 30
-    scale = max(float(gradient.norm()) for gradient in wanted.values())
-    for name, gradient in wanted.items():
-        # a key's bias moves no softmax: its gradient is rounding alone
-        if gradient.norm() < 1e-6 * scale:
-            assert found[name].norm() < 1e-6 * scale, name
-        else:
-            assert (found[name] - gradient).norm() / gradient.norm() < TOLERANCE, name
+def assert_same_gradients(result: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert len(expected) > 30
+    assert_gradients_close(result, expected)
 
 
 @pytest.fixture(scope="module")
@@ -139,13 +131,11 @@ def test_shared_images_give_transformers_own_loss_and_gradients(
     loss, tokens = family.loss(family.collate(*grouped(family, GROUPINGS[grouping])))
     family.rows = "pad"
     assert tokens == sum(conversation(family, i)[1] for i in range(len(PAIRS)))
-    assert abs(float(loss.detach()) - sum(plain[0])) / sum(plain[0]) < TOLERANCE
+    assert float(loss.detach()) == approx(sum(plain[0]))
     assert_same_gradients(gradients(family, loss), plain[1])
 
 
-def test_tokens_are_counted_without_computing_features(
-    family: CausalFamily, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tokens_are_counted_without_computing_features(family: CausalFamily, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(family, "features", None)
     for grouping in GROUPINGS.values():
         groups, pixels = grouped(family, grouping)
@@ -156,11 +146,11 @@ def test_tokens_are_counted_without_computing_features(
         assert counted == (family.collate(groups, pixels)["group_of"] >= 0).sum()
 
 
-def test_the_tokens_of_two_views_are_counted_together(family: CausalFamily) -> None:
-    one, other = family.preprocess_image(image("a")), family.preprocess_image(image("b"))
+def test_the_tokens_of_two_views_are_added(family: CausalFamily) -> None:
+    first, second = family.preprocess_image(image("a")), family.preprocess_image(image("b"))
     segment = family.tokenize("0", "What changed?", "nothing")
-    copies = family.collate([Group(("a", "b"), (segment,))], [[one, other]])["group_of"]
-    assert family.prefix_tokens([one, other]) + len(segment) == (copies >= 0).sum()
+    copies = family.collate([Group(("a", "b"), (segment,))], [[first, second]])["group_of"]
+    assert family.prefix_tokens([first, second]) + len(segment) == (copies >= 0).sum()
 
 
 def test_logits_in_chunks_give_transformers_own_loss_and_gradients(
@@ -170,7 +160,7 @@ def test_logits_in_chunks_give_transformers_own_loss_and_gradients(
     rows = 3 * 4 * family.vocabulary  # three rows of fp32 logits
     monkeypatch.setattr(families, "answer_loss", partial(answer_loss, limit_bytes=rows))
     loss, _ = family.loss(family.collate(*grouped(family, GROUPINGS["by image"])))
-    assert abs(float(loss.detach()) - sum(plain[0])) / sum(plain[0]) < TOLERANCE
+    assert float(loss.detach()) == approx(sum(plain[0]))
     assert_same_gradients(gradients(family, loss), plain[1])
 
 
@@ -179,13 +169,13 @@ def test_log_probs_are_those_of_each_conversation(
 ) -> None:
     grouping = GROUPINGS["mixed order"]
     with torch.inference_mode():
-        found = family.log_probs(family.collate(*grouped(family, grouping)))
-    wanted = [-plain[0][i] for members in grouping for i in members]
-    torch.testing.assert_close(found, torch.tensor(wanted), rtol=1e-5, atol=1e-5)
+        log_probs = family.log_probs(family.collate(*grouped(family, grouping)))
+    expected = [-plain[0][i] for members in grouping for i in members]
+    assert_close(log_probs, torch.tensor(expected))
 
 
 def transformers_answer(family: CausalFamily, i: int, beams: int) -> tuple[tuple[int, ...], float]:
-    """What transformers' `generate` writes for one question, and the mean log-probability of its tokens."""
+    """The tokens that transformers' `generate` writes for one question, and their mean log-probability."""
     inputs, answered = conversation(family, i)
     prompt = inputs["input_ids"].shape[1] - answered
     for name in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
@@ -196,12 +186,12 @@ def transformers_answer(family: CausalFamily, i: int, beams: int) -> tuple[tuple
         max_new_tokens=8,
         num_beams=beams,
         do_sample=False,
-        eos_token_id=list(family.ends),
+        eos_token_id=list(family.end_tokens),
         output_scores=True,
         return_dict_in_generate=True,
     )
     tokens = written.sequences[0, prompt:].tolist()
-    ends = [place for place, token in enumerate(tokens, start=1) if token in family.ends]
+    ends = [place for place, token in enumerate(tokens, start=1) if token in family.end_tokens]
     tokens = tokens[: ends[0]] if ends else tokens
     scores = family.model.compute_transition_scores(
         written.sequences, written.scores, getattr(written, "beam_indices", None), normalize_logits=beams == 1
@@ -210,63 +200,61 @@ def transformers_answer(family: CausalFamily, i: int, beams: int) -> tuple[tuple
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize(
-    ("grouping", "ends"), [("by image", "its own"), ("mixed order", "every fourth token")]
-)
-def test_answers_are_transformers_own_token_for_token(
+@pytest.mark.parametrize(("grouping", "ends"), [("by image", "its own"), ("mixed order", "every fourth token")])
+def test_answers_equal_those_of_transformers_token_by_token(
     family: CausalFamily, grouping: str, beams: int, ends: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if beams > 1 and family.config.model_type == "internvl" and CACHE == "past_key_values":
+    if beams > 1 and family.config.model_type == "internvl" and CACHE_ARGUMENT == "past_key_values":
         pytest.skip("transformers before 5.24 gives beams of InternVL scores that its forward does not")
     if ends != "its own":  # a random model hardly ever ends an answer: now answers differ in length
-        monkeypatch.setattr(family, "ends", tuple(range(0, family.model.lm_head.out_features, 4)))
+        monkeypatch.setattr(family, "end_tokens", tuple(range(0, family.model.lm_head.out_features, 4)))
     groups, pixels = grouped(family, GROUPINGS[grouping], answered=False)
-    found = family.generate_tokens(groups, pixels, max_new_tokens=8, beams=beams)
-    for i, one in zip(chain(*GROUPINGS[grouping]), found, strict=True):
+    answers = family.generate_tokens(groups, pixels, max_new_tokens=8, beams=beams)
+    for i, answer in zip(chain(*GROUPINGS[grouping]), answers, strict=True):
         tokens, score = transformers_answer(family, i, beams)
-        assert one.tokens == tokens
-        assert abs(one.score - score) < 1e-4
+        assert answer.tokens == tokens
+        assert answer.score == approx(score)
     if ends != "its own" and beams == 1:
-        assert len({len(one.tokens) for one in found}) > 1
+        assert len({len(answer.tokens) for answer in answers}) > 1
 
 
 def test_an_image_is_computed_once_and_its_prefix_is_never_copied(
     family: CausalFamily, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     groups, pixels = grouped(family, GROUPINGS["cap of two"], answered=False)  # four groups of three images
-    seen: list[int] = []
-    read: list[tuple[int, ...]] = []
-    whole = family.features
+    feature_counts: list[int] = []
+    input_shapes: list[tuple[int, ...]] = []
+    compute_features = family.features
 
     def features(images: dict[str, Tensor]) -> dict[str, Tensor]:
-        seen.append(len(whole(images)["features"]))
-        return whole(images)
+        feature_counts.append(len(compute_features(images)["features"]))
+        return compute_features(images)
 
     monkeypatch.setattr(family, "features", features)
     hook = family.decoder.register_forward_pre_hook(
-        lambda module, args, kwargs: read.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
+        lambda module, args, kwargs: input_shapes.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
     )
     family.generate_answers(groups, pixels, max_new_tokens=3)
     hook.remove()
     token = family.processor.tokenizer.convert_ids_to_tokens(family.image_token_id)
     tokens = [family.image_text(family.preprocess_image(image(name))).count(token) for name in "abc"]
-    assert seen == [sum(tokens)]
+    assert feature_counts == [sum(tokens)]
     if family.config.model_type == "paligemma":  # it shares no prefix
-        assert [rows for rows, _ in read] == [6, 6, 6]
+        assert [rows for rows, _ in input_shapes] == [6, 6, 6]
     else:
-        assert [rows for rows, _ in read] == [4, 4, 4] and [length for _, length in read[1:]] == [2, 2]
+        assert [rows for rows, _ in input_shapes] == [4, 4, 4] and [length for _, length in input_shapes[1:]] == [2, 2]
 
 
-def test_features_that_were_kept_give_the_same_loss_and_answers(family: CausalFamily) -> None:
+def test_encoded_images_give_the_same_loss_and_answers(family: CausalFamily) -> None:
     groups, pixels = grouped(family, GROUPINGS["cap of two"])
-    kept = {id(one): family.encode_image(one) for images in pixels for one in images}
-    features = [[kept[id(one)] for one in images] for images in pixels]
+    encoded = {id(image_pixels): family.encode_image(image_pixels) for images in pixels for image_pixels in images}
+    features = [[encoded[id(image_pixels)] for image_pixels in images] for images in pixels]
     with torch.no_grad():
-        loss, again = (family.loss(family.collate(groups, given))[0] for given in (pixels, features))
-    torch.testing.assert_close(again, loss, rtol=1e-6, atol=0)
-    asked, _ = grouped(family, GROUPINGS["cap of two"], answered=False)
-    assert family.generate_answers(asked, features) == family.generate_answers(asked, pixels)
-    assert all(not name.startswith("pixel") for one in kept.values() for name in one)
+        loss, encoded_loss = (family.loss(family.collate(groups, inputs))[0] for inputs in (pixels, features))
+    assert_close(encoded_loss, loss)
+    open_groups, _ = grouped(family, GROUPINGS["cap of two"], answered=False)
+    assert family.generate_answers(open_groups, features) == family.generate_answers(open_groups, pixels)
+    assert all(not name.startswith("pixel") for image_pixels in encoded.values() for name in image_pixels)
 
 
 def test_bf16_answers_and_learns(family: CausalFamily, plain: tuple[list[float], dict[str, Tensor]]) -> None:
@@ -280,26 +268,22 @@ def test_bf16_answers_and_learns(family: CausalFamily, plain: tuple[list[float],
     assert [len(answers) for answers in low.generate_answers(groups, pixels, beams=2)] == [3, 2, 1]
 
 
-def test_views_of_one_study_are_seen_together(family: CausalFamily) -> None:
+def test_a_question_sees_all_views_of_a_study(family: CausalFamily) -> None:
     """Two images before one question, as transformers' processor writes them."""
     question, answer = "Describe the findings.", "The heart is normal in size."
     views = [image("a"), image("b")]
     segment = family.tokenize("r", question, answer, report=True)
-    batch = family.collate(
-        [Group(("a", "b"), (segment,))], [[family.preprocess_image(view) for view in views]]
-    )
+    batch = family.collate([Group(("a", "b"), (segment,))], [[family.preprocess_image(view) for view in views]])
     processor = family.processor
     if processor.chat_template is None:
         text = ["<image><image>" + question]
         ids = processor(images=[views], text=text, suffix=[answer])["input_ids"]
     else:
         content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": question}]
-        prompt = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
+        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         first = not (processor.tokenizer.bos_token and prompt.startswith(processor.tokenizer.bos_token))
         made = processor(images=[views], text=[prompt], return_tensors="pt", add_special_tokens=first)
         ids = [made["input_ids"][0].tolist() + list(segment.answer)]
-    assert batch["input_ids"].tolist() == [list(one) for one in ids]
+    assert batch["input_ids"].tolist() == [list(row) for row in ids]
     with torch.inference_mode():
         assert family.log_probs(batch).isfinite().all()

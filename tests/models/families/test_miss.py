@@ -1,4 +1,4 @@
-"""The loss of a MISS batch is the cross-entropy of the model's own logits, in chunks too."""
+"""The loss of a MISS batch is the cross-entropy of the model's logits, also in chunks."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from normtune.data.groups import Group
-from normtune.data.phantom import dataset
+from normtune.data.phantom import phantom_dataset
 from normtune.models import family as families
 from normtune.models.answer_loss import answer_loss
 from normtune.models.families.miss import MissFamily
 from normtune.models.types import Batch
 from tests.support.tiny_miss import tiny_miss
+from tests.support.tolerance import assert_close, assert_gradients_close
 
 
 def batch_of(family: MissFamily) -> Batch:
     groups: dict[str, list] = {}
-    for example in dataset("a", 12).examples:
-        groups.setdefault(example.images[0], []).append(
-            family.tokenize(example.id, example.question, example.answer)
-        )
+    for example in phantom_dataset("a", 12).examples:
+        groups.setdefault(example.images[0], []).append(family.tokenize(example.id, example.question, example.answer))
     images = torch.rand(len(groups), 3, 48, 48, generator=torch.Generator().manual_seed(0))
     packed = [Group((key,), tuple(members)) for key, members in groups.items()]
     return family.collate(packed, [[{"pixel_values": image}] for image in images])
@@ -36,25 +35,19 @@ def gradients(family: MissFamily, loss: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_loss_in_chunks_is_that_of_the_models_logits(
-    label_smoothing: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every gradient too, those of the head's dense layer, its norm and the tied embedding among them."""
+def test_loss_in_chunks_is_that_of_the_models_logits(label_smoothing: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradients too, including those of the head's dense layer, its norm and the tied embedding."""
     family = tiny_miss()
     batch = batch_of(family)
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "pairs")}
     labels = batch["labels"][batch["labels"] != -100]
-    whole = F.cross_entropy(
-        family.model(**inputs).logits, labels, reduction="sum", label_smoothing=label_smoothing
-    )
-    wanted = gradients(family, whole)
+    whole = F.cross_entropy(family.model(**inputs).logits, labels, reduction="sum", label_smoothing=label_smoothing)
+    expected = gradients(family, whole)
     limit = 3 * 4 * family.config.vocab_size  # three rows of fp32 logits
     monkeypatch.setattr(families, "answer_loss", partial(answer_loss, limit_bytes=limit))
     loss, tokens = family.loss(batch, label_smoothing=label_smoothing)
     assert tokens == len(labels) > 6
-    torch.testing.assert_close(loss, whole, rtol=1e-6, atol=0)
-    found = gradients(family, loss)
-    assert set(found) == set(wanted) and any("predictions.transform.LayerNorm" in name for name in found)
-    scale = max(float(gradient.norm()) for gradient in wanted.values())
-    for name, gradient in wanted.items():
-        assert (found[name] - gradient).norm() < 1e-5 * gradient.norm() + 1e-7 * scale, name
+    assert_close(loss, whole)
+    result = gradients(family, loss)
+    assert any("predictions.transform.LayerNorm" in name for name in result)
+    assert_gradients_close(result, expected)

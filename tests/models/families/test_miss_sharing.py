@@ -1,4 +1,4 @@
-"""Questions that share an image give what separate ones give: loss, gradients, answers, to fp32 rounding."""
+"""Questions that share an image give the loss, gradients and answers of separate ones, to fp32 rounding."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from normtune.models.miss.attention import Slots
+from normtune.models.miss.attention import QuerySlots
 from normtune.models.miss.model import MissForQuestionAnswering
-from tests.support.miss_batches import ANSWERS, QUESTIONS, answered, asked, pixels, tiny_miss
-
-TOLERANCE = 1e-5
+from tests.support.miss_batches import ANSWERS, QUESTIONS, answer_batch, question_batch, random_pixels, tiny_miss
+from tests.support.tolerance import approx, assert_close, assert_gradients_close, differ
 
 
 def summed_gradients(model: MissForQuestionAnswering, loss: Tensor) -> dict[str, Tensor]:
@@ -21,21 +20,13 @@ def summed_gradients(model: MissForQuestionAnswering, loss: Tensor) -> dict[str,
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same(
-    model: MissForQuestionAnswering, grouped: Callable[[], Tensor], separate: Callable[[], Tensor]
-) -> None:
+def assert_same(model: MissForQuestionAnswering, grouped: Callable[[], Tensor], separate: Callable[[], Tensor]) -> None:
     """Both give one loss (a sum over tokens) and, for every parameter, one gradient."""
-    one, other = grouped(), separate()
-    assert abs(one - other) / other < TOLERANCE
-    found, wanted = summed_gradients(model, one), summed_gradients(model, other)
-    assert set(found) == set(wanted) and len(wanted) > 50
-    scale = max(float(gradient.norm()) for gradient in wanted.values())
-    for name, gradient in wanted.items():
-        # a key's bias moves no softmax: its gradient is rounding alone
-        if gradient.norm() < 1e-6 * scale:
-            assert found[name].norm() < 1e-6 * scale, name
-        else:
-            assert (found[name] - gradient).norm() / gradient.norm() < TOLERANCE, name
+    grouped_loss, separate_loss = grouped(), separate()
+    assert_close(grouped_loss, separate_loss)
+    gradients, expected = summed_gradients(model, grouped_loss), summed_gradients(model, separate_loss)
+    assert len(expected) > 50
+    assert_gradients_close(gradients, expected)
 
 
 def token_sum(model: MissForQuestionAnswering, **batch: Tensor) -> Tensor:
@@ -44,16 +35,16 @@ def token_sum(model: MissForQuestionAnswering, **batch: Tensor) -> Tensor:
 
 
 def batch_of(picked: list[int], extra: int = 0) -> dict[str, Tensor]:
-    return asked([QUESTIONS[i] for i in picked], extra) | answered([ANSWERS[i] for i in picked])
+    return question_batch([QUESTIONS[i] for i in picked], extra) | answer_batch([ANSWERS[i] for i in picked])
 
 
 def without_padding(model: MissForQuestionAnswering, images: Tensor, owner: list[int]) -> Tensor:
     """Every question on its own, in a batch of one."""
     losses = []
     for i, image in enumerate(owner):
-        alone = batch_of([i])
-        del alone["attention_mask"]
-        losses.append(token_sum(model, pixel_values=images[image : image + 1], **alone))
+        question = batch_of([i])
+        del question["attention_mask"]
+        losses.append(token_sum(model, pixel_values=images[image : image + 1], **question))
     return torch.stack(losses).sum()
 
 
@@ -68,33 +59,31 @@ def without_padding(model: MissForQuestionAnswering, images: Tensor, owner: list
 )
 @pytest.mark.parametrize("extra", [0, 8])
 def test_questions_of_one_image_equal_separate_ones(owner: list[int], extra: int) -> None:
-    model, images = tiny_miss(), pixels(owner[-1] + 1)
+    model, images = tiny_miss(), random_pixels(owner[-1] + 1)
     assert_same(
         model,
-        lambda: token_sum(
-            model, pixel_values=images, image_index=torch.tensor(owner), **batch_of([*range(5)], extra)
-        ),
+        lambda: token_sum(model, pixel_values=images, image_index=torch.tensor(owner), **batch_of([*range(5)], extra)),
         lambda: without_padding(model, images, owner),
     )
 
 
 def test_equal_groups_need_no_index() -> None:
-    model, images = tiny_miss(), pixels(2)
+    model, images = tiny_miss(), random_pixels(2)
     batch = batch_of([0, 1, 2, 3])
     indexed = model(pixel_values=images, image_index=torch.tensor([0, 0, 1, 1]), **batch)
     assert torch.equal(model(pixel_values=images, **batch).logits, indexed.logits)
 
 
 def test_an_image_without_questions_changes_nothing() -> None:
-    model, images = tiny_miss(), pixels(3)
+    model, images = tiny_miss(), random_pixels(3)
     batch = batch_of([0, 1, 2])
-    found = model(pixel_values=images, image_index=torch.tensor([0, 2, 2]), **batch)
-    wanted = model(pixel_values=images[[0, 2]], image_index=torch.tensor([0, 1, 1]), **batch)
-    torch.testing.assert_close(found.logits, wanted.logits)
+    result = model(pixel_values=images, image_index=torch.tensor([0, 2, 2]), **batch)
+    expected = model(pixel_values=images[[0, 2]], image_index=torch.tensor([0, 1, 1]), **batch)
+    torch.testing.assert_close(result.logits, expected.logits)
 
 
-def test_siblings_are_not_seen() -> None:
-    model, images = tiny_miss(), pixels(1)
+def test_other_questions_of_an_image_are_not_seen() -> None:
+    model, images = tiny_miss(), random_pixels(1)
     index = torch.tensor([0, 0])
     first = model(pixel_values=images, image_index=index, **batch_of([0, 1])).logits[0, 0]
     other = model(pixel_values=images, image_index=index, **batch_of([0, 3])).logits[0, 0]
@@ -102,24 +91,24 @@ def test_siblings_are_not_seen() -> None:
 
 
 def test_image_states_take_the_place_of_pixels() -> None:
-    model, images = tiny_miss(), pixels(2)
+    model, images = tiny_miss(), random_pixels(2)
     batch = batch_of([*range(5)]) | {"image_index": torch.tensor([0, 0, 0, 1, 1])}
     first = model(pixel_values=images, **batch)
     assert torch.equal(model(image_states=first.image_states, **batch).logits, first.logits)
 
 
-def test_views_of_one_study_are_seen_together() -> None:
+def test_a_question_sees_all_views_of_a_study() -> None:
     """Two studies, of two views and of one; the reference joins the views' states by hand, study by study."""
-    model, images = tiny_miss(), pixels(3)
+    model, images = tiny_miss(), random_pixels(3)
     owner, views = [0, 0, 0, 1, 1], [[0, 2], [1]]
 
     def separate() -> Tensor:
         losses = []
         for i, study in enumerate(owner):
-            alone = batch_of([i])
-            del alone["attention_mask"]
+            question = batch_of([i])
+            del question["attention_mask"]
             states = torch.cat([model.visual_encoder(images[v : v + 1]) for v in views[study]], 1)
-            losses.append(token_sum(model, image_states=states, **alone))
+            losses.append(token_sum(model, image_states=states, **question))
         return torch.stack(losses).sum()
 
     assert_same(
@@ -136,33 +125,33 @@ def test_views_of_one_study_are_seen_together() -> None:
 
 
 def test_padding_of_questions_changes_nothing() -> None:
-    model, images = tiny_miss(), pixels(5)
+    model, images = tiny_miss(), random_pixels(5)
     losses = [model(pixel_values=images, **batch_of([*range(5)], extra)).loss for extra in (0, 8, 24)]
-    torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=0)
-    torch.testing.assert_close(losses[2], losses[0], rtol=1e-6, atol=0)
+    assert_close(losses[1], losses[0])
+    assert_close(losses[2], losses[0])
 
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_answers_in_groups_equal_separate_ones(beams: int) -> None:
-    model, images, owner = tiny_miss(3), pixels(2), [0, 0, 0, 1, 1]
-    together = model.generate(
-        pixel_values=images, image_index=torch.tensor(owner), beams=beams, **asked(QUESTIONS, extra=3)
+    model, images, owner = tiny_miss(3), random_pixels(2), [0, 0, 0, 1, 1]
+    grouped_answers = model.generate(
+        pixel_values=images, image_index=torch.tensor(owner), beams=beams, **question_batch(QUESTIONS, extra=3)
     )
     for i, image in enumerate(owner):
         ids = torch.tensor([QUESTIONS[i]])
-        (alone,) = model.generate(ids, images[image : image + 1], beams=beams)
-        assert alone.tokens == together[i].tokens
-        assert abs(alone.score - together[i].score) < 1e-5
+        (single,) = model.generate(ids, images[image : image + 1], beams=beams)
+        assert single.tokens == grouped_answers[i].tokens
+        assert single.score == approx(grouped_answers[i].score)
 
 
 def test_slots_come_back_as_they_went() -> None:
     owner = torch.tensor([0, 0, 0, 2, 2])
-    slots = Slots.of(owner, 5, 3)
+    slots = QuerySlots.from_image_index(owner, 5, 3)
     states = torch.randn(5, 4, 6)
-    gathered = slots.gather(states)
-    assert gathered.shape == (3, 12, 6)
-    assert torch.equal(gathered[2, 4:8], states[4]) and not gathered[1].any() and not gathered[2, 8:].any()
-    assert torch.equal(slots.scatter(gathered, 4), states)
+    packed = slots.gather(states)
+    assert packed.shape == (3, 12, 6)
+    assert torch.equal(packed[2, 4:8], states[4]) and not packed[1].any() and not packed[2, 8:].any()
+    assert torch.equal(slots.scatter(packed, 4), states)
 
 
 # --- prefixes --------------------------------------------------------------------------------------------
@@ -190,9 +179,9 @@ def prefixed(seed: int = 0) -> MissForQuestionAnswering:
     return model
 
 
-def attention_by_hand(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
+def attention_by_hand(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
     scores = (query @ key.transpose(-1, -2)) / query.shape[-1] ** 0.5
-    return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value
+    return scores.masked_fill(~visible, -torch.inf).softmax(-1) @ value
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -206,18 +195,18 @@ def test_every_query_sees_the_whole_prefix(causal: bool) -> None:
     )
     key = torch.cat((prefix_key.expand(2, -1, -1, -1), key), 2)
     value = torch.cat((prefix_value.expand(2, -1, -1, -1), value), 2)
-    seen = torch.ones(5, 8, dtype=torch.bool)
+    visible = torch.ones(5, 8, dtype=torch.bool)
     if causal:
-        seen[:, 3:] = torch.ones(5, 5).tril().bool()
-    wanted = attention_by_hand(query, key, value, seen).transpose(1, 2).flatten(2)
-    torch.testing.assert_close(attention(hidden, None, causal, None), wanted)
+        visible[:, 3:] = torch.ones(5, 5).tril().bool()
+    expected = attention_by_hand(query, key, value, visible).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(attention(hidden, None, causal, None), expected)
 
 
 def test_questions_with_prefixes_share_an_image_exactly() -> None:
-    model, images, owner = prefixed(), pixels(2), [0, 0, 0, 1, 1]
+    model, images, owner = prefixed(), random_pixels(2), [0, 0, 0, 1, 1]
     plain = tiny_miss()(pixel_values=images, image_index=torch.tensor(owner), **batch_of([*range(5)])).loss
     batch = batch_of([*range(5)], extra=4)
-    assert abs(model(pixel_values=images, image_index=torch.tensor(owner), **batch).loss - plain) > 1e-3
+    assert differ(model(pixel_values=images, image_index=torch.tensor(owner), **batch).loss, plain)
     assert_same(
         model,
         lambda: token_sum(model, pixel_values=images, image_index=torch.tensor(owner), **batch),
@@ -228,11 +217,11 @@ def test_questions_with_prefixes_share_an_image_exactly() -> None:
 
 @pytest.mark.parametrize("make", [tiny_miss, prefixed])
 def test_stepwise_answers_equal_the_forward_pass(make: Callable[[int], MissForQuestionAnswering]) -> None:
-    model, images = make(5), pixels(5)
-    found = model.generate(pixel_values=images, beams=1, max_new_tokens=6, **asked(QUESTIONS))
-    for i, answer in enumerate(found):
+    model, images = make(5), random_pixels(5)
+    answers = model.generate(pixel_values=images, beams=1, max_new_tokens=6, **question_batch(QUESTIONS))
+    for i, answer in enumerate(answers):
         ids = torch.tensor([[58, *answer.tokens[:-1]]])
         question = torch.tensor([QUESTIONS[i]])
         log_probs = model(question, images[i : i + 1], decoder_input_ids=ids).logits[0].log_softmax(-1)
         assert log_probs.argmax(-1).tolist() == list(answer.tokens)
-        assert abs(log_probs.max(-1).values.mean() - answer.score) < 1e-5
+        assert float(log_probs.detach().max(-1).values.mean()) == approx(answer.score)

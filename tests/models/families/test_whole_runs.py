@@ -1,4 +1,4 @@
-"""Every family through the whole of a run, on a small checkpoint: trained, evaluated, merged, exported."""
+"""Every family in a complete run on a small checkpoint: train, evaluate, merge, export."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ from tests.models.families.test_families import image
 from tests.support.llava_med_original import HEADS, make_original, write_original
 from tests.support.tiny_miss import save_tiny_miss
 from tests.support.tiny_models import TINY, make_tiny
+from tests.support.tolerance import assert_close, differ
 
 DATA = "phantom-b:2"
 QUESTION = "Which organ is abnormal?"
-# LLaVA-Med's two versions are imported from their own layouts; what is left out is another's older sister
+# LLaVA-Med's two versions are imported from their original layouts. The types left out are similar to others.
 KINDS = (
     *("miss", "llava-med-1.5", "llava-med-1.0"),
     *(name for name in TINY if name not in ("qwen2_vl", "llava_med", "paligemma2")),
@@ -46,7 +47,7 @@ def write_base(kind: str, directory: Path) -> None:
 
 
 def inputs(processor: Any, kind: str) -> dict[str, Any]:
-    """What the family's own processor makes of an image and a question, as its model takes it."""
+    """An image and a question from the family's own processor, as the arguments of its model."""
     if kind == "miss":
         ids = torch.tensor([processor.tokenizer(QUESTION).input_ids])
         pixels = torch.rand(1, 3, 48, 48, generator=torch.Generator().manual_seed(1))
@@ -60,7 +61,7 @@ def inputs(processor: Any, kind: str) -> dict[str, Any]:
 
 
 def plain(kind: str, directory: Path) -> nn.Module:
-    """What plain transformers loads, nothing missing and nothing left over."""
+    """The model as plain transformers loads it, with no missing and no unexpected values."""
     from transformers import AutoModelForImageTextToText
 
     loader: Any = MissForQuestionAnswering if kind == "miss" else AutoModelForImageTextToText
@@ -73,31 +74,31 @@ def plain(kind: str, directory: Path) -> nn.Module:
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_family_is_trained_written_evaluated_merged_and_exported(kind: str, tmp_path: Path) -> None:
-    base, delta = tmp_path / "base", tmp_path / "delta"
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
     write_base(kind, base)
     result = train(
         TrainConfig(
-            model=str(base), data=DATA, out=delta, tune="ln", limit=4, max_steps=1, batch=4, lr=0.05,
+            model=str(base), data=DATA, out=adapter, tune="ln", limit=4, max_steps=1, batch=4, lr=0.05,
             device="cpu",
         )
     )  # fmt: skip
     assert result.steps == 1 and result.changed > 0.5 and result.warning is None
 
-    tuned = load_model(str(base), delta, device="cpu")
+    tuned = load_model(str(base), adapter, device="cpu")
     dataset = open_dataset(DATA)
-    found = evaluate(tuned, dataset, dataset.split("test")[:4], tmp_path / "run", max_new_tokens=2)
-    assert {row.id: row.text for row in found.predictions} == read_run(tmp_path / "run")[1]
-    asked = inputs(tuned.processor, kind)
+    run = evaluate(tuned, dataset, dataset.split("test")[:4], tmp_path / "run", max_new_tokens=2)
+    assert {row.id: row.text for row in run.predictions} == read_run(tmp_path / "run")[1]
+    question = inputs(tuned.processor, kind)
 
     @torch.no_grad()
     def logits(model: Any) -> Tensor:
-        return model(**asked).logits
+        return model(**question).logits
 
-    wanted = logits(tuned.model)
+    expected = logits(tuned.model)
     untuned = plain(kind, base)
-    assert not torch.allclose(logits(untuned), wanted, atol=1e-3)
-    merge_to_disk(str(base), delta, tmp_path / "merged")
-    torch.testing.assert_close(logits(plain(kind, tmp_path / "merged")), wanted, rtol=1e-5, atol=1e-5)
-    export_peft(delta, tmp_path / "peft")
+    assert differ(logits(untuned), expected)
+    merge_to_disk(str(base), adapter, tmp_path / "merged")
+    assert_close(logits(plain(kind, tmp_path / "merged")), expected)
+    export_peft(adapter, tmp_path / "peft")
     loaded = PeftModel.from_pretrained(untuned, tmp_path / "peft").eval()
-    torch.testing.assert_close(logits(loaded), wanted, rtol=1e-5, atol=1e-5)
+    assert_close(logits(loaded), expected)

@@ -1,4 +1,4 @@
-"""LLaVA-Med's original checkpoints: what is imported computes what they compute; nothing is guessed."""
+"""Imported LLaVA-Med checkpoints compute the same logits as the original ones."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from normtune.data.groups import Group
 from normtune.errors import InputError
 from normtune.models.causal.family import CausalFamily
 from normtune.models.importers.llava_med.importer import ImportReport, import_llava_med, import_text
-from normtune.models.importers.llava_med.original_config import read_original
+from normtune.models.importers.llava_med.original_config import read_original_config
 from normtune.models.importers.llava_med.processor import read_vocabulary
-from normtune.models.importers.llava_med.tensor_plan import with_mean_rows
+from normtune.models.importers.llava_med.tensor_plan import append_mean_rows
 from normtune.models.loading import load
 from normtune.training.config import TrainConfig
 from normtune.training.train import train
@@ -32,31 +32,32 @@ from tests.support.llava_med_original import (
     HEADS,
     PATCHES,
     TOWER,
-    Form,
-    Original,
-    delta_and_base,
+    FileFormat,
+    OriginalModel,
+    build_tokenizer,
+    import_error,
     make_original,
-    prepared,
-    refused,
-    tensors,
-    tokenizer,
+    original_tensors,
+    preprocess,
     write_clip,
+    write_delta_and_base,
     write_original,
 )
-from tests.support.llava_med_original import config as config_of
+from tests.support.llava_med_original import original_config as config_of
 from tests.support.tiny_models import TEXT
+from tests.support.tolerance import approx, assert_close
 
 QUESTION = "Is there a fracture of the left rib?"
 V15_PROMPT = f"[INST] <image>\n{QUESTION} [/INST]"
 
 
 @pytest.fixture(scope="module")
-def original() -> Original:
+def original() -> OriginalModel:
     return make_original()
 
 
 @pytest.fixture(scope="module")
-def separated() -> Original:
+def separated() -> OriginalModel:
     return make_original("1.0")
 
 
@@ -71,50 +72,50 @@ def conversation(question: str = QUESTION) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def assert_same_logits(out: Path, original: Original, prompt: str = V15_PROMPT, *, pad: bool = True) -> None:
-    """From an image file and a question, by processor, template and model, to logits."""
+def assert_same_logits(out: Path, original: OriginalModel, prompt: str = V15_PROMPT, *, pad: bool = True) -> None:
+    """Compare the logits of the imported model, from image and question to the head, with the original's."""
     model: Any = LlavaForConditionalGeneration.from_pretrained(out, dtype=torch.float32).eval()
     processor: Any = AutoProcessor.from_pretrained(out)
     text = processor.apply_chat_template(conversation(), tokenize=False, add_generation_prompt=True)
     inputs = processor(images=picture(), text=text, return_tensors="pt")
-    before, after = original.ids(prompt)
+    before, after = original.split_prompt(prompt)
     vocabulary = original.language.config.vocab_size
     image = model.config.image_token_index
     assert inputs.input_ids[0].tolist() == [*before, *[image] * PATCHES, *after]
-    wanted = original.logits(prepared(picture(), pad=pad), before, after)
-    found = model(**inputs).logits[0]
-    torch.testing.assert_close(found[:, :vocabulary], wanted, rtol=0, atol=1e-5)
-    if found.shape[1] > vocabulary:  # an added token is never the likeliest
-        mean = wanted.mean(1, keepdim=True).expand(-1, found.shape[1] - vocabulary)
-        torch.testing.assert_close(found[:, vocabulary:], mean, rtol=0, atol=1e-5)
+    expected = original.logits(preprocess(picture(), pad=pad), before, after)
+    logits = model(**inputs).logits[0]
+    assert_close(logits[:, :vocabulary], expected)
+    if logits.shape[1] > vocabulary:  # the logit of an added token is the mean, never the largest
+        mean = expected.mean(1, keepdim=True).expand(-1, logits.shape[1] - vocabulary)
+        assert_close(logits[:, vocabulary:], mean, magnitude=float(expected.abs().max()))
 
 
 def written(out: Path) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    written_tensors: dict[str, Tensor] = {}
     for file in sorted(out.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
+        written_tensors |= load_file(file)
+    return written_tensors
 
 
 @pytest.mark.parametrize("form, shards", [("safetensors", 3), ("bin", 3), ("old bin", 2), ("bin", 1)])
-def test_a_checkpoint_with_its_tower_inside_gives_its_logits(
-    original: Original, tmp_path: Path, form: Form, shards: int
+def test_a_checkpoint_with_an_image_encoder_gives_the_original_logits(
+    original: OriginalModel, tmp_path: Path, form: FileFormat, shards: int
 ) -> None:
     source = write_original(tmp_path / "src", original, form=form, shards=shards)
     report = import_llava_med(str(source), tmp_path / "out", **HEADS)
     assert_same_logits(tmp_path / "out", original)
-    held = tensors(original, tower=True)
-    assert set(report.mapped.values()) | set(report.dropped) == set(held)
+    source_tensors = original_tensors(original, tower=True)
+    assert set(report.mapped.values()) | set(report.dropped) == set(source_tensors)
     assert {name.rpartition(".")[2] for name in report.dropped} == {"inv_freq", "position_ids"}
     assert report.missing == {} and report.left_over == ()
     assert "the checkpoint's own, which LLaVA-Med's loader would replace" in import_text(report)
-    told = json.loads((tmp_path / "out" / "import_report.json").read_text())
-    assert told["mapped"] == report.mapped and "kept" not in told
+    written_report = json.loads((tmp_path / "out" / "import_report.json").read_text())
+    assert written_report["mapped"] == report.mapped and "kept" not in written_report
     assert sorted(tmp_path.iterdir()) == [tmp_path / "out", source]
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_a_tower_apart_is_put_in(original: Original, tmp_path: Path, whole: bool) -> None:
+def test_a_separate_image_encoder_is_imported(original: OriginalModel, tmp_path: Path, whole: bool) -> None:
     source = write_original(tmp_path / "src", original, tower=False)
     clip = write_clip(tmp_path / "clip", original.clip, whole=whole, form="bin" if whole else "safetensors")
     report = import_llava_med(str(source), tmp_path / "out", vision=str(clip))
@@ -123,43 +124,48 @@ def test_a_tower_apart_is_put_in(original: Original, tmp_path: Path, whole: bool
     assert ("text_projection.weight" in report.dropped) is whole
 
 
-def test_without_any_tower_the_name_of_the_missing_one_is_told(original: Original, tmp_path: Path) -> None:
+def test_a_missing_image_encoder_is_named_in_the_error(original: OriginalModel, tmp_path: Path) -> None:
     source = write_original(tmp_path / "src", original, tower=False)
-    message = refused(source, tmp_path / "out")
+    message = import_error(source, tmp_path / "out")
     assert "holds no image encoder" in message
     assert "Give --vision openai/clip-vit-large-patch14-336, or the directory" in message
 
 
-def test_the_checkpoints_own_tower_wins_unless_the_stock_one_is_asked_for(
-    original: Original, tmp_path: Path
+def test_the_checkpoints_image_encoder_is_used_unless_stock_tower_is_set(
+    original: OriginalModel, tmp_path: Path
 ) -> None:
     source = write_original(tmp_path / "src", original)
     stock = make_original()
     with torch.no_grad():
         stock.clip.get_parameter("pre_layrnorm.weight").mul_(1.5)
     clip = write_clip(tmp_path / "clip", stock.clip)
-    own = import_llava_med(str(source), tmp_path / "own", vision=str(clip))
+    inside_report = import_llava_med(str(source), tmp_path / "own", vision=str(clip))
     assert_same_logits(tmp_path / "own", original)
-    assert own.tower_differs == 1 and "1 tensors differ between SRC and --vision" in import_text(own)
-    other = import_llava_med(str(source), tmp_path / "stock", vision=str(clip), stock_tower=True)
+    assert inside_report.tower_differs == 1 and "1 tensors differ between SRC and --vision" in import_text(
+        inside_report
+    )
+    stock_report = import_llava_med(str(source), tmp_path / "stock", vision=str(clip), stock_tower=True)
     assert_same_logits(tmp_path / "stock", stock)
-    assert len(other.left_over) == sum(name.startswith(TOWER) for name in tensors(original, tower=True)) - 1
-    assert "as LLaVA-Med's loader has it" in other.tower and "not used: " in import_text(other)
+    assert (
+        len(stock_report.left_over)
+        == sum(name.startswith(TOWER) for name in original_tensors(original, tower=True)) - 1
+    )
+    assert "as LLaVA-Med's loader uses it" in stock_report.tower and "not used: " in import_text(stock_report)
     with pytest.raises(InputError, match="--stock-tower needs --vision"):
         import_llava_med(str(source), tmp_path / "none", stock_tower=True)
 
 
 @pytest.mark.parametrize("pad", [True, False])
 @pytest.mark.parametrize("size", [(50, 40), (31, 64), (32, 32)])
-def test_images_are_padded_to_squares_where_the_checkpoint_says_so(
-    original: Original, tmp_path: Path, pad: bool, size: tuple[int, int]
+def test_images_are_padded_to_squares_if_the_config_says_so(
+    original: OriginalModel, tmp_path: Path, pad: bool, size: tuple[int, int]
 ) -> None:
     ratio = "pad" if pad else "square"
     source = write_original(tmp_path / "src", original, image_aspect_ratio=ratio)
     import_llava_med(str(source), tmp_path / "out", **HEADS)
     processor: Any = AutoProcessor.from_pretrained(tmp_path / "out")
-    found = processor.image_processor([picture(*size)], return_tensors="pt").pixel_values[0]
-    torch.testing.assert_close(found, prepared(picture(*size), pad=pad), rtol=0, atol=1e-5)
+    pixels = processor.image_processor([picture(*size)], return_tensors="pt").pixel_values[0]
+    assert_close(pixels, preprocess(picture(*size), pad=pad))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -167,10 +173,12 @@ def test_every_tensor_keeps_its_bits(tmp_path: Path, dtype: torch.dtype) -> None
     original = make_original(dtype=dtype)
     source = write_original(tmp_path / "src", original)
     report = import_llava_med(str(source), tmp_path / "out", **HEADS)
-    held, found = tensors(original, tower=True), written(tmp_path / "out")
-    assert set(found) == set(report.mapped) and set(report.dtypes) == {str(dtype).removeprefix("torch.")}
-    for name, theirs in report.mapped.items():
-        assert torch.equal(found[name][: len(held[theirs])], held[theirs]), name
+    source_tensors, imported_tensors = original_tensors(original, tower=True), written(tmp_path / "out")
+    assert set(imported_tensors) == set(report.mapped) and set(report.dtypes) == {str(dtype).removeprefix("torch.")}
+    for name, original_name in report.mapped.items():
+        assert torch.equal(
+            imported_tensors[name][: len(source_tensors[original_name])], source_tensors[original_name]
+        ), name
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == report_dtype(report)
     model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", dtype="auto")
     assert model.dtype == dtype
@@ -180,8 +188,8 @@ def report_dtype(report: ImportReport) -> str:
     return next(iter(report.dtypes))
 
 
-def test_a_grown_vocabulary_is_filled_with_the_mean_and_its_tokens_are_the_next(
-    original: Original, tmp_path: Path
+def test_new_rows_of_a_grown_vocabulary_are_the_mean_and_new_tokens_come_first(
+    original: OriginalModel, tmp_path: Path
 ) -> None:
     source = write_original(tmp_path / "src", original)
     report = import_llava_med(str(source), tmp_path / "out", **HEADS)
@@ -192,14 +200,12 @@ def test_a_grown_vocabulary_is_filled_with_the_mean_and_its_tokens_are_the_next(
     assert isinstance(family, CausalFamily)
     assert family.image_token_id == before and family.pad_id == before + 1
     rows = torch.randn(2000, 3)
-    grown = with_mean_rows(rows.bfloat16(), 2002)
+    grown = append_mean_rows(rows.bfloat16(), 2002)
     assert grown.shape == (2002, 3) and torch.equal(grown[:2000], rows.bfloat16())
-    torch.testing.assert_close(
-        grown[2000:].float(), rows.bfloat16().float().mean(0).expand(2, 3).bfloat16().float()
-    )
+    torch.testing.assert_close(grown[2000:].float(), rows.bfloat16().float().mean(0).expand(2, 3).bfloat16().float())
 
 
-def test_a_vocabulary_with_room_does_not_grow(original: Original, tmp_path: Path) -> None:
+def test_a_vocabulary_with_unused_rows_does_not_grow(original: OriginalModel, tmp_path: Path) -> None:
     roomy = make_original()
     roomy.language.resize_token_embeddings(len(roomy.tokenizer) + 10, mean_resizing=False)
     source = write_original(tmp_path / "src", roomy)
@@ -219,21 +225,19 @@ V10_PROMPT = (
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_delta_is_added_to_its_base(separated: Original, tmp_path: Path, dtype: torch.dtype) -> None:
-    delta, base, wanted = delta_and_base(separated, tmp_path, dtype)
+def test_a_delta_is_added_to_its_base(separated: OriginalModel, tmp_path: Path, dtype: torch.dtype) -> None:
+    delta, base, expected = write_delta_and_base(separated, tmp_path, dtype)
     clip = write_clip(tmp_path / "clip", separated.clip)
     report = import_llava_med(str(delta), tmp_path / "out", base=str(base), vision=str(clip))
-    found = written(tmp_path / "out")
-    for name, theirs in report.mapped.items():
+    imported_tensors = written(tmp_path / "out")
+    for name, original_name in report.mapped.items():
         if not name.startswith("model.vision_tower"):
-            assert torch.equal(found[name], wanted[theirs]), name
+            assert torch.equal(imported_tensors[name], expected[original_name]), name
     language = [name for name in report.mapped if "vision_tower" not in name and "projector" not in name]
     assert set(report.added) == set(language) and report.version == "1.0"
     assert f"{len(language)} tensors are {base} + {delta}" in import_text(report)
     if dtype == torch.float32:
-        separated.language.load_state_dict(
-            {n: w for n, w in wanted.items() if n in separated.language.state_dict()}
-        )
+        separated.language.load_state_dict({n: w for n, w in expected.items() if n in separated.language.state_dict()})
         assert_same_logits(tmp_path / "out", separated, V10_PROMPT, pad=False)
 
 
@@ -243,49 +247,45 @@ def test_a_projector_of_one_layer_is_exact_to_the_bit(tmp_path: Path, dtype: tor
     source = write_original(tmp_path / "src", original, tower=False)
     clip = write_clip(tmp_path / "clip", original.clip)
     report = import_llava_med(str(source), tmp_path / "out", vision=str(clip))
-    assert set(report.missing) == {
-        f"model.multi_modal_projector.linear_2.{kind}" for kind in ("weight", "bias")
-    }
+    assert set(report.missing) == {f"model.multi_modal_projector.linear_2.{kind}" for kind in ("weight", "bias")}
     model: Any = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=dtype)
-    seen = torch.randn(3, 16, 32).to(dtype)
+    features = torch.randn(3, 16, 32).to(dtype)
     weight, bias = original.projector.values()
     with torch.no_grad():
-        assert torch.equal(model.model.multi_modal_projector(seen), F.linear(seen, weight, bias))
+        assert torch.equal(model.model.multi_modal_projector(features), F.linear(features, weight, bias))
 
 
-def test_answers_of_version_1_0_end_where_the_next_turn_would_begin(
-    separated: Original, tmp_path: Path
-) -> None:
+def test_answers_of_version_1_0_end_at_the_separator(separated: OriginalModel, tmp_path: Path) -> None:
     source = write_original(tmp_path / "src", separated, tower=False)
     clip = write_clip(tmp_path / "clip", separated.clip)
     import_llava_med(str(source), tmp_path / "out", vision=str(clip))
     family = load(str(tmp_path / "out"))
-    assert isinstance(family, CausalFamily) and len(family.ends) == 2
+    assert isinstance(family, CausalFamily) and len(family.end_tokens) == 2
     answer = family.tokenize("1", QUESTION, "no").answer
-    words = family.processor.tokenizer
-    assert answer[-1] == family.ends[1] and words.decode(answer[:-1]).strip() == "no"
-    assert words.decode(family.ends[1]).startswith("#")
+    tokens = family.processor.tokenizer
+    assert answer[-1] == family.end_tokens[1] and tokens.decode(answer[:-1]).strip() == "no"
+    assert tokens.decode(family.end_tokens[1]).startswith("#")
     group = Group(("a",), (family.tokenize("1", QUESTION, None),))
     with torch.no_grad():
         family.model.lm_head.weight.zero_()
-        family.model.lm_head.weight[family.ends[1]] = 1
+        family.model.lm_head.weight[family.end_tokens[1]] = 1
         family.model.model.language_model.norm.weight.fill_(1)
-        family.model.lm_head.weight[family.ends[1]] = sign_of_state(family, group)
+        family.model.lm_head.weight[family.end_tokens[1]] = sign_of_state(family, group)
     assert family.generate_answers([group], [[family.preprocess_image(picture())]])[0][0].text == ""
 
 
 def sign_of_state(family: CausalFamily, group: Group) -> Tensor:
-    """A row of the head that the group's last state picks."""
+    """A row of the head that gives the largest logit at the last token of the group."""
     pixels = [[family.preprocess_image(picture())]]
     layout, _, _ = family.layout([group], pixels, "pad")
     return family.hidden_states(layout, use_cache=False)[0, -1].sign()
 
 
-# --- what is made of it -----------------------------------------------------------------------------------
+# --- training and inference with an imported model ------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def imported(original: Original, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def imported(original: OriginalModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("imported")
     source = write_original(folder / "src", original)
     import_llava_med(str(source), folder / "out", **HEADS)
@@ -307,13 +307,13 @@ def test_an_imported_model_is_trained_and_answers(imported: Path, tmp_path: Path
     assert len(answers[0]) == 2
     merge_to_disk(str(imported), tmp_path / "out", tmp_path / "merged")
     merged = load(str(tmp_path / "merged"))
-    again = merged.generate_answers([group], [[merged.preprocess_image(picture())]], max_new_tokens=3)
-    for one, other in zip(again[0], answers[0], strict=True):
-        assert one.text == other.text and abs(one.score - other.score) < 1e-5
+    merged_answers = merged.generate_answers([group], [[merged.preprocess_image(picture())]], max_new_tokens=3)
+    for merged_answer, tuned_answer in zip(merged_answers[0], answers[0], strict=True):
+        assert merged_answer.text == tuned_answer.text and merged_answer.score == approx(tuned_answer.score)
 
 
 def test_questions_that_share_an_image_give_the_original_log_probabilities(
-    imported: Path, original: Original
+    imported: Path, original: OriginalModel
 ) -> None:
     family = load(str(imported))
     assert isinstance(family, CausalFamily)
@@ -322,22 +322,22 @@ def test_questions_that_share_an_image_give_the_original_log_probabilities(
     pixels = family.preprocess_image(picture())
     batch = family.collate([Group(("a",), segments)], [[pixels]])
     with torch.no_grad():
-        found = family.log_probs(batch)
+        log_probs = family.log_probs(batch)
     for i, (question, answer) in enumerate(questions):
-        before, after = original.ids(f"[INST] <image>\n{question} [/INST] {answer}</s>")
-        logits = original.logits(prepared(picture(), pad=True), before, after)
-        told = segments[i].answer
-        assert after[-len(told) :] == list(told) and told[-1] == 2
+        before, after = original.split_prompt(f"[INST] <image>\n{question} [/INST] {answer}</s>")
+        logits = original.logits(preprocess(picture(), pad=True), before, after)
+        answer_ids = segments[i].answer
+        assert after[-len(answer_ids) :] == list(answer_ids) and answer_ids[-1] == 2
         mean = logits.mean(1, keepdim=True)
-        added = family.model.config.text_config.vocab_size - logits.shape[1]
-        wide = torch.cat([logits, mean.expand(-1, added)], 1).log_softmax(1)
-        rows = wide[len(before) + PATCHES + len(after) - len(told) - 1 : -1]
-        wanted = rows.gather(1, torch.tensor(told)[:, None]).sum()
-        torch.testing.assert_close(found[i], wanted, rtol=0, atol=1e-4)
+        new_rows = family.model.config.text_config.vocab_size - logits.shape[1]
+        all_log_probs = torch.cat([logits, mean.expand(-1, new_rows)], 1).log_softmax(1)
+        rows = all_log_probs[len(before) + PATCHES + len(after) - len(answer_ids) - 1 : -1]
+        expected = rows.gather(1, torch.tensor(answer_ids)[:, None]).sum()
+        assert_close(log_probs[i], expected)
 
 
 def test_the_commands_import_inspect_and_ask(
-    original: Original, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    original: OriginalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = write_original(tmp_path / "src", original)
     picture().save(tmp_path / "a.png")
@@ -352,30 +352,30 @@ def test_the_commands_import_inspect_and_ask(
         return ended.value.code, printed.out, printed.err
 
     status, out, err = run("import-llava-med", source, tmp_path / "out", "--vision-heads", 2, "--json")
-    found = json.loads(out)
-    assert (status, err) == (0, "") and found["version"] == "1.5" and found["kept"] == 0
+    report = json.loads(out)
+    assert (status, err) == (0, "") and report["version"] == "1.5" and report["kept"] == 0
     status, out, err = run("inspect", tmp_path / "out", "--tune", "language=ln", "--json")
-    assert (status, err) == (0, "") and json.loads(out)["total"] == found["parameters"]
-    asked = ("--image", tmp_path / "a.png", "--question", QUESTION, "--device", "cpu", "--json")
-    status, out, err = run("ask", tmp_path / "out", *asked)
+    assert (status, err) == (0, "") and json.loads(out)["total"] == report["parameters"]
+    options = ("--image", tmp_path / "a.png", "--question", QUESTION, "--device", "cpu", "--json")
+    status, out, err = run("ask", tmp_path / "out", *options)
     assert (status, err) == (0, "") and len(json.loads(out)["answers"]) == 1
     status, out, err = run("import-llava-med", source, tmp_path / "out")
     assert status == 2 and out == "" and err.count("\n") == 1 and "is not an empty directory" in err
     status, out, err = run("import-llava-med", source, tmp_path / "again", "--vision-heads", 2)
-    assert status == 0 and "tensors taken" in out
+    assert status == 0 and "tensors used" in out
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------
 
 
-def test_a_newer_tokenizer_reads_text_after_an_image_as_the_original_code_does(
-    original: Original, tmp_path: Path
+def test_a_newer_tokenizer_tokenises_text_after_an_image_as_the_original_code_does(
+    original: OriginalModel, tmp_path: Path
 ) -> None:
-    """Newer tokenizers of LLaMA put a blank before the first piece of a text alone."""
+    """Newer tokenizers of LLaMA prepend a blank only to the first piece of a text."""
     from tokenizers import pre_tokenizers
 
     source = write_original(tmp_path / "src", original)
-    newer = tokenizer()
+    newer = build_tokenizer()
     newer.backend_tokenizer.normalizer = None
     newer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     assert newer(QUESTION).input_ids == original.tokenizer(QUESTION).input_ids
@@ -384,24 +384,24 @@ def test_a_newer_tokenizer_reads_text_after_an_image_as_the_original_code_does(
     assert_same_logits(tmp_path / "out", original)
 
 
-def test_a_sentencepiece_model_alone_asks_for_its_packages(
-    original: Original, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_sentencepiece_model_without_its_packages_is_refused(
+    original: OriginalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import transformers.utils
 
     source = write_original(tmp_path / "src", original)
     (source / "tokenizer.json").rename(source / "tokenizer.model")
     monkeypatch.setattr(transformers.utils, "is_sentencepiece_available", lambda: False)
-    message = refused(source, tmp_path / "out", **HEADS)
+    message = import_error(source, tmp_path / "out", **HEADS)
     assert "pip install sentencepiece protobuf. Or give --tokenizer" in message
     (source / "config.json").write_text('{"model_type": "llava"}')
-    with pytest.raises(InputError, match=r"protobuf\. Or put the same tokenizer beside it"):
+    with pytest.raises(InputError, match=r"protobuf\. Or put the same tokenizer into the"):
         load(str(source))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of sentencepiece's own bindings
-def test_a_sentencepiece_model_alone_gives_its_own_tokens_and_the_first_one(tmp_path: Path) -> None:
-    """As LLaMA-1 was released: no tokenizer.json, and no word of the first token in tokenizer_config.json."""
+def test_a_sentencepiece_model_gives_its_tokens_after_the_bos_token(tmp_path: Path) -> None:
+    """As LLaMA-1 was released: no tokenizer.json, and no BOS token in tokenizer_config.json."""
     sentencepiece = pytest.importorskip("sentencepiece")
     pytest.importorskip("google.protobuf")
     (tmp_path / "text").write_text("\n".join(TEXT))
@@ -415,7 +415,7 @@ def test_a_sentencepiece_model_alone_gives_its_own_tokens_and_the_first_one(tmp_
     config["vocab_size"] = 400
     config["mm_use_im_start_end"] = False
     (tmp_path / "config.json").write_text(json.dumps(config))
-    found = read_vocabulary(tmp_path, read_original(tmp_path)).tokenizer
+    tokenizer = read_vocabulary(tmp_path, read_original_config(tmp_path)).tokenizer
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     for text in (QUESTION, "lung 42 µm", "lung\n### Human: liver"):
-        assert found(text).input_ids == [1, *pieces.encode(text)]
+        assert tokenizer(text).input_ids == [1, *pieces.encode(text)]

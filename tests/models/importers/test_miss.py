@@ -1,3 +1,5 @@
+"""MISS's original checkpoints are imported with the same logits; anything else is refused."""
+
 from __future__ import annotations
 
 import argparse
@@ -14,14 +16,22 @@ from normtune.models.importers.miss.importer import ImportReport, import_miss, i
 from normtune.models.importers.miss.original_checkpoint import infer_config
 from normtune.models.miss.model import MissForQuestionAnswering
 from normtune.models.miss.vision import resize_positions
-from tests.support.miss_batches import ANSWERS, QUESTIONS, VOCABULARY, answered, asked, pixels, tiny_miss
+from tests.support.miss_batches import (
+    ANSWERS,
+    QUESTIONS,
+    VOCABULARY,
+    answer_batch,
+    question_batch,
+    random_pixels,
+    tiny_miss,
+)
 
 HEADS = {"vision_heads": 4, "text_heads": 4}
-BATCH = asked(QUESTIONS) | answered(ANSWERS)
+BATCH = question_batch(QUESTIONS) | answer_batch(ANSWERS)
 
 
 def original_names() -> set[str]:
-    """The names of a MISS file with 2 image, 2 encoder and 3 decoder layers, as its code makes them."""
+    """The tensor names of a MISS file with 2 image, 2 encoder and 3 decoder layers."""
     names = {f"visual_encoder.{name}" for name in ("cls_token", "pos_embed")}
     both = ("weight", "bias")
     modules = ["visual_encoder.patch_embed.proj", "visual_encoder.norm"]
@@ -54,7 +64,7 @@ def original(model: MissForQuestionAnswering) -> dict[str, Tensor]:
 
 
 def pretraining(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a pretraining file holds besides."""
+    """The other tensors of a pretraining file."""
     extra: dict[str, Tensor] = {"temp": torch.tensor(0.07), "queue_ptr": torch.zeros(1, dtype=torch.long)}
     for name in ("image_queue", "text_queue"):
         extra[name] = torch.randn(8, 16)
@@ -67,19 +77,19 @@ def pretraining(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return extra
 
 
-def save(path: Path, weights: dict[str, Tensor], **beside: Any) -> Path:
-    torch.save({"model": weights, **beside}, path)
+def save(path: Path, weights: dict[str, Tensor], **others: Any) -> Path:
+    torch.save({"model": weights, **others}, path)
     return path
 
 
 def assert_same_logits(out: Path, model: MissForQuestionAnswering) -> None:
-    found = MissForQuestionAnswering.from_pretrained(out)
-    images = pixels(5)
-    wanted = model(pixel_values=images, **BATCH).logits
-    assert torch.equal(found(pixel_values=images, **BATCH).logits, wanted)
+    imported = MissForQuestionAnswering.from_pretrained(out)
+    images = random_pixels(5)
+    expected = model(pixel_values=images, **BATCH).logits
+    assert torch.equal(imported(pixel_values=images, **BATCH).logits, expected)
 
 
-def test_a_finetuned_file_gives_its_models_logits(tmp_path: Path) -> None:
+def test_an_imported_finetuned_file_gives_the_models_logits(tmp_path: Path) -> None:
     model = tiny_miss()
     optimizer = {"state": {0: {"step": 3, "exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 2e-5}]}
     config = {"dataset": "slake", "image_size": 480}
@@ -87,7 +97,7 @@ def test_a_finetuned_file_gives_its_models_logits(tmp_path: Path) -> None:
     report = import_miss(source, tmp_path / "out", **HEADS)
     assert_same_logits(tmp_path / "out", model)
     assert set(report.mapped) == set(model.state_dict())
-    assert all(ours == theirs for ours, theirs in report.mapped.items())
+    assert all(name == original_name for name, original_name in report.mapped.items())
     assert set(report.dropped) == original_names() - set(report.mapped)
     assert report.missing == report.left_over == () and report.resized_from is None and not report.processor
     assert report.parameters == sum(p.numel() for p in model.parameters())
@@ -96,7 +106,7 @@ def test_a_finetuned_file_gives_its_models_logits(tmp_path: Path) -> None:
     assert (report.config["bos_token_id"], report.config["encode_token_id"]) == (58, 59)
 
 
-def test_a_pretraining_files_own_parts_are_dropped(tmp_path: Path) -> None:
+def test_tensors_that_only_pretraining_needs_are_dropped(tmp_path: Path) -> None:
     model = tiny_miss()
     weights = original(model)
     extra = pretraining(weights)
@@ -115,7 +125,7 @@ def test_unknown_tensors_are_named_and_not_used(tmp_path: Path) -> None:
     assert_same_logits(tmp_path / "out", model)
 
 
-def test_bare_and_distributed_state_dicts_are_read_too(tmp_path: Path) -> None:
+def test_bare_and_distributed_state_dicts_are_supported(tmp_path: Path) -> None:
     model = tiny_miss()
     torch.save(original(model), tmp_path / "bare.pth")
     save(tmp_path / "ddp.pth", {f"module.{name}": tensor for name, tensor in original(model).items()})
@@ -137,14 +147,14 @@ def test_a_tied_head_may_be_absent_and_its_bias_may_have_the_other_name(tmp_path
     assert_same_logits(tmp_path / "out", model)
 
 
-def test_a_head_of_its_own_stays_its_own(tmp_path: Path) -> None:
+def test_an_untied_head_stays_untied(tmp_path: Path) -> None:
     model = tiny_miss(tie_word_embeddings=False)
     report = import_miss(save(tmp_path / "a.pth", original(model)), tmp_path / "out", **HEADS)
     assert report.config["tie_word_embeddings"] is False
     assert_same_logits(tmp_path / "out", model)
 
 
-def test_half_precision_stays_half(tmp_path: Path) -> None:
+def test_half_precision_is_preserved(tmp_path: Path) -> None:
     model = tiny_miss().to(torch.bfloat16)
     import_miss(save(tmp_path / "a.pth", original(model)), tmp_path / "out", **HEADS)
     assert MissForQuestionAnswering.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
@@ -156,17 +166,17 @@ def test_position_embeddings_are_resampled_on_request(tmp_path: Path) -> None:
     source = save(tmp_path / "a.pth", original(model))
     report = import_miss(source, tmp_path / "out", image_size=48, **HEADS)
     assert report.resized_from == 32 and "from 32 to 48 pixels" in import_text(report)
-    found = MissForQuestionAnswering.from_pretrained(tmp_path / "out")
-    assert found.config.vision().image_size == 48
-    wanted = resize_positions(model.visual_encoder.pos_embed, 6, 6)
-    torch.testing.assert_close(found.visual_encoder.pos_embed, wanted)
-    images = pixels(1, size=(48, 48))
-    torch.testing.assert_close(found.visual_encoder(images), model.visual_encoder(images))
+    imported = MissForQuestionAnswering.from_pretrained(tmp_path / "out")
+    assert imported.config.vision().image_size == 48
+    expected = resize_positions(model.visual_encoder.pos_embed, 6, 6)
+    torch.testing.assert_close(imported.visual_encoder.pos_embed, expected)
+    images = random_pixels(1, size=(48, 48))
+    torch.testing.assert_close(imported.visual_encoder(images), model.visual_encoder(images))
     with pytest.raises(InputError, match="image_size 50 is not a multiple of patch_size 8"):
         import_miss(source, tmp_path / "other", image_size=50, **HEADS)
 
 
-def test_sizes_of_miss_base_are_read_off_its_tensors() -> None:
+def test_the_config_of_miss_base_is_inferred_from_its_tensors() -> None:
     from normtune.models.miss.config import MissConfig
 
     with torch.device("meta"):
@@ -182,7 +192,7 @@ def vocabulary(path: Path, pieces: int) -> Path:
     return path
 
 
-def test_with_a_vocabulary_the_family_loads_it(tmp_path: Path) -> None:
+def test_a_model_imported_with_a_vocabulary_is_loaded_by_the_family(tmp_path: Path) -> None:
     from PIL import Image
 
     from normtune.models.families.miss import MissFamily
@@ -200,11 +210,11 @@ def test_with_a_vocabulary_the_family_loads_it(tmp_path: Path) -> None:
 
 
 def refused(source: Path, out: Path, **options: Any) -> str:
-    """The one-line message; nothing is left behind."""
+    """The error message, which has one line; no file is left behind."""
     before = sorted(source.parent.iterdir())
     with pytest.raises(InputError) as caught:
         import_miss(source, out, **options)
-    assert sorted(source.parent.iterdir()) == before, "nothing is half-written"
+    assert sorted(source.parent.iterdir()) == before, "no file is left behind"
     message = str(caught.value)
     assert "\n" not in message and message.endswith(".")
     return message
@@ -230,22 +240,16 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] 
         "lacks 10 of 174 tensors: text_encoder.encoder.layer.1.crossattention.self.query.weight, ",
     ),
     "no class token": (without("cls_token"), "lacks visual_encoder.cls_token"),
-    "no word embeddings": (
-        without("text_decoder.bert.embeddings.word"),
-        "lacks text_decoder.bert.embeddings",
-    ),
+    "no word embeddings": (without("text_decoder.bert.embeddings.word"), "lacks text_decoder.bert.embeddings"),
     "a norm of another width": (
         misshapen("text_encoder.embeddings.LayerNorm.weight", (40,)),
-        "text_encoder.embeddings.LayerNorm.weight is of shape [40], the other tensors ask for [32]",
+        "text_encoder.embeddings.LayerNorm.weight is of shape [40], the other tensors require [32]",
     ),
     "another vocabulary in the decoder": (
         misshapen("text_decoder.bert.embeddings.word_embeddings.weight", (61, 40)),
-        "is of shape [61, 40], the other tensors ask for [60, 40]",
+        "is of shape [61, 40], the other tensors require [60, 40]",
     ),
-    "positions that are no square": (
-        misshapen("visual_encoder.pos_embed", (1, 13, 48)),
-        "12 patches, not a square",
-    ),
+    "positions that are no square": (misshapen("visual_encoder.pos_embed", (1, 13, 48)), "12 patches, not a square"),
     "positions without an axis": (
         misshapen("visual_encoder.pos_embed", (17, 48)),
         "visual_encoder.pos_embed is of shape [17, 48], not [1, any, 48]",
@@ -288,10 +292,10 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     assert "No such file" in refused(tmp_path / "none.pth", tmp_path / "out")
 
 
-def test_widths_that_show_no_heads_ask_for_them(tmp_path: Path) -> None:
+def test_a_width_that_is_no_multiple_of_64_needs_the_number_of_heads(tmp_path: Path) -> None:
     source = save(tmp_path / "a.pth", original(tiny_miss()))
     message = refused(source, tmp_path / "out")
-    assert "visual_encoder is 48 wide, not a multiple of 64. Say how many attention heads" in message
+    assert "visual_encoder is 48 wide, not a multiple of 64. Give its number of attention heads" in message
     message = refused(source, tmp_path / "out", vision_heads=4, text_heads=5)
     assert "hidden_size 32 is not a multiple of num_attention_heads 5" in message
 
@@ -299,10 +303,10 @@ def test_widths_that_show_no_heads_ask_for_them(tmp_path: Path) -> None:
 def test_a_vocabulary_of_another_size_is_refused(tmp_path: Path) -> None:
     source = save(tmp_path / "a.pth", original(tiny_miss()))
     vocab = vocabulary(tmp_path / "vocab.txt", 20)
-    assert "makes 22 words with [DEC] and [ENC]" in refused(source, tmp_path / "out", vocab=vocab, **HEADS)
+    assert "has 22 words with [DEC] and [ENC]" in refused(source, tmp_path / "out", vocab=vocab, **HEADS)
 
 
-def test_a_full_directory_is_not_written_over(tmp_path: Path) -> None:
+def test_a_full_directory_is_not_overwritten(tmp_path: Path) -> None:
     source = save(tmp_path / "a.pth", original(tiny_miss()))
     out = tmp_path / "out"
     out.mkdir()
@@ -314,6 +318,6 @@ def test_a_full_directory_is_not_written_over(tmp_path: Path) -> None:
     assert (out / "config.json").is_file() and not list(tmp_path.glob(".*"))
 
 
-def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     source = save(tmp_path / "a.pth", original(tiny_miss()))
     assert "cannot write" in refused(source, source / "out", **HEADS)

@@ -1,8 +1,10 @@
-"""Attention for shared sequences, one of transformers' attention functions, that keeps no copies.
+"""Attention for shared sequences without copies of keys, values or masks.
 
-For the backward pass a layer keeps queries, keys and values as they came, its output, and a logarithm a row
-and head: in bf16, for width d, key/value width k and H heads, 4d + 4k + 4H bytes a token. Transformers' SDPA
-with a bool mask also keeps a mask of its own in every layer, and keys and values once for each query head.
+`shared_attention` is registered among transformers' attention functions; a language model that uses it is
+configured as "normtune_shared". For the backward pass a layer then saves queries, keys and values as they
+are, its output, and one logarithm a row and head: in bf16, for width d, key/value width k and H heads,
+4d + 4k + 4H bytes a token. Transformers' SDPA with a bool mask saves a mask of its own in every layer as
+well, and copies keys and values once for each query head.
 """
 
 from __future__ import annotations
@@ -21,12 +23,25 @@ from transformers.masking_utils import sdpa_mask
 
 from normtune.errors import InputError
 
-Backend = Literal["auto", "dense", "block"]
+# Grouped-query attention: several query heads read the same key and value head. SDPA's CUDA kernels that take
+# a mask need as many key heads as query heads, and the usual remedy (`repeat_kv`) copies keys and values,
+# which autograd then saves for every layer. Here the queries are folded instead. With 4 query heads, 2 key
+# heads, Q queries and K keys:
+#
+#     query    [B, 4, Q, d]      -> [B, 2, 2 * Q, d]    heads that share a key head become further rows
+#     key      [B, 2, K, d]                             unchanged, no copy; values likewise
+#     mask     [B, 1, Q, K]      -> [B, 1, 2 * Q, K]    rows repeated, once for all layers
+#     output   [B, 2, 2 * Q, d]  -> [B, 4, Q, d]
+#
+# Query heads 0 and 1 read key head 0, heads 2 and 3 read key head 1, so the reshape needs no transpose.
 
-SHARED = "normtune_shared"  # what configs call this attention
-BLOCK = 128  # FlexAttention's block: lengths are multiples of it, so that nothing is compiled anew
-BLOCK_FROM = 2048  # tokens in a row from which "auto" takes block masks on CUDA; not yet measured on a GPU
-ALIGNED = 8  # CUDA's memory-efficient kernel copies a mask whose rows are not so aligned
+Backend = Literal["auto", "dense", "block"]  # masks as tensors, or as FlexAttention's block masks
+
+ATTENTION_NAME = "normtune_shared"  # what configs call this attention
+BLOCK_SIZE = 128  # FlexAttention's block; lengths are multiples of it, so that no new kernel is compiled
+# rows of at least so many tokens use block masks on CUDA under "auto"; not yet measured on a GPU
+MIN_BLOCK_MASK_TOKENS = 2048
+MASK_ALIGNMENT = 8  # values; CUDA's memory-efficient kernel copies a mask with rows that start elsewhere
 
 
 def shared_attention(
@@ -39,20 +54,31 @@ def shared_attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention under a mask that `additive` or `block_mask` made; under any other, transformers' own.
+    """Attention under a mask of `additive_masks` or `block_mask`; any other mask goes to transformers' SDPA.
 
-    query: [batch, heads, q, head_dim]; key, value: [batch, kv_heads, k, head_dim]; returns [batch, q, heads,
-    head_dim].
+    Args:
+        module: the attention layer; only transformers' SDPA reads it.
+        query: [batch, heads, q, head_dim].
+        key: [batch, kv_heads, k, head_dim].
+        value: [batch, kv_heads, k, head_dim].
+        attention_mask: [batch, 1, q, k] in the states' dtype, or folded [batch, 1, heads / kv_heads * q, k].
+        dropout: probability of dropping an attention weight.
+        scaling: what scores are multiplied by; None is 1 / sqrt(head_dim).
+        options: for transformers' SDPA.
+
+    Returns:
+        The output [batch, q, heads, head_dim], and None in place of attention weights.
 
     Raises:
-        InputError: a block mask on the CPU, where gradients are wanted.
+        InputError: a block mask on the CPU, where gradients are needed.
     """
     if isinstance(attention_mask, BlockMask):
-        return _under_blocks(query, key, value, attention_mask, scaling), None
+        return _block_attention(query, key, value, attention_mask, scaling), None
     sharing = query.shape[1] // key.shape[1]  # query heads that share one key head
+    # Transformers makes bool masks; one in the states' dtype is ours. Its rows show whether it is folded.
     ours = attention_mask is not None and attention_mask.dtype == query.dtype
     folded = ours and sharing > 1 and attention_mask.shape[2] == sharing * query.shape[2]  # type: ignore[union-attr]
-    if not folded and (not ours or (sharing > 1 and not _takes_groups(query.device))):
+    if not folded and (not ours or (sharing > 1 and not _supports_grouped_heads(query.device))):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
@@ -62,77 +88,88 @@ def shared_attention(
     out = F.scaled_dot_product_attention(
         query, key, value, attention_mask, dropout, scale=scaling, enable_gqa=sharing > 1 and not folded
     )
+    # back to [batch, heads, q, head_dim], then to the axes that transformers expects
     return out.reshape(shape).transpose(1, 2).contiguous(), None
 
 
-def _under_blocks(
-    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scaling: float | None
-) -> Tensor:
-    gradients = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
+def _block_attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scaling: float | None) -> Tensor:
+    """FlexAttention; shapes as for `shared_attention`. It supports grouped heads, so nothing is folded."""
+    gradients = torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value))
     if query.device.type == "cpu" and gradients:
         raise InputError(
             "attention 'block' is FlexAttention, which has no backward pass on the CPU. Choose 'dense' or a "
             "CUDA device."
         )
+    # uncompiled FlexAttention materialises all scores, so only the CPU uses it
     attend: Any = _compiled_flex() if query.is_cuda else flex_attention
     out: Tensor = attend(query, key, value, block_mask=mask, scale=scaling, enable_gqa=True)
     return out.transpose(1, 2).contiguous()
 
 
 def use_shared_attention(decoder: Any) -> None:
-    """Make a language model of transformers attend by `shared_attention`, the vision tower beside it not."""
-    AttentionInterface.register(SHARED, shared_attention)
-    AttentionMaskInterface.register(SHARED, sdpa_mask)
-    decoder.set_attn_implementation(SHARED)
+    """Set `shared_attention` as the attention of a transformers language model; vision towers keep theirs."""
+    AttentionInterface.register(ATTENTION_NAME, shared_attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+    decoder.set_attn_implementation(ATTENTION_NAME)
 
 
-def additive(masks: Mapping[str, Tensor], decoder: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Bool masks [B, 1, Q, K], true where seen -> 0 and -inf in the states' dtype, once for all layers.
+def additive_masks(masks: Mapping[str, Tensor], decoder: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Bool masks -> masks to add to the scores (0 visible, -inf hidden), made once for all layers.
 
-    Where SDPA's kernels want as many key heads as query heads (all but the CPU's), queries of the heads that
-    share a key head are attended as further rows, [B, 1, sharing * Q, K]: keys and values are never copied.
+    SDPA turns a bool mask into such a mask in every layer, and autograd saves each of them.
+
+    Args:
+        masks: kind of attention layer -> bool [B, 1, Q, K], true where the query sees the key.
+        decoder: the language model; its heads decide whether masks are folded.
+        dtype: the states' dtype.
+
+    Returns:
+        Kind -> [B, 1, Q, K], or [B, 1, sharing * Q, K] where SDPA needs folded queries: everywhere except on
+        the CPU, if `sharing` (query heads a key head) is above 1.
     """
     sharing = 1
-    if decoder.config._attn_implementation == SHARED:  # a learned prefix has an attention of its own
+    # a language model with a learned prefix has another attention, which folds nothing
+    if decoder.config._attn_implementation == ATTENTION_NAME:
         heads = decoder.config.num_attention_heads
         sharing = heads // (getattr(decoder.config, "num_key_value_heads", None) or heads)
     return {
-        kind: _additive(mask, dtype, 1 if _takes_groups(mask.device) else sharing)
+        kind: _additive_mask(mask, dtype, 1 if _supports_grouped_heads(mask.device) else sharing)
         for kind, mask in masks.items()
     }
 
 
-def _additive(mask: Tensor, dtype: torch.dtype, sharing: int) -> Tensor:
+def _additive_mask(mask: Tensor, dtype: torch.dtype, sharing: int) -> Tensor:
+    """[B, 1, Q, K] bool -> [B, 1, sharing * Q, K] of `dtype`, a view with rows that are aligned in memory."""
     rows, heads, queries, keys = mask.shape
-    width = keys + -keys % ALIGNED
-    room = torch.zeros(rows, heads, sharing, queries, width, dtype=dtype, device=mask.device)
-    room[..., :keys].masked_fill_(~mask[:, :, None], -torch.inf)
-    return room.view(rows, heads, sharing * queries, width)[..., :keys]
+    width = keys + -keys % MASK_ALIGNMENT  # allocated columns; those past `keys` are cut off by the view
+    buffer = torch.zeros(rows, heads, sharing, queries, width, dtype=dtype, device=mask.device)
+    buffer[..., :keys].masked_fill_(~mask[:, :, None], -torch.inf)
+    return buffer.view(rows, heads, sharing * queries, width)[..., :keys]
 
 
-def takes_blocks(backend: Backend, length: int, device: torch.device, decoder: Any) -> bool:
+def uses_block_masks(backend: Backend, length: int, device: torch.device, decoder: Any) -> bool:
     """Whether rows of `length` tokens are attended under block masks.
 
     Raises:
-        InputError: block masks are asked for, and the language model has an attention that takes none.
+        InputError: "block" is required, but the language model's attention does not support block masks.
     """
-    own = decoder.config._attn_implementation == SHARED
+    shared = decoder.config._attn_implementation == ATTENTION_NAME
     if backend != "block":
-        return backend == "auto" and own and device.type == "cuda" and length >= BLOCK_FROM
-    if not own:
+        return backend == "auto" and shared and device.type == "cuda" and length >= MIN_BLOCK_MASK_TOKENS
+    if not shared:
         raise InputError(
-            "attention 'block' does not go with prefix or ptuning in the language model, whose keys no block "
-            "mask knows, nor with PaliGemma 2. Choose 'dense' or another recipe."
+            "attention 'block' supports neither prefix or ptuning in the language model (block masks do not "
+            "cover the prefix's keys) nor PaliGemma 2. Choose 'dense' or another recipe."
         )
     return True
 
 
-def _takes_groups(device: torch.device) -> bool:
+def _supports_grouped_heads(device: torch.device) -> bool:
     """Whether SDPA's fused kernels take fewer key heads than query heads together with a mask."""
     return device.type == "cpu"
 
 
 @cache
 def _compiled_flex() -> Callable[..., Any]:
-    """Once a process, for all lengths."""
+    """FlexAttention, compiled once a process for all lengths."""
     return torch.compile(flex_attention, dynamic=True)

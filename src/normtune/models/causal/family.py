@@ -1,8 +1,9 @@
-"""Decoder-only families: image features stand among the tokens of a causal language model.
+"""Decoder-only families: image features replace image tokens in the input of a causal language model.
 
-A group is one sequence whose segments see its image and themselves (`normtune.models.causal.shared_prefix`), so that an image
-is computed once for all its questions, in training, scoring and answering alike. A family says how its
-images become tokens and features, and whatever is its own in masks and positions.
+An image and its questions form one sequence (`normtune.models.causal.shared_prefix`), so that the image is
+computed once for all its questions, in training, scoring and generation alike. `CausalFamily` does all this;
+a subclass in `models/families/` defines how its images become tokens and features, and what is special about
+its masks and positions.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from normtune.data import tasks
 from normtune.data.groups import Group, Segment
 from normtune.errors import InputError
 from normtune.models.answer_loss import Head
-from normtune.models.causal.attention import BLOCK, Backend, additive, takes_blocks, use_shared_attention
+from normtune.models.causal.attention import BLOCK_SIZE, Backend, additive_masks, use_shared_attention, uses_block_masks
 from normtune.models.causal.decoding import Masks, SharedCacheDecoder, Windows
 from normtune.models.causal.frozen_layers import causal_trunk
 from normtune.models.causal.prompts import ChatPrompt, PromptFormat, TokenIds
 from normtune.models.causal.shared_prefix import (
     PREFIX,
-    Rows,
+    RowLayout,
     SharedSequence,
     block_mask,
     dense_mask,
@@ -41,53 +42,64 @@ from normtune.models.generation import Generated, OnTokens, generate
 from normtune.models.quantization import loading_options
 from normtune.models.types import Answer, AnswerStates, Batch, Pixels
 
-FULL, SLIDING = "full_attention", "sliding_attention"
-FEATURES = "features"  # what `seen` calls the features of an image; names of further ones begin with it
-ONE_KIND = ""  # the name of the only kind of attention layer, where masks are no dict
+# The forward pass, with B rows of S tokens, W the language model's width and N answer tokens:
+#
+#     collate          images, questions, answers -> batch: input_ids [B, S] and what the masks need
+#     features         pixels                     -> [image tokens of all images, W], tower and connector
+#     input_embeddings input_ids, features        -> [B, S, W], features in place of the image tokens
+#     _masks           group_of, segment_of       -> [B, 1, S, S], who sees whom
+#     hidden_states    embeddings, masks          -> [B, S, W], all layers of the language model
+#     answer_states    [B * S, W], answer_rows    -> [N, W], the rows that predict an answer token
+#     head             [N, W]                     -> logits [N, vocabulary], in chunks (`answer_loss`)
+#
+# Generation runs the same pass over the prompts with a key-value cache, then one token an answer in each step
+# (`normtune.models.causal.decoding`).
+
+FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' names of the kinds of attention layers
+FEATURES = "features"  # key of an encoded image's features; keys of further features begin with it
+ONE_KIND = ""  # the key of the mask in models with one kind of attention layer
 
 
 class CausalFamily(Family):
-    """What decoder-only families share.
+    """The base class of decoder-only families.
 
     Attributes:
         rows: how groups are laid out, one a row ("pad") or all in one row ("pack").
-        attention: masks as tensors ("dense"), or as FlexAttention's blocks ("block"); "auto": blocks on CUDA
-            where rows are long.
-        ends: the tokens that end an answer.
+        attention: masks as tensors ("dense"), or as FlexAttention's block masks ("block"); "auto": block
+            masks on CUDA where rows are long.
+        end_tokens: the tokens that end an answer.
+        windows: the kinds of attention layers, each with the number of positions it sees.
+        prompts: how questions are written and tokenised.
     """
 
     model: Any
     config: Any
-    image_layers: int = 0  # how many of the first layers take image features besides their input
+    image_layers: int = 0  # how many of the first layers read image features besides their input (Qwen3-VL)
     whole_blocks: ClassVar[bool] = False  # whether the tokens of a block see each other past a window
-    image_options: ClassVar[dict[str, Any]] = {}  # for the image processor
-    image_keys: ClassVar[tuple[str, ...]] = ("pixel_values",)  # what is kept of its results
+    image_options: ClassVar[dict[str, Any]] = {}  # arguments of the image processor
+    image_keys: ClassVar[tuple[str, ...]] = ("pixel_values",)  # the image processor's results that are used
 
     def __init__(self, model: nn.Module, processor: Any) -> None:
         super().__init__(model, processor)
         self.config = self.model.config
-        self.rows: Rows = "pad"
+        self.rows: RowLayout = "pad"
         self.attention: Backend = "auto"
         use_shared_attention(self.decoder)
         tokenizer = processor.tokenizer
-        self.ends = _end_tokens(model, tokenizer)
-        self.pad_id: int = self.ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.end_tokens = _end_tokens(model, tokenizer)
+        self.pad_id: int = self.end_tokens[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.image_token_id: int = self.config.image_token_id
         self.windows = _windows(self.config.get_text_config())
         self.prompts = self.prompt_format()
         parameters = inspect.signature(self.decoder.forward).parameters
-        self._cache_argument = "cache" if "cache" in parameters else "past_key_values"  # before 5.24
+        # transformers renamed the argument in 5.24
+        self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
 
     @classmethod
     def load(
-        cls,
-        source: str | Path,
-        dtype: torch.dtype,
-        device: str | torch.device = "cpu",
-        *,
-        quantization: Any = None,
+        cls, source: str | Path, dtype: torch.dtype, device: str | torch.device = "cpu", *, quantization: Any = None
     ) -> Self:
-        """Load a checkpoint of transformers' layout."""
+        """Load a checkpoint in transformers' layout; see `Family.load`."""
         model: Any = AutoModelForImageTextToText.from_pretrained(
             str(source), dtype=dtype, **loading_options(quantization, device)
         )
@@ -98,7 +110,7 @@ class CausalFamily(Family):
     def load_processor(cls, source: str, model_type: str) -> Any:
         return AutoProcessor.from_pretrained(source)
 
-    # --- what a family may say otherwise --------------------------------------------------------------------
+    # --- what a family may override -------------------------------------------------------------------------
 
     @property
     def decoder(self) -> Any:
@@ -107,77 +119,105 @@ class CausalFamily(Family):
 
     @property
     def head(self) -> Head:
-        """Hidden states [N, width] to logits [N, vocabulary]."""
+        """The language model's head: hidden states [N, width] -> logits [N, vocabulary]."""
         head: Head = self.model.lm_head
         return head
 
     @property
     def image_end(self) -> tuple[str, str]:
-        """The last special token of an image as the processor writes it, and the text that follows it."""
+        """The last special token of an image as the processor writes it, and the text that follows it.
+
+        Conversations are cut after this token: see `normtune.models.causal.prompts`.
+        """
         return self.processor.image_token, ""
 
     def prompt_format(self) -> PromptFormat:
-        """How questions are written."""
-        return ChatPrompt(self.processor, *self.image_end, self.ends)
+        """How questions are written and tokenised; by default with the model's chat template."""
+        return ChatPrompt(self.processor, *self.image_end, self.end_tokens)
 
     def group_prefixes(
         self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]]
     ) -> tuple[Sequence[Group], list[TokenIds], Sequence[Sequence[Pixels]]]:
-        """Groups as they share their prefixes: (groups, the prefix of each, the images of each)."""
+        """Decide what groups share: (groups, the prefix tokens of each, the images of each).
+
+        PaliGemma returns one group for each question, since its questions cannot share a prefix.
+        """
         texts = [[self.image_text(image) for image in images] for images in pixels]
         return groups, [self.prompts.prefix(images) for images in texts], pixels
 
     def bidirectional_blocks(self, batch: Batch) -> Tensor | None:
-        """[B, S] long, the block of each token, -1 for none; tokens of a block see each other both ways."""
+        """[B, S] long, the block of each token, -1 for none; tokens of a block see each other both ways.
+
+        None means that all attention is causal.
+        """
         return None
 
     def image_text(self, pixels: Pixels) -> str:
-        """What the processor writes for one image, its tokens spread out."""
+        """The text that the processor writes for one image: its special tokens, one image token a feature."""
         return self.processor.replace_image_token({name: value[None] for name, value in pixels.items()}, 0)
 
     def image_inputs(self, images: Sequence[Pixels]) -> dict[str, Tensor]:
-        """Several images as the arguments of the model's `get_image_features`."""
+        """Batch images as the arguments of the model's `get_image_features`."""
         return {name: torch.stack([image[name] for image in images]) for name in images[0]}
 
     def positions(
         self, sequence: SharedSequence, prefixes: Sequence[TokenIds], pixels: Sequence[Sequence[Pixels]]
     ) -> Tensor:
-        """Rotary positions of the tokens: [B, S], or [axes, B, S]."""
+        """Rotary positions of the tokens of a layout: [B, S], or [axes, B, S] with M-RoPE."""
         return sequence.position_ids
 
     def step_positions(self, positions: Tensor) -> Tensor:
-        """The same of answer tokens: [B, Q] -> [B, Q], or [axes, B, Q]."""
+        """Rotary positions of generated tokens: [B, Q] -> [B, Q], or [axes, B, Q] with M-RoPE."""
         return positions
 
     def features(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The image encoder and connector: `FEATURES` [image tokens of all images, width], and what else the
-        decoder is given of each image token."""
-        found = self.model.model.get_image_features(**images, return_dict=True)
-        return {FEATURES: joined(found.pooler_output)}
+        """Run the image encoder and the connector.
+
+        Args:
+            images: the result of `image_inputs`.
+
+        Returns:
+            `FEATURES` [image tokens of all images, width], and any other states that the language model
+            takes for each image token.
+        """
+        output = self.model.model.get_image_features(**images, return_dict=True)
+        return {FEATURES: flatten_features(output.pooler_output)}
 
     def input_embeddings(self, batch: Batch, features: dict[str, Tensor]) -> dict[str, Any]:
-        """The decoder's arguments that hold what is seen and read: `inputs_embeds` [B, S, width] and more."""
-        image = batch["input_ids"] == self.image_token_id
+        """Embed the tokens and put image features in place of image tokens.
+
+        Returns:
+            The decoder's arguments: `inputs_embeds` [B, S, width], and others in some families.
+        """
+        image = batch["input_ids"] == self.image_token_id  # [B, S]
+        # the image token's id may be past the end of the embedding, hence token 0 in its place
         embeds = self.decoder.get_input_embeddings()(batch["input_ids"].masked_fill(image, 0))
+        # features fill the image tokens in reading order: row by row, from left to right
         return {"inputs_embeds": embeds.masked_scatter(image[..., None], features[FEATURES].to(embeds.dtype))}
 
     # --- images and questions to tensors --------------------------------------------------------------------
 
     def preprocess_image(self, image: Image.Image) -> Pixels:
-        """One image as its processor prepares it, without the batch axis."""
+        """One image as the image processor prepares it, without the batch axis."""
         prepared = self.processor.image_processor([image], return_tensors="pt", **self.image_options)
         return {name: prepared[name][0] for name in self.image_keys}
 
     @torch.no_grad()
     def encode_image(self, pixels: Pixels) -> Pixels:
-        """The features of one image, on the CPU, and what of its pixels tells how it is written."""
-        found = self.features(send_to_device(self.image_inputs([pixels]), self.device))
+        """The features of one image, on the CPU, and its other values (sizes, numbers of tiles).
+
+        `image_text` and `positions` need the latter; only the pixels themselves are replaced.
+        """
+        features = self.features(send_to_device(self.image_inputs([pixels]), self.device))
         return {name: value for name, value in pixels.items() if not name.startswith("pixel")} | {
-            name: value.cpu() for name, value in found.items()
+            name: value.cpu() for name, value in features.items()
         }
 
     def without_features(self, pixels: Pixels) -> Pixels:
-        """What of `seen` tells how an image is written: its features keep their number, and no width."""
+        """An encoded image without its features' values: they become [image tokens, 0].
+
+        A frozen trunk stores these: the number of image tokens is still known, but no memory is used.
+        """
         return {name: value[:, :0] if name.startswith(FEATURES) else value for name, value in pixels.items()}
 
     def frozen_trunk(self, trained: Collection[nn.Parameter]) -> FrozenTrunk | None:
@@ -187,63 +227,80 @@ class CausalFamily(Family):
         return len(self.prompts.prefix([self.image_text(image) for image in images]))
 
     def tokenize(self, id: str, question: str, answer: str | None, *, report: bool = False) -> Segment:
-        """The family's own chat template; no question: the report prompt."""
+        """Tokenise with the family's chat template; an empty question is replaced by the report prompt."""
         prompt, tokens = self.prompts.segment(
             id, question.strip() or tasks.REPORT_PROMPT, None if answer is None else answer.strip()
         )
+        # a truncated answer keeps its end token, so that the model still learns to stop
         limit = tasks.MAX_REPORT_REFERENCE_TOKENS if report else tasks.MAX_ANSWER_REFERENCE_TOKENS
         return Segment(id, prompt, tokens if len(tokens) <= limit else (*tokens[: limit - 1], tokens[-1]))
 
     def collate(self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]]) -> Batch:
-        """Keys: those of `layout`, and
+        """See `Family.collate`.
 
-        labels [N] long, the answer tokens; answer_rows [N] long, the rows of the flattened hidden states that
-        predict them; segment_index [N] long, their segments; pairs int, the number of segments.
+        Returns:
+            The batch of `layout`, and
+
+            - labels [N] long, the answer tokens;
+            - answer_rows [N] long, the rows of the flattened hidden states that predict them;
+            - segment_index [N] long, their segments;
+            - pairs int, the number of segments.
         """
         batch, sequence, _ = self.layout(groups, pixels, self.rows)
         return batch | {
             "labels": sequence.labels,
             "answer_rows": sequence.answer_rows,
             "segment_index": sequence.segment_index,
-            "pairs": sequence.segments,
+            "pairs": sequence.segment_count,
         }
 
     def layout(
-        self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]], rows: Rows
+        self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]], rows: RowLayout
     ) -> tuple[Batch, SharedSequence, Sequence[Group]]:
-        """(batch, sequence, groups as arranged). Keys of the batch, for B rows of S tokens:
+        """Lay groups and their images out as a batch.
 
-        input_ids, group_of, segment_of [B, S] long; place_ids [B, S] long, the tokens that precede each in
-        its own conversation; position_ids [B, S] or [axes, B, S] long; images: the model's image arguments,
-        or the features as `features` gives them; feature_rows [image tokens] long where an image stands in
-        several groups, else None.
+        Returns:
+            (batch, the shared sequence, the groups after `group_prefixes`). Keys of the batch, for B rows of
+            S tokens:
+
+            - input_ids, group_of, segment_of [B, S] long, as in `SharedSequence`;
+            - token_index [B, S] long, the number of tokens before each in its own conversation;
+            - position_ids [B, S] or [axes, B, S] long, the rotary positions;
+            - images: the result of `image_inputs`, or of `features` where images are encoded already;
+            - feature_rows [image tokens] long if an image is in several groups, else None.
         """
         groups, prefixes, pixels = self.group_prefixes(groups, pixels)
         sequence = shared_sequence(groups, prefixes, self.pad_id, rows=rows)
-        if self._takes_blocks(sequence.input_ids):
-            sequence = shared_sequence(groups, prefixes, self.pad_id, rows=rows, multiple_of=BLOCK)
+        # whether block masks are used depends on the length, which they then require to be rounded up
+        if self._uses_block_masks(sequence.input_ids):
+            sequence = shared_sequence(groups, prefixes, self.pad_id, rows=rows, multiple_of=BLOCK_SIZE)
+        # the same object in several groups (a study in two groups) is encoded once
         distinct = list({id(image): image for image in chain.from_iterable(pixels)}.values())
         batch: Batch = {
             "input_ids": sequence.input_ids,
             "group_of": sequence.group_of,
             "segment_of": sequence.segment_of,
-            "place_ids": sequence.position_ids,
+            "token_index": sequence.position_ids,
             "position_ids": self.positions(sequence, prefixes, pixels),
-            "images": _features_of(distinct) or self.image_inputs(distinct),
+            "images": _precomputed_features(distinct) or self.image_inputs(distinct),
             "feature_rows": self._feature_rows(distinct, pixels),
         }
         return batch, sequence, groups
 
     def _feature_rows(self, distinct: Sequence[Pixels], pixels: Sequence[Sequence[Pixels]]) -> Tensor | None:
-        """Which feature each image token takes, where an image that is computed once stands several times."""
-        shown = [id(image) for image in chain.from_iterable(pixels)]
-        if len(shown) == len(distinct):
+        """The feature of each image token: [image tokens] long, rows of the distinct images' features.
+
+        None if every image occurs once, since features and image tokens then have the same order. Example:
+        images a (2 tokens) and b (1 token) in the order a, b, a give `[0, 1, 2, 0, 1]`.
+        """
+        image_ids = [id(image) for image in chain.from_iterable(pixels)]
+        if len(image_ids) == len(distinct):
             return None
         token = self.processor.tokenizer.convert_ids_to_tokens(self.image_token_id)
         counts = [self.image_text(image).count(token) for image in distinct]
         starts = [sum(counts[:i]) for i in range(len(counts))]
-        place = {id(image): i for i, image in enumerate(distinct)}
-        return torch.cat([torch.arange(counts[place[i]]) + starts[place[i]] for i in shown])
+        number = {id(image): i for i, image in enumerate(distinct)}
+        return torch.cat([torch.arange(counts[number[i]]) + starts[number[i]] for i in image_ids])
 
     # --- the forward pass -----------------------------------------------------------------------------------
 
@@ -254,28 +311,34 @@ class CausalFamily(Family):
 
     def answer_states(self, batch: Batch) -> AnswerStates:
         """See `Family.answer_states`."""
-        states = self.hidden_states(batch, use_cache=False).flatten(0, 1)
-        found = states.index_select(0, batch["answer_rows"])
-        return AnswerStates(found, batch["labels"], batch["segment_index"])
+        states = self.hidden_states(batch, use_cache=False).flatten(0, 1)  # [B * S, width]
+        # the head, often the largest matrix product, runs over the answer rows only
+        answer_rows = states.index_select(0, batch["answer_rows"])  # [N, width]
+        return AnswerStates(answer_rows, batch["labels"], batch["segment_index"])
 
     def text_segments(self, batch: Batch) -> Tensor:
-        """[B], or [S] where all groups stand in one row; padding belongs to the first group."""
+        """[B], or [S] if all groups are in one row; padding belongs to the first group."""
         group_of = batch["group_of"]
-        of_answers = group_of.flatten().index_select(0, batch["answer_rows"])
-        of_group = batch["segment_index"].new_zeros(int(group_of.max()) + 1)
-        of_group[of_answers] = batch["segment_index"]
-        units = group_of[0] if len(group_of) == 1 else group_of[:, 0]
-        return of_group[units.clamp(min=0)]
+        answer_groups = group_of.flatten().index_select(0, batch["answer_rows"])  # [N]
+        # the last segment of each group represents the group; segments of a group share an adapter
+        group_segments = batch["segment_index"].new_zeros(int(group_of.max()) + 1)
+        group_segments[answer_groups] = batch["segment_index"]
+        text_groups = group_of[0] if len(group_of) == 1 else group_of[:, 0]
+        return group_segments[text_groups.clamp(min=0)]
 
     def _logits(self, states: Tensor) -> Tensor:
         return self.head(states).float()
 
     def hidden_states(self, batch: Batch, **options: Any) -> Tensor:
-        """Hidden states [B, S, width] of a laid-out batch."""
-        if TRUNK_STATES in batch:  # the first layers are done, see `Family.below`
+        """Run the language model over a batch of `layout`: hidden states [B, S, width].
+
+        `options` are further arguments of the decoder, such as a key-value cache.
+        """
+        # with a frozen trunk the batch holds the states after its layers, and training enters there
+        if TRUNK_STATES in batch:
             arguments = {"inputs_embeds": batch[TRUNK_STATES]}
         else:
-            arguments = self.input_embeddings(batch, self._features(batch))
+            arguments = self.input_embeddings(batch, self._image_features(batch))
         masks = self._masks(batch, arguments["inputs_embeds"].dtype)
         with skip_layers(self.decoder, range(batch.get(TRUNK_DEPTH, 0))):
             return self.decoder(
@@ -283,31 +346,36 @@ class CausalFamily(Family):
             ).last_hidden_state
 
     def _masks(self, batch: Batch, dtype: torch.dtype) -> Any:
-        """Who sees whom, as the decoder takes it for states of `dtype`."""
+        """The attention masks, as the decoder takes them for states of `dtype`."""
         blocks = self.bidirectional_blocks(batch)
-        makes = block_mask if self._takes_blocks(batch["input_ids"]) else dense_mask
+        make_mask = block_mask if self._uses_block_masks(batch["input_ids"]) else dense_mask
         masks: dict[str, Any] = {
-            kind: makes(
+            kind: make_mask(
                 batch["group_of"],
                 batch["segment_of"],
                 image_block=blocks,
-                position_ids=batch["place_ids"],
+                position_ids=batch["token_index"],  # windows count tokens, not rotary positions
                 window=window,
                 whole_blocks=self.whole_blocks,
             )
             for kind, window in self.windows.items()
         }
-        return _as_argument(masks if makes is block_mask else additive(masks, self.decoder, dtype))
+        return _mask_argument(masks if make_mask is block_mask else additive_masks(masks, self.decoder, dtype))
 
-    def _takes_blocks(self, input_ids: Tensor) -> bool:
-        """Whether these rows are attended under block masks; lengths are multiples of 128 there."""
-        return takes_blocks(self.attention, input_ids.shape[1], self.device, self.decoder)
+    def _uses_block_masks(self, input_ids: Tensor) -> bool:
+        """Whether these rows are attended under block masks; lengths are then multiples of 128."""
+        return uses_block_masks(self.attention, input_ids.shape[1], self.device, self.decoder)
 
-    def _features(self, batch: Batch) -> dict[str, Tensor]:
-        """One row an image token; autograd keeps nothing of a tower in which nothing is trained."""
+    def _image_features(self, batch: Batch) -> dict[str, Tensor]:
+        """Features with one row an image token, computed or taken from the batch.
+
+        No gradient mode is switched: autograd saves nothing in a tower without trained parameters.
+        """
         images, rows = batch["images"], batch["feature_rows"]
-        found = images if FEATURES in images else self.features(images)
-        return found if rows is None else {name: one.index_select(0, rows) for name, one in found.items()}
+        features = images if FEATURES in images else self.features(images)
+        if rows is None:
+            return features
+        return {name: values.index_select(0, rows) for name, values in features.items()}
 
     # --- answers --------------------------------------------------------------------------------------------
 
@@ -320,11 +388,11 @@ class CausalFamily(Family):
         beams: int = 1,
         on_tokens: OnTokens | None = None,
     ) -> list[list[Answer]]:
-        """See `Family.answer`; all questions of all groups are one batch."""
-        found = self.generate_tokens(
+        """See `Family.generate_answers`; all questions of all groups are one batch."""
+        generated = self.generate_tokens(
             groups, pixels, max_new_tokens=max_new_tokens, beams=beams, on_tokens=on_tokens
         )
-        return self._as_answers(groups, found)
+        return self._as_answers(groups, generated)
 
     @torch.inference_mode()
     def generate_tokens(
@@ -337,88 +405,99 @@ class CausalFamily(Family):
         on_tokens: OnTokens | None = None,
     ) -> list[Generated]:
         """The tokens of each answer, one a segment in the order given."""
-        laid, _, groups = self.layout(groups, pixels, "pad")
-        batch: Batch = send_to_device(laid, self.device)
-        cache = DynamicCache()  # every layer keeps all columns: masks measure windows in places
-        states = self.hidden_states(batch, use_cache=True, **{self._cache_argument: cache})
-        branches, last = self._branches(batch, groups, cache)
+        layout, _, groups = self.layout(groups, pixels, "pad")
+        batch: Batch = send_to_device(layout, self.device)
+        # A cache without a config keeps all columns in every layer. One that drops columns past a window
+        # would be wrong here: columns of several answers alternate, and our masks apply the windows.
+        cache = DynamicCache()
+        states = self.hidden_states(batch, use_cache=True, **{self._cache_argument: cache})  # [B, S, width]
+        decoder, last = self._shared_cache_decoder(batch, groups, cache)
         return generate(
-            self._logits(states[branches.row, last]),
-            branches.step,
-            end=self.ends,
+            self._logits(states[decoder.cache_row, last]),  # [segments, vocabulary]
+            decoder.step,
+            end=self.end_tokens,
             max_new_tokens=max_new_tokens,
             beams=beams,
             on_tokens=on_tokens,
         )
 
-    def _branches(
+    def _shared_cache_decoder(
         self, batch: Batch, groups: Sequence[Group], cache: Any
     ) -> tuple[SharedCacheDecoder, Tensor]:
-        """One branch a segment, and the column of each segment's last token [segments]."""
+        """Set decoding up after the prompts' pass, with one answer a segment.
+
+        Returns:
+            The decoder, and the column of each segment's last token: [segments] long.
+        """
         segments = [segment for group in groups for segment in group.segments]
         assert not any(segment.answer for segment in segments), "segments end where the model is to write"
         sizes = [len(group.segments) for group in groups]
+        # each segment's row of the cache, and its number in its group: [segments] long
         row = torch.arange(len(groups)).repeat_interleave(torch.tensor(sizes)).to(self.device)
         number = torch.cat([torch.arange(size) for size in sizes]).to(self.device) + PREFIX + 1
         segment_of = batch["segment_of"][row]  # [segments, S]
-        visible = (segment_of == PREFIX) | (segment_of == number[:, None])
+        visible = (segment_of == PREFIX) | (segment_of == number[:, None])  # [segments, S]
+        # the largest visible column is the segment's last token, or the prefix's if the segment is empty
         last = (visible * torch.arange(visible.shape[1], device=visible.device)).argmax(1)
         rotary = batch["position_ids"]
-        rotary = rotary if rotary.ndim == 2 else rotary[0]  # text has one position on all axes
+        rotary = rotary if rotary.ndim == 2 else rotary[0]  # with M-RoPE, text has one position on all axes
 
         def decode(input_ids: Tensor, position_ids: Tensor, masks: Masks) -> Tensor:
             embeds = self.decoder.get_input_embeddings()(input_ids)
             states = self.decoder(
                 inputs_embeds=embeds,
-                attention_mask=_as_argument(additive(masks, self.decoder, embeds.dtype)),
+                attention_mask=_mask_argument(additive_masks(masks, self.decoder, embeds.dtype)),
                 position_ids=self.step_positions(position_ids),
                 use_cache=True,
                 **{self._cache_argument: cache},
             ).last_hidden_state
             return self._logits(states)
 
-        branches = SharedCacheDecoder(
+        decoder = SharedCacheDecoder(
             cache,
             decode,
             self.windows,
             visible=visible,
-            row=row,
+            cache_row=row,
             position=rotary[row, last] + 1,
-            token_index=batch["place_ids"][row, last] + 1,
-            column_token_index=batch["place_ids"],
+            token_index=batch["token_index"][row, last] + 1,
+            column_token_index=batch["token_index"],
             on_select=None if self.active_text_rows is None else self.active_text_rows.select,
         )
-        return branches, last
+        return decoder, last
 
 
-def joined(features: Tensor | Sequence[Tensor]) -> Tensor:
-    """Features of images, a tensor with or without an axis of images or one an image -> [tokens, width]."""
+def flatten_features(features: Tensor | Sequence[Tensor]) -> Tensor:
+    """Join the features of images to [image tokens, width].
+
+    `features` is [tokens, width], [images, tokens, width], or one tensor an image, depending on the model.
+    """
     whole = features if isinstance(features, Tensor) else torch.cat([*features])
     return whole.flatten(0, -2)
 
 
-def _features_of(images: Sequence[Pixels]) -> dict[str, Tensor]:
-    """Those of images that `seen` has computed; empty where they are to be computed yet."""
+def _precomputed_features(images: Sequence[Pixels]) -> dict[str, Tensor]:
+    """The features that `encode_image` has computed; empty if images are still pixels."""
     names = [name for name in images[0] if name.startswith(FEATURES)]
     return {name: torch.cat([image[name] for image in images]) for name in names}
 
 
-def _as_argument(masks: dict[str, Any]) -> Any:
-    """Transformers takes a dict of masks where the kinds of layers differ, else the mask itself."""
+def _mask_argument(masks: dict[str, Any]) -> Any:
+    """Transformers takes a dict of masks if the kinds of layers differ, else the mask itself."""
     return masks.get(ONE_KIND, masks)
 
 
 def _windows(config: Any) -> Windows:
-    """The kinds of attention layers of a language model, each with its window.
+    """The kinds of attention layers of a language model, each with its window in tokens.
 
     Raises:
-        InputError: it has layers that no mask can steer.
+        InputError: the model has layers that no attention mask controls, such as linear attention.
     """
     kinds = set(getattr(config, "layer_types", None) or ())
     if kinds - {FULL, SLIDING}:
         raise InputError(
-            f"the language model has layers of kind {', '.join(sorted(kinds - {FULL, SLIDING}))}, through "
-            "which questions of one image would see each other. Choose a model of attention layers alone."
+            f"the language model has layers of kind {', '.join(sorted(kinds - {FULL, SLIDING}))}, in which "
+            "questions of one image would see each other. Choose a model with attention layers only."
         )
     if SLIDING in kinds:
         return {FULL: None, SLIDING: config.sliding_window}
@@ -426,7 +505,7 @@ def _windows(config: Any) -> Windows:
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Those of the generation config, as transformers' `generate` takes them, or else the tokenizer's."""
-    found = model.generation_config.eos_token_id
-    found = tokenizer.eos_token_id if found is None else found
-    return tuple(found) if isinstance(found, (list, tuple)) else (found,)
+    """The end tokens of the generation config, as transformers' `generate` uses them, or the tokenizer's."""
+    end = model.generation_config.eos_token_id
+    end = tokenizer.eos_token_id if end is None else end
+    return tuple(end) if isinstance(end, (list, tuple)) else (end,)

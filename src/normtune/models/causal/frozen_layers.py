@@ -1,4 +1,9 @@
-"""The frozen layers of a causal language model below the lowest trained layer."""
+"""The frozen layers of a causal language model: computed once, reused in every epoch.
+
+If a recipe trains nothing before layer `depth`, then the image encoder, the connector, the embeddings and the
+layers 0 to depth - 1 compute the same states in every step. `CausalTrunk.states` computes them once a group;
+`CausalTrunk.collate` puts them into batches, and training starts at layer `depth`.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +15,19 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from normtune.data.groups import Group, Segment
-from normtune.models.causal.shared_prefix import PAD, PREFIX, Rows, SharedSequence
-from normtune.models.frozen_trunk import (
-    TRUNK_DEPTH,
-    TRUNK_STATES,
-    FrozenTrunk,
-    TrunkStates,
-    own_parameters,
-    skip_layers,
-)
+from normtune.models.causal.shared_prefix import PAD, PREFIX, RowLayout, SharedSequence
+from normtune.models.frozen_trunk import TRUNK_DEPTH, TRUNK_STATES, FrozenTrunk, TrunkStates, parameter_ids, skip_layers
 from normtune.models.types import Batch, Pixels
+
+# Example: a model of 32 layers and the recipe `language=ln[28:]`, which trains the norms of layers 28 to 31:
+# depth is 28.
+#
+#     once a group     pixels -> vision tower -> connector -> embeddings -> layers 0 .. 27
+#                      saved: states [prefix tokens, width] and, for each segment, [its tokens, width]
+#     every step       saved states -> [B, S, width] -> layers 28 .. 31 -> norm -> head -> loss
+#
+# Saved states fit any batch: a prefix token depends on the image only, and a segment's token on the image and
+# its own segment, never on the other segments of its group.
 
 
 class CausalModel(Protocol):
@@ -32,7 +40,7 @@ class CausalModel(Protocol):
     @property
     def device(self) -> torch.device: ...
     def layout(
-        self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]], rows: Rows
+        self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]], rows: RowLayout
     ) -> tuple[Batch, SharedSequence, Sequence[Group]]: ...
     def hidden_states(self, batch: Batch, **options: Any) -> Tensor: ...
     def without_features(self, pixels: Pixels) -> Pixels: ...
@@ -40,61 +48,77 @@ class CausalModel(Protocol):
 
 
 class CausalTrunk(FrozenTrunk):
-    """The first `depth` layers of a causal language model, and all that comes before them."""
+    """The first `depth` layers of a causal language model, and everything before them."""
 
     def __init__(self, family: CausalModel, depth: int) -> None:
         self.family, self.depth = family, depth
         layers = len(family.decoder.layers)
+        # part of the key of cached states on disk: a change of this text would make users' caches useless
         self.description = f"hidden states below layer {depth} of {layers}"
         names = {id(module): name for name, module in family.model.named_modules()}
+        # what is computed after the trunk, so that a change of these modules keeps cached states valid
         excluded_modules = [*family.decoder.layers[depth:], family.decoder.norm, family.model.lm_head]
         self.excluded_modules = tuple(names[id(module)] for module in excluded_modules)
 
     def tokens_of(self, segment: Segment) -> tuple[int, ...]:
+        """Prompt and answer: answers pass through the language model as well."""
         return segment.prompt + segment.answer
 
     @torch.no_grad()
     def states(self, group: Group, images: Sequence[Pixels]) -> TrunkStates:
-        laid, _, _ = self.family.layout([group], [images], "pad")
-        batch = send_to_device(laid, self.family.device)
+        """See `FrozenTrunk.states`: the usual forward pass over one group, as far as layer `depth`."""
+        layout, _, _ = self.family.layout([group], [images], "pad")
+        batch = send_to_device(layout, self.family.device)
         decoder = self.family.decoder
+        # the last norm is skipped too: layer `depth` expects states without it
         with skip_layers(decoder, range(self.depth, len(decoder.layers)), norm=True):
-            found = self.family.hidden_states(batch, use_cache=False)[0].cpu()
-        number = laid["segment_of"][0]
+            states = self.family.hidden_states(batch, use_cache=False)[0].cpu()  # [S, width]
+        segment_of = layout["segment_of"][0]  # [S]
         return TrunkStates(
             tuple(self.family.without_features(image) for image in images),
-            found[number == PREFIX],
-            tuple(found[number == PREFIX + 1 + i] for i in range(len(group.segments))),
+            states[segment_of == PREFIX],
+            tuple(states[segment_of == PREFIX + 1 + i] for i in range(len(group.segments))),
         )
 
     def collate(self, groups: Sequence[Group], states: Sequence[TrunkStates]) -> Batch:
-        batch = self.family.collate(groups, [one.images for one in states])
-        tokens = torch.cat([rows for one in states for rows in (one.prefix, *one.segments)])
-        group_of = batch["group_of"]
-        entering = tokens.new_zeros(group_of.numel(), tokens.shape[1])
-        entering[group_of.flatten() != PAD] = tokens  # rows hold groups, prefixes and segments in their order
+        """See `FrozenTrunk.collate`: the family's batch, with states in place of images."""
+        batch = self.family.collate(groups, [group_states.images for group_states in states])
+        # [tokens without padding, width]
+        tokens = torch.cat([rows for group_states in states for rows in (group_states.prefix, *group_states.segments)])
+        group_of = batch["group_of"]  # [B, S]
+        trunk_states = tokens.new_zeros(group_of.numel(), tokens.shape[1])  # padding stays zero
+        # groups, and within them prefix and segments, have the same order in the rows as in `states`
+        trunk_states[group_of.flatten() != PAD] = tokens
         return batch | {
             "images": {},
             "feature_rows": None,
             TRUNK_DEPTH: self.depth,
-            TRUNK_STATES: entering.view(*group_of.shape, -1),
+            TRUNK_STATES: trunk_states.view(*group_of.shape, -1),  # [B, S, width]
         }
 
 
 def causal_trunk(
     family: CausalModel, trained: Collection[nn.Parameter], *, image_layers: int = 0
 ) -> CausalTrunk | None:
-    """The layers below all that is trained; None where there are none or something before them is trained.
+    """The trunk of a model: its layers before the first trained one.
 
-    Image features enter up to layer `image_layers`.
+    Args:
+        family: the model.
+        trained: all trained parameters.
+        image_layers: how many of the first layers take image features besides their input.
+
+    Returns:
+        None if the first layer is trained, or anything before the layers, such as the vision tower.
     """
-    wanted = {id(parameter) for parameter in trained}
+    trained_ids = {id(parameter) for parameter in trained}
     decoder = family.decoder
-    by_layer = [own_parameters(layer) & wanted for layer in decoder.layers]
-    depth = next((index for index, found in enumerate(by_layer) if found), len(by_layer))
-    ends = own_parameters(decoder.norm) | own_parameters(family.model.lm_head)
-    inside = set().union(*by_layer) | ends
-    embedding = own_parameters(decoder.get_input_embeddings())
-    if depth < max(1, image_layers) or wanted - inside or wanted & embedding:
+    by_layer = [parameter_ids(layer) & trained_ids for layer in decoder.layers]
+    depth = next((index for index, layer_ids in enumerate(by_layer) if layer_ids), len(by_layer))
+    after_layers = parameter_ids(decoder.norm) | parameter_ids(family.model.lm_head)
+    allowed = set().union(*by_layer) | after_layers
+    # a head that shares its weight with the embedding is allowed, but its training changes the embedding
+    embedding = parameter_ids(decoder.get_input_embeddings())
+    # layers that take image features must run: saved states do not include the features
+    if depth < max(1, image_layers) or trained_ids - allowed or trained_ids & embedding:
         return None
     return CausalTrunk(family, depth)

@@ -1,7 +1,8 @@
-"""A question as its model's own chat template writes it, cut in two where the image ends.
+"""Conversations in a model's own chat template, cut in two after the image.
 
-What stands up to the image is the prefix that all questions of an image share; what follows is a segment. The
-two are tokenised apart, and must give the very tokens that the whole conversation gives.
+The text up to and including the image is the prefix that all questions of an image share; the text after it
+is a segment. Both are tokenised separately, and it is checked that together they are exactly the tokens of
+the whole conversation.
 """
 
 from __future__ import annotations
@@ -11,12 +12,23 @@ from typing import Any, Protocol
 
 from normtune.errors import InputError
 
+# Example: LLaVA 1.5 with the question "Is it an MRI?" and the answer "yes".
+#
+#     conversation    <s>USER: <image>\nIs it an MRI? ASSISTANT: yes</s>
+#     prefix          <s>USER: <image>                    the image token is repeated, once a feature
+#     segment                         \nIs it an MRI? ASSISTANT:     the prompt
+#                                                               yes</s>     the answer with its end token
+#
+# The cut is after the marker, the last special token of the image: <image> here, or the token that ends an
+# image, as in Gemma 3 and InternVL. Tokenizers do not merge special tokens with their neighbours, so the two
+# parts give the tokens of the whole.
+
 TokenIds = tuple[int, ...]
-CACHED_PREFIXES = 1024
+CACHED_PREFIXES = 1024  # prefixes that are kept, one for each list of image sizes
 
 
 class PromptFormat(Protocol):
-    """How a family writes questions: the shared prefix of a group, and its segments."""
+    """How a family writes the shared prefix of a group, and its segments; see `ChatPrompt`."""
 
     def prefix(self, images: Sequence[str]) -> TokenIds: ...
 
@@ -24,18 +36,22 @@ class PromptFormat(Protocol):
 
 
 class ChatPrompt:
-    """Prefixes and segments of one processor.
+    """Prefixes and segments in the chat template of a processor.
 
     Args:
-        processor: with `tokenizer`, a chat template, and `image_token`, what the template writes of an image.
-        marker: the special token that every image ends with once the processor has spread it out.
+        processor: has a `tokenizer`, a chat template, and `image_token`, which the template writes for an
+            image and the processor replaces by the image's tokens.
+        marker: the last special token of these.
         trailing: text that the processor writes after the marker.
-        ends: the tokens that end an answer.
+        end_tokens: the tokens that end an answer.
+
+    Raises:
+        InputError: the processor has no chat template.
     """
 
-    def __init__(self, processor: Any, marker: str, trailing: str, ends: Sequence[int]) -> None:
+    def __init__(self, processor: Any, marker: str, trailing: str, end_tokens: Sequence[int]) -> None:
         self.processor, self.tokenizer = processor, processor.tokenizer
-        self.marker, self.trailing, self.ends = marker, trailing, frozenset(ends)
+        self.marker, self.trailing, self.end_tokens = marker, trailing, frozenset(end_tokens)
         self.marker_id: int = self.tokenizer.convert_tokens_to_ids(marker)
         self._prefixes: dict[tuple[str, ...], TokenIds] = {}
         if processor.chat_template is None:
@@ -43,122 +59,137 @@ class ChatPrompt:
                 "the checkpoint has no chat template, so its prompts are unknown. "
                 "Add the chat_template.jinja of the model's publisher to its directory."
             )
-        self._head = self._pieces("?", None, images=1)[0]
+        self._head = self._pieces("?", None, images=1)[0]  # the text before the image
 
     def prefix(self, images: Sequence[str]) -> TokenIds:
         """The tokens that all questions of a group share.
 
-        `images[i]` is what the processor writes for image i.
+        Args:
+            images: the texts that the processor writes for the images, such as "<image><image><image>".
 
         Raises:
-            InputError: the tokenizer adds tokens after a text.
+            InputError: the tokenizer adds tokens at the end of a text.
         """
         key = tuple(images)
         if key not in self._prefixes:
             pieces = self._pieces("?", None, images=len(images))
+            # the last piece is the text after the images, which belongs to the segments
             text = "".join(piece + image for piece, image in zip(pieces, images, strict=False))
             assert text.endswith(self.marker + self.trailing), "an image ends with its marker"
             tokens = self._tokens(text.removesuffix(self.trailing), start=True)
             if tokens[-1] != self.marker_id:
                 raise InputError(
-                    f"the tokenizer adds tokens after a text (it ends with token {tokens[-1]}, not with "
+                    f"the tokenizer adds tokens at the end of a text (the last is {tokens[-1]}, not "
                     f"{self.marker}), so questions cannot share an image. Set add_eos_token to false in "
                     "tokenizer_config.json."
                 )
-            if len(self._prefixes) >= CACHED_PREFIXES:  # a server sees images of ever new sizes
+            if len(self._prefixes) >= CACHED_PREFIXES:  # a server may receive images of any size
                 self._prefixes.clear()
             self._prefixes[key] = tokens
         return self._prefixes[key]
 
     def segment(self, id: str, question: str, answer: str | None) -> tuple[TokenIds, TokenIds]:
-        """(what follows the image up to where the model is to write, the answer with its end token).
+        """Tokenise a question and its answer.
+
+        Args:
+            id: the example's id, for error messages.
+            question: the question.
+            answer: the answer; None if the model is to write it.
+
+        Returns:
+            (the prompt: all tokens between the image and the answer; the answer with its end token, or an
+            empty tuple).
 
         Raises:
-            InputError: the question holds the image's own token, or the template or the tokenizer does not
-                let the conversation be cut.
+            InputError: the question contains the image token, or the template or the tokenizer does not
+                allow the conversation to be cut.
         """
-        asked = self._after_image(id, question, None)
-        prompt = self._segment_tokens(id, asked)
+        open_text = self._after_image(id, question, None)
+        prompt = self._segment_tokens(id, open_text)
         if answer is None:
             return prompt, ()
-        told = self._after_image(id, question, answer)
-        if not told.startswith(asked):
+        answered_text = self._after_image(id, question, answer)
+        if not answered_text.startswith(open_text):
             raise InputError(
-                f"example {id}: the chat template writes the question otherwise once it is answered. "
-                "Use a template whose conversations begin with their generation prompt."
+                f"example {id}: the chat template writes the question differently when it has an answer. "
+                "Use a template in which an answered conversation begins with its generation prompt."
             )
-        tokens = self._written(prompt, self._segment_tokens(id, told))
-        if tokens is None:  # the template leaves the end of the answer to whoever trains
-            tokens = self._written(
-                prompt, self._segment_tokens(id, told.rstrip()), self.tokenizer.eos_token_id
+        tokens = self._answer_tokens(prompt, self._segment_tokens(id, answered_text))
+        if tokens is None:  # the template writes no end token, so it is added here
+            tokens = self._answer_tokens(
+                prompt, self._segment_tokens(id, answered_text.rstrip()), self.tokenizer.eos_token_id
             )
         if tokens is None:
             raise InputError(
                 f"example {id}: the tokenizer joins the end of the prompt with the beginning of the answer, "
-                "so the answer's tokens are not those that the model would write. "
+                "so the model would write other tokens for this answer. "
                 "Begin the answer with a letter or a digit, or leave it out."
             )
         return prompt, tokens
 
-    def _written(self, prompt: TokenIds, whole: TokenIds, end: int | None = None) -> TokenIds | None:
-        """The answer's tokens up to its end token, `end` being put there where it is given."""
+    def _answer_tokens(self, prompt: TokenIds, whole: TokenIds, end: int | None = None) -> TokenIds | None:
+        """The answer's tokens, from the end of `prompt` in `whole` up to and including the end token.
+
+        If `end` is given, it is appended. None if `whole` does not begin with `prompt`, or has no end token.
+        """
         answer = whole[len(prompt) :]
         if whole[: len(prompt)] != prompt:
             return None
         if end is not None:
             return (*answer, end)
         for count, token in enumerate(answer, start=1):
-            if token in self.ends:
+            if token in self.end_tokens:
                 return answer[:count]
         return None
 
     def _after_image(self, id: str, question: str, answer: str | None) -> str:
-        """What the conversation says after its image."""
+        """The conversation's text after the marker of its image."""
         try:
             head, rest = self._pieces(question, answer, images=1)
         except ValueError as error:
             raise InputError(
-                f"example {id}: its text holds '{self.processor.image_token}', the token of an image. "
-                "Take it out of the question and the answer."
+                f"example {id}: its text contains '{self.processor.image_token}', the image token. "
+                "Remove it from the question and the answer."
             ) from error
         if head != self._head:
             raise InputError(
-                f"example {id}: the chat template writes something of the question before the image, so "
-                "questions cannot share it. Use a template that puts the image first."
+                f"example {id}: the chat template writes a part of the question before the image, so "
+                "questions cannot share the image. Use a template that puts the image first."
             )
         return self.trailing + rest
 
     def _segment_tokens(self, id: str, text: str) -> TokenIds:
-        """Tokens of a text that follows the marker, checked to be those of the whole conversation."""
+        """Tokens of a text that follows the marker; checks that they are those of the whole conversation."""
+        # The marker is tokenised with the text and then dropped, since some tokenizers write the beginning of
+        # a text differently from its middle.
         tokens = self._tokens(self.marker + text)
         whole = self._tokens(self._head + self.marker + text, start=True)
         if tokens[0] != self.marker_id or whole != self._tokens(self._head, start=True) + tokens:
             raise InputError(
-                f"example {id}: the tokenizer gives other tokens for a conversation than for its parts, "
+                f"example {id}: the tokenizer splits a conversation differently from its two parts, "
                 f"so questions cannot share an image. Make '{self.marker}' a special token of the tokenizer."
             )
         return tokens[1:]
 
     def _pieces(self, question: str, answer: str | None, *, images: int) -> list[str]:
-        """The rendered conversation without its images: one piece before each, and the rest.
+        """The rendered conversation, split at its images: the text before each, and the rest.
 
         Raises:
-            ValueError: it holds more image tokens than images.
+            ValueError: it contains more image tokens than images.
         """
         content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
         messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         if answer is not None:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        text: str = self.processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=answer is None
-        )
+        text: str = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
         pieces = text.split(self.processor.image_token)
         if len(pieces) != images + 1:
             raise ValueError(f"{len(pieces) - 1} image tokens for {images} images")
         return pieces
 
     def _tokens(self, text: str, *, start: bool = False) -> TokenIds:
-        """With `start` the text begins a conversation: it gets the first token if it lacks it."""
+        """Tokenise a text; with `start` it begins a conversation and gets the first token if it lacks it."""
+        # some templates write the first token themselves; it must not occur twice
         first = self.tokenizer.bos_token
         add = start and not (first is not None and text.startswith(first))
         return tuple(self.tokenizer(text, add_special_tokens=add).input_ids)

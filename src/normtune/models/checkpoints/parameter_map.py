@@ -1,7 +1,7 @@
-"""Which tensors of a checkpoint are which parameters of a model, told by names and shapes: nothing is loaded.
+"""Which tensors of a checkpoint hold which parameters of a model, by names and shapes; nothing is loaded.
 
-Transformers renames tensors while it loads them, and makes some from others (its weight converters). What is
-only renamed stands in the files as it is in the model.
+Transformers renames tensors while it loads them, and makes some from others (its weight converters). A tensor
+that is only renamed has the same values in the files as in the model.
 """
 
 from __future__ import annotations
@@ -13,20 +13,25 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from normtune.models.checkpoints.reader import Checkpoint
 
-Placement = dict[str, list[str]]
+ParameterMap = dict[str, list[str]]  # parameter of the model -> tensors of the checkpoint
 
 
-def placement(model: PreTrainedModel, checkpoint: Checkpoint) -> Placement:
-    """The model's parameter -> the checkpoint's tensors that hold its values, more than one where it is tied.
+def map_parameters(model: PreTrainedModel, checkpoint: Checkpoint) -> ParameterMap:
+    """Map each parameter of a model to the checkpoint's tensors that hold its values.
 
-    There are none where it is made from others, quantised or absent. `model` may be on the meta device.
+    A tied parameter can have several tensors. A parameter has none if it is made from other tensors,
+    quantised or absent.
+
+    Args:
+        model: may be on the meta device.
+        checkpoint: the files that the model is loaded from.
     """
     state = model.state_dict()
     transforms = get_model_conversion_mapping(model)
-    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
-    converters = [one for one in transforms if isinstance(one, WeightConverter)]
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     keys: dict[str, list[str]] = {}
-    made: set[str] = set()
+    converted: set[str] = set()
     for key in checkpoint.entries:
         name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
         if name not in state and key in state:  # as in transformers: it should not have been renamed
@@ -34,7 +39,8 @@ def placement(model: PreTrainedModel, checkpoint: Checkpoint) -> Placement:
         if converter is None:
             keys.setdefault(name, []).append(key)
         else:  # its values are reshaped, split or joined: a new value could not be written back
-            made.add(name)
+            converted.add(name)
+    # a tied parameter is one object with several names, and the files may use any of them
     parameters = dict(model.named_parameters(remove_duplicate=False))
     aliases: dict[int, list[str]] = {}
     for name, parameter in parameters.items():
@@ -43,26 +49,26 @@ def placement(model: PreTrainedModel, checkpoint: Checkpoint) -> Placement:
         name: [
             key
             for alias in aliases[id(parameter)]
-            if alias not in made
+            if alias not in converted
             for key in keys.get(alias, ())
-            if checkpoint.entries[key].floating and checkpoint.entries[key].shape == tuple(parameter.shape)
+            if checkpoint.entries[key].is_floating and checkpoint.entries[key].shape == tuple(parameter.shape)
         ]
         for name, parameter in parameters.items()
     }
 
 
-def stored_as_is(placed: Placement, checkpoint: Checkpoint) -> bool:
-    """Whether the files tell the value of every parameter.
+def has_every_parameter(parameter_map: ParameterMap, checkpoint: Checkpoint) -> bool:
+    """Whether the value of every parameter can be read from the files.
 
-    Where several tensors are one parameter they must be equal: transformers does not tie those that differ.
+    If several tensors hold one parameter, they must be equal: transformers does not tie tensors that differ.
     """
-    if not all(placed.values()):
+    if not all(parameter_map.values()):
         return False
-    several = {tuple(keys) for keys in placed.values() if len(keys) > 1}
-    return all(_equal(checkpoint, keys[0], other) for keys in several for other in keys[1:])
+    duplicates = {tuple(keys) for keys in parameter_map.values() if len(keys) > 1}
+    return all(_are_equal(checkpoint, keys[0], other) for keys in duplicates for other in keys[1:])
 
 
-def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
-    if checkpoint.entries[one].dtype != checkpoint.entries[other].dtype:
+def _are_equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
+    if checkpoint.entries[first].dtype != checkpoint.entries[second].dtype:
         return False
-    return torch.equal(checkpoint.tensor(one), checkpoint.tensor(other))
+    return torch.equal(checkpoint.get_tensor(first), checkpoint.get_tensor(second))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +18,12 @@ from torch import Tensor
 from normtune.errors import InputError
 from normtune.runtime.files import read_json
 
-INDEX_FILE = "model.safetensors.index.json"
+INDEX_FILE = "model.safetensors.index.json"  # of a checkpoint in several shards: tensor -> file
 SINGLE_FILE = "model.safetensors"
-# (file, index) of each format, in the order in which transformers looks for them
+# (single file, index of shards) of each format, in the order in which transformers looks for them
 FORMATS = ((SINGLE_FILE, INDEX_FILE), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
 
-DTYPES = {
+DTYPES = {  # dtype code in a safetensors header -> torch's dtype
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -37,26 +37,34 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
-_RUN = 1 << 16  # bytes: values that stand this close together are read in one go
+_FLOAT_CODES = ("F64", "F32", "F16", "BF16")  # without float8, which only quantised checkpoints hold
+_MAX_SPAN = 1 << 16  # bytes: `read_values` reads positions within such a span in one call
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A tensor of a safetensors file."""
+class TensorEntry:
+    """Where one tensor is stored, and its dtype and shape.
+
+    Attributes:
+        file: the file that holds it.
+        code: its dtype code in safetensors, a key of `DTYPES`.
+        shape: its shape.
+        start: offset of its first byte in the file; 0 in a `.bin`, which is not read by offset.
+        bytes: its size in bytes.
+    """
 
     file: Path
-    code: str  # safetensors' word for its dtype
+    code: str
     shape: tuple[int, ...]
-    start: int  # of its bytes in the file
+    start: int
     bytes: int
 
     @property
-    def floating(self) -> bool:
-        """Whether its values are plain numbers; those of a quantised tensor are not."""
-        return self.code in _FLOATS
+    def is_floating(self) -> bool:
+        """Whether its values are plain floats, which those of a quantised tensor are not."""
+        return self.code in _FLOAT_CODES
 
     @property
     def dtype(self) -> torch.dtype:
@@ -64,67 +72,84 @@ class Entry:
 
 
 class Checkpoint:
-    """The safetensors of a base; nothing but their headers is held.
+    """A safetensors checkpoint of one file or several shards; only the headers are kept in memory.
+
+    Attributes:
+        directory: the checkpoint's directory.
+        files: its weight files, sorted by name.
+        entries: tensor name -> `TensorEntry`.
 
     Raises:
-        InputError: there are none, or a file is damaged or cut short.
+        InputError: the directory has no safetensors, or a file is missing, damaged or truncated.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        if (directory / SINGLE_FILE).is_file():
-            names = [SINGLE_FILE]
-        elif (directory / INDEX_FILE).is_file():
-            names = sorted(set(read_json(directory / INDEX_FILE)["weight_map"].values()))
-        else:
-            raise InputError(
-                f"{directory} holds no {SINGLE_FILE}: only safetensors can be merged. Convert it first."
-            )
-        self.files = [directory / name for name in names]
-        self.entries: dict[str, Entry] = {}
-        for path in self.files:  # a later shard's tensor of the same name counts, as in transformers
+        self.files, _ = _find_weight_files(directory, FORMATS[:1])
+        if not self.files:
+            raise InputError(f"{directory} holds no {SINGLE_FILE}: only safetensors can be merged. Convert it first.")
+        self.entries: dict[str, TensorEntry] = {}
+        for path in self.files:  # if two shards hold a tensor, the later shard is used, as in transformers
             self.entries |= read_header(path)
 
-    def tensor(self, name: str) -> Tensor:
-        """One tensor; its memory is the file's own pages."""
+    def get_tensor(self, name: str) -> Tensor:
+        """Read one tensor; it is memory-mapped from the file."""
         return read_tensor(self.entries[name].file, name)
 
-    def values(self, name: str, places: range) -> Tensor:
-        """The values of a tensor that stand at `places` of its rows laid end to end; no others are read."""
+    def read_values(self, name: str, positions: range) -> Tensor:
+        """Read only some values of a tensor.
+
+        Args:
+            name: the tensor's name.
+            positions: indices into the flattened tensor.
+
+        Returns:
+            The values in the tensor's dtype: [len(positions)].
+
+        Raises:
+            InputError: the file cannot be read.
+        """
         entry = self.entries[name]
         size = entry.dtype.itemsize
         data = bytearray()
         step = 1
         try:
             with open(entry.file, "rb", buffering=0) as handle:
-                if len(places) and (places[-1] - places[0] + 1) * size <= _RUN:
-                    handle.seek(entry.start + places[0] * size)
-                    data += handle.read((places[-1] - places[0] + 1) * size)
-                    step = places.step
+                # positions that are close together: read the whole span at once and take every step-th value
+                if len(positions) and (positions[-1] - positions[0] + 1) * size <= _MAX_SPAN:
+                    handle.seek(entry.start + positions[0] * size)
+                    data += handle.read((positions[-1] - positions[0] + 1) * size)
+                    step = positions.step
                 else:
-                    for place in places:
-                        handle.seek(entry.start + place * size)
+                    for position in positions:
+                        handle.seek(entry.start + position * size)
                         data += handle.read(size)
         except OSError as error:
-            raise InputError(f"cannot read {entry.file}: {error.strerror or error}. Copy it anew.") from error
-        if not data:
+            raise InputError(f"cannot read {entry.file}: {error.strerror or error}. Copy it again.") from error
+        if not data:  # torch.frombuffer refuses an empty buffer
             return torch.empty(0, dtype=entry.dtype)
         return torch.frombuffer(data, dtype=entry.dtype)[::step]
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating dtype of most of the bytes."""
+        """The floating dtype that most of the bytes have; float32 if no tensor is floating."""
         sizes: Counter[str] = Counter()
         for entry in self.entries.values():
-            if entry.floating:
+            if entry.is_floating:
                 sizes[entry.code] += entry.bytes
         return DTYPES[sizes.most_common(1)[0][0]] if sizes else torch.float32
 
 
 class OriginalCheckpoint:
-    """A checkpoint whose tensors are read one at a time; nothing but their names and shapes is held.
+    """A safetensors or `.bin` checkpoint that an importer converts; tensors are read one at a time.
 
-    A `.bin` of the format before torch 1.6 can't be read in parts: one such file at a time is held.
+    Only names and shapes are kept in memory. A `.bin` in the format before torch 1.6 cannot be read in parts:
+    one such file at a time is kept whole.
+
+    Attributes:
+        directory: the checkpoint's directory.
+        files: its weight files, sorted by name.
+        entries: tensor name -> `TensorEntry`, file by file.
 
     Raises:
         InputError: there are no weights, a shard is missing, or a file is damaged or holds more than tensors.
@@ -132,68 +157,75 @@ class OriginalCheckpoint:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.files, places = _files(directory)
-        self.entries: dict[str, Entry] = {}
-        self._held: tuple[Path, Mapping[str, Tensor]] | None = None
-        for file in self.files:
-            for name, entry in self._listed(file).items():
-                if places.get(name, file.name) == file.name:
-                    self.entries[name] = entry
-        lost = sorted(places.keys() - self.entries.keys())
-        if lost:
+        self.files, file_names = _find_weight_files(directory)
+        if not self.files:
             raise InputError(
-                f"{directory / places[lost[0]]} lacks {some(lost)}, which the index promises. Copy it anew."
+                f"{directory} holds no weights ({', '.join(single for single, _ in FORMATS)}, or shards with "
+                "an index). Give the directory of a complete checkpoint."
+            )
+        self.entries: dict[str, TensorEntry] = {}
+        self._legacy_file: tuple[Path, Mapping[str, Tensor]] | None = None
+        for file in self.files:
+            for name, entry in self._read_entries(file).items():
+                if file_names.get(name, file.name) == file.name:  # in the file that the index names
+                    self.entries[name] = entry
+        missing = sorted(file_names.keys() - self.entries.keys())
+        if missing:
+            raise InputError(
+                f"{directory / file_names[missing[0]]} lacks {first_names(missing)}, which the index lists. "
+                "Copy it again."
             )
 
-    def tensor(self, name: str) -> Tensor:
-        """One tensor; its memory is the file's own pages where the format allows it."""
+    def get_tensor(self, name: str) -> Tensor:
+        """Read one tensor; it is memory-mapped from the file where the format allows it."""
         file = self.entries[name].file
         if file.suffix != ".safetensors":
-            return self._bin(file)[name]
+            return self._load_bin(file)[name]
         return read_tensor(file, name)
 
-    def _listed(self, file: Path) -> dict[str, Entry]:
+    def _read_entries(self, file: Path) -> dict[str, TensorEntry]:
         if file.suffix != ".safetensors":
-            tensors = self._bin(file, "meta")
+            tensors = self._load_bin(file, "meta")
             return {
-                name: Entry(file, CODES[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
+                name: TensorEntry(file, DTYPE_CODES[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
                 for name, tensor in tensors.items()
             }
         entries = read_header(file)
         for name, entry in entries.items():
             if entry.code not in DTYPES:
                 raise InputError(
-                    f"{file}: {name} is of type {entry.code}, which can't be imported. "
+                    f"{file}: {name} is of type {entry.code}, which cannot be imported. "
                     "Give a checkpoint that is not quantised."
                 )
         return entries
 
-    def _bin(self, file: Path, place: str = "cpu") -> Mapping[str, Tensor]:
-        if self._held is not None and self._held[0] == file:
-            return self._held[1]
-        self._held = None
+    def _load_bin(self, file: Path, device: str = "cpu") -> Mapping[str, Tensor]:
+        """The tensors of a `.bin` file: memory-mapped, or in memory if its format is older than torch 1.6."""
+        if self._legacy_file is not None and self._legacy_file[0] == file:
+            return self._legacy_file[1]
+        self._legacy_file = None  # free the previous file before the next one is loaded
         try:
             try:
-                found = torch.load(file, map_location=place, weights_only=True, mmap=True)
+                content = torch.load(file, map_location=device, weights_only=True, mmap=True)
             except RuntimeError as error:
                 if "mmap" not in str(error):
                     raise
-                found = torch.load(file, map_location="cpu", weights_only=True)
-                self._held = (file, found)
+                content = torch.load(file, map_location="cpu", weights_only=True)
+                self._legacy_file = (file, content)
         except OSError as error:
-            raise InputError(f"cannot read {file}: {error.strerror or error}. Copy it anew.") from error
+            raise InputError(f"cannot read {file}: {error.strerror or error}. Copy it again.") from error
         except Exception as error:  # a damaged pickle can raise anything
             raise InputError(
                 f"{file} is not a checkpoint that opens safely: it is damaged, or holds more than tensors. "
-                "Copy it anew."
+                "Copy it again."
             ) from error
-        if not isinstance(found, Mapping) or not all(isinstance(one, Tensor) for one in found.values()):
-            raise InputError(f"{file} holds other things than tensors by name. Give a model's own weights.")
-        return found
+        if not isinstance(content, Mapping) or not all(isinstance(item, Tensor) for item in content.values()):
+            raise InputError(f"{file} holds other things than tensors by name. Give the weights of a model.")
+        return content
 
 
 def read_tensor(file: Path, name: str) -> Tensor:
-    """One tensor of a safetensors file; its memory is the file's own pages.
+    """Read one tensor of a safetensors file; it is memory-mapped.
 
     Raises:
         InputError: the file cannot be read.
@@ -203,57 +235,67 @@ def read_tensor(file: Path, name: str) -> Tensor:
             return handle.get_tensor(name)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot read {file}: {reason}. Copy it anew.") from error
+        raise InputError(f"cannot read {file}: {reason}. Copy it again.") from error
 
 
-def read_header(path: Path) -> dict[str, Entry]:
-    """What a safetensors file holds: 8 bytes, the length of the JSON behind them; then the tensors.
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """Read the header of a safetensors file: tensor name -> `TensorEntry`.
+
+    The format: the length of the header (8 bytes, little-endian), the header (JSON), the tensors' bytes. The
+    header's offsets count from the end of the header.
 
     Raises:
-        InputError: it is no such file, or shorter than it says.
+        InputError: the file is not a safetensors file, or is shorter than its header claims.
     """
     try:
         with open(path, "rb") as handle:
             length = int.from_bytes(handle.read(8), "little")
-            header = handle.read(length)
-        if len(header) < length:
-            raise ValueError("the header is cut short")
-        found = json.loads(header)
+            text = handle.read(length)
+        if len(text) < length:
+            raise ValueError("the header is truncated")
+        header = json.loads(text)
         entries = {}
-        for name, entry in found.items():
+        for name, entry in header.items():
             if name != "__metadata__":
                 start, end = (8 + length + int(offset) for offset in entry["data_offsets"])
-                entries[name] = Entry(path, entry["dtype"], tuple(entry["shape"]), start, end - start)
+                entries[name] = TensorEntry(path, entry["dtype"], tuple(entry["shape"]), start, end - start)
         size = path.stat().st_size
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, MemoryError) as error:
         raise InputError(f"cannot read {path}: no safetensors file ({type(error).__name__}).") from error
     if any(entry.start + entry.bytes > size for entry in entries.values()):
-        raise InputError(f"{path} is cut short: it ends before the tensors that it names. Copy it anew.")
+        raise InputError(f"{path} is truncated: it ends before the tensors that it lists. Copy it again.")
     return entries
 
 
-def _files(directory: Path) -> tuple[list[Path], dict[str, str]]:
-    """(the weight files in order, tensor -> file as the index has it; empty without an index)."""
-    for single, index in FORMATS:
+def _find_weight_files(
+    directory: Path, formats: Sequence[tuple[str, str]] = FORMATS
+) -> tuple[list[Path], dict[str, str]]:
+    """Find the weight files of the first of `formats` that is present.
+
+    Returns:
+        The files, sorted by name (none if no format is present), and the index: tensor name -> file name
+        (empty if there is a single file).
+
+    Raises:
+        InputError: the index is damaged or names a missing file.
+    """
+    for single, index in formats:
         if (directory / single).is_file():
             return [directory / single], {}
         if (directory / index).is_file():
-            places = read_json(directory / index)
-            places = places.get("weight_map") if isinstance(places, dict) else None
-            if not isinstance(places, dict) or not places:
-                raise InputError(f"{directory / index} holds no weight_map. Copy it anew.")
-            files = [directory / name for name in sorted(set(places.values()))]
+            content = read_json(directory / index)
+            file_names = content.get("weight_map") if isinstance(content, dict) else None
+            if not isinstance(file_names, dict) or not file_names:
+                raise InputError(f"{directory / index} holds no weight_map. Copy it again.")
+            files = [directory / name for name in sorted(set(file_names.values()))]
             for file in files:
                 if not file.is_file():
-                    raise InputError(f"{file} is missing, but {index} names it. Copy it beside the others.")
-            return files, places
-    raise InputError(
-        f"{directory} holds no weights ({', '.join(one for one, _ in FORMATS)}, or shards with an index). "
-        "Give the directory of a whole checkpoint."
-    )
+                    raise InputError(f"{file} is missing, but {index} names it. Copy it to the other files.")
+            return files, file_names
+    return [], {}
 
 
-def some(names: list[str]) -> str:
-    """A few names, and how many there are."""
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+def first_names(names: Sequence[str]) -> str:
+    """The first three names as text, and how many more there are: "a, b, c and 4 more"."""
+    text = ", ".join(names[:3])
+    return text if len(names) <= 3 else f"{text} and {len(names) - 3} more"

@@ -1,8 +1,8 @@
 """Safetensors files written tensor by tensor and shard by shard; an interrupted run resumes.
 
-Only one tensor is in memory at a time. A shard is hashed while it is written, renamed when it is complete, and
-then entered in the progress record. On resume a shard counts as done if the record holds its hash and the file
-still has that hash.
+Only one tensor is in memory at a time. A shard is hashed while it is written, renamed when it is complete,
+and then entered in the progress file. On resume a shard counts as complete if the progress file holds its
+hash and the file still has that hash.
 """
 
 from __future__ import annotations
@@ -18,19 +18,25 @@ import torch
 from torch import Tensor
 
 from normtune.errors import InputError
-from normtune.models.checkpoints.reader import DTYPES, INDEX_FILE
+from normtune.models.checkpoints.reader import DTYPE_CODES, INDEX_FILE
 from normtune.runtime.files import atomic_write, read_json, write_json
 
-RECORD_FILE = "import_progress.json"
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
-_CHUNK = 1 << 24  # bytes hashed and written at a time
+PROGRESS_FILE = "import_progress.json"  # next to the shards while they are being written
+_CHUNK_BYTES = 1 << 24  # hashed and written at a time
 
-Tick = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]  # (tensors written, tensors in all)
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A tensor to be written, and how to come by it; `origin` tells it apart from another of its shape."""
+class PlannedTensor:
+    """A tensor that will be written.
+
+    Attributes:
+        name: its name in the file.
+        dtype, shape: what `make` must return.
+        origin: where its values come from, for `hash_plan`; never written to the file.
+        make: computes or reads the tensor, when it is written.
+    """
 
     name: str
     dtype: torch.dtype
@@ -39,150 +45,162 @@ class Planned:
     make: Callable[[], Tensor]
 
     @property
-    def values(self) -> int:
+    def numel(self) -> int:
         return torch.Size(self.shape).numel()
 
     @property
     def bytes(self) -> int:
-        return self.dtype.itemsize * self.values
-
-
-def write_safetensors(path: Path, tensors: Sequence[Planned]) -> str:
-    """Write one safetensors file, making each tensor as its turn comes; returns the file's SHA-256.
-
-    The format: the length of the header (8 bytes, little-endian), the header (JSON, filled up with blanks to
-    a multiple of 8), the tensors' bytes one after another. Wider types are to come first, so that every
-    tensor stands at a multiple of its size.
-
-    Raises:
-        OSError: as for any file.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for one in tensors:
-        header[one.name] = {
-            "dtype": _CODES[one.dtype],
-            "shape": list(one.shape),
-            "data_offsets": [end, end + one.bytes],
-        }
-        end += one.bytes
-    head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
-    sha = hashlib.sha256()
-    with open(path, "wb") as handle:
-        for part in (len(head).to_bytes(8, "little"), head):
-            sha.update(part)
-            handle.write(part)
-        for one in tensors:
-            tensor = one.make()
-            assert tensor.dtype == one.dtype and tuple(tensor.shape) == one.shape, one.name
-            data: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-            for start in range(0, len(data), _CHUNK):
-                sha.update(data[start : start + _CHUNK])
-                handle.write(data[start : start + _CHUNK])
-            del tensor, data
-    return sha.hexdigest()
+        return self.dtype.itemsize * self.numel
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file to be written."""
+    """A safetensors file that will be written, and its tensors in their order in the file."""
 
     file: str
-    tensors: tuple[Planned, ...]
+    tensors: tuple[PlannedTensor, ...]
 
     @property
     def bytes(self) -> int:
-        return sum(one.bytes for one in self.tensors)
+        return sum(tensor.bytes for tensor in self.tensors)
 
 
-def cut(groups: Iterable[Sequence[Planned]], limit: int) -> list[Shard]:
-    """OriginalCheckpoint of at most `limit` bytes (or of one larger tensor); none takes tensors of two groups."""
-    pieces: list[list[Planned]] = []
-    for group in groups:
-        room = -1
-        for one in group:
-            if one.bytes > room:
-                pieces.append([])
-                room = limit
-            pieces[-1].append(one)
-            room -= one.bytes
-    # of one shard the wider types come first, so that every tensor stands at a multiple of its size
-    ordered = [sorted(piece, key=lambda one: -one.dtype.itemsize) for piece in pieces]
-    count = len(ordered)
-    return [
-        Shard(f"model-{i:05d}-of-{count:05d}.safetensors", tuple(piece)) for i, piece in enumerate(ordered, 1)
-    ]
+class ImportProgress:
+    """The complete shards of one plan, recorded in `PROGRESS_FILE` next to them.
 
-
-class Record:
-    """Which shards of one plan are done: file -> SHA-256, kept beside them.
+    Attributes:
+        directory: the directory of the shards.
+        plan_hash: the hash of the plan, see `hash_plan`.
+        done: file name of each complete shard -> SHA-256.
 
     Raises:
         InputError: the directory holds shards of another plan.
     """
 
-    def __init__(self, directory: Path, plan: str) -> None:
-        self.directory, self.plan = directory, plan
-        self.path = directory / RECORD_FILE
+    def __init__(self, directory: Path, plan_hash: str) -> None:
+        self.directory, self.plan_hash = directory, plan_hash
+        self.path = directory / PROGRESS_FILE
         self.done: dict[str, str] = {}
         if self.path.is_file():
-            found = read_json(self.path)
-            if not isinstance(found, dict) or found.get("plan") != plan:
+            content = read_json(self.path)
+            if not isinstance(content, dict) or content.get("plan") != plan_hash:
                 raise InputError(
                     f"{directory} holds part of an import of another checkpoint, or with other options. "
-                    "Remove it to begin anew."
+                    "Remove it to start again."
                 )
-            self.done = {file: sha for file, sha in found["shards"].items() if self._whole(file, sha)}
+            # a shard that was damaged or removed since is written again
+            self.done = {file: sha for file, sha in content["shards"].items() if self._has(file, sha)}
 
-    def add(self, file: str, sha: str) -> None:
-        self.done[file] = sha
-        write_json(self.path, {"plan": self.plan, "shards": self.done})
+    def add(self, file: str, sha256: str) -> None:
+        self.done[file] = sha256
+        write_json(self.path, {"plan": self.plan_hash, "shards": self.done})
 
-    def _whole(self, file: str, sha: str) -> bool:
+    def _has(self, file: str, sha256: str) -> bool:
+        """Whether the file is present and has this SHA-256."""
         path = self.directory / file
-        return path.is_file() and digest(path) == sha
+        if not path.is_file():
+            return False
+        with open(path, "rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest() == sha256
 
 
-def plan_id(shards: Sequence[Shard], sources: Iterable[Path]) -> str:
-    """A hash of what would be written and of the files it is read from (name, size, time of change)."""
+def plan_shards(groups: Iterable[Sequence[PlannedTensor]], max_bytes: int) -> list[Shard]:
+    """Distribute tensors over shards, in order.
+
+    Args:
+        groups: tensors that are read from the same source file; no shard holds tensors of two groups.
+        max_bytes: size of a shard, unless a single tensor is larger.
+    """
+    shards: list[list[PlannedTensor]] = []
+    for group in groups:
+        free_bytes = -1  # the first tensor of a group starts a shard
+        for tensor in group:
+            if tensor.bytes > free_bytes:
+                shards.append([])
+                free_bytes = max_bytes
+            shards[-1].append(tensor)
+            free_bytes -= tensor.bytes
+    # wider dtypes first: then the offset of every tensor is a multiple of its item size
+    ordered = [sorted(shard, key=lambda tensor: -tensor.dtype.itemsize) for shard in shards]
+    count = len(ordered)
+    return [Shard(f"model-{i:05d}-of-{count:05d}.safetensors", tuple(shard)) for i, shard in enumerate(ordered, 1)]
+
+
+def hash_plan(shards: Sequence[Shard], sources: Iterable[Path]) -> str:
+    """A SHA-256 of the planned tensors and of the files that they are read from (name, size, mtime)."""
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sources]
     tensors = [
-        (shard.file, one.name, str(one.dtype), one.shape, one.origin)
+        (shard.file, tensor.name, str(tensor.dtype), tensor.shape, tensor.origin)
         for shard in shards
-        for one in shard.tensors
+        for tensor in shard.tensors
     ]
     return hashlib.sha256(json.dumps([stats, tensors]).encode()).hexdigest()
 
 
-def write_shards(record: Record, shards: Sequence[Shard], tick: Tick | None = None) -> dict[str, str]:
-    """Write the shards that are not done yet, and the index; file -> SHA-256.
+def write_shards(
+    progress: ImportProgress, shards: Sequence[Shard], on_progress: ProgressCallback | None = None
+) -> dict[str, str]:
+    """Write the shards that are not complete yet, then the index.
+
+    Returns:
+        File name of each shard -> SHA-256.
 
     Raises:
-        InputError: a file cannot be written; the shards before it are kept.
+        InputError: a file cannot be written; the shards before it remain.
     """
     total = sum(len(shard.tensors) for shard in shards)
     count = 0
     for shard in shards:
-        if shard.file not in record.done:
-            record.add(shard.file, write_shard(record.directory / shard.file, shard.tensors))
+        if shard.file not in progress.done:
+            progress.add(shard.file, write_shard(progress.directory / shard.file, shard.tensors))
         count += len(shard.tensors)
-        if tick is not None:
-            tick(count, total)
-    places = {one.name: shard.file for shard in shards for one in shard.tensors}
+        if on_progress is not None:
+            on_progress(count, total)
+    file_names = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
     size = sum(shard.bytes for shard in shards)
-    index: dict[str, Any] = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
-    write_json(record.directory / INDEX_FILE, index)
-    return {shard.file: record.done[shard.file] for shard in shards}
+    index: dict[str, Any] = {"metadata": {"total_size": size}, "weight_map": dict(sorted(file_names.items()))}
+    write_json(progress.directory / INDEX_FILE, index)
+    return {shard.file: progress.done[shard.file] for shard in shards}
 
 
-def write_shard(path: Path, tensors: Sequence[Planned]) -> str:
-    """Write one safetensors file, whole or not at all; returns its SHA-256."""
+def write_shard(path: Path, tensors: Sequence[PlannedTensor]) -> str:
+    """Write one safetensors file, atomically; returns its SHA-256."""
     with atomic_write(path) as temporary:
         return write_safetensors(temporary, tensors)
 
 
-def digest(path: Path) -> str:
-    """The SHA-256 of a file."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+def write_safetensors(path: Path, tensors: Sequence[PlannedTensor]) -> str:
+    """Write one safetensors file, and make each tensor only when it is written; returns the file's SHA-256.
+
+    The format: the length of the header (8 bytes, little-endian), the header (JSON, padded with blanks to a
+    multiple of 8), the tensors' bytes one after another. Give tensors of wider dtypes first: then the offset
+    of every tensor is a multiple of its item size.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for planned in tensors:
+        header[planned.name] = {
+            "dtype": DTYPE_CODES[planned.dtype],
+            "shape": list(planned.shape),
+            "data_offsets": [end, end + planned.bytes],
+        }
+        end += planned.bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    sha256 = hashlib.sha256()
+    with open(path, "wb") as handle:
+        for block in (len(text).to_bytes(8, "little"), text):
+            sha256.update(block)
+            handle.write(block)
+        for planned in tensors:
+            tensor = planned.make()
+            assert tensor.dtype == planned.dtype and tuple(tensor.shape) == planned.shape, planned.name
+            data: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+            for start in range(0, len(data), _CHUNK_BYTES):
+                sha256.update(data[start : start + _CHUNK_BYTES])
+                handle.write(data[start : start + _CHUNK_BYTES])
+            del tensor, data  # so that only one tensor is alive when the next one is made
+    return sha256.hexdigest()

@@ -1,4 +1,7 @@
-"""Gemma 3 and MedGemma: images see themselves both ways; most layers see a window (arXiv 2503.19786)."""
+"""Gemma 3 and MedGemma (arXiv 2503.19786).
+
+Tokens of an image attend to each other in both directions, and most layers attend within a window.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from normtune.models.types import Batch, Pixels
 
 
 class Gemma3Family(CausalFamily):
-    """One view an image (no pan-and-scan), as Gemma 3's processor has it by default."""
+    """Gemma 3 with one view an image (no pan-and-scan), the default of its processor."""
 
     model_types = ("gemma3",)
     image_options = {"do_pan_and_scan": False}  # noqa: RUF012

@@ -16,24 +16,24 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 from normtune.models.causal.family import CausalFamily
 from normtune.models.types import Pixels
 
-# by their modules: transformers 5.17 finds them by name only where torchvision is installed
-_IMAGE_PROCESSORS: dict[str, Any] = {
-    "idefics3": Idefics3ImageProcessorPil,
-    "smolvlm": SmolVLMImageProcessorPil,
-}
+# Imported from their modules, since transformers 5.17 finds them by name only if torchvision is installed.
+_IMAGE_PROCESSORS: dict[str, Any] = {"idefics3": Idefics3ImageProcessorPil, "smolvlm": SmolVLMImageProcessorPil}
 
 
 class Idefics3Family(CausalFamily):
-    """Tiles and the whole image stand in the prompt with their rows and columns."""
+    """Idefics3 and SmolVLM; the prompt contains each tile with its row and column, then the whole image."""
 
     model_types = tuple(_IMAGE_PROCESSORS)
 
     @classmethod
     def load_processor(cls, source: str, model_type: str) -> Any:
-        """SmolVLM's own processor wants packages for videos; for images it writes what Idefics3's does."""
+        """Load Idefics3's processor for both types.
+
+        SmolVLM's own needs packages for videos, and writes the same for images.
+        """
         images = _IMAGE_PROCESSORS[model_type].from_pretrained(source)
-        named, _ = Idefics3Processor.get_processor_dict(source)
-        return Idefics3Processor.from_args_and_dict([images, AutoTokenizer.from_pretrained(source)], named)
+        settings, _ = Idefics3Processor.get_processor_dict(source)
+        return Idefics3Processor.from_args_and_dict([images, AutoTokenizer.from_pretrained(source)], settings)
 
     @property
     def decoder(self) -> Any:
@@ -44,9 +44,11 @@ class Idefics3Family(CausalFamily):
         return self.processor.fake_image_token, ""
 
     def preprocess_image(self, image: Image.Image) -> Pixels:
-        """pixel_values [tiles, 3, height, width]; pixel_attention_mask [tiles, height, width]; rows, cols [].
+        """Cut one image into tiles.
 
-        `rows` and `cols` are those of the tiles besides the whole image, 0 where there are none.
+        Returns:
+            pixel_values [tiles, 3, height, width], pixel_attention_mask [tiles, height, width], and the
+            scalars rows and cols: the grid of the tiles without the whole image, 0 if there is no grid.
         """
         prepared = self.processor.image_processor([image], return_tensors="pt", return_row_col_info=True)
         return {
@@ -61,15 +63,16 @@ class Idefics3Family(CausalFamily):
         return self.processor.replace_image_token(grid, 0)
 
     def image_inputs(self, images: Sequence[Pixels]) -> dict[str, Tensor]:
-        """Every tile as a sample of one image, padded to the largest: [tiles, 1, 3, height, width]."""
+        """Batch every tile as a sample of one image, padded to the largest: [tiles, 1, 3, height, width]."""
         sizes = [image["pixel_values"].shape[-2:] for image in images]
         height, width = (max(size[axis] for size in sizes) for axis in (0, 1))
 
-        def joined(name: str) -> Tensor:
+        def pad_and_join(name: str) -> Tensor:
+            # padded on the right and at the bottom; a mask is padded with 0, so padding is not attended
             padded = [
                 F.pad(image[name], (0, width - size[1], 0, height - size[0]))
                 for image, size in zip(images, sizes, strict=True)
             ]
             return torch.cat(padded)[:, None]
 
-        return {name: joined(name) for name in ("pixel_values", "pixel_attention_mask")}
+        return {name: pad_and_join(name) for name in ("pixel_values", "pixel_attention_mask")}

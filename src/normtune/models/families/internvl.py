@@ -29,7 +29,7 @@ class InternVLFamily(CausalFamily):
         return self.processor.end_image_token, ""
 
     def preprocess_image(self, image: Image.Image) -> Pixels:
-        """pixel_values [patches, 3, size, size]; patches []."""
+        """Cut one image into square patches: pixel_values [patches, 3, size, size]; patches, their number."""
         prepared = self.processor.image_processor([image], return_tensors="pt", crop_to_patches=True)
         patches = prepared["pixel_values"]
         return {"pixel_values": patches, "patches": torch.tensor(len(patches))}

@@ -1,6 +1,7 @@
 """LLaVA: CLIP's patch features, a two-layer projector and LLaMA or Mistral (Liu et al. 2023).
 
-Source: arXiv 2310.03744. LLaVA-Med 1.5 (Li et al. 2023, arXiv 2306.00890) in transformers' layout is one.
+Source: arXiv 2310.03744. LLaVA-Med 1.5 (Li et al. 2023, arXiv 2306.00890) in transformers' layout is one of
+these models.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 from normtune.models.causal.family import FEATURES, CausalFamily
 from normtune.models.types import Pixels
 
-# for checkpoints without a chat template: LLaVA 1.5 has Vicuna's prompts, LLaVA-Med 1.5 Mistral's
+# Chat templates for checkpoints without one: LLaVA 1.5 uses Vicuna's prompts, LLaVA-Med 1.5 Mistral's.
 _IMAGES_THEN_TEXT = (
     "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
     "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
@@ -31,7 +32,7 @@ MISTRAL_TEMPLATE = (
     + _ANSWER
     + "{% endif %}{% endfor %}"
 )
-_TEMPLATES = {"mistral": MISTRAL_TEMPLATE, "llama": VICUNA_TEMPLATE}
+_TEMPLATES = {"mistral": MISTRAL_TEMPLATE, "llama": VICUNA_TEMPLATE}  # by the language model's type
 
 
 class LlavaFamily(CausalFamily):
@@ -45,11 +46,11 @@ class LlavaFamily(CausalFamily):
         super().__init__(model, processor)
 
     def image_text(self, pixels: Pixels) -> str:
-        if FEATURES in pixels:
+        if FEATURES in pixels:  # an encoded image may have no pixels from which the number follows
             return self.processor.image_token * len(pixels[FEATURES])
         return super().image_text(pixels)
 
     def decode_answer(self, tokens: Sequence[int]) -> str:
-        """LLaVA-Med 1.0's answers end with a separator, which is no special token and is not decoded."""
-        ended = bool(tokens) and tokens[-1] in self.ends
+        """Drop the end token: LLaVA-Med 1.0's is not a special token and would be decoded as text."""
+        ended = bool(tokens) and tokens[-1] in self.end_tokens
         return super().decode_answer(tokens[:-1] if ended else tokens)

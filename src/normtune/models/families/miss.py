@@ -1,4 +1,8 @@
-"""MISS as a family: how images, questions and answers enter, the loss of a batch, and its answers."""
+"""The family of MISS and BLIP-VQA: a vision tower, a question encoder and an answer decoder.
+
+An image is encoded once. Each question attends to it in the encoder, and the decoder reads the states of the
+question only, so no grouping mask is needed here: `image_index` assigns an image to each question.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ from normtune.data.groups import Group, Segment
 from normtune.errors import InputError
 from normtune.models.answer_loss import Head
 from normtune.models.family import Family
-from normtune.models.frozen_trunk import FrozenTrunk, TrunkStates, own_parameters
+from normtune.models.frozen_trunk import FrozenTrunk, TrunkStates, parameter_ids
 from normtune.models.generation import OnTokens
 from normtune.models.miss.config import MissConfig
 from normtune.models.miss.model import MissForQuestionAnswering
@@ -27,26 +31,21 @@ from normtune.models.miss.tokenizer import ENCODE
 from normtune.models.quantization import loading_options
 from normtune.models.types import Answer, AnswerStates, Batch, Pixels
 
-QUESTION_TOKENS = 35  # with [ENC] and [SEP] (Chen et al. 2024)
-NO_LABEL = -100
+QUESTION_TOKENS = 35  # the most in a question, including [ENC] and [SEP] (Chen et al. 2024)
+NO_LABEL = -100  # the label of positions without a token to predict, as in transformers
 
 
 class MissFamily(Family):
-    """The native MISS; the answer ends with [SEP], and [DEC] stands before it in the decoder only."""
+    """MISS in our own implementation. Answers end with [SEP]; only the decoder's input begins with [DEC]."""
 
     model_types = ("miss",)
     model: MissForQuestionAnswering
 
     @classmethod
     def load(
-        cls,
-        source: str | Path,
-        dtype: torch.dtype,
-        device: str | torch.device = "cpu",
-        *,
-        quantization: Any = None,
+        cls, source: str | Path, dtype: torch.dtype, device: str | torch.device = "cpu", *, quantization: Any = None
     ) -> MissFamily:
-        """Load a directory written by `save`, or such a repository of the hub."""
+        """Load a directory written by `save`, or a repository of the hub with the same layout."""
         model = MissForQuestionAnswering.from_pretrained(
             str(source), dtype=dtype, **loading_options(quantization, device)
         )
@@ -63,25 +62,28 @@ class MissFamily(Family):
         return self.model.config
 
     def preprocess_image(self, image: Image.Image) -> Pixels:
-        """One image resized to the model's square: `pixel_values` [3, size, size]."""
+        """Resize one image to the model's square: `pixel_values` [3, size, size]."""
         prepared = self.processor.image_processor(image, return_tensors="pt")
         return {"pixel_values": prepared["pixel_values"][0]}
 
     @torch.no_grad()
     def encode_image(self, pixels: Pixels) -> Pixels:
-        """`image_states` [1 + patches, width], on the CPU."""
+        """Run the vision tower on one image: `image_states` [1 + patches, width], on the CPU."""
         states = self.model.visual_encoder(pixels["pixel_values"][None].to(self.device))
         return {"image_states": states[0].cpu()}
 
     def prefix_tokens(self, images: Sequence[Pixels]) -> int:
-        """The image states, 1 + patches an image."""
+        """The number of image states: 1 + patches an image."""
         return len(images) * self.model.visual_encoder.pos_embed.shape[1]
 
     def tokenize(self, id: str, question: str, answer: str | None, *, report: bool = False) -> Segment:
-        """[ENC] question [SEP], at most 35 tokens, and answer [SEP]; no question: the report prompt."""
-        asked = self._tokens(question or tasks.REPORT_PROMPT)[: QUESTION_TOKENS - 2]
+        """Tokenise to [ENC] question [SEP], at most 35 tokens, and answer [SEP].
+
+        An empty question is replaced by the report prompt.
+        """
+        question_tokens = self._tokens(question or tasks.REPORT_PROMPT)[: QUESTION_TOKENS - 2]
         end = self.config.eos_token_id
-        prompt = (self.config.encode_token_id, *asked, end)
+        prompt = (self.config.encode_token_id, *question_tokens, end)
         if answer is None:
             return Segment(id, prompt)
         longest = self.config.text("decoder").max_position_embeddings - 1
@@ -90,55 +92,65 @@ class MissFamily(Family):
         return Segment(id, prompt, (*self._tokens(answer)[: longest - 1], end))
 
     def _tokens(self, text: str) -> list[int]:
-        found: list[int] = self.processor.tokenizer(
+        # split_special_tokens: a "[SEP]" in a text is plain text, not the end token
+        tokens: list[int] = self.processor.tokenizer(
             text, add_special_tokens=False, split_special_tokens=True
         ).input_ids
-        return found
+        return tokens
 
     def collate(self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]]) -> Batch:
-        """Keys are the arguments of the model's `forward`, and `pairs`, the number of segments.
+        """See `Family.collate`.
 
-        `pixel_values` [images, 3, size, size], or `image_states` as `seen` gives them, each image once;
-        `image_index` [segments]; `view_index` [studies, views] where some have several images; `logit_rows`
-        are the labelled rows.
+        Returns:
+            The arguments of the model's `forward`, and further keys:
+
+            - pixel_values [images, 3, size, size], or image_states from `encode_image`; each image once;
+            - input_ids, attention_mask [segments, longest question] of the questions;
+            - image_index [segments], the image (or study) of each question;
+            - view_index [studies, views], the images of each study, -1 for none; only with several a study;
+            - decoder_input_ids, labels [segments, longest answer] of the answers;
+            - logit_rows, the rows of the flattened decoder states that have a label;
+            - pairs, the number of segments.
         """
         segments = [segment for group in groups for segment in group.segments]
         return self._questions(groups, pixels) | self._answers(segments)
 
     def _answers(self, segments: Sequence[Segment]) -> Batch:
-        """What the decoder needs besides the questions' states."""
+        """The decoder's inputs and labels: the answers, the inputs shifted right by the start token."""
         start = self.config.bos_token_id
-        entered = [torch.tensor((start, *segment.answer[:-1])) for segment in segments]
-        wanted = [torch.tensor(segment.answer) for segment in segments]
-        labels = pad_sequence(wanted, True, NO_LABEL)
+        inputs = [torch.tensor((start, *segment.answer[:-1])) for segment in segments]
+        answers = [torch.tensor(segment.answer) for segment in segments]
+        labels = pad_sequence(answers, True, NO_LABEL)
         return {
-            "decoder_input_ids": pad_sequence(entered, True, self.config.pad_token_id),
+            "decoder_input_ids": pad_sequence(inputs, True, self.config.pad_token_id),
             "labels": labels,
             "logit_rows": (labels.flatten() != NO_LABEL).nonzero()[:, 0],
             "pairs": len(segments),
         }
 
     def _questions(self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]]) -> Batch:
-        """What the encoder needs, answers left out."""
+        """The inputs of vision tower and encoder, without the answers."""
         segments = [segment for group in groups for segment in group.segments]
         sizes = torch.tensor([len(group.segments) for group in groups])
-        distinct = {id(image): image for image in chain.from_iterable(pixels)}  # an image is read once
-        shown = [tuple(id(image) for image in images) for images in pixels]
-        unit = {views: number for number, views in enumerate(dict.fromkeys(shown))}
+        # the same object in several groups is encoded once
+        distinct = {id(image): image for image in chain.from_iterable(pixels)}
+        group_views = [tuple(id(image) for image in images) for images in pixels]
+        study = {views: number for number, views in enumerate(dict.fromkeys(group_views))}
         images = list(distinct.values())
         batch: Batch = {
             **{name: torch.stack([image[name] for image in images]) for name in images[0]},
             **self._prompts(segments),
-            "image_index": torch.tensor([unit[views] for views in shown]).repeat_interleave(sizes),
+            "image_index": torch.tensor([study[views] for views in group_views]).repeat_interleave(sizes),
         }
-        most = max(map(len, unit))
+        most = max(map(len, study))  # views of a study
         if most > 1:
-            place = {one: number for number, one in enumerate(distinct)}
-            rows = [[place[one] for one in views] + [-1] * (most - len(views)) for views in unit]
+            image_number = {image_id: number for number, image_id in enumerate(distinct)}
+            rows = [[image_number[i] for i in views] + [-1] * (most - len(views)) for views in study]
             batch["view_index"] = torch.tensor(rows)
         return batch
 
     def _prompts(self, segments: Sequence[Segment]) -> Batch:
+        """The questions' tokens, padded on the right; without padding the mask is None."""
         lengths = torch.tensor([len(segment.prompt) for segment in segments])
         ids = pad_sequence([torch.tensor(s.prompt) for s in segments], True, self.config.pad_token_id)
         padded = bool((lengths != lengths[0]).any())
@@ -146,9 +158,9 @@ class MissFamily(Family):
         return {"input_ids": ids, "attention_mask": mask}
 
     def frozen_trunk(self, trained: Collection[nn.Parameter]) -> FrozenTrunk | None:
-        """All but the decoder, where nothing else is trained."""
-        decoder = own_parameters(self.model.text_decoder)
-        return MissTrunk(self) if all(id(one) in decoder for one in trained) else None
+        """Vision tower and encoder, if only the decoder is trained."""
+        decoder = parameter_ids(self.model.text_decoder)
+        return MissTrunk(self) if all(id(parameter) in decoder for parameter in trained) else None
 
     @property
     def head(self) -> Head:
@@ -160,7 +172,7 @@ class MissFamily(Family):
 
     @property
     def max_answer_tokens(self) -> int:
-        """See `Family.longest_answer`; the first position is the start token's."""
+        """See `Family.max_answer_tokens`; the start token uses the first position."""
         return self.config.text("decoder").max_position_embeddings - 1
 
     def answer_states(self, batch: Batch) -> AnswerStates:
@@ -170,11 +182,11 @@ class MissFamily(Family):
         }
         states = self.model.answer_states(**inputs).flatten(0, 1)
         rows, labels = batch["logit_rows"], batch["labels"]
-        found = states.index_select(0, rows), labels.flatten().index_select(0, rows)
-        return AnswerStates(*found, rows // labels.shape[1])
+        selected = states.index_select(0, rows), labels.flatten().index_select(0, rows)
+        return AnswerStates(*selected, rows // labels.shape[1])  # a row of labels is a segment
 
     def text_segments(self, batch: Batch) -> Tensor:
-        """[segments]: each is a row of its own, as question and as answer."""
+        """[segments] long: every segment has a row of its own, as question and as answer."""
         return torch.arange(batch["pairs"], device=batch["labels"].device)
 
     @torch.inference_mode()
@@ -187,25 +199,23 @@ class MissFamily(Family):
         beams: int = 1,
         on_tokens: OnTokens | None = None,
     ) -> list[list[Answer]]:
-        """See `Family.answer`; all questions of all groups are one batch."""
-        room = self.config.text("decoder").max_position_embeddings
-        if max_new_tokens >= room:
-            raise InputError(
-                f"answers of {max_new_tokens} tokens exceed this model's {room}. Lower the limit."
-            )
+        """See `Family.generate_answers`; all questions of all groups are one batch."""
+        positions = self.config.text("decoder").max_position_embeddings
+        if max_new_tokens >= positions:
+            raise InputError(f"answers of {max_new_tokens} tokens exceed this model's {positions}. Lower the limit.")
         batch: Batch = {
             name: value.to(self.device) if isinstance(value, Tensor) else value
             for name, value in self._questions(groups, pixels).items()
         }
-        selected = None if self.active_text_rows is None else self.active_text_rows.select
-        found = self.model.generate(
-            max_new_tokens=max_new_tokens, beams=beams, selected=selected, on_tokens=on_tokens, **batch
+        on_select = None if self.active_text_rows is None else self.active_text_rows.select
+        generated = self.model.generate(
+            max_new_tokens=max_new_tokens, beams=beams, on_select=on_select, on_tokens=on_tokens, **batch
         )
-        return self._as_answers(groups, found)
+        return self._as_answers(groups, generated)
 
 
 class MissTrunk(FrozenTrunk):
-    """The image and text encoders."""
+    """The vision tower and the question encoder; only the decoder comes after them."""
 
     description = "question states, which the decoder reads"
     excluded_modules = ("text_decoder",)
@@ -214,18 +224,20 @@ class MissTrunk(FrozenTrunk):
         self.family = family
 
     def tokens_of(self, segment: Segment) -> tuple[int, ...]:
+        """The prompt only: answers enter the decoder."""
         return segment.prompt
 
     @torch.no_grad()
     def states(self, group: Group, images: Sequence[Pixels]) -> TrunkStates:
         batch = send_to_device(self.family._questions([group], [images]), self.family.device)
-        found = self.family.model.encode_questions(**batch).cpu()
-        rows = [states[: len(one.prompt)] for one, states in zip(group.segments, found, strict=True)]
-        return TrunkStates((), found.new_zeros(0, found.shape[-1]), tuple(rows))
+        encoded = self.family.model.encode_questions(**batch).cpu()  # [segments, longest question, width]
+        rows = [states[: len(segment.prompt)] for segment, states in zip(group.segments, encoded, strict=True)]
+        # no images and no prefix: the decoder reads the questions' states only
+        return TrunkStates((), encoded.new_zeros(0, encoded.shape[-1]), tuple(rows))
 
     def collate(self, groups: Sequence[Group], states: Sequence[TrunkStates]) -> Batch:
         segments = [segment for group in groups for segment in group.segments]
-        rows = [question for one in states for question in one.segments]
+        rows = [question for group_states in states for question in group_states.segments]
         return {
             **self.family._prompts(segments),
             **self.family._answers(segments),
@@ -236,8 +248,8 @@ class MissTrunk(FrozenTrunk):
 def miss_processor(tokenizer: Any, image_size: int, *, divide_twice: bool = False) -> BlipProcessor:
     """The processor of a MISS model: bicubic resize to a square, /255, then BLIP's mean and deviation.
 
-    With `divide_twice` images are prepared as MISS's released code does it: divided by 255 twice and not
-    normalised, for checkpoints that were trained so.
+    With `divide_twice` images are prepared as in MISS's released code: divided by 255 twice and not
+    normalised, for checkpoints that were trained with such images.
     """
     size = {"height": image_size, "width": image_size}
     if divide_twice:

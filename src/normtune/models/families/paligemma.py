@@ -1,7 +1,7 @@
-"""PaliGemma: a prefix language model, whose image tokens attend to the question (arXiv 2407.07726).
+"""PaliGemma: a prefix language model, in which image tokens attend to the question (arXiv 2407.07726).
 
-The hidden states of an image therefore differ from question to question: only what the vision tower and the
-projector make of it is shared, and every question is a sequence of its own.
+The hidden states of an image therefore differ from question to question. Only the output of the vision tower
+and the projector is shared, and every question is a sequence of its own.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from normtune.models.types import Batch, Pixels
 
 
 class PrefixAndSuffix:
-    """What PaliGemma's processor writes: images, first token, question and line's end; then the answer."""
+    """The format of PaliGemma's processor: images, first token, question, newline; then the answer."""
 
     def __init__(self, processor: Any) -> None:
         self.tokenizer = processor.tokenizer
 
     def prefix(self, images: Sequence[str]) -> TokenIds:
-        """What comes before the question: the images alone."""
+        """The tokens before the question: those of the images only."""
         return self._tokens("".join(images))
 
     def segment(self, id: str, question: str, answer: str | None) -> tuple[TokenIds, TokenIds]:
-        """See `Conversation.segment`."""
+        """See `ChatPrompt.segment`."""
         prompt = self._tokens(f"{self.tokenizer.bos_token}{question}\n")
         return prompt, () if answer is None else self._tokens(answer + self.tokenizer.eos_token)
 
@@ -40,10 +40,10 @@ class PrefixAndSuffix:
 
 
 class PaliGemmaFamily(CausalFamily):
-    """PaliGemma 1 and 2: image and question see each other both ways, the answer sees them and its own past.
+    """PaliGemma 1 and 2: image and question see each other both ways, the answer sees both and its own past.
 
-    PaliGemma 2's language model caps logits, those of attention and those of tokens, and half its layers see
-    a window (Gemma 2, arXiv 2408.00118). SDPA caps nothing, so its attention is transformers' plain one.
+    PaliGemma 2's language model caps the logits of attention and of tokens, and half of its layers attend
+    within a window (Gemma 2, arXiv 2408.00118). SDPA has no cap, so transformers' eager attention is used.
     """
 
     model_types = ("paligemma",)
@@ -59,12 +59,12 @@ class PaliGemmaFamily(CausalFamily):
 
     @property
     def head(self) -> Head:
-        """Capped to (-cap, cap) where the model says so."""
+        """See `CausalFamily.head`; logits are limited to (-cap, cap) if the config has a cap."""
         plain, cap = super().head, self.cap
         return plain if cap is None else lambda states: cap * torch.tanh(plain(states) / cap)
 
     def frozen_trunk(self, trained: Collection[nn.Parameter]) -> None:
-        """Nothing is held: an image's states differ from question to question."""
+        """None: an image's states differ from question to question, so none are cached."""
 
     def prompt_format(self) -> PrefixAndSuffix:
         return PrefixAndSuffix(self.processor)
@@ -75,22 +75,27 @@ class PaliGemmaFamily(CausalFamily):
     def group_prefixes(
         self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]]
     ) -> tuple[list[Group], list[TokenIds], list[Sequence[Pixels]]]:
-        """Groups of one, whose prefix is image and question; they share the image's pixels."""
-        alone: list[Group] = []
+        """Make one group for each question. Its prefix is image and question, its segment the answer.
+
+        The new groups of an image have the same pixels object, so that the vision tower runs once.
+        """
+        single_groups: list[Group] = []
         prefixes: list[TokenIds] = []
         images: list[Sequence[Pixels]] = []
-        for group, shown in zip(groups, pixels, strict=True):
-            start = self.prompts.prefix([self.image_text(image) for image in shown])
+        for group, group_images in zip(groups, pixels, strict=True):
+            start = self.prompts.prefix([self.image_text(image) for image in group_images])
             for segment in group.segments:
-                alone.append(Group(group.images, (Segment(segment.id, (), segment.answer),)))
+                single_groups.append(Group(group.images, (Segment(segment.id, (), segment.answer),)))
                 prefixes.append(start + segment.prompt)
-                images.append(shown)
-        return alone, prefixes, images
+                images.append(group_images)
+        return single_groups, prefixes, images
 
     def bidirectional_blocks(self, batch: Batch) -> Tensor:
+        """The prefix (image and question) of each group is one block."""
         return batch["group_of"].where(batch["segment_of"] == PREFIX, PAD)
 
     def positions(
         self, sequence: SharedSequence, prefixes: Sequence[TokenIds], pixels: Sequence[Sequence[Pixels]]
     ) -> Tensor:
+        """PaliGemma counts positions from 1."""
         return sequence.position_ids + 1

@@ -12,22 +12,18 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLProcessor, Qwen2VLProcessor, Qwen3VLProcessor
 
-from normtune.models.causal.family import FEATURES, CausalFamily, joined
+from normtune.models.causal.family import FEATURES, CausalFamily, flatten_features
 from normtune.models.causal.prompts import TokenIds
 from normtune.models.causal.shared_prefix import PREFIX, SharedSequence
 from normtune.models.processors import image_only
 from normtune.models.types import Batch, Pixels
 
-_PROCESSORS = {
-    "qwen2_vl": Qwen2VLProcessor,
-    "qwen2_5_vl": Qwen2_5_VLProcessor,
-    "qwen3_vl": Qwen3VLProcessor,
-}
-TEXT, IMAGE = 0, 1  # what transformers' `get_rope_index` calls the kinds of tokens
+_PROCESSORS = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor}
+TEXT, IMAGE = 0, 1  # types of tokens in transformers' `get_rope_index`
 
 
 class QwenVLFamily(CausalFamily):
-    """An image's tokens stand at rows and columns; a question goes on after the greater of both."""
+    """Qwen-VL. Image tokens have their row and column as positions; text continues after the larger one."""
 
     model_types = tuple(_PROCESSORS)
 
@@ -37,53 +33,59 @@ class QwenVLFamily(CausalFamily):
 
     @property
     def image_layers(self) -> int:  # type: ignore[override]
-        """Qwen3-VL adds image features to the states of as many of the first layers."""
+        """How many of the first layers add image features to their states (Qwen3-VL)."""
         return len(getattr(self.config.vision_config, "deepstack_visual_indexes", ()))
 
     def image_inputs(self, images: Sequence[Pixels]) -> dict[str, Tensor]:
-        """pixel_values [patches of all images, patch width]; image_grid_thw [images, 3]."""
+        """Batch images: pixel_values [patches of all images, patch width], image_grid_thw [images, 3]."""
         return {
             "pixel_values": torch.cat([image["pixel_values"] for image in images]),
             "image_grid_thw": torch.stack([image["image_grid_thw"] for image in images]),
         }
 
     def preprocess_image(self, image: Any) -> Pixels:
-        """pixel_values [patches, patch width]; image_grid_thw [3], the patches in time, height and width."""
+        """Cut one image into patches: pixel_values [patches, patch width], and their grid.
+
+        image_grid_thw [3] is the number of patches in time, height and width.
+        """
         prepared = self.processor.image_processor([image], return_tensors="pt")
-        return {
-            "pixel_values": prepared["pixel_values"],
-            "image_grid_thw": prepared["image_grid_thw"][0],
-        }
+        return {"pixel_values": prepared["pixel_values"], "image_grid_thw": prepared["image_grid_thw"][0]}
 
     def image_text(self, pixels: Pixels) -> str:
         patches = int(pixels["image_grid_thw"].prod())
+        # the connector merges merge_size x merge_size patches into one token
         return self.processor.image_token * (patches // self.processor.image_processor.merge_size**2)
 
     def positions(
         self, sequence: SharedSequence, prefixes: Sequence[TokenIds], pixels: Sequence[Sequence[Pixels]]
     ) -> Tensor:
-        """[3, B, S]: time, height and width. Segments go on where their own conversation would."""
+        """Positions in time, height and width: [3, B, S]; in a segment as in a conversation of its own."""
+        # text has the same position on all axes; only image tokens, which are in prefixes, differ
         positions = sequence.position_ids.expand(3, -1, -1).clone()
         for group, (prefix, images) in enumerate(zip(prefixes, pixels, strict=True)):
             ids = torch.tensor([prefix])
             grids = torch.stack([image["image_grid_thw"] for image in images])
             kinds = torch.where(ids == self.image_token_id, IMAGE, TEXT).int()
-            axes, ahead = self.model.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grids)
-            own = sequence.group_of == group
-            positions[:, own & (sequence.segment_of == PREFIX)] = axes[:, 0]
-            positions[:, own & (sequence.segment_of > PREFIX)] += int(ahead)
+            axes, offset = self.model.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grids)
+            in_group = sequence.group_of == group
+            positions[:, in_group & (sequence.segment_of == PREFIX)] = axes[:, 0]
+            # an image of n tokens advances the position by less than n, so `offset` is usually negative
+            positions[:, in_group & (sequence.segment_of > PREFIX)] += int(offset)
         return positions
 
     def step_positions(self, positions: Tensor) -> Tensor:
         return positions.expand(3, -1, -1)
 
     def features(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
-        """With Qwen3-VL also those of several depths, for the first layers (DeepStack, arXiv 2406.04334)."""
-        found = self.model.model.get_image_features(**images, return_dict=True)
-        levels = getattr(found, "deepstack_features", None) or ()
-        every = {FEATURES: found.pooler_output}
-        every |= {f"{FEATURES}_{level}": of_level for level, of_level in enumerate(levels)}
-        return {name: joined(one) for name, one in every.items()}
+        """Run encoder and connector; Qwen3-VL has further features for its first layers, one set a layer.
+
+        These are from several depths of the encoder (DeepStack, arXiv 2406.04334).
+        """
+        output = self.model.model.get_image_features(**images, return_dict=True)
+        levels = getattr(output, "deepstack_features", None) or ()
+        features = {FEATURES: output.pooler_output}
+        features |= {f"{FEATURES}_{level}": values for level, values in enumerate(levels)}
+        return {name: flatten_features(values) for name, values in features.items()}
 
     def input_embeddings(self, batch: Batch, features: dict[str, Tensor]) -> dict[str, Any]:
         arguments = super().input_embeddings(batch, features)

@@ -1,1 +1,1 @@
-"""Importers that convert original checkpoints to the layout that `load` reads."""
+"""Importers that convert original checkpoints to the layout that `normtune.load` reads."""

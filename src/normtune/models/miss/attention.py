@@ -1,4 +1,4 @@
-"""What every attention of MISS shares: heads, learned prefixes, one image's keys for all its questions."""
+"""Parts that MISS's attentions share: heads, learned prefixes, masks, and questions that share an image."""
 
 from __future__ import annotations
 
@@ -10,58 +10,85 @@ from torch.nn import functional as F
 
 
 def split_heads(states: Tensor, heads: int) -> Tensor:
-    """[batch, length, width] -> [batch, heads, length, head_dim], a view."""
+    """Split the last axis into heads: [batch, length, width] -> [batch, heads, length, head_dim], a view."""
     batch, length, width = states.shape
     return states.view(batch, length, heads, width // heads).transpose(1, 2)
 
 
 def join_heads(states: Tensor) -> Tensor:
-    """[batch, heads, length, head_dim] -> [batch, length, width]."""
+    """Concatenate heads: [batch, heads, length, head_dim] -> [batch, length, width]."""
     return states.transpose(1, 2).flatten(2)
 
 
-def with_prefix(prefix: nn.Module | None, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Prepend a learned prefix to keys and values [batch, heads, length, head_dim]; also its length.
+def prepend_prefix(prefix: nn.Module | None, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Prepend a learned prefix to keys and values.
 
-    `prefix()` returns (key, value), each [heads, n, head_dim]; every query sees all of it (prefix-tuning, Li
-    and Liang 2021; P-Tuning v2, Liu et al. 2022).
+    Prefix tuning: Li and Liang 2021. P-Tuning v2: Liu et al. 2022.
+
+    Args:
+        prefix: returns (key, value) when called, each [heads, n, head_dim]; None: no prefix.
+        key, value: [batch, heads, length, head_dim].
+
+    Returns:
+        Keys and values [batch, heads, n + length, head_dim], and n. Every query attends to the whole prefix.
     """
     if prefix is None:
         return key, value, 0
-    first_key, first_value = prefix()
-    rows = (key.shape[0], -1, -1, -1)
-    key = torch.cat((first_key.to(key.dtype).expand(rows), key), 2)
-    value = torch.cat((first_value.to(value.dtype).expand(rows), value), 2)
-    return key, value, first_key.shape[1]
+    prefix_key, prefix_value = prefix()  # each [heads, n, head_dim], the same for every row of the batch
+    batch = (key.shape[0], -1, -1, -1)
+    key = torch.cat((prefix_key.to(key.dtype).expand(batch), key), 2)
+    value = torch.cat((prefix_value.to(value.dtype).expand(batch), value), 2)
+    return key, value, prefix_key.shape[1]
 
 
-def see_prefix(mask: Tensor | None, length: int) -> Tensor | None:
-    """Widen an additive mask [.., queries, keys] by `length` visible keys at the front."""
+def extend_mask_for_prefix(mask: Tensor | None, length: int) -> Tensor | None:
+    """Widen an additive mask [..., queries, keys] by `length` visible keys (zeros) at the front."""
     return mask if mask is None or length == 0 else F.pad(mask, (length, 0))
 
 
 def causal_mask(queries: int, prefix: int, like: Tensor) -> Tensor:
-    """Additive mask [queries, prefix + queries]: a query sees the prefix, what came before it, and itself."""
+    """Additive mask: a query attends to the prefix, to the tokens before it, and to itself.
+
+    With a prefix of 2 and 3 queries (0: visible, x: -inf):
+
+        0 0 0 x x
+        0 0 0 0 x
+        0 0 0 0 0
+
+    Returns:
+        [queries, prefix + queries], with dtype and device of `like`.
+    """
     hidden = torch.ones(queries, prefix + queries, dtype=torch.bool, device=like.device).triu(prefix + 1)
     return torch.zeros_like(hidden, dtype=like.dtype).masked_fill_(hidden, -torch.inf)
 
 
 def padding_mask(attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """[batch, keys], 1 where there is a token -> additive [batch, 1, 1, keys]; None stays None."""
+    """Convert an attention mask to an additive mask.
+
+    Args:
+        attention_mask: [batch, keys], 1 for a token and 0 for padding; None: no padding.
+        dtype: dtype of the result.
+
+    Returns:
+        [batch, 1, 1, keys], 0 for a token and -inf for padding; None for None.
+    """
     if attention_mask is None:
         return None
-    bare = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
-    return bare.masked_fill_(attention_mask == 0, -torch.inf)[:, None, None, :]
+    zeros = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
+    return zeros.masked_fill_(attention_mask == 0, -torch.inf)[:, None, None, :]
 
 
 @dataclass(frozen=True)
-class Slots:
-    """Where each segment's queries stand in the one long query sequence of its image.
+class QuerySlots:
+    """Arranges the segments of each image in one query sequence, so that they share its keys and values.
+
+    Each image has `width` slots, one for each of its segments; an image with fewer segments has empty slots.
+    With images [0, 1, 1] of three segments, width is 2 and index is [0, 2, 3]: slot 1 is empty.
 
     Attributes:
         groups: the number of images.
-        width: the most segments that one of them has.
-        index: [segments], image * width + place; None where every image has `width` segments, in order.
+        width: slots per image, the number of segments of the image that has the most.
+        index: [segments], image * width + slot; None if every image has `width` segments, in order.
     """
 
     groups: int
@@ -69,21 +96,30 @@ class Slots:
     index: Tensor | None
 
     @classmethod
-    def of(cls, image_index: Tensor | None, segments: int, groups: int) -> Slots:
-        """Slots for segments whose images are `image_index` [segments], in any order (None: as many each)."""
+    def from_image_index(cls, image_index: Tensor | None, segments: int, groups: int) -> QuerySlots:
+        """Assign a slot to each segment.
+
+        Args:
+            image_index: [segments], the image of each segment, in any order; None: every image has the same
+                number of segments, in order.
+            segments: the number of segments.
+            groups: the number of images.
+        """
         if image_index is None:
             assert segments % groups == 0, "without image_index every image has the same number of segments"
             return cls(groups, segments // groups, None)
-        counts = torch.bincount(image_index, minlength=groups)
+        counts = torch.bincount(image_index, minlength=groups)  # segments of each image
         width = int(counts.max())
         sorted_index, order = image_index.sort(stable=True)
         if width * groups == segments and bool((sorted_index == image_index).all()):
             return cls(groups, width, None)
-        rank = torch.arange(segments, device=order.device) - (counts.cumsum(0) - counts)[sorted_index]
-        return cls(groups, width, torch.empty_like(order).scatter(0, order, sorted_index * width + rank))
+        # position of a segment among those of its image: its position in the sorted order, minus that of the
+        # first segment of the image
+        slot = torch.arange(segments, device=order.device) - (counts.cumsum(0) - counts)[sorted_index]
+        return cls(groups, width, torch.empty_like(order).scatter(0, order, sorted_index * width + slot))
 
     def gather(self, states: Tensor) -> Tensor:
-        """[segments, length, width] -> [groups, slots * length, width]; empty slots are zeros."""
+        """[segments, length, width] -> [groups, slots * length, width]; empty slots are filled with zeros."""
         length, width = states.shape[1:]
         if self.index is not None:
             empty = states.new_zeros(self.groups * self.width, length, width)
@@ -91,6 +127,6 @@ class Slots:
         return states.reshape(self.groups, self.width * length, width)
 
     def scatter(self, states: Tensor, length: int) -> Tensor:
-        """[groups, slots * length, width] -> [segments, length, width], the way back."""
+        """Undo `gather`: [groups, slots * length, width] -> [segments, length, width]."""
         states = states.reshape(self.groups * self.width, length, states.shape[-1])
         return states if self.index is None else states.index_select(0, self.index)

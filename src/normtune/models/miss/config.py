@@ -1,4 +1,4 @@
-"""The dimensions of a MISS model; the defaults are MISS-base's."""
+"""The configuration of a MISS model; the defaults are those of MISS-base."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from normtune.errors import InputError, did_you_mean
 
 @dataclass(frozen=True)
 class VisionDims:
-    """A vision transformer (Dosovitskiy et al. 2021); ViT-B/16 at 480 pixels by default."""
+    """Dimensions of a vision transformer (Dosovitskiy et al. 2021); by default ViT-B/16 at 480 pixels."""
 
     image_size: int = 480
     patch_size: int = 16
@@ -27,7 +27,7 @@ class VisionDims:
 
 @dataclass(frozen=True)
 class TextDims:
-    """A BERT with cross-attention in every layer; BERT-base by default."""
+    """Dimensions of a BERT with cross-attention in every layer; by default BERT-base."""
 
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -43,39 +43,43 @@ class TextDims:
 Dims = TypeVar("Dims", VisionDims, TextDims)
 
 
-def checked_dims(kind: type[Dims], given: Dims | dict[str, Any], name: str) -> Dims:
-    """`given`, filled up with defaults.
+def validate_dims(kind: type[Dims], dims: Dims | dict[str, Any], name: str) -> Dims:
+    """Check dimensions, and fill in defaults.
+
+    Args:
+        kind: `VisionDims` or `TextDims`.
+        dims: an object of this class, or a dict with any of its fields.
+        name: the field of the config, for messages.
 
     Raises:
-        InputError: an unknown key, or a width that is not a multiple of the heads or a size of the patch.
+        InputError: a key is unknown, the width is not a multiple of the number of heads, or the image size is
+            not a multiple of the patch size.
     """
-    if isinstance(given, dict):
+    if isinstance(dims, dict):
         known = [item.name for item in fields(kind)]
-        for key in given:
+        for key in dims:
             if key not in known:
-                raise InputError(
-                    f"{name}.{key}: unknown{did_you_mean(key, known) or '.'} Known: {', '.join(known)}."
-                )
-        given = kind(**given)
-    if given.hidden_size % given.num_attention_heads:
+                raise InputError(f"{name}.{key}: unknown{did_you_mean(key, known) or '.'} Known: {', '.join(known)}.")
+        dims = kind(**dims)
+    if dims.hidden_size % dims.num_attention_heads:
         raise InputError(
-            f"{name}: hidden_size {given.hidden_size} is not a multiple of "
-            f"num_attention_heads {given.num_attention_heads}. Change one of them."
+            f"{name}: hidden_size {dims.hidden_size} is not a multiple of "
+            f"num_attention_heads {dims.num_attention_heads}. Change one of them."
         )
-    if isinstance(given, VisionDims) and given.image_size % given.patch_size:
+    if isinstance(dims, VisionDims) and dims.image_size % dims.patch_size:
         raise InputError(
-            f"{name}: image_size {given.image_size} is not a multiple of patch_size {given.patch_size}. "
+            f"{name}: image_size {dims.image_size} is not a multiple of patch_size {dims.patch_size}. "
             "Change one of them."
         )
-    return given
+    return dims
 
 
 class MissConfig(PretrainedConfig):
     """Configuration of `MissForQuestionAnswering`.
 
-    `vision_dims`, `encoder_dims` and `decoder_dims` take a dict (any of the fields of `VisionDims` and
-    `TextDims`) or those classes themselves; they are kept as complete dicts; `vision()` and `text()` give
-    them typed.
+    `vision_dims`, `encoder_dims` and `decoder_dims` accept a dict with any of the fields of `VisionDims` or
+    `TextDims`, or an object of these classes. They are stored as complete dicts; `vision()` and `text()`
+    return them as objects.
     """
 
     model_type: ClassVar[str] = "miss"
@@ -92,15 +96,15 @@ class MissConfig(PretrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.vision_dims = asdict(checked_dims(VisionDims, self.vision_dims, "vision_dims"))
-        self.encoder_dims = asdict(checked_dims(TextDims, self.encoder_dims, "encoder_dims"))
-        self.decoder_dims = asdict(checked_dims(TextDims, self.decoder_dims, "decoder_dims"))
+        self.vision_dims = asdict(validate_dims(VisionDims, self.vision_dims, "vision_dims"))
+        self.encoder_dims = asdict(validate_dims(TextDims, self.encoder_dims, "encoder_dims"))
+        self.decoder_dims = asdict(validate_dims(TextDims, self.decoder_dims, "decoder_dims"))
         super().__post_init__(**kwargs)
 
     def vision(self) -> VisionDims:
-        """The image encoder's dimensions."""
+        """The dimensions of the image encoder."""
         return VisionDims(**self.vision_dims)
 
     def text(self, part: str) -> TextDims:
-        """The dimensions of the text `part`: "encoder" or "decoder"."""
+        """The dimensions of a text part: "encoder" or "decoder"."""
         return TextDims(**{"encoder": self.encoder_dims, "decoder": self.decoder_dims}[part])

@@ -1,7 +1,9 @@
-"""MISS: an image encoder, a text encoder that reads the image ("JTM"), and a decoder that reads the question.
+"""MISS: image encoder, question encoder with attention to the image ("JTM"), and answer decoder.
 
-One forward pass takes many questions of one image: the image is encoded once, and in every layer its keys and
-values are made once. Loss and gradients equal those of separate questions.
+One forward pass handles many questions of one image: the image is encoded once, and every layer of the
+question encoder computes the image's keys and values once. Loss and gradients equal those of separate
+questions. In shapes, a segment is one question with its answer, and a group is the image that segments ask
+about, or all images of one study.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from normtune.models.generation import Generated, OnTokens, generate
-from normtune.models.miss.attention import Slots, padding_mask
+from normtune.models.miss.attention import QuerySlots, padding_mask
 from normtune.models.miss.config import MissConfig
 from normtune.models.miss.text import DecoderCache, TextDecoder, TextModel
 from normtune.models.miss.vision import VisionTransformer
@@ -25,13 +27,14 @@ from normtune.models.miss.vision import VisionTransformer
 
 @dataclass
 class MissOutput(ModelOutput):
-    """What one forward pass gives.
+    """The output of one forward pass.
 
     Attributes:
-        loss: mean cross-entropy of the labelled tokens, where labels were given.
-        logits: [segments, length, vocabulary], or [rows, vocabulary] where `logit_rows` was given.
+        loss: mean cross-entropy of the labelled tokens; None without labels.
+        logits: [segments, answer length, vocabulary], or [rows, vocabulary] with `logit_rows`; None without
+            `decoder_input_ids`.
         image_states: [images, 1 + patches, width].
-        question_states: [segments, length, width].
+        question_states: [segments, question length, width].
     """
 
     loss: Tensor | None = None
@@ -90,11 +93,17 @@ class MissForQuestionAnswering(PreTrainedModel):
         image_index: Tensor | None = None,
         view_index: Tensor | None = None,
     ) -> Tensor:
-        """Questions that read their images: [segments, length, width]; arguments as for `forward`."""
+        """Encode questions with attention to their images; arguments as for `forward`.
+
+        Returns:
+            [segments, question length, width].
+        """
         image_mask = None
         if view_index is not None:
             present = view_index >= 0  # [groups, views]
             tokens = image_states.shape[1]
+            # the images of a group one after another: [groups, views * tokens, width]; a missing view (-1) is
+            # filled with image 0 and masked
             image_states = image_states[view_index.clamp(min=0)].flatten(1, 2)
             if not bool(present.all()):
                 image_mask = padding_mask(present.repeat_interleave(tokens, 1), image_states.dtype)
@@ -105,7 +114,7 @@ class MissForQuestionAnswering(PreTrainedModel):
             image_states,
             mask=padding_mask(attention_mask, image_states.dtype),
             memory_mask=image_mask,
-            slots=Slots.of(image_index, segments, groups) if shared else None,
+            slots=QuerySlots.from_image_index(image_index, segments, groups) if shared else None,
         )
 
     def forward(
@@ -120,21 +129,22 @@ class MissForQuestionAnswering(PreTrainedModel):
         image_states: Tensor | None = None,
         view_index: Tensor | None = None,
     ) -> MissOutput:
-        """Read images and questions, and give the logits of the answers' next tokens.
+        """Encode images and questions, and compute the logits of the answers' next tokens.
 
         Args:
             input_ids: questions, padded on the right: [segments, question length].
             pixel_values: [images, 3, height, width].
-            attention_mask: [segments, question length], 1 where there is a token; None: nothing is padded.
-            image_index: [segments], the image (or row of `view_index`) that each one asks about; None: every
-                image has the same number of questions, in order.
+            attention_mask: [segments, question length], 1 for a token and 0 for padding; None: no padding.
+            image_index: [segments], the image (or row of `view_index`) that each question asks about; None:
+                every image has the same number of questions, in order.
             decoder_input_ids: [DEC] and the answer so far, padded on the right: [segments, answer length].
-            labels: the token that follows each of `decoder_input_ids` (aligned, not shifted), -100 where
-                there is none: [segments, answer length].
-            logit_rows: the places, in [segments * answer length], whose logits are wanted; None: all of them.
-            image_states: the image encoder's output, in place of `pixel_values`, where it is at hand.
-            view_index: [groups, views], the images that belong together, -1 where a group has fewer; None:
-                every image stands alone.
+            labels: the token that follows each of `decoder_input_ids` (aligned, not shifted), -100 for
+                padding: [segments, answer length].
+            logit_rows: indices into the flattened [segments * answer length] of the logits to compute; None:
+                all of them.
+            image_states: [images, 1 + patches, width], output of the image encoder; replaces `pixel_values`.
+            view_index: [groups, views], the images of each group, -1 if a group has fewer; None: every image
+                is a group.
         """
         if image_states is None:
             assert pixel_values is not None, "pixel_values or image_states"
@@ -142,15 +152,16 @@ class MissForQuestionAnswering(PreTrainedModel):
         states = self.encode_questions(input_ids, attention_mask, image_states, image_index, view_index)
         logits = loss = None
         if decoder_input_ids is not None:
-            hidden = self._read(decoder_input_ids, states, attention_mask)
-            if logit_rows is not None:
+            hidden = self._decode(decoder_input_ids, states, attention_mask)
+            if logit_rows is not None:  # [rows, width]
                 hidden = hidden.flatten(0, 1).index_select(0, logit_rows)
             logits = self.text_decoder.cls(hidden)
             if labels is not None:
-                wanted = labels.flatten()
+                targets = labels.flatten()
                 if logit_rows is not None:
-                    wanted = wanted.index_select(0, logit_rows)
-                loss = nn.functional.cross_entropy(logits.flatten(0, -2).float(), wanted)
+                    targets = targets.index_select(0, logit_rows)
+                # in fp32: the log-sum-exp over the vocabulary is inaccurate in half precision
+                loss = nn.functional.cross_entropy(logits.flatten(0, -2).float(), targets)
         return MissOutput(loss=loss, logits=logits, image_states=image_states, question_states=states)
 
     def answer_states(
@@ -164,20 +175,28 @@ class MissForQuestionAnswering(PreTrainedModel):
         view_index: Tensor | None = None,
         question_states: Tensor | None = None,
     ) -> Tensor:
-        """The decoder's states before its head, [segments, answer length, width]; arguments as for `forward`.
+        """The decoder's states before its head; other arguments as for `forward`.
 
-        With `question_states` [segments, question length, width], the text encoder's, no image is read.
+        Args:
+            question_states: output of the question encoder, [segments, question length, width]; with it,
+                neither images nor questions are encoded.
+
+        Returns:
+            [segments, answer length, width].
         """
         if question_states is not None:
-            return self._read(decoder_input_ids, question_states, attention_mask)
+            return self._decode(decoder_input_ids, question_states, attention_mask)
         if image_states is None:
             assert pixel_values is not None, "pixel_values or image_states"
             image_states = self.visual_encoder(pixel_values)
         states = self.encode_questions(input_ids, attention_mask, image_states, image_index, view_index)
-        return self._read(decoder_input_ids, states, attention_mask)
+        return self._decode(decoder_input_ids, states, attention_mask)
 
-    def _read(self, answers: Tensor, states: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Answers so far, padded on the right: the causal mask hides the padding from them."""
+    def _decode(self, answers: Tensor, states: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Decoder states of the answers so far: [segments, answer length, width].
+
+        Answers are padded on the right and need no mask: no token attends to the padding after it.
+        """
         mask = padding_mask(attention_mask, states.dtype)
         return self.text_decoder.bert(answers, states, causal=True, memory_mask=mask)
 
@@ -196,13 +215,17 @@ class MissForQuestionAnswering(PreTrainedModel):
         length_penalty: float = 1.0,
         early_stopping: bool | Literal["never"] = False,
         compact: bool = True,
-        selected: Callable[[Tensor], None] | None = None,
+        on_select: Callable[[Tensor], None] | None = None,
         on_tokens: OnTokens | None = None,
     ) -> list[Generated]:
-        """Answer every question; images and their keys are computed once, and all questions are one batch.
+        """Answer every question, all in one batch; images and their keys are computed once.
 
-        The defaults are MISS's: 3 beams, at most 10 tokens counting [DEC]. `selected` is told which questions
-        stay, where some are done. Other arguments as for `forward` and `normtune.models.generation.generate`.
+        The defaults are MISS's: 3 beams, at most 10 tokens including [DEC].
+
+        Args:
+            on_select: called with the indices of the remaining questions when some are finished.
+
+        Other arguments as for `forward` and `normtune.models.generation.generate`.
         """
         if image_states is None:
             assert pixel_values is not None, "pixel_values or image_states"
@@ -215,17 +238,19 @@ class MissForQuestionAnswering(PreTrainedModel):
         def step(tokens: Tensor, cache_rows: Tensor | None) -> Tensor:
             nonlocal states, mask
             if cache_rows is not None:
-                # the question of a former row: rows of one question are adjacent, `former` each
-                former = cache.rows // len(states)
-                questions = (cache_rows[::beams] // former) if len(cache_rows) < len(states) * beams else None
+                # Which previous questions remain. The rows of a question are adjacent: 1 each after the first
+                # call, then `beams`. With 2 rows each, previous rows 4 and 5 belong to question 2.
+                rows = cache.rows // len(states)
+                questions = (cache_rows[::beams] // rows) if len(cache_rows) < len(states) * beams else None
                 cache.select(cache_rows, questions)
                 if questions is not None:
-                    if selected is not None:
-                        selected(questions)
+                    if on_select is not None:
+                        on_select(questions)
                     states = states.index_select(0, questions)
                     mask = None if mask is None else mask.index_select(0, questions)
+            # [questions, beams]: the beams of a question share the keys and values of its cross-attention
             hidden = decoder.bert(tokens.view(len(states), -1), states, memory_mask=mask, cache=cache)
-            return decoder.cls(hidden).flatten(0, 1)
+            return decoder.cls(hidden).flatten(0, 1)  # [questions * beams, vocabulary]
 
         start = input_ids.new_full((len(input_ids), 1), self.config.bos_token_id)
         first = decoder.bert(start, states, causal=True, memory_mask=mask, cache=cache)
@@ -243,6 +268,6 @@ class MissForQuestionAnswering(PreTrainedModel):
 
 
 def register() -> None:
-    """Make transformers' Auto classes know MISS."""
+    """Register MISS with transformers' Auto classes."""
     AutoConfig.register("miss", MissConfig, exist_ok=True)
     AutoModelForVisualQuestionAnswering.register(MissConfig, MissForQuestionAnswering, exist_ok=True)

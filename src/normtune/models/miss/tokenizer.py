@@ -1,4 +1,4 @@
-"""BERT's WordPiece tokenizer with MISS's two words of its own: [DEC] begins an answer, [ENC] a question."""
+"""BERT's WordPiece tokenizer with two more tokens: [DEC] begins an answer, [ENC] begins a question."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from normtune.errors import InputError
 DECODE, ENCODE = "[DEC]", "[ENC]"
 
 
-def bert_tokenizer(vocab: Path | dict[str, int]) -> PreTrainedTokenizerBase:
-    """The tokenizer of a `vocab.txt` (one piece a line) or of a piece -> id table.
+def build_bert_tokenizer(vocab: Path | dict[str, int]) -> PreTrainedTokenizerBase:
+    """Build the tokenizer of MISS and BLIP.
 
-    [DEC] and [ENC] are appended where the vocabulary lacks them: 30522 and 30523 after bert-base-uncased's.
+    [DEC] and [ENC] are appended if the vocabulary lacks them; with bert-base-uncased's vocabulary they are
+    30522 and 30523.
+
+    Args:
+        vocab: a `vocab.txt` with one piece a line, or a dict piece -> id.
 
     Raises:
-        InputError: the file is missing or lacks BERT's special pieces.
+        InputError: the file is missing or lacks BERT's special tokens.
     """
     if isinstance(vocab, Path):
         try:
             pieces = vocab.read_text(encoding="utf-8").splitlines()
         except OSError as error:
-            raise InputError(
-                f"cannot read {vocab}: {error.strerror or error}. Give BERT's vocab.txt."
-            ) from error
+            raise InputError(f"cannot read {vocab}: {error.strerror or error}. Give BERT's vocab.txt.") from error
         vocab = {piece: index for index, piece in enumerate(pieces)}
-    lacking = [piece for piece in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if piece not in vocab]
-    if lacking:
-        raise InputError(
-            f"the vocabulary lacks {', '.join(lacking)}. Give the vocab.txt of bert-base-uncased."
-        )
+    missing = [piece for piece in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if piece not in vocab]
+    if missing:
+        raise InputError(f"the vocabulary lacks {', '.join(missing)}. Give the vocab.txt of bert-base-uncased.")
     tokenizer = BertTokenizer(vocab=dict(vocab))
     tokenizer.add_special_tokens({"bos_token": DECODE, "additional_special_tokens": [ENCODE]})
     return tokenizer

@@ -1,4 +1,4 @@
-"""CLIP's image encoder (Radford et al. 2021, arXiv 2103.00020): apart, or inside a LLaVA-Med checkpoint."""
+"""LLaVA-Med's CLIP image encoder (Radford et al. 2021, arXiv 2103.00020): separate, or in the checkpoint."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from transformers import CLIPVisionConfig
 
 from normtune.errors import InputError
 from normtune.models.checkpoints.reader import OriginalCheckpoint
-from normtune.models.importers.llava_med.hub import local_directory
-from normtune.models.importers.llava_med.tensor_names import TOWER, harmless, tower_name
+from normtune.models.importers.llava_med.hub import find_or_download
+from normtune.models.importers.llava_med.tensor_names import TOWER, convert_tower_name, has_no_weights
 from normtune.runtime.files import read_json
 
-HEAD_DIM = 64  # of every CLIP of OpenAI's
-_FIELDS = (
+HEAD_DIM = 64  # width of an attention head in every CLIP of OpenAI's
+_CONFIG_FIELDS = (  # taken over into `CLIPVisionConfig`
     "hidden_size",
     "intermediate_size",
     "projection_dim",
@@ -34,83 +34,89 @@ _FIELDS = (
 
 
 @dataclass(frozen=True)
-class Tower:
-    """An image encoder apart from the checkpoint.
+class VisionTower:
+    """An image encoder that is stored separately from the LLaVA-Med checkpoint.
 
     Attributes:
-        name: as it was given.
-        config: its sizes.
-        shards: its tensors; `names` are those of the image encoder, ours -> theirs.
-        dropped: tensors that are not of the image encoder, or hold no weights.
-        preparation: its `preprocessor_config.json`, or nothing.
+        name: its directory or hub name, as the user gave it.
+        config: its config.
+        checkpoint: its files.
+        names: name in the imported model -> name in `checkpoint`, for the tensors of the image encoder.
+        dropped: names in `checkpoint` that belong to CLIP's text half or hold no weights.
+        preprocessor_config: its `preprocessor_config.json`; empty if there is none.
     """
 
     name: str
     config: CLIPVisionConfig
-    shards: OriginalCheckpoint
+    checkpoint: OriginalCheckpoint
     names: dict[str, str]
     dropped: tuple[str, ...]
-    preparation: dict[str, Any]
+    preprocessor_config: dict[str, Any]
 
 
-def open_tower(name: str) -> Tower:
-    """A CLIP image encoder, or a whole CLIP, by its directory or hub name.
+def open_vision_tower(name: str) -> VisionTower:
+    """Open a CLIP image encoder, or the image encoder of a complete CLIP.
+
+    Args:
+        name: its directory or hub name.
 
     Raises:
-        InputError: there is none.
+        InputError: it is missing, damaged or not a CLIP.
     """
-    directory = local_directory(name)
+    directory = find_or_download(name)
     values = read_json(directory / "config.json")
-    kind = values.get("model_type") if isinstance(values, dict) else None
-    if kind == "clip":
+    model_type = values.get("model_type") if isinstance(values, dict) else None
+    if model_type == "clip":
         values = values.get("vision_config") or {}
-    elif kind != "clip_vision_model":
+    elif model_type != "clip_vision_model":
         raise InputError(
-            f"{name} holds a model of type '{kind}', not a CLIP. Give the image encoder that the checkpoint "
-            "was trained with."
+            f"{name} holds a model of type '{model_type}', not a CLIP. Give the image encoder that the "
+            "checkpoint was trained with."
         )
-    shards = OriginalCheckpoint(directory)
+    checkpoint = OriginalCheckpoint(directory)
     names: dict[str, str] = {}
     dropped = []
-    for theirs in shards.entries:
-        ours = None if harmless(theirs) else tower_name(theirs)
-        if ours is None:
-            dropped.append(theirs)
+    for clip_name in checkpoint.entries:
+        model_name = None if has_no_weights(clip_name) else convert_tower_name(clip_name)
+        if model_name is None:
+            dropped.append(clip_name)
         else:
-            names[ours] = theirs
-    config = CLIPVisionConfig(**{field: values[field] for field in _FIELDS if field in values})
-    preparation = directory / "preprocessor_config.json"
-    found = read_json(preparation) if preparation.is_file() else {}
-    return Tower(name, config, shards, names, tuple(dropped), found if isinstance(found, dict) else {})
+            names[model_name] = clip_name
+    config = CLIPVisionConfig(**{field: values[field] for field in _CONFIG_FIELDS if field in values})
+    path = directory / "preprocessor_config.json"
+    content = read_json(path) if path.is_file() else {}
+    preprocessor_config = content if isinstance(content, dict) else {}
+    return VisionTower(name, config, checkpoint, names, tuple(dropped), preprocessor_config)
 
 
-def inferred_config(
+def infer_vision_config(
     shapes: Mapping[str, tuple[int, ...]], source: str, *, heads: int | None = None
 ) -> CLIPVisionConfig:
-    """The sizes of the image encoder whose tensors (by transformers' names) are of `shapes`.
+    """Infer the config of an image encoder from the shapes of its tensors.
 
-    What tensors don't show is OpenAI's: heads of 64, quick GELU, epsilon 1e-5.
+    What shapes do not show is taken from OpenAI's CLIP: heads of width 64, quick GELU, epsilon 1e-5.
+
+    Args:
+        shapes: transformers' name -> shape.
+        source: the checkpoint, for messages.
+        heads: attention heads; None: width / 64.
 
     Raises:
-        InputError: a tensor that shows a size is missing or of a wrong shape.
+        InputError: a tensor that shows a size is missing or has a wrong shape.
     """
 
     def shape(name: str, axes: int) -> tuple[int, ...]:
-        found = shapes.get(TOWER + name)
-        if found is None or len(found) != axes or 0 in found:
-            what = "lacks" if found is None else f"has, of shape {list(found)},"
-            raise InputError(
-                f"the image encoder in {source} {what} {name}, so its sizes are unknown. Give --vision."
-            )
-        return found
+        sizes = shapes.get(TOWER + name)
+        if sizes is None or len(sizes) != axes or 0 in sizes:
+            what = "lacks" if sizes is None else f"has, of shape {list(sizes)},"
+            raise InputError(f"the image encoder in {source} {what} {name}, so its sizes are unknown. Give --vision.")
+        return sizes
 
     width, _, patch, _ = shape("embeddings.patch_embedding.weight", 4)
-    patches = shape("embeddings.position_embedding.weight", 2)[0] - 1
+    patches = shape("embeddings.position_embedding.weight", 2)[0] - 1  # without the class token
     side = math.isqrt(max(patches, 0))
     if not side or side * side != patches:
-        raise InputError(
-            f"the image encoder in {source} is for {patches} patches, not a square. Give --vision."
-        )
+        raise InputError(f"the image encoder in {source} is for {patches} patches, not a square. Give --vision.")
     if heads is None and width % HEAD_DIM:
         raise InputError(
             f"the image encoder in {source} is {width} wide, not a multiple of {HEAD_DIM}. Give --vision, or "

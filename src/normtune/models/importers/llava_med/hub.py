@@ -1,4 +1,4 @@
-"""The directory of an original checkpoint, downloaded from the hub where it is not local."""
+"""Finds the directory of an original checkpoint, or downloads it from the hub."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from pathlib import Path
 from normtune.errors import InputError
 
 
-def local_directory(name: str) -> Path:
-    """The directory of a checkpoint; files of a hub name are fetched into the hub's cache.
+def find_or_download(name: str) -> Path:
+    """The directory of a checkpoint; that of a hub name is downloaded into the hub's cache.
+
+    Args:
+        name: a directory, or a hub name "owner/name".
 
     Raises:
-        InputError: there is no such directory, or nothing of that name can be had.
+        InputError: there is no such directory, or the download fails.
     """
     path = Path(name)
     if path.is_dir():
@@ -21,15 +24,11 @@ def local_directory(name: str) -> Path:
     from huggingface_hub import list_repo_files, snapshot_download
 
     try:
-        try:
-            weights = (
-                "*.safetensors" if any(f.endswith(".safetensors") for f in list_repo_files(name)) else "*.bin"
-            )
-        except (OSError, ValueError):  # no network: what the cache holds
+        try:  # of the two formats only one is downloaded
+            weights = "*.safetensors" if any(f.endswith(".safetensors") for f in list_repo_files(name)) else "*.bin"
+        except (OSError, ValueError):  # no network: use what is in the cache
             weights = "*.safetensors"
         return Path(snapshot_download(name, allow_patterns=["*.json", "tokenizer.model", weights]))
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise InputError(
-            f"cannot get {name}: {reason}. Give a directory that holds it, or check the name."
-        ) from error
+        raise InputError(f"cannot get {name}: {reason}. Give a directory that holds it, or check the name.") from error

@@ -1,7 +1,7 @@
-"""LLaVA-Med in its original layout -> a directory that transformers and normtune load.
+"""Imports LLaVA-Med in its original layout as a directory that transformers and normtune load.
 
-OriginalCheckpoint are written one tensor at a time into `OUT.partial`, which becomes `OUT` when all is there; run again
-after a kill, the import goes on with the first shard that is not done.
+Tensors are written one at a time to `OUT.partial`, which is renamed to `OUT` when it is complete. If the
+import is killed and run again, it resumes at the first shard that is not complete.
 """
 
 from __future__ import annotations
@@ -18,41 +18,51 @@ import torch
 from transformers import CLIPVisionConfig, GenerationConfig, LlavaConfig, LlavaProcessor
 
 from normtune.errors import InputError
-from normtune.models.checkpoints.reader import OriginalCheckpoint, some
-from normtune.models.checkpoints.writer import RECORD_FILE, Record, Tick, cut, plan_id, write_shards
-from normtune.models.importers.llava_med.clip import Tower, inferred_config, open_tower
-from normtune.models.importers.llava_med.hub import local_directory
-from normtune.models.importers.llava_med.original_config import Original, llava_config, read_original
+from normtune.models.checkpoints.reader import OriginalCheckpoint, first_names
+from normtune.models.checkpoints.writer import (
+    PROGRESS_FILE,
+    ImportProgress,
+    ProgressCallback,
+    hash_plan,
+    plan_shards,
+    write_shards,
+)
+from normtune.models.importers.llava_med.clip import VisionTower, infer_vision_config, open_vision_tower
+from normtune.models.importers.llava_med.hub import find_or_download
+from normtune.models.importers.llava_med.original_config import OriginalConfig, build_llava_config, read_original_config
 from normtune.models.importers.llava_med.processor import Vocabulary, build_processor, read_vocabulary
-from normtune.models.importers.llava_med.tensor_names import NORM, holds_tower, new_name
-from normtune.models.importers.llava_med.tensor_plan import Plan
+from normtune.models.importers.llava_med.tensor_names import NORM, convert_name, has_tower
+from normtune.models.importers.llava_med.tensor_plan import TensorPlan
 from normtune.runtime.files import write_json
 
-REPORT_FILE = "import_report.json"
-SHARD_BYTES = 2 * 10**9
-DELTA_NORM = 0.1  # the final norm's gains are above 1 in LLaMA; their differences are below this
+REPORT_FILE = "import_report.json"  # the `ImportReport`, next to the imported weights
+SHARD_BYTES = 2 * 10**9  # size of an imported shard
+MAX_DELTA_GAIN = 0.1  # mean gain of the final norm: above 1 in LLaMA, below this in a delta
 
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What became of the tensors of a checkpoint.
+    """How the tensors of a checkpoint were imported.
 
     Attributes:
-        source, out, base: what was read, the directory that was written, what a delta was added to.
-        version: of LLaVA-Med, "1.5" or "1.0".
-        tower: where the image encoder's weights come from.
-        tower_differs: how many of its tensors differ from those of --vision, where both are there; else None.
+        source, out: the checkpoint, and the directory that was written.
+        base: the LLaMA that a delta was added to, or None.
+        version: version of LLaVA-Med, "1.5" or "1.0".
+        tower: where the weights of the image encoder ("vision tower" in LLaVA) come from.
+        tower_differs: number of its tensors that differ between checkpoint and --vision; None if only one of
+            the two has an image encoder.
         mapped: name in the model -> name in the checkpoint.
         added: names in the model that are the sum of base and delta.
-        missing: names in the model that the checkpoint lacks -> what they were made of.
-        dropped: names that hold no weights of the model -> the file's directory or name that they are in.
+        missing: name in the model that the checkpoint lacks -> how it was made.
+        dropped: names that hold no weights of the model -> the checkpoint or CLIP that has them.
         left_over: names of weights that were not used.
-        vocabulary: rows of the embedding, before and after; `tokens` are those added.
-        dtypes: type -> number of tensors.
-        parameters: how many the model has.
+        vocabulary: rows of the embedding, before and after.
+        tokens: the tokens that were added.
+        dtypes: dtype -> number of tensors.
+        parameters: the model's number of parameters.
         shards: file -> SHA-256.
-        bytes: of all shards.
-        kept: shards that an earlier, interrupted run had written.
+        bytes: size of all shards.
+        kept: number of shards that an earlier, interrupted run had written.
     """
 
     source: str
@@ -76,13 +86,13 @@ class ImportReport:
 
 
 def import_text(report: ImportReport) -> str:
-    """The report as a few lines for people."""
+    """The report as a few lines of text."""
     count = len(report.mapped)
     lines = [
         f"{report.source} (LLaVA-Med {report.version}) -> {report.out}: {report.parameters:,} parameters, "
         f"{report.bytes / 1e6:,.1f} MB in {len(report.shards)} shards"
-        + (f", {report.kept} of them kept from an interrupted run" if report.kept else ""),
-        f"{count} tensors taken, {len(report.missing)} made, {len(report.dropped)} without weights dropped, "
+        + (f", {report.kept} of them from an interrupted run" if report.kept else ""),
+        f"{count} tensors used, {len(report.missing)} made, {len(report.dropped)} without weights dropped, "
         f"{len(report.left_over)} not used",
         f"image encoder: {report.tower}",
     ]
@@ -95,7 +105,7 @@ def import_text(report: ImportReport) -> str:
     if report.tokens:
         lines.append(f"vocabulary: {before:,} -> {after:,} rows, new tokens {', '.join(report.tokens)}")
     if report.left_over:
-        lines.append(f"not used: {some(list(report.left_over))}")
+        lines.append(f"not used: {first_names(report.left_over)}")
     lines.append(f"every name: {Path(report.out) / REPORT_FILE}")
     return "\n".join(lines)
 
@@ -110,164 +120,174 @@ def import_llava_med(
     base: str | None = None,
     tokenizer: str | None = None,
     shard_bytes: int = SHARD_BYTES,
-    tick: Tick | None = None,
+    on_progress: ProgressCallback | None = None,
 ) -> ImportReport:
-    """Write a checkpoint of LLaVA-Med for `LlavaForConditionalGeneration.from_pretrained`.
+    """Convert a checkpoint of LLaVA-Med to a directory for `LlavaForConditionalGeneration.from_pretrained`.
 
-    Every tensor keeps its type and its bits. Rows by which the vocabulary grows are the mean of the old ones:
-    an image token's embedding is never read, and its logit, the mean of all, is never the largest, so that
-    greedy answers stay the same.
+    Every tensor keeps its dtype and its bits. If the vocabulary grows, the new rows are the mean of the old
+    ones: the embedding of an image token is never read, and its logit, the mean of all logits, is never the
+    largest, so that greedy answers stay the same.
 
     Args:
-        source: directory or hub name of the original layout, version 1.5 or 1.0.
-        out: a new or empty directory; it appears whole or not at all, `out.partial` until then.
-        vision: the image encoder, where the checkpoint has none inside: directory or hub name of a CLIP.
-        stock_tower: take the weights of `vision` though the checkpoint has its own, as LLaVA-Med's loader
-            does.
-        vision_heads: attention heads of an image encoder inside, where neither `vision` nor width / 64 tells.
+        source: directory or hub name of a checkpoint in the original layout, version 1.5 or 1.0.
+        out: a new or empty directory; it is written completely or not at all, as `out.partial` until then.
+        vision: directory or hub name of the CLIP image encoder, if the checkpoint contains none.
+        stock_tower: use the weights of `vision` even if the checkpoint contains an image encoder, as
+            LLaVA-Med's loader does.
+        vision_heads: attention heads of the checkpoint's image encoder, if `vision` is not given and the
+            number is not width / 64.
         base: directory or hub name of the LLaMA that `source` is a delta of.
-        tokenizer: directory or hub name, where `source` holds none that can be read.
-        shard_bytes: of a file, at most.
-        tick: called with the tensors written and their number.
+        tokenizer: directory or hub name of the tokenizer, if `source` has none that can be read.
+        shard_bytes: maximum size of a shard.
+        on_progress: called with the number of tensors written and the number of all tensors.
 
     Raises:
-        InputError: not such a checkpoint; names, shapes or the image encoder are missing or unknown; or `out`
-            cannot be written.
+        InputError: `source` is not such a checkpoint; names, shapes or the image encoder are missing or
+            unknown; or `out` cannot be written.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{out} exists and is not an empty directory. Choose another one.")
-    directory = local_directory(source)
-    original = read_original(directory)
-    shards = OriginalCheckpoint(directory)
-    tower = _tower(source, shards, original, vision, stock_tower)
-    inside = holds_tower(shards.entries)
-    config_of_tower = tower.config if tower else _inside_config(shards, original, source, vision_heads)
-    under = None if base is None else OriginalCheckpoint(local_directory(base))
-    words = read_vocabulary(local_directory(tokenizer) if tokenizer else directory, original)
-    config = llava_config(
-        original, config_of_tower, rows=words.rows, image_id=words.image_id, pad_id=words.pad_id
-    )
-    had: int = original.text["vocab_size"]
-    plan = Plan(source, shards, tower if not inside or stock_tower else None, under, config, base, had)
-    _check_delta(source, shards, base)
-    processor = build_processor(original, config_of_tower, words, tower.preparation if tower else {})
+    directory = find_or_download(source)
+    original = read_original_config(directory)
+    checkpoint = OriginalCheckpoint(directory)
+    tower = _open_tower(source, checkpoint, original, vision, stock_tower)
+    inside = has_tower(checkpoint.entries)
+    vision_config = tower.config if tower else _infer_tower(checkpoint, original, source, vision_heads)
+    base_checkpoint = None if base is None else OriginalCheckpoint(find_or_download(base))
+    vocabulary = read_vocabulary(find_or_download(tokenizer) if tokenizer else directory, original)
+    rows, image_id, pad_id = vocabulary.embedding_rows, vocabulary.image_id, vocabulary.pad_id
+    config = build_llava_config(original, vision_config, vocab_size=rows, image_id=image_id, pad_id=pad_id)
+    original_rows: int = original.text_config["vocab_size"]
+    used_tower = tower if not inside or stock_tower else None
+    plan = TensorPlan(source, checkpoint, used_tower, base_checkpoint, config, base, original_rows)
+    _check_delta(source, checkpoint, base)
+    preprocessor_config = tower.preprocessor_config if tower else {}
+    processor = build_processor(original, vision_config, vocabulary, preprocessor_config)
 
-    pieces = cut(plan.groups, shard_bytes)
+    shards = plan_shards(plan.groups, shard_bytes)
     partial = out.absolute().with_name(out.name + ".partial")
-    total = sum(piece.bytes for piece in pieces)
-    with _building(partial):
-        sources = [*shards.files, *(tower.shards.files if tower else ()), *(under.files if under else ())]
-        record = Record(partial, plan_id(pieces, sources))
-        kept = len(record.done)
-        _check_space(partial, sum(piece.bytes for piece in pieces if piece.file not in record.done))
-        digests = write_shards(record, pieces, tick)
+    with _partial_directory(partial):
+        checkpoints = [checkpoint, tower.checkpoint if tower else None, base_checkpoint]
+        sources = [file for item in checkpoints if item for file in item.files]
+        progress = ImportProgress(partial, hash_plan(shards, sources))
+        kept_shards = len(progress.done)
+        _check_space(partial, sum(shard.bytes for shard in shards if shard.file not in progress.done))
+        digests = write_shards(progress, shards, on_progress)
+        tensors = [tensor for shard in shards for tensor in shard.tensors]
         report = ImportReport(
             source=source,
             out=str(out),
             base=base,
             version=original.version,
-            tower=_tower_text(tower, inside, stock_tower),
-            tower_differs=_differing(shards, tower) if inside and tower else None,
+            tower=_describe_tower(tower, inside, stock_tower),
+            tower_differs=_count_differences(checkpoint, tower) if inside and tower else None,
             mapped=plan.mapped,
             added=tuple(plan.added),
             missing=plan.missing,
             dropped=plan.dropped,
             left_over=tuple(plan.left_over),
-            vocabulary=(had, words.rows),
-            tokens=words.added,
-            dtypes=dict(Counter(str(one.dtype).removeprefix("torch.") for p in pieces for one in p.tensors)),
-            parameters=sum(torch.Size(one.shape).numel() for p in pieces for one in p.tensors),
+            vocabulary=(original_rows, rows),
+            tokens=vocabulary.added_tokens,
+            dtypes=dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)),
+            parameters=sum(tensor.numel for tensor in tensors),
             shards=digests,
-            bytes=total,
-            kept=kept,
+            bytes=sum(shard.bytes for shard in shards),
+            kept=kept_shards,
         )
         config.dtype = plan.dtype
-        _write_small(partial, config, words, processor, report)
-        (partial / RECORD_FILE).unlink()
+        _write_configs(partial, config, vocabulary, processor, report)
+        (partial / PROGRESS_FILE).unlink()
         os.replace(partial, out)
     return report
 
 
-def _tower(
-    source: str, shards: OriginalCheckpoint, original: Original, vision: str | None, stock: bool
-) -> Tower | None:
-    """The image encoder apart, where one is given."""
+def _open_tower(
+    source: str, checkpoint: OriginalCheckpoint, original: OriginalConfig, vision: str | None, stock: bool
+) -> VisionTower | None:
+    """The separate image encoder, or None if the checkpoint's own is to be used.
+
+    Raises:
+        InputError: a separate image encoder is needed, but `vision` is not given.
+    """
     if vision is not None:
-        return open_tower(vision)
+        return open_vision_tower(vision)
     if stock:
-        raise InputError("--stock-tower needs --vision, the image encoder that is to be taken. Add it.")
-    if not holds_tower(shards.entries):
+        raise InputError("--stock-tower needs --vision, the image encoder to use. Add it.")
+    if not has_tower(checkpoint.entries):
         raise InputError(
-            f"{source} holds no image encoder; its config names {original.tower}. "
-            f"Give --vision {original.tower}, or the directory of a copy."
+            f"{source} holds no image encoder; its config names {original.tower_name}. "
+            f"Give --vision {original.tower_name}, or the directory of a copy."
         )
     return None
 
 
-def _inside_config(
-    shards: OriginalCheckpoint, original: Original, source: str, heads: int | None
+def _infer_tower(
+    checkpoint: OriginalCheckpoint, original: OriginalConfig, source: str, heads: int | None
 ) -> CLIPVisionConfig:
-    shapes = {new_name(name) or name: entry.shape for name, entry in shards.entries.items()}
-    if "laion" in original.tower.lower() or "clip" not in original.tower.lower():
+    """The config of the checkpoint's own image encoder, inferred from its tensors."""
+    shapes = {convert_name(name) or name: entry.shape for name, entry in checkpoint.entries.items()}
+    # OpenAI's CLIP has quick GELU, LAION's GELU, and no tensor shows which
+    if "laion" in original.tower_name.lower() or "clip" not in original.tower_name.lower():
         raise InputError(
-            f"{source} holds an image encoder named {original.tower}, whose activation its tensors don't "
-            "show. Give --vision with its directory or hub name."
+            f"{source} holds an image encoder named {original.tower_name}; its tensors do not show its "
+            "activation function. Give --vision with its directory or hub name."
         )
-    return inferred_config(shapes, source, heads=heads)
+    return infer_vision_config(shapes, source, heads=heads)
 
 
-def _differing(shards: OriginalCheckpoint, tower: Tower) -> int:
-    """How many tensors of the image encoder inside differ from those apart, in the precision inside."""
-    inside = {new_name(name): name for name in shards.entries}
+def _count_differences(checkpoint: OriginalCheckpoint, tower: VisionTower) -> int:
+    """How many tensors differ between checkpoint and separate image encoder, in the checkpoint's dtype."""
+    original_names = {convert_name(name): name for name in checkpoint.entries}
     count = 0
-    for ours, theirs in tower.names.items():
-        mine = shards.tensor(inside[ours]) if ours in inside else None
-        other = tower.shards.tensor(theirs)
-        if mine is None or mine.shape != other.shape or not torch.equal(mine, other.to(mine.dtype)):
+    for name, clip_name in tower.names.items():
+        tensor = checkpoint.get_tensor(original_names[name]) if name in original_names else None
+        other = tower.checkpoint.get_tensor(clip_name)
+        if tensor is None or tensor.shape != other.shape or not torch.equal(tensor, other.to(tensor.dtype)):
             count += 1
     return count
 
 
-def _check_delta(source: str, shards: OriginalCheckpoint, base: str | None) -> None:
-    """Tell a delta from a model by the gains of its final norm, which are near zero in a delta."""
-    theirs = next((name for name in shards.entries if new_name(name) == NORM), None)
-    assert theirs is not None, "the plan has found it"
-    size = shards.tensor(theirs).float().abs().mean().item()
-    if base is None and size < DELTA_NORM:
+def _check_delta(source: str, checkpoint: OriginalCheckpoint, base: str | None) -> None:
+    """Check that `base` is given for a delta and only for a delta.
+
+    The gains of the final norm distinguish the two: they are near zero in a delta.
+    """
+    norm = next((name for name in checkpoint.entries if convert_name(name) == NORM), None)
+    assert norm is not None, "TensorPlan requires it"
+    gain = checkpoint.get_tensor(norm).float().abs().mean().item()
+    if base is None and gain < MAX_DELTA_GAIN:
         raise InputError(
             f"{source} looks like a delta: the gains of its final norm are near zero. "
-            "Give --base with the LLaMA that it is to be added to."
+            "Give --base with the LLaMA that it is a delta of."
         )
-    if base is not None and size >= DELTA_NORM:
-        raise InputError(
-            f"{source} is no delta: the gains of its final norm are not near zero. Leave --base out."
-        )
+    if base is not None and gain >= MAX_DELTA_GAIN:
+        raise InputError(f"{source} is no delta: the gains of its final norm are not near zero. Remove --base.")
 
 
-def _tower_text(tower: Tower | None, inside: bool, stock: bool) -> str:
-    """Where the image encoder's weights come from."""
+def _describe_tower(tower: VisionTower | None, inside: bool, stock: bool) -> str:
+    """Where the weights of the image encoder come from, as text."""
     if not inside:
         assert tower is not None
         return f"{tower.name} (the checkpoint holds none)"
     if stock:
         assert tower is not None
-        return f"{tower.name}, as LLaVA-Med's loader has it; the checkpoint's own was left out"
-    config = f"its config is {tower.name}'s" if tower else "its config was read off its tensors"
+        return f"{tower.name}, as LLaVA-Med's loader uses it; the checkpoint's own was not used"
+    config = f"its config is that of {tower.name}" if tower else "its config was inferred from its tensors"
     return f"the checkpoint's own, which LLaVA-Med's loader would replace; {config}"
 
 
 @contextmanager
-def _building(partial: Path) -> Iterator[None]:
-    """Make the directory that becomes the model; what it holds outlives an interruption.
+def _partial_directory(partial: Path) -> Iterator[None]:
+    """Create the directory that becomes the model; its files remain after an interruption.
 
     Raises:
-        InputError: something in it cannot be written.
+        InputError: a file in it cannot be written.
     """
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        for left in partial.glob(".*.tmp"):  # of a run that was killed while it wrote
+        for temporary in partial.glob(".*.tmp"):  # of a run that was killed while it wrote
             with suppress(OSError):
-                left.unlink()
+                temporary.unlink()
         yield
     except OSError as error:
         raise InputError(
@@ -279,22 +299,22 @@ def _check_space(partial: Path, needed: int) -> None:
     free = shutil.disk_usage(partial).free
     if needed > free:
         raise InputError(
-            f"{partial} needs {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free there. "
-            "Free some space or choose another place."
+            f"{partial} needs {needed / 1e9:,.1f} GB, but only {free / 1e9:,.1f} GB are free. "
+            "Free some space or choose another directory."
         )
 
 
-def _write_small(
-    partial: Path, config: LlavaConfig, words: Vocabulary, processor: LlavaProcessor, report: ImportReport
+def _write_configs(
+    out: Path, config: LlavaConfig, vocabulary: Vocabulary, processor: LlavaProcessor, report: ImportReport
 ) -> None:
-    """All but the weights; the same bytes whether or not the import was interrupted."""
-    config.save_pretrained(partial)
+    """Write everything except the weights; the files do not depend on whether the import was interrupted."""
+    config.save_pretrained(out)
     GenerationConfig(
-        bos_token_id=words.tokenizer.bos_token_id,
-        eos_token_id=list(words.ends) if len(words.ends) > 1 else words.ends[0],
-        pad_token_id=words.pad_id,
-    ).save_pretrained(partial)
-    processor.save_pretrained(partial)
-    told = asdict(report)
-    del told["kept"]
-    write_json(partial / REPORT_FILE, told)
+        bos_token_id=vocabulary.tokenizer.bos_token_id,
+        eos_token_id=list(vocabulary.end_ids) if len(vocabulary.end_ids) > 1 else vocabulary.end_ids[0],
+        pad_token_id=vocabulary.pad_id,
+    ).save_pretrained(out)
+    processor.save_pretrained(out)
+    content = asdict(report)
+    del content["kept"]  # differs after an interruption
+    write_json(out / REPORT_FILE, content)

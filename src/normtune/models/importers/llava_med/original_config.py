@@ -1,4 +1,4 @@
-"""The `config.json` of LLaVA's original code -> what transformers' `LlavaConfig` needs."""
+"""Converts the `config.json` of LLaVA's original code to transformers' `LlavaConfig`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, MistralConf
 from normtune.errors import InputError
 from normtune.runtime.files import read_json
 
-_KINDS: dict[str, Literal["mistral", "llama"]] = {
-    "LlavaMistralForCausalLM": "mistral",
-    "LlavaLlamaForCausalLM": "llama",
-}
-_TYPES: dict[str, Literal["mistral", "llama"]] = {"llava_mistral": "mistral", "llava_llama": "llama"}
-_TEXT = (
+Kind = Literal["mistral", "llama"]  # architecture of the language model
+# the kind, by the config's "architectures" and by its "model_type"
+_KIND_OF_ARCHITECTURE: dict[str, Kind] = {"LlavaMistralForCausalLM": "mistral", "LlavaLlamaForCausalLM": "llama"}
+_KIND_OF_MODEL_TYPE: dict[str, Kind] = {"llava_mistral": "mistral", "llava_llama": "llama"}
+_TEXT_FIELDS = (  # of the language model; they have the same names in transformers
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
@@ -39,7 +38,7 @@ _TEXT = (
     "sliding_window",
     "vocab_size",
 )
-_NEEDED = (
+_REQUIRED_FIELDS = (  # integers without which the model cannot be built
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
@@ -50,114 +49,128 @@ _NEEDED = (
 
 
 @dataclass(frozen=True)
-class Original:
-    """What the original config says.
+class OriginalConfig:
+    """The fields of the original config that the import needs.
 
     Attributes:
-        kind: of the language model.
-        text: its config, by transformers' names.
-        width: of the image features.
-        tower: the image encoder's name.
-        layer, strategy: which of its hidden states are taken, with its class token ("full") or without.
-        layers: of the projector, 1 or 2.
-        pad: images are padded to squares, not cropped.
-        marked: an image stands between <im_start> and <im_end>.
+        kind: the architecture of the language model.
+        text_config: the language model's config, under transformers' names.
+        vision_width: width of the image features.
+        tower_name: name of the image encoder ("vision tower" in LLaVA).
+        feature_layer: the layer of the image encoder that gives the image features, usually -2.
+        feature_strategy: "full" with the class token, "default" without it.
+        projector_layers: linear layers between image encoder and language model.
+        pad_images: whether images are padded to squares; otherwise they are cropped.
+        image_markers: whether an image is written between <im_start> and <im_end>.
     """
 
-    kind: Literal["mistral", "llama"]
-    text: dict[str, Any]
-    width: int
-    tower: str
-    layer: int
-    strategy: Literal["default", "full"]
-    layers: Literal[1, 2]
-    pad: bool
-    marked: bool
+    kind: Kind
+    text_config: dict[str, Any]
+    vision_width: int
+    tower_name: str
+    feature_layer: int
+    feature_strategy: Literal["default", "full"]
+    projector_layers: Literal[1, 2]
+    pad_images: bool
+    image_markers: bool
 
     @property
     def version(self) -> Literal["1.5", "1.0"]:
-        """Version 1.0 is LLaMA with a projector of one layer."""
-        return "1.0" if self.kind == "llama" and self.layers == 1 else "1.5"
+        """The version of LLaVA-Med: 1.0 is LLaMA with a projector of one layer."""
+        return "1.0" if self.kind == "llama" and self.projector_layers == 1 else "1.5"
 
 
-def read_original(directory: Path) -> Original:
+def read_original_config(directory: Path) -> OriginalConfig:
     """Read and check `config.json`.
 
     Raises:
-        InputError: it is not there, of another model, or asks for what transformers' LLaVA has not.
+        InputError: the file is missing, belongs to another model, or has options that transformers' LLaVA
+            does not support.
     """
     path = directory / "config.json"
     values = read_json(path)
-    kind = _kind(values, path)
-    lacking = [name for name in _NEEDED if not isinstance(values.get(name), int)]
-    if lacking:
-        raise InputError(f"{path} lacks {', '.join(lacking)}. Copy it anew.")
-    projector = values.get("mm_projector_type", "linear")  # as the original code has it
+    kind = _language_kind(values, path)
+    missing = [name for name in _REQUIRED_FIELDS if not isinstance(values.get(name), int)]
+    if missing:
+        raise InputError(f"{path} lacks {', '.join(missing)}. Copy it again.")
+    projector = values.get("mm_projector_type", "linear")  # the original code's default
     if projector not in ("linear", "mlp2x_gelu"):
+        raise InputError(f"{path}: mm_projector_type is '{projector}'; only 'mlp2x_gelu' and 'linear' can be imported.")
+    aspect_ratio = values.get("image_aspect_ratio")
+    if aspect_ratio not in (None, "square", "pad"):
         raise InputError(
-            f"{path}: mm_projector_type is '{projector}'; only 'mlp2x_gelu' and 'linear' can be imported."
-        )
-    shape = values.get("image_aspect_ratio")
-    if shape not in (None, "square", "pad"):
-        raise InputError(
-            f"{path}: image_aspect_ratio is '{shape}'; only 'pad' and 'square' can be imported "
-            "(tiles of an image are LLaVA-NeXT's)."
+            f"{path}: image_aspect_ratio is '{aspect_ratio}'; only 'pad' and 'square' can be imported "
+            "(tiles of an image belong to LLaVA-NeXT)."
         )
     feature = values.get("mm_vision_select_feature", "patch")
     if feature not in ("patch", "cls_patch"):
         raise InputError(
             f"{path}: mm_vision_select_feature is '{feature}', neither 'patch' nor 'cls_patch'. Correct it."
         )
+    # version 1.0 may lack the field: its code then reads the last layer
     layer = values.get("mm_vision_select_layer", -1 if kind == "llama" and projector == "linear" else None)
     if not isinstance(layer, int):
         raise InputError(f"{path}: mm_vision_select_layer is {layer}, not a number. LLaVA-Med 1.5 has -2.")
-    return Original(
+    return OriginalConfig(
         kind=kind,
-        text={name: values[name] for name in _TEXT if name in values},
-        width=values["mm_hidden_size"],
-        tower=str(values.get("mm_vision_tower") or "none"),
-        layer=layer,
-        strategy="default" if feature == "patch" else "full",
-        layers=1 if projector == "linear" else 2,
-        pad=shape == "pad",
-        marked=bool(values.get("mm_use_im_start_end", False)),
+        text_config={name: values[name] for name in _TEXT_FIELDS if name in values},
+        vision_width=values["mm_hidden_size"],
+        tower_name=str(values.get("mm_vision_tower") or "none"),
+        feature_layer=layer,
+        feature_strategy="default" if feature == "patch" else "full",
+        projector_layers=1 if projector == "linear" else 2,
+        pad_images=aspect_ratio == "pad",
+        image_markers=bool(values.get("mm_use_im_start_end", False)),
     )
 
 
-def _kind(values: Any, path: Path) -> Literal["mistral", "llama"]:
+def _language_kind(values: Any, path: Path) -> Kind:
+    """The architecture of the language model.
+
+    Raises:
+        InputError: the config belongs to another model, or is in transformers' layout already.
+    """
     if not isinstance(values, dict):
         raise InputError(f"{path} is no model's config. Give the directory of LLaVA-Med's checkpoint.")
-    names = [name for name in values.get("architectures") or () if name in _KINDS]
+    names = [name for name in values.get("architectures") or () if name in _KIND_OF_ARCHITECTURE]
     if names:
-        return _KINDS[names[0]]
+        return _KIND_OF_ARCHITECTURE[names[0]]
     model_type = str(values.get("model_type"))
-    if model_type in _TYPES:
-        return _TYPES[model_type]
+    if model_type in _KIND_OF_MODEL_TYPE:
+        return _KIND_OF_MODEL_TYPE[model_type]
     if model_type == "llava" and "text_config" in values:
         raise InputError(f"{path} is in transformers' layout already: use its directory as a model.")
     raise InputError(
-        f"{path} is of a model of type '{model_type}', not of LLaVA-Med's ({', '.join(_KINDS)}). "
-        "Give the directory of LLaVA-Med's checkpoint."
+        f"{path} is of a model of type '{model_type}', not of LLaVA-Med's "
+        f"({', '.join(_KIND_OF_ARCHITECTURE)}). Give the directory of LLaVA-Med's checkpoint."
     )
 
 
-def llava_config(
-    original: Original, vision: CLIPVisionConfig, *, rows: int, image_id: int, pad_id: int
+def build_llava_config(
+    original: OriginalConfig, vision: CLIPVisionConfig, *, vocab_size: int, image_id: int, pad_id: int
 ) -> LlavaConfig:
-    """The config of the imported model; `rows` is the size of its vocabulary.
+    """Build the config of the imported model.
 
-    A projector of one layer W is one of two whose second is the identity, with no activation between them:
-    the sums of the second are x + 0 + 0 + ..., so that the result is W's to the last bit.
+    Transformers' projector always has two layers. A projector of one layer is written as that layer and an
+    identity without an activation between them. The identity computes x + 0 + 0 + ..., so that the result
+    equals that of the single layer to the last bit.
+
+    Args:
+        original: the original config.
+        vision: the image encoder's config.
+        vocab_size: rows of the imported embedding, see `read_vocabulary`.
+        image_id: the image token, of which a prompt holds one per image feature.
+        pad_id: the padding token.
 
     Raises:
-        InputError: the image encoder's width is not the projector's.
+        InputError: the image encoder is not as wide as the projector expects.
     """
-    if vision.hidden_size != original.width:
+    if vision.hidden_size != original.vision_width:
         raise InputError(
             f"the image encoder is {vision.hidden_size} wide, the checkpoint's mm_hidden_size is "
-            f"{original.width}. Give --vision {original.tower}, with which it was trained."
+            f"{original.vision_width}. Give --vision {original.tower_name}, with which it was trained."
         )
-    values = {**original.text, "vocab_size": rows, "pad_token_id": pad_id}
+    values = {**original.text_config, "vocab_size": vocab_size, "pad_token_id": pad_id}
     text: Any = MistralConfig(**values) if original.kind == "mistral" else LlamaConfig(**values)
     image, patch = vision.image_size, vision.patch_size
     assert isinstance(image, int) and isinstance(patch, int)
@@ -165,10 +178,11 @@ def llava_config(
         vision_config=vision,
         text_config=text,
         image_token_index=image_id,
-        image_seq_length=(image // patch) ** 2 + (original.strategy == "full"),
-        projector_hidden_act="gelu" if original.layers == 2 else "linear",
-        vision_feature_select_strategy=original.strategy,
-        vision_feature_layer=original.layer,
+        # patches, and the class token if it is kept
+        image_seq_length=(image // patch) ** 2 + (original.feature_strategy == "full"),
+        projector_hidden_act="gelu" if original.projector_layers == 2 else "linear",
+        vision_feature_select_strategy=original.feature_strategy,
+        vision_feature_layer=original.feature_layer,
         tie_word_embeddings=text.tie_word_embeddings,
         architectures=["LlavaForConditionalGeneration"],
     )

@@ -1,4 +1,4 @@
-"""Tokenizer, image processor and chat template of an imported LLaVA-Med."""
+"""Builds the processor of an imported LLaVA-Med: tokenizer, image processor and chat template."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from normtune.errors import InputError
 from normtune.models.families.llava import MISTRAL_TEMPLATE, VICUNA_TEMPLATE
-from normtune.models.importers.llava_med.original_config import Original
+from normtune.models.importers.llava_med.original_config import OriginalConfig
 from normtune.models.processors import check_sentencepiece
 from normtune.runtime.files import read_json
 
-IMAGE, PATCH, START, END = "<image>", "<im_patch>", "<im_start>", "<im_end>"
+IMAGE, PATCH, START, END = "<image>", "<im_patch>", "<im_start>", "<im_end>"  # LLaVA's special tokens
 PAD = "<pad>"
-SEPARATOR = "###"  # of version 1.0's turns
-MULTIPLE = 64  # a grown vocabulary is filled up to it, as in the published conversions of LLaVA
+SEPARATOR = "###"  # between the turns of a conversation in version 1.0
+MULTIPLE = 64  # a grown vocabulary is padded to a multiple of it, as in the published conversions of LLaVA
 
 _SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
 )
-# the text that version 1.0 was trained on; the separator that begins the next turn ends an answer
+# the format that version 1.0 was trained on; an answer ends where the separator begins the next turn
 SEPARATED_TEMPLATE = (
     "{{ '" + _SYSTEM.replace("'", "\\'") + "\n\n' }}"
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ '### Human: ' }}"
@@ -41,86 +41,92 @@ SEPARATED_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokenizer as the imported model takes it.
+    """The tokenizer of the imported model.
 
     Attributes:
-        tokenizer: with an image token and a padding token.
-        image_token: what stands for one image feature.
-        added: tokens that the original vocabulary has not.
-        rows: of the embedding and the head.
-        ends: tokens that end an answer.
+        tokenizer: the tokenizer, with an image token and a padding token.
+        image_token: the placeholder token, one for each image feature.
+        added_tokens: tokens that the original vocabulary does not have.
+        embedding_rows: rows of the embedding and the head.
+        end_ids: tokens that end an answer.
     """
 
     tokenizer: PreTrainedTokenizerFast
     image_token: str
-    added: tuple[str, ...]
-    rows: int
-    ends: tuple[int, ...]
+    added_tokens: tuple[str, ...]
+    embedding_rows: int
+    end_ids: tuple[int, ...]
 
     @property
     def image_id(self) -> int:
-        found: Any = self.tokenizer.convert_tokens_to_ids(self.image_token)
-        return int(found)
+        token_id: Any = self.tokenizer.convert_tokens_to_ids(self.image_token)
+        return int(token_id)
 
     @property
     def pad_id(self) -> int:
         return int(self.tokenizer.pad_token_id)
 
 
-def read_vocabulary(directory: Path, original: Original) -> Vocabulary:
-    """The checkpoint's tokenizer, with the tokens that transformers' LLaVA needs.
+def read_vocabulary(directory: Path, original: OriginalConfig) -> Vocabulary:
+    """Read a tokenizer and add the tokens that transformers' LLaVA needs.
 
-    The original code has no token for an image (it cuts the text there, -200 stands between); version 1.0 has
-    <im_patch>. Rows that the vocabulary grows by are filled up to a multiple of 64.
+    The original code of version 1.5 has no token for an image: it splits the text there and puts -200 between
+    the pieces. Version 1.0 has <im_patch>. If the vocabulary grows beyond the embedding, the embedding grows
+    to the next multiple of 64 rows.
+
+    Args:
+        directory: the directory that holds the tokenizer.
+        original: the config of the checkpoint.
 
     Raises:
-        InputError: there is no tokenizer, it can't be read, or it has more tokens than the model.
+        InputError: there is no tokenizer, it cannot be read, or it has more tokens than the model.
     """
-    tokenizer = _tokenizer(directory)
-    had: int = original.text["vocab_size"]
-    if len(tokenizer) > had:
+    tokenizer = _read_tokenizer(directory)
+    original_rows: int = original.text_config["vocab_size"]
+    if len(tokenizer) > original_rows:
         raise InputError(
-            f"the tokenizer in {directory} has {len(tokenizer)} tokens, the model {had}. "
-            "Give --tokenizer with the directory of the one that it was trained with."
+            f"the tokenizer in {directory} has {len(tokenizer)} tokens, the model {original_rows}. "
+            "Give --tokenizer with the directory of the tokenizer that the model was trained with."
         )
-    known = tokenizer.get_vocab()
-    if original.marked and not {START, END} <= known.keys():
+    vocab = tokenizer.get_vocab()
+    if original.image_markers and not {START, END} <= vocab.keys():
         raise InputError(
-            f"the model was trained with {START} and {END}, which the tokenizer in {directory} has not. "
-            "Give --tokenizer with the directory of the one that it was trained with."
+            f"the model was trained with {START} and {END}, but the tokenizer in {directory} lacks them. "
+            "Give --tokenizer with the directory of the tokenizer that the model was trained with."
         )
-    image = next((token for token in (IMAGE, PATCH) if token in known), IMAGE)
+    image = next((token for token in (IMAGE, PATCH) if token in vocab), IMAGE)
     added = []
-    if image not in known:
+    if image not in vocab:
         added.append(image)
-    # split off before anything else is done with the text, wherever it came from
+    # special: the tokenizer splits the image token off before it normalises the text, also if it was in the
+    # vocabulary as a plain token
     tokenizer.add_tokens([AddedToken(image, special=True, normalized=False)], special_tokens=True)
     if tokenizer.pad_token is None or tokenizer.pad_token in (tokenizer.unk_token, tokenizer.eos_token):
-        if PAD not in known:
+        if PAD not in vocab:
             added.append(PAD)
         tokenizer.add_special_tokens({"pad_token": AddedToken(PAD, special=True, normalized=False)})
-    rows = had if len(tokenizer) <= had else -(-len(tokenizer) // MULTIPLE) * MULTIPLE
-    ends = [int(tokenizer.eos_token_id)]
+    rows = original_rows if len(tokenizer) <= original_rows else -(-len(tokenizer) // MULTIPLE) * MULTIPLE
+    end_ids = [int(tokenizer.eos_token_id)]
     if original.version == "1.0":
-        ends.append(_separator(tokenizer))
-    return Vocabulary(tokenizer, image, tuple(added), rows, tuple(ends))
+        end_ids.append(_separator_id(tokenizer))
+    return Vocabulary(tokenizer, image, tuple(added), rows, tuple(end_ids))
 
 
-def _separator(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The first token of "###" at the beginning of a line."""
+def _separator_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The first token of "###" at the beginning of a line; later in a line it can be another token."""
     line = tokenizer("a\n", add_special_tokens=False).input_ids
     with_separator = tokenizer(f"a\n{SEPARATOR}", add_special_tokens=False).input_ids
-    assert with_separator[: len(line)] == line, "a line's end is a token of its own"
+    assert with_separator[: len(line)] == line, "the newline is a separate token"
     return int(with_separator[len(line)])
 
 
-def _tokenizer(directory: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a directory, which reads text beside an image as LLaVA does."""
+def _read_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+    """Read the tokenizer of a directory; it tokenises text after an image as LLaVA does."""
     try:
         if (directory / "tokenizer.json").is_file():
-            found: Any = PreTrainedTokenizerFast.from_pretrained(directory)
+            tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(directory)
         elif (directory / "tokenizer.model").is_file():
-            found = _from_sentencepiece(directory)
+            tokenizer = _from_sentencepiece(directory)
         else:
             raise InputError(
                 f"{directory} holds no tokenizer (tokenizer.json or tokenizer.model). "
@@ -130,74 +136,79 @@ def _tokenizer(directory: Path) -> PreTrainedTokenizerFast:
         raise
     except Exception as error:  # tokenizers raise plain exceptions
         reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise InputError(f"cannot read the tokenizer in {directory}: {reason}. Copy it anew.") from error
-    if found.eos_token_id is None:
-        raise InputError(
-            f"the tokenizer in {directory} has no eos_token. Copy tokenizer_config.json with it."
-        )
-    return PreTrainedTokenizerFast(tokenizer_object=_as_trained(found.backend_tokenizer), **_named(found))
+        raise InputError(f"cannot read the tokenizer in {directory}: {reason}. Copy it again.") from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer in {directory} has no eos_token. Copy tokenizer_config.json with it.")
+    backend = _prepend_always(tokenizer.backend_tokenizer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **_tokenizer_options(tokenizer))
 
 
 def _from_sentencepiece(directory: Path) -> Any:
+    """Convert a `tokenizer.model`."""
     check_sentencepiece(
         directory, "Or give --tokenizer with a directory that holds the same tokenizer as tokenizer.json."
     )
-    config = directory / "tokenizer_config.json"
-    told = read_json(config) if config.is_file() else {}
-    # LLaMA's texts begin with <s>, which releases of its time left unsaid and transformers 5 leaves out
-    return LlamaTokenizer.from_pretrained(
-        directory, legacy=True, add_bos_token=told.get("add_bos_token", True)
-    )
+    path = directory / "tokenizer_config.json"
+    config = read_json(path) if path.is_file() else {}
+    # LLaMA was trained on texts that begin with <s>; old releases do not say so in their config, and
+    # transformers 5 then omits <s>
+    return LlamaTokenizer.from_pretrained(directory, legacy=True, add_bos_token=config.get("add_bos_token", True))
 
 
-def _named(tokenizer: Any) -> dict[str, Any]:
+def _tokenizer_options(tokenizer: Any) -> dict[str, Any]:
+    """Special tokens, and options that generation needs."""
     names = ("bos_token", "eos_token", "unk_token", "pad_token")
-    found = {name: getattr(tokenizer, name) for name in names if getattr(tokenizer, name) is not None}
-    return {**found, "padding_side": "left", "clean_up_tokenization_spaces": False}
+    tokens = {name: getattr(tokenizer, name) for name in names if getattr(tokenizer, name) is not None}
+    return {**tokens, "padding_side": "left", "clean_up_tokenization_spaces": False}
 
 
-def _as_trained(tokenizer: Tokenizer) -> Tokenizer:
-    """Text after an image begins as any text does, with a blank put before it.
+def _prepend_always(tokenizer: Tokenizer) -> Tokenizer:
+    """Make the tokenizer prepend a blank to the text after an image, as to the beginning of any text.
 
-    LLaVA tokenises the pieces between images apart. Newer tokenizers of LLaMA put the blank before the first
-    piece alone, and would give the model other tokens than it was trained on.
+    LLaVA tokenises the pieces between images separately. Newer tokenizers of LLaMA prepend the blank only to
+    the first piece, and would give the model other tokens than it was trained on.
     """
     state = json.loads(tokenizer.to_str())
-    before = state.get("pre_tokenizer") or {}
-    if before.get("type") == "Metaspace" and before.get("prepend_scheme") == "first":
-        before["prepend_scheme"] = "always"
+    pre_tokenizer = state.get("pre_tokenizer") or {}
+    if pre_tokenizer.get("type") == "Metaspace" and pre_tokenizer.get("prepend_scheme") == "first":
+        pre_tokenizer["prepend_scheme"] = "always"
         return Tokenizer.from_str(json.dumps(state))
     return tokenizer
 
 
 def build_processor(
-    original: Original, vision: CLIPVisionConfig, vocabulary: Vocabulary, preparation: dict[str, Any]
+    original: OriginalConfig, vision: CLIPVisionConfig, vocabulary: Vocabulary, preprocessor: dict[str, Any]
 ) -> LlavaProcessor:
-    """The processor; it pads images to squares with CLIP's mean colour if the checkpoint was trained so.
+    """Build the processor; it pads images to squares with CLIP's mean colour if the model was trained so.
 
-    Mean and deviation are those of `preparation`, the image encoder's own `preprocessor_config.json`.
+    Args:
+        original: the config of the checkpoint.
+        vision: the config of the image encoder.
+        vocabulary: the tokenizer with its special tokens.
+        preprocessor: the image encoder's own `preprocessor_config.json`, which gives mean and standard
+            deviation of the pixels; without these, CLIP's.
     """
     side: Any = vision.image_size
-    given = {name: preparation[name] for name in ("image_mean", "image_std") if name in preparation}
+    statistics = {name: preprocessor[name] for name in ("image_mean", "image_std") if name in preprocessor}
     images = LlavaImageProcessorPil(
         size={"shortest_edge": side},
         crop_size={"height": side, "width": side},
-        do_pad=original.pad,
-        **given,
+        do_pad=original.pad_images,
+        **statistics,
     )
     image = vocabulary.image_token
     return LlavaProcessor(
         images,
         vocabulary.tokenizer,
         patch_size=vision.patch_size,
-        vision_feature_select_strategy=original.strategy,
-        num_additional_image_tokens=1,  # the class token, which the strategy "default" takes away again
+        vision_feature_select_strategy=original.feature_strategy,
+        num_additional_image_tokens=1,  # the class token, which the strategy "default" subtracts again
         image_token=image,
-        chat_template=_template(original).replace(IMAGE, START + image + END if original.marked else image),
+        chat_template=_chat_template(original).replace(IMAGE, START + image + END if original.image_markers else image),
     )
 
 
-def _template(original: Original) -> str:
+def _chat_template(original: OriginalConfig) -> str:
     if original.version == "1.0":
         return SEPARATED_TEMPLATE
     return MISTRAL_TEMPLATE if original.kind == "mistral" else VICUNA_TEMPLATE

@@ -1,4 +1,4 @@
-"""Every tensor of an imported LLaVA-Med: where it comes from and what is done to it."""
+"""The plan of an imported LLaVA-Med: where each tensor comes from and how it is changed."""
 
 from __future__ import annotations
 
@@ -9,140 +9,165 @@ from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from normtune.errors import InputError
-from normtune.models.checkpoints.reader import OriginalCheckpoint, some
-from normtune.models.checkpoints.writer import Planned
-from normtune.models.importers.llava_med.clip import Tower
+from normtune.models.checkpoints.reader import OriginalCheckpoint, first_names
+from normtune.models.checkpoints.writer import PlannedTensor
+from normtune.models.importers.llava_med.clip import VisionTower
 from normtune.models.importers.llava_med.tensor_names import (
     EMBEDDING,
     HEAD,
     PROJECTOR,
     TOWER,
-    harmless,
-    new_name,
+    convert_name,
+    has_no_weights,
 )
 
-_ROWS = 1024  # summed at a time for a mean
+_ROWS = 1024  # rows of an embedding that are summed at a time for their mean
 
 
-class Plan:
-    """Every tensor of the new model and where it comes from, in the order in which it is read.
+class TensorPlan:
+    """Every tensor of the imported model and where it comes from, in the order in which it is read.
+
+    Args:
+        source: the checkpoint's name, for messages and the report.
+        checkpoint: the checkpoint.
+        tower: a separate image encoder, used in place of the checkpoint's; None: the checkpoint's.
+        base_checkpoint: the LLaMA to which the checkpoint is a delta, or None.
+        config: the imported model's config.
+        base: the name of `base_checkpoint`.
+        original_rows: vocabulary size of the checkpoint.
+
+    Attributes:
+        shapes: name in the model -> shape.
+        mapped, added, missing, dropped, left_over: as in `ImportReport`.
+        groups: the tensors to write, one list per source file.
+        dtype: that of the embedding.
 
     Raises:
-        InputError: a name that nothing knows, a tensor that is missing or has another shape.
+        InputError: a name is unknown, or a tensor is missing or has a wrong shape.
     """
 
     def __init__(
         self,
         source: str,
-        shards: OriginalCheckpoint,
-        tower: Tower | None,
-        under: OriginalCheckpoint | None,
+        checkpoint: OriginalCheckpoint,
+        tower: VisionTower | None,
+        base_checkpoint: OriginalCheckpoint | None,
         config: LlavaConfig,
         base: str | None,
-        rows: int,
+        original_rows: int,
     ) -> None:
         with torch.device("meta"):
             model = LlavaForConditionalGeneration(config)
-        self.shapes = {name: tuple(one.shape) for name, one in model.state_dict().items()}
-        self.source, self.shards, self.under, self.base = source, shards, under, base
-        self.rows = rows  # of the original vocabulary
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        self.source, self.checkpoint, self.original_rows = source, checkpoint, original_rows
+        self.base, self.base_checkpoint = base, base_checkpoint
         self.mapped: dict[str, str] = {}
         self.added: list[str] = []
         self.missing: dict[str, str] = {}
         self.dropped: dict[str, str] = {}
         self.left_over: list[str] = []
-        self.groups: list[list[Planned]] = []
+        self.groups: list[list[PlannedTensor]] = []
         self.dtype: torch.dtype = torch.float32
-        self._of_checkpoint(replaced=tower is not None)
+        self._plan_checkpoint(replace_tower=tower is not None)
         if tower is not None:
-            self._of_tower(tower)
-        self._made(config)
+            self._plan_tower(tower)
+        self._plan_missing(config)
         lacking = [name for name in self.shapes if name not in self.mapped and name not in self.missing]
         if lacking:
             raise InputError(
-                f"{source} lacks {some(lacking)} (by transformers' names). Give a whole checkpoint."
+                f"{source} lacks {first_names(lacking)} (by transformers' names). Give a complete checkpoint."
             )
-        if under is not None:
-            self._check_base(under)
+        if base_checkpoint is not None:
+            self._check_base(base_checkpoint)
 
-    def _of_checkpoint(self, *, replaced: bool) -> None:
+    def _plan_checkpoint(self, *, replace_tower: bool) -> None:
+        """Plan the tensors of the checkpoint; with `replace_tower` all but its image encoder."""
         unknown = []
         file = None
-        for theirs, entry in self.shards.entries.items():
-            ours = new_name(theirs)
-            if harmless(theirs):
-                self.dropped[theirs] = self.source
-            elif replaced and ours is not None and ours.startswith(TOWER):
-                self.left_over.append(theirs)
-            elif ours is None or ours not in self.shapes:
-                unknown.append(theirs)
+        for original_name, entry in self.checkpoint.entries.items():
+            name = convert_name(original_name)
+            if has_no_weights(original_name):
+                self.dropped[original_name] = self.source
+            elif replace_tower and name is not None and name.startswith(TOWER):
+                self.left_over.append(original_name)
+            elif name is None or name not in self.shapes:
+                unknown.append(original_name)
             else:
                 if entry.file != file:
                     file = entry.file
                     self.groups.append([])
-                self.groups[-1].append(self._from_checkpoint(ours, theirs))
+                self.groups[-1].append(self._plan_tensor(name, original_name))
         if unknown:
             raise InputError(
-                f"{self.source} holds {some(unknown)}, which LLaVA-Med of this config has not. "
+                f"{self.source} holds {first_names(unknown)}, which LLaVA-Med of this config does not have. "
                 "Check that its files belong together, and that it is neither an adapter nor quantised."
             )
 
-    def _from_checkpoint(self, ours: str, theirs: str) -> Planned:
-        entry = self.shards.entries[theirs]
-        if ours in self.mapped:
+    def _plan_tensor(self, name: str, original_name: str) -> PlannedTensor:
+        """Plan one tensor: read as it is, or added to the base, or grown to the new vocabulary size."""
+        entry = self.checkpoint.entries[original_name]
+        if name in self.mapped:
             raise InputError(
-                f"{self.source} holds {self.mapped[ours]} and {theirs}, which are one tensor. "
-                "Take one of them out."
+                f"{self.source} holds {self.mapped[name]} and {original_name}, which are one tensor. "
+                "Remove one of them."
             )
-        self.mapped[ours] = theirs
-        make: Callable[[], Tensor] = lambda: self.shards.tensor(theirs)  # noqa: E731
+        self.mapped[name] = original_name
+        make: Callable[[], Tensor] = lambda: self.checkpoint.get_tensor(original_name)  # noqa: E731
         shape, origin = entry.shape, "checkpoint"
-        if self.under is not None and theirs in self.under.entries:
-            make, origin = self._sum(theirs), "sum"
-            self.added.append(ours)
-        wanted = self.shapes[ours]
-        grown = ours in (EMBEDDING, HEAD) and shape == (self.rows, *wanted[1:]) and shape != wanted
-        if ours == EMBEDDING:
+        if self.base_checkpoint is not None and original_name in self.base_checkpoint.entries:
+            make, origin = self._add_base(original_name), "sum"
+            self.added.append(name)
+        new_shape = self.shapes[name]
+        grows = name in (EMBEDDING, HEAD) and shape == (self.original_rows, *new_shape[1:]) and shape != new_shape
+        if name == EMBEDDING:
             self.dtype = entry.dtype
-        if grown:
-            before = make
-            make, origin = lambda: with_mean_rows(before(), wanted[0]), f"{origin}, grown"
-        elif shape != wanted:
-            raise InputError(_misshapen(self.source, theirs, shape, wanted))
-        return Planned(ours, entry.dtype, wanted, f"{origin}: {theirs}", make)
+        if grows:
+            make_original = make
+            make, origin = lambda: append_mean_rows(make_original(), new_shape[0]), f"{origin}, grown"
+        elif shape != new_shape:
+            raise InputError(_shape_error(self.source, original_name, shape, new_shape))
+        return PlannedTensor(name, entry.dtype, new_shape, f"{origin}: {original_name}", make)
 
-    def _sum(self, theirs: str) -> Callable[[], Tensor]:
-        """Base + delta in the delta's type, as in LLaVA-Med's own script; rows that the base lacks: whole."""
-        assert self.under is not None
-        under, entry, delta = self.under, self.under.entries[theirs], self.shards.entries[theirs]
-        rows = entry.shape[:1] <= delta.shape[:1] if new_name(theirs) in (EMBEDDING, HEAD) else False
-        if entry.shape != delta.shape and not (rows and entry.shape[1:] == delta.shape[1:]):
-            raise InputError(_misshapen(str(self.base), theirs, entry.shape, delta.shape))
+    def _add_base(self, name: str) -> Callable[[], Tensor]:
+        """A function that computes base + delta in the delta's dtype, as LLaVA-Med's own script does.
+
+        The delta's embedding and head can have more rows than the base's. These rows are not differences, and
+        are used unchanged.
+        """
+        assert self.base_checkpoint is not None
+        base_checkpoint, delta = self.base_checkpoint, self.checkpoint.entries[name]
+        entry = base_checkpoint.entries[name]
+        more_rows = entry.shape[:1] <= delta.shape[:1] if convert_name(name) in (EMBEDDING, HEAD) else False
+        if entry.shape != delta.shape and not (more_rows and entry.shape[1:] == delta.shape[1:]):
+            raise InputError(_shape_error(str(self.base), name, entry.shape, delta.shape))
 
         def add() -> Tensor:
-            found = self.shards.tensor(theirs).clone()
-            found[: entry.shape[0]] += under.tensor(theirs).to(found.dtype)
-            return found
+            total = self.checkpoint.get_tensor(name).clone()
+            total[: entry.shape[0]] += base_checkpoint.get_tensor(name).to(total.dtype)
+            return total
 
         return add
 
-    def _of_tower(self, tower: Tower) -> None:
-        unknown = [theirs for ours, theirs in tower.names.items() if ours not in self.shapes]
+    def _plan_tower(self, tower: VisionTower) -> None:
+        """Plan the tensors of a separate image encoder."""
+        unknown = [clip_name for name, clip_name in tower.names.items() if name not in self.shapes]
         if unknown:
-            raise InputError(f"{tower.name} holds {some(unknown)}, which its config has not. Copy it anew.")
+            raise InputError(
+                f"{tower.name} holds {first_names(unknown)}, which its config does not have. Copy it again."
+            )
         self.dropped |= dict.fromkeys(tower.dropped, tower.name)
         group = []
-        for ours, theirs in tower.names.items():
-            entry = tower.shards.entries[theirs]
-            if entry.shape != self.shapes[ours]:
-                raise InputError(_misshapen(tower.name, theirs, entry.shape, self.shapes[ours]))
-            self.mapped[ours] = theirs
-            make = _reader(tower.shards, theirs)
-            group.append(Planned(ours, entry.dtype, entry.shape, f"{tower.name}: {theirs}", make))
+        for name, clip_name in tower.names.items():
+            entry = tower.checkpoint.entries[clip_name]
+            if entry.shape != self.shapes[name]:
+                raise InputError(_shape_error(tower.name, clip_name, entry.shape, self.shapes[name]))
+            self.mapped[name] = clip_name
+            make = _reader(tower.checkpoint, clip_name)
+            group.append(PlannedTensor(name, entry.dtype, entry.shape, f"{tower.name}: {clip_name}", make))
         self.groups.append(group)
 
-    def _made(self, config: LlavaConfig) -> None:
-        """What the original has not: a second layer of the projector, and a tied head."""
+    def _plan_missing(self, config: LlavaConfig) -> None:
+        """Plan what the original does not have: the second layer of the projector, and a tied head."""
         if config.tie_word_embeddings and HEAD not in self.mapped:
             self.missing[HEAD] = "the embedding (tied)"
         weight, bias = f"{PROJECTOR}.linear_2.weight", f"{PROJECTOR}.linear_2.bias"
@@ -151,50 +176,57 @@ class Plan:
         if weight in self.mapped:
             raise InputError(
                 f"{self.source} holds {self.mapped[weight]}, but mm_projector_type is 'linear' in its "
-                "config.json (or not there): LLaVA-Med 1.5 has 'mlp2x_gelu'. Correct it."
+                "config.json (or missing): LLaVA-Med 1.5 has 'mlp2x_gelu'. Correct it."
             )
         width, dtype = self.shapes[bias], self.dtype
         self.missing[weight] = "the identity (the original's projector has one layer)"
         self.missing[bias] = "zeros"
+        square = (*width, *width)
         self.groups.append(
             [
-                Planned(weight, dtype, (*width, *width), "identity", lambda: torch.eye(*width, dtype=dtype)),
-                Planned(bias, dtype, width, "zeros", lambda: torch.zeros(width, dtype=dtype)),
+                PlannedTensor(weight, dtype, square, "identity", lambda: torch.eye(*width, dtype=dtype)),
+                PlannedTensor(bias, dtype, width, "zeros", lambda: torch.zeros(width, dtype=dtype)),
             ]
         )
 
-    def _check_base(self, under: OriginalCheckpoint) -> None:
-        """Base and delta belong together: each tensor of the language model is in both."""
-        alone = [name for name in under.entries if name not in self.shards.entries and not harmless(name)]
-        if alone:
+    def _check_base(self, base_checkpoint: OriginalCheckpoint) -> None:
+        """Check that base and delta belong together: each tensor of the language model is in both."""
+        extra = base_checkpoint.entries.keys() - self.checkpoint.entries.keys()
+        unmatched = [name for name in base_checkpoint.entries if name in extra and not has_no_weights(name)]
+        if unmatched:
             raise InputError(
-                f"{self.base} holds {some(alone)}, which {self.source} has no delta for. Check --base."
+                f"{self.base} holds {first_names(unmatched)}, which {self.source} has no delta for. Check --base."
             )
-        language = [ours for ours in self.mapped if not ours.startswith((TOWER, PROJECTOR))]
-        lacking = [self.mapped[ours] for ours in language if ours not in self.added]
+        language = [name for name in self.mapped if not name.startswith((TOWER, PROJECTOR))]
+        lacking = [self.mapped[name] for name in language if name not in self.added]
         if lacking:
             raise InputError(
-                f"{self.base} lacks {some(lacking)}, which {self.source} is a delta of. Check --base."
+                f"{self.base} lacks {first_names(lacking)}, which {self.source} is a delta of. Check --base."
             )
 
 
-def with_mean_rows(tensor: Tensor, rows: int) -> Tensor:
-    """An embedding or head grown to `rows` rows, the new ones being the mean of the old ones.
+def append_mean_rows(tensor: Tensor, rows: int) -> Tensor:
+    """Grow an embedding or head to `rows` rows; each new row is the mean of the old ones.
 
-    A logit that is the mean of all is below the largest, and 64 of them take at most 64 / 32000 of the
-    probability (Jensen's inequality).
+    The logit of such a row is the mean of all logits, so it is below the largest, and 64 such tokens get at
+    most 64 / 32000 of the probability (Jensen's inequality).
+
+    Args:
+        tensor: [old rows, width].
+        rows: number of rows of the result.
     """
     total = torch.zeros(tensor.shape[1], dtype=torch.float64)
-    for start in range(0, len(tensor), _ROWS):
+    for start in range(0, len(tensor), _ROWS):  # in blocks: a float64 copy of it all takes 1 GB in a 7B
         total += tensor[start : start + _ROWS].double().sum(0)
     mean = (total / len(tensor)).to(tensor.dtype)
     return torch.cat([tensor, mean.expand(rows - len(tensor), -1)])
 
 
-def _reader(shards: OriginalCheckpoint, name: str) -> Callable[[], Tensor]:
-    return lambda: shards.tensor(name)
+def _reader(checkpoint: OriginalCheckpoint, name: str) -> Callable[[], Tensor]:
+    """A function that reads one tensor; a lambda in the caller's loop would read the loop's last name."""
+    return lambda: checkpoint.get_tensor(name)
 
 
-def _misshapen(source: str, name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> str:
-    got, asked = list(shape), list(wanted)
-    return f"{source}: {name} is of shape {got}, not {asked}. Check that its files belong together."
+def _shape_error(source: str, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    sizes = f"{list(shape)}, not {list(expected)}"
+    return f"{source}: {name} is of shape {sizes}. Check that its files belong together."

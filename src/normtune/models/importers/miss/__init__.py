@@ -1,1 +1,1 @@
-"""Importer of MISS and BLIP-VQA checkpoints."""
+"""Importer of MISS and BLIP-VQA checkpoints: `importer.import_miss`."""
