@@ -1,4 +1,4 @@
-"""What a recipe trains, and that nothing else moves."""
+"""`adapt` trains what the recipe selects and changes nothing else."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from normtune.methods.recipe import parse, resolve
 from normtune.methods.registry import RecipeError
 from normtune.models.parts import find_parts
 from normtune.training.changes import change_report
-from tests.support.base_models import KINDS, base, logits, train_a_little
+from tests.support.base_models import KINDS, compute_logits, perturb_trained, tiny_base
+from tests.support.tolerance import MODEL_TERMS, assert_close
 
 RECIPES = (
     "ln",
@@ -44,8 +45,8 @@ def step(model: nn.Module, parameters: list[nn.Parameter], lr: float = 1e-2) -> 
 
 
 def loss(model: nn.Module) -> Tensor:
-    """A scalar that every logit of two image-question pairs enters, with gradients."""
-    with_gradients = logits.__wrapped__  # type: ignore[attr-defined]
+    """A scalar that depends on every logit of two image-question pairs, with gradients."""
+    with_gradients = compute_logits.__wrapped__  # type: ignore[attr-defined]
     return -with_gradients(model).float().log_softmax(-1)[..., 7].sum()
 
 
@@ -56,16 +57,16 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_only_what_the_recipe_names_learns_and_the_rest_stays_to_the_bit(
+def test_selected_parameters_train_and_all_others_stay_the_same_to_the_bit(
     kind: str, dtype: torch.dtype, recipe: str
 ) -> None:
-    model = base(kind, dtype)
+    model = tiny_base(kind, dtype)
     values = {name: p.detach().clone() for name, p in model.named_parameters()}
     tuned = adapt(model, recipe)
     assert all(p.dtype == torch.float32 for p in tuned.trained.values())
-    wanted = {id(p) for p in tuned.trained.values()}
-    assert {id(p) for p in model.parameters() if p.requires_grad} == wanted
-    frozen = {name: p for name, p in model.named_parameters() if id(p) not in wanted}
+    trained_ids = {id(p) for p in tuned.trained.values()}
+    assert {id(p) for p in model.parameters() if p.requires_grad} == trained_ids
+    frozen = {name: p for name, p in model.named_parameters() if id(p) not in trained_ids}
     before = {name: p.detach().clone() for name, p in frozen.items()}
     start = {name: p.detach().clone() for name, p in tuned.trained.items()}
     for name in values.keys() & start.keys():
@@ -74,10 +75,9 @@ def test_only_what_the_recipe_names_learns_and_the_rest_stays_to_the_bit(
     assert all(p.grad is None for p in frozen.values())
     assert all(torch.equal(p, before[name]) for name, p in frozen.items())
     moved = [name for name, p in tuned.trained.items() if not torch.equal(p, start[name])]
-    silent = set(tuned.trained) - set(moved)
-    assert not {
-        name for name in silent if tuned.trained[name].grad is not None and tuned.trained[name].grad.any()
-    }
+    for name in tuned.trained.keys() - set(moved):  # only parameters without a gradient may stay
+        grad = tuned.trained[name].grad
+        assert grad is None or not grad.any()
     assert len(moved) > len(tuned.trained) / 2
 
 
@@ -85,17 +85,17 @@ def test_only_what_the_recipe_names_learns_and_the_rest_stays_to_the_bit(
 @pytest.mark.parametrize("recipe", ["ln", "attention", "ffn", "full", "ln+bias"])
 def test_an_untouched_tuned_model_gives_the_bases_logits(kind: str, recipe: str) -> None:
     for dtype in DTYPES:
-        model = base(kind, dtype)
-        expected = logits(model)
+        model = tiny_base(kind, dtype)
+        expected = compute_logits(model)
         adapt(model, recipe)
-        close = 2e-6 if dtype == torch.float32 else 0.1  # torch's bf16 layer norm rounds in another order
-        torch.testing.assert_close(logits(model), expected, rtol=0, atol=close)
+        # bf16 layer norms of torch round in another order; their sums are fp32, so that few roundings add up
+        assert_close(compute_logits(model), expected, terms=MODEL_TERMS if dtype == torch.float32 else 16)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ln_in_fp32_has_the_gradients_of_plain_autograd(kind: str) -> None:
-    tuned = adapt(base(kind), "ln")
-    plain = base(kind).requires_grad_(False)
+    tuned = adapt(tiny_base(kind), "ln")
+    plain = tiny_base(kind).requires_grad_(False)
     parameters = dict(plain.named_parameters())
     for name in tuned.trained:
         parameters[name].requires_grad_(True)
@@ -106,11 +106,11 @@ def test_ln_in_fp32_has_the_gradients_of_plain_autograd(kind: str) -> None:
         if theirs is None:  # the last vision layer is not read by LLaVA
             assert parameter.grad is None
         else:
-            torch.testing.assert_close(parameter.grad, theirs, rtol=1e-4, atol=1e-5)
+            assert_close(parameter.grad, theirs, msg=name)
 
 
 def test_every_gain_of_a_bf16_base_moves_at_lr_1e_4() -> None:
-    tuned = adapt(base("miss", torch.bfloat16), "ln")
+    tuned = adapt(tiny_base("miss", torch.bfloat16), "ln")
     before = copy.deepcopy(tuned.trained)
     for _ in range(5):
         tuned.model.zero_grad()
@@ -121,31 +121,30 @@ def test_every_gain_of_a_bf16_base_moves_at_lr_1e_4() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_untune_gives_the_base_back(kind: str) -> None:
+def test_restore_base_restores_modules_and_values(kind: str) -> None:
     for dtype in DTYPES:
-        model = base(kind, dtype)
-        expected, before = logits(model), state(model)
+        model = tiny_base(kind, dtype)
+        expected, before = compute_logits(model), state(model)
         tuned = adapt(model, "ln+lora(r=2)")
-        train_a_little(tuned)
-        assert not torch.equal(logits(model), expected)
+        perturb_trained(tuned)
+        assert not torch.equal(compute_logits(model), expected)
         assert restore_base(tuned) is model
-        assert torch.equal(logits(model), expected)
+        assert torch.equal(compute_logits(model), expected)
         after = state(model)
         assert list(after) == list(before)
         assert all(
-            torch.equal(after[name], value) and after[name].dtype == value.dtype
-            for name, value in before.items()
+            torch.equal(after[name], value) and after[name].dtype == value.dtype for name, value in before.items()
         )
 
 
-def test_untune_refuses_where_the_bases_values_are_gone() -> None:
-    tuned = adapt(base("miss"), "encoder=ffn")
+def test_restore_base_refuses_if_the_bases_values_were_overwritten() -> None:
+    tuned = adapt(tiny_base("miss"), "encoder=ffn")
     with pytest.raises(InputError, match="was trained in place"):
         restore_base(tuned)
 
 
 def test_tied_tensors_stay_tied_when_they_are_trained_from_bf16() -> None:
-    model = base("miss", torch.bfloat16)
+    model = tiny_base("miss", torch.bfloat16)
     tuned = adapt(model, "decoder=full")
     head = model.get_submodule("text_decoder.cls.predictions.decoder")
     words = model.get_submodule("text_decoder.bert.embeddings.word_embeddings")
@@ -158,40 +157,32 @@ def test_tied_tensors_stay_tied_when_they_are_trained_from_bf16() -> None:
 
 
 def test_a_recipe_selects_by_part_role_and_layer() -> None:
-    found = find_parts(base("miss"))
+    parts = find_parts(tiny_base("miss"))
 
-    def chosen(text: str) -> list[str]:
-        return select_parameters(found, resolve(parse(text), found.parts))
+    def selected(text: str) -> list[str]:
+        return select_parameters(parts, resolve(parse(text), parts.parts))
 
-    roles = {place.name: (place.part, place.role, place.layer) for place in found.parameters}
-    assert {roles[name][:2] for name in chosen("encoder=ln")} == {("encoder", "norm")}
-    assert {roles[name] for name in chosen("decoder=attention[1:]")} == {("decoder", "attention", 1)}
-    assert chosen("full") == [place.name for place in found.parameters]
-    assert chosen("ffn") == [place.name for place in found.parameters if place.role == "ffn"]
-    gains, shifts = chosen("ln(bias=0)"), chosen("ln(gain=0)")
-    assert sorted(gains + shifts) == sorted(chosen("ln")) and all(name.endswith("weight") for name in gains)
-    biases = chosen("bias")
+    roles = {info.name: (info.part, info.role, info.layer) for info in parts.parameters}
+    assert {roles[name][:2] for name in selected("encoder=ln")} == {("encoder", "norm")}
+    assert {roles[name] for name in selected("decoder=attention[1:]")} == {("decoder", "attention", 1)}
+    assert selected("full") == [info.name for info in parts.parameters]
+    assert selected("ffn") == [info.name for info in parts.parameters if info.role == "ffn"]
+    gains, shifts = selected("ln(bias=0)"), selected("ln(gain=0)")
+    assert sorted(gains + shifts) == sorted(selected("ln")) and all(name.endswith("weight") for name in gains)
+    biases = selected("bias")
     assert all(name.endswith("bias") and roles[name][1] != "norm" for name in biases)
-    both = [place.name for place in found.parameters if place.role == "norm" or place.name in biases]
-    assert chosen("ln+bias") == both
-    assert chosen("encoder=ln[-1:]") == [name for name in chosen("encoder=ln") if ".layer.1." in name]
-    assert chosen("frozen") == []
+    norms_and_biases = [info.name for info in parts.parameters if info.role == "norm" or info.name in biases]
+    assert selected("ln+bias") == norms_and_biases
+    assert selected("encoder=ln[-1:]") == [name for name in selected("encoder=ln") if ".layer.1." in name]
+    assert selected("frozen") == []
 
 
 @pytest.mark.parametrize(
     ("kind", "recipe", "message"),
     [
-        (
-            "llava",
-            "connector=ln",
-            "'ln' finds nothing in part 'connector'; parts that have some: vision, language",
-        ),
+        ("llava", "connector=ln", "'ln' finds nothing in part 'connector'; parts that have some: vision, language"),
         ("miss", "encoder=ln[7:]", "'ln[7:]' finds nothing: part 'encoder' has 2 layers. Change the range"),
-        (
-            "llava",
-            "language=bias",
-            "'bias' finds nothing in part 'language'; parts that have some: vision, connector",
-        ),
+        ("llava", "language=bias", "'bias' finds nothing in part 'language'; parts that have some: vision, connector"),
         (
             "llava",
             "language=ln(gain=0)",
@@ -202,8 +193,8 @@ def test_a_recipe_selects_by_part_role_and_layer() -> None:
         ("llava", "connector?=ln", "finds nothing to train"),
     ],
 )
-def test_a_recipe_that_finds_nothing_is_refused_by_name(kind: str, recipe: str, message: str) -> None:
-    model = base(kind)
+def test_a_recipe_that_finds_nothing_is_refused_with_part_and_method(kind: str, recipe: str, message: str) -> None:
+    model = tiny_base(kind)
     before = [(name, type(module)) for name, module in model.named_modules()]
     with pytest.raises(RecipeError) as caught:
         adapt(model, recipe)
@@ -213,26 +204,22 @@ def test_a_recipe_that_finds_nothing_is_refused_by_name(kind: str, recipe: str, 
 
 
 def test_norms_are_replaced_only_where_they_are_trained() -> None:
-    tuned = adapt(base("llava"), "language=ln[1:]")
+    tuned = adapt(tiny_base("llava"), "language=ln[1:]")
     replaced = {name for name, module in tuned.model.named_modules() if isinstance(module, TunedNorm)}
     assert replaced == set(tuned.base_norms)
     assert all("language_model.layers.1." in name for name in replaced)
     assert len(replaced) == 2
 
 
-def test_places_and_methods_say_where_each_trained_tensor_is_from() -> None:
-    tuned = adapt(base("llava"), "vision=ln,connector=full,language=lora(r=2)")
+def test_every_trained_tensor_has_a_method_a_part_and_a_role() -> None:
+    tuned = adapt(tiny_base("llava"), "vision=ln,connector=full,language=lora(r=2)")
     assert set(tuned.part_and_role) == set(tuned.methods) == set(tuned.trained)
     assert set(tuned.methods.values()) == {"ln", "full", "lora"}
-    assert set(tuned.part_and_role.values()) == {
-        ("vision", "norm"),
-        ("connector", "other"),
-        ("language", "lora"),
-    }
+    assert set(tuned.part_and_role.values()) == {("vision", "norm"), ("connector", "other"), ("language", "lora")}
 
 
-def test_the_change_report_says_how_far_each_role_went() -> None:
-    tuned = adapt(base("miss"), "encoder=ln,decoder=lora(r=2)")
+def test_the_change_report_has_the_change_of_each_role() -> None:
+    tuned = adapt(tiny_base("miss"), "encoder=ln,decoder=lora(r=2)")
     before = copy.deepcopy(tuned.trained)
     report = change_report(before, tuned)
     assert report.share == 0
@@ -253,5 +240,5 @@ def test_the_change_report_says_how_far_each_role_went() -> None:
         next(iter(tuned.trained.values()))[0] = torch.nan
     broken = change_report(before, tuned)
     assert broken.warning is not None and "1 trained values are not finite" in broken.warning
-    with pytest.raises(InputError, match="no earlier value"):
+    with pytest.raises(InputError, match="no value from before training"):
         change_report({}, tuned)

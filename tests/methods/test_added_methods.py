@@ -1,4 +1,4 @@
-"""LoRA, IA3, prefixes and adapters: what is added where, and that it computes what it should."""
+"""LoRA, IA3, prefixes and bottleneck adapters: where they are added and what they compute."""
 
 from __future__ import annotations
 
@@ -10,89 +10,90 @@ from torch import Tensor, nn
 from normtune.errors import InputError
 from normtune.methods.adapt import adapt, restore_base
 from normtune.methods.bottleneck import Bottleneck
-from tests.support.base_models import CACHE, KINDS, base, logits, train_a_little
+from tests.support.base_models import CACHE_ARGUMENT, KINDS, compute_logits, perturb_trained, tiny_base
+from tests.support.tolerance import assert_close, differ
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", ["lora", "ia3", "adapter"])
-def test_the_start_is_the_base(kind: str, method: str) -> None:
-    model = base(kind)
-    expected = logits(model)
+def test_an_untrained_method_gives_the_bases_logits(kind: str, method: str) -> None:
+    model = tiny_base(kind)
+    expected = compute_logits(model)
     tuned = adapt(model, method)
     assert len(tuned.additions) == len([part for part, _ in tuned.recipe.parts if part != "connector"])
-    assert torch.equal(logits(model), expected)
-    train_a_little(tuned)
-    assert not torch.allclose(logits(model), expected, atol=1e-3)
+    assert torch.equal(compute_logits(model), expected)
+    perturb_trained(tuned)
+    assert differ(compute_logits(model), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", ["prefix", "ptuning"])
-def test_a_prefix_starts_near_the_base_but_not_at_it(kind: str, method: str) -> None:
-    """Ten random keys take their share of the attention from the first step on, as in PEFT."""
-    model = base(kind)
-    expected = logits(model)
+def test_an_untrained_prefix_changes_the_logits(kind: str, method: str) -> None:
+    """Ten random keys receive a share of the attention from the first step on, as in PEFT."""
+    model = tiny_base(kind)
+    expected = compute_logits(model)
     adapt(model, method)
-    assert not torch.equal(logits(model), expected)
+    assert not torch.equal(compute_logits(model), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", ["lora", "ia3", "adapter", "prefix", "ptuning"])
-def test_the_seed_decides_the_start_and_leaves_the_callers_numbers_alone(kind: str, method: str) -> None:
+def test_the_seed_decides_the_initial_values_and_the_callers_random_state_stays(kind: str, method: str) -> None:
     torch.manual_seed(7)
     state = torch.get_rng_state()
-    one, same, other = (adapt(base(kind), method, seed=seed).trained for seed in (3, 3, 4))
+    first, same, other = (adapt(tiny_base(kind), method, seed=seed).trained for seed in (3, 3, 4))
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(one[name], same[name]) for name in one)
-    if method != "ia3":  # ones, whatever the seed
-        assert any(not torch.equal(one[name], other[name]) for name in one)
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    if method != "ia3":  # starts with ones, whatever the seed
+        assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
-def test_lora_stands_on_query_and_value_of_self_and_cross_attention() -> None:
-    tuned = adapt(base("miss"), "encoder=lora(r=2)[1:]")
+def test_lora_is_added_to_query_and_value_of_self_and_cross_attention() -> None:
+    tuned = adapt(tiny_base("miss"), "encoder=lora(r=2)[1:]")
     layer = "text_encoder.encoder.layer.1"
-    sites = [
+    linears = [
         f"{layer}.{attention}.self.{leaf}"
         for attention in ("attention", "crossattention")
         for leaf in ("query", "value")
     ]
-    assert set(tuned.trained) == {f"{site}.lora_{side}" for site in sites for side in "AB"}
+    assert set(tuned.trained) == {f"{linear}.lora_{side}" for linear in linears for side in "AB"}
     assert {tuple(p.shape) for p in tuned.trained.values()} == {(2, 16), (16, 2)}
     assert set(tuned.part_and_role.values()) == {("encoder", "lora")}
 
 
-def test_ia3_stands_on_key_value_output_and_the_feed_forwards_input() -> None:
-    tuned = adapt(base("miss"), "encoder=ia3[:1]")
+def test_ia3_is_added_to_key_value_output_and_the_feed_forwards_input() -> None:
+    tuned = adapt(tiny_base("miss"), "encoder=ia3[:1]")
     layer = "text_encoder.encoder.layer.0"
-    sites = [
+    linears = [
         f"{layer}.{attention}.{leaf}"
         for attention in ("attention", "crossattention")
         for leaf in ("self.key", "self.value", "output.dense")
     ]
-    assert set(tuned.trained) == {f"{site}.ia3" for site in [*sites, f"{layer}.output.dense"]}
+    assert set(tuned.trained) == {f"{linear}.ia3" for linear in [*linears, f"{layer}.output.dense"]}
     assert tuned.trained[f"{layer}.output.dense.ia3"].numel() == 24  # scales the input of the last linear
     assert tuned.trained[f"{layer}.attention.self.key.ia3"].numel() == 16
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # asked by PEFT's own model
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # PEFT's model reads it
 def test_lora_computes_what_pefts_own_model_does() -> None:
-    ours = base("llava")
+    ours = tiny_base("llava")
     tuned = adapt(ours, "language=lora(r=4,alpha=8)")
-    train_a_little(tuned)
-    theirs = base("llava")
+    perturb_trained(tuned)
+    theirs = tiny_base("llava")
     config = LoraConfig(r=4, lora_alpha=8, target_modules=r".*language_model.*\.(q_proj|v_proj)")
     peft_model = get_peft_model(theirs, config)
     state = dict(peft_model.named_parameters())
     with torch.no_grad():
         for name, value in tuned.trained.items():
             state[f"base_model.model.{name}.default.weight"].copy_(value)
-    torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-6)
+    assert_close(compute_logits(ours), compute_logits(theirs))
 
 
 def test_dropout_is_peft_lora_dropout() -> None:
-    tuned = adapt(base("miss"), "decoder=lora(dropout=0.5)")
-    train_a_little(tuned)
+    tuned = adapt(tiny_base("miss"), "decoder=lora(dropout=0.5)")
+    perturb_trained(tuned)
     tuned.model.eval()
-    assert torch.equal(logits(tuned.model), logits(tuned.model))
+    assert torch.equal(compute_logits(tuned.model), compute_logits(tuned.model))
     layer = next(iter(tuned.additions[0].layers.values()))
     assert layer.lora_dropout["normtune"].p == 0.5
 
@@ -115,13 +116,13 @@ def prefix_of(tuned_model: nn.Module, part: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("method", ["prefix(n=3)", "ptuning(n=3)"])
-def test_a_prefix_on_llava_is_a_cache_that_every_token_sees(method: str) -> None:
-    """Reference: the same keys and values handed to the untouched model as its cache, positions from 0."""
+def test_a_prefix_on_llava_acts_like_a_cache_that_every_token_sees(method: str) -> None:
+    """Reference: the same keys and values passed to the base as its cache, with positions from 0."""
     from transformers import DynamicCache
 
-    plain, model = base("llava"), base("llava")
+    plain, model = tiny_base("llava"), tiny_base("llava")
     tuned = adapt(model, f"language={method}")
-    train_a_little(tuned)
+    perturb_trained(tuned)
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(5, 36, (2, 7), generator=generator)
     mask = torch.ones(2, 7, dtype=torch.long)
@@ -131,89 +132,87 @@ def test_a_prefix_on_llava_is_a_cache_that_every_token_sees(method: str) -> None
         cache = DynamicCache()
         prefix = prefix_of(model, "language")
         for layer in range(2):
-            key, value = (one.expand(2, -1, -1, -1).clone() for one in prefix(layer))
+            key, value = (tensor.expand(2, -1, -1, -1).clone() for tensor in prefix(layer))
             cache.update(key, value, layer)
         theirs = plain(
             input_ids=ids,
             attention_mask=torch.cat([torch.ones(2, 3, dtype=torch.long), mask], 1),
             position_ids=torch.arange(7).expand(2, -1),
-            **{CACHE: cache},
+            **{CACHE_ARGUMENT: cache},
         ).logits
-    seen = mask.bool()
-    torch.testing.assert_close(ours[seen], theirs[seen], rtol=0, atol=2e-6)
+    valid = mask.bool()
+    assert_close(ours[valid], theirs[valid])
 
 
-def test_a_prefix_on_llava_generates_the_same_with_and_without_a_cache() -> None:
-    model = base("llava")
-    train_a_little(adapt(model, "language=ptuning(n=3)"))
+def test_a_prefix_on_llava_gives_the_same_logits_with_and_without_a_cache() -> None:
+    model = tiny_base("llava")
+    perturb_trained(adapt(model, "language=ptuning(n=3)"))
     ids = torch.randint(5, 36, (2, 7), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         whole = model(input_ids=ids).logits
         first = model(input_ids=ids[:, :4], use_cache=True)
-        cache, pieces = first[CACHE], [first.logits]
+        cache, pieces = first[CACHE_ARGUMENT], [first.logits]
         for column in range(4, 7):
-            step = model(input_ids=ids[:, column : column + 1], use_cache=True, **{CACHE: cache})
+            step = model(input_ids=ids[:, column : column + 1], use_cache=True, **{CACHE_ARGUMENT: cache})
             pieces.append(step.logits)
-    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=0, atol=2e-6)
+    assert_close(torch.cat(pieces, 1), whole)
 
 
 def test_a_prefix_on_miss_is_seen_by_every_query_of_self_attention() -> None:
-    """Reference: the attention written out by hand."""
-    model = base("miss")
-    train_a_little(adapt(model, "encoder=ptuning(n=3)"))
+    """Reference: the formula of the attention."""
+    model = tiny_base("miss")
+    perturb_trained(adapt(model, "encoder=ptuning(n=3)"))
     attention = model.get_submodule("text_encoder.encoder.layer.1.attention.self")
     x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(4))
-    seen: list[Tensor] = []
-    attention.register_forward_hook(lambda module, args, out: seen.append(out))
+    outputs: list[Tensor] = []
+    attention.register_forward_hook(lambda module, args, out: outputs.append(out))
     inputs: list[Tensor] = []
     attention.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     with torch.no_grad():
-        logits(model)
+        compute_logits(model)
         x = inputs[0]
         heads = 2
         query, key, value = (
             linear(x).view(*x.shape[:2], heads, -1).transpose(1, 2)
             for linear in (attention.query, attention.key, attention.value)
         )
-        more_keys, more_values = (one.expand(len(x), -1, -1, -1) for one in prefix_of(model, "encoder")(1))
-        key, value = torch.cat([more_keys, key], 2), torch.cat([more_values, value], 2)
+        learned = prefix_of(model, "encoder")(1)
+        prefix_keys, prefix_values = (tensor.expand(len(x), -1, -1, -1) for tensor in learned)
+        key, value = torch.cat([prefix_keys, key], 2), torch.cat([prefix_values, value], 2)
         weights = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1)
         expected = (weights @ value).transpose(1, 2).flatten(2)
-    out = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    out = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
+    assert_close(out, expected)
 
 
-def test_prefixes_leave_vision_alone_unless_they_are_asked_to() -> None:
-    assert {place[0] for place in adapt(base("miss"), "prefix").part_and_role.values()} == {
-        "encoder",
-        "decoder",
-    }
-    assert {place[0] for place in adapt(base("llava"), "prefix").part_and_role.values()} == {"language"}
+def test_prefixes_on_all_parts_skip_vision() -> None:
+    for kind, parts in (("miss", {"encoder", "decoder"}), ("llava", {"language"})):
+        assert {part for part, _ in adapt(tiny_base(kind), "prefix").part_and_role.values()} == parts
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", ["lora", "ia3", "adapter", "prefix", "ptuning", "ln+lora+adapter+ptuning"])
-def test_what_was_added_comes_off_again(kind: str, method: str) -> None:
-    model = base(kind)
-    expected, names = logits(model), list(model.state_dict())
+def test_restore_base_removes_added_layers(kind: str, method: str) -> None:
+    model = tiny_base(kind)
+    expected, names = compute_logits(model), list(model.state_dict())
     tuned = adapt(model, method)
-    train_a_little(tuned)
-    assert not torch.equal(logits(model), expected)
+    perturb_trained(tuned)
+    assert not torch.equal(compute_logits(model), expected)
     assert restore_base(tuned) is model
-    assert torch.equal(logits(model), expected)
+    assert torch.equal(compute_logits(model), expected)
     assert list(model.state_dict()) == names
 
 
-def test_two_methods_on_one_linear_are_refused_and_the_model_stays_whole() -> None:
-    model = base("miss")
-    expected = logits(model)
+def test_two_methods_on_one_linear_are_refused_and_the_model_is_unchanged() -> None:
+    model = tiny_base("miss")
+    expected = compute_logits(model)
     with pytest.raises(InputError, match="only one of lora and ia3"):
         adapt(model, "lora+ia3")
-    assert torch.equal(logits(model), expected)
+    assert torch.equal(compute_logits(model), expected)
     adapt(model, "encoder=lora[:1]+ia3[1:]")
 
 
-def test_a_part_without_a_place_for_the_method_is_refused_where_it_was_named() -> None:
+def test_a_part_without_a_layer_for_the_method_is_refused_unless_it_is_optional() -> None:
     with pytest.raises(InputError, match="lora finds no query or value projection in part 'connector'"):
-        adapt(base("llava"), "connector=lora")
-    adapt(base("llava"), "connector?=lora,language=lora")
+        adapt(tiny_base("llava"), "connector=lora")
+    adapt(tiny_base("llava"), "connector?=lora,language=lora")

@@ -1,4 +1,4 @@
-"""The presets give the parameter counts that the papers print, on the meta device at real sizes."""
+"""Presets give the parameter counts of the papers, on models of real size on the meta device."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 
 from normtune.methods.adapt import adapt
 from normtune.methods.presets import PRESETS
-from tests.support.architectures import shape
-from tests.support.base_models import base
+from tests.support.architectures import build_on_meta
+from tests.support.base_models import tiny_base
 
 MISS_TOTAL = 361_478_972
 ATTENTION = {"vision": 28_348_416, "encoder": 56_696_832, "decoder": 56_696_832}
@@ -30,11 +30,9 @@ FFN = 56_669_184  # of each part
         ("frozen", 0, 0.0, 3),
     ],
 )
-def test_presets_on_miss_give_the_published_shares(
-    preset: str, trainable: int, percent: float, digits: int
-) -> None:
-    """MILE's denominator counts what is added: prefix is 3.926% so, and 4.087% of the base alone."""
-    tuned = adapt(shape("miss_base"), preset)
+def test_presets_on_miss_give_the_published_shares(preset: str, trainable: int, percent: float, digits: int) -> None:
+    """MILE's denominator includes the added parameters: prefix is 3.926%, and would be 4.087% of the base."""
+    tuned = adapt(build_on_meta("miss_base"), preset)
     assert tuned.trainable == trainable
     assert round(100 * tuned.share, digits) == percent
     assert tuned.base_total == MISS_TOTAL
@@ -45,33 +43,31 @@ def test_presets_on_miss_give_the_published_shares(
 def test_added_methods_are_counted_by_hand() -> None:
     width, layers, inner = 768, 12, 3072
     lora = 2 * layers * 4 * (4 * 2 * width)  # two parts; query and value, of self and cross; rank 4
-    assert lora == 589_824  # the number that the test above asks of the preset, as with those below
-    assert adapt(shape("miss_base"), "frozen-lora8-lora8").trainable == 2 * lora
-    ia3 = (
-        2 * layers * (4 * width + 2 * width + inner)
-    )  # key and value, both outputs, the feed-forward's input
+    assert lora == 589_824  # the number in the test above, as for those below
+    assert adapt(build_on_meta("miss_base"), "frozen-lora8-lora8").trainable == 2 * lora
+    ia3 = 2 * layers * (4 * width + 2 * width + inner)  # key and value, both outputs, the feed-forward's input
     assert ia3 == 184_320
     embedding, squash, outer = 10 * width, width * width + width, (width + 1) * layers * 2 * width
     assert embedding + squash + outer == 14_772_480
-    assert adapt(shape("miss_base"), "frozen-frozen-ptuning").trainable == 10 * layers * 2 * width
+    assert adapt(build_on_meta("miss_base"), "frozen-frozen-ptuning").trainable == 10 * layers * 2 * width
     adapter = layers * (2 * 64 * width + 64 + width)
-    assert adapt(shape("miss_base"), "frozen-frozen-adapter").trainable == adapter
+    assert adapt(build_on_meta("miss_base"), "frozen-frozen-adapter").trainable == adapter
 
 
 def test_llava_med_norms_are_266240_of_7_566_billion() -> None:
-    tuned = adapt(shape("llava_med"), "ln-language")
+    tuned = adapt(build_on_meta("llava_med"), "ln-language")
     assert tuned.trainable == 266_240
     assert round(tuned.total / 1e9, 3) == 7.567
     assert round(100 * tuned.share, 4) == 0.0035
-    assert adapt(shape("llava_med"), "ln-vision").trainable == 102_400
-    assert adapt(shape("llava_med"), "ln").trainable == 368_640
+    assert adapt(build_on_meta("llava_med"), "ln-vision").trainable == 102_400
+    assert adapt(build_on_meta("llava_med"), "ln").trainable == 368_640
     assert (
-        adapt(shape("llava_med"), "lora-8").trainable == 32 * 8 * (2 * 4096 + 4096 + 1024) + 24 * 8 * 4 * 1024
+        adapt(build_on_meta("llava_med"), "lora-8").trainable == 32 * 8 * (2 * 4096 + 4096 + 1024) + 24 * 8 * 4 * 1024
     )
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_every_preset_fits_miss(preset: str) -> None:
-    tuned = adapt(base("miss"), preset)
+    tuned = adapt(tiny_base("miss"), preset)
     assert (tuned.trainable == 0) == (preset == "frozen")
     assert all(parameter.requires_grad for parameter in tuned.trained.values())

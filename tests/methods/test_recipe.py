@@ -1,4 +1,4 @@
-"""The recipe language: what it reads, what it prints, how it refuses."""
+"""The recipe language: parsing, resolving, printing, and errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def methods(model: tuple[str, ...], text: str) -> dict[str, tuple[Method, ...]]:
     return dict(resolve(parse(text), model).parts)
 
 
-def test_reads_every_form() -> None:
+def test_parses_every_form() -> None:
     assert parse("ln") == Recipe((("all", LN),))
     assert parse("ln+bias").methods_of("all") == (Method("ln"), Method("bias"))
     assert parse("lora(r=4, alpha=32,dropout=0.1)").methods_of("all") == (LORA4,)
@@ -36,7 +36,7 @@ def test_reads_every_form() -> None:
     assert parse("connector?=full,language=ln").optional == {"connector"}
 
 
-def test_options_have_defaults_and_defaults_do_not_count() -> None:
+def test_options_have_defaults_and_an_explicit_default_changes_nothing() -> None:
     assert Method("lora").option("r") == 8
     assert Method("lora").option("alpha") == 16
     assert Method("prefix").option("n") == 10
@@ -85,33 +85,12 @@ def test_resolving_twice_changes_nothing() -> None:
 
 
 def test_presets() -> None:
-    named = {
-        "frozen",
-        "full",
-        "ln",
-        "ln-vision",
-        "ln-language",
-        "ln-encoder",
-        "ln-decoder",
-        "ln-encoder+decoder",
-    }
-    assert named | {
-        "attention",
-        "ffn",
-        "bias",
-        "lora-4",
-        "lora-8",
-        "prefix",
-        "ptuning",
-        "ia3",
-        "adapter",
-    } <= set(PRESETS)
+    named = {"frozen", "full", "ln", "ln-vision", "ln-language", "ln-encoder", "ln-decoder", "ln-encoder+decoder"}
+    assert named | {"attention", "ffn", "bias", "lora-4", "lora-8", "prefix", "ptuning", "ia3", "adapter"} <= set(
+        PRESETS
+    )
     assert methods(MISS, "frozen-lora4-lora4") == {"vision": (), "encoder": (LORA4,), "decoder": (LORA4,)}
-    assert methods(MISS, "full-full-prefix") == {
-        "vision": FULL,
-        "encoder": FULL,
-        "decoder": (Method("prefix"),),
-    }
+    assert methods(MISS, "full-full-prefix") == {"vision": FULL, "encoder": FULL, "decoder": (Method("prefix"),)}
     assert methods(LLAVA, "frozen-full-ln") == {"vision": (), "connector": (), "language": LN}
     assert methods(MISS, "ln-encoder+decoder") == methods(MISS, "ln-language")
     for name, text in PRESETS.items():
@@ -155,12 +134,12 @@ def test_presets() -> None:
         ("lora(r=" + "9" * 5000 + ")", "is not a number"),
     ],
 )
-def test_refuses_in_words(text: str, message: str) -> None:
-    with pytest.raises(RecipeError) as refusal:
+def test_parse_errors_explain_themselves(text: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
         parse(text)
-    assert message in str(refusal.value)
-    assert "\n" not in str(refusal.value)
-    assert isinstance(refusal.value, InputError)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert isinstance(caught.value, InputError)
 
 
 @pytest.mark.parametrize(
@@ -172,10 +151,10 @@ def test_refuses_in_words(text: str, message: str) -> None:
         ("connector?=full", MISS, "trains nothing on this model"),
     ],
 )
-def test_resolve_refuses_in_words(text: str, model: tuple[str, ...], message: str) -> None:
-    with pytest.raises(RecipeError, match="part") as refusal:
+def test_resolve_errors_explain_themselves(text: str, model: tuple[str, ...], message: str) -> None:
+    with pytest.raises(RecipeError, match="part") as caught:
         resolve(parse(text), model)
-    assert message in str(refusal.value)
+    assert message in str(caught.value)
 
 
 bounds = st.one_of(st.none(), st.integers(-40, 40))
@@ -189,16 +168,9 @@ def _values(default: int | float) -> st.SearchStrategy[int | float]:
 
 
 @st.composite
-def one_method(draw: st.DrawFn) -> Method | None:
+def random_method(draw: st.DrawFn) -> Method | None:
     name = draw(st.sampled_from([*INTRINSIC, *ADDED]))
-    options = tuple(
-        (
-            key,
-            draw(_values(default)),
-        )
-        for key, default in METHODS[name].items()
-        if draw(st.booleans())
-    )
+    options = tuple((key, draw(_values(default))) for key, default in METHODS[name].items() if draw(st.booleans()))
     try:
         return Method(name, options, draw(layer_ranges))
     except RecipeError:
@@ -210,26 +182,24 @@ def recipes(draw: st.DrawFn) -> Recipe:
     names = draw(st.lists(st.sampled_from([*PARTS, "all"]), min_size=1, unique=True))
     parts = []
     for name in names:
-        chosen: list[Method] = []
-        for method in draw(st.lists(one_method(), max_size=3)):
-            if method is not None and not {method.name, *TEXT_ONLY} & {other.name for other in chosen}:
-                chosen.append(method)
-        parts.append((name, tuple(chosen)))
+        methods: list[Method] = []
+        for method in draw(st.lists(random_method(), max_size=3)):
+            if method is not None and not {method.name, *TEXT_ONLY} & {other.name for other in methods}:
+                methods.append(method)
+        parts.append((name, tuple(methods)))
     return Recipe(tuple(parts), frozenset(draw(st.sets(st.sampled_from(names)))))
 
 
 @given(recipes())
-def test_printing_and_reading_are_inverse(recipe: Recipe) -> None:
+def test_printing_and_parsing_are_inverse(recipe: Recipe) -> None:
     assert parse(str(recipe)) == recipe
 
 
-words = st.sampled_from(
-    [*METHODS, *PARTS, "all", "r", "alpha", *"=+,()[]:?- ", "0", "4", "-1", "1e9", "٣", "\n"]
-)
+words = st.sampled_from([*METHODS, *PARTS, "all", "r", "alpha", *"=+,()[]:?- ", "0", "4", "-1", "1e9", "٣", "\n"])
 
 
 @given(st.one_of(st.text(), st.lists(words, max_size=12).map("".join)))
-def test_nonsense_raises_nothing_but_recipe_errors(text: str) -> None:
+def test_random_text_raises_only_recipe_errors(text: str) -> None:
     try:
         recipe = parse(text)
         for model in (MISS, LLAVA):
@@ -238,6 +208,6 @@ def test_nonsense_raises_nothing_but_recipe_errors(text: str) -> None:
         assert "\n" not in str(error)
 
 
-def test_needs_no_torch() -> None:
+def test_importing_the_module_does_not_load_torch() -> None:
     code = "import sys, normtune.methods.recipe; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,1 +1,1 @@
-"""Trained adapters: stored on disk, merged, exported, and several of them over one base."""
+"""Trained adapters: stored on disk, merged into a checkpoint, exported, and several of them over one base."""

@@ -1,14 +1,15 @@
-"""A delta as an adapter of Hugging Face PEFT, for `PeftModel.from_pretrained(base, directory)`.
+"""Export an adapter in the layout of Hugging Face PEFT, for `PeftModel.from_pretrained(base, directory)`.
 
-- ln, bias, attention, ffn, full: PEFT's LN tuning, which copies whatever modules it is told, norms or not,
-  and swaps the copies in; each is told by its full name. PEFT warns of modules that are not linear, and of
-  tensors that are not in the file where only a bias was trained: they keep the base's values, as they should.
-- lora: LoRA on exact modules, with each part's rank and alpha. ia3: IA3 on exact modules.
-- prefix, ptuning, adapter, mixtures of the above: refused, with the reason.
+- ln, bias, attention, ffn, full: PEFT's LN tuning, on exact module names. It copies the modules it is given,
+  norms or not, and swaps the copies in. PEFT warns about modules that are not linear, and about tensors that
+  are not in the file because only a bias was trained; these keep the base's values, which is correct.
+- lora: LoRA on exact modules, with each part's rank and alpha.
+- ia3: IA3 on exact modules.
+- prefix, ptuning, adapter, and mixtures of the above: refused, with the reason.
 
-PEFT keeps LN tuning's tensors in the base's dtype: loaded on a bf16 base the trained gains are rounded, where
-Normtune keeps them in fp32. On an fp32 base the logits are equal. The config names no task type, so PEFT
-passes a model's arguments through as they are; MISS takes none of those that PEFT's task classes add.
+PEFT keeps LN tuning's tensors in the base's dtype: on a bf16 base the trained gains are rounded, whereas
+Normtune keeps them in fp32. On an fp32 base the logits are equal. The config has no task type, so that PEFT
+passes a model's arguments through unchanged; MISS accepts none of those that PEFT's task classes add.
 """
 
 from __future__ import annotations
@@ -32,13 +33,11 @@ from normtune.runtime.files import atomic_directory, write_json, write_text
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
-_PREFIX = "base_model.model."  # PEFT's wrappers, in the names of the tensors it saves
-_KINDS = {"lora": "LoRA", "ia3": "IA3"}
-_LEAVES = ("weight", "bias")  # parameters of modules that hold nothing else
-_PREFIX_REASON = (
-    "PEFT passes a prefix as a cache, which moves every token's position, and Normtune's moves none"
-)
-_REASONS = {
+_PREFIX = "base_model.model."  # PEFT's wrappers, in the names of the tensors that it saves
+_PEFT_METHODS = {"lora": "LoRA", "ia3": "IA3"}  # method -> PEFT's method; all others use LN tuning
+_LEAVES = ("weight", "bias")  # parameters of modules that have no submodules
+_PREFIX_REASON = "PEFT passes a prefix as a cache, which moves every token's position, and Normtune's moves none"
+_REASONS = {  # method -> why PEFT cannot hold it
     "prefix": _PREFIX_REASON,
     "ptuning": _PREFIX_REASON,
     "adapter": "PEFT has no bottleneck adapters",
@@ -47,10 +46,10 @@ _REASONS = {
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote."""
+    """What an export wrote: PEFT's method, the base, and numbers of modules, tensors and values."""
 
     out: str
-    method: str  # PEFT's name of it
+    method: str  # LN tuning, LoRA or IA3
     base: str
     modules: int
     tensors: int
@@ -58,37 +57,41 @@ class Exported:
 
 
 def export_peft(adapter: Path, out: Path, *, model: str | None = None) -> Exported:
-    """Write a delta in PEFT's layout; no weights of the base are needed.
+    """Write an adapter in PEFT's layout; no weights of the base are needed.
 
-    `model` is the base's name in the config, where it is another than the one the delta was trained with.
+    Args:
+        adapter: directory of the adapter.
+        out: directory to write; it must be new or empty.
+        model: name of the base in the config; None: the name in `adapter.json`.
 
     Raises:
-        InputError: `out` is in use, the delta is broken, or PEFT can't hold what it trained (the error says
-            which part, and why).
+        InputError: `out` is in use, the adapter is damaged, or PEFT has no equivalent for it (the message
+        names
+            the part and the reason).
     """
     info = read_adapter_info(adapter)
-    kind = _kind(info)
-    config, key_of = _METHODS[kind](info)
+    peft_method = _peft_method(info)
+    config, key_of = _CONFIGS[peft_method](info)
     config.base_model_name_or_path = model or info.base_name
     config.inference_mode = True
-    found = read_tensors(adapter, info)
-    tensors: dict[str, Tensor] = {_PREFIX + key_of(name): tensor for name, tensor in found.items()}
+    tensors = read_tensors(adapter, info)
+    renamed: dict[str, Tensor] = {_PREFIX + key_of(name): tensor for name, tensor in tensors.items()}
     with atomic_directory(out) as building:
         write_json(building / CONFIG_FILE, config.to_dict())
-        write_tensors(building / WEIGHTS_FILE, tensors)
+        write_tensors(building / WEIGHTS_FILE, renamed)
         write_text(building / CARD_FILE, _card(info))
     return Exported(
         out=str(out),
-        method=kind,
+        method=peft_method,
         base=str(config.base_model_name_or_path),
-        modules=len({_module(name) for name in found}),
-        tensors=len(found),
-        values=sum(tensor.numel() for tensor in found.values()),
+        modules=len({_module(name) for name in tensors}),
+        tensors=len(tensors),
+        values=sum(tensor.numel() for tensor in tensors.values()),
     )
 
 
 def export_text(exported: Exported) -> str:
-    """The result for people."""
+    """The result as text for the terminal."""
     return (
         f"wrote {exported.out}: PEFT's {exported.method} on {exported.modules} modules, "
         f"{exported.values:,} values\n"
@@ -97,38 +100,39 @@ def export_text(exported: Exported) -> str:
 
 
 def _card(info: AdapterInfo) -> str:
+    """The model card, with PEFT's way to load the adapter in place of Normtune's."""
     head, _, _ = model_card(info).partition("\n`adapter.safetensors`")
     return head + "\nIn PEFT's layout: load it with `PeftModel.from_pretrained(base, directory)`.\n"
 
 
-def _kind(info: AdapterInfo) -> str:
-    """The one PEFT method that holds the delta: a key of `_METHODS`.
+def _peft_method(info: AdapterInfo) -> str:
+    """The PEFT method that can hold the whole adapter: a key of `_CONFIGS`.
 
     Raises:
-        InputError: none does.
+        InputError: there is none.
     """
-    parts: dict[str, dict[str, str]] = {}  # kind -> part -> method
-    for one in info.tensors.values():
-        if one.method in _REASONS:
+    parts: dict[str, dict[str, str]] = {}  # PEFT's method -> part -> method
+    for tensor in info.tensors.values():
+        if tensor.method in _REASONS:
             raise InputError(
-                f"part '{one.part}' was trained by {one.method}, which can't be exported: "
-                f"{_REASONS[one.method]}. Use the delta with --adapter."
+                f"part '{tensor.part}' was trained by {tensor.method}, which can't be exported: "
+                f"{_REASONS[tensor.method]}. Use the adapter with --adapter."
             )
-        kind = _KINDS.get(one.method, "LN tuning")
-        parts.setdefault(kind, {}).setdefault(one.part, one.method)
+        peft_method = _PEFT_METHODS.get(tensor.method, "LN tuning")
+        parts.setdefault(peft_method, {}).setdefault(tensor.part, tensor.method)
     if len(parts) > 1:
-        told = "; ".join(f"{kind} holds {_listed(where)}" for kind, where in parts.items())
+        needed = "; ".join(f"{name} for {_list_parts(methods)}" for name, methods in parts.items())
         raise InputError(
-            f"a PEFT adapter holds one method and this delta needs {len(parts)} ({told}). "
+            f"a PEFT adapter holds one method and this adapter needs {len(parts)} ({needed}). "
             "Use normtune merge instead."
         )
     if not parts:
-        raise InputError("the delta holds no tensors: there is nothing to export.")
+        raise InputError("the adapter has no tensors: there is nothing to export.")
     return next(iter(parts))
 
 
-def _listed(where: Mapping[str, str]) -> str:
-    return ", ".join(f"part '{part}' ({method})" for part, method in where.items())
+def _list_parts(methods: Mapping[str, str]) -> str:
+    return ", ".join(f"part '{part}' ({method})" for part, method in methods.items())
 
 
 def _module(name: str) -> str:
@@ -136,18 +140,17 @@ def _module(name: str) -> str:
 
 
 def _ln_tuning(info: AdapterInfo) -> tuple[PeftConfig, Callable[[str], str]]:
-    """PEFT's LN tuning, on whatever modules hold the trained tensors."""
-    for name, one in info.tensors.items():
+    """Config of LN tuning on the modules that hold the trained tensors, and PEFT's name of a tensor."""
+    for name, tensor in info.tensors.items():
         leaf = name.rpartition(".")[2]
-        if leaf not in _LEAVES:
-            reason = f"'{leaf}' is a tensor beside other modules, and PEFT swaps whole modules"
-        elif leaf == "weight" and len(one.shape) == 2 and one.role in ("embedding", "head"):
-            reason = "it may be tied to another tensor, and PEFT's copies aren't"
+        if leaf not in _LEAVES:  # such as a class token: copying its module would copy a whole tower
+            reason = f"'{leaf}' is a tensor next to other modules, and PEFT swaps whole modules"
+        elif leaf == "weight" and len(tensor.shape) == 2 and tensor.role in ("embedding", "head"):
+            reason = "it may be tied to another tensor, and PEFT's copies are not"
         else:
             continue
         raise InputError(
-            f"{name} (part '{one.part}', {one.method}) can't be exported: {reason}. "
-            "Use normtune merge instead."
+            f"{name} (part '{tensor.part}', {tensor.method}) can't be exported: {reason}. Use normtune merge instead."
         )
     modules = list(dict.fromkeys(_module(name) for name in info.tensors))
     return LNTuningConfig(target_modules=exact_name_pattern(modules)), _ln_key
@@ -159,53 +162,55 @@ def _ln_key(name: str) -> str:
 
 
 def _lora(info: AdapterInfo) -> tuple[PeftConfig, Callable[[str], str]]:
-    """One LoRA config; parts that differ from the first in rank or alpha have a pattern of their own."""
-    modules: dict[str, list[str]] = {}
-    for name, one in info.tensors.items():
+    """Config of a LoRA, and PEFT's name of a tensor.
+
+    Parts with another rank or alpha than the first part's get an entry in PEFT's patterns.
+    """
+    modules: dict[str, list[str]] = {}  # part -> linears with a LoRA
+    for name, tensor in info.tensors.items():
         if name.endswith(".lora_A"):
-            modules.setdefault(one.part, []).append(_module(name))
+            modules.setdefault(tensor.part, []).append(_module(name))
     methods = {part: _method_of(info, part, "lora") for part in modules}
     ranks = {part: int(method.option("r")) for part, method in methods.items()}
     alphas = {part: method.option("alpha") for part, method in methods.items()}
-    rates = {float(method.option("dropout")) for method in methods.values()}
+    dropouts = {float(method.option("dropout")) for method in methods.values()}
     first = next(iter(modules))
     config = LoraConfig(
-        target_modules=exact_name_pattern(_flat(modules.values())),
+        target_modules=exact_name_pattern(_flatten(modules.values())),
         r=ranks[first],
-        lora_alpha=alphas[first],  # type: ignore[arg-type]  # PEFT divides it by r and takes any number
-        lora_dropout=rates.pop() if len(rates) == 1 else 0.0,  # for training on; the logits don't know it
-        rank_pattern={
-            exact_name_pattern(modules[part]): rank for part, rank in ranks.items() if rank != ranks[first]
-        },
+        lora_alpha=alphas[first],  # type: ignore[arg-type]  # PEFT accepts any number
+        # matters only for further training, not for the logits
+        lora_dropout=dropouts.pop() if len(dropouts) == 1 else 0.0,
+        rank_pattern={exact_name_pattern(modules[part]): rank for part, rank in ranks.items() if rank != ranks[first]},
         alpha_pattern={
-            exact_name_pattern(modules[part]): one for part, one in alphas.items() if one != alphas[first]
+            exact_name_pattern(modules[part]): alpha for part, alpha in alphas.items() if alpha != alphas[first]
         },
     )
     return config, lambda name: f"{name}.weight"
 
 
 def _ia3(info: AdapterInfo) -> tuple[PeftConfig, Callable[[str], str]]:
-    """IA3; a vector of shape [1, width] scales its module's input, which PEFT calls feed-forward."""
+    """Config of an IA3, and PEFT's name of a tensor."""
     modules = [_module(name) for name in info.tensors]
-    inputs = [_module(name) for name, one in info.tensors.items() if one.shape[0] == 1]
-    # a pattern that matches nothing where no input is scaled: PEFT wants the field with its targets
+    # [1, in] scales its module's input (PEFT's "feedforward_modules"), [out, 1] the output
+    inputs = [_module(name) for name, tensor in info.tensors.items() if tensor.shape[0] == 1]
+    # PEFT requires the field: "(?!)" matches no name
     config = IA3Config(
-        target_modules=exact_name_pattern(modules),
-        feedforward_modules=exact_name_pattern(inputs) if inputs else "(?!)",
+        target_modules=exact_name_pattern(modules), feedforward_modules=exact_name_pattern(inputs) if inputs else "(?!)"
     )
     return config, lambda name: f"{name}_l"
 
 
-_METHODS = {"LN tuning": _ln_tuning, "LoRA": _lora, "IA3": _ia3}
+_CONFIGS = {"LN tuning": _ln_tuning, "LoRA": _lora, "IA3": _ia3}
 
 
 def _method_of(info: AdapterInfo, part: str, name: str) -> Method:
-    """The part's method of that name; the delta's recipe is resolved, so that it names every part."""
-    found = [method for method in parse(info.recipe).methods_of(part) if method.name == name]
-    if len(found) != 1:
-        raise InputError(f"the delta's recipe '{info.recipe}' and its tensors differ about part '{part}'.")
-    return found[0]
+    """The part's method of this name. An adapter's recipe is resolved: every part has its own entry."""
+    methods = [method for method in parse(info.recipe).methods_of(part) if method.name == name]
+    if len(methods) != 1:
+        raise InputError(f"the adapter's recipe '{info.recipe}' and its tensors differ about part '{part}'.")
+    return methods[0]
 
 
-def _flat(lists: Iterable[list[str]]) -> list[str]:
-    return [name for one in lists for name in one]
+def _flatten(lists: Iterable[list[str]]) -> list[str]:
+    return [name for names in lists for name in names]

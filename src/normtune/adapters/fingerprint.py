@@ -1,4 +1,4 @@
-"""Fingerprints that distinguish one base model from another."""
+"""Fingerprints of base models: an adapter records the fingerprint of the base that it was trained on."""
 
 from __future__ import annotations
 
@@ -10,19 +10,24 @@ from torch import Tensor, nn
 
 from normtune.models.parts import is_quantized
 
-QUANTISED = "quantised"
-Values = Callable[[str, range], Tensor]  # a parameter's values at places of its rows laid end to end
+QUANTISED = "quantised"  # second half of a quantised base's fingerprint
+ReadValues = Callable[[str, range], Tensor]  # (parameter, indices into the flattened parameter) -> values
 _SAMPLES = 64  # values of each tensor that the fingerprint reads
 
 
-def fingerprint(model: nn.Module, values: Values | None = None) -> str:
-    """What tells one base from another, whatever dtype it is loaded in; take it before `adapt`.
+def fingerprint(model: nn.Module, values: ReadValues | None = None) -> str:
+    """Compute the fingerprint of a base; call it before `adapt`.
 
-    Two digests of names, shapes and 64 sampled values a tensor, rounded to bf16: one of the linears' weights
-    (the word "quantised" where they are), one of all else. A 7B model takes well under a second.
+    It does not depend on the dtype in which the base is loaded, and takes well under a second for a 7B model.
 
-    `values` gives the values of a named parameter where they are not in memory: `model` may then be on the
-    meta device.
+    Args:
+        values: reads some values of a named parameter, for a model that is not in memory (`model` may be on
+            the meta device); None reads them from the model.
+
+    Returns:
+        Two digests of names, shapes and 64 sampled values per tensor, rounded to bf16: "REST-LINEAR". LINEAR
+        covers the weights of linear layers and is the word "quantised" if they are quantised; REST covers all
+        other parameters.
     """
     linear, rest = hashlib.sha256(), hashlib.sha256()
     quantised = False
@@ -37,26 +42,30 @@ def fingerprint(model: nn.Module, values: Values | None = None) -> str:
             else:
                 digest = rest
             digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
-            places = _sampled(parameter.numel())
+            indices = _sampled_indices(parameter.numel())
             if values is not None:
-                digest.update(_bytes(values(name.removeprefix("."), places)))
+                digest.update(_bytes(values(name.removeprefix("."), indices)))
             elif parameter.device.type != "meta":
                 flat = parameter.detach().reshape(-1)
-                digest.update(_bytes(flat[places.start : places.stop : places.step]))
+                digest.update(_bytes(flat[indices.start : indices.stop : indices.step]))
     return f"{rest.hexdigest()[:32]}-{QUANTISED if quantised else linear.hexdigest()[:32]}"
 
 
-def same_base(one: str, other: str) -> bool:
-    """Whether two fingerprints are of one base; a quantised one is compared by what is not quantised."""
-    (rest, linear), (other_rest, other_linear) = one.split("-"), other.split("-")
-    return rest == other_rest and (linear == other_linear or QUANTISED in (linear, other_linear))
+def same_base(first: str, second: str) -> bool:
+    """Whether two fingerprints belong to one base.
+
+    If one of the bases is quantised, only the parameters that are not quantised are compared.
+    """
+    (rest, linear), (second_rest, second_linear) = first.split("-"), second.split("-")
+    return rest == second_rest and (linear == second_linear or QUANTISED in (linear, second_linear))
 
 
-def _sampled(count: int) -> range:
-    """Where the values that the fingerprint reads stand in a tensor of `count`."""
+def _sampled_indices(count: int) -> range:
+    """Indices of the sampled values of a tensor of `count` values, at equal distances."""
     step = max(1, count // _SAMPLES)
     return range(0, min(count, step * _SAMPLES), step)
 
 
 def _bytes(values: Tensor) -> bytes:
+    # rounded to bf16, so that an fp32 and a bf16 load of one base agree
     return values.to(torch.bfloat16).contiguous().view(torch.int16).cpu().numpy().tobytes()

@@ -1,4 +1,4 @@
-"""What a delta says of itself: `adapter.json` for programs and `README.md`, a model card, for people."""
+"""`adapter.json`: what an adapter is, on which base and data it was trained, and what its tensors are."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from pydantic import TypeAdapter, ValidationError
 
 from normtune.errors import InputError
 
-FORMAT = 1
+FORMAT = 1  # of adapter.json; a change that older versions cannot read gets the next number
 NOTICE = "research use, not for diagnosis"
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}-([0-9a-f]{32}|quantised)")
 
 
 @dataclass(frozen=True)
 class TrainedTensor:
-    """One tensor of a delta."""
+    """One tensor of an adapter."""
 
     shape: list[int]
     part: str
-    role: str  # of an added tensor: its method
+    role: str  # for a tensor that was added to the base: its method
     method: str
 
 
@@ -36,42 +36,42 @@ class AdapterInfo:
     recipe: str
     trainable: int
     total: int
-    data: dict[str, Any] | None  # what it was trained on: name, split, licence ...
+    data: dict[str, Any] | None  # the training data: name, split, licence ...
     metrics: dict[str, Any] | None
-    versions: dict[str, str]
+    versions: dict[str, str]  # of Python and the libraries
     notice: str
     sha256: str  # of adapter.safetensors
     tensors: dict[str, TrainedTensor]
 
     def to_json(self) -> dict[str, Any]:
-        """The object that `adapter.json` holds."""
+        """The JSON object of `adapter.json`."""
         values = asdict(self)
         base = {"name": values.pop("base_name"), "fingerprint": values.pop("base_fingerprint")}
         return {"format": FORMAT, "base": base, **values}
 
 
-def parse_info(found: Any, path: Path) -> AdapterInfo:
-    """Check what was read from `path`.
+def parse_info(contents: Any, path: Path) -> AdapterInfo:
+    """Check the contents of an `adapter.json` that was read from `path`.
 
     Raises:
-        InputError: another format, or an entry that is missing or of the wrong kind.
+        InputError: the format is another one, or an entry is missing or has a wrong type.
     """
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise InputError(f"{path} is not a delta of format {FORMAT}. Was it written by normtune?")
-    values = {name: value for name, value in found.items() if name not in ("format", "base")}
-    if isinstance(base := found.get("base"), dict):
+    if not isinstance(contents, dict) or contents.get("format") != FORMAT:
+        raise InputError(f"{path} is not an adapter of format {FORMAT}. Was it written by normtune?")
+    values = {name: value for name, value in contents.items() if name not in ("format", "base")}
+    if isinstance(base := contents.get("base"), dict):
         values |= {f"base_{name}": value for name, value in base.items()}
     try:
-        info = _adapter_info().validate_python(values)
+        info = _info_validator().validate_python(values)
     except ValidationError as error:
-        fault = error.errors()[0]
-        entry = ".".join(str(step) for step in fault["loc"]).replace("base_", "base.", 1)
-        raise InputError(f"{path}, entry {entry}: {fault['msg'].lower()}. Copy the delta anew.") from error
+        first = error.errors()[0]
+        entry = ".".join(str(step) for step in first["loc"]).replace("base_", "base.", 1)
+        raise InputError(f"{path}, entry {entry}: {first['msg'].lower()}. Copy the adapter again.") from error
     if not _FINGERPRINT.fullmatch(info.base_fingerprint):
-        raise InputError(f"{path}, entry base.fingerprint: no fingerprint. Copy the delta anew.")
+        raise InputError(f"{path}, entry base.fingerprint: not a fingerprint. Copy the adapter again.")
     return info
 
 
 @cache
-def _adapter_info() -> TypeAdapter[AdapterInfo]:
-    return TypeAdapter(AdapterInfo)  # takes longer to build than to use, and a server reads thousands
+def _info_validator() -> TypeAdapter[AdapterInfo]:
+    return TypeAdapter(AdapterInfo)  # slow to build, fast to use; a server reads thousands of adapters

@@ -1,10 +1,10 @@
-"""A tuned model as a checkpoint of its own that costs a few MB: the base's shards, linked, and one new shard.
+"""Merge an adapter into a checkpoint of a few MB: links to the base's shards, and one new shard.
 
-The base is not loaded: one of its tensors is in memory at a time, and only of those that change.
+The base is not loaded. Only tensors that change are read, and one of them is in memory at a time.
 
-Any engine that reads safetensors by their index loads it. Those that read whole shards in the order of their
-names get the new tensors too: the new shard's name sorts behind the linked ones. The links share their bytes
-with the base, so nothing may write into them in place.
+Any engine that reads safetensors through their index loads the result. Engines that read whole shards in the
+order of their names also get the new tensors, because the new shard's name sorts after the linked ones. The
+links share their bytes with the base, so nothing may write into them in place.
 """
 
 from __future__ import annotations
@@ -22,23 +22,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from normtune.adapters.fingerprint import fingerprint, same_base
-from normtune.adapters.merged_weights import changed_by, quantised_site, refuse_unmergeable, with_addition
+from normtune.adapters.merged_weights import changed_tensors, check_mergeable, merged_tensor, quantised_linear_error
 from normtune.adapters.storage import attach_adapter, read_adapter_info, read_tensors
 from normtune.errors import InputError
 from normtune.methods.adapt import TunedModel
 from normtune.methods.registry import INTRINSIC
-from normtune.models.checkpoints.parameter_map import placement, stored_as_is
+from normtune.models.checkpoints.parameter_map import has_every_parameter, map_parameters
 from normtune.models.checkpoints.reader import INDEX_FILE, SINGLE_FILE, Checkpoint, read_header
-from normtune.models.checkpoints.writer import Planned, write_safetensors
+from normtune.models.checkpoints.writer import PlannedTensor, write_safetensors
 from normtune.models.loading import meta_model, quiet_loading
 from normtune.runtime.files import atomic_directory, write_json
 
 NEW_SHARD = "model-normtune.safetensors"
-ORIGIN_FILE = "normtune.json"  # what was merged, for people and for later runs
+ORIGIN_FILE = "normtune.json"  # what was merged, for readers and for later runs
 
+# endings of weight files: those of other formats are not copied
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
 _FICLONE = 0x40049409  # Linux's ioctl that lets two files share their blocks until one is written
-_PIECE = 1 << 20  # values compared at a time
+_PIECE = 1 << 20  # number of values compared at a time
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,11 @@ class Merged:
     """What merging wrote.
 
     Attributes:
-        tensors: tensors in the new shard; `values` is their number of values.
-        linked: how the base's shards came: "hard link", "reflink" (shared blocks) or "copy".
-        rounded_away: share of the changed values that a bf16 load rounds back to the base's (None where
-            nothing changed).
+        tensors: number of tensors in the new shard.
+        values: number of their values.
+        linked: how the base's shards were linked: "hard link", "reflink" (shared blocks) or "copy".
+        rounded_away: share of the changed values that a bf16 load rounds back to the base's; None if nothing
+            changed.
     """
 
     out: str
@@ -64,26 +66,33 @@ class Merged:
 
 
 def merge_to_disk(model: str, adapter: Path, out: Path) -> Merged:
-    """Write base and delta as one checkpoint that plain transformers loads.
+    """Write a base and an adapter as one checkpoint that plain transformers loads.
 
-    The base is not loaded: its structure comes from its config; of its files the values that the fingerprint
-    samples are read and, one by one, the tensors that change. Trained tensors are fp32 in the new file,
-    whatever the base's precision; what LoRA or IA3 rewrites has the base's.
+    The base is not loaded. Its structure comes from its config. From its files the values that the
+    fingerprint samples are read, and the tensors that change, one at a time. In the new file trained tensors
+    are fp32, whatever the base's precision, so that small changes of a gain survive; weights that a LoRA or
+    IA3 changes have the base's dtype.
+
+    Args:
+        model: directory or hub name of the base.
+        adapter: directory of the adapter.
+        out: directory to write; it must be new or empty.
 
     Raises:
-        InputError: `out` is in use, the delta is of another base, its method can't be merged, the base has no
-            safetensors, or a tensor has no place of its own in them.
+        InputError: `out` is in use, the adapter belongs to another base, its method cannot be merged, the
+        base
+            has no safetensors files, or a tensor that changes is not stored in them as it is.
     """
     info = read_adapter_info(adapter)
-    refuse_unmergeable(one.method for one in info.tensors.values())
+    check_mergeable(tensor.method for tensor in info.tensors.values())
     with atomic_directory(out) as building:
-        body: Any = meta_model(model)
-        directory = _directory(model, body.config.name_or_path)
-        base = _Base(body, Checkpoint(directory))
-        tuned = attach_adapter(base.body, adapter, info, base.has)
+        structure: Any = meta_model(model)
+        directory = _directory(model, structure.config.name_or_path)
+        base = _Base(structure, Checkpoint(directory))
+        tuned = attach_adapter(base.model, adapter, info, base.matches)
         loss = _RoundingLoss()
-        planned = _planned(tuned, read_tensors(adapter, info), base, loss)
-        write_safetensors(building / NEW_SHARD, planned)
+        planned = _plan_tensors(tuned, read_tensors(adapter, info), base, loss)
+        write_safetensors(building / NEW_SHARD, planned)  # computes each tensor when it is written
         linked = _link_shards(base.checkpoint, building)
         _copy_others(directory, building)
         origin = {name: value for name, value in info.to_json().items() if name not in ("tensors", "metrics")}
@@ -94,7 +103,7 @@ def merge_to_disk(model: str, adapter: Path, out: Path) -> Merged:
         model=model,
         recipe=info.recipe,
         tensors=len(planned),
-        values=sum(one.values for one in planned),
+        values=sum(tensor.numel for tensor in planned),
         new_bytes=new_bytes,
         linked=linked,
         linked_bytes=sum(path.stat().st_size for path in base.checkpoint.files),
@@ -103,7 +112,7 @@ def merge_to_disk(model: str, adapter: Path, out: Path) -> Merged:
 
 
 def merge_text(merged: Merged) -> str:
-    """The result for people."""
+    """The result as text for the terminal."""
     lines = [
         f"merged '{merged.recipe}' into {merged.model}: {merged.out}",
         f"{merged.tensors:,} tensors ({merged.values:,} values, {merged.new_bytes / 1e6:.1f} MB) are new, "
@@ -112,136 +121,151 @@ def merge_text(merged: Merged) -> str:
     if merged.linked == "hard link":
         lines.append("the linked files share their bytes with the base: never write into them in place")
     if merged.rounded_away is not None:
-        lines.append(
-            f"{merged.rounded_away:.1%} of the changes are lost where the model is loaded in bfloat16"
-        )
+        lines.append(f"{merged.rounded_away:.1%} of the changes are lost where the model is loaded in bfloat16")
     return "\n".join(lines)
 
 
 def _directory(model: str, source: str) -> Path:
-    """Where the files of a base lie; a hub name's in the hub's cache."""
+    """The directory with the files of a base; for a hub name, its directory in the hub's cache."""
     if not source:
         raise InputError(f"model {model} is a shape without weights. Give a model's directory or hub name.")
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import snapshot_download
 
-    others = [f"*{end}" for end in _WEIGHTS if end != ".safetensors"]
+    other_formats = [f"*{end}" for end in _WEIGHTS if end != ".safetensors"]
     try:
-        return Path(snapshot_download(source, ignore_patterns=others))
+        return Path(snapshot_download(source, ignore_patterns=other_formats))
     except (OSError, ValueError) as error:
         raise InputError(f"cannot load model {model}: {error}. Check the name.") from error
 
 
-def _load(kind: Any, directory: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The base in its own precision, as plain transformers loads it."""
+def _load(model_class: Any, directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Load the base in its own precision, as plain transformers does."""
     try:
         with quiet_loading(str(directory)):
-            model: PreTrainedModel = kind.from_pretrained(directory, dtype=dtype)
+            model: PreTrainedModel = model_class.from_pretrained(directory, dtype=dtype)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"cannot load the weights in {directory}: {reason} Copy them anew.") from error
+        raise InputError(f"cannot load the weights in {directory}: {reason} Copy them again.") from error
     return model.eval()
 
 
 class _Base:
-    """A base as its files have it: `body` is its structure, on the meta device wherever that will do.
+    """The structure of a base and its files.
+
+    Attributes:
+        model: the base, on the meta device unless it has to be loaded.
+        keys_of: parameter -> the checkpoint's tensors that hold it.
+        loaded: the base's parameters, if it had to be loaded; empty otherwise.
 
     Raises:
-        InputError: the base has to be loaded and can't be.
+        InputError: the base has to be loaded and loading fails.
     """
 
-    def __init__(self, body: PreTrainedModel, checkpoint: Checkpoint) -> None:
-        self.body, self.checkpoint = body, checkpoint
-        self.placed = placement(body, checkpoint)
-        self.quantised = getattr(body.config, "quantization_config", None) is not None
+    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+        self.model, self.checkpoint = model, checkpoint
+        self.keys_of = map_parameters(model, checkpoint)
+        self.quantised = getattr(model.config, "quantization_config", None) is not None
         self.loaded: dict[str, nn.Parameter] = {}
-        if self.quantised or not stored_as_is(self.placed, checkpoint):
-            # a parameter that is no tensor of the files (unpacked, converted, made anew where it is missing,
-            # or one of two that should be tied and differ) has its value only once the base is loaded
-            self.body = _load(type(body), checkpoint.directory, checkpoint.dtype)
-            self.placed = placement(self.body, checkpoint)
-            self.loaded = dict(self.body.named_parameters(remove_duplicate=False))
+        if self.quantised or not has_every_parameter(self.keys_of, checkpoint):
+            # Some parameters are not tensors of the files: they are unpacked, converted, initialised because
+            # they are missing, or one of two that should be tied but differ. Their values exist only after
+            # loading.
+            self.model = _load(type(model), checkpoint.directory, checkpoint.dtype)
+            self.keys_of = map_parameters(self.model, checkpoint)
+            self.loaded = dict(self.model.named_parameters(remove_duplicate=False))
 
-    def has(self, mark: str) -> bool:
-        """Whether a fingerprint is the base's as it is loaded in fp32, or in its own precision."""
+    def matches(self, base_fingerprint: str) -> bool:
+        """Whether a fingerprint is that of this base, loaded in fp32 or in its own precision."""
         if self.loaded:
-            return same_base(mark, fingerprint(self.body))
+            return same_base(base_fingerprint, fingerprint(self.model))
+        # Both must be tried: fp32 -> bf16 rounds once, fp32 -> fp16 -> bf16 twice, and the adapter may have
+        # been trained on either.
         for dtype in dict.fromkeys((torch.float32, self.checkpoint.dtype)):
-            if same_base(mark, fingerprint(self.body, partial(self._values, dtype))):
+            if same_base(base_fingerprint, fingerprint(self.model, partial(self._values, dtype))):
                 return True
         return False
 
     def keys(self, name: str) -> list[str]:
-        """The checkpoint's tensors that are the base's parameter `name`.
+        """The checkpoint's tensors that hold the base's parameter `name`.
 
         Raises:
             InputError: there are none.
         """
-        found = [key for key in self.placed.get(name, ()) if not self.loaded or self._same(key, name)]
-        if not found and self.quantised:
-            raise quantised_site(name.rpartition(".")[0])
-        if not found:
+        keys = [key for key in self.keys_of.get(name, ()) if not self.loaded or self._is_equal(key, name)]
+        if not keys and self.quantised:
+            raise quantised_linear_error(name.rpartition(".")[0])
+        if not keys:
             raise InputError(
-                f"{name} has no tensor of its own in the checkpoint {self.checkpoint.directory} (it is made "
-                "from others in loading). Save the base anew by save_pretrained, or use the delta with "
+                f"{name} has no tensor of its own in the checkpoint {self.checkpoint.directory} (loading "
+                "makes it from others). Save the base again with save_pretrained, or use the adapter with "
                 "--adapter."
             )
-        return found
+        return keys
 
-    def _same(self, key: str, name: str) -> bool:
+    def _is_equal(self, key: str, name: str) -> bool:
+        """Whether a tensor of the files has the values of the loaded parameter."""
         parameter = self.loaded[name].detach()
-        return torch.equal(self.checkpoint.tensor(key).to(parameter.dtype), parameter.cpu())
+        return torch.equal(self.checkpoint.get_tensor(key).to(parameter.dtype), parameter.cpu())
 
-    def _values(self, dtype: torch.dtype, name: str, places: range) -> Tensor:
-        return self.checkpoint.values(self.placed[name][0], places).to(dtype)
+    def _values(self, dtype: torch.dtype, name: str, indices: range) -> Tensor:
+        return self.checkpoint.read_values(self.keys_of[name][0], indices).to(dtype)
 
 
-def _planned(
+def _plan_tensors(
     tuned: TunedModel, trained: Mapping[str, Tensor], base: _Base, loss: _RoundingLoss
-) -> list[Planned]:
-    """The tensors of the new shard, by the checkpoint's names, in safetensors' order; none is made yet."""
-    values: dict[str, Callable[[], Tensor]] = {}
+) -> list[PlannedTensor]:
+    """The tensors of the new shard, under the checkpoint's names and in safetensors' order.
+
+    Nothing is read or computed yet: each planned tensor has a function that makes it.
+
+    Args:
+        trained: the adapter's tensors, by name.
+        loss: counts the changes that bf16 cannot represent, while the tensors are written.
+    """
+    values: dict[str, Callable[[], Tensor]] = {}  # parameter of the base -> makes its new value
     for name, method in tuned.methods.items():
         if method in INTRINSIC:
             values[name] = partial(trained.__getitem__, name)
-    own = set(values)  # fp32 in the file; what is only rewritten keeps the base's dtype
+    fp32_names = set(values)  # trained tensors are fp32 in the file; others keep the base's dtype
     for addition in tuned.additions:
-        for site, layer in addition.layers.items():
-            for key in changed_by(layer):
-                name = f"{site}.{key}"
-                old = values.get(name) or partial(base.checkpoint.tensor, base.keys(name)[0])
-                values[name] = partial(_added, site, layer, key, old, trained)
+        for linear, layer in addition.layers.items():
+            for key in changed_tensors(layer):
+                # a LoRA on a weight that was also trained (attention+lora) changes the trained value
+                name = f"{linear}.{key}"
+                old = values.get(name) or partial(base.checkpoint.get_tensor, base.keys(name)[0])
+                values[name] = partial(_make_merged, linear, layer, key, old, trained)
 
-    def make(key: str, value: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
-        new = value()
-        loss.add(base.checkpoint.tensor(key), new)
+    def make(key: str, make_value: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
+        new = make_value()
+        loss.add(base.checkpoint.get_tensor(key), new)
         return new.to(dtype)
 
     planned = []
-    for name, value in values.items():
-        for key in base.keys(name):
+    for name, make_value in values.items():
+        for key in base.keys(name):  # several for a tied parameter
             entry = base.checkpoint.entries[key]
-            dtype = torch.float32 if name in own else entry.dtype
-            planned.append(Planned(key, dtype, entry.shape, "", partial(make, key, value, dtype)))
-    return sorted(planned, key=lambda one: (-one.dtype.itemsize, one.name))
+            dtype = torch.float32 if name in fp32_names else entry.dtype
+            planned.append(PlannedTensor(key, dtype, entry.shape, "", partial(make, key, make_value, dtype)))
+    return sorted(planned, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
 
 
-def _added(
-    site: str, layer: Any, key: str, old: Callable[[], Tensor], trained: Mapping[str, Tensor]
+def _make_merged(
+    linear: str, layer: Any, key: str, make_old: Callable[[], Tensor], trained: Mapping[str, Tensor]
 ) -> Tensor:
-    return with_addition(site, layer, key, old(), trained)
+    return merged_tensor(linear, layer, key, make_old(), trained)
 
 
 class _RoundingLoss:
-    """Counts the changed values, and those that bf16 rounds back to the old ones."""
+    """Counts the values that change, and those of them that bf16 rounds back to the old value."""
 
     def __init__(self) -> None:
         self.changed = 0
         self.lost = 0
 
     def add(self, old: Tensor, new: Tensor) -> None:
-        """Both in pieces, so that no more than a few MB are made of them at once."""
+        """Count one tensor, in pieces, so that the intermediate results take a few MB only."""
         for before, after in zip(old.flatten().split(_PIECE), new.flatten().split(_PIECE), strict=True):
             changed = after != before.float()
             self.changed += int(changed.count_nonzero())
@@ -255,19 +279,21 @@ class _RoundingLoss:
 def _link_shards(checkpoint: Checkpoint, building: Path) -> str:
     """Link the base's shards and write the index; returns how they were linked."""
     names = [path.name for path in checkpoint.files]
-    if SINGLE_FILE in names or max(names) >= NEW_SHARD:  # a name that would win over the new shard
+    if SINGLE_FILE in names or max(names) >= NEW_SHARD:
+        # Rename the links: transformers would prefer the single file to the index, and an engine that loads
+        # shards in the order of their names would overwrite the new tensors by old ones.
         names = [f"model-base-{i + 1:05d}-of-{len(names):05d}.safetensors" for i in range(len(names))]
     name_of = dict(zip(checkpoint.files, names, strict=True))
-    ways = {_link(path, building / name) for path, name in name_of.items()}
+    link_kinds = {_link(path, building / name) for path, name in name_of.items()}
     entries = checkpoint.entries | read_header(building / NEW_SHARD)
     size = sum(entry.bytes for entry in entries.values())
-    places = {key: name_of.get(entry.file, NEW_SHARD) for key, entry in entries.items()}
-    write_json(building / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": places})
-    return next(way for way in ("copy", "reflink", "hard link") if way in ways)
+    weight_map = {key: name_of.get(entry.file, NEW_SHARD) for key, entry in entries.items()}
+    write_json(building / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    return next(kind for kind in ("copy", "reflink", "hard link") if kind in link_kinds)  # the costliest
 
 
 def _link(source: Path, target: Path) -> str:
-    """Give a file a second name; where the file system can't, share its blocks or copy it."""
+    """Hard-link a file; if the file system cannot, share its blocks, else copy it. Returns which it was."""
     source = source.resolve()  # the hub's cache is made of symbolic links
     try:
         os.link(source, target)
@@ -277,8 +303,8 @@ def _link(source: Path, target: Path) -> str:
     try:
         import fcntl
 
-        with open(source, "rb") as one, open(target, "wb") as other:
-            fcntl.ioctl(other.fileno(), _FICLONE, one.fileno())
+        with open(source, "rb") as source_file, open(target, "wb") as target_file:
+            fcntl.ioctl(target_file.fileno(), _FICLONE, source_file.fileno())
         return "reflink"
     except (OSError, ImportError):
         shutil.copyfile(source, target)
@@ -286,7 +312,7 @@ def _link(source: Path, target: Path) -> str:
 
 
 def _copy_others(source: Path, target: Path) -> None:
-    """Copy what is not weights: config, tokenizer, processor, chat templates, licence."""
+    """Copy the files that are not weights: config, tokenizer, processor, chat templates, licence."""
     for path in sorted(source.iterdir()):
         if path.name.startswith(".") or path.name.endswith((*_WEIGHTS, ".index.json")):
             continue

@@ -1,4 +1,4 @@
-"""What weights of the base can stand for: which methods, and the weight that a LoRA or an IA3 makes."""
+"""Which methods can be merged into the base's weights, and the weight that a LoRA or an IA3 results in."""
 
 from __future__ import annotations
 
@@ -10,47 +10,57 @@ from torch import Tensor
 
 from normtune.errors import InputError
 
-UNMERGEABLE = {  # method -> why no weights of the base can stand for it
-    "prefix": "its keys and values stand before those of the tokens, and no weight makes them",
-    "ptuning": "its keys and values stand before those of the tokens, and no weight makes them",
-    "adapter": "it has a nonlinearity of its own, and no weight makes it",
+UNMERGEABLE = {  # method -> why no weights of the base have the same effect
+    "prefix": "it adds keys and values in front of those of the tokens, which no weight can do",
+    "ptuning": "it adds keys and values in front of those of the tokens, which no weight can do",
+    "adapter": "it has a nonlinearity, which no weight can replace",
 }
 
 
-def refuse_unmergeable(methods: Iterable[str]) -> None:
-    """Check that weights of the base can stand for what was trained.
+def check_mergeable(methods: Iterable[str]) -> None:
+    """Check that weights of the base can have the effect of these methods.
 
     Raises:
-        InputError: a method that no weight of the base can stand for.
+        InputError: one of the methods cannot be merged.
     """
     for method in methods:
         if method in UNMERGEABLE:
-            raise InputError(
-                f"{method} cannot be merged: {UNMERGEABLE[method]}. Load it with --adapter instead."
-            )
+            raise InputError(f"{method} cannot be merged: {UNMERGEABLE[method]}. Load it with --adapter instead.")
 
 
-def quantised_site(site: str) -> InputError:
-    """The refusal of a linear whose values are not plain numbers."""
-    return InputError(f"{site} is quantised: nothing can be merged into it. Load the base as it was.")
+def quantised_linear_error(linear: str) -> InputError:
+    """The error for a linear with quantised values."""
+    return InputError(f"{linear} is quantised: nothing can be merged into it. Load the base without quantisation.")
 
 
-def changed_by(layer: Any) -> list[str]:
-    """The tensors of the linear that the layer's LoRA or IA3 changes: its weight, or also its bias."""
+def changed_tensors(layer: Any) -> list[str]:
+    """The tensors of a linear that its LoRA or IA3 (`layer`, PEFT's) changes: ["weight"] or also "bias".
+
+    An IA3 that scales the output scales the bias with it.
+    """
     scaled = isinstance(layer, IA3Layer) and not layer.is_feedforward
     return ["weight", "bias"] if scaled and layer.get_base_layer().bias is not None else ["weight"]
 
 
-def with_addition(site: str, layer: Any, key: str, old: Tensor, trained: Mapping[str, Tensor]) -> Tensor:
-    """A tensor `old` of a linear as its LoRA or IA3 changes it, in fp32.
+def merged_tensor(linear: str, layer: Any, key: str, old: Tensor, trained: Mapping[str, Tensor]) -> Tensor:
+    """Merge a LoRA or an IA3 into one tensor of its linear.
 
-    A LoRA gives W + (alpha / r) B A (Hu et al. 2021, section 4.1), an IA3 scales rows (and bias) or columns
-    of W (Liu et al. 2022, section 3.3). The layer's own tensors are taken from `trained`, by name; one fp32
-    tensor of the size of `old` is made.
+    LoRA: W + (alpha / r) B A (Hu et al. 2021, section 4.1). IA3: the rows of W (and the bias), or its
+    columns, times a vector (Liu et al. 2022, section 3.3).
+
+    Args:
+        linear: name of the linear in the base.
+        layer: PEFT's layer around the linear; it provides the method and alpha / r.
+        key: "weight" or "bias".
+        old: the tensor before merging: [out, in] or [out].
+        trained: the adapter's tensors, by name; those of the layer itself are not used.
+
+    Returns:
+        A new fp32 tensor of `old`'s shape, the only one of that size that is created.
     """
     if isinstance(layer, IA3Layer):
-        scale = trained[f"{site}.ia3"].detach()  # [out, 1], or [1, in] where the input is scaled
+        scale = trained[f"{linear}.ia3"].detach()  # [out, 1], or [1, in] if the input is scaled
         return old * (scale if key == "weight" else scale.flatten())
     (name,) = layer.active_adapters
-    new = trained[f"{site}.lora_B"].detach() @ trained[f"{site}.lora_A"].detach()
+    new = trained[f"{linear}.lora_B"].detach() @ trained[f"{linear}.lora_A"].detach()  # [out, r] @ [r, in]
     return new.mul_(layer.scaling[name]).add_(old)

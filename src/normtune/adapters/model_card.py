@@ -9,7 +9,7 @@ from normtune.adapters.info import AdapterInfo
 
 
 def model_card(info: AdapterInfo) -> str:
-    """The delta's README: base, recipe, trainable share, data and its licence, metrics, notice."""
+    """The text of an adapter's README.md: base, recipe, trained share, data and licence, metrics, notice."""
     share = info.trainable / info.total if info.total else 0.0
     rows = [
         ("base", f"`{info.base_name}`"),
@@ -22,15 +22,16 @@ def model_card(info: AdapterInfo) -> str:
         lines += ["", "## Metrics", "", *_table(("metric", "value"), metrics)]
     lines += [
         "",
-        "`adapter.safetensors` holds the trained tensors in fp32, `adapter.json` says which base they belong "
-        "to. Load them with `normtune.adapters.storage.load_delta`, or give this directory as `--adapter`.",
+        "`adapter.safetensors` holds the trained tensors in fp32, `adapter.json` names the base that they "
+        "belong to. Load them with `normtune.load_adapter(model, directory)`, or give this directory as "
+        "`--adapter`.",
         "",
     ]
     return "\n".join(lines)
 
 
 def _metric_rows(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(name, value) of every number, with its interval where it has one; lists (loss curves) are left out."""
+    """(name, value) of every number, with its interval if it has one; lists (loss curves) are skipped."""
     for name, value in metrics.items():
         if isinstance(value, Mapping):
             if {"value", "low", "high"} <= value.keys():
@@ -42,7 +43,7 @@ def _metric_rows(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple
 
 
 def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> list[str]:
-    """Lines of a Markdown table; a cell's own bars and line ends are made harmless."""
+    """Lines of a Markdown table; bars in cells are escaped and line ends replaced by blanks."""
     cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in (head, *rows)]
     lines = [f"| {first} | {second} |" for first, second in cells]
     return [lines[0], "|---|---|", *lines[1:]]

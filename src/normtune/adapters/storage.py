@@ -1,17 +1,15 @@
-"""What was trained, on disk (`adapter.safetensors`, `adapter.json`, `README.md`) and folded into a model.
+"""Save and load adapters: `adapter.safetensors`, `adapter.json` and `README.md` in one directory.
 
-The tensors are fp32 under the names of `Tuned.trained`. The JSON takes its name last and holds the digest of
-the tensors, so a delta that was cut short, or put together from two, is refused. It also says which base it
-belongs to.
+The tensors are fp32, under the names of `TunedModel.trained`. The JSON file names the base and holds the
+digest of the tensors' file. It is renamed into place last, so that an adapter that is incomplete, or mixed
+from two, is refused.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import platform
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +19,21 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from normtune.adapters.fingerprint import fingerprint, same_base
 from normtune.adapters.info import NOTICE, AdapterInfo, TrainedTensor, parse_info
-from normtune.adapters.merged_weights import changed_by, quantised_site, refuse_unmergeable, with_addition
 from normtune.adapters.model_card import model_card
 from normtune.errors import InputError
-from normtune.methods.adapt import Cast, TunedModel, adapt, restore_base
+from normtune.methods.adapt import TunedModel, adapt, restore_base
 from normtune.methods.recipe import parse
 from normtune.methods.registry import INTRINSIC
 from normtune.models.family import Family
-from normtune.models.parts import is_quantized
 from normtune.runtime.files import atomic_write, json_text, read_json
 
 TENSORS_FILE = "adapter.safetensors"
 INFO_FILE = "adapter.json"
 CARD_FILE = "README.md"
-_MAX_NAMED = 3  # mismatches that an error names
+_MAX_NAMED = 3  # an error names so many mismatches and counts the others
 
 
 def save_adapter(
@@ -50,14 +45,22 @@ def save_adapter(
     data: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write what `tuned` trained to `directory`; `data` says what it was trained on, its licence included.
+    """Write the trained parameters of a model to a directory.
+
+    Args:
+        base_name: directory or hub name of the base.
+        base_fingerprint: `fingerprint` of the base, before it was adapted.
+        data: the training data: name, split, licence ...
+        metrics: results to record in `adapter.json` and the model card.
 
     Raises:
         InputError: the files cannot be written.
     """
     directory = Path(directory)
-    tensors = {name: one.detach().cpu().contiguous().clone() for name, one in tuned.trained.items()}
-    with (  # the names are taken from the last to the first
+    tensors = {name: parameter.detach().cpu().contiguous().clone() for name, parameter in tuned.trained.items()}
+    with (
+        # The files get their names when the blocks end, in reverse order: the JSON, which vouches for the
+        # tensors by their digest, is the last.
         atomic_write(directory / INFO_FILE) as info_file,
         atomic_write(directory / TENSORS_FILE) as tensors_file,
         atomic_write(directory / CARD_FILE) as card_file,
@@ -89,10 +92,11 @@ def save_adapter(
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors to a new file.
+    """Write tensors to a new safetensors file.
 
     Raises:
-        OSError: as for any file (safetensors has an exception of its own for a full disk).
+        OSError: the file cannot be written. (For a full disk safetensors raises an error of its own, which is
+            converted.)
     """
     try:
         save_file(dict(tensors), path, metadata={"format": "pt"})
@@ -101,56 +105,60 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_adapter_info(directory: Path | str) -> AdapterInfo:
-    """Read and check `adapter.json`.
+    """Read and check `adapter.json`, and check that the tensors' file has the digest that it records.
 
     Raises:
-        InputError: no delta there, one of another format, or one whose files do not belong together.
+        InputError: the directory has no adapter, or one of another format, or its files do not belong
+        together.
     """
     directory = Path(directory)
     if not (directory / INFO_FILE).is_file():
         raise InputError(
-            f"{directory} holds no whole delta: {INFO_FILE} is missing. "
+            f"{directory} is not a complete adapter: {INFO_FILE} is missing. "
             "Give a directory written by normtune train."
         )
     info = parse_info(read_json(directory / INFO_FILE), directory / INFO_FILE)
     if not (directory / TENSORS_FILE).is_file() or _digest(directory / TENSORS_FILE) != info.sha256:
         raise InputError(
             f"{directory / TENSORS_FILE} is not the file that {INFO_FILE} describes "
-            "(cut short, or of another run). Train again, or copy both files anew."
+            "(truncated, or from another run). Train again, or copy both files again."
         )
     return info
 
 
 def read_tensors(directory: Path | str, info: AdapterInfo) -> dict[str, Tensor]:
-    """The trained tensors of a delta, fp32, by name.
+    """Read the trained tensors of an adapter, fp32, by name.
 
     Raises:
-        InputError: the file cannot be read, or does not hold what `info` says.
+        InputError: the file cannot be read, or its names and shapes differ from those in `info`.
     """
     path = Path(directory) / TENSORS_FILE
     try:
         tensors = load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"cannot read {path}: {error}. Copy the delta anew.") from error
+        raise InputError(f"cannot read {path}: {error}. Copy the adapter again.") from error
     for name in {**info.tensors, **tensors}:
-        told, held = info.tensors.get(name), tensors.get(name)
-        if told is None or held is None or told.shape != list(held.shape):
-            raise InputError(f"{path} and {INFO_FILE} differ about {name}. Copy the delta anew.")
+        expected, actual = info.tensors.get(name), tensors.get(name)
+        if expected is None or actual is None or expected.shape != list(actual.shape):
+            raise InputError(f"{path} and {INFO_FILE} differ about {name}. Copy the adapter again.")
     return tensors
 
 
 def load_adapter(model: nn.Module, directory: Path | str, *, allow_other_base: bool = False) -> TunedModel:
-    """Adapt `model` as the delta's recipe says and give it the trained values.
+    """Adapt a model by an adapter's recipe and set the trained values.
+
+    Args:
+        model: the base, without an adapter; it is changed in place.
+        allow_other_base: accept a base with other values, if its shapes fit.
 
     Raises:
-        InputError: the delta is broken or belongs to another base. Equal shapes with other values are let
-            pass by `allow_other_base`.
+        InputError: the adapter is damaged or belongs to another base.
     """
     info = read_adapter_info(directory)
     tensors = read_tensors(directory, info)
 
-    def is_base(mark: str) -> bool:
-        return allow_other_base or same_base(mark, fingerprint(model))
+    def is_base(base_fingerprint: str) -> bool:
+        return allow_other_base or same_base(base_fingerprint, fingerprint(model))
 
     tuned = attach_adapter(model, directory, info, is_base)
     with torch.no_grad():
@@ -162,153 +170,55 @@ def load_adapter(model: nn.Module, directory: Path | str, *, allow_other_base: b
 def attach_adapter(
     model: nn.Module, directory: Path | str, info: AdapterInfo, is_base: Callable[[str], bool]
 ) -> TunedModel:
-    """Adapt `model` as the delta's recipe says; it has not the trained values yet, and may be on meta.
+    """Adapt a model by an adapter's recipe, without its trained values.
 
-    `is_base` says whether the fingerprint of the delta's base is that of `model`.
+    Args:
+        model: the base; it may be on the meta device.
+        directory: the adapter's, for error messages.
+        is_base: whether a fingerprint (the adapter's base) is that of `model`.
 
     Raises:
-        InputError: the delta belongs to another base.
+        InputError: the adapter belongs to another base.
     """
-    shapes = {
-        name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)
-    }
-    own = {name: tuple(one.shape) for name, one in info.tensors.items() if one.method in INTRINSIC}
-    _refuse(directory, info, [_mismatch(name, shape, shapes.get(name)) for name, shape in own.items()])
+    # Shapes first: they explain a wrong base better than its fingerprint does.
+    model_shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    base_shapes = {name: tuple(tensor.shape) for name, tensor in info.tensors.items() if tensor.method in INTRINSIC}
+    _check_shapes(
+        directory, info, [_mismatch(name, shape, model_shapes.get(name)) for name, shape in base_shapes.items()]
+    )
     if not is_base(info.base_fingerprint):
         raise InputError(
-            f"delta {directory} was trained on '{info.base_name}' and this base has other values or parts. "
-            "Load that base, or pass allow_other_base if you know that they belong together."
+            f"adapter {directory} was trained on '{info.base_name}', but this base has other values or "
+            "parts. Load that base, or pass allow_other_base if you know that they belong together."
         )
     tuned = adapt(model, parse(info.recipe))
-    have = {name: tuple(parameter.shape) for name, parameter in tuned.trained.items()}
-    wanted = {name: tuple(one.shape) for name, one in info.tensors.items()}
-    faults = [_mismatch(name, wanted.get(name), have.get(name)) for name in {**wanted, **have}]
-    if any(faults):
-        if not any(one.method in INTRINSIC for one in info.tensors.values()):
+    # Then all tensors, including the added ones, which exist only now.
+    actual = {name: tuple(parameter.shape) for name, parameter in tuned.trained.items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in info.tensors.items()}
+    mismatches = [_mismatch(name, expected.get(name), actual.get(name)) for name in {**expected, **actual}]
+    if any(mismatches):
+        if not any(tensor.method in INTRINSIC for tensor in info.tensors.values()):
             restore_base(tuned)
-        _refuse(directory, info, faults)
+        _check_shapes(directory, info, mismatches)
     return tuned
 
 
-def _mismatch(name: str, wanted: tuple[int, ...] | None, have: tuple[int, ...] | None) -> str | None:
-    if wanted == have:
+def _mismatch(name: str, adapter_shape: tuple[int, ...] | None, model_shape: tuple[int, ...] | None) -> str | None:
+    if adapter_shape == model_shape:
         return None
-    shown = ["absent" if shape is None else str(list(shape)) for shape in (wanted, have)]
-    return f"{name} (delta {shown[0]}, model {shown[1]})"
+    texts = ["absent" if shape is None else str(list(shape)) for shape in (adapter_shape, model_shape)]
+    return f"{name} (adapter {texts[0]}, model {texts[1]})"
 
 
-def _refuse(directory: Path | str, info: AdapterInfo, faults: list[str | None]) -> None:
-    found = [fault for fault in faults if fault]
-    if found:
-        more = f" and {len(found) - _MAX_NAMED} more" if len(found) > _MAX_NAMED else ""
+def _check_shapes(directory: Path | str, info: AdapterInfo, mismatches: list[str | None]) -> None:
+    """Raise InputError if there are mismatches; None in the list is a tensor that fits."""
+    texts = [mismatch for mismatch in mismatches if mismatch]
+    if texts:
+        more = f" and {len(texts) - _MAX_NAMED} more" if len(texts) > _MAX_NAMED else ""
         raise InputError(
-            f"delta {directory} of base '{info.base_name}' does not fit this model: "
-            f"{', '.join(found[:_MAX_NAMED])}{more}. Load the base that it was trained on."
+            f"adapter {directory} of base '{info.base_name}' does not fit this model: "
+            f"{', '.join(texts[:_MAX_NAMED])}{more}. Load the base that it was trained on."
         )
-
-
-def merged_tensors(tuned: TunedModel) -> dict[str, Tensor]:
-    """What merging writes: the base's name -> the tensor that stands for base and delta together, in fp32.
-
-    Raises:
-        InputError: a method that no weight of the base can stand for.
-    """
-    refuse_unmergeable(tuned.methods.values())
-    merged = {name: one.detach() for name, one in tuned.trained.items() if tuned.methods[name] in INTRINSIC}
-    for addition in tuned.additions:
-        for site, layer in addition.layers.items():
-            for key in changed_by(layer):
-                name, old = f"{site}.{key}", getattr(layer.get_base_layer(), key).detach()
-                if is_quantized(old):
-                    raise quantised_site(site)
-                merged[name] = with_addition(site, layer, key, merged.get(name, old), tuned.trained)
-    return merged
-
-
-def merge_adapter(tuned: TunedModel) -> nn.Module:
-    """Fold what was trained into plain modules of the base, in the base's dtype.
-
-    In an fp32 base trained norms keep their values to the bit; a lower-precision base rounds them.
-    `unmerge_delta` goes back, to the bit.
-
-    Raises:
-        InputError: a method that cannot be merged, or a model that is merged already.
-    """
-    if tuned.unmerge is not None:
-        raise InputError("the model is merged already. Call unmerge_delta first.")
-    merged = merged_tensors(tuned)
-    undo: list[Callable[[], None]] = []
-    for name, base_norm in tuned.base_norms.items():
-        undo.append(_merge_norm(tuned.model, name, base_norm))
-    undo += _merge_cast(tuned.cast)
-    for addition in tuned.additions:
-        for site, layer in addition.layers.items():
-            undo.append(_merge_linear(tuned.model, site, layer, merged))
-
-    def unmerge() -> None:
-        for step in reversed(undo):
-            step()
-
-    tuned.unmerge = unmerge
-    return tuned.model
-
-
-def unmerge_adapter(tuned: TunedModel) -> nn.Module:
-    """Undo `merge_delta`, bit for bit.
-
-    Raises:
-        InputError: the model is not merged.
-    """
-    if tuned.unmerge is None:
-        raise InputError("the model is not merged. Call merge_delta first.")
-    tuned.unmerge()
-    tuned.unmerge = None
-    return tuned.model
-
-
-def _merge_norm(model: nn.Module, name: str, base_norm: nn.Module) -> Callable[[], None]:
-    tuned_norm = model.get_submodule(name)
-    plain = copy.deepcopy(base_norm).train(tuned_norm.training).requires_grad_(False)
-    with torch.no_grad():
-        for attribute, parameter in plain.named_parameters(recurse=False):
-            parameter.copy_(getattr(tuned_norm, attribute))
-    model.set_submodule(name, plain)
-    return partial(model.set_submodule, name, tuned_norm)
-
-
-def _merge_cast(cast: Iterable[tuple[nn.Module, str]]) -> list[Callable[[], None]]:
-    """Plain parameters in the base's dtype for those held in fp32; tied ones stay tied."""
-    plain: dict[int, nn.Parameter] = {}
-    undo: list[Callable[[], None]] = []
-    for module, attribute in cast:
-        chain: Any = module.get_submodule(f"parametrizations.{attribute}")
-        wide, dtype = chain.original, chain[0].dtype
-        parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
-        setattr(module, attribute, plain.setdefault(id(wide), nn.Parameter(wide.detach().to(dtype), False)))
-        undo.append(partial(_hold_again, module, attribute, wide, dtype))
-    return undo
-
-
-def _hold_again(module: nn.Module, attribute: str, wide: nn.Parameter, dtype: torch.dtype) -> None:
-    setattr(module, attribute, wide)
-    parametrize.register_parametrization(module, attribute, Cast(dtype), unsafe=True)
-
-
-def _merge_linear(
-    model: nn.Module, site: str, layer: Any, merged: Mapping[str, Tensor]
-) -> Callable[[], None]:
-    linear = layer.get_base_layer()
-    old = {key: one for key, one in linear.named_parameters(recurse=False) if f"{site}.{key}" in merged}
-    for key, one in old.items():
-        setattr(linear, key, nn.Parameter(merged[f"{site}.{key}"].to(one.dtype), False))
-    model.set_submodule(site, linear)
-
-    def undo() -> None:
-        model.set_submodule(site, layer)
-        for key, one in old.items():
-            setattr(linear, key, one)
-
-    return undo
 
 
 def _digest(path: Path) -> str:
@@ -324,10 +234,15 @@ def load_model(
     device: str | None = None,
     quantize: str | None = None,
 ) -> Family:
-    """Load a base, with an adapter's trained tensors in place where one is given.
+    """Load a base, and an adapter on top of it if one is given, in evaluation mode.
+
+    Args:
+        model: directory or hub name of the base.
+        adapter: directory of the adapter.
+        dtype, device, quantize: see `normtune.models.loading.load`.
 
     Raises:
-        InputError: no such model, or an adapter of another base.
+        InputError: the model does not exist, or the adapter belongs to another base.
     """
     from normtune.models.loading import load
 

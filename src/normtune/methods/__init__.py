@@ -1,1 +1,1 @@
-"""What a recipe trains, and how."""
+"""Training methods: the recipe language, and the functions that apply a recipe to a model."""

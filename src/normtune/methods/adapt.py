@@ -1,13 +1,14 @@
-"""A model made trainable as a recipe says: `tuned = adapt(model, "vision=ln,language=lora(r=4)")`.
+"""Apply a recipe to a model: `tuned = adapt(model, "vision=ln,language=lora(r=4)")`.
 
-Whatever is trained is held in fp32, since a bf16 value near 1 cannot take an AdamW step of 1e-4: norms become
-`TunedNorm`s, any other tensor of a lower-precision base an fp32 parameter that is cast to the base's dtype at
-each use. All else is frozen and untouched.
+This is the only module that decides which parameters train. Every trained parameter is fp32, because a bf16
+value near 1 cannot take an AdamW step of 1e-4 (see `normtune.methods.norms`). A trained norm is replaced by a
+`TunedNorm`. Any other trained tensor of a lower-precision base becomes an fp32 parameter that is cast to the
+base's dtype at each use. All other parameters are frozen and keep their values and dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -36,37 +37,36 @@ from normtune.models.parts import (
 
 @dataclass
 class TunedModel:
-    """A model with the parameters that its recipe trains."""
+    """A model and the parameters that its recipe trains."""
 
     model: nn.Module
-    recipe: Recipe  # resolved: it names every part of the model
-    parts: ModelParts  # of the base, before
-    trained: dict[str, nn.Parameter]  # by name; those of the base bear its names
+    recipe: Recipe  # resolved: it has an entry for every part of the model
+    parts: ModelParts  # of the base, before anything was added
+    trained: dict[str, nn.Parameter]  # by name; parameters of the base keep the base's names
     methods: dict[str, str]  # trained name -> method
-    part_and_role: dict[str, tuple[str, str]]  # trained name -> (part, role); of an added one: (part, method)
-    base_total: int
+    part_and_role: dict[str, tuple[str, str]]  # trained name -> (part, role), or (part, method) if added
+    base_total: int  # parameters of the base
     additions: list[AddedLayers] = field(default_factory=list)
     base_norms: dict[str, nn.Module] = field(default_factory=dict)  # the norms that were replaced, by name
-    cast: list[ParameterHolder] = field(default_factory=list)  # (module, attribute) held in fp32
-    unmerge: Callable[[], None] | None = None  # set while merged
 
     @property
     def trainable(self) -> int:
+        """Number of trained parameters."""
         return sum(parameter.numel() for parameter in self.trained.values())
 
     @property
     def total(self) -> int:
-        """Parameters of the base and what was added to it."""
-        return self.base_total + sum(p.numel() for one in self.additions for p in one.parameters.values())
+        """Number of parameters of the base and of the added layers."""
+        return self.base_total + sum(p.numel() for added in self.additions for p in added.parameters.values())
 
     @property
     def share(self) -> float:
-        """Trainable part of the total."""
+        """Trained parameters divided by all parameters."""
         return self.trainable / self.total
 
 
 class Cast(nn.Module):
-    """An fp32 parameter as the base computes with it; its gradient arrives in fp32."""
+    """Parametrisation that casts an fp32 parameter to the base's dtype; the gradient is fp32."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -77,78 +77,95 @@ class Cast(nn.Module):
 
 
 def adapt(model: nn.Module, recipe: Recipe | str, *, seed: int = 0) -> TunedModel:
-    """Make `model` trainable in place; `seed` decides the start of what is added.
+    """Make a model trainable, in place, as a recipe describes.
+
+    Args:
+        model: the base, without an adapter.
+        recipe: a parsed recipe, or its text (see `normtune.methods.recipe`).
+        seed: seeds the initial values of added layers; the caller's random state does not change.
 
     Raises:
-        InputError: the recipe does not fit the model (the model is then as it was, but frozen).
+        InputError: the recipe does not fit the model. The model is then unchanged, but frozen.
     """
+    # 1. Look everything up under the base's names, before anything changes. Adding layers renames parameters:
+    #    PEFT turns `q_proj.weight` into `q_proj.base_layer.weight`. The holders are module objects, which
+    #    stay the same.
     base = find_parts(model)
     resolved = resolve(parse(recipe) if isinstance(recipe, str) else recipe, base.parts)
-    claims = _claims(base, resolved)
-    claimed = {name: parameter for name, parameter in model.named_parameters() if name in claims}
-    owners = parameter_holders(model, claimed)
-    for name in claims:
-        _check_float(name, owners[name])
+    method_of = _assign_methods(base, resolved)
+    trained_of_base = {name: parameter for name, parameter in model.named_parameters() if name in method_of}
+    holders_of = parameter_holders(model, trained_of_base)
+    for name in method_of:
+        _check_not_quantized(name, holders_of[name])
     model.requires_grad_(False)
-    tuned = TunedModel(model, resolved, base, {}, {}, {}, base.total)
+    tuned = TunedModel(model, resolved, base, {}, {}, {}, base.total)  # filled by the steps below
+    # 2. Add layers (LoRA, prefixes, ...). This step may fail, so it comes before the steps that replace
+    #    tensors of the base: added layers can be removed again, replaced values cannot be restored.
     try:
         with _seeded(model, seed):
-            _add(tuned)
-        if not claims and not tuned.additions and any(methods for _, methods in resolved.parts):
+            _add_all_layers(tuned)
+        if not method_of and not tuned.additions and any(methods for _, methods in resolved.parts):
             raise RecipeError(f"recipe '{resolved}' finds nothing to train in this model. Change the recipe.")
     except InputError:
         restore_base(tuned)
         raise
-    _train_norms(tuned, {name: owners[name] for name in claims})
-    for name, holders in owners.items():
+    # 3. Make the base's trained tensors fp32: norms by a TunedNorm, all others by a cast at use.
+    _replace_norms(tuned, {name: holders_of[name] for name in method_of})
+    for name, holders in holders_of.items():
         if name not in tuned.trained:
-            tuned.trained[name] = _train_in_fp32(tuned, holders)
-    tuned.trained = {name: tuned.trained[name] for name in claims}
-    place_of = {place.name: place for place in base.parameters}
-    for name, method in claims.items():
+            tuned.trained[name] = _train_in_fp32(holders)
+    # 4. List what is trained: first the base's parameters in the base's order, then the added ones.
+    tuned.trained = {name: tuned.trained[name] for name in method_of}
+    info_of = {info.name: info for info in base.parameters}
+    for name, method in method_of.items():
         tuned.methods[name] = method
-        tuned.part_and_role[name] = (place_of[name].part, place_of[name].role)
+        tuned.part_and_role[name] = (info_of[name].part, info_of[name].role)
     for addition in tuned.additions:
         tuned.trained |= addition.parameters
+    # 5. Set requires_grad last: PEFT and the new modules switch it on for parameters of their own choice.
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for parameter in tuned.trained.values():
-        assert parameter.dtype in (torch.float32, torch.float64), "what is trained is held in fp32"
+        assert parameter.dtype in (torch.float32, torch.float64), "trained parameters are fp32"
         parameter.requires_grad_(True)
     return tuned
 
 
 def restore_base(tuned: TunedModel) -> nn.Module:
-    """Give the base back: added parts off, the base's own norms on again; returns the model.
+    """Remove the added layers and put the base's norms back; returns the model.
 
     Raises:
-        InputError: other tensors of the base were trained (their old values are not kept).
+        InputError: other tensors of the base were trained, and their old values no longer exist.
     """
     norm_names = {name for name in tuned.trained if name.rpartition(".")[0] in tuned.base_norms}
     lost = [name for name, method in tuned.methods.items() if method not in ADDED and name not in norm_names]
     if lost:
         raise InputError(f"{lost[0]} was trained in place, its old values are not kept. Load the base again.")
-    for addition in reversed(tuned.additions):
+    for addition in reversed(tuned.additions):  # in the reverse order of adding
         addition.remove()
     for name, norm in tuned.base_norms.items():
         tuned.model.set_submodule(name, norm)
     return tuned.model
 
 
-def _claims(base: ModelParts, recipe: Recipe) -> dict[str, str]:
-    """Trained parameter of the base -> the first method of the recipe that takes it, in the base's order."""
-    claimed: dict[str, str] = {}
+def _assign_methods(base: ModelParts, recipe: Recipe) -> dict[str, str]:
+    """Map each trained parameter of the base to its method, in the base's order.
+
+    A parameter that several methods of its part select (`ln+full`) belongs to the first of them.
+    """
+    method_of: dict[str, str] = {}
     for part, methods in recipe.parts:
         for method in methods:
             if method.name in ADDED:
                 continue
-            alone = Recipe(((part, (method,)),), recipe.optional & {part})
-            for name in select_parameters(base, alone):
-                claimed.setdefault(name, method.name)
-    return {place.name: claimed[place.name] for place in base.parameters if place.name in claimed}
+            # one method at a time, to know which of them selects a parameter
+            single = Recipe(((part, (method,)),), recipe.optional & {part})
+            for name in select_parameters(base, single):
+                method_of.setdefault(name, method.name)
+    return {info.name: method_of[info.name] for info in base.parameters if info.name in method_of}
 
 
-def _check_float(name: str, holders: list[ParameterHolder]) -> None:
+def _check_not_quantized(name: str, holders: list[ParameterHolder]) -> None:
     module, attribute = holders[0]
     parameter = getattr(module, attribute)
     if is_quantized(parameter):
@@ -158,12 +175,13 @@ def _check_float(name: str, holders: list[ParameterHolder]) -> None:
         )
 
 
-def _add(tuned: TunedModel) -> None:
-    """Attach the recipe's added methods; all names are still the base's when their places are looked up."""
-    sites = [(part, method, _sites(tuned, part, method)) for part, method in _added_methods(tuned.recipe)]
-    for part, method, found in sites:
+def _add_all_layers(tuned: TunedModel) -> None:
+    """Add the layers of the recipe's added methods."""
+    # Find the linears of all methods first: they are looked up by the base's names, which additions change.
+    targets = [(part, method, _linears_of(tuned, part, method)) for part, method in _added_methods(tuned.recipe)]
+    for part, method, linears in targets:
         try:
-            addition = add_layers(tuned.model, part, method, found)
+            addition = add_layers(tuned.model, part, method, linears)
         except NoTarget:
             if part in tuned.recipe.optional:
                 continue
@@ -178,31 +196,34 @@ def _added_methods(recipe: Recipe) -> list[tuple[str, Method]]:
     return [(part, method) for part, methods in recipe.parts for method in methods if method.name in ADDED]
 
 
-def _sites(tuned: TunedModel, part: str, method: Method) -> list[TargetLinear]:
-    """The part's attention and feed-forward linears in the method's layers."""
+def _linears_of(tuned: TunedModel, part: str, method: Method) -> list[TargetLinear]:
+    """The attention and feed-forward linears of a part, in the layers that the method covers."""
     layers = method.layer_range(tuned.parts.depth(part))
-    found = []
-    for place in tuned.parts.parameters:
-        name, _, attribute = place.name.rpartition(".")
-        if place.part != part or place.role not in ("attention", "ffn"):
+    linears = []
+    for info in tuned.parts.parameters:
+        name, _, attribute = info.name.rpartition(".")
+        if info.part != part or info.role not in ("attention", "ffn"):
             continue
-        if place.layer is None or place.layer not in layers:
+        if info.layer is None or info.layer not in layers:
             continue
+        # a fused tensor of experts or a convolution has no linear to which a method could add
         module = tuned.model.get_submodule(name)
         if attribute == "weight" and isinstance(module, nn.Linear):
-            found.append(TargetLinear(name, place.role, place.layer, module))
-    return found
+            linears.append(TargetLinear(name, info.role, info.layer, module))
+    return linears
 
 
-def _train_norms(tuned: TunedModel, owners: Mapping[str, list[ParameterHolder]]) -> None:
-    """Put a `TunedNorm` in the place of every norm that has a trained parameter."""
-    names = {id(module): name for name, module in norms(tuned.model).items()}
-    wanted: dict[str, dict[str, str]] = {}  # norm -> attribute -> trained name
-    for name, holders in owners.items():
+def _replace_norms(tuned: TunedModel, holders_of: Mapping[str, list[ParameterHolder]]) -> None:
+    """Replace every norm that has a trained parameter by a `TunedNorm`."""
+    # A trained parameter belongs to a norm if one of its holders is a norm. Other parameters are not handled
+    # here; `adapt` makes them fp32 afterwards.
+    norm_name_of = {id(module): name for name, module in norms(tuned.model).items()}
+    trained_attributes: dict[str, dict[str, str]] = {}  # norm -> attribute -> trained name
+    for name, holders in holders_of.items():
         for module, attribute in holders:
-            if id(module) in names:
-                wanted.setdefault(names[id(module)], {})[attribute] = name
-    for norm_name, attributes in wanted.items():
+            if id(module) in norm_name_of:
+                trained_attributes.setdefault(norm_name_of[id(module)], {})[attribute] = name
+    for norm_name, attributes in trained_attributes.items():
         norm = tuned.model.get_submodule(norm_name)
         tuned.base_norms[norm_name] = norm
         replacement = TunedNorm.from_norm(norm)
@@ -211,23 +232,26 @@ def _train_norms(tuned: TunedModel, owners: Mapping[str, list[ParameterHolder]])
             tuned.trained[name] = getattr(replacement, attribute)
 
 
-def _train_in_fp32(tuned: TunedModel, holders: list[ParameterHolder]) -> nn.Parameter:
-    """The parameter to train in the place of a base's tensor: itself, or fp32 and cast at use."""
+def _train_in_fp32(holders: list[ParameterHolder]) -> nn.Parameter:
+    """Return the parameter that trains for a tensor of the base: the tensor itself if it is fp32 (or wider),
+    else an fp32 copy that its modules cast to the old dtype at each use."""
     module, attribute = holders[0]
     old = getattr(module, attribute)
     if old.dtype.itemsize >= torch.float32.itemsize:
         return old
+    # The optimiser updates `wide` (fp32). Each use of `module.weight` reads cast(wide), in the base's dtype,
+    # so that the forward pass computes as before.
     wide = nn.Parameter(old.detach().float())
-    for module, attribute in holders:
+    for module, attribute in holders:  # tied tensors (embedding and head) share one fp32 parameter
         setattr(module, attribute, wide)
         parametrize.register_parametrization(module, attribute, Cast(old.dtype), unsafe=True)
-        tuned.cast.append((module, attribute))
     return wide
 
 
 @contextmanager
 def _seeded(model: nn.Module, seed: int) -> Iterator[None]:
-    """Random numbers from `seed` inside, the caller's state again after."""
+    """Draw random numbers from `seed` inside, and restore the caller's random state afterwards."""
+    # fork_rng restores the CPU's state and that of the devices named; each must be named once
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     with torch.random.fork_rng(sorted(devices, key=str)):
         torch.manual_seed(seed)
@@ -240,61 +264,62 @@ def select_parameters(base: ModelParts, recipe: Recipe) -> list[str]:
     Raises:
         RecipeError: a method finds nothing in a part that is not optional.
     """
-    chosen: set[str] = set()
+    selected: set[str] = set()
     for part, methods in recipe.parts:
         for method in methods:
             if method.name not in INTRINSIC:
                 continue
-            found = [
-                place.name
-                for place in base.parameters
-                if place.part == part and _selects(method, place, base)
-            ]
-            if not found and part not in recipe.optional:
+            names = [info.name for info in base.parameters if info.part == part and _selects(method, info, base)]
+            if not names and part not in recipe.optional:
                 raise RecipeError(_nothing_to_train(base, part, method))
-            chosen.update(found)
-    return [place.name for place in base.parameters if place.name in chosen]
+            selected.update(names)
+    return [info.name for info in base.parameters if info.name in selected]
 
 
-def _selects(method: Method, place: ParameterInfo, base: ModelParts) -> bool:
-    if method.layers is not None and place.layer not in method.layer_range(base.depth(place.part)):
+def _selects(method: Method, info: ParameterInfo, base: ModelParts) -> bool:
+    """Whether a method trains a parameter of its part."""
+    if method.layers is not None and info.layer not in method.layer_range(base.depth(info.part)):
         return False
     if method.name == "bias":
-        return place.is_bias
+        return info.is_bias
     if method.name == "ln":
-        return place.role == "norm" and bool(method.option("bias" if place.name.endswith("bias") else "gain"))
-    return method.name == "full" or place.role == method.name
+        return info.role == "norm" and bool(method.option("bias" if info.name.endswith("bias") else "gain"))
+    return method.name == "full" or info.role == method.name  # attention and ffn are named after their role
 
 
 def _nothing_to_train(base: ModelParts, part: str, method: Method) -> str:
-    """What was asked, what there is, and what to do."""
-    alone = Method(method.name, method.options)
-    elsewhere = [
+    """Error message: which method finds nothing in which part, which parts would fit, and what to do."""
+    # the same method without its layer range: does the part have any such parameter in other layers?
+    all_layers = Method(method.name, method.options)
+    fitting = [
         other
         for other in base.parts
-        if any(place.part == other and _selects(alone, place, base) for place in base.parameters)
+        if any(info.part == other and _selects(all_layers, info, base) for info in base.parameters)
     ]
-    if method.layers is not None and part in elsewhere:
+    if method.layers is not None and part in fitting:
         return f"'{method}' finds nothing: part '{part}' has {base.depth(part)} layers. Change the range"
-    having = f"parts that have some: {', '.join(elsewhere)}" if elsewhere else "no part of this model has any"
+    hint = f"parts that have some: {', '.join(fitting)}" if fitting else "no part of this model has any"
     return (
-        f"'{method}' finds nothing in part '{part}'; {having}. "
+        f"'{method}' finds nothing in part '{part}'; {hint}. "
         f"Change the recipe, write '{part}?' to skip it, or run normtune inspect"
     )
 
 
-def add_layers(model: nn.Module, part: str, method: Method, sites: Sequence[TargetLinear]) -> AddedLayers:
-    """Add `method` to the linears `sites` of one part.
+def add_layers(model: nn.Module, part: str, method: Method, linears: Sequence[TargetLinear]) -> AddedLayers:
+    """Add the layers of one added method to one part.
+
+    Args:
+        linears: the part's attention and feed-forward linears; the method chooses among them.
 
     Raises:
-        NoSite: the part has no place for it.
-        InputError: another method stands there, or the part's layers differ too much for it.
+        NoTarget: the part has no layer to which the method applies.
+        InputError: another method already changes a linear, or the part's layers differ too much.
     """
     if method.name == "lora":
-        return add_lora(model, part, method, sites)
+        return add_lora(model, part, method, linears)
     if method.name == "ia3":
-        return add_ia3(model, part, sites)
+        return add_ia3(model, part, linears)
     if method.name == "adapter":
-        return add_bottleneck(part, int(method.option("width")), sites)
+        return add_bottleneck(part, int(method.option("width")), linears)
     assert method.name in ("prefix", "ptuning"), method.name
-    return add_prefix(model, part, int(method.option("n")), method.name == "prefix", sites)
+    return add_prefix(model, part, int(method.option("n")), method.name == "prefix", linears)

@@ -1,4 +1,4 @@
-"""Bottleneck adapters behind the feed-forward layers."""
+"""Bottleneck adapters behind the feed-forward layers (the recipe word is `adapter`)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ from normtune.methods.sites import AddedLayers, NoTarget, TargetLinear, ffn_outp
 
 
 class Bottleneck(nn.Module):
-    """x + up(relu(down(x))), the identity at first (Houlsby et al. 2019), one a layer (Pfeiffer et al. 2021).
+    """x + up(relu(down(x))) (Houlsby et al. 2019), one after each feed-forward layer (Pfeiffer et al. 2021).
 
-    Weights are fp32 and cast to the input's dtype at use.
+    `up` starts at zero, so that an untrained bottleneck is the identity. Weights are fp32 and are cast to the
+    input's dtype at use.
+
+    Args:
+        width: size of the layer's output.
+        bottleneck: size of the hidden layer between `down` and `up`.
     """
 
     def __init__(self, width: int, bottleneck: int, device: torch.device) -> None:
@@ -31,26 +36,33 @@ class Bottleneck(nn.Module):
 
 
 def _adapt_output(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """Forward hook of a feed-forward's last linear: pass its output through its bottleneck."""
     adapter = module.adapter
     assert isinstance(adapter, Bottleneck)
     return adapter(output)
 
 
-def add_bottleneck(part: str, width: int, sites: Sequence[TargetLinear]) -> AddedLayers:
-    targets = ffn_outputs(sites)
+def add_bottleneck(part: str, width: int, linears: Sequence[TargetLinear]) -> AddedLayers:
+    """Add a bottleneck of `width` hidden units behind each feed-forward of a part.
+
+    Raises:
+        NoTarget: the part has no feed-forward.
+    """
+    targets = ffn_outputs(linears)
     if not targets:
         raise NoTarget(f"adapter finds no feed-forward in part '{part}'. Choose another method.")
     parameters: dict[str, nn.Parameter] = {}
     hooks = []
-    for site in targets:
-        adapter = Bottleneck(site.module.out_features, width, site.module.weight.device)
-        site.module.adapter = adapter
-        hooks.append(site.module.register_forward_hook(_adapt_output))
-        parameters |= {f"{site.name}.adapter.{name}": p for name, p in adapter.named_parameters()}
+    for target in targets:
+        adapter = Bottleneck(target.module.out_features, width, target.module.weight.device)
+        # A submodule and a forward hook: the linear keeps its class and its name in the model.
+        target.module.adapter = adapter
+        hooks.append(target.module.register_forward_hook(_adapt_output))
+        parameters |= {f"{target.name}.adapter.{name}": p for name, p in adapter.named_parameters()}
 
     def remove() -> None:
-        for hook, site in zip(hooks, targets, strict=True):
+        for hook, target in zip(hooks, targets, strict=True):
             hook.remove()
-            del site.module.adapter
+            del target.module.adapter
 
     return AddedLayers(parameters, remove)

@@ -1,7 +1,8 @@
-"""Methods that add parameters to a frozen model: LoRA and IA3 (by PEFT), prefixes, bottleneck adapters.
+"""LoRA and IA3, as PEFT implements them.
 
-Each function changes the model in place and returns an `Addition`: the new parameters under names of our own,
-which say on which of the base's modules they sit, and how to take them off again.
+Each `add_...` function changes the model in place and returns `AddedLayers`: the new parameters and a
+function that removes them again. The parameters are named after the linear of the base that they change, for
+example `layers.0.self_attn.q_proj.lora_A`.
 """
 
 from __future__ import annotations
@@ -28,30 +29,37 @@ from normtune.methods.sites import (
     ffn_outputs,
 )
 
-_PEFT_NAME = "normtune"
+_PEFT_NAME = "normtune"  # the adapter's name inside PEFT's layers
 
 
-def lora_targets(sites: Sequence[TargetLinear]) -> list[TargetLinear]:
-    """Query and value of every self- and cross-attention (Hu et al. 2021); the whole of a fused one."""
-    return [site for site in sites if site.role == "attention" and site.leaf in QUERY + VALUE + FUSED]
+def lora_targets(linears: Sequence[TargetLinear]) -> list[TargetLinear]:
+    """Query and value projections of self- and cross-attention (Hu et al. 2021, section 7.1).
+
+    A fused query-key-value linear is a target as a whole.
+    """
+    return [linear for linear in linears if linear.role == "attention" and linear.leaf in QUERY + VALUE + FUSED]
 
 
-def ia3_targets(sites: Sequence[TargetLinear]) -> tuple[list[TargetLinear], list[TargetLinear]]:
-    """Linears whose output is scaled, and those whose input is, each feed-forward's last (Liu et al. 2022).
+def ia3_targets(linears: Sequence[TargetLinear]) -> tuple[list[TargetLinear], list[TargetLinear]]:
+    """The targets of IA3 (Liu et al. 2022, section 3.3).
 
-    As in MISS and MILE the output projections of BERT-like attentions are scaled too; a fused query-key-value
-    linear is scaled whole.
+    As in MISS and MILE, the output projections of BERT-like attentions are scaled too. A fused
+    query-key-value linear is scaled as a whole.
+
+    Returns:
+        (linears with a scaled output: key and value projections; linears with a scaled input: the last linear
+        of each feed-forward).
     """
     outputs = [
-        site
-        for site in sites
-        if site.role == "attention" and (site.leaf in KEY + VALUE + FUSED or site.leaf == BERT_OUTPUT)
+        linear
+        for linear in linears
+        if linear.role == "attention" and (linear.leaf in KEY + VALUE + FUSED or linear.leaf == BERT_OUTPUT)
     ]
-    return outputs, ffn_outputs(sites)
+    return outputs, ffn_outputs(linears)
 
 
 def lora_config(method: Method, targets: Sequence[str]) -> LoraConfig:
-    """PEFT's config for exactly the modules named."""
+    """PEFT's config for a LoRA on exactly these modules."""
     return LoraConfig(
         r=int(method.option("r")),
         lora_alpha=int(method.option("alpha")),
@@ -61,67 +69,79 @@ def lora_config(method: Method, targets: Sequence[str]) -> LoraConfig:
 
 
 def ia3_config(outputs: Sequence[str], inputs: Sequence[str]) -> IA3Config:
-    """PEFT's config for exactly the modules named; `inputs` are the feed-forward ones."""
+    """PEFT's config for an IA3 on exactly these modules; `inputs` are PEFT's "feed-forward modules"."""
     return IA3Config(
         target_modules=exact_name_pattern([*outputs, *inputs]), feedforward_modules=exact_name_pattern(inputs)
     )
 
 
 def exact_name_pattern(names: Sequence[str]) -> str:
-    """A pattern that matches these full names alone (a list of names would match their suffixes too)."""
+    """A regular expression that matches these full names only.
+
+    PEFT treats a string as a pattern for the full name, but a list as suffixes: `layers.1` in a list would
+    also match `vision.layers.1`.
+    """
     return "|".join(re.escape(name) for name in names)
 
 
-def add_lora(model: nn.Module, part: str, method: Method, sites: Sequence[TargetLinear]) -> AddedLayers:
-    targets = lora_targets(sites)
+def add_lora(model: nn.Module, part: str, method: Method, linears: Sequence[TargetLinear]) -> AddedLayers:
+    """Add a LoRA to the query and value projections of a part.
+
+    Raises:
+        NoTarget: the part has no query or value projection.
+        InputError: another added method already changes one of them.
+    """
+    targets = lora_targets(linears)
     if not targets:
-        raise NoTarget(
-            f"lora finds no query or value projection in part '{part}'. Choose another method there."
-        )
-    layers, remove = _inject(model, lora_config(method, [site.name for site in targets]), targets)
+        raise NoTarget(f"lora finds no query or value projection in part '{part}'. Choose another method there.")
+    layers, remove = _inject(model, lora_config(method, [target.name for target in targets]), targets)
     parameters: dict[str, nn.Parameter] = {}
     for name, layer in layers.items():
-        parameters[f"{name}.lora_A"] = layer.lora_A[_PEFT_NAME].weight
-        parameters[f"{name}.lora_B"] = layer.lora_B[_PEFT_NAME].weight
+        parameters[f"{name}.lora_A"] = layer.lora_A[_PEFT_NAME].weight  # [rank, in]
+        parameters[f"{name}.lora_B"] = layer.lora_B[_PEFT_NAME].weight  # [out, rank]
     return AddedLayers(parameters, remove, layers)
 
 
-def add_ia3(model: nn.Module, part: str, sites: Sequence[TargetLinear]) -> AddedLayers:
-    outputs, inputs = ia3_targets(sites)
+def add_ia3(model: nn.Module, part: str, linears: Sequence[TargetLinear]) -> AddedLayers:
+    """Add IA3 vectors to the key and value projections and the feed-forwards of a part.
+
+    Raises:
+        NoTarget: the part has no key or value projection.
+        InputError: another added method already changes one of the linears.
+    """
+    outputs, inputs = ia3_targets(linears)
     if not outputs:
         raise NoTarget(f"ia3 finds no key or value projection in part '{part}'. Choose another method there.")
-    config = ia3_config([site.name for site in outputs], [site.name for site in inputs])
+    config = ia3_config([target.name for target in outputs], [target.name for target in inputs])
     layers, remove = _inject(model, config, [*outputs, *inputs])
-    return AddedLayers(
-        {f"{name}.ia3": layer.ia3_l[_PEFT_NAME] for name, layer in layers.items()}, remove, layers
-    )
+    return AddedLayers({f"{name}.ia3": layer.ia3_l[_PEFT_NAME] for name, layer in layers.items()}, remove, layers)
 
 
 def _inject(
     model: nn.Module, config: PeftConfig, targets: Sequence[TargetLinear]
 ) -> tuple[dict[str, Any], Callable[[], None]]:
-    for site in targets:
-        if isinstance(site.module, BaseTunerLayer) or isinstance(
-            model.get_submodule(site.name), BaseTunerLayer
-        ):
-            raise InputError(
-                f"two added methods change {site.name}. Give each part only one of lora and ia3."
-            )
+    """Wrap linears in PEFT's layers; returns these by the linears' names, and a function to remove them."""
+    for target in targets:
+        # A linear takes one PEFT layer. Check the linear that was looked up and the module that has its name
+        # now, which another method may have put there.
+        if isinstance(target.module, BaseTunerLayer) or isinstance(model.get_submodule(target.name), BaseTunerLayer):
+            raise InputError(f"two added methods change {target.name}. Give each part only one of lora and ia3.")
     inject_adapter_in_model(config, model, adapter_name=_PEFT_NAME)
-    del model.peft_config  # PEFT's mark on the model; a second part would be taken for a second adapter
-    layers: dict[str, Any] = {}  # PEFT's layers: their tensors are not in the type that they share
-    for site in targets:
-        layer = model.get_submodule(site.name)
-        assert isinstance(layer, BaseTunerLayer), f"PEFT did not change {site.name}"
-        for added in layer.adapter_layer_names:  # injected in the base's dtype; its forward casts the input
-            if isinstance(tensors := getattr(layer, added), nn.Module):
+    del model.peft_config  # PEFT's record on the model: with it, PEFT would treat the next part's as a second adapter
+    layers: dict[str, Any] = {}  # PEFT's layers; Any: their tensors are not declared in their common type
+    for target in targets:
+        layer = model.get_submodule(target.name)
+        assert isinstance(layer, BaseTunerLayer), f"PEFT did not change {target.name}"
+        # PEFT creates the new tensors in the base's dtype. Make them fp32; PEFT's forward casts the input.
+        for attribute in layer.adapter_layer_names:
+            if isinstance(tensors := getattr(layer, attribute), nn.Module):
                 tensors.float()
-        layers[site.name] = layer.train(site.module.training)
+        layers[target.name] = layer.train(target.module.training)
         for name, parameter in layer.named_parameters():
             if not name.startswith("base_layer."):
                 parameter.data = parameter.data.float()
-    found = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-    assert found >= set(layers)
+    wrapped = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    assert wrapped >= set(layers)
 
     def remove() -> None:
         for name, layer in layers.items():

@@ -1,8 +1,15 @@
-"""Norms whose gains learn in fp32, whatever the base's precision.
+"""Norms with fp32 gains, on a base of any precision.
 
-Near 1 the spacing of bf16 is 0.0078, so a bf16 gain cannot take an AdamW step of 1e-4: it never moves. A
-`TunedNorm` holds gain and bias in fp32, computes in fp32, gives its output in the input's dtype, and keeps
-for the backward pass only its input, as it came, and one or two statistics a row.
+Why fp32: bf16 has 8 significant bits, so its values are 2^-7 = 0.0078 apart just above 1 and 2^-8 = 0.0039
+just below. A gain starts near 1, and an AdamW step changes it by about the learning rate. With a rate of 1e-4
+the step is less than half the spacing, rounding returns the old value, and a bf16 gain never moves.
+
+A `TunedNorm` therefore stores gain and bias in fp32, computes in fp32 and returns its output in the input's
+dtype. For the backward pass it saves its input in the dtype in which it arrived, and one or two statistics a
+row: no fp32 copy of the activations.
+
+In the formulas below x is one row of width d, g the gain, b the bias, dy the gradient of the result and
+avg(v) = sum(v) / d.
 """
 
 from __future__ import annotations
@@ -20,7 +27,7 @@ from normtune.runtime.tensors import clone_while_compiling
 
 
 def norm_eps(module: nn.Module) -> float | None:
-    """The constant added to the variance; None where it is the dtype's own (`nn.RMSNorm`'s default)."""
+    """The constant added to the variance; None for the machine epsilon (the default of `nn.RMSNorm`)."""
     for name in ("eps", "variance_epsilon"):
         if hasattr(module, name):
             return getattr(module, name)
@@ -30,69 +37,128 @@ def norm_eps(module: nn.Module) -> float | None:
 def rounds_before_gain(module: nn.Module) -> bool:
     """Whether an "rms" norm rounds x/rms to the input's dtype before its gain (LLaMA) or after it (Gemma 4).
 
-    Both are tried on 64 bf16 numbers; where neither explains the norm to the bit, the nearer one is taken.
+    The order matters: in bf16 the two results differ in the last bit of many values, and a tuned norm must
+    give the base's output to the bit as long as its gain is untouched. The norm is run on 64 bf16 numbers and
+    compared with both orders. If neither matches exactly, the nearer one is used.
     """
-    x = torch.linspace(-3.0, 5.0, 64, dtype=torch.bfloat16)[None]
-    gain = torch.linspace(0.3, 2.1, 64, dtype=torch.bfloat16)
-    got = probe_norm(module, x, gain).float()
+    x = torch.linspace(-3.0, 5.0, 64, dtype=torch.bfloat16)[None]  # [1, 64]
+    gain = torch.linspace(0.3, 2.1, 64, dtype=torch.bfloat16)  # [64]
+    output = probe_norm(module, x, gain).float()
     wide = x.float()
-    unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + (norm_eps(module) or 0.0))
-    first, after = (unit.bfloat16() * gain).float(), (unit * gain.float()).bfloat16().float()
-    return bool((got - first).abs().sum() <= (got - after).abs().sum())
+    unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + (norm_eps(module) or 0.0))  # x / rms
+    before = (unit.bfloat16() * gain).float()  # LLaMA: gain * bf16(x / rms)
+    after = (unit * gain.float()).bfloat16().float()  # Gemma 4: bf16(gain * x / rms)
+    return bool((output - before).abs().sum() <= (output - after).abs().sum())
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Layer normalisation (Ba et al. 2016): (result, mean, 1/std)."""
+    """Layer normalisation in fp32 (Ba et al. 2016, arXiv 1607.06450).
+
+    Args:
+        x: [..., width], any float dtype.
+        weight, bias: [width] fp32.
+
+    Returns:
+        (result [..., width] in x's dtype, mean [..., 1] fp32, rstd = 1/std [..., 1] fp32).
+    """
+    # mean = avg(x)
+    # rstd = 1 / sqrt(avg((x - mean)^2) + eps)
+    # unit = (x - mean) * rstd
+    # y    = unit * g + b
     out, mean, rstd = torch.native_layer_norm(x.float(), weight.shape, weight, bias, eps)
     return out.to(x.dtype), mean, rstd
 
 
 def layer_norm_backward(
-    grad: Tensor, saved: Sequence[Tensor], weight: Tensor, bias: Tensor | None, wanted: list[bool]
+    grad: Tensor, saved: Sequence[Tensor], weight: Tensor, bias: Tensor | None, output_mask: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of input, gain and bias from what was saved: input, mean and 1/std."""
+    """Gradients of layer normalisation.
+
+    Args:
+        grad: [..., width], the gradient of the result.
+        saved: the input x and what `layer_norm` returned: mean and rstd.
+        output_mask: which gradients to compute, of (input, gain, bias).
+
+    Returns:
+        (dx [..., width] in x's dtype, dg [width] fp32, db [width] fp32); None for those not requested.
+    """
+    # du = dy * g
+    # dx = rstd * (du - avg(du) - unit * avg(du * unit))
+    # dg = sum over all rows of dy * unit
+    # db = sum over all rows of dy
     x, mean, rstd = saved
     grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
-        grad.float(), x.float(), weight.shape, mean, rstd, weight, bias, wanted
+        grad.float(), x.float(), weight.shape, mean, rstd, weight, bias, output_mask
     )
     return None if grad_x is None else grad_x.to(x.dtype), grad_weight, grad_bias
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: bool, rounds: bool) -> tuple[Tensor, Tensor]:
-    """Root-mean-square normalisation (Zhang and Sennrich 2019): (result, 1/rms).
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: bool, round_before_gain: bool) -> tuple[Tensor, Tensor]:
+    """Root-mean-square normalisation in fp32 (Zhang and Sennrich 2019, arXiv 1910.07467).
 
-    With `offset` the gain is 1 + weight (Gemma). With `rounds` x/rms is rounded to the input's dtype before
-    the gain, as LLaMA's norm does, so that an untouched gain gives the base's output to the bit.
+    Args:
+        x: [..., width], any float dtype.
+        weight: [width] fp32.
+        offset: the gain is 1 + weight (Gemma) instead of weight.
+        round_before_gain: round x/rms to x's dtype before the gain, as LLaMA's norm does, so that an
+            untouched gain gives the base's output to the bit.
+
+    Returns:
+        (result [..., width] in x's dtype, rstd = 1/rms [..., 1] fp32).
     """
+    # rstd = 1 / sqrt(avg(x^2) + eps)
+    # unit = x * rstd
+    # y    = unit * g; no mean is subtracted and there is no bias
     wide = x.float()
-    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return scale_and_shift(wide * rstd, 1.0 + weight if offset else weight, None, x.dtype, rounds), rstd
+    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)  # [..., 1]
+    gain = 1.0 + weight if offset else weight
+    return scale_and_shift(wide * rstd, gain, None, x.dtype, round_before_gain), rstd
 
 
 def scale_and_shift(
-    unit: Tensor, gain: Tensor, bias: Tensor | None, dtype: torch.dtype, rounds: bool
+    unit: Tensor, gain: Tensor, bias: Tensor | None, dtype: torch.dtype, round_before_gain: bool
 ) -> Tensor:
-    """Normalised rows (fp32, overwritten) times gain plus bias, in `dtype`; the two broadcast."""
-    if rounds and dtype != torch.float32:
+    """unit * gain + bias in `dtype`.
+
+    Args:
+        unit: normalised rows, fp32; this tensor is overwritten, which saves an fp32 copy.
+        gain, bias: fp32, of a shape that broadcasts to unit's.
+    """
+    if round_before_gain and dtype != torch.float32:
+        # LLaMA's order: round, multiply, round. The product of two bf16 values is exact in fp32, so that an
+        # fp32 gain with a bf16 value gives the same bits as the base's bf16 multiplication.
         return (unit.to(dtype) * gain).to(dtype)
     unit = unit.mul_(gain)
     return (unit if bias is None else unit.add_(bias)).to(dtype)
 
 
 def rms_norm_backward(
-    grad: Tensor, saved: Sequence[Tensor], weight: Tensor, offset: bool, wanted: list[bool]
+    grad: Tensor, saved: Sequence[Tensor], weight: Tensor, offset: bool, output_mask: list[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of input and gain from what was saved: input and 1/rms."""
+    """Gradients of root-mean-square normalisation.
+
+    Args:
+        grad: [..., width], the gradient of the result.
+        saved: the input x and what `rms_norm` returned: rstd.
+        output_mask: which gradients to compute, of (input, gain).
+
+    Returns:
+        (dx [..., width] in x's dtype, dg [width] fp32); None for those not requested. The gradient of
+        1 + weight is that of weight.
+    """
+    # du = dy * g
+    # dx = rstd * (du - unit * avg(du * unit))
+    # dg = sum over all rows of dy * unit
     x, rstd = saved
     gain = 1.0 + weight if offset else weight
     wide = grad.float()
-    # With a mean of 0 layer norm's kernel gives the gain's gradient, and the input's less one term, which
-    # layer norm has and this one has not: 1/rms times the mean of grad * gain.
+    # Layer norm's fused kernel computes this too, if it is given a mean of 0: then its unit is x * rstd, and
+    # its dg is right. Its dx has one more term, -rstd * avg(du), which is added back below.
     grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
-        wide, x.float(), weight.shape, torch.zeros_like(rstd), rstd, gain, None, [*wanted[:2], False]
+        wide, x.float(), weight.shape, torch.zeros_like(rstd), rstd, gain, None, [*output_mask[:2], False]
     )
     if grad_x is not None:
-        mean = (wide @ gain).unsqueeze(-1) / gain.numel()
+        mean = (wide @ gain).unsqueeze(-1) / gain.numel()  # avg(du), [..., 1]
         grad_x = grad_x.addcmul_(rstd, mean).to(x.dtype)
     return grad_x, grad_weight
 
@@ -103,6 +169,7 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
         out, mean, rstd = layer_norm(x, weight, bias, eps)
+        # x as it arrived (bf16): its fp32 copy is made again in the backward pass
         ctx.save_for_backward(x, mean, rstd, weight, bias)
         return clone_while_compiling(out)
 
@@ -110,15 +177,16 @@ class _LayerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *saved, weight, bias = ctx.saved_tensors
+        # one gradient for each argument of forward: x, weight, bias, eps (none)
         return *layer_norm_backward(grad, saved, weight, bias, [*ctx.needs_input_grad[:3]]), None
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Root-mean-square normalisation that saves x and 1/rms."""
+    """Root-mean-square normalisation that saves x and 1/rms and recomputes the rest."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: bool, rounds: bool) -> Tensor:
-        out, rstd = rms_norm(x, weight, eps, offset, rounds)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: bool, round_before_gain: bool) -> Tensor:
+        out, rstd = rms_norm(x, weight, eps, offset, round_before_gain)
         ctx.save_for_backward(x, rstd, weight)
         ctx.offset = offset
         return clone_while_compiling(out)
@@ -127,17 +195,18 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *saved, weight = ctx.saved_tensors
-        found = rms_norm_backward(grad, saved, weight, ctx.offset, [*ctx.needs_input_grad[:2]])
-        return *found, None, None, None
+        grads = rms_norm_backward(grad, saved, weight, ctx.offset, [*ctx.needs_input_grad[:2]])
+        # Rounding has no gradient of its own: like autograd through .to(bf16), it passes gradients unchanged.
+        return *grads, None, None, None
 
 
 class TunedNorm(nn.Module):
-    """A norm made from the base's own, with `weight` and `bias` (where it has one) in fp32.
+    """A norm made from a norm of the base, with `weight` and `bias` (if the base's has one) in fp32.
 
     Attributes:
         kind: "layer", "rms", "rms_offset" (gain = 1 + weight) or "group".
-        rounds: whether x/rms is rounded to the input's dtype before the gain.
-        weight: [width] fp32; its `requires_grad`, and the bias's, are those of the norm it was made from.
+        round_before_gain: whether x/rms is rounded to the input's dtype before the gain.
+        weight: [width] fp32. It requires a gradient if the base's weight did; the same holds for the bias.
     """
 
     weight: nn.Parameter
@@ -157,6 +226,7 @@ class TunedNorm(nn.Module):
         self.eps = eps
         self.groups = groups
         self.round_before_gain = round_before_gain
+        # copies: the base's norm must keep its values, so that `restore_base` can put it back
         self.weight = nn.Parameter(weight.detach().to(torch.float32, copy=True), weight.requires_grad)
         self.bias = None
         if bias is not None:
@@ -164,19 +234,21 @@ class TunedNorm(nn.Module):
 
     @classmethod
     def from_norm(cls, module: nn.Module) -> TunedNorm:
-        """The tuned counterpart of a norm, on the same device, with copies of its values."""
+        """Make the tuned counterpart of a norm, on the same device, with copies of its values."""
         weight = module.weight
         assert isinstance(weight, Tensor), "a norm without a gain has nothing to tune"
         bias = getattr(module, "bias", None)
         groups = module.num_groups if isinstance(module, nn.GroupNorm) else 1
         kind = norm_kind(module)
-        rounds = kind == "rms" and rounds_before_gain(module)
-        tuned = cls(kind, weight, bias, norm_eps(module), groups, rounds)
+        # Only LLaMA's kind rounds first: Gemma's (rms_offset) and torch's layer norm apply the gain in fp32.
+        round_before_gain = kind == "rms" and rounds_before_gain(module)
+        tuned = cls(kind, weight, bias, norm_eps(module), groups, round_before_gain)
         return tuned.train(module.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., width] (group: [batch, width, ...]), any float dtype; returns the same shape and dtype."""
         eps = torch.finfo(torch.float32).eps if self.eps is None else self.eps
+        # A group norm is torch's own with fp32 parameters: autograd saves an fp32 copy of its input.
         if self.kind == "group":
             return F.group_norm(x.float(), self.groups, self.weight, self.bias, eps).to(x.dtype)
         if self.kind == "layer":

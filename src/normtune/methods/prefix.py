@@ -1,4 +1,4 @@
-"""Prefix tuning and P-Tuning v2: learned keys and values before those of each self-attention."""
+"""Prefix tuning and P-Tuning v2: learned keys and values in front of those of each self-attention."""
 
 from __future__ import annotations
 
@@ -17,19 +17,28 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from normtune.errors import InputError
 from normtune.methods.sites import CROSS, FUSED, KEY, AddedLayers, NoTarget, TargetLinear
 
-PREFIX_ATTENTION = "normtune_prefix"
+PREFIX_ATTENTION = "normtune_prefix"  # name of `prefix_attention` in transformers' AttentionInterface
 
 
 class Prefix(nn.Module):
-    """Learned keys and values before those of every layer's self-attention.
+    """The learned keys and values of one part: n for every self-attention layer.
 
-    The parametrisation is PEFT's: with `projection` a two-layer network makes them from n embeddings (Li and
-    Liang 2021), without it they are learned as they are (P-Tuning v2, Liu et al. 2022).
+    The parametrisation is PEFT's. With `projection` a two-layer network computes keys and values from n
+    embeddings (prefix tuning, Li and Liang 2021). Without it they are the parameters themselves (P-Tuning v2,
+    Liu et al. 2022).
+
+    Args:
+        part: the part of the model to which the prefix belongs.
+        n: keys (and values) per layer.
+        width: width of the keys, all heads together.
+        heads: number of key heads.
+        depth: number of self-attention layers.
     """
 
     def __init__(self, part: str, n: int, width: int, heads: int, depth: int, projection: bool) -> None:
         super().__init__()
-        self.of_part = part  # where it counts, though it stands beside the model's parts
+        # `find_parts` reads `of_part`: the module is a child of the whole model, outside its part.
+        self.of_part = part
         self.n, self.width, self.heads, self.depth = n, width, heads, depth
         config = PrefixTuningConfig(
             num_virtual_tokens=n,
@@ -43,37 +52,40 @@ class Prefix(nn.Module):
 
     def forward(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, each [heads, n, head_dim]."""
+        # PEFT stores the layers next to each other: layer 0's keys, its values, layer 1's keys, ... Computing
+        # one layer's slice only gives the same numbers without the other layers' activations.
         rows = slice(layer * 2 * self.width, (layer + 1) * 2 * self.width)
         embedding = self.encoder.embedding.weight  # [n, width], or [n, depth * 2 * width] without projection
         if self.encoder.prefix_projection:
             inner, squash, outer = self.encoder.transform
-            both = F.linear(squash(inner(embedding)), outer.weight[rows], outer.bias[rows])
+            both = F.linear(squash(inner(embedding)), outer.weight[rows], outer.bias[rows])  # [n, 2 * width]
         else:
-            both = embedding[:, rows]
+            both = embedding[:, rows]  # [n, 2 * width]
         keys, values = both.view(self.n, 2, self.heads, -1).permute(1, 2, 0, 3)
         return keys, values
 
 
 class LayerPrefix(nn.Module):
-    """One layer's view of its part's `Prefix`; sits as `prefix` on the attention module."""
+    """One layer's view of its part's `Prefix`, set as attribute `prefix` of the attention module."""
 
     def __init__(self, prefix: Prefix, layer: int) -> None:
         super().__init__()
-        self._prefix = (prefix,)  # in a tuple: the parameters belong to the model once, not to each layer
+        # In a tuple, so that it is not a submodule: the model has the parameters once, not once a layer.
+        self._prefix = (prefix,)
         self.layer = layer
 
     @property
-    def bank(self) -> Prefix:
-        """What holds the parameters."""
+    def part_prefix(self) -> Prefix:
+        """The part's prefix, which holds the parameters."""
         return self._prefix[0]
 
     def shared_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of the part's prefix, which this layer uses but does not own."""
-        return self.bank.parameters()
+        """The parameters of the part's prefix, which all layers of the part share."""
+        return self.part_prefix.parameters()
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """Keys and values, each [heads, n, head_dim] fp32."""
-        return self.bank(self.layer)
+        """Keys and values of this layer, each [heads, n, head_dim] fp32."""
+        return self.part_prefix(self.layer)
 
 
 def prefix_attention(
@@ -85,27 +97,32 @@ def prefix_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' SDPA attention with the module's prefix before its keys, visible to every query.
+    """Transformers' SDPA attention, with the module's prefix in front of its keys, visible to every query.
 
-    query: [batch, heads, q, head_dim]; key, value: [batch, kv_heads, k, head_dim], rotated and cached without
-    the prefix; attention_mask: [batch or 1, heads or 1, q, k], bool (True = visible) or additive, or None.
+    Args:
+        query: [batch, heads, q, head_dim].
+        key, value: [batch, kv_heads, k, head_dim], with rotary positions applied; the cache does not contain
+            the prefix.
+        attention_mask: [batch or 1, heads or 1, q, k], bool (True = visible) or additive, or None.
     """
     prefix = getattr(module, "prefix", None)
     if prefix is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, is_causal=is_causal, **kwargs
-        )
+        return sdpa_attention_forward(module, query, key, value, attention_mask, is_causal=is_causal, **kwargs)
     queries, keys = query.shape[2], key.shape[2]
     if attention_mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        if causal and queries > 1:  # SDPA's own causal mask would start at the prefix
+        if causal and queries > 1:
+            # SDPA's own causal mask would count the prefix as the first tokens: query 0 would see the first
+            # prefix key only. Build the mask over the real keys, before the prefix is put in front.
             rows = torch.arange(queries, device=key.device)
             attention_mask = (rows[:, None] >= torch.arange(keys, device=key.device))[None, None]
-    more_keys, more_values = (one.to(key.dtype).expand(key.shape[0], -1, -1, -1) for one in prefix())
+    # [heads, n, head_dim] -> [batch, heads, n, head_dim]
+    prefix_keys, prefix_values = (tensor.to(key.dtype).expand(key.shape[0], -1, -1, -1) for tensor in prefix())
     if attention_mask is not None:
         visible = 1.0 if attention_mask.dtype == torch.bool else 0.0
-        attention_mask = F.pad(attention_mask[..., :keys], (more_keys.shape[2], 0), value=visible)
-    key, value = torch.cat([more_keys, key], dim=2), torch.cat([more_values, value], dim=2)
+        # [..., q, k] -> [..., q, n + k]: n visible columns on the left
+        attention_mask = F.pad(attention_mask[..., :keys], (prefix_keys.shape[2], 0), value=visible)
+    key, value = torch.cat([prefix_keys, key], dim=2), torch.cat([prefix_values, value], dim=2)
     return sdpa_attention_forward(module, query, key, value, attention_mask, is_causal=False, **kwargs)
 
 
@@ -114,39 +131,44 @@ def _uses_attention_interface(attention: nn.Module) -> bool:
     return "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(type(attention).forward).__code__.co_names
 
 
-def add_prefix(
-    model: nn.Module, part: str, n: int, projection: bool, sites: Sequence[TargetLinear]
-) -> AddedLayers:
-    attentions = self_attentions(model, sites)
+def add_prefix(model: nn.Module, part: str, n: int, projection: bool, linears: Sequence[TargetLinear]) -> AddedLayers:
+    """Add a prefix of n keys and values to every self-attention of a part.
+
+    Raises:
+        NoTarget: the part has no self-attention that supports a prefix.
+        InputError: its attention caps its logits, or its layers' keys differ in shape.
+    """
+    attentions = self_attentions(model, linears)
     if not attentions:
-        raise NoTarget(
-            f"prefix finds no self-attention that takes one in part '{part}'. Choose another method."
-        )
-    if any(getattr(one, "attn_logit_softcapping", None) is not None for _, one in attentions):
+        raise NoTarget(f"prefix finds no self-attention that takes one in part '{part}'. Choose another method.")
+    if any(getattr(attention, "attn_logit_softcapping", None) is not None for _, attention in attentions):
         raise InputError(
-            f"prefix does not know capped attention, as part '{part}' has. Choose another method."
+            f"prefix does not support attention with capped logits, as in part '{part}'. Choose another method."
         )
     width, heads = _key_shape(part, attentions)
     device = attentions[0][0].module.weight.device
     prefix = Prefix(part, n, width, heads, len(attentions), projection).to(device)
-    bank = f"normtune_prefix_{part}"
-    model.add_module(bank, prefix)
-    configs: dict[int, tuple[Any, str | None]] = {}
+    module_name = f"normtune_prefix_{part}"
+    model.add_module(module_name, prefix)
+    configs: dict[int, tuple[Any, str | None]] = {}  # id -> (config, its attention implementation)
     for index, (_, attention) in enumerate(attentions):
         attention.prefix = LayerPrefix(prefix, index)
+        # A transformers attention finds its function by a name in its config: it gets the name of
+        # `prefix_attention`. MISS's own attention reads its attribute `prefix`.
         if _uses_attention_interface(attention):
             config = attention.config
             configs.setdefault(id(config), (config, config._attn_implementation))
     if configs:
         AttentionInterface.register(PREFIX_ATTENTION, prefix_attention)
-        AttentionMaskInterface.register(PREFIX_ATTENTION, sdpa_mask)
+        AttentionMaskInterface.register(PREFIX_ATTENTION, sdpa_mask)  # masks as SDPA has them
+    # The layers of a part usually share one config object: each was recorded once, with its former value.
     for config, _ in configs.values():
         config._attn_implementation = PREFIX_ATTENTION
 
     def remove() -> None:
         for _, attention in attentions:
             attention.prefix = None
-        delattr(model, bank)
+        delattr(model, module_name)
         for config, implementation in configs.values():
             config._attn_implementation = implementation
 
@@ -154,23 +176,24 @@ def add_prefix(
     return AddedLayers(parameters, remove)
 
 
-def self_attentions(model: nn.Module, sites: Sequence[TargetLinear]) -> list[tuple[TargetLinear, Any]]:
-    """(key projection, attention) of each self-attention that can take a prefix, in the model's order."""
-    found = []
-    for site in sites:
-        if site.role != "attention" or site.leaf not in KEY + FUSED or set(site.name.split(".")) & set(CROSS):
+def self_attentions(model: nn.Module, linears: Sequence[TargetLinear]) -> list[tuple[TargetLinear, Any]]:
+    """(key projection, attention) of each self-attention that supports a prefix, in the model's order."""
+    attentions = []
+    for linear in linears:
+        is_cross = bool(set(linear.name.split(".")) & set(CROSS))
+        if linear.role != "attention" or linear.leaf not in KEY + FUSED or is_cross:
             continue
-        attention: Any = model.get_submodule(site.name.rpartition(".")[0])
+        attention: Any = model.get_submodule(linear.name.rpartition(".")[0])
         if hasattr(attention, "prefix") or _uses_attention_interface(attention):
-            found.append((site, attention))
-    return found
+            attentions.append((linear, attention))
+    return attentions
 
 
 def _key_shape(part: str, attentions: Sequence[tuple[TargetLinear, Any]]) -> tuple[int, int]:
-    """(width, heads) of the keys, the same in every layer."""
+    """(width, heads) of the keys; all layers must agree, since one `Prefix` serves them all."""
     shapes = set()
-    for site, attention in attentions:
-        width = site.module.out_features // (3 if site.leaf in FUSED else 1)
+    for linear, attention in attentions:
+        width = linear.module.out_features // (3 if linear.leaf in FUSED else 1)
         shapes.add((width, attention.heads if hasattr(attention, "heads") else width // attention.head_dim))
     if len(shapes) > 1:
         raise InputError(

@@ -1,4 +1,4 @@
-"""The words of a recipe: parts of a model, methods that train them, and what each method may be told."""
+"""The training methods: their options, defaults and learning rates. Importing this does not load torch."""
 
 from __future__ import annotations
 
@@ -7,34 +7,36 @@ from dataclasses import dataclass
 from normtune.errors import InputError, did_you_mean
 
 METHODS: dict[str, dict[str, int | float]] = {  # method -> its options with their defaults
-    "frozen": {},
-    "full": {},
-    "ln": {"gain": True, "bias": True},
-    "attention": {},
-    "ffn": {},
-    "bias": {},
-    "lora": {"r": 8, "alpha": 16, "dropout": 0.0},
-    "prefix": {"n": 10},
-    "ptuning": {"n": 10},
-    "ia3": {},
-    "adapter": {"width": 64},
+    "frozen": {},  # nothing
+    "full": {},  # every parameter
+    "ln": {"gain": True, "bias": True},  # the norms' gains and biases; bias=0 trains the gains only
+    "attention": {},  # every parameter of the attentions
+    "ffn": {},  # every parameter of the feed-forwards
+    "bias": {},  # the biases of everything but the norms
+    "lora": {"r": 8, "alpha": 16, "dropout": 0.0},  # rank, scale (the update is alpha / r * B A), dropout
+    "prefix": {"n": 10},  # learned keys (and values) per layer
+    "ptuning": {"n": 10},  # the same, without the projection network
+    "ia3": {},  # scales of keys, values and the feed-forwards' inner activations
+    "adapter": {"width": 64},  # size of the bottleneck
 }
-INTRINSIC = ("full", "ln", "attention", "ffn", "bias")
-ADDED = ("lora", "prefix", "ptuning", "ia3", "adapter")
-TEXT_ONLY = ("prefix", "ptuning")  # `all` gives these to the text parts alone
-_LARGEST = 1_000_000  # no rank, width or layer index is larger
+INTRINSIC = ("full", "ln", "attention", "ffn", "bias")  # train parameters of the base
+ADDED = ("lora", "prefix", "ptuning", "ia3", "adapter")  # add parameters to a frozen base
+TEXT_ONLY = ("prefix", "ptuning")  # `all` gives these to the text parts only
+_LARGEST = 1_000_000  # upper bound for ranks, widths and layer indices
 
 
 class RecipeError(InputError):
-    """A recipe that can't be read, or that doesn't fit the model."""
+    """A recipe that cannot be parsed, or that does not fit the model."""
 
 
 @dataclass(frozen=True)
 class Method:
     """One method with its options and its layers.
 
-    Options at their defaults are left out, so that `lora(r=8)` equals `lora`. `layers` is half-open and
-    counts from the end where negative; None means the whole part, its tensors outside the layers included.
+    Attributes:
+        options: (name, value) of each option that differs from its default: `lora(r=8)` equals `lora`.
+        layers: half-open range, negative bounds count from the end. None means the whole part, including its
+            tensors outside the layers.
     """
 
     name: str
@@ -43,22 +45,21 @@ class Method:
 
     def __post_init__(self) -> None:
         if self.name == "frozen":
-            raise RecipeError(
-                "'frozen' takes no options, layers or other methods: a frozen part has no methods"
-            )
+            raise RecipeError("'frozen' takes no options, layers or other methods: a frozen part has no methods")
         if self.name not in METHODS:
             raise RecipeError(f"unknown method '{self.name}'{did_you_mean(self.name, METHODS)}")
-        given = dict(self.options)
-        if len(given) != len(self.options):
+        values = dict(self.options)
+        if len(values) != len(self.options):
             raise RecipeError(f"an option of '{self.name}' is given twice")
         defaults = METHODS[self.name]
-        for option, value in given.items():
+        for option, value in values.items():
             check_option(self.name, option, value)
-        kept = tuple((key, given[key]) for key in defaults if key in given and given[key] != defaults[key])
-        object.__setattr__(self, "options", kept)
-        if kept == (("gain", 0), ("bias", 0)):
+        # one spelling for equal methods: options in the order of METHODS, without those at their defaults
+        changed = tuple((key, values[key]) for key in defaults if key in values and values[key] != defaults[key])
+        object.__setattr__(self, "options", changed)  # the class is frozen
+        if changed == (("gain", 0), ("bias", 0)):
             raise RecipeError(f"'{self}' trains neither gains nor biases: leave out one of the two")
-        if self.layers == (None, None):
+        if self.layers == (None, None):  # `ln[:]` equals `ln`
             object.__setattr__(self, "layers", None)
         if self.layers is not None:
             _check_layers(*self.layers)
@@ -68,7 +69,7 @@ class Method:
         return dict(self.options).get(name, METHODS[self.name][name])
 
     def layer_range(self, depth: int) -> range:
-        """The layers that the method covers in a part of `depth` layers."""
+        """Indices of the layers that the method covers in a part of `depth` layers."""
         start, stop = self.layers or (None, None)
         return range(depth)[start:stop]
 
@@ -82,18 +83,18 @@ class Method:
 
 
 def check_option(method: str, option: str, value: int | float) -> None:
-    """Whether a method takes an option of that name and value.
+    """Check that a method has an option of this name and that the value is valid.
 
     Raises:
-        RecipeError: it does not.
+        RecipeError: the option or the value is not valid.
     """
     defaults = METHODS[method]
     if option not in defaults:
-        takes = ", ".join(defaults) or "none"
+        names = ", ".join(defaults) or "none"
         raise RecipeError(
-            f"'{method}' has no option '{option_text(option)}'{did_you_mean(option, defaults)} (options: {takes})"
+            f"'{method}' has no option '{shorten(option)}'{did_you_mean(option, defaults)} (options: {names})"
         )
-    if isinstance(defaults[option], bool):
+    if isinstance(defaults[option], bool):  # before int: a bool is an int
         if value not in (0, 1):
             raise RecipeError(f"{option} of '{method}' is {value}; it must be 0 or 1")
     elif isinstance(defaults[option], float):
@@ -106,19 +107,22 @@ def check_option(method: str, option: str, value: int | float) -> None:
 def _check_layers(start: int | None, stop: int | None) -> None:
     if any(bound is not None and abs(bound) > _LARGEST for bound in (start, stop)):
         raise RecipeError(f"layer range [{start}:{stop}] is out of reach")
+    # bounds of different signs ([4:-4]) depend on the depth of the model, which is not known here
     if start is not None and stop is not None and (start < 0) == (stop < 0) and start >= stop:
         raise RecipeError(f"layer range [{start}:{stop}] is empty")
     if stop == 0:
         raise RecipeError("layer range [:0] is empty")
 
 
-def option_text(text: str) -> str:
-    """The text on one line, shortened for a message."""
+def shorten(text: str) -> str:
+    """The text on one line of ASCII, at most 160 characters, for an error message."""
+    # control characters and foreign scripts as escapes, so that a message is one line in any terminal
     text = text.encode("unicode_escape").decode("ascii")
     return text if len(text) <= 160 else text[:157] + "..."
 
 
-# Pairs seen being equal, the best of benchmarks/learning_rates.json, by method (tests hold the two together).
+# Default learning rate of each method: the best of benchmarks/learning_rates.json, which compares rates at
+# equal numbers of image-question pairs. A test checks that the two agree.
 LEARNING_RATES: dict[str, float] = {
     "ln": 3e-2,
     "bias": 1e-1,

@@ -1,4 +1,4 @@
-"""The linear layers of a model to which a method can add parameters."""
+"""The linear layers of a model to which a method can add parameters, found by the names of their modules."""
 
 from __future__ import annotations
 
@@ -10,30 +10,33 @@ from torch import nn
 
 from normtune.errors import InputError
 
+# names of projections: BERT's and MISS's (query, key, value), then LLaMA's (q_proj, k_proj, v_proj)
 QUERY = ("query", "q_proj")
 KEY = ("key", "k_proj")
 VALUE = ("value", "v_proj")
 FUSED = ("qkv", "qkv_proj", "query_key_value")  # query, key and value in one linear
 BERT_OUTPUT = "dense"  # the attention's output projection in models of BERT's layout
+# names of the modules that hold a cross-attention
 CROSS = ("crossattention", "cross_attn", "cross_attention", "encoder_attn")
 
 
 @dataclass(frozen=True)
 class TargetLinear:
-    """A linear layer of the base where something may be added."""
+    """A linear layer of the base to which a method may add parameters."""
 
     name: str  # the module's dotted name in the base
     role: str  # "attention" or "ffn"
-    layer: int
+    layer: int  # index in its part
     module: nn.Linear
 
     @property
     def leaf(self) -> str:
+        """Last component of the name: `q_proj`."""
         return self.name.rpartition(".")[2]
 
 
 class NoTarget(InputError):
-    """A part has no place for the method."""
+    """A part has no layer to which the method applies."""
 
 
 @dataclass
@@ -41,11 +44,12 @@ class AddedLayers:
     """What one method added to one part."""
 
     parameters: dict[str, nn.Parameter]
-    remove: Callable[[], None]
+    remove: Callable[[], None]  # takes the layers off the model again
     layers: dict[str, BaseTunerLayer] = field(default_factory=dict)  # PEFT's, by the base module's name
 
 
-def ffn_outputs(sites: Sequence[TargetLinear]) -> list[TargetLinear]:
+def ffn_outputs(linears: Sequence[TargetLinear]) -> list[TargetLinear]:
     """The last linear of each layer's feed-forward."""
-    last = {site.layer: site for site in sites if site.role == "ffn" and hasattr(site.module, "in_features")}
+    # `linears` are in the model's order: a later linear of the same layer replaces an earlier one
+    last = {linear.layer: linear for linear in linears if linear.role == "ffn"}
     return list(last.values())

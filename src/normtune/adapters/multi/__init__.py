@@ -1,1 +1,1 @@
-"""Several adapters over one base; each row of a batch uses its own."""
+"""Several adapters over one base: each row of a batch uses its own adapter."""

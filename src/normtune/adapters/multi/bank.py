@@ -1,6 +1,16 @@
-"""One base, several adapters: every tuned norm holds the gains of all of them, and rows say whose they are.
+"""Several norm adapters over one base, in training and in serving.
 
-What lies between the norms is the base's and the same for everybody, so that one pass serves all adapters.
+Every tuned norm holds the gains and biases of all adapters (`MultiAdapterNorm`), and each row of a batch uses
+those of its adapter. Everything between the norms is the base, so that one pass serves all adapters.
+
+The values of all adapters are one tensor, with a row per adapter:
+
+                norm 1 weight | norm 1 bias | norm 2 weight | ...
+    values[0]   ---------- adapter 0 (in serving: the base's own values)
+    values[1]   ---------- adapter 1
+
+The norms' parameters are views of its columns. An optimiser works on a row, and loading an adapter copies a
+row.
 """
 
 from __future__ import annotations
@@ -22,101 +32,114 @@ from normtune.models.part_names import IMAGE_PARTS
 
 @dataclass(frozen=True)
 class AdapterBank:
-    """A model whose tuned norms hold several adapters.
+    """A model with several adapters in its tuned norms.
 
     Attributes:
-        tuned: what is trained, by name: the banks of all adapters; see `alone` for those of one.
-        images, texts: whose rows the norms of the image parts and of the text parts are given.
+        tuned: the model; its trained parameters are the norms' banks [adapters, width]. `as_single` gives one
+            adapter.
+        image_rows: the adapters of the rows in the norms of the image parts.
+        text_rows: the same for the text parts.
         values: [adapters, trained values] fp32; every norm's gains and biases are views of it.
-        grads: the same of the gradients; see `gather`.
-        places: trained name -> where its values stand in a row of `values`.
-        banks: the norms' gains and biases, in the order of their places.
+        grads: gradients, of the same shape as `values`; see `collect_gradients`.
+        columns: trained name -> its columns in `values`.
+        banks: the norms' gains and biases, in the order of their columns.
     """
 
     tuned: TunedModel
-    images: ActiveRows
-    texts: ActiveRows
+    image_rows: ActiveRows
+    text_rows: ActiveRows
     values: Tensor
     grads: Tensor
-    slices: Mapping[str, slice]
+    columns: Mapping[str, slice]
     banks: Sequence[nn.Parameter]
 
-    def trained(self, adapter: int) -> dict[str, nn.Parameter]:
-        """What one adapter trains, by name; views of `values`."""
-        return {name: nn.Parameter(self.values[adapter, place], False) for name, place in self.slices.items()}
+    def parameters_of(self, adapter: int) -> dict[str, nn.Parameter]:
+        """One adapter's trained parameters, by name: views of `values`, [width] each."""
+        return {name: nn.Parameter(self.values[adapter, span], False) for name, span in self.columns.items()}
 
     def as_single(self, adapter: int) -> TunedModel:
-        """One adapter as `adapt` and training would have left it, for its delta."""
-        return replace(self.tuned, trained=self.trained(adapter))
+        """One adapter as if it had been trained alone, to save it."""
+        return replace(self.tuned, trained=self.parameters_of(adapter))
 
     @torch.no_grad()
     def set_adapter(self, adapter: int, tensors: Mapping[str, Tensor]) -> None:
-        """Give an adapter its values, such as those of a delta."""
-        for name, place in self.slices.items():
-            self.values[adapter, place] = tensors[name].to(self.values)
+        """Set the values of one adapter, such as those read from its file."""
+        for name, span in self.columns.items():
+            self.values[adapter, span] = tensors[name].to(self.values)
 
     def collect_gradients(self) -> None:
-        """Add what a backward pass left at the norms to `grads`."""
-        found = [torch.zeros_like(bank) if bank.grad is None else bank.grad for bank in self.banks]
-        self.grads.add_(torch.cat(found, 1))
+        """Add the gradients of the norms' banks to `grads`, and clear them."""
+        # autograd writes to the parameters' own .grad, which are not views of `grads`
+        grads = [torch.zeros_like(bank) if bank.grad is None else bank.grad for bank in self.banks]
+        self.grads.add_(torch.cat(grads, 1))  # [adapters, width] each, joined by columns
         for bank in self.banks:
             bank.grad = None
 
     @contextmanager
-    def use(self, images: RowAdapters | None, texts: RowAdapters | None) -> Iterator[None]:
-        """Inside, norms give each image and each row of text the gains of its owner.
+    def use(self, image_adapters: RowAdapters | None, text_adapters: RowAdapters | None) -> Iterator[None]:
+        """Inside, the norms apply to each image and each row of text the gains of its adapter.
 
-        A backward pass belongs inside too: layers may run again there. None: no norm of those parts is met.
-        Answers that end early leave the batch: `Family.texts` tells the norms of it.
+        Run the backward pass inside too: checkpointed layers run their forward pass again there. None means
+        that no norm of those parts runs. When answers end early in generation, `Family.active_text_rows`
+        removes their rows.
         """
-        with self.images.use(images), self.texts.use(texts):
+        with self.image_rows.use(image_adapters), self.text_rows.use(text_adapters):
             yield
 
 
 def build_bank(tuned: TunedModel, adapters: int) -> AdapterBank:
-    """Put a `MixedNorm` in the place of every tuned norm, with as many copies of its values.
+    """Replace every tuned norm by a `MultiAdapterNorm` with as many copies of its values.
+
+    Args:
+        tuned: a model with a recipe that trains norms only.
+        adapters: number of adapters.
 
     Raises:
-        InputError: something else than norms is trained (the model is left as it was).
+        InputError: the recipe trains something else than norms (the model is then unchanged).
     """
     check_only_norms(tuned)
     names = dict.fromkeys(name.rpartition(".")[0] for name in tuned.trained)
-    held = {name: norm for name in names if isinstance(norm := tuned.model.get_submodule(name), TunedNorm)}
-    own = {f"{name}.{key}": one for name, norm in held.items() for key, one in norm.named_parameters()}
-    if strange := sorted(own.keys() ^ tuned.trained.keys()):
-        raise InputError(
-            f"{strange[0]} is of a norm that cannot hold several adapters. Train one after the other."
-        )
-    places: dict[str, slice] = {}
+    norms = {name: norm for name in names if isinstance(norm := tuned.model.get_submodule(name), TunedNorm)}
+    parameters = {f"{name}.{key}": p for name, norm in norms.items() for key, p in norm.named_parameters()}
+    # They differ if a norm trains only its gain or only its bias, or is of a kind that TunedNorm does not
+    # have.
+    if unsupported := sorted(parameters.keys() ^ tuned.trained.keys()):
+        raise InputError(f"{unsupported[0]} is of a norm that cannot hold several adapters. Train one after the other.")
+    # each trained tensor gets its own columns, in the order of the norms
+    columns: dict[str, slice] = {}
     stop = 0
-    for name, one in own.items():
-        start, stop = stop, stop + one.numel()
-        places[name] = slice(start, stop)
-    start_values = torch.cat([one.detach() for one in own.values()])
-    values = start_values.repeat(adapters, 1)
-    images, texts = ActiveRows(), ActiveRows()
+    for name, parameter in parameters.items():
+        start, stop = stop, stop + parameter.numel()
+        columns[name] = slice(start, stop)
+    initial_values = torch.cat([parameter.detach() for parameter in parameters.values()])
+    values = initial_values.repeat(adapters, 1)  # [adapters, values]
+    image_rows, text_rows = ActiveRows(), ActiveRows()
     banks: dict[str, nn.Parameter] = {}
-    for name, norm in held.items():
-        weight = values[:, places[f"{name}.weight"]]
-        bias = None if norm.bias is None else values[:, places[f"{name}.bias"]]
+    for name, norm in norms.items():
+        # slices of columns are views: writing a row of `values` changes all norms
+        weight = values[:, columns[f"{name}.weight"]]
+        bias = None if norm.bias is None else values[:, columns[f"{name}.bias"]]
         part, _ = tuned.part_and_role[f"{name}.weight"]
-        mixed = MultiAdapterNorm.from_norm(norm, weight, bias, images if part in IMAGE_PARTS else texts)
-        banks |= {f"{name}.{key}": bank for key, bank in mixed.named_parameters()}
-        tuned.model.set_submodule(name, mixed)
+        active_rows = image_rows if part in IMAGE_PARTS else text_rows
+        multi = MultiAdapterNorm.from_norm(norm, weight, bias, active_rows)
+        banks |= {f"{name}.{key}": bank for key, bank in multi.named_parameters()}
+        tuned.model.set_submodule(name, multi)
+    # the same names as before, but each parameter has a first dimension of adapters
     tuned = replace(tuned, trained={name: banks[name] for name in tuned.trained})
-    in_order = {name: places[name] for name in tuned.trained}
-    return AdapterBank(tuned, images, texts, values, torch.zeros_like(values), in_order, [*banks.values()])
+    # `columns` in the order in which adapters are saved; `banks` in the order of the columns
+    saved_order = {name: columns[name] for name in tuned.trained}
+    return AdapterBank(tuned, image_rows, text_rows, values, torch.zeros_like(values), saved_order, [*banks.values()])
 
 
 def check_only_norms(tuned: TunedModel) -> None:
     """Check that a recipe trains norms by the method `ln` and nothing else.
 
     Raises:
-        InputError: it does not.
+        InputError: it has another method.
     """
     other = sorted(set(tuned.methods.values()) - {"ln"})
     if other:
         raise InputError(
-            f"recipe '{tuned.recipe}' trains by {', '.join(other)}, and adapters share a pass by their norms "
-            "alone. Choose ln in every part, or train one after the other."
+            f"recipe '{tuned.recipe}' trains by {', '.join(other)}, but only norm adapters can share a pass. "
+            "Choose ln in every part, or train one after the other."
         )

@@ -1,9 +1,10 @@
-"""One base, several LoRA adapters: a linear layer adds to each row what the row's own adapter makes of it.
+"""Several LoRA adapters over one base: a linear adds to each row the update of the row's adapter.
 
-    W x + (alpha / r) B A x        (Hu et al. 2021, section 4.1), A and B of the row's adapter
+    y = W x + (alpha / r) B A x        (Hu et al. 2021, section 4.1)
 
-The linear is computed once for all rows. An adapter of a smaller rank than there is room for is filled up
-with zeros, which add nothing, and so is whatever it leaves alone.
+W is the base's and computed once for all rows; A [r, in] and B [out, r] are those of the row's adapter. All
+adapters share tensors with room for the largest rank. A smaller rank, and every linear that an adapter does
+not change, is padded with zeros, which add nothing.
 """
 
 from __future__ import annotations
@@ -23,79 +24,87 @@ from normtune.methods.registry import Method
 from normtune.methods.sites import CROSS, KEY, VALUE
 from normtune.models.part_names import IMAGE_PARTS
 
-DOWN, UP = "lora_A", "lora_B"  # as deltas name them, after the linear's name
-MIN_ROWS_FOR_RUNS = (
-    16  # rows a unit from which on matmuls for each adapter are faster than one over gathered matrices
-)
+DOWN, UP = "lora_A", "lora_B"  # last component of the matrices' names in an adapter, after the linear's name
+# From so many rows per unit on, one matmul per run is faster than one batched matmul over gathered matrices.
+MIN_ROWS_FOR_RUNS = 16
 
 
 @dataclass(frozen=True)
-class Target:
-    """One matrix of a linear that LoRA adapts."""
+class LoRAMatrix:
+    """One matrix (A or B) of a linear that LoRA adapts."""
 
     part: str
     shape: tuple[int, int]  # A: [rank, in]; B: [out, rank]
-    place: slice  # where its values stand in a row of `LoraRows.values`
+    columns: slice  # its columns in `LoRABank.values`
 
 
-def targets(model: nn.Module, rank: int) -> dict[str, Target]:
-    """The matrices of a LoRA on all parts, in the names of deltas; the model is as before, but frozen.
+def lora_matrices(model: nn.Module, rank: int) -> dict[str, LoRAMatrix]:
+    """The matrices of a LoRA of this rank on all parts, by their names in adapters.
+
+    The model is unchanged afterwards, but frozen.
 
     Raises:
-        InputError: there is no place for LoRA in the model.
+        InputError: no linear of the model takes a LoRA.
     """
-    tuned = adapt(model, f"all=lora(r={rank})")
-    found: dict[str, Target] = {}
+    tuned = adapt(model, f"all=lora(r={rank})")  # the recipe decides which linears have a LoRA
+    matrices: dict[str, LoRAMatrix] = {}
     stop = 0
-    for name, one in tuned.trained.items():
-        start, stop = stop, stop + one.numel()
-        found[name] = Target(tuned.part_and_role[name][0], (one.shape[0], one.shape[1]), slice(start, stop))
+    for name, parameter in tuned.trained.items():
+        start, stop = stop, stop + parameter.numel()
+        shape = parameter.shape[0], parameter.shape[1]
+        matrices[name] = LoRAMatrix(tuned.part_and_role[name][0], shape, slice(start, stop))
     restore_base(tuned)
-    return found
+    return matrices
 
 
 class MultiAdapterLoRA(nn.Module):
-    """A frozen linear, and the low-rank matrices of several adapters: each row of a batch takes its own's.
+    """A frozen linear with the low-rank matrices of several adapters: each row uses those of its adapter.
 
     Attributes:
-        base_layer: the linear as it was.
-        down, up: A [adapters, rank, in] and B [adapters, out, rank], fp32, the latter times alpha / r.
-        rows: whose the rows are; one object for all linears whose inputs hold the same units.
-        used: the adapters that have matrices; those of the others are zeros.
+        base_layer: the base's linear.
+        down: A, [adapters, rank, in] fp32.
+        up: B times alpha / r, [adapters, out, rank] fp32.
+        active_rows: the adapter of each row; one object for all linears with the same units in their inputs.
+        loaded: the adapters that have matrices; those of all others are zeros.
     """
 
     def __init__(
-        self, base_layer: nn.Module, down: Tensor, up: Tensor, rows: ActiveRows, used: set[int]
+        self, base_layer: nn.Module, down: Tensor, up: Tensor, active_rows: ActiveRows, loaded: set[int]
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.down, self.up = down, up
-        self.rows, self.used = rows, used
+        self.active_rows, self.loaded = active_rows, loaded
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., in], any float dtype -> [..., out]; the sum is made in fp32 and rounded once."""
+        """x: [..., in], any float dtype -> [..., out]; the sum is computed in fp32 and rounded once."""
         out: Tensor = self.base_layer(x)
-        owners = self.rows.adapters
-        assert owners is not None, "nobody has said whose these rows are: see Rows.taken_by"
-        if self.used.isdisjoint(owners.adapters):
-            return out
-        wide, found = x.reshape(-1, x.shape[-1]).float(), out.reshape(-1, out.shape[-1])
-        runs = [run for run in owners.runs(len(wide)) if run[0] in self.used]
+        row_adapters = self.active_rows.adapters
+        assert row_adapters is not None, "the adapters of these rows are not set: see ActiveRows.use"
+        if self.loaded.isdisjoint(row_adapters.adapters):
+            return out  # the base's output, to the bit
+        wide, flat_out = x.reshape(-1, x.shape[-1]).float(), out.reshape(-1, out.shape[-1])
+        runs = [run for run in row_adapters.runs(len(wide)) if run[0] in self.loaded]
+        # Gathering copies the matrices once per unit. It pays only for short units of one size, as in
+        # generation (one token per row); long units, different sizes or a single run take one matmul per run.
         if (
             len(runs) == 1
-            or owners.sizes is not None
-            or len(wide) >= MIN_ROWS_FOR_RUNS * len(owners.adapters)
+            or row_adapters.sizes is not None
+            or len(wide) >= MIN_ROWS_FOR_RUNS * len(row_adapters.adapters)
         ):
-            for one, start, stop in runs:
-                found[start:stop].add_(wide[start:stop] @ self.down[one].T @ self.up[one].T)
+            for adapter, start, stop in runs:
+                # [rows, in] @ [in, rank] @ [rank, out], added in place: add_ rounds to out's dtype once
+                flat_out[start:stop].add_(wide[start:stop] @ self.down[adapter].T @ self.up[adapter].T)
         else:
-            found.add_(self.forward_rows(wide, owners))
-        return found.view(out.shape)
+            flat_out.add_(self.forward_rows(wide, row_adapters))
+        return flat_out.view(out.shape)
 
-    def forward_rows(self, wide: Tensor, owners: RowAdapters) -> Tensor:
-        """What is added to rows [R, in] of many adapters, as many each: [R, out]; matrices are gathered."""
-        index = owners.index(self.down.device)
+    def forward_rows(self, wide: Tensor, row_adapters: RowAdapters) -> Tensor:
+        """The updates of rows [rows, in] of many adapters, [rows, out]; every unit has equally many rows."""
+        index = row_adapters.index(self.down.device)  # [units]
+        # [units, rows per unit, in] @ [units, in, rank] -> [units, rows per unit, rank]
         inner = wide.view(len(index), -1, wide.shape[-1]) @ self.down.index_select(0, index).mT
+        # ... @ [units, rank, out] -> [units, rows per unit, out] -> [rows, out]
         return (inner @ self.up.index_select(0, index).mT).flatten(0, 1)
 
     def extra_repr(self) -> str:
@@ -105,131 +114,152 @@ class MultiAdapterLoRA(nn.Module):
 
 @dataclass(frozen=True)
 class LoRABank:
-    """A model whose query and value projections hold the matrices of several adapters.
+    """A model with the matrices of several adapters in its query and value projections.
 
     Attributes:
-        targets: see `targets`; ranks are those that there is room for.
-        values: [adapters, values] fp32; every linear's matrices are views of it.
-        memory: whose are the studies that a text encoder looks at: it makes their keys and values once.
-        linears: the layers that were put in, by name.
-        used: the adapters that have matrices.
+        matrices: see `lora_matrices`; their ranks are the largest that an adapter may have.
+        values: [adapters, values] fp32; the matrices of every linear are views of it.
+        cross_attention_rows: the adapters of the images that a text encoder attends to. It computes keys and
+            values of an image once for all questions, so that these rows are images in a text part.
+        linears: the new layers, by name.
+        loaded: the adapters that have matrices.
     """
 
     model: nn.Module
-    targets: Mapping[str, Target]
+    matrices: Mapping[str, LoRAMatrix]
     values: Tensor
-    memory: ActiveRows
+    cross_attention_rows: ActiveRows
     linears: Mapping[str, MultiAdapterLoRA]
-    used: set[int]
+    loaded: set[int]
 
     @property
     def reads_images(self) -> bool:
-        """Whether text layers make something of images, which is each adapter's own then."""
-        return any(one.rows is self.memory for one in self.linears.values())
+        """Whether linears of text layers that read image states have a LoRA: keys and values of an image then
+        depend on the adapter."""
+        return any(linear.active_rows is self.cross_attention_rows for linear in self.linears.values())
 
-    def check(self, info: AdapterInfo) -> None:
-        """Check that there is room for the LoRA matrices of a delta.
+    def check_fits(self, info: AdapterInfo) -> None:
+        """Check that the bank has room for the LoRA matrices of an adapter.
 
         Raises:
-            InputError: there is not, or `adapter.json` contradicts itself.
+            InputError: it has not, or `adapter.json` contradicts itself. The message starts with "it" or
+            "its"
+                and completes a sentence about the adapter.
         """
-        methods = _loras(info)
-        sites: dict[str, set[str]] = {DOWN: set(), UP: set()}
-        for name, one in info.tensors.items():
-            if one.method != "lora":
+        # the recipe gives each part's rank, the tensors' names and shapes must agree with it
+        methods = _lora_methods(info)
+        linears: dict[str, set[str]] = {DOWN: set(), UP: set()}  # linears with a matrix A, with a matrix B
+        for name, tensor in info.tensors.items():
+            if tensor.method != "lora":
                 continue
-            site, _, matrix = name.rpartition(".")
-            target = self.targets.get(name)
-            if target is None:
-                raise InputError(f"it has a LoRA at {site}, which is no query or value projection here")
-            if target.part not in methods:
-                raise InputError(f"its recipe '{info.recipe}' has no lora in part '{target.part}'")
-            sites[matrix].add(site)
-            room = target.shape[0 if matrix == DOWN else 1]
-            rank = int(methods[target.part].option("r"))
+            linear, _, side = name.rpartition(".")
+            matrix = self.matrices.get(name)
+            if matrix is None:
+                raise InputError(f"it has a LoRA at {linear}, which is no query or value projection here")
+            if matrix.part not in methods:
+                raise InputError(f"its recipe '{info.recipe}' has no lora in part '{matrix.part}'")
+            linears[side].add(linear)
+            # A is [rank, in] and B [out, rank]
+            room = matrix.shape[0 if side == DOWN else 1]
+            rank = int(methods[matrix.part].option("r"))
             if rank > room:
                 raise InputError(f"its LoRA has rank {rank}, and there is room for {room}")
-            if one.shape != _own_shape(target, matrix, rank):
-                raise InputError(f"it has a {name} of another shape than this base and its recipe say")
-        if odd := sorted(sites[DOWN] ^ sites[UP]):
-            raise InputError(f"of the LoRA at {odd[0]} one matrix is missing")
+            if tensor.shape != _unpadded_shape(matrix, side, rank):
+                raise InputError(f"it has a {name} of another shape than this base and its recipe require")
+        if incomplete := sorted(linears[DOWN] ^ linears[UP]):
+            raise InputError(f"of the LoRA at {incomplete[0]} one matrix is missing")
 
-    def row(self, info: AdapterInfo, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """The values of an adapter that was checked, [values] on the CPU; None where it has no LoRA."""
-        names = [name for name, one in info.tensors.items() if one.method == "lora"]
+    def pack_values(self, info: AdapterInfo, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """Pack the LoRA matrices of an adapter, which `check_fits` has accepted, into one row.
+
+        Returns:
+            [values] fp32 on the CPU, a row of `values`; None if the adapter has no LoRA.
+        """
+        names = [name for name, tensor in info.tensors.items() if tensor.method == "lora"]
         if not names:
             return None
-        methods, row = _loras(info), torch.zeros(self.values.shape[1])
+        methods, row = _lora_methods(info), torch.zeros(self.values.shape[1])
         for name in names:
-            target = self.targets[name]
-            own = tensors[name].float()
+            matrix = self.matrices[name]
+            values = tensors[name].float()
             if name.endswith(UP):
-                method = methods[target.part]
-                own = own * (float(method.option("alpha")) / int(method.option("r")))
-            row[target.place].view(target.shape)[: own.shape[0], : own.shape[1]] = own
+                # alpha / r is part of B from here on: adapters with different scales share one matmul
+                method = methods[matrix.part]
+                values = values * (float(method.option("alpha")) / int(method.option("r")))
+            # into the upper left corner; the rest of the room stays zero
+            row[matrix.columns].view(matrix.shape)[: values.shape[0], : values.shape[1]] = values
         return row
 
     def set_adapter(self, adapter: int, row: Tensor | None) -> None:
-        """Give an adapter its values; None: it has none."""
+        """Set the values of one adapter; None: it has no LoRA."""
         if row is not None:
             self.values[adapter].copy_(row)
-            self.used.add(adapter)
-        elif adapter in self.used:
+            self.loaded.add(adapter)
+        elif adapter in self.loaded:  # clear what a former adapter left in this row
             self.values[adapter].zero_()
-            self.used.discard(adapter)
+            self.loaded.discard(adapter)
 
     def image_values(self, row: Tensor | None) -> Tensor:
-        """The values of a row that change what the image encoder makes of an image; empty where none do."""
+        """The values of a packed row that change the image parts; empty if there are none or all are zero."""
         if row is None:
             return torch.zeros(0)
-        found = [row[one.place] for one in self.targets.values() if one.part in IMAGE_PARTS]
-        values = torch.cat(found) if found else torch.zeros(0)
+        image_columns = [row[matrix.columns] for matrix in self.matrices.values() if matrix.part in IMAGE_PARTS]
+        # a serving engine hashes these values: adapters without any share the encoded images of the base
+        values = torch.cat(image_columns) if image_columns else torch.zeros(0)
         return values if bool(values.any()) else values[:0]
 
     def remove(self) -> None:
-        """Give the model its own linears back."""
+        """Put the base's linears back into the model."""
         for name, linear in self.linears.items():
             self.model.set_submodule(name, linear.base_layer)
 
 
 def add_lora_bank(
-    model: nn.Module, wanted: Mapping[str, Target], adapters: int, images: ActiveRows, texts: ActiveRows
+    model: nn.Module, matrices: Mapping[str, LoRAMatrix], adapters: int, image_rows: ActiveRows, text_rows: ActiveRows
 ) -> LoRABank:
-    """Put a `MixedLinear` in the place of every linear of `wanted`; no adapter has matrices yet.
+    """Replace every linear of `matrices` by a `MultiAdapterLoRA`; no adapter has values yet.
 
-    `images` and `texts` are those of the norms (`normtune.adapters.multi.bank.Mixed`).
+    Args:
+        matrices: from `lora_matrices`.
+        adapters: number of adapters.
+        image_rows, text_rows: those of the norms (`normtune.adapters.multi.bank.AdapterBank`).
     """
-    sites: Sequence[str] = list(dict.fromkeys(name.rpartition(".")[0] for name in wanted))
+    linear_names: Sequence[str] = list(dict.fromkeys(name.rpartition(".")[0] for name in matrices))
     device = next(model.parameters()).device
-    size = max(target.place.stop for target in wanted.values())
+    size = max(matrix.columns.stop for matrix in matrices.values())
     values = torch.zeros((adapters, size), device=device)
-    memory, used = ActiveRows(), set[int]()
+    cross_attention_rows, loaded = ActiveRows(), set[int]()
     linears: dict[str, MultiAdapterLoRA] = {}
-    for site in sites:
-        part = wanted[f"{site}.{DOWN}"].part
-        rows = memory if _reads_images(part, site) else images if part in IMAGE_PARTS else texts
-        down, up = (_matrices(values, wanted[f"{site}.{matrix}"]) for matrix in (DOWN, UP))
-        linears[site] = MultiAdapterLoRA(model.get_submodule(site), down, up, rows, used)
-    for site, linear in linears.items():
-        model.set_submodule(site, linear)
-    return LoRABank(model, wanted, values, memory, linears, used)
+    for name in linear_names:
+        part = matrices[f"{name}.{DOWN}"].part
+        # The input decides: rows of image parts are images, cross-attention reads images from a text part.
+        active_rows = image_rows if part in IMAGE_PARTS else text_rows
+        active_rows = cross_attention_rows if _reads_images(part, name) else active_rows
+        # [adapters, rank, in] and [adapters, out, rank]
+        down, up = (_view(values, matrices[f"{name}.{side}"]) for side in (DOWN, UP))
+        linears[name] = MultiAdapterLoRA(model.get_submodule(name), down, up, active_rows, loaded)
+    for name, linear in linears.items():  # after all look-ups
+        model.set_submodule(name, linear)
+    return LoRABank(model, matrices, values, cross_attention_rows, linears, loaded)
 
 
-def _matrices(values: Tensor, target: Target) -> Tensor:
-    return values[:, target.place].unflatten(1, target.shape)
+def _view(values: Tensor, matrix: LoRAMatrix) -> Tensor:
+    """[adapters, values] -> [adapters, *shape]: one matrix of all adapters, as a view."""
+    return values[:, matrix.columns].unflatten(1, matrix.shape)
 
 
-def _reads_images(part: str, site: str) -> bool:
-    """Whether the linear's input are the states of images, among text layers (the encoder of MISS)."""
-    *outer, leaf = site.split(".")
+def _reads_images(part: str, linear: str) -> bool:
+    """Whether the inputs of a text part's linear are states of images (the encoder of MISS)."""
+    *outer, leaf = linear.split(".")
     return part == "encoder" and bool(set(outer) & set(CROSS)) and leaf in KEY + VALUE
 
 
-def _own_shape(target: Target, matrix: str, rank: int) -> list[int]:
-    return [rank, target.shape[1]] if matrix == DOWN else [target.shape[0], rank]
+def _unpadded_shape(matrix: LoRAMatrix, side: str, rank: int) -> list[int]:
+    """The shape of a matrix in the file of an adapter of this rank."""
+    return [rank, matrix.shape[1]] if side == DOWN else [matrix.shape[0], rank]
 
 
-def _loras(info: AdapterInfo) -> dict[str, Method]:
-    """Part -> its LoRA, as the delta's recipe has it; a part has one at most."""
+def _lora_methods(info: AdapterInfo) -> dict[str, Method]:
+    """Part -> its LoRA, in the adapter's recipe; a part has at most one."""
     parts = parse(info.recipe).parts
-    return {part: one for part, methods in parts for one in methods if one.name == "lora"}
+    return {part: method for part, methods in parts for method in methods if method.name == "lora"}
