@@ -1,4 +1,4 @@
-"""Layers that run again in the backward pass give the same gradients and keep less."""
+"""Activation checkpointing gives the same gradients and saves less."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from normtune.training.memory_plan.live_bytes import LiveTensorBytes
 from tests.models.families.test_families import PAIRS, image
 from tests.support.miss_batches import IMAGE, tiny_miss
 from tests.support.tiny_models import TINY, make_tiny
+from tests.support.tolerance import assert_close
 
 TIERS: list[MemoryTier] = ["fast", "balanced", "tight"]
 
@@ -41,57 +42,55 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("tier", ["balanced", "tight"])
 @pytest.mark.parametrize("recipe", ["ln", "lora-4", "prefix", "decoder=full,vision=ln"])
-def test_miss_has_the_same_gradients_to_the_bit(recipe: str, tier: MemoryTier) -> None:
+def test_gradients_of_miss_are_bit_identical(recipe: str, tier: MemoryTier) -> None:
     model = tiny_miss()
     adapt(model, recipe)
-    wanted = gradients(model, miss_loss(model))
+    expected = gradients(model, miss_loss(model))
     with checkpoint_activations(model, tier):
-        found = gradients(model, miss_loss(model))
-    assert wanted and found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+        recomputed = gradients(model, miss_loss(model))
+    assert expected and recomputed.keys() == expected.keys()
+    assert all(torch.equal(recomputed[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_every_family_has_the_same_gradients(name: str, tmp_path: Path) -> None:
+def test_gradients_of_every_family_are_equal(name: str, tmp_path: Path) -> None:
     family = load(str(make_tiny(name, tmp_path)))
     adapt(family.model, "all?=ln")
-    segments = tuple(
-        family.tokenize(str(i), question, answer) for i, (_, question, answer) in enumerate(PAIRS[:3])
-    )
+    segments = tuple(family.tokenize(str(i), question, answer) for i, (_, question, answer) in enumerate(PAIRS[:3]))
     pixels = [[family.preprocess_image(image("a"))]]
 
-    def found() -> dict[str, Tensor]:
+    def compute_gradients() -> dict[str, Tensor]:
         return gradients(family.model, family.loss(family.collate([Group(("a",), segments)], pixels))[0])
 
-    wanted = found()
-    with checkpoint_activations(family.model, "tight") as chosen:
-        again = found()
-    assert chosen and again.keys() == wanted.keys()
-    for parameter, gradient in wanted.items():
-        torch.testing.assert_close(again[parameter], gradient, rtol=1e-6, atol=1e-8, msg=parameter)
+    expected = compute_gradients()
+    with checkpoint_activations(family.model, "tight") as names:
+        recomputed = compute_gradients()
+    assert names and recomputed.keys() == expected.keys()
+    for parameter, gradient in expected.items():
+        assert_close(recomputed[parameter], gradient, msg=parameter)
 
 
 @pytest.mark.parametrize(("tier", "every"), [("fast", 0), ("balanced", 2), ("tight", 1)])
-def test_the_chosen_layers_run_twice_and_the_others_once(tier: MemoryTier, every: int) -> None:
+def test_checkpointed_layers_run_twice_and_the_others_once(tier: MemoryTier, every: int) -> None:
     model = tiny_miss()
     adapt(model, "ln")
     runs: Counter[str] = Counter()
     for name in layers(model):
         model.get_submodule(name).register_forward_hook(lambda *_, name=name: runs.update([name]))
-        # hooks run outside of a module's forward: count inside, through the first norm that it calls
+        # hooks of a layer run outside of its `forward`: its first norm counts the runs inside
     inside: Counter[str] = Counter()
     for name in layers(model):
         norm = next(m for m in model.get_submodule(name).modules() if type(m).__name__ == "TunedNorm")
         norm.register_forward_hook(lambda *_, name=name: inside.update([name]))
-    with checkpoint_activations(model, tier) as chosen:
+    with checkpoint_activations(model, tier) as names:
         miss_loss(model).backward()
     for name, (_, index) in layers(model).items():
-        twice = bool(every) and index % every == 0
-        assert inside[name] == (2 if twice else 1), name
-        assert (name in chosen) == twice and runs[name] == 1
+        is_checkpointed = bool(every) and index % every == 0
+        assert inside[name] == (2 if is_checkpointed else 1), name
+        assert (name in names) == is_checkpointed and runs[name] == 1
 
 
-def test_nothing_runs_twice_where_no_gradient_is_wanted() -> None:
+def test_layers_run_once_without_gradients() -> None:
     model = tiny_miss()
     inside: list[int] = []
     model.visual_encoder.blocks[0].norm1.register_forward_hook(lambda *_: inside.append(1))
@@ -100,20 +99,20 @@ def test_nothing_runs_twice_where_no_gradient_is_wanted() -> None:
     assert inside == [1]
 
 
-def test_layers_have_their_own_forward_again() -> None:
+def test_layers_are_restored() -> None:
     model = tiny_miss()
     with pytest.raises(ZeroDivisionError), checkpoint_activations(model, "tight"):
         raise ZeroDivisionError
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
-def test_each_tier_keeps_less_than_the_one_before() -> None:
-    kept = []
+def test_each_tier_saves_less_than_the_previous_one() -> None:
+    saved_bytes = []
     for tier in TIERS:
         model = tiny_miss()
         adapt(model, "ln")
-        with checkpoint_activations(model, tier), LiveTensorBytes() as live:
+        with checkpoint_activations(model, tier), LiveTensorBytes() as counter:
             loss = miss_loss(model)
-            kept.append(live.now)
+            saved_bytes.append(counter.now)
             del loss
-    assert kept[0] > 1.3 * kept[1] > 1.3 * kept[2]
+    assert saved_bytes[0] > 1.3 * saved_bytes[1] > 1.3 * saved_bytes[2]

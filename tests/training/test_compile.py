@@ -23,27 +23,26 @@ from normtune.training.layer_wrapping import MemoryTier, checkpoint_activations,
 from normtune.training.saved_activations import save_fewer_activations
 from tests.models.families.test_families import grouped
 from tests.support.tiny_models import make_tiny
+from tests.support.tolerance import assert_close
 
-# the warnings are torch's own, of what it does while it traces
+# torch warns about its own code while it traces
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 
-STEPS = ([[0, 1, 2]], [[0, 1], [3, 4]], [[3, 4], [5]])  # of three lengths
+STEPS = ([[0, 1, 2]], [[0, 1], [3, 4]], [[3, 4], [5]])  # questions by group; rows of three lengths
 
 
 def losses_and_gradients(family: CausalFamily) -> list[Tensor]:
-    found = []
+    tensors = []
     for members in STEPS:
         family.model.zero_grad()
         loss, _ = family.loss(family.collate(*grouped(family, members)))
         loss.backward()
-        found += [loss.detach(), *(p.grad.clone() for p in family.model.parameters() if p.grad is not None)]
-    return found
+        tensors += [loss.detach(), *(p.grad.clone() for p in family.model.parameters() if p.grad is not None)]
+    return tensors
 
 
 @pytest.mark.parametrize(("name", "tier"), [("llava_med", "fast"), ("gemma3", "tight")])
-def test_compiled_layers_give_the_same_and_compile_a_few_graphs_for_all_lengths(
-    name: str, tier: MemoryTier, tmp_path: Path
-) -> None:
+def test_compiled_layers_give_equal_gradients_with_few_graphs(name: str, tier: MemoryTier, tmp_path: Path) -> None:
     family = load(str(make_tiny(name, tmp_path)))
     assert isinstance(family, CausalFamily)
     adapt(family.model, parse("language=ln"), seed=0)
@@ -51,26 +50,21 @@ def test_compiled_layers_give_the_same_and_compile_a_few_graphs_for_all_lengths(
     torch._dynamo.reset()
     counter: Any = CompileCounter()
     with save_fewer_activations(family.model):
-        wanted = losses_and_gradients(family)
-        with (
-            compile_layers(family.model, backend=counter) as names,
-            checkpoint_activations(family.model, tier),
-        ):
-            found = losses_and_gradients(family)
+        expected = losses_and_gradients(family)
+        with compile_layers(family.model, backend=counter) as names, checkpoint_activations(family.model, tier):
+            compiled = losses_and_gradients(family)
             first = counter.frame_count
             losses_and_gradients(family)
     assert len(names) == len(family.decoder.layers) and "forward" not in layer.__dict__
     assert counter.frame_count == first <= 2 * len(names)
-    for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    for tensor, expected_tensor in zip(compiled, expected, strict=True):
+        assert_close(tensor, expected_tensor)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["layer", "rms", "rms_offset", "int8", "mixed"])
-def test_a_function_that_is_traced_gives_the_gradients_of_one_that_is_not(
-    kind: str, dtype: torch.dtype
-) -> None:
-    """torch 2.11 traces none through a result of an in-place step or of a cast that changes nothing."""
+def test_traced_autograd_functions_give_equal_gradients(kind: str, dtype: torch.dtype) -> None:
+    """torch 2.11 loses gradients through results of in-place operations or of casts to the same dtype."""
     x = torch.randn(3, 8, dtype=dtype, generator=torch.Generator().manual_seed(0)).requires_grad_()
     gain = torch.linspace(0.5, 2.0, 8, requires_grad=True)
     q, scale = torch.arange(64, dtype=torch.int8).view(8, 8), torch.linspace(0.1, 1.0, 8)
@@ -90,31 +84,31 @@ def test_a_function_that_is_traced_gives_the_gradients_of_one_that_is_not(
 
     torch._dynamo.reset()
     rows = RowAdapters([1, 0, 1])
-    with module.rows.use(rows) if kind == "mixed" else nullcontext():
-        wanted, found = gradients(computed), gradients(torch.compile(computed, backend="eager"))
-    assert all(one.abs().sum() > 0 for one in wanted)
-    for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, other)
+    with module.active_rows.use(rows) if kind == "mixed" else nullcontext():
+        expected, compiled = gradients(computed), gradients(torch.compile(computed, backend="eager"))
+    assert all(gradient.abs().sum() > 0 for gradient in expected)
+    for gradient, expected_gradient in zip(compiled, expected, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient)
 
 
-def test_nothing_is_compiled_where_it_is_not_wanted(tmp_path: Path) -> None:
+def test_disabled_compilation_changes_nothing(tmp_path: Path) -> None:
     model = load(str(make_tiny("llava_med", tmp_path))).model
-    with compile_layers(model, wanted=False) as names:
-        assert list(names) == [] and not any("forward" in one.__dict__ for one in model.modules())
+    with compile_layers(model, enabled=False) as names:
+        assert list(names) == [] and not any("forward" in module.__dict__ for module in model.modules())
 
 
-def test_a_compiler_that_fails_is_told_in_one_line(tmp_path: Path) -> None:
+def test_failing_compiler_is_reported_in_one_line(tmp_path: Path) -> None:
     family = load(str(make_tiny("llava_med", tmp_path)))
     assert isinstance(family, CausalFamily)
 
-    def none(graph: Any, inputs: Any) -> Any:
+    def fail(graph: Any, inputs: Any) -> Any:
         raise RuntimeError("No working C++ compiler found\nand more")
 
     batch = family.collate(*grouped(family, [[0, 1]]))
     torch._dynamo.reset()
     with (
-        pytest.raises(InputError, match=r"^--compile: .*No working C\+\+ compiler found\. Leave it out\.$"),
-        compile_layers(family.model, backend=none),
+        pytest.raises(InputError, match=r"^--compile: .*No working C\+\+ compiler found\. Leave out --compile\.$"),
+        compile_layers(family.model, backend=fail),
     ):
         family.loss(batch)
     assert "forward" not in family.decoder.layers[0].__dict__

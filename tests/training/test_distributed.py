@@ -1,4 +1,4 @@
-"""Several processes come to what one comes to: DDP and FSDP2 over gloo, kills, other numbers of processes."""
+"""Several processes give the results of one: DDP and FSDP2 over gloo, kills, other numbers of processes."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from transformers import TrainerCallback
 from normtune.data.registry import open_dataset
 from normtune.errors import InputError
 from normtune.evaluation.config import EvaluateConfig
-from normtune.evaluation.evaluate import _share, evaluate_config
+from normtune.evaluation.evaluate import _examples_of_rank, evaluate_config
 from normtune.runtime.files import read_json
 from normtune.training.checkpoints import resumed_batch, run_identity
 from normtune.training.config import TrainConfig
 from normtune.training.train import last_checkpoint, train
 from tests.support.tiny_models import make_tiny
+from tests.support.tolerance import MODEL_TERMS, approx, assert_close
 
 DATA = "phantom-b:6"
 ROOT = Path(__file__).parents[2]
@@ -42,43 +43,40 @@ def options(model: Path, out: Path, batch: int = 16, **more: Any) -> dict[str, A
 
 
 def command(values: dict[str, Any]) -> list[str]:
-    given = [(f"--{name.replace('_', '-')}", str(value)) for name, value in values.items() if name != "model"]
-    return [values["model"], *(word for pair in given for word in pair)]
+    options = [(f"--{name.replace('_', '-')}", str(value)) for name, value in values.items() if name != "model"]
+    return [values["model"], *(word for option in options for word in option)]
 
 
 def start(launcher: Sequence[str], *words: str) -> subprocess.Popen[str]:
     line = [sys.executable, "-m", *launcher, "-m", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen(line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def work(launcher: Sequence[str], folder: Path, *jobs: tuple[str, Any]) -> tuple[int, str]:
-    """The exit status of the jobs' launcher, and what it wrote to stderr."""
+    """Run jobs under a launcher; return its exit status and what it wrote to stderr."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
     process = start(launcher, "tests.support.distributed_worker", str(folder / "jobs.json"))
-    _, told = process.communicate(timeout=200)
-    return process.returncode, told
+    _, stderr = process.communicate(timeout=200)
+    return process.returncode, stderr
 
 
-def same_curve_and_delta(out: Path, other: Path, tolerance: float = 1e-5) -> None:
-    """Step by step the same loss, and the same trained values."""
-    first, second = (
-        dict(read_json(one / "adapter.json")["metrics"]["training"]["loss"]) for one in (out, other)
-    )
+def assert_same_adapter(out: Path, other: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Check that two runs have the same loss at every step, and the same trained values."""
+    first, second = (dict(read_json(path / "adapter.json")["metrics"]["training"]["loss"]) for path in (out, other))
     assert first.keys() == second.keys() and len(first) == 10
-    assert first == pytest.approx(second, rel=0, abs=tolerance)
-    tensors, others = (load_file(one / "adapter.safetensors") for one in (out, other))
+    terms = 1 if dtype == torch.bfloat16 else len(first) * MODEL_TERMS  # bf16 matmuls add in fp32
+    assert first == approx(second, dtype=dtype, terms=terms)
+    tensors, others = (load_file(path / "adapter.safetensors") for path in (out, other))
     assert tensors.keys() == others.keys()
     for name, tensor in tensors.items():
-        torch.testing.assert_close(tensor, others[name], rtol=0, atol=tolerance)
-    pairs = {read_json(one / "train_result.json")["pairs"] for one in (out, other)}
+        assert_close(tensor, others[name], dtype=dtype, terms=terms, msg=name)
+    pairs = {read_json(path / "train_result.json")["pairs"] for path in (out, other)}
     assert pairs == {2 * len(open_dataset(DATA).split("train"))}
 
 
 class Stop(Exception):
-    """What ends a run just after its first checkpoint."""
+    """Ends a run just after its first checkpoint."""
 
 
 class Stopping(TrainerCallback):
@@ -97,15 +95,15 @@ def llava(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(base: Path, folder: Path) -> Path:
-    """The run of one process; several processes are compared with it."""
-    train(TrainConfig(**options(base, folder / "alone")))
-    return folder / "alone"
+def single(base: Path, folder: Path) -> Path:
+    """The run of one process, with which those of several processes are compared."""
+    train(TrainConfig(**options(base, folder / "single")))
+    return folder / "single"
 
 
 @pytest.fixture(scope="module")
 def killed(base: Path, folder: Path) -> tuple[Path, str]:
-    """A run of two processes, one of which was killed after a checkpoint; and what was said of it."""
+    """A run of two processes, one of which was killed after a checkpoint; its folder and its stderr."""
     out = folder / "killed"
     process = start(TORCHRUN, "normtune", "train", *command(options(base, out, batch=8)))
     victims: list[psutil.Process] = []
@@ -116,118 +114,113 @@ def killed(base: Path, folder: Path) -> tuple[Path, str]:
             victims = [child for child in children if child.environ().get("RANK") == "1"]
         time.sleep(0.01)
     victims[0].kill()
-    _, told = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=120)
     assert process.returncode != 0 and last_checkpoint(out) is not None
     assert not (out / "adapter.json").exists()
     shutil.copytree(out / "checkpoints", folder / "fewer" / "checkpoints")
-    return out, told
+    return out, stderr
 
 
-def test_a_killed_process_ends_the_run_in_one_sentence(killed: tuple[Path, str]) -> None:
-    said = [line for line in killed[1].splitlines() if line.startswith(("normtune:", "[rank"))]
-    assert all("another process of the run was ended" in line for line in said) and len(said) <= 1
+def test_killed_process_is_reported_in_one_line(killed: tuple[Path, str]) -> None:
+    lines = [line for line in killed[1].splitlines() if line.startswith(("normtune:", "[rank"))]
+    assert all("another process of the run has ended" in line for line in lines) and len(lines) <= 1
 
 
-def test_a_run_with_a_killed_process_goes_on_to_what_one_process_comes_to(
-    base: Path, alone: Path, killed: tuple[Path, str]
-) -> None:
+def test_two_processes_resume_after_a_kill(base: Path, single: Path, killed: tuple[Path, str]) -> None:
     out = killed[0]
     process = start(TORCHRUN, "normtune", "train", *command(options(base, out, batch=8)), "--json")
-    printed, told = process.communicate(timeout=200)
-    assert process.returncode == 0, told
-    assert json.loads(printed)["steps"] == 10, "one process prints"
-    same_curve_and_delta(out, alone)
+    printed, stderr = process.communicate(timeout=200)
+    assert process.returncode == 0, stderr
+    assert json.loads(printed)["steps"] == 10, "only one process prints"
+    assert_same_adapter(out, single)
     assert not (out / "checkpoints").exists()
 
 
-def test_one_process_goes_on_where_two_were_killed(
-    base: Path, alone: Path, folder: Path, killed: tuple[Path, str]
-) -> None:
-    """The same command: a step holds what it held, 8 pairs of each of two."""
+def test_one_process_resumes_a_run_of_two(base: Path, single: Path, folder: Path, killed: tuple[Path, str]) -> None:
+    """The same command: a step keeps its 16 pairs, which were 8 for each of two processes."""
     train(TrainConfig(**options(base, folder / "fewer", batch=8)))
-    same_curve_and_delta(folder / "fewer", alone)
+    assert_same_adapter(folder / "fewer", single)
 
 
-def test_fsdp2_comes_to_what_one_process_comes_to(base: Path, llava: Path, alone: Path, folder: Path) -> None:
+def test_fsdp2_gives_the_result_of_one_process(base: Path, llava: Path, single: Path, folder: Path) -> None:
     half = {"dtype": "bfloat16", "memory": "balanced"}
     train(TrainConfig(**options(llava, folder / "llava", tune="language=ln+lora(r=2),vision=ln")))
     train(TrainConfig(**options(llava, folder / "half", **half)))
     with pytest.raises(Stop):
-        train(TrainConfig(**options(base, folder / "gone-on")), progress=Stopping())
-    assert last_checkpoint(folder / "gone-on") is not None
-    status, told = work(
+        train(TrainConfig(**options(base, folder / "resumed")), progress=Stopping())
+    assert last_checkpoint(folder / "resumed") is not None
+    status, stderr = work(
         FSDP2,
         folder,
-        ("train", options(llava, folder / "dealt", batch=8, tune="language=ln+lora(r=2),vision=ln")),
-        ("train", options(llava, folder / "dealt-half", batch=8, **half)),
-        ("train", options(base, folder / "gone-on", batch=8)),
+        ("train", options(llava, folder / "sharded", batch=8, tune="language=ln+lora(r=2),vision=ln")),
+        ("train", options(llava, folder / "sharded-half", batch=8, **half)),
+        ("train", options(base, folder / "resumed", batch=8)),
     )
-    assert status == 0, told
-    same_curve_and_delta(folder / "dealt", folder / "llava")
-    same_curve_and_delta(folder / "gone-on", alone)
-    # bf16 rounds what each process computes; the norms are fp32 and move as far
-    same_curve_and_delta(folder / "dealt-half", folder / "half", tolerance=2e-2)
-    results = [read_json(folder / out / "train_result.json") for out in ("dealt-half", "half")]
-    moved, alike = (result["changed"] for result in results)
-    assert moved == pytest.approx(alike, abs=0.01) and moved > 0.5
-    assert all(int((folder / name / "dealt").read_text()) for name in ("dealt", "dealt-half", "gone-on"))
+    assert status == 0, stderr
+    assert_same_adapter(folder / "sharded", folder / "llava")
+    assert_same_adapter(folder / "resumed", single)
+    # each process rounds to bf16; the norms are fp32 and change as much
+    assert_same_adapter(folder / "sharded-half", folder / "half", dtype=torch.bfloat16)
+    results = [read_json(folder / out / "train_result.json") for out in ("sharded-half", "half")]
+    changed, expected = (result["changed"] for result in results)
+    assert changed == approx(expected, dtype=torch.bfloat16, terms=1) and changed > 0.5
+    assert all(int((folder / name / "dealt").read_text()) for name in ("sharded", "sharded-half", "resumed"))
 
 
-def test_evaluation_deals_images_out_and_one_process_tells_of_a_failure(base: Path, folder: Path) -> None:
-    asked = {"model": str(base), "data": DATA, "split": "train", "device": "cpu", "candidates": "yes/no"}
-    asked |= {"controls": "other"}
-    evaluate_config(EvaluateConfig(**asked, out=folder / "one"))
-    missing = command(asked | {"out": folder / "none"})
-    status, told = work(
-        TORCHRUN, folder, ("evaluate", asked | {"out": str(folder / "two")}), ("fail", ["evaluate", *missing])
+def test_evaluation_splits_images_and_one_process_reports_a_failure(base: Path, folder: Path) -> None:
+    values = {"model": str(base), "data": DATA, "split": "train", "device": "cpu", "candidates": "yes/no"}
+    values |= {"controls": "other"}
+    evaluate_config(EvaluateConfig(**values, out=folder / "one"))
+    missing = command(values | {"out": folder / "none"})
+    status, stderr = work(
+        TORCHRUN, folder, ("evaluate", values | {"out": str(folder / "two")}), ("fail", ["evaluate", *missing])
     )
     assert status != 0
-    assert [line for line in told.splitlines() if "normtune: " in line] == ["normtune: cannot read image 7."]
-    assert "exitcode  : 2" in told and "Traceback" not in told.split("normtune: ")[0]
+    assert [line for line in stderr.splitlines() if "normtune: " in line] == ["normtune: cannot read image 7."]
+    assert "exitcode  : 2" in stderr and "Traceback" not in stderr.split("normtune: ")[0]
     for file in ("predictions.jsonl", "predictions-other.jsonl"):
         rows = [(folder / out / file).read_text().splitlines() for out in ("one", "two")]
-        one, two = ([json.loads(row) for row in each] for each in rows)
-        assert [{**row, "score": None} for row in one] == [{**row, "score": None} for row in two]
-        assert [row["score"] for row in one] == pytest.approx([row["score"] for row in two], abs=1e-5)
+        expected, joined = ([json.loads(row) for row in each] for each in rows)
+        assert [{**row, "score": None} for row in joined] == [{**row, "score": None} for row in expected]
+        assert [row["score"] for row in expected] == approx([row["score"] for row in joined])
     first, second = (read_json(folder / out / "metrics.json") for out in ("one", "two"))
-    for found in ("metrics", "strata", "reliance"):
-        assert first[found] == second[found]
+    for key in ("metrics", "strata", "reliance"):
+        assert first[key] == second[key]
     assert not (folder / "none" / "metrics.json").exists()
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 9])
-def test_every_example_has_one_process_and_an_image_is_not_divided(ranks: int) -> None:
+def test_each_example_goes_to_one_process_and_images_are_not_divided(ranks: int) -> None:
     examples = open_dataset(DATA).split("train")
-    shares = [_share(examples, rank, ranks) for rank in range(ranks)]
+    shares = [_examples_of_rank(examples, rank, ranks) for rank in range(ranks)]
     assert sorted(e.id for share in shares for e in share) == sorted(e.id for e in examples)
     images = [{e.images for e in share} for share in shares]
-    assert sum(len(one) for one in images) == len(set().union(*images))
+    assert sum(len(keys) for keys in images) == len(set().union(*images))
 
 
-def stored(folder: Path, **values: Any) -> tuple[TrainConfig, Path]:
+def write_checkpoint(folder: Path, **values: Any) -> tuple[TrainConfig, Path]:
     config = TrainConfig(**options(Path("base"), folder, batch=8))
     run = run_identity(config) | {"pairs_seen": 32, "pairs_a_step": 16, "steps_an_epoch": 5} | values
     (folder / "run.json").write_text(json.dumps(run))
     return config, folder
 
 
-@pytest.mark.parametrize(("ranks", "batch", "goes_on_with"), [(1, 8, 16), (2, 8, 8), (4, 8, 4), (1, 16, 16)])
-def test_a_step_holds_what_it_held_whatever_the_number_of_processes(
-    ranks: int, batch: int, goes_on_with: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("ranks", "batch", "resumed_with"), [(1, 8, 16), (2, 8, 8), (4, 8, 4), (1, 16, 16)])
+def test_step_keeps_its_pairs_with_another_number_of_processes(
+    ranks: int, batch: int, resumed_with: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, checkpoint = stored(tmp_path)
-    monkeypatch.setattr("normtune.runtime.distributed.count", lambda: ranks)
-    assert resumed_batch(config.model_copy(update={"batch": batch}), checkpoint) == goes_on_with
+    config, checkpoint = write_checkpoint(tmp_path)
+    monkeypatch.setattr("normtune.runtime.distributed.world_size", lambda: ranks)
+    assert resumed_batch(config.model_copy(update={"batch": batch}), checkpoint) == resumed_with
 
 
 @pytest.mark.parametrize(
-    ("ranks", "batch", "said"),
-    [(3, 8, "16 pairs a step, which 3 processes"), (2, 9, r"other options \(batch\)")],
+    ("ranks", "batch", "message"), [(3, 8, "16 pairs per step, which 3 processes"), (2, 9, r"other options \(batch\)")]
 )
-def test_steps_that_cannot_be_as_they_were_are_refused(
-    ranks: int, batch: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_steps_that_cannot_stay_equal_are_refused(
+    ranks: int, batch: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, checkpoint = stored(tmp_path)
-    monkeypatch.setattr("normtune.runtime.distributed.count", lambda: ranks)
-    with pytest.raises(InputError, match=said):
+    config, checkpoint = write_checkpoint(tmp_path)
+    monkeypatch.setattr("normtune.runtime.distributed.world_size", lambda: ranks)
+    with pytest.raises(InputError, match=message):
         resumed_batch(config.model_copy(update={"batch": batch}), checkpoint)

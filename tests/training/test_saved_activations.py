@@ -1,4 +1,4 @@
-"""Modules that keep less for the backward pass compute the same, and keep what the arithmetic says."""
+"""Modules that save fewer activations compute the same, and save the bytes of the table in the module."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from normtune.methods.adapt import adapt
 from normtune.methods.norms import TunedNorm
 from normtune.models.families.llava import LlavaFamily
 from normtune.training.memory_plan.live_bytes import LiveTensorBytes
-from normtune.training.saved_activations import activation, save_fewer_activations
+from normtune.training.saved_activations import identify_activation, save_fewer_activations
 from tests.support.tiny_models import make_tiny
+from tests.support.tolerance import MODEL_TERMS, assert_close, relative_bound, relative_error
 
 WIDTH, FORWARD, HEADS, LENGTH = 64, 176, 4, 32
 
@@ -34,7 +35,7 @@ def llama(layers: int = 1, dtype: torch.dtype = torch.float32, **options: Any) -
 
 
 def norms_trained(model: nn.Module, *, tuned: bool) -> nn.Module:
-    """Only norms are trained: transformers' own, or ours."""
+    """Train only the norms: transformers' own, or `TunedNorm` in their place."""
     model.requires_grad_(False)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -46,7 +47,7 @@ def norms_trained(model: nn.Module, *, tuned: bool) -> nn.Module:
 
 
 def run(model: Any) -> Tensor:
-    """A scalar of the model's last states."""
+    """Return a scalar of the model's last hidden states."""
     dtype = next(p for n, p in model.named_parameters() if "embed" in n).dtype
     x = torch.randn(1, LENGTH, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype)
     mask = torch.full((LENGTH, LENGTH), -torch.inf).triu(1).to(dtype)[None, None]
@@ -54,29 +55,29 @@ def run(model: Any) -> Tensor:
     return states.float().square().mean()
 
 
-def held(layers: int, *, tuned: bool, leaner: bool) -> int:
+def saved_bytes(layers: int, *, tuned: bool, save_fewer: bool) -> int:
     model = norms_trained(llama(layers, torch.bfloat16), tuned=tuned)
-    if leaner:
-        with save_fewer_activations(model), LiveTensorBytes() as live:
+    if save_fewer:
+        with save_fewer_activations(model), LiveTensorBytes() as counter:
             loss = run(model)
-            return live.now + 0 * loss.numel()
-    with LiveTensorBytes() as live:
+            return counter.now + 0 * loss.numel()
+    with LiveTensorBytes() as counter:
         loss = run(model)
-        return live.now + 0 * loss.numel()
+        return counter.now + 0 * loss.numel()
 
 
-def bytes_a_token_and_layer(**options: Any) -> float:
-    return (held(3, **options) - held(1, **options)) / 2 / LENGTH
+def bytes_per_token_and_layer(**options: Any) -> float:
+    return (saved_bytes(3, **options) - saved_bytes(1, **options)) / 2 / LENGTH
 
 
-def test_a_llama_block_keeps_what_is_needed_and_no_more() -> None:
+def test_llama_block_saves_only_what_is_needed() -> None:
     needed = 4 * FORWARD + 8 * WIDTH + 4 * WIDTH + 4 * HEADS + 8
-    assert bytes_a_token_and_layer(tuned=True, leaner=True) == needed
+    assert bytes_per_token_and_layer(tuned=True, save_fewer=True) == needed
 
 
-def test_transformers_own_modules_keep_more() -> None:
+def test_modules_of_transformers_save_more() -> None:
     eager = 6 * FORWARD + 16 * WIDTH + 4 * WIDTH + 4 * HEADS + 8
-    assert bytes_a_token_and_layer(tuned=False, leaner=False) == eager
+    assert bytes_per_token_and_layer(tuned=False, save_fewer=False) == eager
 
 
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
@@ -87,21 +88,22 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("act", ["silu", "gelu", "gelu_pytorch_tanh", "quick_gelu"])
-def test_loss_and_gradients_are_those_of_the_models_own_modules(act: str, dtype: torch.dtype) -> None:
+def test_loss_and_gradients_equal_those_of_transformers(act: str, dtype: torch.dtype) -> None:
     model = llama(2, dtype, hidden_act=act)
-    wanted_loss = run(model)
-    wanted = gradients(model, wanted_loss)
+    expected_loss = run(model)
+    expected = gradients(model, expected_loss)
     with save_fewer_activations(model) as changed:
         assert any(name.endswith("mlp") for name in changed)
         loss = run(model)
-        found = gradients(model, loss)
-    assert torch.equal(loss, wanted_loss)
-    for name, gradient in wanted.items():
-        exact = {"rtol": 1e-5, "atol": 1e-7} if dtype == torch.float32 else {"rtol": 0.05, "atol": 1e-3}
-        torch.testing.assert_close(found[name].to(dtype), gradient, **exact, msg=name)
+        reduced = gradients(model, loss)
+    assert torch.equal(loss, expected_loss)
+    scale = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        terms = MODEL_TERMS if dtype == torch.float32 else 4  # a few values are rounded to bf16 in a row
+        assert_close(reduced[name].to(dtype), gradient, terms=terms, magnitude=scale, msg=name)
 
 
-def test_modules_are_the_models_own_again_even_after_an_error() -> None:
+def test_modules_are_restored_after_an_error() -> None:
     model = llama()
     before = dict(model.named_modules())
     with pytest.raises(ZeroDivisionError), save_fewer_activations(model) as changed:
@@ -112,7 +114,7 @@ def test_modules_are_the_models_own_again_even_after_an_error() -> None:
 
 
 class Shifted(nn.Module):
-    """Has a gated feed-forward's children and computes something else."""
+    """Has the submodules of a gated MLP and computes something else."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,42 +125,42 @@ class Shifted(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)) + 1
 
 
-def test_a_feed_forward_that_computes_something_else_is_left_alone() -> None:
+def test_mlp_that_computes_something_else_is_unchanged() -> None:
     with save_fewer_activations(nn.Sequential(Shifted())) as changed:
         assert changed == []
 
 
 @pytest.mark.parametrize("act", ["silu", "gelu", "quick_gelu"])
-def test_activations_are_told_by_what_they_compute(act: str) -> None:
-    assert activation(ACT2FN[act]) == act
+def test_activations_are_identified_by_their_values(act: str) -> None:
+    assert identify_activation(ACT2FN[act]) == act
 
 
-def test_an_unknown_activation_is_none_of_them() -> None:
-    assert activation(ACT2FN["relu"]) is None
-    assert activation(nn.Linear(3, 3)) is None
+def test_unknown_activation_is_not_identified() -> None:
+    assert identify_activation(ACT2FN["relu"]) is None
+    assert identify_activation(nn.Linear(3, 3)) is None
 
 
-def test_clip_keeps_its_quick_gelu_input_once() -> None:
+def test_clip_saves_the_input_of_quick_gelu_once() -> None:
     sizes = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": HEADS}
-    kept = {}
-    for leaner in (False, True):
+    saved = {}
+    for save_fewer in (False, True):
         for layers in (1, 2):
             torch.manual_seed(0)
             config = CLIPVisionConfig(**sizes, num_hidden_layers=layers, image_size=16, patch_size=4)
             model = norms_trained(CLIPVisionModel(config).to(torch.bfloat16), tuned=True)
             pixels = torch.zeros(1, 3, 16, 16, dtype=torch.bfloat16)
-            context = save_fewer_activations(model) if leaner else LiveTensorBytes()
-            with context, LiveTensorBytes() as live:
+            context = save_fewer_activations(model) if save_fewer else LiveTensorBytes()
+            with context, LiveTensorBytes() as counter:
                 states = model(pixels).last_hidden_state
-                kept[leaner, layers] = live.now + 0 * states.numel()
+                saved[save_fewer, layers] = counter.now + 0 * states.numel()
     tokens = 17
-    own, less = ((kept[leaner, 2] - kept[leaner, 1]) / tokens for leaner in (False, True))
+    before, after = ((saved[save_fewer, 2] - saved[save_fewer, 1]) / tokens for save_fewer in (False, True))
     statistics = 16 + 4 * HEADS  # two norms' mean and 1/std, and attention's log-sum-exp
-    assert (own, less) == (28 * WIDTH + statistics, 20 * WIDTH + statistics)
+    assert (before, after) == (28 * WIDTH + statistics, 20 * WIDTH + statistics)
 
 
 @pytest.mark.parametrize("recipe", ["language=ln", "lora-4", "ffn"])
-def test_a_family_trains_alike(recipe: str, tmp_path: Any) -> None:
+def test_gradients_of_a_family_are_equal(recipe: str, tmp_path: Any) -> None:
     family = LlavaFamily.load(make_tiny("llava", tmp_path), torch.float32)
     tuned = adapt(family.model, recipe)
     ids = torch.tensor([[5, 6, 7, 8]])
@@ -166,9 +168,9 @@ def test_a_family_trains_alike(recipe: str, tmp_path: Any) -> None:
     def loss() -> Tensor:
         return family.decoder(input_ids=ids, use_cache=False).last_hidden_state.square().sum()
 
-    wanted = gradients(family.model, loss())
+    expected = gradients(family.model, loss())
     with save_fewer_activations(family.model):
-        found = gradients(family.model, loss())
-    assert tuned.trained and wanted and wanted.keys() == found.keys()
-    for name, gradient in wanted.items():
-        assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+        reduced = gradients(family.model, loss())
+    assert tuned.trained and expected and expected.keys() == reduced.keys()
+    for name, gradient in expected.items():
+        assert relative_error(reduced[name], gradient) < relative_bound(), name

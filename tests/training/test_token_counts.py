@@ -8,7 +8,7 @@ from normtune.training.token_counts import count_tokens
 from tests.support.tiny_miss import SIZE, tiny_miss
 
 
-def test_tokens_are_counted_from_sizes_and_segments() -> None:
+def test_tokens_are_counted_from_image_sizes_and_segments() -> None:
     family = tiny_miss()
     sizes = {"a": (50, 40), "b": (50, 40), "c": (30, 60)}
     views = {"1": ("a",), "2": ("a",), "3": ("b",), "4": ("a", "c"), "5": ("c", "b")}
@@ -28,12 +28,12 @@ def test_tokens_are_counted_from_sizes_and_segments() -> None:
     family.preprocess_image = counting  # type: ignore[method-assign]
     segment = family.tokenize("0", "is it left ?", "yes")
     dataset = Dataset("views", examples, open_image)
-    counted = count_tokens(family, dataset, examples, lambda example: segment)
+    counts = count_tokens(family, dataset, examples, lambda example: segment)
     states = 1 + (SIZE // 16) ** 2
-    assert counted.prefixes == {keys: states * len(keys) for keys in views.values()}
-    assert counted.segments == dict.fromkeys(views, len(segment))
-    assert counted.cost_of(examples[:2]) == states + 2 * len(segment)
+    assert counts.prefixes == {keys: states * len(keys) for keys in views.values()}
+    assert counts.segments == dict.fromkeys(views, len(segment))
+    assert counts.cost_of(examples[:2]) == states + 2 * len(segment)
     assert opened == ["a", "b", "a", "c", "c", "b"] and len(processed) == 1 + 2 + 2
     family.shares_prefix = False  # type: ignore[misc]
-    apart = count_tokens(family, dataset, examples, lambda example: segment)
-    assert apart.cost_of(examples[:2]) == 2 * (states + len(segment))
+    separate = count_tokens(family, dataset, examples, lambda example: segment)
+    assert separate.cost_of(examples[:2]) == 2 * (states + len(segment))

@@ -1,4 +1,4 @@
-"""Training runs: what they train, what they write, and that a killed one goes on to the same end."""
+"""Training runs: what they train, what they write, and that a killed run resumes to the same adapter."""
 
 from __future__ import annotations
 
@@ -32,9 +32,12 @@ from normtune.runtime.files import read_json
 from normtune.training.config import TrainConfig
 from normtune.training.result import TrainResult
 from normtune.training.train import last_checkpoint, train
-from normtune.training.trainer import Examples, Objective
-from tests.support.kill import Stop
+from normtune.training.trainer import IdentityDataset, Objective
+from tests.support.kill import StopAfterStep
 from tests.support.tiny_models import make_tiny
+from tests.support.tolerance import MODEL_TERMS, assert_close, differ
+
+STEPS = 10  # about so many steps: the rounding errors of all of them add up
 
 DATA = "phantom-b:6"
 
@@ -48,8 +51,9 @@ def tensors(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "adapter.safetensors")
 
 
-def same(one: Path, other: Path) -> bool:
-    first, second = tensors(one), tensors(other)
+def equal_adapters(out: Path, other: Path) -> bool:
+    """Whether two folders have bit-identical adapters."""
+    first, second = tensors(out), tensors(other)
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -59,7 +63,7 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainResu
     return train(config(base, out)), out
 
 
-def test_a_run_writes_delta_config_and_result(run: tuple[TrainResult, Path]) -> None:
+def test_run_writes_adapter_config_and_result(run: tuple[TrainResult, Path]) -> None:
     result, out = run
     assert {path.name for path in out.iterdir()} >= {
         "adapter.safetensors",
@@ -76,65 +80,61 @@ def test_a_run_writes_delta_config_and_result(run: tuple[TrainResult, Path]) -> 
     assert "research use" in info["notice"].lower() and "not for diagnosis" in info["notice"]
 
 
-def test_the_result_says_what_changed_and_by_how_much(run: tuple[TrainResult, Path]) -> None:
+def test_result_text_shows_what_changed(run: tuple[TrainResult, Path]) -> None:
     text = run[0].text()
     assert "100.0% of the trained values changed" in text
     assert "vision norm: 100.0% of 320 changed, by " in text
 
 
-def test_only_norms_are_written_and_all_are_fp32(run: tuple[TrainResult, Path]) -> None:
+def test_only_norms_are_written_in_fp32(run: tuple[TrainResult, Path]) -> None:
     assert all(tensor.dtype == torch.float32 and tensor.ndim == 1 for tensor in tensors(run[1]).values())
 
 
-def test_every_pair_is_seen_once_an_epoch(run: tuple[TrainResult, Path]) -> None:
+def test_every_pair_is_used_once_per_epoch(run: tuple[TrainResult, Path]) -> None:
     from normtune.data.registry import open_dataset
 
     assert run[0].pairs == 2 * len(open_dataset(DATA).split("train"))
 
 
-def test_the_base_on_disk_stays_as_it_was(base: Path, run: tuple[TrainResult, Path]) -> None:
+def test_base_on_disk_is_unchanged(base: Path, run: tuple[TrainResult, Path]) -> None:
     before = {name: p.clone() for name, p in load(str(base)).model.named_parameters()}
     train(config(base, run[1].parent / "full", tune="full", epochs=1))
     after = dict(load(str(base)).model.named_parameters())
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_two_runs_of_one_seed_are_equal_and_other_seeds_differ(
+def test_runs_with_one_seed_are_equal_and_other_seeds_differ(
     base: Path, run: tuple[TrainResult, Path], tmp_path: Path
 ) -> None:
     train(config(base, tmp_path / "again"))
     train(config(base, tmp_path / "other", seed=1))
-    assert same(run[1], tmp_path / "again") and not same(run[1], tmp_path / "other")
+    assert equal_adapters(run[1], tmp_path / "again") and not equal_adapters(run[1], tmp_path / "other")
 
 
 @pytest.mark.parametrize("cap", [1, 3])
-def test_grouping_changes_the_order_of_work_and_not_the_gradients(
-    base: Path, tmp_path: Path, cap: int
-) -> None:
+def test_grouping_does_not_change_gradients(base: Path, tmp_path: Path, cap: int) -> None:
     """One step over all pairs: however they are grouped, the step is the same."""
     everything = {"epochs": 1, "batch": 10_000, "schedule": "constant", "warmup": 0.0}
     train(config(base, tmp_path / "whole", **everything))
     train(config(base, tmp_path / "capped", cap=cap, **everything))
     whole, capped = tensors(tmp_path / "whole"), tensors(tmp_path / "capped")
     for name in whole:
-        torch.testing.assert_close(capped[name], whole[name], rtol=0, atol=2e-5)
+        assert_close(capped[name], whole[name], terms=STEPS * MODEL_TERMS, msg=name)
 
 
 def test_accumulation_normalises_by_tokens(base: Path, tmp_path: Path) -> None:
-    """Two unequal batches that make one step give the step of both together."""
+    """Several unequal batches that make one step give the same step as one large batch."""
     options = {"epochs": 1, "schedule": "constant", "warmup": 0.0, "max_grad_norm": 1e9}
     train(config(base, tmp_path / "one", batch=10_000, **options))
     accumulated = train(config(base, tmp_path / "many", batch=24, accumulate=100, **options))
     assert accumulated.steps == 1
-    one, many = tensors(tmp_path / "one"), tensors(tmp_path / "many")
-    for name in one:
-        torch.testing.assert_close(many[name], one[name], rtol=0, atol=2e-5)
+    single, accumulated_values = tensors(tmp_path / "one"), tensors(tmp_path / "many")
+    for name in single:
+        assert_close(accumulated_values[name], single[name], terms=STEPS * MODEL_TERMS, msg=name)
 
 
-def test_a_frozen_image_encoder_runs_once_an_image(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The delta equals that of a run which encodes every image in every step."""
+def test_frozen_image_encoder_runs_once_per_image(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The adapter equals that of a run that encodes every image in every step."""
     from normtune.models.families.miss import MissFamily
     from normtune.models.miss.vision import VisionTransformer
 
@@ -147,17 +147,17 @@ def test_a_frozen_image_encoder_runs_once_an_image(
         return forward(self, pixels)
 
     monkeypatch.setattr(VisionTransformer, "forward", counting)
-    train(config(base, tmp_path / "held", tune="encoder=ln"))
+    train(config(base, tmp_path / "cached", tune="encoder=ln"))
     assert images == 6
     monkeypatch.setattr(MissFamily, "encode_image", lambda self, pixels: pixels)
-    train(config(base, tmp_path / "anew", tune="encoder=ln"))
+    train(config(base, tmp_path / "recomputed", tune="encoder=ln"))
     assert images > 6 + 6
-    held, anew = tensors(tmp_path / "held"), tensors(tmp_path / "anew")
-    for name in held:
-        torch.testing.assert_close(held[name], anew[name], rtol=0, atol=2e-5)
+    cached, recomputed = tensors(tmp_path / "cached"), tensors(tmp_path / "recomputed")
+    for name in cached:
+        assert_close(cached[name], recomputed[name], terms=STEPS * MODEL_TERMS, msg=name)
 
 
-def test_batches_of_even_tokens_tokenise_and_see_every_pair_once(
+def test_batches_balanced_by_tokens_use_and_tokenise_every_pair_once(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded: Counter[str] = Counter()
@@ -175,44 +175,44 @@ def test_batches_of_even_tokens_tokenise_and_see_every_pair_once(
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_an_epoch_that_is_resumed_has_its_own_order(ranks: int) -> None:
+def test_resumed_epoch_has_its_own_order(ranks: int) -> None:
     """As the Trainer resumes: the batches are sharded, the first ones skipped, and then the epoch is set."""
     examples = open_dataset(DATA).split("train")
     batches = EpochBatches(examples, 4, 4, seed=0, ranks=ranks)
-    loader: Any = DataLoader(Examples(batches), batch_sampler=batches, collate_fn=list)  # type: ignore[arg-type]
+    loader: Any = DataLoader(IdentityDataset(batches), batch_sampler=batches, collate_fn=list)  # type: ignore[arg-type]
     sharded = prepare_data_loader(loader, num_processes=ranks, process_index=ranks - 1, put_on_device=False)
     resumed = skip_first_batches(sharded, 2)
     resumed.set_epoch(1)
-    found = list(resumed)
+    remaining = list(resumed)
     batches.set_epoch(1)
-    assert found == list(batches)[ranks - 1 :: ranks][2:] and len(found) > 2
+    assert remaining == list(batches)[ranks - 1 :: ranks][2:] and len(remaining) > 2
 
 
-def test_grouped_training_turns_off_the_dropout_of_the_base_alone(base: Path) -> None:
+def test_grouped_training_turns_off_only_the_dropout_of_the_base(base: Path) -> None:
     family = load(str(base))
     adapt(family.model, "encoder=lora(r=2,dropout=0.5),decoder=ln")
-    grouped, alone = (Objective(family, 0.0, dropout=dropout) for dropout in (False, True))
+    grouped, ungrouped = (Objective(family, 0.0, dropout=dropout) for dropout in (False, True))
     draws = {name for name, module in family.model.named_modules() if isinstance(module, nn.Dropout)}
     lora = {name for name in draws if ".lora_dropout." in name}
     assert lora and draws - lora
 
-    def on() -> set[str]:
+    def active() -> set[str]:
         return {name for name, module in family.model.named_modules() if module.training and name in draws}
 
     grouped.train()
-    assert on() == lora
-    # what drops without a module of its own asks the module that it stands in
+    assert active() == lora
+    # attention applies dropout without an nn.Dropout: it reads the `training` of its own module
     assert not family.model.training and not family.model.get_submodule("text_encoder").training
-    alone.train()
-    assert on() == draws and family.model.training
+    ungrouped.train()
+    assert active() == draws and family.model.training
     grouped.eval()
-    assert on() == set()
+    assert active() == set()
 
 
-class Draws(nn.Module):
-    """Dropout whose draw for each token is looked up, so that two layouts can be given the same ones."""
+class FixedDropout(nn.Module):
+    """Dropout that looks up the mask of each token in a table, so that two layouts can use the same masks."""
 
-    rows: torch.Tensor  # [B, S], the draw of each token
+    rows: torch.Tensor  # [batch, seq], the row of the table for each token
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -223,46 +223,46 @@ class Draws(nn.Module):
         return hidden * self.table[self.rows]
 
 
-def test_a_question_loses_the_same_in_a_group_as_alone_under_the_same_draw_of_lora(tmp_path: Path) -> None:
-    """A group shares its image's draw; for each of its questions it is a draw like any other."""
+def test_grouping_does_not_change_losses_with_the_same_lora_dropout(tmp_path: Path) -> None:
+    """A group shares the mask of its image's tokens; each of its questions has the loss that it has alone."""
     family = load(str(make_tiny("llava", tmp_path)))
     tuned = adapt(family.model, "language=lora(r=4,dropout=0.5)")
     with torch.no_grad():
         for parameter in tuned.trained.values():
             parameter.normal_(std=0.5)
-    draws = []
+    dropouts = []
     for seed, layer in enumerate(m for m in family.model.modules() if isinstance(m, LoraLayer)):
-        draws.append(Draws(seed))
-        layer.lora_dropout["normtune"] = draws[-1]
+        dropouts.append(FixedDropout(seed))
+        layer.lora_dropout["normtune"] = dropouts[-1]
     pixels = family.preprocess_image(Image.new("RGB", (32, 32), (90, 20, 160)))
-    asked = [("What is the modality?", "MRI"), ("Which organ is abnormal?", "left lung"), ("Normal?", "no")]
-    segments = [family.tokenize(str(i), *pair) for i, pair in enumerate(asked)]
+    questions = [("What is the modality?", "MRI"), ("Which organ is abnormal?", "left lung"), ("Normal?", "no")]
+    segments = [family.tokenize(str(i), *pair) for i, pair in enumerate(questions)]
 
     def log_probs(groups: list[list[int]]) -> torch.Tensor:
         packed = [Group(("a",), tuple(segments[i] for i in members)) for members in groups]
         batch = family.collate(packed, [[pixels]] * len(groups))
         order = torch.tensor([[-1, *members] + [-1] * (3 - len(members)) for members in groups])
         number = 1 + order.gather(1, batch["segment_of"].clamp(min=0))  # 0 for the prefix, then 1 + question
-        for one in draws:
-            one.rows = number * 100 + batch["place_ids"]
-        found = torch.empty(3)
-        found[[i for members in groups for i in members]] = family.log_probs(batch).detach()
-        return found
+        for dropout in dropouts:
+            dropout.rows = number * 100 + batch["token_index"]
+        by_question = torch.empty(3)
+        by_question[[i for members in groups for i in members]] = family.log_probs(batch).detach()
+        return by_question
 
-    together, alone = log_probs([[0, 1, 2]]), log_probs([[1], [2], [0]])
-    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
-    for one in draws:
-        one.table = one.table.flip(0)
-    assert (log_probs([[0, 1, 2]]) - together).abs().min() > 1e-3, "the draw matters"
+    grouped, ungrouped = log_probs([[0, 1, 2]]), log_probs([[1], [2], [0]])
+    assert_close(grouped, ungrouped)
+    for dropout in dropouts:
+        dropout.table = dropout.table.flip(0)
+    assert differ(log_probs([[0, 1, 2]]), grouped), "the draw matters"
 
 
-def test_learning_rates_are_each_methods_own(base: Path, tmp_path: Path) -> None:
+def test_each_method_has_its_learning_rate(base: Path, tmp_path: Path) -> None:
     result = train(config(base, tmp_path / "both", tune="vision=ln,decoder=lora(r=2)", epochs=1))
-    assert {(one.part, one.role) for one in result.changes} == {("vision", "norm"), ("decoder", "lora")}
+    assert {(change.part, change.role) for change in result.changes} == {("vision", "norm"), ("decoder", "lora")}
     assert result.changed > 0.99
 
 
-def test_a_rate_that_moves_nothing_is_warned_of(base: Path, tmp_path: Path) -> None:
+def test_learning_rate_that_moves_nothing_gives_a_warning(base: Path, tmp_path: Path) -> None:
     result = train(config(base, tmp_path / "stuck", lr=1e-12, epochs=1))
     assert result.warning is not None and "Raise the learning rate" in result.warning
     assert "WARNING" in result.text()
@@ -279,23 +279,19 @@ def test_limit_and_max_steps_bound_a_run(base: Path, tmp_path: Path) -> None:
     assert train(config(base, tmp_path / "steps", max_steps=3)).steps == 3
 
 
-def test_a_recipe_that_trains_nothing_is_refused(base: Path, tmp_path: Path) -> None:
+def test_recipe_that_trains_nothing_is_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="trains nothing"):
         train(config(base, tmp_path / "none", tune="frozen"))
 
 
-def test_a_killed_run_resumes_to_the_same_delta(
-    base: Path, run: tuple[TrainResult, Path], tmp_path: Path
-) -> None:
+def test_killed_run_resumes_to_the_same_adapter(base: Path, run: tuple[TrainResult, Path], tmp_path: Path) -> None:
     """SIGKILL in the middle of an epoch, just after a checkpoint; then the same command again."""
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "normtune", "train", str(base), "--data", DATA, "--tune", "ln"]
     command += ["--epochs", "2", "--batch", "16", "--device", "cpu", "--out", str(out)]
     whole = subprocess.run([*command[:-1], str(tmp_path / "whole")], capture_output=True, text=True)
     assert whole.returncode == 0, whole.stderr
-    process = subprocess.Popen(
-        [*command, "--save-every", "3"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen([*command, "--save-every", "3"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while last_checkpoint(out) is None and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -304,35 +300,32 @@ def test_a_killed_run_resumes_to_the_same_delta(
     assert last_checkpoint(out) is not None and not (out / "adapter.json").exists()
     again = subprocess.run([*command, "--save-every", "3"], capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    assert same(out, tmp_path / "whole") and same(out, run[1])
+    assert equal_adapters(out, tmp_path / "whole") and equal_adapters(out, run[1])
     killed, straight = (read_json(folder / "train_result.json") for folder in (out, run[1]))
     assert killed["pairs"] == straight["pairs"] and killed["changed"] == straight["changed"]
 
 
-def test_an_entry_of_the_loss_log_that_a_stop_cuts_in_two_is_whole(base: Path, tmp_path: Path) -> None:
-    """Entries stand at every fourth step; the checkpoint is of the third."""
+def test_loss_log_entry_covers_steps_before_and_after_a_resume(base: Path, tmp_path: Path) -> None:
+    """There is an entry every fourth step; the checkpoint is of the third."""
     run: dict[str, Any] = {"batch": 4, "cap": 4, "save_every": 3, "epochs": 1}
     train(config(base, tmp_path / "whole", **run))
     with pytest.raises(KeyboardInterrupt):
-        train(config(base, tmp_path / "stopped", **run), progress=Stop(5))
+        train(config(base, tmp_path / "stopped", **run), progress=StopAfterStep(5))
     train(config(base, tmp_path / "stopped", **run))
-    logs = [
-        read_json(tmp_path / name / "adapter.json")["metrics"]["training"]["loss"]
-        for name in ("whole", "stopped")
-    ]
+    logs = [read_json(tmp_path / name / "adapter.json")["metrics"]["training"]["loss"] for name in ("whole", "stopped")]
     assert logs[0] == logs[1] and [step for step, _ in logs[0]][:2] == [4, 8]
 
 
-def test_a_checkpoint_of_another_run_is_refused(base: Path, tmp_path: Path) -> None:
+def test_checkpoint_of_another_run_is_refused(base: Path, tmp_path: Path) -> None:
     mark = tmp_path / "checkpoints" / "checkpoint-3"
     mark.mkdir(parents=True)
     (mark / "run.json").write_text('{"tune": "full"}')
     (mark / "whole").touch()
-    with pytest.raises(InputError, match=r"other options .*tune.* start afresh with --no-resume"):
+    with pytest.raises(InputError, match=r"other options .*tune.* start again with --no-resume"):
         train(config(base, tmp_path))
 
 
-def test_a_checkpoint_cut_short_is_passed_over(tmp_path: Path) -> None:
+def test_incomplete_checkpoint_is_ignored(tmp_path: Path) -> None:
     for name in ("checkpoint-3", "checkpoint-12"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     assert last_checkpoint(tmp_path) is None
@@ -341,19 +334,19 @@ def test_a_checkpoint_cut_short_is_passed_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tier", ["balanced", "tight"])
-def test_memory_tiers_end_in_the_same_delta(
+def test_memory_tiers_give_the_same_adapter(
     tier: str, base: Path, run: tuple[TrainResult, Path], tmp_path: Path
 ) -> None:
     train(config(base, tmp_path / tier, memory=tier))
-    assert same(run[1], tmp_path / tier)
+    assert equal_adapters(run[1], tmp_path / tier)
 
 
-def test_running_out_of_memory_says_what_to_do(
+def test_out_of_memory_error_names_the_options_to_change(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("normtune.models.families.miss.MissFamily.loss", full)
-    with pytest.raises(InputError, match=r"--memory fast\. Go on with --memory tight, or lower --batch"):
+    with pytest.raises(InputError, match=r"--memory fast\. Resume with --memory tight, or lower --batch"):
         train(config(base, tmp_path / "out"))

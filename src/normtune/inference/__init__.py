@@ -1,1 +1,1 @@
-"""A model and images to answers."""
+"""Inference: a model and images -> answers."""

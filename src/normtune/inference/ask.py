@@ -1,4 +1,4 @@
-"""One image, a few questions: the model's answers, with or without an adapter."""
+"""Answers questions about one image, or writes a report for one study, with or without an adapter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,19 @@ def ask(
     device: str | None = None,
     quantize: str | None = None,
 ) -> list[Answer]:
-    """Answers to `questions`, in their order; the image is computed once."""
+    """Answer questions about one image; its features are computed once.
+
+    Args:
+        model: a local directory, a hub name, or 'nano'.
+        image: path of the image file.
+        adapter: folder of a trained adapter; None: the base as it is.
+        beams: width of the beam search; 1: greedy decoding.
+        device: cpu or cuda; None: cuda if available.
+        quantize: int8 or nf4 for the base; None: not quantised.
+
+    Returns:
+        One answer per question, in their order.
+    """
     family = load_model(model, adapter, device=device, quantize=quantize)
     pixels = [family.preprocess_image(open_image(image, name=image.name))]
     segments = tuple(family.tokenize(str(i), question, None) for i, question in enumerate(questions))
@@ -39,7 +51,12 @@ def describe(
     device: str | None = None,
     quantize: str | None = None,
 ) -> Answer:
-    """A report for one study of one or more views, in their order. Research use, not for diagnosis."""
+    """Write a report for one study with one or more views. For research use, not for diagnosis.
+
+    Args:
+        images: paths of the views, in their order; the other arguments are those of `ask`.
+        max_new_tokens: maximum length of the report in tokens.
+    """
     family = load_model(model, adapter, device=device, quantize=quantize)
     pixels = [family.preprocess_image(open_image(image, name=image.name)) for image in images]
     segment = family.tokenize("report", "", None, report=True)

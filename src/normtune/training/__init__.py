@@ -1,1 +1,1 @@
-"""A recipe and a dataset to a trained adapter."""
+"""Training: a recipe and a dataset -> a trained adapter."""

@@ -1,4 +1,8 @@
-"""Checkpoints of a training run: which one to resume from, and whether that is possible."""
+"""Checkpoints of a training run: which one to resume from, and whether the run may resume from it.
+
+A checkpoint folder `checkpoints/checkpoint-STEP` holds the trained values, optimiser and schedule, HF's
+`trainer_state.json`, `run.json` (the run's identity and position), and an empty file as a mark, written last.
+"""
 
 from __future__ import annotations
 
@@ -11,63 +15,72 @@ from normtune.runtime import distributed
 from normtune.runtime.files import read_json
 from normtune.training.config import TrainConfig
 
-CHECKPOINT_MARK = (
-    "whole"  # the last file of a checkpoint: one without it was cut short and is not resumed from
-)
+# the last file of a checkpoint: a checkpoint without it is incomplete and is ignored
+CHECKPOINT_MARK = "whole"
 TRAINED_FILE, OPTIMIZER_FILE, SCHEDULER_FILE = "trained.safetensors", "optimizer.pt", "scheduler.pt"
 
 
 def last_checkpoint(out: Path) -> Path | None:
-    """The newest whole checkpoint under `out`, if there is one."""
-    whole = [mark.parent for mark in (out / "checkpoints").glob(f"checkpoint-*/{CHECKPOINT_MARK}")]
-    return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+    """Return the newest complete checkpoint under `out`, or None."""
+    # the largest step, not the newest file: copying a folder changes times
+    complete = [mark.parent for mark in (out / "checkpoints").glob(f"checkpoint-*/{CHECKPOINT_MARK}")]
+    return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
 def run_identity(config: TrainConfig) -> dict[str, Any]:
-    """What must be the same for a run to go on from a checkpoint."""
+    """Return the run's identity: the options that must be the same in order to resume from a checkpoint."""
+    # the excluded options change where a run computes and writes, not the values that it computes
     return config.model_dump(
-        mode="json",
-        exclude={"out", "root", "resume", "tracker", "device", "save_every", "memory", "cache", "compile"},
+        mode="json", exclude={"out", "root", "resume", "tracker", "device", "save_every", "memory", "cache", "compile"}
     )
 
 
 def resumed_batch(config: TrainConfig, checkpoint: Path) -> int:
-    """Pairs a step and process with which the run that wrote `checkpoint` goes on.
+    """Return the batch size per process with which a run resumes from `checkpoint`.
 
-    A step holds what it held: fewer processes take more of it each, more processes less.
+    A step keeps its number of pairs if the number of processes changes. For example, a run of 2 processes
+    with 8 pairs each resumes with 16 pairs on 1 process, or with 4 on each of 4.
 
     Raises:
-        InputError: it is of a run with other options, or its steps cannot be shared by these processes.
+        InputError: the checkpoint belongs to a run with other options, or its steps cannot be divided evenly
+            among the processes.
     """
     if not checkpoint.is_dir():
-        raise InputError(f"not all processes see {checkpoint}. Choose an --out on storage that all share.")
-    stored, now, ranks = read_json(checkpoint / "run.json"), run_identity(config), distributed.count()
+        raise InputError(f"not all processes can see {checkpoint}. Choose an --out on storage that all of them share.")
+    stored, current = read_json(checkpoint / "run.json"), run_identity(config)
+    ranks = distributed.world_size()
+    # pairs per step over all processes; without the key the step is taken to be as large as this run's
     pairs = int(stored.get("pairs_a_step", config.batch * ranks))
     if config.batch * ranks == pairs:
-        now["batch"] = stored.get("batch")
-    changed = [name for name, value in now.items() if stored.get(name) != value]
+        # e.g. --batch 8 on 2 processes and --batch 16 on 1 make the same steps
+        current["batch"] = stored.get("batch")
+    # an option that is missing in the file (written by an older version) counts as None
+    changed = [name for name, value in current.items() if stored.get(name) != value]
     if changed:
         raise InputError(
-            f"{checkpoint} is of a run with other options ({', '.join(changed)}). "
-            "Repeat those options, choose another --out, or start afresh with --no-resume."
+            f"{checkpoint} belongs to a run with other options ({', '.join(changed)}). "
+            "Repeat those options, choose another --out, or start again with --no-resume."
         )
+    # each process takes the same number of pairs
     if pairs % ranks:
         raise InputError(
-            f"{checkpoint} is of a run of {pairs} pairs a step, which {ranks} processes cannot share evenly. "
-            "Start another number of them, or start afresh with --no-resume."
+            f"{checkpoint} has {pairs} pairs per step, which {ranks} processes cannot share evenly. "
+            "Start another number of processes, or start again with --no-resume."
         )
     return pairs // ranks
 
 
 def check_same_steps(checkpoint: Path, batches: EpochBatches) -> None:
-    """Check that the run that wrote `checkpoint` cut an epoch into as many steps.
+    """Check that an epoch has as many steps as in the run that wrote `checkpoint`.
+
+    Every process needs a group in every step, so that more processes can mean fewer steps.
 
     Raises:
-        InputError: it did not.
+        InputError: the numbers differ.
     """
     stored = int(read_json(checkpoint / "run.json").get("steps_an_epoch", batches.steps))
     if stored != batches.steps:
         raise InputError(
-            f"{checkpoint} is of a run of {stored} steps an epoch, and {batches.ranks} processes make "
-            f"{batches.steps} of these groups. Start fewer of them, or start afresh with --no-resume."
+            f"{checkpoint} has {stored} steps per epoch, but {batches.ranks} processes need {batches.steps}. "
+            "Start fewer processes, or start again with --no-resume."
         )

@@ -1,4 +1,14 @@
-"""Examples -> a family's batch, with whatever is frozen computed once: image states, or hidden states."""
+"""Examples -> a family's batch, with the outputs of frozen layers from a cache.
+
+What is cached depends on the recipe:
+
+| trained                      | cached per image                                 | a step starts at         |
+|------------------------------|--------------------------------------------------|--------------------------|
+| an image part, or no groups  | processed pixels                                 | the pixels               |
+| text parts                   | outputs of the image encoder                     | the first text layer     |
+| upper text layers only       | hidden states of the image and of all its        | the lowest trained layer |
+|                              | questions, before that layer (`StateCache`)      |                          |
+"""
 
 from __future__ import annotations
 
@@ -16,42 +26,46 @@ from normtune.training.state_cache import StateCache, state_store
 
 
 class Collator:
-    """Lists of examples, one list an image -> the family's batch.
+    """Turns groups of examples into the family's batch.
+
+    Args:
+        family: tokenises the examples and builds the batch.
+        images: gives the processed pixels of an image, or the encoder's output for it.
 
     Attributes:
-        computed_once: what of the model's work is done once an image, for people; None: nothing.
+        states: gives hidden states in place of images; None: batches are built from images.
     """
 
     def __init__(self, family: Family, images: ImageCache) -> None:
         self.family, self.images = family, images
         self.states: StateCache | None = None
-        self._segments: dict[str, Segment] = {}
+        self._segments: dict[str, Segment] = {}  # by example id: every epoch needs them again
 
     @property
     def cached_states(self) -> str | None:
+        """The part of the model's work that is done once per image, in words; None: none of it."""
         if self.states is not None:
-            return self.states.below.description
+            return self.states.trunk.description
         return "image states" if self.images.frozen else None
 
     def __call__(self, groups: Sequence[Sequence[Example]]) -> Batch:
-        packed = self.tokenize_groups(groups)
+        """Build a batch. Each group lists examples with the same images."""
+        tokenized = self.tokenize_groups(groups)
+        # hidden states at the lowest trained layer, or images (pixels, or the frozen encoder's output)
         if self.states is not None:
-            return self.states.collate(packed)
-        return self.family.collate(packed, [self.images_of(group) for group in packed])
+            return self.states.collate(tokenized)
+        return self.family.collate(tokenized, [self.images_of(group) for group in tokenized])
 
     def tokenize_groups(self, groups: Sequence[Sequence[Example]]) -> list[Group]:
-        """The groups as tokens."""
-        return [
-            Group(members[0].images, tuple(self.segment(example) for example in members))
-            for members in groups
-        ]
+        """Tokenise the examples of each group."""
+        return [Group(members[0].images, tuple(self.segment(example) for example in members)) for members in groups]
 
     def images_of(self, group: Group) -> list[Pixels]:
-        """The images of a group, or what a frozen encoder makes of them."""
+        """Return the processed images of a group, or a frozen encoder's output for them."""
         return [self.images(key) for key in group.images]
 
     def segment(self, example: Example) -> Segment:
-        """The tokens of one example."""
+        """Return the tokens of an example: question and answer."""
         if example.id not in self._segments:
             self._segments[example.id] = self.family.tokenize(
                 example.id, example.question, example.answer, report=example.kind == "report"
@@ -66,33 +80,43 @@ def build_collator(
     dataset: Dataset,
     examples: Sequence[Example],
     *,
-    hold: bool = True,
+    use_caches: bool = True,
     limit_bytes: int = LIMIT_BYTES,
 ) -> Collator:
-    """The collator of a run, with the caches that its recipe allows.
+    """Build the collator of a run, with the caches that its recipe allows.
 
-    Without dropout (grouped training has none in the base) the image encoder's output stays the same where
-    nothing of it is trained, and so do the hidden states below the lowest trained layer: the latter are kept
-    where `config.cache` names a folder, or where those of all images fit in `limit_bytes` of memory. Without
-    `hold` neither is kept: no process can compute them by itself.
+    An encoder's output for an image is constant if none of its parameters is trained and no dropout is active
+    (grouped training turns off the base's dropout). The same holds for the hidden states before the lowest
+    trained layer. These are cached if `config.cache` names a folder, or if those of all images fit in memory.
+
+    Args:
+        examples: all examples of the run. An image's hidden states are computed with all of its questions.
+        use_caches: False under FSDP, where no process has a whole encoder to compute the outputs with.
+        limit_bytes: memory for each cache.
 
     Raises:
         InputError: the cache's folder cannot be made, or an image cannot be read.
     """
-    frozen = hold and config.group and not {*IMAGE_PARTS} & {part for part, _ in tuned.part_and_role.values()}
+    frozen = use_caches and config.group and not {*IMAGE_PARTS} & {part for part, _ in tuned.part_and_role.values()}
+    # row 1 of the table above: pixels only
     if not frozen:
         return Collator(family, ImageCache(family, dataset, limit_bytes=limit_bytes))
+    # row 2: encoder outputs, in memory and, with --cache, on disk; keyed by the image, on disk by its pixels
     store = image_store(config.cache, family)
     images = ImageCache(family, dataset, frozen=True, store=store, limit_bytes=limit_bytes)
-    made = Collator(family, images)
-    below = family.frozen_trunk(tuned.trained.values())
-    if below is None:
-        return made
-    by_image = {group[0].images: [made.segment(one) for one in group] for group in group_by_image(examples)}
-    # an image's states are taken once, with all its questions: they need not be held
-    passing = ImageCache(family, dataset, frozen=True, store=store, limit_bytes=0)
-    kept = state_store(config.cache, family, below)
-    states = StateCache(below, passing, by_image, store=kept, limit_bytes=limit_bytes)
+    collator = Collator(family, images)
+    trunk = family.frozen_trunk(tuned.trained.values())
+    # row 3: hidden states, if there are frozen layers between the encoder and the lowest trained layer
+    if trunk is None:
+        return collator
+    questions = {
+        group[0].images: [collator.segment(example) for example in group] for group in group_by_image(examples)
+    }
+    # each image's encoder output is needed once, for its hidden states: no memory for it
+    uncached_images = ImageCache(family, dataset, frozen=True, store=store, limit_bytes=0)
+    state_folder = state_store(config.cache, family, trunk)
+    states = StateCache(trunk, uncached_images, questions, store=state_folder, limit_bytes=limit_bytes)
+    # with a folder, states that do not fit in memory are read from disk again in each epoch
     if config.cache is not None or states.fits():
-        made.states = states
-    return made
+        collator.states = states
+    return collator

@@ -1,4 +1,4 @@
-"""What decides a run, checked when it is read; every field is an option of the command line."""
+"""The options of a training run: fields that are checked when set, each an option of `normtune train`."""
 
 from __future__ import annotations
 
@@ -15,58 +15,68 @@ from normtune.methods.registry import LEARNING_RATES
 
 
 class TrainConfig(DataOptions):
-    """Everything that decides a training run."""
+    """Everything that determines a training run, besides the dataset options that it inherits.
 
+    The descriptions are the help texts of `normtune train --help`.
+    """
+
+    # what is trained, and on which examples
     model: str = Field(description="Base model: a local directory, a hub name, or 'nano'.")
-    out: Path = Field(description="Where the adapter is written.")
-    tune: str = Field("ln", description="Recipe: a preset or PART=METHOD[,PART=METHOD].")
-    split: str = Field("train", description="The split to train on.")
-    limit: int | None = Field(None, gt=0, description="Train on the first so many pairs only.")
+    out: Path = Field(description="Folder for the adapter, the resolved options and the checkpoints.")
+    tune: str = Field("ln", description="Recipe: a preset name, or PART=METHOD[,PART=METHOD...].")
+    split: str = Field("train", description="Split of the dataset to train on.")
+    limit: int | None = Field(None, gt=0, description="Train on the first LIMIT question-answer pairs only.")
     share: float | None = Field(
-        None, gt=0, le=1, description="Train on this share of the images, drawn by --seed."
+        None, gt=0, le=1, description="Train on a random share (0 to 1) of the images; --seed decides which."
     )
-    lr: float | None = Field(None, gt=0, description="Learning rate; by default each method's own.")
-    epochs: float = Field(10, gt=0, description="Passes over the training pairs.")
-    max_steps: int | None = Field(None, gt=0, description="Stop after so many steps, whatever the epochs.")
-    batch: int = Field(24, gt=0, description="Question-answer pairs a step and device.")
-    accumulate: int = Field(1, gt=0, description="Batches whose gradients make one step.")
-    group: bool = Field(True, description="Share each image among its questions.")
-    cap: int | None = Field(
-        None, gt=0, description="At most so many questions of one image in a group; by default all."
-    )
+    # steps and batches
+    lr: float | None = Field(None, gt=0, description="Learning rate; default: one rate per method.")
+    epochs: float = Field(10, gt=0, description="Number of passes over the training pairs.")
+    max_steps: int | None = Field(None, gt=0, description="Number of optimiser steps; overrides --epochs.")
+    batch: int = Field(24, gt=0, description="Question-answer pairs per batch and process.")
+    accumulate: int = Field(1, gt=0, description="Batches per optimiser step; their gradients are added.")
+    group: bool = Field(True, description="Compute each image once for all of its questions in a batch.")
+    cap: int | None = Field(None, gt=0, description="Maximum number of questions per image in a group; default: all.")
     balance: Literal["pairs", "tokens"] = Field(
-        "pairs", description="What batches hold about as much of; --batch is then their mean size."
+        "pairs", description="Balance batches by pairs or by tokens; --batch is then the mean number of pairs."
     )
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Dtype of the frozen base.")
+    # memory and speed
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Dtype of the frozen weights; trained values are fp32."
+    )
     quantize: Literal["int8", "nf4"] | None = Field(
-        None, description="Hold the language model's linears in 8 bits (torchao) or 4 (bitsandbytes)."
+        None, description="Quantise the language model's linear layers: int8 (torchao) or nf4 (bitsandbytes)."
     )
     memory: Literal["fast", "balanced", "tight"] = Field(
-        "fast", description="Layers computed again in the backward pass: none, every second one, or all."
+        "fast",
+        description="Layers recomputed in the backward pass to save memory: none (fast), every second one "
+        "(balanced) or all (tight).",
     )
     cache: Path | None = Field(
-        None, description="Folder where what frozen layers make of images is kept; runs may share it."
+        None, description="Folder for cached outputs of frozen layers, one entry per image; runs can share it."
     )
-    compile: bool = Field(False, description="Compile the language model's layers (torch.compile).")
-    device: str | None = Field(None, description="cpu or cuda; by default CUDA where there is one.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay, on matrices only.")
-    warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which the rate rises.")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="The rate after that.")
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Smoothing of the answer tokens' targets.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
-    save_every: int | None = Field(
-        None, gt=0, description="Steps between checkpoints; by default one an epoch."
+    compile: bool = Field(False, description="Compile the language model's layers with torch.compile.")
+    device: str | None = Field(None, description="cpu or cuda; default: cuda if available.")
+    # AdamW: the learning rate rises linearly during the warmup, then follows the schedule
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay of AdamW, for matrices only.")
+    warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which the learning rate rises from 0.")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="Learning-rate schedule after the warmup."
     )
-    resume: bool = Field(True, description="Go on from the last whole checkpoint under --out.")
-    tracker: str = Field("none", description="Where to log: none, tensorboard, wandb, mlflow, ...")
-    seed: int = Field(0, description="Of initial values, data order and dropout.")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing of the answer tokens.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Maximum gradient norm; larger gradients are scaled down.")
+    # checkpoints, logs and randomness
+    save_every: int | None = Field(None, gt=0, description="Steps between checkpoints; default: one per epoch.")
+    resume: bool = Field(True, description="Resume from the last complete checkpoint under --out.")
+    tracker: str = Field("none", description="Experiment tracker: none, tensorboard, wandb, mlflow, ...")
+    seed: int = Field(0, description="Seed of initial values, data order and dropout.")
 
     def learning_rate(self, method: str) -> float:
-        """The rate of one method: the run's own where given, else the method's default."""
+        """Return the learning rate of a method: `lr` if it is set, else the method's default."""
         return self.lr if self.lr is not None else LEARNING_RATES[method]
 
     def select(self, examples: Sequence[Example]) -> list[Example]:
-        """The examples of a split that the run trains on: a share of the images, then the first `limit` pairs."""
+        """Select the examples of a split to train on: a share of the images, then the first `limit` pairs."""
         if self.share is not None:
             examples = share_of_images(examples, self.share, self.seed)
         return list(examples[: self.limit])

@@ -1,4 +1,15 @@
-"""FSDP2 by accelerate: layers dealt out to the processes, and tensors made whole again."""
+"""FSDP2 through accelerate: shards a model's layers over the processes, and gathers tensors for files.
+
+| what                             | where                                    | gathered                     |
+|----------------------------------|------------------------------------------|------------------------------|
+| a layer, frozen and trained      | 1/n of each tensor on each process       | for its forward and backward |
+| embeddings, head, other modules  | 1/n of each tensor on each process       | for a whole step             |
+| gradients, AdamW's states        | 1/n on each process, of trained tensors  | -                            |
+| trained tensors, AdamW's states  | unsharded in the host's memory           | for a checkpoint, one by one |
+
+A sharded tensor is a `DTensor`. Checkpoints hold unsharded tensors, so that any number of processes can read
+them.
+"""
 
 from __future__ import annotations
 
@@ -17,73 +28,80 @@ from normtune.models.parts import is_quantized, layers
 
 
 def shard_by_layers(accelerator: Accelerator, model: nn.Module) -> None:
-    """Have accelerate deal out each layer of `model` by itself, whatever --fsdp_auto_wrap_policy says.
+    """Configure accelerate to shard `model` layer by layer, whatever --fsdp_auto_wrap_policy says.
 
-    A layer is one unit with its frozen weights and its trained ones, which all are fp32. What stands outside
-    the layers (embeddings, head) is a unit of its own, gathered for a whole step.
+    Each layer is one FSDP unit with its frozen weights and its trained ones, which are all fp32. The modules
+    outside the layers (embeddings, head) form one more unit, which stays gathered for a whole step.
 
     Raises:
-        InputError: the base is quantised, or runs layers of its own again in the backward pass.
+        InputError: the base is quantised, or accelerate was asked to checkpoint activations.
     """
     if any(is_quantized(parameter) for parameter in model.parameters()):
-        raise InputError("a quantised base cannot be dealt out by FSDP. Leave --quantize or --use_fsdp out.")
+        raise InputError("FSDP cannot shard a quantised base. Leave out --quantize or --use_fsdp.")
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is None:  # accelerate knows FSDP on accelerators alone; torch has it on the CPU too
+    if plugin is None:  # accelerate sets it up on GPUs only, but torch can shard on CPUs too
         plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
     if plugin.activation_checkpointing:
-        raise InputError("--fsdp_activation_checkpointing: choose --memory balanced or tight instead.")
-    plugin.cpu_ram_efficient_loading = False
+        raise InputError("--fsdp_activation_checkpointing: use --memory balanced or --memory tight instead.")
+    plugin.cpu_ram_efficient_loading = False  # every process has read the base already
+    # wrap by class name: the classes of the layers that `find_parts` knows, not those of a family's defaults
     plugin.auto_wrap_policy = transformer_auto_wrap_policy
-    kinds = {type(model.get_submodule(name)).__name__ for name in layers(model)}
-    plugin.transformer_cls_names_to_wrap = sorted(kinds)
+    class_names = {type(model.get_submodule(name)).__name__ for name in layers(model)}
+    plugin.transformer_cls_names_to_wrap = sorted(class_names)
 
 
 def gather_full(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be dealt out; all processes call it, for one tensor after the other."""
-    found = tensor.detach()
-    return found.full_tensor() if isinstance(found, DTensor) else found
+    """Return the unsharded tensor.
+
+    All processes must call this function, with the same tensors in the same order.
+    """
+    detached = tensor.detach()
+    return detached.full_tensor() if isinstance(detached, DTensor) else detached
 
 
 def copy_into(parameter: nn.Parameter, value: Tensor) -> None:
-    """Give a parameter, dealt out or not, the values of a whole tensor."""
-    with torch.no_grad():
+    """Copy an unsharded tensor into a parameter, which may be sharded."""
+    with torch.no_grad():  # in place: the optimiser refers to this parameter
         parameter.copy_(_shard_like(value, parameter))
 
 
 def _shard_like(value: Tensor, like: Tensor) -> Tensor:
+    """Shard `value` as `like` is sharded; every process has all of `value` and keeps its own shard."""
     if not isinstance(like, DTensor):
         return value
     on_device = value.to(like.device)
+    # None: nothing is sent between the processes, each cuts its shard from its own copy
     return distribute_tensor(on_device, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def full_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's state as that of a run of one process; all processes call it."""
-    stored = optimizer.state_dict()
+    """Return the optimiser's state unsharded, as a run of one process has it; all processes must call it."""
+    stored = optimizer.state_dict()  # {"state": {index: {"exp_avg": ..., ...}}, "param_groups": [...]}
     state = {
-        index: {key: gather_full(value) if isinstance(value, Tensor) else value for key, value in one.items()}
-        for index, one in sorted(stored["state"].items())
+        index: {key: gather_full(value) if isinstance(value, Tensor) else value for key, value in entry.items()}
+        for index, entry in sorted(stored["state"].items())  # sorted: the same order in all processes
     }
     return {"state": state, "param_groups": stored["param_groups"]}
 
 
 def load_state(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None:
-    """Put a whole state into the optimizer of a run of any number of processes."""
+    """Load an unsharded state into the optimiser of a run with any number of processes."""
+    # a state's key is the index of its parameter, counted over all parameter groups
     parameters = _parameters(optimizer.param_groups)
     state = {
         index: {
-            key: _shard_like(value, parameters[index]) if _follows(value, parameters[index]) else value
-            for key, value in one.items()
+            key: _shard_like(value, parameters[index]) if _has_shape_of(value, parameters[index]) else value
+            for key, value in entry.items()
         }
-        for index, one in stored["state"].items()
+        for index, entry in stored["state"].items()
     }
     optimizer.load_state_dict({"state": state, "param_groups": stored["param_groups"]})
 
 
-def _follows(value: Any, parameter: Tensor) -> bool:
-    """Whether a value of the state has one number for each of the parameter's (a count of steps has not)."""
+def _has_shape_of(value: Any, parameter: Tensor) -> bool:
+    """Whether a value of the state is elementwise (AdamW's means are, its count of steps is not)."""
     return isinstance(value, Tensor) and value.shape == parameter.shape
 
 

@@ -1,4 +1,4 @@
-"""What a model is made of and what a recipe would train, counted without loading its weights."""
+"""`normtune inspect`: counts a model's parts and what a recipe would train, without loading the weights."""
 
 from __future__ import annotations
 
@@ -9,33 +9,38 @@ from typing import Any
 from normtune.errors import InputError
 
 
-def inspection(model: str, tune: str | None = None) -> dict[str, Any]:
-    """Parts x roles of `model` and, with `tune`, the recipe's trainable parameters by part.
+def inspect_model(model: str, tune: str | None = None) -> dict[str, Any]:
+    """Count a model's parameters by part and role and, with `tune`, what the recipe would train.
 
-    Works on the config alone (meta device): a 7B model takes a second and no memory.
+    The model is built from its config on the meta device: a 7B model takes a second and no memory.
+
+    Args:
+        model: a local directory, a hub name, or the name of an architecture.
+        tune: a recipe; None: only the model is described.
 
     Raises:
-        InputError: no such model, or a recipe that does not fit it.
+        InputError: there is no such model, or the recipe does not fit it.
     """
+    # imported here: torch takes seconds, and the command line must start without it
     from normtune.methods.adapt import adapt
     from normtune.models.loading import meta_model
     from normtune.models.parts import find_parts
 
-    body = meta_model(model)
-    parts = find_parts(body)
-    found: dict[str, Any] = {
+    network = meta_model(model)
+    parts = find_parts(network)
+    report: dict[str, Any] = {
         "model": model,
         "total": parts.total,
         "parts": {part: parts.count(part) for part in parts.parts},
         "table": parts.table(),
     }
     if tune is not None:
-        tuned = adapt(body, tune)
-        by_method: dict[str, int] = {}
+        tuned = adapt(network, tune)
+        by_method: dict[str, int] = {}  # a recipe may combine methods: count the parameters of each
         for name, parameter in tuned.trained.items():
             by_method[tuned.methods[name]] = by_method.get(tuned.methods[name], 0) + parameter.numel()
-        found["recipe"] = {
-            "given": tune,
+        report["recipe"] = {
+            "given": tune,  # as the user wrote it; "resolved" has a method for each part of this model
             "resolved": str(tuned.recipe),
             "trainable": tuned.trainable,
             "total": tuned.total,
@@ -43,54 +48,59 @@ def inspection(model: str, tune: str | None = None) -> dict[str, Any]:
             "tensors": len(tuned.trained),
             "by_method": by_method,
         }
-    return found
+    return report
 
 
-def planned(
-    model: str, tune: str | None, options: Mapping[str, Any], found: dict[str, Any]
-) -> dict[str, Any]:
-    """`found` with the memory that training on a dataset takes, where `options` name one.
+def add_memory_plan(model: str, tune: str | None, options: Mapping[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    """Return the inspection with a plan of the memory that training on a dataset takes.
+
+    Args:
+        options: options of `TrainConfig` by name; those that are None are not set. Without `data` there is no
+            plan.
+        report: the inspection, from `inspect_model`.
 
     Raises:
-        InputError: an option without `data`, or see `normtune.training.memory_plan.plan.plan`.
+        InputError: there are options but no `data`, or planning fails; see `plan_memory`.
     """
     from normtune.training.config import TrainConfig
 
-    given = {name: value for name, value in options.items() if value is not None}
-    if "data" not in given:
-        if given:
-            name = next(iter(given)).replace("_", "-")
-            raise InputError(f"--{name} goes with --data: the data's questions and images decide the memory.")
-        return found
-    config = TrainConfig.checked(model=model, tune=tune or "ln", out=Path("."), **given)
-    from normtune.training.memory_plan.plan import plan
+    options = {name: value for name, value in options.items() if value is not None}
+    # the other options mean nothing without a dataset: an error, not a silent omission
+    if "data" not in options:
+        if options:
+            name = next(iter(options)).replace("_", "-")
+            raise InputError(f"--{name} needs --data: questions and images determine the memory.")
+        return report
+    # `out` is required but unused: a plan writes nothing
+    config = TrainConfig.checked(model=model, tune=tune or "ln", out=Path("."), **options)
+    from normtune.training.memory_plan.plan import plan_memory
 
-    return {**found, "plan": plan(config).to_json()}
+    return {**report, "plan": plan_memory(config).to_json()}
 
 
-def inspect_text(found: dict[str, Any]) -> str:
-    """The inspection as a table for people."""
-    parts = ", ".join(f"{part} {count:,}" for part, count in found["parts"].items())
-    lines = [f"{found['model']}: {found['total']:,} parameters ({parts})", ""]
-    rows = found["table"]
+def inspect_text(report: dict[str, Any]) -> str:
+    """Format an inspection as text: totals, the table of parts and roles, the recipe, the memory plan."""
+    parts = ", ".join(f"{part} {count:,}" for part, count in report["parts"].items())
+    lines = [f"{report['model']}: {report['total']:,} parameters ({parts})", ""]
+    rows = report["table"]  # one row per part and role; all rows have the same keys
     columns = list(rows[0])
     cells = [columns, *([_cell(column, row[column]) for column in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    # part and role are aligned to the left, numbers to the right
     for line in cells:
         lines.append(
             "  ".join(
-                word.rjust(w) if i > 1 else word.ljust(w)
-                for i, (word, w) in enumerate(zip(line, widths, strict=True))
+                word.rjust(w) if i > 1 else word.ljust(w) for i, (word, w) in enumerate(zip(line, widths, strict=True))
             )
         )
-    if recipe := found.get("recipe"):
+    if recipe := report.get("recipe"):
         lines += [
             "",
             f"recipe {recipe['given']} -> {recipe['resolved']}",
             f"trains {recipe['trainable']:,} of {recipe['total']:,} parameters = "
             f"{100 * recipe['share']:.4f}% in {recipe['tensors']} tensors",
         ]
-    if memory := found.get("plan"):
+    if memory := report.get("plan"):
         from normtune.training.memory_plan.plan import plan_text
 
         lines += ["", plan_text(memory)]

@@ -1,4 +1,16 @@
-"""Layers of the language model that torch.compile has fused, each the same graph, for rows of any length."""
+"""Wraps the layers of a model for the time of a `with` block: recomputation, compilation.
+
+- `replace_forwards` sets the `forward` of modules by name, and restores it; the other two are built on it.
+- `checkpoint_activations` runs layers again in the backward pass in place of saving their activations.
+- `compile_layers` compiles the language model's layers with torch.compile.
+
+Layers are wrapped one by one, not the whole model: what is around them (embeddings, masks, caches) varies
+between families and batches, while a layer is one function of its inputs. The graph that torch.compile makes
+of a layer serves rows of any length.
+
+    with save_fewer_activations(model), compile_layers(model), checkpoint_activations(model, "tight"):
+        loss.backward()     # inside: forward = checkpoint(compiled(layer.forward))
+"""
 
 from __future__ import annotations
 
@@ -15,74 +27,83 @@ from torch.utils.checkpoint import checkpoint
 from normtune.errors import InputError
 from normtune.models.parts import layers
 
-
-@contextmanager
-def compile_layers(
-    model: nn.Module, wanted: bool = True, *, backend: Any = "inductor"
-) -> Iterator[Sequence[str]]:
-    """Inside, the language model's layers run compiled; yields their names, none where that is not wanted.
-
-    Raises:
-        InputError: torch.compile fails, as it does without a C++ compiler.
-    """
-    chosen = [name for name, (part, _) in layers(model).items() if part == "language"] if wanted else []
-    fused = {
-        name: torch.compile(model.get_submodule(name).forward, dynamic=True, backend=backend)
-        for name in chosen
-    }
-    try:
-        with replace_forwards(model, fused):
-            yield chosen
-    except BackendCompilerFailed as error:
-        reason = str(error.inner_exception).splitlines()[0].rstrip(".")
-        raise InputError(f"--compile: {reason}. Leave it out.") from error
-
-
-Forward = Callable[..., Any]
+Forward = Callable[..., Any]  # a module's forward, or what replaces it
+MemoryTier = Literal["fast", "balanced", "tight"]  # values of `TrainConfig.memory`
+# tier -> n: every n-th layer of each stack is recomputed (layers 0, n, 2n, ...); 0: none
+CHECKPOINT_EVERY: dict[MemoryTier, int] = {"fast": 0, "balanced": 2, "tight": 1}
 
 
 @contextmanager
 def replace_forwards(model: nn.Module, replacements: Mapping[str, Forward]) -> Iterator[None]:
-    """Inside, the modules of these names compute by the functions given; after, as they did before."""
-    held: list[tuple[nn.Module, Forward | None]] = []
+    """Replace the `forward` of modules inside the block, and restore them afterwards.
+
+    Args:
+        replacements: module name -> the function that replaces its `forward`. Hooks of a module still run,
+            outside of the function.
+    """
+    # an instance's `forward`, where there is one, hides the class's; None: the instance had none
+    previous: list[tuple[nn.Module, Forward | None]] = []
     try:
         for name, function in replacements.items():
             module = model.get_submodule(name)
-            held.append((module, module.__dict__.get("forward")))
+            previous.append((module, module.__dict__.get("forward")))
             module.forward = function  # type: ignore[method-assign]
         yield
     finally:
-        for module, own in reversed(held):
-            if own is None:
+        for module, forward in reversed(previous):
+            if forward is None:
                 del module.forward
             else:
-                module.forward = own  # type: ignore[method-assign]
-
-
-MemoryTier = Literal["fast", "balanced", "tight"]
-CHECKPOINT_EVERY: dict[MemoryTier, int] = {
-    "fast": 0,
-    "balanced": 2,
-    "tight": 1,
-}  # of so many layers one is run again; 0: none
+                module.forward = forward  # type: ignore[method-assign]
 
 
 @contextmanager
 def checkpoint_activations(model: nn.Module, tier: MemoryTier) -> Iterator[Sequence[str]]:
-    """Inside, some of the model's layers run again in the backward pass: none, every second one, or all.
+    """Recompute some layers in the backward pass inside the block: none, every second one, or all.
 
-    What one layer keeps while it runs again is its whole, so that a tier's peak is that of the layers' inputs
-    and one layer. Loss and gradients are the same; dropout draws the same numbers again. Yields the layers.
+    A recomputed layer saves only its input. In the backward pass it runs again and saves everything, one
+    layer at a time, so that the peak is the inputs of all recomputed layers plus the activations of one. Loss
+    and gradients are the same; dropout draws the same random numbers again.
+
+    Yields:
+        The names of the recomputed layers.
     """
     every = CHECKPOINT_EVERY[tier]
-    chosen = [name for name, (_, index) in layers(model).items() if index % every == 0] if every else []
+    names = [name for name, (_, index) in layers(model).items() if index % every == 0] if every else []
     with replace_forwards(
-        model, {name: partial(_with_checkpoint, model.get_submodule(name).forward) for name in chosen}
+        model, {name: partial(_with_checkpoint, model.get_submodule(name).forward) for name in names}
     ):
-        yield chosen
+        yield names
 
 
 def _with_checkpoint(forward: Forward, *args: Any, **kwargs: Any) -> Any:
+    # without gradients nothing is saved, so that there is nothing to recompute (evaluation, generation)
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
+    # the non-reentrant kind allows inputs that need no gradient, such as those of the first trained layer
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+@contextmanager
+def compile_layers(model: nn.Module, enabled: bool = True, *, backend: Any = "inductor") -> Iterator[Sequence[str]]:
+    """Compile the language model's layers inside the block.
+
+    Args:
+        enabled: False compiles nothing.
+        backend: backend of torch.compile.
+
+    Yields:
+        The names of the compiled layers.
+
+    Raises:
+        InputError: torch.compile fails, for example because there is no C++ compiler.
+    """
+    names = [name for name, (part, _) in layers(model).items() if part == "language"] if enabled else []
+    # dynamic: the number and the length of rows differ from batch to batch; one graph serves all of them
+    compiled = {name: torch.compile(model.get_submodule(name).forward, dynamic=True, backend=backend) for name in names}
+    try:
+        with replace_forwards(model, compiled):
+            yield names
+    except BackendCompilerFailed as error:  # compilation happens at the first call, so inside the block
+        reason = str(error.inner_exception).splitlines()[0].rstrip(".")
+        raise InputError(f"--compile: {reason}. Leave out --compile.") from error

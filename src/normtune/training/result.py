@@ -1,4 +1,4 @@
-"""The result of a training run."""
+"""The result of a training run, as `train_result.json` and as text."""
 
 from __future__ import annotations
 
@@ -16,44 +16,44 @@ from normtune.training.config import TrainConfig
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to. `changed` is the share of trained values that differ from the base's."""
+    """The result of a run. The field names are the keys of `train_result.json` and of `--json`."""
 
-    out: str
-    recipe: str
-    trainable: int
-    total: int
-    share: float
-    pairs: int
-    steps: int
-    seconds: float
-    pairs_per_second: float
-    peak_memory_bytes: int
-    computed_once: str | None  # what of the model's work was done once an image
-    final_loss: float | None
-    changed: float
-    changes: tuple[Change, ...]
-    warning: str | None
-    together: int = 1  # adapters that the pass trained; seconds and memory are the pass's
+    out: str  # folder of the adapter
+    recipe: str  # resolved: a method for each part of the model
+    trainable: int  # number of trained parameters
+    total: int  # number of parameters of the adapted model
+    share: float  # trainable / total
+    pairs: int  # question-answer pairs seen, those before a resume included
+    steps: int  # optimiser steps, those before a resume included
+    seconds: float  # wall-clock time since the last start
+    pairs_per_second: float  # pairs / seconds
+    peak_memory_bytes: int  # the largest of all processes
+    computed_once: str | None  # the part of the model's work that is done once per image; None: none of it
+    final_loss: float | None  # last entry of the loss log, in nats per answer token; None: the log is empty
+    changed: float  # share of the trained values that differ from those before training
+    changes: tuple[Change, ...]  # the same for each part and role, with sizes
+    warning: str | None  # set if almost nothing changed or values are not finite
+    together: int = 1  # adapters that the pass trained; seconds and memory are those of the pass
 
     def text(self) -> str:
-        """The result in a few lines for people."""
+        """Return the result as a few lines of text."""
         lines = [
             f"{self.recipe}: {self.trainable:,} of {self.total:,} parameters ({100 * self.share:.4f}%)",
             f"{self.pairs:,} pairs in {self.steps:,} steps, {self.seconds:.1f} s "
             f"({self.pairs_per_second:.1f} pairs/s), peak memory {self.peak_memory_bytes / 2**20:,.0f} MiB",
         ]
         if self.together > 1:
-            lines.append(f"one of {self.together} adapters that shared a pass, its time and its memory")
+            lines.append(f"one of {self.together} adapters of a shared pass; time and memory are those of the pass")
         if self.computed_once is not None:
-            lines.append(f"computed once an image: {self.computed_once}")
+            lines.append(f"computed once per image: {self.computed_once}")
         if self.final_loss is not None:
-            lines.append(f"final loss {self.final_loss:.4f} a token")
+            lines.append(f"final loss {self.final_loss:.4f} per token")
         lines.append(f"{100 * self.changed:.1f}% of the trained values changed")
-        for one in self.changes:
-            far = "from zero" if one.relative is None else f"by {100 * one.relative:.2g}% of their size"
-            lines.append(
-                f"  {one.part} {one.role}: {100 * one.changed:.1f}% of {one.values:,} changed, {far}"
-            )
+        for change in self.changes:
+            step = change.relative
+            size = "from zero" if step is None else f"by {100 * step:.2g}% of their size"
+            changed = f"{100 * change.changed:.1f}% of {change.values:,} changed, {size}"
+            lines.append(f"  {change.part} {change.role}: {changed}")
         if self.warning:
             lines.append(f"WARNING: {self.warning}")
         return "\n".join([*lines, f"Written: {self.out}"])
@@ -69,9 +69,18 @@ def build_result(
     steps: int,
     seconds: float,
     computed_once: str | None,
-    together: int = 1,
+    adapters_in_pass: int = 1,
 ) -> tuple[TrainResult, dict[str, Any]]:
-    """What a run came to, and its log; `before` holds what is trained as it was, `losses` (step, loss)."""
+    """Compare the trained values with those before training and collect the result of a run.
+
+    Args:
+        before: copies of `tuned.trained` from before training, by name.
+        losses: the loss log, (step, mean loss per answer token since the previous entry).
+        adapters_in_pass: adapters that were trained in the same pass over the base.
+
+    Returns:
+        The result, and a description for `adapter.json`: the loss log and one row per norm.
+    """
     changes = change_report(before, tuned)
     result = TrainResult(
         out=str(config.out),
@@ -89,6 +98,6 @@ def build_result(
         changed=changes.share,
         changes=changes.changes,
         warning=changes.warning,
-        together=together,
+        together=adapters_in_pass,
     )
     return result, {"loss": [*losses], "norms": norm_changes(before, tuned)}

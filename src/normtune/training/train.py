@@ -1,4 +1,9 @@
-"""The training run: a recipe on a dataset, through the Hugging Face Trainer, to a delta on disk."""
+"""A training run: load the base, adapt it by a recipe, train on a dataset, write the adapter.
+
+train     reads the options, loads data and base, calls `fit`, and writes the files
+fit       trains the adapted model in place: collator, batches, checkpoint to resume from, Trainer
+save_run  writes the adapter, the options and the result, and deletes the checkpoints
+"""
 
 from __future__ import annotations
 
@@ -36,26 +41,35 @@ from normtune.training.trainer import AdapterTrainer
 
 
 def train(config: TrainConfig, *, progress: TrainerCallback | None = None) -> TrainResult:
-    """Train `config.tune` on `config.data` and write the delta to `config.out`.
+    """Train the recipe `config.tune` on `config.data` and write the adapter to `config.out`.
 
-    A run that was killed goes on from its last whole checkpoint and ends with the same delta (fp32, CPU).
-    Under a launcher all its processes call this, and the first of them writes.
+    If a run is killed, the same call resumes from its last complete checkpoint and ends with the same adapter
+    (bit for bit in fp32 on a CPU). Under torchrun or accelerate launch every process calls this function, and
+    the first process writes the files.
+
+    Args:
+        config: the options of the run.
+        progress: a callback that shows the progress, such as `PrintProgress`.
 
     Raises:
-        InputError: bad option, data, model or recipe.
+        InputError: an option, the data, the model or the recipe is invalid.
     """
-    recipe = parse(config.tune)  # a misspelt word is told before anything is loaded
+    # --- read the options; every process reads all of them
+    recipe = parse(config.tune)  # first: a misspelt recipe fails before anything is loaded
     distributed.init_processes(config.device)
+    # tight is for machines with little memory: freed blocks return to the system at once
     if config.memory == "tight":
         memory.release_freed_memory()
     dataset = open_configured(config)
     examples = config.select(dataset.split(config.split))
-    # a base that is to be dealt out may be larger than a device
-    device = "cpu" if distributed.sharded() else config.device
+    # with FSDP the base may be larger than a device: it is loaded on the host, then sharded over the devices
+    device = "cpu" if distributed.is_sharded() else config.device
     family = load(config.model, dtype=config.dtype, device=device, quantize=config.quantize)
+    # of the unchanged base, before `adapt`: the adapter is loaded only onto a base with the same fingerprint
     base_fingerprint = fingerprint(family.model)
     if len(set(distributed.all_gather(base_fingerprint))) > 1:
-        raise InputError(f"the processes loaded different bases as {config.model}. Give all the same files.")
+        raise InputError(f"the processes loaded different bases from {config.model}. Give all of them the same files.")
+    # --- train, and write in one process; the others wait, so that none ends before the files are there
     tuned = adapt(family.model, recipe, seed=config.seed)
     result, description = fit(config, family, tuned, dataset, examples, progress=progress)
     if distributed.is_main_process():
@@ -73,7 +87,12 @@ def save_run(
     result: TrainResult,
     description: dict[str, Any],
 ) -> None:
-    """Write the delta with the run's config and result; its checkpoints go.
+    """Write the adapter, the options and the result of a run to `config.out`, and delete its checkpoints.
+
+    Args:
+        pairs: number of question-answer pairs that the run trained on.
+        base_fingerprint: identifies the base before training; see `normtune.adapters.fingerprint`.
+        description: loss log and norm changes, for the adapter's `adapter.json`; see `build_result`.
 
     Raises:
         InputError: the files cannot be written.
@@ -92,8 +111,10 @@ def save_run(
         },
         metrics={"training": description},
     )
+    # the resolved options: the run can be repeated from them
     write_json(config.out / "train_config.json", config.model_dump(mode="json"))
     write_json(config.out / "train_result.json", asdict(result))
+    # last: a kill before this line leaves checkpoints from which the run can finish again
     shutil.rmtree(config.out / "checkpoints", ignore_errors=True)
 
 
@@ -106,39 +127,47 @@ def fit(
     *,
     progress: TrainerCallback | None = None,
 ) -> tuple[TrainResult, dict[str, Any]]:
-    """Train the tuned parameters in place; returns the result, and the log of the loss and of the norms.
+    """Train the parameters of `tuned.trained` in place.
 
-    Under FSDP2 the model stays dealt out, and `tuned.trained` then holds whole copies of what was trained.
+    Under FSDP2 the model stays sharded afterwards, and `tuned.trained` holds unsharded copies of the trained
+    parameters.
+
+    Returns:
+        The result, and a description with the loss log and the change of each norm; see `build_result`.
 
     Raises:
-        InputError: the recipe trains nothing, or a checkpoint under `config.out` is of another run.
+        InputError: the recipe trains nothing, a checkpoint under `config.out` belongs to another run, or the
+            device runs out of memory.
     """
     if not tuned.trained:
-        raise InputError(f"recipe '{tuned.recipe}' trains nothing. Choose another with --tune.")
-    if config.cache is not None and distributed.sharded():
-        raise InputError("--cache: under FSDP no process holds the whole image encoder. Leave --cache out.")
+        raise InputError(f"recipe '{tuned.recipe}' trains nothing. Choose another one with --tune.")
+    if config.cache is not None and distributed.is_sharded():
+        raise InputError("--cache: with FSDP no process has the whole image encoder. Leave out --cache.")
+    # for dropout; initial values were drawn in `adapt`, and the data order has its own generator
     set_seed(config.seed)
     before = {name: parameter.detach().clone() for name, parameter in tuned.trained.items()}
-    collate = build_collator(config, family, tuned, dataset, examples, hold=not distributed.sharded())
+    collate = build_collator(config, family, tuned, dataset, examples, use_caches=not distributed.is_sharded())
+    # batches of equal token counts need the tokens of every group, counted from image sizes
     by_tokens = config.balance == "tokens"
     tokens = count_tokens(family, dataset, examples, collate.segment) if by_tokens else None
-    cap = config.cap if config.group else 1
-    checkpoint = distributed.broadcast_from_first(
-        lambda: last_checkpoint(config.out) if config.resume else None
-    )
+    cap = config.cap if config.group else 1  # groups of one question: no sharing
+    # the first process decides, so that all resume from the same checkpoint even if a shared disk lags
+    checkpoint = distributed.broadcast_from_first(lambda: last_checkpoint(config.out) if config.resume else None)
     pairs = config.batch if checkpoint is None else resumed_batch(config, checkpoint)
-    batches = EpochBatches(examples, pairs, cap, config.seed, tokens=tokens, ranks=distributed.count())
+    batches = EpochBatches(examples, pairs, cap, config.seed, token_costs=tokens, ranks=distributed.world_size())
     if checkpoint is not None:
         check_same_steps(checkpoint, batches)
     try:
         trainer = AdapterTrainer(config, family, tuned, collate, batches, progress)
-    except (ValueError, RuntimeError, ImportError) as error:  # what the Trainer says of a tracker
+    except (ValueError, RuntimeError, ImportError) as error:  # raised by HF for an unknown or missing tracker
         raise InputError(f"--tracker {config.tracker}: {error}") from error
+    # incomplete checkpoints of an earlier run, or all of them with --no-resume
     if checkpoint is None and distributed.is_main_process():
         shutil.rmtree(config.out / "checkpoints", ignore_errors=True)
-    distributed.barrier()
+    distributed.barrier()  # no process may write a checkpoint before the old ones are deleted
     memory.reset_peak()
     started = time.perf_counter()
+    # from the inside out: modules that save less, compilation of the layers, recomputation of compiled layers
     with (
         save_fewer_activations(family.model),
         compile_layers(family.model, config.compile),
@@ -150,17 +179,19 @@ def fit(
         except torch.OutOfMemoryError as error:
             raise InputError(
                 f"the device ran out of memory with --batch {config.batch} --memory {config.memory}. "
-                + ("" if config.memory == "tight" else "Go on with --memory tight, or ")
-                + "lower --batch, raise --accumulate and start afresh with --no-resume."
+                + ("" if config.memory == "tight" else "Resume with --memory tight, or ")
+                + "lower --batch, raise --accumulate and start again with --no-resume."
             ) from error
     seconds = time.perf_counter() - started
-    family.model.eval()
-    if distributed.sharded():
+    family.model.eval()  # the caller may evaluate the model next
+    # the shards in the model stay; files and reports need the full tensors
+    if distributed.is_sharded():
         tuned.trained = {name: nn.Parameter(value) for name, value in trainer.trained_values().items()}
     return build_result(
         config,
         tuned,
         before,
+        # HF's log also has rows of other kinds, such as the summary at the end
         [(int(row["step"]), row["loss"]) for row in trainer.state.log_history if "loss" in row],
         pairs=sum(distributed.all_gather(trainer.pairs_seen)),
         steps=trainer.state.global_step,

@@ -1,4 +1,18 @@
-"""Hugging Face's Trainer for a family's batches; its checkpoints hold only what is trained."""
+"""The training step: Hugging Face's Trainer with our batches, loss normalisation and checkpoints.
+
+The Trainer provides the loop (epochs, gradient accumulation, clipping, schedules, trackers, callbacks,
+skipping the batches of a resumed epoch) and, through accelerate, DDP and FSDP2. `AdapterTrainer` overrides
+the rest:
+
+| overridden              | why                                                                           |
+|-------------------------|-------------------------------------------------------------------------------|
+| `get_train_dataloader`  | `EpochBatches` yields whole batches of groups, a function of (seed, epoch)    |
+| `create_optimizer`      | one learning rate per method; weight decay on matrices only                   |
+| `compute_loss`          | mean over the answer tokens of a whole step: all batches, all processes       |
+| `log`                   | a loss entry that a resume cuts in two still covers all of its steps          |
+| `save_model`, `_save_*` | checkpoints hold trained values only, not the base                            |
+| `_load_*`               | these values are loaded into a base that is already in memory, sharded or not |
+"""
 
 from __future__ import annotations
 
@@ -25,51 +39,56 @@ from normtune.models.family import Family
 from normtune.models.parts import parameter_holders
 from normtune.runtime import distributed
 from normtune.runtime.files import read_json, write_json
-from normtune.training.checkpoints import (
-    CHECKPOINT_MARK,
-    OPTIMIZER_FILE,
-    SCHEDULER_FILE,
-    TRAINED_FILE,
-    run_identity,
-)
+from normtune.training.checkpoints import CHECKPOINT_MARK, OPTIMIZER_FILE, SCHEDULER_FILE, TRAINED_FILE, run_identity
 from normtune.training.collator import Collator
 from normtune.training.config import TrainConfig
 from normtune.training.fsdp import copy_into, full_state, gather_full, load_state, shard_by_layers
 
 
 class Objective(nn.Module):
-    """The family's loss as a module, so that the Trainer can wrap it for one device or many."""
+    """The family's loss as a module, so that the Trainer can wrap it in DDP or FSDP2.
+
+    Args:
+        family: its model becomes a submodule; `family.loss` computes the sum over answer tokens.
+        label_smoothing: see `TrainConfig.label_smoothing`.
+        dropout: whether the base's own dropout is active during training; see `train`.
+    """
 
     def __init__(self, family: Family, label_smoothing: float, dropout: bool) -> None:
         super().__init__()
         self.model = family.model
-        self._family = [family]  # in a list: not a submodule, and not copied with one
+        self._family = [family]  # in a list, so that torch neither registers nor copies it
         self._label_smoothing = label_smoothing
         self._dropout = dropout
 
     def forward(self, **batch: Any) -> Tensor:
-        """Sum of the answer tokens' cross-entropies, a scalar."""
+        """Return the sum of the answer tokens' cross-entropies, a scalar."""
         total, _ = self._family[0].loss(batch, label_smoothing=self._label_smoothing)
         return total
 
     def train(self, mode: bool = True) -> Objective:
-        """Grouped questions see one image, so they would share its dropout: the base's is off for them.
+        """Set training mode, with the base's dropout off for grouped questions.
 
-        LoRA's own, which the recipe asks for, stays: for each question the draws are distributed as they are
-        where it stands alone, so that the expected gradient is the same; those of a group are correlated.
+        Questions of a group share one image, and would therefore share its dropout mask. LoRA's dropout,
+        which the recipe asks for, stays on: each question's mask has the same distribution as without
+        grouping, so that the expected gradient is the same; the masks within a group are correlated.
         """
         super().train(mode)
         if mode and not self._dropout:
             lora = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
-            added = {id(module) for layer in lora for module in layer.lora_dropout.modules()}
+            lora_dropout = {id(module) for layer in lora for module in layer.lora_dropout.modules()}
+            # all modules, not only nn.Dropout: an attention layer, for one, reads its own `training`
             for module in self.model.modules():
-                if id(module) not in added:
+                if id(module) not in lora_dropout:
                     module.training = False
         return self
 
 
-class Examples(TorchDataset[list[list[Example]]]):
-    """Index -> index: batches come whole from `EpochBatches`; this only gives them to the collator."""
+class IdentityDataset(TorchDataset[list[list[Example]]]):
+    """Returns each index as the item: `EpochBatches` yields groups of examples in place of indices.
+
+    The DataLoader thereby hands the groups of a batch to the collator unchanged.
+    """
 
     def __init__(self, batches: EpochBatches) -> None:
         self.batches = batches
@@ -81,12 +100,20 @@ class Examples(TorchDataset[list[list[Example]]]):
         return group
 
     def set_epoch(self, epoch: int) -> None:
-        """Accelerate's way to the batches where a resumed run of several processes wraps them twice."""
+        """Pass the epoch on to the batches.
+
+        In a resumed run of several processes accelerate wraps the batch sampler twice, and reaches it only
+        here.
+        """
         self.batches.set_epoch(epoch)
 
 
 class AdapterTrainer(Trainer):
-    """HF's Trainer for a family's batches; its checkpoints hold only what is trained."""
+    """HF's Trainer for a family's batches, with checkpoints of trained values only.
+
+    Attributes:
+        pairs_seen: question-answer pairs that this process trained on, resumed ones included.
+    """
 
     def __init__(
         self,
@@ -98,74 +125,85 @@ class AdapterTrainer(Trainer):
         progress: TrainerCallback | None,
     ) -> None:
         self.config, self.tuned, self.batches = config, tuned, batches
-        self.pairs_seen = 0  # by this process
-        self._unlogged, self._logged_at = torch.zeros(()), 0  # loss summed since that step; HF's is not saved
-        # sharding replaces the parameters, but not the modules that hold them
+        self.pairs_seen = 0
+        # loss summed since the step of the last log entry; HF does not keep its own sum in checkpoints
+        self._unlogged, self._logged_at = torch.zeros(()), 0
+        # FSDP2 replaces the parameter objects, but not the modules that hold them
+        # {name: (module, attribute)}; of tied parameters the first place is enough
         holders = parameter_holders(family.model, tuned.trained)
-        self._holders = {name: places[0] for name, places in holders.items()}
-        every, sharded = config.save_every, distributed.sharded()
+        self._holders = {name: tied[0] for name, tied in holders.items()}
+        save_every, sharded = config.save_every, distributed.is_sharded()
         arguments = TrainingArguments(
             output_dir=str(config.out / "checkpoints"),
-            per_device_train_batch_size=1,
+            per_device_train_batch_size=1,  # unused: the batch sampler decides
             gradient_accumulation_steps=config.accumulate,
             num_train_epochs=config.epochs,
-            max_steps=config.max_steps or -1,
+            max_steps=config.max_steps or -1,  # -1: as many as `num_train_epochs` needs
+            # recorded by trackers only: the optimiser has one rate per method
             learning_rate=max(config.learning_rate(name) for name in set(tuned.methods.values())),
-            lr_scheduler_type=scheduler_name(config),
+            lr_scheduler_type=scheduler_name(config),  # multiplies the rate of every parameter group
             warmup_steps=int(config.warmup * optimizer_steps(config, batches)),
-            weight_decay=config.weight_decay,
+            weight_decay=config.weight_decay,  # recorded by trackers only; see `create_optimizer`
             max_grad_norm=config.max_grad_norm,
-            save_strategy="steps" if every else "epoch",
-            save_steps=every or 500,
-            save_total_limit=2,
+            save_strategy="steps" if save_every else "epoch",
+            save_steps=save_every or 500,  # 500 is unused: with "epoch" HF ignores it
+            save_total_limit=2,  # the one that is written, and the last complete one
             logging_strategy="steps",
             logging_steps=logging_steps(config, batches),
             report_to=config.tracker,
             seed=config.seed,
             data_seed=config.seed,
-            use_cpu=distributed.on_cpu(config.device) if sharded else family.device.type == "cpu",
-            average_tokens_across_devices=True,
-            disable_tqdm=True,
-            dataloader_num_workers=0,
+            use_cpu=distributed.runs_on_cpu(config.device) if sharded else family.device.type == "cpu",
+            average_tokens_across_devices=True,  # see `compute_loss`
+            disable_tqdm=True,  # `PrintProgress` shows the progress
+            dataloader_num_workers=0,  # the collator's caches live in this process
             dataloader_pin_memory=False,
-            remove_unused_columns=False,
-            label_names=["labels"],
+            remove_unused_columns=False,  # a batch has keys that the signature of `forward` does not name
+            label_names=["labels"],  # HF counts the tokens of a step here: labels other than -100
         )
-        arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for a launcher's processes
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # no DataParallel: several GPUs need a launcher
         objective = Objective(family, config.label_smoothing, dropout=not config.group)
-        # what is frozen is the same everywhere already, and may be of a kind that cannot be sent
-        frozen = [name for name, one in objective.named_parameters() if not one.requires_grad]
+        # DDP broadcasts parameters and buffers at the start. Frozen ones are equal in all processes already,
+        # and may be quantised tensors, which cannot be broadcast
+        frozen = [name for name, parameter in objective.named_parameters() if not parameter.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
             objective, [*frozen, *(name for name, _ in objective.named_buffers())]
         )
         super().__init__(
             model=objective,
             args=arguments,
-            train_dataset=Examples(batches),
+            train_dataset=IdentityDataset(batches),
             data_collator=collate,
             callbacks=[progress] if progress else None,
         )
-        self.model_accepts_loss_kwargs = True  # the loss is normalised by tokens over all accumulated batches
+        # HF counts the answer tokens of all batches of a step before it runs them and hands the count to
+        # `compute_loss`, which divides by it; HF must then not divide by the number of batches as well
+        self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
-        self.remove_callback(PrinterCallback)
+        self.remove_callback(PrinterCallback)  # prints each log entry to stdout
+        # accelerate shards the model in `train()`, when HF prepares it; from here on HF treats it as FSDP
         if sharded:
             shard_by_layers(self.accelerator, family.model)
             self.is_fsdp_enabled = True
         if rank := distributed.rank():
-            set_seed(config.seed + rank)  # each process draws its own dropout
+            set_seed(config.seed + rank)  # processes draw different dropout masks
 
     def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return a loader over `EpochBatches`; accelerate gives each process its own batches of a step."""
+        # one item of the loader is one batch: a list of groups, which the collator turns into tensors
         loader: DataLoader[Any] = DataLoader(
-            cast(Any, self.train_dataset),
-            batch_sampler=cast(Any, self.batches),
-            collate_fn=self.data_collator,
+            cast(Any, self.train_dataset), batch_sampler=cast(Any, self.batches), collate_fn=self.data_collator
         )
         return cast(DataLoader[Any], self.accelerator.prepare(loader))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW with each method's own learning rate; weight decay on matrices only."""
+        """Create AdamW with one parameter group for each method and dimensionality.
+
+        Each method has its own learning rate, and only matrices have weight decay: decaying norm gains
+        towards 0 would shrink the layer's output.
+        """
         if self.optimizer is None:
-            groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+            groups: dict[tuple[str, bool], list[nn.Parameter]] = {}  # (method, is a matrix) -> parameters
             for name, parameter in self.tuned.trained.items():
                 groups.setdefault((self.tuned.methods[name], parameter.ndim > 1), []).append(parameter)
             self.optimizer = torch.optim.AdamW(
@@ -173,9 +211,9 @@ class AdapterTrainer(Trainer):
                     {
                         "params": parameters,
                         "lr": self.config.learning_rate(method),
-                        "weight_decay": self.config.weight_decay if matrix else 0.0,
+                        "weight_decay": self.config.weight_decay if is_matrix else 0.0,
                     }
-                    for (method, matrix), parameters in groups.items()
+                    for (method, is_matrix), parameters in groups.items()
                 ]
             )
         return self.optimizer
@@ -187,75 +225,99 @@ class AdapterTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Token cross-entropies summed, over the answer tokens of the whole step on all processes."""
+        """Return a batch's part of the step's loss: its summed cross-entropy / tokens of the whole step.
+
+        A mean per batch would weigh a token of a batch with few tokens more. With batches b of one step, on
+        all processes, the step's loss is sum_b(loss_b) / sum_b(tokens_b), whatever the accumulation.
+
+        Args:
+            num_items_in_batch: answer tokens of all accumulated batches of the step, on all processes.
+        """
         assert num_items_in_batch is not None and not return_outputs
+        # DDP and FSDP2 average gradients over processes: the factor turns that mean into a sum
         return model(**inputs) * self.accelerator.num_processes / num_items_in_batch
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Run HF's step (forward, backward) and add up pairs and loss."""
         self.pairs_seen += int(inputs["pairs"])
         loss = super().training_step(model, inputs, *args, **kwargs)
-        self._unlogged = self._unlogged.to(loss.device) + loss
+        self._unlogged = self._unlogged.to(loss.device) + loss  # on the device: no synchronisation per step
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Of a run that was resumed too, an entry is about all steps since the one before."""
+        """Log, with the mean loss per step since the previous entry in place of HF's.
+
+        HF averages over the steps since the process started; our sum is in the checkpoint. For example, with
+        entries every 4 steps and a resume from the checkpoint of step 6, the entry of step 8 covers steps 5
+        and 6 of the first process and 7 and 8 of the second.
+        """
         if "loss" in logs:
+            # the sum is over steps: each step's loss is already a mean over its answer tokens
             mean = self._mean_unlogged() / (self.state.global_step - self._logged_at)
-            if math.isfinite(mean):
+            if math.isfinite(mean):  # HF replaces losses that are not finite; its value stays then
                 logs["loss"] = mean
             self._unlogged, self._logged_at = torch.zeros(()), self.state.global_step
         super().log(logs, *args, **kwargs)
 
     def _mean_unlogged(self) -> float:
-        found = distributed.all_gather(self._unlogged.item())
-        return sum(found) / len(found)
+        # `compute_loss` multiplies by the number of processes, so that the mean over them is the step's loss
+        losses = distributed.all_gather(self._unlogged.item())
+        return sum(losses) / len(losses)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        return 0  # HF's estimate assumes one token stream
+        return 0  # HF's estimate assumes one sequence of tokens per row
 
     def trained_values(self) -> dict[str, Tensor]:
-        """What is trained, each tensor whole and on the CPU; all processes call it."""
-        present = {name: getattr(module, attribute) for name, (module, attribute) in self._holders.items()}
-        return {name: gather_full(parameter).cpu().contiguous() for name, parameter in present.items()}
+        """Return the trained tensors by name, unsharded and on the CPU; all processes must call it."""
+        parameters = {name: getattr(module, attribute) for name, (module, attribute) in self._holders.items()}
+        return {name: gather_full(parameter).cpu().contiguous() for name, parameter in parameters.items()}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        tensors = self.trained_values()
+        """Write the trained tensors; HF would write the whole base to every checkpoint."""
+        tensors = self.trained_values()  # a collective call: before the check for the writing process
         if self.args.should_save:
             directory = Path(output_dir or str(self.args.output_dir))
             directory.mkdir(parents=True, exist_ok=True)
             save_file(tensors, directory / TRAINED_FILE)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """As a run of one process does, so that any number of them can go on."""
+        """Write the states unsharded, so that a run with another number of processes can resume from them."""
         assert self.optimizer is not None and self.lr_scheduler is not None
-        state = full_state(self.optimizer)
+        state = full_state(self.optimizer)  # a collective call as well
         if self.args.should_save:
             torch.save(state, Path(output_dir) / OPTIMIZER_FILE)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load what `_save_optimizer_and_scheduler` wrote; each process takes its shards."""
         if checkpoint is None:
             return
         assert self.optimizer is not None and self.lr_scheduler is not None
+        # weights_only: no pickled code is run; to the CPU first, since the stored tensors are unsharded
         optimizer, scheduler = (
-            torch.load(Path(checkpoint) / name, "cpu", weights_only=True)
-            for name in (OPTIMIZER_FILE, SCHEDULER_FILE)
+            torch.load(Path(checkpoint) / name, "cpu", weights_only=True) for name in (OPTIMIZER_FILE, SCHEDULER_FILE)
         )
         load_state(self.optimizer, optimizer)
         self.lr_scheduler.load_state_dict(scheduler)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint, then `run.json` with the run's identity and position, and last of all the mark.
+
+        Raises:
+            InputError: the files cannot be written.
+        """
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, SafetensorError) as error:
             raise InputError(
                 f"cannot write a checkpoint under {self.args.output_dir}: {error}. "
-                "Free some space and run the same command again: it goes on from the last whole checkpoint."
+                "Free some space and run the same command again to resume from the last complete checkpoint."
             ) from error
-        pairs_seen = sum(distributed.all_gather(self.pairs_seen))  # by now all have written their part
+        pairs_seen = sum(distributed.all_gather(self.pairs_seen))  # waits until all processes have written
         unlogged = self._mean_unlogged()
         if distributed.is_main_process():
             directory = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+            # the position: what a resumed run needs besides HF's trainer_state.json (step, epoch, log)
             position = {
                 "pairs_seen": pairs_seen,
                 "pairs_a_step": self.batches.pairs * self.batches.ranks,
@@ -267,26 +329,30 @@ class AdapterTrainer(Trainer):
             (directory / CHECKPOINT_MARK).touch()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load trained values into the model, and the run's position."""
+        # into the parameters in place: the optimiser, DDP and FSDP2 refer to these objects
         stored = load_file(Path(resume_from_checkpoint) / TRAINED_FILE)
         for name, (module, attribute) in self._holders.items():
             copy_into(getattr(module, attribute), stored[name])
         position = read_json(Path(resume_from_checkpoint) / "run.json")
         self._unlogged = torch.tensor(position["unlogged_loss"])
         self._logged_at = int(position["logged_at"])
-        if distributed.is_main_process():
+        if distributed.is_main_process():  # the stored number is the sum over processes: only one takes it
             self.pairs_seen = int(position["pairs_seen"])
 
 
 def optimizer_steps(config: TrainConfig, batches: EpochBatches) -> int:
-    """Optimiser steps of the whole run."""
+    """Return the number of optimiser steps of the whole run."""
+    # an epoch's last step may have fewer batches than `accumulate`; it is a step nevertheless
     return config.max_steps or math.ceil(config.epochs * math.ceil(batches.steps / config.accumulate))
 
 
 def logging_steps(config: TrainConfig, batches: EpochBatches) -> int:
-    """Optimiser steps between two entries of the loss log: four an epoch."""
+    """Return the optimiser steps between two entries of the loss log: four entries per epoch."""
     return max(1, batches.steps // (4 * config.accumulate))
 
 
 def scheduler_name(config: TrainConfig) -> str:
-    """Transformers' name of the run's schedule."""
+    """Return transformers' name of the run's schedule."""
+    # cosine and linear have a warmup in transformers anyway, constant has it under another name
     return {"constant": "constant_with_warmup"}.get(config.schedule, config.schedule)

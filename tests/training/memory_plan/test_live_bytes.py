@@ -1,4 +1,4 @@
-"""Bytes of living tensors, counted by hand."""
+"""`LiveTensorBytes` compared with numbers counted by hand."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ import torch
 from normtune.training.memory_plan.live_bytes import LiveTensorBytes
 
 
-def test_what_lives_is_counted_and_what_is_freed_is_not() -> None:
-    given = torch.zeros(100)
-    with LiveTensorBytes() as live:
-        kept = given + 1  # 400 bytes
-        view = kept.view(10, 10)  # none of its own
-        given.add_(1)  # made before
-        gone = torch.zeros(1000)  # 4,000 bytes
-        assert (live.now, live.peak) == (4400, 4400)
-        del gone
-        assert (live.now, live.peak) == (400, 4400)
-        live.reset_peak()
-        assert live.peak == 400
-        del kept
-        assert live.now == 400  # the view holds it
+def test_storages_count_until_they_are_freed() -> None:
+    outside = torch.zeros(100)
+    with LiveTensorBytes() as counter:
+        result = outside + 1  # 400 bytes
+        view = result.view(10, 10)  # shares the storage
+        outside.add_(1)  # its storage is older than the block
+        temporary = torch.zeros(1000)  # 4,000 bytes
+        assert (counter.now, counter.peak) == (4400, 4400)
+        del temporary
+        assert (counter.now, counter.peak) == (400, 4400)
+        counter.reset_peak()
+        assert counter.peak == 400
+        del result
+        assert counter.now == 400  # the view references the storage
         del view
-        assert live.now == 0
+        assert counter.now == 0
 
 
-def test_what_autograd_keeps_counts_until_the_backward_pass() -> None:
+def test_saved_activations_count_until_the_backward_pass() -> None:
     x = torch.ones(50, requires_grad=True)
-    with LiveTensorBytes() as live:
-        y = x.exp().sum()  # keeps exp(x), 200 bytes, and the sum
-        assert live.now == 204
+    with LiveTensorBytes() as counter:
+        y = x.exp().sum()  # saves exp(x), 200 bytes; and the sum, 4 bytes
+        assert counter.now == 204
         y.backward()
-        assert live.now == 204  # the sum, and the gradient that took its place
+        assert counter.now == 204  # exp(x) is freed, the gradient has as many bytes
         x.grad = None
-        assert live.now == 4
+        assert counter.now == 4

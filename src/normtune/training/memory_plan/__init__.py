@@ -1,1 +1,1 @@
-"""The peak memory of a training run, computed before any weights are loaded."""
+"""Computes the peak memory of a training run before any weights are loaded."""

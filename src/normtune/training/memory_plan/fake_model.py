@@ -1,7 +1,7 @@
-"""Models without values: every operation makes results of the right shapes, and computes nothing.
+"""Models without values: an operation returns a tensor with the right shape, and computes nothing.
 
-Weights are torch's fake tensors; whatever meets one becomes one. Token ids, positions and masks are real,
-since code asks them for their values.
+Weights are torch's fake tensors, and the result of any operation with a fake tensor is fake too. Token ids,
+positions and masks stay real tensors, since code reads their values: lengths, places of images, indices.
 """
 
 from __future__ import annotations
@@ -14,58 +14,65 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
-WEIGHTS = (
-    "packed",
-)  # buffers of whole numbers that are weights, of `normtune.training.memory_plan.quantized.StandIn`
+# integer buffers that are weights, not positions or masks: the packed weight of `QuantizedPlaceholder`
+INTEGER_WEIGHTS = ("packed",)
 
 
 def use_fake_tensors(model: nn.Module, device: torch.device) -> dict[int, nn.Parameter]:
-    """Put fake tensors on `device` in the place of a meta model's parameters and buffers.
+    """Replace a meta model's parameters and buffers by fake tensors on `device`.
 
-    Buffers of whole numbers become real zeros. Returns the new parameters by the old ones' ids; tied ones
-    stay tied.
+    Integer and boolean buffers (positions, masks) become real zeros instead. Tied parameters stay tied.
+
+    Returns:
+        The new parameters by the ids of the old ones.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    made: dict[int, nn.Parameter] = {}
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # real ids and masks may be mixed with fake weights
+    replaced: dict[int, nn.Parameter] = {}
 
+    # only the weights are made in fake mode: the rest of the run is ordinary code
     def empty(old: Tensor) -> Tensor:
         with mode:
             return torch.empty(old.shape, dtype=old.dtype, device=device)
 
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if parameter is None:
+            if parameter is None:  # a registered name without a value, such as a missing bias
                 continue
-            if id(parameter) not in made:
-                made[id(parameter)] = nn.Parameter(empty(parameter), parameter.requires_grad)
-            module._parameters[name] = made[id(parameter)]
+            if id(parameter) not in replaced:
+                replaced[id(parameter)] = nn.Parameter(empty(parameter), parameter.requires_grad)
+            module._parameters[name] = replaced[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is None:
                 continue
-            whole = not buffer.is_floating_point() and name not in WEIGHTS
-            zeros = torch.zeros(buffer.shape, dtype=buffer.dtype, device=device) if whole else empty(buffer)
+            is_real = not buffer.is_floating_point() and name not in INTEGER_WEIGHTS
+            zeros = torch.zeros(buffer.shape, dtype=buffer.dtype, device=device) if is_real else empty(buffer)
             module._buffers[name] = zeros
-    return made
+    return replaced
 
 
 class BooleanIndexing(TorchDispatchMode):
-    """Inside, fake tensors are indexed by real masks as by the places that are true, which are known."""
+    """Replaces boolean masks that index fake tensors inside the block by the indices of their true entries.
+
+    The shape of `x[mask]` depends on the mask's values. A fake tensor cannot know it from a mask, but the
+    mask is real: its indices give the shape.
+    """
 
     _INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # x[mask] and x[mask] = values both arrive as (x, [index or None for each dimension], ...)
         if function in self._INDEXING:
             indices: list[Tensor | None] = []
-            for one in args[1]:
-                if type(one) is Tensor and one.dtype == torch.bool:
-                    indices += one.nonzero().unbind(1)
+            for index in args[1]:
+                if type(index) is Tensor and index.dtype == torch.bool:  # the exact type: a fake one is a subclass
+                    indices += index.nonzero().unbind(1)  # [true entries], one for each dimension of the mask
                 else:
-                    indices.append(one)
+                    indices.append(index)
             args = (args[0], indices, *args[2:])
         return function(*args, **(kwargs or {}))
 
 
-def bytes_of(model: nn.Module) -> int:
-    """Bytes of the parameters and buffers, each once."""
-    held = {id(one): one for one in (*model.parameters(), *model.buffers())}
-    return sum(one.numel() * one.element_size() for one in held.values())
+def model_bytes(model: nn.Module) -> int:
+    """Return the bytes of a model's parameters and buffers; tied ones count once."""
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -1,7 +1,11 @@
-"""Bytes of the tensors that are alive: what a forward pass leaves behind for its backward pass, to the byte.
+"""Counts the bytes of existing tensors exactly, for example what a forward pass saves for its backward pass.
 
-Resident memory also holds what allocators keep; this counts the storages that operations made and that
-somebody still holds, whatever holds them: autograd, a checkpoint, a cache.
+The memory of a process or of CUDA also includes what allocators keep. This counts exactly the storages that
+operations created and that something still references: autograd, a checkpoint, a cache, a local variable.
+
+    with LiveTensorBytes() as counter:
+        loss = model(x)             # counter.now: activations that autograd saved, and the loss
+        loss.backward()             # counter.peak: the most that existed at a time
 """
 
 from __future__ import annotations
@@ -16,38 +20,44 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveTensorBytes(TorchDispatchMode):
-    """Inside, every storage that an operation makes is counted until it is freed.
+    """Counts every storage that an operation creates inside the block, until the storage is freed.
+
+    Storages are counted, not tensors: a view has no bytes of its own, and keeps all bytes of its base.
 
     Attributes:
-        now: bytes alive that were made inside.
-        peak: the most that were alive at once since the last `reset_peak`.
+        now: bytes of the storages that were created inside and still exist.
+        peak: the largest value of `now` since the last `reset_peak`.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()  # storages that are counted already
 
     def reset_peak(self) -> None:
+        """Start a new peak from the present count."""
         self.peak = self.now
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         leaves = tree_leaves((args, kwargs))
-        given = {id(leaf.untyped_storage()) for leaf in leaves if isinstance(leaf, Tensor)}
-        made = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(made):
+        # an operation may return one of its inputs, or a view of it: its storage was there before
+        inputs = {id(leaf.untyped_storage()) for leaf in leaves if isinstance(leaf, Tensor)}
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 storage = leaf.untyped_storage()
-                if id(storage) not in given and storage not in self._known:
+                # an in-place operation or a second view of a counted storage adds nothing
+                if id(storage) not in inputs and storage not in self._known:
                     self._count(storage)
-        return made
+        return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         size = storage.nbytes()
+        # weak references: counting must not keep a storage alive
         self._known.add(storage)
         self.now += size
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._freed, size).atexit = False
+        weakref.finalize(storage, self._freed, size).atexit = False  # called when the storage is freed
 
     def _freed(self, size: int) -> None:
         self.now -= size

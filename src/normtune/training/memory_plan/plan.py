@@ -1,8 +1,17 @@
-"""The memory of a training run before anything is loaded: the run's own code on tensors without values.
+"""Plans the memory of a training run before any weights are loaded, by running its own code on fake tensors.
 
-A hollow model is adapted, made lean, and run forward and backward on the largest batch of the run's first
-epoch, through the run's own collator; the bytes that live are counted as they come and go. There is no
-formula for each family, and whatever a family, a tier or a kernel comes to keep is seen.
+How the peak is counted:
+
+1. Build the model without weights, adapt it, and replace modules by those that save fewer activations.
+2. Replace parameters by fake tensors: they have a shape, dtype and device, but no values and no memory.
+3. Take the largest batch of the run's first epoch, through the run's own collator and caches.
+4. Run forward and backward. Every operation computes only the shape of its result, and `LiveTensorBytes`
+   counts the bytes of all tensors that exist at a time. The highest count is the step's peak.
+
+There is no formula per family: whatever a family, a memory tier or a kernel saves is counted.
+The peak of the run is
+
+    weights + optimiser + step + cached (host memory only) + program (host memory only)
 """
 
 from __future__ import annotations
@@ -28,68 +37,55 @@ from normtune.runtime.memory import available_bytes, resident_bytes
 from normtune.training.collator import Collator, build_collator
 from normtune.training.config import TrainConfig
 from normtune.training.layer_wrapping import CHECKPOINT_EVERY, MemoryTier, checkpoint_activations
-from normtune.training.memory_plan.fake_model import BooleanIndexing, bytes_of, use_fake_tensors
+from normtune.training.memory_plan.fake_model import BooleanIndexing, model_bytes, use_fake_tensors
 from normtune.training.memory_plan.live_bytes import LiveTensorBytes
 from normtune.training.memory_plan.quantized import insert_placeholders, linear_bytes
 from normtune.training.saved_activations import save_fewer_activations
 from normtune.training.token_counts import count_tokens
 
-USABLE_SHARE = 0.95  # share of what is free that a run may take; allocators hold more than their tensors
-_COPIES = 3  # of what is trained, besides itself and its gradient: AdamW's two means, and the values before
-_WORD = 4  # bytes of an fp32 value
+USABLE_SHARE = 0.95  # share of the free memory that a run may take; allocators need more than their tensors
+_COPIES = 3  # copies of the trained values: AdamW's two means, and the values before training
+_FP32_BYTES = 4  # trained values and AdamW's means are fp32, whatever the dtype of the base
 
 Groups = Sequence[Sequence[Example]]  # a batch: the examples of each group
 
 
 @dataclass(frozen=True)
 class MemoryOption:
-    """One way to train, and the bytes that it takes.
-
-    Attributes:
-        weights: the base as it is held, and what is trained.
-        optimiser: AdamW's states and the values before training.
-        held: states or pixels that are kept between steps, in the host's memory.
-        step: what a step adds at its peak: activations, gradients, and the image encoder at work.
-        program: the interpreter and its libraries; 0 where the device has memory of its own.
-        total: on the device that trains.
-        pairs: about so many of the run's pairs a step fit into what is free; None where that is not known.
-    """
+    """A memory tier with a quantisation, and the bytes that training takes with them."""
 
     memory: MemoryTier
     quantize: str | None
-    weights: int
-    optimiser: int
-    held: int
-    step: int
-    program: int
-    total: int
-    pairs_that_fit: int | None
-    fits: bool | None
+    weights: int  # parameters and buffers, the trained ones included
+    optimiser: int  # AdamW's states, and the copy of the trained values from before training
+    cached: int  # pixels or hidden states that the caches hold between steps, in the host's memory
+    step: int  # what a step adds at its peak: activations, gradients, the image encoder's work
+    program: int  # the interpreter and its libraries; 0 if the device has its own memory
+    total: int  # sum for the device that trains
+    pairs_that_fit: int | None  # about how many pairs per step fit into the free memory; None: unknown
+    fits: bool | None  # whether the largest batch fits into the free memory; None: unknown
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The run as asked (`asked`) and its other tiers and quantisations (`ways`, that one among them).
+    """The memory of a run as configured, and with every other memory tier and quantisation."""
 
-    Attributes:
-        free: bytes that can be had on the device; None where the system does not say.
-        pairs, rows, tokens: of the largest batch of the first epoch, padding included.
-    """
-
-    device: str
+    device: str  # resolved: cpu or cuda
     dtype: str
-    free: int | None
-    batch: int
-    pairs: int
-    rows: int
-    tokens: int
-    requested: MemoryOption
-    options: tuple[MemoryOption, ...]
+    free: int | None  # free bytes on the device; None if the system does not report them
+    batch: int  # pairs per batch, as configured
+    pairs: int  # question-answer pairs of the largest batch of the first epoch
+    rows: int  # its rows
+    tokens: int  # tokens per row, padding included
+    requested: MemoryOption  # the run as configured
+    options: tuple[MemoryOption, ...]  # all tiers and quantisations, the requested one among them
 
     def to_json(self) -> dict[str, Any]:
-        """The plan with the keys that `normtune inspect --json` prints."""
-        keys = {"requested": "asked", "options": "ways", "pairs_that_fit": "pairs"}
+        """Return the plan with the keys that `normtune inspect --json` prints."""
+        # field -> key; the keys are older than the fields and part of the file format
+        keys = {"requested": "asked", "options": "ways", "pairs_that_fit": "pairs", "cached": "held"}
 
+        # `asdict` turns the nested options into dictionaries as well
         def renamed(value: Any) -> Any:
             if isinstance(value, dict):
                 return {keys.get(key, key): renamed(entry) for key, entry in value.items()}
@@ -99,41 +95,49 @@ class MemoryPlan:
         return plan
 
 
-def plan(config: TrainConfig) -> MemoryPlan:
-    """What training as `config` says would take, and what its other tiers and quantisations would.
+def plan_memory(config: TrainConfig) -> MemoryPlan:
+    """Plan the memory of a run, with its own and with every other memory tier and quantisation.
 
-    Of the model its config and processor are read. The images are opened for their sizes, and one of each
-    size is processed. Other quantisations than the run's are counted from it: they change the weights, and
-    what one linear makes of its own at a time.
+    Only the model's config and processor are read. Images are opened for their sizes, and one of each size is
+    processed. Each tier is run on fake tensors; the other quantisations are derived from these numbers, since
+    they change only the weights and the temporary weight of one linear layer at a time.
 
     Raises:
-        InputError: bad option, data, model or recipe, or a model that has no processor.
+        InputError: an option, the data, the model or the recipe is invalid, or the model has no processor.
     """
-    config = config.model_copy(update={"cache": None})  # what is on disk takes no memory
+    config = config.model_copy(update={"cache": None})  # a cache on disk takes no memory
     device = resolve_device(config.device)
     dataset = open_configured(config)
     examples = config.select(dataset.split(config.split))
     run = _WeightlessRun(config, dataset, examples, device)
-    costs = _Costs(run, dataset, examples)
+    costs = _BatchCosts(run, dataset, examples)
+    # a second, small batch: the step's bytes per token are the slope between the two
     whole, small = costs.largest(config.batch), costs.largest(1)
     free = available_bytes(device)
-    ways = []
+    options = []
     for tier in CHECKPOINT_EVERY:
-        step, least = run.step(whole, tier), run.step(small, tier)
-        per_token = _slope(step, least, costs.of(whole), costs.of(small))
-        per_pair = per_token * costs.of(whole) / _pairs(whole)
-        for quantize in (None, *PACKAGES) if run.quantises else (config.quantize,):
-            ways.append(run.way(tier, quantize, step, per_pair, _pairs(whole), free))
-    asked = next(way for way in ways if (way.memory, way.quantize) == (config.memory, config.quantize))
+        # bytes of a step grow linearly with its tokens, apart from what does not depend on the batch
+        step, small_step = run.step_bytes(whole, tier), run.step_bytes(small, tier)
+        per_token = _slope(step, small_step, costs.padded_tokens(whole), costs.padded_tokens(small))
+        # a further pair adds tokens as the pairs of the largest batch have on average
+        per_pair = per_token * costs.padded_tokens(whole) / _pairs(whole)
+        # a recipe that trains linear layers has only the configured quantisation: none
+        for quantize in (None, *PACKAGES) if run.can_quantise else (config.quantize,):
+            options.append(run.memory_option(tier, quantize, step, per_pair, _pairs(whole), free))
+    requested = next(
+        option for option in options if (option.memory, option.quantize) == (config.memory, config.quantize)
+    )
     rows, tokens = costs.shape(whole)
     return MemoryPlan(
-        str(device), config.dtype, free, config.batch, _pairs(whole), rows, tokens, asked, tuple(ways)
+        str(device), config.dtype, free, config.batch, _pairs(whole), rows, tokens, requested, tuple(options)
     )
 
 
-def _slope(step: int, least: int, tokens: int, fewest: int) -> float:
-    """Bytes a token, by two batches; by one where the run has no smaller one."""
-    return (step - least) / (tokens - fewest) if tokens > fewest and step > least else step / tokens
+def _slope(step: int, small_step: int, tokens: int, small_tokens: int) -> float:
+    """Return bytes per token from two batches, or from the first if the second is not smaller."""
+    if tokens > small_tokens and step > small_step:
+        return (step - small_step) / (tokens - small_tokens)
+    return step / tokens
 
 
 def _pairs(groups: Groups) -> int:
@@ -141,10 +145,12 @@ def _pairs(groups: Groups) -> int:
 
 
 class _WeightlessRun:
-    """The run of a config on a model without values.
+    """The run of a config on a model of fake tensors.
 
     Attributes:
-        quantises: whether the recipe leaves alone what would be quantised.
+        can_quantise: whether the recipe leaves the layers frozen that quantisation would replace.
+        sizes: (out, in) of these linear layers.
+        weights, optimiser, program: bytes; see `MemoryOption`.
     """
 
     def __init__(
@@ -152,148 +158,178 @@ class _WeightlessRun:
     ) -> None:
         self.config, self.device = config, device
         self.family: Family = load_without_weights(config.model)
+        # parameters are on the meta device: shapes and dtypes only
         model = self.family.model.to(getattr(torch, config.dtype))
         names = quantised_linears(model)
         linears: list[Any] = [model.get_submodule(name) for name in names]
-        self.sizes = [(one.out_features, one.in_features) for one in linears]
-        weights = {id(one.weight) for one in linears}
+        self.sizes = [(linear.out_features, linear.in_features) for linear in linears]
+        weights = {id(linear.weight) for linear in linears}
         tuned = adapt(model, config.tune, seed=config.seed)
         if not tuned.trained:
-            raise InputError(f"recipe '{tuned.recipe}' trains nothing. Choose another with --tune.")
-        own = {id(one.weight) for one in linears if "weight" in one._parameters}  # others are held in fp32
-        taken = any(id(one) in weights for one in tuned.trained.values())
-        self.quantises = bool(weights) and own == weights and not taken
-        if config.quantize is not None and not self.quantises:
+            raise InputError(f"recipe '{tuned.recipe}' trains nothing. Choose another one with --tune.")
+        # quantisation needs frozen weights; where a weight is no direct parameter of its layer any more, the
+        # recipe keeps it in fp32 in order to train it
+        unchanged = {id(linear.weight) for linear in linears if "weight" in linear._parameters}
+        trained = any(id(parameter) in weights for parameter in tuned.trained.values())
+        self.can_quantise = bool(weights) and unchanged == weights and not trained
+        if config.quantize is not None and not self.can_quantise:
             raise InputError(
-                f"recipe '{tuned.recipe}' trains linears that --quantize {config.quantize} holds in fewer "
-                "bits: choose ln or lora there, or leave --quantize out."
+                f"recipe '{tuned.recipe}' trains linear layers that --quantize {config.quantize} stores in "
+                "fewer bits. Choose ln or lora for them, or leave out --quantize."
             )
-        self._lean = ExitStack()  # held, and never closed: the model serves nothing else
-        self._lean.enter_context(save_fewer_activations(model))
+        # never closed: nothing else uses the model, so that its modules need not be restored
+        self._context = ExitStack()
+        self._context.enter_context(save_fewer_activations(model))
         if config.quantize is not None:
             insert_placeholders(linears, config.quantize)
-        new = use_fake_tensors(model, device)
-        tuned.trained = {name: new[id(one)] for name, one in tuned.trained.items()}
-        model.train(not config.group)
+        fake = use_fake_tensors(model, device)  # id of the old parameter -> new
+        tuned.trained = {name: fake[id(parameter)] for name, parameter in tuned.trained.items()}
+        model.train(not config.group)  # as in training: grouped questions turn off the base's dropout
         if hasattr(self.family, "attention"):
-            self.family.attention = "dense"  # block masks are compiled; their kernels keep the same
-        self.weights = bytes_of(model)
-        self.optimiser = _COPIES * _WORD * tuned.trainable
+            self.family.attention = "dense"  # block masks need compilation; their kernels save the same
+        self.weights = model_bytes(model)
+        self.optimiser = _COPIES * _FP32_BYTES * tuned.trainable
         with BooleanIndexing():
             self.collate: Collator = build_collator(config, self.family, tuned, dataset, examples)
         self.examples = len(examples)
         self.images = {example.images for example in examples}
-        self.program = resident_bytes()
+        self.program = resident_bytes()  # of this process, which has imported the same libraries
 
-    def step(self, groups: Groups, tier: MemoryTier) -> int:
-        """The most that a step adds to what is held before and after it."""
-        with BooleanIndexing(), LiveTensorBytes() as live:
-            before = self._kept()[0]
+    def step_bytes(self, groups: Groups, tier: MemoryTier) -> int:
+        """Return the peak of a step, on top of what exists before and after it.
+
+        Two peaks are compared: that of building the batch, when the image encoder may run, and that of the
+        forward and backward pass. What the caches hold afterwards stays for the whole run, and is counted as
+        `cached`.
+        """
+        with BooleanIndexing(), LiveTensorBytes() as counter:
+            # building the batch: images are processed, frozen encoders run, results go to the caches
+            before = self._cache_size()[0]
             batch = self.collate(groups)
-            grown = self._kept()[0] - before
-            seen = live.peak
+            newly_cached = self._cache_size()[0] - before
+            collate_peak = counter.peak
             batch = send_to_device(batch, self.device)
-            live.reset_peak()
+            counter.reset_peak()
+            # forward: activations pile up; backward: they are freed layer by layer, gradients appear
             with checkpoint_activations(self.family.model, tier):
                 self.family.loss(batch)[0].backward()
-        self.family.model.zero_grad(set_to_none=True)
-        return max(seen, live.peak) - grown
+        self.family.model.zero_grad(set_to_none=True)  # the next tier starts without gradients
+        return max(collate_peak, counter.peak) - newly_cached
 
-    def _kept(self) -> tuple[int, int]:
-        """Bytes that the run's caches hold by now, and of how many entries."""
+    def _cache_size(self) -> tuple[int, int]:
+        """Return the bytes and the number of entries in the run's cache so far."""
         cache = self.collate.states or self.collate.images
-        return cache.bytes, len(cache.held)
+        return cache.bytes, len(cache.entries)
 
-    def held(self) -> int:
-        """Bytes of the caches once they have seen all images."""
-        now, entries = self._kept()
+    def cached_bytes(self) -> int:
+        """Estimate the bytes of the cache once it holds all images, from the mean of the entries so far."""
+        size, entries = self._cache_size()
+        # hidden states have an entry per group of images (a study), pixels and encoder outputs one per image
         images = self.images if self.collate.states else {key for keys in self.images for key in keys}
-        return min(LIMIT_BYTES, now * len(images) // max(1, entries))
+        return min(LIMIT_BYTES, size * len(images) // max(1, entries))
 
-    def way(
+    def memory_option(
         self, tier: MemoryTier, quantize: str | None, step: int, per_pair: float, pairs: int, free: int | None
     ) -> MemoryOption:
-        """One way, where the run's own quantisation takes `step` bytes a step of `pairs` pairs."""
-        width = getattr(torch, self.config.dtype).itemsize
-        asked = self.config.quantize
+        """Plan one tier with one quantisation.
+
+        Args:
+            step: bytes of a step with `pairs` pairs in this tier, with the quantisation of the config.
+            per_pair: further bytes of a step for each further pair.
+            free: free bytes on the device; None if unknown.
+        """
+        itemsize = getattr(torch, self.config.dtype).itemsize
+        configured = self.config.quantize
         weights = self.weights
-        if quantize != asked:
-            weights += linear_bytes(self.sizes, quantize, width) - linear_bytes(self.sizes, asked, width)
-            if asked is None:  # one linear at a time is made whole again
-                step += max(rows * columns for rows, columns in self.sizes) * width
+        if quantize != configured:
+            weights += linear_bytes(self.sizes, quantize, itemsize)
+            weights -= linear_bytes(self.sizes, configured, itemsize)
+            # a quantised layer dequantises its weight while it runs; one layer runs at a time
+            if configured is None:
+                step += max(rows * columns for rows, columns in self.sizes) * itemsize
+        # on a GPU, caches and program are in the host's memory, which is not what limits training
         on_host = self.device.type == "cpu"
-        held, program = self.held(), self.program if on_host else 0
-        total = weights + self.optimiser + step + program + (held if on_host else 0)
-        fitting = None
+        cached, program = self.cached_bytes(), self.program if on_host else 0
+        total = weights + self.optimiser + step + program + (cached if on_host else 0)
+        pairs_that_fit = None
         if free is not None:
-            fitting = int(pairs + (USABLE_SHARE * free - (total - program)) / per_pair)
-            fitting = max(0, min(fitting, self.examples))
+            # The program is already running, so that `free` excludes it. What is left after the planned
+            # batch, divided by the bytes of a pair, gives the further pairs: negative if the batch is too
+            # large
+            pairs_that_fit = int(pairs + (USABLE_SHARE * free - (total - program)) / per_pair)
+            pairs_that_fit = max(0, min(pairs_that_fit, self.examples))
         return MemoryOption(
             memory=tier,
             quantize=quantize,
             weights=weights,
             optimiser=self.optimiser,
-            held=held,
+            cached=cached,
             step=step,
             program=program,
             total=total,
-            pairs_that_fit=fitting,
+            pairs_that_fit=pairs_that_fit,
             fits=None if free is None else total - program <= USABLE_SHARE * free,
         )
 
 
-class _Costs:
-    """What batches hold, in tokens with their padding."""
+class _BatchCosts:
+    """Sizes of batches in tokens, padding included."""
 
     def __init__(self, run: _WeightlessRun, dataset: Dataset, examples: Sequence[Example]) -> None:
-        self.config, self.examples, self.shares = run.config, examples, run.family.shares_prefix
+        self.config, self.examples = run.config, examples
+        self.shares_prefix = run.family.shares_prefix
         self.tokens: TokenCosts = count_tokens(run.family, dataset, examples, run.collate.segment)
 
     def largest(self, pairs: int) -> Groups:
-        """The dearest batch of about so many pairs in the run's first epoch."""
+        """Return the largest batch of the run's first epoch, for batches of about `pairs` pairs."""
         cap = self.config.cap if self.config.group else 1
+        # the same batches as the run's: see `normtune.training.train.fit`
         tokens = self.tokens if self.config.balance == "tokens" else None
-        batches = EpochBatches(self.examples, pairs, cap, self.config.seed, tokens=tokens)
-        return max(batches, key=self.of)
+        batches = EpochBatches(self.examples, pairs, cap, self.config.seed, token_costs=tokens)
+        return max(batches, key=self.padded_tokens)
 
-    def of(self, groups: Groups) -> int:
-        """Rows times the length of the longest."""
+    # Families that share the prefix make a row of each group:    [image | question 1 | question 2 | padding]
+    # The others make a row of each question:                    [image | question 1 | padding]
+    def padded_tokens(self, groups: Groups) -> int:
+        """Return the tokens of a batch: rows x length of the longest row."""
         rows, longest = self.shape(groups)
         return rows * longest
 
     def shape(self, groups: Groups) -> tuple[int, int]:
-        rows = groups if self.shares else [[one] for members in groups for one in members]
+        """Return the number of rows and the length of the longest: a row is a group, or one question."""
+        rows = groups if self.shares_prefix else [[example] for group in groups for example in group]
         return len(rows), max(self.tokens.cost_of(row) for row in rows)
 
 
-def plan_text(found: Mapping[str, Any]) -> str:
-    """A plan (as `Plan.to_json`) for people."""
-    asked = found["asked"]
+def plan_text(plan: Mapping[str, Any]) -> str:
+    """Format a plan, as `MemoryPlan.to_json` returns it, as text."""
+    requested = plan["asked"]
     parts = [
-        ("weights", asked["weights"]),
-        ("a step of the largest batch", asked["step"]),
-        ("optimiser", asked["optimiser"]),
-        ("kept between steps" + ("" if asked["program"] else " (host)"), asked["held"]),
-        ("program", asked["program"]),
+        # (name, bytes); those of 0 bytes are left out
+        ("weights", requested["weights"]),
+        ("a step of the largest batch", requested["step"]),
+        ("optimiser", requested["optimiser"]),
+        ("cached between steps" + ("" if requested["program"] else " (host)"), requested["held"]),
+        ("program", requested["program"]),
     ]
     lines = [
-        f"training on {found['device']} in {found['dtype']}, --batch {found['batch']}: at most "
-        f"{found['pairs']} pairs in {found['rows']} rows of {found['tokens']:,} tokens",
-        f"peak memory {_size(asked['total'])} = "
-        + " + ".join(f"{what} {_size(size)}" for what, size in parts if size),
-        "" if found["free"] is None else f"free: {_size(found['free'])}",
-        f"{'--memory':<10}{'--quantize':<12}{'peak':>10}  fits  pairs a step that fit",
+        f"training on {plan['device']} in {plan['dtype']}, --batch {plan['batch']}: at most "
+        f"{plan['pairs']} pairs in {plan['rows']} rows of {plan['tokens']:,} tokens",
+        f"peak memory {_size(requested['total'])} = "
+        + " + ".join(f"{name} {_size(size)}" for name, size in parts if size),
+        "" if plan["free"] is None else f"free: {_size(plan['free'])}",
+        f"{'--memory':<10}{'--quantize':<12}{'peak':>10}  fits  pairs per step that fit",
     ]
-    for way in found["ways"]:
-        fits = {None: "?", True: "yes", False: "no"}[way["fits"]]
-        pairs = "?" if way["pairs"] is None else f"about {way['pairs']:,}" if way["pairs"] else "none"
+    for option in plan["ways"]:
+        fits = {None: "?", True: "yes", False: "no"}[option["fits"]]
+        count = option["pairs"]
+        pairs = "?" if count is None else f"about {count:,}" if count else "none"
         lines.append(
-            f"{way['memory']:<10}{way['quantize'] or '-':<12}{_size(way['total']):>10}  {fits:<4}  {pairs}"
+            f"{option['memory']:<10}{option['quantize'] or '-':<12}{_size(option['total']):>10}  {fits:<4}  {pairs}"
         )
-    if asked["program"]:
-        lines.append(
-            "of tensors and program; the C library may keep freed memory without --quantize or --memory tight"
-        )
+    # on a CPU: glibc returns freed memory to the system late, and the count cannot see that
+    if requested["program"]:
+        lines.append("of tensors and program; the C library may keep freed memory without --quantize or --memory tight")
     return "\n".join(line for line in lines if line)
 
 
