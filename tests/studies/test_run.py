@@ -1,4 +1,4 @@
-"""Running a study: killed and resumed to the same table, no cell twice, a failing cell, searches."""
+"""Running a study: interrupted and resumed with the same tables, no cell twice, failing cells, searches."""
 
 from __future__ import annotations
 
@@ -23,49 +23,46 @@ from normtune.runtime.worker_pool import CallResult, call_safely
 from normtune.studies import cell as cells
 from normtune.studies import run as running
 from normtune.studies.cell import CellJob, run_cell, try_lock
-from normtune.studies.executors import JobResults
+from normtune.studies.executors import JobOutcomes
 from normtune.studies.plan import plan
 from normtune.studies.results import SCHEMA, tabulate, write_tables
 from normtune.studies.run import Summary, run_study
 from normtune.studies.spec import Study, read_study
-from tests.support.base_models import outcome as told
+from tests.support.base_models import input_error
 
-MEASURED = {  # of a run, not of its result
+MEASURED = {  # columns that differ from run to run
     "train_seconds", "train_pairs_per_second", "train_peak_bytes", "seconds", "pairs_per_second",
     "peak_bytes", "started", "finished", "hardware",
 }  # fmt: skip
 
 
-def study_of(base: Path, folder: Path, grids: str, *, more: str = "") -> Path:
+def write_study(base: Path, folder: Path, grids: str, *, more: str = "") -> Path:
     path = folder / "study.yaml"
     path.write_text(
         f"study: tiny\nmodels: {{tiny: {{path: '{base}', home: a}}}}\n"
-        'datasets:\n  a: {data: "phantom-a:1/0/2"}\n  b: {data: "phantom-b:4/2/2"}\n'
-        + more
-        + "grids:\n"
-        + grids,
+        'datasets:\n  a: {data: "phantom-a:1/0/2"}\n  b: {data: "phantom-b:4/2/2"}\n' + more + "grids:\n" + grids,
         encoding="utf-8",
     )
     return path
 
 
-def here(
-    call: Callable[[CellJob], str], works: Iterable[CellJob], workers: int, *, tick: Any, folder: Path
-) -> JobResults:
-    """Cells in this process, one after another."""
-    for work in works:
-        yield work, call_safely(call, work)
+def run_in_this_process(
+    call: Callable[[CellJob], str], jobs: Iterable[CellJob], workers: int, *, tick: Any, folder: Path
+) -> JobOutcomes:
+    """An executor that runs the cells in this process, one after another."""
+    for job in jobs:
+        yield job, call_safely(call, job)
 
 
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(running, "get_executor", lambda on: here)
+    monkeypatch.setattr(running, "get_executor", lambda on: run_in_this_process)
     monkeypatch.setattr(running, "WAIT_S", 0.01)
     yield
 
 
-def same(tables: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
-    """What must not depend on where and how often a study was interrupted."""
+def drop_measured(tables: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """The tables without measured columns: what is left must not depend on interruptions."""
     return {
         name: [{column: value for column, value in row.items() if column not in MEASURED} for row in rows]
         for name, rows in tables.items()
@@ -75,7 +72,7 @@ def same(tables: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, An
 def test_a_study_killed_in_a_cell_and_run_again_ends_with_the_same_table(
     base: Path, tmp_path: Path, in_this_process: None
 ) -> None:
-    file = study_of(base, tmp_path, "  main: {recipes: [ln], train: b, budget: {epochs: 24}}\n")
+    file = write_study(base, tmp_path, "  main: {recipes: [ln], train: b, budget: {epochs: 24}}\n")
     study, killed = read_study(file), tmp_path / "killed"
     key = next(cell.key for cell in plan(study).cells if cell.recipe == "ln")
     command = [sys.executable, "-m", "normtune", "study", str(file), "--out", str(killed), "--workers", "1"]
@@ -85,38 +82,40 @@ def test_a_study_killed_in_a_cell_and_run_again_ends_with_the_same_table(
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    while not _free(killed / "cells" / key):  # its worker ends with it
+    while not _is_unlocked(killed / "cells" / key):  # its worker process ends with it
         time.sleep(0.005)
     assert checkpoints.is_dir() and not (killed / "cells" / key / "result.json").exists()
     assert run_study(study, killed, workers=1).failed == {}
     assert run_study(study, tmp_path / "whole", workers=1).ran == 2
-    assert same(tabulate(study, killed)) == same(tabulate(study, tmp_path / "whole"))
+    assert drop_measured(tabulate(study, killed)) == drop_measured(tabulate(study, tmp_path / "whole"))
 
 
-def _free(directory: Path) -> bool:
-    with try_lock(directory) as free:
-        return free
+def _is_unlocked(directory: Path) -> bool:
+    with try_lock(directory) as acquired:
+        return acquired
 
 
-def _stub(work: CellJob, log: Path) -> None:
-    """In a cell's place: tells that it ran, takes a while, and writes a result."""
+def _write_stub_result(job: CellJob, log: Path) -> None:
+    """In place of training a cell: log its key, wait a moment, and write a result."""
     with open(log, "a") as handle:
-        handle.write(f"{work.cell.key}\n")
+        handle.write(f"{job.cell.key}\n")
     time.sleep(0.01)
-    evaluations = [{"folder": one.folder} for one in work.cell.evaluations]
-    write_json(work.directory / "result.json", {"evaluations": evaluations})  # whole: others look for it
+    evaluations = [{"folder": evaluation.folder} for evaluation in job.cell.evaluations]
+    write_json(
+        job.directory / "result.json", {"evaluations": evaluations}
+    )  # written atomically, because the other command reads it
 
 
 def test_two_commands_at_once_run_no_cell_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_this_process: None
 ) -> None:
     grid = "  main: {recipes: [ln, full, ffn], train: b, seeds: [0, 1, 2, 3]}\n"
-    study = read_study(study_of(Path("nowhere"), tmp_path, grid))
+    study = read_study(write_study(Path("nowhere"), tmp_path, grid))
     log = tmp_path / "log"
-    monkeypatch.setattr(cells, "_run", lambda work: _stub(work, log))
-    found: list[Summary] = []
+    monkeypatch.setattr(cells, "_train_and_evaluate", lambda job: _write_stub_result(job, log))
+    summaries: list[Summary] = []
     threads = [
-        threading.Thread(target=lambda: found.append(run_study(study, tmp_path / "out", workers=1)))
+        threading.Thread(target=lambda: summaries.append(run_study(study, tmp_path / "out", workers=1)))
         for _ in range(2)
     ]
     for thread in threads:
@@ -125,18 +124,18 @@ def test_two_commands_at_once_run_no_cell_twice(
         thread.join()
     ran = log.read_text().split()
     assert sorted(ran) == sorted({cell.key for cell in plan(study).cells}) and len(ran) == 13
-    assert [(one.done, one.failed) for one in found] == [(13, {}), (13, {})]
+    assert [(summary.done, summary.failed) for summary in summaries] == [(13, {}), (13, {})]
 
 
-def test_a_cell_that_another_process_is_at_is_busy(tmp_path: Path) -> None:
-    study = read_study(study_of(Path("nowhere"), tmp_path, "  main: {recipes: [ln], train: b}\n"))
-    work = CellJob(plan(study).cells[0], tmp_path)
-    with try_lock(work.directory) as mine:
-        assert mine
-        assert run_cell(work) == "busy"
+def test_a_cell_that_another_process_runs_is_busy(tmp_path: Path) -> None:
+    study = read_study(write_study(Path("nowhere"), tmp_path, "  main: {recipes: [ln], train: b}\n"))
+    job = CellJob(plan(study).cells[0], tmp_path)
+    with try_lock(job.directory) as acquired:
+        assert acquired
+        assert run_cell(job) == "busy"
 
 
-def test_a_cell_that_fails_is_told_in_a_sentence_and_the_rest_goes_on(
+def test_a_failed_cell_is_reported_and_the_others_run(
     base: Path,
     tmp_path: Path,
     in_this_process: None,
@@ -144,33 +143,29 @@ def test_a_cell_that_fails_is_told_in_a_sentence_and_the_rest_goes_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     grid = "  main: {recipes: ['connector=ln', ln], train: b, budget: {pairs: 20}}\n"
-    file, out = study_of(base, tmp_path, grid), tmp_path / "out"
-    monkeypatch.setattr(
-        sys, "argv", ["normtune", "study", str(file), "--out", str(out), "--workers", "1", "--json"]
-    )
+    file, out = write_study(base, tmp_path, grid), tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["normtune", "study", str(file), "--out", str(out), "--workers", "1", "--json"])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 1
     summary = json.loads(capsys.readouterr().out)
-    (why,) = summary["failed"].values()
-    assert "no part 'connector'" in why and (summary["done"], summary["cells"]) == (2, 3)
+    (reason,) = summary["failed"].values()
+    assert "no part 'connector'" in reason and (summary["done"], summary["cells"]) == (2, 3)
     written = json.loads((out / "results.json").read_text())
-    assert "root" not in written["spec"]["datasets"]["b"], "results are passed on, folders are not"
+    assert "root" not in written["spec"]["datasets"]["b"], "results may be published, so they hold no folders"
     rows = {row["recipe"]: row for row in written["cells"]}
     assert {name: row["status"] for name, row in rows.items()} == {
         "connector=ln": "failed",
         "ln": "done",
         "frozen": "done",
     }
-    assert rows["connector=ln"]["error"] == why
+    assert rows["connector=ln"]["error"] == reason
     assert rows["ln"]["trainable"] > 0 and 0 < rows["ln"]["pairs_seen"] <= 44
     with sqlite3.connect(out / "results.sqlite") as database:
         for name, columns in SCHEMA.items():
             assert [row[1] for row in database.execute(f'PRAGMA table_info("{name}")')] == list(columns)
         stored = database.execute("SELECT rates, train_peak_bytes FROM cells WHERE recipe = 'ln'").fetchone()
-        lost = database.execute(
-            "SELECT count(*), max(abs(base - tuned - forgotten)) FROM forgetting"
-        ).fetchone()
+        lost = database.execute("SELECT count(*), max(abs(base - tuned - forgotten)) FROM forgetting").fetchone()
         moved = database.execute("SELECT count(*), min(rms) FROM norms").fetchone()
     database.close()
     assert json.loads(stored[0]) == {"ln": 0.03} and stored[1] > 0
@@ -179,7 +174,7 @@ def test_a_cell_that_fails_is_told_in_a_sentence_and_the_rest_goes_on(
     assert "| ln | ln 0.03 | 1 |" in (out / "tables.md").read_text()
     assert r"\toprule" in (out / "tables.tex").read_text()
     (out / "report.html").unlink()
-    monkeypatch.setattr(running, "get_executor", None)  # nothing may run
+    monkeypatch.setattr(running, "get_executor", None)  # an error if anything runs
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--report-only"])
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -189,88 +184,85 @@ def test_a_cell_that_fails_is_told_in_a_sentence_and_the_rest_goes_on(
     assert (out / "report.html").is_file()
 
 
-def test_a_search_decides_the_rate_by_the_validation_split_alone(
+def test_a_search_chooses_the_rate_by_the_validation_split_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_this_process: None
 ) -> None:
     grid = "  main: {recipes: [ln], train: b, seeds: [5], learning_rates: search}\n"
-    study = read_study(study_of(Path("nowhere"), tmp_path, grid))
+    study = read_study(write_study(Path("nowhere"), tmp_path, grid))
     scores = {0.01: 0.5, 0.03: 0.69, 0.1: 0.7}
 
     def scored(role: str, rate: float | None) -> dict[str, float | None]:
         value = scores.get(rate or 0, 0) if role == "validate" else rate
         return {"value": value, "low": (value or 0) - 0.05, "high": (value or 0) + 0.05}
 
-    def run(work: CellJob) -> None:
-        rate = work.cell.rates.get("ln")
+    def run(job: CellJob) -> None:
+        rate = job.cell.rates.get("ln")
         rows = [
             {
-                "folder": one.folder,
-                "role": one.role,
+                "folder": evaluation.folder,
+                "role": evaluation.role,
                 "task": "vqa",
-                "dataset": one.dataset,
-                "metrics": {"global_exact": scored(one.role, rate)},
+                "dataset": evaluation.dataset,
+                "metrics": {"global_exact": scored(evaluation.role, rate)},
             }
-            for one in work.cell.evaluations
+            for evaluation in job.cell.evaluations
         ]
-        (work.directory / "result.json").write_text(json.dumps({"evaluations": rows}))
+        (job.directory / "result.json").write_text(json.dumps({"evaluations": rows}))
 
-    monkeypatch.setattr(cells, "_run", run)
+    monkeypatch.setattr(cells, "_train_and_evaluate", run)
     summary = run_study(study, tmp_path / "out", workers=1)
-    assert (summary.done, summary.waiting) == (
-        5,
-        0,
-    )  # three trials, the frozen base, and the cell that waited
+    assert (summary.done, summary.waiting) == (5, 0)  # three trials, the frozen base, and the cell that waited
     (last,) = (cell for cell in running.current_plan(study, tmp_path / "out").cells if cell.seed == 5)
-    assert last.rates == {"ln": 0.03} and last.rate_source == "search"  # within an error of 0.1's
+    assert last.rates == {"ln": 0.03} and last.rate_source == "search"  # its score is within a standard error of 0.1's
 
 
-def test_a_trial_that_fails_leaves_its_cells_waiting_and_is_told(
+def test_a_failed_trial_is_reported_and_its_cells_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_this_process: None
 ) -> None:
     grid = "  main: {recipes: [ln], train: b, learning_rates: search}\n"
-    study = read_study(study_of(Path("nowhere"), tmp_path, grid))
+    study = read_study(write_study(Path("nowhere"), tmp_path, grid))
 
-    def run(work: CellJob) -> None:
-        if work.cell.rates == {"ln": 0.1}:
+    def run(job: CellJob) -> None:
+        if job.cell.rates == {"ln": 0.1}:
             raise ZeroDivisionError("division by zero")
-        _stub(work, tmp_path / "log")
+        _write_stub_result(job, tmp_path / "log")
 
-    monkeypatch.setattr(cells, "_run", run)
+    monkeypatch.setattr(cells, "_train_and_evaluate", run)
     summary = run_study(study, tmp_path / "out", workers=1)
-    (why,) = summary.failed.values()
-    assert summary.waiting == 1 and why.startswith("ZeroDivisionError at test_run.py:")
+    (reason,) = summary.failed.values()
+    assert summary.waiting == 1 and reason.startswith("ZeroDivisionError at test_run.py:")
 
 
-def test_minutes_become_pairs_once_and_an_evaluation_added_later_trains_nothing_again(
+def test_minutes_become_pairs_once_and_a_later_evaluation_needs_no_training(
     base: Path, tmp_path: Path, in_this_process: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grid = "  main: {recipes: [ln], train: b, budget: {minutes: 0.002}}\n"
     out = tmp_path / "out"
-    run_study(read_study(study_of(base, tmp_path, grid)), out, workers=1)
+    run_study(read_study(write_study(base, tmp_path, grid)), out, workers=1)
     (result,) = (path.parent / "result.json" for path in out.glob("cells/*/adapter"))
     timed = json.loads((result.parent / "budget.json").read_text())
     assert timed["pairs"] == max(1, round(timed["pairs_per_second"] * 0.12))
-    seen = json.loads(result.read_text())["training"]["pairs"]
-    assert abs(seen - timed["pairs"]) <= 48  # to a step or so
+    pairs_seen = json.loads(result.read_text())["training"]["pairs"]
+    assert abs(pairs_seen - timed["pairs"]) <= 48  # up to about one step
     monkeypatch.setattr("normtune.training.train.train", None)
     wider = grid.replace("train: b", "train: b, evaluate: [b, c]")
     more = '  c: {data: "phantom-b:1/0/1"}\n'
-    study = read_study(study_of(base, tmp_path, wider, more=more))
+    study = read_study(write_study(base, tmp_path, wider, more=more))
     assert run_study(study, out, workers=1).failed == {}
     tables = tabulate(study, out)
     roles = {(row["dataset"], row["role"]) for row in tables["evaluations"]}
     assert {("b", "in"), ("c", "out"), ("a", "home"), ("c", "zero-shot")} <= roles
-    study = read_study(study_of(base, tmp_path, grid.replace("train: b", "seeds: [0, 1], train: b")))
+    study = read_study(write_study(base, tmp_path, grid.replace("train: b", "seeds: [0, 1], train: b")))
     (other,) = (cell for cell in plan(study).cells if cell.seed == 1)
     shutil.copytree(result.parent, out / "cells" / other.key)
-    found = json.loads(result.read_text()) | {"base_fingerprint": "0" * 32 + "-" + "1" * 32}
-    (out / "cells" / other.key / "result.json").write_text(json.dumps(found))
-    assert "were made of different bases" in told(lambda: write_tables(study, out))
+    result_of_other_base = json.loads(result.read_text()) | {"base_fingerprint": "0" * 32 + "-" + "1" * 32}
+    (out / "cells" / other.key / "result.json").write_text(json.dumps(result_of_other_base))
+    assert "have different bases" in input_error(lambda: write_tables(study, out))
 
 
-def test_a_place_that_is_not_known_is_refused_with_a_hint(tmp_path: Path) -> None:
-    study: Study = read_study(study_of(Path("nowhere"), tmp_path, "  main: {recipes: [ln], train: b}\n"))
-    assert "did you mean 'slurm'?" in told(lambda: run_study(study, tmp_path, on="slrum"))
+def test_an_unknown_executor_is_refused_with_a_hint(tmp_path: Path) -> None:
+    study: Study = read_study(write_study(Path("nowhere"), tmp_path, "  main: {recipes: [ln], train: b}\n"))
+    assert "did you mean 'slurm'?" in input_error(lambda: run_study(study, tmp_path, on="slrum"))
 
 
 def _square(number: int) -> int:
@@ -281,12 +273,12 @@ def _square(number: int) -> int:
     return number * number
 
 
-def test_calls_side_by_side_survive_one_that_is_killed() -> None:
+def test_other_calls_finish_when_one_is_killed() -> None:
     from normtune.runtime.worker_pool import run_in_processes
 
-    found = dict(run_in_processes(_square, range(5), workers=2))
-    assert [found[number].value for number in (0, 1, 4)] == [0, 1, 16]
-    assert found[2].error is not None and "was killed by signal 9" in found[2].error
-    assert found[3] == CallResult(
+    results = dict(run_in_processes(_square, range(5), workers=2))
+    assert [results[number].value for number in (0, 1, 4)] == [0, 1, 16]
+    assert results[2].error is not None and "was killed by signal 9" in results[2].error
+    assert results[3] == CallResult(
         error=f"ValueError at {Path(__file__).name}:{_square.__code__.co_firstlineno + 4}: three"
     )

@@ -1,1 +1,1 @@
-"""Grids of trainings and evaluations, with their tables and report page."""
+"""Studies: grids of trainings and evaluations, with their tables and report page."""

@@ -1,4 +1,7 @@
-"""One cell in its directory: train, evaluate, and, last, `result.json`; after a kill it goes on."""
+"""Runs one cell of a study in its own folder: train, evaluate, and write `result.json` last.
+
+A cell that was interrupted resumes from its last checkpoint; what is finished is read again.
+"""
 
 from __future__ import annotations
 
@@ -20,44 +23,51 @@ from normtune.runtime.worker_pool import call_safely
 from normtune.studies.plan import Cell, Evaluation
 from normtune.training.config import TrainConfig
 
+# Files in a cell's folder: its result, why it failed, its progress while it runs, the pairs that its minutes
+# allow, the training seconds up to each checkpoint, and the lock of the process that runs it.
 RESULT, ERROR, PROGRESS, BUDGET, SECONDS, LOCK = (
     "result.json", "error.json", "progress.json", "budget.json", "seconds.json", "lock",
 )  # fmt: skip
-CHECKPOINTS = 8  # about so many in a run
-PROGRESS_S = 1.0  # between writes of the progress
-Z95 = 1.96  # half of a 95% interval, in standard errors
-TIMED_STEPS, UNTIMED_STEPS = 12, 4  # of the run that turns minutes into pairs; the first steps fill caches
+CHECKPOINTS = 8  # approximate number of checkpoints in one run
+PROGRESS_S = 1.0  # least seconds between two writes of the progress file
+Z95 = 1.96  # half the width of a 95% interval, in standard errors
+# Steps of the short run that measures pairs per second; the first four fill caches and are not timed.
+TIMED_STEPS, UNTIMED_STEPS = 12, 4
 
 
 @dataclass(frozen=True)
 class CellJob:
-    """A cell and the study's folder: all that a process anywhere needs."""
+    """A cell and the study's folder: all that a process on any machine needs to run the cell."""
 
     cell: Cell
-    out: Path  # absolute
+    out: Path  # the study's folder, absolute
 
     @property
     def directory(self) -> Path:
+        """The cell's folder."""
         return cell_directory(self.out, self.cell)
 
 
 def cell_directory(out: Path, cell: Cell) -> Path:
-    """Where a cell's files lie."""
+    """The folder that holds a cell's files."""
     return out / "cells" / cell.key
 
 
 def is_finished(out: Path, cell: Cell) -> bool:
-    """Whether the cell has a result with all of its evaluations."""
-    path = cell_directory(out, cell) / RESULT
-    if not path.is_file():
+    """Whether the cell has a result file with all of its evaluations."""
+    result_file = cell_directory(out, cell) / RESULT
+    if not result_file.is_file():
         return False
-    have = {one["folder"] for one in read_json(path)["evaluations"]}
-    return all(one.folder in have for one in cell.evaluations)
+    finished_folders = {evaluation["folder"] for evaluation in read_json(result_file)["evaluations"]}
+    return all(evaluation.folder in finished_folders for evaluation in cell.evaluations)
 
 
 @contextmanager
 def try_lock(directory: Path) -> Iterator[bool]:
-    """Hold a directory's lock, or learn that another process has it; it is let go when its holder ends."""
+    """Try to lock a folder; yield whether this process holds the lock.
+
+    The lock is a `flock`, so the system releases it when the process that holds it ends, however it ends.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -68,44 +78,48 @@ def try_lock(directory: Path) -> Iterator[bool]:
         else:
             yield True
     finally:
-        os.close(descriptor)
+        os.close(descriptor)  # closing the file also releases the lock
 
 
-def run_cell(work: CellJob) -> str:
-    """Do what is missing of a cell: "done"; "busy" where another process is at it; else "failed: WHY".
+def run_cell(job: CellJob) -> str:
+    """Run whatever is missing of a cell and write its result.
 
-    A failure is written to `error.json`. An adapter that lies there whole is not trained again.
+    A failure is written to `error.json`. A finished adapter in the cell's folder is not trained again.
+
+    Returns:
+        "done"; "busy" if another process holds the cell's lock; "failed: REASON" otherwise.
     """
-    with try_lock(work.directory) as mine:
-        if not mine:
+    with try_lock(job.directory) as acquired:
+        if not acquired:
             return "busy"
-        if is_finished(work.out, work.cell):
+        if is_finished(job.out, job.cell):
             return "done"
-        (work.directory / ERROR).unlink(missing_ok=True)
-        found = call_safely(_run, work)
-        if found.error is not None:
-            record_failure(work, found.error)
-            return f"failed: {found.error}"
-        (work.directory / PROGRESS).unlink(missing_ok=True)
+        (job.directory / ERROR).unlink(missing_ok=True)
+        outcome = call_safely(_train_and_evaluate, job)
+        if outcome.error is not None:
+            record_failure(job, outcome.error)
+            return f"failed: {outcome.error}"
+        (job.directory / PROGRESS).unlink(missing_ok=True)
         return "done"
 
 
-def record_failure(work: CellJob, error: str) -> None:
-    """Write why a cell failed, in one sentence."""
-    write_json(work.directory / ERROR, {"error": error, "at": _now(), **environment()})
+def record_failure(job: CellJob, error: str) -> None:
+    """Write the reason why a cell failed, one sentence, to `error.json`."""
+    write_json(job.directory / ERROR, {"error": error, "at": _now(), **environment()})
 
 
-def _run(work: CellJob) -> None:
+def _train_and_evaluate(job: CellJob) -> None:
+    """Train and evaluate one cell, and write its `result.json`."""
     started = _now()
-    training = None if work.cell.train is None else _train(work)
-    evaluations = [_evaluate(work, one, training is not None) for one in work.cell.evaluations]
+    training = None if job.cell.train is None else _train_or_read(job)
+    evaluations = [_evaluate_or_read(job, evaluation, training is not None) for evaluation in job.cell.evaluations]
     write_json(
-        work.directory / RESULT,
+        job.directory / RESULT,
         {
-            "key": work.cell.key,
+            "key": job.cell.key,
             "training": training,
             "evaluations": evaluations,
-            "base_fingerprint": _fingerprint(work),
+            "base_fingerprint": _base_fingerprint(job),
             "started": started,
             "finished": _now(),
             **environment(),
@@ -113,75 +127,83 @@ def _run(work: CellJob) -> None:
     )
 
 
-def _train(work: CellJob) -> dict[str, Any]:
-    """Train, or read what was trained.
+def _train_or_read(job: CellJob) -> dict[str, Any]:
+    """Train the cell, or read the result of a finished training.
 
-    Norm adapters that one pass over the base trains together are put under their cells' `adapter/` before the
-    cells run: each finds its `train_result.json` here.
+    Norm adapters that are trained together in one pass over the base are stored in their cells' `adapter/`
+    before the cells run: the cell then finds its `train_result.json` here and does not train.
     """
     from transformers.utils import logging
 
     from normtune.data.registry import open_configured
     from normtune.training.train import train
 
-    logging.set_verbosity_error()  # it warns where two checkpoints fall into one second
-    adapter = work.directory / "adapter"
+    logging.set_verbosity_error()  # it warns if two checkpoints are saved within one second
+    adapter = job.directory / "adapter"
     if (adapter / "train_result.json").is_file():
-        return _trained(adapter)
-    config, budget = work.cell.train, work.cell.budget
+        return _read_training_result(adapter)
+    config, budget = job.cell.train, job.cell.budget
     assert config is not None and budget is not None
+    # The length of the run in passes over its data, from whichever unit the budget is given in.
     pairs = len(config.select(open_configured(config).split(config.split)))
     if "minutes" in budget:
-        seen = _pairs_in(work, config, 60 * budget["minutes"])
-        epochs = seen / pairs
+        pairs_to_see = _pairs_within(job, config, 60 * budget["minutes"])
+        epochs = pairs_to_see / pairs
     else:
         epochs = budget.get("epochs") or budget["pairs"] / pairs
-    given = set(work.cell.rates.values())
+    rates = set(job.cell.rates.values())
     config = config.model_copy(
         update={
             "out": adapter,
             "epochs": epochs,
-            "lr": given.pop() if len(given) == 1 else None,
+            # a rate that all methods share is passed on; with None each method has its default
+            "lr": rates.pop() if len(rates) == 1 else None,
             "save_every": max(1, round(epochs * pairs / (config.batch * config.accumulate) / CHECKPOINTS)),
         }
     )
-    clock = _clock(work)
+    clock = _make_clock(job)
     result = train(config, progress=clock)
-    seconds = clock.before + result.seconds
+    seconds = clock.earlier_seconds + result.seconds
     write_json(
         adapter / "train_result.json",
         read_json(adapter / "train_result.json")
         | {"seconds": seconds, "pairs_per_second": result.pairs / seconds, "pairs_available": pairs},
     )
-    return _trained(adapter)
+    return _read_training_result(adapter)
 
 
-def _trained(adapter: Path) -> dict[str, Any]:
-    found: dict[str, Any] = read_json(adapter / "train_result.json")
-    return {name: value for name, value in found.items() if name != "out"}
+def _read_training_result(adapter: Path) -> dict[str, Any]:
+    """The contents of `train_result.json` without the adapter's path."""
+    result: dict[str, Any] = read_json(adapter / "train_result.json")
+    return {name: value for name, value in result.items() if name != "out"}
 
 
-def _fingerprint(work: CellJob) -> str | None:
-    if work.cell.train is None:
+def _base_fingerprint(job: CellJob) -> str | None:
+    """The fingerprint of the base that the cell's adapter was trained on; None for the frozen base."""
+    if job.cell.train is None:
         return None
     from normtune.adapters.storage import read_adapter_info
 
-    return read_adapter_info(work.directory / "adapter").base_fingerprint
+    return read_adapter_info(job.directory / "adapter").base_fingerprint
 
 
-def _evaluate(work: CellJob, one: Evaluation, adapted: bool) -> dict[str, Any]:
-    """Evaluate, or read what was evaluated: metrics.json without what other files hold."""
+def _evaluate_or_read(job: CellJob, evaluation: Evaluation, adapted: bool) -> dict[str, Any]:
+    """Run one evaluation of the cell, or read the scores of a finished one.
+
+    Returns:
+        The fields of `metrics.json` that no other file holds, with the data set, role, task and split.
+    """
     from normtune.evaluation.evaluate import evaluate_config
 
-    folder = work.directory / "evaluations" / one.folder
+    folder = job.directory / "evaluations" / evaluation.folder
     if not (folder / "metrics.json").is_file():
-        tick = ProgressFile(work.directory / PROGRESS, f"answering {one.dataset}")
-        config = one.config.model_copy(
-            update={"out": folder, "adapter": work.directory / "adapter" if adapted else None}
+        progress_file = ProgressFile(job.directory / PROGRESS, f"answering {evaluation.dataset}")
+        config = evaluation.config.model_copy(
+            update={"out": folder, "adapter": job.directory / "adapter" if adapted else None}
         )
-        evaluate_config(config, progress=tick)
-    found = read_json(folder / "metrics.json")
-    kept = (
+        evaluate_config(config, progress=progress_file)
+    scores = read_json(folder / "metrics.json")
+    copied_fields = (
         "rows",
         "images",
         "split_hash",
@@ -192,65 +214,67 @@ def _evaluate(work: CellJob, one: Evaluation, adapted: bool) -> dict[str, Any]:
         "peak_memory_bytes",
     )
     return {
-        "dataset": one.dataset,
-        "role": one.role,
-        "task": "report"
-        if any(name.partition("/")[0].startswith("bleu") for name in found["metrics"])
-        else "vqa",
-        "split": one.config.split,
-        "folder": one.folder,
-        **{name: found[name] for name in kept},
+        "dataset": evaluation.dataset,
+        "role": evaluation.role,
+        "task": "report" if any(name.partition("/")[0].startswith("bleu") for name in scores["metrics"]) else "vqa",
+        "split": evaluation.config.split,
+        "folder": evaluation.folder,
+        **{name: scores[name] for name in copied_fields},
     }
 
 
 class ProgressFile:
-    """Writes how far a cell is, for whoever watches; not more often than each second."""
+    """Writes a cell's progress to a file for the study's process to show, at most once a second."""
 
-    def __init__(self, path: Path, what: str) -> None:
-        self.path, self.what = path, what
+    def __init__(self, path: Path, activity: str) -> None:
+        self.path, self.activity = path, activity
         self._last = 0.0
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
         if now - self._last >= PROGRESS_S:
             self._last = now
-            write_json(self.path, {"what": self.what, "done": done, "total": total})
+            write_json(self.path, {"what": self.activity, "done": done, "total": total})
 
 
-def _clock(work: CellJob) -> Any:
-    """A callback of the training run: tells its progress, and adds up the seconds of runs cut short."""
+def _make_clock(job: CellJob) -> Any:
+    """A Trainer callback that writes the progress and adds up the seconds of interrupted runs."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
-        before = 0.0
+        earlier_seconds = 0.0  # training time of the runs before this one, up to the checkpoint it resumes
 
         def __init__(self) -> None:
-            self._told = ProgressFile(work.directory / PROGRESS, "training")
+            self._progress_file = ProgressFile(job.directory / PROGRESS, "training")
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self._started = time.perf_counter()
-            path = work.directory / SECONDS
+            path = job.directory / SECONDS
             if state.global_step and path.is_file():
-                self.before = float(read_json(path).get(str(state.global_step), 0.0))
+                self.earlier_seconds = float(read_json(path).get(str(state.global_step), 0.0))
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self._told(state.global_step, state.max_steps)
+            self._progress_file(state.global_step, state.max_steps)
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            path = work.directory / SECONDS
-            seconds = self.before + time.perf_counter() - self._started
+            path = job.directory / SECONDS
+            seconds = self.earlier_seconds + time.perf_counter() - self._started
             write_json(path, (read_json(path) if path.is_file() else {}) | {str(state.global_step): seconds})
 
     return Clock()
 
 
-def _pairs_in(work: CellJob, config: TrainConfig, seconds: float) -> int:
-    """How many pairs this machine sees in a time: measured once a cell, for a resumed run to end alike."""
+def _pairs_within(job: CellJob, config: TrainConfig, seconds: float) -> int:
+    """The number of pairs that this machine trains on in the given seconds.
+
+    It is measured once for each cell and stored, so that a resumed run trains on as many pairs as an
+    uninterrupted one.
+    """
     from transformers import TrainerCallback
 
     from normtune.training.train import train
 
-    path = work.directory / BUDGET
+    path = job.directory / BUDGET
     if not path.is_file():
         times: list[float] = []
 
@@ -258,22 +282,20 @@ def _pairs_in(work: CellJob, config: TrainConfig, seconds: float) -> int:
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 times.append(time.perf_counter())
 
-        out = work.directory / "timing"
-        timed = config.model_copy(
+        out = job.directory / "timing"
+        timed_config = config.model_copy(
             update={"out": out, "max_steps": TIMED_STEPS, "resume": False, "save_every": 1000}
         )
-        result = train(timed, progress=Steps())
+        result = train(timed_config, progress=Steps())
         shutil.rmtree(out, ignore_errors=True)
-        a_step = (times[-1] - times[UNTIMED_STEPS - 1]) / (len(times) - UNTIMED_STEPS)
-        speed = result.pairs / result.steps / a_step
-        write_json(
-            path, {"seconds": seconds, "pairs_per_second": speed, "pairs": max(1, round(speed * seconds))}
-        )
+        step_seconds = (times[-1] - times[UNTIMED_STEPS - 1]) / (len(times) - UNTIMED_STEPS)
+        speed = result.pairs / result.steps / step_seconds
+        write_json(path, {"seconds": seconds, "pairs_per_second": speed, "pairs": max(1, round(speed * seconds))})
     return int(read_json(path)["pairs"])
 
 
 def with_absolute_paths(cell: Cell) -> Cell:
-    """The cell with its roots and model as absolute paths, where they are folders here."""
+    """The cell with its data root and model as absolute paths, if they are folders on this machine."""
 
     def absolute(config: Any) -> Any:
         root = getattr(config, "root", None)
@@ -288,17 +310,17 @@ def with_absolute_paths(cell: Cell) -> Cell:
     return replace(
         cell,
         train=cell.train and absolute(cell.train),
-        evaluations=tuple(replace(one, config=absolute(one.config)) for one in cell.evaluations),
+        evaluations=tuple(replace(evaluation, config=absolute(evaluation.config)) for evaluation in cell.evaluations),
     )
 
 
 def failure_reason(out: Path, cell: Cell) -> str | None:
-    """Why the cell failed when it was last tried."""
+    """Why the cell failed on its last attempt; None if it did not."""
     path = cell_directory(out, cell) / ERROR
     if not path.is_file():
         return None
-    found: str = read_json(path)["error"]
-    return found
+    reason: str = read_json(path)["error"]
+    return reason
 
 
 def _now() -> str:
@@ -306,17 +328,17 @@ def _now() -> str:
 
 
 def validation_score(out: Path, cell: Cell, metric: str | None) -> tuple[float, float]:
-    """What a trial came to on the validation split, and the standard error of that.
+    """A trial's score on the validation split, and the standard error of the score.
 
     Raises:
-        InputError: no such metric there.
+        InputError: the evaluation has no such metric.
     """
-    found = read_json(cell_directory(out, cell) / RESULT)["evaluations"]
-    (one,) = (one for one in found if one["role"] == "validate")
-    name = metric or ("global_exact" if one["task"] == "vqa" else "rouge_l/none")
-    if name not in one["metrics"]:
+    evaluations = read_json(cell_directory(out, cell) / RESULT)["evaluations"]
+    (evaluation,) = (evaluation for evaluation in evaluations if evaluation["role"] == "validate")
+    name = metric or ("global_exact" if evaluation["task"] == "vqa" else "rouge_l/none")
+    if name not in evaluation["metrics"]:
         raise InputError(
-            f"search.metric: no metric '{name}' of {one['dataset']}; there are {', '.join(one['metrics'])}."
+            f"search.metric: {evaluation['dataset']} has no metric '{name}'. It has {', '.join(evaluation['metrics'])}."
         )
-    score = one["metrics"][name]
+    score = evaluation["metrics"][name]
     return float(score["value"]), (score["high"] - score["low"]) / (2 * Z95)

@@ -1,4 +1,4 @@
-"""A study as people read it: its cells before it runs, bars while it runs, what came of it."""
+"""What `normtune study` prints: the cells before a run, progress bars during it, a summary after it."""
 
 from __future__ import annotations
 
@@ -9,40 +9,37 @@ from typing import Any
 
 from normtune.runtime.files import read_json
 from normtune.studies.cell import PROGRESS, RESULT, failure_reason, is_finished
-from normtune.studies.plan import Cell, Plan, Sizes
+from normtune.studies.plan import Cell, PairCounts, Plan
 from normtune.studies.run import Summary
 
-SHOWN = ("closed_label", "open_exact", "global_exact", "rouge_l/none", "bleu_4/none")
+# Metrics that the line of a finished cell shows, if its evaluations have them.
+HEADLINE_METRICS = ("closed_label", "open_exact", "global_exact", "rouge_l/none", "bleu_4/none")
 
 
-def listing(found: Plan, sizes: Sizes, out: Path) -> dict[str, Any]:
-    """What `--dry-run --json` prints: every cell, whether it is there, and the pairs it takes."""
+def list_cells(plan: Plan, sizes: PairCounts, out: Path) -> dict[str, Any]:
+    """What `--dry-run --json` prints: every cell, whether it is finished, and the pairs that it needs."""
     rows = [
         {
             "key": cell.key,
-            "state": "done"
-            if is_finished(out, cell)
-            else "failed"
-            if failure_reason(out, cell)
-            else "to run",
+            "state": "done" if is_finished(out, cell) else "failed" if failure_reason(out, cell) else "to run",
             "cell": str(cell),
             "grids": list(cell.grids),
             "rates": cell.rates,
-            "pairs": sizes.training(cell),
-            "answers": sizes.answering(cell),
-            "evaluated_on": [one.dataset for one in cell.evaluations],
+            "pairs": sizes.training_pairs(cell),
+            "answers": sizes.answered_pairs(cell),
+            "evaluated_on": [evaluation.dataset for evaluation in cell.evaluations],
         }
-        for cell in found.cells
+        for cell in plan.cells
     ]
-    left = [row for row in rows if row["state"] != "done"]
+    unfinished = [row for row in rows if row["state"] != "done"]
     return {
         "cells": rows,
-        "waiting": found.waiting,
-        "searches": len(found.trials),
-        "to_run": len(left),
-        "pairs": _sum(left, "pairs"),
-        "answers": _sum(left, "answers"),
-        "unknown": sum(row["pairs"] is None or row["answers"] is None for row in left),
+        "waiting": plan.waiting,
+        "searches": len(plan.searches),
+        "to_run": len(unfinished),
+        "pairs": _sum(unfinished, "pairs"),
+        "answers": _sum(unfinished, "answers"),
+        "unknown": sum(row["pairs"] is None or row["answers"] is None for row in unfinished),
     }
 
 
@@ -50,41 +47,40 @@ def _sum(rows: Sequence[dict[str, Any]], column: str) -> int:
     return sum(row[column] or 0 for row in rows)
 
 
-def listing_text(found: dict[str, Any]) -> str:
-    """The listing for people."""
+def format_listing(listing: dict[str, Any]) -> str:
+    """The result of `list_cells` as text."""
     lines = []
-    for row in found["cells"]:
+    for row in listing["cells"]:
         pairs, answers = ("?" if row[what] is None else f"{row[what]:,}" for what in ("pairs", "answers"))
         lines.append(
             f"{row['key']}  {row['state']:<6}  {pairs:>10} pairs  {answers:>7} answers  {row['cell']}"
             f"  -> {', '.join(row['evaluated_on'])}  ({', '.join(row['grids'])})"
         )
     lines.append(
-        f"{len(found['cells'])} cells, {found['to_run']} of them to run: "
-        f"about {found['pairs']:,} pairs to train, {found['answers']:,} to answer"
+        f"{len(listing['cells'])} cells, {listing['to_run']} to run: "
+        f"about {listing['pairs']:,} pairs to train on and {listing['answers']:,} to answer"
     )
-    if found["unknown"]:
-        lines.append(f"{found['unknown']} cells are not counted: no data here (see --root), or minutes given")
-    if found["waiting"]:
-        lines.append(
-            f"and {found['waiting']} cells whose learning rate {found['searches']} searches above will find"
-        )
+    if listing["unknown"]:
+        lines.append(f"{listing['unknown']} cells not counted: no data (see --root), or a budget in minutes")
+    if listing["waiting"]:
+        lines.append(f"{listing['waiting']} more cells wait for {listing['searches']} learning-rate searches above")
     return "\n".join(lines)
 
 
-def summary_text(summary: Summary, tables: Sequence[Path]) -> str:
-    """What came of a run."""
-    lines = [
-        f"{summary.done} of {summary.cells} cells done, {summary.ran} of them now, in {summary.seconds:.0f} s"
-    ]
+def format_summary(summary: Summary, tables: Sequence[Path]) -> str:
+    """A run's summary as text, with the paths of the files written."""
+    lines = [f"{summary.done} of {summary.cells} cells done, {summary.ran} in this run, in {summary.seconds:.0f} s"]
     lines += [f"failed: {cell}: {error}" for cell, error in summary.failed.items()]
     if summary.waiting:
-        lines.append(f"not run: {summary.waiting} cells whose search of a learning rate has a failed trial")
+        lines.append(f"not run: {summary.waiting} cells, a trial of their learning-rate search failed")
     return "\n".join([*lines, "Written:", *(f"  {path}" for path in tables)])
 
 
-class Bars:
-    """Bars on stderr: the cells, and each that runs; a line for each that ends."""
+class ProgressBars:
+    """Progress on stderr: a bar for all cells, a bar for each running cell, a line for each finished cell.
+
+    It is the `ProgressListener` of `run_study`.
+    """
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -101,7 +97,7 @@ class Bars:
         self.total: Any = None
         self.running: dict[Path, tuple[Cell, Any]] = {}
 
-    def __enter__(self) -> Bars:
+    def __enter__(self) -> ProgressBars:
         self.bars.start()
         return self
 
@@ -111,9 +107,7 @@ class Bars:
     def begin(self, cells: Sequence[Cell], done: int, workers: int) -> None:
         if self.total is not None:
             self.bars.remove_task(self.total)
-        self.console.print(
-            f"{len(cells)} cells to run, {done} there already; {workers} side by side", highlight=False
-        )
+        self.console.print(f"{len(cells)} cells to run, {done} already done; {workers} at a time", highlight=False)
         self.total = self.bars.add_task("cells", total=len(cells))
 
     def started(self, cell: Cell, directory: Path) -> None:
@@ -126,25 +120,28 @@ class Bars:
         if error is not None:
             self.console.print(f"failed: {cell}: {error}", style="red", highlight=False, markup=False)
         else:
-            self.console.print(f"{cell}: {_scores(directory)}", highlight=False, markup=False)
+            self.console.print(f"{cell}: {_format_scores(directory)}", highlight=False, markup=False)
 
     def tick(self) -> None:
+        """Read the progress files of the running cells and update their bars."""
         for directory, (cell, task) in self.running.items():
             try:
-                found = json.loads((directory / PROGRESS).read_text(encoding="utf-8"))
+                progress = json.loads((directory / PROGRESS).read_text(encoding="utf-8"))
             except (OSError, ValueError):
-                continue
+                continue  # not written yet, or replaced at this moment
             self.bars.update(
-                task, description=f"  {cell}: {found['what']}", completed=found["done"], total=found["total"]
+                task, description=f"  {cell}: {progress['what']}", completed=progress["done"], total=progress["total"]
             )
 
 
-def _scores(directory: Path) -> str:
-    """The headline metrics of each evaluation, in %."""
+def _format_scores(directory: Path) -> str:
+    """The headline metrics of each evaluation of a cell, in %."""
     parts = []
-    for one in read_json(directory / RESULT)["evaluations"]:
-        shown = [
-            f"{name} {100 * one['metrics'][name]['value']:.1f}" for name in SHOWN if name in one["metrics"]
+    for evaluation in read_json(directory / RESULT)["evaluations"]:
+        scores = [
+            f"{name} {100 * evaluation['metrics'][name]['value']:.1f}"
+            for name in HEADLINE_METRICS
+            if name in evaluation["metrics"]
         ]
-        parts.append(f"{one['dataset']} ({one['role']}) {', '.join(shown)}")
+        parts.append(f"{evaluation['dataset']} ({evaluation['role']}) {', '.join(scores)}")
     return "; ".join(parts)

@@ -1,6 +1,6 @@
-"""The main job on the embedded default: hospital A's nano base, adapted to hospital B by every recipe.
+"""The demo: the embedded base `nano`, trained on hospital A, is adapted to hospital B with every recipe.
 
-Questions are answered with every recipe, and reports written with a few.
+All recipes are trained to answer questions; a few are also trained to write reports. No download is needed.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from normtune.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
-class Job:
-    """One table: what is trained, and what is shown of it.
+class DemoTask:
+    """One task of the demo: what is trained for it, and the columns of its table.
 
     Attributes:
-        columns: heading, the beginning of a metric's name, and what the metric is multiplied by.
+        columns: heading, the beginning of a metric's name, and the factor that the metric is multiplied by.
+        test_images: the number of images that are evaluated.
     """
 
     task: Literal["vqa", "report"]
@@ -33,10 +34,11 @@ class Job:
     max_new_tokens: int | None = None
 
     def cell_name(self, recipe: str) -> str:
+        """The name of a recipe's cell; it is unique over both tasks."""
         return recipe if self.task == "vqa" else f"report-{recipe}"
 
 
-QUESTIONS = Job(
+QUESTIONS = DemoTask(
     task="vqa",
     recipes=(
         "frozen",
@@ -51,30 +53,26 @@ QUESTIONS = Job(
         "prefix",
         "ia3",
     ),
-    columns=(
-        ("closed %", "closed_label", 100),
-        ("open %", "open_exact", 100),
-        ("global %", "global_exact", 100),
-    ),
+    columns=(("closed %", "closed_label", 100), ("open %", "open_exact", 100), ("global %", "global_exact", 100)),
     epochs=4,
     batch=24,
     test_images=120,
 )
-REPORTS = Job(
+REPORTS = DemoTask(
     task="report",
     recipes=("frozen", "ln", "full"),
     columns=(
         ("BLEU-1", "bleu_1/none", 100),
         ("BLEU-4", "bleu_4/none", 100),
         ("ROUGE-L", "rouge_l/none", 100),
-        ("METEOR", "meteor_", 100),  # with WordNet or without, as it is there
+        ("METEOR", "meteor_", 100),  # the variant with WordNet if it is installed, else without
         ("CIDEr-D", "cider_d/none", 1),
         ("findings F1", "findings_rules_f1_micro_14", 100),
     ),
     epochs=6,
-    batch=4,  # one report an image: small steps, or there would be few of them
+    batch=4,  # an image has one report: with larger batches there would be few steps
     test_images=60,
-    max_new_tokens=64,  # hospital B's reports are shorter
+    max_new_tokens=64,  # longer than any report of hospital B
 )
 
 
@@ -87,53 +85,63 @@ def run_demo(
     seed: int = 0,
     quiet: bool = False,
 ) -> tuple[dict[str, Any], str]:
-    """Train and evaluate every recipe; write results.json, table.md, reports.md and accuracy.png under `out`.
+    """Train and evaluate every recipe; write results.json, table.md, reports.md and accuracy.png to `out`.
 
-    Returns the results and the text to print: the tables, and where the files lie.
+    Args:
+        images: the number of training images of hospital B.
+        epochs: passes over the training questions.
+        report_epochs: passes over the training reports.
+        quiet: show no progress bar.
+
+    Returns:
+        The results, and the text to print: both tables and the paths of the files.
     """
-    passes = {QUESTIONS: epochs, REPORTS: report_epochs}
-    cells = [_cell(job, recipe, out, images, passes[job], seed) for job in passes for recipe in job.recipes]
-    cells.reverse()  # the short ones last: no process works long after the other has ended
+    epochs_of = {QUESTIONS: epochs, REPORTS: report_epochs}
+    cells = [
+        _make_cell(task, recipe, out, images, epochs_of[task], seed) for task in epochs_of for recipe in task.recipes
+    ]
+    cells.reverse()  # short runs last, so that both processes finish at about the same time
     rows = {}
-    for row in _shown(run_cells(cells, workers=min(2, os.cpu_count() or 1)), len(cells), quiet):
+    for row in _with_progress_bar(run_cells(cells, workers=min(2, os.cpu_count() or 1)), len(cells), quiet):
         rows[row["name"]] = row
-    answered, written = ([rows[job.cell_name(recipe)] for recipe in job.recipes] for job in passes)
+    vqa_rows, report_rows = ([rows[task.cell_name(recipe)] for recipe in task.recipes] for task in epochs_of)
     base = "base 'nano' (hospital A) adapted to hospital B with"
     results = {
         "task": f"{base} {images} images, {epochs:g} passes over their questions",
         "report_task": f"{base} the reports of {images} images, {report_epochs:g} passes",
         "note": "synthetic phantoms; seconds and peak memory with two cells side by side, one thread each",
-        "rows": answered,
-        "reports": written,
+        "rows": vqa_rows,
+        "reports": report_rows,
     }
-    tables = {"table.md": table_markdown(answered), "reports.md": table_markdown(written, REPORTS)}
+    tables = {"table.md": table_markdown(vqa_rows), "reports.md": table_markdown(report_rows, REPORTS)}
     write_json(out / "results.json", results)
     for name, table in tables.items():
         write_text(out / name, table)
-    from normtune.studies.demo_plot import accuracy_against_share
+    from normtune.studies.demo_plot import plot_accuracy
 
-    accuracy_against_share(answered, out / "accuracy.png")
-    places = "\n".join(f"  {out / name}" for name in ("results.json", *tables, "accuracy.png"))
+    plot_accuracy(vqa_rows, out / "accuracy.png")
+    paths = "\n".join(f"  {out / name}" for name in ("results.json", *tables, "accuracy.png"))
     return results, (
         f"{results['task']}\n\n{tables['table.md']}\n{results['report_task']}\n\n{tables['reports.md']}\n"
-        f"{results['note']}\nWritten:\n{places}"
+        f"{results['note']}\nWritten:\n{paths}"
     )
 
 
-def _cell(job: Job, recipe: str, out: Path, images: int, epochs: float, seed: int) -> Cell:
-    data = f"phantom-b:{images}/0/{job.test_images}"
-    name = job.cell_name(recipe)
+def _make_cell(task: DemoTask, recipe: str, out: Path, images: int, epochs: float, seed: int) -> Cell:
+    """The cell that trains a recipe on hospital B and evaluates it there; `frozen` trains nothing."""
+    data = f"phantom-b:{images}/0/{task.test_images}"
+    name = task.cell_name(recipe)
     adapter = out / "adapters" / name
     train = None
     if recipe != "frozen":
         train = TrainConfig(
             model="nano",
             data=data,
-            task=job.task,
+            task=task.task,
             tune=recipe,
             out=adapter,
             epochs=epochs,
-            batch=job.batch,
+            batch=task.batch,
             seed=seed,
             resume=False,
             device="cpu",
@@ -141,17 +149,17 @@ def _cell(job: Job, recipe: str, out: Path, images: int, epochs: float, seed: in
     evaluate = EvaluateConfig(
         model="nano",
         data=data,
-        task=job.task,
+        task=task.task,
         adapter=adapter if train else None,
         out=out / "evaluations" / name,
-        max_new_tokens=job.max_new_tokens,
+        max_new_tokens=task.max_new_tokens,
         device="cpu",
     )
     return Cell(name, train, evaluate)
 
 
-def _shown(rows: Any, total: int, quiet: bool) -> Any:
-    """Pass rows on, with a bar that counts them on stderr."""
+def _with_progress_bar(rows: Any, total: int, quiet: bool) -> Any:
+    """Pass the rows on and count them with a progress bar on stderr."""
     if quiet:
         yield from rows
         return
@@ -161,32 +169,34 @@ def _shown(rows: Any, total: int, quiet: bool) -> Any:
     yield from track(rows, description="recipes", total=total, console=Console(stderr=True))
 
 
-def table_markdown(rows: list[dict[str, Any]], job: Job = QUESTIONS) -> str:
-    """One row a recipe: trainable parameters and %, seconds, peak memory, scores with 95% intervals."""
-    headings = " | ".join(heading for heading, _, _ in job.columns)
+def table_markdown(rows: list[dict[str, Any]], task: DemoTask = QUESTIONS) -> str:
+    """One row for each recipe: trainable parameters and %, seconds, peak memory, scores with intervals."""
+    headings = " | ".join(heading for heading, _, _ in task.columns)
     lines = [f"| recipe | trainable | % | seconds | peak MB | {headings} |"]
-    lines.append("|---|--:|--:|--:|--:|" + "--:|" * len(job.columns))
+    lines.append("|---|--:|--:|--:|--:|" + "--:|" * len(task.columns))
     for row in rows:
         training = row["training"]
-        fixed = ("0", "0", "0", "–")
+        costs = ("0", "0", "0", "–")
         if training:
-            fixed = (
+            costs = (
                 f"{training['trainable']:,}",
                 f"{100 * training['share']:.3f}",
                 f"{training['seconds']:.0f}",
                 f"{training['peak_memory_bytes'] / 2**20:.0f}",
             )
         metrics = row["evaluation"]["metrics"]
-        scores = [_interval(_named(metrics, start), factor) for _, start, factor in job.columns]
-        lines.append("| " + " | ".join((row["name"].removeprefix("report-"), *fixed, *scores)) + " |")
+        scores = [_format_interval(_metric_starting_with(metrics, start), factor) for _, start, factor in task.columns]
+        lines.append("| " + " | ".join((row["name"].removeprefix("report-"), *costs, *scores)) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _named(metrics: dict[str, dict[str, float]], start: str) -> dict[str, float]:
+def _metric_starting_with(metrics: dict[str, dict[str, float]], start: str) -> dict[str, float]:
+    """The first metric with a name that begins with `start`."""
     return next(metric for name, metric in metrics.items() if name.startswith(start))
 
 
-def _interval(metric: dict[str, float], factor: float) -> str:
+def _format_interval(metric: dict[str, float], factor: float) -> str:
+    """A metric as `value [low, high]`."""
     digits = 1 if factor > 1 else 2
     value, low, high = (f"{factor * metric[end]:.{digits}f}" for end in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"

@@ -1,4 +1,7 @@
-"""A cell: one recipe trained and evaluated in a process of its own, so that its peak memory is its own."""
+"""Cells of the demo and of the benchmarks: one recipe trained and evaluated.
+
+Each cell runs in its own process, so that the peak memory of the process is the cell's.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from normtune.training.config import TrainConfig
 
 @dataclass(frozen=True)
 class Cell:
-    """What to train (nothing: the base as it is), and what to evaluate then."""
+    """What to train (None: the base as it is), and what to evaluate afterwards."""
 
     name: str
     train: TrainConfig | None
@@ -34,64 +37,71 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     from normtune.runtime import memory
     from normtune.training.train import train
 
-    trained = asdict(train(cell.train)) if cell.train else None
+    training = asdict(train(cell.train)) if cell.train else None
     memory.reset_peak()
-    evaluated = evaluate_config(cell.evaluate)
-    return {"name": cell.name, "training": trained, "evaluation": evaluated}
+    evaluation = evaluate_config(cell.evaluate)
+    return {"name": cell.name, "training": training, "evaluation": evaluation}
 
 
-def run_cells(cells: Sequence[Cell], workers: int, *, kept: Path | None = None) -> Iterator[dict[str, Any]]:
-    """Run cells in `workers` processes side by side; yields rows as they finish.
+def run_cells(cells: Sequence[Cell], workers: int, *, rows_folder: Path | None = None) -> Iterator[dict[str, Any]]:
+    """Run cells, `workers` processes at a time; yield each row when its cell ends.
 
-    No cell's memory counts in another's peak (`normtune.runtime.worker_pool`). With `kept` each row is written to that
-    folder as its cell ends, and a cell whose row lies there, of the same options, is not run again.
+    No cell's memory is counted in another cell's peak (see `normtune.runtime.worker_pool`).
+
+    Args:
+        rows_folder: each row is written to this folder when its cell ends, and a cell that has a row there
+            with the same options is not run again. None: no row is written or read.
 
     Raises:
         InputError: a cell failed; the message names it. Or a launcher started several processes, each of
             which would run all cells.
     """
     if distributed.launched_count() > 1:
-        raise InputError("this starts processes of its own. Run it without torchrun or accelerate launch.")
-    waiting = []
+        raise InputError("this command starts processes. Run it without torchrun or accelerate launch.")
+    remaining = []
     for cell in cells:
-        row = None if kept is None else _kept_row(kept, cell)
+        row = None if rows_folder is None else _read_row(rows_folder, cell)
         if row is None:
-            waiting.append(cell)
+            remaining.append(cell)
         else:
             yield row
-    if not waiting:
+    if not remaining:
         return
     threads = max(1, (os.cpu_count() or 1) // workers)
-    for cell, done in run_in_processes(run_cell, waiting, workers, threads=threads):
-        if done.error is not None:
-            raise InputError(f"cell '{cell.name}': {done.error}")
-        if kept is not None:
-            write_json(_row_file(kept, cell), {"options": _options(cell), "row": done.value})
-        yield done.value
+    for cell, outcome in run_in_processes(run_cell, remaining, workers, threads=threads):
+        if outcome.error is not None:
+            raise InputError(f"cell '{cell.name}': {outcome.error}")
+        if rows_folder is not None:
+            write_json(_row_file(rows_folder, cell), {"options": _options(cell), "row": outcome.value})
+        yield outcome.value
 
 
-def _row_file(kept: Path, cell: Cell) -> Path:
-    return kept / f"{quote(cell.name, safe='@')}.json"
+def _row_file(rows_folder: Path, cell: Cell) -> Path:
+    """The file of a cell's row; the name is quoted because recipe names may hold a slash."""
+    return rows_folder / f"{quote(cell.name, safe='@')}.json"
 
 
 def _options(cell: Cell) -> dict[str, Any]:
-    """What decides a cell's row."""
+    """The options that decide a cell's row."""
     return {
         "train": cell.train and cell.train.model_dump(mode="json"),
         "evaluate": cell.evaluate.model_dump(mode="json"),
     }
 
 
-def _kept_row(kept: Path, cell: Cell) -> dict[str, Any] | None:
-    """The row of an earlier run, where its options were these; newer ones stand at their defaults."""
-    file = _row_file(kept, cell)
+def _read_row(rows_folder: Path, cell: Cell) -> dict[str, Any] | None:
+    """The cell's row of an earlier run; None if there is none or if its options differ.
+
+    Options that were added after the row was written count as set to their defaults.
+    """
+    file = _row_file(rows_folder, cell)
     if not file.is_file():
         return None
-    found = read_json(file)
+    stored = read_json(file)
     try:
-        train, evaluate = found["options"]["train"], found["options"]["evaluate"]
+        train, evaluate = stored["options"]["train"], stored["options"]["evaluate"]
         same = cell.train == (train and TrainConfig(**train)) and cell.evaluate == EvaluateConfig(**evaluate)
-        row: dict[str, Any] | None = found["row"] if same else None
-    except (KeyError, TypeError, ValueError):  # not written by this, or an option is gone
+        row: dict[str, Any] | None = stored["row"] if same else None
+    except (KeyError, TypeError, ValueError):  # another kind of file, or an option that no longer exists
         return None
     return row

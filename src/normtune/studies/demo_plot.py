@@ -1,4 +1,4 @@
-"""Pictures of results: accuracy against what was trained."""
+"""A picture of the demo's results: accuracy against the trained share of the parameters."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 from normtune.runtime.files import atomic_write
 
 
-def accuracy_against_share(rows: list[dict[str, Any]], path: Path, metric: str = "global_exact") -> None:
-    """Accuracy with its 95% interval against the trainable share (log scale), one point a recipe, as PNG.
+def plot_accuracy(rows: list[dict[str, Any]], path: Path, metric: str = "global_exact") -> None:
+    """Plot accuracy with its 95% interval against the trainable share, one point for each recipe, as PNG.
 
-    The frozen base is a dashed line with its interval as a band.
+    The share has a log scale. The frozen base is a dashed line with its interval as a band.
     """
     import matplotlib
 
@@ -19,8 +19,9 @@ def accuracy_against_share(rows: list[dict[str, Any]], path: Path, metric: str =
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7.2, 4.4), dpi=150)
-    tuned = sorted((row for row in rows if row["training"]), key=lambda row: row["training"]["share"])
-    below = {row["name"] for row in tuned[1::2]}  # neighbours' names stand on different sides
+    trained = sorted((row for row in rows if row["training"]), key=lambda row: row["training"]["share"])
+    # labels alternate above and below the points, so that neighbours do not overlap
+    labelled_below = {row["name"] for row in trained[1::2]}
     for row in rows:
         score = row["evaluation"]["metrics"][metric]
         value, low, high = (100 * score[key] for key in ("value", "low", "high"))
@@ -30,8 +31,8 @@ def accuracy_against_share(rows: list[dict[str, Any]], path: Path, metric: str =
             continue
         share = 100 * row["training"]["share"]
         axes.errorbar(share, value, yerr=[[value - low], [high - value]], fmt="o", capsize=3)
-        place = (5, -11) if row["name"] in below else (5, 5)
-        axes.annotate(row["name"], (share, value), xytext=place, textcoords="offset points", fontsize=8)
+        offset = (5, -11) if row["name"] in labelled_below else (5, 5)
+        axes.annotate(row["name"], (share, value), xytext=offset, textcoords="offset points", fontsize=8)
     axes.set_xscale("log")
     axes.set_xlabel("trained share of the model (%)")
     axes.set_ylabel("answers exactly right (%)")

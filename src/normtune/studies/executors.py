@@ -1,4 +1,7 @@
-"""The same cells on other machines: Ray tasks, or SLURM jobs by submitit. All see the study's folder."""
+"""Executors: where the cells of a study run. Local processes, Ray tasks, or SLURM jobs submitted by submitit.
+
+All machines must be able to read and write the study's folder.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +15,24 @@ from normtune.errors import InputError, did_you_mean
 from normtune.runtime.worker_pool import POLL_S, CallResult, call_safely, run_in_processes
 from normtune.studies.cell import CellJob
 
-GPUS_VARIABLE = "NORMTUNE_STUDY_GPUS"  # of each cell; 0 by default
-SLURM_VARIABLE = "NORMTUNE_SLURM"  # parameters of submitit, such as "timeout_min=600 slurm_partition=gpu"
-CLUSTER_VARIABLE = "NORMTUNE_SUBMITIT_CLUSTER"  # "local" tries it without SLURM
+GPUS_VARIABLE = "NORMTUNE_STUDY_GPUS"  # GPUs of each cell, for Ray; 0 by default
+SLURM_VARIABLE = "NORMTUNE_SLURM"  # parameters of submitit: "timeout_min=600 slurm_partition=gpu"
+CLUSTER_VARIABLE = "NORMTUNE_SUBMITIT_CLUSTER"  # "local" runs the jobs without SLURM, for tests
 
 
-def _call_in_own_process(call: Callable[[CellJob], str], work: CellJob) -> CallResult:
-    """A call in a process that has no other: one thread, as on one machine."""
+def _call_with_one_thread(call: Callable[[CellJob], str], job: CellJob) -> CallResult:
+    """Call in a process that runs this call only, with one thread as in local processes."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch
 
     torch.set_num_threads(1)
-    return call_safely(call, work)
+    return call_safely(call, job)
 
 
 def on_ray() -> Executor:
-    """Ray tasks of one core each, on the cluster of RAY_ADDRESS or one of this machine; a process a cell.
+    """An executor of Ray tasks with one core each, a process for each cell.
+
+    Ray uses the cluster of RAY_ADDRESS, or starts one on this machine.
 
     Raises:
         InputError: ray is not installed.
@@ -39,31 +44,30 @@ def on_ray() -> Executor:
 
     def execute(
         call: Callable[[CellJob], str],
-        works: Iterable[CellJob],
+        jobs: Iterable[CellJob],
         workers: int,
         *,
         tick: Callable[[], None] | None,
         folder: Path,
-    ) -> JobResults:
+    ) -> JobOutcomes:
         if not ray.is_initialized():
-            ray.init(
-                log_to_driver=False, include_dashboard=False, logging_level="error", configure_logging=False
-            )
+            ray.init(log_to_driver=False, include_dashboard=False, logging_level="error", configure_logging=False)
         gpus = float(os.environ.get(GPUS_VARIABLE, "0"))
-        task = ray.remote(num_cpus=1, num_gpus=gpus, max_calls=1, max_retries=0)(_call_in_own_process)
-        left, running = iter(works), dict[Any, CellJob]()
+        # max_calls=1: a new process for each cell, so that its peak memory is its own
+        task = ray.remote(num_cpus=1, num_gpus=gpus, max_calls=1, max_retries=0)(_call_with_one_thread)
+        waiting, running = iter(jobs), dict[Any, CellJob]()
         while True:
-            while len(running) < workers and (work := next(left, None)) is not None:
-                running[task.remote(call, work)] = work
+            while len(running) < workers and (job := next(waiting, None)) is not None:
+                running[task.remote(call, job)] = job
             if not running:
                 return
             ready, _ = ray.wait(list(running), num_returns=1, timeout=POLL_S)
-            for one in ready:
-                work = running.pop(one)
+            for task_result in ready:
+                job = running.pop(task_result)
                 try:
-                    yield work, ray.get(one)
+                    yield job, ray.get(task_result)
                 except ray.exceptions.RayError as error:
-                    yield work, CallResult(error=f"its Ray task ended: {type(error).__name__}")
+                    yield job, CallResult(error=f"its Ray task failed: {type(error).__name__}")
             if tick is not None:
                 tick()
 
@@ -71,7 +75,7 @@ def on_ray() -> Executor:
 
 
 def on_slurm() -> Executor:
-    """SLURM jobs of one core each; their parameters are those of submitit in NORMTUNE_SLURM.
+    """An executor of SLURM jobs with one core each; NORMTUNE_SLURM adds parameters of submitit.
 
     Raises:
         InputError: submitit is not installed, or a parameter is not written NAME=VALUE.
@@ -80,84 +84,95 @@ def on_slurm() -> Executor:
         import submitit
     except ImportError as error:
         raise InputError("--on slurm: submitit is not installed. pip install 'normtune[slurm]'.") from error
-    given: dict[str, Any] = {"timeout_min": 24 * 60, "cpus_per_task": 1, "name": "normtune"}
-    for word in os.environ.get(SLURM_VARIABLE, "").split():
-        name, sign, value = word.partition("=")
-        if not sign:
-            raise InputError(f"{SLURM_VARIABLE}: '{word}' is not NAME=VALUE, such as slurm_partition=gpu.")
-        given[name] = int(value) if value.isdecimal() else value
+    parameters: dict[str, Any] = {"timeout_min": 24 * 60, "cpus_per_task": 1, "name": "normtune"}
+    for setting in os.environ.get(SLURM_VARIABLE, "").split():
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise InputError(f"{SLURM_VARIABLE}: '{setting}' is not NAME=VALUE, such as slurm_partition=gpu.")
+        parameters[name] = int(value) if value.isdecimal() else value
 
     def execute(
         call: Callable[[CellJob], str],
-        works: Iterable[CellJob],
+        jobs: Iterable[CellJob],
         workers: int,
         *,
         tick: Callable[[], None] | None,
         folder: Path,
-    ) -> JobResults:
-        jobs = submitit.AutoExecutor(
-            folder=folder / "slurm" / "%j", cluster=os.environ.get(CLUSTER_VARIABLE, "slurm")
-        )
-        jobs.update_parameters(**given)
-        left, running = iter(works), list[tuple[Any, CellJob]]()
+    ) -> JobOutcomes:
+        slurm = submitit.AutoExecutor(folder=folder / "slurm" / "%j", cluster=os.environ.get(CLUSTER_VARIABLE, "slurm"))
+        slurm.update_parameters(**parameters)
+        waiting, running = iter(jobs), list[tuple[Any, CellJob]]()
         while True:
-            while len(running) < workers and (work := next(left, None)) is not None:
-                running.append((jobs.submit(_call_in_own_process, call, work), work))
+            while len(running) < workers and (job := next(waiting, None)) is not None:
+                running.append((slurm.submit(_call_with_one_thread, call, job), job))
             if not running:
                 return
-            ended = [pair for pair in running if pair[0].done()]
-            for job, work in ended:
-                running.remove((job, work))
+            finished = [submission for submission in running if submission[0].done()]
+            for submitted, job in finished:
+                running.remove((submitted, job))
                 try:
-                    yield work, job.result()
+                    yield job, submitted.result()
                 except Exception as error:
-                    yield work, CallResult(error=f"its SLURM job {job.job_id} ended: {type(error).__name__}")
+                    reason = f"its SLURM job {submitted.job_id} failed: {type(error).__name__}"
+                    yield job, CallResult(error=reason)
             if tick is not None:
                 tick()
-            if not ended:
+            if not finished:
                 time.sleep(POLL_S)
 
     return execute
 
 
-PLACES = ("local", "ray", "slurm")
-JobResults = Iterator[tuple[CellJob, CallResult]]
+EXECUTOR_NAMES = ("local", "ray", "slurm")
+JobOutcomes = Iterator[tuple[CellJob, CallResult]]
 
 
 class Executor(Protocol):
-    """Calls `run_cell` with each work, several at once; yields the outcomes as they come."""
+    """Calls a function with each job, at most `workers` at once, and yields the outcomes as the jobs end.
+
+    Args of the call:
+        call: `run_cell`.
+        jobs: an iterator that is advanced only when a worker is free.
+        workers: the largest number of calls at once.
+        tick: is called about once a second while jobs run.
+        folder: the study's folder.
+    """
 
     def __call__(
         self,
         call: Callable[[CellJob], str],
-        works: Iterable[CellJob],
+        jobs: Iterable[CellJob],
         workers: int,
         *,
         tick: Callable[[], None] | None,
         folder: Path,
-    ) -> JobResults: ...
+    ) -> JobOutcomes: ...
 
 
 def run_locally(
     call: Callable[[CellJob], str],
-    works: Iterable[CellJob],
+    jobs: Iterable[CellJob],
     workers: int,
     *,
     tick: Callable[[], None] | None,
     folder: Path,
-) -> JobResults:
-    """On this machine, a process a cell, one thread each: sums of floats then do not depend on the cores."""
-    return run_in_processes(call, works, workers, tick=tick)
+) -> JobOutcomes:
+    """Run the cells on this machine, each in its own process with one thread.
+
+    With one thread, sums of floats do not depend on the number of cores.
+    """
+    return run_in_processes(call, jobs, workers, tick=tick)
 
 
 def get_executor(on: str) -> Executor:
-    """Where cells run.
+    """The executor of a name: local, ray or slurm.
 
     Raises:
-        InputError: no such place, or its package is not installed.
+        InputError: the name is unknown, or the executor's package is not installed.
     """
     if on == "local":
         return run_locally
-    if on not in PLACES:
-        raise InputError(f"--on {on}: unknown{did_you_mean(on, PLACES) or '.'} Known: {', '.join(PLACES)}.")
+    if on not in EXECUTOR_NAMES:
+        hint = did_you_mean(on, EXECUTOR_NAMES) or "."
+        raise InputError(f"--on {on}: unknown{hint} Known: {', '.join(EXECUTOR_NAMES)}.")
     return on_ray() if on == "ray" else on_slurm()

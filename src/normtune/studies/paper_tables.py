@@ -1,4 +1,4 @@
-"""A study's tables as a paper prints them: Markdown and LaTeX of the same rows."""
+"""A study's results as the tables of a paper: the same `Table` objects in Markdown and in LaTeX."""
 
 from __future__ import annotations
 
@@ -7,24 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from normtune.studies.spec import SEARCH, Study
-from normtune.studies.statistics import rate_words
+from normtune.studies.statistics import format_rates
 
 Row = dict[str, Any]
 Tables = Mapping[str, list[Row]]
+# The metrics of a score table with their headings, for each task.
 COLUMNS = {
-    "vqa": {
-        "closed_label": "closed",
-        "open_exact": "open",
-        "open_recall": "open recall",
-        "global_exact": "global",
-    },
-    "report": {
-        "bleu_1/none": "BLEU-1",
-        "bleu_4/none": "BLEU-4",
-        "rouge_l/none": "ROUGE-L",
-        "cider_d/none": "CIDEr-D",
-    },
+    "vqa": {"closed_label": "closed", "open_exact": "open", "open_recall": "open recall", "global_exact": "global"},
+    "report": {"bleu_1/none": "BLEU-1", "bleu_4/none": "BLEU-4", "rouge_l/none": "ROUGE-L", "cider_d/none": "CIDEr-D"},
 }
+# The end of a score table's caption, by the role of the evaluated data set (see `plan.Role`).
 ROLES = {
     "in": "on {0}",
     "out": "out of distribution: on {0}",
@@ -35,7 +27,7 @@ ROLES = {
 
 @dataclass(frozen=True)
 class Table:
-    """A caption, a head and rows of words; the first `left` columns are aligned left."""
+    """A table of formatted cells; the first `left` columns are aligned left, the others right."""
 
     caption: str
     head: list[str]
@@ -44,19 +36,18 @@ class Table:
 
 
 def markdown(study: Study, tables: Tables) -> str:
-    """Every table under its caption."""
-    parts = [f"# {study.study}", *([study.about] if study.about else []), _states(tables)]
-    for table in every_table(study, tables):
+    """All tables of a study in Markdown, each below its caption."""
+    parts = [f"# {study.study}", *([study.about] if study.about else []), _format_note(tables)]
+    for table in all_tables(study, tables):
         head, *lines = (
-            "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
-            for row in (table.head, *table.rows)
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (table.head, *table.rows)
         )
         rule = "|" + "---|" * table.left + "--:|" * (len(table.head) - table.left)
         parts.append("\n".join([f"**{table.caption}**", "", head, rule, *lines]))
     return "\n\n".join(parts) + "\n"
 
 
-_ESCAPED = {
+_LATEX_ESCAPES = {
     "\\": r"\textbackslash{}",
     "&": r"\&",
     "%": r"\%",
@@ -66,97 +57,88 @@ _ESCAPED = {
     "{": r"\{",
     "}": r"\}",
 }
-_ESCAPED |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--"}
+_LATEX_ESCAPES |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--"}
 
 
 def latex(study: Study, tables: Tables) -> str:
-    """Every table as a `table` with booktabs' rules; `\\usepackage{booktabs}`."""
+    r"""All tables of a study in LaTeX; the document needs `\usepackage{booktabs}`."""
 
-    def words(text: str) -> str:
-        return "".join(_ESCAPED.get(character, character) for character in text)
+    def escape(text: str) -> str:
+        return "".join(_LATEX_ESCAPES.get(character, character) for character in text)
 
     parts = [f"% study {study.study}; needs \\usepackage{{booktabs}}"]
-    for table in every_table(study, tables):
+    for table in all_tables(study, tables):
         columns = "l" * table.left + "r" * (len(table.head) - table.left)
-        lines = [" & ".join(map(words, row)) + r" \\" for row in (table.head, *table.rows)]
-        body = [
-            rf"\begin{{tabular}}{{{columns}}}",
-            r"\toprule",
-            lines[0],
-            r"\midrule",
-            *lines[1:],
-            r"\bottomrule",
-        ]
-        caption = rf"\caption{{{words(table.caption)}}}"
-        parts.append(
-            "\n".join([r"\begin{table}", r"\centering", caption, *body, r"\end{tabular}", r"\end{table}"])
-        )
+        lines = [" & ".join(map(escape, row)) + r" \\" for row in (table.head, *table.rows)]
+        body = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
+        caption = rf"\caption{{{escape(table.caption)}}}"
+        parts.append("\n".join([r"\begin{table}", r"\centering", caption, *body, r"\end{tabular}", r"\end{table}"]))
     return "\n\n".join(parts) + "\n"
 
 
-def every_table(study: Study, tables: Tables) -> Iterator[Table]:
-    """The tables of each grid: scores, then what runs cost, forgetting, tests; searches last."""
+def all_tables(study: Study, tables: Tables) -> Iterator[Table]:
+    """All tables: scores, costs and tests of each grid, then forgetting, then learning-rate searches."""
     tasks = {row["dataset"]: row["task"] for row in tables["evaluations"]}
     for grid in study.grids:
-        yield from _scores(grid, tasks, tables)
-        yield from _costs(grid, tables)
-        yield from _tests(grid, tables)
-    yield from _forgetting(tables)
-    yield from _searches(tables)
+        yield from _score_tables(grid, tasks, tables)
+        yield from _cost_tables(grid, tables)
+        yield from _test_tables(grid, tables)
+    yield from _forgetting_tables(tables)
+    yield from _search_tables(tables)
 
 
-def _states(tables: Tables) -> str:
+def _format_note(tables: Tables) -> str:
+    """The sentence below the title: how many cells are done, and how to read the scores."""
     states = [cell["status"] for cell in tables["cells"]]
-    told = ", ".join(
-        f"{states.count(word)} {word}" for word in ("done", "failed", "missing") if word in states
-    )
+    counts = ", ".join(f"{states.count(state)} {state}" for state in ("done", "failed", "missing") if state in states)
     return (
-        f"{len(states)} cells: {told}. Scores are % (CIDEr-D: times 100): mean over seeds with its 95% "
+        f"{len(states)} cells: {counts}. Scores are % (CIDEr-D: times 100): mean over seeds with its 95% "
         "interval (Student's t); of one seed, that run's own (bootstrap by image)."
     )
 
 
-def _scores(grid: str, tasks: Mapping[str, str], tables: Tables) -> Iterator[Table]:
-    """A table for each model, training set, share and evaluated set: a row a recipe, the base first."""
-    own = [row for row in tables["seeds"] if row["grid"] == grid]
+def _score_tables(grid: str, tasks: Mapping[str, str], tables: Tables) -> Iterator[Table]:
+    """A table for each model, training set, share and evaluated set; a row a recipe, the base first."""
+    grid_rows = [row for row in tables["seeds"] if row["grid"] == grid]
     groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in own:
+    for row in grid_rows:
         if row["trained_on"] is not None:
             key = (row["model"], row["trained_on"], row["share"], row["dataset"], row["role"])
             groups.setdefault(key, []).append(row)
-    zero = [row for row in own if row["trained_on"] is None]
-    # where a table of another grid has the base beside what was tuned, a table of the base alone says nothing
-    seen = {(row["model"], row["dataset"]) for row in tables["seeds"] if row["trained_on"] is not None}
-    for row in zero:
-        if (row["model"], row["dataset"]) not in seen:
+    base_rows = [row for row in grid_rows if row["trained_on"] is None]
+    # A table of the base only is left out if another table has the base together with trained recipes.
+    trained_for = {(row["model"], row["dataset"]) for row in tables["seeds"] if row["trained_on"] is not None}
+    for row in base_rows:
+        if (row["model"], row["dataset"]) not in trained_for:
             groups.setdefault((row["model"], None, 1.0, row["dataset"], row["role"]), [])
     for (model, trained_on, share, dataset, role), rows in groups.items():
-        base = [row for row in zero if (row["model"], row["dataset"]) == (model, dataset)]
+        base = [row for row in base_rows if (row["model"], row["dataset"]) == (model, dataset)]
         columns = COLUMNS[tasks[dataset]]
         lines: dict[tuple[str, str], dict[str, Row]] = {}
         for row in (*base, *rows):
             lines.setdefault((row["recipe"], row["rate"]), {})[row["metric"]] = row
-        shown = [name for name in columns if any(name in line for line in lines.values())]
-        some = "" if share == 1 else f" ({100 * share:g}% of the images)"
-        trained = f"trained on {trained_on}{some}, " if trained_on else "not trained, "
+        metrics = [name for name in columns if any(name in line for line in lines.values())]
+        share_note = "" if share == 1 else f" ({100 * share:g}% of the images)"
+        trained = f"trained on {trained_on}{share_note}, " if trained_on else "not trained, "
         body = [
             [recipe, rate or "–", str(max(row["seeds"] for row in line.values()))]
-            + [_interval(line[name]) if name in line else "–" for name in shown]
+            + [_format_interval(line[name]) if name in line else "–" for name in metrics]
             for (recipe, rate), line in lines.items()
         ]
         yield Table(
             f"{grid}: {model}, {trained}{ROLES[role].format(dataset)}",
-            ["recipe", "learning rate", "seeds", *(columns[name] for name in shown)],
+            ["recipe", "learning rate", "seeds", *(columns[name] for name in metrics)],
             body,
             2,
         )
 
 
-def _interval(row: Row) -> str:
+def _format_interval(row: Row) -> str:
+    """`mean [low, high]`, times 100."""
     return f"{100 * row['mean']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
 
 
-def _costs(grid: str, tables: Tables) -> Iterator[Table]:
+def _cost_tables(grid: str, tables: Tables) -> Iterator[Table]:
     """Trainable parameters, memory and time of each recipe; means over seeds."""
     groups: dict[tuple[str, str, float], dict[str, list[Row]]] = {}
     for cell in tables["cells"]:
@@ -165,7 +147,7 @@ def _costs(grid: str, tables: Tables) -> Iterator[Table]:
             groups.setdefault(key, {}).setdefault(cell["recipe"], []).append(cell)
     for (model, trained_on, share), recipes in groups.items():
         if share != max(key[2] for key in groups if key[:2] == (model, trained_on)):
-            continue  # the costs of a share are those of the whole
+            continue  # a cost table is made for the largest share only
         body = [
             [
                 recipe,
@@ -185,15 +167,15 @@ def _mean(cells: Sequence[Row], column: str) -> float:
     return float(sum(cell[column] for cell in cells) / len(cells))
 
 
-def _tests(grid: str, tables: Tables) -> Iterator[Table]:
-    """Differences to the recipe that all are held against."""
+def _test_tables(grid: str, tables: Tables) -> Iterator[Table]:
+    """The differences of each recipe to the reference recipe, with p-values."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in tables["tests"]:
         if row["grid"] == grid:
             key = (row["model"], row["trained_on"], row["share"], row["dataset"], row["against"])
             groups.setdefault(key, []).append(row)
     for (model, trained_on, share, dataset, against), rows in groups.items():
-        some = "" if share == 1 else f" ({100 * share:g}% of the images)"
+        share_note = "" if share == 1 else f" ({100 * share:g}% of the images)"
         body = [
             [
                 row["recipe"],
@@ -205,41 +187,38 @@ def _tests(grid: str, tables: Tables) -> Iterator[Table]:
             for row in rows
         ]
         caption = (
-            f"{grid}: {model}, trained on {trained_on}{some}, on {dataset}: difference to {against}, "
+            f"{grid}: {model}, trained on {trained_on}{share_note}, on {dataset}: difference to {against}, "
             "paired by image over all seeds' rows, p corrected over recipes (Holm)"
         )
         yield Table(caption, ["recipe", "metric", "difference", "p (Holm)", "seeds"], body, 2)
 
 
-def _forgetting(tables: Tables) -> Iterator[Table]:
-    """Points lost on the base's own task, at the largest share; means over seeds."""
+def _forgetting_tables(tables: Tables) -> Iterator[Table]:
+    """Points lost on the base's own task, for models trained on all images; means over seeds."""
     cells = {cell["key"]: cell for cell in tables["cells"]}
     groups: dict[tuple[str, str, str], dict[tuple[str, str, str, str], list[float]]] = {}
-    before: dict[tuple[str, str, str], float] = {}
+    base_scores: dict[tuple[str, str, str], float] = {}
     for row in tables["forgetting"]:
         cell = cells[row["key"]]
         if row["metric"] not in ("global_exact", "rouge_l/none") or cell["share"] < 1:
             continue
         key = (cell["model"], row["dataset"], row["metric"])
-        before[key] = row["base"]
+        base_scores[key] = row["base"]
         for grid in cell["grids"]:
             if grid != SEARCH:
-                run = (grid, cell["trained_on"], cell["recipe"], rate_words(cell["rates"]))
+                run = (grid, cell["trained_on"], cell["recipe"], format_rates(cell["rates"]))
                 groups.setdefault(key, {}).setdefault(run, []).append(row["forgotten"])
-    for (model, dataset, metric), lost in groups.items():
+    for (model, dataset, metric), lost_by_run in groups.items():
         body = [
-            [*run, str(len(values)), f"{100 * sum(values) / len(values):+.1f}"]
-            for run, values in lost.items()
+            [*run, str(len(values)), f"{100 * sum(values) / len(values):+.1f}"] for run, values in lost_by_run.items()
         ]
-        base = 100 * before[model, dataset, metric]
-        caption = (
-            f"{model}: points of {metric} lost on {dataset}, its own task, where the base has {base:.1f}"
-        )
+        before = 100 * base_scores[model, dataset, metric]
+        caption = f"{model}: points of {metric} lost on {dataset}, its own task, where the base has {before:.1f}"
         yield Table(caption, ["grid", "trained on", "recipe", "learning rate", "seeds", "lost"], body, 4)
 
 
-def _searches(tables: Tables) -> Iterator[Table]:
-    """Every trial of a learning rate, on the validation split."""
+def _search_tables(tables: Tables) -> Iterator[Table]:
+    """The validation score of every learning-rate trial."""
     scores = {
         row["key"]: row["value"]
         for row in tables["metrics"]

@@ -1,4 +1,8 @@
-"""A study's file -> its cells: each training once, with a key and all evaluations that grids ask of it."""
+"""Plans a study: turns its file into cells, one for each training, with all of its evaluations.
+
+Each cell has a key, a hash of everything that decides its result. Results are stored under the key, so a
+changed or extended study finds its finished cells again.
+"""
 
 from __future__ import annotations
 
@@ -15,29 +19,29 @@ from normtune.data.registry import open_configured
 from normtune.errors import InputError
 from normtune.evaluation.config import EvaluateConfig
 from normtune.methods.recipe import parse
-from normtune.studies.recipe_names import FROZEN, default_rates, methods
+from normtune.studies.recipe_names import FROZEN, default_rates, recipe_methods
 from normtune.studies.spec import SEARCH, Budget, Data, Grid, Study
 from normtune.training.config import TrainConfig
 
+# How an evaluated data set relates to the cell: trained on it; trained on another; the base's own task; the
+# frozen base, not trained; the validation split of a learning-rate trial.
 Role = Literal["in", "out", "home", "zero-shot", "validate"]
+# Where a learning rate is from: the method's default, the study's file, or a search.
 Source = Literal["default", "given", "search"]
 
-FORMAT = 1  # of keys: raise it where the same options come to mean something else
-_NOWHERE = Path(".")  # stands for folders that the run decides
-_PLACES = {"out", "root", "adapter", "cache", "device"}  # where things are decides no result
-_NO_RESULT = {
-    "resume",
-    "tracker",
-    "save_every",
-    "memory",
-    "compile",
-}  # nor how a run is made; tiers are exact
-_IN_BUDGET = {"lr", "epochs", "max_steps", "limit"}  # told by the cell's rates and budget
+FORMAT = 1  # part of every key: increase it when the same options give another result
+_UNSET_PATH = Path(".")  # a placeholder: the run sets the output folder
+# Options that are not part of a key, because they decide no result: paths and devices,
+_PATH_FIELDS = {"out", "root", "adapter", "cache", "device"}
+# options of how the run is carried out (all memory tiers give exactly the same result),
+_MEANS_FIELDS = {"resume", "tracker", "save_every", "memory", "compile"}
+# and options that are in the key already, as the cell's rates and budget.
+_LENGTH_FIELDS = {"lr", "epochs", "max_steps", "limit"}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation of a cell; `config` lacks the adapter and the folder."""
+    """One evaluation of a cell; `config` has neither the adapter nor the output folder yet."""
 
     dataset: str
     role: Role
@@ -45,7 +49,7 @@ class Evaluation:
 
     @property
     def folder(self) -> str:
-        """A name that tells it from any other evaluation of the cell."""
+        """The folder's name, unique among the evaluations of the cell."""
         return f"{self.dataset}-{_digest(_identity(self.config), 8)}"
 
 
@@ -54,13 +58,16 @@ class Cell:
     """One training, or the frozen base (`train` is None), and its evaluations.
 
     Attributes:
-        key: the hash of all that decides its trained values: 16 hexadecimal digits.
-        grids: those that ask for it; trials of a learning rate stand under `search`.
-        recipe: its name in the file, or of a preset; `recipe_text` is it as parsed.
+        key: the hash of everything that decides the trained values: 16 hexadecimal digits.
+        grids: the grids that contain the cell; trials of a learning rate belong to the grid `search`.
+        model: the model's name in the file; `model_path` is its directory or hub name.
+        recipe: the recipe's name in the file, or of a preset; `recipe_text` is its text as parsed.
         trained_on: the data set's name in the file.
-        share: of the training images, 0 to 1.
-        rates: method -> learning rate.
-        train: the run without its folder and length; `budget` is its length.
+        share: the share of the training images, 0 to 1.
+        rate_source: where the learning rates are from: the methods' defaults, the file, or a search.
+        rates: the learning rate of each method.
+        budget: the length of the training, in one of epochs, pairs and minutes.
+        train: the options of the training, without output folder and length.
     """
 
     key: str
@@ -92,126 +99,133 @@ class Cell:
 
 @dataclass(frozen=True)
 class RateSearch:
-    """A search that some cells wait for: its cells, one a rate, are evaluated on the validation split."""
+    """A learning-rate search: one cell for each rate, evaluated on the validation split.
+
+    The grids' cells that use the searched rate are planned when the search has finished.
+    """
 
     model: str
     recipe: str
     trained_on: str
     budget: tuple[tuple[str, float], ...]
-    cells: tuple[Cell, ...]  # in order of the rates, which rise
+    cells: tuple[Cell, ...]  # in ascending order of their rates
 
     @property
     def id(self) -> str:
+        """The search's identity: a hash of its cells' keys."""
         return _digest([cell.key for cell in self.cells], 16)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What can be run now (`cells`, trials among them), the searches, and how many cells wait for one."""
+    """The cells that can be run now, the learning-rate searches, and how many cells wait for a search.
+
+    Attributes:
+        cells: all cells, with the trials of the searches.
+        waiting: the number of cells that are planned when their search has finished.
+    """
 
     cells: tuple[Cell, ...]
-    trials: tuple[RateSearch, ...]
+    searches: tuple[RateSearch, ...]
     waiting: int
 
 
-def plan(study: Study, found: Mapping[str, float] | None = None) -> Plan:
-    """The cells of a study; `found` are the rates that searches came to, by `Trial.id`.
+def plan(study: Study, search_rates: Mapping[str, float] | None = None) -> Plan:
+    """The cells of a study.
+
+    Args:
+        study: the study's file.
+        search_rates: the learning rate that each finished search has chosen, by `RateSearch.id`.
 
     Raises:
-        InputError: options that do not go together.
+        InputError: options contradict each other.
     """
-    found = found or {}
+    search_rates = search_rates or {}
     cells: dict[str, Cell] = {}
-    trials: dict[str, RateSearch] = {}
+    searches: dict[str, RateSearch] = {}
     waiting = 0
     for name, grid in study.grids.items():
-        for made in _cells_of(study, name, grid, found, trials):
-            if made is None:
+        for planned in _grid_cells(study, name, grid, search_rates, searches):
+            if planned is None:
                 waiting += 1
             else:
-                _merge(cells, made)
-    for trial in trials.values():
-        for cell in trial.cells:
-            _merge(cells, cell)
-    for frozen in _frozen(study, cells.values()):
-        _merge(cells, frozen)
-    return Plan(tuple(cells.values()), tuple(trials.values()), waiting)
+                _add_cell(cells, planned)
+    for search in searches.values():
+        for cell in search.cells:
+            _add_cell(cells, cell)
+    for base_cell in _home_base_cells(study, cells.values()):
+        _add_cell(cells, base_cell)
+    return Plan(tuple(cells.values()), tuple(searches.values()), waiting)
 
 
-def _merge(cells: dict[str, Cell], cell: Cell) -> None:
-    """Add a cell, or its grids and evaluations to the one of the same key."""
-    if (held := cells.get(cell.key)) is None:
+def _add_cell(cells: dict[str, Cell], cell: Cell) -> None:
+    """Add a cell; if there is one with the same key, add its grids and evaluations to that one."""
+    if (existing := cells.get(cell.key)) is None:
         cells[cell.key] = cell
         return
-    evaluations = {(one.folder, one.role): one for one in (*held.evaluations, *cell.evaluations)}
-    source = held.rate_source if held.grids != (SEARCH,) else cell.rate_source
+    evaluations = {
+        (evaluation.folder, evaluation.role): evaluation for evaluation in (*existing.evaluations, *cell.evaluations)
+    }
+    source = existing.rate_source if existing.grids != (SEARCH,) else cell.rate_source
     cells[cell.key] = replace(
-        held,
-        grids=tuple(dict.fromkeys((*held.grids, *cell.grids))),
+        existing,
+        grids=tuple(dict.fromkeys((*existing.grids, *cell.grids))),
         rate_source=source,
         evaluations=tuple(evaluations.values()),
     )
 
 
-def _cells_of(
-    study: Study, name: str, grid: Grid, found: Mapping[str, float], trials: dict[str, RateSearch]
+def _grid_cells(
+    study: Study, name: str, grid: Grid, search_rates: Mapping[str, float], searches: dict[str, RateSearch]
 ) -> Iterator[Cell | None]:
-    """The cells of a grid; None for one whose learning rate is still looked for."""
+    """The cells of a grid; None for a cell with an unfinished learning-rate search. Adds to `searches`."""
     recipes = study.recipes_of(grid)
     for model, (recipe, text), data in product(grid.models or study.models, recipes.items(), grid.train):
         targets = grid.evaluate or [data]
-        if not methods(parse(text)):
+        if not recipe_methods(parse(text)):
             yield _base_cell(study, model, (name,), dict.fromkeys([*targets, data]))
             continue
-        for source, rates in _rates(study, grid, model, recipe, text, data, found, trials):
+        for source, rates in _grid_rates(study, grid, model, recipe, text, data, search_rates, searches):
             for share, seed in product(grid.shares, grid.seeds):
                 yield (
                     None
                     if rates is None
-                    else _cell(
-                        study,
-                        (name,),
-                        model,
-                        recipe,
-                        text,
-                        data,
-                        share,
-                        seed,
-                        source,
-                        rates,
-                        grid.budget,
-                        targets,
+                    else _training_cell(
+                        study, (name,), model, recipe, text, data, share, seed, source, rates, grid.budget, targets
                     )
                 )
 
 
-def _rates(
+def _grid_rates(
     study: Study,
     grid: Grid,
     model: str,
     recipe: str,
     text: str,
     data: str,
-    found: Mapping[str, float],
-    trials: dict[str, RateSearch],
+    search_rates: Mapping[str, float],
+    searches: dict[str, RateSearch],
 ) -> Iterator[tuple[Source, dict[str, float] | None]]:
-    """The learning rates of a grid for one recipe, by method; None where a search has not ended."""
+    """The learning rates of a recipe by method, with their source; None if the search is unfinished.
+
+    The recipe is trained once with each. A search that the grid needs is added to `searches`.
+    """
     defaults = default_rates(text)
     if isinstance(grid.learning_rates, list):
         yield from (("given", dict.fromkeys(defaults, rate)) for rate in grid.learning_rates)
     elif grid.learning_rates == "default" or len(defaults) > 1:
         yield "default", defaults
     else:
-        (method,) = defaults
-        tried = sorted(study.search.rates.get(method) or _around(defaults[method]))
+        (method,) = defaults  # only recipes with a single method are searched
+        tried_rates = sorted(study.search.rates.get(method) or _neighbouring_rates(defaults[method]))
         budget = study.search.budget or grid.budget
-        trial = RateSearch(
+        search = RateSearch(
             model,
             recipe,
             data,
-            tuple(_given(budget).items()),
+            tuple(_budget_fields(budget).items()),
             tuple(
-                _cell(
+                _training_cell(
                     study,
                     (SEARCH,),
                     model,
@@ -225,21 +239,21 @@ def _rates(
                     budget,
                     None,
                 )
-                for rate in tried
+                for rate in tried_rates
             ),
         )
-        trials[trial.id] = trial
-        yield "search", {method: found[trial.id]} if trial.id in found else None
+        searches[search.id] = search
+        yield "search", {method: search_rates[search.id]} if search.id in search_rates else None
 
 
-def _around(rate: float) -> list[float]:
-    """The rate and its neighbours among 1, 3, 10, 30, ...: what a search tries by default."""
+def _neighbouring_rates(rate: float) -> list[float]:
+    """The rate and its neighbours among 1, 3, 10, 30, ...: the rates that a search tries by default."""
     first = f"{rate:e}"[0] in "12"
     steps = (0.3, 1.0, 3.0) if first else (1 / 3, 1.0, 10 / 3)
     return [float(f"{step * rate:.0e}") for step in steps]
 
 
-def _cell(
+def _training_cell(
     study: Study,
     grids: tuple[str, ...],
     model: str,
@@ -253,14 +267,15 @@ def _cell(
     budget: Budget,
     targets: Sequence[str] | None,
 ) -> Cell:
-    """A cell that trains; without `targets` it is evaluated on the validation split of its own data."""
+    """A cell that trains; without `targets` it is evaluated on the validation split of its training data."""
     base, options = study.model(model), study.datasets[data]
-    given = study.train.model_dump(exclude_none=True)
+    train_options = study.train.model_dump(exclude_none=True)
     if base.train is not None:
-        given |= base.train.model_dump(exclude_none=True)
+        # a model's own options take precedence over the study's
+        train_options |= base.train.model_dump(exclude_none=True)
     train = TrainConfig.checked(
         model=base.path,
-        out=_NOWHERE,
+        out=_UNSET_PATH,
         tune=text,
         split=options.train_split,
         share=share / 100 if share < 100 else None,
@@ -269,17 +284,17 @@ def _cell(
         quantize=base.quantize,
         device=base.device,
         **_data_options(options),
-        **given,
+        **train_options,
     )
-    length = _given(budget)
+    length = _budget_fields(budget)
     identity = {"format": FORMAT, "train": _identity(train), "rates": rates, "budget": length}
     if targets is None:
         evaluations = [_evaluation(study, model, data, "validate")]
     else:
         home = [base.home] if base.home and base.home not in targets else []
         evaluations = [
-            _evaluation(study, model, one, "in" if one == data else "home" if one == base.home else "out")
-            for one in (*targets, *home)
+            _evaluation(study, model, target, "in" if target == data else "home" if target == base.home else "out")
+            for target in (*targets, *home)
         ]
     return Cell(
         _digest(identity, 16), grids, model, base.path, recipe, text, data, share / 100, seed, source, rates,
@@ -287,15 +302,13 @@ def _cell(
     )  # fmt: skip
 
 
-def _base_cell(
-    study: Study, model: str, grids: tuple[str, ...], targets: Sequence[str] | dict[str, None]
-) -> Cell:
+def _base_cell(study: Study, model: str, grids: tuple[str, ...], targets: Sequence[str] | dict[str, None]) -> Cell:
     """The frozen base, evaluated on the test splits of `targets` and of its own task."""
     base = study.model(model)
     identity = {"format": FORMAT, "base": base.path, "dtype": base.dtype, "quantize": base.quantize}
     evaluations = [
-        _evaluation(study, model, one, "home" if one == base.home else "zero-shot")
-        for one in dict.fromkeys((*targets, *([base.home] if base.home else [])))
+        _evaluation(study, model, target, "home" if target == base.home else "zero-shot")
+        for target in dict.fromkeys((*targets, *([base.home] if base.home else [])))
     ]
     return Cell(
         _digest(identity, 16), grids, model, base.path, FROZEN, str(parse(FROZEN)), None, 1.0, None,
@@ -303,25 +316,29 @@ def _base_cell(
     )  # fmt: skip
 
 
-def _frozen(study: Study, cells: Any) -> Iterator[Cell]:
-    """The frozen base of each model that has a task of its own, on all that its cells are tested on."""
+def _home_base_cells(study: Study, cells: Any) -> Iterator[Cell]:
+    """The frozen base of each model with a `home`, evaluated on every test set of the model's cells."""
     for model in study.models:
         if study.model(model).home is None:
             continue
-        own = [cell for cell in cells if cell.model == model]
+        model_cells = [cell for cell in cells if cell.model == model]
         targets = dict.fromkeys(
-            one.dataset for cell in own for one in cell.evaluations if one.role != "validate"
+            evaluation.dataset
+            for cell in model_cells
+            for evaluation in cell.evaluations
+            if evaluation.role != "validate"
         )
-        grids = dict.fromkeys(name for cell in own for name in cell.grids if name != SEARCH)
-        if own:
+        grids = dict.fromkeys(name for cell in model_cells for name in cell.grids if name != SEARCH)
+        if model_cells:
             yield _base_cell(study, model, tuple(grids), targets)
 
 
 def _evaluation(study: Study, model: str, data: str, role: Role) -> Evaluation:
+    """The evaluation of a model on a data set's test split, or for `validate` its validation split."""
     base, options = study.model(model), study.datasets[data]
     config = EvaluateConfig.checked(
         model=base.path,
-        out=_NOWHERE,
+        out=_UNSET_PATH,
         split=options.validate_split if role == "validate" else options.test_split,
         limit=options.limit,
         batch=options.batch,
@@ -338,39 +355,46 @@ def _evaluation(study: Study, model: str, data: str, role: Role) -> Evaluation:
 
 
 def _data_options(options: Data) -> dict[str, Any]:
-    return options.model_dump(
-        include={"data", "root", "language", "image_disjoint", "task", "sections", "text_only"}
-    )
+    """The options that a data set has in common with `train` and `evaluate`."""
+    return options.model_dump(include={"data", "root", "language", "image_disjoint", "task", "sections", "text_only"})
 
 
-def _given(budget: Budget) -> dict[str, float]:
+def _budget_fields(budget: Budget) -> dict[str, float]:
+    """The field of a budget that is set, with its value."""
     return budget.model_dump(exclude_none=True)
 
 
 def _identity(config: TrainConfig | EvaluateConfig) -> dict[str, Any]:
-    """What of a config decides a result. What is off is left out: an option to come then changes no key."""
-    values = config.model_dump(mode="json", exclude=_PLACES | _NO_RESULT | _IN_BUDGET)
+    """The options that decide a result, for the cell's key.
+
+    Options that are off are left out, so that a later version may add an option without changing any key.
+    """
+    values = config.model_dump(mode="json", exclude=_PATH_FIELDS | _MEANS_FIELDS | _LENGTH_FIELDS)
     if isinstance(config, EvaluateConfig):
         values["limit"] = config.limit
     return {name: value for name, value in values.items() if value is not None and value is not False}
 
 
 def _digest(value: Any, length: int) -> str:
+    """The first `length` hexadecimal digits of the SHA-256 of a value as canonical JSON."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
 @dataclass
-class Sizes:
-    """How many pairs the data sets hold, each opened once; None where one cannot be opened here."""
+class PairCounts:
+    """Counts the pairs that cells train on and answer; opens each data set once.
+
+    A count is None if the data set cannot be opened on this machine, or if the budget is in minutes.
+    """
 
     study: Study
 
     def __post_init__(self) -> None:
         self._opened: dict[str, Dataset | None] = {}
 
-    def training(self, cell: Cell) -> int | None:
-        """The pairs that a cell will have seen: exact but for the last step; 0 of the frozen base."""
+    def training_pairs(self, cell: Cell) -> int | None:
+        """The pairs that a cell trains on, exact up to the last step; 0 for the frozen base."""
         if cell.train is None or cell.budget is None:
             return 0
         if "pairs" in cell.budget:
@@ -381,13 +405,13 @@ class Sizes:
             return None
         return round(cell.budget["epochs"] * len(cell.train.select(dataset.split(cell.train.split))))
 
-    def answering(self, cell: Cell) -> int | None:
-        """The pairs that a cell answers."""
+    def answered_pairs(self, cell: Cell) -> int | None:
+        """The pairs that a cell answers in its evaluations."""
         total = 0
-        for one in cell.evaluations:
-            if (dataset := self._open(one.dataset)) is None:
+        for evaluation in cell.evaluations:
+            if (dataset := self._open(evaluation.dataset)) is None:
                 return None
-            total += len(dataset.split(one.config.split)[: one.config.limit])
+            total += len(dataset.split(evaluation.config.split)[: evaluation.config.limit])
         return total
 
     def _open(self, name: str) -> Dataset | None:

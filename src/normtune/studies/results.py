@@ -1,7 +1,7 @@
-"""The results of a study as tables: `results.sqlite`, `results.json`; docs/study.md has every column.
+"""A study's results as tables in `results.sqlite` and `results.json`; docs/study.md has all columns.
 
-One row a cell stands in `cells`; what a cell has several of (evaluations, metrics, norms, losses) has a table
-of its own, joined by `key`. `seeds` and `tests` are made of the others.
+The table `cells` has one row for each cell. What a cell has several of (evaluations, metrics, norms, losses)
+is in a table of its own, joined by `key`. `seeds` and `tests` are computed from the other tables.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from normtune.studies.paper_tables import latex, markdown
 from normtune.studies.plan import Cell
 from normtune.studies.run import current_plan
 from normtune.studies.spec import Study
-from normtune.studies.statistics import over_seeds, paired_tests
+from normtune.studies.statistics import aggregate_seeds, paired_tests
 
 Row = dict[str, Any]
 Tables = dict[str, list[Row]]
 
+# table -> column -> SQLite type; JSON columns are text in the database
 SCHEMA: dict[str, dict[str, str]] = {
     "cells": {
         "key": "TEXT PRIMARY KEY", "status": "TEXT", "error": "TEXT", "grids": "JSON", "model": "TEXT",
@@ -72,14 +73,14 @@ SCHEMA: dict[str, dict[str, str]] = {
 
 
 def write_tables(study: Study, out: Path) -> list[Path]:
-    """Tabulate what is finished and what failed; returns the files written.
+    """Write the tables of all finished and failed cells; return the paths of the files.
 
     Raises:
-        InputError: cells of one model were made of different bases, or a file cannot be read or written.
+        InputError: cells of one model have different bases, or a file cannot be read or written.
     """
     tables = tabulate(study, out)
-    here = {"datasets": {"__all__": {"root"}}}  # folders of this machine: results are passed on
-    spec = study.model_dump(mode="json", exclude=here)
+    excluded = {"datasets": {"__all__": {"root"}}}  # data folders of this machine; results may be published
+    spec = study.model_dump(mode="json", exclude=excluded)
     write_json(out / "results.json", {"study": study.study, "about": study.about, "spec": spec, **tables})
     _write_sqlite(out / "results.sqlite", tables)
     write_text(out / "tables.md", markdown(study, tables))
@@ -88,46 +89,43 @@ def write_tables(study: Study, out: Path) -> list[Path]:
 
 
 def read_tables(out: Path) -> Tables:
-    """The tables of a study's folder, JSON columns as objects.
+    """Read the tables of a study's folder; JSON columns are objects.
 
     Raises:
-        InputError: there are none.
+        InputError: the folder has no results.
     """
-    found = read_json(out / "results.json")
-    return {name: found[name] for name in SCHEMA}
+    results = read_json(out / "results.json")
+    return {name: results[name] for name in SCHEMA}
 
 
 def tabulate(study: Study, out: Path) -> Tables:
-    """All tables of what is there now.
+    """All tables, from the cells that are finished or failed now.
 
     Raises:
-        InputError: cells of one model were made of different bases.
+        InputError: cells of one model have different bases.
     """
     tables: Tables = {name: [] for name in SCHEMA}
     for cell in current_plan(study, out).cells:
-        _add(tables, cell, out)
+        _add_cell_rows(tables, cell, out)
     _check_bases(tables["cells"])
-    tables["forgetting"] = list(_forgetting(tables))
-    tables["seeds"] = over_seeds(tables)
+    tables["forgetting"] = list(_forgetting_rows(tables))
+    tables["seeds"] = aggregate_seeds(tables)
     tables["tests"] = paired_tests(study, tables, out)
     return tables
 
 
-def _add(tables: Tables, cell: Cell, out: Path) -> None:
-    """The rows of one cell."""
+def _add_cell_rows(tables: Tables, cell: Cell, out: Path) -> None:
+    """Add the rows of one cell to the tables that are read from its files."""
     directory = cell_directory(out, cell)
     done = is_finished(out, cell)
     error = None if done else failure_reason(out, cell)
-    found = read_json(directory / RESULT) if done else {}
-    training = found.get("training") or {}
+    result = read_json(directory / RESULT) if done else {}
+    training = result.get("training") or {}
     row = {
         "key": cell.key,
         "status": "done" if done else "failed" if error else "missing",
         "error": error,
-        **{
-            name: getattr(cell, name)
-            for name in ("model", "model_path", "recipe", "recipe_text", "trained_on")
-        },
+        **{name: getattr(cell, name) for name in ("model", "model_path", "recipe", "recipe_text", "trained_on")},
         **{name: getattr(cell, name) for name in ("share", "seed", "rate_source", "rates", "budget")},
         "grids": list(cell.grids),
         "resolved": training.get("recipe"),
@@ -139,100 +137,97 @@ def _add(tables: Tables, cell: Cell, out: Path) -> None:
         "train_peak_bytes": training.get("peak_memory_bytes"),
         "config": cell.train and cell.train.model_dump(mode="json", exclude={"out", "root"}),
     }
-    plain = ("pairs_available", "steps", "total", "final_loss", "changed", "warning", "computed_once")
-    row |= {name: training.get(name) for name in plain}
+    copied_fields = ("pairs_available", "steps", "total", "final_loss", "changed", "warning", "computed_once")
+    row |= {name: training.get(name) for name in copied_fields}
     row |= {
-        name: found.get(name)
-        for name in ("base_fingerprint", "commit", "versions", "hardware", "started", "finished")
+        name: result.get(name) for name in ("base_fingerprint", "commit", "versions", "hardware", "started", "finished")
     }
     tables["cells"].append({name: row[name] for name in SCHEMA["cells"]})
     if not done:
         return
-    roles = {one.folder: one for one in cell.evaluations}
-    for one in found["evaluations"]:
-        if one["folder"] not in roles:
-            continue  # of another form of the study's file
-        role = roles[one["folder"]].role
-        about = {"key": cell.key, "dataset": one["dataset"], "role": role, "split": one["split"]}
+    roles = {evaluation.folder: evaluation for evaluation in cell.evaluations}
+    for evaluation in result["evaluations"]:
+        if evaluation["folder"] not in roles:
+            continue  # of an evaluation that the study's file no longer asks for
+        role = roles[evaluation["folder"]].role
+        dataset, split = evaluation["dataset"], evaluation["split"]
+        shared_columns = {"key": cell.key, "dataset": dataset, "role": role, "split": split}
         tables["evaluations"].append(
-            about
+            shared_columns
+            | {name: evaluation[name] for name in ("task", "rows", "images", "split_hash", "normalisation", "seconds")}
             | {
-                name: one[name]
-                for name in ("task", "rows", "images", "split_hash", "normalisation", "seconds")
-            }
-            | {
-                "pairs_per_second": one["pairs_per_second"],
-                "peak_bytes": one["peak_memory_bytes"],
-                "folder": f"cells/{cell.key}/evaluations/{one['folder']}",
+                "pairs_per_second": evaluation["pairs_per_second"],
+                "peak_bytes": evaluation["peak_memory_bytes"],
+                "folder": f"cells/{cell.key}/evaluations/{evaluation['folder']}",
             }
         )
-        for name, metric in one["metrics"].items():
+        for name, metric in evaluation["metrics"].items():
             numbers = {end: metric[end] for end in ("value", "low", "high", "rows", "images")}
-            tables["metrics"].append({**about, "metric": name, **numbers})
+            tables["metrics"].append({**shared_columns, "metric": name, **numbers})
     if training:
-        about = read_json(directory / "adapter" / "adapter.json")["metrics"]["training"]
-        tables["norms"] += [{"key": cell.key, **norm} for norm in about.get("norms", ())]
-        tables["losses"] += [{"key": cell.key, "step": step, "loss": loss} for step, loss in about["loss"]]
+        info = read_json(directory / "adapter" / "adapter.json")["metrics"]["training"]
+        tables["norms"] += [{"key": cell.key, **norm} for norm in info.get("norms", ())]
+        tables["losses"] += [{"key": cell.key, "step": step, "loss": loss} for step, loss in info["loss"]]
 
 
 def _check_bases(cells: list[Row]) -> None:
+    """Raise an InputError if two cells of one model have bases with different fingerprints."""
     first: dict[str, Row] = {}
     for cell in cells:
-        if (mark := cell["base_fingerprint"]) is None:
+        if (fingerprint := cell["base_fingerprint"]) is None:
             continue
         other = first.setdefault(cell["model"], cell)
-        if not same_base(mark, other["base_fingerprint"]):
+        if not same_base(fingerprint, other["base_fingerprint"]):
             raise InputError(
-                f"model {cell['model']}: cells {other['key']} and {cell['key']} were made of different bases "
-                "under one name. Remove the cells of the older base, or use another --out."
+                f"model {cell['model']}: cells {other['key']} and {cell['key']} have different bases under "
+                "one name. Remove the cells of the older base, or use another --out."
             )
 
 
-def _forgetting(tables: Tables) -> Iterator[Row]:
-    """What each tuned model lost on its base's own task."""
+def _forgetting_rows(tables: Tables) -> Iterator[Row]:
+    """How much each trained model lost on its base's own task."""
     cells = {cell["key"]: cell for cell in tables["cells"]}
-    home = [row for row in tables["metrics"] if row["role"] == "home"]
-    base = {
+    home_rows = [row for row in tables["metrics"] if row["role"] == "home"]
+    base_values = {
         (cells[row["key"]]["model"], row["dataset"], row["metric"]): row["value"]
-        for row in home
+        for row in home_rows
         if cells[row["key"]]["trained_on"] is None
     }
-    for row in home:
+    for row in home_rows:
         cell = cells[row["key"]]
-        before = base.get((cell["model"], row["dataset"], row["metric"]))
-        if cell["trained_on"] is not None and before is not None:
+        base_value = base_values.get((cell["model"], row["dataset"], row["metric"]))
+        if cell["trained_on"] is not None and base_value is not None:
             yield {
                 "key": row["key"],
                 "dataset": row["dataset"],
                 "metric": row["metric"],
-                "base": before,
+                "base": base_value,
                 "tuned": row["value"],
-                "forgotten": before - row["value"],
+                "forgotten": base_value - row["value"],
             }
 
 
 def _write_sqlite(path: Path, tables: Mapping[str, list[Row]]) -> None:
+    """Write the tables to a new database that replaces the file at `path`."""
     with atomic_write(path) as temporary:
         temporary.unlink(missing_ok=True)
         connection = sqlite3.connect(temporary)
         try:
             with connection:
                 for name, columns in SCHEMA.items():
-                    words = ", ".join(
+                    definitions = ", ".join(
                         f'"{column}" {kind.replace("JSON", "TEXT")}' for column, kind in columns.items()
                     )
-                    connection.execute(f'CREATE TABLE "{name}" ({words})')
-                    marks = ", ".join("?" * len(columns))
+                    connection.execute(f'CREATE TABLE "{name}" ({definitions})')
+                    placeholders = ", ".join("?" * len(columns))
                     connection.executemany(
-                        f'INSERT INTO "{name}" VALUES ({marks})',
-                        [
-                            [_stored(row[column], kind) for column, kind in columns.items()]
-                            for row in tables[name]
-                        ],
+                        f'INSERT INTO "{name}" VALUES ({placeholders})',
+                        [[_to_sql(row[column], kind) for column, kind in columns.items()] for row in tables[name]],
                     )
         finally:
             connection.close()
 
 
-def _stored(value: Any, kind: str) -> Any:
+def _to_sql(value: Any, kind: str) -> Any:
+    """A value as SQLite stores it: JSON columns hold text."""
     return json.dumps(value, ensure_ascii=False) if kind == "JSON" and value is not None else value

@@ -1,4 +1,8 @@
-"""Runs what is missing of a study: searches first, then the grid; a cell that fails stops no other."""
+"""Runs the unfinished cells of a study: learning-rate trials first, then the grids.
+
+A cell that fails does not stop the others. Several commands may run the same study at once, in one folder: a
+lock for each cell makes sure that no cell runs twice.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +27,11 @@ from normtune.studies.executors import Executor, get_executor
 from normtune.studies.plan import Cell, Plan, RateSearch, plan
 from normtune.studies.spec import Study
 
-WAIT_S = 1.0  # before looking again for a cell that another command is at
+WAIT_S = 1.0  # seconds between two looks at the cells that other commands run
 
 
 class ProgressListener(Protocol):
-    """Who is told how it goes."""
+    """Receives the progress of a study; `tick` is called about once a second."""
 
     def begin(self, cells: Sequence[Cell], done: int, workers: int) -> None: ...
     def started(self, cell: Cell, directory: Path) -> None: ...
@@ -36,7 +40,7 @@ class ProgressListener(Protocol):
 
 
 class NoProgress:
-    """Tells nobody."""
+    """A listener that ignores the progress."""
 
     def begin(self, cells: Sequence[Cell], done: int, workers: int) -> None: ...
     def started(self, cell: Cell, directory: Path) -> None: ...
@@ -46,78 +50,76 @@ class NoProgress:
 
 @dataclass
 class Summary:
-    """What a run of a study came to."""
+    """The outcome of a run of a study; it is printed as JSON, so its field names are keys."""
 
-    cells: int
+    cells: int  # in the plan, with those that wait for a learning rate
     done: int
-    ran: int  # of those done, by this command
+    ran: int  # how many of the done cells this command ran
     seconds: float
-    failed: dict[str, str] = field(default_factory=dict)  # cell in words -> why
-    waiting: int = 0  # cells whose learning rate could not be found, since a trial failed
+    failed: dict[str, str] = field(default_factory=dict)  # the cell as text -> why it failed
+    waiting: int = 0  # cells without a learning rate, because a trial of their search failed
 
 
-def chosen_rates(study: Study, out: Path, trials: Iterable[RateSearch]) -> dict[str, float]:
-    """The rate of each search whose trials have all ended: the lowest within a standard error of the best.
+def choose_rates(study: Study, out: Path, searches: Iterable[RateSearch]) -> dict[str, float]:
+    """The learning rate that each finished search chooses: the lowest within one standard error of the best.
 
-    Trials are short and validation splits small: the best of them is often a rate that is too high for the
-    whole run (Breiman et al., 1984: the one-standard-error rule; the lower rate is the simpler choice here).
+    Trials are short and validation splits small, so the best trial often has a rate that is too high for the
+    whole run (Breiman et al., 1984: the one-standard-error rule; here the lower rate is the simpler choice).
+
+    Returns:
+        Rates by `RateSearch.id`; a search with an unfinished trial is left out.
     """
-    found = {}
-    for trial in trials:
-        if all(is_finished(out, cell) for cell in trial.cells):
-            scores = [validation_score(out, cell, study.search.metric) for cell in trial.cells]
+    rates = {}
+    for search in searches:
+        if all(is_finished(out, cell) for cell in search.cells):
+            scores = [validation_score(out, cell, study.search.metric) for cell in search.cells]
             best, error = max(scores)
-            lowest = next(
-                cell for cell, (score, _) in zip(trial.cells, scores, strict=True) if score >= best - error
-            )
-            (found[trial.id],) = lowest.rates.values()
-    return found
+            # cells are in ascending order of their rates, so the first one within the error is the lowest
+            lowest = next(cell for cell, (score, _) in zip(search.cells, scores, strict=True) if score >= best - error)
+            (rates[search.id],) = lowest.rates.values()
+    return rates
 
 
 def current_plan(study: Study, out: Path) -> Plan:
-    """The plan with the learning rates that are known by now."""
-    return plan(study, chosen_rates(study, out, plan(study).trials))
+    """The study's plan with the learning rates that finished searches have chosen."""
+    return plan(study, choose_rates(study, out, plan(study).searches))
 
 
 def run_study(
-    study: Study,
-    out: Path,
-    *,
-    workers: int | None = None,
-    on: str = "local",
-    show: ProgressListener | None = None,
+    study: Study, out: Path, *, workers: int | None = None, on: str = "local", listener: ProgressListener | None = None
 ) -> Summary:
-    """Run every cell that has no result yet. Several commands may run one study in one folder.
+    """Run every cell that has no result yet. Several commands may run the same study in the same folder.
 
     Args:
-        study: as `read_study` gives it.
+        study: the study, from `read_study`.
         out: the study's folder.
-        workers: cells side by side; by default as many as cores and memory allow.
-        on: local, ray or slurm.
-        show: is told of every cell.
+        workers: the number of cells that run at once; by default as many as cores and memory allow.
+        on: where cells run: local, ray or slurm.
+        listener: receives the progress.
 
     Raises:
-        InputError: no such place, or what it needs is not installed.
+        InputError: `on` is unknown, or a package that it needs is not installed.
     """
     started = time.perf_counter()
-    out, show = out.absolute(), show or NoProgress()
+    out, listener = out.absolute(), listener or NoProgress()
     execute = get_executor(on)
     failed: dict[str, tuple[Cell, str]] = {}
     ran = 0
     while True:
-        found = current_plan(study, out)
-        todo = [cell for cell in found.cells if cell.key not in failed and not is_finished(out, cell)]
+        # Planned anew in each round: a finished search adds the cells that waited for its learning rate.
+        current = current_plan(study, out)
+        todo = [cell for cell in current.cells if cell.key not in failed and not is_finished(out, cell)]
         if not todo:
             break
-        if found.waiting:  # trials first: others wait for them
-            trials = {cell.key for trial in found.trials for cell in trial.cells}
-            todo = sorted(todo, key=lambda cell: cell.key not in trials)
+        if current.waiting:  # trials first, because other cells wait for their result
+            trial_keys = {cell.key for search in current.searches for cell in search.cells}
+            todo = sorted(todo, key=lambda cell: cell.key not in trial_keys)
         if workers is None:
             from normtune.studies.worker_count import fitting_workers
 
             workers = fitting_workers(todo) if on == "local" else len(todo)
-        show.begin(todo, len(found.cells) - len(todo), workers)
-        for cell, error in _round(todo, out, workers, execute, show):
+        listener.begin(todo, len(current.cells) - len(todo), workers)
+        for cell, error in _run_cells(todo, out, workers, execute, listener):
             ran += error is None
             if error is not None:
                 failed[cell.key] = (cell, error)
@@ -130,58 +132,64 @@ def run_study(
 
 
 def study_status(study: Study, out: Path) -> Summary:
-    """How a study stands, without running anything of it."""
-    found = current_plan(study, out)
-    left = [cell for cell in found.cells if not is_finished(out, cell)]
+    """The summary of a study's folder as it is now; nothing is run."""
+    current = current_plan(study, out)
+    unfinished = [cell for cell in current.cells if not is_finished(out, cell)]
     return Summary(
-        cells=len(found.cells) + found.waiting,
-        done=len(found.cells) - len(left),
+        cells=len(current.cells) + current.waiting,
+        done=len(current.cells) - len(unfinished),
         ran=0,
         seconds=0.0,
-        failed={str(cell): error for cell in left if (error := failure_reason(out, cell)) is not None},
-        waiting=found.waiting,
+        failed={str(cell): error for cell in unfinished if (error := failure_reason(out, cell)) is not None},
+        waiting=current.waiting,
     )
 
 
-def _round(
-    todo: Sequence[Cell], out: Path, workers: int, execute: Executor, show: ProgressListener
+def _run_cells(
+    todo: Sequence[Cell], out: Path, workers: int, execute: Executor, listener: ProgressListener
 ) -> Iterator[tuple[Cell, str | None]]:
-    """Run cells; yields each with its error, if any, as it ends. What others are at is waited for."""
-    left = {cell.key: cell for cell in todo}
-    while left:
-        free = [cell for cell in left.values() if _is_free(out, cell)]
+    """Run cells; yield each with its error (None if it succeeded) when it ends.
 
-        def works(cells: Sequence[Cell] = free) -> Iterator[CellJob]:
+    Cells that other commands run are waited for.
+    """
+    remaining = {cell.key: cell for cell in todo}
+    while remaining:
+        unlocked = [cell for cell in remaining.values() if _is_unlocked(out, cell)]
+
+        def jobs(cells: Sequence[Cell] = unlocked) -> Iterator[CellJob]:
             for cell in cells:
                 if not is_finished(out, cell):
-                    show.started(cell, cell_directory(out, cell))
+                    listener.started(cell, cell_directory(out, cell))
                     yield CellJob(with_absolute_paths(cell), out)
 
-        busy = len(free) < len(left)
-        for work, found in execute(run_cell, works(), workers, tick=show.tick, folder=out):
-            cell = left[work.cell.key]
-            if found.value == "busy":
-                busy = True
+        # A cell can be locked between this look and its start; `run_cell` then returns "busy".
+        locked_elsewhere = len(unlocked) < len(remaining)
+        for job, outcome in execute(run_cell, jobs(), workers, tick=listener.tick, folder=out):
+            cell = remaining[job.cell.key]
+            if outcome.value == "busy":
+                locked_elsewhere = True
                 continue
-            if found.error is not None:  # its process ended before it could write why
-                record_failure(work, found.error)
-            error = found.error or (found.value.removeprefix("failed: ") if found.value != "done" else None)
-            del left[cell.key]
-            show.ended(cell, work.directory, error)
+            if outcome.error is not None:  # the process ended before it could write the reason
+                record_failure(job, outcome.error)
+            error = outcome.error or (outcome.value.removeprefix("failed: ") if outcome.value != "done" else None)
+            del remaining[cell.key]
+            listener.ended(cell, job.directory, error)
             yield cell, error
-        for cell in list(left.values()):  # what others ended meanwhile
+        # Cells that other commands ended meanwhile: finished, or failed and unlocked again.
+        for cell in list(remaining.values()):
             if is_finished(out, cell):
-                del left[cell.key]
-                show.ended(cell, cell_directory(out, cell), None)
-            elif cell not in free and _is_free(out, cell) and (error := failure_reason(out, cell)):
-                del left[cell.key]
-                show.ended(cell, cell_directory(out, cell), error)
+                del remaining[cell.key]
+                listener.ended(cell, cell_directory(out, cell), None)
+            elif cell not in unlocked and _is_unlocked(out, cell) and (error := failure_reason(out, cell)):
+                del remaining[cell.key]
+                listener.ended(cell, cell_directory(out, cell), error)
                 yield cell, error
-        if busy and left:
-            show.tick()
+        if locked_elsewhere and remaining:
+            listener.tick()
             time.sleep(WAIT_S)
 
 
-def _is_free(out: Path, cell: Cell) -> bool:
-    with try_lock(cell_directory(out, cell)) as free:
-        return free
+def _is_unlocked(out: Path, cell: Cell) -> bool:
+    """Whether no process is running the cell."""
+    with try_lock(cell_directory(out, cell)) as acquired:
+        return acquired

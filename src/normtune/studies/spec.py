@@ -1,4 +1,8 @@
-"""The file of a study, checked when it is read; faults name the field and the line."""
+"""The study's YAML file as pydantic models; errors name the line and the field.
+
+Every class below is a section of the file, and its fields are the fields of the section. docs/study.md has an
+example.
+"""
 
 from __future__ import annotations
 
@@ -12,77 +16,77 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from normtune.data.options import DataOptions
 from normtune.errors import InputError, did_you_mean
 from normtune.methods.registry import LEARNING_RATES
-from normtune.studies.recipe_names import expanded
+from normtune.studies.recipe_names import expand_recipes
 
-SEARCH = "search"  # the grid that trials of learning rates stand under
+SEARCH = "search"  # the name of the grid that learning-rate trials belong to
 
-Where = tuple[str | int, ...]  # the way to a field from the top of the file
+FieldPath = tuple[str | int, ...]  # names and list indices from the top of the file to a field
 T = TypeVar("T")
 
 
-def _several(value: Any) -> Any:
-    """One value stands for a list of it."""
+def _as_list(value: Any) -> Any:
+    """Turn a single value into a list of one."""
     return value if isinstance(value, list | tuple) else [value]
 
 
 def _distinct(values: list[T]) -> list[T]:
+    """Check that no value is repeated."""
     for index, value in enumerate(values):
         if value in values[:index]:
-            raise ValueError(f"'{value}' is given twice")
+            raise ValueError(f"'{value}' appears twice")
     return values
 
 
-def _named(value: Any) -> Any:
-    """A list of names stands for a mapping of each to itself."""
-    return (
-        dict.fromkeys(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value
-    )
+def _names_as_mapping(value: Any) -> Any:
+    """Turn a list of names into a mapping from each name to None."""
+    return dict.fromkeys(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value
 
 
 def _plain_name(name: str) -> str:
+    """Check that a name can be part of a file name."""
     if not name or name.startswith(".") or any(not (c.isalnum() or c in "._+-") for c in name):
-        raise ValueError("a name holds letters, digits, and . _ + - only")
+        raise ValueError("a name may have only letters, digits and . _ + -")
     return name
 
 
 Name = Annotated[str, AfterValidator(_plain_name)]
-Several = Annotated[list[T], BeforeValidator(_several), AfterValidator(_distinct), Field(min_length=1)]
+OneOrMore = Annotated[list[T], BeforeValidator(_as_list), AfterValidator(_distinct), Field(min_length=1)]
 Rate = Annotated[float, Field(gt=0)]
 
 
-class _Part(BaseModel):
+class _Section(BaseModel):
+    """A section of the file; unknown fields are errors."""
+
     model_config = ConfigDict(extra="forbid")
 
 
-class Model(_Part):
-    """A base, and how it is held."""
+class Model(_Section):
+    """A base model and how it is loaded."""
 
-    path: str = Field("", description="A local directory, a hub name, or 'nano'; by default the name itself.")
-    home: str | None = Field(
-        None, description="The data set of its own task, on which forgetting is measured."
-    )
+    path: str = Field("", description="A local directory, a hub name, or 'nano'; by default its name.")
+    home: str | None = Field(None, description="The data set of the base's own task, to measure forgetting.")
     dtype: Literal["float32", "bfloat16"] = "float32"
     quantize: Literal["int8", "nf4"] | None = None
     device: str | None = None
     beams: int = Field(1, gt=0)
-    train: Training | None = Field(None, description="Options of training for this model alone.")
+    train: Training | None = Field(None, description="Options of training for this model only.")
 
 
 class Data(DataOptions):
-    """A data set: which examples, and how its answers are made and scored."""
+    """A data set: which examples it has, and how its questions are answered and scored."""
 
     train_split: str = "train"
     validate_split: str = "validate"
     test_split: str = "test"
-    limit: int | None = Field(None, gt=0, description="Evaluate the first so many pairs only.")
+    limit: int | None = Field(None, gt=0, description="Evaluate only this many pairs, the first ones.")
     batch: int = Field(128, gt=0, description="Questions answered at once.")
     max_new_tokens: int | None = Field(None, gt=0)
     candidates: str | None = None
     normalisation: Literal["vqa", "none"] = "vqa"
 
 
-class Training(_Part):
-    """Options of `normtune train`; what is not given has its default there."""
+class Training(_Section):
+    """Options of `normtune train`; an option that is not set has the default of that command."""
 
     batch: int | None = Field(None, gt=0)
     accumulate: int | None = Field(None, gt=0)
@@ -97,51 +101,51 @@ class Training(_Part):
     max_grad_norm: float | None = Field(None, gt=0)
 
 
-class Budget(_Part):
-    """How long a run trains: passes over its data, pairs seen, or minutes. One of them."""
+class Budget(_Section):
+    """The length of a training in exactly one unit: passes over the data, pairs trained on, or minutes."""
 
     epochs: float | None = Field(None, gt=0)
     pairs: int | None = Field(None, gt=0)
     minutes: float | None = Field(None, gt=0)
 
 
-class Search(_Part):
-    """How a learning rate is looked for: on the validation split, with one seed."""
+class Search(_Section):
+    """How a learning rate is searched: with one seed, by the score on the validation split."""
 
-    rates: dict[str, Several[Rate]] = Field({}, description="Method to the rates to try.")
+    rates: dict[str, OneOrMore[Rate]] = Field({}, description="The rates to try for each method.")
     seed: int = 0
-    budget: Budget | None = Field(None, description="Of a trial; by default that of the grid.")
+    budget: Budget | None = Field(None, description="The length of a trial; by default the grid's budget.")
     metric: str | None = Field(
-        None, description="The higher the better; global_exact, or rouge_l of reports."
+        None, description="Higher must be better; by default global_exact, or rouge_l for reports."
     )
 
 
-class Grid(_Part):
-    """Every model x recipe x data x share x seed x rate of what is listed."""
+class Grid(_Section):
+    """Trains every combination of the listed models, recipes, data sets, shares, seeds and learning rates."""
 
-    models: Several[str] | None = Field(None, description="By default all.")
-    recipes: Several[str]
-    train: Several[str]
-    evaluate: Several[str] | None = Field(None, description="By default what a run was trained on.")
-    seeds: Several[int] = [0]
-    shares: Several[Annotated[float, Field(gt=0, le=100)]] = Field([100.0], description="% of the images.")
-    learning_rates: Literal["default", "search"] | Several[Rate] = "default"
+    models: OneOrMore[str] | None = Field(None, description="By default all models.")
+    recipes: OneOrMore[str]
+    train: OneOrMore[str]
+    evaluate: OneOrMore[str] | None = Field(None, description="By default the data set trained on.")
+    seeds: OneOrMore[int] = [0]
+    shares: OneOrMore[Annotated[float, Field(gt=0, le=100)]] = Field([100.0], description="% of the images.")
+    learning_rates: Literal["default", "search"] | OneOrMore[Rate] = "default"
     budget: Budget = Budget(epochs=10)
 
 
-class Compare(_Part):
-    """The paired tests of the tables."""
+class Compare(_Section):
+    """Options of the paired tests in the tables."""
 
-    against: str | None = Field(None, description="The recipe that the others are held against.")
-    metrics: Several[str] | None = None
+    against: str | None = Field(None, description="The recipe that the others are compared with.")
+    metrics: OneOrMore[str] | None = None
 
 
-class Study(_Part):
-    """A study as its file gives it."""
+class Study(_Section):
+    """A study's file."""
 
     study: Name
     about: str = ""
-    models: Annotated[dict[Name, Model | None], BeforeValidator(_named), Field(min_length=1)]
+    models: Annotated[dict[Name, Model | None], BeforeValidator(_names_as_mapping), Field(min_length=1)]
     datasets: Annotated[dict[Name, Data], Field(min_length=1)]
     recipes: dict[Name, str] = {}
     train: Training = Training()
@@ -150,20 +154,25 @@ class Study(_Part):
     compare: Compare = Compare()
 
     def model(self, name: str) -> Model:
-        """A model with its path."""
-        found = self.models[name] or Model()
-        return found.model_copy(update={"path": found.path or name})
+        """The options of a model; its path is set to its name if the file has none."""
+        model = self.models[name] or Model()
+        return model.model_copy(update={"path": model.path or name})
 
     def recipes_of(self, grid: Grid) -> dict[str, str]:
-        """The recipes of a grid by name, wildcards spelled out: name -> text."""
-        return expanded(grid.recipes, self.recipes)
+        """The recipes of a grid, wildcards expanded: name -> recipe text."""
+        return expand_recipes(grid.recipes, self.recipes)
 
 
 def read_study(path: Path | str, roots: Sequence[str] = ()) -> Study:
-    """Read and check a study's file; `roots` are NAME=DIR, in place of the file's own.
+    """Read and check a study's file.
+
+    Args:
+        path: the YAML file.
+        roots: NAME=DIR for each data set that is in another folder than the file says.
 
     Raises:
-        InputError: all faults in one line, each with its line in the file and the field.
+        InputError: the file is not valid; one line has all errors, each with its line in the file and its
+            field.
     """
     path = Path(path)
     try:
@@ -173,171 +182,173 @@ def read_study(path: Path | str, roots: Sequence[str] = ()) -> Study:
         raise InputError(f"cannot read the study {path}: {reason}. Check the path.") from error
     try:
         node = yaml.compose(text, yaml.SafeLoader)
-        lines = dict(_lines(node, ())) if node is not None else {}
+        lines = dict(_field_lines(node, ())) if node is not None else {}
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise InputError(
-            f"{path}{where}: not valid YAML ({getattr(error, 'problem', None) or error})."
-        ) from error
-    except _Twice as error:
-        raise InputError(f"{path}, line {error.line}: '{error.name}' is given twice. Keep one.") from error
+        problem_mark = getattr(error, "problem_mark", None)
+        position = f", line {problem_mark.line + 1}" if problem_mark else ""
+        raise InputError(f"{path}{position}: not valid YAML ({getattr(error, 'problem', None) or error}).") from error
+    except _DuplicateField as error:
+        raise InputError(f"{path}, line {error.line}: '{error.name}' appears twice. Keep one.") from error
     if not isinstance(values, dict):
-        raise InputError(f"{path}: a study is a mapping of study, models, datasets and grids.")
+        raise InputError(f"{path}: a study's file must have the fields study, models, datasets and grids.")
     try:
         study = Study.model_validate(values)
-        faults = list(_faults(study))
+        errors = list(_cross_field_errors(study))
     except ValidationError as error:
-        faults = [_fault(fault) for fault in error.errors()]
-    if faults:
-        raise InputError("; ".join(f"{path}, {_line(where, lines)}: {what}" for where, what in faults))
-    return _rooted(study, roots)
+        errors = [_convert_error(fault) for fault in error.errors()]
+    if errors:
+        raise InputError(
+            "; ".join(f"{path}, {_describe_position(field, lines)}: {message}" for field, message in errors)
+        )
+    return _with_roots(study, roots)
 
 
-class _Twice(Exception):
+class _DuplicateField(Exception):
+    """A mapping of the file has the same key twice; YAML itself would keep the last one."""
+
     def __init__(self, name: str, line: int) -> None:
         self.name, self.line = name, line
 
 
-def _lines(node: yaml.Node, where: Where) -> Iterator[tuple[Where, int]]:
-    """The line of each field."""
-    yield where, node.start_mark.line + 1
+def _field_lines(node: yaml.Node, path: FieldPath) -> Iterator[tuple[FieldPath, int]]:
+    """The line number of each field, and of each element of a list."""
+    yield path, node.start_mark.line + 1
     if isinstance(node, yaml.MappingNode):
-        seen = set()
+        keys = set()
         for key, value in node.value:
-            if key.value in seen:
-                raise _Twice(key.value, key.start_mark.line + 1)
-            seen.add(key.value)
-            yield from _lines(value, (*where, key.value))
-            yield (*where, key.value), key.start_mark.line + 1
+            if key.value in keys:
+                raise _DuplicateField(key.value, key.start_mark.line + 1)
+            keys.add(key.value)
+            yield from _field_lines(value, (*path, key.value))
+            yield (*path, key.value), key.start_mark.line + 1
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
-            yield from _lines(value, (*where, index))
+            yield from _field_lines(value, (*path, index))
 
 
-def _line(where: Where, lines: dict[Where, int]) -> str:
-    """`line 7: grids.main.seeds`; the line of the nearest field around it where it has none itself."""
-    known = next(where[:end] for end in range(len(where), -1, -1) if where[:end] in lines or not end)
-    shown = where if len(where) <= len(known) + 1 else known
-    field = ".".join(str(part) for part in shown)
-    return f"line {lines.get(known, 1)}" + (f": {field}" if field else "")
+def _describe_position(path: FieldPath, lines: dict[FieldPath, int]) -> str:
+    """The line and name of a field: `line 7: grids.main.seeds`.
+
+    A field that is not in the file (a missing one) has the line of the nearest field around it.
+    """
+    known_path = next(path[:end] for end in range(len(path), -1, -1) if path[:end] in lines or not end)
+    shown_path = path if len(path) <= len(known_path) + 1 else known_path
+    field = ".".join(str(part) for part in shown_path)
+    return f"line {lines.get(known_path, 1)}" + (f": {field}" if field else "")
 
 
-def _fault(fault: Any) -> tuple[Where, str]:
-    """A fault that pydantic found: where, and a sentence."""
-    where = tuple(part for part in fault["loc"] if not _internal(part))
-    if fault["type"] == "extra_forbidden":
-        fields = _fields(where[:-1])
-        return where, f"unknown{did_you_mean(str(where[-1]), fields)} (known: {', '.join(fields)})"
-    if fault["type"] == "missing":
-        return where, "is missing"
-    what = fault["msg"].removeprefix("Value error, ")
-    given = fault["input"]
-    plain = isinstance(given, str | int | float) and not isinstance(
-        fault.get("ctx", {}).get("error"), ValueError
-    )
-    return where, f"{what[:1].lower()}{what[1:]}" + (f" (got {given!r})" if plain else "")
+def _convert_error(error: Any) -> tuple[FieldPath, str]:
+    """One of pydantic's errors as the field's path and a message."""
+    path = tuple(part for part in error["loc"] if not _is_internal(part))
+    if error["type"] == "extra_forbidden":
+        fields = _known_fields(path[:-1])
+        return path, f"unknown{did_you_mean(str(path[-1]), fields)} (known: {', '.join(fields)})"
+    if error["type"] == "missing":
+        return path, "is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    value = error["input"]
+    show_value = isinstance(value, str | int | float) and not isinstance(error.get("ctx", {}).get("error"), ValueError)
+    return path, f"{message[:1].lower()}{message[1:]}" + (f" (got {value!r})" if show_value else "")
 
 
-def _internal(part: str | int) -> bool:
-    """Whether a step of pydantic's way is no field of the file: a member of a union, the key of a mapping."""
+def _is_internal(part: str | int) -> bool:
+    """Whether a part of pydantic's path is not a field of the file but a union member or a mapping's key."""
     return isinstance(part, str) and (part == "[key]" or part.startswith(("literal[", "function-", "list[")))
 
 
-_PARTS: dict[str, type[BaseModel]] = {"models": Model, "datasets": Data, "grids": Grid}
-_FIXED: dict[str, type[BaseModel]] = {
-    "train": Training,
-    "search": Search,
-    "compare": Compare,
-    "budget": Budget,
-}
+_NAMED_SECTIONS: dict[str, type[BaseModel]] = {"models": Model, "datasets": Data, "grids": Grid}
+_SECTIONS: dict[str, type[BaseModel]] = {"train": Training, "search": Search, "compare": Compare, "budget": Budget}
 
 
-def _fields(where: Where) -> list[str]:
-    """The fields that stand at a place of the file."""
-    kind: type[BaseModel] = Study
-    if where and where[0] in _PARTS:
-        kind = _PARTS[str(where[0])]
-        where = where[2:]
-    for part in where:
-        kind = _FIXED.get(str(part), kind)
-    return list(kind.model_fields)
+def _known_fields(path: FieldPath) -> list[str]:
+    """The fields that the file may have in the section at `path`."""
+    section: type[BaseModel] = Study
+    if path and path[0] in _NAMED_SECTIONS:
+        section = _NAMED_SECTIONS[str(path[0])]
+        path = path[2:]
+    for part in path:
+        section = _SECTIONS.get(str(part), section)
+    return list(section.model_fields)
 
 
-def _faults(study: Study) -> Iterator[tuple[Where, str]]:
-    """What one field says against another."""
+def _cross_field_errors(study: Study) -> Iterator[tuple[FieldPath, str]]:
+    """Errors between fields: undefined names, recipes that are not valid, budgets with two units."""
 
-    def unknown(where: Where, name: str, known: Sequence[str], what: str) -> Iterator[tuple[Where, str]]:
+    def unknown(path: FieldPath, name: str, known: Sequence[str], kind: str) -> Iterator[tuple[FieldPath, str]]:
         if name not in known:
-            yield where, f"no {what} '{name}'{did_you_mean(name, known)} ({what}s: {', '.join(known)})"
+            yield path, f"no {kind} '{name}'{did_you_mean(name, known)} ({kind}s: {', '.join(known)})"
 
     models, datasets = list(study.models), list(study.datasets)
     for name in models:
         if home := study.model(name).home:
             yield from unknown(("models", name, "home"), home, datasets, "data set")
     for name, text in study.recipes.items():
-        yield from _unread(("recipes", name), [text], {})
+        yield from _recipe_errors(("recipes", name), [text], {})
     if SEARCH in study.grids:
-        yield ("grids", SEARCH), "this name is kept for trials of learning rates: choose another"
+        yield ("grids", SEARCH), "this name is reserved for learning-rate trials: use another"
     if study.search.budget is not None:
-        yield from _one_budget(("search", "budget"), study.search.budget)
+        yield from _budget_errors(("search", "budget"), study.search.budget)
     for method in study.search.rates:
         yield from unknown(("search", "rates", method), method, list(LEARNING_RATES), "method")
-    every: set[str] = set()
+    all_recipes: set[str] = set()
     for name, grid in study.grids.items():
-        at: Where = ("grids", name)
-        for field, known, what in (
+        grid_path: FieldPath = ("grids", name)
+        for field, known, kind in (
             ("models", models, "model"),
             ("train", datasets, "data set"),
             ("evaluate", datasets, "data set"),
         ):
             for index, value in enumerate(getattr(grid, field) or ()):
-                yield from unknown((*at, field, index), value, known, what)
-        yield from _one_budget((*at, "budget"), grid.budget)
-        alone = [
-            fault
+                yield from unknown((*grid_path, field, index), value, known, kind)
+        yield from _budget_errors((*grid_path, "budget"), grid.budget)
+        recipe_errors = [
+            error
             for index, recipe in enumerate(grid.recipes)
-            for fault in _unread((*at, "recipes", index), [recipe], study.recipes)
+            for error in _recipe_errors((*grid_path, "recipes", index), [recipe], study.recipes)
         ]
-        yield from alone or _unread((*at, "recipes"), grid.recipes, study.recipes)
-        if not alone:
-            every.update(_known(study, grid))
-    if study.compare.against is not None and every:
-        yield from unknown(("compare", "against"), study.compare.against, sorted(every), "recipe")
+        yield from recipe_errors or _recipe_errors((*grid_path, "recipes"), grid.recipes, study.recipes)
+        if not recipe_errors:
+            all_recipes.update(_grid_recipe_names(study, grid))
+    if study.compare.against is not None and all_recipes:
+        yield from unknown(("compare", "against"), study.compare.against, sorted(all_recipes), "recipe")
 
 
-def _known(study: Study, grid: Grid) -> list[str]:
+def _grid_recipe_names(study: Study, grid: Grid) -> list[str]:
+    """The names of a grid's recipes; none if a recipe is not valid."""
     try:
         return list(study.recipes_of(grid))
     except InputError:
         return []
 
 
-def _unread(where: Where, names: Sequence[str], own: Mapping[str, str]) -> Iterator[tuple[Where, str]]:
-    """Why recipes cannot be read, if so."""
+def _recipe_errors(
+    path: FieldPath, names: Sequence[str], study_recipes: Mapping[str, str]
+) -> Iterator[tuple[FieldPath, str]]:
+    """The error of a list of recipes, if there is one."""
     try:
-        expanded(names, own)
+        expand_recipes(names, study_recipes)
     except InputError as error:
-        yield where, str(error)
+        yield path, str(error)
 
 
-def _one_budget(where: Where, budget: Budget) -> Iterator[tuple[Where, str]]:
-    given = [name for name, value in budget if value is not None]
-    if len(given) != 1:
-        yield where, f"give one of epochs, pairs and minutes (got {', '.join(given) or 'none'})"
+def _budget_errors(path: FieldPath, budget: Budget) -> Iterator[tuple[FieldPath, str]]:
+    """An error if a budget has no unit or several."""
+    set_fields = [name for name, value in budget if value is not None]
+    if len(set_fields) != 1:
+        yield path, f"give one of epochs, pairs and minutes (got {', '.join(set_fields) or 'none'})"
 
 
-def _rooted(study: Study, roots: Sequence[str]) -> Study:
-    """The study with other roots."""
+def _with_roots(study: Study, roots: Sequence[str]) -> Study:
+    """The study with the data folders of the command line."""
     datasets = dict(study.datasets)
-    for given in roots:
-        name, sign, root = given.partition("=")
-        if not sign or not root:
-            raise InputError(f"--root {given}: write NAME=DIR, such as slake=data/slake.")
+    for option in roots:
+        name, equals, root = option.partition("=")
+        if not equals or not root:
+            raise InputError(f"--root {option}: write NAME=DIR, such as slake=data/slake.")
         if name not in datasets:
             raise InputError(
-                f"--root {given}: the study has no data set '{name}'{did_you_mean(name, datasets) or '.'} "
+                f"--root {option}: the study has no data set '{name}'{did_you_mean(name, datasets) or '.'} "
                 f"It has {', '.join(datasets)}."
             )
         datasets[name] = datasets[name].model_copy(update={"root": Path(root)})

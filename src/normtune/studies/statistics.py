@@ -1,4 +1,4 @@
-"""Means over seeds, and paired tests of recipes, from the rows of a study."""
+"""Statistics over a study's rows: means over seeds, and paired tests between recipes."""
 
 from __future__ import annotations
 
@@ -7,27 +7,30 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from normtune.evaluation.compare import metric_rows, read_runs
-from normtune.metrics.statistics import holm, mean_over_seeds
-from normtune.metrics.sum_metrics import SumMetric, paired
+from normtune.evaluation.compare import compute_metrics, read_runs
+from normtune.metrics.statistics import holm_correction, mean_over_seeds
+from normtune.metrics.sum_metrics import SumMetric, paired_difference
 from normtune.studies.spec import SEARCH, Study
 
 Row = dict[str, Any]
 Tables = Mapping[str, list[Row]]
+EvaluationRows = tuple[dict[str, SumMetric], dict[str, tuple[str, ...]]]  # metrics by name, images by row id
+# The metrics that are tested if the study's file lists none.
 TESTED = ("closed_label", "open_exact", "global_exact", "bleu_4/none", "rouge_l/none", "cider_d/none")
-REFERENCES = (
-    "ln",
-    "full",
-)  # the first that a grid has is what others are held against, where the file names none
+# The reference recipe if the study's file names none: the first of these that a grid has.
+REFERENCES = ("ln", "full")
 
 
-def rate_words(rates: Mapping[str, float]) -> str:
-    """`ln 0.03`, `full 0.0003, ln 0.03`."""
+def format_rates(rates: Mapping[str, float]) -> str:
+    """Learning rates as text: `ln 0.03`, or `full 0.0003, ln 0.03` for several methods."""
     return ", ".join(f"{method} {rate:g}" for method, rate in sorted(rates.items()))
 
 
-def over_seeds(tables: Tables) -> list[Row]:
-    """Mean, interval and range of each metric over the seeds of otherwise equal cells."""
+def aggregate_seeds(tables: Tables) -> list[Row]:
+    """Mean, 95% interval and range of each metric over cells that differ only in their seed.
+
+    The interval is Student's t; with one seed it is that run's own interval.
+    """
     cells = {cell["key"]: cell for cell in tables["cells"]}
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in tables["metrics"]:
@@ -36,17 +39,17 @@ def over_seeds(tables: Tables) -> list[Row]:
             if grid == SEARCH or row["role"] == "validate":
                 continue
             group = (grid, *(cell[name] for name in ("model", "trained_on", "share", "recipe")))
-            where = (rate_words(cell["rates"]), row["dataset"], row["role"], row["metric"])
-            groups.setdefault((*group, *where), []).append(row)
+            measured = (format_rates(cell["rates"]), row["dataset"], row["role"], row["metric"])
+            groups.setdefault((*group, *measured), []).append(row)
     names = ("grid", "model", "trained_on", "share", "recipe", "rate", "dataset", "role", "metric")
-    found = []
+    aggregated = []
     for group, rows in groups.items():
         values = [row["value"] for row in rows]
         if len(values) > 1:
             interval = asdict(mean_over_seeds(values))
         else:
             interval = {end: rows[0][end] for end in ("value", "low", "high")}
-        found.append(
+        aggregated.append(
             {
                 **dict(zip(names, group, strict=True)),
                 "seeds": len(values),
@@ -57,14 +60,18 @@ def over_seeds(tables: Tables) -> list[Row]:
                 "most": max(values),
             }
         )
-    return found
+    return aggregated
 
 
 def paired_tests(study: Study, tables: Tables, out: Path) -> list[Row]:
-    """Every recipe against one, on the same rows: the rows of all common seeds together, paired by image.
+    """Test every recipe against the reference recipe of its grid, on the same rows, paired by image.
 
-    Recipes that a grid tries at several learning rates are left out: which one should stand for them is a
-    choice that the test split must not make.
+    The rows of all seeds that both recipes have are tested together. A recipe that a grid tries at several
+    learning rates is left out: one of its rates would have to be selected, and the test split must not be
+    used for that.
+
+    Returns:
+        The rows of the table `tests`; p-values are corrected over the recipes of a group (Holm).
     """
     cells = {cell["key"]: cell for cell in tables["cells"]}
     groups: dict[tuple[Any, ...], dict[str, dict[int | None, list[Path]]]] = {}
@@ -77,83 +84,89 @@ def paired_tests(study: Study, tables: Tables, out: Path) -> list[Row]:
             if cell["trained_on"] is None:
                 frozen[grid, cell["model"], row["dataset"]] = out / row["folder"]
                 continue
-            where = (grid, cell["model"], cell["trained_on"], cell["share"], row["dataset"], row["role"])
-            runs = groups.setdefault(where, {}).setdefault(cell["recipe"], {})
+            group = (grid, cell["model"], cell["trained_on"], cell["share"], row["dataset"], row["role"])
+            runs = groups.setdefault(group, {}).setdefault(cell["recipe"], {})
             runs.setdefault(cell["seed"], []).append(out / row["folder"])
-    read = _Read(study.compare.metrics or TESTED)
-    found: list[Row] = []
-    for where, recipes in groups.items():
-        single = {
-            recipe: {seed: folders[0] for seed, folders in runs.items()}
+    reader = _EvaluationReader(study.compare.metrics or TESTED)
+    tests: list[Row] = []
+    for group, recipes in groups.items():
+        # the folder of each seed, for recipes that are tried at a single rate
+        single_rate = {
+            recipe: {seed: rate_folders[0] for seed, rate_folders in runs.items()}
             for recipe, runs in recipes.items()
-            if all(len(folders) == 1 for folders in runs.values())
+            if all(len(rate_folders) == 1 for rate_folders in runs.values())
         }
-        against = study.compare.against or next((one for one in REFERENCES if one in single), None)
-        if against not in single:
+        against = study.compare.against or next((recipe for recipe in REFERENCES if recipe in single_rate), None)
+        if against not in single_rate:
             continue
-        if (base := frozen.get((where[0], where[1], where[4]))) is not None:
-            single["frozen"] = dict.fromkeys(single[against], base)
-        found += _tested(read, where, against, single)
-    return found
+        if (base_folder := frozen.get((group[0], group[1], group[4]))) is not None:
+            # the base has no seeds: its one evaluation is paired with each seed of the reference
+            single_rate["frozen"] = dict.fromkeys(single_rate[against], base_folder)
+        tests += _test_recipes(reader, group, against, single_rate)
+    return tests
 
 
-def _tested(
-    read: _Read, where: tuple[Any, ...], against: str, recipes: Mapping[str, Mapping[int | None, Path]]
+def _test_recipes(
+    reader: _EvaluationReader, group: tuple[Any, ...], against: str, recipes: Mapping[str, Mapping[int | None, Path]]
 ) -> Iterator[Row]:
-    """The tests of one grid, model and pair of data sets, corrected metric by metric."""
+    """The tests within one grid, model and pair of data sets; p-values are corrected for each metric."""
     names = ("grid", "model", "trained_on", "share", "dataset", "role")
     rows: list[Row] = []
     for recipe, runs in recipes.items():
         seeds = [seed for seed in runs if seed in recipes[against]]
         if recipe == against or not seeds:
             continue
-        first, cluster = read.together([recipes[against][seed] for seed in seeds])
-        second, _ = read.together([runs[seed] for seed in seeds])
-        for metric in first:
+        reference_metrics, clusters = reader.read_seeds([recipes[against][seed] for seed in seeds])
+        recipe_metrics, _ = reader.read_seeds([runs[seed] for seed in seeds])
+        for metric in reference_metrics:
             rows.append(
                 {
-                    **dict(zip(names, where, strict=True)),
+                    **dict(zip(names, group, strict=True)),
                     "metric": metric,
                     "recipe": recipe,
                     "against": against,
                     "seeds": len(seeds),
-                    **asdict(paired(first[metric], second[metric], cluster)),
+                    **asdict(paired_difference(reference_metrics[metric], recipe_metrics[metric], clusters)),
                 }
             )
     for metric in dict.fromkeys(row["metric"] for row in rows):
-        own = [row for row in rows if row["metric"] == metric]
-        corrected = holm({row["recipe"]: row["p"] for row in own})
-        for row in own:
+        tests = [row for row in rows if row["metric"] == metric]
+        corrected = holm_correction({row["recipe"]: row["p"] for row in tests})
+        for row in tests:
             row["p_holm"] = corrected[row["recipe"]]
     yield from rows
 
 
-class _Read:
-    """Evaluations row by row, each read once."""
+class _EvaluationReader:
+    """Reads evaluations row by row, each file once."""
 
     def __init__(self, metrics: Sequence[str]) -> None:
         self.metrics = metrics
-        self._held: dict[Path, tuple[dict[str, SumMetric], dict[str, tuple[str, ...]]]] = {}
+        self._cache: dict[Path, EvaluationRows] = {}
 
-    def together(self, folders: Sequence[Path]) -> tuple[dict[str, SumMetric], dict[str, tuple[str, ...]]]:
-        """The metrics of several seeds' rows as one, and each row's images: the clusters, of all seeds."""
-        every = [self._one(folder) for folder in folders]
-        summed = {}
-        for metric in every[0][0]:
-            rows = {
+    def read_seeds(self, run_folders: Sequence[Path]) -> EvaluationRows:
+        """The rows of several seeds as one set of rows.
+
+        Returns:
+            Each metric with the rows of all seeds, and the images of each row. Tests resample by image, so an
+            image's rows of all seeds are one cluster.
+        """
+        runs = [self._read_one(folder) for folder in run_folders]
+        joined = {}
+        for metric in runs[0][0]:
+            rows = {  # a row id is unique within its seed only
                 f"{seed} {id}": values
-                for seed, (metrics, _) in enumerate(every)
-                for id, values in metrics[metric].rows.items()
+                for seed, (metrics, _) in enumerate(runs)
+                for id, values in metrics[metric].row_statistics.items()
             }
-            summed[metric] = SumMetric(rows, every[0][0][metric].value)
-        cluster = {
-            f"{seed} {id}": images for seed, (_, held) in enumerate(every) for id, images in held.items()
-        }
-        return summed, cluster
+            joined[metric] = SumMetric(rows, runs[0][0][metric].from_sums)
+        clusters = {f"{seed} {id}": names for seed, (_, images) in enumerate(runs) for id, names in images.items()}
+        return joined, clusters
 
-    def _one(self, folder: Path) -> tuple[dict[str, SumMetric], dict[str, tuple[str, ...]]]:
-        if folder not in self._held:
+    def _read_one(self, folder: Path) -> EvaluationRows:
+        """The metrics of one evaluation, and the images of each of its rows."""
+        if folder not in self._cache:
             (run,) = read_runs([folder])
-            metrics = {name: one for name, one in metric_rows(run).items() if name in self.metrics}
-            self._held[folder] = metrics, {example.id: example.images for example in run.examples}
-        return self._held[folder]
+            metrics = {name: metric for name, metric in compute_metrics(run).items() if name in self.metrics}
+            self._cache[folder] = metrics, {example.id: example.images for example in run.examples}
+        return self._cache[folder]

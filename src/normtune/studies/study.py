@@ -1,4 +1,4 @@
-"""What `normtune study` does: run what is missing, then write the tables and the page."""
+"""What `normtune study` does: run the unfinished cells, then write the tables and the page."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from normtune.errors import InputError
-from normtune.studies.console import Bars, summary_text
+from normtune.studies.console import ProgressBars, format_summary
 from normtune.studies.page.page import write_study_report
 from normtune.studies.results import write_tables
 from normtune.studies.run import run_study, study_status
@@ -25,10 +25,15 @@ def run_study_and_report(
     report_only: bool = False,
     examples: bool = False,
 ) -> tuple[dict[str, Any], str]:
-    """Run a study, write its tables and its page; returns the summary, and it with the files for people.
+    """Run a study and write its tables and its page.
 
-    With `report_only` nothing is run: the tables and the page are those of what is there. With `examples` the
-    page shows some images and answers of data sets whose licence lets one pass them on.
+    Args:
+        report_only: run nothing; write the tables and the page of the cells that are finished.
+        examples: show some images and answers on the page, of data sets with a licence that permits it.
+        quiet: show no progress bars.
+
+    Returns:
+        The summary with the paths of the files, and the text to print.
 
     Raises:
         InputError: see `run_study` and `write_tables`.
@@ -36,15 +41,13 @@ def run_study_and_report(
     if report_only:
         summary = study_status(study, out)
         if not summary.done:
-            raise InputError(
-                f"{out} holds no finished cell of this study. Leave --report-only out to run it."
-            )
+            raise InputError(f"{out} has no finished cell of this study. Run it without --report-only first.")
     else:
-        with nullcontext() if quiet else Bars() as bars:
-            summary = run_study(study, out, workers=workers, on=on, show=bars)
+        with nullcontext() if quiet else ProgressBars() as bars:
+            summary = run_study(study, out, workers=workers, on=on, listener=bars)
     tables = write_tables(study, out)
     roots = {name: data.root for name, data in study.datasets.items()} if examples else None
     tables.append(write_study_report(out, examples=roots))
-    return {**asdict(summary), "out": str(out), "tables": [str(path) for path in tables]}, summary_text(
+    return {**asdict(summary), "out": str(out), "tables": [str(path) for path in tables]}, format_summary(
         summary, tables
     )

@@ -1,4 +1,4 @@
-"""How many cells fit side by side: the planner's word on the dearest of them, and what is free."""
+"""How many cells can run at once: the planned memory of the largest cells against the free memory."""
 
 from __future__ import annotations
 
@@ -7,51 +7,53 @@ from collections.abc import Sequence
 from normtune.errors import InputError
 from normtune.studies.cell import with_absolute_paths
 from normtune.studies.plan import Cell
-from normtune.training.inspection import inspection
+from normtune.training.inspection import inspect_model
 
-USABLE_SHARE = (
-    0.85  # share of the free memory that cells may take; evaluation and the C library take some too
-)
+# Share of the free memory that cells may use; evaluation and the C library need some too.
+USABLE_SHARE = 0.85
 
 
 def fitting_workers(cells: Sequence[Cell]) -> int:
-    """As many as there are cores, or as the free memory holds of the dearest cell; at least one.
+    """The number of cells to run at once, at least one.
 
-    Of each model and data set the recipe that trains most is planned. On CUDA the same device is shared.
+    It is the number of cores, or fewer if the free memory holds fewer of the largest cells. For each model
+    and data set, the recipe that trains most parameters is planned. On CUDA all cells share the same device.
     """
-    from normtune.runtime.worker_pool import cores
+    from normtune.runtime.worker_pool import count_cores
 
-    dearest: dict[tuple[str, str | None], tuple[int, Cell]] = {}
-    counted: dict[tuple[str, str], int] = {}
+    largest: dict[tuple[str, str | None], tuple[int, Cell]] = {}
+    trainable: dict[tuple[str, str], int] = {}
     for cell in cells:
         if cell.train is None:
             continue
-        of = (cell.model_path, cell.recipe_text)
-        if of not in counted:
-            counted[of] = _trainable(cell)
-        pair = (cell.model_path, cell.trained_on)
-        if pair not in dearest or counted[of] > dearest[pair][0]:
-            dearest[pair] = (counted[of], cell)
-    most = min(cores(), len(cells))
-    for _, cell in dearest.values():
-        most = min(most, _fit(cell, most))
-    return max(1, most)
+        recipe_key = (cell.model_path, cell.recipe_text)
+        if recipe_key not in trainable:
+            trainable[recipe_key] = _count_trainable(cell)
+        data_key = (cell.model_path, cell.trained_on)
+        if data_key not in largest or trainable[recipe_key] > largest[data_key][0]:
+            largest[data_key] = (trainable[recipe_key], cell)
+    workers = min(count_cores(), len(cells))
+    for _, cell in largest.values():
+        workers = min(workers, _count_fitting(cell, workers))
+    return max(1, workers)
 
 
-def _trainable(cell: Cell) -> int:
+def _count_trainable(cell: Cell) -> int:
+    """The number of parameters that the cell trains; 0 if its model or recipe is not valid."""
     try:
-        return int(inspection(cell.model_path, cell.recipe_text)["recipe"]["trainable"])
+        return int(inspect_model(cell.model_path, cell.recipe_text)["recipe"]["trainable"])
     except InputError:
-        return 0  # the cell will say why
+        return 0  # the run of the cell reports the error
 
 
-def _fit(cell: Cell, most: int) -> int:
-    from normtune.training.memory_plan.plan import plan
+def _count_fitting(cell: Cell, limit: int) -> int:
+    """How many cells like this one fit into the free memory; `limit` if that is unknown."""
+    from normtune.training.memory_plan.plan import plan_memory
 
     train = with_absolute_paths(cell).train
     assert train is not None
     try:
-        found = plan(train)
+        plan = plan_memory(train)
     except InputError:
-        return most
-    return most if found.free is None else int(USABLE_SHARE * found.free // found.requested.total)
+        return limit
+    return limit if plan.free is None else int(USABLE_SHARE * plan.free // plan.requested.total)

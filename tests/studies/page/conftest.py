@@ -11,5 +11,5 @@ from tests.support.browser import CHROMIUM, Browser
 def browser() -> Iterator[Browser]:
     if CHROMIUM is None:
         pytest.skip("chromium is not installed")
-    with Browser() as found:
-        yield found
+    with Browser() as opened:
+        yield opened

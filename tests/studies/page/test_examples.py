@@ -8,49 +8,42 @@ import pytest
 
 from normtune.data.registry import open_dataset
 from normtune.evaluation.results import split_hash
-from normtune.studies.page.page import study_report
+from normtune.studies.page.page import render_study_report
 from tests.support.browser import Browser
 
 
-def study(folder: Path, licence: str, answer: str = "an answer <made up>") -> dict[str, Any]:
-    """A frozen base evaluated on four phantoms, with predictions on disk."""
+def write_study(folder: Path, licence: str, answer: str = "an answer <made up>") -> dict[str, Any]:
+    """Write the evaluation of a frozen base on two phantom images; return the study's results."""
     examples = open_dataset("phantom-a:1/0/2").split("test")
-    where = folder / "cells" / "k" / "evaluations" / "x"
-    where.mkdir(parents=True)
+    target = folder / "cells" / "k" / "evaluations" / "x"
+    target.mkdir(parents=True)
     rows = [
         {
-            "id": one.id, "images": list(one.images), "kind": one.kind, "question": one.question,
-            "reference": one.answer, "prediction": answer,
+            "id": example.id, "images": list(example.images), "kind": example.kind,
+            "question": example.question, "reference": example.answer, "prediction": answer,
         }
-        for one in examples
+        for example in examples
     ]  # fmt: skip
-    (where / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    metrics = {"licence": licence, "split_hash": split_hash([one.id for one in examples])}
-    (where / "metrics.json").write_text(json.dumps(metrics))
+    (target / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metrics = {"licence": licence, "split_hash": split_hash([example.id for example in examples])}
+    (target / "metrics.json").write_text(json.dumps(metrics))
     evaluation = {
         "key": "k", "dataset": "a", "role": "zero-shot", "task": "vqa", "split": "test", "rows": len(rows),
         "images": 2, "folder": "cells/k/evaluations/x",
     }  # fmt: skip
-    cell = {
-        "key": "k",
-        "status": "done",
-        "grids": ["main"],
-        "model": "nano",
-        "recipe": "frozen",
-        "trained_on": None,
-    }
+    cell = {"key": "k", "status": "done", "grids": ["main"], "model": "nano", "recipe": "frozen", "trained_on": None}
     spec = {"datasets": {"a": {"data": "phantom-a:1/0/2", "test_split": "test"}}}
     return {"study": "s", "spec": spec, "cells": [cell], "evaluations": [evaluation]}
 
 
-def test_no_example_is_shown_unless_asked_for(tmp_path: Path) -> None:
-    page = study_report(study(tmp_path, "Apache-2.0 (synthetic)"), tmp_path)
+def test_examples_are_shown_only_if_requested(tmp_path: Path) -> None:
+    page = render_study_report(write_study(tmp_path, "Apache-2.0 (synthetic)"), tmp_path)
     assert "<img" not in page and "made up" not in page
     assert "Apache-2.0 (synthetic)" in page
 
 
-def test_examples_of_phantoms_hold_image_question_and_answers(tmp_path: Path) -> None:
-    page = study_report(study(tmp_path, "Apache-2.0 (synthetic)"), tmp_path, examples={})
+def test_examples_show_image_and_answers(tmp_path: Path) -> None:
+    page = render_study_report(write_study(tmp_path, "Apache-2.0 (synthetic)"), tmp_path, examples={})
     assert page.count('<img src="data:image/png;base64,') == 6
     assert page.count("an answer &lt;made up&gt;") == 6
 
@@ -64,14 +57,14 @@ def test_examples_of_phantoms_hold_image_question_and_answers(tmp_path: Path) ->
         "PhysioNet Credentialed Health Data License",
     ],
 )
-def test_examples_of_data_that_may_not_be_passed_on_are_never_shown(tmp_path: Path, licence: str) -> None:
-    page = study_report(study(tmp_path, licence), tmp_path, examples={})
+def test_examples_without_an_open_licence_are_never_shown(tmp_path: Path, licence: str) -> None:
+    page = render_study_report(write_study(tmp_path, licence), tmp_path, examples={})
     assert "<img" not in page and "made up" not in page
     assert f"Not shown: its licence is {licence}." in page
 
 
-def test_a_long_answer_stays_within_a_phone(browser: Browser, tmp_path: Path) -> None:
-    results = study(tmp_path, "Apache-2.0 (synthetic)", "normal chest " * 40)
-    (tmp_path / "report.html").write_text(study_report(results, tmp_path, examples={}), encoding="utf-8")
+def test_a_long_answer_fits_a_phone(browser: Browser, tmp_path: Path) -> None:
+    results = write_study(tmp_path, "Apache-2.0 (synthetic)", "normal chest " * 40)
+    (tmp_path / "report.html").write_text(render_study_report(results, tmp_path, examples={}), encoding="utf-8")
     browser.open(tmp_path / "report.html", 390)
-    assert browser.ask("document.documentElement.scrollWidth") == 390
+    assert browser.evaluate("document.documentElement.scrollWidth") == 390

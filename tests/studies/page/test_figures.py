@@ -4,84 +4,73 @@ import pytest
 
 from normtune.studies.page import figures
 from normtune.studies.page.charts import Point
-from normtune.studies.page.figures import binned_means, foremost_named
-from normtune.studies.page.norm_maps import heat_maps, place
+from normtune.studies.page.figures import binned_means, label_pareto_front
+from normtune.studies.page.norm_maps import heat_maps, map_cell
 from normtune.studies.page.results import Results
-from tests.support.study_results import made_results
+from tests.support.study_results import fake_results
 
 
 @pytest.fixture(scope="module")
 def study() -> Results:
-    return Results(made_results(recipes=["frozen", "ln", "full"], losses=20))
+    return Results(fake_results(recipes=["frozen", "ln", "full"], losses=20))
 
 
-def test_bins_of_a_loss_curve_hold_all_runs() -> None:
+def test_bins_of_a_loss_curve_include_all_runs() -> None:
     assert binned_means([[(1, 4.0), (60, 1.0)], [(1, 2.0), (60, float("nan"))]]) == [(1.0, 3.0), (60.0, 1.0)]
     assert len(binned_means([[(step, 1.0) for step in range(1, 1000)]])) == figures.BINS
     assert binned_means([]) == []
 
 
-def test_every_trained_recipe_is_a_mark_of_the_scatter(study: Results) -> None:
+def test_every_trained_recipe_is_a_mark_in_the_scatter_plot(study: Results) -> None:
     panels = list(figures.against_share(study))
     assert panels[0].title == "nano trained on slake"
     assert [row[0] for row in panels[0].rows] == ["ln", "full"]
     assert panels[0].chart.count("interval") == 2
 
 
-def test_of_many_marks_those_are_named_that_none_beats_with_less() -> None:
+def test_only_the_pareto_front_and_the_reference_are_labelled() -> None:
     marks = [
         Point(name, "ln", x, y, y, y, "")
         for name, x, y in (
             ("cheap", 1, 0.2),
             ("worse", 2, 0.1),
-            ("held", 3, 0.15),
+            ("reference", 3, 0.15),
             ("best", 4, 0.5),
-            ("dear", 5, 0.5),
+            ("expensive", 5, 0.5),
         )
     ]
-    named = [point.name for point in foremost_named(marks, "held") if point.named]
-    assert named == ["cheap", "held", "best", "dear"]
+    labelled = [point.name for point in label_pareto_front(marks, "reference") if point.labelled]
+    assert labelled == ["cheap", "reference", "best", "expensive"]
 
 
-def test_data_sets_that_no_other_was_trained_for_have_no_transfer_plot(study: Results) -> None:
-    asked = [panel.title for panel in figures.transfer(study)]
-    assert asked == ["nano asked about slake", "nano asked about vqa-rad"]
+def test_transfer_needs_models_trained_on_another_data_set(study: Results) -> None:
+    titles = [panel.title for panel in figures.transfer(study)]
+    assert titles == ["nano evaluated on slake", "nano evaluated on vqa-rad"]
 
 
-def test_the_rate_that_the_search_gave_is_the_solid_one() -> None:
-    made = made_results(recipes=["frozen", "ln", "full"], losses=2)
+def test_the_chosen_rate_is_highlighted() -> None:
+    made = fake_results(recipes=["frozen", "ln", "full"], losses=2)
     for cell in made["cells"]:
         if cell["recipe"] == "ln" and cell["rate_source"] == "search":
             cell["rates"] = {"ln": 0.03 * (1 / 3)}  # not the best trial
     (panel,) = figures.rate_curves(Results(made))
-    assert [row[1] for row in panel.rows if row[0] == "ln" and row[3] == "taken"] == ["0.01"]
+    assert [row[1] for row in panel.rows if row[0] == "ln" and row[3] == "chosen"] == ["0.01"]
     best = max((row for row in panel.rows if row[0] == "full"), key=lambda row: float(row[2].split()[0]))
-    assert [row for row in panel.rows if row[0] == "full" and row[3] == "taken"] == [best]
+    assert [row for row in panel.rows if row[0] == "full" and row[3] == "chosen"] == [best]
 
 
 def test_forgetting_is_the_mean_of_the_seeds(study: Results) -> None:
     panel = next(iter(figures.forgetting(study)))
-    keys = {
-        c["key"]
-        for c in study.cells
-        if (c["grids"], c["recipe"], c["trained_on"]) == (["methods"], "ln", "slake")
-    }
+    keys = {c["key"] for c in study.cells if (c["grids"], c["recipe"], c["trained_on"]) == (["methods"], "ln", "slake")}
     keys &= {c["key"] for c in study.cells if c["model"] == "nano"}
-    lost = [
-        r["forgotten"]
-        for r in study.tables["forgetting"]
-        if r["key"] in keys and r["metric"] == "global_exact"
-    ]
+    lost = [r["forgotten"] for r in study.tables["forgetting"] if r["key"] in keys and r["metric"] == "global_exact"]
     assert len(lost) == 3
     assert panel.rows[0][0] == "ln" and panel.rows[0][1].startswith(f"{100 * sum(lost) / 3:+.1f} [")
 
 
 def test_a_heat_map_has_a_cell_for_each_norm(study: Results) -> None:
     arm, panels = next(iter(heat_maps(study)))
-    assert [panel.title for panel in panels] == [
-        "gains, % of its start",
-        "biases, root mean square of the step",
-    ]
+    assert [panel.title for panel in panels] == ["gains, % of its start", "biases, root mean square of the step"]
     keys = {cell["key"] for cell in arm.cells}
     norms = {row["name"] for row in study.tables["norms"] if row["key"] in keys and row["kind"] == "gain"}
     assert len(panels[0].rows) == len(norms)
@@ -91,19 +80,12 @@ def test_a_heat_map_has_a_cell_for_each_norm(study: Results) -> None:
     ("name", "layer", "row"),
     [
         ("visual_encoder.blocks.3.norm1.weight", 3, "part: before attention"),
-        (
-            "text_decoder.bert.encoder.layer.1.crossattention.output.LayerNorm.bias",
-            1,
-            "part: cross-attention",
-        ),
+        ("text_decoder.bert.encoder.layer.1.crossattention.output.LayerNorm.bias", 1, "part: cross-attention"),
         ("text_encoder.encoder.layer.0.output.LayerNorm.weight", 0, "part: feed-forward"),
         ("text_decoder.cls.predictions.transform.LayerNorm.weight", None, "part: head"),
         ("visual_encoder.norm.weight", None, "part: last"),
         ("model.language_model.layers.7.self_attn.q_norm.weight", 7, "part: self_attn.q_norm"),
     ],
 )
-def test_norms_are_named_as_people_say_them(name: str, layer: int | None, row: str) -> None:
-    assert place({"name": name, "layer": layer, "part": "part"}) == (
-        row,
-        "other" if layer is None else str(layer),
-    )
+def test_norms_have_plain_names(name: str, layer: int | None, row: str) -> None:
+    assert map_cell({"name": name, "layer": layer, "part": "part"}) == (row, "other" if layer is None else str(layer))

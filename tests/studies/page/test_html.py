@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from normtune.studies.page.html import Html, joined, tag
+from normtune.studies.page.html import Html, join_children, tag
 
 
 def test_text_and_attributes_are_escaped_once() -> None:
@@ -10,15 +10,15 @@ def test_text_and_attributes_are_escaped_once() -> None:
     )
 
 
-def test_void_elements_have_no_end_and_absent_attributes_are_left_out() -> None:
+def test_void_elements_have_no_end_tag_and_none_attributes_are_left_out() -> None:
     assert tag("input", type="radio", checked=True, disabled=False, id=None) == '<input type="radio" checked>'
 
 
-def test_names_of_attributes_are_written_as_html_has_them() -> None:
+def test_attribute_names_are_written_as_in_html() -> None:
     assert tag("line", class_="grid", stroke_width=1.5, x1=2.0) == (
         '<line class="grid" stroke-width="1.5" x1="2"></line>'
     )
 
 
-def test_none_among_the_children_is_left_out() -> None:
-    assert joined([None, "a", Html("<br>"), None]) == "a<br>"
+def test_none_children_are_left_out() -> None:
+    assert join_children([None, "a", Html("<br>"), None]) == "a<br>"

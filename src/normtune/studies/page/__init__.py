@@ -1,1 +1,1 @@
-"""The HTML report page of a study."""
+"""The page of a study, `report.html`."""

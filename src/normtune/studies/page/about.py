@@ -1,4 +1,4 @@
-"""What a study's page says of the study itself: what ran, where, on which data, and how numbers were made."""
+"""The page's sections on the study itself: what was run, where, on which data, with which methods."""
 
 from __future__ import annotations
 
@@ -8,103 +8,101 @@ from pathlib import Path
 from normtune.adapters.info import NOTICE
 from normtune.runtime.files import read_json
 from normtune.studies.page.html import Child, tag
-from normtune.studies.page.number_format import duration, memory, several
-from normtune.studies.page.results import Record, Results, values_of
-from normtune.studies.page.tables import boxed
+from normtune.studies.page.number_format import format_bytes, format_duration, join_names
+from normtune.studies.page.results import Record, Results, distinct_values
+from normtune.studies.page.tables import scroll_box
 
 
 def facts(study: Results) -> list[Child]:
-    """What was run, when, on what, by which versions."""
+    """The list of what was run: cells, models, recipes, data, seeds, time, hardware and versions."""
     cells = study.cells
-    count = {
-        state: sum(cell.get("status") == state for cell in cells) for state in ("done", "failed", "missing")
-    }
-    trained = [cell for cell in study.done.values() if cell.get("trained_on") is not None]
-    states = [f"{number} {state}" for state, number in count.items() if number or state == "done"]
+    counts = {state: sum(cell.get("status") == state for cell in cells) for state in ("done", "failed", "missing")}
+    trained = [cell for cell in study.finished.values() if cell.get("trained_on") is not None]
+    states = [f"{number} {state}" for state, number in counts.items() if number or state == "done"]
     dates = sorted(str(cell[end])[:10] for cell in cells for end in ("started", "finished") if cell.get(end))
     days = " to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else ""
-    versions = [f"{name} {value}" for name, value in _merged(cells, "versions")]
+    versions = [f"{name} {value}" for name, value in _merge_column(cells, "versions")]
+    seconds = sum(cell.get("train_seconds") or 0 for cell in trained)
     seeds = sorted({cell["seed"] for cell in trained if cell.get("seed") is not None})
-    pairs: list[tuple[str, str]] = [
-        ("cells", f"{several(states)} (a cell is one training with its evaluations)"),
-        ("models", several(values_of(cells, "model"))),
-        ("recipes", several(values_of(cells, "recipe"))),
-        ("trained on", several(values_of(cells, "trained_on"))),
-        ("evaluated on", several(values_of(study.tables["evaluations"], "dataset"))),
-        ("seeds", several([str(seed) for seed in seeds])),
-        ("training time", f"{duration(sum(cell.get('train_seconds') or 0 for cell in trained))} in all"),
+    entries: list[tuple[str, str]] = [
+        ("cells", f"{join_names(states)} (a cell is one training with its evaluations)"),
+        ("models", join_names(distinct_values(cells, "model"))),
+        ("recipes", join_names(distinct_values(cells, "recipe"))),
+        ("trained on", join_names(distinct_values(cells, "trained_on"))),
+        ("evaluated on", join_names(distinct_values(study.tables["evaluations"], "dataset"))),
+        ("seeds", join_names([str(seed) for seed in seeds])),
+        ("training time", f"{format_duration(seconds)} in all"),
         ("date", days),
-        ("hardware", "; ".join(_machines(cells))),
+        ("hardware", "; ".join(_format_machines(cells))),
         ("versions", ", ".join(versions)),
-        (
+        (  # a commit with uncommitted changes ends with +
             "commit",
-            several([str(one)[:12] + "+" * str(one).endswith("+") for one in values_of(cells, "commit")]),
+            join_names([commit[:12] + "+" * commit.endswith("+") for commit in distinct_values(cells, "commit")]),
         ),
-        ("bases", several(_bases(cells))),
+        ("bases", join_names(_format_bases(cells))),
     ]
     return [
         tag(
             "dl",
             *(
                 tag(kind, text)
-                for f in pairs
-                if f[1] not in ("", "none")
-                for kind, text in zip(("dt", "dd"), f, strict=True)
+                for pair in entries
+                if pair[1] not in ("", "none")
+                for kind, text in zip(("dt", "dd"), pair, strict=True)
             ),
             class_="facts",
         )
     ]
 
 
-def _merged(cells: Iterable[Record], column: str) -> Iterator[tuple[str, str]]:
-    """Each key of a JSON column with all its values."""
-    found: dict[str, dict[str, None]] = {}
+def _merge_column(cells: Iterable[Record], column: str) -> Iterator[tuple[str, str]]:
+    """Each key of a JSON column with all of its values over the cells."""
+    values_of: dict[str, dict[str, None]] = {}
     for cell in cells:
         value = cell.get(column)
         if isinstance(value, Mapping):
-            for name, one in value.items():
-                found.setdefault(name, {})[str(one)] = None
-    for name, values in found.items():
-        yield name, several(list(values))
+            for name, entry in value.items():
+                values_of.setdefault(name, {})[str(entry)] = None
+    for name, values in values_of.items():
+        yield name, join_names(list(values))
 
 
-def _machines(cells: Iterable[Record]) -> list[str]:
-    """Each different machine in words."""
-    found: dict[str, None] = {}
+def _format_machines(cells: Iterable[Record]) -> list[str]:
+    """The hardware of each different machine as text."""
+    machines: dict[str, None] = {}
     for cell in cells:
         value = cell.get("hardware")
         if isinstance(value, Mapping):
             parts = [
-                memory(float(one)) + " " + name.replace("_bytes", "").replace("_", " ")
-                if name.endswith("_bytes") and one
-                else f"{one} {name.removesuffix('s') if one == 1 else name}"
-                if isinstance(one, int) and not isinstance(one, bool)
-                else str(one)
-                for name, one in value.items()
-                if one not in (None, "", [], False)
+                format_bytes(float(field)) + " " + name.replace("_bytes", "").replace("_", " ")
+                if name.endswith("_bytes") and field
+                else f"{field} {name.removesuffix('s') if field == 1 else name}"
+                if isinstance(field, int) and not isinstance(field, bool)
+                else str(field)
+                for name, field in value.items()
+                if field not in (None, "", [], False)
             ]
-            found[", ".join(parts)] = None
+            machines[", ".join(parts)] = None
         elif value:
-            found[str(value)] = None
-    return list(found)
+            machines[str(value)] = None
+    return list(machines)
 
 
-def _bases(cells: Iterable[Record]) -> list[str]:
+def _format_bases(cells: Iterable[Record]) -> list[str]:
+    """Each model with the first digits of its base's fingerprint."""
     return list(
         dict.fromkeys(
-            f"{cell['model']} {str(cell['base_fingerprint'])[:12]}"
-            for cell in cells
-            if cell.get("base_fingerprint")
+            f"{cell['model']} {str(cell['base_fingerprint'])[:12]}" for cell in cells if cell.get("base_fingerprint")
         )
     )
 
 
 def terms(study: Results, folder: Path) -> list[Child]:
-    """Licences, the test splits, and how intervals and tests were made."""
-    found: dict[str, Record] = {}
+    """The data sets with their licences and test splits, and how intervals and tests are computed."""
+    first_rows: dict[str, Record] = {}
     for row in study.tables["evaluations"]:
         if row["role"] != "validate":
-            found.setdefault(row["dataset"], row)
+            first_rows.setdefault(row["dataset"], row)
     rows = [
         tag(
             "tr",
@@ -115,7 +113,7 @@ def terms(study: Results, folder: Path) -> list[Child]:
             tag("td", licence(study, folder, dataset)),
             tag("td", tag("code", str(row.get("split_hash") or "")[:12])),
         )
-        for dataset, row in found.items()
+        for dataset, row in first_rows.items()
     ]
     heads = [
         tag("th", head, scope="col", class_="number" if head in ("rows", "images") else None)
@@ -123,21 +121,22 @@ def terms(study: Results, folder: Path) -> list[Child]:
     ]
     table = tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *rows))
     return [
-        boxed(table, "data sets and licences") if rows else None,
+        scroll_box(table, "data sets and licences") if rows else None,
         tag(
             "p",
             "Means over seeds have Student's t intervals; a single run has a percentile bootstrap over "
             "images. Tests pair the answers of two recipes to the same questions and resample by image, all "
             "common seeds together; their p-values are corrected by Holm's method within a grid, model, pair "
             "of data sets and metric. Where a learning rate was searched, it was on the validation split, "
-            "never on the test split. An arrowhead at an interval's end says that it goes on past the axis.",
+            "never on the test split. An arrowhead at the end of an interval means that it continues beyond "
+            "the axis.",
         ),
         tag("p", notice()),
     ]
 
 
 def licence(study: Results, folder: Path, dataset: str) -> str:
-    """The licence that an evaluation of a data set has recorded."""
+    """The licence that an evaluation on the data set has recorded; `unknown` if there is none."""
     for row in study.tables["evaluations"]:
         path = folder / str(row.get("folder") or "") / "metrics.json"
         if row["dataset"] == dataset and row.get("folder") and path.is_file():
@@ -146,5 +145,5 @@ def licence(study: Results, folder: Path, dataset: str) -> str:
 
 
 def notice() -> str:
-    """That it is for research alone, as a sentence."""
+    """The notice that results are for research only, as a sentence."""
     return f"{NOTICE[0].upper()}{NOTICE[1:]}."

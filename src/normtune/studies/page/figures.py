@@ -1,4 +1,7 @@
-"""The figures of a study's page: which marks each chart holds. How they are drawn is in `charts`."""
+"""The figures of a study's page: which marks and numbers each chart shows. `charts` draws them.
+
+Each public generator yields the panels of one section; it yields none if the study has nothing to show there.
+"""
 
 from __future__ import annotations
 
@@ -13,33 +16,24 @@ from normtune.studies.page.axes import Axis
 from normtune.studies.page.charts import Dot, Level, Line, Point, Row
 from normtune.studies.page.html import Html
 from normtune.studies.page.number_format import (
-    duration,
-    fixed,
-    memory,
-    percent,
-    points,
-    share,
-    significant,
-    tick,
+    format_bytes,
+    format_duration,
+    format_fixed,
+    format_percent,
+    format_points,
+    format_share,
+    format_significant,
+    format_tick,
 )
-from normtune.studies.page.results import (
-    SEARCH,
-    Arm,
-    Estimate,
-    Record,
-    Results,
-    Setting,
-    is_fraction,
-    metric_name,
-)
+from normtune.studies.page.results import SEARCH, Arm, Estimate, Record, Results, Setting, is_fraction, metric_name
 
-BINS = 60  # points of a loss curve
-NAMED = 14  # of more marks in one chart only the foremost are named
+BINS = 60  # largest number of points of a loss curve
+MAX_LABELS = 14  # with more marks than this, a chart labels only the Pareto front
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart with what stands over it, and its numbers as a table: a header and rows."""
+    """A chart with its title, and its numbers as a table: a header and rows."""
 
     title: str
     chart: Html
@@ -47,295 +41,320 @@ class Panel:
     rows: tuple[tuple[str, ...], ...]
 
 
-def score(metric: str, value: float | None) -> str:
-    """A score as it is printed: of 100 where 1 is the most, else as it is."""
-    return percent(value) if is_fraction(metric) else fixed(value, 2)
+def format_score(metric: str, value: float | None) -> str:
+    """A score as text: times 100 if 1 is the highest possible score, unchanged otherwise."""
+    return format_percent(value) if is_fraction(metric) else format_fixed(value, 2)
 
 
-def score_interval(metric: str, found: Estimate) -> str:
-    """A score with the ends of its interval."""
-    return f"{score(metric, found.value)} [{score(metric, found.low)}, {score(metric, found.high)}]"
+def format_interval(metric: str, score: Estimate) -> str:
+    """A score and its interval as text: `value [low, high]`."""
+    value, low, high = (format_score(metric, end) for end in (score.value, score.low, score.high))
+    return f"{value} [{low}, {high}]"
 
 
-def score_axis(metric: str, dataset: str, where: str = "") -> Axis:
-    """The axis of a metric."""
-    bound = (0.0, 1.0) if is_fraction(metric) else (0.0, math.inf)
+def score_axis(metric: str, dataset: str, suffix: str = "") -> Axis:
+    """The axis for scores of a metric on a data set."""
+    bounds = (0.0, 1.0) if is_fraction(metric) else (0.0, math.inf)
     unit = " (%)" if is_fraction(metric) else ""
-    written = _hundredfold if is_fraction(metric) else tick
-    return Axis(f"{metric_name(metric)} on {dataset}{where}{unit}", written, least=0.02, bound=bound)
+    as_text = _times_100 if is_fraction(metric) else format_tick
+    return Axis(f"{metric_name(metric)} on {dataset}{suffix}{unit}", as_text, min_span=0.02, bounds=bounds)
 
 
-def _hundredfold(value: float) -> str:
-    return tick(round(100 * value, 9))
+def _times_100(value: float) -> str:
+    return format_tick(round(100 * value, 9))
 
 
 def _percent_tick(value: float) -> str:
-    return f"{_hundredfold(value)}%"
+    return f"{_times_100(value)}%"
 
 
 def against_share(results: Results) -> Iterator[Panel]:
-    """Score against the share of the parameters that is trained."""
+    """Scores against the trained share of the parameters."""
     axis = Axis("trained share of the parameters (log scale)", _percent_tick, log=True)
-    yield from _against(results, axis, lambda arm: arm.mean("trainable_share"), share, "trained share")
+    yield from _cost_panels(results, axis, lambda arm: arm.mean("trainable_share"), format_share, "trained share")
 
 
 def against_memory(results: Results) -> Iterator[Panel]:
-    """Score against the peak memory of training."""
-    axis = Axis("peak memory of training (GB)", lambda size: tick(round(size / 1e9, 9)))
-    yield from _against(results, axis, lambda arm: arm.mean("train_peak_bytes"), memory, "peak memory")
+    """Scores against the peak memory of training."""
+    axis = Axis("peak memory of training (GB)", lambda size: format_tick(round(size / 1e9, 9)))
+    yield from _cost_panels(results, axis, lambda arm: arm.mean("train_peak_bytes"), format_bytes, "peak memory")
 
 
-def _against(
-    results: Results, axis: Axis, of: Callable[[Arm], float | None], told: Callable[[float], str], column: str
+def _cost_panels(
+    results: Results,
+    x: Axis,
+    value_of: Callable[[Arm], float | None],
+    format_value: Callable[[float], str],
+    column: str,
 ) -> Iterator[Panel]:
+    """Scores on the data set that a recipe was trained on, against a cost of training.
+
+    Args:
+        x: the axis of the cost.
+        value_of: the cost of a recipe; a recipe without one is left out.
+        format_value: the cost as text.
+        column: the cost's heading in the table of numbers.
+    """
     for setting in results.settings():
         if results.is_curve(setting):
             continue
         for dataset in results.datasets(setting, "in"):
-            metric = results.primary(dataset)
-            found = [
-                (arm, at, one)
+            metric = results.primary_metric(dataset)
+            scores = [
+                (arm, value, score)
                 for arm in results.arms(setting)
-                if (at := of(arm)) and (one := results.estimate(arm, dataset, metric))
+                if (value := value_of(arm)) and (score := results.estimate(arm, dataset, metric))
             ]
-            if len(found) < 2:
+            if len(scores) < 2:
                 continue
-            drawn = [
+            marks = [
                 Point(
-                    arm.name, arm.family, at, one.value, one.low, one.high, _told(arm, metric, one, told(at))
+                    arm.name,
+                    arm.family,
+                    value,
+                    score.value,
+                    score.low,
+                    score.high,
+                    _point_tooltip(arm, metric, score, format_value(value)),
                 )
-                for arm, at, one in found
+                for arm, value, score in scores
             ]
-            if len(drawn) > NAMED:
-                drawn = foremost_named(drawn, results.reference(setting))
+            if len(marks) > MAX_LABELS:
+                marks = label_pareto_front(marks, results.reference_recipe(setting))
             y = score_axis(metric, dataset)
-            chart = charts.scatter(
-                f"{y.title} against {axis.title}: {setting.told}",
-                drawn,
-                axis,
+            chart = charts.draw_scatter(
+                f"{y.title} against {x.title}: {setting.description}",
+                marks,
+                x,
                 y,
-                _level(results, setting, dataset),
+                _base_level(results, setting, dataset),
             )
-            rows = tuple((arm.name, told(at), score_interval(metric, one)) for arm, at, one in found)
-            yield Panel(title(results, setting), chart, ("recipe", column, y.title), rows)
+            rows = tuple(
+                (arm.name, format_value(value), format_interval(metric, score)) for arm, value, score in scores
+            )
+            yield Panel(setting_title(results, setting), chart, ("recipe", column, y.title), rows)
 
 
-def foremost_named(points: Sequence[Point], reference: str | None) -> list[Point]:
-    """The points, named where no other has a higher `y` at no more `x`, or where it is the reference's."""
+def label_pareto_front(points: Sequence[Point], reference: str | None) -> list[Point]:
+    """Label only the points on the Pareto front, and the reference.
+
+    A point is on the front if no other point has a higher `y` at the same or a lower `x`.
+    """
     return [
         replace(
             point,
-            named=point.name == reference
-            or not any(other.x <= point.x and other.y > point.y for other in points),
+            labelled=point.name == reference or not any(other.x <= point.x and other.y > point.y for other in points),
         )
         for point in points
     ]
 
 
 def transfer(results: Results) -> Iterator[Panel]:
-    """In and out of distribution: each recipe trained on this data set (solid) and on others (hollow)."""
-    for grid, model, dataset in _evaluated(results):
-        metric = results.primary(dataset)
+    """Scores in and out of distribution: recipes trained on the data set (solid) or on another (outlined)."""
+    for grid, model, dataset in _evaluated_sets(results):
+        metric = results.primary_metric(dataset)
         settings = [s for s in results.settings() if (s.grid, s.model) == (grid, model)]
         rows: dict[str, tuple[str, list[Dot]]] = {}
         table = []
         for setting in sorted(settings, key=lambda s: s.trained_on != dataset):
-            for arm in results.full_data(setting):
-                if one := results.estimate(arm, dataset, metric):
-                    told = f"{arm.name}, trained on {setting.trained_on}: {score_interval(metric, one)}"
-                    dot = Dot(one.value, one.low, one.high, setting.trained_on != dataset, told)
+            for arm in results.full_data_arms(setting):
+                if score := results.estimate(arm, dataset, metric):
+                    interval = format_interval(metric, score)
+                    tooltip = f"{arm.name}, trained on {setting.trained_on}: {interval}"
+                    dot = Dot(score.value, score.low, score.high, setting.trained_on != dataset, tooltip)
                     rows.setdefault(arm.name, (arm.family, []))[1].append(dot)
-                    table.append((arm.name, setting.trained_on, score_interval(metric, one)))
-        if not any(dot.hollow for _, dots in rows.values() for dot in dots):
+                    table.append((arm.name, setting.trained_on, interval))
+        if not any(dot.outlined for _, dots in rows.values() for dot in dots):
             continue
-        base = results.frozen(model, dataset, metric)
+        base = results.frozen_estimate(model, dataset, metric)
         level = Level("frozen base, zero-shot", base.value, base.low, base.high) if base else None
         if base:
-            table.append(("frozen base", "nothing (zero-shot)", score_interval(metric, base)))
-        y = score_axis(metric, dataset)
-        drawn = [Row(name, kind, tuple(dots)) for name, (kind, dots) in rows.items()]
-        chart = charts.dot_rows(f"{y.title} of {model}, by what it was trained on", drawn, y, level)
-        asked = f"{model} asked about {dataset}"
-        yield Panel(grid_named(results, asked, grid), chart, ("recipe", "trained on", y.title), tuple(table))
+            table.append(("frozen base", "nothing (zero-shot)", format_interval(metric, base)))
+        axis = score_axis(metric, dataset)
+        chart_rows = [Row(name, family, tuple(dots)) for name, (family, dots) in rows.items()]
+        chart = charts.draw_dot_rows(f"{axis.title} of {model}, by training data", chart_rows, axis, level)
+        title = f"{model} evaluated on {dataset}"
+        yield Panel(title_with_grid(results, title, grid), chart, ("recipe", "trained on", axis.title), tuple(table))
 
 
 def forgetting(results: Results) -> Iterator[Panel]:
-    """What tuning took from the base's own task."""
+    """How much each recipe lost on its base's own task."""
     datasets = list(dict.fromkeys(row["dataset"] for row in results.tables["forgetting"]))
     for setting in results.settings():
         if results.is_curve(setting):
             continue
         for dataset in datasets:
             rows, table = [], []
-            for arm in results.full_data(setting):
-                if (one := forgotten_by(results, arm, dataset)) is None:
+            for arm in results.full_data_arms(setting):
+                if (lost := forgetting_estimate(results, arm, dataset)) is None:
                     continue
-                told = f"{points(one.value)} [{points(one.low)}, {points(one.high)}] points"
+                value, low, high = (format_points(end) for end in (lost.value, lost.low, lost.high))
+                text = f"{value} [{low}, {high}] points"
                 rows.append(
-                    Row(
-                        arm.name,
-                        arm.family,
-                        (Dot(one.value, one.low, one.high, False, f"{arm.name}: {told}"),),
-                    )
+                    Row(arm.name, arm.family, (Dot(lost.value, lost.low, lost.high, False, f"{arm.name}: {text}"),))
                 )
-                table.append((arm.name, told, str(one.seeds)))
+                table.append((arm.name, text, str(lost.seeds)))
             if not rows:
                 continue
-            metric = results.primary(dataset)
-            axis = Axis(
-                f"points lost on {dataset}, {metric_name(metric)}", _hundredfold, zero=True, least=0.02
-            )
+            metric = results.primary_metric(dataset)
+            axis = Axis(f"points lost on {dataset}, {metric_name(metric)}", _times_100, from_zero=True, min_span=0.02)
             level = Level("nothing forgotten", 0.0, 0.0, 0.0)
-            chart = charts.dot_rows(f"{axis.title}: {setting.told}", rows, axis, level)
-            yield Panel(title(results, setting), chart, ("recipe", axis.title, "seeds"), tuple(table))
+            chart = charts.draw_dot_rows(f"{axis.title}: {setting.description}", rows, axis, level)
+            yield Panel(setting_title(results, setting), chart, ("recipe", axis.title, "seeds"), tuple(table))
 
 
 def loss_curves(results: Results) -> Iterator[Panel]:
-    """Training loss over steps, the mean of each bin of steps and of the seeds."""
+    """The training loss over the steps: means over bins of steps and over seeds."""
     losses: dict[str, list[tuple[int, float]]] = {}
     for row in results.tables["losses"]:
         losses.setdefault(row["key"], []).append((int(row["step"]), float(row["loss"])))
     for setting in results.settings():
         if results.is_curve(setting):
             continue
-        drawn, table = [], []
-        for arm in results.full_data(setting):
-            binned = binned_means([losses[cell["key"]] for cell in arm.cells if cell["key"] in losses])
-            if len(binned) < 2:
+        lines, table = [], []
+        for arm in results.full_data_arms(setting):
+            means = binned_means([losses[cell["key"]] for cell in arm.cells if cell["key"] in losses])
+            if len(means) < 2:
                 continue
-            marks = tuple(Point(arm.name, arm.family, step, loss, loss, loss, "") for step, loss in binned)
-            drawn.append(Line(arm.name, arm.family, marks))
-            first, last = binned[0][1], binned[-1][1]
-            table.append((arm.name, significant(first), significant(last), f"{binned[-1][0]:,.0f}"))
-        if not drawn:
+            marks = tuple(Point(arm.name, arm.family, step, loss, loss, loss, "") for step, loss in means)
+            lines.append(Line(arm.name, arm.family, marks))
+            losses_text = format_significant(means[0][1]), format_significant(means[-1][1])
+            table.append((arm.name, *losses_text, f"{means[-1][0]:,.0f}"))
+        if not lines:
             continue
-        every = [point.y for line in drawn for point in line.points]
-        log = min(every) > 0 and max(every) > 3 * min(every)
-        y = Axis(f"loss a token{' (log scale)' if log else ''}", tick, log=log)
-        x = Axis("optimizer steps", tick)
-        chart = charts.lines(f"{y.title} over {x.title}: {setting.told}", drawn, x, y)
+        values = [point.y for line in lines for point in line.points]
+        # logarithmic only if the losses differ by more than a factor of three
+        log = min(values) > 0 and max(values) > 3 * min(values)
+        y = Axis(f"loss a token{' (log scale)' if log else ''}", format_tick, log=log)
+        x = Axis("optimizer steps", format_tick)
+        chart = charts.draw_lines(f"{y.title} over {x.title}: {setting.description}", lines, x, y)
         header = ("recipe", "loss at first", "loss at last", "about step")
-        yield Panel(title(results, setting), chart, header, tuple(table))
+        yield Panel(setting_title(results, setting), chart, header, tuple(table))
 
 
 def share_curves(results: Results) -> Iterator[Panel]:
-    """Score over the share of the training images, of grids that try several."""
+    """Scores over the share of the training images, for grids that compare shares."""
     for setting in results.settings():
         if not results.is_curve(setting):
             continue
         for dataset in results.datasets(setting, "in"):
-            metric = results.primary(dataset)
-            lines: dict[str, list[Point]] = {}
+            metric = results.primary_metric(dataset)
+            points_of: dict[str, list[Point]] = {}
             families, table = {}, []
             for arm in sorted(results.arms(setting), key=lambda arm: arm.share):
-                if one := results.estimate(arm, dataset, metric):
-                    told = f"{arm.name} with {share(arm.share)}: {score_interval(metric, one)}"
-                    lines.setdefault(arm.name, []).append(
-                        Point(arm.name, arm.family, arm.share, one.value, one.low, one.high, told)
+                if score := results.estimate(arm, dataset, metric):
+                    interval = format_interval(metric, score)
+                    tooltip = f"{arm.name} with {format_share(arm.share)}: {interval}"
+                    points_of.setdefault(arm.name, []).append(
+                        Point(arm.name, arm.family, arm.share, score.value, score.low, score.high, tooltip)
                     )
                     families[arm.name] = arm.family
-                    table.append((arm.name, share(arm.share), score_interval(metric, one)))
-            if not lines:
+                    table.append((arm.name, format_share(arm.share), interval))
+            if not points_of:
                 continue
             x = Axis("share of the training images (log scale)", _percent_tick, log=True)
             y = score_axis(metric, dataset)
-            drawn = [Line(name, families[name], tuple(marks)) for name, marks in lines.items()]
-            level = _level(results, setting, dataset)
-            chart = charts.lines(f"{y.title} over {x.title}: {setting.told}", drawn, x, y, level)
-            yield Panel(title(results, setting), chart, ("recipe", "share", y.title), tuple(table))
+            lines = [Line(name, families[name], tuple(marks)) for name, marks in points_of.items()]
+            level = _base_level(results, setting, dataset)
+            chart = charts.draw_lines(f"{y.title} over {x.title}: {setting.description}", lines, x, y, level)
+            yield Panel(setting_title(results, setting), chart, ("recipe", "share", y.title), tuple(table))
 
 
 def rate_curves(results: Results) -> Iterator[Panel]:
-    """Validation score over the learning rate, of the search's trials; the rate taken stands out."""
-    values = {
+    """The validation scores of learning-rate trials; the chosen rate is highlighted."""
+    metric_rows = {
         (row["key"], row["metric"], row["dataset"]): row
         for row in results.tables["metrics"]
         if row.get("role") == "validate"
     }
-    datasets = {key: dataset for key, _, dataset in values}
-    groups: dict[tuple[str, str, str], list[Record]] = {}
-    for cell in results.done.values():
-        if (
-            SEARCH in (cell.get("grids") or ())
-            and cell["key"] in datasets
-            and len(cell.get("rates") or {}) == 1
-        ):
-            groups.setdefault((cell["model"], datasets[cell["key"]], cell["recipe"]), []).append(cell)
-    for model, dataset in dict.fromkeys((model, dataset) for model, dataset, _ in groups):
+    datasets = {key: dataset for key, _, dataset in metric_rows}
+    trials_of: dict[tuple[str, str, str], list[Record]] = {}
+    for cell in results.finished.values():
+        if SEARCH in (cell.get("grids") or ()) and cell["key"] in datasets and len(cell.get("rates") or {}) == 1:
+            trials_of.setdefault((cell["model"], datasets[cell["key"]], cell["recipe"]), []).append(cell)
+    for model, dataset in dict.fromkeys((model, dataset) for model, dataset, _ in trials_of):
         metric = _search_metric(results, dataset)
-        drawn, table = [], []
+        lines, table = [], []
         for recipe in results.recipe_order():
-            trials = sorted(groups.get((model, dataset, recipe), []), key=_rate)
+            trials = sorted(trials_of.get((model, dataset, recipe), []), key=_rate)
             scored = [
-                (cell, values[cell["key"], metric, dataset])
+                (cell, metric_rows[cell["key"], metric, dataset])
                 for cell in trials
-                if (cell["key"], metric, dataset) in values
+                if (cell["key"], metric, dataset) in metric_rows
             ]
             if not scored:
                 continue
-            taken = _taken(results, trials[0])
-            picked = next((i for i, (cell, _) in enumerate(scored) if _rate(cell) in taken), None)
+            selected = _chosen_rates(results, trials[0])
+            highlighted = next((index for index, (cell, _) in enumerate(scored) if _rate(cell) in selected), None)
             arm = Arm(Setting(SEARCH, model, dataset), 1.0, recipe, None, tuple(trials))
-            marks = []
+            points = []
             for cell, row in scored:
-                one = Estimate(row["value"], row["low"], row["high"], 1)
-                told = f"{recipe} at {_rate(cell):g}: {score_interval(metric, one)}"
-                marks.append(Point(recipe, arm.family, _rate(cell), one.value, one.value, one.value, told))
-                mark = "taken" if _rate(cell) in taken else ""
-                table.append((recipe, f"{_rate(cell):g}", score_interval(metric, one), mark))
-            drawn.append(Line(recipe, arm.family, tuple(marks), picked))
-        if drawn:
-            x = Axis("learning rate (log scale)", tick, log=True)
+                rate = _rate(cell)
+                score = Estimate(row["value"], row["low"], row["high"], 1)
+                tooltip = f"{recipe} at {rate:g}: {format_interval(metric, score)}"
+                points.append(Point(recipe, arm.family, rate, score.value, score.value, score.value, tooltip))
+                note = "chosen" if rate in selected else ""
+                table.append((recipe, f"{rate:g}", format_interval(metric, score), note))
+            lines.append(Line(recipe, arm.family, tuple(points), highlighted))
+        if lines:
+            x = Axis("learning rate (log scale)", format_tick, log=True)
             y = score_axis(metric, dataset, ", validation")
-            chart = charts.lines(f"{y.title} over {x.title}: {model}", drawn, x, y, named_at_best=True)
-            yield Panel(
-                f"{model} on {dataset}", chart, ("recipe", "learning rate", y.title, ""), tuple(table)
-            )
+            chart = charts.draw_lines(f"{y.title} over {x.title}: {model}", lines, x, y, label_highlighted=True)
+            yield Panel(f"{model} on {dataset}", chart, ("recipe", "learning rate", y.title, ""), tuple(table))
 
 
 def _search_metric(results: Results, dataset: str) -> str:
-    wanted = (results.spec.get("search") or {}).get("metric")
-    if isinstance(wanted, str) and wanted in results.metrics_of.get(dataset, ()):
-        return wanted
-    return results.primary(dataset)
+    """The metric that learning-rate searches maximise on a data set."""
+    metric = (results.spec.get("search") or {}).get("metric")
+    if isinstance(metric, str) and metric in results.metrics_of.get(dataset, ()):
+        return metric
+    return results.primary_metric(dataset)
 
 
-def _taken(results: Results, trial: Record) -> set[float]:
-    """The rates of the cells that waited for a trial's search."""
-    of = ("model", "recipe", "trained_on")
+def _chosen_rates(results: Results, trial: Record) -> set[float]:
+    """The rates of the cells that use the result of the search that the trial belongs to."""
+    columns = ("model", "recipe", "trained_on")
     return {
         _rate(cell)
-        for cell in results.done.values()
-        if cell.get("rate_source") == SEARCH and all(cell[name] == trial[name] for name in of)
+        for cell in results.finished.values()
+        if cell.get("rate_source") == SEARCH and all(cell[name] == trial[name] for name in columns)
     }
 
 
 def _rate(cell: Record) -> float:
+    """The learning rate of a trial, which has a single method."""
     return float(next(iter(cell["rates"].values())))
 
 
-def forgotten_by(results: Results, arm: Arm, dataset: str) -> Estimate | None:
-    """What an arm lost on the base's own task, by the task's primary metric."""
-    keys, metric = {cell["key"] for cell in arm.cells}, results.primary(dataset)
+def forgetting_estimate(results: Results, arm: Arm, dataset: str) -> Estimate | None:
+    """How much an arm lost on the base's own task, by the primary metric of the task; None if unknown."""
+    keys, metric = {cell["key"] for cell in arm.cells}, results.primary_metric(dataset)
     values = [
         float(row["forgotten"])
         for row in results.tables["forgetting"]
         if row["key"] in keys and row["dataset"] == dataset and row["metric"] == metric
     ]
-    return over_seeds(values) if values else None
+    return estimate_over_seeds(values) if values else None
 
 
-def over_seeds(values: Sequence[float]) -> Estimate:
-    """Mean and Student's t interval; of one value, the value alone."""
+def estimate_over_seeds(values: Sequence[float]) -> Estimate:
+    """Mean and Student's t interval; a single value is its own interval."""
     try:
-        found = mean_over_seeds(values)
+        mean = mean_over_seeds(values)
     except InputError:
         return Estimate(values[0], values[0], values[0], 1)
-    return Estimate(found.value, found.low, found.high, len(values))
+    return Estimate(mean.value, mean.low, mean.high, len(values))
 
 
 def binned_means(runs: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[float, float]]:
-    """(step, loss) of several runs -> the mean of each of at most `BINS` bins of steps, all runs together."""
+    """The mean step and loss in each bin of steps, over all runs together.
+
+    Args:
+        runs: (step, loss) of each run; losses that are not finite are left out.
+
+    Returns:
+        (step, loss) of at most `BINS` bins of equal width.
+    """
     last = max((step for run in runs for step, _ in run), default=0)
     bins: dict[int, list[tuple[int, float]]] = {}
     for run in runs:
@@ -343,40 +362,42 @@ def binned_means(runs: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[floa
             if math.isfinite(loss):
                 bins.setdefault(min(BINS - 1, step * BINS // max(1, last)), []).append((step, loss))
     return [
-        (math.fsum(s for s, _ in found) / len(found), math.fsum(loss for _, loss in found) / len(found))
-        for _, found in sorted(bins.items())
+        (math.fsum(step for step, _ in bin_) / len(bin_), math.fsum(loss for _, loss in bin_) / len(bin_))
+        for _, bin_ in sorted(bins.items())
     ]
 
 
-def _evaluated(results: Results) -> list[tuple[str, str, str]]:
-    """Grid, model and data set of every evaluation that is not of the base's own task."""
-    found: dict[tuple[str, str, str], None] = {}
+def _evaluated_sets(results: Results) -> list[tuple[str, str, str]]:
+    """Grid, model and data set of every evaluation of a trained model, except on the base's own task."""
+    evaluated: dict[tuple[str, str, str], None] = {}
     for setting in results.settings():
         if results.is_curve(setting):
             continue
         for role in ("in", "out"):
             for dataset in results.datasets(setting, role):
-                found[setting.grid, setting.model, dataset] = None
-    return list(found)
+                evaluated[setting.grid, setting.model, dataset] = None
+    return list(evaluated)
 
 
-def _level(results: Results, setting: Setting, dataset: str) -> Level | None:
-    base = results.frozen(setting.model, dataset, results.primary(dataset))
+def _base_level(results: Results, setting: Setting, dataset: str) -> Level | None:
+    """The frozen base's score on a data set as a line across the chart; None if it was not evaluated."""
+    base = results.frozen_estimate(setting.model, dataset, results.primary_metric(dataset))
     return None if base is None else Level("frozen base", base.value, base.low, base.high)
 
 
-def _told(arm: Arm, metric: str, one: Estimate, at: str) -> str:
+def _point_tooltip(arm: Arm, metric: str, score: Estimate, value: str) -> str:
+    """The tooltip of a point: recipe, score, cost and training time."""
     seconds = arm.mean("train_seconds")
-    took = f", {duration(seconds)}" if seconds is not None else ""
-    return f"{arm.name}: {score_interval(metric, one)} at {at}{took}"
+    time_note = f", {format_duration(seconds)}" if seconds is not None else ""
+    return f"{arm.name}: {format_interval(metric, score)} at {value}{time_note}"
 
 
-def title(results: Results, setting: Setting) -> str:
-    """A setting in words, with its grid where it takes one to tell it."""
-    return grid_named(results, setting.told, setting.grid)
+def setting_title(results: Results, setting: Setting) -> str:
+    """A setting's description, with its grid if that is needed to identify it."""
+    return title_with_grid(results, setting.description, setting.grid)
 
 
-def grid_named(results: Results, words: str, grid: str) -> str:
-    """The title with the grid's name where several of its kind could be meant."""
-    kinds = {setting.grid: results.is_curve(setting) for setting in results.settings()}
-    return f"{words} ({grid})" if list(kinds.values()).count(kinds[grid]) > 1 else words
+def title_with_grid(results: Results, title: str, grid: str) -> str:
+    """The title, with the grid's name if the study has several grids of the same kind."""
+    curves = {setting.grid: results.is_curve(setting) for setting in results.settings()}
+    return f"{title} ({grid})" if list(curves.values()).count(curves[grid]) > 1 else title

@@ -1,4 +1,4 @@
-"""How far each norm moved, layer by layer: heat maps of gains and biases."""
+"""Heat maps of how far each norm's gain and bias moved in training, layer by layer."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 from normtune.studies.page import charts
 from normtune.studies.page.figures import Panel
-from normtune.studies.page.number_format import significant
+from normtune.studies.page.number_format import format_significant
 from normtune.studies.page.results import Arm, Record, Results
 
-OUTSIDE = "other"  # the column of norms that stand in no layer
+OUTSIDE_LAYERS = "other"  # the column of norms that are not in a layer
 _IN_LAYER = re.compile(r"\.(\d+)\.(.+)$")
-_WORDS = (  # of norms' names in the families' code, as people say them
+_NORM_WORDS = (  # pattern of a norm's name in a family's code -> plain words
     (r"^attention\.output\.layernorm$", "self-attention"),
     (r"^crossattention\.output\.layernorm$", "cross-attention"),
     (r"^output\.layernorm$", "feed-forward"),
@@ -28,80 +28,80 @@ _WORDS = (  # of norms' names in the families' code, as people say them
 
 
 @dataclass(frozen=True)
-class Moved:
-    """One cell of a heat map."""
+class NormChange:
+    """One cell of a heat map: its row, its column, and how far the norm moved."""
 
     row: str
     column: str
     value: float
 
 
-def moved(results: Results, arm: Arm, kind: str) -> list[Moved]:
-    """How far an arm's norms moved, mean over its seeds.
+def norm_changes(results: Results, arm: Arm, kind: str) -> list[NormChange]:
+    """How far the norms of an arm moved, mean over its seeds.
 
     Args:
         results: the study.
         arm: a recipe of a setting.
-        kind: "gain", by the step's norm over the start's; "bias", by the step's root mean square.
+        kind: "gain": the norm of the change divided by the norm of the start; "bias": the root mean square of
+            the change.
     """
     keys = {cell["key"] for cell in arm.cells}
-    found: dict[tuple[str, str], list[float]] = {}
+    values_of: dict[tuple[str, str], list[float]] = {}
     for row in results.tables["norms"]:
         if row["key"] in keys and row["kind"] == kind:
             value = row["relative"] if kind == "gain" else row["rms"]
             if value is not None:
-                found.setdefault(place(row), []).append(float(value))
-    return [Moved(*where, math.fsum(values) / len(values)) for where, values in found.items()]
+                values_of.setdefault(map_cell(row), []).append(float(value))
+    return [NormChange(*cell, math.fsum(values) / len(values)) for cell, values in values_of.items()]
 
 
-def place(row: Record) -> tuple[str, str]:
-    """The row (part and which norm) and the column (layer) of a norm."""
+def map_cell(row: Record) -> tuple[str, str]:
+    """The row (part, and which norm of a layer) and the column (layer) of a norm."""
     name = re.sub(r"\.(weight|bias|gain)$", "", row["name"])
     layer = row.get("layer")
     if layer is None:
-        return f"{row['part']}: {_said('.'.join(name.split('.')[-2:]))}", OUTSIDE
-    inside = _IN_LAYER.search(name)
-    return f"{row['part']}: {_said(inside.group(2) if inside else name.split('.')[-1])}", str(layer)
+        return f"{row['part']}: {_norm_words('.'.join(name.split('.')[-2:]))}", OUTSIDE_LAYERS
+    in_layer = _IN_LAYER.search(name)
+    return f"{row['part']}: {_norm_words(in_layer.group(2) if in_layer else name.split('.')[-1])}", str(layer)
 
 
-def _said(name: str) -> str:
-    for pattern, words in _WORDS:
+def _norm_words(name: str) -> str:
+    """A norm's name in plain words; the name itself if it is not known."""
+    for pattern, words in _NORM_WORDS:
         if re.search(pattern, name, re.IGNORECASE):
             return words
     return name
 
 
 def heat_maps(results: Results) -> Iterator[tuple[Arm, list[Panel]]]:
-    """Per recipe that moved norms, the map of its gains and that of its biases."""
+    """For each recipe that trains norms, a heat map of the gains and one of the biases."""
     for setting in results.settings():
         if results.is_curve(setting):
             continue
-        for arm in results.full_data(setting):
+        for arm in results.full_data_arms(setting):
             panels = []
             for kind, unit in (("gain", "% of its start"), ("bias", "root mean square of the step")):
-                cells = moved(results, arm, kind)
+                cells = norm_changes(results, arm, kind)
                 if not cells:
                     continue
                 rows = list(dict.fromkeys(cell.row for cell in cells))
-                rows.sort(key=lambda row: [c.row for c in cells].index(row))
+                rows.sort(key=lambda row: [cell.row for cell in cells].index(row))
                 columns = sorted(
                     {cell.column for cell in cells},
-                    key=lambda c: (not c.isdecimal(), int(c) if c.isdecimal() else 0),
+                    key=lambda cell: (not cell.isdecimal(), int(cell) if cell.isdecimal() else 0),
                 )
-                told = {
-                    (c.row, c.column): f"{c.row}, layer {c.column}: {_amount(kind, c.value)}" for c in cells
-                }
+                tooltips = {(c.row, c.column): f"{c.row}, layer {c.column}: {_as_text(kind, c.value)}" for c in cells}
                 largest = max(cell.value for cell in cells)
-                chart = charts.shades(
-                    f"How far each {kind} moved, {unit}, by norm and layer: {arm.name}, {setting.told}",
+                chart = charts.draw_heat_map(
+                    f"How far each {kind} moved, {unit}, by norm and layer: {arm.name}, {setting.description}",
                     rows,
                     columns,
-                    {(c.row, c.column): c.value for c in cells},
-                    told,
-                    ("0", _amount(kind, largest)),
+                    {(cell.row, cell.column): cell.value for cell in cells},
+                    tooltips,
+                    ("0", _as_text(kind, largest)),
                     "layer",
                 )
-                table = tuple((c.row, c.column, _amount(kind, c.value)) for c in cells)
+                table = tuple((cell.row, cell.column, _as_text(kind, cell.value)) for cell in cells)
                 panels.append(
                     Panel(
                         f"{'gains' if kind == 'gain' else 'biases'}, {unit}",
@@ -114,5 +114,6 @@ def heat_maps(results: Results) -> Iterator[tuple[Arm, list[Panel]]]:
                 yield arm, panels
 
 
-def _amount(kind: str, value: float) -> str:
-    return f"{significant(100 * value, 2)}%" if kind == "gain" else significant(value, 2)
+def _as_text(kind: str, value: float) -> str:
+    """How far a norm moved as text."""
+    return f"{format_significant(100 * value, 2)}%" if kind == "gain" else format_significant(value, 2)

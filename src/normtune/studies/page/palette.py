@@ -1,7 +1,7 @@
-"""Colours and shapes of recipes: one a family of methods, the same in every figure, for both themes.
+"""Colours and shapes of marks: one for each family of methods, the same in all figures and themes.
 
-The hues keep apart for the common kinds of colour blindness (after Okabe and Ito 2008), darkened or lightened
-to at least 3:1 against the page; a shape says the same a second time.
+The hues differ for the common kinds of colour blindness (after Okabe and Ito 2008) and have a contrast of at
+least 3:1 against the page. Each family also has its own shape, so that no figure depends on colour only.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from normtune.studies.page.axes import Scale
 from normtune.studies.page.html import Html, tag
 
-COLOURS = {  # family: on light, on dark
+COLOURS = {  # family: colour in the light theme, in the dark theme
     "ln": ("#0a5fa5", "#5fb0f0"),
     "full": ("#c24a00", "#ff8f52"),
     "lora": ("#00795a", "#3cc79c"),
@@ -22,7 +22,7 @@ COLOURS = {  # family: on light, on dark
     "mixed": ("#3b3b40", "#d8d8dc"),
     "frozen": ("#77777d", "#97979e"),
 }
-TOLD = {  # the family's name in the legend
+FAMILY_LABELS = {  # family: its name in the legend
     "ln": "norms",
     "full": "full",
     "lora": "LoRA",
@@ -33,17 +33,18 @@ TOLD = {  # the family's name in the legend
     "mixed": "several methods",
     "frozen": "frozen base",
 }
+# Methods that share a family; any other method is a family of its own.
 _FAMILY_OF = {"ptuning": "prefix", "ia3": "other", "adapter": "other", "bias": "other"}
 _METHOD = re.compile(r"[a-z_0-9]+")
 
 
 def parts_of(resolved: str) -> dict[str, str]:
-    """Each part's methods of a resolved recipe, as written: `vision=frozen,language=lora(r=4)` by part."""
+    """The methods of each part of a resolved recipe: `vision=frozen,language=lora(r=4)` as a dict by part."""
     return dict(re.findall(r"([a-z]+)\??=((?:[^,(]|\([^)]*\))*)", resolved))
 
 
-def family(resolved: str) -> str:
-    """The family of a resolved recipe: that of its method, `mixed` where it has several."""
+def recipe_family(resolved: str) -> str:
+    """The family of a resolved recipe's method; `mixed` if it has methods of several families."""
     methods = {
         _METHOD.match(method.strip()).group()  # type: ignore[union-attr]
         for text in parts_of(resolved).values()
@@ -53,24 +54,24 @@ def family(resolved: str) -> str:
     families = {_FAMILY_OF.get(method, method) for method in methods}
     if not families:
         return "frozen"
-    found = families.pop() if len(families) == 1 else "mixed"
-    return found if found in COLOURS else "other"
+    family_name = families.pop() if len(families) == 1 else "mixed"
+    return family_name if family_name in COLOURS else "other"
 
 
-def variables(theme: int) -> str:
-    """The colours as CSS declarations, of the light (0) or dark (1) theme."""
+def css_variables(theme: int) -> str:
+    """The colours of the light (0) or dark (1) theme as CSS declarations."""
     return "".join(f"--{name}:{pair[theme]};" for name, pair in COLOURS.items())
 
 
-def classes() -> str:
-    """A CSS class for each family."""
+def css_classes() -> str:
+    """A CSS class that sets the colour of each family."""
     return "".join(f".c-{name}{{color:var(--{name})}}" for name in COLOURS)
 
 
-def marker(kind: str, x: float, y: float, *, hollow: bool = False, size: float = 4.6) -> Html:
-    """The family's mark: a shape around (x, y) in the family's colour."""
-    paint = {"class_": f"c-{kind} {'hollow' if hollow else 'solid'}"}
-    if kind == "ln" or kind == "frozen":
+def draw_marker(family: str, x: float, y: float, *, outlined: bool = False, size: float = 4.6) -> Html:
+    """The mark of a family: its shape around (x, y) in its colour."""
+    paint = {"class_": f"c-{family} {'hollow' if outlined else 'solid'}"}
+    if family == "ln" or family == "frozen":
         return tag("circle", cx=x, cy=y, r=size, **paint)
     corners = {
         "full": ((-1, -1), (1, -1), (1, 1), (-1, 1)),
@@ -80,31 +81,38 @@ def marker(kind: str, x: float, y: float, *, hollow: bool = False, size: float =
         "prefix": ((-1.25, 0), (0.95, -1.2), (0.95, 1.2)),
         "other": ((1.25, 0), (-0.95, -1.2), (-0.95, 1.2)),
         "mixed": ((-0.6, -1.2), (0.6, -1.2), (1.2, 0), (0.6, 1.2), (-0.6, 1.2), (-1.2, 0)),
-    }[kind]
+    }[family]
     points = " ".join(f"{x + size * dx * 0.95:.1f},{y + size * dy * 0.95:.1f}" for dx, dy in corners)
     return tag("polygon", points=points, **paint)
 
 
-def interval(kind: str, along: Scale, at: float, low: float, high: float, *, upright: bool) -> Html:
-    """The line of an interval, upright or level, with an arrow where the scale cuts it."""
-    ends = along(low), along(high)
-    parts = [_line(upright, at, ends)]
-    if low < along.low:
-        parts.append(_arrow(upright, at, ends[0], -1 if along.end > along.start else 1))
-    if high > along.high:
-        parts.append(_arrow(upright, at, ends[1], 1 if along.end > along.start else -1))
-    return tag("g", *parts, class_=f"c-{kind} interval")
+def draw_interval(family: str, scale: Scale, across_at: float, low: float, high: float, *, upright: bool) -> Html:
+    """A line from the low to the high end of an interval, with an arrowhead where the scale cuts it off.
+
+    Args:
+        scale: the scale of the values.
+        across_at: the line's position on the other axis, in pixels.
+        upright: whether the scale is vertical.
+    """
+    ends = scale(low), scale(high)
+    parts = [_interval_line(upright, across_at, ends)]
+    if low < scale.low:
+        parts.append(_arrowhead(upright, across_at, ends[0], -1 if scale.end > scale.start else 1))
+    if high > scale.high:
+        parts.append(_arrowhead(upright, across_at, ends[1], 1 if scale.end > scale.start else -1))
+    return tag("g", *parts, class_=f"c-{family} interval")
 
 
-def _line(upright: bool, at: float, ends: tuple[float, float]) -> Html:
+def _interval_line(upright: bool, at: float, ends: tuple[float, float]) -> Html:
+    """A vertical (upright) or horizontal line between two pixel positions."""
     if upright:
         return tag("line", x1=at, x2=at, y1=ends[0], y2=ends[1])
     return tag("line", x1=ends[0], x2=ends[1], y1=at, y2=at)
 
 
-def _arrow(upright: bool, at: float, tip: float, way: int) -> Html:
-    """An open arrowhead at `tip` that points to larger (1) or smaller (-1) pixels."""
-    back = tip - 5 * way
+def _arrowhead(upright: bool, at: float, tip: float, direction: int) -> Html:
+    """An open arrowhead with its tip at `tip`; it points to larger (1) or smaller (-1) pixel positions."""
+    back = tip - 5 * direction
     corners = [(back, at - 3.5), (tip, at), (back, at + 3.5)]
     return tag(
         "polyline",

@@ -1,4 +1,7 @@
-"""The tables of a study's results, as the page asks for them."""
+"""Lookups in `results.json` for the page of a study.
+
+A setting is a grid, a model and its training data. An arm is the runs of one recipe in a setting, over seeds.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from normtune.studies.page.palette import family, parts_of
+from normtune.studies.page.palette import parts_of, recipe_family
 
 Record = Mapping[str, Any]
-SEARCH = "search"  # the grid of trials of learning rates
+SEARCH = "search"  # the grid that learning-rate trials belong to
 TABLES = ("cells", "evaluations", "metrics", "forgetting", "norms", "losses", "seeds", "tests")
 FROZEN = "frozen"
 
-_TOLD = {
+# Names of metrics on the page; another metric is written as it is.
+_METRIC_LABELS = {
     "global_exact": "all answers exact",
     "closed_label": "closed exact",
     "closed_yes_no": "yes/no exact",
@@ -37,23 +41,17 @@ _TOLD = {
     "sacrebleu": "sacreBLEU",
     "bertscore_f1": "BERTScore F1",
 }
-_VQA = ("global_exact",)
-_REPORT = ("rouge_l/none", "rouge_l", "bleu_4/none", "bleu_4")
-_SHOWN = ("closed_label", "open_exact", "open_recall", "global_exact")
-_SHOWN_OF_REPORTS = (
-    "bleu_1",
-    "bleu_4",
-    "rouge_l",
-    "meteor_nltk",
-    "meteor_exact_stem",
-    "cider_d",
-    "findings_f1",
-)
+# Candidates for the primary metric of questions and of reports, best first.
+_PRIMARY_VQA = ("global_exact",)
+_PRIMARY_REPORT = ("rouge_l/none", "rouge_l", "bleu_4/none", "bleu_4")
+# Metrics that the tables show for questions and for reports.
+_TABLE_VQA = ("closed_label", "open_exact", "open_recall", "global_exact")
+_TABLE_REPORT = ("bleu_1", "bleu_4", "rouge_l", "meteor_nltk", "meteor_exact_stem", "cider_d", "findings_f1")
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds with its 95% interval; of one seed, that run's own."""
+    """A mean over seeds with its 95% interval; with one seed, the run's own interval."""
 
     value: float
     low: float
@@ -62,7 +60,7 @@ class Estimate:
 
     @classmethod
     def of(cls, row: Record) -> Estimate:
-        """From a row of `seeds`; an interval that is not there is the value alone."""
+        """From a row of the table `seeds`; a missing end of the interval is replaced by the mean."""
         value = float(row["mean"])
         low, high = (value if row.get(end) is None else float(row[end]) for end in ("low", "high"))
         return cls(value, low, high, int(row.get("seeds") or 1))
@@ -70,37 +68,46 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Setting:
-    """One table's worth of runs: what differs within it is the recipe, its rate, and the seed."""
+    """The runs of one table: they differ only in recipe, rate, share and seed."""
 
     grid: str
     model: str
     trained_on: str
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
+        """The setting in words."""
         return f"{self.model} trained on {self.trained_on}"
 
 
 @dataclass(frozen=True)
 class Arm:
-    """The runs of one recipe (and rate, where several are compared) of a setting, over seeds."""
+    """The runs of one recipe in a setting, over seeds.
+
+    Attributes:
+        rate: the learning rate, if the setting has the recipe at several rates; else None.
+        cells: the rows of the table `cells`, one for each seed.
+    """
 
     setting: Setting
     share: float
     recipe: str
-    rate: str | None  # where one recipe stands with several
+    rate: str | None
     cells: tuple[Record, ...]
 
     @property
     def name(self) -> str:
+        """The recipe, with its learning rate if there are several."""
         return self.recipe if self.rate is None else f"{self.recipe} @ {self.rate.rpartition(' ')[2]}"
 
     @property
     def family(self) -> str:
-        return family(self._text)
+        """The family of methods; see `palette.recipe_family`."""
+        return recipe_family(self._text)
 
     @property
     def parts(self) -> dict[str, str]:
+        """The methods of each part."""
         return parts_of(self._text)
 
     @property
@@ -109,15 +116,15 @@ class Arm:
         return texts[0] if texts else ""
 
     def mean(self, column: str) -> float | None:
-        """The mean of a column of its cells."""
+        """The mean of a column of `cells` over the seeds; None if no cell has a value."""
         values = [float(cell[column]) for cell in self.cells if cell.get(column) is not None]
         return math.fsum(values) / len(values) if values else None
 
 
 class Results:
-    """`results.json` with its rows found by what they are about.
+    """The contents of `results.json` with lookups.
 
-    A table that is missing counts as empty, so that the page of a study that has just begun can be drawn.
+    A missing table counts as empty, so that a study that has just been started has a page too.
     """
 
     def __init__(self, results: Mapping[str, Any]) -> None:
@@ -126,7 +133,7 @@ class Results:
         self.spec: Record = results.get("spec") or {}
         self.tables: dict[str, list[Record]] = {name: list(results.get(name) or ()) for name in TABLES}
         self.cells = self.tables["cells"]
-        self.done = {cell["key"]: cell for cell in self.cells if cell.get("status", "done") == "done"}
+        self.finished = {cell["key"]: cell for cell in self.cells if cell.get("status", "done") == "done"}
         self._arms: dict[Setting, list[Arm]] = {}
         self._seeds: dict[tuple[Any, ...], list[Record]] = {}
         for row in self.tables["seeds"]:
@@ -140,162 +147,158 @@ class Results:
                 names.append(row["metric"])
 
     def settings(self) -> list[Setting]:
-        """Grid, model and training data of all trained cells but the search's, in the study's order."""
-        found: dict[Setting, None] = {}
-        for cell in self.done.values():
+        """The settings of all trained cells, except the trials of searches, in the study's order."""
+        settings: dict[Setting, None] = {}
+        for cell in self.finished.values():
             for grid in cell.get("grids") or ():
                 if cell.get("trained_on") is not None and grid != SEARCH:
-                    found[Setting(grid, cell["model"], cell["trained_on"])] = None
-        grids, models, datasets = (
-            list(self.spec.get(name) or ()) for name in ("grids", "models", "datasets")
-        )
+                    settings[Setting(grid, cell["model"], cell["trained_on"])] = None
+        grids, models, datasets = (list(self.spec.get(name) or ()) for name in ("grids", "models", "datasets"))
         return sorted(
-            found, key=lambda s: (_at(grids, s.grid), _at(models, s.model), _at(datasets, s.trained_on))
+            settings, key=lambda s: (_index(grids, s.grid), _index(models, s.model), _index(datasets, s.trained_on))
         )
 
     def arms(self, setting: Setting) -> list[Arm]:
-        """The setting's recipes in the study's order, larger shares of the data first."""
+        """The arms of a setting in the study's order; larger shares of the data first."""
         if setting not in self._arms:
-            self._arms[setting] = self._found_arms(setting)
+            self._arms[setting] = self._group_arms(setting)
         return self._arms[setting]
 
-    def _found_arms(self, setting: Setting) -> list[Arm]:
+    def _group_arms(self, setting: Setting) -> list[Arm]:
         groups: dict[tuple[float, str], dict[str, list[Record]]] = {}
-        for cell in self.done.values():
-            inside = setting.grid in (cell.get("grids") or ()) and cell["model"] == setting.model
-            if inside and cell.get("trained_on") == setting.trained_on:
+        for cell in self.finished.values():
+            in_grid = setting.grid in (cell.get("grids") or ()) and cell["model"] == setting.model
+            if in_grid and cell.get("trained_on") == setting.trained_on:
                 by_rate = groups.setdefault((float(cell.get("share") or 1), cell["recipe"]), {})
-                by_rate.setdefault(rate_words(cell), []).append(cell)
+                by_rate.setdefault(format_rates(cell), []).append(cell)
         arms = [
             Arm(setting, share, recipe, rate if len(by_rate) > 1 else None, tuple(cells))
             for (share, recipe), by_rate in groups.items()
             for rate, cells in by_rate.items()
         ]
         order = self.recipe_order()
-        return sorted(arms, key=lambda arm: (-arm.share, _at(order, arm.recipe)))
+        return sorted(arms, key=lambda arm: (-arm.share, _index(order, arm.recipe)))
 
-    def full_data(self, setting: Setting) -> list[Arm]:
-        """The arms of the largest share."""
+    def full_data_arms(self, setting: Setting) -> list[Arm]:
+        """The arms that are trained on the largest share of the data."""
         arms = self.arms(setting)
         return [arm for arm in arms if arm.share == arms[0].share]
 
     def is_curve(self, setting: Setting) -> bool:
         """Whether the setting compares shares of the training data."""
-        asked = (self.spec.get("grids") or {}).get(
-            setting.grid
-        ) or {}  # a study half done has not all of them
-        return max(len(asked.get("shares") or ()), len({arm.share for arm in self.arms(setting)})) > 1
+        grid = (self.spec.get("grids") or {}).get(setting.grid) or {}
+        # an unfinished study may not have runs of every share yet, so the file counts too
+        return max(len(grid.get("shares") or ()), len({arm.share for arm in self.arms(setting)})) > 1
 
     def recipe_order(self) -> list[str]:
-        """Recipes as they first stand among the cells."""
+        """The recipes in the order of the table `cells`."""
         return list(dict.fromkeys(cell["recipe"] for cell in self.cells))
 
     def estimate(self, arm: Arm, dataset: str, metric: str) -> Estimate | None:
-        """An arm's mean over seeds on a data set."""
+        """An arm's mean score over seeds on a data set; None if it was not evaluated there."""
         setting = arm.setting
         rows = self._seeds.get(
-            (setting.grid, setting.model, setting.trained_on, _round(arm.share), arm.recipe, dataset, metric),
-            [],
+            (setting.grid, setting.model, setting.trained_on, _rounded(arm.share), arm.recipe, dataset, metric), []
         )
         if arm.rate is not None:
             rows = [row for row in rows if row.get("rate") == arm.rate]
         return Estimate.of(rows[0]) if rows else None
 
-    def frozen(self, model: str, dataset: str, metric: str) -> Estimate | None:
-        """The frozen base on a data set."""
+    def frozen_estimate(self, model: str, dataset: str, metric: str) -> Estimate | None:
+        """The frozen base's score on a data set; None if it was not evaluated there."""
         for row in self.tables["seeds"]:
-            same = (row["model"], row["dataset"], row["metric"]) == (model, dataset, metric)
-            if same and row.get("trained_on") is None:
+            is_same = (row["model"], row["dataset"], row["metric"]) == (model, dataset, metric)
+            if is_same and row.get("trained_on") is None:
                 return Estimate.of(row)
-        keys = {key for key, c in self.done.items() if c["model"] == model and c.get("trained_on") is None}
+        keys = {key for key, cell in self.finished.items() if cell["model"] == model and cell.get("trained_on") is None}
         for row in self.tables["metrics"]:
             if row["key"] in keys and row["dataset"] == dataset and row["metric"] == metric:
                 return Estimate(row["value"], row["low"], row["high"], 1)
         return None
 
-    def reference(self, setting: Setting) -> str | None:
-        """The recipe that a setting's others are held against: that of its tests, else that of the file."""
-        where = (setting.grid, setting.model, setting.trained_on)
+    def reference_recipe(self, setting: Setting) -> str | None:
+        """The recipe that others are compared with: from the setting's tests, else from the file."""
+        key = (setting.grid, setting.model, setting.trained_on)
         for row in self.tables["tests"]:
-            if (row["grid"], row["model"], row["trained_on"]) == where:
+            if (row["grid"], row["model"], row["trained_on"]) == key:
                 return str(row["against"])
-        named: str | None = (self.spec.get("compare") or {}).get("against")
-        return named
+        recipe: str | None = (self.spec.get("compare") or {}).get("against")
+        return recipe
 
-    def test(self, arm: Arm, dataset: str, metric: str) -> Record | None:
-        """The paired test of an arm against its setting's reference; none of a recipe at several rates."""
-        return None if arm.rate else self.tested(arm.setting, arm.share, arm.recipe, dataset, metric)
+    def test_of_arm(self, arm: Arm, dataset: str, metric: str) -> Record | None:
+        """The paired test of an arm against the reference; None for a recipe at several rates."""
+        return None if arm.rate else self.test_of_recipe(arm.setting, arm.share, arm.recipe, dataset, metric)
 
-    def tested(self, setting: Setting, share: float, recipe: str, dataset: str, metric: str) -> Record | None:
-        """The paired test of a recipe, `frozen` for the base, against the setting's reference."""
-        where = (setting.grid, setting.model, setting.trained_on, _round(share))
-        return self._tests.get((*where, recipe, dataset, metric))
+    def test_of_recipe(self, setting: Setting, share: float, recipe: str, dataset: str, metric: str) -> Record | None:
+        """The paired test of a recipe (`frozen` for the base) against the setting's reference."""
+        key = (setting.grid, setting.model, setting.trained_on, _rounded(share))
+        return self._tests.get((*key, recipe, dataset, metric))
 
     def datasets(self, setting: Setting, role: str) -> list[str]:
-        """The data sets on which a setting's runs were evaluated in a role."""
+        """The data sets on which a setting's runs were evaluated in the given role."""
         keys = {cell["key"] for arm in self.arms(setting) for cell in arm.cells}
         return list(
             dict.fromkeys(
-                row["dataset"]
-                for row in self.tables["evaluations"]
-                if row["key"] in keys and row["role"] == role
+                row["dataset"] for row in self.tables["evaluations"] if row["key"] in keys and row["role"] == role
             )
         )
 
-    def primary(self, dataset: str) -> str:
-        """The metric that stands for a data set where there is room for one."""
-        found = self.metrics_of.get(dataset, [])
-        wanted = _REPORT if self.tasks.get(dataset) == "report" else _VQA
-        return next((name for name in wanted if name in found), found[0] if found else wanted[0])
+    def primary_metric(self, dataset: str) -> str:
+        """The metric to show if there is room for only one."""
+        metrics = self.metrics_of.get(dataset, [])
+        ranked = _PRIMARY_REPORT if self.tasks.get(dataset) == "report" else _PRIMARY_VQA
+        return next((name for name in ranked if name in metrics), metrics[0] if metrics else ranked[0])
 
-    def shown(self, dataset: str) -> list[str]:
-        """The metrics of a data set that a paper's table holds."""
-        found = self.metrics_of.get(dataset, [])
+    def table_metrics(self, dataset: str) -> list[str]:
+        """The metrics of a data set that tables show; reports with one normalisation only."""
+        metrics = self.metrics_of.get(dataset, [])
         if self.tasks.get(dataset) != "report":
-            return [name for name in _SHOWN if name in found]
-        normalisations = list(dict.fromkeys(name.partition("/")[2] for name in found if "/" in name)) or [""]
-        kept = "none" if "none" in normalisations else normalisations[0]
-        plain = [name for name in found if "/" not in name or name.endswith(f"/{kept}")]
-        return [name for wanted in _SHOWN_OF_REPORTS for name in plain if name.partition("/")[0] == wanted]
+            return [name for name in _TABLE_VQA if name in metrics]
+        normalisations = list(dict.fromkeys(name.partition("/")[2] for name in metrics if "/" in name)) or [""]
+        normalisation = "none" if "none" in normalisations else normalisations[0]
+        names = [name for name in metrics if "/" not in name or name.endswith(f"/{normalisation}")]
+        return [name for metric in _TABLE_REPORT for name in names if name.partition("/")[0] == metric]
 
 
 def metric_name(metric: str) -> str:
-    """A metric as people write it; texts' normalisation is named where there is one."""
-    name, _, normalised = metric.partition("/")
-    told = _TOLD.get(name, name.replace("_", " "))
-    return f"{told}, {normalised}" if normalised and normalised != "none" else told
+    """A metric's name on the page; the normalisation of texts is added unless it is `none`."""
+    name, _, normalisation = metric.partition("/")
+    label = _METRIC_LABELS.get(name, name.replace("_", " "))
+    return f"{label}, {normalisation}" if normalisation and normalisation != "none" else label
 
 
 def is_fraction(metric: str) -> bool:
-    """Whether 1 is the metric's most; CIDEr's is 10."""
+    """Whether the metric is between 0 and 1; CIDEr is between 0 and 10."""
     return not metric.startswith("cider")
 
 
-def rate_words(cell: Record) -> str:
-    """A cell's learning rates by method: `ln 0.03`, as the table `seeds` has them."""
+def format_rates(cell: Record) -> str:
+    """A cell's learning rates by method, as in the table `seeds`: `ln 0.03`."""
     return ", ".join(f"{method} {rate:g}" for method, rate in sorted((cell.get("rates") or {}).items()))
 
 
-def values_of(rows: Iterable[Record], column: str) -> list[Any]:
-    """The different values of a column, in order of appearance."""
+def distinct_values(rows: Iterable[Record], column: str) -> list[Any]:
+    """The different values of a column as text, in order of appearance."""
     return list(dict.fromkeys(str(row[column]) for row in rows if row.get(column) not in (None, "")))
 
 
 def _seed_key(row: Record) -> tuple[Any, ...]:
+    """What identifies a row of `seeds` or `tests`, except for the learning rate."""
     return (
         row["grid"],
         row["model"],
         row["trained_on"],
-        _round(row.get("share") or 1),
+        _rounded(row.get("share") or 1),
         row["recipe"],
         row["dataset"],
         row["metric"],
     )
 
 
-def _round(share: float) -> float:
+def _rounded(share: float) -> float:
     return round(float(share), 6)
 
 
-def _at(order: Sequence[str], name: str) -> int:
+def _index(order: Sequence[str], name: str) -> int:
+    """The index of a name, or the length of the list if it is not there."""
     return order.index(name) if name in order else len(order)

@@ -1,4 +1,4 @@
-"""The paper's tables of a study's page: recipe by part, what it takes, what it scores."""
+"""The tables of a study's page: recipes by part of the model, their costs and their scores."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Iterator, Sequence
 
 from normtune.methods.registry import METHODS
 from normtune.models.part_names import PARTS
-from normtune.studies.page.figures import forgotten_by, score
-from normtune.studies.page.html import Child, Html, joined, tag
-from normtune.studies.page.number_format import NONE, duration, fixed, memory, p_value, points, share
-from normtune.studies.page.results import (
-    FROZEN,
-    Arm,
-    Estimate,
-    Record,
-    Results,
-    Setting,
-    is_fraction,
-    metric_name,
+from normtune.studies.page.figures import forgetting_estimate, format_score
+from normtune.studies.page.html import Child, Html, join_children, tag
+from normtune.studies.page.number_format import (
+    NONE,
+    format_bytes,
+    format_duration,
+    format_fixed,
+    format_p_value,
+    format_points,
+    format_share,
 )
+from normtune.studies.page.results import FROZEN, Arm, Estimate, Record, Results, Setting, is_fraction, metric_name
 
-SIGNIFICANT = 0.05
-ABOVE, BELOW = "▲", "▼"
+SIGNIFICANT = 0.05  # p-values below this are significant
+ABOVE, BELOW = "▲", "▼"  # marks of scores that differ significantly from the reference
 Column = tuple[str, str]  # data set, metric
+# A method with its options and layers, such as `lora(r=4,alpha=32)[2:]`; and the + between two methods.
 _ONE_METHOD = re.compile(r"([a-z0-9]+)(?:\(([^)]*)\))?(\[[^]]*\])?")
 _BETWEEN_METHODS = re.compile(r"\+(?![^(]*\))")
 
@@ -35,25 +35,27 @@ def settings_tables(results: Results) -> Iterator[tuple[Setting, Html]]:
 
 
 def setting_table(results: Results, setting: Setting) -> Html:
-    """One row a recipe (and share, of curves): its methods by part, trained share, memory, time, scores."""
+    """A row for each recipe (and share, if the setting compares shares): methods by part, costs, and scores.
+
+    Costs are the trained share of the parameters, the peak memory and the time. An arrow marks scores that
+    differ significantly from the reference.
+    """
     arms = results.arms(setting)
     parts = [part for part in PARTS if any(part in arm.parts for arm in arms)]
     parts += [part for arm in arms for part in arm.parts if part not in parts]
     parts = list(dict.fromkeys(parts))
     curve = results.is_curve(setting)
     columns = _columns(results, setting, curve)
-    best = {column: _best(results, arms, column) for column in columns}
+    best = {column: _highest_mean(results, arms, column) for column in columns}
     fixed_heads = ["recipe", *(["data"] if curve else []), *parts, "trained", "memory", "time"]
-    groups = [tag("td", colspan=len(fixed_heads))] + [
-        tag(
-            "th", dataset, colspan=sum(one == dataset for one, _ in columns), scope="colgroup", class_="group"
-        )
+    group_heads = [tag("td", colspan=len(fixed_heads))] + [
+        tag("th", dataset, colspan=sum(column[0] == dataset for column in columns), scope="colgroup", class_="group")
         for dataset in dict.fromkeys(dataset for dataset, _ in columns)
     ]
-    heads = [tag("th", head, scope="col", class_=_side(head)) for head in fixed_heads]
-    heads += [tag("th", _unit(column[1]), scope="col", class_="number") for column in columns]
-    if homes := _homes(results):
-        groups.append(tag("th", homes[0], scope="colgroup", class_="group"))
+    heads = [tag("th", head, scope="col", class_=_head_class(head)) for head in fixed_heads]
+    heads += [tag("th", _metric_heading(column[1]), scope="col", class_="number") for column in columns]
+    if homes := _home_datasets(results):
+        group_heads.append(tag("th", homes[0], scope="colgroup", class_="group"))
         heads.append(tag("th", "forgotten, points", scope="col", class_="number"))
     rows = []
     if base := _frozen_row(results, setting, curve, parts, columns, homes):
@@ -61,87 +63,86 @@ def setting_table(results: Results, setting: Setting) -> Html:
     for arm in arms:
         cells: list[Html] = [tag("th", arm.name, scope="row")]
         if curve:
-            cells.append(tag("td", share(arm.share), class_="number"))
-        cells += [_method(arm.parts.get(part, "")) for part in parts]
-        trained, peak, seconds = (
-            arm.mean(c) for c in ("trainable_share", "train_peak_bytes", "train_seconds")
-        )
+            cells.append(tag("td", format_share(arm.share), class_="number"))
+        cells += [_methods_cell(arm.parts.get(part, "")) for part in parts]
+        share, peak, seconds = (arm.mean(c) for c in ("trainable_share", "train_peak_bytes", "train_seconds"))
         cells += [
-            tag("td", text, class_="number") for text in (share(trained), memory(peak), duration(seconds))
+            tag("td", text, class_="number")
+            for text in (format_share(share), format_bytes(peak), format_duration(seconds))
         ]
         for column in columns:
-            one = results.estimate(arm, *column)
-            test = results.test(arm, *column)
-            cells.append(_score(column[1], one, one is not None and one.value == best[column], test))
+            score = results.estimate(arm, *column)
+            test = results.test_of_arm(arm, *column)
+            is_best = score is not None and score.value == best[column]
+            cells.append(_score_cell(column[1], score, is_best, test))
         if homes:
-            cells.append(_forgotten(results, arm, homes[0]))
+            cells.append(_forgotten_cell(results, arm, homes[0]))
         rows.append(tag("tr", *cells))
-    head = tag("thead", tag("tr", *groups), tag("tr", *heads))
-    return boxed(
-        tag("table", tag("caption", _caption(results, setting, arms)), head, tag("tbody", *rows)),
-        setting.told,
+    head = tag("thead", tag("tr", *group_heads), tag("tr", *heads))
+    return scroll_box(
+        tag("table", tag("caption", _caption(results, setting, arms)), head, tag("tbody", *rows)), setting.description
     )
 
 
-def boxed(table: Html, label: str) -> Html:
-    """A table in a box of its own that scrolls sideways, by keys too."""
+def scroll_box(table: Html, label: str) -> Html:
+    """A table in a box that scrolls sideways, also with the keyboard."""
     return tag("div", table, class_="scroll", tabindex=0, role="region", aria_label=f"Table: {label}")
 
 
 def models_table(results: Results) -> Html | None:
-    """The models side by side: a row a recipe, a column a model and data set; None of a single model."""
+    """A table of all models: a row a recipe, a column a model and data set; None for a single model."""
     settings = [setting for setting in results.settings() if not results.is_curve(setting)]
     if len({setting.model for setting in settings}) < 2:
         return None
-    columns = [(s, dataset) for s in settings for dataset in results.datasets(s, "in")]
-    arms = {(setting, arm.name): arm for setting in settings for arm in results.full_data(setting)}
+    columns = [(setting, dataset) for setting in settings for dataset in results.datasets(setting, "in")]
+    arms = {(setting, arm.name): arm for setting in settings for arm in results.full_data_arms(setting)}
     order = results.recipe_order()
     recipes = {arm.name: arm.recipe for arm in arms.values()}
     body = []
-    base = [results.frozen(s.model, dataset, results.primary(dataset)) for s, dataset in columns]
-    if any(base):
-        found = zip(columns, base, strict=True)
-        cells = [_score(results.primary(dataset), one, False, None) for (_, dataset), one in found]
+    base_scores = [
+        results.frozen_estimate(setting.model, dataset, results.primary_metric(dataset)) for setting, dataset in columns
+    ]
+    if any(base_scores):
+        scored = zip(columns, base_scores, strict=True)
+        cells = [_score_cell(results.primary_metric(dataset), score, False, None) for (_, dataset), score in scored]
         body.append(tag("tr", tag("th", "frozen base", scope="row"), *cells))
     for name in sorted(recipes, key=lambda name: order.index(recipes[name])):
         cells = []
         for setting, dataset in columns:
-            arm, metric = arms.get((setting, name)), results.primary(dataset)
-            one = None if arm is None else results.estimate(arm, dataset, metric)
-            test = None if arm is None else results.test(arm, dataset, metric)
-            cells.append(_score(metric, one, False, test))
+            arm, metric = arms.get((setting, name)), results.primary_metric(dataset)
+            score = None if arm is None else results.estimate(arm, dataset, metric)
+            test = None if arm is None else results.test_of_arm(arm, dataset, metric)
+            cells.append(_score_cell(metric, score, False, test))
         body.append(tag("tr", tag("th", name, scope="row"), *cells))
     heads = [
         tag(
             "th",
-            s.model,
+            setting.model,
             tag("br"),
-            tag("span", f"{dataset}, {_unit(results.primary(dataset))}", class_="quiet"),
+            tag("span", f"{dataset}, {_metric_heading(results.primary_metric(dataset))}", class_="quiet"),
             scope="col",
             class_="number",
         )
-        for s, dataset in columns
+        for setting, dataset in columns
     ]
     head = tag("thead", tag("tr", tag("th", "recipe", scope="col"), *heads))
-    caption = tag(
-        "caption", "The models side by side, each trained and tested on the data set of its column."
-    )
-    return boxed(tag("table", caption, head, tag("tbody", *body)), "models side by side")
+    caption = tag("caption", "All models, each trained and tested on the data set of its column.")
+    return scroll_box(tag("table", caption, head, tag("tbody", *body)), "models side by side")
 
 
 def paired_table(results: Results) -> Html | None:
-    """Every paired test, in full."""
+    """All paired tests with their intervals and p-values; None if there are none."""
     rows = [
         tag(
             "tr",
             tag("th", row["recipe"], scope="row"),
             *(tag("td", str(row[name])) for name in ("model", "trained_on")),
-            tag("td", share(float(row.get("share") or 1)), class_="number"),
+            tag("td", format_share(float(row.get("share") or 1)), class_="number"),
             tag("td", row["dataset"]),
             tag("td", metric_name(row["metric"])),
-            tag("td", _difference(row), class_="number"),
-            tag("td", p_value(row["p"]).removeprefix("p ").removeprefix("= "), class_="number"),
-            tag("td", p_value(row["p_holm"]).removeprefix("p ").removeprefix("= "), class_="number"),
+            tag("td", _format_difference(row), class_="number"),
+            tag("td", format_p_value(row["p"]).removeprefix("p ").removeprefix("= "), class_="number"),
+            tag("td", format_p_value(row["p_holm"]).removeprefix("p ").removeprefix("= "), class_="number"),
             tag("td", f"{row['images']:,}", class_="number"),
             tag("td", str(row["seeds"]), class_="number"),
         )
@@ -151,90 +152,98 @@ def paired_table(results: Results) -> Html | None:
         return None
     against = list(dict.fromkeys(row["against"] for row in results.tables["tests"]))
     heads = ["recipe", "model", "trained on", "data", "tested on", "metric"]
-    numbers = [f"less {' or '.join(against)}", "p", "p, Holm", "images", "seeds"]
+    numbers = [f"minus {' or '.join(against)}", "p", "p, Holm", "images", "seeds"]
     head = tag(
         "tr",
-        *(tag("th", h, scope="col", class_="number" if h == "data" else None) for h in heads),
-        *(tag("th", h, scope="col", class_="number") for h in numbers),
+        *(tag("th", text, scope="col", class_="number" if text == "data" else None) for text in heads),
+        *(tag("th", text, scope="col", class_="number") for text in numbers),
     )
     caption = tag("caption", "Paired tests, all common seeds together, resampled by image.")
-    return boxed(tag("table", caption, tag("thead", head), tag("tbody", *rows)), "paired tests")
+    return scroll_box(tag("table", caption, tag("thead", head), tag("tbody", *rows)), "paired tests")
 
 
 def numbers_table(header: Sequence[str], rows: Sequence[Sequence[str]], label: str) -> Html:
-    """The numbers behind a figure."""
+    """The numbers of a figure."""
     head = tag("tr", *(tag("th", text, scope="col") for text in header))
     body = [tag("tr", tag("th", row[0], scope="row"), *(tag("td", text) for text in row[1:])) for row in rows]
-    return boxed(tag("table", tag("thead", head), tag("tbody", *body)), label)
+    return scroll_box(tag("table", tag("thead", head), tag("tbody", *body)), label)
 
 
 def _columns(results: Results, setting: Setting, curve: bool) -> list[Column]:
+    """The score columns of a setting's table: data sets that it was trained on first, then others."""
     columns: list[Column] = []
     for dataset in results.datasets(setting, "in"):
-        shown = results.shown(dataset) or [results.primary(dataset)]
-        columns += [(dataset, metric) for metric in ([results.primary(dataset)] if curve else shown)]
-    columns += [(dataset, results.primary(dataset)) for dataset in results.datasets(setting, "out")]
+        metrics = results.table_metrics(dataset) or [results.primary_metric(dataset)]
+        columns += [(dataset, metric) for metric in ([results.primary_metric(dataset)] if curve else metrics)]
+    columns += [(dataset, results.primary_metric(dataset)) for dataset in results.datasets(setting, "out")]
     return columns
 
 
-def _unit(metric: str) -> str:
+def _metric_heading(metric: str) -> str:
+    """A metric's name with its unit, without places where a line may break."""
     unit = "\u00a0%" if is_fraction(metric) else ""
-    return metric_name(metric).replace("-", "\u2011") + unit  # neither breaks: BLEU-1, exact %
+    return metric_name(metric).replace("-", "\u2011") + unit  # no line break within "BLEU-1" or before "%"
 
 
-def _best(results: Results, arms: Sequence[Arm], column: Column) -> float | None:
-    """The highest mean of a column; none where a single recipe has one."""
-    values = [one.value for arm in arms if (one := results.estimate(arm, *column))]
+def _highest_mean(results: Results, arms: Sequence[Arm], column: Column) -> float | None:
+    """The highest mean in a column; None if only one recipe has a score."""
+    values = [score.value for arm in arms if (score := results.estimate(arm, *column))]
     return max(values) if len(values) > 1 else None
 
 
-def _score(metric: str, one: Estimate | None, best: bool, test: Record | None) -> Html:
-    if one is None:
+def _score_cell(metric: str, score: Estimate | None, best: bool, test: Record | None) -> Html:
+    """A score with its interval, in bold if it is the best, with an arrow if it differs significantly."""
+    if score is None:
         return tag("td", NONE, class_="number")
-    value: Child = score(metric, one.value)
+    value: Child = format_score(metric, score.value)
     mark: Html | None = None
     if test and test.get("p_holm") is not None and test["p_holm"] < SIGNIFICANT:
-        above = test["difference"] > 0
-        told = f"{'above' if above else 'below'} {test['against']}: {_difference(test)}"
-        told += f", {p_value(test['p_holm'])} after Holm"
-        mark = tag("span", ABOVE if above else BELOW, title=told, role="img", aria_label=told, class_="mark")
+        is_higher = test["difference"] > 0
+        text = f"{'above' if is_higher else 'below'} {test['against']}: {_format_difference(test)}"
+        text += f", {format_p_value(test['p_holm'])} after Holm"
+        mark = tag("span", ABOVE if is_higher else BELOW, title=text, role="img", aria_label=text, class_="mark")
+    ends = f"{format_score(metric, score.low)} to {format_score(metric, score.high)}"
     return tag(
         "td",
-        joined([tag("strong", value) if best else value, mark]),
-        tag("span", f"{score(metric, one.low)} to {score(metric, one.high)}", class_="ends"),
+        join_children([tag("strong", value) if best else value, mark]),
+        tag("span", ends, class_="ends"),
         class_="number",
     )
 
 
-def _difference(test: Record) -> str:
-    """A difference with its interval, in points where the metric is a fraction."""
+def _format_difference(test: Record) -> str:
+    """A difference with its interval, in percentage points if the metric is a fraction."""
+    numbers = [test[name] for name in ("difference", "low", "high")]
     if is_fraction(test["metric"]):
-        return f"{points(test['difference'])} [{points(test['low'])}, {points(test['high'])}]"
-    return f"{fixed(test['difference'], 2)} [{fixed(test['low'], 2)}, {fixed(test['high'], 2)}]"
+        difference, low, high = map(format_points, numbers)
+    else:
+        difference, low, high = (format_fixed(number, 2) for number in numbers)
+    return f"{difference} [{low}, {high}]"
 
 
-def _method(text: str) -> Html:
-    """A part's methods in short, in full under the pointer."""
+def _methods_cell(text: str) -> Html:
+    """A part's methods, shortened; the tooltip shows them in full."""
     if text in ("", FROZEN):
         return tag("td", FROZEN, class_="quiet")
-    return tag("td", short_methods(text), title=text)
+    return tag("td", shorten_methods(text), title=text)
 
 
-def short_methods(text: str) -> str:
-    """`lora(r=4,alpha=32)[2:]+ln` as `lora r=4 [2:] + ln`: of each method its size alone."""
-    return " + ".join(_ONE_METHOD.sub(_short, one) for one in _BETWEEN_METHODS.split(text))
+def shorten_methods(text: str) -> str:
+    """`lora(r=4,alpha=32)[2:]+ln` as `lora r=4 [2:] + ln`: only the size option of each method."""
+    return " + ".join(_ONE_METHOD.sub(_shorten_method, method) for method in _BETWEEN_METHODS.split(text))
 
 
-def _short(found: re.Match[str]) -> str:
-    name, options, layers = found.groups()
+def _shorten_method(match: re.Match[str]) -> str:
+    """One matched method with its size option and its layers."""
+    name, options, layers = match.groups()
     size = next((option for option in ("r", "n", "width") if option in METHODS.get(name, {})), None)
-    given = dict(pair.split("=", 1) for pair in (options or "").split(",") if "=" in pair)
-    shown = [name]
-    if size is not None and (name == "lora" or size in given):
-        shown.append(f"{size}={given.get(size, METHODS[name][size])}")
-    if name == "ln" and given:  # gains or biases alone
-        shown.append("biases" if given.get("gain") == "0" else "gains")
-    return " ".join([*shown, *([layers] if layers else [])])
+    set_options = dict(pair.split("=", 1) for pair in (options or "").split(",") if "=" in pair)
+    words = [name]
+    if size is not None and (name == "lora" or size in set_options):
+        words.append(f"{size}={set_options.get(size, METHODS[name][size])}")
+    if name == "ln" and set_options:  # gains only, or biases only
+        words.append("biases" if set_options.get("gain") == "0" else "gains")
+    return " ".join([*words, *([layers] if layers else [])])
 
 
 def _frozen_row(
@@ -245,40 +254,48 @@ def _frozen_row(
     columns: Sequence[Column],
     homes: Sequence[str],
 ) -> Html | None:
-    found = [results.frozen(setting.model, *column) for column in columns]
-    if not any(found):
+    """The row of the frozen base; None if it was not evaluated on any of the columns."""
+    scores = [results.frozen_estimate(setting.model, *column) for column in columns]
+    if not any(scores):
         return None
     cells = [tag("th", "frozen base", scope="row"), *([tag("td", NONE, class_="number")] if curve else [])]
-    cells += [_method("") for _ in parts]
+    cells += [_methods_cell("") for _ in parts]
     cells += [tag("td", text, class_="number") for text in ("0%", NONE, NONE)]
     largest = results.arms(setting)[0].share
-    for column, one in zip(columns, found, strict=True):
-        cells.append(_score(column[1], one, False, results.tested(setting, largest, FROZEN, *column)))
+    for column, score in zip(columns, scores, strict=True):
+        test = results.test_of_recipe(setting, largest, FROZEN, *column)
+        cells.append(_score_cell(column[1], score, False, test))
     cells += [tag("td", "0", class_="number")] if homes else []
     return tag("tr", *cells, class_="base")
 
 
-def _homes(results: Results) -> list[str]:
+def _home_datasets(results: Results) -> list[str]:
+    """The data sets of the bases' own tasks."""
     return list(dict.fromkeys(row["dataset"] for row in results.tables["forgetting"]))
 
 
-def _forgotten(results: Results, arm: Arm, home: str) -> Html:
-    one = forgotten_by(results, arm, home)
-    if one is None:
+def _forgotten_cell(results: Results, arm: Arm, home: str) -> Html:
+    """The points lost on the base's own task, with their interval if there are several seeds."""
+    loss = forgetting_estimate(results, arm, home)
+    if loss is None:
         return tag("td", NONE, class_="number")
-    ends = tag("span", f"{points(one.low)} to {points(one.high)}", class_="ends") if one.seeds > 1 else None
-    return tag("td", points(one.value), ends, class_="number")
+    ends = f"{format_points(loss.low)} to {format_points(loss.high)}"
+    span = tag("span", ends, class_="ends") if loss.seeds > 1 else None
+    return tag("td", format_points(loss.value), span, class_="number")
 
 
 def _caption(results: Results, setting: Setting, arms: Sequence[Arm]) -> Html:
+    """A setting's description, its number of seeds, and what bold and arrows mean."""
     seeds = sorted({len(arm.cells) for arm in arms})
-    many = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    over = "one seed" if seeds == [1] else f"means over {many} seeds"
-    text = f"Grid {setting.grid}, {over}, with 95% intervals; bold: the highest."
-    if against := results.reference(setting):
+    count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    averaged = "one seed" if seeds == [1] else f"means over {count} seeds"
+    text = f"Grid {setting.grid}, {averaged}, with 95% intervals; bold: the highest."
+    if against := results.reference_recipe(setting):
         text += f" {ABOVE} above, {BELOW} below {against} (paired by image, p < {SIGNIFICANT} after Holm)."
-    return joined([tag("strong", f"{setting.told[0].upper()}{setting.told[1:]}."), f" {text}"])
+    title = f"{setting.description[0].upper()}{setting.description[1:]}."
+    return join_children([tag("strong", title), f" {text}"])
 
 
-def _side(head: str) -> str | None:
+def _head_class(head: str) -> str | None:
+    """The CSS class of a heading: numbers are aligned right."""
     return "number" if head in ("data", "trained", "memory", "time") else None
