@@ -1,4 +1,4 @@
-"""The command line's entry point: bad input is one line on stderr and exit status 2."""
+"""The entry point of the command line. Bad input prints one line on stderr and exits with status 2."""
 
 from __future__ import annotations
 
@@ -7,51 +7,41 @@ import sys
 
 import typer
 
-# Importing the modules registers their commands.
-from normtune.commands import (  # noqa: F401
-    adapters,
-    ask,
-    bench,
-    evaluate,
-    import_models,
-    inspect,
-    serve,
-    study,
-    train,
-)
+# Importing these modules registers their commands.
+from normtune.commands import adapters, ask, bench, evaluate, import_models, inspect, serve, study, train  # noqa: F401
 from normtune.commands.app import app
 from normtune.errors import InputError
 from normtune.runtime import distributed
 
 
 def main() -> None:
-    """Entry point: bad input is one line on stderr and exit status 2."""
-    if distributed.launched_count() > 1:  # read when torch is imported; its warnings come once a process
+    """Run the command line and exit: 0 on success, 2 on bad input, 130 on an interrupt."""
+    # Set before torch is imported, or every process of a distributed run prints the same warnings.
+    if distributed.launched_count() > 1:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         status = app(standalone_mode=False)
         distributed.shut_down()
     except (typer.Abort, KeyboardInterrupt):
-        print("stopped", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         status = 130
     except InputError as error:
-        status = _refuse(str(error))
+        status = _report(str(error))
     except Exception as error:
-        if distributed.another_failed():
-            sys.exit(2)  # this one met the end of that one
-        if not hasattr(
-            error, "format_message"
-        ):  # the mark of click's own errors; typer carries its click along
+        if distributed.has_another_failed():
+            sys.exit(2)  # this error follows from the other process's error, which that process reports
+        # Only errors of click have this method. Their class is not imported: typer has its own copy of click.
+        if not hasattr(error, "format_message"):
             raise
         if not error.format_message():
-            error.show()  # type: ignore[attr-defined]  # no command given: the help
+            error.show()  # type: ignore[attr-defined]  # no command was given: prints the help
             status = 2
         else:
-            status = _refuse(error.format_message())
+            status = _report(error.format_message())
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _refuse(message: str) -> int:
+def _report(message: str) -> int:
     if distributed.should_report_failure():
         print("normtune: " + " ".join(message.split()), file=sys.stderr)
     return 2

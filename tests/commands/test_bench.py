@@ -1,4 +1,4 @@
-"""`normtune bench`: the benchmarks of a checkout by name, their own options, their tables and records."""
+"""`normtune bench`: lists benchmarks, runs them with their own options, and prints tables or records."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkout's benchmarks: one script, and a module that it imports."""
+    """A folder of benchmarks: one script, and a module that it imports."""
     (tmp_path / "count.py").write_text(SCRIPT, encoding="utf-8")
     (tmp_path / "neighbour.py").write_text('"""Not a benchmark."""\nWORD = "up to"\n', encoding="utf-8")
     monkeypatch.setattr(bench, "FOLDER", tmp_path)
@@ -48,7 +48,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(*arguments: object) -> int:
-    """`normtune bench ...` in this process: its exit status."""
+    """Run `normtune bench ...` in this process and return its exit status."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
         patch.setattr(sys, "argv", ["normtune", "bench", *map(str, arguments)])
         cli.main()
@@ -59,7 +59,7 @@ def run(*arguments: object) -> int:
 Captured = pytest.CaptureFixture[str]
 
 
-def test_without_a_name_it_lists_the_benchmarks_a_line_each(folder: Path, capsys: Captured) -> None:
+def test_without_a_name_the_benchmarks_are_listed(folder: Path, capsys: Captured) -> None:
     assert run() == 0
     assert capsys.readouterr().out == "count  Counts to a number.\n"
     assert run("--json") == 0
@@ -67,25 +67,25 @@ def test_without_a_name_it_lists_the_benchmarks_a_line_each(folder: Path, capsys
     assert json.loads(capsys.readouterr().out) == {"benchmarks": rows}
 
 
-def test_every_script_of_the_checkout_is_listed_with_its_first_line() -> None:
-    found = bench.benchmarks()
-    assert {"throughput", "answering", "scaling", "gpu_llava_med_7b", "demo"} <= set(found)
-    assert "record" not in found and "workload" not in found
-    assert all(one.summary.endswith((".", "?", ":")) for one in found.values())
-    assert all(name in bench.listing(found) for name in found)
+def test_all_benchmarks_of_the_checkout_have_a_summary() -> None:
+    benchmarks = bench.find_benchmarks()
+    assert {"throughput", "answering", "scaling", "gpu_llava_med_7b", "demo"} <= set(benchmarks)
+    assert "record" not in benchmarks and "workload" not in benchmarks
+    assert all(item.summary.endswith((".", "?", ":")) for item in benchmarks.values())
+    assert all(name in bench.list_benchmarks(benchmarks) for name in benchmarks)
 
 
 def test_a_benchmark_takes_its_own_options_and_prints_its_table(folder: Path, capsys: Captured) -> None:
-    before, path = list(sys.argv), list(sys.path)
+    argv_before, path_before = list(sys.argv), list(sys.path)
     assert run("count", "--to", 3) == 0
     printed = capsys.readouterr()
     assert (printed.out, printed.err) == ("up to 3\n", "")
-    assert (sys.argv, sys.path) == (before, path)
+    assert (sys.argv, sys.path) == (argv_before, path_before)
 
 
-@pytest.mark.parametrize("place", ["before", "after"])
-def test_json_is_the_record_alone(folder: Path, capsys: Captured, place: str) -> None:
-    arguments = ("--json", "count", "--to", 2) if place == "before" else ("count", "--to", 2, "--json")
+@pytest.mark.parametrize("position", ["before", "after"])
+def test_json_prints_only_the_record(folder: Path, capsys: Captured, position: str) -> None:
+    arguments = ("--json", "count", "--to", 2) if position == "before" else ("count", "--to", 2, "--json")
     assert run(*arguments) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out) == {"benchmark": "count", "rows": [0, 1]}
@@ -93,46 +93,44 @@ def test_json_is_the_record_alone(folder: Path, capsys: Captured, place: str) ->
 
 
 @pytest.mark.parametrize("written", ["--out {}", "--out={}"])
-def test_json_and_a_file_of_ones_own(folder: Path, capsys: Captured, written: str) -> None:
+def test_json_with_out_also_writes_the_file(folder: Path, capsys: Captured, written: str) -> None:
     out = folder / "record.json"
     assert run("count", "--to", 1, *written.format(out).split(" "), "--json") == 0
     assert json.loads(capsys.readouterr().out) == json.loads(out.read_text())
 
 
-def test_help_after_a_name_is_the_benchmarks_own(folder: Path, capsys: Captured) -> None:
+def test_help_after_a_name_is_the_help_of_the_benchmark(folder: Path, capsys: Captured) -> None:
     assert run("count", "--help") == 0
     assert "--to" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "error"),
     [
         (("coun",), "normtune: no benchmark 'coun', did you mean 'count'? Known are count.\n"),
         (("zzz",), "normtune: no benchmark 'zzz'. Known are count.\n"),
         (
             ("count",),
-            "normtune: bench count: the following arguments are required: --to. Its options: "
-            "normtune bench count --help\n",
+            "normtune: bench count: the following arguments are required: --to. See normtune bench count --help\n",
         ),
         (
             ("count", "--to", "x", "--json"),
-            "normtune: bench count: argument --to: invalid int value: 'x'. Its options: "
-            "normtune bench count --help\n",
+            "normtune: bench count: argument --to: invalid int value: 'x'. See normtune bench count --help\n",
         ),
     ],
 )
-def test_bad_input_is_one_line(folder: Path, capsys: Captured, arguments: tuple[str, ...], told: str) -> None:
+def test_bad_input_prints_one_line(folder: Path, capsys: Captured, arguments: tuple[str, ...], error: str) -> None:
     assert run(*arguments) == 2
     printed = capsys.readouterr()
-    assert (printed.out, printed.err) == ("", told)
+    assert (printed.out, printed.err) == ("", error)
 
 
-def test_a_benchmark_that_fails_fails_the_command(folder: Path) -> None:
+def test_a_failing_benchmark_sets_the_exit_status(folder: Path) -> None:
     (folder / "fail.py").write_text('"""Fails."""\ndef main() -> None: ...\nraise SystemExit(3)\n')
     assert run("fail") == 3
 
 
-def test_a_package_without_its_source_says_how_to_get_it(
+def test_without_the_source_the_error_explains_how_to_get_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     monkeypatch.setattr(bench, "FOLDER", tmp_path / "benchmarks")

@@ -1,4 +1,4 @@
-"""The command line: what it prints; bad input is one line on stderr, status 2, and nothing half-written."""
+"""The command line: its output, and bad input: one line on stderr, status 2, and no partial files."""
 
 from __future__ import annotations
 
@@ -15,20 +15,19 @@ import pytest
 from PIL import Image
 
 from normtune import cli
-from normtune.data.phantom import dataset
+from normtune.commands.app import app
+from normtune.data.phantom import phantom_dataset
 
 ROW = {"image": "a.png", "question": "Is it normal?", "answer": "yes"}
 
 
 @pytest.fixture
-def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    """Run a command in this process: (status, stdout, stderr)."""
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """A function that runs a command in this process and returns (exit status, stdout, stderr)."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["normtune", *map(str, arguments)])
-        capsys.readouterr()  # what making the arguments printed
+        capsys.readouterr()  # discard what was printed before the command
         with pytest.raises(SystemExit) as ended:
             cli.main()
         printed = capsys.readouterr()
@@ -43,7 +42,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture(scope="module")
 def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An LN adapter of the tiny base."""
+    """Train an LN adapter of the tiny base."""
     from normtune.training.config import TrainConfig
     from normtune.training.train import train
 
@@ -55,7 +54,7 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("picture") / "b.png"
-    dataset("b", 1).open_image("b-000000").save(path)
+    phantom_dataset("b", 1).open_image("b-000000").save(path)
     return path
 
 
@@ -71,10 +70,17 @@ def test_every_command_has_help(run: Run, command: str) -> None:
     assert status == 0 and "--json" in out and err == ""
 
 
-def test_help_and_import_load_neither_torch_nor_transformers() -> None:
+def test_help_lists_all_commands_with_the_main_job_first(run: Run) -> None:
+    status, out, _ = run("--help")
+    commands = [line.split()[0] for line in out.partition("Commands:\n")[2].splitlines()]
+    assert status == 0 and len(commands) == len(app.registered_commands)
+    assert commands[:5] == ["demo", "inspect", "data", "train", "evaluate"]
+
+
+def test_importing_the_cli_imports_neither_torch_nor_transformers() -> None:
     code = "import sys, normtune.cli; print([m for m in ('torch', 'transformers') if m in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "[]"
 
 
 def test_every_field_of_the_train_config_is_an_option(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,9 +89,7 @@ def test_every_field_of_the_train_config_is_an_option(run: Run, monkeypatch: pyt
     monkeypatch.setenv("COLUMNS", "200")
     _, out, _ = run("train", "--help")
     missing = [
-        name
-        for name in TrainConfig.model_fields
-        if name != "model" and f"--{name.replace('_', '-')}" not in out
+        name for name in TrainConfig.model_fields if name != "model" and f"--{name.replace('_', '-')}" not in out
     ]
     assert missing == []
 
@@ -94,41 +98,35 @@ def test_train_evaluate_ask_and_describe_as_json(run: Run, base: Path, picture: 
     options = ("--data", "phantom-b:4", "--device", "cpu", "--json")
     status, out, err = run("train", base, "--tune", "ln", "--epochs", 1, "--out", tmp_path / "ln", *options)
     trained = json.loads(out)
-    assert (
-        (status, err) == (0, "") and trained["recipe"].startswith("vision?=ln") and trained["changed"] == 1.0
-    )
-    status, out, err = run(
-        "evaluate", base, "--adapter", tmp_path / "ln", "--out", tmp_path / "scores", *options
-    )
-    found = json.loads(out)
-    assert (status, err) == (0, "") and found["metrics"]["global_exact"]["rows"] == found["rows"]
-    assert (
-        found["notice"] == "research use, not for diagnosis" and found["licence"] == "Apache-2.0 (synthetic)"
-    )
-    asked = ("--image", picture, "--question", "Is any disease shown?", "--question", "Which plane is shown?")
-    status, out, err = run("ask", base, "--adapter", tmp_path / "ln", *asked, "--json")
+    assert (status, err) == (0, "") and trained["recipe"].startswith("vision?=ln") and trained["changed"] == 1.0
+    status, out, err = run("evaluate", base, "--adapter", tmp_path / "ln", "--out", tmp_path / "scores", *options)
+    evaluated = json.loads(out)
+    assert (status, err) == (0, "") and evaluated["metrics"]["global_exact"]["rows"] == evaluated["rows"]
+    assert evaluated["notice"] == "research use, not for diagnosis" and evaluated["licence"] == "Apache-2.0 (synthetic)"
+    questions = ("--image", picture, "--question", "Is any disease shown?", "--question", "Which plane is shown?")
+    status, out, err = run("ask", base, "--adapter", tmp_path / "ln", *questions, "--json")
     assert (status, err) == (0, "") and len(json.loads(out)["answers"]) == 2
     status, out, err = run("describe", base, "--image", picture, "--json")
     assert (status, err) == (0, "") and isinstance(json.loads(out)["report"], str)
 
 
-def test_inspect_counts_a_shape_and_a_recipe(run: Run) -> None:
+def test_inspect_counts_the_parameters_of_a_model_and_a_recipe(run: Run) -> None:
     status, out, _ = run("inspect", "miss-base", "--tune", "ln", "--json")
-    found = json.loads(out)
-    assert status == 0 and found["total"] == 361_478_972 and found["recipe"]["trainable"] == 153_600
+    report = json.loads(out)
+    assert status == 0 and report["total"] == 361_478_972 and report["recipe"]["trainable"] == 153_600
     status, out, _ = run("inspect", "miss-base", "--tune", "ln")
     assert "trains 153,600 of 361,478,972 parameters = 0.0425%" in out
 
 
-def test_data_surveys_a_dataset(run: Run) -> None:
+def test_data_summarises_a_dataset(run: Run) -> None:
     status, out, _ = run("data", "phantom-b:10", "--json")
     assert status == 0 and json.loads(out)["parts"]["train"]["images"] == 10
 
 
 def test_score_joins_two_files_by_id(run: Run, tmp_path: Path) -> None:
-    said = [{"id": "b", "prediction": "No effusion."}, {"id": "a", "prediction": "y"}]
-    meant = [{"id": "a", "reference": "x"}, {"id": "b", "reference": "No effusion."}]
-    files = jsonl(tmp_path / "p", *said), jsonl(tmp_path / "r", *meant)
+    predictions = [{"id": "b", "prediction": "No effusion."}, {"id": "a", "prediction": "y"}]
+    references = [{"id": "a", "reference": "x"}, {"id": "b", "reference": "No effusion."}]
+    files = jsonl(tmp_path / "p", *predictions), jsonl(tmp_path / "r", *references)
     status, out, err = run("score", *files, "--json")
     assert (status, err) == (0, "") and json.loads(out)["metrics"]["rouge_l/none"]["value"] == 0.5
     status, out, err = run("score", *files, "--normalisation", "none")
@@ -136,13 +134,11 @@ def test_score_joins_two_files_by_id(run: Run, tmp_path: Path) -> None:
     assert "r2gen" not in out and "effusion." not in out
 
 
-def test_merge_and_export_write_what_they_say(run: Run, base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_merge_and_export_write_a_model_and_an_adapter(run: Run, base: Path, adapter: Path, tmp_path: Path) -> None:
     status, out, err = run("merge", base, "--adapter", adapter, "--out", tmp_path / "merged", "--json")
     assert (status, err) == (0, "") and (tmp_path / "merged" / "config.json").is_file() and json.loads(out)
     status, out, err = run("export", "--adapter", adapter, "--out", tmp_path / "peft", "--json")
-    assert (
-        (status, err) == (0, "") and (tmp_path / "peft" / "adapter_config.json").is_file() and json.loads(out)
-    )
+    assert (status, err) == (0, "") and (tmp_path / "peft" / "adapter_config.json").is_file() and json.loads(out)
 
 
 def jsonl(folder: Path, *rows: dict[str, Any] | str) -> Path:
@@ -153,12 +149,12 @@ def jsonl(folder: Path, *rows: dict[str, Any] | str) -> Path:
     return folder / "rows.jsonl"
 
 
-Bad = Callable[[Path, Path, Path, Path], list[object]]  # (base, adapter, folder, out) -> arguments
+BadInput = Callable[[Path, Path, Path, Path], list[object]]  # (base, adapter, folder, out) -> arguments
 
 
-def trained_on(make: Callable[[Path], Path]) -> Bad:
+def train_on(make_file: Callable[[Path], Path]) -> BadInput:
     return lambda base, adapter, folder, out: [
-        "train", base, "--data", "jsonl", "--root", make(folder), "--epochs", 1, "--out", out,
+        "train", base, "--data", "jsonl", "--root", make_file(folder), "--epochs", 1, "--out", out,
     ]  # fmt: skip
 
 
@@ -187,35 +183,35 @@ def of_another_base(base: Path, adapter: Path, folder: Path, out: Path) -> list[
 
 def damaged_adapter(base: Path, adapter: Path, folder: Path, out: Path) -> list[object]:
     shutil.copytree(adapter, folder / "cut")
-    whole = (adapter / "adapter.safetensors").read_bytes()
-    (folder / "cut" / "adapter.safetensors").write_bytes(whole[:-100])
+    content = (adapter / "adapter.safetensors").read_bytes()
+    (folder / "cut" / "adapter.safetensors").write_bytes(content[:-100])
     return ["evaluate", base, "--adapter", folder / "cut", "--data", "phantom-b:4", "--out", out]
 
 
-BAD: dict[str, tuple[Bad, tuple[str, ...]]] = {
-    "missing image": (trained_on(missing_image), ("rows.jsonl, line 2", "gone.png", "missing")),
-    "corrupt JPEG": (trained_on(corrupt_jpeg), ("torn.jpg", "damaged or cut short", "Replace the file")),
-    "corrupt DICOM": (trained_on(corrupt_dicom), ("torn.dcm", "no image at all")),
+BAD: dict[str, tuple[BadInput, tuple[str, ...]]] = {
+    "missing image": (train_on(missing_image), ("rows.jsonl, line 2", "gone.png", "missing")),
+    "corrupt JPEG": (train_on(corrupt_jpeg), ("torn.jpg", "damaged or cut short", "Replace the file")),
+    "corrupt DICOM": (train_on(corrupt_dicom), ("torn.dcm", "no image at all")),
     "wrong field": (
-        trained_on(lambda f: jsonl(f, ROW, {"image": "a.png", "qestion": "x", "answer": "y"})),
+        train_on(lambda f: jsonl(f, ROW, {"image": "a.png", "qestion": "x", "answer": "y"})),
         ("rows.jsonl, line 2", "'question' is missing", "qestion"),
     ),
     "empty answer": (
-        trained_on(lambda f: jsonl(f, ROW, ROW, ROW | {"answer": " "})),
+        train_on(lambda f: jsonl(f, ROW, ROW, ROW | {"answer": " "})),
         ("rows.jsonl, line 3", "answer is empty", "Fill it in, or remove the row"),
     ),
-    "not JSON": (trained_on(lambda f: jsonl(f, ROW, "{")), ("rows.jsonl, line 2", "not valid JSON")),
+    "not JSON": (train_on(lambda f: jsonl(f, ROW, "{")), ("rows.jsonl, line 2", "not valid JSON")),
     "unknown recipe word": (
         lambda b, a, f, o: ["train", b, "--data", "phantom-b:4", "--tune", "vision=nl", "--out", o],
         ("unknown method 'nl'", "did you mean 'ln'", "column 8"),
     ),
-    "a part that is not there": (
+    "unknown part": (
         lambda b, a, f, o: ["train", b, "--data", "phantom-b:4", "--tune", "connector=ln", "--out", o],
         ("no part 'connector'", "vision, encoder, decoder", "connector?"),
     ),
     "adapter of another base": (of_another_base, ("was trained on", "other values")),
-    "damaged adapter": (damaged_adapter, ("adapter.safetensors", "cut short")),
-    "no adapter there": (
+    "damaged adapter": (damaged_adapter, ("adapter.safetensors", "truncated")),
+    "missing adapter": (
         lambda b, a, f, o: ["evaluate", b, "--adapter", f, "--data", "phantom-b:4", "--out", o],
         ("adapter.json is missing",),
     ),
@@ -223,7 +219,7 @@ BAD: dict[str, tuple[Bad, tuple[str, ...]]] = {
         lambda b, a, f, o: ["train", b, "--data", "slak", "--root", f, "--out", o],
         ("no dataset 'slak'", "did you mean 'slake'"),
     ),
-    "not SLAKE's folder": (
+    "wrong folder of SLAKE": (
         lambda b, a, f, o: ["train", b, "--data", "slake", "--root", f, "--out", o],
         ("not SLAKE's folder", "--root"),
     ),
@@ -231,33 +227,33 @@ BAD: dict[str, tuple[Bad, tuple[str, ...]]] = {
         lambda b, a, f, o: ["evaluate", b, "--data", "phantom-b:4", "--split", "tset", "--out", o],
         ("no split 'tset'", "did you mean 'test'"),
     ),
-    "no such model": (
+    "unknown model": (
         lambda b, a, f, o: ["train", "nanoo", "--data", "phantom-b:4", "--out", o],
         ("no model 'nanoo'", "did you mean 'nano'"),
     ),
-    "a directory without a model": (
+    "directory without a model": (
         lambda b, a, f, o: ["train", f, "--data", "phantom-b:4", "--out", o],
         ("holds no config.json",),
     ),
-    "an impossible value": (
+    "invalid value": (
         lambda b, a, f, o: ["train", b, "--data", "phantom-b:4", "--batch", 0, "--out", o],
         ("--batch", "greater than 0"),
     ),
-    "a device that is not there": (
+    "unknown device": (
         lambda b, a, f, o: ["train", b, "--data", "phantom-b:4", "--device", "cudaa", "--out", o],
         ("device 'cudaa'", "Use cpu"),
     ),
-    "an unknown tracker": (
+    "unknown tracker": (
         lambda b, a, f, o: ["train", b, "--data", "phantom-b:4", "--tracker", "wandbb", "--out", o],
         ("--tracker wandbb",),
     ),
-    "an unknown option": (
+    "unknown option": (
         lambda b, a, f, o: ["train", b, "--data", "phantom-b:4", "--epocs", 3, "--out", o],
         ("--epocs", "--epochs"),
     ),
-    "an id twice": (
+    "repeated id": (
         lambda b, a, f, o: ["score", jsonl(f, *[{"id": 1, "prediction": ""}] * 2), f / "r"],
-        ("rows.jsonl, line 2", "id '1' stands on line 1 too"),
+        ("rows.jsonl, line 2", "id '1' is also on line 1"),
     ),
     "predictions without a reference": (
         lambda b, a, f, o: [
@@ -265,52 +261,50 @@ BAD: dict[str, tuple[Bad, tuple[str, ...]]] = {
         ],
         ("p/rows.jsonl, line 1", "id '1' is not in", "r/rows.jsonl"),
     ),
-    "a result that is not there": (
+    "missing result": (
         lambda b, a, f, o: ["compare", f / "ln", f / "full", "--out", o],
         ("ln/metrics.json is missing",),
     ),
-    "an unknown task": (
+    "unknown task": (
         lambda b, a, f, o: ["score", f / "p", f / "r", "--task", "vqaa"],
         ("--task vqaa", "did you mean 'vqa'"),
     ),
-    "a place that is a file": (
+    "--out below a file": (
         lambda b, a, f, o: ["evaluate", b, "--data", "phantom-b:4", "--out", jsonl(f / "x", ROW) / "deeper"],
         ("cannot write", "Choose another --out"),
     ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", BAD)
+@pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_and_leaves_nothing(
-    run: Run, base: Path, adapter: Path, tmp_path: Path, what: str
+    run: Run, base: Path, adapter: Path, tmp_path: Path, case: str
 ) -> None:
-    arguments, said = BAD[what]
+    arguments, expected_texts = BAD[case]
     (folder := tmp_path / "in").mkdir()
     out = tmp_path / "out"
     status, printed, err = run(*arguments(base, adapter, folder, out))
     assert status == 2 and printed == ""
     assert err.count("\n") == 1 and err.startswith("normtune: ")
-    for words in said:
-        assert words in err, err
+    for text in expected_texts:
+        assert text in err, err
     assert "Traceback" not in err
-    left = [path for path in out.rglob("*") if path.is_file()] if out.exists() else []
-    assert left == []
+    files = [path for path in out.rglob("*") if path.is_file()] if out.exists() else []
+    assert files == []
 
 
-def test_a_full_disk_is_told_and_the_old_adapter_stays(base: Path, adapter: Path, tmp_path: Path) -> None:
-    """The file-size limit stands in for a full disk: writing fails in the middle of the file."""
+def test_a_full_disk_is_an_error_and_the_old_adapter_stays(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """A limit on the file size simulates a full disk: writing fails in the middle of a file."""
     out = tmp_path / "out"
     shutil.copytree(adapter, out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     command = [sys.executable, "-m", "normtune", "train", str(base), "--data", "phantom-b:4", "--tune", "ln"]
-    found = subprocess.run(
+    process = subprocess.run(
         [*command, "--epochs", "1", "--device", "cpu", "--out", str(out), "--json"],
         capture_output=True,
         text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)),
     )
-    assert found.returncode == 2 and found.stdout == ""
-    assert (
-        found.stderr.count("\n") == 1 and "cannot write" in found.stderr and "Free some space" in found.stderr
-    )
+    assert process.returncode == 2 and process.stdout == ""
+    assert process.stderr.count("\n") == 1 and "cannot write" in process.stderr and "Free some space" in process.stderr
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before

@@ -1,4 +1,4 @@
-"""`normtune serve`: its options, and the engine that it makes of them."""
+"""`normtune serve`: its options, and the engine and server that it starts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from normtune.methods.adapt import adapt
 from normtune.models.loading import load
 from normtune.serving.http import server
 from normtune.serving.http.state import EngineProtocol, Settings
-from tests.support.test_server import call, question, serving
+from tests.support.test_server import call, chat_body, serving
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -30,7 +30,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "text"),
     [
         (("--host", "0.0.0.0"), "--api-keys"),
         (("--adapter", "chest"), "NAME=DIR"),
@@ -38,24 +38,24 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
         (("--api-keys", "gone"), "--api-keys"),
         (("--reviews", "gone"), "--reviews"),
         (("--host", "192.0.2.1", "--without-keys"), "cannot listen"),
-        (("--adapter", "nano=x"), "called as the base"),
+        (("--adapter", "nano=x"), "has the name of the base"),
         (("--adapter", "x=gone"), "gone"),
     ],
 )
-def test_bad_options_are_one_line(
+def test_invalid_options_print_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     options: tuple[str, ...],
-    told: str,
+    text: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(monkeypatch, "nano", "--port", 0, *options) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and told in err
+    assert out == "" and err.count("\n") == 1 and text in err
 
 
-def test_it_has_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_serve_has_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "--help") == 0
     out = capsys.readouterr().out
     assert "--json" in out and "--api-keys" in out and "not for diagnosis" in out
@@ -64,36 +64,36 @@ def test_it_has_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 def test_a_base_and_its_adapters_are_served(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked: list[Any] = []
+    responses: list[Any] = []
 
-    def once(engine: EngineProtocol, settings: Settings, listening: Any, *, ready: Any, quiet: bool) -> None:
+    def serve_and_stop(engine: EngineProtocol, settings: Settings, listening: Any, *, ready: Any, quiet: bool) -> None:
         ready()
         listening.close()
         with serving(engine, settings) as url:
-            asked.append(call(url, "POST", "/v1/chat/completions", question(model="nano")))
-            asked.append(call(url, "POST", "/v1/chat/completions", question(None, model="nano", stream=True)))
-            long = question(None, model="nano", max_tokens=100_000)
-            assert call(url, "POST", "/v1/chat/completions", long).status == 200, "as long as it can"
-            asked.append(call(url, "GET", "/metrics"))
+            responses.append(call(url, "POST", "/v1/chat/completions", chat_body(model="nano")))
+            responses.append(call(url, "POST", "/v1/chat/completions", chat_body(None, model="nano", stream=True)))
+            long_request = chat_body(None, model="nano", max_tokens=100_000)
+            assert call(url, "POST", "/v1/chat/completions", long_request).status == 200, "it gets the model's maximum"
+            responses.append(call(url, "GET", "/metrics"))
 
-    monkeypatch.setattr(server, "run", once)
+    monkeypatch.setattr(server, "run", serve_and_stop)
     assert run(monkeypatch, "nano", "--port", 0, "--device", "cpu", "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["model"], told["adapters"], told["keys"]) == ("nano", [], False)
-    answer, stream, metrics = asked
+    info = json.loads(capsys.readouterr().out)
+    assert (info["model"], info["adapters"], info["keys"]) == ("nano", [], False)
+    answer, stream, metrics = responses
     assert answer.status == 200 and 0 < answer.json["normtune"]["confidence"] <= 1
     assert stream.status == 200 and stream.body.endswith(b"data: [DONE]\n\n")
     assert b"normtune_answers_total 3\n" in metrics.body
 
 
-def test_what_lies_below_the_root_and_cannot_be_served_is_left_out_by_name(
+def test_adapters_below_the_root_that_cannot_be_served_are_skipped_with_a_reason(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     for recipe in ("ln", "decoder=attention[:1]"):
         model = load("nano").model
-        mark = fingerprint(model)
+        base_fingerprint = fingerprint(model)
         out = tmp_path / recipe.partition("=")[0]
-        save_adapter(adapt(model, recipe), out, base_name="nano", base_fingerprint=mark)
+        save_adapter(adapt(model, recipe), out, base_name="nano", base_fingerprint=base_fingerprint)
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "adapter.json").write_text("{")
     for name in ("ln-encoder+decoder", "nano", "of Jane Doe"):
@@ -101,12 +101,12 @@ def test_what_lies_below_the_root_and_cannot_be_served_is_left_out_by_name(
     monkeypatch.setattr(server, "run", lambda *_, ready, **__: ready())
     options = ("nano", "--port", 0, "--device", "cpu", "--adapter-root", tmp_path)
     assert run(monkeypatch, *options, "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["adapters"] == ["ln", "ln-encoder+decoder"]
-    assert [*told["left_out"]] == ["cut", "decoder", "nano", "of Jane Doe"]
-    assert "by attention" in told["left_out"]["decoder"]
+    info = json.loads(capsys.readouterr().out)
+    assert info["adapters"] == ["ln", "ln-encoder+decoder"]
+    assert [*info["left_out"]] == ["cut", "decoder", "nano", "of Jane Doe"]
+    assert "by attention" in info["left_out"]["decoder"]
     assert run(monkeypatch, *options) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:-1] == [f"left out: {reason}" for reason in told["left_out"].values()]
+    assert lines[:-1] == [f"skipped: {reason}" for reason in info["left_out"].values()]
     assert lines[-1].startswith("nano with 2 adapters at http")
     assert run(monkeypatch, *options[:5], "--adapter", f"decoder={tmp_path / 'decoder'}") == 2

@@ -1,4 +1,4 @@
-"""What tests of the engine share."""
+"""Fixtures for the tests of the serving engine."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ from normtune.models.loading import load
 
 @pytest.fixture
 def family(base: Path) -> Family:
-    """A tiny MISS, loaded anew."""
+    """Load a tiny MISS model; every test gets its own."""
     return load(str(base))

@@ -72,16 +72,12 @@ async def _get(app: Any, path: str) -> Any:
 def without_prose(value: Any) -> Any:
     """Remove texts for people. A property that is called `title` has a mapping as its value, and is kept."""
     if isinstance(value, dict):
-        return {
-            key: without_prose(item) for key, item in value.items() if not (key in PROSE and _is_prose(item))
-        }
+        return {key: without_prose(item) for key, item in value.items() if not (key in PROSE and _is_prose(item))}
     return [without_prose(item) for item in value] if isinstance(value, list) else value
 
 
 def _is_prose(value: Any) -> bool:
-    return isinstance(value, str) or (
-        isinstance(value, list) and all(isinstance(item, str) for item in value)
-    )
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
 
 
 def snapshot_text() -> str:

@@ -7,35 +7,41 @@ from typing import Annotated
 
 import typer
 
-from normtune.commands.app import Json, Model, app, emit, plain
+from normtune.commands.app import Json, Model, app, emit, to_json
 from normtune.errors import InputError, did_you_mean
 
 
 @app.command()
 def merge(
     model: Model,
-    adapter: Annotated[Path, typer.Option(help="The adapter to merge.")],
-    out: Annotated[Path, typer.Option(help="Where the merged model is written.")],
+    adapter: Annotated[Path, typer.Option(help="Folder of the adapter.")],
+    out: Annotated[Path, typer.Option(help="Folder of the merged model.")],
     json: Json = False,
 ) -> None:
-    """A loadable model that links the base's own files and adds the trained tensors."""
+    """Merge an adapter into its base model.
+
+    The merged model loads like any model of its kind. It links the base's files and adds the trained tensors.
+    """
     from normtune.adapters.merge import merge_text, merge_to_disk
 
-    found = merge_to_disk(model, adapter, out)
-    emit(json, plain(found), merge_text(found))
+    result = merge_to_disk(model, adapter, out)
+    emit(json, to_json(result), merge_text(result))
 
 
 @app.command()
 def export(
-    adapter: Annotated[Path, typer.Option(help="The adapter to export.")],
-    out: Annotated[Path, typer.Option(help="Where it is written.")],
-    to: Annotated[str, typer.Option(help="The format: peft.")] = "peft",
+    adapter: Annotated[Path, typer.Option(help="Folder of the adapter.")],
+    out: Annotated[Path, typer.Option(help="Folder of the exported adapter.")],
+    to: Annotated[str, typer.Option(help="Format: peft.")] = "peft",
     json: Json = False,
 ) -> None:
-    """An adapter in the form that `PeftModel.from_pretrained` loads, to the same answers."""
+    """Export an adapter to the PEFT format.
+
+    `PeftModel.from_pretrained` loads it, and the answers are the same.
+    """
     if to != "peft":
         raise InputError(f"--to {to}: unknown format{did_you_mean(to, ['peft']) or '.'} Known: peft.")
     from normtune.adapters.export_peft import export_peft, export_text
 
-    found = export_peft(adapter, out)
-    emit(json, plain(found), export_text(found))
+    result = export_peft(adapter, out)
+    emit(json, to_json(result), export_text(result))

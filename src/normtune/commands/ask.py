@@ -1,4 +1,4 @@
-"""Commands that answer for single images."""
+"""Commands that ask a model about one image or study."""
 
 from __future__ import annotations
 
@@ -14,51 +14,48 @@ from normtune.data import tasks
 @app.command()
 def ask(
     model: Model,
-    image: Annotated[Path, typer.Option(help="PNG, JPEG, TIFF or DICOM.")],
-    question: Annotated[list[str], typer.Option(help="Repeat for several questions of the image.")],
+    image: Annotated[Path, typer.Option(help="Image file: PNG, JPEG, TIFF or DICOM.")],
+    question: Annotated[list[str], typer.Option(help="A question about the image. Repeat for several.")],
     adapter: Adapter = None,
-    beams: Annotated[int, typer.Option(min=1, help="Beams of the search; 1 is greedy.")] = 1,
+    beams: Annotated[int, typer.Option(min=1, help="Width of the beam search; 1 is greedy decoding.")] = 1,
     device: Device = None,
     quantize: Quantize = None,
     json: Json = False,
 ) -> None:
-    """Ask questions of one image."""
+    """Ask a model questions about an image.
+
+    Research use, not for diagnosis.
+    """
     from normtune.inference.ask import ask
 
     answers = ask(model, image, question, adapter=adapter, beams=beams, device=device, quantize=quantize)
     rows = [
-        {"question": q, "answer": a.text, "score": a.score} for q, a in zip(question, answers, strict=True)
+        {"question": text, "answer": answer.text, "score": answer.score}
+        for text, answer in zip(question, answers, strict=True)
     ]
-    emit(
-        json,
-        {"image": str(image), "answers": rows},
-        "\n".join(f"{r['question']}  {r['answer']}" for r in rows),
-    )
+    emit(json, {"image": str(image), "answers": rows}, "\n".join(f"{row['question']}  {row['answer']}" for row in rows))
 
 
 @app.command()
 def describe(
     model: Model,
-    image: Annotated[list[Path], typer.Option(help="Repeat for the views of one study.")],
+    image: Annotated[list[Path], typer.Option(help="Image file. Repeat for several views of one study.")],
     adapter: Adapter = None,
-    beams: Annotated[int, typer.Option(min=1, help="Beams of the search; 1 is greedy.")] = 1,
+    beams: Annotated[int, typer.Option(min=1, help="Width of the beam search; 1 is greedy decoding.")] = 1,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Longest report, in tokens.")
+        int, typer.Option(min=1, help="Maximum length of the report, in tokens.")
     ] = tasks.MAX_REPORT_TOKENS,
     device: Device = None,
     quantize: Quantize = None,
     json: Json = False,
 ) -> None:
-    """Write a report for one image or study. Research use, not for diagnosis."""
+    """Write a report about an image or study.
+
+    Research use, not for diagnosis.
+    """
     from normtune.inference.ask import describe
 
     answer = describe(
-        model,
-        image,
-        adapter=adapter,
-        beams=beams,
-        max_new_tokens=max_new_tokens,
-        device=device,
-        quantize=quantize,
+        model, image, adapter=adapter, beams=beams, max_new_tokens=max_new_tokens, device=device, quantize=quantize
     )
-    emit(json, {"images": [str(i) for i in image], "report": answer.text, "score": answer.score}, answer.text)
+    emit(json, {"images": [str(path) for path in image], "report": answer.text, "score": answer.score}, answer.text)

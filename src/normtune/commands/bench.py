@@ -1,7 +1,7 @@
-"""The benchmarks of a source checkout by name: what there is, and one of them run.
+"""Lists and runs the benchmarks of a source checkout.
 
-A benchmark is a script of `benchmarks/` with a `main`; it parses its own options, prints a table, and writes
-its record where `--out` says.
+A benchmark is a script in `benchmarks/` with a `main` function. It parses its own options, prints a table,
+and writes its record to `--out`.
 """
 
 from __future__ import annotations
@@ -23,130 +23,129 @@ from normtune.commands.app import Json, app, emit
 from normtune.errors import InputError, did_you_mean
 from normtune.runtime.files import read_json
 
-FOLDER = Path(__file__).resolve().parents[3] / "benchmarks"  # of a checkout, whose package is in src/normtune
-RECORD = "results.json"  # of a benchmark that writes a folder
+FOLDER = Path(__file__).resolve().parents[3] / "benchmarks"  # of a source checkout
+RECORD_FILE = "results.json"  # the record of a benchmark with a folder as its --out
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One script and the first line of its docstring."""
+    """A benchmark script; `summary` is the first line of its docstring."""
 
     name: str
     summary: str
     path: Path
 
 
-def benchmarks() -> dict[str, Benchmark]:
-    """Every benchmark by its name; the scripts are parsed, none is imported.
+def find_benchmarks() -> dict[str, Benchmark]:
+    """Return every benchmark by its name. The scripts are parsed, but not imported.
 
     Raises:
-        InputError: the package is installed without its source.
+        InputError: the package was installed without its source.
     """
     scripts = sorted(FOLDER.glob("*.py"))
     if not scripts:
         raise InputError(
-            f"there are no benchmarks at {FOLDER}: they come with the source, not with the installed "
+            f"there are no benchmarks at {FOLDER}: only the source has them, not the installed "
             "package. git clone https://github.com/normtune/normtune, install it with pip install -e "
             "normtune, and run normtune bench again."
         )
-    found = {}
+    benchmarks = {}
     for path in scripts:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
             summary = (ast.get_docstring(tree) or path.stem).splitlines()[0]
-            found[path.stem] = Benchmark(path.stem, summary, path)
-    return found
+            benchmarks[path.stem] = Benchmark(path.stem, summary, path)
+    return benchmarks
 
 
-def listing(found: dict[str, Benchmark]) -> str:
-    """The benchmarks, a line each."""
-    width = max(map(len, found))
-    return "\n".join(f"{one.name:<{width}}  {one.summary}" for one in found.values())
+def list_benchmarks(benchmarks: dict[str, Benchmark]) -> str:
+    """Return the names and summaries as text, one line for each benchmark."""
+    width = max(map(len, benchmarks))
+    return "\n".join(f"{item.name:<{width}}  {item.summary}" for item in benchmarks.values())
 
 
 def run_benchmark(name: str, arguments: Sequence[str]) -> None:
-    """Run a benchmark in this process with its own options; its table goes to stdout as it comes.
+    """Run a benchmark in this process with its own options. It prints its table to stdout.
 
     Raises:
-        InputError: there is no such benchmark, or it does not take these options.
+        InputError: there is no such benchmark, or its options are not valid.
     """
-    known = benchmarks()
-    if name not in known:
+    benchmarks = find_benchmarks()
+    if name not in benchmarks:
         raise InputError(
-            f"no benchmark '{name}'{did_you_mean(name, known) or '.'} Known are {', '.join(known)}."
+            f"no benchmark '{name}'{did_you_mean(name, benchmarks) or '.'} Known are {', '.join(benchmarks)}."
         )
-    path, argv = known[name].path, sys.argv
-    sys.path.insert(0, str(path.parent))  # scripts import their neighbours
+    path, argv = benchmarks[name].path, sys.argv
+    sys.path.insert(0, str(path.parent))  # scripts import other modules of their folder
     sys.argv = [str(path), *arguments]
     try:
-        with _one_line_refusals(name):
+        with _argparse_errors_as_input_errors(name):
             runpy.run_path(str(path), run_name="__main__")
-    except SystemExit as ended:  # argparse ends so after --help; a script's own message is an error
-        if ended.code:
+    except SystemExit as error:  # argparse exits with 0 after --help; any other status is a failure
+        if error.code:
             raise
     finally:
         sys.argv = argv
         sys.path.remove(str(path.parent))
 
 
-def recorded(name: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """Run a benchmark and give the JSON record that it writes; what it prints goes to stderr.
+def benchmark_record(name: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """Run a benchmark and return the JSON record that it writes. Its printed output goes to stderr.
 
     Raises:
-        InputError: see `run_benchmark`; or it wrote no record.
+        InputError: see `run_benchmark`; or the benchmark wrote no record.
     """
     with TemporaryDirectory() as folder:
-        given = _given_out(arguments)
-        out = given or Path(folder) / "record.json"
+        out_option = _out_option(arguments)
+        out = out_option or Path(folder) / "record.json"
         with redirect_stdout(sys.stderr):
-            run_benchmark(name, arguments if given else [*arguments, "--out", str(out)])
-        record = out / RECORD if out.is_dir() else out
-        if not record.is_file():
+            run_benchmark(name, arguments if out_option else [*arguments, "--out", str(out)])
+        record_file = out / RECORD_FILE if out.is_dir() else out
+        if not record_file.is_file():
             raise InputError(f"benchmark {name} wrote no record to {out}. Run it without --json.")
-        held: dict[str, Any] = read_json(record)
-        return held
+        record: dict[str, Any] = read_json(record_file)
+        return record
 
 
-def _given_out(arguments: Sequence[str]) -> Path | None:
-    for place, word in enumerate(arguments):
-        if word == "--out" and place + 1 < len(arguments):
-            return Path(arguments[place + 1])
-        if word.startswith("--out="):
-            return Path(word.removeprefix("--out="))
+def _out_option(arguments: Sequence[str]) -> Path | None:
+    for index, argument in enumerate(arguments):
+        if argument == "--out" and index + 1 < len(arguments):
+            return Path(arguments[index + 1])
+        if argument.startswith("--out="):
+            return Path(argument.removeprefix("--out="))
     return None
 
 
 @contextmanager
-def _one_line_refusals(name: str) -> Iterator[None]:
-    """Inside, argparse's refusals are InputErrors: one line, as every command's."""
+def _argparse_errors_as_input_errors(name: str) -> Iterator[None]:
+    """Within the context, errors of argparse are raised as InputErrors, which print one line."""
 
-    def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-        raise InputError(f"bench {name}: {message}. Its options: normtune bench {name} --help")
+    def raise_error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+        raise InputError(f"bench {name}: {message}. See normtune bench {name} --help")
 
-    own = argparse.ArgumentParser.error
-    argparse.ArgumentParser.error = refuse  # type: ignore[method-assign, assignment]
+    original = argparse.ArgumentParser.error
+    argparse.ArgumentParser.error = raise_error  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        argparse.ArgumentParser.error = own  # type: ignore[method-assign]
+        argparse.ArgumentParser.error = original  # type: ignore[method-assign]
 
 
 @app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
 def bench(
-    name: Annotated[str | None, typer.Argument(help="A benchmark; none lists them.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Name of a benchmark; without it, all are listed.")] = None,
     options: Annotated[
-        list[str] | None, typer.Argument(help="Its own options: normtune bench NAME --help.")
+        list[str] | None, typer.Argument(help="The benchmark's own options; see normtune bench NAME --help.")
     ] = None,
     json: Json = False,
 ) -> None:
-    """The benchmarks of the source checkout: list them, or run one and print its table."""
-
-    given = [option for option in options or () if option != "--json"]
+    """List or run the benchmarks of a source checkout."""
+    own_options = [option for option in options or () if option != "--json"]
     if name is None:
-        found = benchmarks()
-        rows = [{"name": one.name, "summary": one.summary} for one in found.values()]
-        emit(json, {"benchmarks": rows}, listing(found))
-    elif json or len(given) < len(options or ()):
-        emit(True, recorded(name, given), "")
+        benchmarks = find_benchmarks()
+        rows = [{"name": item.name, "summary": item.summary} for item in benchmarks.values()]
+        emit(json, {"benchmarks": rows}, list_benchmarks(benchmarks))
+    elif json or len(own_options) < len(options or ()):  # --json before or after NAME
+        emit(True, benchmark_record(name, own_options), "")
     else:
-        run_benchmark(name, given)
+        run_benchmark(name, own_options)

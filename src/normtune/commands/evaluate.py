@@ -1,4 +1,4 @@
-"""Commands on what evaluations wrote."""
+"""Commands that evaluate a model, and compare, show or convert the results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from normtune.commands.app import Json, app, emit, plain, takes
+from normtune.commands.app import Json, app, emit, options_from, to_json
 from normtune.errors import InputError, did_you_mean
 from normtune.evaluation.config import EvaluateConfig
 from normtune.runtime import distributed
@@ -18,23 +18,26 @@ from normtune.runtime.progress import progress_bar
 def score(
     predictions: Annotated[Path, typer.Argument(help='JSONL of {"id", "prediction"}.')],
     references: Annotated[Path, typer.Argument(help='JSONL of {"id", "reference"[, "images", "kind"]}.')],
-    task: Annotated[str | None, typer.Option(help="report or vqa; by default as `kind` says.")] = None,
+    task: Annotated[str | None, typer.Option(help='report or vqa; default: by "kind" in the file.')] = None,
     normalisation: Annotated[
-        list[str] | None, typer.Option(help="Of the texts, repeatable: none, r2gen-iu, r2gen-mimic; vqa.")
+        list[str] | None, typer.Option(help="Text normalisation, repeatable: none, r2gen-iu, r2gen-mimic, vqa.")
     ] = None,
-    chexbert: Annotated[Path | None, typer.Option(help="Folder of chexbert.pth and vocab.txt.")] = None,
-    bertscore: Annotated[Path | None, typer.Option(help="Folder of the model for BERTScore.")] = None,
+    chexbert: Annotated[Path | None, typer.Option(help="Folder with chexbert.pth and vocab.txt.")] = None,
+    bertscore: Annotated[Path | None, typer.Option(help="Folder of a model for BERTScore.")] = None,
     radgraph: Annotated[bool, typer.Option("--radgraph", help="Add RadGraph F1.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Write the result there as JSON.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")] = None,
     json: Json = False,
 ) -> None:
-    """Score a file of predictions against a file of references, joined by id, with 95% intervals."""
+    """Score a file of predictions against references.
+
+    Rows are joined by id. Each metric has a 95% confidence interval.
+    """
     from normtune.evaluation.score_files import TASKS, score_files, score_text
 
     if task not in (None, *TASKS):
         hint = did_you_mean(str(task), TASKS) or "."
         raise InputError(f"--task {task}: unknown{hint} Known: {', '.join(TASKS)}.")
-    found = score_files(
+    scores = score_files(
         predictions,
         references,
         task=task,  # type: ignore[arg-type]  # checked above
@@ -44,66 +47,76 @@ def score(
         radgraph=radgraph,
         out=out,
     )
-    emit(json, found, score_text(found))
+    emit(json, scores, score_text(scores))
 
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Result folders of evaluate, baseline first.")],
-    out: Annotated[Path | None, typer.Option(help="Write the table there, as Markdown.")] = None,
+    runs: Annotated[list[Path], typer.Argument(help="Result folders of evaluate, the baseline first.")],
+    out: Annotated[Path | None, typer.Option(help="Write the table to this Markdown file.")] = None,
     json: Json = False,
 ) -> None:
-    """Evaluations of the same questions: every metric's difference from the first, paired by image."""
+    """Compare evaluations of the same questions.
+
+    Shows each metric's difference from the first evaluation, paired by image, with its interval.
+    """
     from normtune.evaluation.compare import compare_runs, comparison_text, write_comparison
 
-    found = compare_runs(runs).to_json()
+    comparison = compare_runs(runs).to_json()
     if out is not None:
-        write_comparison(found, out)
-    emit(json, found, comparison_text(found))
+        write_comparison(comparison, out)
+    emit(json, comparison, comparison_text(comparison))
 
 
 @app.command()
 def review(
-    runs: Annotated[list[Path], typer.Argument(help="Result folders of evaluate, of the same questions.")],
-    out: Annotated[Path, typer.Option(help="The HTML file.")],
-    data: Annotated[str | None, typer.Option(help="The dataset; by default as the results name it.")] = None,
-    root: Annotated[Path | None, typer.Option(help="Where the dataset's files lie, likewise.")] = None,
-    images: Annotated[bool, typer.Option(help="Show the images.")] = True,
-    limit: Annotated[int, typer.Option(help="Rows shown at most; wrong ones first.")] = 400,
-    pixels: Annotated[int, typer.Option(help="Longest side of an image.")] = 256,
+    runs: Annotated[list[Path], typer.Argument(help="Result folders of evaluate, for the same questions.")],
+    out: Annotated[Path, typer.Option(help="The HTML file to write.")],
+    data: Annotated[str | None, typer.Option(help="Dataset; default: as recorded in the results.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder of the dataset; default: as recorded.")] = None,
+    images: Annotated[bool, typer.Option(help="Include the images.")] = True,
+    limit: Annotated[int, typer.Option(help="Maximum number of rows; wrong answers come first.")] = 400,
+    pixels: Annotated[int, typer.Option(help="Longest side of an image, in pixels.")] = 256,
     json: Json = False,
 ) -> None:
-    """A page of right and wrong answers with their images, to look through: one file, no server."""
+    """Write an HTML page of right and wrong answers.
+
+    The page is one file, which opens in a browser without a server.
+    """
     from normtune.evaluation.review.page import review, review_text
 
     with progress_bar("images", quiet=json) as tick:
-        found = review(
-            runs, out, data=data, root=root, images=images, limit=limit, pixels=pixels, progress=tick
-        )
-    emit(json, found, review_text(found))
+        summary = review(runs, out, data=data, root=root, images=images, limit=limit, pixels=pixels, progress=tick)
+    emit(json, summary, review_text(summary))
 
 
 @app.command("export-predictions")
 def export_predictions(
-    run: Annotated[Path, typer.Argument(help="A result folder of evaluate.")],
-    to: Annotated[str, typer.Option(help="The harness: lmms-eval or vlmevalkit.")],
-    out: Annotated[Path, typer.Option(help="The file: .json for lmms-eval, .tsv for vlmevalkit.")],
-    task: Annotated[str | None, typer.Option(help="lmms-eval's task; known for SLAKE.")] = None,
+    run: Annotated[Path, typer.Argument(help="Result folder of normtune evaluate.")],
+    to: Annotated[str, typer.Option(help="Evaluation harness: lmms-eval or vlmevalkit.")],
+    out: Annotated[Path, typer.Option(help="File to write: .json for lmms-eval, .tsv for vlmevalkit.")],
+    task: Annotated[str | None, typer.Option(help="Task name of lmms-eval; default for SLAKE only.")] = None,
     json: Json = False,
 ) -> None:
-    """Answers in the form that another harness scores again, without a model."""
+    """Convert predictions for another evaluation harness.
+
+    The harness can score them again without running a model.
+    """
     from normtune.evaluation.export_predictions import export_predictions, export_text
 
-    found = export_predictions(run, to, out, task=task)
-    emit(json, plain(found), export_text(found))
+    result = export_predictions(run, to, out, task=task)
+    emit(json, to_json(result), export_text(result))
 
 
 @app.command()
-@takes(EvaluateConfig, positional="model")
+@options_from(EvaluateConfig, positional="model")
 def evaluate(config: EvaluateConfig, *, as_json: bool) -> None:
-    """Answer every question of a split and score the answers, with 95% intervals."""
+    """Evaluate a model on a dataset.
+
+    Answers every question of a split and scores the answers, with 95% confidence intervals.
+    """
     from normtune.evaluation.evaluate import evaluate_config, metrics_text
 
     with progress_bar("answering", quiet=as_json or not distributed.is_main_process()) as tick:
-        found = evaluate_config(config, progress=tick)
-    emit(as_json, found, metrics_text(found))
+        metrics = evaluate_config(config, progress=tick)
+    emit(as_json, metrics, metrics_text(metrics))

@@ -1,4 +1,4 @@
-"""Commands that make one form of a model or an adapter into another."""
+"""Commands that convert original checkpoints to transformers' format."""
 
 from __future__ import annotations
 
@@ -7,27 +7,30 @@ from typing import Annotated
 
 import typer
 
-from normtune.commands.app import Json, app, emit, plain
+from normtune.commands.app import Json, app, emit, to_json
 from normtune.runtime.progress import progress_bar
 
 
 @app.command("import-miss")
 def import_miss(
-    source: Annotated[Path, typer.Argument(help="MISS's .pth, or a directory of BLIP-VQA.")],
-    out: Annotated[Path, typer.Argument(help="Where the model is written.")],
-    vocab: Annotated[Path | None, typer.Option(help="The vocab.txt of bert-base-uncased.")] = None,
+    source: Annotated[Path, typer.Argument(help="The .pth file of MISS, or the directory of BLIP-VQA.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the converted model.")],
+    vocab: Annotated[Path | None, typer.Option(help="The file vocab.txt of bert-base-uncased.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Resize the position embeddings to it.")] = None,
-    vision_heads: Annotated[int | None, typer.Option(help="Attention heads, where not width / 64.")] = None,
-    text_heads: Annotated[int | None, typer.Option(help="Attention heads, where not width / 64.")] = None,
+    vision_heads: Annotated[int | None, typer.Option(help="Image encoder heads; default: width / 64.")] = None,
+    text_heads: Annotated[int | None, typer.Option(help="Text model heads; default: width / 64.")] = None,
     divide_twice: Annotated[
-        bool, typer.Option(help="Prepare images as MISS's released code does: /255 twice, not normalised.")
+        bool, typer.Option(help="Preprocess images as MISS's code: /255 twice, no normalisation.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """MISS's original checkpoint, or BLIP-VQA's, as a model that normtune and transformers load."""
+    """Convert a checkpoint of MISS or BLIP-VQA.
+
+    Normtune and transformers can load the converted model.
+    """
     from normtune.models.importers.miss.importer import import_miss, import_text
 
-    found = import_miss(
+    result = import_miss(
         source,
         out,
         vocab=vocab,
@@ -36,34 +39,33 @@ def import_miss(
         text_heads=text_heads,
         divide_twice=divide_twice,
     )
-    emit(json, plain(found), import_text(found))
+    emit(json, to_json(result), import_text(result))
 
 
 @app.command("import-llava-med")
 def import_llava_med(
-    source: Annotated[str, typer.Argument(help="LLaVA-Med's original layout: a directory or hub name.")],
-    out: Annotated[Path, typer.Argument(help="Where the model is written.")],
-    vision: Annotated[
-        str | None, typer.Option(help="Its CLIP, where SOURCE holds none: a directory or hub name.")
-    ] = None,
+    source: Annotated[str, typer.Argument(help="LLaVA-Med in its original format: a directory or Hub name.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the converted model.")],
+    vision: Annotated[str | None, typer.Option(help="CLIP model, if SOURCE has none: a directory or Hub name.")] = None,
     stock_tower: Annotated[
-        bool, typer.Option("--stock-tower", help="Take --vision's weights even where SOURCE has its own.")
+        bool, typer.Option("--stock-tower", help="Use the weights of --vision even if SOURCE has its own.")
     ] = False,
     vision_heads: Annotated[
-        int | None, typer.Option(help="Attention heads of SOURCE's own CLIP, where not width / 64.")
+        int | None, typer.Option(help="Attention heads of SOURCE's own CLIP; default: width / 64.")
     ] = None,
-    base: Annotated[str | None, typer.Option(help="The LLaMA that SOURCE is a delta of.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="A tokenizer in place of SOURCE's.")] = None,
+    base: Annotated[str | None, typer.Option(help="LLaMA model, if SOURCE is a difference from it.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer to use instead of SOURCE's.")] = None,
     json: Json = False,
 ) -> None:
-    """LLaVA-Med's original checkpoint as a model that normtune and transformers load.
+    """Convert an original LLaVA-Med checkpoint.
 
-    Run again after a kill, and it goes on.
+    Normtune and transformers can load the converted model. If the command is interrupted, run it again to
+    continue.
     """
     from normtune.models.importers.llava_med.importer import import_llava_med, import_text
 
     with progress_bar("writing tensors", quiet=json) as tick:
-        found = import_llava_med(
+        result = import_llava_med(
             source,
             out,
             vision=vision,
@@ -71,6 +73,6 @@ def import_llava_med(
             vision_heads=vision_heads,
             base=base,
             tokenizer=tokenizer,
-            tick=tick,
+            on_progress=tick,
         )
-    emit(json, plain(found), import_text(found))
+    emit(json, to_json(result), import_text(result))

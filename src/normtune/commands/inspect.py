@@ -1,4 +1,4 @@
-"""Commands that look at data and models, train, evaluate and measure."""
+"""Commands that show the parts of a model and the contents of a dataset."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from typing import Annotated
 
 import typer
 
-from normtune.commands.app import Device, Json, Model, Quantize, app, emit, takes
+from normtune.commands.app import Device, Json, Model, Quantize, app, emit, options_from
 from normtune.data.options import DataOptions
 
 
-@app.command("inspect")
-def inspect_model(
+@app.command()
+def inspect(
     model: Model,
-    tune: Annotated[str | None, typer.Option(help="A recipe: what would it train?")] = None,
-    data: Annotated[str | None, typer.Option(help="A dataset: what memory would training take?")] = None,
-    root: Annotated[Path | None, typer.Option(help="Where the dataset's files lie.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Plan for the first so many pairs only.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Question-answer pairs a step.")] = None,
-    cap: Annotated[int | None, typer.Option(help="At most so many questions of one image.")] = None,
-    memory: Annotated[str | None, typer.Option(help="fast, balanced or tight.")] = None,
+    tune: Annotated[str | None, typer.Option(help="Recipe; shows what it would train.")] = None,
+    data: Annotated[str | None, typer.Option(help="Dataset; shows the memory of training on it.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder or file of the dataset.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Plan for the first LIMIT pairs only.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Question-answer pairs per step.")] = None,
+    cap: Annotated[int | None, typer.Option(help="Maximum number of questions per image in a group.")] = None,
+    memory: Annotated[str | None, typer.Option(help="fast, balanced or tight; see train --help.")] = None,
     quantize: Quantize = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Dtype of the base: float32 or bfloat16.")] = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """Parts x roles of a model, what a recipe would train, and the memory it would take with --data.
+    """Show a model's parts and what a recipe trains.
 
-    No weights are loaded.
+    With --data, also plans the memory of a training run. No weights are loaded.
     """
-    from normtune.training.inspection import inspect_text, inspection, planned
+    from normtune.training.inspection import add_memory_plan, inspect_model, inspect_text
 
     options = {
         "data": data,
@@ -43,16 +43,20 @@ def inspect_model(
         "dtype": dtype,
         "device": device,
     }
-    found = planned(model, tune, options, inspection(model, tune))
-    emit(json, found, inspect_text(found))
+    report = add_memory_plan(model, tune, options, inspect_model(model, tune))
+    emit(json, report, inspect_text(report))
 
 
 @app.command()
-@takes(DataOptions, positional="data")
+@options_from(DataOptions, positional="data")
 def data(options: DataOptions, *, as_json: bool) -> None:
-    """What a dataset holds: splits, images, open and closed counts, problems, leaks between splits."""
+    """Show what a dataset contains.
+
+    Lists its splits, images, open and closed questions, problems in its files, and images that several splits
+    share.
+    """
     from normtune.data.registry import open_configured
     from normtune.data.summary import summarize, summary_text
 
-    found = summarize(open_configured(options))
-    emit(as_json, found, summary_text(found))
+    summary = summarize(open_configured(options))
+    emit(as_json, summary, summary_text(summary))

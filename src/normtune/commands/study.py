@@ -12,12 +12,16 @@ from normtune.commands.app import Json, app, emit
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Where the results are written.")] = Path("demo"),
-    images: Annotated[int, typer.Option(min=8, help="Training images of hospital B.")] = 160,
-    seed: Annotated[int, typer.Option(help="Of data and training.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo"),
+    images: Annotated[int, typer.Option(min=8, help="Number of training images of hospital B.")] = 160,
+    seed: Annotated[int, typer.Option(help="Seed of the data and of training.")] = 0,
     json: Json = False,
 ) -> None:
-    """The main job on the embedded default, offline: adapt 'nano' to another hospital with every recipe."""
+    """Run a small demo offline.
+
+    Adapts the built-in model 'nano' from synthetic images of one hospital to those of another, with several
+    recipes, and compares the results.
+    """
     from normtune.studies.demo import run_demo
 
     results, text = run_demo(out, images=images, seed=seed, quiet=json)
@@ -26,49 +30,48 @@ def demo(
 
 @app.command()
 def study(
-    file: Annotated[Path, typer.Argument(help="The study's YAML file.")],
-    out: Annotated[Path | None, typer.Option(help="The study's folder; by default its name.")] = None,
+    file: Annotated[Path, typer.Argument(help="YAML file of the study.")],
+    out: Annotated[Path | None, typer.Option(help="Results folder; default: the study's name.")] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Cells side by side; by default as cores and memory allow.")
+        int | None, typer.Option(min=1, help="Parallel cells; default: as cores and memory allow.")
     ] = None,
     on: Annotated[str, typer.Option(help="Where cells run: local, ray or slurm.")] = "local",
     root: Annotated[
-        list[str] | None, typer.Option(help="NAME=DIR, repeatable: where a data set of the study lies.")
+        list[str] | None, typer.Option(help="NAME=DIR: folder of a dataset of the study; repeatable.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and their pairs only.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells, but run nothing.")] = False,
     report_only: Annotated[
-        bool,
-        typer.Option("--report-only", help="Run nothing: write the tables and the page of what is there."),
+        bool, typer.Option("--report-only", help="Run nothing; write tables and page of the finished cells.")
     ] = False,
     examples: Annotated[
         bool,
         typer.Option(
-            "--examples",
-            help="Show some images with answers on the page, where the data's licence allows it.",
+            "--examples", help="Show some images with answers on the page, if the licence of the data allows it."
         ),
     ] = False,
     json: Json = False,
 ) -> None:
-    """Run what is missing of a grid of trainings and evaluations, and write its tables.
+    """Run a grid of trainings and evaluations.
 
-    Run again after a kill, and it goes on. Exit status 1 where a cell failed.
+    Runs the cells that have no result yet, and writes tables and an HTML page of all results. If the command
+    is interrupted, run it again to continue. The exit status is 1 if a cell failed.
     """
     from normtune.studies.spec import read_study
 
-    found = read_study(file, root or ())
-    folder = out or Path(found.study)
+    spec = read_study(file, root or ())
+    folder = out or Path(spec.study)
     if dry_run:
-        from normtune.studies.console import listing, listing_text
-        from normtune.studies.plan import Sizes
+        from normtune.studies.console import format_listing, list_cells
+        from normtune.studies.plan import PairCounts
         from normtune.studies.run import current_plan
 
-        listed = listing(current_plan(found, folder), Sizes(found), folder)
-        emit(json, listed, listing_text(listed))
+        cells = list_cells(current_plan(spec, folder), PairCounts(spec), folder)
+        emit(json, cells, format_listing(cells))
         return
     from normtune.studies.study import run_study_and_report
 
     summary, text = run_study_and_report(
-        found, folder, workers=workers, on=on, quiet=json, report_only=report_only, examples=examples
+        spec, folder, workers=workers, on=on, quiet=json, report_only=report_only, examples=examples
     )
     emit(json, summary, text)
     if not report_only and (summary["failed"] or summary["waiting"]):

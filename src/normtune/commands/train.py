@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from normtune.commands.app import app, emit, takes
+from normtune.commands.app import app, emit, options_from
 from normtune.runtime import distributed
 from normtune.training.config import TrainConfig
 
 
 @app.command()
-@takes(TrainConfig, positional="model")
+@options_from(TrainConfig, positional="model")
 def train(config: TrainConfig, *, as_json: bool) -> None:
-    """Train a recipe on a dataset; writes the adapter to --out. Run again after a kill, and it goes on."""
+    """Train an adapter on a dataset.
+
+    The recipe (--tune) chooses what is trained. The adapter is written to --out. If the command is
+    interrupted, run it again to resume from the last checkpoint.
+    """
     from normtune.training.progress import PrintProgress
     from normtune.training.train import train
 

@@ -1,4 +1,4 @@
-"""The page in a browser: upload, ask, compare, look; without the network, and within a phone's width."""
+"""The web page in a browser: upload, ask, compare, zoom; without other hosts, and on a phone's width."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from normtune.data.phantom import dataset
+from normtune.data.phantom import phantom_dataset
 from normtune.serving.http.state import Settings
 from tests.support.browser import CHROMIUM, Browser
 from tests.support.fake_engine import FakeEngine
@@ -21,8 +21,8 @@ from tests.support.test_server import call, serving
 def browser() -> Iterator[Browser]:
     if CHROMIUM is None:
         pytest.skip("chromium is not installed")
-    with Browser() as found:
-        yield found
+    with Browser() as started_browser:
+        yield started_browser
 
 
 @pytest.fixture(scope="module")
@@ -34,22 +34,20 @@ def engine() -> FakeEngine:
 def url(engine: FakeEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     reviews = tmp_path_factory.mktemp("reviews")
     (reviews / "phantoms.html").write_text("<p>rows</p>")
-    with serving(engine, Settings(base="nano", reviews=reviews)) as found:
-        yield found
+    with serving(engine, Settings(base="nano", reviews=reviews)) as server_url:
+        yield server_url
 
 
 @pytest.fixture(scope="module")
 def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("picture") / "doe_jane.png"
-    dataset("b", 1).open_image("b-000000").save(path)
+    phantom_dataset("b", 1).open_image("b-000000").save(path)
     return path
 
 
 def show(browser: Browser, url: str, width: int, dark: bool = False) -> None:
     browser.events.clear()
-    browser.call(
-        "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600
-    )
+    browser.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
     scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
     browser.call("Emulation.setEmulatedMedia", media="", features=[scheme])
     browser.call("Page.navigate", url=url)
@@ -59,7 +57,7 @@ def show(browser: Browser, url: str, width: int, dark: bool = False) -> None:
 
 def until(browser: Browser, expression: str) -> None:
     end = time.monotonic() + 20
-    while not browser.ask(expression):
+    while not browser.evaluate(expression):
         assert time.monotonic() < end, expression
         time.sleep(0.02)
 
@@ -80,37 +78,37 @@ def press(browser: Browser, key: str) -> None:
 
 
 @pytest.mark.parametrize(("width", "dark"), [(390, False), (1280, True)])
-def test_an_image_is_chosen_and_two_adapters_are_asked_side_by_side(
+def test_two_adapters_answer_a_question_about_an_image(
     browser: Browser, url: str, picture: Path, tmp_path: Path, width: int, dark: bool
 ) -> None:
     show(browser, url, width, dark)
-    assert browser.ask("getComputedStyle(document.querySelector('.notice')).display") != "none"
-    assert "Research use, not for diagnosis" in browser.ask("document.querySelector('.notice').innerText")
+    assert browser.evaluate("getComputedStyle(document.querySelector('.notice')).display") != "none"
+    assert "Research use, not for diagnosis" in browser.evaluate("document.querySelector('.notice').innerText")
     choose(browser, picture)
-    browser.ask("document.querySelector('[value=brain]').click()")
-    browser.ask("document.getElementById('question').focus()")
+    browser.evaluate("document.querySelector('[value=brain]').click()")
+    browser.evaluate("document.getElementById('question').focus()")
     browser.call("Input.insertText", text="Is any disease shown?")
     press(browser, "Enter")
     until(browser, "document.querySelectorAll('.asked .facts span').length === 2")
-    texts = browser.ask("[...document.querySelectorAll('.asked .text')].map((one) => one.innerText)")
+    texts = browser.evaluate("[...document.querySelectorAll('.asked .text')].map((one) => one.innerText)")
     assert texts == [f"{who} sees 96x96: Is any disease shown?" for who in ("chest", "brain")]
-    assert "confidence 78%" in browser.ask("document.querySelector('.facts').innerText")
+    assert "confidence 78%" in browser.evaluate("document.querySelector('.facts').innerText")
     until(browser, "document.querySelector('.asked > p').innerText === 'The two answers differ.'")
-    browser.ask("document.getElementById('report').click()")
+    browser.evaluate("document.getElementById('report').click()")
     until(browser, "document.querySelectorAll('.asked .facts span').length === 4")
-    assert "a report" in browser.ask("document.querySelector('.asked .text').innerText")
-    assert browser.ask("document.documentElement.scrollWidth") == width, "the page scrolls sideways"
-    assert browser.told("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown") == []
-    asked = {urlsplit(one["request"]["url"]) for one in browser.told("Network.requestWillBeSent")}
-    assert {one.netloc for one in asked if one.scheme not in ("blob", "data")} == {urlsplit(url).netloc}
-    sent = [one["request"].get("postData", "") for one in browser.told("Network.requestWillBeSent")]
-    assert not any("doe_jane" in one for one in sent)
-    small = browser.ask(
+    assert "a report" in browser.evaluate("document.querySelector('.asked .text').innerText")
+    assert browser.evaluate("document.documentElement.scrollWidth") == width, "the page scrolls sideways"
+    assert browser.events_named("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown") == []
+    urls = {urlsplit(item["request"]["url"]) for item in browser.events_named("Network.requestWillBeSent")}
+    assert {item.netloc for item in urls if item.scheme not in ("blob", "data")} == {urlsplit(url).netloc}
+    sent = [item["request"].get("postData", "") for item in browser.events_named("Network.requestWillBeSent")]
+    assert not any("doe_jane" in item for item in sent)
+    small = browser.evaluate(
         "[...document.querySelectorAll('button, .models label')].filter((one) => one.offsetParent && "
         "one.getBoundingClientRect().height < 44).length"
     )
-    assert small == 0, "too small for a finger"
-    browser.picture(tmp_path / "page.png")
+    assert small == 0, "controls are too small for a finger"
+    browser.screenshot(tmp_path / "page.png")
 
 
 GREY = """(() => {
@@ -122,34 +120,30 @@ GREY = """(() => {
 })()"""
 
 
-def test_the_image_is_zoomed_and_windowed_by_keys_and_sliders(
-    browser: Browser, url: str, picture: Path
-) -> None:
+def test_keys_and_sliders_zoom_and_window_the_image(browser: Browser, url: str, picture: Path) -> None:
     show(browser, url, 1280)
     choose(browser, picture)
     until(browser, f"{GREY} > 0")
-    whole = browser.ask(GREY)
-    browser.ask("document.getElementById('canvas').focus()")
+    whole = browser.evaluate(GREY)
+    browser.evaluate("document.getElementById('canvas').focus()")
     press(browser, "+")
-    assert browser.ask("document.getElementById('zoom-value').innerText") == "1.3×"
-    assert browser.ask(GREY) != whole
+    assert browser.evaluate("document.getElementById('zoom-value').innerText") == "1.3×"
+    assert browser.evaluate(GREY) != whole
     press(browser, "0")
-    assert browser.ask(GREY) == whole
+    assert browser.evaluate(GREY) == whole
     slide = (
         "(() => {{ const one = document.getElementById('{}'); one.value = {}; "
         "one.dispatchEvent(new Event('input')) }})()"
     )
-    browser.ask(slide.format("level", 255))
-    assert browser.ask(GREY) < whole
-    browser.ask(slide.format("level", 0))
-    assert browser.ask(GREY) > whole
-    browser.ask("document.getElementById('reset').click()")
-    assert browser.ask(GREY) == whole
+    browser.evaluate(slide.format("level", 255))
+    assert browser.evaluate(GREY) < whole
+    browser.evaluate(slide.format("level", 0))
+    assert browser.evaluate(GREY) > whole
+    browser.evaluate("document.getElementById('reset').click()")
+    assert browser.evaluate(GREY) == whole
 
 
-def test_a_bad_file_and_a_missing_question_are_told_where_they_are(
-    browser: Browser, url: str, picture: Path, tmp_path: Path
-) -> None:
+def test_errors_are_shown_beside_their_control(browser: Browser, url: str, picture: Path, tmp_path: Path) -> None:
     show(browser, url, 390)
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"nothing")
@@ -157,10 +151,10 @@ def test_a_bad_file_and_a_missing_question_are_told_where_they_are(
     node = browser.call("DOM.querySelector", nodeId=root, selector="#file")["nodeId"]
     browser.call("DOM.setFileInputFiles", nodeId=node, files=[str(bad)])
     until(browser, "document.getElementById('image-status').innerText.includes('not a PNG')")
-    browser.ask("document.getElementById('ask-button').click()")
-    assert browser.ask("document.getElementById('ask-status').innerText") == "Choose an image first."
-    assert browser.ask("document.activeElement.id") == "file"
-    names = browser.ask(
+    browser.evaluate("document.getElementById('ask-button').click()")
+    assert browser.evaluate("document.getElementById('ask-status').innerText") == "Choose an image first."
+    assert browser.evaluate("document.activeElement.id") == "file"
+    names = browser.evaluate(
         "[...document.querySelectorAll('input, textarea, button')].filter((one) => one.offsetParent && "
         "!(one.labels?.length || one.innerText.trim() || one.getAttribute('aria-label'))).length"
     )
@@ -170,27 +164,27 @@ def test_a_bad_file_and_a_missing_question_are_told_where_they_are(
 def test_a_question_can_be_stopped(browser: Browser, url: str, picture: Path, engine: FakeEngine) -> None:
     show(browser, url, 1280)
     choose(browser, picture)
-    engine.let.clear()
+    engine.may_answer.clear()
     try:
-        browser.ask("document.getElementById('report').click()")
+        browser.evaluate("document.getElementById('report').click()")
         until(browser, "!document.getElementById('stop').hidden")
-        browser.ask("document.getElementById('stop').click()")
+        browser.evaluate("document.getElementById('stop').click()")
         until(browser, "document.querySelector('.asked .text').innerText === 'Stopped.'")
-        assert not browser.ask("document.getElementById('ask-button').disabled")
+        assert not browser.evaluate("document.getElementById('ask-button').disabled")
     finally:
-        engine.let.set()
+        engine.may_answer.set()
 
 
 def test_reviews_are_linked(browser: Browser, url: str) -> None:
     show(browser, url, 1280)
     until(browser, "!document.getElementById('reviews').hidden")
-    assert browser.ask("document.querySelector('#review-list a').href") == f"{url}/reviews/phantoms.html"
+    assert browser.evaluate("document.querySelector('#review-list a').href") == f"{url}/reviews/phantoms.html"
 
 
-def test_the_page_and_its_parts_are_served_with_a_policy_and_name_no_other_host(url: str) -> None:
+def test_the_page_has_a_security_policy_and_no_other_host(url: str) -> None:
     for path in ("/", "/page.css", "/page.js", "/viewer.js"):
-        found = call(url, "GET", path)
-        policy = found.headers["content-security-policy"]
-        assert found.status == 200 and "default-src 'none'" in policy and "unsafe" not in policy
-        text = found.body.decode().replace("http://www.w3.org/2000/svg", "")
+        response = call(url, "GET", path)
+        policy = response.headers["content-security-policy"]
+        assert response.status == 200 and "default-src 'none'" in policy and "unsafe" not in policy
+        text = response.body.decode().replace("http://www.w3.org/2000/svg", "")
         assert "://" not in text, path

@@ -1,4 +1,4 @@
-"""Clients that go away, answers that do not come, and the server's own end."""
+"""Clients that disconnect, requests that time out, and shutdown of the server."""
 
 from __future__ import annotations
 
@@ -18,82 +18,82 @@ import pytest
 
 from normtune.serving.http.app import make_app
 from normtune.serving.http.limits import Limits
-from normtune.serving.http.server import Server, configuration, listen
+from normtune.serving.http.server import Server, listen, uvicorn_config
 from normtune.serving.http.state import Settings
 from tests.support.fake_engine import FakeEngine
-from tests.support.test_server import call, eventually, question, serving
+from tests.support.test_server import call, chat_body, serving, wait_until
 
 JSON = {"Content-Type": "application/json"}
 ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_question_is_cancelled_when_its_client_goes_away(stream: bool) -> None:
+def test_a_question_is_cancelled_when_its_client_disconnects(stream: bool) -> None:
     engine = FakeEngine()
-    engine.let.clear()
+    engine.may_answer.clear()
     with serving(engine) as url:
-        first = http.client.HTTPConnection(urlsplit(url).netloc)  # the engine works at this one
-        first.request("POST", "/v1/chat/completions", json.dumps(question()), JSON)
-        eventually(lambda: len(engine.futures) == 1)
+        first = http.client.HTTPConnection(urlsplit(url).netloc)  # the engine is busy with this request
+        first.request("POST", "/v1/chat/completions", json.dumps(chat_body()), JSON)
+        wait_until(lambda: len(engine.futures) == 1)
         second = http.client.HTTPConnection(urlsplit(url).netloc)
-        body = json.dumps(question(stream=stream))
+        body = json.dumps(chat_body(stream=stream))
         second.request("POST", "/v1/chat/completions", body, JSON)
-        eventually(lambda: len(engine.futures) == 2)
+        wait_until(lambda: len(engine.futures) == 2)
         assert second.sock is not None
         if stream:
             second.getresponse().readline()
         second.close()
-        eventually(lambda: engine.futures[1].cancelled())
-        engine.let.set()
+        wait_until(lambda: engine.futures[1].cancelled())
+        engine.may_answer.set()
         assert first.getresponse().status == 200
         first.close()
         assert "normtune_shared_bytes_left 2147483648" in call(url, "GET", "/metrics").body.decode()
 
 
-def test_a_batch_is_cancelled_when_its_client_goes_away() -> None:
+def test_a_batch_is_cancelled_when_its_client_disconnects() -> None:
     engine = FakeEngine()
-    engine.let.clear()
-    rows = [{"custom_id": str(n), "body": question()} for n in range(5)]
+    engine.may_answer.clear()
+    rows = [{"custom_id": str(n), "body": chat_body()} for n in range(5)]
     with serving(engine) as url:
         connection = http.client.HTTPConnection(urlsplit(url).netloc)
         connection.request("POST", "/v1/batch", "\n".join(map(json.dumps, rows)))
-        eventually(lambda: len(engine.futures) == 5)
+        wait_until(lambda: len(engine.futures) == 5)
         connection.close()
-        eventually(lambda: all(one.cancelled() for one in engine.futures))
-        engine.let.set()
+        wait_until(lambda: all(future.cancelled() for future in engine.futures))
+        engine.may_answer.set()
 
 
-def test_an_answer_that_does_not_come_in_time_is_504_and_cancelled() -> None:
+def test_a_request_that_times_out_gets_504_and_is_cancelled() -> None:
     engine = FakeEngine()
-    engine.let.clear()
+    engine.may_answer.clear()
     with serving(engine, Settings(base="nano", limits=Limits(request_s=0.2))) as url:
-        found = call(url, "POST", "/v1/chat/completions", question())
-        stream = call(url, "POST", "/v1/chat/completions", question(stream=True))
-        assert (found.status, found.json["error"]["code"]) == (504, "timeout")
+        response = call(url, "POST", "/v1/chat/completions", chat_body())
+        stream = call(url, "POST", "/v1/chat/completions", chat_body(stream=True))
+        assert (response.status, response.json["error"]["code"]) == (504, "timeout")
         assert b'"code": "timeout"' in stream.body and stream.status == 200
-        eventually(lambda: all(one.cancelled() for one in engine.futures))
-        engine.let.set()
+        wait_until(lambda: all(future.cancelled() for future in engine.futures))
+        engine.may_answer.set()
 
 
-def test_a_body_that_trickles_in_is_given_up() -> None:
+def test_a_slow_body_gets_408() -> None:
     with serving(FakeEngine(), Settings(base="nano", limits=Limits(body_s=0.2))) as url:
         host, _, port = urlsplit(url).netloc.partition(":")
-        with socket.create_connection((host, int(port)), timeout=20) as one:
-            one.sendall(b"POST /v1/batch HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nabc")
-            assert one.recv(100).startswith(b"HTTP/1.1 408")
+        with socket.create_connection((host, int(port)), timeout=20) as connection:
+            connection.sendall(b"POST /v1/batch HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nabc")
+            assert connection.recv(100).startswith(b"HTTP/1.1 408")
 
 
-def test_a_connection_that_is_there_too_late_does_not_hold_the_end_up() -> None:
+def test_a_late_idle_connection_does_not_delay_the_shutdown() -> None:
     settings = Settings(base="nano")
     listening = listen("127.0.0.1", 0)
-    server = Server(configuration(make_app(FakeEngine(), settings), settings), ready=lambda: None)
+    server = Server(uvicorn_config(make_app(FakeEngine(), settings), settings), ready=lambda: None)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     with socket.create_connection(listening.getsockname(), timeout=20) as idle:
-        eventually(lambda: bool(server.server_state.connections))
+        wait_until(lambda: bool(server.server_state.connections))
         (connection,) = server.server_state.connections
         close = connection.shutdown
-        calls = iter([lambda: None])  # uvicorn's own comes before the connection is there
+        calls = iter([lambda: None])  # uvicorn's own call: as if the connection had opened after it
         connection.shutdown = lambda: next(calls, close)()  # type: ignore[method-assign]
         server.should_exit = True
         thread.join(20)
@@ -103,13 +103,13 @@ def test_a_connection_that_is_there_too_late_does_not_hold_the_end_up() -> None:
 SERVER = """
 import sys
 from threading import Thread
-from normtune.serving.http.server import address, listen, run
+from normtune.serving.http.server import listen, run, server_url
 from normtune.serving.http.state import Settings
 from tests.support.fake_engine import FakeEngine
 engine, listening = FakeEngine(), listen("127.0.0.1", 0)
-engine.let.clear()
-Thread(target=lambda: sys.stdin.readline() and engine.let.set(), daemon=True).start()
-run(engine, Settings(base="nano"), listening, ready=lambda: print(address(listening), flush=True))
+engine.may_answer.clear()
+Thread(target=lambda: sys.stdin.readline() and engine.may_answer.set(), daemon=True).start()
+run(engine, Settings(base="nano"), listening, ready=lambda: print(server_url(listening), flush=True))
 print("ended", "torch" in sys.modules, flush=True)
 """
 
@@ -123,7 +123,7 @@ def is_closed(url: str) -> bool:
     return False
 
 
-def test_sigterm_answers_what_was_accepted_and_ends_with_status_0() -> None:
+def test_sigterm_answers_accepted_requests_and_exits_with_status_0() -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", SERVER],
         cwd=ROOT,
@@ -137,19 +137,19 @@ def test_sigterm_answers_what_was_accepted_and_ends_with_status_0() -> None:
     try:
         url = process.stdout.readline().strip()
         with ThreadPoolExecutor(8) as pool:
-            bodies = [question(f"Number {n}?", stream=n % 2 == 0) for n in range(8)]
-            asked = [pool.submit(call, url, "POST", "/v1/chat/completions", body) for body in bodies]
-            eventually(lambda: b"normtune_answers_total 8\n" in call(url, "GET", "/metrics").body)
+            bodies = [chat_body(f"Number {n}?", stream=n % 2 == 0) for n in range(8)]
+            requests = [pool.submit(call, url, "POST", "/v1/chat/completions", body) for body in bodies]
+            wait_until(lambda: b"normtune_answers_total 8\n" in call(url, "GET", "/metrics").body)
             process.send_signal(signal.SIGTERM)
-            eventually(lambda: is_closed(url))
-            process.stdin.write("\n")  # only now the engine answers
+            wait_until(lambda: is_closed(url))
+            process.stdin.write("\n")  # releases the engine
             process.stdin.flush()
-            answers = [one.result(20) for one in asked]
+            answers = [answer.result(20) for answer in requests]
         out, log = process.communicate(timeout=20)
     finally:
         process.kill()
         process.wait()
-    assert [one.status for one in answers] == [200] * 8
-    assert all(f"Number {n}?".encode() in one.body for n, one in enumerate(answers))
+    assert [answer.status for answer in answers] == [200] * 8
+    assert all(f"Number {n}?".encode() in answer.body for n, answer in enumerate(answers))
     assert (process.returncode, out.strip()) == (0, "ended False")
     assert log.count("POST /v1/chat/completions 200") == 8 and "Number" not in log

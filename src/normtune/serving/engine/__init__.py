@@ -1,1 +1,1 @@
-"""The inference engine: batches requests of many adapters. It needs no HTTP."""
+"""The inference engine: answers requests for many adapters in shared batches. It does not need HTTP."""

@@ -1,8 +1,9 @@
-"""Which adapters a server knows, and which of them stand in the bank that the layers of the base read.
+"""Registered adapters, and the bounded number of slots into which they are loaded.
 
-Thousands may be registered: of each only `adapter.json` is read, and little of it kept. The bank has a
-bounded number of slots; an adapter enters one when it is first asked for, and gives it up to another when it
-has been idle for the longest time. A pinned adapter stays.
+Thousands of adapters may be registered: only `adapter.json` is read at registration, and little of it is kept
+in memory. The bank that the base's layers read has a bounded number of slots. An adapter is loaded into one
+when it is first requested, and evicted when it is the least recently used and another adapter needs a slot.
+An adapter that a running batch uses is pinned, which means that it is not evicted.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from normtune.adapters.fingerprint import fingerprint, same_base
 from normtune.adapters.info import AdapterInfo, parse_info
 from normtune.adapters.multi.bank import AdapterBank, build_bank
-from normtune.adapters.multi.lora import LoRABank, add_lora_bank, targets
+from normtune.adapters.multi.lora import LoRABank, add_lora_bank, lora_matrices
 from normtune.adapters.multi.rows import RowAdapters
 from normtune.adapters.storage import INFO_FILE, TENSORS_FILE, read_adapter_info, read_tensors
 from normtune.errors import InputError
@@ -33,105 +34,115 @@ from normtune.models.part_names import IMAGE_PARTS
 from normtune.runtime.files import read_json
 from normtune.serving.engine.requests import ServedAdapter, UnknownAdapter
 
-BASE = 0  # the slot of the base's own gains; nobody else gets it
-BANK_BYTES = 256 << 20  # where nothing else is said, and no more slots than
-SLOTS = 1024
+BASE_SLOT = 0  # the slot of the base's own norm values; no adapter is loaded into it
+# Without a limit by the caller, the bank has this size, and at most this many slots.
+DEFAULT_BANK_BYTES = 256 << 20
+MAX_SLOTS = 1024
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class AdapterSlot:
+class RegisteredAdapter:
     """One registered adapter, or the base.
 
     Attributes:
-        told: what is known of it without its tensors.
-        sha256: of the tensors that were registered.
-        slot: its place in the bank while it is loaded.
-        pins: how many running requests need it there.
-        images: "" where it sees images as the base does, else a digest of its values in the image parts.
-        removed: no longer registered; requests that were accepted are answered all the same.
+        registered_info: its description, as read at registration; `info` adds the current state.
+        sha256: digest of its tensors at registration.
+        slot: its slot in the bank; None while it is not loaded.
+        pins: how many running requests use it; it is not evicted while there are any.
+        image_digest: "" if it encodes images as the base does, else a digest of its image parts' values.
+        removed: no longer registered; requests that were accepted before are still answered.
     """
 
-    told: ServedAdapter
+    registered_info: ServedAdapter
     sha256: str
     slot: int | None = None
     pins: int = 0
-    images: str = ""
+    image_digest: str = ""
     removed: bool = False
 
     def info(self) -> ServedAdapter:
-        return replace(self.told, loaded=self.slot is not None, running=self.pins)
+        return replace(self.registered_info, loaded=self.slot is not None, running=self.pins)
 
 
-class Adapters:
-    """The adapters of one base. Pinning is for one thread; all else may be called by any.
+class AdapterSlots:
+    """The registered adapters of one base, and the bank of slots that they are loaded into.
+
+    Only one thread may call `pin` and `unpin`; all other methods are thread-safe.
 
     Args:
-        model: the base without an adapter; its norms (and projections) are replaced until `close`.
-        memory: bytes of the bank.
-        lora_rank: the largest rank of LoRA that there is room for; 0: adapters have norms alone.
+        model: the base without an adapter. Its norms (and the projections that LoRA adapts) are replaced by
+            modules that read the bank, until `close`.
+        memory: size of the bank in bytes; None is `DEFAULT_BANK_BYTES` and at most `MAX_SLOTS` slots.
+        lora_rank: the largest LoRA rank that a slot can hold; 0 supports adapters of norms only.
 
     Raises:
-        InputError: the bank holds no adapter besides the base, or a norm cannot hold several.
+        InputError: the memory is too small for one adapter besides the base, or the model has a norm that
+            cannot hold several adapters.
     """
 
     def __init__(self, model: nn.Module, memory: int | None = None, lora_rank: int = 0) -> None:
         self.fingerprint = fingerprint(model)
-        matrices = targets(model, lora_rank) if lora_rank else {}
+        matrices = lora_matrices(model, lora_rank) if lora_rank else {}
         tuned = adapt(model, "ln")
-        values = tuned.trainable + sum(one.shape[0] * one.shape[1] for one in matrices.values())
-        self.entry_bytes = values * torch.float32.itemsize
-        slots = min(SLOTS, BANK_BYTES // self.entry_bytes) if memory is None else memory // self.entry_bytes
+        # Every slot has room for all norms and for LoRA of `lora_rank` on all parts, used or not.
+        values = tuned.trainable + sum(matrix.shape[0] * matrix.shape[1] for matrix in matrices.values())
+        self.bytes_per_adapter = values * torch.float32.itemsize
+        slots = (
+            min(MAX_SLOTS, DEFAULT_BANK_BYTES // self.bytes_per_adapter)
+            if memory is None
+            else memory // self.bytes_per_adapter
+        )
         try:
             if slots < 2:
                 raise InputError(
-                    f"adapters of this base take {self.entry_bytes:,} bytes each and the base itself as "
-                    "many, which the memory for adapters does not hold. Allow more of it."
+                    f"the memory for adapters is too small: each takes {self.bytes_per_adapter:,} bytes, and "
+                    "so do the base's own values. Raise --adapter-memory."
                 )
-            mixed = build_bank(tuned, slots)
+            bank = build_bank(tuned, slots)
         except InputError:
             restore_base(tuned)
             raise
-        self.bank: AdapterBank = replace(mixed, grads=mixed.grads.new_zeros(0))  # nothing is trained
-        for one in self.bank.banks:
-            one.requires_grad_(False)
+        self.bank: AdapterBank = replace(bank, grads=bank.grads.new_zeros(0))  # no gradients: nothing is trained
+        for parameter in self.bank.banks:
+            parameter.requires_grad_(False)
         self.lora: LoRABank | None = None
         if matrices:
-            self.lora = add_lora_bank(model, matrices, slots, mixed.images, mixed.texts)
-        self.base = AdapterSlot(_base_info(self.entry_bytes), "", BASE)
+            self.lora = add_lora_bank(model, matrices, slots, bank.image_rows, bank.text_rows)
+        self.base = RegisteredAdapter(_base_info(self.bytes_per_adapter), "", BASE_SLOT)
         self.loads = self.evictions = 0
         self.seconds_loading = 0.0
-        self._base_row = self.bank.values[BASE].cpu()
-        self._of_images = torch.zeros(len(self._base_row), dtype=torch.bool)
-        for name, place in self.bank.slices.items():
-            self._of_images[place] = tuned.part_and_role[name][0] in IMAGE_PARTS
-        self._registered: dict[str, AdapterSlot] = {}
-        self._loaded: OrderedDict[AdapterSlot, int] = OrderedDict()  # entry -> slot, the longest idle first
-        self._free = [*range(slots - 1, BASE, -1)]
+        self._base_values = self.bank.values[BASE_SLOT].cpu()  # [norm values]
+        self._in_image_parts = torch.zeros(len(self._base_values), dtype=torch.bool)  # [norm values]
+        for name, columns in self.bank.columns.items():
+            self._in_image_parts[columns] = tuned.part_and_role[name][0] in IMAGE_PARTS
+        self._registered: dict[str, RegisteredAdapter] = {}
+        self._loaded: OrderedDict[RegisteredAdapter, int] = OrderedDict()  # to slot; least recently used first
+        self._free = [*range(slots - 1, BASE_SLOT, -1)]  # a stack, so that slot 1 is used first
         self._lock = Lock()
 
     @property
-    def room(self) -> int:
-        """How many adapters the bank holds at once, the base not counted."""
+    def capacity(self) -> int:
+        """How many adapters can be loaded at once, not counting the base."""
         return len(self.bank.values) - 1
 
-    # --- the register ---------------------------------------------------------------------------------------
+    # --- registered adapters --------------------------------------------------------------------------------
 
     def register(self, name: str, folder: Path) -> ServedAdapter:
-        """Make an adapter known by its folder; its tensors are not read yet.
+        """Register the adapter of a folder under a name. Its tensors are not read yet.
 
         Raises:
-            InputError: no delta there, one of another base, one that trains more than norms (and LoRA, where
-                there is room), or a name that is taken.
+            InputError: the folder holds no adapter, the adapter is of another base or trains more than norms
+                (and LoRA, with `lora_rank`), or the name is taken.
         """
         if not name.strip():
             raise InputError("an adapter needs a name. Give it one.")
         info = parse_info(read_json(folder / INFO_FILE), folder / INFO_FILE)
         if not (folder / TENSORS_FILE).is_file():
-            raise InputError(f"{folder / TENSORS_FILE} is missing. Copy the delta anew.")
+            raise InputError(f"{folder / TENSORS_FILE} is missing. Copy the adapter again.")
         self._check(name, info)
-        entry = AdapterSlot(
+        adapter = RegisteredAdapter(
             ServedAdapter(
                 name=name,
                 folder=folder,
@@ -139,178 +150,198 @@ class Adapters:
                 base=info.base_name,
                 trainable=info.trainable,
                 total=info.total,
-                bytes=self.entry_bytes,
+                bytes=self.bytes_per_adapter,
                 loaded=False,
                 running=0,
                 data=info.data,
-                metrics=_numbers(info.metrics),
+                metrics=_without_lists(info.metrics),
             ),
             info.sha256,
         )
         with self._lock:
             if name in self._registered:
-                raise InputError(f"an adapter '{name}' is registered already. Remove it first.")
-            self._registered[name] = entry
-        return entry.info()
+                raise InputError(f"an adapter '{name}' is already registered. Remove it first.")
+            self._registered[name] = adapter
+        return adapter.info()
 
     def remove(self, name: str) -> None:
-        """Forget an adapter; what was asked of it before is answered.
+        """Remove an adapter. Requests that were accepted before are still answered.
 
         Raises:
-            UnknownAdapter: there is none of that name.
+            UnknownAdapter: no adapter of that name is registered.
         """
         with self._lock:
-            entry = self._registered.pop(name, None)
-            if entry is None:
+            adapter = self._registered.pop(name, None)
+            if adapter is None:
                 raise UnknownAdapter(_unknown(name))
-            entry.removed = True
-            self._leave(entry)
+            adapter.removed = True
+            self._unload(adapter)
 
-    def find(self, name: str | None) -> AdapterSlot:
-        """The adapter of that name; None: the base.
+    def find(self, name: str | None) -> RegisteredAdapter:
+        """Return the adapter of that name, or the base for None.
 
         Raises:
-            UnknownAdapter: there is none.
+            UnknownAdapter: no adapter of that name is registered.
         """
         if name is None:
             return self.base
         with self._lock:
-            entry = self._registered.get(name)
-        if entry is None:
+            adapter = self._registered.get(name)
+        if adapter is None:
             raise UnknownAdapter(_unknown(name))
-        return entry
+        return adapter
 
-    def knows(self, name: str) -> bool:
-        """Whether an adapter of that name is registered."""
+    def has_adapter(self, name: str) -> bool:
+        """Return whether an adapter of that name is registered."""
         with self._lock:
             return name in self._registered
 
     def infos(self) -> list[ServedAdapter]:
-        """All that are registered, in the order in which they were."""
+        """Return all registered adapters, in the order of registration."""
         with self._lock:
-            return [entry.info() for entry in self._registered.values()]
+            return [adapter.info() for adapter in self._registered.values()]
 
     def counts(self) -> tuple[int, int]:
-        """(registered, loaded)."""
+        """Return how many adapters are (registered, loaded)."""
         with self._lock:
             return len(self._registered), len(self._loaded)
 
     def _check(self, name: str, info: AdapterInfo) -> None:
+        """Check that an adapter belongs to this base and fits into a slot.
+
+        Raises:
+            InputError: it does not.
+        """
         if not same_base(info.base_fingerprint, self.fingerprint):
             raise InputError(
-                f"adapter '{name}' was trained on '{info.base_name}', and the base here has other values or "
-                "parts. Register adapters of this base."
+                f"adapter '{name}' was trained on '{info.base_name}', but the served base has other values "
+                "or parts. Register adapters of the served base."
             )
-        for tensor, one in info.tensors.items():
-            if one.method == "lora" and self.lora is not None:
+        for tensor_name, tensor in info.tensors.items():
+            if tensor.method == "lora" and self.lora is not None:
                 continue
-            place = self.bank.slices.get(tensor)
-            if place is None:
-                served = "norms alone" if self.lora is None else "norms and LoRA alone"
-                room = ", or make room for it (--lora-rank)" if one.method == "lora" else ""
+            columns = self.bank.columns.get(tensor_name)
+            if columns is None:
+                supported = "norms" if self.lora is None else "norms and LoRA"
+                hint = ", or serve LoRA with --lora-rank" if tensor.method == "lora" else ""
                 raise InputError(
-                    f"adapter '{name}' trains {tensor} by {one.method}, and adapters are served together by "
-                    f"their {served}. Merge it (normtune merge) and serve the merged model by itself{room}."
+                    f"adapter '{name}' trains {tensor_name} by {tensor.method}, but only {supported} can be "
+                    f"served. Merge it (normtune merge) and serve the merged model as a base{hint}."
                 )
-            if one.shape != [place.stop - place.start]:
-                raise InputError(f"adapter '{name}' has a {tensor} of another shape. Copy the delta anew.")
+            if tensor.shape != [columns.stop - columns.start]:
+                raise InputError(f"adapter '{name}': {tensor_name} has the wrong shape. Copy the adapter again.")
         if self.lora is not None:
             try:
-                self.lora.check(info)
+                self.lora.check_fits(info)
             except InputError as error:
                 raise InputError(
                     f"adapter '{name}' cannot be served: {error}. Raise --lora-rank, or merge it (normtune "
-                    "merge) and serve the merged model by itself."
+                    "merge) and serve the merged model as a base."
                 ) from error
 
-    # --- the bank -------------------------------------------------------------------------------------------
+    # --- loaded adapters ------------------------------------------------------------------------------------
 
-    def pin(self, entry: AdapterSlot) -> int:
-        """The slot of an adapter, loaded where it was not; it stays until it is unpinned as often.
+    def pin(self, adapter: RegisteredAdapter) -> int:
+        """Load an adapter if necessary, and keep it loaded until `unpin` was called as often as `pin`.
+
+        Returns:
+            Its slot.
 
         Raises:
-            InputError: its files are gone or are others than those that were registered.
+            InputError: its files are missing, damaged, or not those that were registered.
         """
-        if entry is self.base:
-            return BASE
+        if adapter is self.base:
+            return BASE_SLOT
         with self._lock:
-            if entry.slot is not None:
-                self._loaded.move_to_end(entry)
-                entry.pins += 1
-                return entry.slot
+            if adapter.slot is not None:
+                self._loaded.move_to_end(adapter)
+                adapter.pins += 1
+                return adapter.slot
+        # Files are read without the lock, so that other threads can register adapters meanwhile.
         began = time.monotonic()
-        row, matrices = self._rows(entry)
+        norm_values, lora_values = self._read_values(adapter)
         with self._lock:
-            slot = self._free.pop() if self._free else self._evicted()
-            self.bank.values[slot].copy_(row)
+            slot = self._free.pop() if self._free else self._evict()
+            self.bank.values[slot].copy_(norm_values)
             if self.lora is not None:
-                self.lora.set_adapter(slot, matrices)
-            entry.slot, self._loaded[entry] = slot, slot
-            entry.images = self._seen_by(row, matrices)
-            entry.pins += 1
+                self.lora.set_adapter(slot, lora_values)
+            adapter.slot, self._loaded[adapter] = slot, slot
+            adapter.image_digest = self._image_digest(norm_values, lora_values)
+            adapter.pins += 1
             self.loads += 1
             self.seconds_loading += time.monotonic() - began
         return slot
 
-    def unpin(self, entry: AdapterSlot) -> None:
-        """One request of the adapter is done."""
-        if entry is self.base:
+    def unpin(self, adapter: RegisteredAdapter) -> None:
+        """Undo one `pin`, when a request of the adapter is done."""
+        if adapter is self.base:
             return
         with self._lock:
-            entry.pins -= 1
-            if entry.removed:
-                self._leave(entry)
+            adapter.pins -= 1
+            if adapter.removed:
+                self._unload(adapter)
 
-    def looked_at_by(self, owners: RowAdapters | None) -> AbstractContextManager[None]:
-        """Inside, text layers that read images give each study the LoRA of its owner."""
-        return nullcontext() if self.lora is None else self.lora.memory.use(owners)
+    def use_image_lora(self, studies: RowAdapters | None) -> AbstractContextManager[None]:
+        """Within the context, text layers that attend to images use the LoRA of each study's adapter."""
+        return nullcontext() if self.lora is None else self.lora.cross_attention_rows.use(studies)
 
-    def _rows(self, entry: AdapterSlot) -> tuple[Tensor, Tensor | None]:
-        """All values of the bank's norms, those that the adapter trains and the base's others: [values]; and
-        those of its LoRA."""
-        name, folder = entry.told.name, entry.told.folder
+    def _read_values(self, adapter: RegisteredAdapter) -> tuple[Tensor, Tensor | None]:
+        """Read an adapter's tensors as the values of a slot.
+
+        Returns:
+            [norm values], where norms that the adapter does not train have the base's values; and its LoRA
+            values as `LoRABank.set_adapter` takes them.
+
+        Raises:
+            InputError: see `pin`.
+        """
+        name, folder = adapter.registered_info.name, adapter.registered_info.folder
         try:
             info = read_adapter_info(folder)
-            if info.sha256 != entry.sha256:
-                raise InputError("it is not the one that was registered")
+            if info.sha256 != adapter.sha256:
+                raise InputError("its tensors are not those that were registered")
             self._check(name, info)
             tensors = read_tensors(folder, info)
-        except InputError as error:  # which may name a folder of the server to whoever asks
+        except InputError as error:  # its message may name a folder of the server: log it, do not send it
             _log.warning("adapter %s cannot be loaded: %s", name, error)
             raise InputError(
-                f"adapter '{name}' cannot be loaded: its files are missing, damaged or others than those "
-                "that were registered. Register it anew."
+                f"adapter '{name}' cannot be loaded: its files are missing, damaged, or not those that were "
+                "registered. Register it again."
             ) from error
-        row = self._base_row.clone()
-        for tensor, values in tensors.items():
-            if tensor in self.bank.slices:
-                row[self.bank.slices[tensor]] = values.to(row.dtype)
-        return row, None if self.lora is None else self.lora.row(info, tensors)
+        norm_values = self._base_values.clone()
+        for tensor_name, values in tensors.items():
+            if tensor_name in self.bank.columns:
+                norm_values[self.bank.columns[tensor_name]] = values.to(norm_values.dtype)
+        return norm_values, None if self.lora is None else self.lora.pack_values(info, tensors)
 
-    def _seen_by(self, row: Tensor, matrices: Tensor | None) -> str:
-        values = row[self._of_images]
-        added = torch.zeros(0) if self.lora is None else self.lora.image_values(matrices)
-        if torch.equal(values, self._base_row[self._of_images]) and not len(added):
+    def _image_digest(self, norm_values: Tensor, lora_values: Tensor | None) -> str:
+        """Return the digest of an adapter's values in the image parts; "" if they are the base's.
+
+        Adapters with equal digests encode an image to the same states, so that these can be shared.
+        """
+        values = norm_values[self._in_image_parts]
+        added = torch.zeros(0) if self.lora is None else self.lora.image_values(lora_values)
+        if torch.equal(values, self._base_values[self._in_image_parts]) and not len(added):
             return ""
         return hashlib.sha256(torch.cat((values, added)).numpy().data).hexdigest()
 
-    def _evicted(self) -> int:
-        """The slot of the adapter that was idle for the longest time."""
-        idle = next((entry for entry in self._loaded if not entry.pins), None)
-        assert idle is not None, "a batch has no more adapters than there is room for"
-        slot = self._loaded.pop(idle)
-        idle.slot = None
+    def _evict(self) -> int:
+        """Unload the least recently used adapter that is not pinned, and return its slot."""
+        oldest = next((adapter for adapter in self._loaded if not adapter.pins), None)
+        assert oldest is not None, "a batch has at most as many adapters as there are slots"
+        slot = self._loaded.pop(oldest)
+        oldest.slot = None
         self.evictions += 1
         return slot
 
-    def _leave(self, entry: AdapterSlot) -> None:
-        """Free the slot of an adapter that is not running."""
-        if entry.slot is not None and not entry.pins:
-            self._free.append(self._loaded.pop(entry))
-            entry.slot = None
+    def _unload(self, adapter: RegisteredAdapter) -> None:
+        """Free the slot of an adapter, unless it is pinned."""
+        if adapter.slot is not None and not adapter.pins:
+            self._free.append(self._loaded.pop(adapter))
+            adapter.slot = None
 
     def close(self) -> None:
-        """Give the base its own layers back."""
+        """Restore the base's original layers."""
         if self.lora is not None:
             self.lora.remove()
         restore_base(self.bank.tuned)
@@ -321,15 +352,15 @@ def _base_info(size: int) -> ServedAdapter:
 
 
 def _unknown(name: str) -> str:
-    return f"no adapter '{name[:80]}' is registered. Register it, or ask one of those that are."
+    return f"no adapter '{name[:80]}' is registered. Register it, or use one that is."
 
 
-def _numbers(metrics: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Metrics without lists: loss logs are long, and thousands of adapters are held."""
+def _without_lists(metrics: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return metrics without lists: loss logs are long, and thousands of adapters are kept in memory."""
     if metrics is None:
         return None
     return {
-        name: _numbers(value) if isinstance(value, Mapping) else value
+        name: _without_lists(value) if isinstance(value, Mapping) else value
         for name, value in metrics.items()
         if not isinstance(value, list)
     }

@@ -1,11 +1,12 @@
-"""The serving engine: requests of many adapters, answered in batches over one base.
+"""The serving engine answers requests for many adapters in shared batches over one base.
 
     with Engine(load("nano")) as engine:
         engine.register("chest", Path("runs/chest"))
         print(engine.submit(Request((image,), "Is there a mass?", "chest")).result().text)
 
-Every row of a batch is normalised by the gains of its own adapter, and takes its own LoRA where such are
-served; all else is the base's and computed for all at once. Answers are those of each adapter by itself.
+Each row of a batch is normalised with the gains of its own adapter and, where LoRA is served, adds its own
+LoRA. All other layers are the base's and run once for the whole batch. The answers are those that each
+adapter would give alone.
 """
 
 from __future__ import annotations
@@ -30,32 +31,32 @@ from normtune.errors import InputError
 from normtune.models.causal.family import CausalFamily
 from normtune.models.family import Family
 from normtune.models.types import Answer, Pixels
-from normtune.serving.engine.adapter_slots import BASE, Adapters
-from normtune.serving.engine.image_states import ImageStates, Key, digest_of
-from normtune.serving.engine.queue import Job, Text, grouped, separate_images, take_batch
+from normtune.serving.engine.adapter_slots import BASE_SLOT, AdapterSlots
+from normtune.serving.engine.image_states import EncodedImageCache, ImageKey, pixel_digest
+from normtune.serving.engine.queue import Job, TextCallback, group_jobs, separate_images, take_batch
 from normtune.serving.engine.requests import Busy, Closed, EngineStats, Reply, Request, ServedAdapter
 from normtune.serving.engine.stable_text import stable_text
 
-IMAGE_BYTES = 512 << 20  # of image states that are held
+IMAGE_BYTES = 512 << 20  # default size of the cache of encoded images
 
 _log = logging.getLogger(__name__)
 
 
 class Engine:
-    """Answers requests in a thread of its own. All methods may be called from any thread.
+    """Answers requests in a worker thread of its own. All methods are thread-safe.
 
     Args:
-        family: a base without an adapter; the engine's own until `close`, which gives it back as it was.
-        max_batch: requests that are answered together.
-        max_wait: seconds that a request waits for company while nothing runs.
-        queue_limit: requests that may wait; it bounds the images that are held for them.
-        adapter_memory: bytes of the adapters that are loaded; None: 256 MiB, and at most 1,023 adapters.
-        image_memory: bytes of image states that are kept for further questions.
-        lora_rank: serve LoRA adapters of at most this rank too; 0: those of norms alone. Every adapter takes
-            the memory of such a LoRA, whether it has one or not.
+        family: a base without an adapter. The engine changes it; `close` restores it.
+        max_batch: the most requests of a batch.
+        max_wait: seconds that the oldest request waits for others to join its batch while nothing runs.
+        queue_limit: the most requests in the queue; it bounds the memory of their images.
+        adapter_memory: bytes for loaded adapters; None is 256 MiB and at most 1,023 adapters.
+        image_memory: bytes for the cache of encoded images.
+        lora_rank: the largest rank of the LoRA adapters to serve; 0 serves norm adapters only. Every loaded
+            adapter takes the memory of a LoRA of this rank, even if it has none.
 
     Raises:
-        InputError: the memory holds no adapter, or the base has no place for LoRA.
+        InputError: `adapter_memory` is too small for one adapter, or the base has no layer for LoRA.
     """
 
     def __init__(
@@ -69,20 +70,20 @@ class Engine:
         image_memory: int = IMAGE_BYTES,
         lora_rank: int = 0,
     ) -> None:
-        assert max_batch >= 1 and queue_limit >= 1 and max_wait >= 0, "room for a request"
+        assert max_batch >= 1 and queue_limit >= 1 and max_wait >= 0, "limits leave room for a request"
         self.family, self.max_batch, self.max_wait = family, max_batch, max_wait
         self.queue_limit = queue_limit
-        self._adapters = Adapters(family.model, adapter_memory, lora_rank)
-        self._images = ImageStates(image_memory)
-        family.active_text_rows = self._adapters.bank.texts
-        self._changed = Condition()  # guards what follows
+        self._adapters = AdapterSlots(family.model, adapter_memory, lora_rank)
+        self._images = EncodedImageCache(image_memory)
+        family.active_text_rows = self._adapters.bank.text_rows
+        self._condition = Condition()  # guards the attributes below; notified when the queue changes
         self._queue: list[Job] = []
-        self._closing = self._given_back = False
+        self._closing = self._base_restored = False
         self._running = 0
         self._counts = dict.fromkeys(_COUNTS, 0)
-        self._seconds = 0.0
+        self._seconds_busy = 0.0
         self._numbers = itertools.count()
-        self._thread = Thread(target=self._work, name="normtune engine", daemon=True)
+        self._thread = Thread(target=self._run, name="normtune engine", daemon=True)
         self._thread.start()
 
     def __enter__(self) -> Self:
@@ -91,37 +92,42 @@ class Engine:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self.close(drain=kind is None)
 
-    # --- for everybody --------------------------------------------------------------------------------------
+    # --- called from any thread -----------------------------------------------------------------------------
 
-    def submit(self, request: Request, *, on_text: Text | None = None) -> Future[Reply]:
-        """Put a request into the queue; the future has its reply, or what went wrong.
+    def submit(self, request: Request, *, on_text: TextCallback | None = None) -> Future[Reply]:
+        """Add a request to the queue.
 
-        A future that is cancelled before its batch begins leaves the queue. `on_text` is called in the
-        engine's thread with the text so far, each time it has grown: no character of it changes later, and
-        the last text is the reply's. With several beams it is called once, at the end.
+        Args:
+            request: the question, its images and its adapter.
+            on_text: called in the worker thread with the text so far, each time it has grown. Characters
+                that were sent never change, and the last text is the reply's. With several beams it is
+                called once, at the end.
+
+        Returns:
+            A future of the reply. If it is cancelled before its batch begins, the request leaves the queue.
 
         Raises:
             Busy: the queue is full.
-            Closed: the engine takes no more requests.
-            UnknownAdapter: no such adapter is registered.
-            InputError: a request without an image, or with room for no token or beam.
+            Closed: the engine is closing or closed.
+            UnknownAdapter: no adapter of that name is registered.
+            InputError: the request has no image, or a limit of less than one token or beam.
         """
-        entry = self._adapters.find(request.adapter)
+        adapter = self._adapters.find(request.adapter)
         if not request.images:
             raise InputError("the request has no image. Send one, or the views of one study.")
-        usual = tasks.MAX_REPORT_TOKENS if request.question is None else MAX_ANSWER_TOKENS
-        limit = usual if request.max_new_tokens is None else request.max_new_tokens
+        default = tasks.MAX_REPORT_TOKENS if request.question is None else MAX_ANSWER_TOKENS
+        limit = default if request.max_new_tokens is None else request.max_new_tokens
         if limit < 1 or request.beams < 1:
             raise InputError("the answer needs at least one token and one beam. Raise the limit.")
-        with self._changed:
-            self._check_room()  # before the pixels are read
-        images = tuple(one if one.mode == "RGB" else one.convert("RGB") for one in request.images)
+        with self._condition:
+            self._check_accepting()  # refuse early: converting and hashing pixels takes time
+        images = tuple(image if image.mode == "RGB" else image.convert("RGB") for image in request.images)
         job = Job(
             number=next(self._numbers),
             images=images,
-            keys=tuple(map(digest_of, images)),
+            image_digests=tuple(map(pixel_digest, images)),
             question=request.question,
-            entry=entry,
+            adapter=adapter,
             limit=limit,
             beams=request.beams,
             future=Future(),
@@ -129,14 +135,14 @@ class Engine:
             arrived=time.monotonic(),
         )
         job.future.add_done_callback(self._drop_cancelled)
-        with self._changed:
-            self._check_room()
+        with self._condition:
+            self._check_accepting()
             self._queue.append(job)
-            self._changed.notify_all()
+            self._condition.notify_all()
         return job.future
 
     def register(self, name: str, folder: Path) -> ServedAdapter:
-        """Make an adapter known; its tensors are read when it is first asked for.
+        """Register an adapter. Its tensors are read when it is first requested.
 
         Raises:
             InputError: the name is taken, or the folder holds no adapter that can be served with others.
@@ -144,25 +150,25 @@ class Engine:
         return self._adapters.register(name, folder)
 
     def remove(self, name: str) -> None:
-        """Forget an adapter. Requests that were accepted are answered.
+        """Remove an adapter. Requests that were accepted before are still answered.
 
         Raises:
-            UnknownAdapter: there is none of that name.
+            UnknownAdapter: no adapter of that name is registered.
         """
         self._adapters.remove(name)
 
     def adapters(self) -> list[ServedAdapter]:
-        """All that are registered, in the order in which they were."""
+        """Return all registered adapters, in the order of registration."""
         return self._adapters.infos()
 
-    def knows(self, name: str) -> bool:
-        """Whether an adapter of that name is registered; of thousands, in no time."""
-        return self._adapters.knows(name)
+    def has_adapter(self, name: str) -> bool:
+        """Return whether an adapter of that name is registered; faster than searching `adapters`."""
+        return self._adapters.has_adapter(name)
 
     def stats(self) -> EngineStats:
-        """What the engine holds and has done."""
+        """Return the current state and the counters since the start."""
         registered, loaded = self._adapters.counts()
-        with self._changed:
+        with self._condition:
             return EngineStats(
                 queued=len(self._queue),
                 running=self._running,
@@ -170,220 +176,248 @@ class Engine:
                 loaded=loaded,
                 loads=self._adapters.loads,
                 evictions=self._adapters.evictions,
-                adapter_bytes=loaded * self._adapters.entry_bytes,
+                adapter_bytes=loaded * self._adapters.bytes_per_adapter,
                 image_bytes=self._images.bytes,
-                seconds_busy=self._seconds,
+                seconds_busy=self._seconds_busy,
                 seconds_loading=self._adapters.seconds_loading,
                 **self._counts,
             )
 
     def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
-        """Take no more requests, answer those that wait (with `drain`), and end; the base is as it was.
+        """Stop accepting requests, answer the queued ones (with `drain`), and restore the base.
 
-        After `timeout` seconds, or without `drain`, requests that still wait end with `Closed`; a batch that
-        has begun is always answered.
+        Without `drain`, or after `timeout` seconds, the requests still in the queue fail with `Closed`. A
+        batch that has begun is always answered.
         """
-        with self._changed:
+        with self._condition:
             self._closing = True
-            self._changed.notify_all()
+            self._condition.notify_all()
         if not drain:
-            self._turn_away()
+            self._reject_queued()
         self._thread.join(timeout)
         if self._thread.is_alive():
-            self._turn_away()
+            self._reject_queued()
             return
-        with self._changed:
-            given_back, self._given_back = self._given_back, True
-        if not given_back:
+        with self._condition:
+            was_restored, self._base_restored = self._base_restored, True
+        if not was_restored:
             self.family.active_text_rows = None
             self._adapters.close()
 
-    def _check_room(self) -> None:
-        """Called with the lock held."""
+    def _check_accepting(self) -> None:
+        """Raise `Closed` or `Busy` if no request can be accepted. The caller holds the lock."""
         if self._closing:
             raise Closed("the server is shutting down.")
         if len(self._queue) >= self.queue_limit:
             self._counts["refused"] += 1
-            raise Busy(f"{self.queue_limit} requests are waiting already. Ask again in a while.")
+            raise Busy(f"the queue is full: {self.queue_limit} requests are waiting. Try again later.")
 
     def _drop_cancelled(self, future: Future[Reply]) -> None:
         if future.cancelled():
-            with self._changed:
+            with self._condition:
                 self._queue[:] = [job for job in self._queue if job.future is not future]
                 self._counts["cancelled"] += 1
 
-    def _turn_away(self) -> None:
-        """End what waits."""
-        with self._changed:
-            left, self._queue = self._queue, []
-        for job in left:
+    def _reject_queued(self) -> None:
+        """Fail all requests in the queue with `Closed`."""
+        with self._condition:
+            rejected, self._queue = self._queue, []
+        for job in rejected:
             if job.future.set_running_or_notify_cancel():
-                job.future.set_exception(Closed("the server shut down before it came to the request."))
+                job.future.set_exception(Closed("the server shut down before it answered the request."))
 
-    # --- the engine's thread --------------------------------------------------------------------------------
+    # --- the worker thread ----------------------------------------------------------------------------------
 
-    def _work(self) -> None:
-        while jobs := self._next():
+    def _run(self) -> None:
+        while jobs := self._next_batch():
             began = time.monotonic()
+            # Futures that were cancelled meanwhile are dropped; the others can no longer be cancelled.
             running = [job for job in jobs if job.future.set_running_or_notify_cancel()]
             try:
-                self._answer(running)
-            except Exception as error:  # a fault of ours: nobody is to wait for ever
+                self._process(running)
+            except Exception as error:  # a bug of the engine: fail the jobs, or their callers would wait forever
                 for job in running:
                     if not job.future.done():
                         self._fail(job, error)
-            with self._changed:
+            with self._condition:
                 self._running = 0
-                self._seconds += time.monotonic() - began
+                self._seconds_busy += time.monotonic() - began
 
-    def _next(self) -> list[Job]:
-        """The next batch, once it is full or its first job has waited long enough; empty: the end."""
-        with self._changed:
+    def _next_batch(self) -> list[Job]:
+        """Wait until a batch is full or its oldest job has waited `max_wait` seconds, and return it.
+
+        An empty list means that the engine is closed and its queue is empty.
+        """
+        with self._condition:
             while True:
                 if not self._queue:
                     if self._closing:
                         return []
-                    self._changed.wait()
+                    self._condition.wait()
                     continue
-                left = self._queue[0].arrived + self.max_wait - time.monotonic()
-                if len(self._queue) >= self.max_batch or left <= 0 or self._closing:
-                    jobs = take_batch(self._queue, self.max_batch, self._adapters.room)
+                wait = self._queue[0].arrived + self.max_wait - time.monotonic()
+                if len(self._queue) >= self.max_batch or wait <= 0 or self._closing:
+                    jobs = take_batch(self._queue, self.max_batch, self._adapters.capacity)
                     self._running = len(jobs)
                     return jobs
-                self._changed.wait(left)
+                self._condition.wait(wait)
 
-    def _answer(self, jobs: Sequence[Job]) -> None:
-        """Answer what can be answered; a job that fails does not take others with it."""
+    def _process(self, jobs: Sequence[Job]) -> None:
+        """Load the adapters of a batch, encode its images and answer it. A job that fails fails alone."""
         pinned: list[Job] = []
         ready: list[Job] = []
-        seen: dict[Key, Pixels] = {}  # one object an image, which the family reads once
+        # One object for each image: families recognise a shared image by its identity.
+        encoded: dict[ImageKey, Pixels] = {}
         try:
             for job in jobs:
                 try:
-                    self._adapters.pin(job.entry)
+                    self._adapters.pin(job.adapter)
                     pinned.append(job)
-                    self._prepare(job, seen)
+                    self._prepare(job, encoded)
                 except Exception as error:
                     self._fail(job, error)
                 else:
                     ready.append(job)
             if ready:
-                self._write(ready)
+                self._answer(ready)
         finally:
             for job in pinned:
-                self._adapters.unpin(job.entry)
+                self._adapters.unpin(job.adapter)
 
-    def _prepare(self, job: Job, seen: dict[Key, Pixels]) -> None:
+    def _prepare(self, job: Job, encoded: dict[ImageKey, Pixels]) -> None:
+        """Tokenise a job's question, and encode those of its images that are not in the cache.
+
+        Args:
+            encoded: the batch's encoded images; new ones are added.
+        """
         report = job.question is None
         job.segment = self.family.tokenize(str(job.number), job.question or "", None, report=report)
-        for image, digest in zip(job.images, job.keys, strict=True):
-            key = job.entry.images, digest
-            states = seen.get(key) or self._images.get(key)
+        for image, digest in zip(job.images, job.image_digests, strict=True):
+            key = job.adapter.image_digest, digest
+            states = encoded.get(key) or self._images.get(key)
             self._count("images_computed" if states is None else "images_reused")
             if states is None:
-                assert job.entry.slot is not None, "pinned"
-                with self._adapters.bank.use(RowAdapters([job.entry.slot]), None):
+                assert job.adapter.slot is not None, "a prepared job's adapter is pinned"
+                with self._adapters.bank.use(RowAdapters([job.adapter.slot]), None):
                     states = self.family.encode_image(self.family.preprocess_image(image))
-                self._images.put(key, states)
-            seen[key] = states
-        job.shown = tuple(seen[job.entry.images, digest] for digest in job.keys)
+                self._images.add(key, states)
+            encoded[key] = states
+        job.encoded_images = tuple(encoded[job.adapter.image_digest, digest] for digest in job.image_digests)
 
-    def _write(self, jobs: list[Job]) -> None:
-        """Write the answers of prepared jobs in one batch, or in halves where that fails."""
-        groups = grouped(jobs)
+    def _answer(self, jobs: list[Job]) -> None:
+        """Answer prepared jobs in one batch. If that fails, for example for memory, retry it in halves."""
+        groups = group_jobs(jobs)
         answers = None
         try:
-            answers = self._written(groups)
+            answers = self._generate(groups)
         except Exception as error:
             if len(jobs) == 1:
                 self._fail(jobs[0], error)
                 return
-        if answers is None:  # what the error held is free now
-            self._write(jobs[: len(jobs) // 2])
-            self._write(jobs[len(jobs) // 2 :])
+        if answers is None:  # retry outside the except block, where the error no longer keeps the batch in memory
+            self._answer(jobs[: len(jobs) // 2])
+            self._answer(jobs[len(jobs) // 2 :])
             return
         self._count("batches")
-        for group, own in zip(groups, answers, strict=True):
-            for job, answer in zip(group, own, strict=True):
+        for group, group_answers in zip(groups, answers, strict=True):
+            for job, answer in zip(group, group_answers, strict=True):
                 self._reply(job, answer)
 
-    def _written(self, groups: Sequence[Sequence[Job]]) -> list[list[Answer]]:
+    def _generate(self, groups: Sequence[Sequence[Job]]) -> list[list[Answer]]:
+        """Generate the answers of one batch; `result[g][j]` is for job j of group g."""
         first = groups[0][0]
-        asked = [Group(jobs[0].keys, tuple(_segment(job) for job in jobs)) for jobs in groups]
-        # one row of a causal model holds a group, unless the image's states depend on the question
-        a_row = isinstance(self.family, CausalFamily) and self.family.shares_prefix
-        owners = [jobs[0].entry.slot or 0 for jobs in groups for _ in jobs[: 1 if a_row else None]]
-        order = [job for jobs in groups for job in jobs]
-        for job in order:
-            job.tokens.clear()  # of a batch that failed; what was told stays told
-        listened = any(job.on_text is not None for job in order)
-        shown, studies = [jobs[0].shown for jobs in groups], None
+        questions = [Group(jobs[0].image_digests, tuple(_segment(job) for job in jobs)) for jobs in groups]
+        # A causal model computes a group in one row, unless the image's states depend on the question; other
+        # models have a row for each job.
+        row_limit = 1 if isinstance(self.family, CausalFamily) and self.family.shares_prefix else None
+        row_slots = [jobs[0].adapter.slot or 0 for jobs in groups for _ in jobs[:row_limit]]
+        jobs_in_order = [job for jobs in groups for job in jobs]
+        for job in jobs_in_order:
+            job.tokens.clear()  # of a failed batch; `sent_text` stays, because the client has that text
+        streams = any(job.on_text is not None for job in jobs_in_order)
+        images, studies = [jobs[0].encoded_images for jobs in groups], None
         if (lora := self._adapters.lora) is not None and lora.reads_images:
-            slots = [jobs[0].entry.slot or BASE for jobs in groups]
-            shown, whose = separate_images(groups, [slot if slot in lora.used else BASE for slot in slots])
-            studies = RowAdapters(whose)
+            slots = [jobs[0].adapter.slot or BASE_SLOT for jobs in groups]
+            # Adapters without LoRA share the base's keys and values of a study.
+            lora_slots = [slot if slot in lora.loaded else BASE_SLOT for slot in slots]
+            images, study_slots = separate_images(groups, lora_slots)
+            studies = RowAdapters(study_slots)
         with (
-            self._adapters.bank.use(None, RowAdapters(owners)),  # images are seen already
-            self._adapters.looked_at_by(studies),
+            # None: the images are already encoded, so the norms of the image parts do not run.
+            self._adapters.bank.use(None, RowAdapters(row_slots)),
+            self._adapters.use_image_lora(studies),
         ):
             return self.family.generate_answers(
-                asked,
-                shown,
+                questions,
+                images,
                 max_new_tokens=first.limit,
                 beams=first.beams,
-                on_tokens=partial(self._grown, order) if listened else None,
+                on_tokens=partial(self._stream, jobs_in_order) if streams else None,
             )
 
-    def _grown(self, jobs: Sequence[Job], prompts: Sequence[int], tokens: Sequence[int]) -> None:
-        """Tell those who listen what is new; a listener that fails takes no other with it."""
+    def _stream(self, jobs: Sequence[Job], prompts: Sequence[int], tokens: Sequence[int]) -> None:
+        """Send the new text of streamed answers. A callback that fails does not affect other jobs.
+
+        Args:
+            jobs: all jobs of the batch.
+            prompts: the index in `jobs` of each new token.
+            tokens: the new tokens.
+        """
         for prompt, token in zip(prompts, tokens, strict=True):
             job = jobs[prompt]
-            if job.on_text is None or job.fault is not None:
+            if job.on_text is None or job.callback_error is not None:
                 continue
             job.tokens.append(token)
             try:
                 job.send(stable_text(self.family, job.tokens))
             except Exception as error:
-                job.fault = error
+                job.callback_error = error
 
     def _reply(self, job: Job, answer: Answer) -> None:
+        """Send the rest of a streamed answer, and complete the job's future."""
         try:
-            prompt = self.family.prefix_tokens(job.shown) + len(_segment(job).prompt)
+            prompt_tokens = self.family.prefix_tokens(job.encoded_images) + len(_segment(job).prompt)
             tokenizer: Any = self.family.processor.tokenizer
-            written = len(tokenizer(answer.text, add_special_tokens=False).input_ids)
-            completion = min(written + 1, job.limit)  # the end token, where there was room for it
+            text_tokens = len(tokenizer(answer.text, add_special_tokens=False).input_ids)
+            completion_tokens = min(text_tokens + 1, job.limit)  # 1 for the end token, unless the limit was hit
             score = answer.score if math.isfinite(answer.score) else None
-            if job.fault is not None:
-                raise job.fault
+            if job.callback_error is not None:
+                raise job.callback_error
             job.send(answer.text)
-            if not answer.text.startswith(job.sent_text):  # by rounding, in a batch of another size
-                raise RuntimeError("an answer came out otherwise when its batch was tried again")
+            # In a retried batch of another size, rounding may change a token that was already sent.
+            if not answer.text.startswith(job.sent_text):
+                raise RuntimeError("the answer changed when its batch was retried")
         except Exception as error:
             self._fail(job, error)
             return
         self._count("requests")
-        self._count("prompt_tokens", prompt)
-        self._count("completion_tokens", completion)
-        job.future.set_result(Reply(answer.text, score, prompt, completion, time.monotonic() - job.arrived))
+        self._count("prompt_tokens", prompt_tokens)
+        self._count("completion_tokens", completion_tokens)
+        seconds = time.monotonic() - job.arrived
+        job.future.set_result(Reply(answer.text, score, prompt_tokens, completion_tokens, seconds))
 
     def _fail(self, job: Job, error: Exception) -> None:
-        """Tell the one who asked; what is no fault of the request is logged, without any of its words."""
+        """Fail a job. An error that its input did not cause is logged, without its message.
+
+        The message could quote the question, which may name a patient.
+        """
         if not isinstance(error, InputError):
             where = "".join(traceback.format_tb(error.__traceback__))
             _log.error("request %d failed: %s\n%s", job.number, type(error).__name__, where)
         self._count("failed")
-        job.future.set_exception(error.with_traceback(None))  # its frames hold the batch
+        job.future.set_exception(error.with_traceback(None))  # the traceback's frames keep the batch in memory
 
-    def _count(self, name: str, more: int = 1) -> None:
-        with self._changed:
-            self._counts[name] += more
+    def _count(self, name: str, amount: int = 1) -> None:
+        with self._condition:
+            self._counts[name] += amount
 
 
 def _segment(job: Job) -> Any:
-    assert job.segment is not None, "prepared"
+    assert job.segment is not None, "the job is prepared"
     return job.segment
 
 
+# The fields of EngineStats that the engine counts.
 _COUNTS = (
     "batches",
     "requests",

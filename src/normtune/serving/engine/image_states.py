@@ -1,4 +1,4 @@
-"""What the image encoder made of images that were asked about, by the digest of their pixels."""
+"""A bounded cache of encoded images, by the digest of their pixels."""
 
 from __future__ import annotations
 
@@ -7,43 +7,44 @@ from collections import OrderedDict
 
 from PIL import Image
 
-from normtune.models.image_cache import size_of
+from normtune.models.image_cache import tensor_bytes
 from normtune.models.types import Pixels
 
-Key = tuple[str, str]  # by whose gains it is seen (`Entry.images`), and the digest of its pixels
+# (`RegisteredAdapter.image_digest`: which image encoder, `pixel_digest` of the image)
+ImageKey = tuple[str, str]
 
 
-def digest_of(image: Image.Image) -> str:
-    """64 hex digits of an RGB image's size and pixels, and of nothing else that its file tells."""
-    found = hashlib.sha256(f"{image.mode} {image.size} ".encode())
-    found.update(image.tobytes())
-    return found.hexdigest()
+def pixel_digest(image: Image.Image) -> str:
+    """Return the SHA-256 (64 hex digits) of an RGB image's size and pixels, without file metadata."""
+    digest = hashlib.sha256(f"{image.mode} {image.size} ".encode())
+    digest.update(image.tobytes())
+    return digest.hexdigest()
 
 
-class ImageStates:
-    """States that fit in `limit_bytes`, those that were asked for last. One thread's own.
+class EncodedImageCache:
+    """An LRU cache of encoded images, of at most `limit_bytes`. Not thread-safe.
 
-    Adapters that leave the image encoder alone share what it makes of an image.
+    Adapters that do not change the image encoder have the same `ImageKey`, and so share encoded images.
     """
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self.bytes = 0
-        self._held: OrderedDict[Key, Pixels] = OrderedDict()
+        self._states: OrderedDict[ImageKey, Pixels] = OrderedDict()  # least recently used first
 
-    def get(self, key: Key) -> Pixels | None:
-        """The states of an image, if they are held."""
-        if key in self._held:
-            self._held.move_to_end(key)
-        return self._held.get(key)
+    def get(self, key: ImageKey) -> Pixels | None:
+        """Return an encoded image, or None if it is not in the cache."""
+        if key in self._states:
+            self._states.move_to_end(key)
+        return self._states.get(key)
 
-    def put(self, key: Key, states: Pixels) -> None:
-        """Hold states; those that were idle for the longest time go."""
-        size = size_of(states)
+    def add(self, key: ImageKey, states: Pixels) -> None:
+        """Add an encoded image and evict the least recently used ones beyond the limit."""
+        size = tensor_bytes(states)
         if size > self.limit_bytes:
             return
-        self._held[key] = states
+        self._states[key] = states
         self.bytes += size
         while self.bytes > self.limit_bytes:
-            _, idle = self._held.popitem(last=False)
-            self.bytes -= size_of(idle)
+            _, oldest = self._states.popitem(last=False)
+            self.bytes -= tensor_bytes(oldest)

@@ -1,4 +1,4 @@
-"""Requests that wait, and which of them are answered together."""
+"""The queue's jobs, and which of them form the next batch."""
 
 from __future__ import annotations
 
@@ -10,92 +10,113 @@ from PIL import Image
 
 from normtune.data.groups import Segment
 from normtune.models.types import Pixels
-from normtune.serving.engine.adapter_slots import BASE, AdapterSlot
+from normtune.serving.engine.adapter_slots import BASE_SLOT, RegisteredAdapter
 from normtune.serving.engine.requests import Reply
 
-Text = Callable[[str], None]  # told the text so far, each time longer than before
+TextCallback = Callable[[str], None]  # receives the text so far; each text extends the one before
 
 
 @dataclass(eq=False)
 class Job:
-    """A request under way.
+    """A request in the queue or in a batch.
 
     Attributes:
-        images, keys: its views, RGB, and the digest of each.
+        number: counts the engine's requests.
+        images: its views, RGB.
+        image_digests: the `pixel_digest` of each view.
         question: None for a report.
         limit: the most tokens of its answer.
-        arrived: by `time.monotonic`.
-        segment, shown: its question and its views as the family takes them, once it runs.
-        tokens: of its answer so far, where somebody listens.
-        told: the text that the listener has.
-        fault: what the listener raised; it is told no more.
+        on_text: receives the text of a streamed answer.
+        arrived: time of arrival, by `time.monotonic`.
+        segment: the tokenised question; set when the job is prepared for its batch.
+        encoded_images: its views as the image encoder returns them; set at the same time.
+        tokens: tokens of a streamed answer so far.
+        sent_text: the text that `on_text` received last.
+        callback_error: what `on_text` raised; it is not called again after that.
     """
 
     number: int
     images: tuple[Image.Image, ...]
-    keys: tuple[str, ...]
+    image_digests: tuple[str, ...]
     question: str | None
-    entry: AdapterSlot
+    adapter: RegisteredAdapter
     limit: int
     beams: int
     future: Future[Reply]
-    on_text: Text | None
+    on_text: TextCallback | None
     arrived: float
     segment: Segment | None = None
-    shown: tuple[Pixels, ...] = ()
+    encoded_images: tuple[Pixels, ...] = ()
     tokens: list[int] = field(default_factory=list)
     sent_text: str = ""
-    fault: Exception | None = None
+    callback_error: Exception | None = None
 
     def send(self, text: str) -> None:
-        """Hand the text so far to the listener, where it says more than the one before."""
+        """Pass the text so far to `on_text`, if it extends the text sent before."""
         if self.on_text is not None and len(text) > len(self.sent_text) and text.startswith(self.sent_text):
             self.sent_text = text
             self.on_text(text)
 
 
-def take_batch(queue: list[Job], most: int, adapters: int) -> list[Job]:
-    """Take the next batch out of the queue: the job that has waited longest, and those that can go with it.
+def take_batch(queue: list[Job], max_jobs: int, max_adapters: int) -> list[Job]:
+    """Remove the next batch from the queue: its oldest job, and later jobs that can be answered with it.
 
-    They write at most as many tokens with as many beams. At most `most` jobs of `adapters` adapters, the base
-    not counted; those that are passed over keep their places.
+    All jobs of a batch have the oldest job's token limit and number of beams. Jobs that do not fit keep their
+    order in the queue.
+
+    Args:
+        queue: waiting jobs, the oldest first; changed in place.
+        max_jobs: the most jobs of a batch.
+        max_adapters: the most adapters of a batch, not counting the base.
     """
     first = queue[0]
-    taken: list[Job] = []
-    left: list[Job] = []
-    entries: set[AdapterSlot] = set()
+    batch: list[Job] = []
+    remaining: list[Job] = []
+    adapters: set[RegisteredAdapter] = set()
     for job in queue:
-        alike = (job.limit, job.beams) == (first.limit, first.beams)
-        own = set() if job.entry.slot == BASE else {job.entry}
-        if len(taken) < most and alike and len(entries | own) <= adapters:
-            taken.append(job)
-            entries |= own
+        same_options = (job.limit, job.beams) == (first.limit, first.beams)
+        needed = set() if job.adapter.slot == BASE_SLOT else {job.adapter}
+        if len(batch) < max_jobs and same_options and len(adapters | needed) <= max_adapters:
+            batch.append(job)
+            adapters |= needed
         else:
-            left.append(job)
-    queue[:] = left
-    return taken
+            remaining.append(job)
+    queue[:] = remaining
+    return batch
 
 
 def separate_images(
-    groups: Sequence[Sequence[Job]], owners: Sequence[int]
+    groups: Sequence[Sequence[Job]], slots: Sequence[int]
 ) -> tuple[list[tuple[Pixels, ...]], list[int]]:
-    """The images of each group, none of them shared by groups of several owners, and whose each study is.
+    """Copy encoded images so that groups of different slots do not share them.
 
-    Families tell images apart by their identity, and a study is what one or more groups show: those come in
-    the order of the first group of each.
+    A family recognises a repeated study by the identity of its image dictionaries and computes its keys and
+    values once. With LoRA on those layers, they differ by adapter, so groups of different adapters must not
+    appear to show the same study.
+
+    Args:
+        groups: jobs of one adapter about the same images.
+        slots: the slot that provides each group's LoRA.
+
+    Returns:
+        The images of each group (shallow copies: the tensors are shared), and the slot of each distinct
+        study, in the order in which the groups first use them.
     """
-    own: dict[tuple[int, int], Pixels] = {}
-    shown = [
-        tuple(own.setdefault((owner, id(one)), dict(one)) for one in jobs[0].shown)
-        for jobs, owner in zip(groups, owners, strict=True)
+    copies: dict[tuple[int, int], Pixels] = {}
+    images_of_groups = [
+        tuple(copies.setdefault((slot, id(image)), dict(image)) for image in jobs[0].encoded_images)
+        for jobs, slot in zip(groups, slots, strict=True)
     ]
-    studies = {tuple(map(id, images)): owner for images, owner in zip(shown, owners, strict=True)}
-    return shown, [*studies.values()]
+    study_slots = {tuple(map(id, images)): slot for images, slot in zip(images_of_groups, slots, strict=True)}
+    return images_of_groups, [*study_slots.values()]
 
 
-def grouped(jobs: Sequence[Job]) -> list[list[Job]]:
-    """Jobs of one adapter about the same images, which share them; groups of an adapter follow each other."""
+def group_jobs(jobs: Sequence[Job]) -> list[list[Job]]:
+    """Group jobs of one adapter about the same images, which share the image's computation.
+
+    Groups of one adapter are adjacent, so that its rows form one run in the batch.
+    """
     groups: dict[tuple[int | None, tuple[str, ...]], list[Job]] = {}
-    for job in sorted(jobs, key=lambda job: job.entry.slot or BASE):
-        groups.setdefault((job.entry.slot, job.keys), []).append(job)
+    for job in sorted(jobs, key=lambda job: job.adapter.slot or BASE_SLOT):
+        groups.setdefault((job.adapter.slot, job.image_digests), []).append(job)
     return [*groups.values()]

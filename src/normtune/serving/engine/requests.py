@@ -1,4 +1,4 @@
-"""What is asked of the serving engine, what it answers, and what it tells about itself."""
+"""Requests to the engine, its replies, its statistics, and the errors it raises."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from normtune.errors import InputError
 
 
 class Busy(Exception):
-    """The queue is full: nothing was wrong with the request, ask again later."""
+    """The queue is full. Nothing is wrong with the request; send it again later."""
 
 
 class Closed(Exception):
-    """The engine is closed, or was closed before it came to the request."""
+    """The engine is closed, or was closed before it answered the request."""
 
 
 class UnknownAdapter(InputError):
@@ -24,14 +24,15 @@ class UnknownAdapter(InputError):
 
 @dataclass(frozen=True)
 class Request:
-    """One question, or one report, about one image or one study.
+    """One question about an image or study, or a request for its report.
 
     Attributes:
-        images: the views of the study, in their order.
-        question: None asks for a report.
-        adapter: its registered name; None asks the base as it is.
-        max_new_tokens: None is `tasks.MAX_ANSWER_TOKENS`, of a report `tasks.MAX_REPORT_TOKENS`.
-        beams: 1 is greedy.
+        images: the views of one study, in their order.
+        question: the question; None requests a report.
+        adapter: the name of a registered adapter; None uses the base model.
+        max_new_tokens: the most tokens of the answer; None is `tasks.MAX_ANSWER_TOKENS` for a question and
+            `tasks.MAX_REPORT_TOKENS` for a report.
+        beams: beams of the search; 1 is greedy decoding.
     """
 
     images: tuple[Image.Image, ...]
@@ -43,13 +44,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer.
+    """The answer to a request.
 
     Attributes:
-        score: mean log-probability of its tokens, end token included; None where it is not finite.
-        prompt_tokens: of the question as the model reads it, and of its images.
-        completion_tokens: of the answer, end token included.
-        seconds: from `Engine.submit` to the answer.
+        text: the answer.
+        score: mean log-probability of the answer's tokens, end token included; None if it is not finite.
+        prompt_tokens: tokens of the question as the model reads it, and of its images.
+        completion_tokens: tokens of the answer, end token included.
+        seconds: time from `Engine.submit` to the answer.
     """
 
     text: str
@@ -61,15 +63,16 @@ class Reply:
 
 @dataclass(frozen=True)
 class ServedAdapter:
-    """A registered adapter, as its `adapter.json` tells of it.
+    """A registered adapter, as its `adapter.json` describes it.
 
     Attributes:
-        base: as its trainer named it; it may be a path.
-        data: what it was trained on, None where that is not recorded.
-        metrics: as recorded with it.
-        bytes: what its values take while it is loaded.
-        loaded: whether they are in memory now.
-        running: how many of its requests run now; it is not unloaded before they are done.
+        base: the base's name as recorded at training; it may be a path.
+        trainable, total: trained parameters, and all parameters of the base.
+        data: the dataset it was trained on; None if that is not recorded.
+        metrics: the metrics recorded at training.
+        bytes: memory that its values take while it is loaded.
+        loaded: whether its values are in memory now.
+        running: how many of its requests are being answered; it is not evicted before they are done.
     """
 
     name: str
@@ -87,19 +90,19 @@ class ServedAdapter:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """What the engine holds and has done.
+    """The engine's current state, and its counters since the start.
 
     Attributes:
-        queued, running: requests that wait, and those of the batch at work.
-        batches, requests, failed, cancelled, refused: counted since the start; `requests` are those answered,
-            `refused` those that met a full queue.
-        prompt_tokens, completion_tokens: of the requests answered.
-        images_computed, images_reused: views that the image encoder was given, and views that it had seen.
-        registered, loaded: adapters.
-        loads, evictions: adapters read from disk, and those that made room.
-        adapter_bytes, image_bytes: what adapters and image states take now.
+        queued, running: requests in the queue, and requests of the current batch.
+        batches, requests, failed, cancelled, refused: counters. `requests` counts answered requests,
+            `refused` those rejected because the queue was full.
+        prompt_tokens, completion_tokens: tokens of the answered requests.
+        images_computed, images_reused: images that were encoded, and encoded images found in the cache.
+        registered, loaded: number of adapters.
+        loads, evictions: adapters read from disk, and adapters evicted to free a slot.
+        adapter_bytes, image_bytes: memory of loaded adapters and of cached encoded images.
         seconds_busy: time spent on batches.
-        seconds_loading: of it, reading adapters and putting them into the bank.
+        seconds_loading: the part of it spent on reading adapters and copying them into the bank.
     """
 
     queued: int

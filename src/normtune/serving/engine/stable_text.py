@@ -1,4 +1,4 @@
-"""The text of an answer while it is written: only what no further token can change."""
+"""Streaming: the part of a half-written answer that no further token can change."""
 
 from __future__ import annotations
 
@@ -8,38 +8,45 @@ from typing import Any
 
 from normtune.models.family import Family
 
-_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # a token that is one byte, of sentencepiece's tokenizers
-_BROKEN = "\ufffd"  # what decoders write for bytes that are no character, or not a whole one yet
-_REWRITTEN = re.compile(r"(\s*\S){0,4}\s*\Z")  # where transformers' clean-up of blanks may change its mind
+# A token that is a single byte, as SentencePiece tokenizers write characters outside their vocabulary.
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+# What decoders write for bytes that are not (or not yet) a valid character.
+_REPLACEMENT_CHARACTER = "\ufffd"
+# The last four non-blank characters: transformers' clean-up may still remove a blank among them.
+_CLEANED_END = re.compile(r"(\s*\S){0,4}\s*\Z")
 
 
 def stable_text(family: Family, tokens: Sequence[int]) -> str:
-    """The beginning of an answer whose first tokens are these that every way of going on has in common.
+    """Return the longest known prefix that all answers starting with `tokens` share.
 
-    All tokens are decoded anew, as the family decodes an answer: whether a token stands with a blank before
-    it, and what its bytes are, depends on those before. Held back are
+    A stream may send this text at once: no later token changes it. All tokens are decoded again at every
+    call, because the blank before a token and the meaning of a byte depend on the tokens before it.
+    Three things are held back:
 
-    - tokens that are single bytes, until another follows: decoders read a run of them as characters only if
-      all of it is well-formed;
-    - characters that are not whole, and blanks, which are stripped where the answer ends;
-    - where the tokenizer takes blanks away before signs (" n't", " ."), the last four letters: whether a
-      blank stays depends on at most so many.
+    - single-byte tokens at the end, until a token of another kind follows: a decoder reads a run of bytes
+      as characters only if the whole run is well-formed;
+    - incomplete characters, and trailing blanks, which are stripped if the answer ends there;
+    - the last four letters, if the tokenizer removes blanks before punctuation (" n't", " ."): whether a
+      blank stays depends on at most that many letters.
     """
     tokenizer: Any = family.processor.tokenizer
-    text = family.decode_answer(tokens[: _before_bytes(tokenizer, tokens)]).rstrip(_BROKEN)
+    text = family.decode_answer(tokens[: _count_before_bytes(tokenizer, tokens)]).rstrip(_REPLACEMENT_CHARACTER)
     if tokenizer.clean_up_tokenization_spaces:
-        text = _REWRITTEN.sub("", text, count=1)
+        text = _CLEANED_END.sub("", text, count=1)
     return text.rstrip()
 
 
-def _before_bytes(tokenizer: Any, tokens: Sequence[int]) -> int:
-    """How many tokens stand before the bytes at the end; special tokens, which are left out, end no run."""
+def _count_before_bytes(tokenizer: Any, tokens: Sequence[int]) -> int:
+    """Return how many tokens precede the single-byte tokens at the end.
+
+    Special tokens are not part of the text, so they do not interrupt a run of bytes.
+    """
     special = frozenset(tokenizer.all_special_ids)
-    found = len(tokens)
-    for place in reversed(range(len(tokens))):
-        if tokens[place] in special:
+    count = len(tokens)
+    for index in reversed(range(len(tokens))):
+        if tokens[index] in special:
             continue
-        if not _BYTE.fullmatch(tokenizer.convert_ids_to_tokens(tokens[place]) or ""):
+        if not _BYTE.fullmatch(tokenizer.convert_ids_to_tokens(tokens[index]) or ""):
             break
-        found = place
-    return found
+        count = index
+    return count

@@ -1,4 +1,4 @@
-"""What a request is refused with: a status, one sentence, and OpenAI's error object around it."""
+"""Errors of the HTTP API: a status, one sentence for the client, and OpenAI's error object."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ from typing import Any
 from normtune.errors import InputError
 from normtune.serving.engine.requests import Busy, Closed, UnknownAdapter
 
-GONE = 499  # as nginx counts a client that did not wait
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that closed the connection; only logged and counted
 LOG = logging.getLogger("normtune.serve")
+# An absolute path of POSIX (/a/ but not http://a/) or of Windows (C:\\).
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])/[\w.~-]+/|[A-Za-z]:\\")
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
-class ClientGone(Exception):
-    """The client closed its connection; nobody waits for the answer."""
+class ClientDisconnected(Exception):
+    """The client closed the connection, so the answer cannot be delivered."""
 
 
 class RequestRefused(Exception):
-    """A request that is not answered.
+    """A request that is answered with an error.
 
     Attributes:
-        status: of HTTP.
-        code, param: as OpenAI's error object has them.
-        retry_after: seconds, for 429 and 503.
+        status: the HTTP status.
+        message: one sentence for the client.
+        code, param: fields of OpenAI's error object.
+        retry_after: seconds after which to try again, for 429 and 503.
     """
 
     def __init__(
@@ -49,51 +51,61 @@ class RequestRefused(Exception):
         self.retry_after = retry_after
 
     def body(self) -> dict[str, Any]:
-        """OpenAI's error object."""
+        """Return OpenAI's error object."""
         kind = _KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        return {
-            "error": {"message": self.message, "type": kind, "param": self.param, "code": self.code},
-        }
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
-        """Headers that belong to the refusal."""
-        found = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
-        return found | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
+        """Return the error's own headers: `Retry-After` and `WWW-Authenticate`."""
+        retry = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        return retry | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
 
 
-def refusal(error: BaseException) -> RequestRefused:
-    """What `error` is told as: bad input by its sentence, anything else without a word from inside it."""
+def to_refusal(error: BaseException) -> RequestRefused:
+    """Convert an exception into the error that the client receives.
+
+    Only an `InputError` passes its own message on. Other exceptions get a fixed sentence, because their
+    messages may quote a patient's text or a path of the server.
+    """
     match error:
         case RequestRefused():
             return error
-        case ClientGone():
-            return RequestRefused(GONE, "the client has gone.")
+        case ClientDisconnected():
+            return RequestRefused(CLIENT_CLOSED_REQUEST, "the client closed the connection.")
         case UnknownAdapter():
-            return RequestRefused(404, without_paths(str(error)), code="model_not_found", param="model")
+            return RequestRefused(404, remove_paths(str(error)), code="model_not_found", param="model")
         case InputError():
-            return RequestRefused(400, without_paths(str(error)))
+            return RequestRefused(400, remove_paths(str(error)))
         case Busy():
             return RequestRefused(
-                429, "too many requests wait already. Ask again in a second.", code="busy", retry_after=1
+                429, "too many requests are waiting. Try again in a second.", code="busy", retry_after=1
             )
         case Closed() | CancelledError():
-            return RequestRefused(503, "the server is going down. Ask another one, or later.", retry_after=5)
+            return RequestRefused(503, "the server is shutting down. Try again later.", retry_after=5)
         case TimeoutError():
-            return RequestRefused(504, "no answer in the time that a request has.", code="timeout")
-    record(error)
-    return RequestRefused(500, "the server failed at this request. Its log says where.")
+            return RequestRefused(504, "the request timed out.", code="timeout")
+    log_error(error)
+    return RequestRefused(500, "the server failed on this request. See its log.")
 
 
-def record(error: BaseException) -> None:
-    """Log the kind of a fault and where it arose; its message may quote a text of a patient."""
+def log_error(error: BaseException) -> None:
+    """Log an error's type and place in the code, without its message, which may quote a patient's text."""
     frames = traceback.extract_tb(error.__traceback__)
-    where = f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else "an unknown place"
-    LOG.error("a fault of kind %s in %s", type(error).__name__, where)
+    where = f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else "an unknown file"
+    LOG.error("error of type %s in %s", type(error).__name__, where)
 
 
-def without_paths(message: str, folders: Iterable[Path] = ()) -> str:
-    """One line without the server's paths: known folders by their names, a sentence with others replaced."""
-    for folder in sorted({str(f) for one in folders for f in (one, one.resolve())}, key=len, reverse=True):
+def remove_paths(message: str, known_folders: Iterable[Path] = ()) -> str:
+    """Return a message as one line that reveals no path of the server.
+
+    Args:
+        message: text for a client.
+        known_folders: folders that are shortened to their names. If any other absolute path remains, the
+            whole message is replaced.
+    """
+    for folder in sorted(
+        {str(path) for known in known_folders for path in (known, known.resolve())}, key=len, reverse=True
+    ):
         message = message.replace(folder, Path(folder).name)
     line = " ".join(message.split())
-    return "the request names something that cannot be read." if _ABSOLUTE_PATH.search(line) else line
+    return "the request refers to a file that cannot be read." if _ABSOLUTE_PATH.search(line) else line

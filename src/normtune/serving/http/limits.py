@@ -1,4 +1,4 @@
-"""What a client may take: API keys, rates, sizes, and the memory that all requests share."""
+"""Limits for clients: API keys, rate limits, size limits, and the memory budget of all requests."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from normtune.errors import InputError
 from normtune.serving.http.errors import RequestRefused
 
 KEYS_VARIABLE = "NORMTUNE_API_KEYS"
-_SHORTEST_KEY = 16
-_CLIENTS = 10_000  # whose rates are remembered
+_MIN_KEY_LENGTH = 16  # characters
+_MAX_CLIENTS = 10_000  # clients of a rate limiter; beyond that the least recent one is forgotten
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Sizes and times that a request may have.
+    """Limits of a server. Names that end in `_s` are in seconds.
 
     Attributes:
-        body_bytes: of one request; `batch_bytes` of a JSONL.
-        pixels: of one image.
-        images: of one question.
-        question_characters: of one question.
-        new_tokens: of one answer.
-        batch_rows: of a JSONL.
-        questions: that wait or are being answered; others are refused before they are read.
-        per_minute: requests of one key (without keys: of one address); `burst` at once.
-        request_s: for an answer; `body_s` for the arrival of a body.
-        shared_bytes: bodies and decoded images of all requests together.
-        upload_bytes, uploads: held for later questions; `upload_s` after which one is forgotten.
+        body_bytes, batch_bytes: size of a request's body, and of the body of `/v1/batch`.
+        pixels: pixels of one image.
+        images: images of one question.
+        question_characters: length of one question.
+        new_tokens: tokens of one answer.
+        batch_rows: rows of one batch.
+        questions: questions in the queue or being answered; more are refused before their bodies are read.
+        per_minute, burst: requests of one key (without keys: of one address) a minute, and at once.
+        request_s, body_s: time until the answer, and time for a body to arrive.
+        shared_bytes: memory for the bodies and decoded images of all requests together.
+        upload_bytes, uploads: memory and number of all uploaded images; the oldest are dropped.
+        upload_s: time after which an uploaded image expires.
     """
 
     body_bytes: int = 32 << 20
@@ -57,7 +58,7 @@ class Limits:
 
 
 class ApiKeys:
-    """API keys, held as digests; without any, every request is let in."""
+    """API keys, stored as digests. Without keys, every request is accepted."""
 
     def __init__(self, keys: Mapping[str, str] | None = None) -> None:
         self._digests = {name: _digest(key) for name, key in (keys or {}).items()}
@@ -67,20 +68,20 @@ class ApiKeys:
         return bool(self._digests)
 
     def owner(self, key: str) -> str | None:
-        """The name of the key, None for an unknown one; takes as long for every key."""
+        """Return the name of a key; None if it is unknown. It takes the same time for every key."""
         return _owner(_digest(key), self._digests)
 
     def cookie(self, key: str) -> str:
-        """What stands for a key in a browser's cookie; the key cannot be told from it."""
+        """Return the cookie value that represents a key. The key cannot be computed from it."""
         return _digest(f"reviews {key}").hex()
 
     def cookie_owner(self, value: str) -> str | None:
-        """The name of the key that a cookie stands for."""
+        """Return the name of the key that a cookie value represents; None if there is none."""
         try:
-            found = bytes.fromhex(value)
+            digest = bytes.fromhex(value)
         except ValueError:
             return None
-        return _owner(found, self._cookies)
+        return _owner(digest, self._cookies)
 
 
 def _digest(key: str) -> bytes:
@@ -88,18 +89,22 @@ def _digest(key: str) -> bytes:
 
 
 def _owner(digest: bytes, known: Mapping[str, bytes]) -> str | None:
-    found = None
-    for name, held in known.items():  # no early end: the time must not tell which one was close
-        if hmac.compare_digest(digest, held):
-            found = name
-    return found
+    owner = None
+    for name, known_digest in known.items():  # no early exit: the time taken must not reveal a match
+        if hmac.compare_digest(digest, known_digest):
+            owner = name
+    return owner
 
 
 def read_keys(file: Path | None, environment: Mapping[str, str] = os.environ) -> ApiKeys:
-    """Keys of a file, one a line as `KEY` or `NAME:KEY`, and of NORMTUNE_API_KEYS, separated by commas.
+    """Read API keys from a file and from the environment variable NORMTUNE_API_KEYS.
+
+    The file has `KEY` or `NAME:KEY` on each line; lines that start with # are comments. The variable has the
+    same entries, separated by commas.
 
     Raises:
-        InputError: the file cannot be read, or a key is short, doubled or holds a blank.
+        InputError: the file cannot be read or has no key, or a key is too short, repeated, or contains a
+            space.
     """
     lines: list[tuple[str, str]] = []
     if file is not None:
@@ -107,78 +112,76 @@ def read_keys(file: Path | None, environment: Mapping[str, str] = os.environ) ->
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(
-                f"--api-keys: {file} cannot be read. Give a text file, one key a line."
+                f"--api-keys: {file} cannot be read. Give a text file with one key on each line."
             ) from error
         lines += [(f"{file}, line {n}", line) for n, line in enumerate(text.splitlines(), 1)]
         if not any(line.strip() and not line.strip().startswith("#") for _, line in lines):
-            raise InputError(f"--api-keys: {file} holds no key. Write one a line.")
+            raise InputError(f"--api-keys: {file} contains no key. Write one key on each line.")
     lines += [(KEYS_VARIABLE, entry) for entry in environment.get(KEYS_VARIABLE, "").split(",")]
-    found: dict[str, str] = {}
+    keys: dict[str, str] = {}
     for where, line in lines:
         line = line.strip()
         if not line or line.startswith("#"):
             continue
         name, _, key = line.rpartition(":")
-        name = name.strip() or f"key-{len(found) + 1}"
-        if len(key) < _SHORTEST_KEY or any(c.isspace() for c in key) or not key.isascii():
-            raise InputError(f"{where}: a key has {_SHORTEST_KEY} or more ASCII characters and no blank.")
-        if name in found or key in found.values():
-            raise InputError(f"{where}: this key or its name is there twice. Remove one.")
-        found[name] = key
-    return ApiKeys(found)
+        name = name.strip() or f"key-{len(keys) + 1}"
+        if len(key) < _MIN_KEY_LENGTH or any(c.isspace() for c in key) or not key.isascii():
+            raise InputError(f"{where}: a key needs at least {_MIN_KEY_LENGTH} ASCII characters and no space.")
+        if name in keys or key in keys.values():
+            raise InputError(f"{where}: this key or its name is given twice. Remove one.")
+        keys[name] = key
+    return ApiKeys(keys)
 
 
-class Rates:
-    """A bucket of tokens for each client: `burst` at once, filled again at `per_minute`."""
+class RateLimiter:
+    """A token bucket for each client: `burst` requests at once, refilled at `per_minute`."""
 
     def __init__(self, per_minute: int, burst: int, now: Callable[[], float] = time.monotonic) -> None:
         self._per_second = per_minute / 60
         self._burst = float(burst)
         self._now = now
-        self._held: OrderedDict[str, tuple[float, float]] = OrderedDict()  # client: (tokens, when counted)
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # client to (tokens, time)
 
-    def take(self, client: str) -> None:
-        """Count one request.
+    def count_request(self, client: str) -> None:
+        """Count one request of a client. A refused request does not use up a token.
 
         Raises:
-            Refused: 429, with the seconds until the next is let in.
+            RequestRefused: 429 with the seconds until the next request is accepted.
         """
         now = self._now()
-        tokens, then = self._held.pop(client, (self._burst, now))
-        tokens = min(self._burst, tokens + (now - then) * self._per_second)
-        self._held[client] = (tokens - 1 if tokens >= 1 else tokens, now)
-        while len(self._held) > _CLIENTS:
-            self._held.popitem(last=False)
+        tokens, last_time = self._buckets.pop(client, (self._burst, now))
+        tokens = min(self._burst, tokens + (now - last_time) * self._per_second)
+        self._buckets[client] = (tokens - 1 if tokens >= 1 else tokens, now)
+        while len(self._buckets) > _MAX_CLIENTS:
+            self._buckets.popitem(last=False)
         if tokens < 1:
             wait = math.ceil((1 - tokens) / self._per_second)
-            raise RequestRefused(
-                429, f"too many requests. The next is let in after {wait} s.", retry_after=wait
-            )
+            raise RequestRefused(429, f"too many requests. Try again in {wait} s.", retry_after=wait)
 
 
 class Budget:
-    """Bytes that all requests share; used from the event loop's thread alone."""
+    """Memory that all requests share, in bytes. Not thread-safe: only the event loop uses it."""
 
     def __init__(self, total: int) -> None:
-        self._left = total
+        self._available = total
 
-    def take(self, count: int) -> None:
-        """Set bytes aside.
+    def reserve(self, count: int) -> None:
+        """Reserve bytes until `release`.
 
         Raises:
-            Refused: 429, there are too few left now.
+            RequestRefused: 429, not enough bytes are available.
         """
-        if count > self._left:
+        if count > self._available:
             raise RequestRefused(
-                429, "the server holds too many images just now. Ask again.", code="busy", retry_after=1
+                429, "the memory for images is in use. Try again in a second.", code="busy", retry_after=1
             )
-        self._left -= count
+        self._available -= count
 
-    def give(self, count: int) -> None:
-        """Take them back."""
-        self._left += count
+    def release(self, count: int) -> None:
+        """Return reserved bytes."""
+        self._available += count
 
     @property
-    def left(self) -> int:
-        """Bytes that can be taken."""
-        return self._left
+    def available(self) -> int:
+        """Bytes that can still be reserved."""
+        return self._available

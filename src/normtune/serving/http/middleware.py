@@ -1,6 +1,7 @@
-"""What every request passes: host, key, rate and size before the application, headers and log after it.
+"""Checks each request's host, key, rate and size before the application; adds headers and logs after it.
 
-The log has the route's pattern, status, seconds and the key's name: no address asked for, no query, no text.
+The log has the route's pattern, the status, the seconds and the key's name. It never has a URL, a query
+string or a text, because these may name a patient.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from normtune.serving.engine.requests import Busy
-from normtune.serving.http.errors import GONE, LOG, ClientGone, RequestRefused, refusal
-from normtune.serving.http.limits import ApiKeys, Budget, Limits, Rates
-from normtune.serving.http.prometheus import Counts
+from normtune.serving.http.errors import CLIENT_CLOSED_REQUEST, LOG, ClientDisconnected, RequestRefused, to_refusal
+from normtune.serving.http.limits import ApiKeys, Budget, Limits, RateLimiter
+from normtune.serving.http.prometheus import RequestCounts
 
-COOKIE = "normtune"
+COOKIE = "normtune"  # lets a browser follow links to review pages
 BATCH = "/v1/batch"
 CHAT = "/v1/chat/completions"
-_PATIENCE = 4  # times the limit are read of a body that is refused: its client reads when it has written
-_SAFE = ("GET", "HEAD", "OPTIONS")
+# Of a refused body, at most this many times the limit are read and discarded: most clients read the response
+# only after they have sent the whole body.
+_DISCARD_FACTOR = 4
+_SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+# Response headers, unless the application sets its own.
 _HEADERS = {
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
@@ -34,12 +38,15 @@ _HEADERS = {
 
 
 class RequestGate:
-    """An ASGI application around another one.
+    """An ASGI application that checks requests and passes accepted ones to another application.
 
     Args:
-        hosts: names that requests may be addressed to, None for any. A server on loopback without keys takes
-            its own names alone: a page elsewhere could otherwise reach it under a name of its own (DNS
-            rebinding).
+        app: the application.
+        keys: API keys; without any, every request is accepted.
+        limits: size, time and rate limits.
+        budget: memory for request bodies.
+        hosts: the accepted Host headers; None accepts any. A server on loopback without keys accepts only
+            loopback names, so that a web page cannot reach it through its own domain (DNS rebinding).
     """
 
     def __init__(
@@ -47,9 +54,9 @@ class RequestGate:
     ) -> None:
         self._app, self._keys, self._limits, self._budget = app, keys, limits, budget
         self._hosts = None if hosts is None else frozenset(hosts)
-        self._rates = Rates(limits.per_minute, limits.burst)
-        self._questions = 0  # that have arrived and are not answered
-        self.counts = Counts()
+        self._rates = RateLimiter(limits.per_minute, limits.burst)
+        self._questions = 0  # requests to CHAT that are in progress
+        self.counts = RequestCounts()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -60,10 +67,10 @@ class RequestGate:
             await send({"type": "websocket.close", "code": 1003})
 
     async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started, status, taken, counted = time.monotonic(), 0, 0, False
+        started, status, reserved, counted = time.monotonic(), 0, 0, False
         scope["state"] = dict(scope.get("state") or {}, owner="")
 
-        async def answer(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -72,27 +79,27 @@ class RequestGate:
 
         try:
             try:
-                self._admit(scope)
+                self._check(scope)
             except RequestRefused:
-                await self._discard(receive)  # a client that still writes would not read the answer
+                await self._discard(receive)  # a client that is still sending would not read the response
                 raise
             body = await self._body(scope, receive)
-            taken = len(body)
+            reserved = len(body)
             if scope["path"] == CHAT:
                 self._questions += 1
                 counted = True
-            await self._app(scope, _replay(body, receive), answer)
-        except ClientGone:
-            status = GONE
+            await self._app(scope, _replay(body, receive), send_with_headers)
+        except ClientDisconnected:
+            status = CLIENT_CLOSED_REQUEST
         except asyncio.CancelledError:
             status = status or 503
             raise
         except Exception as error:
-            refused = refusal(error)
-            if status == 0:
-                await send_refusal(refused, answer)
+            refused = to_refusal(error)
+            if status == 0:  # no response has started
+                await send_refusal(refused, send_with_headers)
         finally:
-            self._budget.give(taken)
+            self._budget.release(reserved)
             self._questions -= counted
             seconds = time.monotonic() - started
             route = getattr(scope.get("route"), "path", "-")
@@ -100,137 +107,146 @@ class RequestGate:
             owner = scope["state"]["owner"] or "-"
             LOG.info("%s %s %d %.3fs %s", scope["method"][:8], route, status, seconds, owner)
 
-    def _admit(self, scope: Scope) -> None:
-        """Tell whose request it is, and let it in. Raises: Refused."""
+    def _check(self, scope: Scope) -> None:
+        """Check a request by its headers, and set the key's name as the owner of the request.
+
+        Raises:
+            RequestRefused: the request is not accepted.
+        """
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         if self._hosts is not None and _host(headers.get("host", "")) not in self._hosts:
-            raise RequestRefused(421, "this server is not called by that name. Use the address it printed.")
+            raise RequestRefused(421, "this host name is not accepted. Use the address that the server printed.")
         if len(scope["path"]) > 512 or len(scope.get("query_string", b"")) > 2048:
-            raise RequestRefused(414, "the address is too long.")
+            raise RequestRefused(414, "the URL is too long.")
         path = scope["path"]
         if not path.startswith(("/v1/", "/reviews")):
             return
         client = (scope.get("client") or ("-", 0))[0]
         if not self._keys:
-            # a page of another site may send simple requests, though it cannot read the answers
-            if headers.get("sec-fetch-site", "none") == "cross-site" and scope["method"] not in _SAFE:
-                raise RequestRefused(403, "requests from pages of other sites are refused.")
-            self._rates.take(client)
+            # A page of another site can send simple requests, even though it cannot read the responses.
+            if headers.get("sec-fetch-site", "none") == "cross-site" and scope["method"] not in _SAFE_METHODS:
+                raise RequestRefused(403, "requests from pages of other sites are not accepted.")
+            self._rates.count_request(client)
         else:
             owner = self._owner(headers, path)
             if owner is None:
-                self._rates.take(f"unknown {client}")
-                raise RequestRefused(
-                    401, "a key is needed: Authorization: Bearer KEY.", code="invalid_api_key"
-                )
+                self._rates.count_request(f"unknown {client}")
+                raise RequestRefused(401, "an API key is required: Authorization: Bearer KEY.", code="invalid_api_key")
             scope["state"]["owner"] = owner
-            self._rates.take(owner)
+            self._rates.count_request(owner)
         if path == CHAT and self._questions >= self._limits.questions:
-            raise refusal(Busy())  # before its image is decoded: what is refused must cost next to nothing
+            raise to_refusal(Busy())  # before its image is read and decoded, so that refusing costs little
 
     def _owner(self, headers: dict[str, str], path: str) -> str | None:
         kind, _, key = headers.get("authorization", "").partition(" ")
         if kind.lower() == "bearer" and key:
             return self._keys.owner(key.strip())
-        if path.startswith("/reviews"):  # a browser that follows a link sends no Authorization
+        if path.startswith("/reviews"):  # a browser that follows a link sends no Authorization header
             try:
-                found = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
+                cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
             except CookieError:
                 return None
-            return None if found is None else self._keys.cookie_owner(found.value)
+            return None if cookie is None else self._keys.cookie_owner(cookie.value)
         return None
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
-        """The whole body, set aside in the budget. Raises: Refused."""
-        most = self._limits.batch_bytes if scope["path"] == BATCH else self._limits.body_bytes
-        pieces: list[bytes] = []
-        size = taken = 0
+        """Read the whole body, and reserve its size in the budget.
+
+        Raises:
+            RequestRefused: the body is too large or too slow, or the budget is used up.
+        """
+        max_bytes = self._limits.batch_bytes if scope["path"] == BATCH else self._limits.body_bytes
+        chunks: list[bytes] = []
+        size = reserved = 0
         refused: RequestRefused | None = None
         try:
             async with asyncio.timeout(self._limits.body_s):
-                async for piece in _pieces(receive):
-                    size += len(piece)
+                async for chunk in _chunks(receive):
+                    size += len(chunk)
                     if refused is None:
-                        refused = self._too_much(size, most, len(piece))
+                        refused = self._reserve(size, max_bytes, len(chunk))
                     if refused is None:
-                        taken += len(piece)
-                        pieces.append(piece)
-                    elif size > most + _PATIENCE * self._limits.body_bytes:
+                        reserved += len(chunk)
+                        chunks.append(chunk)
+                    elif size > max_bytes + _DISCARD_FACTOR * self._limits.body_bytes:
                         break
         except TimeoutError:
-            refused = refused or RequestRefused(408, "the request did not arrive in time.")
+            refused = refused or RequestRefused(408, "the request body did not arrive in time.")
         except BaseException:
-            self._budget.give(taken)
+            self._budget.release(reserved)
             raise
         if refused is not None:
-            self._budget.give(taken)
+            self._budget.release(reserved)
             raise refused
-        return b"".join(pieces)
+        return b"".join(chunks)
 
-    def _too_much(self, size: int, most: int, more: int) -> RequestRefused | None:
-        """Set `more` bytes aside, or tell why not."""
-        if size > most:
-            return RequestRefused(413, f"the request has more than the {most >> 20} MiB that are taken.")
+    def _reserve(self, size: int, max_bytes: int, chunk_size: int) -> RequestRefused | None:
+        """Reserve memory for a chunk, or return the error if the body is too large or the budget used up."""
+        if size > max_bytes:
+            return RequestRefused(413, f"the request has more than {max_bytes >> 20} MiB.")
         try:
-            self._budget.take(more)
+            self._budget.reserve(chunk_size)
         except RequestRefused as refused:
             return refused
         return None
 
     async def _discard(self, receive: Receive) -> None:
-        """Read what the client still sends, a few times the limit at most, and forget it."""
-        left = _PATIENCE * self._limits.body_bytes
+        """Read and discard what the client still sends, up to a few times the limit."""
+        remaining = _DISCARD_FACTOR * self._limits.body_bytes
         try:
             async with asyncio.timeout(min(self._limits.body_s, 10.0)):
-                async for piece in _pieces(receive):
-                    left -= len(piece)
-                    if left < 0:
+                async for chunk in _chunks(receive):
+                    remaining -= len(chunk)
+                    if remaining < 0:
                         return
-        except (TimeoutError, ClientGone):
+        except (TimeoutError, ClientDisconnected):
             return
 
 
-async def _pieces(receive: Receive) -> Any:
+async def _chunks(receive: Receive) -> Any:
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise ClientGone
+            raise ClientDisconnected
         yield message.get("body", b"")
         if not message.get("more_body", False):
             return
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """`receive` of a body that is there; after it, what the server tells: that the client has gone."""
-    held: list[bytes] = [body]
+    """Return a `receive` that first returns a body that was already read, then the server's own messages.
 
-    async def again() -> Message:
-        if held:
-            return {"type": "http.request", "body": held.pop(), "more_body": False}
+    After the body, the only message is that the client disconnected.
+    """
+    unread: list[bytes] = [body]
+
+    async def replayed() -> Message:
+        if unread:
+            return {"type": "http.request", "body": unread.pop(), "more_body": False}
         return await receive()
 
-    return again
+    return replayed
 
 
 def _host(header: str) -> str:
-    """The name of a Host header, without its port."""
+    """Return a Host header without its port, in lower case."""
     if header.startswith("["):
         return header.partition("]")[0] + "]"
     return header.partition(":")[0].lower()
 
 
 def _with_defaults(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    found = list(headers)
-    there = {name.lower() for name, _ in found}
-    more = ((name.encode(), value.encode()) for name, value in _HEADERS.items())
-    return found + [(name, value) for name, value in more if name not in there]
+    own_headers = list(headers)
+    names = {name.lower() for name, _ in own_headers}
+    defaults = ((name.encode(), value.encode()) for name, value in _HEADERS.items())
+    return own_headers + [(name, value) for name, value in defaults if name not in names]
 
 
 async def send_refusal(refused: RequestRefused, send: Send) -> None:
-    """Send the error object."""
+    """Send an error as the response."""
     body = json.dumps(refused.body()).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body))} | refused.headers()
-    if refused.status in (408, 413):
+    if refused.status in (408, 413):  # the rest of the body is still on its way
         headers["connection"] = "close"
     pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": refused.status, "headers": pairs})

@@ -1,4 +1,4 @@
-"""What clients send and get, in OpenAI's shapes; fields of theirs that mean nothing here are let pass."""
+"""Request models and response bodies in OpenAI's format. OpenAI's other request fields are ignored."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from normtune.serving.engine.requests import Reply, ServedAdapter
-from normtune.serving.http.paths import NAME
+from normtune.serving.http.paths import NAME_PATTERN
 
-ADAPTER_NAME = f"^{NAME}$"
-FOLDER_NAME = f"^{NAME}(/{NAME}){{0,3}}$"  # `folders.adapter_folder` says so in a sentence
+ADAPTER_NAME = f"^{NAME_PATTERN}$"
+FOLDER_NAME = f"^{NAME_PATTERN}(/{NAME_PATTERN}){{0,3}}$"  # for the schema; `paths.adapter_folder` checks it
 
 
-def _whole(value: object) -> object:
+def _to_int(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Whole = BeforeValidator(_whole)  # JSON's 16.0 is a whole number, too
-Count = Annotated[int, Field(ge=1), Whole]
+WholeNumber = BeforeValidator(_to_int)  # accepts JSON's 16.0 as 16
+Count = Annotated[int, Field(ge=1), WholeNumber]
 
 
 class ImageUrl(BaseModel):
-    """`url`: a data URL, the id of an uploaded file, or an address of a host that is allowed."""
+    """`url`: a data URL, the id of an uploaded file, or a URL of an allowed host."""
 
     url: str
 
@@ -57,17 +57,20 @@ class Message(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    model_config = ConfigDict(strict=True)  # not "yes" for true
+    model_config = ConfigDict(strict=True)  # refuses "yes" for true
 
     include_usage: bool = False
 
 
 class ChatRequest(BaseModel):
-    """One question, or without text a report, about the images of one study; the likeliest text answers."""
+    """One question about the images of one study; without text, a request for a report.
 
-    model_config = ConfigDict(strict=True)  # not "2" for 2
+    Decoding is not sampled: the answer is the most likely text.
+    """
 
-    model: str = Field(max_length=256, description="The name of an adapter, or the base's.")
+    model_config = ConfigDict(strict=True)  # refuses "2" for 2
+
+    model: str = Field(max_length=256, description="The name of the base or of an adapter.")
     messages: list[Message] = Field(min_length=1, max_length=16)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -75,21 +78,21 @@ class ChatRequest(BaseModel):
     max_completion_tokens: Count | None = None
     n: Literal[1] | None = 1
     beams: Annotated[
-        int, Field(ge=1, le=8, description="Not OpenAI's: beams of the search; 1 is greedy."), Whole
+        int, Field(ge=1, le=8, description="Beams of the search (not in OpenAI's API); 1 is greedy."), WholeNumber
     ] = 1
 
 
 class Registration(BaseModel):
-    """An adapter of the adapter root: the name that requests give, and its folder there."""
+    """An adapter to register: its name in requests, and its folder below the adapter root."""
 
     name: str = Field(pattern=ADAPTER_NAME)
     folder: str | None = Field(
-        None, max_length=256, description="By default the name.", json_schema_extra={"pattern": FOLDER_NAME}
+        None, max_length=256, description="Default: the name.", json_schema_extra={"pattern": FOLDER_NAME}
     )
 
 
 class BatchRow(BaseModel):
-    """A line of a batch, as OpenAI's batch files have it."""
+    """A line of a batch, in the format of OpenAI's batch files."""
 
     custom_id: str = Field(min_length=1, max_length=256)
     method: Literal["POST"] = "POST"
@@ -97,20 +100,23 @@ class BatchRow(BaseModel):
     body: ChatRequest
 
 
-def one_sentence(errors: Any, skip: int = 0) -> tuple[str, str]:
-    """(field, sentence) of the first of pydantic's errors; no value that was sent is in it.
+def validation_message(errors: Any, skip: int = 0) -> tuple[str, str]:
+    """Return the field and a sentence for one of pydantic's errors. The sentence quotes no sent value.
 
-    `skip` steps lead to the body, as FastAPI has them.
+    Args:
+        errors: `ValidationError.errors()`. In a union, the error with the longest path is of the branch that
+            matched best, so that one is reported.
+        skip: leading path entries to drop; FastAPI puts "body" first.
     """
-    fault = max(errors, key=lambda one: len(one["loc"]))  # of a union: of the branch that went furthest
-    steps = [str(step) for step in fault["loc"][skip:]]
-    # steps between the fields' names tell the branch of a union, as `list[...]` or `function-...`
-    field = ".".join(step for step in steps if step.replace("_", "").isalnum() and step.isascii())[:80]
-    return field, f"{field or 'the body'}: {fault['msg'][:1].lower()}{fault['msg'][1:]}."
+    error = max(errors, key=lambda error: len(error["loc"]))
+    path = [str(entry) for entry in error["loc"][skip:]]
+    # Besides names of fields, the path has entries for union branches, such as `list[...]` or `function-...`.
+    field = ".".join(entry for entry in path if entry.replace("_", "").isalnum() and entry.isascii())[:80]
+    return field, f"{field or 'the body'}: {error['msg'][:1].lower()}{error['msg'][1:]}."
 
 
 def confidence(score: float | None) -> float | None:
-    """exp of the mean log-probability of the answer's tokens."""
+    """Return exp of the mean log-probability of the answer's tokens, at most 1."""
     return None if score is None else math.exp(min(score, 0.0))
 
 
@@ -126,53 +132,54 @@ def _usage(reply: Reply) -> dict[str, int]:
     }
 
 
-def _finish(reply: Reply, limit: int | None) -> str:
+def _finish_reason(reply: Reply, limit: int | None) -> str:
     return "length" if limit is not None and reply.completion_tokens >= limit else "stop"
 
 
-def _own(reply: Reply) -> dict[str, Any]:
-    """What is not OpenAI's: how sure the model is of the text."""
+def _normtune_fields(reply: Reply) -> dict[str, Any]:
+    """Return the fields that OpenAI's API does not have."""
     return {"score": reply.score, "confidence": confidence(reply.score), "seconds": round(reply.seconds, 4)}
 
 
 def completion(id: str, model: str, reply: Reply, limit: int | None) -> dict[str, Any]:
-    """`chat.completion`; `normtune` in it holds score (mean log-probability), confidence and seconds."""
+    """Return a `chat.completion`. Its `normtune` has score (mean log-probability), confidence and seconds."""
     message = {"role": "assistant", "content": reply.text, "refusal": None}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _finish(reply, limit)}
-    whole = _envelope(id, "chat.completion", model)
-    return whole | {"choices": [choice], "usage": _usage(reply), "normtune": _own(reply)}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _finish_reason(reply, limit)}
+    envelope = _envelope(id, "chat.completion", model)
+    return envelope | {"choices": [choice], "usage": _usage(reply), "normtune": _normtune_fields(reply)}
 
 
 def chunk(id: str, model: str, delta: dict[str, Any]) -> dict[str, Any]:
-    """`chat.completion.chunk` with a piece of the answer."""
+    """Return a `chat.completion.chunk` with a part of the answer."""
     choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}
     return _envelope(id, "chat.completion.chunk", model) | {"choices": [choice]}
 
 
 def last_chunks(id: str, model: str, reply: Reply, limit: int | None, usage: bool) -> list[dict[str, Any]]:
-    """The chunk that ends the answer, and the one of its usage where it is asked for."""
-    last = chunk(id, model, {}) | {"normtune": _own(reply)}
-    last["choices"][0]["finish_reason"] = _finish(reply, limit)
-    counted = _envelope(id, "chat.completion.chunk", model) | {"choices": [], "usage": _usage(reply)}
-    return [last, counted] if usage else [last]
+    """Return the chunk that ends the answer, and with `usage` the chunk with the token counts."""
+    last = chunk(id, model, {}) | {"normtune": _normtune_fields(reply)}
+    last["choices"][0]["finish_reason"] = _finish_reason(reply, limit)
+    usage_chunk = _envelope(id, "chat.completion.chunk", model) | {"choices": [], "usage": _usage(reply)}
+    return [last, usage_chunk] if usage else [last]
 
 
 def model_entry(name: str, started: float, adapter: ServedAdapter | None = None) -> dict[str, Any]:
-    """A row of `/v1/models`."""
-    own = "base" if adapter is None else "adapter"
-    told = {"id": name, "object": "model", "created": int(started), "owned_by": "normtune", "kind": own}
-    return told if adapter is None else told | {"recipe": adapter.recipe, "data": _trained_on(adapter)}
+    """Return an entry of `/v1/models`."""
+    kind = "base" if adapter is None else "adapter"
+    entry = {"id": name, "object": "model", "created": int(started), "owned_by": "normtune", "kind": kind}
+    return entry if adapter is None else entry | {"recipe": adapter.recipe, "data": _trained_on(adapter)}
 
 
 def _trained_on(info: ServedAdapter) -> dict[str, Any]:
-    known = ("name", "split", "licence", "task", "pairs")
-    return {name: value for name, value in (info.data or {}).items() if name in known}
+    """Return the public facts of the training data; its folder is left out."""
+    public = ("name", "split", "licence", "task", "pairs")
+    return {name: value for name, value in (info.data or {}).items() if name in public}
 
 
 def adapter_entry(info: ServedAdapter) -> dict[str, Any]:
-    """A row of `/v1/adapters`: what the adapter says of itself, without where it lies."""
-    told = {"id": info.name, "object": "adapter", "recipe": info.recipe, "base": info.base.rpartition("/")[2]}
-    return told | {
+    """Return an entry of `/v1/adapters`: the adapter's description, without paths of the server."""
+    entry = {"id": info.name, "object": "adapter", "recipe": info.recipe, "base": info.base.rpartition("/")[2]}
+    return entry | {
         "trainable": info.trainable,
         "total": info.total,
         "bytes": info.bytes,

@@ -1,6 +1,6 @@
-"""What the OpenAPI schema tells: the shapes of answers, what each address may be refused with, and the key.
+"""The OpenAPI schema: response models, the errors of each route, and the API key.
 
-Tests hold the server to it (schemathesis).
+A test (schemathesis) checks that the server conforms to the schema.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from normtune.serving.http.openai_api import BatchRow
 
-Statuses = dict[int | str, dict[str, Any]]  # FastAPI's `responses`
+Responses = dict[int | str, dict[str, Any]]  # FastAPI's `responses`
 
 _METHODS = ("get", "put", "post", "delete", "options", "head", "patch", "trace")
-_GATE = (408, 413, 414, 421, 429)  # every address; below /v1 a key is needed, or a page of this site
-_RETRY = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}}
-_KEY = {"WWW-Authenticate": {"schema": {"type": "string"}}}
-_HEADERS = {401: _KEY, 429: _RETRY, 503: _RETRY}
-_NAMES = {413: "Content Too Large", 421: "Misdirected Request"}  # HTTPStatus had others before Python 3.13
+_GATE_STATUSES = (408, 413, 414, 421, 429)  # errors of `RequestGate` on every route; /v1 adds 401 or 403
+_RETRY_HEADER = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}}
+_KEY_HEADER = {"WWW-Authenticate": {"schema": {"type": "string"}}}
+_HEADERS = {401: _KEY_HEADER, 429: _RETRY_HEADER, 503: _RETRY_HEADER}
+_PHRASES = {413: "Content Too Large", 421: "Misdirected Request"}  # HTTPStatus of Python < 3.13 has others
 
 
 _EVENT = {
     "type": "object",
     "required": ["data"],
-    "properties": {"data": {"type": "string", "description": "A chat.completion.chunk; at the end [DONE]."}},
+    "properties": {"data": {"type": "string", "description": "A chat.completion.chunk; the last event is [DONE]."}},
 }
 
 
@@ -39,7 +39,7 @@ class ErrorObject(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """One sentence, in OpenAI's error object."""
+    """OpenAI's error object; `message` is one sentence."""
 
     error: ErrorObject
 
@@ -60,7 +60,7 @@ class ModelList(BaseModel):
 
 
 class FileEntry(BaseModel):
-    """An image that is held; `bytes` are those of its PNG."""
+    """An uploaded image; `bytes` is the size of its PNG."""
 
     id: str
     object: Literal["file"]
@@ -80,7 +80,7 @@ class FileList(BaseModel):
 
 
 class AdapterEntry(BaseModel):
-    """What an adapter says of itself; `running` counts the requests that it answers now."""
+    """A registered adapter; `running` is the number of its requests in progress."""
 
     id: str
     object: Literal["adapter"]
@@ -136,7 +136,7 @@ class Usage(BaseModel):
 
 
 class Sureness(BaseModel):
-    """Mean log-probability of the answer's tokens, its exp, and the seconds that the answer took."""
+    """Mean log-probability of the answer's tokens (score), its exp (confidence), and the time taken."""
 
     score: float | None
     confidence: float | None
@@ -153,27 +153,24 @@ class Completion(BaseModel):
     normtune: Sureness
 
 
-COMPLETION: Statuses = {
+COMPLETION_RESPONSE: Responses = {
     200: {
-        "description": "The answer, or with `stream` its chunks as server-sent events.",
+        "description": "The answer; with `stream`, its chunks as server-sent events.",
         "model": Completion,
         "content": {"text/event-stream": {"itemSchema": _EVENT}},
     }
 }
-PNG: Statuses = {
-    200: {
-        "description": "The image.",
-        "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}},
-    }
+PNG_RESPONSE: Responses = {
+    200: {"description": "The image.", "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}}
 }
-LINES: Statuses = {
+BATCH_RESPONSE: Responses = {
     200: {
-        "description": "One line a row: custom_id and response, with status_code and body.",
+        "description": "One line for each row: custom_id and response, with status_code and body.",
         "content": {"application/jsonl": {"schema": {"type": "string"}}},
     }
 }
-# the lines as an array, as OpenAPI 3.2 describes such types
-ROWS = {
+# OpenAPI 3.2 describes JSONL as an array of its lines.
+BATCH_REQUEST = {
     "requestBody": {
         "required": True,
         "content": {
@@ -183,7 +180,7 @@ ROWS = {
         },
     }
 }
-IMAGES = {
+UPLOAD_REQUEST = {
     "requestBody": {
         "content": {
             "multipart/form-data": {
@@ -194,22 +191,23 @@ IMAGES = {
 }
 
 
-def refusals(*statuses: int) -> Statuses:
-    """What an address of ours refuses with these statuses."""
-    return {status: _refusal(status) for status in statuses}
+def error_responses(*statuses: int) -> Responses:
+    """Return the documentation of errors with these statuses, for a route's `responses`."""
+    return {status: _error_response(status) for status in statuses}
 
 
-def _refusal(status: int) -> dict[str, Any]:
+def _error_response(status: int) -> dict[str, Any]:
     content = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}
-    told = {"description": _NAMES.get(status) or HTTPStatus(status).phrase, "content": content}
-    return told | ({"headers": _HEADERS[status]} if status in _HEADERS else {})
+    response = {"description": _PHRASES.get(status) or HTTPStatus(status).phrase, "content": content}
+    return response | ({"headers": _HEADERS[status]} if status in _HEADERS else {})
 
 
 class DocumentedApp(FastAPI):
-    """An application whose schema tells what the gate before it refuses, too.
+    """A FastAPI application with a schema that includes the errors of `RequestGate`.
 
     Args:
-        keys: whether a key is needed.
+        keys: whether an API key is required.
+        options: arguments of FastAPI.
     """
 
     def __init__(self, *, keys: bool, **options: Any) -> None:
@@ -217,38 +215,38 @@ class DocumentedApp(FastAPI):
         self._keys = keys
 
     def openapi(self) -> dict[str, Any]:
-        """The schema, made once."""
-        return self.openapi_schema or complete(super().openapi(), keys=self._keys)
+        """Return the schema; it is generated once."""
+        return self.openapi_schema or complete_schema(super().openapi(), keys=self._keys)
 
 
-def complete(schema: dict[str, Any], *, keys: bool) -> dict[str, Any]:
-    """FastAPI's schema with what it does not know, in place: bad requests are 400, not its 422."""
+def complete_schema(schema: dict[str, Any], *, keys: bool) -> dict[str, Any]:
+    """Complete FastAPI's schema in place: models it does not reference, the API key, and the gate's errors.
+
+    Invalid requests get status 400, so that FastAPI's 422 is removed.
+    """
     components = schema.setdefault("components", {}).setdefault("schemas", {})
     for name in ("HTTPValidationError", "ValidationError"):
         components.pop(name, None)
-    modes: list[tuple[type[BaseModel], JsonSchemaMode]] = [
-        (BatchRow, "validation"),
-        (ErrorBody, "serialization"),
-    ]
-    _, more = models_json_schema(modes, ref_template="#/components/schemas/{model}")
-    components.update(more["$defs"])
+    modes: list[tuple[type[BaseModel], JsonSchemaMode]] = [(BatchRow, "validation"), (ErrorBody, "serialization")]
+    _, definitions = models_json_schema(modes, ref_template="#/components/schemas/{model}")
+    components.update(definitions["$defs"])
     if keys:
         schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     for path, methods in schema["paths"].items():
         for method, operation in methods.items():
             if method in _METHODS:
-                _complete(operation, below_v1=path.startswith("/v1/"), reads=method == "get", keys=keys)
+                _complete_operation(operation, is_v1=path.startswith("/v1/"), is_get=method == "get", keys=keys)
     return schema
 
 
-def _complete(operation: dict[str, Any], *, below_v1: bool, reads: bool, keys: bool) -> None:
-    held = operation["responses"]
-    held.pop("422", None)
-    gate = list(_GATE)
-    if below_v1:
-        gate += [401] if keys else [] if reads else [403]
+def _complete_operation(operation: dict[str, Any], *, is_v1: bool, is_get: bool, keys: bool) -> None:
+    responses = operation["responses"]
+    responses.pop("422", None)
+    statuses = list(_GATE_STATUSES)
+    if is_v1:  # without keys, requests from pages of other sites are refused, unless they only read
+        statuses += [401] if keys else [] if is_get else [403]
         if keys:
             operation["security"] = [{"key": []}]
-    for status in gate:
-        held.setdefault(str(status), _refusal(status))
-    operation["responses"] = dict(sorted(held.items()))
+    for status in statuses:
+        responses.setdefault(str(status), _error_response(status))
+    operation["responses"] = dict(sorted(responses.items()))

@@ -1,4 +1,4 @@
-"""Which folders a client may name: adapters below the adapter root, and pages of reviews; no others."""
+"""Checks names from clients and turns them into paths: adapters below the adapter root, and review pages."""
 
 from __future__ import annotations
 
@@ -9,93 +9,96 @@ from pathlib import Path
 from normtune.errors import InputError
 from normtune.serving.http.errors import RequestRefused
 
-NAME = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}"  # of an adapter, and of each step to its folder
-_STEP = re.compile(NAME, re.ASCII)
+NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}"  # an adapter's name, and each part of its folder's path
+_NAME = re.compile(NAME_PATTERN, re.ASCII)
 _PAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}\.html", re.ASCII)
 
 
 def adapter_folder(root: Path | None, name: str) -> Path:
-    """The folder `name` (`NAME` or `NAME/NAME`) below `root`.
+    """Return the adapter folder `name` (`NAME` or `NAME/NAME`) below `root`.
 
     Raises:
-        Refused: there is no root (403), the name is not one (400), or there is no such folder inside (404).
+        RequestRefused: there is no root (403), the name is not valid (400), or no such folder exists (404).
     """
     if root is None:
-        raise RequestRefused(403, "adapters are not registered here. Start the server with --adapter-root.")
-    steps = name.split("/")
-    if not 1 <= len(steps) <= 4 or not all(_STEP.fullmatch(step) for step in steps):
-        raise RequestRefused(400, "the folder is a name below the adapter root, as chest or run-3/chest.")
-    inside = root.resolve()
-    found = inside.joinpath(*steps).resolve()
-    if not found.is_relative_to(inside) or not found.is_dir():  # a link may lead out of the root
-        raise RequestRefused(404, "there is no such folder below the adapter root.", code="folder_not_found")
-    return found
+        raise RequestRefused(403, "this server does not register adapters. Start it with --adapter-root.")
+    parts = name.split("/")
+    if not 1 <= len(parts) <= 4 or not all(_NAME.fullmatch(part) for part in parts):
+        raise RequestRefused(400, "give a folder below the adapter root, such as chest or run-3/chest.")
+    resolved_root = root.resolve()
+    folder = resolved_root.joinpath(*parts).resolve()
+    if not folder.is_relative_to(resolved_root) or not folder.is_dir():  # a symbolic link may leave the root
+        raise RequestRefused(404, "no such folder below the adapter root.", code="folder_not_found")
+    return folder
 
 
-def check_name(name: str, where: str) -> None:
-    """Whether an adapter may be called so; `where` the name stands is told.
+def check_adapter_name(name: str, where: str) -> None:
+    """Check that a name is valid for an adapter.
 
-    Raises:
-        InputError: it may not.
-    """
-    if not _STEP.fullmatch(name):
-        raise InputError(
-            f"{where}: no name of an adapter. Use letters, digits, dots, dashes, _ and +, 64 at most."
-        )
-
-
-def named_adapters(options: Iterable[str]) -> dict[str, Path]:
-    """`NAME=DIR`, one an adapter, as folders by name.
+    Args:
+        name: the name.
+        where: its source, for the error message.
 
     Raises:
-        InputError: not of that form, or a name is there twice.
+        InputError: it is not valid.
     """
-    found: dict[str, Path] = {}
+    if not _NAME.fullmatch(name):
+        raise InputError(f"{where}: not a valid adapter name. Use at most 64 letters, digits and the signs . _ + -")
+
+
+def parse_adapter_options(options: Iterable[str]) -> dict[str, Path]:
+    """Parse the values of `--adapter NAME=DIR`.
+
+    Returns:
+        The folder of each name.
+
+    Raises:
+        InputError: a value does not have this form, or a name is repeated.
+    """
+    adapters: dict[str, Path] = {}
     for option in options:
         name, equals, folder = option.partition("=")
         if not equals or not folder:
-            raise InputError(f"--adapter {option}: give NAME=DIR.")
-        check_name(name, f"--adapter {option}")
-        if name in found:
-            raise InputError(f"--adapter {name}: two adapters of that name. Give each its own.")
-        found[name] = Path(folder)
-    return found
+            raise InputError(f"--adapter {option}: use the form NAME=DIR.")
+        check_adapter_name(name, f"--adapter {option}")
+        if name in adapters:
+            raise InputError(f"--adapter {name}: two adapters have this name. Rename one of them.")
+        adapters[name] = Path(folder)
+    return adapters
 
 
-def adapters_below(root: Path) -> dict[str, Path]:
-    """The adapters that lie in a folder, by the names of their folders.
+def find_adapters(root: Path) -> dict[str, Path]:
+    """Return the adapter folders that are directly in `root`, by their names.
 
     Raises:
-        InputError: there is no such folder.
+        InputError: `root` is not a folder.
     """
     if not root.is_dir():
-        raise InputError(
-            f"--adapter-root {root} is no folder. Give the one that holds the adapters' folders."
-        )
-    seen = sorted(one for one in root.iterdir() if not one.name.startswith("."))
-    return {one.name: one for one in seen if (one / "adapter.json").is_file()}
+        raise InputError(f"--adapter-root {root} is not a folder. Give the folder that contains the adapters.")
+    entries = sorted(entry for entry in root.iterdir() if not entry.name.startswith("."))
+    return {entry.name: entry for entry in entries if (entry / "adapter.json").is_file()}
 
 
 def review_names(folder: Path | None) -> list[str]:
-    """Names of the pages in a folder of reviews."""
+    """Return the names of the review pages in a folder."""
     if folder is None or not folder.is_dir():
         return []
-    return sorted(one.name for one in folder.iterdir() if _is_page(folder, one.name))
+    return sorted(entry.name for entry in folder.iterdir() if _is_page(folder, entry.name))
 
 
 def review_page(folder: Path | None, name: str) -> Path:
-    """The file of a page.
+    """Return the file of a review page.
 
     Raises:
-        Refused: 404, there is none of that name.
+        RequestRefused: 404, there is no page of that name.
     """
     if folder is None or not _is_page(folder, name):
-        raise RequestRefused(404, "there is no such page.")
+        raise RequestRefused(404, "no such page.")
     return folder / name
 
 
 def _is_page(folder: Path, name: str) -> bool:
-    """Whether `name` is an HTML file of this folder, not a link out of it."""
+    """Return whether `name` is an HTML file in this folder, and not a link that leaves it."""
     if not _PAGE.fullmatch(name):
         return False
     file = (folder / name).resolve()

@@ -1,4 +1,4 @@
-"""Images of other hosts: of those alone that the operator named, no redirects, bounded in size and time."""
+"""Fetches images by URL: only from hosts that the operator allows, without redirects, within limits."""
 
 from __future__ import annotations
 
@@ -13,49 +13,54 @@ from urllib.parse import urlsplit
 from normtune.errors import InputError
 from normtune.serving.http.errors import RequestRefused
 
-_SECONDS = 20.0
-_PIECE = 1 << 16
+_TIMEOUT_S = 20.0  # for the whole image
+_CHUNK_BYTES = 1 << 16
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *args: Any, **named: Any) -> None:
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None
 
 
-def fetch(url: str, hosts: Collection[str], max_bytes: int, name: str = "the image") -> bytes:
-    """The bytes at an http(s) address of one of `hosts` (`name` or `name:port`).
+def fetch_image(url: str, hosts: Collection[str], max_bytes: int, name: str = "the image") -> bytes:
+    """Return the bytes of an image at an http(s) URL.
+
+    Args:
+        url: the URL.
+        hosts: the allowed hosts, as `name` or `name:port`.
+        max_bytes: the most bytes to read.
+        name: the image's name in error messages.
 
     Raises:
-        Refused: 400, the host is not among them.
-        InputError: the address cannot be read, is too large or too slow.
+        RequestRefused: 400, the host is not allowed.
+        InputError: the URL is not valid, or its image cannot be fetched or is too large or too slow.
     """
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError:
-        raise InputError(f"{name}: its URL cannot be read. Send the image itself, as a data URL.") from None
+        raise InputError(f"{name}: its URL is not valid. Send the image as a data URL.") from None
     host = (parts.hostname or "") + (f":{port}" if port else "")
     if parts.scheme not in ("http", "https") or host not in hosts or parts.username is not None:
         raise RequestRefused(
             400,
-            f"{name}: images of other hosts are not fetched. Send a data URL, or upload the file.",
+            f"{name}: images are not fetched from this host. Send a data URL, or upload the file.",
             code="remote_image_refused",
         )
+    # Without proxies of the environment: the request goes to the allowed host itself.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect())
-    end = time.monotonic() + _SECONDS
-    pieces: list[bytes] = []
+    deadline = time.monotonic() + _TIMEOUT_S
+    chunks: list[bytes] = []
     try:
-        with opener.open(urllib.request.Request(url, headers={"Accept": "image/*"}), timeout=5) as answer:
-            while piece := answer.read1(_PIECE):
-                pieces.append(piece)
-                if sum(map(len, pieces)) > max_bytes:
-                    raise InputError(f"{name}: more than the {max_bytes >> 20} MiB that are taken.")
-                if time.monotonic() > end:
+        with opener.open(urllib.request.Request(url, headers={"Accept": "image/*"}), timeout=5) as response:
+            while chunk := response.read1(_CHUNK_BYTES):
+                chunks.append(chunk)
+                if sum(map(len, chunks)) > max_bytes:
+                    raise InputError(f"{name}: the file has more than {max_bytes >> 20} MiB.")
+                if time.monotonic() > deadline:
                     raise InputError(f"{name}: its host is too slow.")
     except (OSError, HTTPException, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(
-            f"{name}: its host does not give it. Send a data URL, or upload the file."
-        ) from error
-    return b"".join(pieces)
+        raise InputError(f"{name}: it cannot be fetched from its host. Send a data URL, or upload the file.") from error
+    return b"".join(chunks)

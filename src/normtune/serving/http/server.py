@@ -1,4 +1,4 @@
-"""Run the server until it is told to stop; what was accepted is answered before it ends."""
+"""Runs the HTTP server until SIGTERM or SIGINT, and answers all accepted requests before it ends."""
 
 from __future__ import annotations
 
@@ -18,44 +18,42 @@ from normtune.serving.http.middleware import RequestGate
 from normtune.serving.http.state import EngineProtocol, Settings
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-_HEAD_BYTES = 64 << 10  # of a request's line and headers
-_LOOK_S = 0.25  # between looks at the connections while the server ends
-_KEEP_ALIVE_S = 75  # longer than nginx holds its own connections
+_HEAD_BYTES = 64 << 10  # the most bytes of a request's first line and headers
+_POLL_S = 0.25  # interval at which idle connections are closed during shutdown
+_KEEP_ALIVE_S = 75  # longer than nginx keeps its own connections to the server
 
 
-def own_names(host: str) -> frozenset[str] | None:
-    """Names that a server without keys answers to: its own on loopback, None (any) elsewhere."""
+def allowed_hosts(host: str) -> frozenset[str] | None:
+    """Return the host names that a server without keys accepts: on loopback its own, else None (any)."""
     return frozenset((*LOOPBACK, "[::1]")) if host in LOOPBACK else None
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one.
+    """Open a listening socket. Port 0 chooses a free port.
 
     Raises:
-        InputError: the address cannot be had.
+        InputError: the address is not available.
     """
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listening = socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or "not a port"
-        raise InputError(
-            f"cannot listen on {host}, port {port}: {reason}. Choose another --host or --port."
-        ) from error
-    # connections inherit it; asyncio sets it on its own sockets alone. Without it a body waits 40 ms for the
-    # acknowledgement of its head, from the second answer of a connection on
+        reason = getattr(error, "strerror", None) or "not a valid port"
+        raise InputError(f"cannot listen on {host}, port {port}: {reason}. Choose another --host or --port.") from error
+    # Connections inherit this option. asyncio sets it only on sockets that it creates. Without it, from a
+    # connection's second response on, a body waits 40 ms for the acknowledgement of its headers.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listening
 
 
-def address(listening: socket.socket) -> str:
-    """The URL of a listening socket."""
+def server_url(listening: socket.socket) -> str:
+    """Return the URL of a listening socket."""
     host, port = listening.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def configuration(app: RequestGate, settings: Settings) -> uvicorn.Config:
-    """uvicorn's, for an application of `make_app`."""
+def uvicorn_config(app: RequestGate, settings: Settings) -> uvicorn.Config:
+    """Return the uvicorn configuration for an application of `make_app`."""
     return uvicorn.Config(
         app,
         http="h11",
@@ -77,21 +75,26 @@ def run(
     ready: Callable[[], None] = lambda: None,
     quiet: bool = False,
 ) -> None:
-    """Serve until SIGTERM or SIGINT; then take no more connections, answer what was accepted, and return."""
+    """Serve until SIGTERM or SIGINT, then close the socket, answer all accepted requests, and return.
+
+    Args:
+        ready: called once the server accepts connections.
+        quiet: log warnings and errors only, instead of every request.
+    """
     _log_to_stderr(quiet)
-    config = configuration(make_app(engine, settings), settings)
+    config = uvicorn_config(make_app(engine, settings), settings)
     server = Server(config, ready)
-    # uvicorn sends itself the signal again once it has stopped: it must not end the process then
-    held = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    # uvicorn sends the signal to itself again after it has stopped; it must not end the process then.
+    handlers = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         server.run([listening])
     finally:
-        for number, handler in held.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which says when it is there, and at its end waits for no connection that asks nothing."""
+    """A uvicorn server that calls `ready`, and does not wait for idle connections when it shuts down."""
 
     def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
         super().__init__(config)
@@ -110,12 +113,12 @@ class Server(uvicorn.Server):
             closing.cancel()
 
     async def _close_idle(self) -> None:
-        """Close idle connections again and again: under load some are there only after uvicorn closed all."""
+        """Close idle connections repeatedly: under load, some open after uvicorn has closed all others."""
         while True:
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_POLL_S)
             for connection in list(self.server_state.connections):
                 if not connection.transport.is_closing():
-                    connection.shutdown()  # those that wait for an answer close after it
+                    connection.shutdown()  # a connection with a request in progress closes after its response
 
 
 def _log_to_stderr(quiet: bool) -> None:

@@ -1,4 +1,4 @@
-"""What the routes work with: the engine, what is held for clients, and the threads that decode images."""
+"""State that the routes share: the engine, uploaded images, and the threads that decode images."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from normtune.serving.http.limits import ApiKeys, Budget, Limits
 from normtune.serving.http.uploads import Uploads
 
 Value = TypeVar("Value")
-_DECODERS = 4  # images decoded at once, which bounds the memory that decoding takes
+_DECODER_THREADS = 4  # limits the images decoded at once, and so the memory that decoding takes
 
 
 class EngineProtocol(Protocol):
-    """What the server needs of `normtune.serving.engine.engine.Engine`."""
+    """The methods of `normtune.serving.engine.engine.Engine` that the server uses."""
 
     def submit(
         self, request: Request, *, on_text: Callable[[str], None] | None = None
@@ -31,7 +31,7 @@ class EngineProtocol(Protocol):
 
     def adapters(self) -> list[ServedAdapter]: ...  # pragma: no cover
 
-    def knows(self, name: str) -> bool: ...  # pragma: no cover
+    def has_adapter(self, name: str) -> bool: ...  # pragma: no cover
 
     def stats(self) -> EngineStats: ...  # pragma: no cover
 
@@ -40,15 +40,17 @@ class EngineProtocol(Protocol):
 
 @dataclass(frozen=True)
 class Settings:
-    """How a server is set up.
+    """The settings of a server.
 
     Attributes:
-        base: the name that requests give for the base as it is.
-        adapter_root: the folder whose subfolders may be registered; None: none may.
-        reviews: a folder of `normtune review` pages; None: none are shown.
-        remote_hosts: whose images are fetched.
-        hosts: names that requests may be addressed to; None: any.
-        question_tokens, report_tokens: of an answer where the request says nothing.
+        base: the model name of the base in requests.
+        limits: size, time and rate limits.
+        keys: API keys; without any, every request is accepted.
+        adapter_root: clients may register adapters from folders below it; None forbids registration.
+        reviews: a folder of `normtune review` pages; None serves none.
+        remote_hosts: hosts from which images are fetched.
+        hosts: the accepted Host headers; None accepts any.
+        question_tokens, report_tokens: the most tokens of an answer and of a report by default.
     """
 
     base: str
@@ -63,7 +65,7 @@ class Settings:
 
 
 class Service:
-    """A running server's parts."""
+    """The engine, settings and shared state of a running server."""
 
     def __init__(self, engine: EngineProtocol, settings: Settings) -> None:
         limits = settings.limits
@@ -71,18 +73,18 @@ class Service:
         self.uploads = Uploads(limits.uploads, limits.upload_bytes, limits.upload_s)
         self.budget = Budget(limits.shared_bytes)
         self.started = time.time()
-        self._pool = ThreadPoolExecutor(_DECODERS, thread_name_prefix="normtune decode")
+        self._pool = ThreadPoolExecutor(_DECODER_THREADS, thread_name_prefix="normtune decode")
 
     def serves(self, model: str) -> bool:
-        """Whether requests may name it: the base, or an adapter that is registered."""
-        return model == self.settings.base or self.engine.knows(model)
+        """Return whether `model` is the base or a registered adapter."""
+        return model == self.settings.base or self.engine.has_adapter(model)
 
-    async def run_in_decoder(self, work: Callable[..., Value], *arguments: Any, **named: Any) -> Value:
-        """Run `work` in a thread of the few that decode."""
+    async def run_in_decoder(self, function: Callable[..., Value], *args: Any, **kwargs: Any) -> Value:
+        """Call a function that blocks, such as decoding an image, in one of the decoder threads."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool, lambda: work(*arguments, **named))
+        return await loop.run_in_executor(self._pool, lambda: function(*args, **kwargs))
 
     def close(self) -> None:
-        """Answer what was accepted, then end."""
+        """Answer all accepted requests, then close the engine and the decoder threads."""
         self.engine.close(drain=True, timeout=self.limits.request_s)
         self._pool.shutdown(wait=False, cancel_futures=True)

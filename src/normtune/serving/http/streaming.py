@@ -1,4 +1,4 @@
-"""A response sent piece by piece, which ends its source when the client goes away."""
+"""A streamed response that stops its source when the client disconnects."""
 
 from __future__ import annotations
 
@@ -9,37 +9,42 @@ from typing import cast
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from normtune.serving.http.chat import until_gone
+from normtune.serving.http.chat import wait_for_disconnect
 
 
-class Streamed(Response):
-    """Sends what `pieces` gives as it comes; closes it in any case."""
+class StreamedResponse(Response):
+    """Sends each text of an async generator as it comes, and closes the generator in any case.
 
-    def __init__(self, pieces: AsyncIterator[str], media_type: str) -> None:
-        # nginx would hold the pieces back until they fill its buffer
+    Args:
+        chunks: an async generator of texts.
+        media_type: the Content-Type.
+    """
+
+    def __init__(self, chunks: AsyncIterator[str], media_type: str) -> None:
+        # The header keeps nginx from delaying chunks until they fill its buffer.
         super().__init__(None, headers={"x-accel-buffering": "no"}, media_type=media_type)
         del self.headers["content-length"]
-        self._pieces = cast("AsyncGenerator[str]", pieces)
+        self._chunks = cast("AsyncGenerator[str]", chunks)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        gone = asyncio.ensure_future(until_gone(receive))
+        disconnected = asyncio.ensure_future(wait_for_disconnect(receive))
         step: asyncio.Future[str] | None = None
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             while True:
-                step = asyncio.ensure_future(anext(self._pieces))
-                await asyncio.wait({step, gone}, return_when=asyncio.FIRST_COMPLETED)
-                if not step.done():
+                step = asyncio.ensure_future(anext(self._chunks))
+                await asyncio.wait({step, disconnected}, return_when=asyncio.FIRST_COMPLETED)
+                if not step.done():  # the client disconnected
                     return
                 try:
-                    piece = step.result()
+                    chunk = step.result()
                 except StopAsyncIteration:
                     break
-                await send({"type": "http.response.body", "body": piece.encode(), "more_body": True})
+                await send({"type": "http.response.body", "body": chunk.encode(), "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
-            gone.cancel()
+            disconnected.cancel()
             if step is not None and not step.done():
                 step.cancel()
-                await asyncio.wait({step})
-            await self._pieces.aclose()
+                await asyncio.wait({step})  # a generator cannot be closed while it runs
+            await self._chunks.aclose()

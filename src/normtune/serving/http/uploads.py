@@ -1,7 +1,7 @@
-"""Images from strangers: looked at before they are decoded, and held for later questions.
+"""Untrusted images: checked before they are decoded, and stored for later questions.
 
-PNG, JPEG, WebP and DICOM with its preamble are taken, and nothing that a decoder could blow up: sizes are
-read from headers, of a DICOM file from the compressed stream inside it too.
+PNG, JPEG, WebP, and DICOM with its preamble are accepted. A small file must not take much memory or time in a
+decoder, so sizes are read from the headers first; for DICOM also from the compressed stream in the file.
 """
 
 from __future__ import annotations
@@ -25,24 +25,33 @@ from normtune.data.images.files import open_image
 from normtune.errors import InputError
 from normtune.serving.http.errors import RequestRefused
 
-_SCANS = 200  # of a progressive JPEG; each is a pass over all pixels
-_ITEMS = 20_000  # of a DICOM file's sequences and fragments; reading one takes 25 microseconds
+# Scans of a progressive JPEG; decoding each is a pass over all pixels.
+_MAX_SCANS = 200
+# Items of a DICOM file's sequences and fragments; reading one takes 25 microseconds.
+_MAX_ITEMS = 20_000
 _ITEM_TAGS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")  # little and big endian
+# UIDs of DICOM transfer syntaxes.
 _DEFLATED = (b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.4.95", b"1.2.840.10008.1.2.8.1")
 _JPEG_2000 = re.compile(rb"1\.2\.840\.10008\.1\.2\.4\.(?:9|20)\d")
 _JPEG = re.compile(rb"1\.2\.840\.10008\.1\.2\.4\.[5-8]\d")
+# The headers of compressed streams that contain the image size.
 _JPEG_2000_SIZE = re.compile(rb"\xff\x4f\xff\x51.{4}(.{16})", re.DOTALL)  # ISO 15444-1, A.5.1: SIZ
 _JPEG_SIZE = re.compile(rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf\xf7].{3}(.{4})", re.DOTALL)  # SOF, LS
 _DATA_URL = re.compile(r"data:[\w.+/-]{0,80}(?:;[\w.+=-]{1,80}){0,4}?;base64,", re.ASCII)
 
 
 def open_upload(data: bytes, *, max_pixels: int, name: str = "the image") -> Image.Image:
-    """Bytes of a stranger as 8-bit RGB; `name` stands in errors, nothing from the bytes does.
+    """Decode an untrusted image file to 8-bit RGB.
+
+    Args:
+        data: the file.
+        max_pixels: the most pixels; a larger image is refused before it is decoded.
+        name: the image's name in error messages, which quote nothing from the file.
 
     Raises:
-        InputError: another kind, damaged, or too large; decoding has not begun where it is too large.
+        InputError: the file is of another format, damaged or too large.
     """
-    kind = kind_of(data, name)
+    kind = file_kind(data, name)
     if kind == "DICOM":
         _check_dicom(data, max_pixels, name)
     else:
@@ -50,11 +59,11 @@ def open_upload(data: bytes, *, max_pixels: int, name: str = "the image") -> Ima
     return open_image(data, name=name)
 
 
-def kind_of(data: bytes, name: str) -> str:
-    """PNG, JPEG, WEBP or DICOM, by the first bytes.
+def file_kind(data: bytes, name: str) -> str:
+    """Return the format (PNG, JPEG, WEBP or DICOM), detected by the first bytes.
 
     Raises:
-        InputError: none of these.
+        InputError: the file has another format.
     """
     if data[128:132] == b"DICM":
         return "DICOM"
@@ -68,24 +77,24 @@ def kind_of(data: bytes, name: str) -> str:
 
 
 def _check_picture(data: bytes, kind: str, max_pixels: int, name: str) -> None:
-    if kind == "JPEG" and data.count(b"\xff\xda") > _SCANS:
-        raise InputError(f"{name}: a JPEG of more than {_SCANS} scans. Save it as a usual one.")
+    if kind == "JPEG" and data.count(b"\xff\xda") > _MAX_SCANS:
+        raise InputError(f"{name}: a JPEG with more than {_MAX_SCANS} scans. Save it as a baseline JPEG.")
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=(kind,)) as picture:
             size = picture.size
     except Image.DecompressionBombError as error:
         raise _too_large(name, max_pixels) from error
     except Exception as error:  # Pillow's readers raise SyntaxError, struct.error, OverflowError and more
-        raise InputError(f"{name}: the image is damaged or cut short. Replace the file.") from error
+        raise InputError(f"{name}: the image is damaged or truncated. Replace the file.") from error
     _check_size(*size, max_pixels, name)
 
 
 def _check_dicom(data: bytes, max_pixels: int, name: str) -> None:
     if any(uid in data for uid in _DEFLATED):
-        raise InputError(f"{name}: a deflated DICOM file. Decompress it, as with dcmconv +te.")
-    if sum(map(data.count, _ITEM_TAGS)) > _ITEMS:
-        raise InputError(f"{name}: a DICOM file of more than {_ITEMS:,} items. Send one frame of it.")
-    import pydicom  # takes 0.2 s
+        raise InputError(f"{name}: a deflated DICOM file. Decompress it, for example with dcmconv +te.")
+    if sum(map(data.count, _ITEM_TAGS)) > _MAX_ITEMS:
+        raise InputError(f"{name}: a DICOM file with more than {_MAX_ITEMS:,} items. Send one frame of it.")
+    import pydicom  # the import takes 0.2 s
 
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its warnings quote values of the file
     warnings.filterwarnings("ignore", module="pydicom")
@@ -94,21 +103,24 @@ def _check_dicom(data: bytes, max_pixels: int, name: str) -> None:
         file = pydicom.dcmread(io.BytesIO(data), specific_tags=tags, stop_before_pixels=True)
         size = int(file.Columns), int(file.Rows)
     except Exception:  # `from None`: messages may quote the file
-        raise InputError(f"{name}: a DICOM file that is damaged, or holds no image. Replace it.") from None
+        raise InputError(f"{name}: a DICOM file that is damaged or has no image. Replace it.") from None
     _check_size(*size, max_pixels, name)
     for width, height in _stream_sizes(data):
         _check_size(width, height, max_pixels, name)
 
 
 def _stream_sizes(data: bytes) -> Iterator[tuple[int, int]]:
-    """(width, height) that compressed streams in a DICOM file say of themselves; decoders believe them."""
+    """Yield the (width, height) in the headers of a DICOM file's compressed streams.
+
+    Decoders allocate by these sizes, which may be larger than the file's Rows and Columns.
+    """
     if _JPEG_2000.search(data):
-        for found in _JPEG_2000_SIZE.finditer(data):
-            right, bottom, left, top = struct.unpack(">4I", found[1])
+        for header in _JPEG_2000_SIZE.finditer(data):
+            right, bottom, left, top = struct.unpack(">4I", header[1])
             yield max(right - left, 0), max(bottom - top, 0)
     if _JPEG.search(data):
-        for found in _JPEG_SIZE.finditer(data):
-            height, width = struct.unpack(">2H", found[1])
+        for header in _JPEG_SIZE.finditer(data):
+            height, width = struct.unpack(">2H", header[1])
             yield width, height
 
 
@@ -120,14 +132,14 @@ def _check_size(width: int, height: int, max_pixels: int, name: str) -> None:
 
 
 def _too_large(name: str, max_pixels: int) -> InputError:
-    return InputError(f"{name}: more than the {max_pixels:,} pixels that are taken. Make it smaller.")
+    return InputError(f"{name}: the image has more than {max_pixels:,} pixels. Make it smaller.")
 
 
 def decode_data_url(url: str, name: str = "the image") -> bytes:
-    """The bytes of `data:image/png;base64,...`; the media type it claims is not believed.
+    """Decode a data URL such as `data:image/png;base64,...`. Its media type is ignored.
 
     Raises:
-        InputError: not such a URL, or not base64.
+        InputError: it is not a data URL in base64.
     """
     head = _DATA_URL.match(url)
     if head is None:
@@ -135,80 +147,88 @@ def decode_data_url(url: str, name: str = "the image") -> bytes:
     try:
         return base64.b64decode(url[head.end() :].replace("\n", "").encode("ascii"), validate=True)
     except (binascii.Error, UnicodeEncodeError) as error:
-        raise InputError(f"{name}: its data URL is not base64. Encode the file anew.") from error
+        raise InputError(f"{name}: its data URL is not base64. Encode the file again.") from error
 
 
 def png_bytes(image: Image.Image) -> bytes:
-    """An RGB image as PNG: what is held and shown; grey ones as grey, a third of the size."""
+    """Encode an RGB image as PNG. Grey images are saved with one channel, in a third of the size."""
     out = io.BytesIO()
     channels = image.split()
-    grey = all(one.tobytes() == channels[0].tobytes() for one in channels[1:])
-    (channels[0] if grey else image).save(out, "PNG", compress_level=1)
+    is_grey = all(channel.tobytes() == channels[0].tobytes() for channel in channels[1:])
+    (channels[0] if is_grey else image).save(out, "PNG", compress_level=1)
     return out.getvalue()
 
 
 @dataclass(frozen=True)
 class Upload:
-    """An image that was sent before: decoded once, held as PNG without anything else of the file."""
+    """An uploaded image, stored as PNG without the metadata of its file."""
 
     id: str
     owner: str
     png: bytes
     width: int
     height: int
-    made: float  # seconds since the epoch
+    created_at: float  # seconds since the epoch
 
 
 class Uploads:
-    """Images held for their owners in bounded memory; used from the event loop's thread alone."""
+    """Uploaded images in bounded memory. Not thread-safe: only the event loop uses it.
 
-    def __init__(
-        self, count: int, total_bytes: int, seconds: float, now: Callable[[], float] = time.time
-    ) -> None:
-        self._count, self._bytes, self._seconds, self._now = count, total_bytes, seconds, now
-        self._held: OrderedDict[str, Upload] = OrderedDict()
+    Args:
+        count, total_bytes: the most images, and the most bytes; beyond them the oldest are dropped.
+        seconds: time after which an image expires.
+        now: the clock, in seconds.
+    """
+
+    def __init__(self, count: int, total_bytes: int, seconds: float, now: Callable[[], float] = time.time) -> None:
+        self._max_count, self._max_bytes, self._seconds, self._now = count, total_bytes, seconds, now
+        self._uploads: OrderedDict[str, Upload] = OrderedDict()  # the oldest first
         self._size = 0
 
     def add(self, owner: str, png: bytes, width: int, height: int) -> Upload:
-        """Hold an image; the oldest ones make room."""
-        self._forget_old()
-        found = Upload(f"file-{secrets.token_hex(12)}", owner, png, width, height, self._now())
-        self._held[found.id] = found
+        """Store an image, and drop the oldest ones beyond the limits. The newest one is always kept."""
+        self._drop_expired()
+        upload = Upload(f"file-{secrets.token_hex(12)}", owner, png, width, height, self._now())
+        self._uploads[upload.id] = upload
         self._size += len(png)
-        while len(self._held) > self._count or (self._size > self._bytes and len(self._held) > 1):
-            self._drop(next(iter(self._held)))
-        return found
+        while len(self._uploads) > self._max_count or (self._size > self._max_bytes and len(self._uploads) > 1):
+            self._drop(next(iter(self._uploads)))
+        return upload
 
     def get(self, owner: str, id: str) -> Upload:
-        """An image of this owner.
+        """Return an image of this owner.
 
         Raises:
-            Refused: 404, there is none, it was forgotten, or it is another owner's.
+            RequestRefused: 404, it does not exist, it expired, or it is another owner's.
         """
-        self._forget_old()
-        found = self._held.get(id)
-        if found is None or found.owner != owner:
-            raise RequestRefused(404, "no such file is held. Upload it anew.", code="file_not_found")
-        return found
+        self._drop_expired()
+        upload = self._uploads.get(id)
+        if upload is None or upload.owner != owner:
+            raise RequestRefused(404, "no such file. Upload it again.", code="file_not_found")
+        return upload
 
     def remove(self, owner: str, id: str) -> None:
-        """Forget an image of this owner; Raises as `get`."""
+        """Delete an image of this owner.
+
+        Raises:
+            RequestRefused: see `get`.
+        """
         self._drop(self.get(owner, id).id)
 
-    def of(self, owner: str) -> list[Upload]:
-        """All that are held for an owner, the oldest first."""
-        self._forget_old()
-        return [one for one in self._held.values() if one.owner == owner]
+    def list_for(self, owner: str) -> list[Upload]:
+        """Return all images of an owner, the oldest first."""
+        self._drop_expired()
+        return [upload for upload in self._uploads.values() if upload.owner == owner]
 
     @property
     def size(self) -> int:
-        """Bytes held."""
+        """Bytes of all stored images."""
         return self._size
 
     def _drop(self, id: str) -> None:
-        self._size -= len(self._held.pop(id).png)
+        self._size -= len(self._uploads.pop(id).png)
 
-    def _forget_old(self) -> None:
-        end = self._now() - self._seconds
-        while self._held and next(iter(self._held.values())).made < end:
-            self._drop(next(iter(self._held)))
+    def _drop_expired(self) -> None:
+        oldest_allowed = self._now() - self._seconds
+        while self._uploads and next(iter(self._uploads.values())).created_at < oldest_allowed:
+            self._drop(next(iter(self._uploads)))

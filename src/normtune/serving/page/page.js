@@ -1,67 +1,67 @@
-// The page's script: images go to /v1/files, questions to /v1/chat/completions, one for each chosen model.
+// The web page: uploads images to /v1/files and sends questions to /v1/chat/completions, one request per chosen model.
 import { Viewer } from "./viewer.js";
 
 const $ = (id) => document.getElementById(id);
 const viewer = new Viewer($("canvas"), $("zoom"), $("window"), $("level"));
-const views = []; // {id, name, bitmap}: the study's images, in their order
-let running = null; // AbortController of the questions at work
+const views = []; // the study's images in their order: {id, bitmap, size}, where size is a text
+let running = null; // AbortController of the requests in progress
 
 function make(name, attributes = {}, ...children) {
-  const found = document.createElement(name);
-  for (const [key, value] of Object.entries(attributes)) found.setAttribute(key, value);
-  found.append(...children);
-  return found;
+  const element = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+  element.append(...children);
+  return element;
 }
 
-function say(where, text, fault = false) {
-  $(where).textContent = text;
-  $(where).classList.toggle("fault", fault);
+function showStatus(id, text, isError = false) {
+  $(id).textContent = text;
+  $(id).classList.toggle("fault", isError);
 }
 
-// --- the server -----------------------------------------------------------------------------------------------
+// --- requests to the server ------------------------------------------------------------------------------------
 
 async function call(path, options = {}) {
   const key = sessionStorage.getItem("key");
   const headers = { ...options.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
-  let answer;
+  let response;
   try {
-    answer = await fetch(path, { ...options, headers });
+    response = await fetch(path, { ...options, headers });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Error("The server cannot be reached.");
   }
-  if (answer.ok) return answer;
-  if (answer.status === 401) {
+  if (response.ok) return response;
+  if (response.status === 401) {
     $("entry").hidden = false;
-    throw new Error(key ? "That key is not known here." : "Give your API key first.");
+    throw new Error(key ? "The server does not accept this key." : "Enter your API key first.");
   }
-  const told = await answer.json().catch(() => ({}));
-  const message = told.error?.message ?? `the server answered with status ${answer.status}.`;
+  const body = await response.json().catch(() => ({}));
+  const message = body.error?.message ?? `the server answered with status ${response.status}.`;
   throw new Error(message[0].toUpperCase() + message.slice(1));
 }
 
-async function begin() {
+async function loadPage() {
   try {
     const models = (await (await call("v1/models")).json()).data;
     $("entry").hidden = true;
-    say("ask-status", "");
+    showStatus("ask-status", "");
     showModels(models);
     await showReviews((await (await call("v1/reviews")).json()).data);
   } catch (error) {
-    say("ask-status", error.message, true);
+    showStatus("ask-status", error.message, true);
   }
 }
 
 function showModels(models) {
-  $("base").textContent = models.find((one) => one.kind === "base")?.id ?? "";
-  const adapters = models.filter((one) => one.kind === "adapter");
+  $("base").textContent = models.find((model) => model.kind === "base")?.id ?? "";
+  const adapters = models.filter((model) => model.kind === "adapter");
   $("models").replaceChildren(
-    ...models.map((one) => {
-      const box = make("input", { type: "checkbox", name: "model", value: one.id });
-      box.checked = one === (adapters[0] ?? models[0]);
-      const tag = one.kind === "base" ? "base" : one.data?.task === "report" ? "reports" : "";
-      const about = one.recipe ? `${one.recipe}, trained on ${one.data?.name ?? "unnamed data"}` : "";
-      return make("label", { title: about }, box, one.id, ...(tag ? [make("span", {}, tag)] : []));
+    ...models.map((model) => {
+      const box = make("input", { type: "checkbox", name: "model", value: model.id });
+      box.checked = model === (adapters[0] ?? models[0]);
+      const tag = model.kind === "base" ? "base" : model.data?.task === "report" ? "reports" : "";
+      const about = model.recipe ? `${model.recipe}, trained on ${model.data?.name ?? "unnamed data"}` : "";
+      return make("label", { title: about }, box, model.id, ...(tag ? [make("span", {}, tag)] : []));
     }),
   );
   $("filter").hidden = models.length < 16;
@@ -78,10 +78,10 @@ async function showReviews(names) {
 }
 
 $("filter").addEventListener("input", () => {
-  const wanted = $("filter").value.trim().toLowerCase();
+  const text = $("filter").value.trim().toLowerCase();
   for (const label of $("models").children) {
     const box = label.querySelector("input");
-    label.hidden = !box.checked && !box.value.toLowerCase().includes(wanted);
+    label.hidden = !box.checked && !box.value.toLowerCase().includes(text);
   }
 });
 
@@ -89,65 +89,66 @@ $("entry").addEventListener("submit", (event) => {
   event.preventDefault();
   sessionStorage.setItem("key", $("key").value.trim());
   $("key").value = "";
-  begin();
+  loadPage();
 });
 
 // --- images ---------------------------------------------------------------------------------------------------
 
-async function open(files) {
+async function openImages(files) {
   if (!files.length) return;
-  forgetViews();
-  say("image-status", files.length === 1 ? "Reading the image…" : `Reading ${files.length} images…`);
+  deleteViews();
+  showStatus("image-status", files.length === 1 ? "Reading the image…" : `Reading ${files.length} images…`);
   try {
     for (const file of files) {
       const form = new FormData();
       form.append("purpose", "vision");
-      form.append("file", file, "image"); // its own name may be a patient's
-      const held = await (await call("v1/files", { method: "POST", body: form })).json();
-      const png = await (await call(`v1/files/${held.id}/content`)).blob();
-      views.push({ id: held.id, bitmap: await createImageBitmap(png), size: `${held.width} × ${held.height}` });
+      form.append("file", file, "image"); // not file.name, which may contain a patient's name
+      const upload = await (await call("v1/files", { method: "POST", body: form })).json();
+      const png = await (await call(`v1/files/${upload.id}/content`)).blob();
+      const size = `${upload.width} × ${upload.height}`;
+      views.push({ id: upload.id, bitmap: await createImageBitmap(png), size });
     }
     showViews();
   } catch (error) {
-    forgetViews();
-    say("image-status", error.message, true);
+    deleteViews();
+    showStatus("image-status", error.message, true);
   }
 }
 
-function forgetViews() {
-  for (const one of views.splice(0)) {
-    one.bitmap.close();
-    call(`v1/files/${one.id}`, { method: "DELETE" }).catch(() => {});
+function deleteViews() {
+  for (const view of views.splice(0)) {
+    view.bitmap.close();
+    call(`v1/files/${view.id}`, { method: "DELETE" }).catch(() => {});
   }
   showViews();
 }
 
 function showViews() {
-  const there = views.length > 0;
-  $("stage").classList.toggle("full", there);
-  for (const id of ["canvas", "controls", "display-note"]) $(id).hidden = !there;
+  const hasViews = views.length > 0;
+  $("stage").classList.toggle("full", hasViews);
+  for (const id of ["canvas", "controls", "display-note"]) $(id).hidden = !hasViews;
   $("views").hidden = views.length < 2;
   $("views").replaceChildren(
     ...views.map((_, index) => {
       const button = make("button", { type: "button", "aria-pressed": "false" }, `View ${index + 1}`);
-      button.addEventListener("click", () => show(index));
+      button.addEventListener("click", () => showView(index));
       return button;
     }),
   );
-  if (there) show(0);
+  if (hasViews) showView(0);
 }
 
-function show(index) {
+function showView(index) {
   const view = views[index];
-  [...$("views").children].forEach((one, i) => one.setAttribute("aria-pressed", String(i === index)));
-  const which = views.length > 1 ? `View ${index + 1} of ${views.length}, ` : "Image, ";
-  $("canvas").setAttribute("aria-label", `${which}${view.size} pixels`);
-  say("image-status", `${which}${view.size} pixels`.replace("Image, ", ""));
+  [...$("views").children].forEach((button, i) => button.setAttribute("aria-pressed", String(i === index)));
+  const label = views.length > 1 ? `View ${index + 1} of ${views.length}, ` : "Image, ";
+  $("canvas").setAttribute("aria-label", `${label}${view.size} pixels`);
+  showStatus("image-status", `${label}${view.size} pixels`.replace("Image, ", ""));
   viewer.show(view.bitmap);
 }
 
 $("file").addEventListener("change", () => {
-  open([...$("file").files]);
+  openImages([...$("file").files]);
   $("file").value = "";
 });
 $("another").addEventListener("click", () => $("file").click());
@@ -164,8 +165,8 @@ for (const kind of ["dragleave", "drop"]) {
     $("stage").classList.remove("over");
   });
 }
-document.addEventListener("drop", (event) => open([...(event.dataTransfer?.files ?? [])]));
-document.addEventListener("paste", (event) => open([...(event.clipboardData?.files ?? [])]));
+document.addEventListener("drop", (event) => openImages([...(event.dataTransfer?.files ?? [])]));
+document.addEventListener("paste", (event) => openImages([...(event.clipboardData?.files ?? [])]));
 
 // --- questions ------------------------------------------------------------------------------------------------
 
@@ -175,30 +176,31 @@ async function ask(question) {
     [!views.length, "Choose an image first.", "file"],
     [!models.length, "Choose a model first.", "models"],
     [question === "", "Write a question, or ask for a report.", "question"],
-  ].find(([is]) => is);
+  ].find(([isMissing]) => isMissing);
   if (missing) {
-    say("ask-status", missing[1], true);
+    showStatus("ask-status", missing[1], true);
     $(missing[2]).focus();
     return;
   }
   running?.abort();
-  const own = (running = new AbortController());
-  busy(true);
-  say("ask-status", models.length === 1 ? "Waiting for the answer…" : `Waiting for ${models.length} answers…`);
+  const controller = (running = new AbortController());
+  setBusy(true);
+  showStatus("ask-status", models.length === 1 ? "Waiting for the answer…" : `Waiting for ${models.length} answers…`);
   const { block, cards } = answerBlock(question, models);
   $("answers").prepend(block);
-  const answers = await Promise.all(models.map((model, i) => answer(model, question, cards[i], own.signal)));
-  const told = answers.filter((text) => text !== null);
-  block.querySelector("p").textContent = question === null ? "" : agreement(told);
-  if (running === own) {
-    busy(false);
-    say("ask-status", own.signal.aborted ? "Stopped." : told.length === 1 ? "Answered." : `${told.length} answers.`);
+  const answers = await Promise.all(models.map((model, i) => answer(model, question, cards[i], controller.signal)));
+  const texts = answers.filter((text) => text !== null);
+  block.querySelector("p").textContent = question === null ? "" : agreement(texts);
+  if (running === controller) {
+    setBusy(false);
+    const done = texts.length === 1 ? "Answered." : `${texts.length} answers.`;
+    showStatus("ask-status", controller.signal.aborted ? "Stopped." : done);
   }
 }
 
-function busy(is) {
-  $("stop").hidden = !is;
-  $("ask-button").disabled = $("report").disabled = is;
+function setBusy(isBusy) {
+  $("stop").hidden = !isBusy;
+  $("ask-button").disabled = $("report").disabled = isBusy;
 }
 
 function answerBlock(question, models) {
@@ -207,14 +209,14 @@ function answerBlock(question, models) {
     const facts = make("p", { class: "facts" });
     return { item: make("li", { class: "card" }, make("h4", {}, model), text, facts), text, facts };
   });
-  const list = make("ul", {}, ...cards.map((one) => one.item));
-  const head = make("h3", {}, question ?? "Report");
-  const kind = question === null ? "asked reports" : "asked";
-  return { block: make("article", { class: kind }, head, make("p", { class: "small" }), list), cards };
+  const list = make("ul", {}, ...cards.map((card) => card.item));
+  const heading = make("h3", {}, question ?? "Report");
+  const classes = question === null ? "asked reports" : "asked";
+  return { block: make("article", { class: classes }, heading, make("p", { class: "small" }), list), cards };
 }
 
 async function answer(model, question, card, signal) {
-  const content = views.map((one) => ({ type: "image_url", image_url: { url: one.id } }));
+  const content = views.map((view) => ({ type: "image_url", image_url: { url: view.id } }));
   if (question !== null) content.push({ type: "text", text: question });
   const body = { model, stream: true, messages: [{ role: "user", content }] };
   let text = "";
@@ -227,7 +229,7 @@ async function answer(model, question, card, signal) {
       card.text.textContent = text;
       if (event.normtune) showFacts(card, event.normtune, event.choices[0].finish_reason);
     }
-    if (!text.trim()) card.text.textContent = "(no words)";
+    if (!text.trim()) card.text.textContent = "(empty answer)";
     return text;
   } catch (error) {
     const stopped = error.name === "AbortError";
@@ -239,39 +241,40 @@ async function answer(model, question, card, signal) {
   }
 }
 
-// The JSON of each server-sent event.
+// Yields the JSON of each server-sent event. A chunk of the response may end in the middle of an event.
 async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let held = "";
+  let buffer = "";
   for (;;) {
     const { done, value } = await reader.read();
     if (done) return;
-    held += value;
-    const parts = held.split("\n\n");
-    held = parts.pop();
+    buffer += value;
+    const parts = buffer.split("\n\n");
+    buffer = parts.pop();
     for (const part of parts) {
       if (part.startsWith("data: {")) yield JSON.parse(part.slice(6));
     }
   }
 }
 
-function showFacts(card, own, reason) {
+function showFacts(card, facts, reason) {
   const words = [];
-  if (own.confidence !== null) {
-    const share = Math.round(own.confidence * 100);
+  if (facts.confidence !== null) {
+    const share = Math.round(facts.confidence * 100);
     card.facts.append(bar(share));
     words.push(`confidence ${share}%`);
   }
-  if (reason === "length") words.push("cut at its limit");
-  words.push(`${own.seconds.toFixed(own.seconds < 10 ? 2 : 0)} s`);
+  if (reason === "length") words.push("cut off at the token limit");
+  words.push(`${facts.seconds.toFixed(facts.seconds < 10 ? 2 : 0)} s`);
   card.facts.append(make("span", {}, words.join(" · ")));
 }
 
+// A horizontal bar: share is in percent.
 function bar(share) {
   const part = (name, attributes) => {
-    const found = document.createElementNS("http://www.w3.org/2000/svg", name);
-    for (const [key, value] of Object.entries(attributes)) found.setAttribute(key, value);
-    return found;
+    const element = document.createElementNS("http://www.w3.org/2000/svg", name);
+    for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+    return element;
   };
   const svg = part("svg", { viewBox: "0 0 100 6", preserveAspectRatio: "none", "aria-hidden": "true" });
   svg.append(part("rect", { class: "track", width: 100, height: 6 }));
@@ -281,10 +284,10 @@ function bar(share) {
 
 function agreement(answers) {
   if (answers.length < 2) return "";
-  const plain = (text) => text.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, " ").trim();
-  const kinds = new Set(answers.map(plain)).size;
-  if (kinds === 1) return answers.length === 2 ? "Both answers are the same." : `All ${answers.length} answers are the same.`;
-  return answers.length === 2 ? "The two answers differ." : `${kinds} different answers among ${answers.length}.`;
+  const normalise = (text) => text.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, " ").trim();
+  const distinct = new Set(answers.map(normalise)).size;
+  if (distinct === 1) return answers.length === 2 ? "Both answers are the same." : `All ${answers.length} answers are the same.`;
+  return answers.length === 2 ? "The two answers differ." : `${distinct} different answers among ${answers.length}.`;
 }
 
 $("ask").addEventListener("submit", (event) => {
@@ -300,4 +303,4 @@ $("question").addEventListener("keydown", (event) => {
 $("report").addEventListener("click", () => ask(null));
 $("stop").addEventListener("click", () => running?.abort());
 
-begin();
+loadPage();
