@@ -1,11 +1,12 @@
-"""One epoch with what is frozen computed in every step, held in memory, or read from disk.
+"""Training speed with the outputs of frozen layers computed in every step, cached in memory, or on disk.
 
     python benchmarks/caches.py --data slake --root DIR --out benchmarks/caches.json
 
-LLaVA's shape at a width that two cores can run, random weights; LN tuning of the upper quarter of the
-language model's layers. Image states, or hidden states below that quarter, are kept: in memory from an epoch
-before the one that is timed, on disk from a run before, whose images the next run opens (from memory),
-processes and digests to find its entries. Rounds are interleaved.
+LLaVA's shape at a width that two cores can run, with random weights; LN tuning of the last quarter of the
+language model's layers. Cached are the outputs of the image encoder (image states), or also the hidden states
+that enter the last quarter. A cache in memory is filled in an epoch before the timed one. A cache on disk is
+filled in an earlier run; the timed run opens each image (from memory), preprocesses it and finds its entry by
+its digest. Rounds are interleaved.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from record import record
 from shape_llava import TEXT, LlavaShape
 from transformers import TrainerCallback
-from workload import ratio, sample, shown, spread
+from workload import format_range, median_and_range, ratio, sample_images
 
 from normtune.data.records import Dataset, Example
 from normtune.data.registry import open_dataset
@@ -29,11 +30,11 @@ from normtune.methods.adapt import adapt
 from normtune.training.config import TrainConfig
 from normtune.training.train import fit
 
-BELOW = TEXT["num_hidden_layers"] * 3 // 4
-RECIPE = f"language=ln[{BELOW}:]"
-NONE = "nothing kept"
-WAYS = {  # name -> (whether image states are kept, whether hidden states are, whether they are on disk)
-    NONE: (False, False, False),
+FIRST_TRAINED_LAYER = TEXT["num_hidden_layers"] * 3 // 4
+RECIPE = f"language=ln[{FIRST_TRAINED_LAYER}:]"
+NO_CACHE = "nothing kept"
+CACHES = {  # name -> (whether image states are cached, whether hidden states are, whether on disk)
+    NO_CACHE: (False, False, False),
     "image states, memory": (True, False, False),
     "image states, disk": (True, False, True),
     "hidden states, memory": (True, True, False),
@@ -44,27 +45,27 @@ WAYS = {  # name -> (whether image states are kept, whether hidden states are, w
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="phantom-b:40", help="slake, vqa-rad or phantoms")
-    parser.add_argument("--root", type=Path, help="the data set's folder")
-    parser.add_argument("--out", type=Path, help="JSON file; the table goes beside it")
-    parser.add_argument("--questions", type=int, default=160, help="about so many, in whole images")
-    parser.add_argument("--pairs", type=int, default=32, help="question-answer pairs a step")
+    parser.add_argument("--root", type=Path, help="the dataset's folder")
+    parser.add_argument("--out", type=Path, help="JSON file; the table is written next to it as .md")
+    parser.add_argument("--questions", type=int, default=160, help="approximate number, in whole images")
+    parser.add_argument("--pairs", type=int, default=32, help="question-answer pairs per step")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     dataset = open_dataset(options.data, options.root)
-    examples = sample(dataset.split("train"), options.questions)
+    examples = sample_images(dataset.split("train"), options.questions)
     shape = LlavaShape()
     shape.learn_words([f"{e.question} {e.answer}" for e in dataset.examples])
     images = {key: dataset.open_image(key) for example in examples for key in example.images}
-    held = Dataset(dataset.name, examples, images.__getitem__)
-    speeds: dict[str, list[float]] = {way: [] for way in WAYS}
+    in_memory = Dataset(dataset.name, examples, images.__getitem__)
+    speeds: dict[str, list[float]] = {cached: [] for cached in CACHES}
     with tempfile.TemporaryDirectory() as folder:
-        for way, (_, _, disk) in WAYS.items():
-            if disk:
-                epoch(shape, way, held, examples, options, Path(folder))
+        for cached, (_, _, on_disk) in CACHES.items():
+            if on_disk:
+                time_epoch(shape, cached, in_memory, examples, options, Path(folder))
         for round_ in range(options.rounds):
-            for way in WAYS:
-                speeds[way].append(epoch(shape, way, held, examples, options, Path(folder)))
-                print(f"round {round_ + 1}  {way:<22} {speeds[way][-1]:7.2f} pairs/s", flush=True)
+            for cached in CACHES:
+                speeds[cached].append(time_epoch(shape, cached, in_memory, examples, options, Path(folder)))
+                print(f"round {round_ + 1}  {cached:<22} {speeds[cached][-1]:7.2f} pairs/s", flush=True)
     text = table(speeds)
     print("\n" + text)
     if options.out:
@@ -72,9 +73,9 @@ def main() -> None:
             options.out,
             "caches",
             [
-                {"kept": way, "pairs_per_second": values, **spread(values)}
-                | {"faster": ratio(values, speeds[NONE])}
-                for way, values in speeds.items()
+                {"kept": cached, "pairs_per_second": values, **median_and_range(values)}
+                | {"faster": ratio(values, speeds[NO_CACHE])}
+                for cached, values in speeds.items()
             ],
             shape=shape.describe(),
             recipe=RECIPE,
@@ -87,43 +88,43 @@ def main() -> None:
 
 
 class LastEpoch(TrainerCallback):
-    """The seconds of the last epoch."""
+    """Measures the seconds of the last epoch."""
 
     def __init__(self) -> None:
-        self.began = self.seconds = 0.0
+        self.start = self.seconds = 0.0
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.began = time.perf_counter()
+        self.start = time.perf_counter()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds = time.perf_counter() - self.began
+        self.seconds = time.perf_counter() - self.start
 
 
-def epoch(
+def time_epoch(
     shape: LlavaShape,
-    way: str,
+    cached: str,
     dataset: Dataset,
     examples: Sequence[Example],
     options: argparse.Namespace,
     folder: Path,
 ) -> float:
-    """Pairs a second of one epoch; what is kept in memory is computed in an epoch before it."""
-    images, states, disk = WAYS[way]
-    torch.manual_seed(0)  # the same weights in every run: another tower would not find its entries
-    family: Any = shape.family()
-    if not images:
-        family.seen = lambda pixels: pixels
-    if not states:
-        family.below = lambda trained: None
+    """Pairs per second of one epoch; a cache in memory is filled in an epoch before it."""
+    cache_images, cache_states, on_disk = CACHES[cached]
+    torch.manual_seed(0)  # cache entries depend on the encoder's weights: they are the same in every run
+    family: Any = shape.build_family()
+    if not cache_images:
+        family.encode_image = lambda pixels: pixels  # pixels are cached, and encoded in every step
+    if not cache_states:
+        family.frozen_trunk = lambda trained: None  # no hidden states are cached
     clock = LastEpoch()
     config = TrainConfig(
         model=shape.name,
         data=options.data,
         tune=RECIPE,
         out=folder / "run",
-        epochs=1 if disk else 2,
+        epochs=1 if on_disk else 2,
         batch=options.pairs,
-        cache=folder / "cache" if disk else None,
+        cache=folder / "cache" if on_disk else None,
         resume=False,
         save_every=10_000,
         device="cpu",
@@ -133,11 +134,11 @@ def epoch(
 
 
 def table(speeds: dict[str, list[float]]) -> str:
-    """Medians with the range of the rounds, and how many times faster than with nothing kept."""
+    """A Markdown table: medians with the range of the rounds, and the speed relative to no cache."""
     lines = ["| kept | pairs/s | faster |", "|---|--:|--:|"]
-    for way, values in speeds.items():
-        faster = shown(ratio(values, speeds[NONE]), 2, "x")
-        lines.append(f"| {way} | {shown(spread(values), 2)} | {faster} |")
+    for cached, values in speeds.items():
+        faster = format_range(ratio(values, speeds[NO_CACHE]), 2, "x")
+        lines.append(f"| {cached} | {format_range(median_and_range(values), 2)} | {faster} |")
     return "\n".join(lines) + "\n"
 
 

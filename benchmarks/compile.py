@@ -1,8 +1,8 @@
-"""Seconds a training step with and without torch.compile on the language model's layers, side by side.
+"""Seconds of a training step with and without torch.compile on the layers of the language model.
 
     python benchmarks/compile.py --out benchmarks/compile.json
 
-LLaVA's shape at a small width, 576 image tokens, and 8 to 13 questions an image, so that lengths differ.
+LLaVA's shape at a small width, with 576 image tokens and 8 to 13 questions per image, so that lengths differ.
 """
 
 from __future__ import annotations
@@ -34,29 +34,30 @@ QUESTIONS = [
     "Does the picture contain liver?",
     "How many kidneys are there?",
 ]
-GROUPS = (10, 11, 12, 9, 13, 8)
+GROUPS = (10, 11, 12, 9, 13, 8)  # questions of one image in each batch
 
 
-def batches(family: LlavaFamily) -> list[Batch]:
+def make_batches(family: LlavaFamily) -> list[Batch]:
+    """One batch per entry of `GROUPS`, with the features of one random image computed in advance."""
     noise = torch.randint(0, 256, (336, 336, 3), generator=torch.Generator().manual_seed(0))
-    seen = family.encode_image(family.preprocess_image(Image.fromarray(noise.to(torch.uint8).numpy())))
-    made = []
+    features = family.encode_image(family.preprocess_image(Image.fromarray(noise.to(torch.uint8).numpy())))
+    batches = []
     for size in GROUPS:
-        asked = [QUESTIONS[i % len(QUESTIONS)] for i in range(size)]
-        segments = tuple(family.tokenize(str(i), question, "left lung") for i, question in enumerate(asked))
-        made.append(send_to_device(family.collate([Group(("a",), segments)], [[seen]]), family.device))
-    return made
+        questions = [QUESTIONS[i % len(QUESTIONS)] for i in range(size)]
+        segments = tuple(family.tokenize(str(i), text, "left lung") for i, text in enumerate(questions))
+        batches.append(send_to_device(family.collate([Group(("a",), segments)], [[features]]), family.device))
+    return batches
 
 
-def seconds(family: LlavaFamily, batch: Batch) -> float:
-    """One step; on the CPU the process's own time, which other processes do not lengthen."""
+def time_step(family: LlavaFamily, batch: Batch) -> float:
+    """Seconds of one step; on a CPU the time that this process was running, whatever other processes do."""
     clock = time.perf_counter if family.device.type == "cuda" else time.process_time
-    started = clock()
+    start = clock()
     family.model.zero_grad(set_to_none=True)
     family.loss(batch)[0].backward()
     if family.device.type == "cuda":
         torch.cuda.synchronize()
-    return clock() - started
+    return clock() - start
 
 
 def main() -> None:
@@ -70,27 +71,27 @@ def main() -> None:
     shape = LlavaShape()
     shape.learn_words(QUESTIONS)
     torch.manual_seed(0)
-    family = shape.family()
+    family = shape.build_family()
     family.model.to(options.device)
     adapt(family.model, parse("ln"), seed=0)
-    steps = batches(family)
-    taken: dict[bool, list[float]] = {False: [], True: []}
+    step_batches = make_batches(family)
+    seconds: dict[bool, list[float]] = {False: [], True: []}
     with save_fewer_activations(family.model):
-        for counted in [False] + [True] * options.rounds:  # the first round compiles
-            for wanted in (False, True):
-                with compile_layers(family.model, wanted):
-                    found = [seconds(family, batch) for batch in steps]
-                if counted:
-                    taken[wanted] += found
-    plain, fused = (statistics.median(taken[one]) for one in (False, True))
-    lengths = [batch["input_ids"].shape[1] for batch in steps]
+        for is_counted in [False] + [True] * options.rounds:  # the first round compiles and is not counted
+            for compiled in (False, True):
+                with compile_layers(family.model, compiled):
+                    step_seconds = [time_step(family, batch) for batch in step_batches]
+                if is_counted:
+                    seconds[compiled] += step_seconds
+    plain_seconds, compiled_seconds = (statistics.median(seconds[compiled]) for compiled in (False, True))
+    lengths = [batch["input_ids"].shape[1] for batch in step_batches]
     row: dict[str, Any] = {
         "device": options.device,
         "shortest_tokens": min(lengths),
         "longest_tokens": max(lengths),
-        "seconds": round(plain, 4),
-        "compiled_seconds": round(fused, 4),
-        "times_as_fast": round(plain / fused, 3),
+        "seconds": round(plain_seconds, 4),
+        "compiled_seconds": round(compiled_seconds, 4),
+        "times_as_fast": round(plain_seconds / compiled_seconds, 3),
     }
     print("\n".join(f"{name}: {value}" for name, value in row.items()))
     if options.out is not None:

@@ -1,4 +1,4 @@
-"""The tables and picture of the README: `normtune demo`, its small files kept.
+"""The tables and the plot of the README: runs `normtune demo` and keeps its small files.
 
 python benchmarks/demo.py --out benchmarks/demo
 """
@@ -22,19 +22,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         results, text = run_demo(Path(folder))
         options.out.mkdir(parents=True, exist_ok=True)
-        for name in ("table.md", "reports.md", "accuracy.png"):
-            (options.out / name).write_bytes((Path(folder) / name).read_bytes())
+        for file_name in ("table.md", "reports.md", "accuracy.png"):
+            (options.out / file_name).write_bytes((Path(folder) / file_name).read_bytes())
     print(text)
-    rows = [relative(row) for row in results.pop("rows")]
-    results["reports"] = [relative(row) for row in results.pop("reports")]
+    rows = [remove_paths(row) for row in results.pop("rows")]
+    results["reports"] = [remove_paths(row) for row in results.pop("reports")]
     record(options.out / "results.json", "demo", rows, **results)
 
 
-def relative(row: dict[str, Any]) -> dict[str, Any]:
-    """A row without the folder that it was made in."""
-    training = row["training"] and {name: v for name, v in row["training"].items() if name != "out"}
-    dropped = ("out", "base", "adapter")
-    evaluation = {name: v for name, v in row["evaluation"].items() if name not in dropped}
+def remove_paths(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without the paths of the temporary folder."""
+    training = row["training"] and {key: value for key, value in row["training"].items() if key != "out"}
+    path_fields = ("out", "base", "adapter")
+    evaluation = {key: value for key, value in row["evaluation"].items() if key not in path_fields}
     return {"name": row["name"], "training": training, "evaluation": evaluation}
 
 

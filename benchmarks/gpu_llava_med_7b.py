@@ -1,13 +1,14 @@
-"""LLaVA-Med-7B's real shape on a CUDA device: training speed, memory, attention masks, precision of norms.
+"""Training speed, memory, attention masks and norm precision of LLaVA-Med 7B's real shape on a CUDA GPU.
 
     python benchmarks/gpu_llava_med_7b.py --data slake --root DIR --out benchmarks/gpu_llava_med_7b.json
     python benchmarks/gpu_llava_med_7b.py --smoke
 
-Random bf16 weights made on the device. (1) Pairs a second and activation memory of a training step: Normtune
-grouped, with dense and with block masks and with layers run again, beside stock PEFT (LN_TUNING, LoRA), every
-question a row of its own; all interleaved. A peer's batch is halved until it fits. (2) Norms held in fp32
-beside norms in bf16, as PEFT holds them, over learning rates, on the same batches. `--smoke` runs all that a
-CPU can at a tiny width, to try the script; without a GPU the record says that nothing was measured.
+The weights are random, in bf16, and created on the device. (1) Pairs per second and activation memory of a
+training step: Normtune with grouped questions, with dense masks, block masks and recomputed layers, compared
+with stock PEFT (LN_TUNING, LoRA) with one row per question. All methods are interleaved; a peer's batch is
+halved until it fits in memory. (2) Norms in fp32 compared with norms in bf16, as in PEFT, at several learning
+rates on the same batches. `--smoke` runs everything that a CPU supports at a tiny width, to try the script.
+Without a GPU, the rows of the record have the status "not yet measured".
 """
 
 from __future__ import annotations
@@ -25,13 +26,12 @@ from typing import Any, Literal
 
 import torch
 from accelerate.utils import send_to_device
-from bf16_norms import normtune_norms, peft_norms
-from bf16_norms import run as train_norms
+from bf16_norms import add_normtune_norms, add_peft_norms, train_norms
 from record import record
 from shape_llava import LlavaShape
 from torch import Tensor, nn
 from transformers import AutoConfig, LlavaForConditionalGeneration
-from workload import sample, shown, spread
+from workload import format_range, median_and_range, sample_images
 
 from normtune.data.batches import batches_of_pairs
 from normtune.data.groups import group_by_image
@@ -53,8 +53,8 @@ TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num
 
 
 @dataclass(frozen=True)
-class Ours:
-    """A way of Normtune's."""
+class Setting:
+    """The options of one training step of Normtune."""
 
     recipe: str
     attention: Literal["dense", "block"]
@@ -65,14 +65,19 @@ class Ours:
         return f"normtune {self.recipe}, {self.attention}, {self.memory}"
 
 
-FIRST = Ours("ln", "dense", "fast")  # what the others are compared with
-OURS = (FIRST, Ours("ln", "block", "fast"), Ours("ln", "dense", "tight"), Ours("lora-8", "dense", "fast"))
+REFERENCE = Setting("ln", "dense", "fast")  # what the others are compared with
+SETTINGS = (
+    REFERENCE,
+    Setting("ln", "block", "fast"),
+    Setting("ln", "dense", "tight"),
+    Setting("lora-8", "dense", "fast"),
+)
 PEERS = ("LN_TUNING", "LoRA r8 q,v", "LoRA r8 all-linear")
-NORMS = {"fp32 norms (normtune ln)": normtune_norms, "bf16 norms (PEFT LN_TUNING)": peft_norms}
+NORMS = {"fp32 norms (normtune ln)": add_normtune_norms, "bf16 norms (PEFT LN_TUNING)": add_peft_norms}
 
 
 class LlavaMed(LlavaShape):
-    """The shape that comes with the package, or its tiny likeness, on a device; a BPE of the data's texts."""
+    """LLaVA-Med 7B's shape from the package, or a tiny one, with a BPE tokenizer trained on the data."""
 
     name = MODEL
 
@@ -87,39 +92,39 @@ class LlavaMed(LlavaShape):
     def describe(self) -> dict[str, Any]:
         return {"name": self.name, "image_tokens": self.image_tokens, "config": self.values}
 
-    def _config(self) -> Any:
+    def _build_config(self) -> Any:
         tokenizer = self._processor.tokenizer
         ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
         image = {"image_token_index": tokenizer.convert_tokens_to_ids("<image>")}
         return AutoConfig.for_model(**self.values | image | {"text_config": self.values["text_config"] | ids})
 
-    def _model(self) -> LlavaForConditionalGeneration:
+    def _build_model(self) -> LlavaForConditionalGeneration:
         torch.manual_seed(0)
         with self.device:
             return LlavaForConditionalGeneration._from_config(
-                self._config(), dtype=torch.bfloat16, attn_implementation="sdpa"
+                self._build_config(), dtype=torch.bfloat16, attn_implementation="sdpa"
             )
 
 
 @dataclass
 class Step:
-    """One method's training step, ready to run."""
+    """The training step of one method."""
 
-    run: Callable[[], int]  # returns its pairs
+    run: Callable[[], int]  # returns the number of pairs in the step
     device: torch.device
 
-    def timed(self) -> tuple[float, int]:
-        """(pairs a second, peak bytes above what lived before)."""
+    def measure(self) -> tuple[float, int]:
+        """Run the step; (pairs per second, bytes per pair at the peak above those before the step)."""
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() if cuda else 0
-        began = time.perf_counter()
+        start = time.perf_counter()
         pairs = self.run()
         if cuda:
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - start
         peak = torch.cuda.max_memory_allocated() - before if cuda else 0
         return pairs / seconds, peak // pairs
 
@@ -129,36 +134,38 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--smoke", action="store_true", help="a tiny model on the CPU, to try the script")
     parser.add_argument("--data", default="phantom-b:24", help="slake, vqa-rad, ... (default %(default)s)")
-    parser.add_argument("--root", type=Path, help="the data set's folder")
-    parser.add_argument("--pairs", type=int, default=22, help="pairs a step, grouped (default %(default)s)")
-    parser.add_argument("--peer-pairs", type=int, default=8, help="pairs a step of a peer, at first")
+    parser.add_argument("--root", type=Path, help="the dataset's folder")
+    parser.add_argument("--pairs", type=int, default=22, help="pairs per step, grouped (default %(default)s)")
+    parser.add_argument("--peer-pairs", type=int, default=8, help="pairs per step of a peer, before halving")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=4, help="counted steps of a method in one round")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps of a method in one round")
     parser.add_argument("--norm-steps", type=int, default=100, help="steps at each learning rate")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
-    chosen = parser.parse_args()
-    if chosen.smoke:
-        chosen.data, chosen.root, chosen.pairs, chosen.peer_pairs = "phantom-b:2", None, 4, 2
-        chosen.rounds, chosen.steps, chosen.norm_steps, chosen.rates = 1, 1, 2, [1e-4, 1e-2]
-    about: dict[str, Any] = {"model": MODEL, "dtype": "bfloat16", "data": chosen.data}
-    if chosen.smoke or torch.cuda.is_available():
-        device = torch.device("cpu" if chosen.smoke else "cuda")
-        dataset = open_dataset(chosen.data, chosen.root)
-        shape = LlavaMed(device, tiny=chosen.smoke)
+    options = parser.parse_args()
+    if options.smoke:
+        options.data, options.root, options.pairs, options.peer_pairs = "phantom-b:2", None, 4, 2
+        options.rounds, options.steps, options.norm_steps, options.rates = 1, 1, 2, [1e-4, 1e-2]
+    about: dict[str, Any] = {"model": MODEL, "dtype": "bfloat16", "data": options.data}
+    if options.smoke or torch.cuda.is_available():
+        device = torch.device("cpu" if options.smoke else "cuda")
+        dataset = open_dataset(options.data, options.root)
+        shape = LlavaMed(device, tiny=options.smoke)
         shape.learn_words([f"{e.question} {e.answer}" for e in dataset.examples])
-        examples = sample(dataset.split("train"), max(4 * chosen.pairs, chosen.peer_pairs))
-        rows = training_rows(shape, dataset, examples, chosen)
-        rows += norm_rows(shape, dataset, examples, chosen)
+        examples = sample_images(dataset.split("train"), max(4 * options.pairs, options.peer_pairs))
+        rows = training_rows(shape, dataset, examples, options)
+        rows += norm_rows(shape, dataset, examples, options)
         about["questions_per_image"] = len(examples) / len(group_by_image(examples))
         about["shape"] = shape.describe()
     else:
-        rows = [{"method": name, "status": NOT_YET} for name in (*(one.name for one in OURS), *peer_names())]
-        rows += [{"method": name, "lr": rate, "status": NOT_YET} for rate in chosen.rates for name in NORMS]
+        rows = [
+            {"method": name, "status": NOT_YET} for name in (*(setting.name for setting in SETTINGS), *peer_names())
+        ]
+        rows += [{"method": name, "lr": rate, "status": NOT_YET} for rate in options.rates for name in NORMS]
     print("\n" + table(rows))
-    if chosen.out:
-        chosen.out.parent.mkdir(parents=True, exist_ok=True)
-        record(chosen.out, "gpu_llava_med_7b", rows, **about)
-        chosen.out.with_suffix(".md").write_text(table(rows), encoding="utf-8")
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        record(options.out, "gpu_llava_med_7b", rows, **about)
+        options.out.with_suffix(".md").write_text(table(rows), encoding="utf-8")
 
 
 def peer_names() -> list[str]:
@@ -169,59 +176,60 @@ def peer_names() -> list[str]:
 
 
 def training_rows(
-    shape: LlavaMed, dataset: Dataset, examples: Sequence[Example], chosen: argparse.Namespace
+    shape: LlavaMed, dataset: Dataset, examples: Sequence[Example], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """A row a method; speeds and peaks of all rounds. A model is built anew for each method and round."""
-    ways: dict[str, Callable[[int], AbstractContextManager[Step]]] = {
-        one.name: lambda _, one=one: ours(shape, dataset, examples, one, chosen.pairs) for one in OURS
+    """One row per method, over all rounds. A new model is built for each method and round."""
+    methods: dict[str, Callable[[int], AbstractContextManager[Step]]] = {
+        setting.name: lambda _, setting=setting: normtune_step(shape, dataset, examples, setting, options.pairs)
+        for setting in SETTINGS
     }
     for peer in PEERS:
-        ways[f"PEFT {peer}"] = lambda pairs, peer=peer: theirs(shape, dataset, examples, peer, pairs)
-    speeds: dict[str, list[float]] = {name: [] for name in ways}
-    bytes_a_pair: dict[str, list[int]] = {name: [] for name in ways}
-    pairs = {name: chosen.peer_pairs if name in peer_names() else chosen.pairs for name in ways}
-    left_out = {}
-    for round_ in range(chosen.rounds):
-        for name, way in ways.items():
+        methods[f"PEFT {peer}"] = lambda pairs, peer=peer: peft_step(shape, dataset, examples, peer, pairs)
+    speeds: dict[str, list[float]] = {name: [] for name in methods}
+    bytes_per_pair: dict[str, list[int]] = {name: [] for name in methods}
+    pairs = {name: options.peer_pairs if name in peer_names() else options.pairs for name in methods}
+    not_measured = {}
+    for round_ in range(options.rounds):
+        for name, build_step in methods.items():
             if ", block," in name and shape.device.type == "cpu":
-                left_out[name] = "FlexAttention has no backward pass on the CPU"
+                not_measured[name] = "FlexAttention has no backward pass on the CPU"
                 continue
             while True:
                 try:
-                    found = several(way(pairs[name]), chosen.steps)
+                    measurements = measure_steps(build_step(pairs[name]), options.steps)
                     break
                 except torch.OutOfMemoryError:
                     if pairs[name] == 1 or name not in peer_names():
-                        found, left_out[name] = [], "out of memory"
+                        measurements, not_measured[name] = [], "out of memory"
                         break
                     pairs[name] //= 2
                 finally:
-                    emptied(shape.device)
-            speeds[name] += [speed for speed, _ in found]
-            bytes_a_pair[name] += [peak for _, peak in found]
-            if found:
-                print(f"round {round_ + 1}  {name:<34} {found[-1][0]:8.2f} pairs/s", flush=True)
+                    free_memory(shape.device)
+            speeds[name] += [speed for speed, _ in measurements]
+            bytes_per_pair[name] += [peak for _, peak in measurements]
+            if measurements:
+                print(f"round {round_ + 1}  {name:<34} {measurements[-1][0]:8.2f} pairs/s", flush=True)
     status = MEASURED if shape.device.type == "cuda" else SMOKE
     rows = []
-    for name in ways:
-        row: dict[str, Any] = {"method": name, "status": left_out.get(name, status), "pairs": pairs[name]}
-        if speeds[name] and name not in left_out:
-            row |= {"pairs_per_second": spread(speeds[name]), "rounds": speeds[name]}
-            row["activation_bytes_a_pair"] = max(bytes_a_pair[name]) or None  # none: not counted on a CPU
+    for name in methods:
+        row: dict[str, Any] = {"method": name, "status": not_measured.get(name, status), "pairs": pairs[name]}
+        if speeds[name] and name not in not_measured:
+            row |= {"pairs_per_second": median_and_range(speeds[name]), "rounds": speeds[name]}
+            row["activation_bytes_a_pair"] = max(bytes_per_pair[name]) or None  # 0 on a CPU
         rows.append(row)
-    compare(rows)
+    add_ratios(rows)
     return rows
 
 
-def several(way: AbstractContextManager[Step], count: int) -> list[tuple[float, int]]:
-    """The measurements of so many steps, after one that does not count."""
-    with way as step:
-        step.timed()
-        return [step.timed() for _ in range(count)]
+def measure_steps(step_context: AbstractContextManager[Step], count: int) -> list[tuple[float, int]]:
+    """The measurements of `count` steps, after one step that is not counted."""
+    with step_context as step:
+        step.measure()
+        return [step.measure() for _ in range(count)]
 
 
-def compare(rows: Sequence[dict[str, Any]]) -> None:
-    """How many times faster the first row is, and what the others keep, in its bytes."""
+def add_ratios(rows: Sequence[dict[str, Any]]) -> None:
+    """Add to each row how many times faster the first row is, and its memory relative to the first row."""
     first = rows[0]
     for row in rows:
         if "pairs_per_second" in row and "pairs_per_second" in first:
@@ -231,28 +239,26 @@ def compare(rows: Sequence[dict[str, Any]]) -> None:
 
 
 @contextmanager
-def ours(
-    shape: LlavaMed, dataset: Dataset, examples: Sequence[Example], way: Ours, pairs: int
+def normtune_step(
+    shape: LlavaMed, dataset: Dataset, examples: Sequence[Example], setting: Setting, pairs: int
 ) -> Iterator[Step]:
-    family = shape.family()
-    family.attention = way.attention
-    tuned = adapt(family.model, way.recipe)
-    batches = cycle(grouped(family, dataset, examples, pairs))
+    family = shape.build_family()
+    family.attention = setting.attention
+    tuned = adapt(family.model, setting.recipe)
+    batches = cycle(make_batches(family, dataset, examples, pairs))
 
     def loss() -> tuple[Tensor, int]:
         batch = next(batches)
         total, tokens = family.loss(batch)
         return total / tokens, int(batch["pairs"])
 
-    with save_fewer_activations(family.model), checkpoint_activations(family.model, way.memory):
-        yield Step(stepper(loss, list(tuned.trained.values())), shape.device)
+    with save_fewer_activations(family.model), checkpoint_activations(family.model, setting.memory):
+        yield Step(build_optimizer_step(loss, list(tuned.trained.values())), shape.device)
 
 
 @contextmanager
-def theirs(
-    shape: LlavaMed, dataset: Dataset, examples: Sequence[Example], peer: str, pairs: int
-) -> Iterator[Step]:
-    model, rows, collate = shape.peer(peer, dataset, examples)
+def peft_step(shape: LlavaMed, dataset: Dataset, examples: Sequence[Example], peer: str, pairs: int) -> Iterator[Step]:
+    model, rows, collate = shape.build_peer(peer, dataset, examples)
     batches = cycle(
         send_to_device(collate(rows[start : start + pairs]), shape.device)
         for start in range(0, len(rows) - pairs + 1, pairs)
@@ -261,11 +267,13 @@ def theirs(
     def loss() -> tuple[Tensor, int]:
         return model(**next(batches)).loss, pairs
 
-    yield Step(stepper(loss, [p for p in model.parameters() if p.requires_grad]), shape.device)
+    yield Step(build_optimizer_step(loss, [p for p in model.parameters() if p.requires_grad]), shape.device)
 
 
-def stepper(loss: Callable[[], tuple[Tensor, int]], parameters: Sequence[nn.Parameter]) -> Callable[[], int]:
-    """Forward, backward, AdamW; returns the pairs."""
+def build_optimizer_step(
+    loss: Callable[[], tuple[Tensor, int]], parameters: Sequence[nn.Parameter]
+) -> Callable[[], int]:
+    """A function that runs forward, backward and AdamW, and returns the number of pairs."""
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
 
     def run() -> int:
@@ -278,18 +286,18 @@ def stepper(loss: Callable[[], tuple[Tensor, int]], parameters: Sequence[nn.Para
     return run
 
 
-def grouped(family: LlavaFamily, dataset: Dataset, examples: Sequence[Example], pairs: int) -> list[Batch]:
-    """Batches of whole images and about so many pairs, on the device."""
+def make_batches(family: LlavaFamily, dataset: Dataset, examples: Sequence[Example], pairs: int) -> list[Batch]:
+    """Batches of whole groups with about `pairs` pairs, on the device."""
     members = group_by_image(examples)
     collate = Collator(family, ImageCache(family, dataset))
     return [
-        send_to_device(collate([members[i] for i in chosen]), family.device)
-        for chosen in batches_of_pairs([len(group) for group in members], pairs)
+        send_to_device(collate([members[i] for i in indices]), family.device)
+        for indices in batches_of_pairs([len(group) for group in members], pairs)
     ]
 
 
-def emptied(device: torch.device) -> None:
-    """Give back what a model held."""
+def free_memory(device: torch.device) -> None:
+    """Return the memory of deleted models to the GPU."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
@@ -299,49 +307,47 @@ def emptied(device: torch.device) -> None:
 
 
 def norm_rows(
-    shape: LlavaMed, dataset: Dataset, examples: Sequence[Example], chosen: argparse.Namespace
+    shape: LlavaMed, dataset: Dataset, examples: Sequence[Example], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """How many values moved and how the loss fell, a row for each rate and precision."""
+    """One row per rate and precision: how many values changed, and the first and last loss."""
     rows = []
-    for rate in chosen.rates:
-        for name, train in NORMS.items():
-            family = shape.family()
+    for rate in options.rates:
+        for name, add_norms in NORMS.items():
+            family = shape.build_family()
             family.attention = "dense"
-            batches = islice(cycle(grouped(family, dataset, examples, chosen.pairs)), chosen.norm_steps)
-            found = train_norms(train, rate, family, batches)
+            batches = islice(cycle(make_batches(family, dataset, examples, options.pairs)), options.norm_steps)
+            result = train_norms(add_norms, rate, family, batches)
             status = MEASURED if shape.device.type == "cuda" else SMOKE
-            rows.append({"method": name, "status": status, "lr": rate, **found})
-            print(f"{name:<28} lr {rate:.0e}: {moved(rows[-1])}", flush=True)
+            rows.append({"method": name, "status": status, "lr": rate, **result})
+            print(f"{name:<28} lr {rate:.0e}: {describe_changes(rows[-1])}", flush=True)
             del family, batches
-            emptied(shape.device)
+            free_memory(shape.device)
     return rows
 
 
-def moved(row: dict[str, Any]) -> str:
+def describe_changes(row: dict[str, Any]) -> str:
     share = 100 * row["moved"] / row["values"]
     return f"{share:.1f}% of the values moved, loss {row['first_loss']:.3f} -> {row['last_loss']:.3f}"
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Speed and memory, then norms over learning rates; a row that was not measured says so."""
+    """Two Markdown tables: speed and memory; norms by learning rate. Unmeasured rows show their status."""
     lines = [
-        f"| method | pairs a step | pairs/s | {FIRST.name} is faster | MiB a pair | times the first row's |",
+        f"| method | pairs a step | pairs/s | {REFERENCE.name} is faster | MiB a pair | times the first row's |",
         "|---|--:|--:|--:|--:|--:|",
     ]
     for row in (row for row in rows if "lr" not in row):
         if "pairs_per_second" not in row:
             lines.append(f"| {row['method']} | | {row['status']} | | | |")
             continue
-        kept = row["activation_bytes_a_pair"]
-        speed = shown(row["pairs_per_second"], 2) + (f" ({SMOKE})" if row["status"] == SMOKE else "")
-        memory = f"{kept / 2**20:,.0f} | {row['memory_times']:.1f}x" if kept else "– | –"
-        lines.append(
-            f"| {row['method']} | {row['pairs']} | {speed} | {row.get('faster', 1.0):.1f}x | {memory} |"
-        )
+        bytes_per_pair = row["activation_bytes_a_pair"]
+        speed = format_range(row["pairs_per_second"], 2) + (f" ({SMOKE})" if row["status"] == SMOKE else "")
+        memory = f"{bytes_per_pair / 2**20:,.0f} | {row['memory_times']:.1f}x" if bytes_per_pair else "– | –"
+        lines.append(f"| {row['method']} | {row['pairs']} | {speed} | {row.get('faster', 1.0):.1f}x | {memory} |")
     lines += ["", "| norms | learning rate | values that moved, and the loss |", "|---|--:|---|"]
     for row in (row for row in rows if "lr" in row):
-        told = moved(row) + (f" ({SMOKE})" if row["status"] == SMOKE else "") if "moved" in row else NOT_YET
-        lines.append(f"| {row['method']} | {row['lr']:.0e} | {told} |")
+        text = describe_changes(row) + (f" ({SMOKE})" if row["status"] == SMOKE else "") if "moved" in row else NOT_YET
+        lines.append(f"| {row['method']} | {row['lr']:.0e} | {text} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,9 +1,9 @@
-"""Which learning rate does each method want? Hospital B's validation split, the same pairs seen by every run.
+"""The best learning rate of each method on hospital B's validation split; every run sees the same pairs.
 
     python benchmarks/learning_rates.py --out benchmarks/learning_rates.json
 
-`normtune.methods.registry.LEARNING_RATES` holds the best of each row (a test holds the two together). The test split is
-not looked at.
+`normtune.methods.registry.LEARNING_RATES` has the best rate of each method; a test checks that it agrees with
+the record. The test split is not used.
 """
 
 from __future__ import annotations
@@ -34,21 +34,19 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(RATES))
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        cells = [
-            cell(method, rate, options, Path(folder)) for method in options.methods for rate in RATES[method]
-        ]
+    with tempfile.TemporaryDirectory() as directory:
+        cells = [cell(method, rate, options, Path(directory)) for method in options.methods for rate in RATES[method]]
         rows = []
-        for found in run_cells(cells, workers=options.workers):
-            method, rate = found["name"].split("@")
-            score = found["evaluation"]["metrics"]["global_exact"]
+        for result in run_cells(cells, workers=options.workers):
+            method, rate = result["name"].split("@")
+            score = result["evaluation"]["metrics"]["global_exact"]
             rows.append(
                 {
                     "method": method,
                     "lr": float(rate),
                     "accuracy": score["value"],
                     "interval": [score["low"], score["high"]],
-                    "final_loss": found["training"]["final_loss"],
+                    "final_loss": result["training"]["final_loss"],
                 }
             )
             print(f"{method:<10} lr {float(rate):.0e}: {100 * score['value']:.1f}%", flush=True)
@@ -60,7 +58,7 @@ def main() -> None:
 
 
 def cell(method: str, rate: float, options: argparse.Namespace, folder: Path) -> Cell:
-    """One method at one rate, trained and validated."""
+    """The training run of one method at one rate, and its evaluation on the validation split."""
     name, data = f"{method}@{rate!r}", f"phantom-b:{options.images}/{options.validate}/0"
     recipe = "lora-8" if method == "lora" else method
     train = TrainConfig(
@@ -74,20 +72,15 @@ def cell(method: str, rate: float, options: argparse.Namespace, folder: Path) ->
         device="cpu",
     )
     evaluate = EvaluateConfig(
-        model="nano",
-        data=data,
-        split="validate",
-        adapter=folder / name,
-        out=folder / f"{name}-scores",
-        device="cpu",
+        model="nano", data=data, split="validate", adapter=folder / name, out=folder / f"{name}-scores", device="cpu"
     )
     return Cell(name, train, evaluate)
 
 
 def best_rate(rows: list[dict[str, Any]], method: str) -> float:
-    """The rate with the highest accuracy; of equals the lower one."""
-    own = [row for row in rows if row["method"] == method]
-    best = max(own, key=lambda row: (row["accuracy"], -row["lr"]))
+    """The rate with the highest accuracy; the lower one of two equally good rates."""
+    method_rows = [row for row in rows if row["method"] == method]
+    best = max(method_rows, key=lambda row: (row["accuracy"], -row["lr"]))
     rate: float = best["lr"]
     return rate
 

@@ -1,12 +1,13 @@
-"""Reports of real images: nano tuned on MedPix 2.0 by every recipe, beside baselines that train nothing.
+"""Reports of real images: nano tuned on MedPix 2.0 with every recipe, and baselines without training.
 
     python benchmarks/medpix.py --root DIR --work DIR --out benchmarks/medpix.json
 
-The text to write is the caption that the reader gives. Learning rates and passes are chosen on the validation
-split by ROUGE-L: every recipe is trained for two passes at three rates and for six at the best of them, and
-the best of these four answers the test split, once. Cells that are done are kept under --work, and a run that
-was stopped goes on. nano was trained on phantoms alone, has letters for most medical words, and 192 tokens of
-room, so longer captions are cut: these are figures of the method at a very small size.
+The target text is the caption that the medpix reader returns. Learning rates and numbers of passes are chosen
+on the validation split by ROUGE-L: each recipe is trained for two passes at three (ln: five) rates and for
+six passes at the best of them, and the best of these runs answers the test split, once. Finished cells are
+kept in --work, where an interrupted benchmark resumes. nano was trained on phantoms only, spells most medical
+words letter by letter, and has positions for 192 tokens, so that longer captions are truncated: the figures
+describe the method at a very small model size.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from record import record
 
 from normtune.data.records import Example
 from normtune.data.registry import open_configured
-from normtune.data.splits import patients
+from normtune.data.splits import patient_of_image
 from normtune.evaluation.config import EvaluateConfig
 from normtune.metrics.reports import report_table, text_pairs
 from normtune.metrics.statistics import RESAMPLES
-from normtune.metrics.sum_metrics import intervals
+from normtune.metrics.sum_metrics import bootstrap_intervals
 from normtune.studies.demo_cells import Cell, run_cells
 from normtune.training.config import TrainConfig
 
@@ -39,10 +40,10 @@ RATES = {
     "prefix": (1e-3, 3e-3, 1e-2),
 }
 SHORT, LONG = 2, 6  # passes over the training images
-TOKENS = 190  # the longest report that nano can write
-CHOSEN_BY = "rouge_l/none"
+TOKENS = 190  # of the longest report that nano can generate
+SELECTION_METRIC = "rouge_l/none"
 BASELINES = ("most-frequent", "medoid", "retrieval")
-COLUMNS = (  # heading, the beginning of a metric's name, and what it is multiplied by
+COLUMNS = (  # heading, the beginning of a metric's name, and the factor that it is multiplied by
     ("BLEU-1", "bleu_1/none", 100),
     ("BLEU-4", "bleu_4/none", 100),
     ("ROUGE-L", "rouge_l/none", 100),
@@ -54,19 +55,19 @@ COLUMNS = (  # heading, the beginning of a metric's name, and what it is multipl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", type=Path, required=True, help="the folder of MedPix")
-    parser.add_argument("--work", type=Path, required=True, help="where finished cells are kept")
+    parser.add_argument("--root", type=Path, required=True, help="MedPix's folder")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the finished cells")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--recipes", nargs="+", default=list(RATES))
-    parser.add_argument("--limit", type=int, help="train on the first so many images only")
+    parser.add_argument("--limit", type=int, help="train on the first LIMIT images only")
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
-    trained = search(options)
-    chosen = {recipe: max(trained[recipe], key=validated) for recipe in options.recipes}
-    rows = test(chosen, options)
+    runs = search(options)
+    best_runs = {recipe: max(runs[recipe], key=validation_score) for recipe in options.recipes}
+    rows = test_runs(best_runs, options)
     print("\n" + table(rows))
     if options.out:
-        tried = [tried_row(row) for recipe in options.recipes for row in trained[recipe]]
+        search_rows = [search_row(row) for recipe in options.recipes for row in runs[recipe]]
         record(
             options.out,
             "medpix",
@@ -75,48 +76,49 @@ def main() -> None:
             limit=options.limit,
             target="the report of each image as the medpix reader gives it: MedPix 2.0's caption",
             tokens=f"references and predictions end at {TOKENS + 1} tokens, greedy; nano spells most words",
-            chosen=f"rate and passes by {CHOSEN_BY} on the validation split; the test split is answered once",
+            chosen=f"rate and passes by {SELECTION_METRIC} on the validation split; the test split is answered once",
             intervals=f"95%, percentile bootstrap over cases, {RESAMPLES} resamples",
-            search=tried,
+            search=search_rows,
         )
         options.out.with_suffix(".md").write_text(table(rows), encoding="utf-8")
 
 
 def search(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """Every recipe's runs, each validated: SHORT passes at every rate, then LONG ones at the best rate."""
-    found: dict[str, list[dict[str, Any]]] = {recipe: [] for recipe in options.recipes}
+    """The validated runs of each recipe: SHORT passes at every rate, then LONG ones at the best rate."""
+    runs: dict[str, list[dict[str, Any]]] = {recipe: [] for recipe in options.recipes}
 
     def run(cells: Sequence[Cell]) -> None:
-        for row in run_cells(cells, workers=options.workers, kept=options.work / "rows"):
+        for row in run_cells(cells, workers=options.workers, rows_folder=options.work / "rows"):
             recipe, rate, passes = row["name"].split("@")
-            found[recipe].append(row | {"lr": float(rate), "passes": int(passes)})
+            runs[recipe].append(row | {"lr": float(rate), "passes": int(passes)})
             print(
-                f"{row['name']}: {CHOSEN_BY} {100 * validated(row):.2f} on the validation split", flush=True
+                f"{row['name']}: {SELECTION_METRIC} {100 * validation_score(row):.2f} on the validation split",
+                flush=True,
             )
 
-    run([training(recipe, rate, SHORT, options) for recipe in options.recipes for rate in RATES[recipe]])
-    best = {recipe: max(found[recipe], key=validated)["lr"] for recipe in options.recipes}
-    run([training(recipe, best[recipe], LONG, options) for recipe in options.recipes])
-    return found
+    run([training_cell(recipe, rate, SHORT, options) for recipe in options.recipes for rate in RATES[recipe]])
+    best = {recipe: max(runs[recipe], key=validation_score)["lr"] for recipe in options.recipes}
+    run([training_cell(recipe, best[recipe], LONG, options) for recipe in options.recipes])
+    return runs
 
 
-def validated(row: dict[str, Any]) -> float:
-    """What a run is chosen by."""
-    score: float = row["evaluation"]["metrics"][CHOSEN_BY]["value"]
+def validation_score(row: dict[str, Any]) -> float:
+    """The score by which the best run is selected."""
+    score: float = row["evaluation"]["metrics"][SELECTION_METRIC]["value"]
     return score
 
 
-def training(recipe: str, rate: float, passes: int, options: argparse.Namespace) -> Cell:
-    """One run, validated."""
+def training_cell(recipe: str, rate: float, passes: int, options: argparse.Namespace) -> Cell:
+    """One training run and its evaluation on the validation split."""
     name = f"{recipe}@{rate!r}@{passes}"
     adapter = options.work / "adapters" / name
-    named = {"model": "nano", "data": "medpix", "root": options.root, "device": "cpu"}
-    train = TrainConfig(tune=recipe, out=adapter, lr=rate, epochs=passes, limit=options.limit, **named)
-    return Cell(name, train, evaluation(name, adapter, "validate", options))
+    shared = {"model": "nano", "data": "medpix", "root": options.root, "device": "cpu"}
+    train = TrainConfig(tune=recipe, out=adapter, lr=rate, epochs=passes, limit=options.limit, **shared)
+    return Cell(name, train, eval_config(name, adapter, "validate", options))
 
 
-def evaluation(name: str, adapter: Path | None, split: str, options: argparse.Namespace) -> EvaluateConfig:
-    """An adapter, or the base, on one split."""
+def eval_config(name: str, adapter: Path | None, split: str, options: argparse.Namespace) -> EvaluateConfig:
+    """The evaluation of an adapter, or of the base (None), on one split."""
     return EvaluateConfig(
         model="nano",
         data="medpix",
@@ -130,26 +132,26 @@ def evaluation(name: str, adapter: Path | None, split: str, options: argparse.Na
     )
 
 
-def test(chosen: dict[str, dict[str, Any]], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The test split by the baselines, by the base and by each recipe's chosen run: no text, no image."""
+def test_runs(best_runs: dict[str, dict[str, Any]], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for each baseline, the base and each recipe's best run, on the test split."""
     cells = []
     for name in BASELINES:
-        config = evaluation(name, None, "test", options)
+        config = eval_config(name, None, "test", options)
         cells.append(Cell(f"test@{name}", None, config.model_copy(update={"baseline": name})))
-    cells.append(Cell("test@frozen", None, evaluation("frozen", None, "test", options)))
-    for row in chosen.values():
+    cells.append(Cell("test@frozen", None, eval_config("frozen", None, "test", options)))
+    for row in best_runs.values():
         adapter = options.work / "adapters" / row["name"]
-        cells.append(Cell(f"test@{row['name']}", None, evaluation(row["name"], adapter, "test", options)))
-    done = {row["name"]: row for row in run_cells(cells, workers=options.workers, kept=options.work / "rows")}
+        cells.append(Cell(f"test@{row['name']}", None, eval_config(row["name"], adapter, "test", options)))
+    results = {row["name"]: row for row in run_cells(cells, workers=options.workers, rows_folder=options.work / "rows")}
     examples = open_configured(cells[0].evaluate).split("test")
-    recipes = [*BASELINES, "frozen", *chosen]
+    recipes = [*BASELINES, "frozen", *best_runs]
     return [
         {
             "recipe": recipe,
-            "training": training_row(chosen[recipe]) if recipe in chosen else None,
+            "training": training_row(best_runs[recipe]) if recipe in best_runs else None,
             "rows": len(examples),
-            "split_hash": done[cell.name]["evaluation"]["split_hash"],
-            "seconds_test": done[cell.name]["evaluation"]["seconds"],
+            "split_hash": results[cell.name]["evaluation"]["split_hash"],
+            "seconds_test": results[cell.name]["evaluation"]["seconds"],
             "metrics": by_case(examples, cell.evaluate.out),
         }
         for recipe, cell in zip(recipes, cells, strict=True)
@@ -160,38 +162,38 @@ def by_case(examples: Sequence[Example], folder: Path) -> dict[str, Any]:
     """Every metric of the predictions in `folder`, with intervals that resample cases."""
     lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     texts = {row["id"]: row["prediction"] for row in map(json.loads, lines)}
-    case = patients(examples)
-    cluster = {example.id: case[example.images[0]] for example in examples}
+    case_of_image = patient_of_image(examples)
+    cluster = {example.id: case_of_image[example.images[0]] for example in examples}
     metrics = report_table(text_pairs(examples, texts))
-    found = {name: asdict(interval) for name, interval in intervals(metrics, cluster).items()}
-    return {name: {**one, "cases": len(set(cluster.values()))} for name, one in found.items()}
+    intervals = {name: asdict(interval) for name, interval in bootstrap_intervals(metrics, cluster).items()}
+    return {name: {**values, "cases": len(set(cluster.values()))} for name, values in intervals.items()}
 
 
 def training_row(row: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of a run."""
-    kept = {name: value for name, value in row["training"].items() if name != "out"}
-    return {"lr": row["lr"], "passes": row["passes"], **kept}
+    """The fields of a run for the record."""
+    fields = {name: value for name, value in row["training"].items() if name != "out"}
+    return {"lr": row["lr"], "passes": row["passes"], **fields}
 
 
-def tried_row(row: dict[str, Any]) -> dict[str, Any]:
-    """One run of the search, in short."""
+def search_row(row: dict[str, Any]) -> dict[str, Any]:
+    """The main fields of one run of the search."""
     training = {name: row["training"][name] for name in ("recipe", "steps", "seconds", "final_loss")}
-    score = row["evaluation"]["metrics"][CHOSEN_BY]
+    score = row["evaluation"]["metrics"][SELECTION_METRIC]
     return {"lr": row["lr"], "passes": row["passes"], **training, "validation": score}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a Markdown table, with 95% intervals over cases."""
-    named = " | ".join(heading for heading, _, _ in COLUMNS)
+    """A Markdown table of the rows, with 95% intervals over cases."""
+    headings = " | ".join(heading for heading, _, _ in COLUMNS)
     lines = [
-        f"| recipe | trainable | % | rate | passes | seconds | peak MB | {named} |",
+        f"| recipe | trainable | % | rate | passes | seconds | peak MB | {headings} |",
         "|---|--:|--:|--:|--:|--:|--:|" + "--:|" * len(COLUMNS),
     ]
     for row in rows:
         training = row["training"]
-        fixed = ("0", "0", "–", "–", "–", "–")
+        training_cells = ("0", "0", "–", "–", "–", "–")
         if training:
-            fixed = (
+            training_cells = (
                 f"{training['trainable']:,}",
                 f"{100 * training['share']:.3f}",
                 f"{training['lr']:g}",
@@ -202,23 +204,19 @@ def table(rows: list[dict[str, Any]]) -> str:
         scores = [
             " ".join(
                 (
-                    f"{factor * one['value']:.{digits}f}",
-                    f"[{factor * one['low']:.{digits}f}, {factor * one['high']:.{digits}f}]",
+                    f"{factor * metric['value']:.{digits}f}",
+                    f"[{factor * metric['low']:.{digits}f}, {factor * metric['high']:.{digits}f}]",
                 )
             )
-            for one, factor, digits in (shown(row["metrics"], start, factor) for _, start, factor in COLUMNS)
+            for metric, factor, digits in (select_metric(row["metrics"], start, factor) for _, start, factor in COLUMNS)
         ]
-        lines.append("| " + " | ".join((row["recipe"], *fixed, *scores)) + " |")
+        lines.append("| " + " | ".join((row["recipe"], *training_cells, *scores)) + " |")
     return "\n".join(lines) + "\n"
 
 
-def shown(metrics: dict[str, Any], start: str, factor: float) -> tuple[dict[str, float], float, int]:
-    """The metric whose name begins so, its factor and its digits."""
-    return (
-        next(one for name, one in metrics.items() if name.startswith(start)),
-        factor,
-        1 if factor > 1 else 2,
-    )
+def select_metric(metrics: dict[str, Any], start: str, factor: float) -> tuple[dict[str, float], float, int]:
+    """(metric, factor, digits) of the metric with a name that begins with `start`."""
+    return (next(metric for name, metric in metrics.items() if name.startswith(start)), factor, 1 if factor > 1 else 2)
 
 
 if __name__ == "__main__":

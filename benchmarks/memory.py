@@ -1,13 +1,14 @@
-"""Bytes kept for the backward pass: a LLaMA block in bf16, and one SLAKE image with its questions.
+"""Memory kept for the backward pass, of a LLaMA block in bf16 and of a SLAKE image with its questions.
 
     python benchmarks/memory.py --slake DIR --out benchmarks/memory.json
 
-1. A LLaMA block: bytes that live after the forward pass, a token and layer, under stock transformers with
-   PEFT and under each of Normtune's tiers; and the time of a training step (fp32, interleaved rounds).
-2. The peak of the living tensors in a whole training step on groups of SLAKE (LLaVA's shape, 576 image
-   tokens, fp32), a pair, beside PEFT LoRA on all linears with every question in a row of its own.
+1. A LLaMA block: bytes per token and layer that are alive after the forward pass, with stock transformers and
+   PEFT, and with each of Normtune's memory tiers; and the time of a training step (fp32, interleaved rounds).
+2. A whole training step on groups of SLAKE (LLaVA's shape, 576 image tokens, fp32): the peak bytes of live
+   tensors per pair, compared with PEFT LoRA on all linears and one row per question.
 
-Weights are not counted; gradients and everything that an operation makes are (`normtune.training.memory_plan.live_bytes`).
+Weights are not counted; gradients and all results of operations are
+(`normtune.training.memory_plan.live_bytes`).
 """
 
 from __future__ import annotations
@@ -39,9 +40,8 @@ from normtune.training.memory_plan.live_bytes import LiveTensorBytes
 from normtune.training.saved_activations import save_fewer_activations
 
 WIDTH, FORWARD, HEADS = 512, 1376, 8
-NEEDED = (
-    4 * FORWARD + 8 * WIDTH + 4 * WIDTH + 4 * HEADS + 8
-)  # bf16; see `normtune.training.saved_activations`
+# bytes per token that the backward pass needs in bf16; see `normtune.training.saved_activations`
+NEEDED_BYTES = 4 * FORWARD + 8 * WIDTH + 4 * WIDTH + 4 * HEADS + 8
 TIERS: tuple[MemoryTier, ...] = ("fast", "balanced", "tight")
 PEERS = ("PEFT LN_TUNING", "PEFT LoRA r8 q,v", "PEFT LoRA r8 all-linear", "full")
 OURS = tuple(f"normtune ln, {tier}" for tier in TIERS)
@@ -49,23 +49,23 @@ OURS = tuple(f"normtune ln, {tier}" for tier in TIERS)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--slake", type=Path, help="measure groups of SLAKE too")
+    parser.add_argument("--slake", type=Path, help="SLAKE's folder, to measure groups of it too")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--length", type=int, default=776, help="tokens of the block's input")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--groups", type=int, default=3, help="images of SLAKE")
     options = parser.parse_args()
-    block = block_rows(options.length, options.rounds)
-    tables = block_table(block)
+    rows = block_rows(options.length, options.rounds)
+    tables = block_table(rows)
     print(tables)
-    groups: list[dict[str, Any]] = []
+    slake_rows: list[dict[str, Any]] = []
     if options.slake:
-        groups = group_rows(options.slake, options.groups)
-        tables += "\n" + group_table(groups)
-        print("\n" + group_table(groups))
+        slake_rows = group_rows(options.slake, options.groups)
+        tables += "\n" + group_table(slake_rows)
+        print("\n" + group_table(slake_rows))
     if options.out:
         shape = {"width": WIDTH, "feed_forward": FORWARD, "heads": HEADS, "tokens": options.length}
-        record(options.out, "memory", block, groups=groups, block=shape | {"needed": NEEDED})
+        record(options.out, "memory", rows, groups=slake_rows, block=shape | {"needed": NEEDED_BYTES})
         options.out.with_suffix(".md").write_text(tables, encoding="utf-8")
 
 
@@ -73,10 +73,10 @@ def main() -> None:
 
 
 def block_rows(length: int, rounds: int) -> list[dict[str, Any]]:
-    """Bytes and seconds of every method."""
+    """One row per method: bytes per token and layer, and seconds per step."""
     methods = (*PEERS, *OURS)
     seconds: dict[str, list[float]] = {method: [] for method in methods}
-    runs = {method: stepper(method, layers=4, length=length) for method in methods}
+    runs = {method: build_step(method, layers=4, length=length) for method in methods}
     for run in runs.values():
         run()
     for _ in range(rounds):
@@ -85,22 +85,18 @@ def block_rows(length: int, rounds: int) -> list[dict[str, Any]]:
     medians = {method: statistics.median(values) for method, values in seconds.items()}
     rows = []
     for method in methods:
-        kept = bytes_a_token_and_layer(method, length)
-        row = {"method": method, "bytes": kept, "of_needed": kept / NEEDED, "seconds": seconds[method]}
+        measured = bytes_per_token_and_layer(method, length)
+        row = {"method": method, "bytes": measured, "of_needed": measured / NEEDED_BYTES, "seconds": seconds[method]}
         row["time_against_fast"] = medians[method] / medians[OURS[0]]
         rows.append(row)
     return rows
 
 
 def block_model(method: str, layers: int, dtype: torch.dtype) -> tuple[nn.Module, MemoryTier | None]:
-    """A LLaMA under a method; the tier where it is Normtune's."""
+    """(a LLaMA with `method` applied, its memory tier); the tier is None for a peer."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=WIDTH,
-        intermediate_size=FORWARD,
-        num_hidden_layers=layers,
-        num_attention_heads=HEADS,
-        vocab_size=64,
+        hidden_size=WIDTH, intermediate_size=FORWARD, num_hidden_layers=layers, num_attention_heads=HEADS, vocab_size=64
     )
     model: Any = LlamaModel(config).to(dtype)
     if method in OURS:
@@ -114,14 +110,15 @@ def block_model(method: str, layers: int, dtype: torch.dtype) -> tuple[nn.Module
     return model, None
 
 
-def forward(model: Any, length: int, dtype: torch.dtype) -> Tensor:
-    """A scalar of the last states."""
+def forward_mean(model: Any, length: int, dtype: torch.dtype) -> Tensor:
+    """The mean of the last hidden states, a scalar to call backward() on."""
     states = torch.randn(1, length, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype)
     mask = torch.full((length, length), -torch.inf).triu(1).to(dtype)[None, None]
     return model(inputs_embeds=states, attention_mask=mask, use_cache=False).last_hidden_state.float().mean()
 
 
-def tiered(model: nn.Module, tier: MemoryTier | None) -> tuple[Any, Any]:
+def tier_contexts(model: nn.Module, tier: MemoryTier | None) -> tuple[Any, Any]:
+    """The context managers of a memory tier; they do nothing for a peer."""
     return (
         (nullcontext(), nullcontext())
         if tier is None
@@ -129,30 +126,30 @@ def tiered(model: nn.Module, tier: MemoryTier | None) -> tuple[Any, Any]:
     )
 
 
-def stepper(method: str, layers: int, length: int) -> Callable[[], float]:
-    """Seconds of one forward and backward pass, fp32."""
+def build_step(method: str, layers: int, length: int) -> Callable[[], float]:
+    """A function that runs one forward and backward pass in fp32 and returns its seconds."""
     model, tier = block_model(method, layers, torch.float32)
 
     def run() -> float:
-        first, second = tiered(model, tier)
+        first, second = tier_contexts(model, tier)
         with first, second:
-            began = time.perf_counter()
-            forward(model, length, torch.float32).backward()
-            return time.perf_counter() - began
+            start = time.perf_counter()
+            forward_mean(model, length, torch.float32).backward()
+            return time.perf_counter() - start
 
     return run
 
 
-def bytes_a_token_and_layer(method: str, length: int) -> float:
-    """From models of two and of six layers, so that what is kept once does not count."""
-    kept = []
+def bytes_per_token_and_layer(method: str, length: int) -> float:
+    """Measured as the difference of six layers and two, so that memory outside the layers cancels out."""
+    live_bytes = []
     for layers in (2, 6):
         model, tier = block_model(method, layers, torch.bfloat16)
-        first, second = tiered(model, tier)
-        with first, second, LiveTensorBytes() as live:
-            loss = forward(model, length, torch.bfloat16)
-            kept.append(live.now + 0 * loss.numel())
-    return (kept[1] - kept[0]) / 4 / length
+        first, second = tier_contexts(model, tier)
+        with first, second, LiveTensorBytes() as tensor_bytes:
+            loss = forward_mean(model, length, torch.bfloat16)
+            live_bytes.append(tensor_bytes.now + 0 * loss.numel())
+    return (live_bytes[1] - live_bytes[0]) / 4 / length
 
 
 def block_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -161,8 +158,8 @@ def block_table(rows: Sequence[dict[str, Any]]) -> str:
         "|---|--:|--:|--:|",
     ]
     for row in rows:
-        kept = f"{row['bytes']:,.0f} | {row['of_needed']:.2f}"
-        lines.append(f"| {row['method']} | {kept} | {row['time_against_fast']:.2f}x |")
+        cells = f"{row['bytes']:,.0f} | {row['of_needed']:.2f}"
+        lines.append(f"| {row['method']} | {cells} | {row['time_against_fast']:.2f}x |")
     return "\n".join(lines) + "\n"
 
 
@@ -170,16 +167,16 @@ def block_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def group_rows(root: Path, count: int) -> list[dict[str, Any]]:
-    """Peak bytes a pair of whole training steps, one image and all its questions each."""
+    """Peak bytes per pair of training steps, each on one image and all its questions."""
     shape = LlavaShape()
     dataset = open_dataset("slake", root)
     shape.learn_words([f"{e.question} {e.answer}" for e in dataset.examples])
-    found = sorted(group_by_image(dataset.split("train")), key=len)
-    chosen = [found[int((i + 0.5) * len(found) / count)] for i in range(count)]
+    groups = sorted(group_by_image(dataset.split("train")), key=len)
+    selected = [groups[int((i + 0.5) * len(groups) / count)] for i in range(count)]
     rows = []
     for method in (*OURS, "normtune lora-8, fast", *PEERS[:3], f"{PEERS[2]}, checkpointed"):
-        peaks = [peak(shape, dataset, members, method) for members in chosen]
-        pairs = sum(len(members) for members in chosen)
+        peaks = [peak_bytes(shape, dataset, members, method) for members in selected]
+        pairs = sum(len(members) for members in selected)
         rows.append({"method": method, "peaks": peaks, "bytes_a_pair": sum(peaks) / pairs, "pairs": pairs})
         print(f"{method:<40} {rows[-1]['bytes_a_pair'] / 2**20:8.2f} MiB a pair", flush=True)
     for row in rows:
@@ -187,37 +184,34 @@ def group_rows(root: Path, count: int) -> list[dict[str, Any]]:
     return rows
 
 
-def peak(shape: LlavaShape, dataset: Dataset, members: Sequence[Example], method: str) -> int:
-    """The most bytes that live in one training step on one image and its questions."""
+def peak_bytes(shape: LlavaShape, dataset: Dataset, members: Sequence[Example], method: str) -> int:
+    """The most bytes of live tensors in one training step on one image and its questions."""
     torch.manual_seed(0)
     if method.startswith("normtune"):
-        family = shape.family()
+        family = shape.build_family()
         recipe, tier = method.removeprefix("normtune ").split(", ")
         adapt(family.model, recipe)
         batch = Collator(family, ImageCache(family, dataset))([members])
         with (
             save_fewer_activations(family.model),
             checkpoint_activations(family.model, tier),
-            LiveTensorBytes() as live,
+            LiveTensorBytes() as tensor_bytes,
         ):  # type: ignore[arg-type]
             family.loss(batch)[0].backward()
-            return live.peak
+            return tensor_bytes.peak
     peer, checkpointed, _ = method.removeprefix("PEFT ").partition(", checkpointed")
-    model, rows, collate = shape.peer(peer, dataset, members)
+    model, rows, collate = shape.build_peer(peer, dataset, members)
     model.train()
     if checkpointed:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     inputs = collate(rows)
-    with LiveTensorBytes() as live:
+    with LiveTensorBytes() as tensor_bytes:
         model(**inputs).loss.backward()
-        return live.peak
+        return tensor_bytes.peak
 
 
 def group_table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = [
-        "| one SLAKE image and its questions, LLaVA's shape | MiB a pair | against ln, fast |",
-        "|---|--:|--:|",
-    ]
+    lines = ["| one SLAKE image and its questions, LLaVA's shape | MiB a pair | against ln, fast |", "|---|--:|--:|"]
     for row in rows:
         lines.append(f"| {row['method']} | {row['bytes_a_pair'] / 2**20:.2f} | {row['ratio']:.2f}x |")
     return "\n".join(lines) + "\n"

@@ -1,12 +1,13 @@
-"""Norm adapters trained in one pass over one base, beside as many runs one after the other.
+"""Several norm adapters trained in one pass over one base, compared with one run after the other.
 
     python benchmarks/multi.py --data slake --root DIR --out benchmarks/multi.json
 
-MISS's and LLaVA's shapes at widths that two cores can run, random weights; LN tuning of the text parts. Two
-sweeps: seeds, whose steps see different images, and learning rates of one seed, whose steps see the same.
-One pass takes its adapters' batches one at a time or all at once. Time is that of the runs, the base being
-loaded; rounds are interleaved. Memory is what one step makes at its peak (`normtune.training.memory_plan.live_bytes`) and the base's
-weights: of the pass, of one run, and of all runs side by side.
+MISS's and LLaVA's shapes at widths that two cores can run, with random weights; LN tuning of the text parts.
+There are two sweeps: seeds, where the adapters see different images in a step, and learning rates with one
+seed, where they see the same images. The joint pass processes the batches of its adapters one at a time or
+all in one forward pass. Times do not include loading the base; rounds are interleaved. Memory is the peak of
+one step (`normtune.training.memory_plan.live_bytes`) plus the base's weights: of the joint pass, of one run,
+and of all runs at the same time.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from record import record
 from shape import Shape
 from shapes import SHAPES
-from workload import ratio, sample, shown, spread
+from workload import format_range, median_and_range, ratio, sample_images
 
 from normtune.adapters.multi.bank import AdapterBank, build_bank
 from normtune.data.batches import EpochBatches
@@ -31,38 +32,38 @@ from normtune.data.registry import open_dataset
 from normtune.methods.adapt import adapt
 from normtune.training.collator import build_collator
 from normtune.training.config import TrainConfig
-from normtune.training.joint import backward, train_all
+from normtune.training.joint import accumulate_gradients, train_all
 from normtune.training.joint_run import AdapterRun
 from normtune.training.memory_plan.live_bytes import LiveTensorBytes
 from normtune.training.saved_activations import save_fewer_activations
 from normtune.training.train import fit
 
-TUNE = {"miss": "encoder=ln,decoder=ln", "llava": "language=ln"}
+RECIPES = {"miss": "encoder=ln,decoder=ln", "llava": "language=ln"}
 SWEEPS = ("seeds", "learning rates")
-OF_ADAM = 4 * 4  # bytes of a trained value: itself, its gradient and two moments, fp32
+BYTES_PER_TRAINED_VALUE = 4 * 4  # fp32: the value, its gradient and two moments of Adam
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, action="append", help="all by default")
+    parser.add_argument("--shape", choices=SHAPES, action="append", help="may be repeated (default: all)")
     parser.add_argument("--data", default="phantom-b:40", help="slake, vqa-rad or phantoms")
-    parser.add_argument("--root", type=Path, help="the data set's folder")
-    parser.add_argument("--out", type=Path, help="JSON file; the table goes beside it")
+    parser.add_argument("--root", type=Path, help="the dataset's folder")
+    parser.add_argument("--out", type=Path, help="JSON file; the table is written next to it as .md")
     parser.add_argument("--adapters", type=int, default=8)
-    parser.add_argument("--questions", type=int, default=160, help="about so many, in whole images")
-    parser.add_argument("--pairs", type=int, default=24, help="question-answer pairs a step and adapter")
-    parser.add_argument("--steps", type=int, default=4, help="of each adapter")
+    parser.add_argument("--questions", type=int, default=160, help="approximate number, in whole images")
+    parser.add_argument("--pairs", type=int, default=24, help="question-answer pairs per step and adapter")
+    parser.add_argument("--steps", type=int, default=4, help="steps of each adapter")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     dataset = open_dataset(options.data, options.root)
-    examples = sample(dataset.split("train"), options.questions)
+    examples = sample_images(dataset.split("train"), options.questions)
     images = {key: dataset.open_image(key) for example in examples for key in example.images}
-    held = Dataset(dataset.name, examples, images.__getitem__)
+    cached_dataset = Dataset(dataset.name, examples, images.__getitem__)
     rows = []
     for name in options.shape or SHAPES:
         SHAPES[name].learn_words([f"{e.question} {e.answer}" for e in dataset.examples])
         for sweep in SWEEPS:
-            rows.append(measured(SHAPES[name], sweep, held, examples, options))
+            rows.append(measure_sweep(SHAPES[name], sweep, cached_dataset, examples, options))
     text = table(rows)
     print("\n" + text)
     if options.out:
@@ -81,51 +82,49 @@ def main() -> None:
         options.out.with_suffix(".md").write_text(text, encoding="utf-8")
 
 
-def measured(
+def measure_sweep(
     shape: Shape, sweep: str, dataset: Dataset, examples: Sequence[Example], options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Seconds of both ways, round by round, and the bytes of a step."""
-    ways = (1, options.adapters)  # adapters at once
-    seconds: dict[str, list[float]] = {"apart": [], **{str(way): [] for way in ways}}
+    """One row: seconds of separate runs and of the joint pass, by round, and the bytes of a step."""
+    modes = (1, options.adapters)  # adapters per forward pass
+    seconds: dict[str, list[float]] = {"apart": [], **{str(per_pass): [] for per_pass in modes}}
     with tempfile.TemporaryDirectory() as folder:
-        configs = [config_of(shape, sweep, i, Path(folder), options) for i in range(options.adapters)]
+        configs = [make_config(shape, sweep, i, Path(folder), options) for i in range(options.adapters)]
         for round_ in range(options.rounds):
-            seconds["apart"].append(sum(apart(shape, one, dataset, examples) for one in configs))
-            for way in ways:
-                seconds[str(way)].append(together(shape, configs, dataset, examples, way))
-            told = ", ".join(f"{taken[-1]:.1f} s {way}" for way, taken in seconds.items())
-            print(f"round {round_ + 1}  {shape.name} {sweep:<15} {told}", flush=True)
-        base, one = step_bytes(shape, configs[:1], dataset, examples, 1)
-        steps = [step_bytes(shape, configs, dataset, examples, way)[1] for way in ways]
+            seconds["apart"].append(sum(time_one_run(shape, config, dataset, examples) for config in configs))
+            for per_pass in modes:
+                seconds[str(per_pass)].append(time_joint_run(shape, configs, dataset, examples, per_pass))
+            latest = ", ".join(f"{values[-1]:.1f} s {per_pass}" for per_pass, values in seconds.items())
+            print(f"round {round_ + 1}  {shape.name} {sweep:<15} {latest}", flush=True)
+        base, one_run = step_bytes(shape, configs[:1], dataset, examples, 1)
+        steps = [step_bytes(shape, configs, dataset, examples, per_pass)[1] for per_pass in modes]
     return {
         "shape": shape.name,
-        "recipe": TUNE[shape.name],
+        "recipe": RECIPES[shape.name],
         "sweep": sweep,
         "seconds": seconds,
-        "apart": spread(seconds["apart"]),
+        "apart": median_and_range(seconds["apart"]),
         "ways": [
             {
-                "at_once": way,
-                "seconds": spread(seconds[str(way)]),
-                "faster": ratio(seconds["apart"], seconds[str(way)]),
-                "memory_of_one_run": (base + step) / (base + one),
-                "memory_of_runs_side_by_side": (base + step) / (len(configs) * (base + one)),
+                "at_once": per_pass,
+                "seconds": median_and_range(seconds[str(per_pass)]),
+                "faster": ratio(seconds["apart"], seconds[str(per_pass)]),
+                "memory_of_one_run": (base + step) / (base + one_run),
+                "memory_of_runs_side_by_side": (base + step) / (len(configs) * (base + one_run)),
             }
-            for way, step in zip(ways, steps, strict=True)
+            for per_pass, step in zip(modes, steps, strict=True)
         ],
         "base_bytes": base,
-        "step_bytes": {"one_run": one, **dict(zip(map(str, ways), steps, strict=True))},
+        "step_bytes": {"one_run": one_run, **dict(zip(map(str, modes), steps, strict=True))},
     }
 
 
-def config_of(
-    shape: Shape, sweep: str, number: int, folder: Path, options: argparse.Namespace
-) -> TrainConfig:
-    """The run of one adapter."""
+def make_config(shape: Shape, sweep: str, number: int, folder: Path, options: argparse.Namespace) -> TrainConfig:
+    """The options of one adapter's run."""
     return TrainConfig(
         model=shape.name,
         data=options.data,
-        tune=TUNE[shape.name],
+        tune=RECIPES[shape.name],
         out=folder / str(number),
         batch=options.pairs,
         max_steps=options.steps,
@@ -137,51 +136,43 @@ def config_of(
     )
 
 
-def loaded(shape: Shape) -> Any:
-    """The same base for all."""
+def build_base(shape: Shape) -> Any:
+    """A new base with the same weights in every call."""
     torch.manual_seed(0)
-    return shape.family()
+    return shape.build_family()
 
 
-def apart(shape: Shape, config: TrainConfig, dataset: Dataset, examples: Sequence[Example]) -> float:
-    """Seconds of one run by itself."""
-    family = loaded(shape)
+def time_one_run(shape: Shape, config: TrainConfig, dataset: Dataset, examples: Sequence[Example]) -> float:
+    """Seconds of the separate run of one adapter."""
+    family = build_base(shape)
     tuned = adapt(family.model, config.tune)
-    started = time.perf_counter()
+    start = time.perf_counter()
     fit(config, family, tuned, dataset, examples)
-    return time.perf_counter() - started
+    return time.perf_counter() - start
 
 
-def together(
-    shape: Shape,
-    configs: Sequence[TrainConfig],
-    dataset: Dataset,
-    examples: Sequence[Example],
-    at_once: int,
+def time_joint_run(
+    shape: Shape, configs: Sequence[TrainConfig], dataset: Dataset, examples: Sequence[Example], per_pass: int
 ) -> float:
-    """Seconds of the pass."""
-    family = loaded(shape)
+    """Seconds of the joint pass of all adapters."""
+    family = build_base(shape)
     tuned = adapt(family.model, configs[0].tune)
-    started = time.perf_counter()
-    mixed = build_bank(tuned, len(configs))
-    train_all(family, mixed, lanes_of(family, mixed, configs, dataset, examples), configs[0], at_once)
-    return time.perf_counter() - started
+    start = time.perf_counter()
+    bank = build_bank(tuned, len(configs))
+    train_all(family, bank, make_runs(family, bank, configs, dataset, examples), configs[0], per_pass)
+    return time.perf_counter() - start
 
 
-def lanes_of(
-    family: Any,
-    mixed: AdapterBank,
-    configs: Sequence[TrainConfig],
-    dataset: Dataset,
-    examples: Sequence[Example],
+def make_runs(
+    family: Any, bank: AdapterBank, configs: Sequence[TrainConfig], dataset: Dataset, examples: Sequence[Example]
 ) -> list[AdapterRun]:
-    """One a config, with one collator."""
-    collate = build_collator(configs[0], family, mixed.tuned, dataset, examples)
+    """One run per config; they share a collator."""
+    collate = build_collator(configs[0], family, bank.tuned, dataset, examples)
     return [
         AdapterRun(
             adapter,
             config,
-            mixed,
+            bank,
             dataset,
             examples,
             collate,
@@ -192,38 +183,34 @@ def lanes_of(
 
 
 def step_bytes(
-    shape: Shape,
-    configs: Sequence[TrainConfig],
-    dataset: Dataset,
-    examples: Sequence[Example],
-    at_once: int,
+    shape: Shape, configs: Sequence[TrainConfig], dataset: Dataset, examples: Sequence[Example], per_pass: int
 ) -> tuple[int, int]:
-    """Bytes of the base's weights, and those alive at the peak of a step, the adapters' among them."""
-    family = loaded(shape)
+    """(bytes of the base's weights, peak bytes of a step, with the adapters and their optimiser state)."""
+    family = build_base(shape)
     base = sum(parameter.numel() * parameter.element_size() for parameter in family.model.parameters())
-    mixed = build_bank(adapt(family.model, configs[0].tune), len(configs))
-    parts = [(lane, lane.next()) for lane in lanes_of(family, mixed, configs, dataset, examples)]
-    for lane, groups in parts:
-        lane.collate(groups)  # images are seen before
-    with save_fewer_activations(family.model), LiveTensorBytes() as live:
-        for first in range(0, len(parts), at_once):
-            backward(family, mixed, parts[first : first + at_once])
-    return base, live.peak + OF_ADAM * mixed.values.numel()
+    bank = build_bank(adapt(family.model, configs[0].tune), len(configs))
+    run_batches = [(run, run.next_batch()) for run in make_runs(family, bank, configs, dataset, examples)]
+    for run, groups in run_batches:
+        run.collate(groups)  # encodes the images, so that this is not part of the measured step
+    with save_fewer_activations(family.model), LiveTensorBytes() as tensor_bytes:
+        for first in range(0, len(run_batches), per_pass):
+            accumulate_gradients(family, bank, run_batches[first : first + per_pass])
+    return base, tensor_bytes.peak + BYTES_PER_TRAINED_VALUE * bank.values.numel()
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Medians with the range of the rounds."""
+    """A Markdown table of medians with the range of the rounds."""
     lines = [
         "| shape | sweep | one after the other, s | batches at once | one pass, s | faster "
         "| memory, of one run's | memory, of all side by side |",
         "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
-        for way in row["ways"]:
+        for mode in row["ways"]:
             lines.append(
-                f"| {row['shape']} | {row['sweep']} | {shown(row['apart'], 1)} | {way['at_once']} "
-                f"| {shown(way['seconds'], 1)} | {shown(way['faster'], 2, 'x')} "
-                f"| {way['memory_of_one_run']:.2f}x | {way['memory_of_runs_side_by_side']:.2f}x |"
+                f"| {row['shape']} | {row['sweep']} | {format_range(row['apart'], 1)} | {mode['at_once']} "
+                f"| {format_range(mode['seconds'], 1)} | {format_range(mode['faster'], 2, 'x')} "
+                f"| {mode['memory_of_one_run']:.2f}x | {mode['memory_of_runs_side_by_side']:.2f}x |"
             )
     return "\n".join(lines) + "\n"
 

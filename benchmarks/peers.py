@@ -1,13 +1,14 @@
-"""LoRA on one LLaVA checkpoint by LLaMA-Factory's and ms-swift's own commands, beside Normtune.
+"""LoRA on one LLaVA checkpoint: the commands of LLaMA-Factory and ms-swift compared with Normtune.
 
     python benchmarks/peers.py --slake DIR --llamafactory PYTHON --swift PYTHON --out benchmarks/peers.json
 
-PYTHON is the interpreter of an environment in which the toolkit is installed. All train the language model
-alone, in fp32, by steps of as many pairs: r=8 on query and value projections; Normtune by LN too. A toolkit's
-command runs as its users run it, with its own preparation of images and texts; gradient checkpointing, which
-both switch on, is off. A step's time is that between its loss and the one before, so that starting up is not
-counted. All are interleaved in one run. Where torch has no CUDA, LLaMA-Factory 0.9.5 needs torchvision and
-torchaudio that have none either.
+PYTHON is the interpreter of an environment in which the toolkit is installed. All methods train only the
+language model, in fp32, with the same number of pairs per step: LoRA with r=8 on the query and value
+projections, and for Normtune also LN. A toolkit's command runs as its users run it, and prepares images and
+texts itself; gradient checkpointing, which both toolkits enable by default, is disabled. A step's time is
+measured from the printed loss of the previous step to its own, so that the start is not included. The
+methods are interleaved. With a torch without CUDA, LLaMA-Factory 0.9.5 also needs torchvision and torchaudio
+without CUDA.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from typing import Any
 import torch
 from record import record
 from shapes import SHAPES
-from throughput import MORE, Timed, table, train_ours
-from workload import Workload, ratio, sample, spread
+from throughput import STEPS_PER_PEER, TimedRun, table, train_normtune
+from workload import Workload, median_and_range, ratio, sample_images
 
 from normtune.data.records import Dataset, Example
 from normtune.data.registry import open_dataset
@@ -41,111 +42,115 @@ PACKAGES = {"LLaMA-Factory": "llamafactory", "ms-swift": "ms-swift"}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--slake", type=Path, required=True)
-    parser.add_argument("--llamafactory", type=Path, help="a Python that has LLaMA-Factory")
-    parser.add_argument("--swift", type=Path, help="a Python that has ms-swift")
+    parser.add_argument("--llamafactory", type=Path, help="a Python interpreter with LLaMA-Factory installed")
+    parser.add_argument("--swift", type=Path, help="a Python interpreter with ms-swift installed")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--pairs", type=int, default=24, help="question-answer pairs a step")
-    parser.add_argument("--steps", type=int, default=2, help="counted steps of a toolkit in one round")
+    parser.add_argument("--pairs", type=int, default=24, help="question-answer pairs per step")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps of a toolkit in one round")
     parser.add_argument("--rounds", type=int, default=3)
-    chosen = parser.parse_args()
-    dataset = open_dataset("slake", chosen.slake)
-    examples = sample(dataset.split("train"), chosen.pairs * (chosen.steps * MORE + 1))
-    work = Workload(SHAPES["llava"], "slake", dataset, examples)
-    work.shape.learn_words([f"{e.question} {e.answer}" for e in dataset.examples])
+    options = parser.parse_args()
+    dataset = open_dataset("slake", options.slake)
+    examples = sample_images(dataset.split("train"), options.pairs * (options.steps * STEPS_PER_PEER + 1))
+    workload = Workload(SHAPES["llava"], "slake", dataset, examples)
+    workload.shape.learn_words([f"{e.question} {e.answer}" for e in dataset.examples])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         torch.manual_seed(0)
-        work.shape.family().save(folder / "base")
-        as_messages(dataset, examples, folder)
-        runs = methods(work, folder, chosen)
+        workload.shape.build_family().save(folder / "base")
+        write_conversations(dataset, examples, folder)
+        runs = make_methods(workload, folder, options)
         speeds: dict[str, list[float]] = {name: [] for name in runs}
-        for round_ in range(chosen.rounds):
+        for round_ in range(options.rounds):
             for name, run in runs.items():
-                timed = run()
-                speeds[name].append(timed.pairs / timed.seconds)
+                timed_run = run()
+                speeds[name].append(timed_run.pairs / timed_run.seconds)
                 print(f"round {round_ + 1}  {name:<30} {speeds[name][-1]:7.2f} pairs/s", flush=True)
     first = next(iter(speeds))
     rows = [
         {
             "method": name,
-            "pairs_per_second": spread(values),
+            "pairs_per_second": median_and_range(values),
             "faster": ratio(speeds[first], values),
             "rounds": values,
         }
         for name, values in speeds.items()
     ]
     print("\n" + table(rows, first))
-    if chosen.out:
-        pythons = {"LLaMA-Factory": chosen.llamafactory, "ms-swift": chosen.swift}
+    if options.out:
+        pythons = {"LLaMA-Factory": options.llamafactory, "ms-swift": options.swift}
         record(
-            chosen.out,
+            options.out,
             "peers",
             rows,
-            **work.about(),
-            pairs_a_step=chosen.pairs,
-            steps=chosen.steps,
-            toolkits={name: versions(python, name) for name, python in pythons.items() if python},
+            **workload.describe(),
+            pairs_a_step=options.pairs,
+            steps=options.steps,
+            toolkits={name: read_versions(python, name) for name, python in pythons.items() if python},
         )
-        chosen.out.with_suffix(".md").write_text(table(rows, first), encoding="utf-8")
+        options.out.with_suffix(".md").write_text(table(rows, first), encoding="utf-8")
 
 
-def methods(work: Workload, folder: Path, chosen: argparse.Namespace) -> dict[str, Callable[[], Timed]]:
-    """What is timed, by name; Normtune's first."""
-    runs: dict[str, Callable[[], Timed]] = {}
+def make_methods(workload: Workload, folder: Path, options: argparse.Namespace) -> dict[str, Callable[[], TimedRun]]:
+    """The functions that are timed, by name; Normtune's come first."""
+    runs: dict[str, Callable[[], TimedRun]] = {}
     for recipe in RECIPES:
-        runs[f"normtune {recipe}"] = lambda recipe=recipe: train_ours(
-            load(str(folder / "base")), work, work.dataset, recipe, True, chosen
+        runs[f"normtune {recipe}"] = lambda recipe=recipe: train_normtune(
+            load(str(folder / "base")), workload, workload.dataset, recipe, True, options
         )
-    if chosen.llamafactory:
-        command = [beside(chosen.llamafactory, "llamafactory-cli"), "train", *llamafactory(folder, chosen)]
-        runs["LLaMA-Factory, LoRA r8 q,v"] = lambda: toolkit(command, folder, chosen)
-    if chosen.swift:
-        sft = [beside(chosen.swift, "swift"), "sft", *swift(folder, chosen)]
-        runs["ms-swift, LoRA r8 q,v"] = lambda: toolkit(sft, folder, chosen)
+    if options.llamafactory:
+        command = [
+            find_command(options.llamafactory, "llamafactory-cli"),
+            "train",
+            *llamafactory_arguments(folder, options),
+        ]
+        runs["LLaMA-Factory, LoRA r8 q,v"] = lambda: time_toolkit(command, folder, options)
+    if options.swift:
+        sft = [find_command(options.swift, "swift"), "sft", *swift_arguments(folder, options)]
+        runs["ms-swift, LoRA r8 q,v"] = lambda: time_toolkit(sft, folder, options)
     return runs
 
 
-def beside(python: Path, name: str) -> str:
-    """A command of the same environment.
+def find_command(python: Path, name: str) -> str:
+    """The path of a command in the environment of an interpreter.
 
     Raises:
-        InputError: it has none of that name.
+        InputError: the environment has no command of that name.
     """
     command = python.absolute().parent / name
     if not command.is_file():
-        raise InputError(f"{python}: there is no {name} beside it. Give the Python that has the toolkit.")
+        raise InputError(f"{python}: there is no {name} next to it. Give the toolkit's Python interpreter.")
     return str(command)
 
 
-def versions(python: Path, toolkit: str) -> dict[str, str]:
-    """Of the toolkit and what it computes with."""
+def read_versions(python: Path, toolkit: str) -> dict[str, str]:
+    """The versions of a toolkit and of the libraries that it uses."""
     names = (PACKAGES[toolkit], "torch", "transformers", "peft", "accelerate")
     code = f"import json, importlib.metadata as m; print(json.dumps({{n: m.version(n) for n in {names!r}}}))"
-    done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True)
-    found: dict[str, str] = json.loads(done.stdout)
-    return found
+    process = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True)
+    package_versions: dict[str, str] = json.loads(process.stdout)
+    return package_versions
 
 
-def as_messages(dataset: Dataset, examples: Sequence[Example], folder: Path) -> None:
-    """The examples as conversations, in the layout that both toolkits read."""
+def write_conversations(dataset: Dataset, examples: Sequence[Example], folder: Path) -> None:
+    """Write the examples as conversations, in the layout that both toolkits read."""
     rows = []
     for example in examples:
         image = folder / "images" / (example.images[0].replace("/", "-") + ".png")
         if not image.exists():
             image.parent.mkdir(exist_ok=True)
             dataset.open_image(example.images[0]).save(image)
-        asked = {"role": "user", "content": f"<image>{example.question}"}
-        told = {"role": "assistant", "content": example.answer}
-        rows.append({"messages": [asked, told], "images": [str(image)]})
+        user_turn = {"role": "user", "content": f"<image>{example.question}"}
+        assistant_turn = {"role": "assistant", "content": example.answer}
+        rows.append({"messages": [user_turn, assistant_turn], "images": [str(image)]})
     (folder / "pairs.json").write_text(json.dumps(rows), encoding="utf-8")
     columns = {"messages": "messages", "images": "images"}
     tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
-    known = {"file_name": "pairs.json", "formatting": "sharegpt", "columns": columns, "tags": tags}
-    (folder / "dataset_info.json").write_text(json.dumps({"pairs": known}), encoding="utf-8")
+    dataset_info = {"file_name": "pairs.json", "formatting": "sharegpt", "columns": columns, "tags": tags}
+    (folder / "dataset_info.json").write_text(json.dumps({"pairs": dataset_info}), encoding="utf-8")
 
 
-def llamafactory(folder: Path, chosen: argparse.Namespace) -> list[str]:
-    """The argument of `llamafactory-cli train`: a file of options."""
+def llamafactory_arguments(folder: Path, arguments: argparse.Namespace) -> list[str]:
+    """The arguments of `llamafactory-cli train`: the path of a file with its options."""
     options = {
         "model_name_or_path": str(folder / "base"),
         "stage": "sft",
@@ -164,10 +169,10 @@ def llamafactory(folder: Path, chosen: argparse.Namespace) -> list[str]:
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
-        "per_device_train_batch_size": chosen.pairs,
+        "per_device_train_batch_size": arguments.pairs,
         "gradient_accumulation_steps": 1,
         "learning_rate": 1e-4,
-        "max_steps": 1 + chosen.steps,
+        "max_steps": 1 + arguments.steps,
         "use_cpu": True,
     }
     path = folder / "llamafactory.yaml"  # JSON is YAML
@@ -175,8 +180,8 @@ def llamafactory(folder: Path, chosen: argparse.Namespace) -> list[str]:
     return [str(path)]
 
 
-def swift(folder: Path, chosen: argparse.Namespace) -> list[str]:
-    """The options of `swift sft`."""
+def swift_arguments(folder: Path, arguments: argparse.Namespace) -> list[str]:
+    """The arguments of `swift sft`."""
     options: dict[str, Any] = {
         "model": folder / "base",
         "model_type": "llava1_5_hf",
@@ -187,9 +192,9 @@ def swift(folder: Path, chosen: argparse.Namespace) -> list[str]:
         "attn_impl": "sdpa",
         "gradient_checkpointing": "false",
         "vit_gradient_checkpointing": "false",
-        "per_device_train_batch_size": chosen.pairs,
+        "per_device_train_batch_size": arguments.pairs,
         "gradient_accumulation_steps": 1,
-        "max_steps": 1 + chosen.steps,
+        "max_steps": 1 + arguments.steps,
         "learning_rate": 1e-4,
         "max_length": 2048,
         "output_dir": folder / "swift",
@@ -203,39 +208,39 @@ def swift(folder: Path, chosen: argparse.Namespace) -> list[str]:
         "use_cpu": "true",
         "use_hf": "true",
     }
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    return [*words, "--target_modules", *TARGETS]
+    flags = [flag for name, value in options.items() for flag in (f"--{name}", str(value))]
+    return [*flags, "--target_modules", *TARGETS]
 
 
-def toolkit(command: Sequence[str], folder: Path, chosen: argparse.Namespace) -> Timed:
-    """Run it offline on the CPU, and time the steps after the first by when their losses are printed.
+def time_toolkit(command: Sequence[str], folder: Path, options: argparse.Namespace) -> TimedRun:
+    """Run a toolkit offline on the CPU; the steps after the first are timed by when their losses are printed.
 
     Raises:
-        InputError: it failed, or printed other losses than were asked for.
+        InputError: the command failed, or printed another number of losses than it has steps.
     """
-    quiet = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    environment = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     log = folder / "toolkit.log"
-    came: list[float] = []
+    times: list[float] = []
     with (
-        log.open("w", encoding="utf-8") as kept,
+        log.open("w", encoding="utf-8") as log_file,
         subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=os.environ | quiet,
+            env=os.environ | environment,
             cwd=folder,
         ) as process,
     ):
         assert process.stdout is not None
         for line in process.stdout:  # universal newlines: a progress bar's \r ends a line too
-            kept.write(line)
+            log_file.write(line)
             if "{'loss'" in line:
-                came.append(time.perf_counter())
-    if process.returncode or len(came) != 1 + chosen.steps:
+                times.append(time.perf_counter())
+    if process.returncode or len(times) != 1 + options.steps:
         last = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()][-1:]
-        raise InputError(f"{Path(command[0]).name} printed {len(came)} losses and ended so: {' '.join(last)}")
-    return Timed(chosen.pairs * chosen.steps, came[-1] - came[0])
+        raise InputError(f"{Path(command[0]).name} printed {len(times)} losses; last line: {' '.join(last)}")
+    return TimedRun(options.pairs * options.steps, times[-1] - times[0])
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
     python benchmarks/quantised.py --out benchmarks/quantised.json
 
-Needs pip install 'normtune[quantize]'. The same recipe, batches and seed on the base in fp32, in bf16, and
-with its language model's linears in int8 (torchao) and nf4 (bitsandbytes), all else in fp32. The gradient's
-error is relative to fp32's, over all that is trained. Every delta is evaluated on the base that it was
-trained on, and those of quantised bases on the fp32 one too; differences from fp32 are paired by question.
+It needs pip install 'normtune[quantize]'. The same recipe, batches and seed are used on the base in fp32, in
+bf16, and with the linears of its language model in int8 (torchao) and nf4 (bitsandbytes), all else in fp32.
+The error of the gradient is relative to the fp32 gradient, over all trained parameters. Every adapter is
+evaluated on the base that it was trained on, and those of quantised bases also on the fp32 base. Differences
+from fp32 are paired by question.
 """
 
 from __future__ import annotations
@@ -44,98 +45,96 @@ BASES: dict[str, dict[str, str]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="JSON file; the table goes beside it")
-    parser.add_argument("--model", default="nano", help="a directory, a hub name, or 'nano'")
-    parser.add_argument("--data", default="phantom-b:160/0/120", help="trained on and evaluated")
-    parser.add_argument("--root", type=Path, help="the data set's folder")
+    parser.add_argument("--out", type=Path, help="JSON file; the table is written next to it as .md")
+    parser.add_argument("--model", default="nano", help="a directory, a Hub name, or 'nano'")
+    parser.add_argument("--data", default="phantom-b:160/0/120", help="the dataset to train and evaluate on")
+    parser.add_argument("--root", type=Path, help="the dataset's folder")
     parser.add_argument("--tune", default="ln")
     parser.add_argument("--epochs", type=float, default=4)
-    parser.add_argument("--pairs", type=int, default=24, help="of the gradient that is compared")
+    parser.add_argument("--pairs", type=int, default=24, help="pairs of the compared gradient")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     for kind in PACKAGES:
         check_installed(kind)
     with tempfile.TemporaryDirectory() as folder:
-        rows = [row(options, name, Path(folder)) for name in BASES]
+        rows = [measure_base(options, name, Path(folder)) for name in BASES]
     print(table(rows))
     if options.out:
-        given = {name: value for name, value in vars(options).items() if name not in ("out", "root")}
+        arguments = {name: value for name, value in vars(options).items() if name not in ("out", "root")}
         packages = {package: version(package) for package in PACKAGES.values()}
-        record(options.out, "quantised", rows, quantised_by=packages, **given)
+        record(options.out, "quantised", rows, quantised_by=packages, **arguments)
         options.out.with_suffix(".md").write_text(table(rows), encoding="utf-8")
 
 
-def row(options: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
-    """One base: its gradient's error, and the scores after training."""
-    how = BASES[name]
-    exact, own = gradient(options, {}), gradient(options, how)
+def measure_base(options: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
+    """The row of one base: the error of its gradient, and the metrics after training."""
+    base_options = BASES[name]
+    fp32_gradient, base_gradient = first_gradient(options, {}), first_gradient(options, base_options)
     data = {"model": options.model, "data": options.data, "root": options.root, "device": "cpu"}
     result = train(
         TrainConfig.checked(
-            **data, **how, out=folder / name, tune=options.tune, epochs=options.epochs, seed=options.seed
+            **data, **base_options, out=folder / name, tune=options.tune, epochs=options.epochs, seed=options.seed
         )
     )
-    found: dict[str, Any] = {
+    measured: dict[str, Any] = {
         "base": name,
-        "gradient_error": float((own - exact).norm() / exact.norm()),
+        "gradient_error": float((base_gradient - fp32_gradient).norm() / fp32_gradient.norm()),
         "seconds": result.seconds,
         "final_loss": result.final_loss,
-        "metrics": scores(data | how, folder, name, f"{name}-own"),
+        "metrics": evaluate_adapter(data | base_options, folder, name, f"{name}-own"),
     }
-    if "quantize" in how:
-        found["on_fp32"] = scores(data, folder, name, f"{name}-on-fp32")
+    if "quantize" in base_options:
+        measured["on_fp32"] = evaluate_adapter(data, folder, name, f"{name}-on-fp32")
     if name != "fp32":
-        found["difference"] = asdict(compare(folder / "fp32-own", folder / f"{name}-own")[METRIC])
-    error, score = found["gradient_error"], found["metrics"][METRIC]["value"]
+        measured["difference"] = asdict(compare(folder / "fp32-own", folder / f"{name}-own")[METRIC])
+    error, score = measured["gradient_error"], measured["metrics"][METRIC]["value"]
     print(f"{name}: gradient error {error:.4f}, {METRIC} {100 * score:.1f}", flush=True)
-    return found
+    return measured
 
 
-def gradient(options: argparse.Namespace, how: dict[str, str]) -> Tensor:
-    """Of the first step's loss by all that is trained, in one row."""
+def first_gradient(options: argparse.Namespace, base_options: dict[str, str]) -> Tensor:
+    """The gradient of the first step's loss with respect to all trained parameters, as one vector."""
     torch.manual_seed(options.seed)
-    family = load(options.model, **how)
+    family = load(options.model, **base_options)
     tuned = adapt(family.model, options.tune, seed=options.seed)
-    total, tokens = family.loss(batch(options, family))
+    total, tokens = family.loss(first_batch(options, family))
     (total / tokens).backward()
-    # the last layer of some towers is not read
-    return torch.cat([one.grad.flatten() for one in tuned.trained.values() if one.grad is not None])
+    # a parameter without effect on the loss has no gradient, such as those of an unused last vision layer
+    return torch.cat([tensor.grad.flatten() for tensor in tuned.trained.values() if tensor.grad is not None])
 
 
-def batch(options: argparse.Namespace, family: Family) -> dict[str, Any]:
-    """The first images with about so many questions."""
+def first_batch(options: argparse.Namespace, family: Family) -> dict[str, Any]:
+    """A batch of the first images with about `options.pairs` questions in all."""
     dataset = open_dataset(options.data, options.root)
     members: list[Any] = []
     for group in group_by_image(dataset.split("train")):
         if sum(map(len, members)) < options.pairs:
             members.append(group)
-    groups = [
-        Group(m[0].images, tuple(family.tokenize(e.id, e.question, e.answer) for e in m)) for m in members
-    ]
+    groups = [Group(m[0].images, tuple(family.tokenize(e.id, e.question, e.answer) for e in m)) for m in members]
     pixels = [[family.preprocess_image(dataset.open_image(key)) for key in m[0].images] for m in members]
     return family.collate(groups, pixels)
 
 
-def scores(how: dict[str, Any], folder: Path, adapter: str, out: str) -> dict[str, Any]:
-    config = EvaluateConfig.checked(**how, adapter=folder / adapter, out=folder / out)
-    found: dict[str, Any] = evaluate_config(config)["metrics"]
-    return found
+def evaluate_adapter(base_options: dict[str, Any], folder: Path, adapter: str, out: str) -> dict[str, Any]:
+    """Evaluate an adapter of `folder`; its evaluation is written to the subfolder `out`."""
+    config = EvaluateConfig.checked(**base_options, adapter=folder / adapter, out=folder / out)
+    metrics: dict[str, Any] = evaluate_config(config)["metrics"]
+    return metrics
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        f"| base | gradient error | {METRIC} % | less fp32 | on the fp32 base % |",
-        "|---|--:|--:|--:|--:|",
-    ]
-    for one in rows:
-        cells = [one["base"], f"{one['gradient_error']:.4f}", shown(one["metrics"][METRIC])]
-        cells.append(shown(one["difference"], "difference") if "difference" in one else "–")
-        cells.append(shown(one["on_fp32"][METRIC]) if "on_fp32" in one else "–")
+    """A Markdown table, one row per base."""
+    lines = [f"| base | gradient error | {METRIC} % | less fp32 | on the fp32 base % |", "|---|--:|--:|--:|--:|"]
+    for row in rows:
+        cells = [row["base"], f"{row['gradient_error']:.4f}", format_metric(row["metrics"][METRIC])]
+        cells.append(format_metric(row["difference"], "difference") if "difference" in row else "–")
+        cells.append(format_metric(row["on_fp32"][METRIC]) if "on_fp32" in row else "–")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def shown(metric: dict[str, float], value: str = "value") -> str:
+def format_metric(metric: dict[str, float], value: str = "value") -> str:
+    """A metric, or another of its values, in % with its interval."""
     return f"{100 * metric[value]:.1f} [{100 * metric['low']:.1f}, {100 * metric['high']:.1f}]"
 
 

@@ -1,10 +1,11 @@
-"""Real questions: nano tuned on SLAKE (English) and VQA-RAD (split by image), and a question-only baseline.
+"""Accuracy of nano tuned on SLAKE (English) and VQA-RAD (split by image), and of a question-only baseline.
 
     python benchmarks/real_data.py --slake DIR --vqa-rad DIR --out benchmarks/real_data.json
 
-Every recipe sees the same pairs as often, at its method's default learning rate. The question-only baseline
-answers with the commonest training answer to that question, else to its first two words. nano was trained on
-phantoms alone: these are figures of the method at a very small size, not of the state of the art.
+Every recipe sees the same pairs equally often, at the default learning rate of its method. The question-only
+baseline answers with the most frequent training answer to the same question, or else to questions with the
+same first two words. nano was trained on phantoms only: the figures describe the method at a very small model
+size, not the state of the art.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from normtune.studies.demo_cells import Cell, run_cells
 from normtune.training.config import TrainConfig
 
 RECIPES = ("frozen", "ln", "lora-8", "full")
-SHOWN = ("closed_label", "closed_yes_no", "open_exact", "open_recall", "global_exact")
+METRICS = ("closed_label", "closed_yes_no", "open_exact", "open_recall", "global_exact")
 
 
 def main() -> None:
@@ -41,19 +42,19 @@ def main() -> None:
         "slake": {"data": "slake", "root": options.slake},
         "vqa-rad": {"data": "vqa-rad", "root": options.vqa_rad, "image_disjoint": True},
     }
-    rows = [baseline(name, named) for name, named in data.items()]
+    rows = [baseline_row(name, data_options) for name, data_options in data.items()]
     with tempfile.TemporaryDirectory() as folder:
         cells = [
-            cell(name, named, recipe, options.epochs, Path(folder))
-            for name, named in data.items()
+            cell(name, data_options, recipe, options.epochs, Path(folder))
+            for name, data_options in data.items()
             for recipe in options.recipes
         ]
-        for found in run_cells(cells, workers=options.workers):
-            name, recipe = found["name"].split("/")
-            training = found["training"] and {k: v for k, v in found["training"].items() if k != "out"}
+        for result in run_cells(cells, workers=options.workers):
+            name, recipe = result["name"].split("/")
+            training = result["training"] and {k: v for k, v in result["training"].items() if k != "out"}
             row = {"dataset": name, "recipe": recipe, "training": training}
-            rows.append(row | scores(found["evaluation"]))
-            print(line(rows[-1]), flush=True)
+            rows.append(row | select_fields(result["evaluation"]))
+            print(format_row(rows[-1]), flush=True)
     order = ["question-only", *options.recipes]
     rows.sort(key=lambda row: (list(data).index(row["dataset"]), order.index(row["recipe"])))
     print("\n" + table(rows))
@@ -62,61 +63,58 @@ def main() -> None:
         options.out.with_suffix(".md").write_text(table(rows), encoding="utf-8")
 
 
-def baseline(name: str, named: dict[str, Any]) -> dict[str, Any]:
-    """The answers that the questions alone give."""
-    dataset = open_configured(EvaluateConfig(model="nano", out=Path("unused"), **named))
+def baseline_row(name: str, data_options: dict[str, Any]) -> dict[str, Any]:
+    """The row of the baseline that reads only the question."""
+    dataset = open_configured(EvaluateConfig(model="nano", out=Path("unused"), **data_options))
     test = dataset.split("test")
-    found = score_vqa(test, QuestionOnly.fit(dataset.split("train")).predict(test))
+    metrics = score_vqa(test, QuestionOnly.fit(dataset.split("train")).predict(test))
     row = {"dataset": name, "recipe": "question-only", "training": None, "rows": len(test)}
-    row["metrics"] = {metric: asdict(found[metric]) for metric in SHOWN}
-    print(line(row), flush=True)
+    row["metrics"] = {metric: asdict(metrics[metric]) for metric in METRICS}
+    print(format_row(row), flush=True)
     return row
 
 
-def cell(name: str, named: dict[str, Any], recipe: str, epochs: float, folder: Path) -> Cell:
-    """One recipe on one dataset."""
+def cell(name: str, data_options: dict[str, Any], recipe: str, epochs: float, folder: Path) -> Cell:
+    """The training run and the evaluation of one recipe on one dataset."""
     adapter = folder / name / recipe
     train = None
     if recipe != "frozen":
         train = TrainConfig(
-            model="nano", tune=recipe, out=adapter, epochs=epochs, resume=False, device="cpu", **named
+            model="nano", tune=recipe, out=adapter, epochs=epochs, resume=False, device="cpu", **data_options
         )
-    scored = folder / f"{name}-{recipe}"
+    scores_folder = folder / f"{name}-{recipe}"
     evaluate = EvaluateConfig(
-        model="nano", adapter=adapter if train else None, out=scored, device="cpu", **named
+        model="nano", adapter=adapter if train else None, out=scores_folder, device="cpu", **data_options
     )
     return Cell(f"{name}/{recipe}", train, evaluate)
 
 
-def scores(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of an evaluation: no question, answer or image."""
+def select_fields(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """The fields of an evaluation for the record: no question, answer or image."""
     return {
         "rows": evaluation["rows"],
-        "metrics": {metric: evaluation["metrics"][metric] for metric in SHOWN},
+        "metrics": {metric: evaluation["metrics"][metric] for metric in METRICS},
         "split_hash": evaluation["split_hash"],
     }
 
 
-def line(row: dict[str, Any]) -> str:
-    """One row in words."""
+def format_row(row: dict[str, Any]) -> str:
+    """A row as one line of text."""
     return f"{row['dataset']:<8} {row['recipe']:<14} " + "  ".join(
-        f"{metric} {100 * row['metrics'][metric]['value']:.1f}" for metric in SHOWN
+        f"{metric} {100 * row['metrics'][metric]['value']:.1f}" for metric in METRICS
     )
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a Markdown table, with 95% intervals."""
-    named = " | ".join(f"`{metric}`" for metric in SHOWN)
-    lines = [
-        f"| dataset | recipe | trainable % | {named} |",
-        "|---|---|--:|" + "--:|" * len(SHOWN),
-    ]
+    """A Markdown table of the rows, with 95% intervals."""
+    headings = " | ".join(f"`{metric}`" for metric in METRICS)
+    lines = [f"| dataset | recipe | trainable % | {headings} |", "|---|---|--:|" + "--:|" * len(METRICS)]
     for row in rows:
         training = row["training"]
         share = f"{100 * training['share']:.3f}" if training else "–"
         cells = [
-            f"{100 * one['value']:.1f} [{100 * one['low']:.1f}, {100 * one['high']:.1f}]"
-            for one in (row["metrics"][metric] for metric in SHOWN)
+            f"{100 * interval['value']:.1f} [{100 * interval['low']:.1f}, {100 * interval['high']:.1f}]"
+            for interval in (row["metrics"][metric] for metric in METRICS)
         ]
         lines.append("| " + " | ".join((row["dataset"], row["recipe"], share, *cells)) + " |")
     return "\n".join(lines) + "\n"

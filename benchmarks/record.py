@@ -1,4 +1,4 @@
-"""The JSON record of a benchmark: its rows, with the versions and the machine that produced them."""
+"""Write the JSON record of a benchmark: its rows, package versions and the machine that it ran on."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ from normtune.runtime.files import write_json
 
 def record(path: Path, name: str, rows: list[dict[str, Any]], **about: Any) -> None:
     """Write `rows` with the date, the versions and the machine to `path`, and print the path."""
+    write_record(path, name, rows, **about)
+    print(f"Written: {path}")
+
+
+def write_record(path: Path, name: str, rows: list[dict[str, Any]], **about: Any) -> None:
+    """Write the record without a message, for a benchmark that rewrites it as its rows arrive."""
     write_json(
         path,
         {
@@ -23,4 +29,3 @@ def record(path: Path, name: str, rows: list[dict[str, Any]], **about: Any) -> N
             "machine": hardware(),
         },
     )
-    print(f"Written: {path}")

@@ -1,4 +1,7 @@
-"""A random model of a real shape, as Normtune and as stock transformers with PEFT hold it."""
+"""Random models of real shapes, built for Normtune and for stock transformers with PEFT.
+
+`Shape` is the interface; `shape_llava` and `shape_miss` implement it, and `shapes` lists them by name.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,19 @@ from normtune.models.parts import norms
 from normtune.models.types import Pixels
 
 PEERS = ("LN_TUNING", "LoRA r8 q,v", "LoRA r8 all-linear", "full")
-NEVER = -1.0e4  # bias of the end token: no answer ends before its last token
+NO_END_BIAS = -1.0e4  # bias of the end token's logit, so that no answer ends before its last allowed token
 
-Written = tuple[int, ...]  # the tokens of one answer
+AnswerTokens = tuple[int, ...]  # the tokens of one answer
 
 
 class Shape(ABC):
-    """One model's dimensions; `family`, `tuned` and `twins` build it anew, with random weights."""
+    """The dimensions of a model. Every `build_...` method returns a new model with random weights.
+
+    Attributes:
+        name: name of the shape on the command line and in the record.
+        peers: the methods of PEFT that Normtune is compared with.
+        words: the words of the data, sorted.
+    """
 
     name: str
     peers: Sequence[str] = PEERS
@@ -32,74 +41,71 @@ class Shape(ABC):
         self.words: list[str] = []
 
     def learn_words(self, texts: Sequence[str]) -> None:
-        """The vocabulary: the words of the data, so that lengths in tokens are near the real ones."""
-        found = {
-            w for text in texts for w in "".join(c if c.isalnum() else " " for c in text.lower()).split()
+        """Build the vocabulary from the words of the data, so that token counts are near the real ones."""
+        words = {
+            word for text in texts for word in "".join(char if char.isalnum() else " " for char in text.lower()).split()
         }
-        self.words = sorted(found)
+        self.words = sorted(words)
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """The dimensions, for the record."""
+        """The dimensions, for the JSON record."""
 
     @abstractmethod
-    def family(self) -> Family:
-        """Normtune's model."""
+    def build_family(self) -> Family:
+        """The model as Normtune's family."""
 
     @abstractmethod
-    def twins(self) -> tuple[Family, nn.Module]:
-        """Normtune's model and transformers', of the same weights, whose answers never end by themselves."""
+    def build_pair(self) -> tuple[Family, nn.Module]:
+        """(Normtune's family, transformers' model) with the same weights; their answers never end early."""
 
     @abstractmethod
-    def tuned(self, method: str) -> nn.Module:
-        """Transformers' model under PEFT."""
+    def build_peft(self, method: str) -> nn.Module:
+        """Transformers' model with `method` of PEFT applied to it."""
 
     @abstractmethod
-    def row(self, family: Family, example: Example, pixels: Pixels) -> Any:
-        """One question with its answer and its own copy of the image."""
+    def build_row(self, family: Family, example: Example, pixels: Pixels) -> Any:
+        """One question, its answer and its own copy of the image's pixels, tokenised for transformers."""
 
     @abstractmethod
     def collate(self, rows: Sequence[Any]) -> dict[str, Any]:
-        """Rows padded to one length, as the model's `forward` takes them."""
+        """The arguments of the model's `forward`: rows padded to one length, with labels."""
 
     @abstractmethod
-    def asked(self, rows: Sequence[Any]) -> dict[str, Any]:
-        """The questions of rows alone, as the model's `generate` takes them."""
+    def question_batch(self, rows: Sequence[Any]) -> dict[str, Any]:
+        """The arguments of the model's `generate`: the questions of rows, without their answers."""
 
     @abstractmethod
-    def question_tokens(self, row: Any) -> int:
-        """The length of a row's question."""
+    def question_length(self, row: Any) -> int:
+        """The number of tokens of a row's question."""
 
     @abstractmethod
-    def generated(self, model: nn.Module, inputs: dict[str, Any], beams: int, tokens: int) -> list[Written]:
-        """What transformers' `generate` answers."""
+    def answer_with_transformers(
+        self, model: nn.Module, inputs: dict[str, Any], beams: int, tokens: int
+    ) -> list[AnswerTokens]:
+        """The answers of transformers' `generate`, one per row of `inputs`."""
 
     @abstractmethod
-    def written(
-        self,
-        family: Any,
-        groups: Sequence[Group],
-        pixels: Sequence[Sequence[Pixels]],
-        beams: int,
-        tokens: int,
-    ) -> list[Written]:
-        """What Normtune's model answers, one a segment in the order given."""
+    def answer_with_normtune(
+        self, family: Any, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]], beams: int, tokens: int
+    ) -> list[AnswerTokens]:
+        """The answers of Normtune's family, one per segment in the order of the groups."""
 
-    def rows(self, family: Family, dataset: Dataset, examples: Sequence[Example]) -> list[Any]:
-        """Every example as a row; an image is processed once."""
+    def build_rows(self, family: Family, dataset: Dataset, examples: Sequence[Example]) -> list[Any]:
+        """One row per example; each image is preprocessed once."""
         keys = dict.fromkeys(example.images[0] for example in examples)
         pixels = {key: family.preprocess_image(dataset.open_image(key)) for key in keys}
-        return [self.row(family, example, pixels[example.images[0]]) for example in examples]
+        return [self.build_row(family, example, pixels[example.images[0]]) for example in examples]
 
-    def peer(
+    def build_peer(
         self, method: str, dataset: Dataset, examples: Sequence[Example]
     ) -> tuple[nn.Module, list[Any], Any]:
-        """Transformers' model under PEFT, one row a question, and the collator that pads them."""
-        return self.tuned(method), self.rows(self.family(), dataset, examples), self.collate
+        """(transformers' model under PEFT, one row per question, the function that collates rows)."""
+        return self.build_peft(method), self.build_rows(self.build_family(), dataset, examples), self.collate
 
 
-def tuned_by_peft(model: nn.Module, method: str, queries_values: Sequence[str]) -> nn.Module:
-    """`model` as a user of PEFT sets it up."""
+def apply_peft(model: nn.Module, method: str, queries_values: Sequence[str]) -> nn.Module:
+    """Apply `method` to `model` as a user of PEFT does."""
     if method == "full":
         return model
     targets: Any = list(queries_values) if "q,v" in method else "all-linear"
@@ -107,5 +113,5 @@ def tuned_by_peft(model: nn.Module, method: str, queries_values: Sequence[str]) 
     if method == "LN_TUNING":
         config = LNTuningConfig(target_modules=list(norms(model)))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT warns of every kind of norm that it is told to train
+        warnings.simplefilter("ignore")  # PEFT warns about every kind of norm that it trains
         return get_peft_model(model, config)  # type: ignore[arg-type]

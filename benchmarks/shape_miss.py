@@ -1,4 +1,7 @@
-"""MISS's shape at a small width: 480 pixels, 900 patches; the peer is transformers' BLIP."""
+"""MISS's shape at a small width: 480 pixels and 900 patches.
+
+The peer is transformers' BLIP, which has the same architecture (`from_blip` converts its weights to MISS).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from shape import NEVER, Shape, Written, tuned_by_peft
+from shape import NO_END_BIAS, AnswerTokens, Shape, apply_peft
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BlipConfig, BlipForQuestionAnswering
@@ -17,20 +20,20 @@ from normtune.models.families.miss import MissFamily, miss_processor
 from normtune.models.importers.miss.importer import from_blip
 from normtune.models.miss.config import MissConfig
 from normtune.models.miss.model import MissForQuestionAnswering
-from normtune.models.miss.tokenizer import ENCODE, bert_tokenizer
+from normtune.models.miss.tokenizer import ENCODE, build_bert_tokenizer
 from normtune.models.types import Pixels
 
 
 class Row(NamedTuple):
-    """One question with its answer and its own image."""
+    """One question with its answer and its own image, as BLIP takes them."""
 
     pixel_values: Tensor  # [3, size, size]
     question: Tensor  # [question tokens] long
-    answer: Tensor  # [1 + answer tokens] long, the start token first
+    answer: Tensor  # [1 + answer tokens] long; the first is the start token
 
 
 class MissShape(Shape):
-    """MISS at 480 pixels: 900 patches, its layers and width scaled down; the peer is transformers' BLIP."""
+    """MISS at 480 pixels, with fewer layers and a smaller width than MISS-base."""
 
     name = "miss"
     width, heads, layers, image_size = 192, 3, 4, 480
@@ -46,7 +49,7 @@ class MissShape(Shape):
         }
 
     def _dims(self) -> dict[str, Any]:
-        """What MISS's and BLIP's three parts have in common."""
+        """The dimensions that the vision, encoder and decoder parts of MISS and of BLIP share."""
         return {
             "hidden_size": self.width,
             "num_hidden_layers": self.layers,
@@ -56,25 +59,16 @@ class MissShape(Shape):
 
     def _tokenizer(self) -> Any:
         signs = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
-        pieces = [
-            "[PAD]",
-            "[UNK]",
-            "[CLS]",
-            "[SEP]",
-            "[MASK]",
-            *signs,
-            *(f"##{s}" for s in signs),
-            *self.words,
-        ]
-        return bert_tokenizer({piece: index for index, piece in enumerate(dict.fromkeys(pieces))})
+        pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *signs, *(f"##{s}" for s in signs), *self.words]
+        return build_bert_tokenizer({piece: index for index, piece in enumerate(dict.fromkeys(pieces))})
 
-    def family(self) -> MissFamily:
+    def build_family(self) -> MissFamily:
         tokenizer = self._tokenizer()
-        width = self._dims()
+        dims = self._dims()
         config = MissConfig(
-            vision_dims={**width, "image_size": self.image_size, "patch_size": 16},
-            encoder_dims=width,
-            decoder_dims=width,
+            vision_dims={**dims, "image_size": self.image_size, "patch_size": 16},
+            encoder_dims=dims,
+            decoder_dims=dims,
             vocab_size=len(tokenizer),
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.sep_token_id,
@@ -82,14 +76,14 @@ class MissShape(Shape):
         )
         return MissFamily(MissForQuestionAnswering(config), miss_processor(tokenizer, self.image_size))
 
-    def twins(self) -> tuple[MissFamily, nn.Module]:
+    def build_pair(self) -> tuple[MissFamily, nn.Module]:
         blip = self._blip()
         model, tokenizer = from_blip(blip), self._tokenizer()
         model.config.encode_token_id = tokenizer.convert_tokens_to_ids(ENCODE)
         end = model.config.eos_token_id
         with torch.no_grad():
             for head in (model.text_decoder.cls, blip.text_decoder.cls):
-                head.predictions.decoder.bias[end] = NEVER
+                head.predictions.decoder.bias[end] = NO_END_BIAS
         return MissFamily(model.eval(), miss_processor(tokenizer, self.image_size)), blip.eval()
 
     def _blip(self) -> BlipForQuestionAnswering:
@@ -106,24 +100,24 @@ class MissShape(Shape):
         }
         return BlipForQuestionAnswering(BlipConfig(vision_config=vision, text_config=text))
 
-    def tuned(self, method: str) -> nn.Module:
-        return tuned_by_peft(self._blip(), method, ("query", "value", "qkv"))
+    def build_peft(self, method: str) -> nn.Module:
+        return apply_peft(self._blip(), method, ("query", "value", "qkv"))
 
-    def row(self, family: Any, example: Example, pixels: Pixels) -> Row:
+    def build_row(self, family: Any, example: Example, pixels: Pixels) -> Row:
         segment = family.tokenize(example.id, example.question, example.answer)
         answer = torch.tensor((family.config.bos_token_id, *segment.answer))
         return Row(pixels["pixel_values"], torch.tensor(segment.prompt), answer)
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Any]:
         answers = [row.answer for row in rows]
-        entered = pad_sequence(answers, True, 0)
-        return self.asked(rows) | {
-            "decoder_input_ids": entered,
-            "decoder_attention_mask": (entered != 0).long(),
+        decoder_ids = pad_sequence(answers, True, 0)
+        return self.question_batch(rows) | {
+            "decoder_input_ids": decoder_ids,
+            "decoder_attention_mask": (decoder_ids != 0).long(),
             "labels": pad_sequence(answers, True, -100),
         }
 
-    def asked(self, rows: Sequence[Row]) -> dict[str, Any]:
+    def question_batch(self, rows: Sequence[Row]) -> dict[str, Any]:
         ids = pad_sequence([row.question for row in rows], True, 0)
         return {
             "pixel_values": torch.stack([row.pixel_values for row in rows]),
@@ -131,20 +125,17 @@ class MissShape(Shape):
             "attention_mask": (ids != 0).long(),
         }
 
-    def question_tokens(self, row: Row) -> int:
+    def question_length(self, row: Row) -> int:
         return len(row.question)
 
-    def generated(self, model: Any, inputs: dict[str, Any], beams: int, tokens: int) -> list[Written]:
-        found = model.generate(**inputs, num_beams=beams, max_new_tokens=tokens, do_sample=False)
-        return [tuple(row) for row in found[:, 1:].tolist()]
+    def answer_with_transformers(
+        self, model: Any, inputs: dict[str, Any], beams: int, tokens: int
+    ) -> list[AnswerTokens]:
+        sequences = model.generate(**inputs, num_beams=beams, max_new_tokens=tokens, do_sample=False)
+        return [tuple(row) for row in sequences[:, 1:].tolist()]
 
-    def written(
-        self,
-        family: MissFamily,
-        groups: Sequence[Group],
-        pixels: Sequence[Sequence[Pixels]],
-        beams: int,
-        tokens: int,
-    ) -> list[Written]:
-        found = family.model.generate(max_new_tokens=tokens, beams=beams, **family._questions(groups, pixels))
-        return [one.tokens for one in found]
+    def answer_with_normtune(
+        self, family: MissFamily, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]], beams: int, tokens: int
+    ) -> list[AnswerTokens]:
+        answers = family.model.generate(max_new_tokens=tokens, beams=beams, **family._questions(groups, pixels))
+        return [answer.tokens for answer in answers]

@@ -1,4 +1,4 @@
-"""The shapes that are measured, by name."""
+"""The shapes that the benchmarks can measure, by name."""
 
 from __future__ import annotations
 

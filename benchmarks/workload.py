@@ -1,7 +1,7 @@
-"""What throughput and answering are measured on: a random model of a real shape, real questions, images.
+"""The workloads of several benchmarks: a random model of a real shape, with real questions and images.
 
-The four workloads are --shape miss or llava with --data slake or vqa-rad. Pixels are processed once, before
-the clock starts, and come from memory on both sides.
+There are four: --shape miss or llava with --data slake or vqa-rad. Images are preprocessed once, before any
+timing, and both sides of a comparison read the pixels from memory.
 """
 
 from __future__ import annotations
@@ -24,23 +24,26 @@ from normtune.models.family import Family
 DATA = ("slake", "vqa-rad")
 
 
-def parser(about: str, *, pairs: int, rounds: int) -> argparse.ArgumentParser:
-    """The options that both take; `pairs` and `rounds` are defaults."""
-    made = argparse.ArgumentParser(description=about)
-    made.add_argument("--shape", choices=SHAPES, required=True)
-    made.add_argument("--data", choices=DATA, required=True)
-    made.add_argument("--root", type=Path, required=True, help="the data set's folder")
-    made.add_argument("--out", type=Path, help="JSON file; the table goes beside it")
-    made.add_argument("--pairs", type=int, default=pairs, help="question-answer pairs (default %(default)s)")
-    made.add_argument(
-        "--rounds", type=int, default=rounds, help="times that everything is run (default %(default)s)"
+def build_parser(description: str, *, pairs: int, rounds: int) -> argparse.ArgumentParser:
+    """The options that these benchmarks share; `pairs` and `rounds` are the defaults."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--shape", choices=SHAPES, required=True)
+    parser.add_argument("--data", choices=DATA, required=True)
+    parser.add_argument("--root", type=Path, required=True, help="the dataset's folder")
+    parser.add_argument("--out", type=Path, help="JSON file; the table is written next to it as .md")
+    parser.add_argument("--pairs", type=int, default=pairs, help="question-answer pairs (default %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=rounds, help="how often everything is measured (default %(default)s)"
     )
-    return made
+    return parser
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A shape that knows the data's words, and the examples that are measured."""
+    """What a benchmark measures: a shape, and examples of a dataset.
+
+    The tokenizer of `shape` was built from the texts of the dataset (`Shape.learn_words`).
+    """
 
     shape: Shape
     data: str
@@ -51,17 +54,22 @@ class Workload:
     def questions_per_image(self) -> float:
         return len(self.examples) / len(group_by_image(self.examples))
 
-    def held(self, family: Family) -> Dataset:
-        """The examples with their images in memory, and `family` made to know their pixels already."""
+    def cache_images(self, family: Family) -> Dataset:
+        """Load all images into memory and preprocess them, so that neither is part of a measured time.
+
+        Returns:
+            The dataset, restricted to the examples. Its `open_image` returns the loaded image objects, and
+            `family.preprocess_image` is replaced by a look-up of their pixels.
+        """
         images = {
-            key: self.dataset.open_image(key) for key in dict.fromkeys(e.images[0] for e in self.examples)
+            key: self.dataset.open_image(key) for key in dict.fromkeys(example.images[0] for example in self.examples)
         }
         processed = {id(image): family.preprocess_image(image) for image in images.values()}
         family.preprocess_image = lambda image: processed[id(image)]  # type: ignore[method-assign]
         return replace(self.dataset, examples=self.examples, open_image=images.__getitem__, skipped=[])
 
-    def about(self) -> dict[str, Any]:
-        """For the record."""
+    def describe(self) -> dict[str, Any]:
+        """The fields of the workload in the JSON record."""
         return {
             "shape": self.shape.describe(),
             "data": self.data,
@@ -70,34 +78,35 @@ class Workload:
         }
 
 
-def workload(options: argparse.Namespace, questions: int) -> Workload:
-    """About `questions` of the training split, in whole images."""
+def load_workload(options: argparse.Namespace, questions: int) -> Workload:
+    """Images of the training split with all their questions, about `questions` in all."""
     shape = SHAPES[options.shape]
     dataset = open_dataset(options.data, options.root)
-    shape.learn_words([f"{e.question} {e.answer}" for e in dataset.examples])
-    return Workload(shape, options.data, dataset, sample(dataset.split("train"), questions))
+    shape.learn_words([f"{example.question} {example.answer}" for example in dataset.examples])
+    return Workload(shape, options.data, dataset, sample_images(dataset.split("train"), questions))
 
 
-def sample(examples: Sequence[Example], pairs: int) -> list[Example]:
-    """Whole images, about `pairs` pairs in all, with as many questions an image as the data set has.
+def sample_images(examples: Sequence[Example], pairs: int) -> list[Example]:
+    """Images with all their questions, about `pairs` pairs in all.
 
-    Images are sorted by their number of questions and taken at even steps.
+    The mean number of questions per image is near that of the dataset: images are sorted by their number of
+    questions and taken at even steps.
     """
     groups = sorted(group_by_image(examples), key=len)
     count = max(1, round(pairs * len(groups) / len(examples)))
-    return [e for i in range(count) for e in groups[int((i + 0.5) * len(groups) / count)]]
+    return [example for i in range(count) for example in groups[int((i + 0.5) * len(groups) / count)]]
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, lowest and highest of the rounds."""
+def median_and_range(values: Sequence[float]) -> dict[str, float]:
+    """Median, lowest and highest of the values, one per round."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
-def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    """How many times faster, round by round: both were measured within the same minutes."""
-    return spread([a / b for a, b in zip(ours, theirs, strict=True)])
+def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> dict[str, float]:
+    """Ratios of two measurements, round by round: each round measured both within the same minutes."""
+    return median_and_range([a / b for a, b in zip(numerators, denominators, strict=True)])
 
 
-def shown(found: dict[str, float], digits: int, unit: str = "") -> str:
-    """`median [low, high]`."""
-    return f"{found['median']:.{digits}f}{unit} [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
+def format_range(values: dict[str, float], digits: int, unit: str = "") -> str:
+    """The text `median [low, high]` of a result of `median_and_range`."""
+    return f"{values['median']:.{digits}f}{unit} [{values['low']:.{digits}f}, {values['high']:.{digits}f}]"

@@ -1,9 +1,9 @@
-"""Train `normtune-nano`, the base that comes with the package, on phantoms of hospital A; say how it does.
+"""Train `normtune-nano`, the base that comes with the package, on phantoms of hospital A, and evaluate it.
 
     python scripts/train_nano.py --out src/normtune/models/nano
 
-Two cores take about three quarters of an hour. Every parameter is trained, from random weights, on images of
-hospital A's training split alone. A run that was stopped goes on from its last checkpoint.
+It takes about 45 minutes on two cores. Every parameter is trained from random weights, on images of hospital
+A's training split only. An interrupted run resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rich.progress import track
 from tokenizers import normalizers, pre_tokenizers
 
 from normtune.data.groups import Group
-from normtune.data.phantom import Scene, dataset, sample_scene
+from normtune.data.phantom import Scene, phantom_dataset, sample_scene
 from normtune.data.phantom.dataset import scene_seed
 from normtune.data.records import Example
 from normtune.evaluation.config import EvaluateConfig
@@ -30,27 +30,22 @@ from normtune.evaluation.evaluate import evaluate_config
 from normtune.models.families.miss import MissFamily, miss_processor
 from normtune.models.miss.config import MissConfig
 from normtune.models.miss.model import MissForQuestionAnswering
-from normtune.models.miss.tokenizer import ENCODE, bert_tokenizer
+from normtune.models.miss.tokenizer import ENCODE, build_bert_tokenizer
 from normtune.runtime.files import write_json
 
 SIZE = 96
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WIDTH = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 512}
 VISION = {**WIDTH, "image_size": SIZE, "patch_size": 12, "num_hidden_layers": 6, "drop_path_rate": 0.0}
-TEXT = {
-    **WIDTH,
-    "max_position_embeddings": 192,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
+TEXT = {**WIDTH, "max_position_embeddings": 192, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 @dataclass(frozen=True)
 class Images:
-    """Every training image as grey bytes, with what it shows, its questions and its report."""
+    """The training images as grey values, with their traits, questions and reports."""
 
     grey: np.ndarray  # [images, size, size] uint8
-    shown: torch.Tensor  # [images, traits] 0 or 1
+    traits: torch.Tensor  # [images, traits], 0 or 1
     keys: list[str]
     questions: list[list[Example]]
     reports: list[Example]
@@ -59,37 +54,37 @@ class Images:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="directory of the finished base")
-    parser.add_argument("--work", type=Path, default=Path("runs/nano"), help="where checkpoints go")
+    parser.add_argument("--work", type=Path, default=Path("runs/nano"), help="folder of the checkpoints")
     parser.add_argument("--images", type=int, default=24_000, help="images of hospital A to train on")
     parser.add_argument("--steps", type=int, default=6_500)
-    parser.add_argument("--batch", type=int, default=20, help="images a step")
-    parser.add_argument("--questions", type=int, default=6, help="questions of an image in a step")
+    parser.add_argument("--batch", type=int, default=20, help="images per step")
+    parser.add_argument("--questions", type=int, default=6, help="questions per image in a step")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.manual_seed(options.seed)
-    images = render(options.images, options.work / f"images-{options.images}.npy")
-    family = new_family(vocabulary(images))
+    images = render_images(options.images, options.work / f"images-{options.images}.npy")
+    family = build_family(build_vocabulary(images))
     print(f"{sum(p.numel() for p in family.model.parameters()):,} parameters")
     fit(family, images, options)
     family.model.eval()
     family.save(options.out)
     scores = {}
     for hospital in ("a", "b"):
-        found = evaluate_config(
+        result = evaluate_config(
             EvaluateConfig(
                 model=str(options.out), data=f"phantom-{hospital}:500", out=options.work / f"test-{hospital}"
             )
         )
-        scores[f"hospital {hospital}"] = found["metrics"]
+        scores[f"hospital {hospital}"] = result["metrics"]
     write_json(options.out / "training.json", {**vars(options), "out": None, "work": None, "test": scores})
     for name, metrics in scores.items():
-        print(name, {metric: round(100 * one["value"], 1) for metric, one in metrics.items()})
+        print(name, {metric: round(100 * value["value"], 1) for metric, value in metrics.items()})
 
 
-def render(count: int, cache: Path) -> Images:
-    """Draw the training split of hospital A (its other splits, which are tested on, are never looked at)."""
-    data = dataset("a", {"train": count}, size=SIZE, task="all")
+def render_images(count: int, cache: Path) -> Images:
+    """Draw the training split of hospital A; the other splits, which are for tests, are not used."""
+    data = phantom_dataset("a", {"train": count}, size=SIZE, task="all")
     questions: dict[str, list[Example]] = {}
     reports = []
     for example in data.examples:
@@ -101,30 +96,32 @@ def render(count: int, cache: Path) -> Images:
     if cache.is_file():
         grey = np.load(cache)
     else:
-        grey = np.stack(
-            [np.asarray(data.open_image(key).convert("L")) for key in track(keys, "drawing phantoms")]
-        )
+        grey = np.stack([np.asarray(data.open_image(key).convert("L")) for key in track(keys, "drawing phantoms")])
         cache.parent.mkdir(parents=True, exist_ok=True)
         np.save(cache, grey)
     scenes = [sample_scene(scene_seed("train", number, 0), "a") for number in range(count)]
-    return Images(grey, traits(scenes), keys, list(questions.values()), reports)
+    return Images(grey, traits_of_scenes(scenes), keys, list(questions.values()), reports)
 
 
-def traits(scenes: list[Scene]) -> torch.Tensor:
-    """What each scene shows, as 0 or 1: findings with their side, their zones, sizes and counts, devices."""
-    named = []
+def traits_of_scenes(scenes: list[Scene]) -> torch.Tensor:
+    """[scenes, traits], 0 or 1: which traits each scene shows.
+
+    Traits are findings with their side, zone, size and count, devices, and a missing kidney.
+    """
+    traits_of_scene = []
     for scene in scenes:
-        found = {f"device {scene.device}", f"no {scene.missing_kidney} kidney"}
-        for one in scene.findings:
-            found |= {one.kind, f"{one.kind} {one.side}", f"{one.organ} {one.side}"}
-            found |= {f"{one.kind} {one.zone}", f"{one.kind} {one.size}", f"{one.kind} {one.count}"}
-        named.append(found)
-    names = sorted(set().union(*named))
-    return torch.tensor([[float(name in found) for name in names] for found in named])
+        scene_traits = {f"device {scene.device}", f"no {scene.missing_kidney} kidney"}
+        for finding in scene.findings:
+            kind, side = finding.kind, finding.side
+            scene_traits |= {kind, f"{kind} {side}", f"{finding.organ} {side}"}
+            scene_traits |= {f"{kind} {finding.zone}", f"{kind} {finding.size}", f"{kind} {finding.count}"}
+        traits_of_scene.append(scene_traits)
+    names = sorted(set().union(*traits_of_scene))
+    return torch.tensor([[float(name in scene_traits) for name in names] for scene_traits in traits_of_scene])
 
 
-def vocabulary(images: Images) -> dict[str, int]:
-    """WordPiece's pieces: hospital A's words by frequency, and single signs for words that it never says."""
+def build_vocabulary(images: Images) -> dict[str, int]:
+    """WordPiece's vocabulary: hospital A's words by frequency, and single characters for all other words."""
     normalise, split = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
     texts = [text for group in images.questions for e in group for text in (e.question, e.answer)]
     texts += [report.answer for report in images.reports]
@@ -137,9 +134,9 @@ def vocabulary(images: Images) -> dict[str, int]:
     return {piece: index for index, piece in enumerate(pieces)}
 
 
-def new_family(pieces: dict[str, int]) -> MissFamily:
-    """A MISS of random weights for that vocabulary."""
-    tokenizer = bert_tokenizer(pieces)
+def build_family(pieces: dict[str, int]) -> MissFamily:
+    """A MISS with random weights for this vocabulary."""
+    tokenizer = build_bert_tokenizer(pieces)
     config = MissConfig(
         vision_dims=VISION,
         encoder_dims={**TEXT, "num_hidden_layers": 3},
@@ -153,42 +150,41 @@ def new_family(pieces: dict[str, int]) -> MissFamily:
     return MissFamily(MissForQuestionAnswering(config), miss_processor(tokenizer, SIZE))
 
 
-class Traits(torch.nn.Module):
-    """A head for training alone: every patch says which traits it sees, and the image has what a patch saw.
+class TraitHead(torch.nn.Module):
+    """An auxiliary head that predicts the traits of an image; it is not part of the trained model.
 
-    Questions teach the image encoder little about small findings: this does.
+    Each patch predicts the traits that it shows; the logit of the image is the log-mean-exp over its patches.
+    Without the head, the image encoder learns little about small findings from the questions.
     """
 
-    def __init__(self, width: int, traits: int) -> None:
+    def __init__(self, width: int, trait_count: int) -> None:
         super().__init__()
-        self.head = torch.nn.Linear(width, traits)
+        self.head = torch.nn.Linear(width, trait_count)
         torch.nn.init.zeros_(self.head.weight)
         torch.nn.init.constant_(self.head.bias, -4.0)
 
-    def forward(self, image_states: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
-        """image_states [images, tokens, width], shown [images, traits] -> summed cross-entropy an image."""
-        image = self.head(image_states).logsumexp(1) - math.log(image_states.shape[1])
-        return torch.nn.functional.binary_cross_entropy_with_logits(image, shown, reduction="sum") / len(
-            shown
-        )
+    def forward(self, image_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """image_states [images, tokens, width], labels [images, traits] -> summed cross-entropy per image."""
+        logits = self.head(image_states).logsumexp(1) - math.log(image_states.shape[1])
+        return torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / len(labels)
 
 
 def fit(family: MissFamily, images: Images, options: argparse.Namespace) -> None:
-    """AdamW with warm-up and cosine decay; every fifth step is of reports."""
+    """Train with AdamW, warm-up and cosine decay; every fifth step is on reports, the others on questions."""
     model, steps = family.model.train(), options.steps
     matrices = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim <= 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}],
+        [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}],
         lr=options.lr,
         betas=(0.9, 0.98),
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / 300) * 0.5 * (1 + math.cos(math.pi * step / steps))
     )
-    head = Traits(WIDTH["hidden_size"], images.shown.shape[1])
+    head = TraitHead(WIDTH["hidden_size"], images.traits.shape[1])
     head_optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3)
-    checkpoint, first = options.work / "checkpoint.pt", 0
+    checkpoint, first_step = options.work / "checkpoint.pt", 0
     if checkpoint.is_file():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
@@ -196,46 +192,46 @@ def fit(family: MissFamily, images: Images, options: argparse.Namespace) -> None
         schedule.load_state_dict(state["schedule"])
         head.load_state_dict(state["head"])
         head_optimizer.load_state_dict(state["head_optimizer"])
-        first = state["step"]
+        first_step = state["step"]
     processor = family.processor.image_processor
     mean, deviation = (torch.tensor(x).view(3, 1, 1) for x in (processor.image_mean, processor.image_std))
     losses: list[float] = []
-    traits_losses: list[float] = []
-    started = time.perf_counter()
-    for step in range(first, steps):
+    trait_losses: list[float] = []
+    start = time.perf_counter()
+    for step in range(first_step, steps):
         rng = random.Random(f"{options.seed}-{step}")
-        reports = step % 5 == 4
-        chosen = rng.sample(range(len(images.keys)), options.batch)
+        is_report_step = step % 5 == 4
+        indices = rng.sample(range(len(images.keys)), options.batch)
         members = [
-            [images.reports[i]] if reports else rng.sample(images.questions[i], options.questions)
-            for i in chosen
+            [images.reports[i]] if is_report_step else rng.sample(images.questions[i], options.questions)
+            for i in indices
         ]
         groups = [
             Group(
                 group[0].images,
-                tuple(family.tokenize(e.id, e.question, e.answer, report=reports) for e in group),
+                tuple(family.tokenize(e.id, e.question, e.answer, report=is_report_step) for e in group),
             )
             for group in members
         ]
-        pixels = torch.from_numpy(images.grey[chosen]).float()[:, None] / 255
+        pixels = torch.from_numpy(images.grey[indices]).float()[:, None] / 255
         prepared = (pixels.expand(-1, 3, -1, -1) - mean) / deviation
         batch = family.collate(groups, [[{"pixel_values": image}] for image in prepared])
         batch["image_states"] = model.visual_encoder(batch.pop("pixel_values"))
         total, tokens = family.loss(batch, label_smoothing=0.05)
         loss = total / tokens
-        taught = head(batch["image_states"], images.shown[chosen])
-        (loss + 0.1 * taught).backward()
+        trait_loss = head(batch["image_states"], images.traits[indices])
+        (loss + 0.1 * trait_loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         head_optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         head_optimizer.zero_grad(set_to_none=True)
-        losses += [] if reports else [loss.item()]
-        traits_losses.append(taught.item())
+        losses += [] if is_report_step else [loss.item()]
+        trait_losses.append(trait_loss.item())
         if (step + 1) % 100 == 0:
-            seconds = (time.perf_counter() - started) / (step + 1 - first)
-            recent = f"loss {np.mean(losses[-80:]):.3f}, traits {np.mean(traits_losses[-100:]):.2f}"
+            seconds = (time.perf_counter() - start) / (step + 1 - first_step)
+            recent = f"loss {np.mean(losses[-80:]):.3f}, traits {np.mean(trait_losses[-100:]):.2f}"
             print(f"step {step + 1}/{steps}  {recent}  {seconds:.2f} s a step", flush=True)
         if (step + 1) % 250 == 0 or step + 1 == steps:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}

@@ -1,4 +1,4 @@
-"""What the docs and the defaults take from benchmarks is what the committed files hold."""
+"""The docs and the defaults agree with the committed records, and the benchmarks run at a small size."""
 
 from __future__ import annotations
 
@@ -12,33 +12,32 @@ from typing import Any
 import pytest
 import torch
 
-from normtune.commands.bench import benchmarks, recorded, run_benchmark
+from normtune.commands.bench import benchmark_record, find_benchmarks, run_benchmark
 from normtune.methods.registry import LEARNING_RATES, METHODS
 from tests.support.dataset_samples import slake_row, write_slake
+from tests.support.tolerance import approx
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 
 
-def found(name: str) -> dict[str, Any]:
-    held: dict[str, Any] = json.loads((BENCHMARKS / name).read_text(encoding="utf-8"))
-    assert held["versions"]["torch"] and held["machine"]["cores"], (
-        f"{name} says what it was measured with and on"
-    )
-    return held
+def read_record(name: str) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((BENCHMARKS / name).read_text(encoding="utf-8"))
+    assert record["versions"]["torch"] and record["machine"]["cores"], f"{name} records versions and machine"
+    return record
 
 
-def readme() -> str:
+def read_readme() -> str:
     return (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_default_learning_rates_are_the_best_of_the_sweep() -> None:
-    sweep = found("learning_rates.json")
+    sweep = read_record("learning_rates.json")
     assert sweep["best"] == LEARNING_RATES
     for method, rate in sweep["best"].items():
-        own = [row for row in sweep["rows"] if row["method"] == method]
-        assert max(row["accuracy"] for row in own) == next(
-            row["accuracy"] for row in own if row["lr"] == rate
+        method_rows = [row for row in sweep["rows"] if row["method"] == method]
+        assert max(row["accuracy"] for row in method_rows) == next(
+            row["accuracy"] for row in method_rows if row["lr"] == rate
         )
 
 
@@ -46,7 +45,7 @@ def test_every_method_has_a_learning_rate() -> None:
     assert set(LEARNING_RATES) == set(METHODS) - {"frozen"}
 
 
-SHOWN = {  # page -> the committed tables that it shows
+TABLES_OF_PAGE = {  # page: the committed tables that it contains
     "README.md": ["demo/table", "real_data", "throughput_llava_slake"],
     "docs/method.md": ["quantised"],
     "docs/quickstart.md": ["demo/reports"],
@@ -68,13 +67,11 @@ SHOWN = {  # page -> the committed tables that it shows
 }
 
 
-def test_the_results_page_quotes_the_studys_tables() -> None:
-    """Rows of a recipe as they stand there; of the small-data table the cells."""
+def test_the_results_page_quotes_the_tables_of_the_study() -> None:
+    """Rows of recipes are quoted in full; of the rows of the small-data table, two cells."""
     tables = (ROOT / "docs/results/real-nano/tables.md").read_text(encoding="utf-8")
     quoted = [
-        line
-        for line in (ROOT / "docs/results.md").read_text(encoding="utf-8").splitlines()
-        if line.startswith("| ")
+        line for line in (ROOT / "docs/results.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")
     ]
     shares = [line for line in quoted if re.match(r"\| \d+% ", line)]
     recipes = [line for line in quoted if line not in shares and not line.startswith("| share")]
@@ -84,22 +81,20 @@ def test_the_results_page_quotes_the_studys_tables() -> None:
 
 
 @pytest.mark.parametrize(
-    ("page", "table"), [(page, table) for page, tables in SHOWN.items() for table in tables]
+    ("page", "table"), [(page, table) for page, tables in TABLES_OF_PAGE.items() for table in tables]
 )
 def test_pages_show_the_committed_tables(page: str, table: str) -> None:
-    assert (BENCHMARKS / f"{table}.md").read_text(encoding="utf-8") in (ROOT / page).read_text(
-        encoding="utf-8"
-    )
+    assert (BENCHMARKS / f"{table}.md").read_text(encoding="utf-8") in (ROOT / page).read_text(encoding="utf-8")
 
 
-def test_the_readme_tells_the_committed_figures_of_bf16() -> None:
-    rows = {(row["method"], row["lr"]): row for row in found("bf16_norms.json")["rows"]}
+def test_the_readme_has_the_committed_figures_of_bf16() -> None:
+    rows = {(row["method"], row["lr"]): row for row in read_record("bf16_norms.json")["rows"]}
     for method in ("normtune ln", "peft LN_TUNING"):
         row = rows[method, 1e-4]
-        assert f"{row['moved']:,} of {row['values']:,}" in readme()
+        assert f"{row['moved']:,} of {row['values']:,}" in read_readme()
 
 
-@pytest.mark.parametrize("name", benchmarks())
+@pytest.mark.parametrize("name", find_benchmarks())
 def test_every_benchmark_starts(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     run_benchmark(name, ["--help"])
     assert "--out" in capsys.readouterr().out
@@ -107,14 +102,14 @@ def test_every_benchmark_starts(name: str, capsys: pytest.CaptureFixture[str]) -
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Imports a module of the benchmarks by its name."""
+    """A function that imports a module of the benchmarks by its name."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     return importlib.import_module
 
 
 @pytest.fixture
-def small(script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The shapes at a few image tokens, and a folder in SLAKE's layout."""
+def slake(script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Shapes with few image tokens, and the path of a folder in SLAKE's layout."""
     shapes: ModuleType = script("shapes")
     miss = shapes.MissShape()
     miss.image_size, miss.layers = 32, 1
@@ -127,25 +122,25 @@ def small(script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return write_slake(root, train=rows, validate=rows[:1], test=rows[:1])
 
 
-def test_the_table_of_what_images_earn_is_of_its_record(script: Any) -> None:
-    reliance, rows = script("reliance"), found("reliance.json")["rows"]
+def test_the_table_of_image_reliance_agrees_with_its_record(script: Any) -> None:
+    reliance, rows = script("reliance"), read_record("reliance.json")["rows"]
     assert reliance.table(rows) == (BENCHMARKS / "reliance.md").read_text(encoding="utf-8")
     for dataset in {row["dataset"] for row in rows}:
         assert tuple(row["recipe"] for row in rows if row["dataset"] == dataset) == reliance.RECIPES
     for row in rows:
-        for about in row["reliance"].values():
-            for one in about["metrics"].values():
-                lost = one["real"]["value"] - one["replaced"]["value"]
-                assert one["difference"]["value"] == pytest.approx(lost)
-                assert one["earned"]["value"] == pytest.approx(lost / one["real"]["value"])
+        for control_result in row["reliance"].values():
+            for metric in control_result["metrics"].values():
+                drop = metric["real"]["value"] - metric["replaced"]["value"]
+                assert metric["difference"]["value"] == pytest.approx(drop)
+                assert metric["earned"]["value"] == pytest.approx(drop / metric["real"]["value"])
 
 
 @pytest.mark.parametrize("shape", ["llava", "miss"])
-def test_answering_compares_every_answer_and_then_times_both(shape: str, small: Path, tmp_path: Path) -> None:
+def test_answering_compares_every_answer_and_then_times_both(shape: str, slake: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    options = ["--shape", shape, "--data", "slake", "--root", str(small), "--pairs", "12", "--batch", "6"]
+    options = ["--shape", shape, "--data", "slake", "--root", str(slake), "--pairs", "12", "--batch", "6"]
     out = tmp_path / "record.json"
-    record = recorded("answering", [*options, "--tokens", "3", "--rounds", "2", "--out", str(out)])
+    record = benchmark_record("answering", [*options, "--tokens", "3", "--rounds", "2", "--out", str(out)])
     assert record["same_answers"] == record["questions"] == 12 and record["tokens"] == 3
     assert [row["beams"] for row in record["rows"]] == [1, 3]
     for row in record["rows"]:
@@ -155,28 +150,28 @@ def test_answering_compares_every_answer_and_then_times_both(shape: str, small: 
 
 
 def test_answering_stops_where_the_two_sides_differ(script: Any) -> None:
-    check = script("answering").check
-    check({"a": (1, 2), "b": (3, 4)}, {"a": (1, 2), "b": (3, 4)}, 2)
+    check_same_answers = script("answering").check_same_answers
+    check_same_answers({"a": (1, 2), "b": (3, 4)}, {"a": (1, 2), "b": (3, 4)}, 2)
     with pytest.raises(SystemExit, match="1 of 2 answers differ"):
-        check({"a": (1, 2), "b": (3, 4)}, {"a": (1, 2), "b": (3, 5)}, 2)
+        check_same_answers({"a": (1, 2), "b": (3, 4)}, {"a": (1, 2), "b": (3, 5)}, 2)
     with pytest.raises(SystemExit):
-        check({"a": (1,)}, {"a": (1,)}, 2)
+        check_same_answers({"a": (1,)}, {"a": (1,)}, 2)
 
 
 @pytest.mark.parametrize("shape", ["llava", "miss"])
-def test_the_twins_hold_the_same_weights(shape: str, small: Path, script: Any) -> None:
-    one = script("shapes").SHAPES[shape]
-    one.learn_words(["which organ is shown? lung"])
-    family, peer = one.twins()
+def test_both_models_of_a_pair_have_the_same_weights(shape: str, slake: Path, script: Any) -> None:
+    model_shape = script("shapes").SHAPES[shape]
+    model_shape.learn_words(["which organ is shown? lung"])
+    family, peer = model_shape.build_pair()
     models = (family.model, peer)
     ours, theirs = (sum(float(p.detach().double().sum()) for p in m.parameters()) for m in models)
-    assert ours == pytest.approx(theirs, rel=1e-9) and family.model is not peer
+    assert ours == approx(theirs, dtype=torch.float64, magnitude=abs(theirs)) and family.model is not peer
 
 
 @pytest.mark.parametrize("shape", ["llava", "miss"])
-def test_throughput_runs_all_methods_in_every_round(shape: str, small: Path) -> None:
-    options = ["--shape", shape, "--data", "slake", "--root", str(small), "--pairs", "3", "--steps", "1"]
-    record = recorded("throughput", [*options, "--rounds", "1"])
+def test_throughput_runs_all_methods_in_every_round(shape: str, slake: Path) -> None:
+    options = ["--shape", shape, "--data", "slake", "--root", str(slake), "--pairs", "3", "--steps", "1"]
+    record = benchmark_record("throughput", [*options, "--rounds", "1"])
     methods = [row["method"] for row in record["rows"]]
     assert methods[0] == "normtune ln" and "PEFT LoRA r8 all-linear" in methods and len(methods) == 8
     assert all(row["pairs_per_second"]["median"] > 0 for row in record["rows"])
@@ -184,7 +179,7 @@ def test_throughput_runs_all_methods_in_every_round(shape: str, small: Path) -> 
     assert record["shape"]["name"] == shape and record["questions_per_image"] == 6
 
 
-def test_the_arithmetic_of_a_step_is_that_of_the_formula(script: Any) -> None:
+def test_the_operations_of_a_step_agree_with_the_formula(script: Any) -> None:
     vision = {"hidden_size": 2, "intermediate_size": 3, "num_hidden_layers": 1, "num_attention_heads": 1}
     text = {"hidden_size": 4, "intermediate_size": 5, "num_hidden_layers": 2, "num_attention_heads": 1}
     shape = script("shape_llava").LlavaShape(size=28, vision=vision, text=text)
@@ -193,83 +188,83 @@ def test_the_arithmetic_of_a_step_is_that_of_the_formula(script: Any) -> None:
     tower = 4 * (4 * 2 * 2 + 2 * 2 * 3) * 5 + 14 * 2 * 5**2
     entry = 2 * 3 * 14**2 * 2 * 4 + 4 * (2 * 4 + 4 * 4) * 4
     language = 2 * (4 * (4 * 4 * 4 + 3 * 4 * 5) * 7 + 14 * 4 * 7**2)
-    flops = script("scaling").flops
-    one = flops(shape, [7], images=1, logits=3)
-    assert one == tower + entry + language + 4 * 4 * words * 3
-    assert flops(shape, [7] * 5, images=5, logits=15) == 5 * one
+    count_flops = script("scaling").count_flops
+    one_row = count_flops(shape, [7], images=1, logits=3)
+    assert one_row == tower + entry + language + 4 * 4 * words * 3
+    assert count_flops(shape, [7] * 5, images=5, logits=15) == 5 * one_row
 
 
-def test_scaling_measures_both_at_every_point(script: Any, small: Path, tmp_path: Path) -> None:
+def test_scaling_measures_both_at_every_point(script: Any, slake: Path, tmp_path: Path) -> None:
     scaling = script("scaling")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scaling, "AT_TOKENS", 9)
-        patch.setattr(scaling, "AT_QUESTIONS", 3)
+        patch.setattr(scaling, "FIXED_TOKENS", 9)
+        patch.setattr(scaling, "FIXED_QUESTIONS", 3)
         out = tmp_path / "scaling.json"
-        told = ["--questions", "1", "2", "--image-tokens", "4", "--rounds", "1", "--out", str(out)]
-        patch.setattr("sys.argv", ["scaling", "--slake", str(small), *told])
+        options = ["--questions", "1", "2", "--image-tokens", "4", "--rounds", "1", "--out", str(out)]
+        patch.setattr("sys.argv", ["scaling", "--slake", str(slake), *options])
         scaling.main()
     record = json.loads(out.read_text(encoding="utf-8"))
     points = {(row["questions"], row["image_tokens"]) for row in record["rows"]}
     assert points == {(1, 9), (2, 9), (3, 4), (3, 9)} and len(record["rows"]) == 8
-    held = [row for row in record["rows"] if row["method"] == scaling.SEPARATE and row["questions"] == 3]
-    anchor = next(row for row in held if row["image_tokens"] == 9)
+    separate_rows = [row for row in record["rows"] if row["method"] == scaling.SEPARATE and row["questions"] == 3]
+    anchor = next(row for row in separate_rows if row["image_tokens"] == 9)
     assert anchor["predicted"] == pytest.approx(anchor["seconds"]["median"])
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_gpu_script_runs_at_a_tiny_width() -> None:
-    record = recorded("gpu_llava_med_7b", ["--smoke"])
+    record = benchmark_record("gpu_llava_med_7b", ["--smoke"])
     speeds = [row for row in record["rows"] if "lr" not in row]
-    assert [row["status"] for row in speeds].count("smoke run") == 6, "all but the block mask"
+    assert [row["status"] for row in speeds].count("smoke run") == 6, "all but the block masks"
     assert {row["method"] for row in speeds if "faster" in row} >= {"PEFT LN_TUNING", "PEFT LoRA r8 q,v"}
     norms = [row for row in record["rows"] if "lr" in row]
-    fp32, bf16, *rest = (row["moved"] / row["values"] for row in norms)
-    assert fp32 > bf16 and len(rest) == 2, "at the lower rate; then the higher one"
+    fp32, bf16, *others = (row["moved"] / row["values"] for row in norms)
+    assert fp32 > bf16 and len(others) == 2, "these two are at the lower rate"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it measures where there is a GPU")
-def test_without_a_gpu_its_rows_say_that_nothing_was_measured() -> None:
-    rows = recorded("gpu_llava_med_7b", [])["rows"]
+def test_without_a_gpu_its_rows_have_the_status_not_yet_measured() -> None:
+    rows = benchmark_record("gpu_llava_med_7b", [])["rows"]
     assert {row["status"] for row in rows} == {"not yet measured"}
     assert not any("pairs_per_second" in row or "moved" in row for row in rows)
 
 
-def test_several_adapters_are_timed_beside_their_runs(small: Path, tmp_path: Path) -> None:
+def test_several_adapters_are_compared_with_separate_runs(slake: Path, tmp_path: Path) -> None:
     out = tmp_path / "record.json"
-    options = ["--shape", "miss", "--data", "slake", "--root", str(small), "--adapters", "2", "--steps", "1"]
-    record = recorded("multi", [*options, "--rounds", "1", "--pairs", "6", "--out", str(out)])
+    options = ["--shape", "miss", "--data", "slake", "--root", str(slake), "--adapters", "2", "--steps", "1"]
+    record = benchmark_record("multi", [*options, "--rounds", "1", "--pairs", "6", "--out", str(out)])
     assert [row["sweep"] for row in record["rows"]] == ["seeds", "learning rates"]
     for row in record["rows"]:
         step = row["step_bytes"]
         assert step["one_run"] < step["1"] < step["2"] < 3 * step["one_run"]
-        for way in row["ways"]:
-            assert way["memory_of_runs_side_by_side"] < 1 < way["memory_of_one_run"]
+        for mode in row["ways"]:
+            assert mode["memory_of_runs_side_by_side"] < 1 < mode["memory_of_one_run"]
     assert out.with_suffix(".md").read_text(encoding="utf-8").count("\n") == 6
 
 
-def test_serving_times_many_adapters_beside_one_and_beside_peft(small: Path, tmp_path: Path) -> None:
+def test_serving_compares_many_adapters_with_one_and_with_peft(slake: Path, tmp_path: Path) -> None:
     out = tmp_path / "record.json"
-    options = ["--shape", "llava", "--data", "slake", "--root", str(small), "--pairs", "4", "--images", "2"]
+    options = ["--shape", "llava", "--data", "slake", "--root", str(slake), "--pairs", "4", "--images", "2"]
     options += ["--rounds", "1", "--tokens", "3", "--registered", "6", "--out", str(out)]
-    record = recorded("serving", options)
+    record = benchmark_record("serving", options)
     timed = [row for row in record["rows"] if "rounds" in row]
     assert len(timed) == 8 and all(row["requests_per_second"]["median"] > 0 for row in timed)
     many = next(row for row in timed if row["side"] == "normtune, an adapter each")
     assert many["of_one_adapter"]["median"] > 0 and many["normtune_is_faster"]["median"] == 1.0
-    own = {row["side"]: row["own_answers"] for row in record["rows"] if row["own_answers"]}
-    assert own["PEFT LoRA r8 q,v, adapter_names"]["same"] == 4
-    assert own["PEFT LN_TUNING, adapter_names"]["same"] < 4, "PEFT gives all rows one adapter's norms"
-    found = record["registered"]
-    assert found["adapters"] == found["loaded"] == 6 and found["first_answer_s"]["median"] > 0
+    counts = {row["side"]: row["own_answers"] for row in record["rows"] if row["own_answers"]}
+    assert counts["PEFT LoRA r8 q,v, adapter_names"]["same"] == 4
+    assert counts["PEFT LN_TUNING, adapter_names"]["same"] < 4, "all rows get the norms of one adapter"
+    registration = record["registered"]
+    assert registration["adapters"] == registration["loaded"] == 6 and registration["first_answer_s"]["median"] > 0
     assert "6 adapters are registered" in out.with_suffix(".md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
-def test_the_server_is_loaded_beyond_its_capacity_and_ends_without_a_loss(tmp_path: Path) -> None:
+def test_under_twice_its_capacity_the_server_shuts_down_without_losing_requests(tmp_path: Path) -> None:
     out = tmp_path / "record.json"
     options = ["--minutes", "0.02", "--capacity-seconds", "0.5", "--clients", "4", "--adapters", "2"]
     options += ["--images", "4", "--warm-seconds", "0.2", "--every", "0.5", "--out", str(out)]
-    record = recorded("load", options)
+    record = benchmark_record("load", options)
     assert (record["lost"], record["wrong"], record["exit_status"]) == (0, 0, 0)
     capacity, loaded, end = (row["outcomes"] for row in record["rows"])
     assert capacity["200"] > 0 and loaded["200"] > 0 and set(loaded) <= {"200", "429"}
@@ -278,12 +273,12 @@ def test_the_server_is_loaded_beyond_its_capacity_and_ends_without_a_loss(tmp_pa
     assert "0 lost; exit status 0" in out.with_suffix(".md").read_text(encoding="utf-8")
 
 
-def test_an_answer_that_the_server_logged_and_no_client_read_is_lost(script: Any) -> None:
+def test_an_answer_in_the_servers_log_that_no_client_received_is_lost(script: Any) -> None:
     load = script("load")
-    read = load.Book(load.Counter({"200": 3, "429": 2, load.UNREAD: 4}))
+    client_log = load.RequestLog(load.Counter({"200": 3, "429": 2, load.UNREAD: 4}))
     line = "2026-01-01 POST {} {} 0.010s -\n"
-    log = line.format("/v1/chat/completions", 200) * 3 + line.format("-", 429) * 2
-    assert load.balance([read], log) == {"logged": {"200": 3, "429": 2}, "lost": 0}
-    assert load.balance([read], log + line.format("/v1/chat/completions", 503))["lost"] == 1
-    cut = load.Book(load.Counter({"200": 2, "429": 2, load.CUT: 1}))
-    assert load.balance([cut], log)["lost"] == 1
+    server_log = line.format("/v1/chat/completions", 200) * 3 + line.format("-", 429) * 2
+    assert load.compare_logs([client_log], server_log) == {"logged": {"200": 3, "429": 2}, "lost": 0}
+    assert load.compare_logs([client_log], server_log + line.format("/v1/chat/completions", 503))["lost"] == 1
+    cut_log = load.RequestLog(load.Counter({"200": 2, "429": 2, load.CUT: 1}))
+    assert load.compare_logs([cut_log], server_log)["lost"] == 1

@@ -1,6 +1,6 @@
-"""What the docs show runs: `bash` blocks of normtune commands and `python` blocks, page by page, in order.
+"""The examples in the docs run: `bash` blocks of normtune commands and `python` blocks, in order.
 
-Commands in `console` blocks need data or time that a test has not: their options are parsed all the same.
+Commands in `console` blocks need data or much time; of these only the options are parsed.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def blocks(page: Path, *languages: str) -> list[tuple[str, str]]:
-    return [found for found in _BLOCK.findall(page.read_text(encoding="utf-8")) if found[0] in languages]
+    return [block for block in _BLOCK.findall(page.read_text(encoding="utf-8")) if block[0] in languages]
 
 
 def commands(text: str) -> list[list[str]]:
-    """The normtune commands of a block, without comments; a backslash goes on to the next line."""
+    """The normtune commands of a block, without comments; lines end with a backslash if they continue."""
     lines = text.replace("\\\n", " ").splitlines()
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("normtune ")]
 
 
 def run(arguments: list[str]) -> None:
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit_info:
         patch.setattr(sys, "argv", ["normtune", *arguments])
         cli.main()
-    assert ended.value.code == 0, arguments
+    assert exit_info.value.code == 0, arguments
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -48,9 +48,7 @@ def test_the_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monkey
             if language == "python":
                 exec(compile(text, page.name, "exec"), {"__name__": "example"})
             else:
-                assert all(
-                    line.startswith(("normtune ", " ", "#")) or not line for line in text.splitlines()
-                ), text
+                assert all(line.startswith(("normtune ", " ", "#")) or not line for line in text.splitlines()), text
                 for arguments in commands(text):
                     run(arguments)
 

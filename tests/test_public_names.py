@@ -15,7 +15,7 @@ def test_every_public_name_is_there_and_documented(name: str) -> None:
 
 
 def test_no_public_name_is_that_of_a_module() -> None:
-    """Importing the module would hide it."""
+    """Importing such a module would replace the name."""
     assert not set(normtune.__all__) & {module.name for module in pkgutil.iter_modules(normtune.__path__)}
 
 

@@ -1,6 +1,6 @@
-"""Files that normtune 0.1.0 wrote are read by the current code, by the command line alone.
+"""Files that normtune 0.1.0 wrote are read by the current code, through the command line only.
 
-`fixtures/make_written_by_0_1.py` says how the files were made.
+`fixtures/make_written_by_0_1.py` made the files.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from normtune import cli
+from tests.support.tolerance import approx
 
 WRITTEN = Path(__file__).parent / "fixtures" / "written_by_0_1"
 EXPECTED: dict[str, Any] = json.loads((WRITTEN / "expected.json").read_text(encoding="utf-8"))
-SCORE_TOLERANCE = 1e-4
 
 Run = Callable[..., dict[str, Any]]
 
@@ -30,10 +30,10 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     def call(*arguments: object) -> dict[str, Any]:
         monkeypatch.setattr(sys, "argv", ["normtune", *map(str, arguments), "--json"])
         capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exit_info:
             cli.main()
         printed = capsys.readouterr()
-        assert ended.value.code == 0, printed.err
+        assert exit_info.value.code == 0, printed.err
         result: dict[str, Any] = json.loads(printed.out)
         return result
 
@@ -49,7 +49,7 @@ def assert_same_predictions(actual: list[dict[str, Any]], expected: dict[str, di
     rows = {row["id"]: row for row in actual}
     for row_id, values in expected.items():
         assert rows[row_id]["prediction"] == values["prediction"], row_id
-        assert rows[row_id]["score"] == pytest.approx(values["score"], abs=SCORE_TOLERANCE), row_id
+        assert rows[row_id]["score"] == approx(values["score"]), row_id
 
 
 @pytest.mark.parametrize("name", EXPECTED["adapters"])

@@ -1,4 +1,4 @@
-"""Well-known vision-language models at their real sizes, on the meta device: public configs, no weights."""
+"""Well-known vision-language models at their real sizes, from public configs, on the meta device."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def blip_vqa() -> nn.Module:
 
 
 def llava_med() -> nn.Module:
-    """LLaVA-Med v1.5 in transformers' layout, its vocabulary padded to 32064."""
+    """LLaVA-Med v1.5 in transformers' layout, with the vocabulary padded to 32064."""
     text = {
         "model_type": "mistral",
         "vocab_size": 32064,
@@ -64,7 +64,7 @@ def llava_15() -> nn.Module:
 
 
 def llava_med_10() -> nn.Module:
-    """LLaVA-Med v1.0 as it is imported: the second layer of its projector is the identity."""
+    """LLaVA-Med v1.0 in its imported form: the second layer of the projector is the identity."""
     vision = {"model_type": "clip_vision_model", **CLIP_L_336, "image_size": 224}
     text = {"model_type": "llama", "vocab_size": 32004, "rms_norm_eps": 1e-6}
     config = hf.LlavaConfig(vision_config=vision, text_config=text, projector_hidden_act="linear")
@@ -72,7 +72,7 @@ def llava_med_10() -> nn.Module:
 
 
 def llava_16() -> nn.Module:
-    """llava-v1.6-mistral-7b: LLaVA-Med v1.5's shape and `image_newline`."""
+    """llava-v1.6-mistral-7b: LLaVA-Med v1.5's dimensions with the parameter `image_newline`."""
     config = llava_med().config
     config = hf.LlavaNextConfig(vision_config=config.vision_config, text_config=config.text_config)
     return hf.LlavaNextForConditionalGeneration(config)
@@ -102,13 +102,7 @@ def qwen25_vl_7b() -> nn.Module:
         "num_attention_heads": 28,
         "num_key_value_heads": 4,
     }
-    vision = {
-        "depth": 32,
-        "hidden_size": 1280,
-        "intermediate_size": 3420,
-        "num_heads": 16,
-        "out_hidden_size": 3584,
-    }
+    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584}
     return hf.Qwen2_5_VLForConditionalGeneration(
         hf.Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
     )
@@ -218,7 +212,7 @@ def internvl3_1b() -> nn.Module:
     )
 
 
-SHAPES: dict[str, Callable[[], nn.Module]] = {
+ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     build.__name__: build
     for build in (
         miss_base,
@@ -239,7 +233,7 @@ SHAPES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def shape(name: str) -> Any:
-    """The model of that name, on the meta device."""
+def build_on_meta(name: str) -> Any:
+    """Build the model with this name on the meta device."""
     with torch.device("meta"):
-        return SHAPES[name]()
+        return ARCHITECTURES[name]()

@@ -1,4 +1,4 @@
-"""Tiny bases for the tests of deltas: MISS and LLaVA, random but spread enough for distinct logits."""
+"""Tiny bases for the tests of adapters: MISS and LLaVA, with random weights that give distinct logits."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from normtune.models.miss.model import MissForQuestionAnswering
 from tests.support.tiny_models import make_tiny
 
 KINDS = ("miss", "llava")
-# what transformers calls the argument, and the output, since 5.24 and before
-CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
+# name of the cache argument and output in transformers: "cache" since 5.24, "past_key_values" before
+CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 MISS_WIDTH = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 
 
@@ -53,21 +53,21 @@ def _base(kind: str) -> nn.Module:
         return AutoModelForImageTextToText.from_pretrained(directory).eval()
 
 
-def base(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+def tiny_base(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A copy of the tiny base, in eval mode."""
     return copy.deepcopy(_base(kind)).to(dtype)
 
 
 def save_base(kind: str, directory: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """A checkpoint directory of the tiny base, with a file that is not weights."""
-    base(kind, dtype).save_pretrained(directory)
+    """Write a checkpoint of the tiny base, with a file besides config and weights."""
+    tiny_base(kind, dtype).save_pretrained(directory)
     (directory / "vocab.txt").write_text("a\nb\n")
     return directory
 
 
 @torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
-    """Logits of two image-question pairs."""
+def compute_logits(model: nn.Module) -> Tensor:
+    """The logits of two fixed image-question pairs."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(5, 36, (2, 5), generator=generator)
     dtype = next(model.parameters()).dtype
@@ -80,16 +80,16 @@ def logits(model: nn.Module) -> Tensor:
     return model(input_ids=torch.cat([image, ids], 1), pixel_values=pixels, attention_mask=mask).logits
 
 
-def train_a_little(tuned: TunedModel, seed: int = 5) -> None:
-    """Move every trained value, as training would."""
+def perturb_trained(tuned: TunedModel, seed: int = 5) -> None:
+    """Add noise to every trained value, in place of training."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in tuned.trained.values():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
-def outcome(call: Callable[[], object]) -> str:
-    """The message of the `InputError` that `call` raises, checked to be one line."""
+def input_error(call: Callable[[], object]) -> str:
+    """The message of the `InputError` that `call` raises; it must be one line."""
     from normtune.errors import InputError
 
     try:

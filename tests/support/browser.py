@@ -1,4 +1,4 @@
-"""Headless Chromium over its DevTools pipe, for tests of pages; nothing but the standard library."""
+"""Headless Chromium, controlled through its DevTools pipe with the standard library, for tests of pages."""
 
 from __future__ import annotations
 
@@ -22,28 +22,19 @@ _FLAGS = (
 
 
 class Browser:
-    """One page. `events` holds what the browser has told: console, requests, faults."""
+    """A browser with one page. `events` are the messages from it: console, requests, errors."""
 
     def __init__(self) -> None:
-        assert CHROMIUM is not None, "ask CHROMIUM first"
+        assert CHROMIUM is not None, "Chromium is not installed"
         self.events: list[dict[str, Any]] = []
         self._number = 0
-        self._held = b""
+        self._buffer = b""
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         command_in, self._out = os.pipe()
         self._in, answers_out = os.pipe()
-        words = f'exec 3<&{command_in} 4>&{answers_out}; exec "$@"'
+        script = f'exec 3<&{command_in} 4>&{answers_out}; exec "$@"'
         self._process = subprocess.Popen(
-            [
-                "bash",
-                "-c",
-                words,
-                "bash",
-                CHROMIUM,
-                *_FLAGS,
-                f"--user-data-dir={self._profile.name}",
-                "about:blank",
-            ],
+            ["bash", "-c", script, "bash", CHROMIUM, *_FLAGS, f"--user-data-dir={self._profile.name}", "about:blank"],
             pass_fds=(command_in, answers_out),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -51,10 +42,8 @@ class Browser:
         os.close(command_in)
         os.close(answers_out)
         targets = self.call("Target.getTargets", session=False)["targetInfos"]
-        page = next(one["targetId"] for one in targets if one["type"] == "page")
-        self._session = self.call("Target.attachToTarget", targetId=page, flatten=True, session=False)[
-            "sessionId"
-        ]
+        page = next(target["targetId"] for target in targets if target["type"] == "page")
+        self._session = self.call("Target.attachToTarget", targetId=page, flatten=True, session=False)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
@@ -62,7 +51,7 @@ class Browser:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
             self.call("Browser.close", session=False)
@@ -75,70 +64,61 @@ class Browser:
         self._profile.cleanup()
 
     def call(self, method: str, *, session: bool = True, **parameters: Any) -> dict[str, Any]:
-        """Ask, and wait for the answer."""
+        """Send a command and wait for its result."""
         self._number += 1
         message: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}
         if session:
             message["sessionId"] = self._session
         os.write(self._out, json.dumps(message).encode() + b"\0")
         while True:
-            found = self._read()
-            if found.get("id") == self._number:
-                assert "error" not in found, found["error"]
-                result: dict[str, Any] = found["result"]
+            reply = self._read()
+            if reply.get("id") == self._number:
+                assert "error" not in reply, reply["error"]
+                result: dict[str, Any] = reply["result"]
                 return result
-            self.events.append(found)
+            self.events.append(reply)
 
     def _read(self) -> dict[str, Any]:
-        while b"\0" not in self._held:
+        """The next message; messages end with a zero byte."""
+        while b"\0" not in self._buffer:
             more = os.read(self._in, 1 << 20)
             if not more:
-                raise OSError("the browser has gone")
-            self._held += more
-        message, _, self._held = self._held.partition(b"\0")
-        found: dict[str, Any] = json.loads(message)
-        return found
+                raise OSError("the browser has exited")
+            self._buffer += more
+        message, _, self._buffer = self._buffer.partition(b"\0")
+        event: dict[str, Any] = json.loads(message)
+        return event
 
     def open(self, page: Path, width: int, *, dark: bool = False, height: int = 900) -> None:
-        """Open a file at a window's width, and wait until it is there."""
+        """Open a file in a window of this size, and wait until it is loaded."""
         self.call(
-            "Emulation.setDeviceMetricsOverride",
-            width=width,
-            height=height,
-            deviceScaleFactor=1,
-            mobile=width < 600,
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", media="", features=[scheme])
         self.call("Page.navigate", url=page.absolute().as_uri())
         end = time.monotonic() + 30
-        while self.ask("document.readyState + location.href") != f"complete{page.absolute().as_uri()}":
+        while self.evaluate("document.readyState + location.href") != f"complete{page.absolute().as_uri()}":
             assert time.monotonic() < end, "the page does not load"
             time.sleep(0.02)
 
-    def ask(self, expression: str) -> Any:
+    def evaluate(self, expression: str) -> Any:
         """The value of a JavaScript expression in the page."""
-        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
-        assert "exceptionDetails" not in found, found["exceptionDetails"]
-        return found["result"].get("value")
+        reply = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in reply, reply["exceptionDetails"]
+        return reply["result"].get("value")
 
-    def picture(self, path: Path, *, top: int = 0, height: int | None = None) -> None:
-        """Write the page, or a strip of it, as PNG."""
+    def screenshot(self, path: Path, *, top: int = 0, height: int | None = None) -> None:
+        """Write the page, or `height` pixels of it from `top`, as PNG."""
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-        clip = {
-            "x": 0,
-            "y": top,
-            "width": size["width"],
-            "height": height or size["height"] - top,
-            "scale": 1,
-        }
-        found = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)
-        path.write_bytes(base64.b64decode(found["data"]))
+        clip = {"x": 0, "y": top, "width": size["width"], "height": height or size["height"] - top, "scale": 1}
+        reply = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)
+        path.write_bytes(base64.b64decode(reply["data"]))
 
-    def print(self, path: Path) -> None:
-        """Write the page as it prints, as PDF."""
+    def print_to_pdf(self, path: Path) -> None:
+        """Write the printed page as PDF."""
         path.write_bytes(base64.b64decode(self.call("Page.printToPDF", preferCSSPageSize=True)["data"]))
 
-    def told(self, *methods: str) -> list[dict[str, Any]]:
-        """The events of some kinds."""
+    def events_named(self, *methods: str) -> list[dict[str, Any]]:
+        """The parameters of the events of these methods."""
         return [event["params"] for event in self.events if event.get("method") in methods]

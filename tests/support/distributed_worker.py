@@ -1,8 +1,9 @@
-"""One of several processes: does the jobs of a JSON file, one after the other.
+"""A worker process of a distributed test: runs the jobs of a JSON file one after the other.
 
     torchrun --nproc-per-node 2 -m tests.support.distributed_worker JOBS
 
-A job is ["train", options], ["evaluate", options], or ["fail", command line]: the last process cannot answer.
+A job is ["train", options], ["evaluate", options] or ["fail", command line]. In a "fail" job, the process of
+the highest rank raises an error.
 """
 
 from __future__ import annotations
@@ -26,24 +27,26 @@ from normtune.training.config import TrainConfig
 from normtune.training.train import train
 
 
-def train_and_tell(options: dict[str, Any]) -> None:
-    """Train, and write beside the delta how many trained tensors were dealt out."""
-    dealt = 0
-    whole = trainer.gather_full
+def train_and_count_shards(options: dict[str, Any]) -> None:
+    """Train, and write the number of gathered sharded tensors to the file `dealt` in the output folder."""
+    sharded = 0
+    gather_full = trainer.gather_full
 
-    def counting(tensor: Any) -> Any:
-        nonlocal dealt
-        dealt += isinstance(tensor, DTensor)
-        return whole(tensor)
+    def gather_and_count(tensor: Any) -> Any:
+        nonlocal sharded
+        sharded += isinstance(tensor, DTensor)
+        return gather_full(tensor)
 
-    trainer.gather_full = counting  # type: ignore[attr-defined]
+    trainer.gather_full = gather_and_count  # type: ignore[attr-defined]
     config = TrainConfig.checked(**options)
     train(config)
     if distributed.is_main_process():
-        (config.out / "dealt").write_text(str(dealt))
+        (config.out / "dealt").write_text(str(sharded))
 
 
 def fail(command: list[str]) -> None:
+    """Run the command line; answering fails in the process of the highest rank."""
+
     def unreadable(*args: Any, **kwargs: Any) -> Any:
         raise InputError("cannot read image 7.")
 
@@ -54,10 +57,10 @@ def fail(command: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    for kind, what in json.loads(Path(sys.argv[1]).read_text()):
+    for kind, arguments in json.loads(Path(sys.argv[1]).read_text()):
         if kind == "train":
-            train_and_tell(what)
+            train_and_count_shards(arguments)
         elif kind == "evaluate":
-            evaluate_config(EvaluateConfig.checked(**what))
+            evaluate_config(EvaluateConfig.checked(**arguments))
         else:
-            fail(what)
+            fail(arguments)

@@ -1,4 +1,4 @@
-"""Evaluations as their files hold them, written without a model."""
+"""Write the files of evaluations without a model."""
 
 from __future__ import annotations
 
@@ -12,50 +12,43 @@ from normtune.metrics.answers import score_vqa
 from tests.support.fake_family import fake_dataset
 
 
-def question(number: int, answer: str = "lung", kind: Kind = "open") -> Example:
-    """Question q<number> of image <number // 2>."""
+def make_question(number: int, answer: str = "lung", kind: Kind = "open") -> Example:
+    """Question q<number> about image <number // 2>."""
     return Example(f"q{number}", (f"{number // 2}",), "which\u2028organ?", answer, kind, "test")
 
 
-QUESTIONS = [question(n) for n in range(8)] + [question(n, "yes", "closed") for n in range(8, 12)]
+QUESTIONS = [make_question(n) for n in range(8)] + [make_question(n, "yes", "closed") for n in range(8, 12)]
 REPORTS = [
-    Example(f"r{n}", (f"{n}",), "", f"No effusion in case {n}. Heart is normal.", "report", "test")
-    for n in range(4)
+    Example(f"r{n}", (f"{n}",), "", f"No effusion in case {n}. Heart is normal.", "report", "test") for n in range(4)
 ]
 
 
-def answered(
+def write_vqa_run(
     out: Path,
-    right: set[int],
+    correct: set[int],
     examples: Sequence[Example] = QUESTIONS,
     *,
     normalisation: str = "vqa",
     scores: Mapping[int, float | None] | None = None,
     **about: Any,
 ) -> Path:
-    """A run that answers the questions numbered `right` rightly, and the others "wrong"."""
+    """Write a run that answers the questions with an index in `correct` correctly, and the others "wrong"."""
     scores = scores or {}
     predictions = [
-        Prediction(e.id, e.answer if at in right else "wrong", scores.get(at, -0.1))
-        for at, e in reversed(list(enumerate(examples)))
+        Prediction(e.id, e.answer if index in correct else "wrong", scores.get(index, -0.1))
+        for index, e in reversed(list(enumerate(examples)))
     ]
     metrics = score_vqa(examples, predictions, normalisation=normalisation)
     write_results(
-        out,
-        fake_dataset(list(examples)),
-        examples,
-        predictions,
-        metrics,
-        normalisation=normalisation,
-        **about,
+        out, fake_dataset(list(examples)), examples, predictions, metrics, normalisation=normalisation, **about
     )
     return out
 
 
-def reported(out: Path, said: Mapping[int, str], examples: Sequence[Example] = REPORTS, **about: Any) -> Path:
-    """A run that writes the references as reports, but for `said`."""
-    predictions = [Prediction(e.id, said.get(n, e.answer), -0.5) for n, e in enumerate(examples)]
-    write_results(
-        out, fake_dataset(list(examples)), examples, predictions, {}, normalisation=["none"], **about
-    )
+def write_report_run(
+    out: Path, changed: Mapping[int, str], examples: Sequence[Example] = REPORTS, **about: Any
+) -> Path:
+    """Write a run that predicts the reference reports, except for the texts in `changed` (by index)."""
+    predictions = [Prediction(e.id, changed.get(n, e.answer), -0.5) for n, e in enumerate(examples)]
+    write_results(out, fake_dataset(list(examples)), examples, predictions, {}, normalisation=["none"], **about)
     return out

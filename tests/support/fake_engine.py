@@ -1,4 +1,4 @@
-"""An engine without a model: it answers with what it was asked, when it is let."""
+"""An engine without a model: its answers repeat the request, and a test decides when they are given."""
 
 from __future__ import annotations
 
@@ -10,31 +10,30 @@ from dataclasses import fields
 from pathlib import Path
 
 from normtune.errors import InputError
-from normtune.serving.engine.requests import (
-    Busy,
-    Closed,
-    EngineStats,
-    Reply,
-    Request,
-    ServedAdapter,
-    UnknownAdapter,
-)
+from normtune.serving.engine.requests import Busy, Closed, EngineStats, Reply, Request, ServedAdapter, UnknownAdapter
 
 Job = tuple[Request, Future[Reply], Callable[[str], None] | None]
 
 
 class FakeEngine:
-    """`let` is an event that every answer waits for; `asked` holds what was submitted."""
+    """Has the interface of `Engine`.
+
+    Attributes:
+        may_answer: event that every answer waits for.
+        requests, futures: what was submitted, and its results.
+        error: if it is set, every request fails with it.
+        text_callbacks: number of calls of `on_text` per answer, each with a longer part of the text.
+    """
 
     def __init__(self, adapters: tuple[str, ...] = ("chest", "brain"), queue_limit: int = 1000) -> None:
-        self.let = threading.Event()
-        self.let.set()
-        self.asked: list[Request] = []
+        self.may_answer = threading.Event()
+        self.may_answer.set()
+        self.requests: list[Request] = []
         self.futures: list[Future[Reply]] = []
-        self.fault: Exception | None = None
-        self.pieces = 1  # in which a text is told as it grows
+        self.error: Exception | None = None
+        self.text_callbacks = 1
         self.queue_limit = queue_limit
-        self._adapters = {name: info(name) for name in adapters}
+        self._adapters = {name: adapter_info(name) for name in adapters}
         self._jobs: queue.Queue[Job | None] = queue.Queue()
         self._closed = False
         self._thread = threading.Thread(target=self._work, daemon=True)
@@ -48,7 +47,7 @@ class FakeEngine:
         if self._jobs.qsize() >= self.queue_limit:
             raise Busy("full")
         future: Future[Reply] = Future()
-        self.asked.append(request)
+        self.requests.append(request)
         self.futures.append(future)
         self._jobs.put((request, future, on_text))
         return future
@@ -56,22 +55,22 @@ class FakeEngine:
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             request, future, on_text = job
-            self.let.wait()
+            self.may_answer.wait()
             if not future.set_running_or_notify_cancel():
                 continue
-            if self.fault is not None:
-                future.set_exception(self.fault)
+            if self.error is not None:
+                future.set_exception(self.error)
                 continue
-            text = answer_to(request)
-            for piece in range(1, self.pieces + 1):
+            text = answer_text(request)
+            for step in range(1, self.text_callbacks + 1):
                 if on_text is not None:
-                    on_text(text[: len(text) * piece // self.pieces])
+                    on_text(text[: len(text) * step // self.text_callbacks])
             future.set_result(Reply(text, -0.25, 12, len(text.split()) + 1, 0.01))
 
     def register(self, name: str, folder: Path) -> ServedAdapter:
         if not (folder / "adapter.json").is_file():
             raise InputError(f"{folder / 'adapter.json'} is missing. Check the path.")
-        self._adapters[name] = info(name)
+        self._adapters[name] = adapter_info(name)
         return self._adapters[name]
 
     def remove(self, name: str) -> None:
@@ -82,12 +81,12 @@ class FakeEngine:
     def adapters(self) -> list[ServedAdapter]:
         return list(self._adapters.values())
 
-    def knows(self, name: str) -> bool:
+    def has_adapter(self, name: str) -> bool:
         return name in self._adapters
 
     def stats(self) -> EngineStats:
-        values = {one.name: 0 for one in fields(EngineStats)}
-        return EngineStats(**values | {"queued": self._jobs.qsize(), "requests": len(self.asked)})  # type: ignore[arg-type]
+        values = {field.name: 0 for field in fields(EngineStats)}
+        return EngineStats(**values | {"queued": self._jobs.qsize(), "requests": len(self.requests)})  # type: ignore[arg-type]
 
     def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
         self._closed = True
@@ -95,11 +94,11 @@ class FakeEngine:
         self._thread.join(timeout)
 
 
-def info(name: str) -> ServedAdapter:
+def adapter_info(name: str) -> ServedAdapter:
     return ServedAdapter(name, Path("/secret") / name, "language=ln", "/secret/nano", 10, 1000, 40, False, 0)
 
 
-def answer_to(request: Request) -> str:
-    """What the fake says: who answers, of which sizes, to what."""
+def answer_text(request: Request) -> str:
+    """The fake answer: the adapter, the sizes of the images, and the question."""
     sizes = " ".join(f"{image.width}x{image.height}" for image in request.images)
     return f"{request.adapter or 'base'} sees {sizes}: {request.question or 'a report'}"

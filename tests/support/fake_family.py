@@ -1,4 +1,4 @@
-"""A family without a model: it looks answers up, and counts what it is asked to do."""
+"""A family without a model: it looks answers up and records its calls."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from normtune.models.types import Answer, Pixels
 
 
 class FakeFamily:
-    """Answers segment `id` with `answers[id]`; log-probabilities come from `log_prob(id, candidate)`."""
+    """Answers segment `id` with `answers[id]`; log-probabilities come from `log_prob(id, candidate)`.
+
+    Attributes:
+        batches: the groups of each call of `generate_answers` and `collate`.
+        settings: (max_new_tokens, beams) of each call of `generate_answers`.
+        tokenized: (id, report) of each call of `tokenize`.
+    """
 
     device = torch.device("cpu")
 
@@ -23,22 +29,17 @@ class FakeFamily:
         self.log_prob = log_prob
         self.batches: list[list[Group]] = []
         self.settings: list[tuple[int, int]] = []
-        self.asked: list[tuple[str, bool]] = []
+        self.tokenized: list[tuple[str, bool]] = []
 
     def preprocess_image(self, image: Image.Image) -> Pixels:
         return {"mean": torch.tensor(float(image.getpixel((0, 0))[0]))}  # type: ignore[index]
 
     def tokenize(self, id: str, question: str, answer: str | None, *, report: bool = False) -> Segment:
-        self.asked.append((id, report))
+        self.tokenized.append((id, report))
         return Segment(id, tuple(question.encode()), tuple((answer or "").encode()))
 
     def generate_answers(
-        self,
-        groups: Sequence[Group],
-        pixels: Sequence[Sequence[Pixels]],
-        *,
-        max_new_tokens: int = 16,
-        beams: int = 1,
+        self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]], *, max_new_tokens: int = 16, beams: int = 1
     ) -> list[list[Answer]]:
         self.batches.append(list(groups))
         self.settings.append((max_new_tokens, beams))
@@ -58,7 +59,7 @@ class FakeFamily:
 
 
 class CountingImages:
-    """`Dataset.open_image` for keys "0" ... "255": a grey image of that level; counts the openings."""
+    """`Dataset.open_image` for the keys "0" to "255": a grey image of this level; `opened` lists the keys."""
 
     def __init__(self) -> None:
         self.opened: list[str] = []

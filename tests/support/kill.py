@@ -1,4 +1,4 @@
-"""A training run that ends early."""
+"""A callback that interrupts a training run."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 
-class Stop(TrainerCallback):
-    """Ends a run at once after a step, as Ctrl-C does."""
+class StopAfterStep(TrainerCallback):
+    """Interrupts a run after a step, as Ctrl-C does."""
 
     def __init__(self, step: int) -> None:
         self.step = step

@@ -1,7 +1,8 @@
-"""Tiny LLaVA-Med checkpoints in their original layouts, and what they compute, in plain torch.
+"""Tiny LLaVA-Med checkpoints in their original layouts, and a reference of what they compute in plain torch.
 
-The names, files and config fields are the released ones; the reference is CLIP's features of a layer, the
-projector, and the language model on the embeddings, each by transformers' own class.
+Tensor names, files and config fields are those of the released checkpoints. The reference computes CLIP's
+features of one layer, the projector, and the language model on the embeddings; CLIP and the language model
+are transformers' own classes.
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ from normtune.errors import InputError
 from normtune.models.importers.llava_med.importer import import_llava_med
 from tests.support.tiny_models import TEXT_SIZES, VISION_SIZES, bpe_tokenizer
 
-Form = Literal["safetensors", "bin", "old bin"]
+FileFormat = Literal["safetensors", "bin", "old bin"]
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SIDE, PATCHES = 32, 16
 IMAGE_TOKENS = ("<im_patch>", "<im_start>", "<im_end>")
-HEADS: dict[str, Any] = {"vision_heads": 2}  # of the tiny image encoder, which are not of 64
+HEADS: dict[str, Any] = {"vision_heads": 2}  # the tiny encoder's heads are not 64 wide, which the importer assumes
 VISION = {**VISION_SIZES, "num_hidden_layers": 3, "projection_dim": 32}
 TOWER = "model.vision_tower.vision_tower.vision_model."
 
 
 @dataclass
-class Original:
-    """The modules that a checkpoint was written from."""
+class OriginalModel:
+    """The modules from which a checkpoint is written."""
 
     clip: Any
     language: Any
@@ -52,11 +53,11 @@ class Original:
 
     @torch.no_grad()
     def logits(self, pixels: Tensor, before: list[int], after: list[int]) -> Tensor:
-        """[tokens, vocabulary] for a text that has an image in it; pixels [3, side, side]."""
-        seen = self.clip(pixels[None].to(self.clip.dtype), output_hidden_states=True)
-        features = seen.hidden_states[self.layer][:, 1:]
-        linear = {name.rpartition(".")[0]: None for name in self.projector}
-        for i, name in enumerate(linear):
+        """The logits [tokens, vocabulary] of a text around an image; pixels [3, side, side]."""
+        vision_output = self.clip(pixels[None].to(self.clip.dtype), output_hidden_states=True)
+        features = vision_output.hidden_states[self.layer][:, 1:]
+        layer_names = {name.rpartition(".")[0]: None for name in self.projector}
+        for i, name in enumerate(layer_names):
             if i:
                 features = F.gelu(features)
             weight, bias = (self.projector[f"{name}.{kind}"] for kind in ("weight", "bias"))
@@ -65,14 +66,15 @@ class Original:
         parts = [embed(torch.tensor([before])), features, embed(torch.tensor([after]))]
         return self.language(inputs_embeds=torch.cat(parts, 1)).logits[0]
 
-    def ids(self, prompt: str) -> tuple[list[int], list[int]]:
-        """Tokens before and after <image>: the original code tokenises the two apart."""
-        before, after = (self.tokenizer(piece).input_ids for piece in prompt.split("<image>"))
+    def split_prompt(self, prompt: str) -> tuple[list[int], list[int]]:
+        """The token ids before and after <image>; like the original code, it tokenises them separately."""
+        before, after = (self.tokenizer(part).input_ids for part in prompt.split("<image>"))
         assert before[0] == after[0] == self.tokenizer.bos_token_id
         return before, after[1:]
 
 
-def spread(model: torch.nn.Module) -> Any:
+def randomize(model: torch.nn.Module) -> Any:
+    """Draw weights that give distinct logits."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -82,20 +84,20 @@ def spread(model: torch.nn.Module) -> Any:
     return model.eval()
 
 
-def tokenizer(*special: str, **named: Any) -> Any:
+def build_tokenizer(*special: str, **named_tokens: Any) -> Any:
     return bpe_tokenizer(
         ["<unk>", "<s>", "</s>", *special],
         sentencepiece=True,
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
-        **named,
+        **named_tokens,
     )
 
 
-def make_original(version: Literal["1.5", "1.0"] = "1.5", dtype: torch.dtype = torch.float32) -> Original:
+def make_original(version: Literal["1.5", "1.0"] = "1.5", dtype: torch.dtype = torch.float32) -> OriginalModel:
     torch.manual_seed(0)
-    words = tokenizer() if version == "1.5" else tokenizer("[PAD]", *IMAGE_TOKENS, pad_token="[PAD]")
+    words = build_tokenizer() if version == "1.5" else build_tokenizer("[PAD]", *IMAGE_TOKENS, pad_token="[PAD]")
     sizes = {**TEXT_SIZES, "vocab_size": len(words), "rms_norm_eps": 1e-5}
     if version == "1.5":
         language: Any = MistralForCausalLM(MistralConfig(**sizes, rope_theta=1e6, sliding_window=None))
@@ -107,32 +109,31 @@ def make_original(version: Literal["1.5", "1.0"] = "1.5", dtype: torch.dtype = t
     for name, shape in shapes.items():
         projector[f"{name}.weight"] = torch.randn(shape).div(shape[1] ** 0.5).to(dtype)
         projector[f"{name}.bias"] = torch.randn(shape[0]).mul(0.1).to(dtype)
-    clip = spread(CLIPVisionModel(CLIPVisionConfig(**VISION)))
-    return Original(clip.to(dtype), spread(language).to(dtype), projector, words)
+    clip = randomize(CLIPVisionModel(CLIPVisionConfig(**VISION)))
+    return OriginalModel(clip.to(dtype), randomize(language).to(dtype), projector, words)
 
 
 def clip_tensors(clip: Any) -> dict[str, Tensor]:
-    """By the names of transformers 4, as released: under `vision_model.`."""
+    """The tensors by the names of transformers 4, as released: with the prefix `vision_model.`."""
     return {f"vision_model.{name}": tensor for name, tensor in clip.state_dict().items()}
 
 
-def tensors(original: Original, *, tower: bool) -> dict[str, Tensor]:
-    """By the original names, in the order of its modules."""
-    found = dict(original.language.state_dict())
-    head = found.pop("lm_head.weight")
+def original_tensors(original: OriginalModel, *, tower: bool) -> dict[str, Tensor]:
+    """The tensors by their original names, in the order of the original modules."""
+    tensors = dict(original.language.state_dict())
+    head = tensors.pop("lm_head.weight")
     for i in range(2):
-        found[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+        tensors[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     if tower:
-        found |= {
-            TOWER.removesuffix("vision_model.") + name: one
-            for name, one in clip_tensors(original.clip).items()
+        tensors |= {
+            TOWER.removesuffix("vision_model.") + name: tensor for name, tensor in clip_tensors(original.clip).items()
         }
-        found[f"{TOWER}embeddings.position_ids"] = torch.arange(PATCHES + 1)[None]
-    return {**found, **original.projector, "lm_head.weight": head}
+        tensors[f"{TOWER}embeddings.position_ids"] = torch.arange(PATCHES + 1)[None]
+    return {**tensors, **original.projector, "lm_head.weight": head}
 
 
-def config(original: Original, **changes: Any) -> dict[str, Any]:
-    """The fields of the released config.json."""
+def original_config(original: OriginalModel, **changes: Any) -> dict[str, Any]:
+    """The fields of the released config.json, with `changes`."""
     text = original.language.config
     mistral = text.model_type == "mistral"
     values = {
@@ -171,50 +172,50 @@ def config(original: Original, **changes: Any) -> dict[str, Any]:
 
 
 def write_tensors(
-    directory: Path, held: dict[str, Tensor], form: Form = "safetensors", shards: int = 3
+    directory: Path, tensors: dict[str, Tensor], form: FileFormat = "safetensors", shards: int = 3
 ) -> None:
-    """The files of a checkpoint, in shards with an index, or one file."""
+    """Write the files of a checkpoint: shards with an index, or one file."""
     directory.mkdir(exist_ok=True)
     stem, end = ("model", "safetensors") if form == "safetensors" else ("pytorch_model", "bin")
-    names = list(held)
-    places = {}
+    names = list(tensors)
+    file_of_tensor = {}
     for i in range(shards):
-        part = names[i * len(names) // shards : (i + 1) * len(names) // shards]
+        shard_names = names[i * len(names) // shards : (i + 1) * len(names) // shards]
         file = f"{stem}.{end}" if shards == 1 else f"{stem}-{i + 1:05d}-of-{shards:05d}.{end}"
-        content = {name: held[name].detach().clone() for name in part}
+        content = {name: tensors[name].detach().clone() for name in shard_names}
         if form == "safetensors":
             save_file(content, directory / file, metadata={"format": "pt"})
         else:
             torch.save(content, directory / file, _use_new_zipfile_serialization=form == "bin")
-        places |= dict.fromkeys(part, file)
+        file_of_tensor |= dict.fromkeys(shard_names, file)
     if shards > 1:
-        index = {"metadata": {"total_size": 0}, "weight_map": places}
+        index = {"metadata": {"total_size": 0}, "weight_map": file_of_tensor}
         (directory / f"{stem}.{end}.index.json").write_text(json.dumps(index))
 
 
 def write_original(
     directory: Path,
-    original: Original,
+    original: OriginalModel,
     *,
     tower: bool = True,
-    form: Form = "safetensors",
+    form: FileFormat = "safetensors",
     shards: int = 3,
-    held: dict[str, Tensor] | None = None,
+    tensors: dict[str, Tensor] | None = None,
     **changes: Any,
 ) -> Path:
-    write_tensors(directory, tensors(original, tower=tower) if held is None else held, form, shards)
+    write_tensors(directory, original_tensors(original, tower=tower) if tensors is None else tensors, form, shards)
     original.tokenizer.save_pretrained(directory)
-    (directory / "config.json").write_text(json.dumps(config(original, **changes)))
+    (directory / "config.json").write_text(json.dumps(original_config(original, **changes)))
     return directory
 
 
-def write_clip(directory: Path, clip: Any, *, whole: bool = False, form: Form = "safetensors") -> Path:
-    """A CLIP image encoder apart, or one inside a whole CLIP as on the hub."""
-    held = clip_tensors(clip)
+def write_clip(directory: Path, clip: Any, *, whole: bool = False, form: FileFormat = "safetensors") -> Path:
+    """Write a CLIP image encoder, or with `whole` a complete CLIP as on the Hub."""
+    tensors = clip_tensors(clip)
     vision = {**VISION, "hidden_act": "quick_gelu", "model_type": "clip_vision_model"}
     values: dict[str, Any] = vision
     if whole:
-        held |= {
+        tensors |= {
             "vision_model.embeddings.position_ids": torch.arange(PATCHES + 1)[None],
             "text_model.embeddings.position_ids": torch.arange(8)[None],
             "text_model.final_layer_norm.weight": torch.ones(4),
@@ -223,15 +224,15 @@ def write_clip(directory: Path, clip: Any, *, whole: bool = False, form: Form = 
             "logit_scale": torch.tensor(4.6),
         }
         values = {"model_type": "clip", "vision_config": vision, "text_config": {}}
-    write_tensors(directory, held, form, 1)
+    write_tensors(directory, tensors, form, 1)
     (directory / "config.json").write_text(json.dumps(values))
     images = {"image_mean": MEAN, "image_std": STD, "crop_size": SIDE, "do_center_crop": True, "size": SIDE}
     (directory / "preprocessor_config.json").write_text(json.dumps(images))
     return directory
 
 
-def prepared(image: Image.Image, *, pad: bool) -> Tensor:
-    """[3, side, side], as the original code prepares an image, in PIL and torch."""
+def preprocess(image: Image.Image, *, pad: bool) -> Tensor:
+    """Preprocess an image as the original code does, in PIL and torch: [3, side, side]."""
     width, height = image.size
     if pad:
         side = max(width, height)
@@ -246,34 +247,34 @@ def prepared(image: Image.Image, *, pad: bool) -> Tensor:
     return (values / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
-def delta_and_base(
-    target: Original, folder: Path, dtype: torch.dtype
+def write_delta_and_base(
+    target: OriginalModel, folder: Path, dtype: torch.dtype
 ) -> tuple[Path, Path, dict[str, Tensor]]:
-    """(delta, base, base + delta as torch adds them in `dtype`); the base has fewer rows."""
+    """(delta folder, base folder, base + delta as torch adds them in `dtype`); the base has fewer rows."""
     torch.manual_seed(5)
-    held = {name: one.to(dtype) for name, one in tensors(target, tower=False).items()}
+    target_tensors = {name: tensor.to(dtype) for name, tensor in original_tensors(target, tower=False).items()}
     rows = len(target.tokenizer) - 4
-    base, delta, wanted = {}, dict(held), dict(held)
-    for name, one in held.items():
+    base, delta, expected = {}, dict(target_tensors), dict(target_tensors)
+    for name, tensor in target_tensors.items():
         if "mm_projector" in name:
             continue
-        base[name] = (one + 0.01 * torch.randn_like(one))[:rows] if one.shape[0] == rows + 4 else one * 1.01
+        base[name] = (tensor + 0.01 * torch.randn_like(tensor))[:rows] if tensor.shape[0] == rows + 4 else tensor * 1.01
         if name.endswith("inv_freq"):
             continue
-        delta[name] = one.clone()
+        delta[name] = tensor.clone()
         delta[name][: len(base[name])] -= base[name]
-        wanted[name] = delta[name].clone()
-        wanted[name][: len(base[name])] += base[name]
+        expected[name] = delta[name].clone()
+        expected[name][: len(base[name])] += base[name]
     write_tensors(folder / "base", base, "bin", 2)
-    return write_original(folder / "delta", target, held=delta), folder / "base", wanted
+    return write_original(folder / "delta", target, tensors=delta), folder / "base", expected
 
 
-def refused(source: Path, out: Path, **options: Any) -> str:
-    """The one-line message; nothing is left behind."""
+def import_error(source: Path, out: Path, **options: Any) -> str:
+    """The one-line message of a refused import, which must leave no files."""
     before = sorted(source.parent.iterdir())
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError) as error_info:
         import_llava_med(str(source), out, **options)
-    assert sorted(source.parent.iterdir()) == before, "nothing is half-written"
-    message = str(caught.value)
+    assert sorted(source.parent.iterdir()) == before, "no file is left"
+    message = str(error_info.value)
     assert "\n" not in message and message.endswith(".")
     return message

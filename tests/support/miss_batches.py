@@ -1,4 +1,4 @@
-"""A tiny random MISS whose logits are distinct and whose gradients are not trivial, and questions for it."""
+"""A tiny random MISS with distinct logits and non-trivial gradients, and questions for it."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def tiny_config(**changes: Any) -> MissConfig:
     )
 
 
-def spread(model: nn.Module, seed: int = 0) -> None:
-    """Give every tensor values that matter."""
+def randomize(model: nn.Module, seed: int = 0) -> None:
+    """Draw weights that give distinct logits and non-trivial gradients."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -55,32 +55,32 @@ def spread(model: nn.Module, seed: int = 0) -> None:
 
 def tiny_miss(seed: int = 0, **changes: Any) -> MissForQuestionAnswering:
     model = MissForQuestionAnswering(tiny_config(**changes)).eval()
-    spread(model, seed)
+    randomize(model, seed)
     return model
 
 
-def pixels(images: int, seed: int = 1, size: tuple[int, int] = (IMAGE, IMAGE)) -> Tensor:
+def random_pixels(images: int, seed: int = 1, size: tuple[int, int] = (IMAGE, IMAGE)) -> Tensor:
     return torch.randn(images, 3, *size, generator=torch.Generator().manual_seed(seed))
 
 
-def padded(rows: list[list[int]], value: int = PAD, extra: int = 0) -> Tensor:
+def pad_rows(rows: list[list[int]], value: int = PAD, extra: int = 0) -> Tensor:
     length = max(map(len, rows)) + extra
     return torch.tensor([row + [value] * (length - len(row)) for row in rows])
 
 
-def asked(questions: list[list[int]], extra: int = 0) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask`, with `extra` pads on the right."""
+def question_batch(questions: list[list[int]], extra: int = 0) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` of questions, with `extra` padding tokens on the right."""
     return {
-        "input_ids": padded(questions, PAD, extra),
-        "attention_mask": padded([[1] * len(question) for question in questions], 0, extra),
+        "input_ids": pad_rows(questions, PAD, extra),
+        "attention_mask": pad_rows([[1] * len(question) for question in questions], 0, extra),
     }
 
 
-def answered(answers: list[list[int]]) -> dict[str, Tensor]:
+def answer_batch(answers: list[list[int]]) -> dict[str, Tensor]:
     """`decoder_input_ids` and `labels` of answers that end with END."""
     return {
-        "decoder_input_ids": padded([[START, *answer] for answer in answers]),
-        "labels": padded([[*answer, END] for answer in answers], -100),
+        "decoder_input_ids": pad_rows([[START, *answer] for answer in answers]),
+        "labels": pad_rows([[*answer, END] for answer in answers], -100),
     }
 
 

@@ -1,4 +1,4 @@
-"""Small made files in the exact layouts of the datasets of reports and captions: no real report or image."""
+"""Small made-up files in the exact layouts of the report and caption datasets, without real data."""
 
 from __future__ import annotations
 
@@ -32,16 +32,11 @@ REPORT = """                                 FINAL REPORT
 
 
 def r2gen_entry(id: str, split: str, images: Sequence[str], **changes: Any) -> dict[str, Any]:
-    return {
-        "id": id,
-        "report": f"Made findings of {id}.",
-        "image_path": list(images),
-        "split": split,
-    } | changes
+    return {"id": id, "report": f"Made findings of {id}.", "image_path": list(images), "split": split} | changes
 
 
 def write_r2gen(root: Path, images: str = "images", **splits: list[dict[str, Any]]) -> Path:
-    """annotation.json, and the images that it names where `images` is not empty."""
+    """Write annotation.json and, unless `images` is empty, the images that it names to this folder."""
     root.mkdir(parents=True, exist_ok=True)
     (root / "annotation.json").write_text(json.dumps(splits), encoding="utf-8")
     for entry in (entry for rows in splits.values() for entry in rows if images):
@@ -52,28 +47,19 @@ def write_r2gen(root: Path, images: str = "images", **splits: list[dict[str, Any
 
 def write_csv(path: Path, *rows: Sequence[object]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "wt", newline="", encoding="utf-8") as handle:
+    open_file = gzip.open if path.suffix == ".gz" else open
+    with open_file(path, "wt", newline="", encoding="utf-8") as handle:
         csv.writer(handle).writerows(rows)
     return path
 
 
 def write_kaggle_openi(root: Path) -> Path:
-    """Four studies: two views; one view, no findings; three views; no image at all."""
+    """Write four studies: two views; one view without findings; three views; no image."""
     head = ("uid", "MeSH", "Problems", "image", "indication", "comparison", "findings", "impression")
     write_csv(
         root / "indiana_reports.csv",
         head,
-        (
-            1,
-            "normal",
-            "normal",
-            "Xray Chest PA and Lateral",
-            "Cough",
-            "None.",
-            "Clear\nlungs.",
-            "Normal chest.",
-        ),
+        (1, "normal", "normal", "Xray Chest PA and Lateral", "Cough", "None.", "Clear\nlungs.", "Normal chest."),
         (2, "Opacity", "Opacity", "PA", "XXXX", "", "", "Opacity, left base."),
         (3, "normal", "normal", "PA", "", "", "No effusion.", ""),
         (4, "normal", "normal", "PA", "", "", "Made.", "Made."),
@@ -91,8 +77,8 @@ def write_kaggle_openi(root: Path) -> Path:
 
 
 def openi_xml(number: int, findings: str | None, impression: str, images: int = 2) -> str:
-    """A report as ecgen-radiology writes it."""
-    shown = "" if findings is None else findings
+    """A report in the XML format of ecgen-radiology."""
+    findings_text = "" if findings is None else findings
     parents = "".join(
         f'<parentImage id="CXR{number}_IM-0001-{n}001"><figureId>F{n}</figureId><caption>Chest</caption>'
         f'<panel type="single"><url>/x/CXR{number}_IM-0001-{n}001.jpg</url></panel></parentImage>'
@@ -105,7 +91,7 @@ def openi_xml(number: int, findings: str | None, impression: str, images: int = 
         "<licenseURL>http://creativecommons.org/licenses/by-nc-nd/4.0/</licenseURL>"
         "<MedlineCitation><Article><Abstract>"
         '<AbstractText Label="COMPARISON">None.</AbstractText><AbstractText Label="INDICATION"/>'
-        f'<AbstractText Label="FINDINGS">{shown}</AbstractText>'
+        f'<AbstractText Label="FINDINGS">{findings_text}</AbstractText>'
         f'<AbstractText Label="IMPRESSION">{impression}</AbstractText>'
         "</Abstract></Article></MedlineCitation>"
         f"<MeSH><major>Cardiomegaly/mild</major><major>Opacity</major></MeSH>{parents}</eCitation>"
@@ -125,7 +111,7 @@ def write_xml_openi(root: Path, images: bool = True) -> Path:
 
 
 def write_mimic(root: Path, packed: str = "", reports: str = "mimic-cxr-reports") -> Path:
-    """Three studies of the JPG release: train (three views), validate (no findings), test (no report)."""
+    """Write three studies of the JPG release: train (3 views), validate (no findings), test (no report)."""
     studies = (
         ("10000032", "50414267", "train", ("LATERAL", "AP", "PA"), REPORT),
         ("10000935", "50578979", "validate", ("LL",), REPORT.replace("FINDINGS: ", "IMPRESSION: ")),
@@ -152,7 +138,7 @@ def write_mimic(root: Path, packed: str = "", reports: str = "mimic-cxr-reports"
 
 
 def write_path_vqa(root: Path, typed: bool = False) -> Path:
-    """The original pickles of PathVQA, plain or of the layout with question types."""
+    """Write the original pickles of PathVQA, in the plain layout or in the one with question types."""
     for split in ("train", "val", "test"):
         rows: list[dict[str, Any]]
         if typed:
@@ -180,7 +166,7 @@ def write_path_vqa(root: Path, typed: bool = False) -> Path:
 
 
 def write_roco(root: Path) -> Path:
-    """ROCO's repository after its images were fetched, by id in train and by article in the others."""
+    """Write ROCO's repository with downloaded images, named by id in train and by article in other splits."""
     for split, number in (("train", 2), ("validation", 20), ("test", 35)):
         folder = root / "data" / split / "radiology"
         (root / "data" / split / "non-radiology").mkdir(parents=True)
@@ -216,7 +202,7 @@ def write_medpix(root: Path, **files: list[dict[str, Any]]) -> Path:
 
 
 def llava_med_row(id: str, *pairs: tuple[str, str], **changes: Any) -> dict[str, Any]:
-    """A conversation as in llava_med_instruct_60k.json; the mark stands after the first question."""
+    """A conversation as in llava_med_instruct_60k.json; the image mark follows the first question."""
     turns = []
     for number, (question, answer) in enumerate(pairs):
         turns.append({"from": "human", "value": question if number else f"{question}\n<image>"})

@@ -1,4 +1,4 @@
-"""Hooks of schemathesis, in its own process: rows as lines, and models and images that are there."""
+"""Hooks for schemathesis, which runs in its own process: rows as JSON lines; existing models and images."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from typing import Any
 import schemathesis
 from hypothesis import strategies as st
 
-from tests.support.test_server import data_url, picture
+from tests.support.test_server import data_url, image_bytes
 
-PICTURE = picture((8, 8))
+PICTURE = image_bytes((8, 8))
 
 for kind in ("image/png", "image/jpeg", "image/webp", "application/dicom"):
     schemathesis.openapi.media_type(kind, st.just(PICTURE))
 
 
 @schemathesis.serializer("application/jsonl")
-def lines(context: Any, rows: Any) -> bytes:
-    each = rows if isinstance(rows, list) else [rows]
-    return "\n".join(map(json.dumps, each)).encode()
+def serialize_rows(context: Any, rows: Any) -> bytes:
+    row_list = rows if isinstance(rows, list) else [rows]
+    return "\n".join(map(json.dumps, row_list)).encode()
 
 
 @schemathesis.hook
 def before_call(context: Any, case: Any, kwargs: dict[str, Any]) -> None:
-    """Valid requests get what a schema cannot tell: a model that is served, an image, an id for each row."""
+    """Complete valid requests with what a schema cannot express: a served model, an image, an id per row."""
     meta, body = case.meta, case.body
     components = () if meta is None else meta.components.values()
-    if meta is None or meta.generation.mode.is_negative or any(one.mode.is_negative for one in components):
+    if meta is None or meta.generation.mode.is_negative or any(component.mode.is_negative for component in components):
         return
     match (case.method, case.operation.path):
         case ("POST", "/v1/chat/completions"):

@@ -1,4 +1,4 @@
-"""Results of a study that was never run: made-up numbers in the shape of `results.json`."""
+"""Made-up results of a study, in the format of `results.json`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from normtune.metrics.statistics import mean_over_seeds
 
 NANO = ("vision", "encoder", "decoder")
 LARGE = ("vision", "connector", "language")
-SHARES = {  # recipe: trained share, score gained, learning rate
+RECIPES = {  # recipe: trained share, score gained, learning rate
     "frozen": (0.0, 0.0, {}),
     "ln": (0.0029, 0.145, {"ln": 0.03}),
     "ln-vision": (0.0007, 0.05, {"ln": 0.03}),
@@ -29,8 +29,8 @@ VQA = ("closed_label", "open_exact", "open_recall", "global_exact")
 REPORT = ("bleu_1/none", "bleu_4/none", "rouge_l/none", "meteor_exact_stem/none", "cider_d/none")
 
 
-class Made:
-    """The tables, filled cell by cell."""
+class FakeStudy:
+    """The tables of `results.json`, filled cell by cell with random numbers."""
 
     def __init__(self, losses: int = 40) -> None:
         self.random = random.Random(0)
@@ -38,7 +38,7 @@ class Made:
         names = ("cells", "evaluations", "metrics", "forgetting", "norms", "losses", "seeds", "tests")
         self.tables: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
 
-    def cell(
+    def add_cell(
         self,
         model: str,
         recipe: str,
@@ -49,10 +49,10 @@ class Made:
         share: float = 1.0,
         seed: int | None = 0,
         rate: float | None = None,
-        less: float = 0.0,
+        reduction: float = 0.0,
     ) -> None:
-        """One cell with its evaluations; `less` is taken from what its recipe gains."""
-        trained, gain, rates = SHARES[recipe]
+        """Add one cell with its evaluations; `reduction` is subtracted from the gain of its recipe."""
+        trained, gain, rates = RECIPES[recipe]
         key = f"{len(self.tables['cells']):016x}"
         if rate is not None:
             rates = dict.fromkeys(rates, rate)
@@ -77,7 +77,7 @@ class Made:
         )  # fmt: skip
         for dataset, role in tested.items():
             self._evaluation(
-                key, dataset, role, model, gain - less if role == "in" else (gain - less) / 4, trained
+                key, dataset, role, model, gain - reduction if role == "in" else (gain - reduction) / 4, trained
             )
         if trained_on is not None and role != "validate":
             self._training(key, model, recipe, gain)
@@ -92,9 +92,7 @@ class Made:
                 "folder": f"cells/{key}/evaluations/x",
             }
         )  # fmt: skip
-        base = {"slake": 0.38, "vqa-rad": 0.3, "medpix": 0.12, "phantom-a": 0.82}[dataset] + 0.15 * (
-            model == "large"
-        )
+        base = {"slake": 0.38, "vqa-rad": 0.3, "medpix": 0.12, "phantom-a": 0.82}[dataset] + 0.15 * (model == "large")
         if role == "home":
             gain = -0.4 * trained**0.25 * (trained > 0)
         noise = self.random.gauss(0, 0.008)
@@ -109,8 +107,8 @@ class Made:
                 }
             )  # fmt: skip
             if role == "home" and trained:
-                lost = {"key": key, "dataset": dataset, "metric": metric, "base": base, "tuned": value}
-                self.tables["forgetting"].append({**lost, "forgotten": base * (1 - 0.1 * number) - value})
+                forgetting_row = {"key": key, "dataset": dataset, "metric": metric, "base": base, "tuned": value}
+                self.tables["forgetting"].append({**forgetting_row, "forgotten": base * (1 - 0.1 * number) - value})
 
     def _training(self, key: str, model: str, recipe: str, gain: float) -> None:
         for step in range(1, 261, max(1, 260 // self.losses)):
@@ -118,73 +116,67 @@ class Made:
             self.tables["losses"].append({"key": key, "step": step, "loss": loss})
         if not recipe.startswith(("ln", "full")):
             return
-        layers = (
-            {"vision": 6, "encoder": 3, "decoder": 2} if model == "nano" else {"vision": 12, "language": 32}
-        )
-        still = {"ln-vision": ("encoder", "decoder"), "ln-encoder+decoder": ("vision",)}.get(recipe, ())
+        layers = {"vision": 6, "encoder": 3, "decoder": 2} if model == "nano" else {"vision": 12, "language": 32}
+        untrained_parts = {"ln-vision": ("encoder", "decoder"), "ln-encoder+decoder": ("vision",)}.get(recipe, ())
         for part, depth in layers.items():
-            if part in still:
+            if part in untrained_parts:
                 continue
             for layer in [*range(depth), None]:
-                norms = {
-                    "vision": ("norm1", "norm2"),
-                    "language": ("input_layernorm", "post_attention_layernorm"),
-                }.get(
-                    part,
-                    ("attention.output.LayerNorm", "crossattention.output.LayerNorm", "output.LayerNorm"),
+                norms = {"vision": ("norm1", "norm2"), "language": ("input_layernorm", "post_attention_layernorm")}.get(
+                    part, ("attention.output.LayerNorm", "crossattention.output.LayerNorm", "output.LayerNorm")
                 )
                 for norm in norms if layer is not None else ("embeddings.LayerNorm",):
                     for kind, suffix in (("gain", "weight"), ("bias", "bias")):
                         if kind == "bias" and part == "language":
                             continue
                         step = 0.02 * (1 + (layer or 0)) * self.random.uniform(0.5, 1.5)
-                        where = f"layers.{layer}." if layer is not None else ""
+                        prefix = f"layers.{layer}." if layer is not None else ""
                         self.tables["norms"].append(
                             {
-                                "key": key, "name": f"{part}.{where}{norm}.{suffix}",
+                                "key": key, "name": f"{part}.{prefix}{norm}.{suffix}",
                                 "part": part, "layer": layer,
                                 "kind": kind, "count": 128,
                                 "relative": step if kind == "gain" else None, "rms": step,
                             }
                         )  # fmt: skip
 
-    def results(self, against: str = "ln") -> dict[str, Any]:
-        """The whole, with means over seeds and tests whose p-values are made up too."""
+    def build_results(self, against: str = "ln") -> dict[str, Any]:
+        """All tables, with means over seeds and tests; the p-values are made up too."""
         cells = {cell["key"]: cell for cell in self.tables["cells"]}
         groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         for row in self.tables["metrics"]:
             cell = cells[row["key"]]
-            words = ", ".join(f"{name} {rate:g}" for name, rate in sorted(cell["rates"].items()))
+            rate_text = ", ".join(f"{name} {rate:g}" for name, rate in sorted(cell["rates"].items()))
             for grid in cell["grids"]:
                 if grid != "search":
-                    where = (grid, *(cell[n] for n in ("model", "trained_on", "share", "recipe")), words)
-                    groups.setdefault((*where, row["dataset"], row["role"], row["metric"]), []).append(row)
+                    setting = (grid, *(cell[n] for n in ("model", "trained_on", "share", "recipe")), rate_text)
+                    groups.setdefault((*setting, row["dataset"], row["role"], row["metric"]), []).append(row)
         names = ("grid", "model", "trained_on", "share", "recipe", "rate", "dataset", "role", "metric")
         for group, rows in groups.items():
             values = [row["value"] for row in rows]
-            one = mean_over_seeds(values) if len(values) > 1 else None
+            interval = mean_over_seeds(values) if len(values) > 1 else None
             self.tables["seeds"].append(
                 {
                     **dict(zip(names, group, strict=True)),
                     "seeds": len(values),
-                    "mean": one.value if one else values[0],
-                    "low": one.low if one else rows[0]["low"],
-                    "high": one.high if one else rows[0]["high"],
+                    "mean": interval.value if interval else values[0],
+                    "low": interval.low if interval else rows[0]["low"],
+                    "high": interval.high if interval else rows[0]["high"],
                     "least": min(values),
                     "most": max(values),
                 }
             )
         means = {tuple(row[n] for n in names if n != "rate"): row["mean"] for row in self.tables["seeds"]}
         for row in list(self.tables["seeds"]):
-            where = {n: row[n] for n in names if n != "rate"}
-            other = means.get(tuple({**where, "recipe": against}.values()))
-            if row["trained_on"] is not None and other is not None and row["recipe"] != against:
-                gap = row["mean"] - other
-                p = min(1.0, math.exp(-abs(gap) * 150))
+            setting = {n: row[n] for n in names if n != "rate"}
+            other_mean = means.get(tuple({**setting, "recipe": against}.values()))
+            if row["trained_on"] is not None and other_mean is not None and row["recipe"] != against:
+                difference = row["mean"] - other_mean
+                p = min(1.0, math.exp(-abs(difference) * 150))
                 self.tables["tests"].append(
                     {
-                        **where, "against": against, "difference": gap,
-                        "low": gap - 0.015, "high": gap + 0.015,
+                        **setting, "against": against, "difference": difference,
+                        "low": difference - 0.015, "high": difference + 0.015,
                         "p": p, "p_holm": min(1.0, 4 * p), "rows": 1061, "images": 96, "seeds": row["seeds"],
                         "method": "made up",
                     }
@@ -200,50 +192,50 @@ class Made:
         return {"study": "made-up", "about": about, "spec": spec, **self.tables}
 
 
-_SMALL = {"ln-encoder+decoder"}
+SKIPPED_FOR_LARGE = {"ln-encoder+decoder"}
 
 
-def made_results(*, recipes: list[str] | None = None, seeds: int = 3, losses: int = 40) -> dict[str, Any]:
-    """A study with all that a page can show: two models, three data sets, curves, a search, a failure."""
-    made = Made(losses)
-    wanted = recipes or list(SHARES)
+def fake_results(*, recipes: list[str] | None = None, seeds: int = 3, losses: int = 40) -> dict[str, Any]:
+    """A study with all that a page can show: two models, three datasets, curves, a search, a failure."""
+    study = FakeStudy(losses)
+    recipe_names = recipes or list(RECIPES)
     datasets = ("slake", "vqa-rad", "medpix")
     for model in ("nano", "large"):
-        made.cell(
+        study.add_cell(
             model, "frozen", None, {**dict.fromkeys(datasets, "zero-shot"), "phantom-a": "home"},
             grids=["methods", "curves"], seed=None,
         )  # fmt: skip
     for model, data in (("nano", "slake"), ("nano", "vqa-rad"), ("nano", "medpix"), ("large", "slake")):
-        for recipe in wanted:
-            if recipe == "frozen" or (model == "large" and recipe in _SMALL):
+        for recipe in recipe_names:
+            if recipe == "frozen" or (model == "large" and recipe in SKIPPED_FOR_LARGE):
                 continue
             for seed in range(seeds):
                 other = {"slake": "vqa-rad", "vqa-rad": "slake"}.get(data) if model == "nano" else None
                 tested = {data: "in", **({other: "out"} if other else {}), "phantom-a": "home"}
-                made.cell(model, recipe, data, tested, grids=["methods"], seed=seed)
-    for recipe in [name for name in ("ln", "full", "lora-8") if name in wanted]:
+                study.add_cell(model, recipe, data, tested, grids=["methods"], seed=seed)
+    for recipe in [name for name in ("ln", "full", "lora-8") if name in recipe_names]:
         for share in (0.01, 0.05, 0.1, 0.5, 1.0):
             for seed in range(seeds):
-                less = 0.13 * math.log10(1 / share) * (1 if recipe == "full" else 0.7) / 2
+                drop = 0.13 * math.log10(1 / share) * (1 if recipe == "full" else 0.7) / 2
                 tested = {"slake": "in", "phantom-a": "home"}
-                made.cell(
-                    "nano", recipe, "slake", tested, grids=["curves"], share=share, seed=seed, less=less
+                study.add_cell(
+                    "nano", recipe, "slake", tested, grids=["curves"], share=share, seed=seed, reduction=drop
                 )
-        (rate,) = SHARES[recipe][2].values()
-        for step, less in ((1 / 3, 0.03), (1.0, 0.0), (3.0, 0.05)):
-            made.cell(
-                "nano", recipe, "slake", {"slake": "validate"}, grids=["search"], rate=rate * step, less=less
+        (rate,) = RECIPES[recipe][2].values()
+        for step, drop in ((1 / 3, 0.03), (1.0, 0.0), (3.0, 0.05)):
+            study.add_cell(
+                "nano", recipe, "slake", {"slake": "validate"}, grids=["search"], rate=rate * step, reduction=drop
             )
     failed = {
-        **made.tables["cells"][-1],
+        **study.tables["cells"][-1],
         "key": "f" * 16,
         "status": "failed",
-        "recipe": wanted[-1],
+        "recipe": recipe_names[-1],
         "grids": ["methods"],
     }
     failed |= {"error": "the loss is not finite at step 12. Lower the learning rate.", "seed": 9}
-    made.tables["cells"].append(failed)
-    return made.results()
+    study.tables["cells"].append(failed)
+    return study.build_results()
 
 
-assert set(SHARES) <= {*PRESETS, "attention", "ffn", "full", "ia3", "prefix", "ln", "frozen"}
+assert set(RECIPES) <= {*PRESETS, "attention", "ffn", "full", "ia3", "prefix", "ln", "frozen"}
