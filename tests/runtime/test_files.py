@@ -92,6 +92,11 @@ def test_invalid_json_is_reported_with_its_line(content: bytes, message: str, tm
     assert message in input_error(lambda: read_json(tmp_path / "a.json"))
 
 
+def test_a_byte_order_mark_before_json_is_skipped(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"qid": 4}')
+    assert read_json(tmp_path / "a.json") == {"qid": 4}
+
+
 def test_a_missing_file_and_a_directory_are_reported(tmp_path: Path) -> None:
     assert "is missing" in input_error(lambda: read_json(tmp_path / "none.json"))
     assert "cannot read" in input_error(lambda: read_json(tmp_path))

@@ -99,7 +99,7 @@ def read_json(path: Path | str) -> Any:
     """
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))  # a byte order mark is skipped
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing. Check the path.") from error
     except UnicodeDecodeError as error:

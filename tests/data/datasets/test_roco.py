@@ -33,6 +33,12 @@ def test_captions_of_the_repository_are_reports_of_one_image(tmp_path: Path) -> 
     ]
 
 
+def test_a_byte_order_mark_is_not_part_of_the_first_id(tmp_path: Path) -> None:
+    captions = write_roco(tmp_path) / "data/train/radiology/captions.txt"
+    captions.write_bytes(b"\xef\xbb\xbf" + captions.read_bytes())
+    assert roco.read(tmp_path).examples[0].id == "roco-ROCO_00002"
+
+
 def test_kaggles_copy_is_read(tmp_path: Path) -> None:
     for split, short in (("train", "train"), ("validation", "val"), ("test", "test")):
         row = (f"ROCO_{split}", f"PMC_{split}.jpg", "Made, with a comma.")

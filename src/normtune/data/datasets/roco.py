@@ -116,7 +116,7 @@ def _text_captions(root: Path, folder: Path, image_names: dict[str, str]) -> Ite
     file_name = (folder / "captions.txt").relative_to(root).as_posix()
     images = (folder / "images").relative_to(root).as_posix()
     rows: list[tuple[int, str, str]] = []
-    text = file_bytes(folder / "captions.txt").decode("utf-8", errors="replace")
+    text = file_bytes(folder / "captions.txt").decode("utf-8-sig", errors="replace")
     for number, line in enumerate(text.split("\n"), start=1):
         id, tab, caption = line.partition("\t")
         if tab and id.strip():
