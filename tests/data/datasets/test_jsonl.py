@@ -77,6 +77,8 @@ def test_blank_lines_and_a_byte_order_mark_are_skipped(root: Path) -> None:
         (ROW | {"kind": "clsoed"}, "kind is unknown, did you mean 'closed'?"),
         (ROW | {"image": "no.png"}, "image 'no.png' is missing"),
         (ROW | {"image": []}, "image is"),
+        (ROW | {"question": "Where? \udc4d"}, "a text contains half of a surrogate pair"),
+        (ROW | {"organ": "\ud83e lung"}, "a text contains half of a surrogate pair"),
         (["a.png"], "not a JSON object"),
         ('{"image": ', "not valid JSON"),
     ],
@@ -106,6 +108,12 @@ def test_errors_name_the_line_that_is_not_utf8(root: Path) -> None:
     file.write_bytes(json.dumps(ROW).encode() + b'\n{"image": "\xff"}\n')
     with pytest.raises(InputError, match="line 2: not UTF-8 text"):
         jsonl.read(file)
+
+
+def test_a_whole_surrogate_pair_is_read_as_one_character(root: Path) -> None:
+    line = '{"image": "a.png", "question": "Thumb \\ud83d\\udc4d?", "answer": "yes"}'
+    (example,) = jsonl.read(write_jsonl(root / "mine.jsonl", line)).examples
+    assert example.question == "Thumb \N{THUMBS UP SIGN}?"
 
 
 def test_an_empty_folder_and_an_empty_file_are_refused(root: Path) -> None:

@@ -125,6 +125,7 @@ def test_absolute_paths_inside_the_folder_are_accepted_and_others_refused(root: 
         (messages_row("What?", "x", "../a.png"), "the path of image 1 is outside the image folder"),
         (messages_row("What?", "x", "https://a.org/b.png"), "image 1 is a URL, not a file"),
         (messages_row("What?", "x", 5), "image 1 is not a path"),
+        (messages_row("What?", "x \udfff", "a.png"), "a text contains half of a surrogate pair"),
         (messages_row("What?", "x", "a.png", split="tset"), "split is unknown, did you mean 'test'?"),
         (messages_row("What?", "x", "a.png", kind="opne"), "kind is unknown, did you mean 'open'?"),
         (messages_row("<image><image>?", "x", "a.png"), "2 <image> marks for 1 images"),
@@ -135,6 +136,13 @@ def test_errors_name_the_file_and_row_of_a_bad_row_and_the_fix(root: Path, row: 
     assert text.startswith("bad.jsonl, row 2: ")
     assert message in text
     assert len(messages.read(root / "bad.jsonl", strict=False).skipped) == 1
+
+
+def test_errors_name_the_row_of_a_json_list_with_half_of_a_surrogate_pair(root: Path) -> None:
+    rows = [messages_row("What?", "x", "a.png"), messages_row("Which \ud83e?", "x", "a.png")]
+    (root / "bad.json").write_text(json.dumps(rows))
+    with pytest.raises(InputError, match=r"bad\.json, row 2: a text contains half of a surrogate pair"):
+        messages.read(root / "bad.json")
 
 
 def test_other_files_are_refused(root: Path) -> None:

@@ -71,6 +71,17 @@ def test_none_is_an_answer_and_repeated_rows_are_kept_and_listed(tmp_path: Path)
     assert [(p.row, p.what) for p in dataset.problems] == [("2", "same image, question and answer as an earlier row")]
 
 
+def test_half_of_a_surrogate_pair_is_a_fault_of_its_row(tmp_path: Path) -> None:
+    write_slake(tmp_path, train=[slake_row(1, 1)], validate=[], test=[])
+    rows = [slake_row(1, 1), slake_row(2, 1, question="Which \ud83e?")]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    assert [e.id for e in slake.read(tmp_path).examples] == ["slake-1"]
+    assert problems(tmp_path)[0].startswith("train.json, row 2: question contains half of a surrogate pair.")
+    (tmp_path / "train.json").write_text(json.dumps([slake_row(1, 1) | {"qid": "\udfff"}]))
+    with pytest.raises(InputError, match=r"train\.json, row \udfff: its id or a field contains half"):
+        slake.read(tmp_path)
+
+
 def test_repeated_ids_get_a_number(tmp_path: Path) -> None:
     write_slake(tmp_path, train=[slake_row(1, 1), slake_row(1, 2)], validate=[], test=[])
     assert [e.id for e in slake.read(tmp_path).examples] == ["slake-1", "slake-1-2"]

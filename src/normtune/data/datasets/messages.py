@@ -14,7 +14,7 @@ from normtune.data.images.files import ImageFolder
 from normtune.data.reading.cells import SPLITS, is_yes_no, split_name, split_of_file
 from normtune.data.reading.conversations import Pair, read_conversation
 from normtune.data.reading.row_reader import Row, RowReader, find_image_folder
-from normtune.data.reading.tables import RowError, json_lines
+from normtune.data.reading.tables import RowError, check_characters, json_lines
 from normtune.data.records import Dataset, Example, Kind, Problem
 from normtune.errors import InputError, did_you_mean
 from normtune.runtime.files import read_json
@@ -157,7 +157,7 @@ def _rows(reader: RowReader, file: Path, named: bool) -> Iterator[tuple[int, Any
     else:
         rows = read_json(file)
         if isinstance(rows, list):
-            yield from ((number, cells, None) for number, cells in enumerate(rows, start=1))
+            yield from ((number, check_characters(cells), None) for number, cells in enumerate(rows, start=1))
         elif named:
             raise InputError(f"{file} holds no list of rows. Write a list of conversations, or JSON lines.")
         else:  # such as LLaMA-Factory's dataset_info.json

@@ -16,6 +16,7 @@ _SPLIT_NAMES = {  # other name -> standard name
     "dev": "validate",
     "testing": "test",
 }
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _BLANKS = str.maketrans("\t\r\n\v\f", "     ")  # tabs and line ends become blanks
 
 
@@ -41,6 +42,23 @@ def is_yes_no(answer: str) -> bool:
     return answer.strip().lower().rstrip(".") in ("yes", "no")
 
 
+def has_half_character(value: object) -> bool:
+    """Whether a text in the value, at any depth, contains half of a surrogate pair.
+
+    JSON can write one as an escape, but tokenizers and UTF-8 files cannot hold it.
+    """
+    values = [value]
+    while values:
+        item = values.pop()
+        if isinstance(item, str) and not item.isascii() and _HALF_CHARACTER.search(item):
+            return True
+        if isinstance(item, dict):
+            values += [*item, *item.values()]
+        elif isinstance(item, list | tuple):
+            values += item
+    return False
+
+
 def clean_text(value: object) -> tuple[str, list[str]]:
     """Convert a cell to one line of text without leading or trailing blanks.
 
@@ -50,7 +68,7 @@ def clean_text(value: object) -> tuple[str, list[str]]:
         The text, and a description of each change, such as "is a number, not text".
 
     Raises:
-        InputError: the cell is a list, an object or a truth value.
+        InputError: the cell is a list, an object or a truth value, or contains half of a surrogate pair.
     """
     changes = []
     if value is None:
@@ -60,6 +78,8 @@ def clean_text(value: object) -> tuple[str, list[str]]:
         value = str(value)
     if not isinstance(value, str):
         raise InputError(f"is of type {type(value).__name__}, not text")
+    if has_half_character(value):
+        raise InputError("contains half of a surrogate pair")
     text = value.translate(_BLANKS)
     if text != value:
         changes.append("holds tabs or line ends")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from normtune.data.reading.cells import SPLITS, clean_text, is_yes_no, split_name
+from normtune.data.reading.cells import SPLITS, clean_text, has_half_character, is_yes_no, split_name
 from normtune.data.records import Dataset, Example, Kind, Problem
 from normtune.errors import InputError, did_you_mean
 
@@ -199,8 +199,14 @@ class Row:
             split: the split's name.
             meta: further fields; empty values are dropped.
             answer_name: name of the answer's field, for the message about an empty answer.
+
+        Raises:
+            InputError: the id, an image key or a field of `meta` contains half of a surrogate pair.
         """
         meta = {key: value for key, value in meta.items() if value}
+        if has_half_character((self.id, self.row, images, meta)):
+            what = "its id or a field contains half of a surrogate pair"
+            raise InputError(f"{self.file}, row {self.row}: {what}. Write the whole character, or remove it.")
         example = Example(self.id, tuple(images), question, answer, kind, split, meta)
         empty = "image" if not all(images) or not images else answer_name if not answer else ""
         if not empty and not question and kind != "report":

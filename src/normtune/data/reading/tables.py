@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from normtune.data.reading.cells import has_half_character
 from normtune.errors import InputError
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -49,12 +50,19 @@ def json_lines(file: Path) -> Iterator[tuple[int, Any]]:
         if not line.strip():
             continue
         try:
-            yield number, json.loads(line)
+            yield number, check_characters(json.loads(line))
         except UnicodeDecodeError:
             yield number, RowError("not UTF-8 text", "Save the file as UTF-8.")
         except (ValueError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else "too deep"
             yield number, RowError(f"not valid JSON ({reason})", "Write one JSON object a line.")
+
+
+def check_characters(cells: Any) -> Any:
+    """The row itself, or a `RowError` if one of its texts contains half of a surrogate pair."""
+    if has_half_character(cells):
+        return RowError("a text contains half of a surrogate pair", "Write the whole character, or remove it.")
+    return cells
 
 
 def json_objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
