@@ -61,6 +61,12 @@ def test_a_report_takes_several_views_and_needs_no_question(root: Path) -> None:
     assert (example.images, example.question, example.kind) == (("a.png", "views/b.png"), "", "report")
 
 
+def test_an_image_may_be_outside_the_folder(root: Path) -> None:
+    rows = [ROW | {"image": "../a.png"}, ROW | {"image": str(root / "a.png")}]
+    dataset = jsonl.read(write_jsonl(root / "views" / "train.jsonl", *rows))
+    assert [dataset.open_image(e.images[0]).size for e in dataset.examples] == [(4, 4), (4, 4)]
+
+
 def test_blank_lines_and_a_byte_order_mark_are_skipped(root: Path) -> None:
     file = root / "mine.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + json.dumps(ROW).encode() + b"\r\n\r\n")

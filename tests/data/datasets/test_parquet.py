@@ -84,6 +84,14 @@ def test_plain_bytes_and_paths_are_images_too(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("image", ["../scan.png", "/data/scan.png", {"bytes": None, "path": "../scan.png"}])
+def test_an_image_path_outside_the_folder_is_refused(tmp_path: Path, image: object) -> None:
+    write_image(tmp_path / "scan.png")
+    file = write_parquet(tmp_path / "inner/train.parquet", [row(1, image=image)])
+    with pytest.raises(InputError, match=r"train\.parquet, row 0: the image's path is outside the dataset's folder"):
+        parquet.read(file)
+
+
 def test_rows_without_image_question_or_answer_are_skipped_and_listed(tmp_path: Path) -> None:
     rows = [row(1), row(2, image=None), row(3, question=None), row(4, answer=""), row(5)]
     dataset = parquet.read(write_parquet(tmp_path / "train.parquet", rows))

@@ -63,6 +63,14 @@ def test_unusable_rows_are_skipped_and_listed(tmp_path: Path) -> None:
     assert any(text.startswith("train.json, row row 4: image is empty") for text in messages)
 
 
+@pytest.mark.parametrize("path", ["../../scan.png", "/data/scan.png", "a/../../scan.png", "C:/scan.png", ".."])
+def test_an_image_path_outside_the_image_folder_is_refused(tmp_path: Path, path: str) -> None:
+    write_slake(tmp_path, train=[slake_row(1, 1)], validate=[], test=[])
+    (tmp_path / "test.json").write_text(json.dumps([slake_row(7, 1, img_name=path)]))
+    with pytest.raises(InputError, match=r"test\.json, row 7: the image's path is outside the dataset's folder"):
+        slake.read(tmp_path)
+
+
 def test_none_is_an_answer_and_repeated_rows_are_kept_and_listed(tmp_path: Path) -> None:
     row = slake_row(1, 1, answer="None")
     write_slake(tmp_path, train=[row, row | {"qid": 2}], validate=[], test=[])

@@ -76,6 +76,15 @@ def test_the_layout_of_two_files_lets_the_file_decide(tmp_path: Path) -> None:
     assert [(e.id, e.split) for e in dataset.examples] == [("vqa-rad-1", "train"), ("vqa-rad-2", "test")]
 
 
+@pytest.mark.parametrize("path", ["../scan.jpg", "/data/scan.jpg"])
+def test_an_image_path_outside_the_image_folder_is_refused(tmp_path: Path, path: str) -> None:
+    root = write_vqa_rad(tmp_path, [vqa_rad_row(1, "a.jpg")])
+    write_image(root / "scan.jpg")
+    (root / FILE).write_text(json.dumps([vqa_rad_row(1, "a.jpg"), vqa_rad_row(2, path)]))
+    with pytest.raises(InputError, match=r"row 2: the image's path is outside the dataset's folder"):
+        vqa_rad.read(root)
+
+
 def test_irregular_cells_of_the_release_are_read_as_text_and_listed(tmp_path: Path) -> None:
     rows = [
         vqa_rad_row("0", "a.jpg"),

@@ -29,10 +29,10 @@ def read(
 ) -> Dataset:
     """Read one JSONL file, or all *.jsonl files of a folder.
 
-    Each line is a JSON object. `image` is a path, or a list of paths for a report on several views. `kind` is
-    open, closed or report; by default yes and no are closed and all other answers open. `split` is by default
-    the file's name if that is the name of a split, else train. A report needs no question. All other fields
-    of text or numbers become `meta`.
+    Each line is a JSON object. `image` is a path, which may be outside the folder, or a list of paths for a
+    report on several views. `kind` is open, closed or report; by default yes and no are closed and all other
+    answers open. `split` is by default the file's name if that is the name of a split, else train. A report
+    needs no question. All other fields of text or numbers become `meta`.
 
     Args:
         root: a file or a folder.

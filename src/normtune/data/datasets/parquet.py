@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pyarrow.parquet as pq
 
 from normtune.data.reading.cells import is_yes_no, split_name, split_of_file
 from normtune.data.reading.parquet_files import ParquetImages, RowLocation, find_parquet_files, image_bytes, iter_rows
-from normtune.data.reading.row_reader import RowReader
+from normtune.data.reading.row_reader import Row, RowReader
 from normtune.data.records import Dataset, Kind
 from normtune.errors import InputError
 
@@ -44,7 +43,8 @@ def read(root: Path, *, name: str = "parquet", licence: str = "unknown", text_on
         text_only: keep rows with missing image files.
 
     Raises:
-        InputError: there is no parquet file, a file is damaged or lacks a column, or no row can be used.
+        InputError: there is no parquet file, a file is damaged or lacks a column, the path of an image is
+            outside the folder, or no row can be used.
     """
     base, files = find_parquet_files(root)
     images = ParquetImages(base)
@@ -90,7 +90,7 @@ def _read_row(
     if stated_kind is not None:
         kind = row.read_kind(row.read_text("answer_type", stated_kind), answer)
     row.finish(
-        images=(_image_key(images, cells["image"], location),),
+        images=(_image_key(row, images, cells["image"], location),),
         question=row.read_text("question", cells["question"]),
         answer=answer,
         kind=kind,
@@ -99,10 +99,10 @@ def _read_row(
     )
 
 
-def _image_key(images: ParquetImages, cell: object, location: RowLocation) -> str:
+def _image_key(row: Row, images: ParquetImages, cell: object, location: RowLocation) -> str:
     """The SHA-1 of the image's bytes, or else its path, or else ""."""
     data = image_bytes(cell)
     if data:
         return images.add(data, location)
     path = cell.get("path") if isinstance(cell, dict) else cell
-    return os.path.normpath(path) if isinstance(path, str) and path else ""
+    return row.image_key(path) if isinstance(path, str) else ""

@@ -34,8 +34,8 @@ def read(root: Path, *, language: Literal["en", "zh", "all"] = "en", text_only: 
         text_only: keep rows with missing image files.
 
     Raises:
-        InputError: the image folder or all files are missing, a file has another layout, or the language is
-            unknown.
+        InputError: the image folder or all files are missing, a file has another layout, the path of an image
+            is outside the image folder, or the language is unknown.
     """
     if language not in (*LANGUAGES, "all"):
         raise InputError(
@@ -92,7 +92,7 @@ def _read_row(reader: RowReader, file: str, number: int, cells: Any, split: str)
     if _language(cells) not in LANGUAGES:
         row.add_problem("q_lang is neither en nor zh", "Kept, with the language that the row names.")
     row.finish(
-        images=(row.read_text("img_name", cells.get("img_name")),),
+        images=(row.image_key(row.read_text("img_name", cells.get("img_name"))),),
         question=row.read_text("question", cells.get("question")),
         answer=answer,
         kind=row.read_kind(row.read_text("answer_type", cells.get("answer_type")), answer),

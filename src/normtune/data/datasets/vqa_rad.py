@@ -35,7 +35,8 @@ def read(root: Path, *, text_only: bool = False) -> Dataset:
     missing image file are kept. Repeated rows are kept and listed.
 
     Raises:
-        InputError: the files or the image folder are missing or have another layout.
+        InputError: the files or the image folder are missing or have another layout, or the path of an image
+            is outside the image folder.
     """
     files = {"": _RELEASE_FILE} if (root / _RELEASE_FILE).is_file() else {}
     files = files or {split: file for split, file in _SPLIT_FILES.items() if (root / file).is_file()}
@@ -71,7 +72,7 @@ def _read_row(reader: RowReader, file: str, number: int, cells: dict[str, Any], 
     text = {field: _text(row, field, cells) for field in ("question", "answer", "answer_type", "phrase_type")}
     organ = _text(row, "image_organ", cells)
     row.finish(
-        images=(_text(row, "image_name", cells),),
+        images=(row.image_key(_text(row, "image_name", cells)),),
         question=text["question"],
         answer=text["answer"],
         kind=row.read_kind(text["answer_type"], text["answer"]),
