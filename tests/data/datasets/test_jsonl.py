@@ -85,6 +85,8 @@ def test_blank_lines_and_a_byte_order_mark_are_skipped(root: Path) -> None:
         (ROW | {"image": []}, "image is"),
         (ROW | {"question": "Where? \udc4d"}, "a text contains half of a surrogate pair"),
         (ROW | {"organ": "\ud83e lung"}, "a text contains half of a surrogate pair"),
+        (ROW | {"image": "data:image/png;base64," + "QUJD" * 900}, "image 1 is a URL, not a file"),
+        (ROW | {"image": "iVBORw0KGgo/" * 400}, "image 1 is not a path"),
         (["a.png"], "not a JSON object"),
         ('{"image": ', "not valid JSON"),
     ],
@@ -93,6 +95,7 @@ def test_errors_name_the_file_and_line_of_a_bad_row_and_the_fix(root: Path, row:
     text = read_error(root, ROW, row)
     assert text.startswith("bad.jsonl, line 2: ")
     assert message in text
+    assert len(text) < 300
 
 
 def test_a_repeated_id_and_many_bad_rows_are_one_error(root: Path) -> None:

@@ -71,6 +71,14 @@ def test_an_image_path_outside_the_image_folder_is_refused(tmp_path: Path, path:
         slake.read(tmp_path)
 
 
+@pytest.mark.parametrize("image", ["data:image/png;base64," + "QUJD" * 900, "iVBORw0KGgo/" * 400])
+def test_an_image_in_place_of_its_path_is_refused_and_not_printed(tmp_path: Path, image: str) -> None:
+    write_slake(tmp_path, train=[slake_row(1, 1)], validate=[], test=[])
+    (tmp_path / "test.json").write_text(json.dumps([slake_row(7, 1, img_name=image)]))
+    with pytest.raises(InputError, match=r"^test\.json, row 7: the image is .{,100}$"):
+        slake.read(tmp_path)
+
+
 def test_none_is_an_answer_and_repeated_rows_are_kept_and_listed(tmp_path: Path) -> None:
     row = slake_row(1, 1, answer="None")
     write_slake(tmp_path, train=[row, row | {"qid": 2}], validate=[], test=[])

@@ -8,7 +8,7 @@ from typing import Any
 
 from normtune.data.images.files import ImageFolder
 from normtune.data.reading.cells import SPLITS, clean_text, is_yes_no, split_name
-from normtune.data.reading.row_reader import RowReader, missing_images
+from normtune.data.reading.row_reader import RowReader, check_image_path, missing_images
 from normtune.data.reading.tables import RowError, json_lines
 from normtune.data.records import Dataset, Example, Kind, Problem
 from normtune.errors import InputError, did_you_mean
@@ -118,7 +118,10 @@ def _images(cells: dict[str, Any]) -> list[str]:
     names = value if isinstance(value, list) and value else [value]
     if "image" not in cells:
         _required_text(cells, "image")
-    return [os.path.normpath(_required_text({"image": name}, "image")) for name in names]
+    paths = [_required_text({"image": name}, "image") for name in names]
+    for number, path in enumerate(paths, start=1):
+        check_image_path(f"image {number}", path)
+    return [os.path.normpath(path) for path in paths]
 
 
 def _meta(cells: dict[str, Any]) -> dict[str, str]:

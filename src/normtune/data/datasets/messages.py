@@ -13,7 +13,7 @@ from PIL import Image
 from normtune.data.images.files import ImageFolder
 from normtune.data.reading.cells import SPLITS, is_yes_no, split_name, split_of_file
 from normtune.data.reading.conversations import Pair, read_conversation
-from normtune.data.reading.row_reader import Row, RowReader, find_image_folder
+from normtune.data.reading.row_reader import Row, RowReader, check_image_path, find_image_folder
 from normtune.data.reading.tables import RowError, check_characters, json_lines
 from normtune.data.records import Dataset, Example, Kind, Problem
 from normtune.errors import InputError, did_you_mean
@@ -27,7 +27,6 @@ _FIELDS = ("messages", "conversations", "images", "image", "id", "kind", "split"
 _KINDS: tuple[Kind, ...] = ("open", "closed", "report")
 _IMAGE_FOLDERS = ("", "images", "image")  # searched below the file's folder
 _MAX_SHOWN = 5  # number of bad rows that one error names
-_URLS = ("http://", "https://", "data:", "s3://", "gs://")
 
 
 def read(
@@ -226,8 +225,7 @@ def _key(progress: _Progress, image: Any, location: _Location, column: str, inde
     if not isinstance(path, str) or not path.strip():
         raise RowError(f"image {index + 1} is not a path", "Write its path.")
     path = path.strip()
-    if path.startswith(_URLS):
-        raise RowError(f"image {index + 1} is a URL, not a file", "Download it and write its path.")
+    check_image_path(f"image {index + 1}", path)
     if Path(path).is_absolute() and Path(path).is_relative_to(progress.base):
         path = Path(path).relative_to(progress.base).as_posix()
     key = posixpath.normpath(path.replace("\\", "/"))

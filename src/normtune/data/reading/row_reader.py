@@ -15,8 +15,12 @@ from pathlib import Path
 from PIL import Image
 
 from normtune.data.reading.cells import SPLITS, clean_text, has_half_character, is_yes_no, split_name
+from normtune.data.reading.tables import RowError
 from normtune.data.records import Dataset, Example, Kind, Problem
 from normtune.errors import InputError, did_you_mean
+
+_URLS = ("http://", "https://", "data:", "s3://", "gs://")
+_MAX_PATH = 1000  # characters; a longer text is the image itself, such as base64 without "data:"
 
 
 class RowReader:
@@ -159,8 +163,12 @@ class Row:
         """An image's key: its path relative to the image folder, normalised so that one file has one key.
 
         Raises:
-            InputError: the path is absolute, or is outside the folder.
+            InputError: the path is absolute or outside the folder, or the text is no path.
         """
+        try:
+            check_image_path("the image", name)
+        except RowError as error:
+            raise InputError(f"{self.file}, row {self.row}: {error.what}. {error.fix}") from error
         key = posixpath.normpath(name.replace("\\", "/")) if name else ""
         if key.startswith(("/", "../")) or key == ".." or ":" in key.split("/")[0]:
             what = "the image's path is outside the dataset's folder"
@@ -214,6 +222,22 @@ class Row:
         if empty:
             self.add_problem(f"{empty} is empty", "Row skipped. Fill it in to use the row.")
         (self._reader.skipped if empty else self._reader.examples).append(example)
+
+
+def check_image_path(image: str, path: str) -> None:
+    """Check that a text can be the path of an image file. Messages do not contain it: it may be the image.
+
+    Args:
+        image: name of the image in messages, such as "image 1".
+        path: the text.
+
+    Raises:
+        RowError: the text is a URL, or too long for a path.
+    """
+    if path.lower().startswith(_URLS):
+        raise RowError(f"{image} is a URL, not a file", "Download it and write its path.")
+    if len(path) > _MAX_PATH:
+        raise RowError(f"{image} is not a path", "Save it as a file and write its path.")
 
 
 def find_image_folder(root: Path, subfolders: Sequence[str], names: Iterable[str]) -> Path:
