@@ -198,6 +198,16 @@ def test_health_and_schema(url: str) -> None:
     assert {"/v1/chat/completions", "/v1/models", "/v1/adapters", "/v1/batch", "/v1/files"} <= set(paths)
 
 
+def test_head_is_answered_like_get_without_a_body(url: str) -> None:
+    paths = ("/healthz", "/", "/page.js", "/metrics", "/openapi.json", "/v1/models", "/v1/models/chest")
+    for path in (*paths, "/v1/adapters", "/v1/files", "/v1/reviews", "/reviews/slake.html", "/v1/models/gone"):
+        get, head = call(url, "GET", path), call(url, "HEAD", path)
+        assert (head.status, head.body) == (get.status, b""), path
+        assert head.headers["content-type"] == get.headers["content-type"], path
+    assert call(url, "HEAD", "/v1/batch").status == 405
+    assert b'method="HEAD",route="/v1/models/{model:path}",status="200"' in call(url, "GET", "/metrics").body
+
+
 def test_dicom_is_returned_as_png_without_metadata(url: str) -> None:
     file = make_dicom(np.arange(12, dtype=np.uint16).reshape(3, 4), PatientName="Doe^Jane")
     upload_entry = upload(url, dicom_bytes(file), "doe.dcm").json

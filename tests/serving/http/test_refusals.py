@@ -127,8 +127,9 @@ def test_an_invalid_request_gets_one_sentence(url: str, body: Any, status: int, 
 def test_unknown_urls_and_methods_get_the_error_object(url: str) -> None:
     for method, path, status, methods in (
         ("GET", "/v1/gone", 404, None),
-        ("PUT", "/v1/models", 405, "GET"),
-        ("PATCH", "/v1/files/file-1", 405, "DELETE, GET"),
+        ("PUT", "/v1/models", 405, "GET, HEAD"),
+        ("PATCH", "/v1/files/file-1", 405, "DELETE, GET, HEAD"),
+        ("PUT", "/v1/batch", 405, "POST"),
         ("GET", "/../etc", 404, None),
     ):
         response = call(url, method, path, headers=WARD)

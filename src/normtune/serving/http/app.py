@@ -78,7 +78,8 @@ def _allowed_methods(app: FastAPI, scope: Scope) -> list[str]:
     """Return the methods of all routes that match a path; Starlette returns those of the first route only."""
     routes = [route for route in app.routes if isinstance(route, Route)]
     partial = [route for route in routes if route.matches(scope)[0] is Match.PARTIAL]
-    return sorted({method for route in partial for method in route.methods or ()})
+    methods = {method for route in partial for method in route.methods or ()}
+    return sorted(methods | {"HEAD"} if "GET" in methods else methods)  # `RequestGate` passes HEAD on as GET
 
 
 def _add_error_handlers(app: FastAPI) -> None:

@@ -69,6 +69,8 @@ class RequestGate:
     async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
         started, status, reserved, counted = time.monotonic(), 0, 0, False
         scope["state"] = dict(scope.get("state") or {}, owner="")
+        # HEAD is answered wherever GET is; `scope` keeps the method, by which the ASGI server drops the body.
+        app_scope = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -88,7 +90,7 @@ class RequestGate:
             if scope["path"] == CHAT:
                 self._questions += 1
                 counted = True
-            await self._app(scope, _replay(body, receive), send_with_headers)
+            await self._app(app_scope, _replay(body, receive), send_with_headers)
         except ClientDisconnected:
             status = CLIENT_CLOSED_REQUEST
         except asyncio.CancelledError:
@@ -102,7 +104,7 @@ class RequestGate:
             self._budget.release(reserved)
             self._questions -= counted
             seconds = time.monotonic() - started
-            route = getattr(scope.get("route"), "path", "-")
+            route = getattr(app_scope.get("route"), "path", "-")
             self.counts.add(scope["method"] if route != "-" else "-", route, status, seconds)
             owner = scope["state"]["owner"] or "-"
             LOG.info("%s %s %d %.3fs %s", scope["method"][:8], route, status, seconds, owner)
