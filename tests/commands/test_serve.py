@@ -110,3 +110,23 @@ def test_adapters_below_the_root_that_cannot_be_served_are_skipped_with_a_reason
     assert lines[:-1] == [f"skipped: {reason}" for reason in info["left_out"].values()]
     assert lines[-1].startswith("nano with 2 adapters at http")
     assert run(monkeypatch, *options[:5], "--adapter", f"decoder={tmp_path / 'decoder'}") == 2
+
+
+def test_links_out_of_the_root_are_skipped_at_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    root, elsewhere = tmp_path / "root", tmp_path / "ward-7"
+    model = load("nano").model
+    base_fingerprint = fingerprint(model)
+    save_adapter(adapt(model, "ln"), root / "run-3", base_name="nano", base_fingerprint=base_fingerprint)
+    shutil.copytree(root / "run-3", elsewhere)
+    (root / "latest").symlink_to(root / "run-3")
+    (root / "borrowed").symlink_to(elsewhere)
+    (root / "chosen").symlink_to(elsewhere)
+    (tmp_path / "link to root").symlink_to(root)
+    monkeypatch.setattr(server, "run", lambda *_, ready, **__: ready())
+    options = ("nano", "--port", 0, "--device", "cpu", "--json", "--adapter", f"chosen={elsewhere}")
+    assert run(monkeypatch, *options, "--adapter-root", tmp_path / "link to root") == 0
+    info = json.loads(capsys.readouterr().out)
+    assert info["adapters"] == ["chosen", "latest", "run-3"]
+    assert [*info["left_out"]] == ["borrowed"] and "link out of --adapter-root" in info["left_out"]["borrowed"]

@@ -98,7 +98,7 @@ def serve(
         try:
             for name, folder in named_adapters.items():
                 engine.register(name, folder)
-            skipped = _register_adapters(engine, root_adapters, base)
+            skipped = _register_adapters(engine, adapter_root, root_adapters, base) if adapter_root else {}
             names = [served.name for served in engine.adapters()]
             in_progress = queue_limit + max_batch
             limits = Limits(per_minute=per_minute, request_s=timeout, questions=in_progress)
@@ -130,9 +130,9 @@ def serve(
             engine.close(drain=False)
 
 
-def _register_adapters(engine: Engine, adapters: Mapping[str, Path], base: str) -> dict[str, str]:
-    """Register the adapters that can be served, and return the reason for each one that was skipped."""
-    from normtune.serving.http.paths import check_adapter_name
+def _register_adapters(engine: Engine, root: Path, adapters: Mapping[str, Path], base: str) -> dict[str, str]:
+    """Register the adapters of the root that can be served, and return the reason for each one that was skipped."""
+    from normtune.serving.http.paths import check_adapter_name, is_inside
 
     skipped = {}
     for name, folder in adapters.items():
@@ -140,6 +140,8 @@ def _register_adapters(engine: Engine, adapters: Mapping[str, Path], base: str) 
             check_adapter_name(name, f"the folder '{name}'")
             if name == base:
                 raise InputError(f"adapter '{name}' has the name of the base. Rename its folder.")
+            if not is_inside(folder, root):
+                raise InputError(f"adapter '{name}' is a link out of --adapter-root. Serve it with --adapter NAME=DIR.")
             engine.register(name, folder)
         except InputError as error:
             skipped[name] = str(error)

@@ -14,6 +14,11 @@ _NAME = re.compile(NAME_PATTERN, re.ASCII)
 _PAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}\.html", re.ASCII)
 
 
+def is_inside(path: Path, folder: Path) -> bool:
+    """Return whether a path stays in a folder when all symbolic links are followed."""
+    return path.resolve().is_relative_to(folder.resolve())
+
+
 def adapter_folder(root: Path | None, name: str) -> Path:
     """Return the adapter folder `name` (`NAME` or `NAME/NAME`) below `root`.
 
@@ -25,9 +30,8 @@ def adapter_folder(root: Path | None, name: str) -> Path:
     parts = name.split("/")
     if not 1 <= len(parts) <= 4 or not all(_NAME.fullmatch(part) for part in parts):
         raise RequestRefused(400, "give a folder below the adapter root, such as chest or run-3/chest.")
-    resolved_root = root.resolve()
-    folder = resolved_root.joinpath(*parts).resolve()
-    if not folder.is_relative_to(resolved_root) or not folder.is_dir():  # a symbolic link may leave the root
+    folder = root.joinpath(*parts).resolve()
+    if not is_inside(folder, root) or not folder.is_dir():
         raise RequestRefused(404, "no such folder below the adapter root.", code="folder_not_found")
     return folder
 
@@ -68,7 +72,7 @@ def parse_adapter_options(options: Iterable[str]) -> dict[str, Path]:
 
 
 def find_adapters(root: Path) -> dict[str, Path]:
-    """Return the adapter folders that are directly in `root`, by their names.
+    """Return the adapter folders that are directly in `root`, by their names; links may leave it (`is_inside`).
 
     Raises:
         InputError: `root` is not a folder.
@@ -101,5 +105,4 @@ def _is_page(folder: Path, name: str) -> bool:
     """Return whether `name` is an HTML file in this folder, and not a link that leaves it."""
     if not _PAGE.fullmatch(name):
         return False
-    file = (folder / name).resolve()
-    return file.is_relative_to(folder.resolve()) and file.is_file()
+    return is_inside(folder / name, folder) and (folder / name).is_file()
