@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from functools import partial
@@ -24,11 +25,11 @@ from normtune.models.loading import load
 from normtune.models.types import Answer, Pixels
 from normtune.serving.engine.adapter_slots import AdapterSlots
 from normtune.serving.engine.engine import Engine
-from normtune.serving.engine.requests import Busy, Closed, Request, UnknownAdapter
+from normtune.serving.engine.requests import Busy, Closed, Request, UnknownAdapter, UnusableAdapter
 from tests.models.families.test_families import image
 from tests.support.base_models import input_error
 from tests.support.tiny_models import make_tiny
-from tests.support.tolerance import approx, assert_close
+from tests.support.tolerance import DISTINCT, approx, assert_close, relative_bound
 
 MANY = 64
 WAIT = 30.0  # seconds, until a batch is full or something is wrong
@@ -371,7 +372,7 @@ def test_invalid_adapters_and_requests_are_rejected_with_a_message(
         assert "trained on 'tiny'" in input_error(lambda: engine.register("other", tmp_path / "other"))
         assert "is missing" in input_error(lambda: engine.register("none", tmp_path / "none"))
         engine.register("chest", adapter_folders[0])
-        assert "already registered" in input_error(lambda: engine.register("chest", adapter_folders[0]))
+        assert "already registered" in input_error(lambda: engine.register("chest", adapter_folders[1]))
         assert "needs a name" in input_error(lambda: engine.register(" ", adapter_folders[0]))
         for call in (lambda: engine.submit(request(0, "lungs")), lambda: engine.remove("lungs")):
             with pytest.raises(UnknownAdapter, match="no adapter 'lungs'"):
@@ -381,6 +382,58 @@ def test_invalid_adapters_and_requests_are_rejected_with_a_message(
         assert engine.has_adapter("chest")
         engine.remove("chest")
         assert engine.adapters() == [] and not engine.has_adapter("chest")
+
+
+def retrain(family: Family, folder: Path, seed: int) -> None:
+    """Write other values of an adapter of the decoder's norms into its folder, with a later time."""
+    base_fingerprint = fingerprint(family.model)
+    tuned = adapt(family.model, "decoder=ln")
+    write_adapter(tuned, folder, base_fingerprint, seed)
+    restore_base(tuned)
+    os.utime(folder / INFO_FILE, ns=(seed, seed))
+
+
+def test_an_adapter_trained_again_is_replaced_by_registering_it_again(
+    base: Path, tmp_path: Path, gate: tuple[Event, Event], family: Family, caplog: pytest.LogCaptureFixture
+) -> None:
+    started, released = gate
+    trainer, folder = load(str(base)), tmp_path / "chest"
+    scores: list[float] = []
+    for seed in (1, 2):
+        retrain(trainer, folder, seed)
+        tuned = load_adapter(trainer.model, folder)
+        scores.append(answer_with(trainer, 0).score)
+        restore_base(tuned)
+    assert abs(scores[0] - scores[1]) > DISTINCT * relative_bound() * abs(scores[1])
+    retrain(trainer, folder, 1)
+    with Engine(family, max_batch=1, max_wait=0) as engine:
+        for name in ("chest", "idle"):
+            engine.register(name, folder)
+        running = engine.submit(request(0, "chest"))
+        assert started.wait(WAIT)
+        retrain(trainer, folder, 2)
+        with caplog.at_level("WARNING"):
+            accepted = [engine.submit(request(0, "chest")) for _ in range(2)]
+            idle = engine.submit(request(0, "idle"))
+            released.set()
+            with pytest.raises(UnusableAdapter, match="Register it again, or restart"):
+                idle.result(WAIT)
+        assert caplog.text.count("files of adapter chest changed") == 1 and "idle cannot be loaded" in caplog.text
+        assert [f.result(WAIT).score for f in (running, *accepted)] == [approx(scores[0])] * 3
+        released.clear()
+        started.clear()
+        blocking, before = engine.submit(request(0, None)), engine.submit(request(0, "chest"))
+        assert started.wait(WAIT)
+        assert not engine.register("chest", folder / "." / ".." / "chest").loaded
+        after = engine.submit(request(0, "chest"))
+        released.set()
+        assert blocking.result(WAIT).text is not None
+        replies = [before.result(WAIT).score, after.result(WAIT).score]
+        assert replies == [approx(score) for score in scores], "accepted requests use the old values"
+        assert [info.name for info in engine.adapters()] == ["chest", "idle"]
+        (folder / INFO_FILE).write_text("{")
+        input_error(lambda: engine.register("chest", folder))
+        assert engine.submit(request(0, "chest")).result(WAIT).score == approx(scores[1])
 
 
 def test_a_failing_request_does_not_affect_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -14,6 +14,7 @@ import openai
 import pytest
 from PIL import Image
 
+from normtune.serving.engine.requests import NameTaken, ServedAdapter, UnusableAdapter
 from normtune.serving.http.openai_api import adapter_entry, model_entry
 from normtune.serving.http.state import Settings
 from tests.support.dataset_samples import dicom_bytes, make_dicom
@@ -159,7 +160,7 @@ def test_adapters_are_registered_only_from_below_the_root(url: str, served_folde
     assert {entry["id"] for entry in call(url, "GET", "/v1/adapters").json["data"]} >= {"chest", "knee", "hip"}
     completion = call(url, "POST", "/v1/chat/completions", chat_body(model="knee")).json
     assert completion["choices"][0]["message"]["content"].startswith("knee sees")
-    assert call(url, "POST", "/v1/adapters", {"name": "knee"}).status == 409
+    assert call(url, "POST", "/v1/adapters", {"name": "knee"}).status == 200, "its new files are used"
     assert call(url, "POST", "/v1/adapters", {"name": "nano", "folder": "knee"}).status == 409
     assert call(url, "DELETE", "/v1/adapters/knee").json["deleted"]
     assert call(url, "DELETE", "/v1/adapters/knee").status == 404
@@ -172,6 +173,25 @@ def test_adapters_are_registered_only_from_below_the_root(url: str, served_folde
     broken = call(url, "POST", "/v1/adapters", {"name": "empty"})
     assert broken.status == 400 and "adapter.json is missing" in broken.error_message
     assert str(served_folders) not in broken.error_message
+
+
+def test_an_adapter_whose_files_changed_gets_503_and_a_name_of_another_folder_409(
+    engine: FakeEngine, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.error = UnusableAdapter("adapter 'chest' cannot be loaded. Register it again.")
+    try:
+        answer = call(url, "POST", "/v1/chat/completions", chat_body())
+    finally:
+        engine.error = None
+    assert answer.status == 503 and "Register it again" in answer.error_message and answer.headers["retry-after"]
+    assert answer.json["error"]["type"] == "server_error"
+
+    def refuse(name: str, folder: Path) -> ServedAdapter:
+        raise NameTaken(f"an adapter '{name}' is already registered from another folder. Remove it first.")
+
+    monkeypatch.setattr(engine, "register", refuse)
+    taken = call(url, "POST", "/v1/adapters", {"name": "chest", "folder": "knee"})
+    assert taken.status == 409 and "another folder" in taken.error_message
 
 
 def test_only_review_pages_of_the_folder_are_served_and_in_a_sandbox(url: str) -> None:

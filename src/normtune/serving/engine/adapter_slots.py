@@ -32,7 +32,7 @@ from normtune.errors import InputError
 from normtune.methods.adapt import adapt, restore_base
 from normtune.models.part_names import IMAGE_PARTS
 from normtune.runtime.files import read_json
-from normtune.serving.engine.requests import ServedAdapter, UnknownAdapter
+from normtune.serving.engine.requests import NameTaken, ServedAdapter, UnknownAdapter, UnusableAdapter
 
 BASE_SLOT = 0  # the slot of the base's own norm values; no adapter is loaded into it
 # Without a limit by the caller, the bank has this size, and at most this many slots.
@@ -53,6 +53,7 @@ class RegisteredAdapter:
         pins: how many running requests use it; it is not evicted while there are any.
         image_digest: "" if it encodes images as the base does, else a digest of its image parts' values.
         removed: no longer registered; requests that were accepted before are still answered.
+        modified: the last seen modification time of its `adapter.json`, in ns.
     """
 
     registered_info: ServedAdapter
@@ -61,6 +62,7 @@ class RegisteredAdapter:
     pins: int = 0
     image_digest: str = ""
     removed: bool = False
+    modified: int = 0
 
     def info(self) -> ServedAdapter:
         return replace(self.registered_info, loaded=self.slot is not None, running=self.pins)
@@ -132,12 +134,18 @@ class AdapterSlots:
     def register(self, name: str, folder: Path) -> ServedAdapter:
         """Register the adapter of a folder under a name. Its tensors are not read yet.
 
+        An adapter that was trained again in its folder is replaced by registering it again: requests from then
+        on use the new files. Those that were accepted before use the values that are loaded, which keep their
+        slot until another adapter needs it.
+
         Raises:
-            InputError: the folder holds no adapter, the adapter is of another base or trains more than norms
-                (and LoRA, with `lora_rank`), or the name is taken.
+            InputError: the folder holds no adapter, or the adapter is of another base or trains more than norms
+                (and LoRA, with `lora_rank`).
+            NameTaken: an adapter of another folder has the name.
         """
         if not name.strip():
             raise InputError("an adapter needs a name. Give it one.")
+        modified = _modified(folder)  # before reading, so that a later change is noticed
         info = parse_info(read_json(folder / INFO_FILE), folder / INFO_FILE)
         if not (folder / TENSORS_FILE).is_file():
             raise InputError(f"{folder / TENSORS_FILE} is missing. Copy the adapter again.")
@@ -157,10 +165,12 @@ class AdapterSlots:
                 metrics=_without_lists(info.metrics),
             ),
             info.sha256,
+            modified=modified,
         )
         with self._lock:
-            if name in self._registered:
-                raise InputError(f"an adapter '{name}' is already registered. Remove it first.")
+            replaced = self._registered.get(name)
+            if replaced is not None and replaced.registered_info.folder.resolve() != folder.resolve():
+                raise NameTaken(f"an adapter '{name}' is already registered from another folder. Remove it first.")
             self._registered[name] = adapter
         return adapter.info()
 
@@ -248,10 +258,12 @@ class AdapterSlots:
             Its slot.
 
         Raises:
-            InputError: its files are missing, damaged, or not those that were registered.
+            UnusableAdapter: its files are missing, damaged, or not those that were registered.
         """
         if adapter is self.base:
             return BASE_SLOT
+        if adapter.slot is not None:  # only this thread loads adapters
+            self._log_change(adapter)
         with self._lock:
             if adapter.slot is not None:
                 self._loaded.move_to_end(adapter)
@@ -293,7 +305,7 @@ class AdapterSlots:
             values as `LoRABank.set_adapter` takes them.
 
         Raises:
-            InputError: see `pin`.
+            UnusableAdapter: see `pin`.
         """
         name, folder = adapter.registered_info.name, adapter.registered_info.folder
         try:
@@ -304,15 +316,34 @@ class AdapterSlots:
             tensors = read_tensors(folder, info)
         except InputError as error:  # its message may name a folder of the server: log it, do not send it
             _log.warning("adapter %s cannot be loaded: %s", name, error)
-            raise InputError(
+            raise UnusableAdapter(
                 f"adapter '{name}' cannot be loaded: its files are missing, damaged, or not those that were "
-                "registered. Register it again."
+                "registered. Register it again, or restart a server that does not register adapters."
             ) from error
         norm_values = self._base_values.clone()
         for tensor_name, values in tensors.items():
             if tensor_name in self.bank.columns:
                 norm_values[self.bank.columns[tensor_name]] = values.to(norm_values.dtype)
         return norm_values, None if self.lora is None else self.lora.pack_values(info, tensors)
+
+    def _log_change(self, adapter: RegisteredAdapter) -> None:
+        """Log, once for each change, that a loaded adapter has other files now. Its loaded values stay in use."""
+        name, folder = adapter.registered_info.name, adapter.registered_info.folder
+        modified = _modified(folder)
+        if modified == adapter.modified or self._registered.get(name) is not adapter:
+            return
+        adapter.modified = modified
+        try:
+            problem = "" if read_adapter_info(folder).sha256 == adapter.sha256 else "its tensors are others"
+        except InputError as error:
+            problem = str(error)
+        if problem:
+            _log.warning(
+                "the files of adapter %s changed: %s. Its requests get the values that were registered, while "
+                "these are loaded. Register it again, or restart the server.",
+                name,
+                problem.rstrip("."),
+            )
 
     def _image_digest(self, norm_values: Tensor, lora_values: Tensor | None) -> str:
         """Return the digest of an adapter's values in the image parts; "" if they are the base's.
@@ -349,6 +380,14 @@ class AdapterSlots:
 
 def _base_info(size: int) -> ServedAdapter:
     return ServedAdapter("", Path(), "frozen", "", 0, 0, size, True, 0)
+
+
+def _modified(folder: Path) -> int:
+    """Return when the description of a folder's adapter was modified, in ns; 0 if it cannot be read."""
+    try:
+        return (folder / INFO_FILE).stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _unknown(name: str) -> str:

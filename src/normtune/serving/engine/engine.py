@@ -142,10 +142,11 @@ class Engine:
         return job.future
 
     def register(self, name: str, folder: Path) -> ServedAdapter:
-        """Register an adapter. Its tensors are read when it is first requested.
+        """Register an adapter, or again one whose files changed. Its tensors are read when it is first requested.
 
         Raises:
-            InputError: the name is taken, or the folder holds no adapter that can be served with others.
+            NameTaken: an adapter of another folder has the name.
+            InputError: the folder holds no adapter that can be served with others.
         """
         return self._adapters.register(name, folder)
 

@@ -22,6 +22,14 @@ class UnknownAdapter(InputError):
     """No adapter of that name is registered."""
 
 
+class NameTaken(InputError):
+    """An adapter of another folder is registered under that name."""
+
+
+class UnusableAdapter(InputError):
+    """A registered adapter cannot be loaded, because its files changed. Nothing is wrong with the request."""
+
+
 @dataclass(frozen=True)
 class Request:
     """One question about an image or study, or a request for its report.

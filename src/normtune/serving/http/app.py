@@ -22,7 +22,7 @@ from starlette.types import Scope
 from normtune import __version__
 from normtune.adapters.info import NOTICE
 from normtune.errors import InputError, did_you_mean
-from normtune.serving.engine.requests import Busy, Closed, UnknownAdapter
+from normtune.serving.engine.requests import Busy, Closed, NameTaken, UnknownAdapter
 from normtune.serving.http import batch, openai_api, openapi, paths
 from normtune.serving.http.chat import completion_events, submit_request, wait_for_reply
 from normtune.serving.http.errors import ClientDisconnected, RequestRefused, remove_paths, to_refusal
@@ -251,15 +251,18 @@ def _add_adapters(app: FastAPI, service: Service) -> None:
         "/v1/adapters",
         status_code=201,
         response_model=openapi.AdapterEntry,
-        responses=error_responses(400, 403, 404, 409),
+        responses=openapi.REPLACED_RESPONSE | error_responses(400, 403, 404, 409),
     )
-    async def register_adapter(body: openai_api.Registration) -> dict[str, Any]:
-        """Register an adapter from a folder below the adapter root."""
+    async def register_adapter(body: openai_api.Registration, response: Response) -> dict[str, Any]:
+        """Register an adapter from a folder below the adapter root, or again one whose files changed (200)."""
         folder = paths.adapter_folder(root, body.folder or body.name)
-        if service.serves(body.name):
-            raise RequestRefused(409, "a model of that name already exists. Remove it first, or choose another name.")
+        if body.name == service.settings.base:
+            raise RequestRefused(409, "the base has that name. Choose another name.")
+        response.status_code = 200 if service.engine.has_adapter(body.name) else 201
         try:
             info = await service.run_in_decoder(service.engine.register, body.name, folder)
+        except NameTaken:
+            raise
         except InputError as error:
             raise RequestRefused(400, remove_paths(str(error), [folder] + ([root] if root else []))) from None
         return openai_api.adapter_entry(info)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from normtune.errors import InputError
-from normtune.serving.engine.requests import Busy, Closed, UnknownAdapter
+from normtune.serving.engine.requests import Busy, Closed, NameTaken, UnknownAdapter, UnusableAdapter
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that closed the connection; only logged and counted
 LOG = logging.getLogger("normtune.serve")
@@ -74,6 +74,12 @@ def to_refusal(error: BaseException) -> RequestRefused:
             return RequestRefused(CLIENT_CLOSED_REQUEST, "the client closed the connection.")
         case UnknownAdapter():
             return RequestRefused(404, remove_paths(str(error)), code="model_not_found", param="model")
+        case NameTaken():
+            return RequestRefused(
+                409, "an adapter of another folder has that name. Remove it first, or choose another name."
+            )
+        case UnusableAdapter():
+            return RequestRefused(503, remove_paths(str(error)), code="adapter_unavailable", retry_after=30)
         case InputError():
             return RequestRefused(400, remove_paths(str(error)))
         case Busy():

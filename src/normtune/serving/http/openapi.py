@@ -160,6 +160,9 @@ COMPLETION_RESPONSE: Responses = {
         "content": {"text/event-stream": {"itemSchema": _EVENT}},
     }
 }
+REPLACED_RESPONSE: Responses = {
+    200: {"description": "The adapter was registered before; requests now use its new files.", "model": AdapterEntry}
+}
 PNG_RESPONSE: Responses = {
     200: {"description": "The image.", "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}}
 }
