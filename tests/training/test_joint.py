@@ -162,7 +162,7 @@ def test_full_disk_is_reported(base: Path, tmp_path: Path, monkeypatch: pytest.M
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(joint_run, "save_file", full)
+    monkeypatch.setattr(joint_run, "write_tensors", full)
     message = input_error(lambda: train_together([config(base, tmp_path / "a", max_steps=1)]))
     assert "cannot write a checkpoint" in message and "resume from the last complete checkpoint" in message
 

@@ -325,6 +325,21 @@ def test_checkpoint_of_another_run_is_refused(base: Path, tmp_path: Path) -> Non
         train(config(base, tmp_path))
 
 
+def test_checkpoint_and_adapter_have_the_mode_of_the_umask(base: Path, tmp_path: Path) -> None:
+    previous = os.umask(0o027)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(config(base, tmp_path, save_every=1), progress=StopAfterStep(2))
+        checkpoint = last_checkpoint(tmp_path)
+        assert checkpoint is not None
+        train(config(base, tmp_path / "finished", max_steps=1))
+    finally:
+        os.umask(previous)
+    files = [path for folder in (checkpoint, tmp_path / "finished") for path in folder.iterdir()]
+    assert {path.name for path in files} >= {"trained.safetensors", "adapter.safetensors"}
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
+
+
 def test_incomplete_checkpoint_is_ignored(tmp_path: Path) -> None:
     for name in ("checkpoint-3", "checkpoint-12"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)

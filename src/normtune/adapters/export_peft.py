@@ -23,12 +23,13 @@ from torch import Tensor
 
 from normtune.adapters.info import AdapterInfo
 from normtune.adapters.model_card import model_card
-from normtune.adapters.storage import CARD_FILE, read_adapter_info, read_tensors, write_tensors
+from normtune.adapters.storage import CARD_FILE, read_adapter_info, read_tensors
 from normtune.errors import InputError
 from normtune.methods.lora import exact_name_pattern
 from normtune.methods.recipe import parse
 from normtune.methods.registry import Method
 from normtune.runtime.files import atomic_directory, write_json, write_text
+from normtune.runtime.tensors import write_tensors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

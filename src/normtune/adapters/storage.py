@@ -17,7 +17,7 @@ import peft
 import safetensors
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from normtune.adapters.fingerprint import fingerprint, same_base
@@ -29,6 +29,7 @@ from normtune.methods.recipe import parse
 from normtune.methods.registry import INTRINSIC
 from normtune.models.family import Family
 from normtune.runtime.files import atomic_write, json_text, read_json
+from normtune.runtime.tensors import write_tensors
 
 TENSORS_FILE = "adapter.safetensors"
 INFO_FILE = "adapter.json"
@@ -89,19 +90,6 @@ def save_adapter(
         )
         info_file.write_text(json_text(info.to_json()), encoding="utf-8", errors="backslashreplace")
         card_file.write_text(model_card(info), encoding="utf-8", errors="backslashreplace")
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors to a new safetensors file.
-
-    Raises:
-        OSError: the file cannot be written. (For a full disk safetensors raises an error of its own, which is
-            converted.)
-    """
-    try:
-        save_file(dict(tensors), path, metadata={"format": "pt"})
-    except safetensors.SafetensorError as error:
-        raise OSError(str(error)) from error
 
 
 def read_adapter_info(directory: Path | str) -> AdapterInfo:

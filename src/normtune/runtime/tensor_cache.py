@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from normtune.errors import InputError
 from normtune.runtime.files import atomic_write
+from normtune.runtime.tensors import write_tensors
 
 _DIGEST = "sha256"  # key of the digest in a file's metadata
 _log = logging.getLogger(__name__)
@@ -68,8 +68,8 @@ class TensorCache:
         copies = {key: tensors[key].detach().cpu().contiguous().clone() for key in sorted(tensors)}
         try:
             with atomic_write(self._path(name)) as temporary:
-                save_file(copies, temporary, metadata={"format": "pt", _DIGEST: digest(copies)})
-        except (InputError, SafetensorError) as error:
+                write_tensors(temporary, copies, {_DIGEST: digest(copies)})
+        except InputError as error:
             self.writable = False
             _log.warning("cache %s: no more entries are written: %s", self.folder, error.__cause__ or error)
 

@@ -17,8 +17,7 @@ from itertools import count
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import get_scheduler
 
@@ -27,6 +26,7 @@ from normtune.data.batches import EpochBatches
 from normtune.data.records import Dataset, Example
 from normtune.errors import InputError
 from normtune.runtime.files import read_json, write_json
+from normtune.runtime.tensors import write_tensors
 from normtune.training.checkpoints import CHECKPOINT_MARK, OPTIMIZER_FILE, SCHEDULER_FILE, TRAINED_FILE, run_identity
 from normtune.training.collator import Collator
 from normtune.training.config import TrainConfig
@@ -181,12 +181,12 @@ class AdapterRun:
             directory.mkdir(parents=True)
             tensors = self.bank.parameters_of(self.adapter)
             # clones: on a CPU the tensors are views of the bank
-            save_file(
-                {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, directory / TRAINED_FILE
+            write_tensors(
+                directory / TRAINED_FILE, {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
             )
             torch.save(self._optimizer.state_dict(), directory / OPTIMIZER_FILE)
             torch.save(self._scheduler.state_dict(), directory / SCHEDULER_FILE)
-        except (OSError, SafetensorError, RuntimeError) as error:
+        except (OSError, RuntimeError) as error:
             raise InputError(
                 f"cannot write a checkpoint under {self._folder()}: {error}. "
                 "Free some space and run the same again to resume from the last complete checkpoint."

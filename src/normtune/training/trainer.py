@@ -22,8 +22,7 @@ from typing import Any, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -39,6 +38,7 @@ from normtune.models.family import Family
 from normtune.models.parts import parameter_holders
 from normtune.runtime import distributed
 from normtune.runtime.files import read_json, write_json
+from normtune.runtime.tensors import write_tensors
 from normtune.training.checkpoints import CHECKPOINT_MARK, OPTIMIZER_FILE, SCHEDULER_FILE, TRAINED_FILE, run_identity
 from normtune.training.collator import Collator
 from normtune.training.config import TrainConfig
@@ -278,7 +278,7 @@ class AdapterTrainer(Trainer):
         if self.args.should_save:
             directory = Path(output_dir or str(self.args.output_dir))
             directory.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, directory / TRAINED_FILE)
+            write_tensors(directory / TRAINED_FILE, tensors)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Write the states unsharded, so that a run with another number of processes can resume from them."""
@@ -308,7 +308,7 @@ class AdapterTrainer(Trainer):
         """
         try:
             super()._save_checkpoint(model, trial)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise InputError(
                 f"cannot write a checkpoint under {self.args.output_dir}: {error}. "
                 "Free some space and run the same command again to resume from the last complete checkpoint."
