@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from normtune.errors import InputError
-from normtune.runtime.files import atomic_directory, atomic_write, read_json, write_json, write_jsonl, write_text
+from normtune.runtime.files import (
+    atomic_directory,
+    atomic_write,
+    make_directory,
+    read_json,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 from tests.support.base_models import input_error
 
 
@@ -46,6 +54,22 @@ def test_a_path_through_a_file_cannot_be_written(tmp_path: Path) -> None:
     assert "cannot write" in input_error(lambda: write_text(tmp_path / "file" / "a.txt", "x"))
     assert "cannot write" in input_error(lambda: write_text(tmp_path, "x"))
     assert (tmp_path / "file").read_text() == ""
+
+
+def test_a_directory_that_cannot_be_made_is_reported(tmp_path: Path) -> None:
+    make_directory(tmp_path / "a" / "b")
+    make_directory(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").touch()
+    assert "Not a directory. Choose another --out" in input_error(lambda: make_directory(tmp_path / "file" / "a"))
+    assert "File exists" in input_error(lambda: make_directory(tmp_path / "file"))
+    assert "File name too long" in input_error(lambda: make_directory(tmp_path / ("ü" * 200)))
+
+    def enter() -> None:
+        with atomic_directory(tmp_path / ("ü" * 200)):
+            pass
+
+    assert "File name too long" in input_error(enter)
 
 
 values = st.recursive(

@@ -284,6 +284,15 @@ def test_recipe_that_trains_nothing_is_refused(base: Path, tmp_path: Path) -> No
         train(config(base, tmp_path / "none", tune="frozen"))
 
 
+def test_out_that_cannot_be_written_is_refused_before_the_base_is_loaded(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    for out, reason in ((tmp_path / "notes.txt" / "a", "Not a directory"), (tmp_path / ("n" * 256), "name too long")):
+        with pytest.raises(InputError, match=f"cannot write to .*{reason}. Choose another --out"):
+            train(config(tmp_path / "no base", out))
+    with pytest.raises(InputError, match="no base"):
+        train(config(tmp_path / "no base", tmp_path / "good"))
+
+
 def test_killed_run_resumes_to_the_same_adapter(base: Path, run: tuple[TrainResult, Path], tmp_path: Path) -> None:
     """SIGKILL in the middle of an epoch, just after a checkpoint; then the same command again."""
     out = tmp_path / "killed"

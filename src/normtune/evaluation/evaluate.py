@@ -24,7 +24,7 @@ from normtune.metrics.reports import normalisations_for, text_pairs
 from normtune.metrics.strata import Strata, score_strata, strata_text
 from normtune.metrics.table import metric_table, summarize_metrics
 from normtune.runtime import distributed, memory
-from normtune.runtime.files import read_json
+from normtune.runtime.files import make_directory, read_json
 
 if TYPE_CHECKING:
     from normtune.evaluation.config import EvaluateConfig
@@ -133,7 +133,7 @@ def evaluate(
         for name in image_reliance.parse_controls(controls)
     }
     if out is not None:
-        _make_directory(out)
+        make_directory(out)
     tokens = max_new_tokens or (tasks.MAX_REPORT_TOKENS if is_report else MAX_ANSWER_TOKENS)
     choices = _parse_candidates(candidates) if candidates else ()
     share = _examples_of_rank(examples, distributed.rank(), distributed.world_size())
@@ -243,13 +243,6 @@ def _examples_of_rank(examples: Sequence[Example], rank: int, ranks: int) -> lis
     shares = split_across_ranks(counts, min(ranks, len(groups)))
     group_indices = shares[rank] if rank < len(shares) else []
     return [example for index in group_indices for example in groups[index]]
-
-
-def _make_directory(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write to {out}: {error.strerror}. Choose another --out.") from error
 
 
 def _parse_candidates(candidates: str) -> tuple[str, ...]:

@@ -13,6 +13,18 @@ from typing import Any
 from normtune.errors import InputError
 
 
+def make_directory(path: Path) -> None:
+    """Create a directory and its parents if they are missing.
+
+    Raises:
+        InputError: it cannot be created.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {path}: {error.strerror}. Choose another --out.") from error
+
+
 @contextmanager
 def atomic_write(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path in the same directory; rename it to `path` on success, remove it on failure.
@@ -44,10 +56,10 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
         InputError: `path` exists and is not an empty directory, or a file cannot be written.
     """
     path = Path(path).absolute()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path} exists and is not an empty directory. Choose another --out, or remove it.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise InputError(f"{path} exists and is not an empty directory. Choose another --out, or remove it.")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary

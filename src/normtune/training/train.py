@@ -29,7 +29,7 @@ from normtune.methods.recipe import parse
 from normtune.models.family import Family
 from normtune.models.loading import load
 from normtune.runtime import distributed, memory
-from normtune.runtime.files import write_json
+from normtune.runtime.files import make_directory, write_json
 from normtune.training.checkpoints import check_same_steps, last_checkpoint, resumed_batch
 from normtune.training.collator import build_collator
 from normtune.training.config import TrainConfig
@@ -52,7 +52,7 @@ def train(config: TrainConfig, *, progress: TrainerCallback | None = None) -> Tr
         progress: a callback that shows the progress, such as `PrintProgress`.
 
     Raises:
-        InputError: an option, the data, the model or the recipe is invalid.
+        InputError: an option, the data, the model or the recipe is invalid, or `config.out` cannot be written.
     """
     # --- read the options; every process reads all of them
     recipe = parse(config.tune)  # first: a misspelt recipe fails before anything is loaded
@@ -62,6 +62,8 @@ def train(config: TrainConfig, *, progress: TrainerCallback | None = None) -> Tr
         memory.release_freed_memory()
     dataset = open_configured(config)
     examples = config.select(dataset.split(config.split))
+    # before the base, which may take minutes to load; below --out, since --out itself may exist and be read-only
+    make_directory(config.out / "checkpoints")
     # with FSDP the base may be larger than a device: it is loaded on the host, then sharded over the devices
     device = "cpu" if distributed.is_sharded() else config.device
     family = load(config.model, dtype=config.dtype, device=device, quantize=config.quantize)
