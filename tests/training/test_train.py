@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import TrainerCallback
 
 from normtune.data.batches import EpochBatches
 from normtune.data.groups import Group, Segment
@@ -291,6 +293,61 @@ def test_out_that_cannot_be_written_is_refused_before_the_base_is_loaded(base: P
             train(config(tmp_path / "no base", out))
     with pytest.raises(InputError, match="no base"):
         train(config(tmp_path / "no base", tmp_path / "good"))
+
+
+class StubWriter:
+    """Appends what TensorBoard's SummaryWriter is given to a file in the folder of the log."""
+
+    def __init__(self, log_dir: str) -> None:
+        self.file = Path(log_dir) / "events"
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        with self.file.open("a") as file:
+            file.write(f"{name} {step}\n")
+
+    def add_text(self, *args: Any) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class EmissionsTracker(TrainerCallback):
+    """A tracker that writes to the Trainer's own output folder, as codecarbon does."""
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        (Path(args.output_dir) / "emissions.csv").write_text("a tracker's file")
+
+
+@pytest.fixture
+def tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_tensorboard_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=StubWriter))
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+
+
+def test_tensorboard_log_continues_after_a_resume_and_stays(base: Path, tmp_path: Path, tensorboard: None) -> None:
+    run: dict[str, Any] = {"tracker": "tensorboard", "save_every": 3, "max_steps": 6}
+    with pytest.raises(KeyboardInterrupt):
+        train(config(base, tmp_path, **run), progress=StopAfterStep(4))
+    (first,) = (tmp_path / "runs").iterdir()
+    interrupted = (first / "events").read_text()
+    train(config(base, tmp_path, **run))
+    log = (first / "events").read_text()
+    assert log.startswith(interrupted) and "train/loss 6" in log
+    assert not (tmp_path / "checkpoints").exists()
+    first = first.rename(first.with_name("2000-01-01_00-00-00"))  # a run started in this second has its own folder
+    train(config(base, tmp_path, resume=False, **run))
+    assert (first / "events").read_text() == log
+    (_, second) = sorted((tmp_path / "runs").iterdir())
+    assert "train/loss 6" in (second / "events").read_text()
+
+
+def test_files_of_other_trackers_stay_beside_the_checkpoints(base: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        train(config(base, tmp_path, max_steps=2, save_every=1, resume=False), progress=EmissionsTracker())
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["emissions.csv"]
 
 
 def test_killed_run_resumes_to_the_same_adapter(base: Path, run: tuple[TrainResult, Path], tmp_path: Path) -> None:

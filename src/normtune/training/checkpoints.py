@@ -6,6 +6,9 @@ A checkpoint folder `checkpoints/checkpoint-STEP` holds the trained values, opti
 
 from __future__ import annotations
 
+import shutil
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,25 @@ def last_checkpoint(out: Path) -> Path | None:
     # the largest step, not the newest file: copying a folder changes times
     complete = [mark.parent for mark in (out / "checkpoints").glob(f"checkpoint-*/{CHECKPOINT_MARK}")]
     return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def delete_checkpoints(out: Path) -> None:
+    """Delete the checkpoints under `out`, complete or not, but no files that an experiment tracker wrote there."""
+    folder = out / "checkpoints"
+    for prefix in ("checkpoint", "together"):  # of the Trainer, and of a shared pass
+        for checkpoint in folder.glob(f"{prefix}-*"):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+    with suppress(OSError):  # it is missing, or has other files
+        folder.rmdir()
+
+
+def log_folder(out: Path, *, resumed: bool) -> Path:
+    """Return the folder of a run's TensorBoard files, which stay after the run.
+
+    A new one under `out/runs`, named by the time; a resumed run continues in the newest one.
+    """
+    earlier = sorted((out / "runs").glob("*/")) if resumed else []
+    return earlier[-1] if earlier else out / "runs" / time.strftime("%Y-%m-%d_%H-%M-%S")
 
 
 def run_identity(config: TrainConfig) -> dict[str, Any]:

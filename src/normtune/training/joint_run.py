@@ -27,7 +27,14 @@ from normtune.data.records import Dataset, Example
 from normtune.errors import InputError
 from normtune.runtime.files import read_json, write_json
 from normtune.runtime.tensors import write_tensors
-from normtune.training.checkpoints import CHECKPOINT_MARK, OPTIMIZER_FILE, SCHEDULER_FILE, TRAINED_FILE, run_identity
+from normtune.training.checkpoints import (
+    CHECKPOINT_MARK,
+    OPTIMIZER_FILE,
+    SCHEDULER_FILE,
+    TRAINED_FILE,
+    delete_checkpoints,
+    run_identity,
+)
 from normtune.training.collator import Collator
 from normtune.training.config import TrainConfig
 from normtune.training.trainer import logging_steps, optimizer_steps, scheduler_name
@@ -208,7 +215,7 @@ class AdapterRun:
         """
         checkpoints = self._complete() if self.config.resume else []
         if not checkpoints:
-            shutil.rmtree(self._folder(), ignore_errors=True)
+            delete_checkpoints(self.config.out)
             return
         last = checkpoints[-1]
         stored, current = read_json(last / "run.json"), run_identity(self.config)

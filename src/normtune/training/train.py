@@ -7,7 +7,6 @@ save_run  writes the adapter, the options and the result, and deletes the checkp
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -30,7 +29,7 @@ from normtune.models.family import Family
 from normtune.models.loading import load
 from normtune.runtime import distributed, memory
 from normtune.runtime.files import make_directory, write_json
-from normtune.training.checkpoints import check_same_steps, last_checkpoint, resumed_batch
+from normtune.training.checkpoints import check_same_steps, delete_checkpoints, last_checkpoint, resumed_batch
 from normtune.training.collator import build_collator
 from normtune.training.config import TrainConfig
 from normtune.training.layer_wrapping import checkpoint_activations, compile_layers
@@ -117,7 +116,7 @@ def save_run(
     write_json(config.out / "train_config.json", config.model_dump(mode="json"))
     write_json(config.out / "train_result.json", asdict(result))
     # last: a kill before this line leaves checkpoints from which the run can finish again
-    shutil.rmtree(config.out / "checkpoints", ignore_errors=True)
+    delete_checkpoints(config.out)
 
 
 def fit(
@@ -160,12 +159,12 @@ def fit(
     if checkpoint is not None:
         check_same_steps(checkpoint, batches)
     try:
-        trainer = AdapterTrainer(config, family, tuned, collate, batches, progress)
+        trainer = AdapterTrainer(config, family, tuned, collate, batches, progress, resumed=checkpoint is not None)
     except (ValueError, RuntimeError, ImportError) as error:  # raised by HF for an unknown or missing tracker
         raise InputError(f"--tracker {config.tracker}: {error}") from error
     # incomplete checkpoints of an earlier run, or all of them with --no-resume
     if checkpoint is None and distributed.is_main_process():
-        shutil.rmtree(config.out / "checkpoints", ignore_errors=True)
+        delete_checkpoints(config.out)
     distributed.barrier()  # no process may write a checkpoint before the old ones are deleted
     memory.reset_peak()
     started = time.perf_counter()

@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import set_seed
 
 from normtune.data.batches import EpochBatches
@@ -39,7 +40,14 @@ from normtune.models.parts import parameter_holders
 from normtune.runtime import distributed
 from normtune.runtime.files import read_json, write_json
 from normtune.runtime.tensors import write_tensors
-from normtune.training.checkpoints import CHECKPOINT_MARK, OPTIMIZER_FILE, SCHEDULER_FILE, TRAINED_FILE, run_identity
+from normtune.training.checkpoints import (
+    CHECKPOINT_MARK,
+    OPTIMIZER_FILE,
+    SCHEDULER_FILE,
+    TRAINED_FILE,
+    log_folder,
+    run_identity,
+)
 from normtune.training.collator import Collator
 from normtune.training.config import TrainConfig
 from normtune.training.fsdp import copy_into, full_state, gather_full, load_state, shard_by_layers
@@ -111,6 +119,9 @@ class IdentityDataset(TorchDataset[list[list[Example]]]):
 class AdapterTrainer(Trainer):
     """HF's Trainer for a family's batches, with checkpoints of trained values only.
 
+    Args:
+        resumed: whether `train` will resume from a checkpoint; logs then continue in the same place.
+
     Attributes:
         pairs_seen: question-answer pairs that this process trained on, resumed ones included.
     """
@@ -123,6 +134,8 @@ class AdapterTrainer(Trainer):
         collate: Collator,
         batches: EpochBatches,
         progress: TrainerCallback | None,
+        *,
+        resumed: bool,
     ) -> None:
         self.config, self.tuned, self.batches = config, tuned, batches
         self.pairs_seen = 0
@@ -181,6 +194,10 @@ class AdapterTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self.remove_callback(PrinterCallback)  # prints each log entry to stdout
+        for callback in self.callback_handler.callbacks:
+            # by default HF logs under `output_dir`, which is for checkpoints. TENSORBOARD_LOGGING_DIR is used if set
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = str(log_folder(config.out, resumed=resumed))
         # accelerate shards the model in `train()`, when HF prepares it; from here on HF treats it as FSDP
         if sharded:
             shard_by_layers(self.accelerator, family.model)
