@@ -151,7 +151,9 @@ def test_killed_pass_resumes_each_adapter_from_its_checkpoint(
     steps: list[int] = []
     next_batch = AdapterRun.next_batch
     monkeypatch.setattr(AdapterRun, "next_batch", lambda self: steps.append(self.adapter) or next_batch(self))
-    train_together(configs)
+    results = train_together(configs)
+    assert [result.resumed_from_step for result in results] == [3, 2, 2]
+    assert results[2].pairs > 0 and results[2].pairs_per_second == 0, "it was finished before the resume"
     total = read_json(tmp_path / "0" / "train_result.json")["steps"]
     assert [steps.count(adapter) for adapter in range(3)] == [total - 3, total - 2, 0]
     for config_ in configs:

@@ -382,6 +382,35 @@ def test_loss_log_entry_covers_steps_before_and_after_a_resume(base: Path, tmp_p
     assert logs[0] == logs[1] and [step for step, _ in logs[0]][:2] == [4, 8]
 
 
+def test_speed_of_a_resumed_run_is_that_of_the_steps_since(base: Path, tmp_path: Path) -> None:
+    run: dict[str, Any] = {"save_every": 2, "max_steps": 5, "batch": 8}
+    whole = train(config(base, tmp_path / "whole", **run))
+    before = train(config(base, tmp_path / "before", **run | {"max_steps": 4}))
+    assert whole.resumed_from_step is None and "resumed from" not in whole.text()
+    assert whole.pairs_per_second == pytest.approx(whole.pairs / whole.seconds)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(base, tmp_path / "stopped", **run), progress=StopAfterStep(5))
+    resumed = train(config(base, tmp_path / "stopped", **run))
+    assert (resumed.pairs, resumed.steps, resumed.resumed_from_step) == (whole.pairs, 5, 4)
+    assert resumed.pairs_per_second * resumed.seconds == pytest.approx(whole.pairs - before.pairs)
+    assert "resumed from step 4; time, pairs/s and memory are of the steps since" in resumed.text()
+    assert read_json(tmp_path / "stopped" / "train_result.json")["resumed_from_step"] == 4
+
+
+def test_run_killed_after_its_last_checkpoint_reports_no_speed(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("normtune.training.train.build_result", stop)
+        train(config(base, tmp_path, epochs=1))
+    resumed = train(config(base, tmp_path, epochs=1))
+    assert resumed.steps == resumed.resumed_from_step and resumed.pairs_per_second == 0
+    assert resumed.pairs > 0
+
+
 def test_checkpoint_of_another_run_is_refused(base: Path, tmp_path: Path) -> None:
     mark = tmp_path / "checkpoints" / "checkpoint-3"
     mark.mkdir(parents=True)

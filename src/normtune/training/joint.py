@@ -107,6 +107,8 @@ def train_together(
             run.losses,
             pairs=run.pairs,
             steps=run.steps,
+            resumed_pairs=run.resumed_pairs,
+            resumed_from_step=run.resumed_from_step,
             seconds=run.seconds,
             computed_once=run.collate.cached_states,
             adapters_in_pass=len(runs),

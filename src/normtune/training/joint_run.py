@@ -56,7 +56,9 @@ class AdapterRun:
 
     Attributes:
         steps: optimiser steps done, out of `total`.
-        pairs: question-answer pairs seen.
+        pairs: question-answer pairs seen, those before a resume included.
+        resumed_pairs: pairs seen before the resume.
+        resumed_from_step: step of the checkpoint from which the run resumed; None: it did not resume.
         losses: (step, mean loss per answer token since the previous entry), as the Trainer logs it.
         seconds: from the start of the pass until this run was finished.
     """
@@ -75,7 +77,8 @@ class AdapterRun:
         self.dataset, self.examples, self.collate, self.batches = dataset, examples, collate, batches
         self.total = optimizer_steps(config, batches)
         self.log_every = logging_steps(config, batches)
-        self.steps = self.pairs = 0
+        self.steps = self.pairs = self.resumed_pairs = 0
+        self.resumed_from_step: int | None = None
         self.losses: list[tuple[int, float]] = []
         self.seconds = 0.0
         self._unlogged_loss = 0.0  # summed since the last entry of the log
@@ -232,4 +235,5 @@ class AdapterRun:
         self._optimizer.load_state_dict(optimizer)
         self._scheduler.load_state_dict(scheduler)
         self.steps, self.pairs, self._unlogged_loss = stored["steps"], stored["pairs_seen"], stored["loss"]
+        self.resumed_from_step, self.resumed_pairs = self.steps, self.pairs
         self.losses = [(step, loss) for step, loss in stored["losses"]]

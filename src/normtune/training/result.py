@@ -26,14 +26,16 @@ class TrainResult:
     pairs: int  # question-answer pairs seen, those before a resume included
     steps: int  # optimiser steps, those before a resume included
     seconds: float  # wall-clock time since the last start
-    pairs_per_second: float  # pairs / seconds
-    peak_memory_bytes: int  # the largest of all processes
+    pairs_per_second: float  # pairs since the last start / seconds
+    peak_memory_bytes: int  # since the last start; the largest of all processes
     computed_once: str | None  # the part of the model's work that is done once per image; None: none of it
     final_loss: float | None  # last entry of the loss log, in nats per answer token; None: the log is empty
     changed: float  # share of the trained values that differ from those before training
     changes: tuple[Change, ...]  # the same for each part and role, with sizes
     warning: str | None  # set if almost nothing changed or values are not finite
     together: int = 1  # adapters that the pass trained; seconds and memory are those of the pass
+    # step of the checkpoint from which the last start resumed; None: the run was not interrupted
+    resumed_from_step: int | None = None
 
     def text(self) -> str:
         """Return the result as a few lines of text."""
@@ -42,6 +44,10 @@ class TrainResult:
             f"{self.pairs:,} pairs in {self.steps:,} steps, {self.seconds:.1f} s "
             f"({self.pairs_per_second:.1f} pairs/s), peak memory {self.peak_memory_bytes / 2**20:,.0f} MiB",
         ]
+        if self.resumed_from_step is not None:
+            lines.append(
+                f"resumed from step {self.resumed_from_step:,}; time, pairs/s and memory are of the steps since"
+            )
         if self.together > 1:
             lines.append(f"one of {self.together} adapters of a shared pass; time and memory are those of the pass")
         if self.computed_once is not None:
@@ -67,6 +73,8 @@ def build_result(
     *,
     pairs: int,
     steps: int,
+    resumed_pairs: int,
+    resumed_from_step: int | None,
     seconds: float,
     computed_once: str | None,
     adapters_in_pass: int = 1,
@@ -76,6 +84,7 @@ def build_result(
     Args:
         before: copies of `tuned.trained` from before training, by name.
         losses: the loss log, (step, mean loss per answer token since the previous entry).
+        resumed_pairs: pairs of `pairs` that were seen before the last start, to which `seconds` does not extend.
         adapters_in_pass: adapters that were trained in the same pass over the base.
 
     Returns:
@@ -91,7 +100,7 @@ def build_result(
         pairs=pairs,
         steps=steps,
         seconds=seconds,
-        pairs_per_second=pairs / seconds,
+        pairs_per_second=(pairs - resumed_pairs) / seconds,
         peak_memory_bytes=max(distributed.all_gather(memory.peak_memory_bytes())),
         computed_once=computed_once,
         final_loss=losses[-1][1] if losses else None,
@@ -99,5 +108,6 @@ def build_result(
         changes=changes.changes,
         warning=changes.warning,
         together=adapters_in_pass,
+        resumed_from_step=resumed_from_step,
     )
     return result, {"loss": [*losses], "norms": norm_changes(before, tuned)}

@@ -196,6 +196,8 @@ def fit(
         [(int(row["step"]), row["loss"]) for row in trainer.state.log_history if "loss" in row],
         pairs=sum(distributed.all_gather(trainer.pairs_seen)),
         steps=trainer.state.global_step,
+        resumed_pairs=trainer.resumed_pairs,
+        resumed_from_step=trainer.resumed_from_step,
         seconds=seconds,
         computed_once=collate.cached_states,
     )

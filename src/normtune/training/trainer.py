@@ -124,6 +124,8 @@ class AdapterTrainer(Trainer):
 
     Attributes:
         pairs_seen: question-answer pairs that this process trained on, resumed ones included.
+        resumed_pairs: pairs that all processes had seen at the checkpoint from which the run resumed.
+        resumed_from_step: step of that checkpoint; None: the run did not resume.
     """
 
     def __init__(
@@ -138,7 +140,8 @@ class AdapterTrainer(Trainer):
         resumed: bool,
     ) -> None:
         self.config, self.tuned, self.batches = config, tuned, batches
-        self.pairs_seen = 0
+        self.pairs_seen = self.resumed_pairs = 0
+        self.resumed_from_step: int | None = None
         # loss summed since the step of the last log entry; HF does not keep its own sum in checkpoints
         self._unlogged, self._logged_at = torch.zeros(()), 0
         # FSDP2 replaces the parameter objects, but not the modules that hold them
@@ -354,8 +357,10 @@ class AdapterTrainer(Trainer):
         position = read_json(Path(resume_from_checkpoint) / "run.json")
         self._unlogged = torch.tensor(position["unlogged_loss"])
         self._logged_at = int(position["logged_at"])
+        self.resumed_pairs = int(position["pairs_seen"])
+        self.resumed_from_step = int(Path(resume_from_checkpoint).name.split("-")[1])
         if distributed.is_main_process():  # the stored number is the sum over processes: only one takes it
-            self.pairs_seen = int(position["pairs_seen"])
+            self.pairs_seen = self.resumed_pairs
 
 
 def optimizer_steps(config: TrainConfig, batches: EpochBatches) -> int:
