@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import json
-from difflib import unified_diff
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -18,6 +17,7 @@ import typer
 
 import normtune.cli  # noqa: F401  # registers every command
 from normtune.commands.app import app
+from tests.support.snapshot import assert_matches_snapshot, write_snapshot
 
 SNAPSHOT = Path(__file__).with_name("command_options.json")
 
@@ -94,17 +94,8 @@ def snapshot_text() -> str:
 
 
 def test_commands_and_options_match_the_snapshot() -> None:
-    expected, actual = SNAPSHOT.read_text(encoding="utf-8"), snapshot_text()
-    difference = unified_diff(
-        expected.splitlines(), actual.splitlines(), SNAPSHOT.name, "the current commands", lineterm="", n=9
-    )
-    assert json.loads(actual) == json.loads(expected), "\n".join(difference)
-
-
-def main() -> None:
-    SNAPSHOT.write_text(snapshot_text(), encoding="utf-8")
-    print(f"Written: {SNAPSHOT}")
+    assert_matches_snapshot(SNAPSHOT, snapshot_text(), "the current commands")
 
 
 if __name__ == "__main__":
-    main()
+    write_snapshot(SNAPSHOT, snapshot_text())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from difflib import unified_diff
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
@@ -21,6 +20,7 @@ pytest.importorskip("fastapi")
 from normtune.serving.http.app import make_app
 from normtune.serving.http.limits import ApiKeys
 from normtune.serving.http.state import Settings
+from tests.support.snapshot import assert_matches_snapshot, write_snapshot
 
 SNAPSHOT = Path(__file__).with_name("openapi.json")
 PROSE = {"description", "summary", "title", "example", "examples"}
@@ -90,17 +90,8 @@ def test_properties_named_like_prose_are_kept() -> None:
 
 
 def test_openapi_schema_matches_the_snapshot() -> None:
-    expected, actual = SNAPSHOT.read_text(encoding="utf-8"), snapshot_text()
-    difference = unified_diff(
-        expected.splitlines(), actual.splitlines(), SNAPSHOT.name, "the current schema", lineterm="", n=9
-    )
-    assert json.loads(actual) == json.loads(expected), "\n".join(difference)
-
-
-def main() -> None:
-    SNAPSHOT.write_text(snapshot_text(), encoding="utf-8")
-    print(f"Written: {SNAPSHOT}")
+    assert_matches_snapshot(SNAPSHOT, snapshot_text(), "the current schema")
 
 
 if __name__ == "__main__":
-    main()
+    write_snapshot(SNAPSHOT, snapshot_text())

@@ -142,7 +142,7 @@ class Engine:
         return job.future
 
     def register(self, name: str, folder: Path) -> ServedAdapter:
-        """Register an adapter, or again one whose files changed. Its tensors are read when it is first requested.
+        """Register an adapter, or one with changed files again. Its tensors are read when it is first requested.
 
         Raises:
             NameTaken: an adapter of another folder has the name.

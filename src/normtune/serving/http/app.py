@@ -254,7 +254,7 @@ def _add_adapters(app: FastAPI, service: Service) -> None:
         responses=openapi.REPLACED_RESPONSE | error_responses(400, 403, 404, 409),
     )
     async def register_adapter(body: openai_api.Registration, response: Response) -> dict[str, Any]:
-        """Register an adapter from a folder below the adapter root, or again one whose files changed (200)."""
+        """Register an adapter from a folder below the adapter root, or one with changed files again (200)."""
         folder = paths.adapter_folder(root, body.folder or body.name)
         if body.name == service.settings.base:
             raise RequestRefused(409, "the base has that name. Choose another name.")
