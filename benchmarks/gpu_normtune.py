@@ -40,7 +40,6 @@ __all__ = [
     "MemoryTier",
     "Segment",
     "TrainingStep",
-    "adapters_step",
     "answer_groups",
     "build_family",
     "collate",
@@ -238,26 +237,6 @@ def one_adapter(family: Any, recipe: str) -> Iterator[TunedModel]:
         yield tuned
     finally:
         restore_base(tuned)
-
-
-@contextmanager
-def adapters_step(
-    family: Any, adapters: Adapters, batch: dict[str, Any], adapter_of_row: Sequence[int], learning_rate: float = 1e-4
-) -> Iterator[Callable[[], None]]:
-    """Yields a training step of all adapters, with AdamW as in `training_step`; memory is "tight"."""
-    values = nn.Parameter(adapters.bank.values)  # shares its memory with the norms
-    optimizer = torch.optim.AdamW([values], lr=learning_rate, weight_decay=0.0)
-
-    def run() -> None:
-        with adapters.assigned(adapter_of_row):
-            loss_per_token(family, batch).backward()
-        adapters.bank.collect_gradients()
-        values.grad = adapters.bank.grads
-        optimizer.step()
-        adapters.bank.grads.zero_()
-
-    with save_fewer_activations(family.model), checkpoint_activations(family.model, "tight"):
-        yield run
 
 
 # --- quantised bases ----------------------------------------------------------------------------------------

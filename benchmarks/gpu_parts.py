@@ -22,9 +22,7 @@ from gpu_models import NOTEBOOK, PEERS, Workbench, pack_nf4, peft_model, peft_st
 from gpu_normtune import (
     MemoryTier,
     TrainingStep,
-    adapters_step,
     answer_groups,
-    collate,
     image_features,
     linears_to_quantize,
     one_adapter,
@@ -438,12 +436,10 @@ def _compiled_step(bench: Workbench) -> Figures:
 
 
 def adapters_in_one_pass(bench: Workbench, figures: Figures) -> None:
-    """Answers of 64 adapters and of one in a batch, and a training step of 8 adapters and of one."""
-    many, few = (4, 2) if bench.tiny else (64, 8)
+    """Answers of 64 adapters and of one in a batch."""
+    many = 4 if bench.tiny else 64
     figures["answers, 1 adapter"] = attempt(lambda: _adapter_answers(bench, many, 1))
     figures[f"answers, {many} adapters"] = attempt(lambda: _adapter_answers(bench, many, many))
-    figures["step, 1 adapter"] = attempt(lambda: _adapter_step(bench, few, 1))
-    figures[f"step, {few} adapters"] = attempt(lambda: _adapter_step(bench, few, few))
 
 
 ADAPTER_RECIPE = "language=ln"  # the image encoder is the same for all adapters
@@ -473,25 +469,6 @@ def _adapter_answers(bench: Workbench, requests: int, adapters: int) -> Figures:
 
             row = measure(run_assigned, requests, steps=3, seconds=6)
             return row | {"adapters_mib": round(bank.value_bytes / MIB, 1)}
-    finally:
-        family.attention = "auto"
-
-
-def _adapter_step(bench: Workbench, images: int, adapters: int) -> Figures:
-    """Measure a training step over images with two questions each, layers run again."""
-    shape, family = bench.model("llava")
-    family.attention = "dense"
-    try:
-        batch = collate(family, *shape.groups([2] * images), bench.device)
-        if adapters == 1:
-            with training_step(family, ADAPTER_RECIPE, batch, memory="tight") as step:
-                return measure(step.run, 2 * images, steps=3, seconds=5)
-        adapter_of_row = [row % adapters for row in range(images)]
-        with (
-            several_adapters(family, ADAPTER_RECIPE, adapters) as bank,
-            adapters_step(family, bank, batch, adapter_of_row) as run,
-        ):
-            return measure(run, 2 * images, steps=3, seconds=5)
     finally:
         family.attention = "auto"
 

@@ -49,7 +49,6 @@ TABLES_OF_PAGE = {  # page: the committed tables that it contains
     "README.md": ["demo/table", "real_data", "throughput_llava_slake"],
     "docs/method.md": ["quantised"],
     "docs/quickstart.md": ["demo/reports"],
-    "docs/recipes.md": ["multi"],
     "docs/serving.md": ["load", "serving_llava_slake", "serving_miss_slake"],
     "docs/metrics.md": ["reliance", "medpix"],
     "docs/speed.md": [
@@ -227,19 +226,6 @@ def test_without_a_gpu_its_rows_have_the_status_not_yet_measured() -> None:
     rows = benchmark_record("gpu_llava_med_7b", [])["rows"]
     assert {row["status"] for row in rows} == {"not yet measured"}
     assert not any("pairs_per_second" in row or "moved" in row for row in rows)
-
-
-def test_several_adapters_are_compared_with_separate_runs(slake: Path, tmp_path: Path) -> None:
-    out = tmp_path / "record.json"
-    options = ["--shape", "miss", "--data", "slake", "--root", str(slake), "--adapters", "2", "--steps", "1"]
-    record = benchmark_record("multi", [*options, "--rounds", "1", "--pairs", "6", "--out", str(out)])
-    assert [row["sweep"] for row in record["rows"]] == ["seeds", "learning rates"]
-    for row in record["rows"]:
-        step = row["step_bytes"]
-        assert step["one_run"] < step["1"] < step["2"] < 3 * step["one_run"]
-        for mode in row["ways"]:
-            assert mode["memory_of_runs_side_by_side"] < 1 < mode["memory_of_one_run"]
-    assert out.with_suffix(".md").read_text(encoding="utf-8").count("\n") == 6
 
 
 def test_serving_compares_many_adapters_with_one_and_with_peft(slake: Path, tmp_path: Path) -> None:

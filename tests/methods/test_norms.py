@@ -187,41 +187,20 @@ def test_each_row_equals_that_of_the_norm_of_its_adapter(
     for dtype in (torch.float32, torch.bfloat16):
         single = [TunedNorm.from_norm(norm(name, dtype, seed=seed)) for seed in range(3)]
         multi, x = multi_norm(single), inputs(name, dtype)
-        grad_out = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
-        ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-        with multi.active_rows.use(RowAdapters(adapters)):
-            out = multi(ours)
-            out.backward(grad_out)
-        expected = torch.cat([single[adapter](theirs[i : i + 1]) for i, adapter in enumerate(adapters)])
-        expected.backward(grad_out)
+        expected = torch.cat([single[adapter](x[i : i + 1]) for i, adapter in enumerate(adapters)])
+        with torch.inference_mode(), multi.active_rows.use(RowAdapters(adapters)):
+            out = multi(x)
         assert out.dtype == dtype and multi.weight.dtype == torch.float32
         assert_close(out, expected, terms=1)
-        assert_close(ours.grad, theirs.grad, terms=1 if dtype == torch.bfloat16 else WIDTH)
-        for attribute, bank in multi.named_parameters():
-            grads = torch.stack([getattr(tuned, attribute).grad for tuned in single])
-            assert_close(bank.grad, grads, terms=ROWS)
-        with torch.inference_mode(), multi.active_rows.use(RowAdapters(adapters)):
-            assert_close(multi(x), expected, terms=1)
 
 
 @pytest.mark.parametrize("name", ["layer", "llama", "gemma"])
-def test_rows_of_one_adapter_equal_its_norm_to_the_bit_and_save_no_more(name: str) -> None:
+def test_rows_of_one_adapter_equal_its_norm_to_the_bit(name: str) -> None:
     single = [TunedNorm.from_norm(norm(name, torch.bfloat16, seed=seed)) for seed in range(3)]
-    multi, x = multi_norm(single), inputs(name, torch.bfloat16).requires_grad_()
-    not_counted = {x.data_ptr(), *(parameter.data_ptr() for parameter in multi.parameters())}
-    saved: list[Tensor] = []
-
-    def record(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
-        return tensor
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor)
-    with multi.active_rows.use(RowAdapters([1])), hooks:
+    multi, x = multi_norm(single), inputs(name, torch.bfloat16)
+    with multi.active_rows.use(RowAdapters([1])):
         assert torch.equal(multi(x), single[1](x))
-    saved_by_multi = saved[: len(saved) // 2 + 1]
-    statistics = [tensor for tensor in saved_by_multi if tensor.data_ptr() not in not_counted]
-    rows = x.numel() // WIDTH
-    assert sum(tensor.numel() for tensor in statistics) == (2 if name == "layer" else 1) * rows
+    assert not any(parameter.requires_grad for parameter in multi.parameters())
 
 
 @pytest.mark.parametrize("max_runs", [0, 16])

@@ -28,7 +28,11 @@ class TextRowSelector(Protocol):
     """Keeps track of the text rows of a batch that are still active while answers are generated."""
 
     def select(self, units: Tensor) -> None:
-        """Keep only these text rows, in this order: [rows] long. See `Family.text_segments`."""
+        """Keep only these text rows, in this order: [rows] long.
+
+        A text row is the largest piece of a norm's input that belongs to a single group: a row of tokens, or
+        a single token if all groups are in one row.
+        """
 
 
 class Family(ABC):
@@ -138,14 +142,6 @@ class Family(ABC):
     @abstractmethod
     def answer_states(self, batch: Batch) -> AnswerStates:
         """Run the model up to its head: the states that predict the answer tokens."""
-
-    @abstractmethod
-    def text_segments(self, batch: Batch) -> Tensor:
-        """One segment of each text row, so that multi-adapter norms know the adapter of each: [rows] long.
-
-        A text row is the largest piece of a norm's input that belongs to a single group: a row of tokens, or
-        a single token if all groups are in one row.
-        """
 
     def loss(self, batch: Batch, *, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         """(sum of the answer tokens' cross-entropies, number of answer tokens), both scalar tensors.

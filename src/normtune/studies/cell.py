@@ -128,11 +128,7 @@ def _train_and_evaluate(job: CellJob) -> None:
 
 
 def _train_or_read(job: CellJob) -> dict[str, Any]:
-    """Train the cell, or read the result of a finished training.
-
-    Norm adapters that are trained together in one pass over the base are stored in their cells' `adapter/`
-    before the cells run: the cell then finds its `train_result.json` here and does not train.
-    """
+    """Train the cell, or read the result of a finished training."""
     from transformers.utils import logging
 
     from normtune.data.registry import open_configured

@@ -33,9 +33,8 @@ def last_checkpoint(out: Path) -> Path | None:
 def delete_checkpoints(out: Path) -> None:
     """Delete the checkpoints under `out`, complete or not, but no files that an experiment tracker wrote there."""
     folder = out / "checkpoints"
-    for prefix in ("checkpoint", "together"):  # of the Trainer, and of a shared pass
-        for checkpoint in folder.glob(f"{prefix}-*"):
-            shutil.rmtree(checkpoint, ignore_errors=True)
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint, ignore_errors=True)
     with suppress(OSError):  # it is missing, or has other files
         folder.rmdir()
 

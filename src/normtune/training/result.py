@@ -33,7 +33,6 @@ class TrainResult:
     changed: float  # share of the trained values that differ from those before training
     changes: tuple[Change, ...]  # the same for each part and role, with sizes
     warning: str | None  # set if almost nothing changed or values are not finite
-    together: int = 1  # adapters that the pass trained; seconds and memory are those of the pass
     # step of the checkpoint from which the last start resumed; None: the run was not interrupted
     resumed_from_step: int | None = None
 
@@ -48,8 +47,6 @@ class TrainResult:
             lines.append(
                 f"resumed from step {self.resumed_from_step:,}; time, pairs/s and memory are of the steps since"
             )
-        if self.together > 1:
-            lines.append(f"one of {self.together} adapters of a shared pass; time and memory are those of the pass")
         if self.computed_once is not None:
             lines.append(f"computed once per image: {self.computed_once}")
         if self.final_loss is not None:
@@ -77,7 +74,6 @@ def build_result(
     resumed_from_step: int | None,
     seconds: float,
     computed_once: str | None,
-    adapters_in_pass: int = 1,
 ) -> tuple[TrainResult, dict[str, Any]]:
     """Compare the trained values with those before training and collect the result of a run.
 
@@ -85,7 +81,6 @@ def build_result(
         before: copies of `tuned.trained` from before training, by name.
         losses: the loss log, (step, mean loss per answer token since the previous entry).
         resumed_pairs: pairs of `pairs` that were seen before the last start, to which `seconds` does not extend.
-        adapters_in_pass: adapters that were trained in the same pass over the base.
 
     Returns:
         The result, and a description for `adapter.json`: the loss log and one row per norm.
@@ -107,7 +102,6 @@ def build_result(
         changed=changes.share,
         changes=changes.changes,
         warning=changes.warning,
-        together=adapters_in_pass,
         resumed_from_step=resumed_from_step,
     )
     return result, {"loss": [*losses], "norms": norm_changes(before, tuned)}

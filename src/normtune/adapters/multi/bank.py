@@ -1,4 +1,4 @@
-"""Several norm adapters over one base, in training and in serving.
+"""Several norm adapters over one base, to answer with them.
 
 Every tuned norm holds the gains and biases of all adapters (`MultiAdapterNorm`), and each row of a batch uses
 those of its adapter. Everything between the norms is the base, so that one pass serves all adapters.
@@ -6,16 +6,15 @@ those of its adapter. Everything between the norms is the base, so that one pass
 The values of all adapters are one tensor, with a row per adapter:
 
                 norm 1 weight | norm 1 bias | norm 2 weight | ...
-    values[0]   ---------- adapter 0 (in serving: the base's own values)
+    values[0]   ---------- adapter 0 (the server keeps the base's own values here)
     values[1]   ---------- adapter 1
 
-The norms' parameters are views of its columns. An optimiser works on a row, and loading an adapter copies a
-row.
+The norms' parameters are views of its columns, so that loading an adapter copies a row. No gradients are computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -35,31 +34,18 @@ class AdapterBank:
     """A model with several adapters in its tuned norms.
 
     Attributes:
-        tuned: the model; its trained parameters are the norms' banks [adapters, width]. `as_single` gives one
-            adapter.
+        tuned: the model; its trained parameters are the norms' banks, [adapters, width].
         image_rows: the adapters of the rows in the norms of the image parts.
         text_rows: the same for the text parts.
         values: [adapters, trained values] fp32; every norm's gains and biases are views of it.
-        grads: gradients, of the same shape as `values`; see `collect_gradients`.
         columns: trained name -> its columns in `values`.
-        banks: the norms' gains and biases, in the order of their columns.
     """
 
     tuned: TunedModel
     image_rows: ActiveRows
     text_rows: ActiveRows
     values: Tensor
-    grads: Tensor
     columns: Mapping[str, slice]
-    banks: Sequence[nn.Parameter]
-
-    def parameters_of(self, adapter: int) -> dict[str, nn.Parameter]:
-        """One adapter's trained parameters, by name: views of `values`, [width] each."""
-        return {name: nn.Parameter(self.values[adapter, span], False) for name, span in self.columns.items()}
-
-    def as_single(self, adapter: int) -> TunedModel:
-        """One adapter as if it had been trained alone, to save it."""
-        return replace(self.tuned, trained=self.parameters_of(adapter))
 
     @torch.no_grad()
     def set_adapter(self, adapter: int, tensors: Mapping[str, Tensor]) -> None:
@@ -67,21 +53,12 @@ class AdapterBank:
         for name, span in self.columns.items():
             self.values[adapter, span] = tensors[name].to(self.values)
 
-    def collect_gradients(self) -> None:
-        """Add the gradients of the norms' banks to `grads`, and clear them."""
-        # autograd writes to the parameters' own .grad, which are not views of `grads`
-        grads = [torch.zeros_like(bank) if bank.grad is None else bank.grad for bank in self.banks]
-        self.grads.add_(torch.cat(grads, 1))  # [adapters, width] each, joined by columns
-        for bank in self.banks:
-            bank.grad = None
-
     @contextmanager
     def use(self, image_adapters: RowAdapters | None, text_adapters: RowAdapters | None) -> Iterator[None]:
         """Inside, the norms apply to each image and each row of text the gains of its adapter.
 
-        Run the backward pass inside too: checkpointed layers run their forward pass again there. None means
-        that no norm of those parts runs. When answers end early in generation, `Family.active_text_rows`
-        removes their rows.
+        None means that no norm of those parts runs. When answers end early in generation,
+        `Family.active_text_rows` removes their rows.
         """
         with self.image_rows.use(image_adapters), self.text_rows.use(text_adapters):
             yield
@@ -104,7 +81,7 @@ def build_bank(tuned: TunedModel, adapters: int) -> AdapterBank:
     # They differ if a norm trains only its gain or only its bias, or is of a kind that TunedNorm does not
     # have.
     if unsupported := sorted(parameters.keys() ^ tuned.trained.keys()):
-        raise InputError(f"{unsupported[0]} is of a norm that cannot hold several adapters. Train one after the other.")
+        raise InputError(f"{unsupported[0]} is of a norm that cannot hold several adapters.")
     # each trained tensor gets its own columns, in the order of the norms
     columns: dict[str, slice] = {}
     stop = 0
@@ -126,9 +103,9 @@ def build_bank(tuned: TunedModel, adapters: int) -> AdapterBank:
         tuned.model.set_submodule(name, multi)
     # the same names as before, but each parameter has a first dimension of adapters
     tuned = replace(tuned, trained={name: banks[name] for name in tuned.trained})
-    # `columns` in the order in which adapters are saved; `banks` in the order of the columns
+    # in the order in which adapters are saved
     saved_order = {name: columns[name] for name in tuned.trained}
-    return AdapterBank(tuned, image_rows, text_rows, values, torch.zeros_like(values), saved_order, [*banks.values()])
+    return AdapterBank(tuned, image_rows, text_rows, values, saved_order)
 
 
 def check_only_norms(tuned: TunedModel) -> None:
@@ -140,6 +117,6 @@ def check_only_norms(tuned: TunedModel) -> None:
     other = sorted(set(tuned.methods.values()) - {"ln"})
     if other:
         raise InputError(
-            f"recipe '{tuned.recipe}' trains by {', '.join(other)}, but only norm adapters can share a pass. "
-            "Choose ln in every part, or train one after the other."
+            f"recipe '{tuned.recipe}' trains by {', '.join(other)}, but only norm adapters can share a model. "
+            "Choose ln in every part."
         )

@@ -78,10 +78,7 @@ class RowAdapters:
     def index(self, device: torch.device) -> Tensor:
         """[units] long: the adapter of each unit; created once per device, for all layers."""
         if device not in self._index:
-            # not an inference tensor, even if the first layer runs in inference mode: a later backward pass
-            # may save it
-            with torch.inference_mode(False):
-                self._index[device] = torch.tensor(self.adapters, device=device)
+            self._index[device] = torch.tensor(self.adapters, device=device)
         return self._index[device]
 
     def gather(self, bank: Tensor, rows: int) -> Tensor:
@@ -108,7 +105,7 @@ class ActiveRows:
     All layers that see the same units share one object: one for the image parts, one for the text parts.
 
     Attributes:
-        adapters: set by the caller of the model (`use`) until the backward pass is done; None: not set.
+        adapters: set by the caller of the model (`use`); None: not set.
     """
 
     def __init__(self) -> None:

@@ -316,16 +316,6 @@ class CausalFamily(Family):
         answer_rows = states.index_select(0, batch["answer_rows"])  # [N, width]
         return AnswerStates(answer_rows, batch["labels"], batch["segment_index"])
 
-    def text_segments(self, batch: Batch) -> Tensor:
-        """[B], or [S] if all groups are in one row; padding belongs to the first group."""
-        group_of = batch["group_of"]
-        answer_groups = group_of.flatten().index_select(0, batch["answer_rows"])  # [N]
-        # the last segment of each group represents the group; segments of a group share an adapter
-        group_segments = batch["segment_index"].new_zeros(int(group_of.max()) + 1)
-        group_segments[answer_groups] = batch["segment_index"]
-        text_groups = group_of[0] if len(group_of) == 1 else group_of[:, 0]
-        return group_segments[text_groups.clamp(min=0)]
-
     def _logits(self, states: Tensor) -> Tensor:
         return self.head(states).float()
 

@@ -185,10 +185,6 @@ class MissFamily(Family):
         selected = states.index_select(0, rows), labels.flatten().index_select(0, rows)
         return AnswerStates(*selected, rows // labels.shape[1])  # a row of labels is a segment
 
-    def text_segments(self, batch: Batch) -> Tensor:
-        """[segments] long: every segment has a row of its own, as question and as answer."""
-        return torch.arange(batch["pairs"], device=batch["labels"].device)
-
     @torch.inference_mode()
     def generate_answers(
         self,

@@ -102,16 +102,13 @@ class AdapterSlots:
                     f"the memory for adapters is too small: each takes {self.bytes_per_adapter:,} bytes, and "
                     "so do the base's own values. Raise --adapter-memory."
                 )
-            bank = build_bank(tuned, slots)
+            self.bank: AdapterBank = build_bank(tuned, slots)
         except InputError:
             restore_base(tuned)
             raise
-        self.bank: AdapterBank = replace(bank, grads=bank.grads.new_zeros(0))  # no gradients: nothing is trained
-        for parameter in self.bank.banks:
-            parameter.requires_grad_(False)
         self.lora: LoRABank | None = None
         if matrices:
-            self.lora = add_lora_bank(model, matrices, slots, bank.image_rows, bank.text_rows)
+            self.lora = add_lora_bank(model, matrices, slots, self.bank.image_rows, self.bank.text_rows)
         self.base = RegisteredAdapter(_base_info(self.bytes_per_adapter), "", BASE_SLOT)
         self.loads = self.evictions = 0
         self.seconds_loading = 0.0
