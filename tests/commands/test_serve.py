@@ -83,7 +83,7 @@ def test_a_base_and_its_adapters_are_served(
     answer, stream, metrics = responses
     assert answer.status == 200 and 0 < answer.json["normtune"]["confidence"] <= 1
     assert stream.status == 200 and stream.body.endswith(b"data: [DONE]\n\n")
-    assert b"normtune_answers_total 3\n" in metrics.body
+    assert b"normtune_answers_total 3.0\n" in metrics.body
 
 
 def test_adapters_below_the_root_that_cannot_be_served_are_skipped_with_a_reason(

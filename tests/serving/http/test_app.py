@@ -13,9 +13,11 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 
 from normtune.serving.engine.requests import NameTaken, ServedAdapter, UnusableAdapter
 from normtune.serving.http.openai_api import adapter_entry, model_entry
+from normtune.serving.http.prometheus import BOUNDS
 from normtune.serving.http.state import Settings
 from tests.support.dataset_samples import dicom_bytes, make_dicom
 from tests.support.fake_engine import FakeEngine, adapter_info
@@ -207,9 +209,17 @@ def test_metrics_are_prometheus_text_with_route_patterns_instead_of_urls(url: st
     response = call(url, "GET", "/metrics")
     text = response.body.decode()
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
-    assert 'route="/v1/files/{id}",status="404"' in text and "jane" not in text
-    assert "normtune_queue_length 0\n" in text
-    assert 'normtune_http_request_seconds_bucket{route="/v1/models",le="+Inf"}' in text
+    assert 'route="/v1/files/{id}",status="404"' in text and "jane" not in text and "_created" not in text
+    metrics = {metric.name: metric for metric in text_string_to_metric_families(text)}
+    assert all(name.startswith("normtune_") for name in metrics)
+    queue, answers, requests = (metrics[f"normtune_{name}"] for name in ("queue_length", "answers", "http_requests"))
+    assert (queue.type, answers.type, requests.type) == ("gauge", "counter", "counter")
+    assert [(sample.name, sample.value) for sample in queue.samples] == [("normtune_queue_length", 0)]
+    assert {*requests.samples[0].labels} == {"method", "route", "status"}
+    seconds = metrics["normtune_http_request_seconds"]
+    samples = [sample for sample in seconds.samples if sample.labels["route"] == "/v1/files/{id}"]
+    assert seconds.type == "histogram" and [float(s.labels["le"]) for s in samples[:-2]] == [*BOUNDS, math.inf]
+    assert samples[-3].value == samples[-2].value >= 1 and samples[-2].name.endswith("_count")
 
 
 def test_health_and_schema(url: str) -> None:

@@ -29,7 +29,7 @@ from normtune.serving.http.errors import ClientDisconnected, RequestRefused, rem
 from normtune.serving.http.middleware import COOKIE, RequestGate
 from normtune.serving.http.openapi import error_responses
 from normtune.serving.http.pages import add_pages
-from normtune.serving.http.prometheus import CONTENT_TYPE, metrics_text
+from normtune.serving.http.prometheus import CONTENT_TYPE, ServerMetrics
 from normtune.serving.http.state import EngineProtocol, Service, Settings
 from normtune.serving.http.streaming import StreamedResponse
 from normtune.serving.http.uploads import Upload, open_upload, png_bytes
@@ -59,15 +59,15 @@ def make_app(engine: EngineProtocol, settings: Settings) -> RequestGate:
         docs_url=None,  # these pages would load scripts from a CDN
         redoc_url=None,
     )
-    gate = RequestGate(app, keys=settings.keys, limits=settings.limits, budget=service.budget, hosts=settings.hosts)
+    metrics = ServerMetrics(service)
     _add_error_handlers(app)
     _add_models(app, service)
     _add_chat(app, service)
     _add_files(app, service)
     _add_adapters(app, service)
-    _add_status(app, service, gate)
+    _add_status(app, service, metrics)
     add_pages(app, service)
-    return gate
+    return RequestGate(app, service, metrics)
 
 
 def _owner(request: HttpRequest) -> str:
@@ -279,7 +279,7 @@ def _add_adapters(app: FastAPI, service: Service) -> None:
         return {"id": name, "object": "adapter", "deleted": True}
 
 
-def _add_status(app: FastAPI, service: Service, gate: RequestGate) -> None:
+def _add_status(app: FastAPI, service: Service, server_metrics: ServerMetrics) -> None:
     @app.get("/healthz", response_model=openapi.Health)
     async def healthz() -> dict[str, Any]:
         """Check that the server is running."""
@@ -288,8 +288,7 @@ def _add_status(app: FastAPI, service: Service, gate: RequestGate) -> None:
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Return counts, sizes and durations in Prometheus' format."""
-        text = metrics_text(service.engine.stats(), gate.counts, service.uploads.size, service.budget.available)
-        return Response(text, media_type=CONTENT_TYPE)
+        return Response(server_metrics.text(), media_type=CONTENT_TYPE)
 
     @app.post("/v1/session", status_code=204)
     async def open_session(request: HttpRequest) -> Response:

@@ -17,8 +17,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from normtune.serving.engine.requests import Busy
 from normtune.serving.http.errors import CLIENT_CLOSED_REQUEST, LOG, ClientDisconnected, RequestRefused, to_refusal
-from normtune.serving.http.limits import ApiKeys, Budget, Limits, RateLimiter
-from normtune.serving.http.prometheus import RequestCounts
+from normtune.serving.http.limits import RateLimiter
+from normtune.serving.http.prometheus import ServerMetrics
+from normtune.serving.http.state import Service
 
 COOKIE = "normtune"  # lets a browser follow links to review pages
 BATCH = "/v1/batch"
@@ -42,21 +43,17 @@ class RequestGate:
 
     Args:
         app: the application.
-        keys: API keys; without any, every request is accepted.
-        limits: size, time and rate limits.
-        budget: memory for request bodies.
-        hosts: the accepted Host headers; None accepts any. A server on loopback without keys accepts only
-            loopback names, so that a web page cannot reach it through its own domain (DNS rebinding).
+        service: the limits, keys, accepted hosts and memory budget. A server on loopback without keys accepts
+            only loopback names as Host, so that a web page cannot reach it through its own domain (DNS
+            rebinding).
+        metrics: counts the requests.
     """
 
-    def __init__(
-        self, app: ASGIApp, *, keys: ApiKeys, limits: Limits, budget: Budget, hosts: Iterable[str] | None
-    ) -> None:
-        self._app, self._keys, self._limits, self._budget = app, keys, limits, budget
-        self._hosts = None if hosts is None else frozenset(hosts)
-        self._rates = RateLimiter(limits.per_minute, limits.burst)
+    def __init__(self, app: ASGIApp, service: Service, metrics: ServerMetrics) -> None:
+        self._app, self._limits, self._budget, self._metrics = app, service.limits, service.budget, metrics
+        self._keys, self._hosts = service.settings.keys, service.settings.hosts
+        self._rates = RateLimiter(self._limits.per_minute, self._limits.burst)
         self._questions = 0  # requests to CHAT that are in progress
-        self.counts = RequestCounts()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -105,7 +102,7 @@ class RequestGate:
             self._questions -= counted
             seconds = time.monotonic() - started
             route = getattr(app_scope.get("route"), "path", "-")
-            self.counts.add(scope["method"] if route != "-" else "-", route, status, seconds)
+            self._metrics.count_request(scope["method"] if route != "-" else "-", route, status, seconds)
             owner = scope["state"]["owner"] or "-"
             LOG.info("%s %s %d %.3fs %s", scope["method"][:8], route, status, seconds, owner)
 
