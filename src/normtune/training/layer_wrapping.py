@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
 from torch.utils.checkpoint import checkpoint
 
 from normtune.errors import InputError
@@ -31,6 +31,9 @@ Forward = Callable[..., Any]  # a module's forward, or what replaces it
 MemoryTier = Literal["fast", "balanced", "tight"]  # values of `TrainConfig.memory`
 # tier -> n: every n-th layer of each stack is recomputed (layers 0, n, 2n, ...); 0: none
 CHECKPOINT_EVERY: dict[MemoryTier, int] = {"fast": 0, "balanced": 2, "tight": 1}
+# graphs of one kind of layer: with or without gradients for its input, one row or several, full or sliding
+# attention, training or evaluation
+MAX_GRAPHS = 16
 
 
 @contextmanager
@@ -86,7 +89,9 @@ def _with_checkpoint(forward: Forward, *args: Any, **kwargs: Any) -> Any:
 
 @contextmanager
 def compile_layers(model: nn.Module, enabled: bool = True, *, backend: Any = "inductor") -> Iterator[Sequence[str]]:
-    """Compile the language model's layers inside the block.
+    """Compile the language model's layers inside the block; all layers of one kind share a graph.
+
+    Vision towers stay as they are: in most of them transformers' code breaks the graph in every layer.
 
     Args:
         enabled: False compiles nothing.
@@ -96,14 +101,21 @@ def compile_layers(model: nn.Module, enabled: bool = True, *, backend: Any = "in
         The names of the compiled layers.
 
     Raises:
-        InputError: torch.compile fails, for example because there is no C++ compiler.
+        InputError: torch.compile fails, for example because there is no C++ compiler, or the layers need more
+            than `MAX_GRAPHS` graphs; torch would run the remaining layers without compiling them.
     """
     names = [name for name, (part, _) in layers(model).items() if part == "language"] if enabled else []
     # dynamic: the number and the length of rows differ from batch to batch; one graph serves all of them
     compiled = {name: torch.compile(model.get_submodule(name).forward, dynamic=True, backend=backend) for name in names}
+    limits = torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS, fail_on_recompile_limit_hit=True)
     try:
-        with replace_forwards(model, compiled):
+        with limits, replace_forwards(model, compiled):
             yield names
+    except FailOnRecompileLimitHit as error:
+        raise InputError(
+            f"--compile: torch.compile needs more than {MAX_GRAPHS} graphs for the layers of this model. "
+            "Leave out --compile; the run then resumes from its last checkpoint."
+        ) from error
     except BackendCompilerFailed as error:  # compilation happens at the first call, so inside the block
         reason = str(error.inner_exception).splitlines()[0].rstrip(".")
         raise InputError(f"--compile: {reason}. Leave out --compile.") from error

@@ -25,7 +25,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -97,6 +98,11 @@ class _QuickGelu(torch.autograd.Function):
         return _quick_gelu_backward(grad, x)
 
 
+def _quick_gelu_forward(module: Any, x: Tensor) -> Tensor:
+    """The `forward` of a quick GELU."""
+    return _QuickGelu.apply(x)
+
+
 class _GatedActivation(torch.autograd.Function):
     """act(gate) * up, saving gate and up; act(gate) is recomputed in the backward pass.
 
@@ -120,15 +126,24 @@ class _GatedActivation(torch.autograd.Function):
         return gradient(grad * up, gate), grad * value(gate), None  # None: the name has no gradient
 
 
-def _gated_forward(module: Any, name: str, x: Tensor) -> Tensor:
-    """A gated MLP (LLaMA's, Qwen's, Gemma's): x [..., width] -> [..., width]."""
-    return module.down_proj(_GatedActivation.apply(module.gate_proj(x), module.up_proj(x), name))
+@cache
+def _gated_forward(kind: str) -> Forward:
+    """Return the `forward` of a gated MLP (LLaMA's, Qwen's, Gemma's) with one activation of `ACTIVATIONS`.
+
+    One function for all layers: torch.compile then uses the graph of one layer for the others.
+    """
+
+    def forward(module: Any, x: Tensor) -> Tensor:
+        # [..., width] -> [..., feed-forward width] -> [..., width]
+        return module.down_proj(_GatedActivation.apply(module.gate_proj(x), module.up_proj(x), kind))
+
+    return forward
 
 
 def _gated_activation(module: Any) -> str | None:
     """Return the activation of a module that looks like a gated MLP, or None if it computes something else.
 
-    The module's own output for one row is compared bit for bit with that of `_gated_forward`.
+    The module's own output for one row is compared bit for bit with that of `_gated_forward(kind)`.
     """
     kind = identify_activation(module.act_fn)
     if kind is None:
@@ -144,7 +159,7 @@ def _gated_activation(module: Any) -> str | None:
         torch.manual_seed(0)  # LoRA may have dropout: the same mask in both
         expected = module(row.to(dtype))
         torch.manual_seed(0)
-        computed = _gated_forward(module, kind, row.to(dtype))
+        computed = _gated_forward(kind)(module, row.to(dtype))
     return kind if torch.equal(computed, expected) else None
 
 
@@ -197,8 +212,8 @@ def _reduced_forwards(model: nn.Module) -> dict[str, Forward]:
             if type(module) not in activations:
                 activations[type(module)] = _gated_activation(module)
             if (kind := activations[type(module)]) is not None:
-                forwards[name] = partial(_gated_forward, module, kind)
+                forwards[name] = MethodType(_gated_forward(kind), module)
         # an activation has neither submodules nor parameters
         elif not module._modules and not module._parameters and identify_activation(module) == "quick_gelu":
-            forwards[name] = _QuickGelu.apply
+            forwards[name] = MethodType(_quick_gelu_forward, module)
     return forwards
