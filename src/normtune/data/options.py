@@ -9,6 +9,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from normtune.errors import InputError, did_you_mean
 
+# Suffix of a data file -> the dataset name (its format) that reads it.
+FILE_FORMATS = {".jsonl": "jsonl", ".parquet": "parquet", ".json": "messages"}
+
+
+def name_and_root(data: str, root: Path | None) -> tuple[str, Path | None]:
+    """Return a dataset's name and root; a data file such as "rows.jsonl" is the root of its format."""
+    path = Path(data)
+    return (FILE_FORMATS[path.suffix], path) if root is None and path.suffix in FILE_FORMATS else (data, root)
+
 
 class _Options(BaseModel):
     model_config = ConfigDict(extra="forbid")
@@ -38,7 +47,7 @@ class DataOptions(_Options):
 
     data: str = Field(
         description="Dataset: slake, vqa-rad, path-vqa, openi, mimic-cxr, medpix, roco, messages, jsonl, "
-        "parquet, phantom-a, phantom-b."
+        "parquet, phantom-a, phantom-b; or a .jsonl, .json or .parquet file."
     )
     root: Path | None = Field(None, description="Folder or file of the dataset; phantoms need none.")
     language: Literal["en", "zh", "all"] = Field(
@@ -58,6 +67,7 @@ class DataOptions(_Options):
     def data_options(self) -> dict[str, Any]:
         """The options for a result file, with an absolute root: they open the same data from any folder."""
         options = self.model_dump(mode="json", include=set(DataOptions.model_fields))
-        if self.root is not None and self.root.exists():  # a root that does not exist is a hub name
-            options["root"] = str(self.root.resolve())
+        options["data"], root = name_and_root(self.data, self.root)
+        if root is not None and root.exists():  # a root that does not exist is a hub name
+            options["root"] = str(root.resolve())
         return options

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, overload
+
+from normtune.errors import InputError, did_you_mean
+from normtune.runtime.notebook import Rows, data_frame, html_table
 
 if TYPE_CHECKING:
+    import pandas
     from PIL import Image
+
+    from normtune.data.summary import DatasetSummary
 
 
 Kind = Literal["open", "closed", "report"]
@@ -45,9 +52,13 @@ class Problem:
         return f"{self.what}{'' if self.what.endswith('?') else '.'} {self.fix}"
 
 
-@dataclass
+@dataclass(repr=False)
 class Dataset:
-    """All examples of all splits, in file order, with the problems of the files."""
+    """The examples of all splits, in file order, with the problems of the files.
+
+    `dataset.train`, `dataset.validation` and `dataset.test` are the usual splits; `dataset.split(name)` returns
+    any split, and `dataset.summary()` counts what the dataset contains.
+    """
 
     name: str
     examples: list[Example]
@@ -56,15 +67,30 @@ class Dataset:
     licence: str = "unknown"
     skipped: list[Example] = field(default_factory=list)  # unusable rows; `problems` holds the reasons
     notes: list[str] = field(default_factory=list)  # choices of the reader, such as the source of splits
+    # fields of `DataOptions` that open this dataset again; empty for a dataset that was made in Python
+    options: dict[str, Any] = field(default_factory=dict)
 
-    def split(self, name: str) -> list[Example]:
+    @property
+    def train(self) -> Split:
+        """The training examples."""
+        return self.split("train")
+
+    @property
+    def validation(self) -> Split:
+        """The validation examples."""
+        return self.split("validate")
+
+    @property
+    def test(self) -> Split:
+        """The test examples."""
+        return self.split("test")
+
+    def split(self, name: str) -> Split:
         """The examples of one split, in file order.
 
         Raises:
             InputError: there is no such split; the message lists the existing ones.
         """
-        from normtune.errors import InputError, did_you_mean
-
         examples = [example for example in self.examples if example.split == name]
         if not examples:
             splits = sorted({example.split for example in self.examples})
@@ -72,7 +98,68 @@ class Dataset:
                 f"dataset {self.name} has no split '{name}'{did_you_mean(name, splits) or '.'} "
                 f"Its splits: {', '.join(splits) or 'none'}."
             )
-        return examples
+        return Split(self, examples, name)
+
+    def summary(self) -> DatasetSummary:
+        """Count the rows, images, problems and leaks of every split, as `normtune data` prints them."""
+        from normtune.data.summary import summarize
+
+        return summarize(self)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __repr__(self) -> str:
+        counts = Counter(example.split for example in self.examples)
+        return f"<Dataset {self.name}: {', '.join(f'{name} {count:,}' for name, count in counts.items())} examples>"
+
+    def _repr_html_(self) -> str:
+        splits = [self.split(name) for name in dict.fromkeys(example.split for example in self.examples)]
+        rows = [{"split": split.name, "examples": len(split), "images": split.image_count} for split in splits]
+        return html_table(rows, f"{self.name} (licence: {self.licence})")
+
+
+class Split(list[Example]):
+    """Some examples of a dataset, usually one of its splits: a list that knows its dataset."""
+
+    def __init__(self, dataset: Dataset, examples: Iterable[Example], name: str = "") -> None:
+        super().__init__(examples)
+        self.dataset = dataset
+        self.name = name
+
+    @property
+    def image_count(self) -> int:
+        """Number of different images."""
+        return len({key for example in self for key in example.images})
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Split: ...
+    def __getitem__(self, index: SupportsIndex | slice) -> Example | Split:
+        if isinstance(index, slice):
+            return Split(self.dataset, super().__getitem__(index), self.name)
+        return super().__getitem__(index)
+
+    def rows(self) -> Rows:
+        """Return one dict for each example; `meta` fields are columns of their own."""
+        return Rows(_row(example) | example.meta | _row(example) for example in self)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return the rows as a data frame."""
+        return data_frame(self.rows())
+
+    def __repr__(self) -> str:
+        return f"<Split {self.name or 'examples'} of {self.dataset.name}: {len(self):,} examples>"
+
+    def _repr_html_(self) -> str:
+        return self.rows()._repr_html_()
+
+
+def _row(example: Example) -> dict[str, Any]:
+    """The fields of an example that every dataset has."""
+    row = {"id": example.id, "images": list(example.images), "kind": example.kind}
+    return row | {"question": example.question, "answer": example.answer}
 
 
 @dataclass(frozen=True)

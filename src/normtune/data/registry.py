@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-from normtune.data.options import DataOptions
+from normtune.data.options import DataOptions, name_and_root
 from normtune.data.reading.cells import SPLITS
 from normtune.data.reading.radiology import Sections
 from normtune.data.records import Dataset, Example
@@ -36,42 +36,39 @@ NAMES = (*ROOTS, *PHANTOMS)
 
 
 def open_configured(options: DataOptions) -> Dataset:
-    """Open the dataset that a command's options select; with `image_disjoint`, make new splits (seed 0).
+    """Open the dataset that a command's options select.
 
     Raises:
         InputError: see `open_dataset`.
     """
-    dataset = open_dataset(
-        options.data,
-        options.root,
-        language=options.language,
-        task=options.task,
-        sections=options.sections,
-        text_only=options.text_only,
-    )
-    if not options.image_disjoint:
-        return dataset
-    from normtune.data.splits import image_disjoint
-
-    return image_disjoint(dataset, seed=0)
+    selected = {name: getattr(options, name) for name in DataOptions.model_fields if name not in ("data", "root")}
+    return open_dataset(options.data, options.root, **selected)
 
 
 def open_dataset(
-    name: str,
-    root: Path | None = None,
+    name: str | Path,
+    root: str | Path | None = None,
     *,
     language: Language = "en",
+    image_disjoint: bool = False,
     task: Task = "vqa",
     sections: Sections = "findings",
     text_only: bool = False,
 ) -> Dataset:
-    """Open a dataset by its name, with the examples of one task and one language.
+    """Open a dataset: a known one by its name, or a file of your own.
+
+    ```python
+    data = normtune.open_dataset("slake", root="SLAKE")
+    data = normtune.open_dataset("rows.jsonl")
+    ```
 
     Args:
-        name: one of `NAMES`. For phantoms a number of images may follow: `phantom-b:240` has 240 training
-            images, `phantom-b:240/60/120` gives the images of train, validate and test.
+        name: one of `NAMES`, or a .jsonl, .json or .parquet file. For phantoms a number of images may follow:
+            `phantom-b:240` has 240 training images, `phantom-b:240/60/120` gives the images of train, validate
+            and test.
         root: folder or file of the dataset; phantoms are drawn and need none.
         language: language of the questions. Rows without a language are part of every language.
+        image_disjoint: make new splits that share no image (with seed 0).
         task: questions or reports. A dataset that has only reports returns them for either task.
         sections: sections that a report consists of; only for the datasets in `WITH_SECTIONS`.
         text_only: keep the rows with missing image files.
@@ -80,6 +77,20 @@ def open_dataset(
         InputError: the name is unknown; the root is needed but missing, or is not this dataset; the dataset
             has no examples of that task or language; or it does not separate sections.
     """
+    name, root = name_and_root(str(name), None if root is None else Path(root))
+    dataset = _open_named(name, root, language, task, sections, text_only)
+    if image_disjoint:
+        from normtune.data import splits
+
+        dataset = splits.image_disjoint(dataset, seed=0)
+    options = {"data": name, "root": root, "language": language, "image_disjoint": image_disjoint, "task": task}
+    return replace(dataset, options={**options, "sections": sections, "text_only": text_only})
+
+
+def _open_named(
+    name: str, root: Path | None, language: Language, task: Task, sections: Sections, text_only: bool
+) -> Dataset:
+    """Open a dataset with its own splits; see `open_dataset`."""
     family, colon, images = name.partition(":")
     if family not in NAMES:
         raise InputError(

@@ -10,12 +10,23 @@ from typing import Any
 from normtune.data.reading.cells import is_yes_no
 from normtune.data.records import Dataset, Example
 from normtune.data.splits import examples_by_split, find_leaks, split_label
+from normtune.runtime.notebook import html_text
 
 _FIRST = 20  # number of problems that are listed in full
 _TOP = 5  # number of modalities and organs that are listed, the most frequent ones
 
 
-def summarize(dataset: Dataset) -> dict[str, Any]:
+class DatasetSummary(dict[str, Any]):
+    """The counts of a dataset; see `summarize` for the keys. `print` and Jupyter show it as a table."""
+
+    def __str__(self) -> str:
+        return summary_text(self)
+
+    def _repr_html_(self) -> str:
+        return html_text(str(self))
+
+
+def summarize(dataset: Dataset) -> DatasetSummary:
     """Count a dataset's rows, images, problems and leaks.
 
     Returns:
@@ -36,30 +47,34 @@ def summarize(dataset: Dataset) -> dict[str, Any]:
     skipped: dict[str, list[Example]] = {}
     for example in dataset.skipped:
         skipped.setdefault(label(example), []).append(example)
-    return {
-        "dataset": dataset.name,
-        "licence": dataset.licence,
-        "parts": {
-            split: _counts(usable, skipped.get(split, [])) for split, usable in examples_by_split(dataset).items()
-        },
-        "notes": dataset.notes,
-        "problems": {
-            "count": len(dataset.problems),
-            "by_kind": dict(Counter(problem.what for problem in dataset.problems).most_common()),
-            "first": [{"file": p.file, "row": p.row, "what": p.what, "mend": p.fix} for p in dataset.problems[:_FIRST]],
-        },
-        "leaks": [
-            {
-                "what": leak.what,
-                "part": leak.split,
-                "other": leak.earlier_split,
-                "shared": leak.shared,
-                "total": leak.total,
-                "text": str(leak),
-            }
-            for leak in find_leaks(dataset)
-        ],
-    }
+    return DatasetSummary(
+        {
+            "dataset": dataset.name,
+            "licence": dataset.licence,
+            "parts": {
+                split: _counts(usable, skipped.get(split, [])) for split, usable in examples_by_split(dataset).items()
+            },
+            "notes": dataset.notes,
+            "problems": {
+                "count": len(dataset.problems),
+                "by_kind": dict(Counter(problem.what for problem in dataset.problems).most_common()),
+                "first": [
+                    {"file": p.file, "row": p.row, "what": p.what, "mend": p.fix} for p in dataset.problems[:_FIRST]
+                ],
+            },
+            "leaks": [
+                {
+                    "what": leak.what,
+                    "part": leak.split,
+                    "other": leak.earlier_split,
+                    "shared": leak.shared,
+                    "total": leak.total,
+                    "text": str(leak),
+                }
+                for leak in find_leaks(dataset)
+            ],
+        }
+    )
 
 
 def summary_text(summary: dict[str, Any]) -> str:

@@ -263,7 +263,7 @@ def missing_images(folder: Path, names: Iterable[str]) -> set[str]:
         parent, file = os.path.split(os.path.normpath(os.path.join(folder, name)))
         if parent not in listings:
             try:
-                with os.scandir(parent) as entries:
+                with os.scandir(parent or ".") as entries:
                     listings[parent] = {entry.name for entry in entries if entry.is_file()}
             except (OSError, ValueError):  # ValueError: a NUL in the path
                 listings[parent] = set()
