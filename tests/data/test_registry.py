@@ -167,3 +167,30 @@ def test_the_registry_does_not_import_slow_packages() -> None:
     code = "import sys, normtune.data.registry; print({'pyarrow', 'pydicom', 'torch'} & {*sys.modules})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "set()"
+
+
+def test_rows_of_other_languages_and_tasks_are_counted(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png")
+    languages = ["en", "EN", "English", "en-GB", "fr", "de", "fr", None]
+    rows = [{"image": "a.png", "question": f"Q{n}?", "answer": "x", "language": t} for n, t in enumerate(languages)]
+    write_jsonl(tmp_path / "train.jsonl", *rows, {"image": "a.png", "answer": "Clear.", "kind": "report"})
+    dataset = open_dataset("jsonl", tmp_path)
+    assert len(dataset.examples) == 5
+    assert dataset.dropped == {"language fr": 2, "language de": 1, "is a report (--task report)": 1}
+    assert dataset.notes[-1].startswith("4 rows are of another language or task")
+    french = open_dataset("jsonl", tmp_path, language="French").examples
+    assert [example.meta.get("language") for example in french] == ["fr", "fr", None]
+    assert len(open_dataset("jsonl", tmp_path, language="all").examples) == 8
+
+
+def test_a_language_that_no_row_has_is_refused_with_those_present(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png")
+    write_jsonl(tmp_path / "train.jsonl", {"image": "a.png", "question": "?", "answer": "x", "language": "fr"})
+    with pytest.raises(InputError, match=r"no rows of language 'en'\. Its languages: fr\."):
+        open_dataset("jsonl", tmp_path)
+
+
+def test_rows_read_are_the_used_and_the_dropped_ones(root: Path) -> None:
+    dataset = open_dataset("slake", root)
+    assert dataset.dropped == {"language zh": 1}
+    assert len(dataset.examples) + dataset.dropped.total() == 4

@@ -50,11 +50,21 @@ class DataOptions(_Options):
         "parquet, phantom-a, phantom-b; or a .jsonl, .json or .parquet file."
     )
     root: Path | None = Field(None, description="Folder or file of the dataset; phantoms need none.")
-    language: Literal["en", "zh", "all"] = Field(
-        "en", description="Language of the questions, for datasets with several languages."
+    language: str = Field(
+        "en",
+        min_length=1,
+        description="Language of the questions: a tag such as en, zh or fr, or all. Rows that name no language are "
+        "always read.",
     )
     image_disjoint: bool = Field(
-        False, description="Make new splits that share no image, instead of the dataset's own splits."
+        False,
+        description="Make new splits that share no picture (by pixels) and no patient, instead of the dataset's own.",
+    )
+    group_by: str | None = Field(
+        None,
+        min_length=1,
+        description="Column that names the patient of a row, for --image-disjoint and the leak report; default: the "
+        "usual names, such as patient_id, subject_id, case or study.",
     )
     task: Literal["vqa", "report"] = Field(
         "vqa", description="Answer questions, or write reports; ignored for datasets with reports only."

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import pandas
     from PIL import Image
 
+    from normtune.data.pictures import Picture
     from normtune.data.summary import DatasetSummary
 
 
@@ -69,6 +70,11 @@ class Dataset:
     notes: list[str] = field(default_factory=list)  # choices of the reader, such as the source of splits
     # fields of `DataOptions` that open this dataset again; empty for a dataset that was made in Python
     options: dict[str, Any] = field(default_factory=dict)
+    # Reason -> number of rows of the files that are not in `examples`. It covers `skipped`, and also the rows of
+    # other languages and tasks: len(examples) + sum(dropped.values()) is the number of rows that were read.
+    dropped: Counter[str] = field(default_factory=Counter)
+    # Image key -> picture, for the pictures that were opened; see `normtune.data.pictures.read_pictures`.
+    pictures: dict[str, Picture] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def train(self) -> Split:

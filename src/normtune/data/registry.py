@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
@@ -9,12 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from normtune.data.options import DataOptions, name_and_root
-from normtune.data.reading.cells import SPLITS
+from normtune.data.reading.cells import SPLITS, language_tag
 from normtune.data.reading.radiology import Sections
 from normtune.data.records import Dataset, Example
 from normtune.errors import InputError, did_you_mean
 
-Language = Literal["en", "zh", "all"]
 Task = Literal["vqa", "report"]
 # Dataset name -> what --root must point at; messages quote it.
 ROOTS = {
@@ -49,8 +49,9 @@ def open_dataset(
     name: str | Path,
     root: str | Path | None = None,
     *,
-    language: Language = "en",
+    language: str = "en",
     image_disjoint: bool = False,
+    group_by: str | None = None,
     task: Task = "vqa",
     sections: Sections = "findings",
     text_only: bool = False,
@@ -67,8 +68,10 @@ def open_dataset(
             `phantom-b:240` has 240 training images, `phantom-b:240/60/120` gives the images of train, validate
             and test.
         root: folder or file of the dataset; phantoms are drawn and need none.
-        language: language of the questions. Rows without a language are part of every language.
-        image_disjoint: make new splits that share no image (with seed 0).
+        language: language of the questions, as a tag (en, zh, fr) or a name; `all` reads every language. Rows
+            without a language are part of every language.
+        image_disjoint: make new splits that share no picture (with seed 0).
+        group_by: column that names the patient or study of a row; such rows stay in one split.
         task: questions or reports. A dataset that has only reports returns them for either task.
         sections: sections that a report consists of; only for the datasets in `WITH_SECTIONS`.
         text_only: keep the rows with missing image files.
@@ -79,16 +82,31 @@ def open_dataset(
     """
     name, root = name_and_root(str(name), None if root is None else Path(root))
     dataset = _open_named(name, root, language, task, sections, text_only)
-    if image_disjoint:
-        from normtune.data import splits
+    if group_by is not None:
+        from normtune.data.splits import with_groups
 
-        dataset = splits.image_disjoint(dataset, seed=0)
+        dataset = with_groups(dataset, group_by)
+    if image_disjoint:
+        dataset = _split_by_picture(dataset, group_by)
     options = {"data": name, "root": root, "language": language, "image_disjoint": image_disjoint, "task": task}
-    return replace(dataset, options={**options, "sections": sections, "text_only": text_only})
+    return replace(dataset, options={**options, "sections": sections, "text_only": text_only, "group_by": group_by})
+
+
+def _split_by_picture(dataset: Dataset, group_by: str | None) -> Dataset:
+    """New splits that share no picture and, where the data names patients or studies, none of these."""
+    from normtune.data.splits import find_identical_images, group_columns, image_disjoint
+
+    # phantoms are drawn from one seed each: drawing all of them would find no equal ones
+    identical = [] if dataset.name in PHANTOMS else find_identical_images(dataset)
+    columns = ", ".join(group_by or column for column in group_columns(dataset.examples))
+    note = (
+        f"new splits by picture; {len(identical)} pictures have several names; patients by column: {columns or 'none'}"
+    )
+    return replace(image_disjoint(dataset, seed=0, identical=identical), notes=[*dataset.notes, note])
 
 
 def _open_named(
-    name: str, root: Path | None, language: Language, task: Task, sections: Sections, text_only: bool
+    name: str, root: Path | None, language: str, task: Task, sections: Sections, text_only: bool
 ) -> Dataset:
     """Open a dataset with its own splits; see `open_dataset`."""
     family, colon, images = name.partition(":")
@@ -132,7 +150,7 @@ def _image_counts(name: str, numbers: str) -> int | dict[str, int]:
     return dict(zip(SPLITS, counts, strict=True)) if len(counts) > 1 else counts[0]
 
 
-def _open_files(family: str, root: Path, language: Language, sections: Sections, text_only: bool) -> Dataset:
+def _open_files(family: str, root: Path, language: str, sections: Sections, text_only: bool) -> Dataset:
     """Call `read` of the module named after the dataset.
 
     The module is imported only here, as pyarrow takes half a second to import.
@@ -141,23 +159,43 @@ def _open_files(family: str, root: Path, language: Language, sections: Sections,
         raise InputError(f"--root {root}: no such file or folder. {family} needs {ROOTS[family]}.")
     options: dict[str, Any] = {"text_only": text_only}
     if family == "slake":
-        options["language"] = language
+        options["language"] = language_tag(language)
     if family in WITH_SECTIONS:
         options["sections"] = sections
     read: Callable[..., Dataset] = import_module(f"normtune.data.datasets.{family.replace('-', '_')}").read
     return read(root, **options)
 
 
-def _select_task_and_language(dataset: Dataset, language: Language, task: Task) -> Dataset:
-    """The dataset with only the examples and skipped rows of one task and language."""
-    conditions: list[tuple[str, Callable[[Example], bool]]] = [
-        ("reports" if task == "report" else "questions", lambda e: (e.kind == "report") == (task == "report"))
-    ]
-    if language != "all":
-        conditions.append((f"rows of language '{language}'", lambda e: e.meta.get("language", language) == language))
-    for what, keep in conditions:
-        examples = [example for example in dataset.examples if keep(example)]
+def _select_task_and_language(dataset: Dataset, language: str, task: Task) -> Dataset:
+    """The dataset with only the examples and skipped rows of one task and language; the others are counted."""
+    language = language_tag(language)
+
+    def other_task(example: Example) -> str:
+        if (example.kind == "report") == (task == "report"):
+            return ""
+        return "is a question (--task vqa)" if task == "report" else "is a report (--task report)"
+
+    def other_language(example: Example) -> str:
+        named = example.meta.get("language", language)
+        return "" if language in ("all", named) else f"language {named}"
+
+    what = "reports" if task == "report" else "questions"
+    for reason, needed in ((other_task, what), (other_language, f"rows of language '{language}'")):
+        dropped = Counter(filter(None, map(reason, dataset.examples)))
+        examples = [example for example in dataset.examples if not reason(example)]
         if not examples:
-            raise InputError(f"dataset {dataset.name} has no {what}. Check --task and --language.")
-        dataset = replace(dataset, examples=examples, skipped=[e for e in dataset.skipped if keep(e)])
+            present = f" Its languages: {', '.join(sorted(r.split()[-1] for r in dropped))}." if needed != what else ""
+            raise InputError(f"dataset {dataset.name} has no {needed}.{present} Check --task and --language.")
+        dataset = replace(
+            dataset,
+            examples=examples,
+            skipped=[example for example in dataset.skipped if not reason(example)],
+            dropped=dataset.dropped + dropped,
+        )
+    others = {reason: rows for reason, rows in dataset.dropped.items() if reason.startswith(("language ", "is a "))}
+    if others:
+        names = ", ".join(f"{reason}: {rows}" for reason, rows in others.items())
+        dataset = replace(
+            dataset, notes=[*dataset.notes, f"{sum(others.values())} rows are of another language or task ({names})"]
+        )
     return dataset

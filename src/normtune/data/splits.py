@@ -1,34 +1,54 @@
-"""Finds images and rows that several splits share (leaks), and makes new splits that share no image."""
+"""Finds what several splits share (leaks), and makes new splits that share no picture and no patient."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from normtune.data.pictures import cluster, equal_pictures, near_duplicates, read_pictures
 from normtune.data.reading.cells import SPLITS
 from normtune.data.records import Dataset, Example
-from normtune.errors import InputError
+from normtune.errors import InputError, did_you_mean
+
+GROUP_BY = "the --group-by column"  # the meta field that `--group-by COLUMN` fills; then it is the only one that counts
+# Columns that name a patient, and columns that name a part of one patient's data; in lower case, letters only.
+_PATIENTS = frozenset(
+    ("patient", "patientid", "subject", "subjectid", "person", "personid", "participant", "case", "caseid")
+)
+_STUDIES = frozenset(
+    {"study", "studyid", "studyuid", "studyinstanceuid", "exam", "examid", "accession", "accessionnumber"}
+    | {"encounter", "encounterid", "group", "groupid"}
+)
+_LEAK_TEXTS = {
+    "image": "images of {split} are in {earlier} too",
+    "picture": "images of {split} are in {earlier} too, pixel for pixel, under another name",
+    "near-duplicate": "images of {split} look like one of {earlier} (re-encoded, resized, or the next slice?)",
+    "patient": "values of {column} in {split} are in {earlier} too",
+    "row": "rows of {split} are word for word in {earlier} too",
+}
 
 
 @dataclass(frozen=True)
 class Leak:
-    """Images, or whole rows, of one split that an earlier split contains too.
+    """Images, patients or whole rows of one split that an earlier split contains too.
 
     Splits are ordered train, validate, test, others. They are named as `split_label` names them.
     """
 
-    what: Literal["image", "row"]
+    what: Literal["image", "picture", "near-duplicate", "patient", "row"]
     split: str  # the later split, such as "test" or "test (en)"
     earlier_split: str  # such as "train" or "train (zh)"
-    shared: int  # number of shared images or rows
-    total: int  # number of images or rows of `split`
-    examples: tuple[str, ...]  # the first three: image keys, or ids of rows in `split`
+    shared: int  # number of shared images, patients or rows
+    total: int  # number of images, patients or rows of `split`
+    examples: tuple[str, ...]  # the first three image keys, or ids of rows, of `split`; for patients, image keys
+    column: str = ""  # for patients: the column that names them
 
     def __str__(self) -> str:
-        unit, exact = ("images", "") if self.what == "image" else ("rows", "word for word ")
-        return f"{self.shared} of {self.total} {unit} of {self.split} are {exact}in {self.earlier_split} too"
+        text = _LEAK_TEXTS[self.what].format(split=self.split, earlier=self.earlier_split, column=self.column)
+        return f"{self.shared} of {self.total} {text}"
 
 
 def split_label(dataset: Dataset) -> Callable[[Example], str]:
@@ -49,25 +69,50 @@ def examples_by_split(dataset: Dataset) -> dict[str, list[Example]]:
 
 
 def find_leaks(dataset: Dataset) -> list[Leak]:
-    """Find the images and the rows that a later split shares with an earlier one.
+    """Find the images, patients and rows that a later split shares with an earlier one.
 
-    Two rows are the same if image, question and answer are the same; case and blanks do not count. The
-    languages of one split may share images: that is no leak. Languages of different splits may not.
+    Pictures with the same pixels under another name, and near-duplicates, are found among `dataset.pictures`; see
+    `read_pictures`. Patients are those that the columns of `group_columns` name. Two rows are the same if image,
+    question and answer are the same; case and blanks do not count. The languages of one split may share images:
+    that is no leak. Languages of different splits may not.
     """
-    leaks = []
+    leaks: list[Leak] = []
     splits = list(examples_by_split(dataset).items())
-    images = {name: {key for example in members for key in example.images} for name, members in splits}
+    images = {name: dict.fromkeys(key for example in members for key in example.images) for name, members in splits}
     rows = {name: {_row_key(example) for example in members} for name, members in splits}
+    patients = {name: _by_patient(members, group_columns(dataset.examples)) for name, members in splits}
+    equal = cluster(equal_pictures(dataset.pictures))
+    alike: dict[str, set[str]] = {}
+    for pair in near_duplicates(dataset.pictures):
+        for key, other in (pair, pair[::-1]):
+            alike.setdefault(equal.get(key, key), set()).add(equal.get(other, other))
     for later, (name, members) in enumerate(splits):
-        for earlier_name, earlier_members in splits[:later]:
+        for earlier, earlier_members in splits[:later]:
             if earlier_members[0].split == members[0].split:
                 continue  # the same split in another language
-            shared = sorted(images[name] & images[earlier_name])
-            if shared:
-                leaks.append(Leak("image", name, earlier_name, len(shared), len(images[name]), tuple(shared[:3])))
-            repeated = [example.id for example in members if _row_key(example) in rows[earlier_name]]
-            if repeated:
-                leaks.append(Leak("row", name, earlier_name, len(repeated), len(members), tuple(repeated[:3])))
+            names = {equal.get(key, key) for key in images[earlier]}
+            shared = [key for key in images[name] if key in images[earlier]]
+            same = [key for key in images[name] if key not in images[earlier] and equal.get(key, key) in names]
+            close = [
+                key
+                for key in images[name]
+                if equal.get(key, key) not in names and alike.get(equal.get(key, key), set()) & names
+            ]
+            repeated = [example.id for example in members if _row_key(example) in rows[earlier]]
+            for what, items, total in (
+                ("image", sorted(shared), len(images[name])),
+                ("picture", same, len(images[name])),
+                ("near-duplicate", close, len(images[name])),
+                ("row", repeated, len(members)),
+            ):
+                if items:
+                    leaks.append(Leak(what, name, earlier, len(items), total, tuple(items[:3])))  # type: ignore[arg-type]
+            for column in group_columns(dataset.examples):
+                here, there = patients[name].get(column, {}), patients[earlier].get(column, {})
+                both = [value for value in here if value in there]
+                if both:
+                    keys = tuple(here[value][0] for value in both[:3] if here[value])
+                    leaks.append(Leak("patient", name, earlier, len(both), len(here), keys, column))
     return leaks
 
 
@@ -80,8 +125,8 @@ def image_disjoint(
     """Make new splits train, validate and test that share no image.
 
     Every image goes to one split, with all its examples. Images of one study (one example) stay together, as
-    do those of one patient or case that `meta` names, and those of one item of `identical`. The split of an
-    image depends on the seed and on the image keys, not on the order of the rows.
+    do those of one patient, case or study that `meta` names (see `group_columns`), and those of one item of
+    `identical`. The split of an image depends on the seed and on the image keys, not on the order of the rows.
 
     Args:
         dataset: the dataset; its own splits are ignored.
@@ -98,8 +143,7 @@ def image_disjoint(
     """
     if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise InputError(f"fractions {fractions} must be at least 0 and add up to 1.")
-    images = (example.images for example in dataset.examples)
-    clusters = _cluster_images([*images, *_by_patient(dataset.examples), *identical])
+    clusters = cluster([*_images_together(dataset.examples), *identical])
     names = _shuffled(clusters.values(), seed)
     train_end = round(fractions[0] * len(names))
     validate_end = round((fractions[0] + fractions[1]) * len(names))
@@ -125,7 +169,7 @@ def share_of_images(examples: Sequence[Example], share: float, seed: int) -> lis
     The selection depends only on the seed and the image keys, so that a larger share contains every smaller
     one. Images of one example, patient or case stay together.
     """
-    clusters = _cluster_images([*(example.images for example in examples), *_by_patient(examples)])
+    clusters = cluster(_images_together(examples))
     names = _shuffled(clusters.values(), seed)
     selected = set(names[: max(1, round(share * len(names)))])
     return [example for example in examples if example.images and clusters[example.images[0]] in selected]
@@ -134,17 +178,9 @@ def share_of_images(examples: Sequence[Example], share: float, seed: int) -> lis
 def find_identical_images(dataset: Dataset) -> list[tuple[str, ...]]:
     """Find pictures that occur under several image keys; each item holds the keys of one picture.
 
-    Every image is opened once.
-
-    Raises:
-        InputError: an image cannot be read.
+    Every image is opened once. An image that cannot be decoded equals no other.
     """
-    by_content: dict[bytes, list[str]] = {}
-    for key in dict.fromkeys(key for example in dataset.examples for key in example.images):
-        image = dataset.open_image(key)
-        digest = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
-        by_content.setdefault(digest, []).append(key)
-    return [tuple(keys) for keys in by_content.values() if len(keys) > 1]
+    return equal_pictures(read_pictures(dataset))
 
 
 def patient_of_image(examples: Sequence[Example]) -> dict[str, str]:
@@ -152,7 +188,7 @@ def patient_of_image(examples: Sequence[Example]) -> dict[str, str]:
 
     Images are of one patient if they are in one example, or if `meta` names the same patient or case.
     """
-    return _cluster_images([*(example.images for example in examples), *_by_patient(examples)])
+    return cluster(_images_together(examples))
 
 
 def _shuffled(keys: Iterable[str], seed: int) -> list[str]:
@@ -160,14 +196,73 @@ def _shuffled(keys: Iterable[str], seed: int) -> list[str]:
     return sorted(set(keys), key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
 
 
-def _by_patient(examples: Iterable[Example]) -> list[list[str]]:
-    """The image keys of each patient and of each case that `meta` names."""
-    images: dict[tuple[str, str], list[str]] = {}
+def group_columns(examples: Iterable[Example]) -> tuple[str, ...]:
+    """The fields of `meta` that name the patient, case or study of a row, by their usual names.
+
+    With `--group-by COLUMN`, that column alone. A column such as `group` or `study`, which may also name an arm of a
+    trial, is left out if one of its values covers more than half of the images.
+    """
+    images: dict[str, dict[str, set[str]]] = {}  # column -> value -> images
     for example in examples:
-        for field in ("patient", "case"):
-            if field in example.meta:
-                images.setdefault((field, example.meta[field]), []).extend(example.images)
-    return [keys for keys in images.values() if keys]
+        for column, value in example.meta.items():
+            if value and is_group_column(column):
+                images.setdefault(column, {}).setdefault(value, set()).update(example.images)
+    if GROUP_BY in images:
+        return (GROUP_BY,)
+    return tuple(
+        column
+        for column, values in images.items()
+        if _letters(column) in _PATIENTS
+        or (len(values) > 1 and 2 * max(map(len, values.values())) <= sum(map(len, values.values())))
+    )
+
+
+def is_group_column(column: str) -> bool:
+    """Whether a column has one of the usual names of patients, cases and studies."""
+    return column == GROUP_BY or _letters(column) in _PATIENTS or _letters(column) in _STUDIES
+
+
+def with_groups(dataset: Dataset, column: str) -> Dataset:
+    """The dataset with its images grouped by a column of the files (`--group-by`), and by nothing else.
+
+    Raises:
+        InputError: no row has that column.
+    """
+    if not any(example.meta.get(column) for example in dataset.examples):
+        columns = sorted({name for example in dataset.examples for name in example.meta})
+        hint = did_you_mean(column, columns) or "."
+        raise InputError(f"--group-by: no row has a column '{column}'{hint} Columns: {', '.join(columns) or 'none'}.")
+
+    def name_group(example: Example) -> Example:
+        group = {GROUP_BY: example.meta[column]} if example.meta.get(column) else {}
+        return replace(example, meta=example.meta | group)
+
+    return replace(
+        dataset, examples=list(map(name_group, dataset.examples)), skipped=list(map(name_group, dataset.skipped))
+    )
+
+
+def _letters(column: str) -> str:
+    return re.sub(r"[\W_]", "", column).lower()
+
+
+def _by_patient(examples: Iterable[Example], columns: Sequence[str]) -> dict[str, dict[str, list[str]]]:
+    """Column -> the value that names a patient, case or study -> its image keys."""
+    images: dict[str, dict[str, list[str]]] = {column: {} for column in columns}
+    for example in examples:
+        for column in columns:
+            if example.meta.get(column):
+                images[column].setdefault(example.meta[column], []).extend(example.images)
+    return images
+
+
+def _images_together(examples: Sequence[Example]) -> list[Sequence[str]]:
+    """Groups of images that belong together: those of one example, and those of one patient, case or study."""
+    patients = _by_patient(examples, group_columns(examples))
+    return [
+        *(example.images for example in examples),
+        *(keys for values in patients.values() for keys in values.values() if keys),
+    ]
 
 
 def _split_order(split: str) -> int:
@@ -177,29 +272,3 @@ def _split_order(split: str) -> int:
 def _row_key(example: Example) -> tuple[object, ...]:
     """Equal for rows with the same images, question and answer; case and blanks do not count."""
     return (example.images, " ".join(example.question.lower().split()), " ".join(example.answer.lower().split()))
-
-
-def _cluster_images(groups: Iterable[Sequence[str]]) -> dict[str, str]:
-    """Merge groups that share an image: image key -> the name of its cluster, which is its smallest key.
-
-    Example: the groups (a, b), (b, c), (d,) and (e, d) make the two clusters {a: a, b: a, c: a} and
-    {d: d, e: d}. The images a and c are in no common group, but b connects them.
-
-    A union-find structure: each key points to another key of its cluster, and the smallest key, the root,
-    points to itself.
-    """
-    parent: dict[str, str] = {}
-
-    def root(key: str) -> str:
-        parent.setdefault(key, key)
-        while parent[key] != key:
-            parent[key] = parent[parent[key]]  # path halving: shortens the path for later calls
-            key = parent[key]
-        return key
-
-    for group in groups:
-        for key in group:
-            # The smaller root stays the root, so that names do not depend on the order of the groups.
-            low, high = sorted((root(group[0]), root(key)))
-            parent[high] = low
-    return {key: root(key) for key in parent}

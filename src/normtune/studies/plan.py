@@ -356,7 +356,8 @@ def _evaluation(study: Study, model: str, data: str, role: Role) -> Evaluation:
 
 def _data_options(options: Data) -> dict[str, Any]:
     """The options that a data set has in common with `train` and `evaluate`."""
-    return options.model_dump(include={"data", "root", "language", "image_disjoint", "task", "sections", "text_only"})
+    fields = {"data", "root", "language", "image_disjoint", "group_by", "task", "sections", "text_only"}
+    return options.model_dump(include=fields)
 
 
 def _budget_fields(budget: Budget) -> dict[str, float]:

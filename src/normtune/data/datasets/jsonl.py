@@ -55,7 +55,7 @@ def read(
             error = cells if isinstance(cells, RowError) else _read_row(reader, file, line, cells)
             if error is not None:
                 errors.append(Problem(file.name, str(line), error.what, error.fix))
-                reader.skipped.append(Example(f"{file.stem}-{line}", (), "", "", "open", _split_of(file)))
+                reader.skip(Example(f"{file.stem}-{line}", (), "", "", "open", _split_of(file)), error.what)
     if text_only:
         reader.check_images(folder)
     else:
@@ -143,7 +143,7 @@ def _skip_missing_images(reader: RowReader, folder: Path) -> list[Problem]:
         if not missing_here:
             usable.append(example)
             continue
-        reader.skipped.append(example)
+        reader.skip(example, "image is missing")
         what = f"image '{missing_here[0]}' is missing"
         errors.append(Problem(*reader.locations[example.id], what, f"Paths are relative to {folder}."))
     reader.examples = usable

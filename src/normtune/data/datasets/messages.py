@@ -72,7 +72,8 @@ def read(
                 _read_row(reader, progress, file, number, cells, location)
             except RowError as error:
                 progress.errors.append(Problem(file.name, str(number), error.what, error.fix))
-                reader.skipped.append(Example(f"{file.stem}-{number}", (), "", "", "open", split_of_file(file)))
+                bad_row = Example(f"{file.stem}-{number}", (), "", "", "open", split_of_file(file))
+                reader.skip(bad_row, error.what)
     if strict and progress.errors:
         raise InputError(_summarize_errors(progress.errors))
     reader.problems += progress.errors
@@ -213,7 +214,7 @@ def _read_row(reader: RowReader, progress: _Progress, file: Path, number: int, c
 def _skip_pair(reader: RowReader, row: Row, pair: Pair, keys: list[str], kind: Kind, split: str) -> None:
     row.add_problem("refers back to earlier turns", "Skipped. Write a question that needs no earlier turn.")
     images = tuple(keys[: pair.image_count])
-    reader.skipped.append(Example(row.id, images, pair.question, pair.answer, kind, split))
+    reader.skip(Example(row.id, images, pair.question, pair.answer, kind, split), "refers back to earlier turns")
 
 
 def _key(progress: _Progress, image: Any, location: _Location, column: str, index: int) -> str:

@@ -115,6 +115,7 @@ def _read_studies(reader: RowReader, root: Path, studies: Iterator[_Study], sect
     if unused:
         reader.notes.append(f"{unused} further images of studies with several views are not read")
     if outside:
+        reader.dropped[f"in no split of {R2GEN_FILE}"] += outside
         what = f"{outside} studies are in no split of {R2GEN_FILE}"
         reader.problems.append(Problem(R2GEN_FILE, "", what, "Skipped, as in published counts."))
 

@@ -12,6 +12,7 @@ from normtune.data.reading.cells import is_yes_no, split_name, split_of_file
 from normtune.data.reading.parquet_files import ParquetImages, RowLocation, find_parquet_files, image_bytes, iter_rows
 from normtune.data.reading.row_reader import Row, RowReader
 from normtune.data.records import Dataset, Kind
+from normtune.data.splits import is_group_column
 from normtune.errors import InputError
 
 _NEEDED = ("image", "question", "answer")
@@ -31,7 +32,8 @@ def read(root: Path, *, name: str = "parquet", licence: str = "unknown", text_on
 
     Columns: image ({bytes, path} as on the hub, bytes, or a path relative to the file), question, answer.
     Optional: id or qid; kind or answer_type (open or closed; by default yes and no are closed); split (by
-    default from the file's name, as in train-00000-of-00001.parquet, else from its folder's, else train).
+    default from the file's name, as in train-00000-of-00001.parquet, else from its folder's, else train); language
+    or q_lang, modality, organ, and the columns that name patients, cases or studies.
 
     The key of an image inside a file is the SHA-1 of its bytes, so that equal images are one image. Images
     are read from the file again when they are opened; see `ParquetImages`.
@@ -65,7 +67,8 @@ def _read_file(reader: RowReader, images: ParquetImages, file: Path, file_name: 
                 raise InputError(
                     f"{file} has no column {', '.join(missing)}; its columns are {', '.join(names)}. Rename them."
                 )
-            columns = [column for column in (*_NEEDED, *_IDS, *_KINDS, *_META, "split") if column in names]
+            known = (*_NEEDED, *_IDS, *_KINDS, *_META, "split")
+            columns = [column for column in names if column in known or is_group_column(column)]
             number = 0
             for group in range(parquet.num_row_groups):
                 table = parquet.read_row_group(group, columns=columns)
@@ -95,7 +98,12 @@ def _read_row(
         answer=answer,
         kind=kind,
         split=split,
-        meta={key: str(cells[column]) for column, key in _META.items() if isinstance(cells.get(column), str)},
+        meta={key: str(cells[column]) for column, key in _META.items() if isinstance(cells.get(column), str)}
+        | {
+            column: str(value)
+            for column, value in cells.items()
+            if is_group_column(column) and isinstance(value, str | int)
+        },
     )
 
 

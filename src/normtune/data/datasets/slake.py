@@ -64,6 +64,8 @@ def read(root: Path, *, language: Literal["en", "zh", "all"] = "en", text_only: 
             _note_image(images, split, cells)
             if language == "all" or _language(cells) == language:
                 _read_row(reader, file, number, cells, split)
+            else:
+                reader.dropped[f"language {_language(cells)}"] += 1
     if language != "all":
         reader.problems += _language_leaks(images)
     reader.check_images(root / _IMAGES, _IMAGES)

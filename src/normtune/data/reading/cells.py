@@ -16,6 +16,9 @@ _SPLIT_NAMES = {  # other name -> standard name
     "dev": "validate",
     "testing": "test",
 }
+_LANGUAGES = {"english": "en", "chinese": "zh", "french": "fr", "german": "de", "spanish": "es", "japanese": "ja"} | {
+    "eng": "en", "zho": "zh", "chi": "zh", "中文": "zh", "cn": "zh", "mandarin": "zh",
+}  # fmt: skip
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _BLANKS = str.maketrans("\t\r\n\v\f", "     ")  # tabs and line ends become blanks
 
@@ -35,6 +38,12 @@ def split_of_file(file: Path) -> str:
         if split_name(word) in SPLITS:
             return split_name(word)
     return "train"
+
+
+def language_tag(word: str) -> str:
+    """The short tag of a language: `en` for EN, en-US and English; an unknown word in lower case."""
+    word = word.strip().lower()
+    return _LANGUAGES.get(word) or re.split(r"[-_]", word)[0]
 
 
 def is_yes_no(answer: str) -> bool:

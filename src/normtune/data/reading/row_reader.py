@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import posixpath
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 
 from PIL import Image
 
-from normtune.data.reading.cells import SPLITS, clean_text, has_half_character, is_yes_no, split_name
+from normtune.data.reading.cells import SPLITS, clean_text, has_half_character, is_yes_no, language_tag, split_name
 from normtune.data.reading.tables import RowError
 from normtune.data.records import Dataset, Example, Kind, Problem
 from normtune.errors import InputError, did_you_mean
@@ -38,8 +39,14 @@ class RowReader:
         self.notes: list[str] = []
         self.examples: list[Example] = []
         self.skipped: list[Example] = []
+        self.dropped: Counter[str] = Counter()  # reason -> rows that are not in `examples`
         self.problems: list[Problem] = []
         self.locations: dict[str, tuple[str, str]] = {}  # id -> (file, row)
+
+    def skip(self, example: Example, reason: str) -> None:
+        """Skip a row and count it; the caller lists the problem."""
+        self.skipped.append(example)
+        self.dropped[reason] += 1
 
     def start_row(self, file: str, row: str, id: str = "") -> Row:
         """Start a row of a file. An id that is already used gets a number; the fault is listed.
@@ -79,7 +86,10 @@ class RowReader:
         row_counts: dict[str, int] = {}  # missing image -> number of rows that use it
         for example in self.examples:
             missing_here = [name for name in example.images if name in missing]
-            (self.skipped if missing_here and not self.text_only else usable).append(example)
+            if missing_here and not self.text_only:
+                self.skip(example, "image is missing")
+            else:
+                usable.append(example)
             for name in missing_here:
                 row_counts[name] = row_counts.get(name, 0) + 1
         self.examples = usable
@@ -112,7 +122,16 @@ class RowReader:
                 first += " To read the text without the images, add --text-only."
             raise InputError(f"dataset {self.name} has no usable rows.{first}")
         problems = sorted(self.problems, key=lambda problem: bool(problem.row))
-        return Dataset(self.name, self.examples, open_image, problems, licence, self.skipped, notes=self.notes)
+        return Dataset(
+            self.name,
+            self.examples,
+            open_image,
+            problems,
+            licence,
+            skipped=self.skipped,
+            notes=self.notes,
+            dropped=self.dropped,
+        )
 
 
 class Row:
@@ -212,6 +231,8 @@ class Row:
             InputError: the id, an image key or a field of `meta` contains half of a surrogate pair.
         """
         meta = {key: value for key, value in meta.items() if value}
+        if "language" in meta:
+            meta["language"] = language_tag(meta["language"])
         if has_half_character((self.id, self.row, images, meta)):
             what = "its id or a field contains half of a surrogate pair"
             raise InputError(f"{self.file}, row {self.row}: {what}. Write the whole character, or remove it.")
@@ -221,7 +242,9 @@ class Row:
             empty = "question"
         if empty:
             self.add_problem(f"{empty} is empty", "Row skipped. Fill it in to use the row.")
-        (self._reader.skipped if empty else self._reader.examples).append(example)
+            self._reader.skip(example, f"{empty} is empty")
+        else:
+            self._reader.examples.append(example)
 
 
 def check_image_path(image: str, path: str) -> None:
