@@ -25,7 +25,7 @@ def test_every_trained_recipe_is_a_mark_in_the_scatter_plot(study: Results) -> N
     panels = list(figures.against_share(study))
     assert panels[0].title == "nano trained on slake"
     assert [row[0] for row in panels[0].rows] == ["ln", "full"]
-    assert panels[0].chart.count("interval") == 2
+    assert panels[0].chart.count("<title>") == 2
 
 
 def test_only_the_pareto_front_and_the_reference_are_labelled() -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from normtune.methods.recipe import parse, resolve
 from normtune.methods.registry import METHODS
-from normtune.studies.page.palette import COLOURS, FAMILY_LABELS, draw_marker, parts_of, recipe_family
+from normtune.studies.page.palette import COLOURS, FAMILY_LABELS, MARKERS, parts_of, recipe_family
 
 PARTS = ("vision", "encoder", "decoder")
 
@@ -12,8 +12,12 @@ PARTS = ("vision", "encoder", "decoder")
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_a_family_with_a_mark(method: str) -> None:
     family = recipe_family(str(resolve(parse(f"all={method}"), PARTS)))
-    assert family in COLOURS and family in FAMILY_LABELS and family != "mixed"
-    assert f'class="c-{family} solid"' in draw_marker(family, 1.0, 2.0)
+    assert family in COLOURS and family in FAMILY_LABELS and family in MARKERS and family != "mixed"
+
+
+def test_every_family_has_its_own_colour_and_shape() -> None:
+    assert len({MARKERS[family] for family in COLOURS if family != "frozen"}) == len(COLOURS) - 1
+    assert len(set(COLOURS.values())) == len(COLOURS)
 
 
 def test_a_recipe_of_several_methods_is_mixed() -> None:

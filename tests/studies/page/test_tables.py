@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
 
 from normtune.studies.page.results import Results
-from normtune.studies.page.tables import models_table, paired_table, setting_table, shorten_methods
+from normtune.studies.page.tables import Table, models_table, paired_table, setting_table, shorten_methods
 from tests.support.study_results import fake_results
 
 
@@ -15,20 +14,18 @@ def results() -> dict[str, Any]:
     return fake_results(recipes=["frozen", "ln", "full", "prefix"], losses=2)
 
 
-def rows_of(table: str) -> dict[str, list[str]]:
-    """The cells of each row as text, by the text of the row's first cell."""
-    rows = {}
-    for row in re.findall(r"<tr[^>]*>(.*?)</tr>", table):
-        cells = [re.sub(r"<[^>]+>", " ", cell).split() for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)]
-        rows[" ".join(cells[0])] = [" ".join(cell) for cell in cells[1:]]
-    return rows
+def rows_of(table: Table) -> dict[str, list[str]]:
+    """The texts of each row's cells, by the text of the row's first cell."""
+    return {row[0].text: [cell.text for cell in row[1:]] for row in table.rows}
 
 
 def test_a_row_holds_parts_costs_and_the_mean_of_its_seeds(results: dict[str, Any]) -> None:
     study = Results(results)
     setting = next(s for s in study.settings() if (s.grid, s.trained_on) == ("methods", "slake"))
-    rows = rows_of(setting_table(study, setting))
-    assert list(rows)[1:] == ["recipe", "frozen base", "ln", "full", "prefix"]
+    table = setting_table(study, setting)
+    rows = rows_of(table)
+    assert table.header[0].text == "recipe" and table.base
+    assert list(rows) == ["frozen base", "ln", "full", "prefix"]
     assert rows["prefix"][:4] == ["frozen", "prefix", "prefix", "1.2%"]
     (mean,) = (
         r["mean"]
@@ -36,7 +33,7 @@ def test_a_row_holds_parts_costs_and_the_mean_of_its_seeds(results: dict[str, An
         if (r["grid"], r["model"], r["trained_on"], r["recipe"], r["dataset"], r["metric"])
         == ("methods", "nano", "slake", "ln", "slake", "closed_label")
     )
-    assert rows["ln"][6].startswith(f"{100 * mean:.1f} ")
+    assert rows["ln"][6] == f"{100 * mean:.1f}"
 
 
 def test_a_score_has_an_arrow_only_if_its_corrected_test_is_significant(results: dict[str, Any]) -> None:
@@ -48,13 +45,13 @@ def test_a_score_has_an_arrow_only_if_its_corrected_test_is_significant(results:
             if (row["grid"], row["model"], row["trained_on"]) == (setting.grid, setting.model, setting.trained_on)
             and row["dataset"] in {*study.datasets(setting, "in"), *study.datasets(setting, "out")}
         )
-        marks = setting_table(study, setting).count('class="mark"')
+        marks = sum(cell.mark is not None for row in setting_table(study, setting).rows for cell in row)
         assert marks <= significant and (marks > 0) == (significant > 0)
 
 
 def test_the_models_table_needs_several_models(results: dict[str, Any]) -> None:
     table = models_table(Results(results))
-    assert table is not None and "nano" in table and "large" in table
+    assert table is not None and {"nano", "large"} <= {cell.text for cell in table.header}
     small = {**results, "cells": [cell for cell in results["cells"] if cell["model"] == "nano"]}
     assert models_table(Results(small)) is None
 
@@ -62,7 +59,7 @@ def test_the_models_table_needs_several_models(results: dict[str, Any]) -> None:
 def test_every_paired_test_is_listed(results: dict[str, Any]) -> None:
     table = paired_table(Results(results))
     assert table is not None
-    assert table.count("<tr>") == len(results["tests"]) + 1
+    assert len(table.rows) == len(results["tests"])
     assert paired_table(Results({})) is None
 
 

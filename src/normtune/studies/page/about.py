@@ -7,14 +7,13 @@ from pathlib import Path
 
 from normtune.adapters.info import NOTICE
 from normtune.runtime.files import read_json
-from normtune.studies.page.html import Child, tag
-from normtune.studies.page.number_format import format_bytes, format_duration, join_names
+from normtune.runtime.number_format import format_bytes, format_duration, join_names
 from normtune.studies.page.results import Record, Results, distinct_values
-from normtune.studies.page.tables import scroll_box
+from normtune.studies.page.tables import Cell, Table, text_cells
 
 
-def facts(study: Results) -> list[Child]:
-    """The list of what was run: cells, models, recipes, data, seeds, time, hardware and versions."""
+def facts(study: Results) -> list[tuple[str, str]]:
+    """What was run, as names and texts: cells, models, recipes, data, seeds, time, hardware and versions."""
     cells = study.cells
     counts = {state: sum(cell.get("status") == state for cell in cells) for state in ("done", "failed", "missing")}
     trained = [cell for cell in study.finished.values() if cell.get("trained_on") is not None]
@@ -41,18 +40,7 @@ def facts(study: Results) -> list[Child]:
         ),
         ("bases", join_names(_format_bases(cells))),
     ]
-    return [
-        tag(
-            "dl",
-            *(
-                tag(kind, text)
-                for pair in entries
-                if pair[1] not in ("", "none")
-                for kind, text in zip(("dt", "dd"), pair, strict=True)
-            ),
-            class_="facts",
-        )
-    ]
+    return [(name, text) for name, text in entries if text not in ("", "none")]
 
 
 def _merge_column(cells: Iterable[Record], column: str) -> Iterator[tuple[str, str]]:
@@ -97,42 +85,22 @@ def _format_bases(cells: Iterable[Record]) -> list[str]:
     )
 
 
-def terms(study: Results, folder: Path) -> list[Child]:
-    """The data sets with their licences and test splits, and how intervals and tests are computed."""
+def datasets_table(study: Results, folder: Path) -> Table | None:
+    """The data sets with their licences and test splits; None if there is no evaluation."""
     first_rows: dict[str, Record] = {}
     for row in study.tables["evaluations"]:
         if row["role"] != "validate":
             first_rows.setdefault(row["dataset"], row)
     rows = [
-        tag(
-            "tr",
-            tag("th", dataset, scope="row"),
-            tag("td", row["split"]),
-            tag("td", f"{row['rows']:,}", class_="number"),
-            tag("td", f"{row['images']:,}", class_="number"),
-            tag("td", licence(study, folder, dataset)),
-            tag("td", tag("code", str(row.get("split_hash") or "")[:12])),
-        )
+        [
+            *text_cells([dataset, row["split"]], [f"{row['rows']:,}", f"{row['images']:,}"]),
+            *text_cells([licence(study, folder, dataset)]),
+            Cell(str(row.get("split_hash") or "")[:12], "code"),
+        ]
         for dataset, row in first_rows.items()
     ]
-    heads = [
-        tag("th", head, scope="col", class_="number" if head in ("rows", "images") else None)
-        for head in ("data set", "split", "rows", "images", "licence", "rows' hash")
-    ]
-    table = tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *rows))
-    return [
-        scroll_box(table, "data sets and licences") if rows else None,
-        tag(
-            "p",
-            "Means over seeds have Student's t intervals; a single run has a percentile bootstrap over "
-            "images. Tests pair the answers of two recipes to the same questions and resample by image, all "
-            "common seeds together; their p-values are corrected by Holm's method within a grid, model, pair "
-            "of data sets and metric. Where a learning rate was searched, it was on the validation split, "
-            "never on the test split. An arrowhead at the end of an interval means that it continues beyond "
-            "the axis.",
-        ),
-        tag("p", notice()),
-    ]
+    header = [*text_cells(["data set", "split"], ["rows", "images"]), *text_cells(["licence", "rows' hash"])]
+    return Table("data sets and licences", header, rows) if rows else None
 
 
 def licence(study: Results, folder: Path, dataset: str) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,6 @@ from normtune.data.registry import open_configured
 from normtune.errors import InputError
 from normtune.evaluation.results import read_run
 from normtune.runtime.files import read_json
-from normtune.studies.page.html import Child, Html, tag
 from normtune.studies.page.results import Record, Results
 
 if TYPE_CHECKING:
@@ -28,8 +28,19 @@ IMAGE_PIXELS = 320  # length of the longer side of an image
 OPEN_LICENCES = ("Apache-2.0 (synthetic)", "CC0 1.0", "CC BY 4.0", "CC BY-SA 4.0")
 
 
-def examples_section(study: Results, folder: Path, roots: Roots) -> tuple[str, str, list[Child]]:
-    """The section of examples; a data set that may not be shown is named with its licence.
+@dataclass(frozen=True)
+class AnsweredExample:
+    """An example with its image as a data URI (None if there is none) and each recipe's answer."""
+
+    example: Example
+    image: str | None
+    answers: dict[str, str]
+
+
+def read_examples(study: Results, folder: Path, roots: Roots) -> list[tuple[str, str, list[AnsweredExample]]]:
+    """The examples of each data set: its name, a sentence, and the examples.
+
+    A data set that may not be shown is named with its licence and has no examples.
 
     Args:
         roots: the folder of each data set, by its name in the study's file.
@@ -37,16 +48,15 @@ def examples_section(study: Results, folder: Path, roots: Roots) -> tuple[str, s
     Raises:
         InputError: an evaluation's files are missing or damaged.
     """
-    content: list[Child] = []
+    sections: list[tuple[str, str, list[AnsweredExample]]] = []
     for dataset, rows in _example_evaluations(study).items():
         terms = str(read_json(folder / rows[0]["folder"] / "metrics.json").get("licence") or "unknown")
-        content.append(tag("h3", dataset))
-        if terms not in OPEN_LICENCES:
-            content.append(tag("p", f"Not shown: its licence is {terms}."))
-            continue
-        content.append(tag("p", f"Random rows with the answers of each recipe's first run. Licence: {terms}."))
-        content.append(tag("ul", *_example_items(study, folder, dataset, rows, roots.get(dataset)), class_="examples"))
-    return "examples", "Examples", content
+        if terms in OPEN_LICENCES:
+            text = f"Random rows with the answers of each recipe's first run. Licence: {terms}."
+            sections.append((dataset, text, _examples_of(study, folder, dataset, rows, roots.get(dataset))))
+        else:
+            sections.append((dataset, f"Not shown: its licence is {terms}.", []))
+    return sections
 
 
 def _example_evaluations(study: Results) -> dict[str, list[Record]]:
@@ -59,25 +69,20 @@ def _example_evaluations(study: Results) -> dict[str, list[Record]]:
     return {dataset: list(rows.values()) for dataset, rows in rows_of.items()}
 
 
-def _example_items(study: Results, folder: Path, dataset: str, rows: list[Record], root: Path | None) -> Iterator[Html]:
-    """A list item for each example: its image, question, reference and the answer of every recipe."""
+def _examples_of(
+    study: Results, folder: Path, dataset: str, rows: list[Record], root: Path | None
+) -> list[AnsweredExample]:
+    """Some examples of a data set with the answers of every recipe."""
     runs = {study.finished[row["key"]]["recipe"]: read_run(folder / row["folder"])[:2] for row in rows}
     examples = next(iter(runs.values()))[0]
     sample = random.Random(0).sample(sorted(examples, key=lambda example: example.id), min(EXAMPLES, len(examples)))
     images = _image_uris(study, dataset, sample, root)
-    for example in sample:
-        answers = [
-            tag("tr", tag("th", recipe, scope="row"), tag("td", texts.get(example.id, "")))
-            for recipe, (_, texts) in runs.items()
-        ]
-        uri = images.get(example.id)
-        yield tag(
-            "li",
-            tag("img", src=uri, alt="the image that the question is about") if uri else None,
-            tag("p", example.question),
-            tag("p", "Reference: ", tag("strong", example.answer)),
-            tag("table", tag("tbody", *answers)),
+    return [
+        AnsweredExample(
+            example, images.get(example.id), {recipe: texts.get(example.id, "") for recipe, (_, texts) in runs.items()}
         )
+        for example in sample
+    ]
 
 
 def _image_uris(study: Results, dataset: str, examples: list[Example], root: Path | None) -> dict[str, str]:

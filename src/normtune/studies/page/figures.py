@@ -9,13 +9,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from markupsafe import Markup
+
 from normtune.errors import InputError
 from normtune.metrics.statistics import mean_over_seeds
-from normtune.studies.page import charts
-from normtune.studies.page.axes import Axis
-from normtune.studies.page.charts import Dot, Level, Line, Point, Row
-from normtune.studies.page.html import Html
-from normtune.studies.page.number_format import (
+from normtune.runtime.number_format import (
     format_bytes,
     format_duration,
     format_fixed,
@@ -25,6 +23,8 @@ from normtune.studies.page.number_format import (
     format_significant,
     format_tick,
 )
+from normtune.studies.page import charts
+from normtune.studies.page.charts import Axis, Dot, Level, Line, Point, Row
 from normtune.studies.page.results import SEARCH, Arm, Estimate, Record, Results, Setting, is_fraction, metric_name
 
 BINS = 60  # largest number of points of a loss curve
@@ -36,7 +36,7 @@ class Panel:
     """A chart with its title, and its numbers as a table: a header and rows."""
 
     title: str
-    chart: Html
+    chart: Markup
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 

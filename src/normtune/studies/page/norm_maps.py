@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from normtune.runtime.number_format import format_significant
 from normtune.studies.page import charts
 from normtune.studies.page.figures import Panel
-from normtune.studies.page.number_format import format_significant
 from normtune.studies.page.results import Arm, Record, Results
 
 OUTSIDE_LAYERS = "other"  # the column of norms that are not in a layer
@@ -84,8 +84,6 @@ def heat_maps(results: Results) -> Iterator[tuple[Arm, list[Panel]]]:
                 cells = norm_changes(results, arm, kind)
                 if not cells:
                     continue
-                rows = list(dict.fromkeys(cell.row for cell in cells))
-                rows.sort(key=lambda row: [cell.row for cell in cells].index(row))
                 columns = sorted(
                     {cell.column for cell in cells},
                     key=lambda cell: (not cell.isdecimal(), int(cell) if cell.isdecimal() else 0),
@@ -94,12 +92,10 @@ def heat_maps(results: Results) -> Iterator[tuple[Arm, list[Panel]]]:
                 largest = max(cell.value for cell in cells)
                 chart = charts.draw_heat_map(
                     f"How far each {kind} moved, {unit}, by norm and layer: {arm.name}, {setting.description}",
-                    rows,
-                    columns,
                     {(cell.row, cell.column): cell.value for cell in cells},
                     tooltips,
-                    ("0", _as_text(kind, largest)),
-                    "layer",
+                    columns,
+                    f"layer (strongest colour: {_as_text(kind, largest)})",
                 )
                 table = tuple((cell.row, cell.column, _as_text(kind, cell.value)) for cell in cells)
                 panels.append(

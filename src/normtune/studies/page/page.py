@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from normtune.runtime.files import read_json, write_text
+from normtune.runtime.templates import render_template
 from normtune.studies.page import figures, palette
-from normtune.studies.page.about import facts, notice, terms
-from normtune.studies.page.examples import Roots, examples_section
+from normtune.studies.page.about import datasets_table, facts, notice
+from normtune.studies.page.examples import Roots, read_examples
 from normtune.studies.page.figures import Panel
-from normtune.studies.page.html import Child, Html, join_children, tag
 from normtune.studies.page.norm_maps import heat_maps
-from normtune.studies.page.results import Results
+from normtune.studies.page.results import Record, Results
 from normtune.studies.page.sentences import findings
-from normtune.studies.page.tables import models_table, numbers_table, paired_table, settings_tables
+from normtune.studies.page.tables import Table, models_table, paired_table, setting_table, text_cells
 
-_CONTENT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 FIGURES = (  # id, heading, explanation, and the function that makes the panels
     (
         "share",
@@ -70,6 +68,8 @@ FIGURES = (  # id, heading, explanation, and the function that makes the panels
         figures.rate_curves,
     ),
 )
+Block = tuple[str, Any]  # a kind of content that page.html.j2 renders, and its values
+Section = tuple[str, str, list[Block]]  # id, heading, content
 
 
 def render_study_report(results: Mapping[str, Any], folder: Path, *, examples: Roots | None = None) -> str:
@@ -85,33 +85,14 @@ def render_study_report(results: Mapping[str, Any], folder: Path, *, examples: R
         InputError: examples are requested and an evaluation's files are damaged.
     """
     study = Results(results)
-    sections = [section for section in _sections(study, folder, examples) if section is not None]
-    links = [tag("li", tag("a", title, href=f"#{id}")) for id, title, _ in sections]
-    body = [
-        tag("section", tag("h2", title, id=f"{id}-title"), *content, id=id, aria_labelledby=f"{id}-title")
-        for id, title, content in sections
-    ]
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", http_equiv="Content-Security-Policy", content=_CONTENT_POLICY),
-        tag("meta", name="robots", content="noindex"),
-        tag("title", f"{study.study}: study report"),
-        tag("link", rel="icon", href="data:,"),
-        tag("style", _style()),
+    style = render_template("studies/page/page.css", light=palette.css_variables(0), dark=palette.css_variables(1))
+    return render_template(
+        "studies/page/page.html.j2",
+        study=study,
+        notice=notice(),
+        sections=[section for section in _sections(study, folder, examples) if section[2]],
+        style=re.sub(r"\n\s*", "\n", style),
     )
-    top = tag(
-        "header",
-        tag("a", "To the results", href="#main", class_="skip"),
-        _theme_switch(),
-        tag("h1", study.study),
-        tag("p", study.about, class_="about") if study.about else None,
-        tag("p", notice(), class_="notice"),
-        tag("nav", tag("ul", *links), aria_label="Sections"),
-    )
-    page = tag("html", head, tag("body", top, tag("main", *body, id="main"), _footer()), lang="en")
-    return f"<!DOCTYPE html>\n{page}\n"
 
 
 def write_study_report(folder: Path, *, examples: Roots | None = None) -> Path:
@@ -125,150 +106,106 @@ def write_study_report(folder: Path, *, examples: Roots | None = None) -> Path:
     return path
 
 
-Section = tuple[str, str, list[Child]]
-
-
-def _sections(study: Results, folder: Path, examples: Roots | None) -> Iterator[Section | None]:
-    """The sections of the page in their order; None for a section without content."""
-    yield "run", "What was run", facts(study)
-    yield _failed(study)
-    yield _findings(study)
-    yield _tables(study)
+def _sections(study: Results, folder: Path, examples: Roots | None) -> Iterator[Section]:
+    """The sections of the page in their order; a section without content is left out."""
+    yield "run", "What was run", [("facts", facts(study))]
+    yield "failed", "Cells that failed", _failed(study)
+    yield "short", "In short", _findings(study)
+    yield "tables", "Tables", _tables(study)
     has_legend = False
     for id, heading, text, make_panels in FIGURES:
-        panels = [_panel(panel) for panel in make_panels(study)]
-        if panels:
-            yield (
-                id,
-                heading,
-                [tag("p", text), None if has_legend else _legend(study), tag("div", *panels, class_="panels")],
-            )
+        if panels := list(make_panels(study)):
+            legend: list[Block] = [] if has_legend else [("legend", _legend(study))]
+            yield id, heading, [("text", text), *legend, _panels(panels)]
             has_legend = True
-    yield _norms(study)
+    yield "norms", "How far each norm moved", _norms(study)
     if examples is not None:
-        yield examples_section(study, folder, examples)
-    yield "terms", "Data, licences, and how the numbers were made", terms(study, folder)
+        blocks: list[Block] = []
+        for dataset, sentence, answered in read_examples(study, folder, examples):
+            blocks += [("heading", dataset), ("text", sentence), *([("examples", answered)] if answered else [])]
+        yield "examples", "Examples", blocks
+    yield "terms", "Data, licences, and how the numbers were made", _terms(study, folder)
 
 
-def _failed(study: Results) -> Section | None:
+def _failed(study: Results) -> list[Block]:
     """The failed cells, each with its error."""
     failed = [cell for cell in study.cells if cell.get("status") == "failed"]
-    if not failed:
-        return None
-    rows = [
-        tag(
-            "li",
-            f"{cell['model']}, {cell['recipe']}"
-            + (f", {cell['trained_on']}" if cell.get("trained_on") else "")
-            + (f", seed {cell['seed']}" if cell.get("seed") is not None else "")
-            + f": {cell.get('error') or 'no reason is recorded'}",
-        )
-        for cell in failed
-    ]
-    text = tag("p", "These cells are in no table and no figure. The next run of the study tries them again.")
-    return "failed", "Cells that failed", [text, tag("ul", *rows, class_="failed")]
+    text = "These cells are in no table and no figure. The next run of the study tries them again."
+    return [("text", text), ("failed", list(map(_describe_failure, failed)))] if failed else []
 
 
-def _findings(study: Results) -> Section | None:
+def _describe_failure(cell: Record) -> str:
+    """A failed cell and its error as text."""
+    seed = f"seed {cell['seed']}" if cell.get("seed") is not None else None
+    names = [cell["model"], cell["recipe"], cell.get("trained_on"), seed]
+    return f"{', '.join(filter(None, names))}: {cell.get('error') or 'no reason is recorded'}"
+
+
+def _findings(study: Results) -> list[Block]:
     """The findings of each setting as sentences."""
-    titled_sentences = list(findings(study))
-    if not titled_sentences:
-        return None
-    content: list[Child] = [
-        tag("p", "Computed from the tables below. 'Above' and 'below' mean that a paired test is significant.")
-    ]
-    for name, sentences in titled_sentences:
-        content += [tag("h3", name), tag("ul", *(tag("li", sentence) for sentence in sentences))]
-    return "short", "In short", content
+    blocks: list[Block] = []
+    for name, sentences in findings(study):
+        blocks += [("heading", name), ("list", sentences)]
+    text = "Computed from the tables below. 'Above' and 'below' mean that a paired test is significant."
+    return [("text", text), *blocks] if blocks else []
 
 
-def _tables(study: Results) -> Section | None:
+def _tables(study: Results) -> list[Block]:
     """The tables of models and settings, and the folded table of paired tests."""
-    content: list[Child] = []
-    if table_of_models := models_table(study):
-        content.append(table_of_models)
-    content += [table for _, table in settings_tables(study)]
-    if not content:
-        return None
-    if tests := paired_table(study):
-        content.append(tag("details", tag("summary", "All paired tests"), tests))
-    return "tables", "Tables", content
+    tables = [models_table(study), *(setting_table(study, setting) for setting in study.settings())]
+    blocks: list[Block] = [("table", table) for table in tables if table]
+    if blocks and (tests := paired_table(study)):
+        blocks.append(("folded", ("All paired tests", [("table", tests)])))
+    return blocks
 
 
-def _legend(study: Results) -> Html:
-    """The colour and shape of each family of methods in the study."""
-    families = {arm.family for setting in study.settings() for arm in study.arms(setting)}
-    items = [
-        tag("li", _swatch(family), palette.FAMILY_LABELS[family])
-        for family in palette.COLOURS
-        if family in families and family != "frozen"
+def _legend(study: Results) -> list[tuple[str, str, str]]:
+    """The families of methods in the study: name, character and label."""
+    families = {arm.family for setting in study.settings() for arm in study.arms(setting)} - {"frozen"}
+    return [
+        (name, palette.MARKERS[name][1], palette.FAMILY_LABELS[name]) for name in palette.COLOURS if name in families
     ]
-    return tag("ul", *items, class_="key", aria_label="Colours and shapes of the methods")
 
 
-def _swatch(family: str) -> Html:
-    """The mark of a family, for the legend."""
-    mark = palette.draw_marker(family, 8.0, 8.0, size=5.5)
-    return tag("svg", mark, role="img", aria_label=f"mark of {palette.FAMILY_LABELS[family]}", viewBox="0 0 16 16")
+def _panels(panels: list[Panel]) -> Block:
+    """Charts with their titles and their folded tables of numbers."""
+    return "panels", [
+        (panel, Table(f"numbers of {panel.title}", text_cells(panel.header), [text_cells(row) for row in panel.rows]))
+        for panel in panels
+    ]
 
 
-def _panel(panel: Panel) -> Html:
-    """A chart with its title and its folded table of numbers."""
-    table = numbers_table(panel.header, panel.rows, f"numbers of {panel.title}")
-    return tag(
-        "figure",
-        tag("figcaption", panel.title),
-        tag("div", panel.chart, class_="drawing"),
-        tag("details", tag("summary", "Numbers"), table, class_="numbers"),
-    )
-
-
-def _norms(study: Results) -> Section | None:
+def _norms(study: Results) -> list[Block]:
     """Heat maps of norms; visible for each setting's first recipe that trains only norms, else folded."""
-    visible: list[Child] = []
-    folded: list[Child] = []
+    visible: list[Block] = []
+    folded: list[Block] = []
     settings_seen = set()
     for arm, panels in heat_maps(study):
         title = f"{arm.name}, {figures.setting_title(study, arm.setting)}"
-        maps = tag("div", *map(_panel, panels), class_="panels")
         if arm.family == "ln" and arm.setting not in settings_seen:
             settings_seen.add(arm.setting)
-            visible += [tag("h3", title), maps]
+            visible += [("heading", title), _panels(panels)]
         else:
-            folded.append(tag("details", tag("summary", title), maps))
+            folded.append(("folded", (title, [_panels(panels)])))
     if not visible and not folded:
-        return None
+        return []
     text = (
         "The stronger a cell's colour, the farther that norm moved from its start, mean over seeds; each map "
         "has its own scale. A column is a layer; norms outside the layers are under 'other'."
     )
-    if folded and not visible:
-        visible, folded = folded, []
-    others: list[Child] = [tag("h3", "Other recipes that train norms"), *folded] if folded else []
-    return "norms", "How far each norm moved", [tag("p", text), *visible, *others]
+    if visible and folded:
+        visible.append(("heading", "Other recipes that train norms"))
+    return [("text", text), *visible, *folded]
 
 
-def _theme_switch() -> Html:
-    """The switch between the reader's theme, light and dark; it needs no script (see page.css)."""
-    choices: list[Child] = [tag("legend", "Colours of the page", class_="hidden")]
-    for name, label in (("auto", "Auto"), ("light", "Light"), ("dark", "Dark")):
-        id = f"theme-{name}"
-        choices.append(tag("input", type="radio", name="theme", id=id, checked=name == "auto"))
-        choices.append(tag("label", label, for_=id))
-    return tag("fieldset", *choices, class_="theme")
-
-
-def _footer() -> Html:
-    return tag("footer", tag("p", f"Made by normtune study from results.json. {notice()}"))
-
-
-def _style() -> Html:
-    """The style sheet with the colours of all families filled in."""
-    text = files("normtune.studies.page").joinpath("page.css").read_text(encoding="utf-8")
-    for placeholder, rules in (
-        ("/*light*/", palette.css_variables(0)),
-        ("/*dark*/", palette.css_variables(1)),
-        ("/*classes*/", palette.css_classes()),
-    ):
-        text = text.replace(placeholder, rules)
-    return join_children([Html(re.sub(r"\n\s*", "\n", text))])
+def _terms(study: Results, folder: Path) -> list[Block]:
+    """The data sets with their licences, and how intervals and tests are computed."""
+    table = datasets_table(study, folder)
+    text = (
+        "Means over seeds have Student's t intervals; a single run has a percentile bootstrap over images. Tests "
+        "pair the answers of two recipes to the same questions and resample by image, all common seeds together; "
+        "their p-values are corrected by Holm's method within a grid, model, pair of data sets and metric. Where a "
+        "learning rate was searched, it was on the validation split, never on the test split. An arrowhead at the "
+        "end of an interval means that it continues beyond the axis."
+    )
+    return [*([("table", table)] if table else []), ("text", text), ("text", notice())]

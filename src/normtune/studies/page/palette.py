@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import re
 
-from normtune.studies.page.axes import Scale
-from normtune.studies.page.html import Html, tag
-
 COLOURS = {  # family: colour in the light theme, in the dark theme
     "ln": ("#0a5fa5", "#5fb0f0"),
     "full": ("#c24a00", "#ff8f52"),
@@ -21,6 +18,27 @@ COLOURS = {  # family: colour in the light theme, in the dark theme
     "other": ("#75604f", "#c4ac97"),
     "mixed": ("#3b3b40", "#d8d8dc"),
     "frozen": ("#77777d", "#97979e"),
+}
+THEME = {  # the page's other colours
+    "page": ("#fcfcfb", "#16181b"),
+    "ink": ("#1b1c1f", "#e9eaec"),
+    "quiet": ("#5d6068", "#a5a9b1"),
+    "rule": ("#d9dade", "#3a3d43"),
+    "grid": ("#e7e8ea", "#2a2d32"),
+    "wash": ("#f2f3f4", "#202328"),
+    "shade": ("#0a5fa4", "#6fbcf7"),
+    "alert": ("#a02c1c", "#ff9b86"),
+}
+MARKERS = {  # family: matplotlib's marker, and the character of the legend
+    "ln": ("o", "●"),
+    "full": ("s", "■"),
+    "lora": ("^", "▲"),
+    "attention": ("D", "◆"),
+    "ffn": ("v", "▼"),
+    "prefix": ("<", "◄"),
+    "other": (">", "►"),
+    "mixed": ("P", "✚"),
+    "frozen": ("o", "●"),
 }
 FAMILY_LABELS = {  # family: its name in the legend
     "ln": "norms",
@@ -60,62 +78,4 @@ def recipe_family(resolved: str) -> str:
 
 def css_variables(theme: int) -> str:
     """The colours of the light (0) or dark (1) theme as CSS declarations."""
-    return "".join(f"--{name}:{pair[theme]};" for name, pair in COLOURS.items())
-
-
-def css_classes() -> str:
-    """A CSS class that sets the colour of each family."""
-    return "".join(f".c-{name}{{color:var(--{name})}}" for name in COLOURS)
-
-
-def draw_marker(family: str, x: float, y: float, *, outlined: bool = False, size: float = 4.6) -> Html:
-    """The mark of a family: its shape around (x, y) in its colour."""
-    paint = {"class_": f"c-{family} {'hollow' if outlined else 'solid'}"}
-    if family == "ln" or family == "frozen":
-        return tag("circle", cx=x, cy=y, r=size, **paint)
-    corners = {
-        "full": ((-1, -1), (1, -1), (1, 1), (-1, 1)),
-        "lora": ((0, -1.25), (1.2, 0.95), (-1.2, 0.95)),
-        "attention": ((0, -1.4), (1.4, 0), (0, 1.4), (-1.4, 0)),
-        "ffn": ((0, 1.25), (1.2, -0.95), (-1.2, -0.95)),
-        "prefix": ((-1.25, 0), (0.95, -1.2), (0.95, 1.2)),
-        "other": ((1.25, 0), (-0.95, -1.2), (-0.95, 1.2)),
-        "mixed": ((-0.6, -1.2), (0.6, -1.2), (1.2, 0), (0.6, 1.2), (-0.6, 1.2), (-1.2, 0)),
-    }[family]
-    points = " ".join(f"{x + size * dx * 0.95:.1f},{y + size * dy * 0.95:.1f}" for dx, dy in corners)
-    return tag("polygon", points=points, **paint)
-
-
-def draw_interval(family: str, scale: Scale, across_at: float, low: float, high: float, *, upright: bool) -> Html:
-    """A line from the low to the high end of an interval, with an arrowhead where the scale cuts it off.
-
-    Args:
-        scale: the scale of the values.
-        across_at: the line's position on the other axis, in pixels.
-        upright: whether the scale is vertical.
-    """
-    ends = scale(low), scale(high)
-    parts = [_interval_line(upright, across_at, ends)]
-    if low < scale.low:
-        parts.append(_arrowhead(upright, across_at, ends[0], -1 if scale.end > scale.start else 1))
-    if high > scale.high:
-        parts.append(_arrowhead(upright, across_at, ends[1], 1 if scale.end > scale.start else -1))
-    return tag("g", *parts, class_=f"c-{family} interval")
-
-
-def _interval_line(upright: bool, at: float, ends: tuple[float, float]) -> Html:
-    """A vertical (upright) or horizontal line between two pixel positions."""
-    if upright:
-        return tag("line", x1=at, x2=at, y1=ends[0], y2=ends[1])
-    return tag("line", x1=ends[0], x2=ends[1], y1=at, y2=at)
-
-
-def _arrowhead(upright: bool, at: float, tip: float, direction: int) -> Html:
-    """An open arrowhead with its tip at `tip`; it points to larger (1) or smaller (-1) pixel positions."""
-    back = tip - 5 * direction
-    corners = [(back, at - 3.5), (tip, at), (back, at + 3.5)]
-    return tag(
-        "polyline",
-        points=" ".join(f"{y:.1f},{x:.1f}" if upright else f"{x:.1f},{y:.1f}" for x, y in corners),
-        fill="none",
-    )
+    return "".join(f"--{name}:{pair[theme]};" for name, pair in {**THEME, **COLOURS}.items())

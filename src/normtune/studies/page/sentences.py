@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from normtune.studies.page.figures import forgetting_estimate, format_interval, format_score, setting_title
-from normtune.studies.page.norm_maps import norm_changes
-from normtune.studies.page.number_format import (
+from normtune.runtime.number_format import (
     format_bytes,
     format_percent,
     format_points,
@@ -17,6 +15,8 @@ from normtune.studies.page.number_format import (
     format_significant,
     join_names,
 )
+from normtune.studies.page.figures import forgetting_estimate, format_interval, format_score, setting_title
+from normtune.studies.page.norm_maps import norm_changes
 from normtune.studies.page.results import Arm, Estimate, Results, Setting, metric_name
 from normtune.studies.page.tables import SIGNIFICANT
 

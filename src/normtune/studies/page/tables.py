@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from normtune.methods.registry import METHODS
 from normtune.models.part_names import PARTS
-from normtune.studies.page.figures import forgetting_estimate, format_score
-from normtune.studies.page.html import Child, Html, join_children, tag
-from normtune.studies.page.number_format import (
+from normtune.runtime.number_format import (
     NONE,
     format_bytes,
     format_duration,
@@ -18,6 +17,7 @@ from normtune.studies.page.number_format import (
     format_points,
     format_share,
 )
+from normtune.studies.page.figures import forgetting_estimate, format_score
 from normtune.studies.page.results import FROZEN, Arm, Estimate, Record, Results, Setting, is_fraction, metric_name
 
 SIGNIFICANT = 0.05  # p-values below this are significant
@@ -28,13 +28,52 @@ _ONE_METHOD = re.compile(r"([a-z0-9]+)(?:\(([^)]*)\))?(\[[^]]*\])?")
 _BETWEEN_METHODS = re.compile(r"\+(?![^(]*\))")
 
 
-def settings_tables(results: Results) -> Iterator[tuple[Setting, Html]]:
-    """The table of every setting, in the study's order."""
-    for setting in results.settings():
-        yield setting, setting_table(results, setting)
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table.
+
+    Attributes:
+        css: "number": aligned right; "quiet": in a weaker colour.
+        bold: whether the text is the highest score of its column.
+        mark: an arrow after the text, and what it means.
+        ends: the interval, below the text.
+        tooltip: the text that browsers show at the cell.
+    """
+
+    text: str
+    css: str = ""
+    bold: bool = False
+    mark: tuple[str, str] | None = None
+    ends: str = ""
+    tooltip: str = ""
 
 
-def setting_table(results: Results, setting: Setting) -> Html:
+@dataclass(frozen=True)
+class Table:
+    """A table; the first cell of each row is its heading.
+
+    Attributes:
+        label: what screen readers say.
+        groups: headings over several columns, with the number of columns; "" has no heading.
+        title: the bold beginning of the caption.
+        base: whether the first row is the frozen base.
+    """
+
+    label: str
+    header: Sequence[Cell]
+    rows: Sequence[Sequence[Cell]]
+    groups: Sequence[tuple[str, int]] = ()
+    title: str = ""
+    caption: str = ""
+    base: bool = False
+
+
+def text_cells(texts: Iterable[str], numbers: Iterable[str] = ()) -> list[Cell]:
+    """Cells with texts, then cells with numbers."""
+    return [*map(Cell, texts), *(Cell(number, "number") for number in numbers)]
+
+
+def setting_table(results: Results, setting: Setting) -> Table:
     """A row for each recipe (and share, if the setting compares shares): methods by part, costs, and scores.
 
     Costs are the trained share of the parameters, the peak memory and the time. An arrow marks scores that
@@ -42,131 +81,98 @@ def setting_table(results: Results, setting: Setting) -> Html:
     """
     arms = results.arms(setting)
     parts = [part for part in PARTS if any(part in arm.parts for arm in arms)]
-    parts += [part for arm in arms for part in arm.parts if part not in parts]
-    parts = list(dict.fromkeys(parts))
+    parts = list(dict.fromkeys([*parts, *(part for arm in arms for part in arm.parts)]))
     curve = results.is_curve(setting)
     columns = _columns(results, setting, curve)
     best = {column: _highest_mean(results, arms, column) for column in columns}
-    fixed_heads = ["recipe", *(["data"] if curve else []), *parts, "trained", "memory", "time"]
-    group_heads = [tag("td", colspan=len(fixed_heads))] + [
-        tag("th", dataset, colspan=sum(column[0] == dataset for column in columns), scope="colgroup", class_="group")
-        for dataset in dict.fromkeys(dataset for dataset, _ in columns)
-    ]
-    heads = [tag("th", head, scope="col", class_=_head_class(head)) for head in fixed_heads]
-    heads += [tag("th", _metric_heading(column[1]), scope="col", class_="number") for column in columns]
-    if homes := _home_datasets(results):
-        group_heads.append(tag("th", homes[0], scope="colgroup", class_="group"))
-        heads.append(tag("th", "forgotten, points", scope="col", class_="number"))
+    header = [*text_cells(["recipe"], ["data"] if curve else []), *text_cells(parts, ["trained", "memory", "time"])]
+    groups = [("", len(header))]
+    groups += [(dataset, sum(c[0] == dataset for c in columns)) for dataset in dict.fromkeys(c[0] for c in columns)]
+    header += [Cell(_metric_heading(metric), "number") for _, metric in columns]
+    if homes := list(dict.fromkeys(row["dataset"] for row in results.tables["forgetting"])):
+        groups.append((homes[0], 1))
+        header.append(Cell("forgotten, points", "number"))
+    base_scores = [results.frozen_estimate(setting.model, *column) for column in columns]
     rows = []
-    if base := _frozen_row(results, setting, curve, parts, columns, homes):
-        rows.append(base)
+    if any(base_scores):
+        row = [*text_cells(["frozen base"], [NONE] if curve else []), *(_methods_cell("") for _ in parts)]
+        row += text_cells([], ["0%", NONE, NONE])
+        for column, score in zip(columns, base_scores, strict=True):
+            test = results.test_of_recipe(setting, arms[0].share, FROZEN, *column)
+            row.append(_score_cell(column[1], score, False, test))
+        rows.append([*row, *text_cells([], ["0"] if homes else [])])
     for arm in arms:
-        cells: list[Html] = [tag("th", arm.name, scope="row")]
-        if curve:
-            cells.append(tag("td", format_share(arm.share), class_="number"))
-        cells += [_methods_cell(arm.parts.get(part, "")) for part in parts]
+        row = text_cells([arm.name], [format_share(arm.share)] if curve else [])
+        row += [_methods_cell(arm.parts.get(part, "")) for part in parts]
         share, peak, seconds = (arm.mean(c) for c in ("trainable_share", "train_peak_bytes", "train_seconds"))
-        cells += [
-            tag("td", text, class_="number")
-            for text in (format_share(share), format_bytes(peak), format_duration(seconds))
-        ]
+        row += text_cells([], [format_share(share), format_bytes(peak), format_duration(seconds)])
         for column in columns:
             score = results.estimate(arm, *column)
-            test = results.test_of_arm(arm, *column)
             is_best = score is not None and score.value == best[column]
-            cells.append(_score_cell(column[1], score, is_best, test))
-        if homes:
-            cells.append(_forgotten_cell(results, arm, homes[0]))
-        rows.append(tag("tr", *cells))
-    head = tag("thead", tag("tr", *group_heads), tag("tr", *heads))
-    return scroll_box(
-        tag("table", tag("caption", _caption(results, setting, arms)), head, tag("tbody", *rows)), setting.description
-    )
+            row.append(_score_cell(column[1], score, is_best, results.test_of_arm(arm, *column)))
+        rows.append([*row, *([_forgotten_cell(results, arm, homes[0])] if homes else [])])
+    title = f"{setting.description[0].upper()}{setting.description[1:]}."
+    caption = _caption(results, setting, arms)
+    return Table(setting.description, header, rows, groups, title, caption, base=any(base_scores))
 
 
-def scroll_box(table: Html, label: str) -> Html:
-    """A table in a box that scrolls sideways, also with the keyboard."""
-    return tag("div", table, class_="scroll", tabindex=0, role="region", aria_label=f"Table: {label}")
-
-
-def models_table(results: Results) -> Html | None:
+def models_table(results: Results) -> Table | None:
     """A table of all models: a row a recipe, a column a model and data set; None for a single model."""
     settings = [setting for setting in results.settings() if not results.is_curve(setting)]
     if len({setting.model for setting in settings}) < 2:
         return None
-    columns = [(setting, dataset) for setting in settings for dataset in results.datasets(setting, "in")]
+    columns = [
+        (setting, dataset, results.primary_metric(dataset))
+        for setting in settings
+        for dataset in results.datasets(setting, "in")
+    ]
     arms = {(setting, arm.name): arm for setting in settings for arm in results.full_data_arms(setting)}
     order = results.recipe_order()
     recipes = {arm.name: arm.recipe for arm in arms.values()}
-    body = []
-    base_scores = [
-        results.frozen_estimate(setting.model, dataset, results.primary_metric(dataset)) for setting, dataset in columns
-    ]
+    rows = []
+    base_scores = [results.frozen_estimate(setting.model, dataset, metric) for setting, dataset, metric in columns]
     if any(base_scores):
         scored = zip(columns, base_scores, strict=True)
-        cells = [_score_cell(results.primary_metric(dataset), score, False, None) for (_, dataset), score in scored]
-        body.append(tag("tr", tag("th", "frozen base", scope="row"), *cells))
+        rows.append(
+            [Cell("frozen base"), *(_score_cell(metric, score, False, None) for (_, _, metric), score in scored)]
+        )
     for name in sorted(recipes, key=lambda name: order.index(recipes[name])):
-        cells = []
-        for setting, dataset in columns:
-            arm, metric = arms.get((setting, name)), results.primary_metric(dataset)
+        row = [Cell(name)]
+        for setting, dataset, metric in columns:
+            arm = arms.get((setting, name))
             score = None if arm is None else results.estimate(arm, dataset, metric)
             test = None if arm is None else results.test_of_arm(arm, dataset, metric)
-            cells.append(_score_cell(metric, score, False, test))
-        body.append(tag("tr", tag("th", name, scope="row"), *cells))
-    heads = [
-        tag(
-            "th",
-            setting.model,
-            tag("br"),
-            tag("span", f"{dataset}, {_metric_heading(results.primary_metric(dataset))}", class_="quiet"),
-            scope="col",
-            class_="number",
-        )
-        for setting, dataset in columns
+            row.append(_score_cell(metric, score, False, test))
+        rows.append(row)
+    header = [
+        Cell("recipe"),
+        *(
+            Cell(setting.model, "number", ends=f"{data}, {_metric_heading(metric)}")
+            for setting, data, metric in columns
+        ),
     ]
-    head = tag("thead", tag("tr", tag("th", "recipe", scope="col"), *heads))
-    caption = tag("caption", "All models, each trained and tested on the data set of its column.")
-    return scroll_box(tag("table", caption, head, tag("tbody", *body)), "models side by side")
+    caption = "All models, each trained and tested on the data set of its column."
+    return Table("models side by side", header, rows, caption=caption)
 
 
-def paired_table(results: Results) -> Html | None:
+def paired_table(results: Results) -> Table | None:
     """All paired tests with their intervals and p-values; None if there are none."""
-    rows = [
-        tag(
-            "tr",
-            tag("th", row["recipe"], scope="row"),
-            *(tag("td", str(row[name])) for name in ("model", "trained_on")),
-            tag("td", format_share(float(row.get("share") or 1)), class_="number"),
-            tag("td", row["dataset"]),
-            tag("td", metric_name(row["metric"])),
-            tag("td", _format_difference(row), class_="number"),
-            tag("td", format_p_value(row["p"]).removeprefix("p ").removeprefix("= "), class_="number"),
-            tag("td", format_p_value(row["p_holm"]).removeprefix("p ").removeprefix("= "), class_="number"),
-            tag("td", f"{row['images']:,}", class_="number"),
-            tag("td", str(row["seeds"]), class_="number"),
-        )
-        for row in results.tables["tests"]
-    ]
-    if not rows:
+    tests = results.tables["tests"]
+    if not tests:
         return None
-    against = list(dict.fromkeys(row["against"] for row in results.tables["tests"]))
-    heads = ["recipe", "model", "trained on", "data", "tested on", "metric"]
-    numbers = [f"minus {' or '.join(against)}", "p", "p, Holm", "images", "seeds"]
-    head = tag(
-        "tr",
-        *(tag("th", text, scope="col", class_="number" if text == "data" else None) for text in heads),
-        *(tag("th", text, scope="col", class_="number") for text in numbers),
-    )
-    caption = tag("caption", "Paired tests, all common seeds together, resampled by image.")
-    return scroll_box(tag("table", caption, tag("thead", head), tag("tbody", *rows)), "paired tests")
-
-
-def numbers_table(header: Sequence[str], rows: Sequence[Sequence[str]], label: str) -> Html:
-    """The numbers of a figure."""
-    head = tag("tr", *(tag("th", text, scope="col") for text in header))
-    body = [tag("tr", tag("th", row[0], scope="row"), *(tag("td", text) for text in row[1:])) for row in rows]
-    return scroll_box(tag("table", tag("thead", head), tag("tbody", *body)), label)
+    rows = []
+    for test in tests:
+        row = text_cells(
+            [test["recipe"], test["model"], str(test["trained_on"])], [format_share(float(test.get("share") or 1))]
+        )
+        row += text_cells([test["dataset"], metric_name(test["metric"])], [_format_difference(test)])
+        row += [Cell(format_p_value(test[p]).removeprefix("p ").removeprefix("= "), "number") for p in ("p", "p_holm")]
+        rows.append([*row, *text_cells([], [f"{test['images']:,}", str(test["seeds"])])])
+    against = " or ".join(dict.fromkeys(test["against"] for test in tests))
+    header = text_cells(["recipe", "model", "trained on"], ["data"])
+    header += text_cells(["tested on", "metric"], [f"minus {against}", "p", "p, Holm", "images", "seeds"])
+    caption = "Paired tests, all common seeds together, resampled by image."
+    return Table("paired tests", header, rows, caption=caption)
 
 
 def _columns(results: Results, setting: Setting, curve: bool) -> list[Column]:
@@ -191,24 +197,17 @@ def _highest_mean(results: Results, arms: Sequence[Arm], column: Column) -> floa
     return max(values) if len(values) > 1 else None
 
 
-def _score_cell(metric: str, score: Estimate | None, best: bool, test: Record | None) -> Html:
+def _score_cell(metric: str, score: Estimate | None, best: bool, test: Record | None) -> Cell:
     """A score with its interval, in bold if it is the best, with an arrow if it differs significantly."""
     if score is None:
-        return tag("td", NONE, class_="number")
-    value: Child = format_score(metric, score.value)
-    mark: Html | None = None
+        return Cell(NONE, "number")
+    mark = None
     if test and test.get("p_holm") is not None and test["p_holm"] < SIGNIFICANT:
         is_higher = test["difference"] > 0
         text = f"{'above' if is_higher else 'below'} {test['against']}: {_format_difference(test)}"
-        text += f", {format_p_value(test['p_holm'])} after Holm"
-        mark = tag("span", ABOVE if is_higher else BELOW, title=text, role="img", aria_label=text, class_="mark")
+        mark = (ABOVE if is_higher else BELOW, f"{text}, {format_p_value(test['p_holm'])} after Holm")
     ends = f"{format_score(metric, score.low)} to {format_score(metric, score.high)}"
-    return tag(
-        "td",
-        join_children([tag("strong", value) if best else value, mark]),
-        tag("span", ends, class_="ends"),
-        class_="number",
-    )
+    return Cell(format_score(metric, score.value), "number", best, mark, ends)
 
 
 def _format_difference(test: Record) -> str:
@@ -221,11 +220,9 @@ def _format_difference(test: Record) -> str:
     return f"{difference} [{low}, {high}]"
 
 
-def _methods_cell(text: str) -> Html:
+def _methods_cell(text: str) -> Cell:
     """A part's methods, shortened; the tooltip shows them in full."""
-    if text in ("", FROZEN):
-        return tag("td", FROZEN, class_="quiet")
-    return tag("td", shorten_methods(text), title=text)
+    return Cell(FROZEN, "quiet") if text in ("", FROZEN) else Cell(shorten_methods(text), tooltip=text)
 
 
 def shorten_methods(text: str) -> str:
@@ -246,56 +243,21 @@ def _shorten_method(match: re.Match[str]) -> str:
     return " ".join([*words, *([layers] if layers else [])])
 
 
-def _frozen_row(
-    results: Results,
-    setting: Setting,
-    curve: bool,
-    parts: Sequence[str],
-    columns: Sequence[Column],
-    homes: Sequence[str],
-) -> Html | None:
-    """The row of the frozen base; None if it was not evaluated on any of the columns."""
-    scores = [results.frozen_estimate(setting.model, *column) for column in columns]
-    if not any(scores):
-        return None
-    cells = [tag("th", "frozen base", scope="row"), *([tag("td", NONE, class_="number")] if curve else [])]
-    cells += [_methods_cell("") for _ in parts]
-    cells += [tag("td", text, class_="number") for text in ("0%", NONE, NONE)]
-    largest = results.arms(setting)[0].share
-    for column, score in zip(columns, scores, strict=True):
-        test = results.test_of_recipe(setting, largest, FROZEN, *column)
-        cells.append(_score_cell(column[1], score, False, test))
-    cells += [tag("td", "0", class_="number")] if homes else []
-    return tag("tr", *cells, class_="base")
-
-
-def _home_datasets(results: Results) -> list[str]:
-    """The data sets of the bases' own tasks."""
-    return list(dict.fromkeys(row["dataset"] for row in results.tables["forgetting"]))
-
-
-def _forgotten_cell(results: Results, arm: Arm, home: str) -> Html:
+def _forgotten_cell(results: Results, arm: Arm, home: str) -> Cell:
     """The points lost on the base's own task, with their interval if there are several seeds."""
     loss = forgetting_estimate(results, arm, home)
     if loss is None:
-        return tag("td", NONE, class_="number")
-    ends = f"{format_points(loss.low)} to {format_points(loss.high)}"
-    span = tag("span", ends, class_="ends") if loss.seeds > 1 else None
-    return tag("td", format_points(loss.value), span, class_="number")
+        return Cell(NONE, "number")
+    ends = f"{format_points(loss.low)} to {format_points(loss.high)}" if loss.seeds > 1 else ""
+    return Cell(format_points(loss.value), "number", ends=ends)
 
 
-def _caption(results: Results, setting: Setting, arms: Sequence[Arm]) -> Html:
-    """A setting's description, its number of seeds, and what bold and arrows mean."""
+def _caption(results: Results, setting: Setting, arms: Sequence[Arm]) -> str:
+    """A setting's number of seeds, and what bold and arrows mean."""
     seeds = sorted({len(arm.cells) for arm in arms})
     count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     averaged = "one seed" if seeds == [1] else f"means over {count} seeds"
     text = f"Grid {setting.grid}, {averaged}, with 95% intervals; bold: the highest."
     if against := results.reference_recipe(setting):
         text += f" {ABOVE} above, {BELOW} below {against} (paired by image, p < {SIGNIFICANT} after Holm)."
-    title = f"{setting.description[0].upper()}{setting.description[1:]}."
-    return join_children([tag("strong", title), f" {text}"])
-
-
-def _head_class(head: str) -> str | None:
-    """The CSS class of a heading: numbers are aligned right."""
-    return "number" if head in ("data", "trained", "memory", "time") else None
+    return text

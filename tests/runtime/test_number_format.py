@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from normtune.studies.page import number_format
+from normtune.runtime import number_format
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,9 @@ from normtune.studies.page import number_format
 )
 def test_numbers_as_text(text: str, expected: str) -> None:
     assert text == expected
+
+
+def test_a_score_with_its_interval_as_commands_print_it() -> None:
+    score = {"value": 0.4712, "low": 0.45, "high": 0.5}
+    assert number_format.format_interval(score) == "47.1 [45.0, 50.0]"
+    assert number_format.format_interval(score, scale=1, digits=2, sign="+") == "+0.47 [+0.45, +0.50]"

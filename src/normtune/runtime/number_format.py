@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 NONE = "–"  # a value that is missing
 MINUS = "\u2212"  # the true minus sign
@@ -79,3 +80,15 @@ def format_p_value(p: float | None) -> str:
 def join_names(names: list[str]) -> str:
     """Names joined as "a, b and c"; "none" for an empty list."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else "none"
+
+
+def format_interval(interval: Mapping[str, float], *, scale: float = 100, digits: int = 1, sign: str = "") -> str:
+    """A score as `value [low, high]`, as commands print it.
+
+    Args:
+        interval: has the keys value, low and high.
+        scale: the numbers are multiplied by it: 100 gives percentages.
+        sign: "+" shows the sign of positive numbers too.
+    """
+    value, low, high = (f"{scale * interval[end]:{sign}.{digits}f}" for end in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
