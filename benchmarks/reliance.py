@@ -17,8 +17,8 @@ from typing import Any
 from record import record
 
 from normtune.evaluation.config import CONTROLS, EvaluateConfig
-from normtune.evaluation.image_reliance import interval_text
 from normtune.runtime.files import read_json
+from normtune.runtime.number_format import format_interval
 from normtune.studies.demo_cells import Cell, run_cells
 from normtune.training.config import TrainConfig
 
@@ -104,14 +104,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         metrics = {control: result["metrics"][METRIC] for control, result in row["reliance"].items()}
         first_cells = [row["dataset"], row["recipe"]]
-        real = interval_text(next(iter(metrics.values()))["real"])
+        real = format_interval(next(iter(metrics.values()))["real"])
         lines.append("| " + " | ".join([*first_cells, "real", real, "", "", ""]) + " |")
         for control, metric in metrics.items():
             cells = [
-                interval_text(metric["replaced"]),
-                interval_text(metric["difference"], sign="+"),
+                format_interval(metric["replaced"]),
+                format_interval(metric["difference"], sign="+"),
                 f"{metric['difference']['p_holm']:.4f}",
-                interval_text(metric["earned"]) if metric["earned"] else "–",
+                format_interval(metric["earned"]) if metric["earned"] else "–",
             ]
             lines.append("| " + " | ".join([*first_cells, control, *cells]) + " |")
     return "\n".join(lines) + "\n"

@@ -22,6 +22,7 @@ import typer
 from normtune.commands.app import Json, app, emit
 from normtune.errors import InputError, did_you_mean
 from normtune.runtime.files import read_json
+from normtune.runtime.text_table import text_table
 
 FOLDER = Path(__file__).resolve().parents[3] / "benchmarks"  # of a source checkout
 RECORD_FILE = "results.json"  # the record of a benchmark with a folder as its --out
@@ -60,8 +61,7 @@ def find_benchmarks() -> dict[str, Benchmark]:
 
 def list_benchmarks(benchmarks: dict[str, Benchmark]) -> str:
     """Return the names and summaries as text, one line for each benchmark."""
-    width = max(map(len, benchmarks))
-    return "\n".join(f"{item.name:<{width}}  {item.summary}" for item in benchmarks.values())
+    return "\n".join(text_table([[item.name, item.summary] for item in benchmarks.values()], "l"))
 
 
 def run_benchmark(name: str, arguments: Sequence[str]) -> None:

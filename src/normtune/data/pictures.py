@@ -88,7 +88,7 @@ def equal_pictures(pictures: Mapping[str, Picture]) -> list[tuple[str, ...]]:
 
 def near_duplicates(pictures: Mapping[str, Picture]) -> list[tuple[str, str]]:
     """Pairs of pictures that look alike and are not equal. Pictures of a single grey value are not compared."""
-    distinct = {picture.digest: key for key, picture in reversed(pictures.items()) if picture.digest}
+    distinct = {picture.digest: key for key, picture in reversed(list(pictures.items())) if picture.digest}
     keys = [key for key in pictures if distinct.get(pictures[key].digest) == key]
     thumbnails = np.array([np.frombuffer(pictures[key].thumbnail, np.uint8) for key in keys], dtype=np.float32)
     if not keys:

@@ -11,6 +11,7 @@ from normtune.data.reading.cells import is_yes_no
 from normtune.data.records import Dataset, Example
 from normtune.data.splits import examples_by_split, find_leaks, split_label
 from normtune.runtime.notebook import html_text
+from normtune.runtime.text_table import text_table
 
 _FIRST = 20  # number of problems that are listed in full
 _TOP = 5  # number of modalities and organs that are listed, the most frequent ones
@@ -86,7 +87,8 @@ def summary_text(summary: dict[str, Any]) -> str:
         questions = f"{per_image['mean']:.1f} mean, {per_image['median']:g} median, {per_image['max']} most"
         fields = ("rows", "usable", "images", "open", "closed", "report", "yes_no")
         table.append((split, *(str(counts[field]) for field in fields), questions))
-    lines = [f"{summary['dataset']} (licence: {summary['licence']})", "", *_aligned(table)]
+    align = "l" + "r" * (len(heads) - 2) + "l"
+    lines = [f"{summary['dataset']} (licence: {summary['licence']})", "", *text_table(table, align)]
     for split, counts in summary["parts"].items():
         words = f"{counts['longest_question_words']} and {counts['longest_answer_words']} words"
         lines += ["", f"{split}: longest question and answer {words}"]
@@ -135,16 +137,3 @@ def _frequent(examples: Sequence[Example], field: str) -> dict[str, int]:
     """Value of a `meta` field -> number of rows, most frequent first."""
     counts = Counter(example.meta[field] for example in examples if field in example.meta)
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
-
-
-def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a text table: the first and the last column are left-aligned, the others right-aligned."""
-    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
-    last = len(widths) - 1
-    return [
-        "  ".join(
-            cell.ljust(width) if column in (0, last) else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in table
-    ]

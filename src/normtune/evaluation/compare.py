@@ -14,6 +14,8 @@ from normtune.metrics.statistics import holm_correction
 from normtune.metrics.sum_metrics import SumMetric, paired_difference
 from normtune.metrics.table import metric_table
 from normtune.runtime.files import read_json, write_text
+from normtune.runtime.number_format import format_interval
+from normtune.runtime.text_table import markdown_table, text_table
 
 
 @dataclass(frozen=True)
@@ -218,15 +220,14 @@ def _table_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
     for run, metrics in comparison["differences"].items():
         for name, metric in metrics.items():
             first, second = 100 * metric["first"], 100 * metric["second"]
-            value, low, high = (100 * metric[end] for end in ("difference", "low", "high"))
-            interval = f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
+            interval = format_interval({**metric, "value": metric["difference"]}, digits=2, sign="+")
             p = [f"{metric[key]:.4f}" for key in ("p", "p_holm")]
             rows.append([run, name, f"{first:.2f}", f"{second:.2f}", interval, *p, str(metric["rows"])])
     return rows
 
 
 _HEAD = ["run", "metric", "baseline", "value", "difference", "p", "p (Holm)", "rows"]
-_LEFT = 2  # the first two columns are text and aligned left; the others are numbers
+_ALIGN = "llr"  # text is aligned left, numbers right
 
 
 def _caption(comparison: Mapping[str, Any]) -> tuple[str, str]:
@@ -241,26 +242,15 @@ def _caption(comparison: Mapping[str, Any]) -> tuple[str, str]:
 
 def comparison_text(comparison: Mapping[str, Any]) -> str:
     """Format the result of `Comparison.to_json` as an aligned table."""
-    rows = [_HEAD, *_table_rows(comparison)]
-    widths = [max(len(row[at]) for row in rows) for at in range(len(_HEAD))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if at < _LEFT else cell.rjust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
     title, note = _caption(comparison)
-    return "\n".join([title, *lines, note])
+    return "\n".join([title, *text_table([_HEAD, *_table_rows(comparison)], _ALIGN), note])
 
 
 def comparison_markdown(comparison: Mapping[str, Any]) -> str:
     """Format the result of `Comparison.to_json` as a Markdown table."""
     title, note = _caption(comparison)
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in (_HEAD, *_table_rows(comparison))]
-    head, *lines = ["| " + " | ".join(row) + " |" for row in cells]
-    rule = "|" + "---|" * _LEFT + "--:|" * (len(_HEAD) - _LEFT)
-    return "\n".join([title.replace("|", "\\|"), "", head, rule, *lines, "", note]) + "\n"
+    table = markdown_table(_HEAD, _table_rows(comparison), _ALIGN)
+    return "\n".join([title.replace("|", "\\|"), "", *table, "", note]) + "\n"
 
 
 def write_comparison(comparison: Mapping[str, Any], path: Path) -> None:

@@ -25,6 +25,8 @@ from normtune.metrics.strata import Strata, score_strata, strata_text
 from normtune.metrics.table import metric_table, summarize_metrics
 from normtune.runtime import distributed, memory
 from normtune.runtime.files import make_directory, read_json
+from normtune.runtime.number_format import format_interval
+from normtune.runtime.text_table import text_table
 
 if TYPE_CHECKING:
     from normtune.evaluation.config import EvaluateConfig
@@ -335,17 +337,16 @@ def _setting(adapter: Path | None, dataset: str) -> dict[str, str | None]:
 
 def metrics_text(result: Mapping[str, Any]) -> str:
     """Format the result of `evaluate_config` as aligned tables: metrics in %, with their rows and images."""
-    width = max(len(name) for name in result["metrics"])
     lines = [f"{result['dataset']}: {result['rows']} rows, {result['images']} images; {result['intervals']}"]
     if result.get("setting") == "zero-shot":
         lines.append("zero-shot: no adapter")
     elif result.get("setting"):
         trained_on = result["trained_on"] or "data that its file does not name"
         lines.append(f"{result['setting']}: the adapter was trained on {trained_on}")
-    for name, metric in result["metrics"].items():
-        value, low, high = (100 * metric[end] for end in ("value", "low", "high"))
-        basis = f"{metric['rows']} rows, {metric['images']} images"
-        lines.append(f"{name:<{width}}  {value:6.2f}  [{low:.2f}, {high:.2f}]  {basis}")
+    lines += text_table(
+        [name, format_interval(metric, digits=2), f"{metric['rows']} rows, {metric['images']} images"]
+        for name, metric in result["metrics"].items()
+    )
     lines += ["", strata_text(result["strata"])] if result.get("strata") else []
     lines += ["", image_reliance.reliance_text(result["reliance"])] if result.get("reliance") else []
     speed = f"{result['seconds']:.1f} s, {result['pairs_per_second']:.1f} pairs/s"

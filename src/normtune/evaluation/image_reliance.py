@@ -41,6 +41,8 @@ from normtune.evaluation.config import CONTROLS
 from normtune.metrics.statistics import RESAMPLES, holm_correction
 from normtune.metrics.sum_metrics import SumMetric, paired_difference, relative_drop
 from normtune.metrics.table import headline_metrics, summarize_metrics
+from normtune.runtime.number_format import format_interval
+from normtune.runtime.text_table import text_table
 
 # Explains each control to readers of metrics.json.
 CONTROL_DESCRIPTIONS = {
@@ -216,18 +218,9 @@ def reliance_text(reliance: Mapping[str, Any]) -> str:
                     name,
                     f"{100 * metric['real']['value']:.1f}",
                     f"{100 * metric['replaced']['value']:.1f}",
-                    interval_text(difference, sign="+"),
+                    format_interval(difference, sign="+"),
                     f"{difference['p_holm']:.4f}",
-                    "–" if metric["earned"] is None else interval_text(metric["earned"]),
+                    "–" if metric["earned"] is None else format_interval(metric["earned"]),
                 ]
             )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
-
-
-def interval_text(interval: Mapping[str, float], sign: str = "") -> str:
-    """Format an interval as `value [low, high]` in % with one decimal. `sign` is a format sign, e.g. "+"."""
-    value, low, high = (f"{100 * interval[end]:{sign}.1f}" for end in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
+    return "\n".join(text_table(rows, "l"))

@@ -16,6 +16,8 @@ from normtune.metrics.answers import score_rows, score_vqa
 from normtune.metrics.reports import report_table, summarise_reports
 from normtune.metrics.statistics import RESAMPLES
 from normtune.runtime.files import write_json
+from normtune.runtime.number_format import format_interval
+from normtune.runtime.text_table import text_table
 
 Task = Literal["vqa", "report"]
 TASKS: tuple[Task, ...] = ("report", "vqa")
@@ -301,14 +303,17 @@ def score_lists(
 
 def score_text(result: Mapping[str, Any]) -> str:
     """Format the result of `score_files` as aligned tables: shares in %, CIDEr and CIDEr-D times 100."""
-    width = max(len(name) for name in result["metrics"])
     lines = [f"{result['task']}: {result['rows']} rows, {result['images']} images; {result['intervals']}"]
-    for name, metric in result["metrics"].items():
-        value, low, high = (100 * metric[end] for end in ("value", "low", "high"))
-        lines.append(f"{name:<{width}}  {value:6.2f}  [{low:.2f}, {high:.2f}]  {metric['rows']} rows")
+    lines += text_table(
+        [
+            [name, format_interval(metric, digits=2), f"{metric['rows']} rows"]
+            for name, metric in result["metrics"].items()
+        ]
+    )
     for labeller, table in result.get("findings", {}).items():
-        lines += ["", f"{labeller:<{width}}  precision  recall      F1  predictions  references"]
+        rows = [[labeller, "precision", "recall", "F1", "predictions", "references"]]
         for name, row in table.items():
-            shares = "".join(f"{100 * row[column]:8.2f}" for column in ("precision", "recall", "f1"))
-            lines.append(f"{name:<{width}}   {shares}  {row['predictions']:11}  {row['references']:10}")
+            shares = [f"{100 * row[column]:.2f}" for column in ("precision", "recall", "f1")]
+            rows.append([name, *shares, str(row["predictions"]), str(row["references"])])
+        lines += ["", *text_table(rows)]
     return "\n".join(lines)

@@ -14,6 +14,8 @@ from normtune.data.records import Example
 from normtune.metrics.statistics import RESAMPLES
 from normtune.metrics.sum_metrics import SumMetric, bootstrap_intervals
 from normtune.metrics.table import headline_metrics
+from normtune.runtime.number_format import format_interval
+from normtune.runtime.text_table import text_table
 
 # Field -> keys of `Example.meta`; the first key that the example has gives the value.
 STRATUM_FIELDS: dict[str, tuple[str, ...]] = {
@@ -117,17 +119,18 @@ def strata_text(strata: Mapping[str, Any]) -> str:
     metrics = (stratum["metrics"] for values in strata.values() for stratum in values.values())
     name = next((name for table in metrics for name in table), "")
     largest = {field: list(values.items())[:MAX_PRINTED_VALUES] for field, values in strata.items()}
-    heads = {field: f"by {field.replace('_', ' ')}" for field in strata}
-    labels = [*heads.values(), *(value for values in largest.values() for value, _ in values)]
-    width = max(map(len, labels), default=0)
-    lines = []
+    rows: list[list[str]] = []
+    notes: list[tuple[int, str]] = []  # a line, and the row that it is inserted before
     for field, values in largest.items():
-        lines.append(f"{heads[field]:<{width + 2}}   rows  images  {name}")
+        rows.append([f"by {field.replace('_', ' ')}", "rows", "images", name])
         for value, stratum in values:
             score = _format_score(stratum["metrics"].get(name))
-            lines.append(f"  {value:<{width}}  {stratum['rows']:5}  {stratum['images']:6}  {score}")
+            rows.append([f"  {value}", str(stratum["rows"]), str(stratum["images"]), score])
         if more := len(strata[field]) - len(values):
-            lines.append(f"  and {more} more, in metrics.json")
+            notes.append((len(rows), f"  and {more} more, in metrics.json"))
+    lines = text_table(rows, "lrrl")
+    for at, note in reversed(notes):
+        lines.insert(at, note)
     return "\n".join(lines)
 
 
@@ -136,4 +139,4 @@ def _format_score(metric: Mapping[str, Any] | None) -> str:
         return "–"
     if metric["low"] is None:
         return f"{100 * metric['value']:.1f}"
-    return f"{100 * metric['value']:.1f} [{100 * metric['low']:.1f}, {100 * metric['high']:.1f}]"
+    return format_interval(metric)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from normtune.runtime.files import read_json
+from normtune.runtime.text_table import text_table
 from normtune.studies.cell import PROGRESS, RESULT, failure_reason, is_finished
 from normtune.studies.plan import Cell, PairCounts, Plan
 from normtune.studies.run import Summary
@@ -49,13 +50,12 @@ def _sum(rows: Sequence[dict[str, Any]], column: str) -> int:
 
 def format_listing(listing: dict[str, Any]) -> str:
     """The result of `list_cells` as text."""
-    lines = []
+    rows = []
     for row in listing["cells"]:
-        pairs, answers = ("?" if row[what] is None else f"{row[what]:,}" for what in ("pairs", "answers"))
-        lines.append(
-            f"{row['key']}  {row['state']:<6}  {pairs:>10} pairs  {answers:>7} answers  {row['cell']}"
-            f"  -> {', '.join(row['evaluated_on'])}  ({', '.join(row['grids'])})"
-        )
+        counts = ["? " + what if row[what] is None else f"{row[what]:,} {what}" for what in ("pairs", "answers")]
+        evaluated_on, grids = ", ".join(row["evaluated_on"]), ", ".join(row["grids"])
+        rows.append([row["key"], row["state"], *counts, row["cell"], f"-> {evaluated_on}", f"({grids})"])
+    lines = text_table(rows, "llrrl")
     lines.append(
         f"{len(listing['cells'])} cells, {listing['to_run']} to run: "
         f"about {listing['pairs']:,} pairs to train on and {listing['answers']:,} to answer"

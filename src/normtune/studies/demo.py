@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from normtune.evaluation.config import EvaluateConfig
 from normtune.runtime.files import write_json, write_text
+from normtune.runtime.number_format import format_interval
+from normtune.runtime.text_table import markdown_table
 from normtune.studies.demo_cells import Cell, run_cells
 from normtune.training.config import TrainConfig
 
@@ -171,9 +173,7 @@ def _with_progress_bar(rows: Any, total: int, quiet: bool) -> Any:
 
 def table_markdown(rows: list[dict[str, Any]], task: DemoTask = QUESTIONS) -> str:
     """One row for each recipe: trainable parameters and %, seconds, peak memory, scores with intervals."""
-    headings = " | ".join(heading for heading, _, _ in task.columns)
-    lines = [f"| recipe | trainable | % | seconds | peak MB | {headings} |"]
-    lines.append("|---|--:|--:|--:|--:|" + "--:|" * len(task.columns))
+    lines = []
     for row in rows:
         training = row["training"]
         costs = ("0", "0", "0", "–")
@@ -185,18 +185,15 @@ def table_markdown(rows: list[dict[str, Any]], task: DemoTask = QUESTIONS) -> st
                 f"{training['peak_memory_bytes'] / 2**20:.0f}",
             )
         metrics = row["evaluation"]["metrics"]
-        scores = [_format_interval(_metric_starting_with(metrics, start), factor) for _, start, factor in task.columns]
-        lines.append("| " + " | ".join((row["name"].removeprefix("report-"), *costs, *scores)) + " |")
-    return "\n".join(lines) + "\n"
+        scores = [
+            format_interval(_metric_starting_with(metrics, start), scale=factor, digits=1 if factor > 1 else 2)
+            for _, start, factor in task.columns
+        ]
+        lines.append([row["name"].removeprefix("report-"), *costs, *scores])
+    header = ["recipe", "trainable", "%", "seconds", "peak MB", *(heading for heading, _, _ in task.columns)]
+    return "\n".join(markdown_table(header, lines)) + "\n"
 
 
 def _metric_starting_with(metrics: dict[str, dict[str, float]], start: str) -> dict[str, float]:
     """The first metric with a name that begins with `start`."""
     return next(metric for name, metric in metrics.items() if name.startswith(start))
-
-
-def _format_interval(metric: dict[str, float], factor: float) -> str:
-    """A metric as `value [low, high]`."""
-    digits = 1 if factor > 1 else 2
-    value, low, high = (f"{factor * metric[end]:.{digits}f}" for end in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"

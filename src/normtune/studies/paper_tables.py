@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from normtune.runtime.number_format import format_interval
+from normtune.runtime.text_table import markdown_table
 from normtune.studies.spec import SEARCH, Study
 from normtune.studies.statistics import format_rates
 
@@ -39,11 +41,8 @@ def markdown(study: Study, tables: Tables) -> str:
     """All tables of a study in Markdown, each below its caption."""
     parts = [f"# {study.study}", *([study.about] if study.about else []), _format_note(tables)]
     for table in all_tables(study, tables):
-        head, *lines = (
-            "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (table.head, *table.rows)
-        )
-        rule = "|" + "---|" * table.left + "--:|" * (len(table.head) - table.left)
-        parts.append("\n".join([f"**{table.caption}**", "", head, rule, *lines]))
+        lines = markdown_table(table.head, table.rows, "l" * table.left + "r")
+        parts.append("\n".join([f"**{table.caption}**", "", *lines]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -122,7 +121,7 @@ def _score_tables(grid: str, tasks: Mapping[str, str], tables: Tables) -> Iterat
         trained = f"trained on {trained_on}{share_note}, " if trained_on else "not trained, "
         body = [
             [recipe, rate or "–", str(max(row["seeds"] for row in line.values()))]
-            + [_format_interval(line[name]) if name in line else "–" for name in metrics]
+            + [format_interval(line[name] | {"value": line[name]["mean"]}) if name in line else "–" for name in metrics]
             for (recipe, rate), line in lines.items()
         ]
         yield Table(
@@ -131,11 +130,6 @@ def _score_tables(grid: str, tasks: Mapping[str, str], tables: Tables) -> Iterat
             body,
             2,
         )
-
-
-def _format_interval(row: Row) -> str:
-    """`mean [low, high]`, times 100."""
-    return f"{100 * row['mean']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
 
 
 def _cost_tables(grid: str, tables: Tables) -> Iterator[Table]:
@@ -180,7 +174,7 @@ def _test_tables(grid: str, tables: Tables) -> Iterator[Table]:
             [
                 row["recipe"],
                 row["metric"],
-                f"{100 * row['difference']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]",
+                format_interval({**row, "value": row["difference"]}, sign="+"),
                 f"{row['p_holm']:.4f}",
                 str(row["seeds"]),
             ]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from normtune.errors import InputError
+from normtune.runtime.text_table import text_table
 
 
 def inspect_model(model: str, tune: str | None = None) -> dict[str, Any]:
@@ -85,14 +86,7 @@ def inspect_text(report: dict[str, Any]) -> str:
     rows = report["table"]  # one row per part and role; all rows have the same keys
     columns = list(rows[0])
     cells = [columns, *([_cell(column, row[column]) for column in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    # part and role are aligned to the left, numbers to the right
-    for line in cells:
-        lines.append(
-            "  ".join(
-                word.rjust(w) if i > 1 else word.ljust(w) for i, (word, w) in enumerate(zip(line, widths, strict=True))
-            )
-        )
+    lines += text_table(cells, "llr")
     if recipe := report.get("recipe"):
         lines += [
             "",

@@ -28,6 +28,7 @@ from normtune.evaluation.review.rows import (
 from normtune.evaluation.review.thumbnails import Progress, Thumbnail, thumbnails
 from normtune.evaluation.review.word_diff import word_difference
 from normtune.runtime.files import write_text
+from normtune.runtime.templates import render_template
 
 LIMIT = 400  # rows on the page by default
 PIXELS = 256  # longest side of an image by default
@@ -135,18 +136,13 @@ def _render_page(
     sentence: str,
     pictures: Mapping[str, Thumbnail],
 ) -> str:
-    """Render page.html: tables of all `rows`, and the `selected` rows with their pictures."""
-    import jinja2  # imported here because only this page needs it
-
+    """Render page.html.j2: tables of all `rows`, and the `selected` rows with their pictures."""
     style, script = _read_resource("page.css"), _read_resource("page.js")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(_read_resource("page.html"))
     strata = ids_by_stratum(rows)
     by_id = {row.example.id: row for row in rows}
     record = runs[0].record
-    return template.render(
+    return render_template(
+        "evaluation/review/page.html.j2",
         names=[run.name for run in runs],
         models=[(run.name, _describe_model(run)) for run in runs],
         is_report=runs[0].is_report,

@@ -34,6 +34,7 @@ from normtune.models.image_cache import LIMIT_BYTES
 from normtune.models.loading import load_without_weights, resolve_device
 from normtune.models.quantization import PACKAGES, quantised_linears
 from normtune.runtime.memory import available_bytes, resident_bytes
+from normtune.runtime.text_table import text_table
 from normtune.training.collator import Collator, build_collator
 from normtune.training.config import TrainConfig
 from normtune.training.layer_wrapping import CHECKPOINT_EVERY, MemoryTier, checkpoint_activations
@@ -318,15 +319,14 @@ def plan_text(plan: Mapping[str, Any]) -> str:
         f"peak memory {_size(requested['total'])} = "
         + " + ".join(f"{name} {_size(size)}" for name, size in parts if size),
         "" if plan["free"] is None else f"free: {_size(plan['free'])}",
-        f"{'--memory':<10}{'--quantize':<12}{'peak':>10}  fits  pairs per step that fit",
     ]
+    rows = [["--memory", "--quantize", "peak", "fits", "pairs per step that fit"]]
     for option in plan["ways"]:
         fits = {None: "?", True: "yes", False: "no"}[option["fits"]]
         count = option["pairs"]
         pairs = "?" if count is None else f"about {count:,}" if count else "none"
-        lines.append(
-            f"{option['memory']:<10}{option['quantize'] or '-':<12}{_size(option['total']):>10}  {fits:<4}  {pairs}"
-        )
+        rows.append([option["memory"], option["quantize"] or "-", _size(option["total"]), fits, pairs])
+    lines += text_table(rows, "llrl")
     # on a CPU: glibc returns freed memory to the system late, and the count cannot see that
     if requested["program"]:
         lines.append("of tensors and program; the C library may keep freed memory without --quantize or --memory tight")
