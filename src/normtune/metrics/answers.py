@@ -34,7 +34,8 @@ import numpy as np
 from normtune.data.records import Example, Prediction
 from normtune.errors import InputError
 from normtune.metrics.normalisation import normalise, tokens
-from normtune.metrics.statistics import RESAMPLES, bootstrap_means, sum_by_cluster
+from normtune.metrics.statistics import RESAMPLES
+from normtune.metrics.sum_metrics import bootstrap_intervals, mean_metric, sum_by_cluster
 
 Scores = dict[str, dict[str, float]]  # metric -> example id -> score in [0, 1]
 
@@ -196,20 +197,16 @@ def score_rows(
 
 def summarise_scores(table: Scores, examples: Sequence[Example], *, resamples: int = RESAMPLES) -> dict[str, Metric]:
     """Compute the mean of each metric over its rows. Intervals resample the images of `examples`."""
-    if not table:
-        return {}
     cluster = {example.id: example.images for example in examples}
-    index = {images: at for at, images in enumerate(dict.fromkeys(cluster.values()))}
-    sums, counts = np.zeros((2, len(table), len(index)))  # each [metrics, clusters]
-    for row, rows in enumerate(table.values()):
-        # The clusters of this metric's rows, in order of appearance, as `sum_by_cluster` returns them.
-        columns = [index[images] for images in dict.fromkeys(cluster[id] for id in rows)]
-        sums[row, columns], counts[row, columns] = sum_by_cluster(rows, cluster)
-    intervals = bootstrap_means(sums, counts, resamples=resamples)
-    return {
-        name: Metric(interval.value, interval.low, interval.high, len(rows), int((counts[row] > 0).sum()))
-        for row, ((name, rows), interval) in enumerate(zip(table.items(), intervals, strict=True))
-    }
+    metrics = {name: mean_metric(rows) for name, rows in table.items()}
+    results = {}
+    for name, interval in bootstrap_intervals(metrics, cluster, resamples=resamples).items():
+        # The sums of the images are added, as earlier versions do: the last bit depends on the order of a sum.
+        sums = np.ascontiguousarray(sum_by_cluster(metrics[name].row_statistics, cluster).T)  # [2, images]
+        total, rows = sums.sum(axis=1)
+        images = np.count_nonzero(sums[1])
+        results[name] = Metric(float(total / rows), interval.low, interval.high, len(table[name]), images)
+    return results
 
 
 def score_vqa(

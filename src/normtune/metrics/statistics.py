@@ -2,7 +2,7 @@
 
 Questions about one image share its difficulty. The bootstrap (Efron and Tibshirani 1993) therefore resamples
 images, not questions (cluster bootstrap: Davison and Hinkley 1997, section 3.8). All random draws are seeded.
-`normtune.metrics.sum_metrics` compares two runs.
+`normtune.metrics.sum_metrics` computes intervals from the resamples and compares two runs.
 """
 
 from __future__ import annotations
@@ -45,25 +45,6 @@ class PairedDifference:
     method: str
 
 
-def sum_by_cluster(scores: Mapping[str, float], cluster: Mapping[str, Hashable]) -> tuple[Floats, Floats]:
-    """Sum the scores of each cluster and count its rows.
-
-    Args:
-        scores: row id -> score.
-        cluster: row id -> cluster (the row's images).
-
-    Returns:
-        Sums and row counts, each [clusters], of the clusters that have a scored row, in order of appearance.
-    """
-    index: dict[Hashable, int] = {}
-    cluster_of_row = np.array([index.setdefault(cluster[id], len(index)) for id in scores], dtype=np.intp)
-    values = np.fromiter(scores.values(), dtype=np.float64, count=len(scores))  # [rows]
-    return (
-        np.bincount(cluster_of_row, weights=values).astype(np.float64),
-        np.bincount(cluster_of_row).astype(np.float64),
-    )
-
-
 def resample_sums(stacked: Floats, *, resamples: int = RESAMPLES, seed: int = 0) -> Floats:
     """Draw clusters with replacement and sum their columns, once per resample.
 
@@ -88,63 +69,6 @@ def resample_sums(stacked: Floats, *, resamples: int = RESAMPLES, seed: int = 0)
         # How often each cluster was drawn, [block, clusters] @ [clusters, columns] -> [block, columns]
         totals[start : start + block] = times.astype(np.float64) @ stacked
     return totals
-
-
-def bootstrap_means(
-    sums: Floats, counts: Floats, *, resamples: int = RESAMPLES, level: float = 0.95, seed: int = 0
-) -> list[Interval]:
-    """Compute percentile intervals of several means over rows, all from the same resamples of clusters.
-
-    These are percentile intervals (Efron and Tibshirani 1993, chapter 13) rather than BCa intervals. The
-    jackknife of BCa is undefined if all scores are equal, which happens in small closed subsets, and the two
-    agree to a few tenths of a point at the sizes of VQA test sets. A metric ignores the resamples that have
-    none of its rows.
-
-    Args:
-        sums: total score of each metric in each cluster, [metrics, clusters].
-        counts: number of rows of each metric in each cluster, [metrics, clusters]. Every metric has a row.
-        resamples: number of bootstrap resamples.
-        level: coverage of the interval.
-        seed: of the draws.
-
-    Returns:
-        One interval per metric, in the order of `sums`.
-    """
-    assert sums.shape == counts.shape and sums.ndim == 2 and (counts.sum(axis=1) > 0).all()
-    # One column per sum, then one per count: [clusters, 2 * metrics] -> [resamples, 2 * metrics]
-    totals = resample_sums(np.concatenate([sums, counts]).T, resamples=resamples, seed=seed)
-    with np.errstate(invalid="ignore"):  # 0 / 0 of a resample without rows is NaN, which nanquantile ignores
-        means = totals[:, : len(sums)] / totals[:, len(sums) :]  # [resamples, metrics]
-    tail = (1 - level) / 2
-    ends = np.nanquantile(means, [tail, 1 - tail], axis=0)  # [2, metrics]
-    values = sums.sum(axis=1) / counts.sum(axis=1)
-    return [Interval(float(v), float(a), float(b)) for v, a, b in zip(values, *ends, strict=True)]
-
-
-def bootstrap_mean(
-    scores: Mapping[str, float],
-    cluster: Mapping[str, Hashable],
-    *,
-    resamples: int = RESAMPLES,
-    level: float = 0.95,
-    seed: int = 0,
-) -> Interval:
-    """Compute the mean of some scores, with an interval that resamples clusters.
-
-    Args:
-        scores: row id -> score.
-        cluster: row id -> cluster (the row's images).
-        resamples: number of bootstrap resamples.
-        level: coverage of the interval.
-        seed: of the draws.
-
-    Raises:
-        InputError: if there is no row.
-    """
-    if not scores:
-        raise InputError("there are no rows to take the mean of. Choose a split that has rows.")
-    sums, counts = sum_by_cluster(scores, cluster)
-    return bootstrap_means(sums[None], counts[None], resamples=resamples, level=level, seed=seed)[0]
 
 
 def holm_correction(p: Mapping[Key, float]) -> dict[Key, float]:

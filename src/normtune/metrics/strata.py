@@ -100,7 +100,8 @@ def _score_stratum(examples: Sequence[Example], table: Mapping[str, SumMetric], 
             continue
         images = len({cluster[id] for id in rows})
         stratum_metric = SumMetric(rows, metric.from_sums)
-        interval = bootstrap_intervals({name: stratum_metric}, cluster, resamples=resamples)[name]
+        clusters = {id: cluster[id] for id in rows}  # each metric draws the images of its own rows
+        interval = bootstrap_intervals({name: stratum_metric}, clusters, resamples=resamples)[name]
         metrics[name] = {
             "value": interval.value,
             "low": interval.low if images > 1 else None,
