@@ -65,7 +65,9 @@ class FakeEngine:
             for step in range(1, self.text_callbacks + 1):
                 if on_text is not None:
                     on_text(text[: len(text) * step // self.text_callbacks])
-            future.set_result(Reply(text, -0.25, 12, len(text.split()) + 1, 0.01))
+            tokens = len(text.split()) + 1
+            ended = request.max_new_tokens is None or tokens < request.max_new_tokens
+            future.set_result(Reply(text, -0.25, 12, tokens, 0.01, "stop" if ended else "length"))
 
     def register(self, name: str, folder: Path) -> ServedAdapter:
         if not (folder / "adapter.json").is_file():

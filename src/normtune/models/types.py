@@ -18,10 +18,12 @@ class Answer:
     Attributes:
         text: the decoded answer.
         score: the mean log-probability of its tokens, end token included.
+        tokens: its tokens, including the end token if one was generated.
     """
 
     text: str
     score: float
+    tokens: tuple[int, ...] = ()
 
 
 class AnswerStates(NamedTuple):

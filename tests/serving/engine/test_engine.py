@@ -126,7 +126,7 @@ def test_a_batch_with_a_different_adapter_per_request_equals_each_adapter_alone(
         assert reply.text == answer.text and reply.score == approx(answer.score)
     steps_of_rows = [expected[number][1] for number in range(MANY)]
     assert len(batch_steps) == max(map(len, steps_of_rows))
-    for step, logits in enumerate(batch_steps):  # rows whose answers ended earlier are no longer in the batch
+    for step, logits in enumerate(batch_steps):  # rows with answers that ended earlier are no longer in the batch
         expected_logits = torch.cat([row[step] for row in steps_of_rows if len(row) > step])
         assert_close(logits, expected_logits)
     assert len({reply.text for reply in replies}) > MANY // 4 and len({*map(len, steps_of_rows)}) > 1
@@ -209,7 +209,7 @@ def test_requests_share_image_encodings_and_groups(
         adapted = load_adapter(family.model, model) if model else None
         answer = answer_with(family, number)
         assert reply.text == answer.text and reply.score == approx(answer.score)
-        assert reply.prompt_tokens > 10 and 1 <= reply.completion_tokens <= TOKENS
+        assert reply.prompt_tokens > 10 and reply.completion_tokens == len(answer.tokens)
         if adapted:
             restore_base(adapted)
 
@@ -226,6 +226,26 @@ def test_views_beams_and_reports_are_answered_as_by_the_family(family: Family, a
     pixels = [family.preprocess_image(view.convert("RGB")) for view in views]
     answer = family.generate_answers([Group(("1", "2"), (segment,))], [pixels], max_new_tokens=9, beams=2)[0][0]
     assert texts == [reply.text] == [answer.text] and reply.score == approx(answer.score)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("kind", ["miss", "llava"])
+def test_the_finish_reason_says_whether_the_answer_ended(kind: str, beams: int, base: Path, tmp_path: Path) -> None:
+    """An end token that is the last of the allowed tokens ends the answer."""
+    family = load(str(base if kind == "miss" else make_tiny(kind, tmp_path / "base")))
+    tokens = answer_with(family, 0, max_new_tokens=4, beams=beams).tokens
+    if isinstance(family, CausalFamily):
+        family.end_tokens = (tokens[2],)
+    else:
+        family.model.config.eos_token_id = tokens[2]  # type: ignore[union-attr,assignment]
+    answers = [answer_with(family, 0, max_new_tokens=limit, beams=beams) for limit in (1, 2, 3, 4)]
+    with Engine(family, max_wait=0) as engine:
+        for limit, answer in enumerate(answers, 1):
+            reply = engine.submit(request(0, None, max_new_tokens=limit, beams=beams)).result(WAIT)
+            ended = answer.tokens[-1] == tokens[2]
+            assert (reply.text, reply.completion_tokens) == (answer.text, len(answer.tokens))
+            assert reply.finish_reason == ("stop" if ended else "length")
+            assert ended == (limit > 2) or beams > 1
 
 
 def test_evicted_adapters_give_the_same_answers_when_loaded_again(family: Family, adapter_folders: list[Path]) -> None:
@@ -378,6 +398,7 @@ def test_invalid_adapters_and_requests_are_rejected_with_a_message(
             with pytest.raises(UnknownAdapter, match="no adapter 'lungs'"):
                 call()
         assert "has no image" in input_error(lambda: engine.submit(Request((), "?")))
+        assert "stop text is empty" in input_error(lambda: engine.submit(request(0, None, stop=("",))))
         assert "at least one token" in input_error(lambda: engine.submit(request(0, None, max_new_tokens=0)))
         assert engine.has_adapter("chest")
         engine.remove("chest")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from normtune.models.family import Family
 from normtune.models.loading import load
 from normtune.models.types import Answer
 from normtune.serving.engine.engine import Engine
-from normtune.serving.engine.stable_text import stable_text
+from normtune.serving.engine.stable_text import before_stop, cut_at_stop, stable_text
 from tests.serving.engine.test_engine import WAIT, answer_with, request
 from tests.support.tiny_models import bpe_tokenizer, make_tiny
 
@@ -119,6 +120,43 @@ def test_an_answer_that_contradicts_the_sent_text_fails(family: Family, monkeypa
         text = not_streamed.result(WAIT).text
     monkeypatch.undo()
     assert text == answer_with(family, 1, max_new_tokens=MAX_TOKENS).text
+
+
+def test_a_stop_text_cuts_the_answer_whole_and_streamed(family: Family) -> None:
+    """The stop texts begin and end within tokens; the text after them is never sent."""
+    answer = answer_with(family, 0, max_new_tokens=MAX_TOKENS)
+    middle = len(answer.text) // 2
+    stops = [answer.text[middle : middle + size] for size in (1, 4, 9)] + [answer.text, "not in the answer"]
+    sent_texts: list[list[str]] = [[] for _ in stops]
+    with Engine(family, max_batch=len(stops), max_wait=WAIT) as engine:
+        futures = [
+            engine.submit(request(0, None, max_new_tokens=MAX_TOKENS, stop=("\0", stop)), on_text=texts.append)
+            for stop, texts in zip(stops, sent_texts, strict=True)
+        ]
+        replies = [future.result(WAIT) for future in futures]
+        assert engine.stats().batches == 1
+    for stop, texts, reply in zip(stops, sent_texts, replies, strict=True):
+        before, separator, _ = answer.text.partition(stop)
+        assert reply.text == before and grows(texts or [""], before) if before else not texts
+        assert (reply.score is None) == bool(separator)
+        if separator:
+            assert reply.finish_reason == "stop" and 1 <= reply.completion_tokens <= len(answer.tokens)
+            assert stop in family.decode_answer(answer.tokens[: reply.completion_tokens])
+        else:
+            assert reply.completion_tokens == len(answer.tokens)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text("ab", max_size=9), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
+@example("abc", ["bc", "abcd"])
+def test_a_stream_never_sends_text_that_a_stop_text_removes(text: str, stop: list[str]) -> None:
+    cuts = [cut_at_stop(text[:size], stop) for size in range(len(text) + 1)]
+    first = next((cut for cut in cuts if cut is not None), None)
+    assert cut_at_stop(text, stop) == first, "the stop text that is complete first counts"
+    whole = text if first is None else first
+    assert all(sequence not in whole for sequence in stop)
+    sent = [before_stop(text[:size], stop) for size in range(len(text) + 1)]
+    assert all(after.startswith(before) for before, after in pairwise(sent)) and whole.startswith(sent[-1])
 
 
 # --- stable_text --------------------------------------------------------------------------------------------

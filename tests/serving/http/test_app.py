@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openai
@@ -15,6 +16,7 @@ import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
+from normtune.data.images.files import open_image
 from normtune.serving.engine.requests import NameTaken, ServedAdapter, UnusableAdapter
 from normtune.serving.http.openai_api import adapter_entry, model_entry
 from normtune.serving.http.prometheus import BOUNDS
@@ -88,6 +90,47 @@ def test_openai_client_streams(client: openai.OpenAI, engine: FakeEngine) -> Non
     assert chunks[-2].choices[0].finish_reason == "stop" and chunks[-2].model_extra is not None
     assert chunks[-2].model_extra["normtune"]["score"] == -0.25
     assert chunks[-1].usage is not None and chunks[-1].usage.prompt_tokens == 12
+
+
+def test_openai_client_sends_stop_texts_and_gets_finish_reasons(client: openai.OpenAI, engine: FakeEngine) -> None:
+    messages = chat_body()["messages"]
+    options: dict[str, Any] = {"model": "chest", "messages": messages, "seed": 1, "response_format": {"type": "text"}}
+    client.chat.completions.create(**options, stop=["\n", "ab"], temperature=0)
+    assert engine.requests[-1].stop == ("\n", "ab")
+    client.chat.completions.create(**options, stop=".")
+    assert engine.requests[-1].stop == (".",)
+    for limit, reason in ((6, "length"), (50, "stop")):
+        completion = client.chat.completions.create(**options, max_completion_tokens=limit)
+        chunks = list(client.chat.completions.create(**options, max_completion_tokens=limit, stream=True))
+        assert completion.choices[0].finish_reason == chunks[-1].choices[0].finish_reason == reason
+    for unsupported in ({"logprobs": True}, {"response_format": {"type": "json_object"}}):
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.chat.completions.create(**options | unsupported)
+        assert refused.value.param == next(iter(unsupported))
+
+
+def test_images_of_all_forms_keep_their_order(url: str) -> None:
+    """An uploaded file, an object, a URL alone, and a file in the request: each image has its own width."""
+    urls = [data_url(image_bytes((8 + number, 8))) for number in range(6)]
+    head, _, payload = urls[4].partition(",")
+    lines = "\r\n".join(payload[start : start + 60] for start in range(0, len(payload), 60))
+    content = [
+        {"type": "file", "file": {"file_id": upload(url, image_bytes((8, 8))).json["id"]}},
+        {"type": "text", "text": "First"},
+        {"type": "image_url", "image_url": {"url": urls[1], "detail": "low"}},
+        {"type": "image_url", "image_url": urls[2]},
+        {"type": "file", "file": {"file_data": urls[3], "filename": "a.png"}},
+        {"type": "text", "text": "second"},
+        {"type": "image_url", "image_url": {"url": f"{head.upper()},{lines}"}},
+        {"type": "image_url", "image_url": urls[5].rstrip("=").replace("+", "%2B")},
+    ]
+    body = {"model": "chest", "messages": [{"role": "user", "content": content}]}
+    expected = "chest sees 8x8 9x8 10x8 11x8 12x8 13x8: First\nsecond"
+    answer = call(url, "POST", "/v1/chat/completions", body)
+    assert answer.json["choices"][0]["message"]["content"] == expected
+    rows = json.dumps({"custom_id": "a", "body": body}).encode()
+    line = json.loads(call(url, "POST", "/v1/batch", rows).body)
+    assert line["response"]["body"]["choices"][0]["message"]["content"] == expected
 
 
 def test_openai_client_uploads_an_image_and_asks_about_it(client: openai.OpenAI) -> None:
@@ -236,6 +279,24 @@ def test_head_is_answered_like_get_without_a_body(url: str) -> None:
         assert head.headers["content-type"] == get.headers["content-type"], path
     assert call(url, "HEAD", "/v1/batch").status == 405
     assert b'method="HEAD",route="/v1/models/{model:path}",status="200"' in call(url, "GET", "/metrics").body
+
+
+@pytest.mark.parametrize("kind", ["deep grey", "transparent", "DICOM"])
+def test_a_served_image_has_the_pixels_that_datasets_read(url: str, tmp_path: Path, kind: str) -> None:
+    values = np.arange(0, 60_000, 5_000, dtype=np.uint16).reshape(3, 4)
+    buffer = io.BytesIO()
+    if kind == "DICOM":
+        buffer.write(
+            dicom_bytes(make_dicom(values // 16, BitsStored=12, HighBit=11, WindowCenter=900, WindowWidth=500))
+        )
+    else:
+        picture = Image.fromarray(values) if kind == "deep grey" else Image.new("RGBA", (4, 3), (200, 90, 0, 128))
+        picture.save(buffer, "PNG")
+    (tmp_path / "image").write_bytes(buffer.getvalue())
+    upload_entry = upload(url, buffer.getvalue()).json
+    png = call(url, "GET", f"/v1/files/{upload_entry['id']}/content").body
+    with Image.open(io.BytesIO(png)) as served:
+        assert served.convert("RGB").tobytes() == open_image(tmp_path / "image").tobytes()
 
 
 def test_dicom_is_returned_as_png_without_metadata(url: str) -> None:

@@ -15,8 +15,10 @@ from urllib.parse import urlsplit
 
 import openai
 import pytest
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 
 from normtune.serving.http.limits import ApiKeys, Limits
+from normtune.serving.http.openai_api import ChatRequest
 from normtune.serving.http.server import allowed_hosts, listen
 from normtune.serving.http.state import Settings
 from tests.support.fake_engine import FakeEngine
@@ -95,7 +97,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": data_url(image_bytes())}}
         (message([{"type": "image_url", "image_url": {}}]), 400, "image_url.url: field required"),
         ({"model": "chest", "messages": []}, 400, "messages"),
         ({"messages": message([IMAGE])["messages"]}, 400, "model: field required"),
-        (chat_body(n=2), 400, "n: input should be 1"),
+        (chat_body(n=2), 400, "n: a question gets one answer"),
         (chat_body(beams=99), 400, "beams"),
         (chat_body(max_tokens=0), 400, "max_tokens"),
         (chat_body("x" * 5_000), 400, "more than 4,000 characters"),
@@ -110,6 +112,13 @@ IMAGE = {"type": "image_url", "image_url": {"url": data_url(image_bytes())}}
         (chat_body(image=data_url(image_bytes((200, 200)))), 400, "10,000 pixels"),
         (chat_body(beams="2"), 400, "beams: input should be a valid integer"),
         (chat_body(stream="yes"), 400, "stream: input should be a valid boolean"),
+        (chat_body(stop=["a"] * 5), 400, "stop: list should have at most 4 items"),
+        (chat_body(stop=""), 400, "stop.0: string should have at least 1 character"),
+        (chat_body(top_k=5), 400, "top_k: this parameter is not supported"),
+        (message([{"type": "image_url", "image_url": 5}]), 400, "image_url: input should be an object"),
+        (message([{"type": "file", "file": {}}]), 400, "give either file_id or file_data"),
+        (message([IMAGE, {"type": "file", "file": {"file_data": "data:,x"}}]), 400, "image 2: not a data URL"),
+        (message([{"type": "file", "file": {"file_data": "data:,x"}}, IMAGE]), 400, "image 1: not a data URL"),
         (chat_body(max_tokens=1.5), 400, "max_tokens"),
         (b"{", 400, "not JSON"),
         (b"[" * 100_000, 400, ""),
@@ -122,6 +131,59 @@ def test_an_invalid_request_gets_one_sentence(url: str, body: Any, status: int, 
     assert response.status == status and text in response.error_message and response.error_message.endswith((".", "?"))
     assert "passwd" not in response.error_message and "\n" not in response.error_message
     assert set(response.json["error"]) == {"message", "type", "param", "code"}
+
+
+# OpenAI's parameters: values that change nothing, and values that would change the answer.
+PARAMETERS: dict[str, tuple[list[Any], list[Any]]] = {
+    "audio": ([], [{"format": "wav", "voice": "alloy"}]),
+    "frequency_penalty": ([0, 0.0], [0.5, -1]),
+    "function_call": (["none", "auto"], [{"name": "f"}]),
+    "functions": ([[]], [[{"name": "f"}]]),
+    "logit_bias": ([{}], [{"5": -100}]),
+    "logprobs": ([False], [True]),
+    "modalities": ([["text"]], [["text", "audio"]]),
+    "n": ([1], [2, 0]),
+    "parallel_tool_calls": ([True, False], []),
+    "prediction": ([], [{"type": "content", "content": "no"}]),
+    "presence_penalty": ([0], [1]),
+    "reasoning_effort": ([], ["high"]),
+    "response_format": ([{"type": "text"}], [{"type": "json_object"}, {"type": "json_schema", "json_schema": {}}]),
+    "seed": ([7], ["7"]),
+    "service_tier": (["auto"], ["flex"]),
+    "store": ([False], [True]),
+    "temperature": ([0, 1, 1.0], [0.7, 2]),
+    "tool_choice": (["none", "auto"], ["required", {"type": "function", "function": {"name": "f"}}]),
+    "tools": ([[]], [[{"type": "function", "function": {"name": "f"}}]]),
+    "top_logprobs": ([0], [5]),
+    "top_p": ([1], [0.9]),
+    "user": (["ward-7"], [7]),
+    "verbosity": ([], ["high"]),
+    "web_search_options": ([], [{}]),
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_parameter_is_accepted_if_it_changes_nothing_and_else_refused(url: str, name: str) -> None:
+    neutral, others = PARAMETERS[name]
+    for value in [None, *neutral]:
+        assert chat(url, chat_body(**{name: value})).status == 200, value
+    for value in others:
+        response = chat(url, chat_body(**{name: value}))
+        assert response.status == 400 and response.error_message.startswith(f"{name}"), value
+        assert response.error_message.endswith("."), value
+
+
+def test_every_parameter_of_openais_client_has_a_test() -> None:
+    """A parameter that is new in OpenAI's API is refused as unknown until it is added."""
+    parameters = {*CompletionCreateParamsBase.__annotations__} - {"model", "messages"}
+    honoured = {"max_tokens", "max_completion_tokens", "stop", "stream", "stream_options", "metadata"}
+    names = {"safety_identifier", "prompt_cache_key"}
+    refused_as_unknown = parameters - {*ChatRequest.model_fields}
+    assert (
+        parameters - {*PARAMETERS} - honoured - names
+        <= refused_as_unknown
+        <= {"moderation", "prompt_cache_options", "prompt_cache_retention"}
+    )
 
 
 def test_unknown_urls_and_methods_get_the_error_object(url: str) -> None:

@@ -47,7 +47,7 @@ def test_a_question_is_cancelled_when_its_client_disconnects(stream: bool) -> No
         engine.may_answer.set()
         assert first.getresponse().status == 200
         first.close()
-        assert "normtune_shared_bytes_left 2147483648" in call(url, "GET", "/metrics").body.decode()
+        assert "normtune_shared_bytes_left 2.147483648e+09" in call(url, "GET", "/metrics").body.decode()
 
 
 def test_a_batch_is_cancelled_when_its_client_disconnects() -> None:
@@ -139,7 +139,7 @@ def test_sigterm_answers_accepted_requests_and_exits_with_status_0() -> None:
         with ThreadPoolExecutor(8) as pool:
             bodies = [chat_body(f"Number {n}?", stream=n % 2 == 0) for n in range(8)]
             requests = [pool.submit(call, url, "POST", "/v1/chat/completions", body) for body in bodies]
-            wait_until(lambda: b"normtune_answers_total 8\n" in call(url, "GET", "/metrics").body)
+            wait_until(lambda: b"normtune_answers_total 8.0\n" in call(url, "GET", "/metrics").body)
             process.send_signal(signal.SIGTERM)
             wait_until(lambda: is_closed(url))
             process.stdin.write("\n")  # releases the engine

@@ -16,6 +16,7 @@ import logging
 import math
 import time
 import traceback
+from bisect import bisect_left
 from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -35,7 +36,7 @@ from normtune.serving.engine.adapter_slots import BASE_SLOT, AdapterSlots
 from normtune.serving.engine.image_states import EncodedImageCache, ImageKey, pixel_digest
 from normtune.serving.engine.queue import Job, TextCallback, group_jobs, separate_images, take_batch
 from normtune.serving.engine.requests import Busy, Closed, EngineStats, Reply, Request, ServedAdapter
-from normtune.serving.engine.stable_text import stable_text
+from normtune.serving.engine.stable_text import before_stop, cut_at_stop, stable_text
 
 IMAGE_BYTES = 512 << 20  # default size of the cache of encoded images
 
@@ -75,6 +76,8 @@ class Engine:
         self.queue_limit = queue_limit
         self._adapters = AdapterSlots(family.model, adapter_memory, lora_rank)
         self._images = EncodedImageCache(image_memory)
+        config: Any = family.model.config
+        self._end_tokens = family.end_tokens if isinstance(family, CausalFamily) else (config.eos_token_id,)
         family.active_text_rows = self._adapters.bank.text_rows
         self._condition = Condition()  # guards the attributes below; notified when the queue changes
         self._queue: list[Job] = []
@@ -110,7 +113,7 @@ class Engine:
             Busy: the queue is full.
             Closed: the engine is closing or closed.
             UnknownAdapter: no adapter of that name is registered.
-            InputError: the request has no image, or a limit of less than one token or beam.
+            InputError: the request has no image, a limit of less than one token or beam, or an empty stop text.
         """
         adapter = self._adapters.find(request.adapter)
         if not request.images:
@@ -119,6 +122,8 @@ class Engine:
         limit = default if request.max_new_tokens is None else request.max_new_tokens
         if limit < 1 or request.beams < 1:
             raise InputError("the answer needs at least one token and one beam. Raise the limit.")
+        if "" in request.stop:
+            raise InputError("a stop text is empty. Remove it.")
         with self._condition:
             self._check_accepting()  # refuse early: converting and hashing pixels takes time
         images = tuple(image if image.mode == "RGB" else image.convert("RGB") for image in request.images)
@@ -130,6 +135,7 @@ class Engine:
             adapter=adapter,
             limit=limit,
             beams=request.beams,
+            stop=request.stop,
             future=Future(),
             on_text=on_text,
             arrived=time.monotonic(),
@@ -370,7 +376,7 @@ class Engine:
                 continue
             job.tokens.append(token)
             try:
-                job.send(stable_text(self.family, job.tokens))
+                job.send(before_stop(stable_text(self.family, job.tokens), job.stop))
             except Exception as error:
                 job.callback_error = error
 
@@ -378,15 +384,16 @@ class Engine:
         """Send the rest of a streamed answer, and complete the job's future."""
         try:
             prompt_tokens = self.family.prefix_tokens(job.encoded_images) + len(_segment(job).prompt)
-            tokenizer: Any = self.family.processor.tokenizer
-            text_tokens = len(tokenizer(answer.text, add_special_tokens=False).input_ids)
-            completion_tokens = min(text_tokens + 1, job.limit)  # 1 for the end token, unless the limit was hit
-            score = answer.score if math.isfinite(answer.score) else None
+            text, score, completion_tokens = answer.text, answer.score, len(answer.tokens)
+            ended = completion_tokens < job.limit or answer.tokens[-1] in self._end_tokens
+            if (cut := cut_at_stop(text, job.stop)) is not None:
+                text, score, ended = cut, math.nan, True
+                completion_tokens = self._count_tokens(answer.tokens, job.stop)
             if job.callback_error is not None:
                 raise job.callback_error
-            job.send(answer.text)
+            job.send(text)
             # In a retried batch of another size, rounding may change a token that was already sent.
-            if not answer.text.startswith(job.sent_text):
+            if not text.startswith(job.sent_text):
                 raise RuntimeError("the answer changed when its batch was retried")
         except Exception as error:
             self._fail(job, error)
@@ -394,8 +401,24 @@ class Engine:
         self._count("requests")
         self._count("prompt_tokens", prompt_tokens)
         self._count("completion_tokens", completion_tokens)
-        seconds = time.monotonic() - job.arrived
-        job.future.set_result(Reply(answer.text, score, prompt_tokens, completion_tokens, seconds))
+        job.future.set_result(
+            Reply(
+                text=text,
+                score=score if math.isfinite(score) else None,
+                prompt_tokens=prompt_tokens,
+                completion_tokens=completion_tokens,
+                seconds=time.monotonic() - job.arrived,
+                finish_reason="stop" if ended else "length",
+            )
+        )
+
+    def _count_tokens(self, tokens: Sequence[int], stop: Sequence[str]) -> int:
+        """Return how many tokens an answer has up to the end of its first stop text."""
+
+        def is_cut(count: int) -> bool:
+            return cut_at_stop(self.family.decode_answer(tokens[:count]), stop) is not None
+
+        return bisect_left(range(len(tokens)), True, key=is_cut)
 
     def _fail(self, job: Job, error: Exception) -> None:
         """Fail a job. An error that its input did not cause is logged, without its message.

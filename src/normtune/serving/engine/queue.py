@@ -26,6 +26,7 @@ class Job:
         image_digests: the `pixel_digest` of each view.
         question: None for a report.
         limit: the most tokens of its answer.
+        stop: texts before which the answer is cut.
         on_text: receives the text of a streamed answer.
         arrived: time of arrival, by `time.monotonic`.
         segment: the tokenised question; set when the job is prepared for its batch.
@@ -42,6 +43,7 @@ class Job:
     adapter: RegisteredAdapter
     limit: int
     beams: int
+    stop: tuple[str, ...]
     future: Future[Reply]
     on_text: TextCallback | None
     arrived: float
@@ -52,7 +54,7 @@ class Job:
     callback_error: Exception | None = None
 
     def send(self, text: str) -> None:
-        """Pass the text so far to `on_text`, if it extends the text sent before."""
+        """Pass the text so far, up to a stop text, to `on_text`, if it extends the text sent before."""
         if self.on_text is not None and len(text) > len(self.sent_text) and text.startswith(self.sent_text):
             self.sent_text = text
             self.on_text(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from PIL import Image
 
@@ -41,6 +42,7 @@ class Request:
         max_new_tokens: the most tokens of the answer; None is `tasks.MAX_ANSWER_TOKENS` for a question and
             `tasks.MAX_REPORT_TOKENS` for a report.
         beams: beams of the search; 1 is greedy decoding.
+        stop: texts that end the answer, which is cut before the first of them.
     """
 
     images: tuple[Image.Image, ...]
@@ -48,6 +50,7 @@ class Request:
     adapter: str | None = None
     max_new_tokens: int | None = None
     beams: int = 1
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,13 @@ class Reply:
 
     Attributes:
         text: the answer.
-        score: mean log-probability of the answer's tokens, end token included; None if it is not finite.
+        score: mean log-probability of the answer's tokens, end token included; None if it is not finite, and
+            for an answer that a stop text cut, because it is that of the whole answer.
         prompt_tokens: tokens of the question as the model reads it, and of its images.
-        completion_tokens: tokens of the answer, end token included.
+        completion_tokens: tokens of the answer, including the end token or those of the stop text.
         seconds: time from `Engine.submit` to the answer.
+        finish_reason: "stop" if the answer ended with the end token or a stop text, "length" if it has as many
+            tokens as the request allows.
     """
 
     text: str
@@ -67,6 +73,7 @@ class Reply:
     prompt_tokens: int
     completion_tokens: int
     seconds: float
+    finish_reason: Literal["stop", "length"] = "stop"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Streaming: the part of a half-written answer that no further token can change."""
+"""The part of a half-written answer that no further token can change, and where a stop text ends an answer."""
 
 from __future__ import annotations
 
@@ -34,6 +34,24 @@ def stable_text(family: Family, tokens: Sequence[int]) -> str:
     if tokenizer.clean_up_tokenization_spaces:
         text = _CLEANED_END.sub("", text, count=1)
     return text.rstrip()
+
+
+def cut_at_stop(text: str, stop: Sequence[str]) -> str | None:
+    """Return the text before the stop text that is complete first; None if it contains none.
+
+    Of two that are complete at the same character, the longer one counts.
+    """
+    spans = [(start + len(sequence), start) for sequence in stop if (start := text.find(sequence)) >= 0]
+    return text[: min(spans)[1]] if spans else None
+
+
+def before_stop(text: str, stop: Sequence[str]) -> str:
+    """Return the part of a text that no stop text can remove, whatever follows: for a stream."""
+    cut = cut_at_stop(text, stop)
+    if cut is not None:
+        return cut
+    begun = [size for sequence in stop for size in range(1, len(sequence)) if text.endswith(sequence[:size])]
+    return text[: len(text) - max(begun, default=0)]
 
 
 def _count_before_bytes(tokenizer: Any, tokens: Sequence[int]) -> int:

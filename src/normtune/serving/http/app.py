@@ -169,7 +169,7 @@ def _add_chat(app: FastAPI, service: Service) -> None:
                 chunks = completion_events(question, stack.pop_all(), usage=usage, seconds=seconds)
                 return StreamedResponse(chunks, "text/event-stream")
             reply = await wait_for_reply(question, request.receive, seconds)
-            return JSONResponse(openai_api.completion(question.id, question.model, reply, question.limit))
+            return JSONResponse(openai_api.completion(question.id, question.model, reply))
 
     @app.post(
         "/v1/batch",

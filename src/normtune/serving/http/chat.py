@@ -30,14 +30,12 @@ class ChatJob:
     Attributes:
         id: the completion's id.
         model: the model's name in the request.
-        limit: the most tokens of the answer.
         reply: the engine's reply.
         texts: the text so far, each time it has grown; None once the reply is done.
     """
 
     id: str
     model: str
-    limit: int
     reply: asyncio.Future[Reply]
     texts: asyncio.Queue[str | None]
 
@@ -76,10 +74,10 @@ async def submit_request(service: Service, owner: str, body: openai_api.ChatRequ
             service.budget.reserve(size)
             reserved += size
             images.append(image)
-        request = Request(tuple(images), question, adapter, limit, body.beams)
+        request = Request(tuple(images), question, adapter, limit, body.beams, tuple(body.stop or ()))
         reply = asyncio.wrap_future(await service.run_in_decoder(service.engine.submit, request, on_text=on_text))
         reply.add_done_callback(lambda _: texts.put_nowait(None))
-        yield ChatJob(f"chatcmpl-{secrets.token_hex(12)}", body.model, limit, reply, texts)
+        yield ChatJob(f"chatcmpl-{secrets.token_hex(12)}", body.model, reply, texts)
     finally:
         if reply is not None and not reply.cancel() and not reply.cancelled():
             reply.exception()  # retrieved, so that asyncio does not log it as unhandled
@@ -105,9 +103,9 @@ def _limit(service: Service, body: openai_api.ChatRequest, question: str | None)
 
 
 def read_messages(messages: list[openai_api.Message]) -> tuple[str | None, list[str]]:
-    """Return the question (None for a report) and the images' URLs and file ids of a conversation.
+    """Return the question (None for a report) and the images' URLs and file ids of a conversation, in their order.
 
-    System messages are ignored.
+    The texts of several parts are joined by line ends. System messages are ignored.
 
     Raises:
         RequestRefused: there is not exactly one user message, there is an earlier answer, or there is no
@@ -120,8 +118,7 @@ def read_messages(messages: list[openai_api.Message]) -> tuple[str | None, list[
         )
     content = conversation[0].content
     parts = [] if isinstance(content, str) else content
-    references = [part.image_url.url for part in parts if isinstance(part, openai_api.ImagePart)]
-    references += [part.file.file_id for part in parts if isinstance(part, openai_api.FilePart)]
+    references = [part.reference for part in parts if not isinstance(part, openai_api.TextPart)]
     if not references:
         raise RequestRefused(400, "no image: add an image_url part with a data URL to the message.", param="messages")
     text = "\n".join(part.text for part in parts if isinstance(part, openai_api.TextPart)).strip()
@@ -135,7 +132,7 @@ async def _image(service: Service, owner: str, reference: str, name: str) -> Ima
         return await service.run_in_decoder(open_upload, png, max_pixels=max_pixels, name=name)
 
     def read() -> Image.Image:
-        if reference[:5].lower() == "data:":
+        if reference.lstrip()[:5].lower() == "data:":
             data = decode_data_url(reference, name)
         else:
             data = fetch_image(reference, service.settings.remote_hosts, service.limits.body_bytes, name)
@@ -201,7 +198,7 @@ async def completion_events(
             reply = _result(question.reply)
             if len(reply.text) > len(sent) and reply.text.startswith(sent):
                 yield _event(_chunk(question, reply.text[len(sent) :]))
-            for chunk in openai_api.last_chunks(question.id, question.model, reply, question.limit, usage):
+            for chunk in openai_api.last_chunks(question.id, question.model, reply, usage):
                 yield _event(chunk)
         except Exception as error:
             yield _event(to_refusal(error).body())

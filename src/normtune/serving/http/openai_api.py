@@ -1,12 +1,17 @@
-"""Request models and response bodies in OpenAI's format. OpenAI's other request fields are ignored."""
+"""Request models and response bodies in OpenAI's format.
+
+Every parameter of OpenAI's API does what OpenAI documents, or is refused unless it has a value that changes
+nothing. No parameter is ignored.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from normtune.serving.engine.requests import Reply, ServedAdapter
 from normtune.serving.http.paths import NAME_PATTERN
@@ -21,51 +26,122 @@ def _to_int(value: object) -> object:
 
 WholeNumber = BeforeValidator(_to_int)  # accepts JSON's 16.0 as 16
 Count = Annotated[int, Field(ge=1), WholeNumber]
+StopText = Annotated[str, Field(min_length=1, max_length=256)]
 
 
-class ImageUrl(BaseModel):
-    """`url`: a data URL, the id of an uploaded file, or a URL of an allowed host."""
+class RequestModel(BaseModel):
+    """A part of a request: fields that it does not have are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class ImageUrl(RequestModel):
+    """`url`: a data URL, the id of an uploaded file, or a URL of an allowed host.
+
+    `detail` may have any of OpenAI's values: the model has one resolution.
+    """
 
     url: str
+    detail: Literal["auto", "low", "high"] | None = None
 
 
-class TextPart(BaseModel):
+class TextPart(RequestModel):
     type: Literal["text"]
     text: str
 
 
-class ImagePart(BaseModel):
+class ImagePart(RequestModel):
+    """An image; `image_url` may be the URL alone."""
+
     type: Literal["image_url"]
-    image_url: ImageUrl
+    image_url: Annotated[
+        ImageUrl,
+        BeforeValidator(
+            lambda value: {"url": value} if isinstance(value, str) else value, json_schema_input_type=ImageUrl | str
+        ),
+    ]
+
+    @property
+    def reference(self) -> str:
+        """A data URL, an id of an uploaded file, or a URL."""
+        return self.image_url.url
 
 
-class FileReference(BaseModel):
-    file_id: str = Field(max_length=64)
+class FileReference(RequestModel):
+    """An uploaded file by its id, or an image file as a data URL; not both."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["file_id"]}, {"required": ["file_data"]}]})
+
+    file_id: str | None = Field(None, max_length=64)
+    file_data: str | None = None
+    filename: str | None = Field(None, max_length=256)
+
+    @model_validator(mode="after")
+    def _check_one(self) -> Self:
+        if (self.file_id is None) == (self.file_data is None):
+            raise PydanticCustomError("one_of", "Give either file_id or file_data")
+        return self
 
 
-class FilePart(BaseModel):
+class FilePart(RequestModel):
     type: Literal["file"]
     file: FileReference
+
+    @property
+    def reference(self) -> str:
+        """See `ImagePart.reference`."""
+        return self.file.file_id or self.file.file_data or ""
 
 
 Part = Annotated[TextPart | ImagePart | FilePart, Field(discriminator="type")]
 
 
-class Message(BaseModel):
+class Message(RequestModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(RequestModel):
     model_config = ConfigDict(strict=True)  # refuses "yes" for true
 
     include_usage: bool = False
+    include_obfuscation: Literal[False] | None = None
 
 
-class ChatRequest(BaseModel):
+class ResponseFormat(RequestModel):
+    type: Literal["text"]
+
+
+# Why a parameter is accepted only with values that change nothing.
+_LIMITED = {
+    **dict.fromkeys(("temperature", "top_p"), "answers are not sampled. Send 1 (temperature: also 0), or leave it out"),
+    **dict.fromkeys(("frequency_penalty", "presence_penalty"), "penalties are not supported. Send 0, or leave it out"),
+    **dict.fromkeys(
+        ("logprobs", "top_logprobs"),
+        "log-probabilities of single tokens are not returned; the answer has their mean as normtune.score. "
+        "Leave it out",
+    ),
+    **dict.fromkeys(
+        ("tools", "tool_choice", "functions", "function_call", "web_search_options"),
+        "the model calls no tools and no functions. Leave it out",
+    ),
+    "logit_bias": "tokens have no bias. Leave it out",
+    "n": "a question gets one answer. Send 1, or send the question several times",
+    "response_format": 'answers are plain text. Send {"type": "text"}, or leave it out',
+    **dict.fromkeys(("modalities", "audio"), "answers are text. Leave it out"),
+    **dict.fromkeys(("reasoning_effort", "verbosity"), "the model has no such setting. Leave it out"),
+    "prediction": "predicted outputs are not supported. Leave it out",
+    "service_tier": "there are no service tiers. Leave it out",
+    "store": "answers are not stored. Leave it out",
+}
+_Nothing = Annotated[list[Any], Field(max_length=0)]
+_Zero = Annotated[Literal[0], WholeNumber]
+
+
+class ChatRequest(RequestModel):
     """One question about the images of one study; without text, a request for a report.
 
-    Decoding is not sampled: the answer is the most likely text.
+    Decoding is not sampled: the answer is the most likely text, whatever the `seed`.
     """
 
     model_config = ConfigDict(strict=True)  # refuses "2" for 2
@@ -76,10 +152,49 @@ class ChatRequest(BaseModel):
     stream_options: StreamOptions | None = None
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
-    n: Literal[1] | None = 1
+    n: Annotated[Literal[1], WholeNumber] | None = 1
     beams: Annotated[
         int, Field(ge=1, le=8, description="Beams of the search (not in OpenAI's API); 1 is greedy."), WholeNumber
     ] = 1
+    stop: (
+        Annotated[
+            list[StopText],
+            Field(max_length=4, description="Texts that end the answer, which does not contain them."),
+            BeforeValidator(
+                lambda value: [value] if isinstance(value, str) else value,
+                json_schema_input_type=StopText | Annotated[list[StopText], Field(max_length=4)],
+            ),
+        ]
+        | None
+    ) = None
+    seed: Annotated[int, WholeNumber] | None = None
+    # Names for OpenAI's records and caches, which have no influence on an answer.
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    metadata: dict[str, str] | None = None
+    # Parameters of `_LIMITED`.
+    temperature: Annotated[Literal[0, 1], WholeNumber] | None = None
+    top_p: Annotated[Literal[1], WholeNumber] | None = None
+    frequency_penalty: _Zero | None = None
+    presence_penalty: _Zero | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    logprobs: Literal[False] | None = None
+    top_logprobs: _Zero | None = None
+    response_format: ResponseFormat | None = None
+    modalities: list[Literal["text"]] | None = None
+    audio: None = None
+    prediction: None = None
+    tools: _Nothing | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    functions: _Nothing | None = None
+    function_call: Literal["none", "auto"] | None = None
+    reasoning_effort: None = None
+    verbosity: None = None
+    web_search_options: None = None
+    service_tier: Literal["auto", "default"] | None = None
+    store: Literal[False] | None = None
 
 
 class Registration(BaseModel):
@@ -112,7 +227,16 @@ def validation_message(errors: Any, skip: int = 0) -> tuple[str, str]:
     path = [str(entry) for entry in error["loc"][skip:]]
     # Besides names of fields, the path has entries for union branches, such as `list[...]` or `function-...`.
     field = ".".join(entry for entry in path if entry.replace("_", "").isalnum() and entry.isascii())[:80]
-    return field, f"{field or 'the body'}: {error['msg'][:1].lower()}{error['msg'][1:]}."
+    limited = next((entry for entry in path if entry in _LIMITED), None)
+    if limited is not None:
+        field, sentence = field[: field.index(limited) + len(limited)], _LIMITED[limited]
+    elif error["type"] == "extra_forbidden":
+        sentence = "this parameter is not supported. Leave it out"
+    elif error["type"] == "model_attributes_type":  # its message names a class of this module
+        sentence = "input should be an object"
+    else:
+        sentence = error["msg"]
+    return field, f"{field or 'the body'}: {sentence[:1].lower()}{sentence[1:]}."
 
 
 def confidence(score: float | None) -> float | None:
@@ -132,19 +256,15 @@ def _usage(reply: Reply) -> dict[str, int]:
     }
 
 
-def _finish_reason(reply: Reply, limit: int | None) -> str:
-    return "length" if limit is not None and reply.completion_tokens >= limit else "stop"
-
-
 def _normtune_fields(reply: Reply) -> dict[str, Any]:
     """Return the fields that OpenAI's API does not have."""
     return {"score": reply.score, "confidence": confidence(reply.score), "seconds": round(reply.seconds, 4)}
 
 
-def completion(id: str, model: str, reply: Reply, limit: int | None) -> dict[str, Any]:
+def completion(id: str, model: str, reply: Reply) -> dict[str, Any]:
     """Return a `chat.completion`. Its `normtune` has score (mean log-probability), confidence and seconds."""
     message = {"role": "assistant", "content": reply.text, "refusal": None}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _finish_reason(reply, limit)}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reply.finish_reason}
     envelope = _envelope(id, "chat.completion", model)
     return envelope | {"choices": [choice], "usage": _usage(reply), "normtune": _normtune_fields(reply)}
 
@@ -155,10 +275,10 @@ def chunk(id: str, model: str, delta: dict[str, Any]) -> dict[str, Any]:
     return _envelope(id, "chat.completion.chunk", model) | {"choices": [choice]}
 
 
-def last_chunks(id: str, model: str, reply: Reply, limit: int | None, usage: bool) -> list[dict[str, Any]]:
+def last_chunks(id: str, model: str, reply: Reply, usage: bool) -> list[dict[str, Any]]:
     """Return the chunk that ends the answer, and with `usage` the chunk with the token counts."""
     last = chunk(id, model, {}) | {"normtune": _normtune_fields(reply)}
-    last["choices"][0]["finish_reason"] = _finish_reason(reply, limit)
+    last["choices"][0]["finish_reason"] = reply.finish_reason
     usage_chunk = _envelope(id, "chat.completion.chunk", model) | {"choices": [], "usage": _usage(reply)}
     return [last, usage_chunk] if usage else [last]
 

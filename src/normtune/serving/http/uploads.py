@@ -18,6 +18,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from urllib.parse import unquote_to_bytes
 
 from PIL import Image
 
@@ -37,7 +38,7 @@ _JPEG = re.compile(rb"1\.2\.840\.10008\.1\.2\.4\.[5-8]\d")
 # The headers of compressed streams that contain the image size.
 _JPEG_2000_SIZE = re.compile(rb"\xff\x4f\xff\x51.{4}(.{16})", re.DOTALL)  # ISO 15444-1, A.5.1: SIZ
 _JPEG_SIZE = re.compile(rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf\xf7].{3}(.{4})", re.DOTALL)  # SOF, LS
-_DATA_URL = re.compile(r"data:[\w.+/-]{0,80}(?:;[\w.+=-]{1,80}){0,4}?;base64,", re.ASCII)
+_DATA_URL = re.compile(r"data:[\w.+/-]{0,80}(?:;[\w.+=-]{1,80}){0,4}?;base64,", re.ASCII | re.IGNORECASE)
 
 
 def open_upload(data: bytes, *, max_pixels: int, name: str = "the image") -> Image.Image:
@@ -138,14 +139,19 @@ def _too_large(name: str, max_pixels: int) -> InputError:
 def decode_data_url(url: str, name: str = "the image") -> bytes:
     """Decode a data URL such as `data:image/png;base64,...`. Its media type is ignored.
 
+    As in browsers, white space in the data, missing padding and percent-encoding are accepted.
+
     Raises:
         InputError: it is not a data URL in base64.
     """
+    url = url.strip()
     head = _DATA_URL.match(url)
     if head is None:
         raise InputError(f"{name}: not a data URL in base64 (data:image/png;base64,...).")
     try:
-        return base64.b64decode(url[head.end() :].replace("\n", "").encode("ascii"), validate=True)
+        data = url[head.end() :].encode("ascii").translate(None, b" \t\r\n\f")
+        data = unquote_to_bytes(data).rstrip(b"=")
+        return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
     except (binascii.Error, UnicodeEncodeError) as error:
         raise InputError(f"{name}: its data URL is not base64. Encode the file again.") from error
 
