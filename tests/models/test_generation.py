@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from normtune.models import generation
 from normtune.models.generation import Generated, Step, generate
 from tests.support.base_models import CACHE_ARGUMENT
 from tests.support.tolerance import approx
@@ -268,6 +269,25 @@ def test_a_prompts_answer_does_not_depend_on_its_neighbours() -> None:
         single_first, single_step = stepping(shifted, 1)
         (answer,) = generate(single_first, single_step, end=[0], max_new_tokens=5, beams=3)
         assert answer.tokens == answers[prompt].tokens
+
+
+@pytest.mark.parametrize(("lag", "interval"), [(1, 32), (1, 3), (2, 2), (9, 1)])
+def test_answers_do_not_depend_on_how_late_the_host_reads_tokens(
+    monkeypatch: pytest.MonkeyPatch, lag: int, interval: int
+) -> None:
+    options: dict[str, Any] = {"end": [0, 1], "max_new_tokens": 8}
+    expected = generate(*stepping(table_of(4, 5), 6), **options)
+    assert len({len(answer.tokens) for answer in expected}) > 2
+    monkeypatch.setattr(generation, "_pace", lambda device: (lag, interval))
+    received: list[list[int]] = [[] for _ in range(6)]
+
+    def on_tokens(prompts: Sequence[int], tokens: Sequence[int]) -> None:
+        for prompt, token in zip(prompts, tokens, strict=True):
+            received[prompt].append(token)
+
+    answers = generate(*stepping(table_of(4, 5), 6), on_tokens=on_tokens, **options)
+    assert answers == expected
+    assert [tuple(tokens) for tokens in received] == [answer.tokens for answer in expected]
 
 
 @pytest.mark.parametrize("compact", [True, False])

@@ -9,7 +9,8 @@ the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,6 +33,8 @@ OnTokens = Callable[[Sequence[int], Sequence[int]], None]
 """`on_tokens(prompts, tokens)` is called with the next token of each prompt that is not done, including end
 tokens; prompts are counted from 0."""
 
+# batches keep their shape for so many steps on CUDA, so that a captured step can be replayed
+FIXED_STEPS = 32
 NEVER = -1.0e9  # added to a score that must not win, as in transformers
 
 
@@ -101,34 +104,81 @@ def greedy(
     compact: bool = True,
     on_tokens: OnTokens | None = None,
 ) -> list[Generated]:
-    """Take the most likely token at every step; arguments as for `generate`."""
-    device, prompts = logits.device, logits.shape[0]
-    ends = torch.tensor(list(end), device=device)
-    tokens = torch.full((prompts, max_new_tokens), -1, device=device)  # -1: not generated
-    total = torch.zeros(prompts, device=device)  # summed log-probabilities
-    active = torch.arange(prompts, device=device)  # the prompts that are not done
-    rows = active  # their rows in the batch
+    """Take the most likely token at every step; arguments as for `generate`.
+
+    Nothing here makes the host wait for a step that it has just launched. What follows an answer's end is
+    discarded, so that the answers do not depend on how late the host learns of it.
+    """
+    ends, lag, interval = frozenset(end), *_pace(logits.device)
+    prompts = list(range(len(logits)))  # the prompt of each row of the batch
+    answers: list[list[int]] = [[] for _ in prompts]
+    totals = [0.0 for _ in prompts]  # summed log-probabilities
+    done = [False for _ in prompts]
+    copies = _HostCopies(max_new_tokens, len(prompts), logits.device)
     for position in range(max_new_tokens):
-        active_logits = logits[rows] if len(rows) < len(logits) else logits
-        active_logits = active_logits.float()
-        token = active_logits.argmax(-1)
-        tokens[active, position] = token
+        wide = logits.float()
+        token = wide.argmax(-1)
         # log_softmax of the chosen token only, without a tensor of the vocabulary's size
-        total[active] += active_logits.gather(-1, token[:, None])[:, 0] - active_logits.logsumexp(-1)
-        if on_tokens is not None:
-            on_tokens(active.tolist(), token.tolist())
-        going = (~torch.isin(token, ends)).nonzero()[:, 0]  # indices into `active`
-        if len(going) == 0 or position + 1 == max_new_tokens:
+        copies.add(prompts, token, wide.gather(-1, token[:, None])[:, 0] - wide.logsumexp(-1))
+        last = position + 1 == max_new_tokens
+        for rows in copies.arrived(0 if last else lag):
+            going = [row for row in rows if not done[row[0]]]
+            for prompt, token_id, log_prob in going:
+                answers[prompt].append(token_id)
+                totals[prompt] += log_prob
+                done[prompt] = token_id in ends
+            if on_tokens is not None and going:
+                on_tokens([prompt for prompt, _, _ in going], [token_id for _, token_id, _ in going])
+        if last or all(done):
             break
         cache_rows = None
-        batch_rows = logits.shape[0]
-        active, rows, token = active[going], rows[going], token[going]
-        if compact and len(rows) < batch_rows:  # drop the rows of prompts that are done
-            cache_rows, rows = rows, torch.arange(len(rows), device=device)
-        elif len(rows) < batch_rows:  # keep them, and feed them an end token
-            token = ends.new_full((batch_rows,), int(ends[0])).index_copy(0, rows, token)
+        remaining = [row for row, prompt in enumerate(prompts) if not done[prompt]]
+        if compact and len(remaining) < len(prompts) and (position + 1) % interval == 0:
+            cache_rows = torch.tensor(remaining, device=logits.device)
+            prompts, token = [prompts[row] for row in remaining], token[cache_rows]
         logits = step(token, cache_rows)
-    return _cut_answers(tokens, total.tolist())
+    return [Generated(tuple(row), total / len(row)) for row, total in zip(answers, totals, strict=True)]
+
+
+def _pace(device: torch.device) -> tuple[int, int]:
+    """How closely the host follows the device in greedy search.
+
+    Returns:
+        (how many steps may be under way when the host reads a token; every how many steps the rows of prompts
+        that are done leave the batch). A step on CUDA is bound by launches, so the host runs ahead by one
+        step and batches keep their shape. A CPU saves work with every row.
+    """
+    return (1, FIXED_STEPS) if device.type == "cuda" else (0, 1)
+
+
+class _HostCopies:
+    """The chosen tokens of each step and their log-probabilities, copied to the host in the background."""
+
+    def __init__(self, steps: int, rows: int, device: torch.device) -> None:
+        self.device, self.cuda = device, device.type == "cuda"  # copies are asynchronous into pinned memory only
+        self.tokens = torch.empty(steps, rows, dtype=torch.long, pin_memory=self.cuda)
+        self.log_probs = torch.empty(steps, rows, pin_memory=self.cuda)
+        self.steps = 0
+        self.pending: deque[tuple[int, list[int], torch.cuda.Event | None]] = deque()
+
+    def add(self, prompts: list[int], token: Tensor, log_prob: Tensor) -> None:
+        """Begin to copy the token [rows] and log-probability [rows] of a step's prompts."""
+        self.tokens[self.steps, : len(prompts)].copy_(token, non_blocking=True)
+        self.log_probs[self.steps, : len(prompts)].copy_(log_prob, non_blocking=True)
+        event = torch.cuda.Event() if self.cuda else None
+        if event is not None:
+            event.record(torch.cuda.current_stream(self.device))
+        self.pending.append((self.steps, prompts, event))
+        self.steps += 1
+
+    def arrived(self, lag: int) -> Iterator[list[tuple[int, int, float]]]:
+        """Yield the (prompt, token, log-probability) of each row, step by step, except for the last `lag`."""
+        while len(self.pending) > lag:
+            step, prompts, event = self.pending.popleft()
+            if event is not None:
+                event.synchronize()
+            tokens, log_probs = (values[step, : len(prompts)].tolist() for values in (self.tokens, self.log_probs))
+            yield list(zip(prompts, tokens, log_probs, strict=True))
 
 
 def beam_search(
@@ -212,15 +262,11 @@ def beam_search(
         logits = step(next_token.flatten(), cache_rows.flatten())
     lengths = (best >= 0).sum(1)
     # undo the length penalty: `Generated.score` is a mean log-probability
-    return _cut_answers(best, (best_score * lengths ** float(length_penalty)).tolist())
+    totals = (best_score * lengths ** float(length_penalty)).tolist()
+    answers = [tuple(token for token in row if token >= 0) for row in best.tolist()]  # without the fill value
+    return [Generated(row, total / len(row)) for row, total in zip(answers, totals, strict=True)]
 
 
 def _take(beams: Tensor, index: Tensor) -> Tensor:
     """Select beams of each prompt: beams [prompts, n, length], index [prompts, m] -> [prompts, m, length]."""
     return beams.take_along_dim(index[:, :, None], 1)
-
-
-def _cut_answers(tokens: Tensor, totals: list[float]) -> list[Generated]:
-    """Drop the fill value -1 after each answer; `totals` are summed log-probabilities."""
-    rows = [tuple(token for token in row if token >= 0) for row in tokens.tolist()]
-    return [Generated(row, total / len(row)) for row, total in zip(rows, totals, strict=True)]

@@ -2,24 +2,31 @@
 
 A row of the cache holds one group: its image, its questions, and every token that any of its answers has
 written. An answer sees the image, its own question and its own tokens; a mask over the columns decides this.
-The cache only grows. When a beam continues from another beam, it takes over that beam's mask, and no keys or
-values are copied.
+When a beam continues from another beam, it takes over that beam's mask, and no keys or values are copied.
+
+Cache and masks have room for the next steps from the start, and a step writes its columns in place. On CUDA a
+step reads nothing back and its shapes stay the same, so that it can be captured once and replayed
+(`normtune.models.causal.step_graph`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from transformers import Cache
+
+from normtune.models.causal.step_graph import StepGraph
+from normtune.models.generation import FIXED_STEPS
 
 Windows = Mapping[str, int | None]  # kind of attention layer -> how many positions it sees; None: all
 Masks = dict[str, Tensor]  # kind of attention layer -> bool [B, 1, Q, S], true where the query sees the key
 Decode = Callable[[Tensor, Tensor, Masks], Tensor]
-"""`decode(input_ids [B, Q], position_ids [B, Q], masks [B, 1, Q, S + Q]) -> logits [B, Q, vocabulary]`; it
-appends Q columns to the cache."""
+"""`decode(input_ids [B, Q], position_ids [B, Q], masks [B, 1, Q, S]) -> hidden states [B, Q, width]`; it writes
+Q columns of the cache."""
 
 # A worked example: two groups (B = 2). Group 0 is `i i q r`: an image of two tokens and two questions of one
 # token, so two answers x and y. Group 1 is `i i q .` with one answer z; the dot is padding. S = 4 columns.
@@ -50,94 +57,194 @@ appends Q columns to the cache."""
 # [1 1 1 0 | 1 0 | 0 1]. It reads x1 in the column where x wrote it.
 
 
-class Cache(Protocol):
-    """What is needed of a key-value cache of B rows."""
+class ColumnCache(Cache):
+    """Keys and values of B rows in buffers with spare columns, so that a step copies none of the earlier ones.
 
-    def batch_select_indices(self, indices: Tensor) -> None: ...
+    All layers keep all columns, also those with a window: columns of several answers alternate, so that the
+    masks apply the windows.
+
+    Attributes:
+        layer_states: the keys and values of each layer, [B, key heads, capacity, head_dim] each.
+        capacity: the number of columns for which there is room.
+        columns: [Q] long, the columns that the next pass writes; None during the prompts' pass, which writes
+            the first columns.
+        width: how many columns the layers read.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(layers=[])
+        self.layer_states: list[tuple[Tensor, Tensor]] = []
+        self.capacity, self.width = capacity, 0
+        self.columns: Tensor | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write new keys and values [B, key heads, Q, head_dim]; returns those of `width` columns."""
+        if self.columns is None:
+            assert layer_idx == len(self.layer_states), "every layer writes once in the prompts' pass, in order"
+            self.layer_states.append((_widen(key_states, self.capacity, 2), _widen(value_states, self.capacity, 2)))
+            return key_states, value_states
+        keys, values = self.layer_states[layer_idx]
+        keys.index_copy_(2, self.columns, key_states)
+        values.index_copy_(2, self.columns, value_states)
+        return keys[:, :, : self.width], values[:, :, : self.width]
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for so many columns in all."""
+        self._replace(lambda states: _widen(states, capacity, 2))
+        self.capacity = capacity
+
+    def select(self, rows: Tensor) -> None:
+        """Continue with these rows only: [rows that remain] long."""
+        self._replace(lambda states: states.index_select(0, rows))
+
+    def _replace(self, change: Callable[[Tensor], Tensor]) -> None:
+        for layer, (keys, values) in enumerate(self.layer_states):  # one by one, which limits the peak of memory
+            self.layer_states[layer] = change(keys), change(values)
 
 
 class SharedCacheDecoder:
     """The answers of a batch of groups; its `step` is the step that `normtune.models.generation` calls.
 
     Args:
-        cache: B rows of S columns.
+        cache: B rows, of which the prompts' pass has written S columns.
         decode: computes new tokens against the cache.
+        head: hidden states [answers, width] -> logits [answers, vocabulary].
         windows: the kinds of attention layers, each with its window.
+        steps: how often `step` will be called at most.
         visible: [answers, S] bool, the columns that each answer sees so far.
-        cache_row: [answers] long, the cache row of each answer; never decreases from answer to answer.
+        cache_row: the cache row of each answer; never decreases from answer to answer.
         position: [answers] long, the rotary position of the next token of each answer.
         token_index: [answers] long, the number of tokens before it in its own conversation. Windows are
             measured in these; they differ from positions with M-RoPE, for example.
         column_token_index: [B, S] long, the token index of each column.
         on_select: called with the cache rows that stay, whenever some are dropped.
+        graph: captures steps and replays them; None: every step is launched kernel by kernel.
     """
 
     def __init__(
         self,
-        cache: Cache,
+        cache: ColumnCache,
         decode: Decode,
+        head: Callable[[Tensor], Tensor],
         windows: Windows,
         *,
+        steps: int,
         visible: Tensor,
-        cache_row: Tensor,
+        cache_row: Sequence[int],
         position: Tensor,
         token_index: Tensor,
         column_token_index: Tensor,
         on_select: Callable[[Tensor], None] | None = None,
+        graph: StepGraph | None = None,
     ) -> None:
-        self.cache, self.decode, self.windows = cache, decode, windows
-        self.visible, self.cache_row = visible, cache_row
-        self.position, self.token_index = position, token_index
-        self.column_token_index = column_token_index
-        self.on_select = on_select
+        self.cache, self.decode, self.head, self.windows = cache, decode, head, windows
+        self.steps, self.length = steps, visible.shape[1]
+        self.column_token_index = _widen(column_token_index, cache.capacity, 1)  # [B, capacity]
+        self.all_columns = torch.arange(cache.capacity, device=visible.device)
+        self.on_select, self.graph = on_select, graph
+        # CUDA's kernels are set up anew for each shape, and a captured step has one shape
+        self.reads_all_columns = visible.is_cuda or graph is not None
+        self._arrange(cache_row)
+        self._spread(_widen(visible, cache.capacity, 1), position, token_index)
 
     def step(self, tokens: Tensor, cache_rows: Tensor | None) -> Tensor:
         """Feed one token an answer: tokens [answers] -> logits [answers, vocabulary].
 
-        See `normtune.models.generation.Step` for `cache_rows`.
+        See `normtune.models.generation.Step` for `cache_rows`. The next call may overwrite the result.
         """
         if cache_rows is not None:
             self._continue_from(cache_rows)
-        count = torch.bincount(self.cache_row, minlength=len(self.column_token_index))  # [B]
-        # slot of an answer: its number minus that of the first answer of its cache row
-        slot = torch.arange(len(self.cache_row), device=count.device) - (count.cumsum(0) - count)[self.cache_row]
-        slots = int(count.max())
-        at = (self.cache_row, slot)  # indexes [B, slots] with one entry an answer
+        if self.length + self.slots > self.cache.capacity:
+            self._reserve(self.length + self.slots * min(self.steps, FIXED_STEPS))
+        self.input_ids.index_put_(self.at, tokens)
+        self.length, self.steps = self.length + self.slots, self.steps - 1
+        self.cache.width = self.cache.capacity if self.reads_all_columns else self.length
+        if self.graph is None:
+            return self._advance()
+        return self.graph.run(self._advance, self.steps, self.all_columns.device)
 
-        def spread(values: Tensor) -> Tensor:
-            """[answers] -> [B, slots]; slots without an answer hold 0."""
-            return values.new_zeros(len(count), slots).index_put(at, values)
+    def _advance(self) -> Tensor:
+        """Compute the logits of `input_ids`, and prepare all buffers for the next step.
 
-        token_index = spread(self.token_index)
-        visible = self.visible.new_zeros(len(count), slots, self.visible.shape[1])  # [B, slots, S]
-        visible[at] = self.visible
+        It changes buffers in place, reads nothing back from the device, and uses no value of the host that
+        differs between steps on CUDA: replaying its kernels is the same as calling it.
+        """
         # every new token sees its own new column, and no other new one
-        itself = torch.eye(slots, dtype=torch.bool, device=visible.device).expand(len(count), -1, -1)
-        visible = torch.cat((visible, itself), 2)  # [B, slots, S + slots]
-        self.column_token_index = torch.cat((self.column_token_index, token_index), 1)  # [B, S + slots]
-        logits = self.decode(spread(tokens), spread(self.position), self._masks(visible, token_index))[at]
-        self.visible = torch.cat((self.visible, F.one_hot(slot, slots).bool()), 1)  # [answers, S + slots]
-        self.position, self.token_index = self.position + 1, self.token_index + 1
+        self.visible |= self.columns[:, None] == self.all_columns
+        self.column_token_index.index_copy_(1, self.columns, self.token_index)
+        states = self.decode(self.input_ids, self.position, self._masks())
+        logits = self.head(states[self.at])
+        self.columns += self.slots
+        self.position += 1
+        self.token_index += 1
         return logits
 
-    def _continue_from(self, answers: Tensor) -> None:
-        """Let answer r continue from answer `answers[r]`, and drop cache rows that no answer needs."""
-        self.visible, self.cache_row = self.visible[answers], self.cache_row[answers]
-        self.position, self.token_index = self.position[answers], self.token_index[answers]
-        # `unique` sorts, so that rows stay in order and the answers' rows still never decrease
-        needed, self.cache_row = self.cache_row.unique(return_inverse=True)
-        if len(needed) < len(self.column_token_index):
-            self.cache.batch_select_indices(needed)
-            if self.on_select is not None:
-                self.on_select(needed)
-            self.column_token_index = self.column_token_index[needed]
-
-    def _masks(self, visible: Tensor, token_index: Tensor) -> Masks:
-        """visible [B, Q, S], token_index [B, Q] -> the mask of each kind of layer."""
-        masks = {}
+    def _masks(self) -> Masks:
+        """The mask of each kind of layer, [B, 1, slots, columns that layers read]."""
+        visible, masks = self.visible[..., : self.cache.width], {}  # [B, slots, columns]
         for kind, window in self.windows.items():
             near = visible
             if window is not None:
-                near = visible & (self.column_token_index[:, None] > token_index[:, :, None] - window)
+                near = visible & (
+                    self.column_token_index[:, None, : self.cache.width] > self.token_index[:, :, None] - window
+                )
             masks[kind] = near[:, None]
         return masks
+
+    def _continue_from(self, answers: Tensor) -> None:
+        """Let answer r continue from answer `answers[r]`."""
+        state = [values[self.at][answers] for values in (self.visible, self.position, self.token_index)]
+        rows = [self.cache_row[answer] for answer in answers.tolist()]
+        if rows != self.cache_row:
+            self._arrange(rows)
+        self._spread(*state)
+
+    def _arrange(self, cache_row: Sequence[int]) -> None:
+        """Assign a slot to each answer, and drop cache rows that no answer needs."""
+        needed = sorted(set(cache_row))
+        if len(needed) < len(self.column_token_index):
+            index = torch.tensor(needed, device=self.all_columns.device)
+            self.cache.select(index)
+            if self.on_select is not None:
+                self.on_select(index)
+            self.column_token_index = self.column_token_index[index]
+        self.cache_row = [needed.index(row) for row in cache_row]
+        # slot of an answer: its number minus that of the first answer of its cache row
+        slot = [number - self.cache_row.index(row) for number, row in enumerate(self.cache_row)]
+        self.slots = max(Counter(self.cache_row).values())
+        # indexes [B, slots] with one entry an answer
+        rows, slots = torch.tensor([self.cache_row, slot]).to(self.all_columns.device, non_blocking=True)
+        self.at = (rows, slots)
+        self.columns = torch.arange(self.length, self.length + self.slots, device=self.all_columns.device)
+        self.cache.columns = self.columns
+
+    def _spread(self, visible: Tensor, position: Tensor, token_index: Tensor) -> None:
+        """Make the buffers [B, slots, ...] of a step; slots without an answer hold 0 and see nothing."""
+
+        def spread(values: Tensor) -> Tensor:
+            return values.new_zeros(len(self.column_token_index), self.slots, *values.shape[1:]).index_put_(
+                self.at, values
+            )
+
+        self.visible, self.position, self.token_index = spread(visible), spread(position), spread(token_index)
+        self.input_ids = torch.zeros_like(self.position)
+        if self.graph is not None:
+            self.graph.clear()  # it writes to the former buffers
+
+    def _reserve(self, capacity: int) -> None:
+        """Make room for so many columns in all."""
+        self.cache.reserve(capacity)
+        self.visible = _widen(self.visible, capacity, 2)
+        self.column_token_index = _widen(self.column_token_index, capacity, 1)
+        self.all_columns = torch.arange(capacity, device=self.all_columns.device)
+        if self.graph is not None:
+            self.graph.clear()
+
+
+def _widen(values: Tensor, size: int, axis: int) -> Tensor:
+    """A copy with `size` entries along an axis; those added are 0, since a NaN in a hidden key would spread."""
+    widened = values.new_zeros(*values.shape[:axis], size, *values.shape[axis + 1 :])
+    widened.narrow(axis, 0, values.shape[axis]).copy_(values)
+    return widened

@@ -18,14 +18,14 @@ import torch
 from accelerate.utils import send_to_device
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from normtune.data import tasks
 from normtune.data.groups import Group, Segment
 from normtune.errors import InputError
 from normtune.models.answer_loss import Head
 from normtune.models.causal.attention import BLOCK_SIZE, Backend, additive_masks, use_shared_attention, uses_block_masks
-from normtune.models.causal.decoding import Masks, SharedCacheDecoder, Windows
+from normtune.models.causal.decoding import ColumnCache, Masks, SharedCacheDecoder, Windows
 from normtune.models.causal.frozen_layers import causal_trunk
 from normtune.models.causal.prompts import ChatPrompt, PromptFormat, TokenIds
 from normtune.models.causal.shared_prefix import (
@@ -36,9 +36,10 @@ from normtune.models.causal.shared_prefix import (
     dense_mask,
     shared_sequence,
 )
+from normtune.models.causal.step_graph import StepGraph, graph_obstacle, report_fallback
 from normtune.models.family import Family
 from normtune.models.frozen_trunk import TRUNK_DEPTH, TRUNK_STATES, FrozenTrunk, skip_layers
-from normtune.models.generation import Generated, OnTokens, generate
+from normtune.models.generation import FIXED_STEPS, Generated, OnTokens, generate
 from normtune.models.quantization import loading_options
 from normtune.models.types import Answer, AnswerStates, Batch, Pixels
 
@@ -70,6 +71,7 @@ class CausalFamily(Family):
         end_tokens: the tokens that end an answer.
         windows: the kinds of attention layers, each with the number of positions it sees.
         prompts: how questions are written and tokenised.
+        step_graph: captures and replays decoding steps on CUDA.
     """
 
     model: Any
@@ -83,6 +85,7 @@ class CausalFamily(Family):
         super().__init__(model, processor)
         self.config = self.model.config
         self.rows: RowLayout = "pad"
+        self.step_graph = StepGraph()
         self.attention: Backend = "auto"
         use_shared_attention(self.decoder)
         tokenizer = processor.tokenizer
@@ -393,26 +396,42 @@ class CausalFamily(Family):
         max_new_tokens: int,
         beams: int,
         on_tokens: OnTokens | None = None,
+        cuda_graphs: bool | None = None,
     ) -> list[Generated]:
-        """The tokens of each answer, one a segment in the order given."""
+        """The tokens of each answer, one a segment in the order given.
+
+        Args:
+            cuda_graphs: whether steps are captured and replayed; None: on CUDA, in greedy search.
+
+        Other arguments as for `generate_answers`.
+        """
         layout, _, groups = self.layout(groups, pixels, "pad")
-        batch: Batch = send_to_device(layout, self.device)
-        # A cache without a config keeps all columns in every layer. One that drops columns past a window
-        # would be wrong here: columns of several answers alternate, and our masks apply the windows.
-        cache = DynamicCache()
+        batch: Batch = send_to_device(layout, self.device, non_blocking=True)
+        answers = beams * max(len(group.segments) for group in groups)  # of a row
+        steps = max_new_tokens - 1  # the last token is not fed
+        cache = ColumnCache(batch["input_ids"].shape[1] + answers * min(steps, FIXED_STEPS))
         states = self.hidden_states(batch, use_cache=True, **{self._cache_argument: cache})  # [B, S, width]
-        decoder, last = self._shared_cache_decoder(batch, groups, cache)
-        return generate(
-            self._logits(states[decoder.cache_row, last]),  # [segments, vocabulary]
-            decoder.step,
-            end=self.end_tokens,
-            max_new_tokens=max_new_tokens,
-            beams=beams,
-            on_tokens=on_tokens,
-        )
+        if cuda_graphs is None:
+            cuda_graphs = self.device.type == "cuda" and beams == 1
+        if cuda_graphs and (obstacle := self.step_graph.failure or graph_obstacle(self.decoder)):
+            report_fallback(obstacle)
+            cuda_graphs = False
+        graph = self.step_graph if cuda_graphs else None
+        decoder, last = self._shared_cache_decoder(batch, groups, cache, steps, graph)
+        try:
+            return generate(
+                self._logits(states[decoder.at[0], last]),  # [segments, vocabulary]
+                decoder.step,
+                end=self.end_tokens,
+                max_new_tokens=max_new_tokens,
+                beams=beams,
+                on_tokens=on_tokens,
+            )
+        finally:
+            self.step_graph.clear()
 
     def _shared_cache_decoder(
-        self, batch: Batch, groups: Sequence[Group], cache: Any
+        self, batch: Batch, groups: Sequence[Group], cache: ColumnCache, steps: int, graph: StepGraph | None
     ) -> tuple[SharedCacheDecoder, Tensor]:
         """Set decoding up after the prompts' pass, with one answer a segment.
 
@@ -421,10 +440,10 @@ class CausalFamily(Family):
         """
         segments = [segment for group in groups for segment in group.segments]
         assert not any(segment.answer for segment in segments), "segments end where the model is to write"
-        sizes = [len(group.segments) for group in groups]
-        # each segment's row of the cache, and its number in its group: [segments] long
-        row = torch.arange(len(groups)).repeat_interleave(torch.tensor(sizes)).to(self.device)
-        number = torch.cat([torch.arange(size) for size in sizes]).to(self.device) + PREFIX + 1
+        # each segment's row of the cache, and its number in its group
+        rows = [row for row, group in enumerate(groups) for _ in group.segments]
+        numbers = [PREFIX + 1 + number for group in groups for number in range(len(group.segments))]
+        row, number = torch.tensor([rows, numbers]).to(self.device, non_blocking=True)  # [segments] long each
         segment_of = batch["segment_of"][row]  # [segments, S]
         visible = (segment_of == PREFIX) | (segment_of == number[:, None])  # [segments, S]
         # the largest visible column is the segment's last token, or the prefix's if the segment is empty
@@ -434,25 +453,27 @@ class CausalFamily(Family):
 
         def decode(input_ids: Tensor, position_ids: Tensor, masks: Masks) -> Tensor:
             embeds = self.decoder.get_input_embeddings()(input_ids)
-            states = self.decoder(
+            return self.decoder(
                 inputs_embeds=embeds,
                 attention_mask=_mask_argument(additive_masks(masks, self.decoder, embeds.dtype)),
                 position_ids=self.step_positions(position_ids),
                 use_cache=True,
                 **{self._cache_argument: cache},
             ).last_hidden_state
-            return self._logits(states)
 
         decoder = SharedCacheDecoder(
             cache,
             decode,
+            self._logits,
             self.windows,
+            steps=steps,
             visible=visible,
-            cache_row=row,
+            cache_row=rows,
             position=rotary[row, last] + 1,
             token_index=batch["token_index"][row, last] + 1,
             column_token_index=batch["token_index"],
             on_select=None if self.active_text_rows is None else self.active_text_rows.select,
+            graph=graph,
         )
         return decoder, last
 
