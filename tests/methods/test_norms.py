@@ -110,6 +110,24 @@ def test_gradients_of_a_bf16_input_are_the_fp32_ones_rounded(name: str) -> None:
         assert_close(low_grads[attribute], parameter.grad, terms=ROWS)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["layer", "llama", "gemma", "gemma4"])
+def test_cuda_gives_the_output_and_gradients_of_the_cpu(name: str, dtype: torch.dtype) -> None:
+    """CUDA has fused kernels of its own."""
+    tuned, x = TunedNorm.from_norm(norm(name, dtype)), inputs(name, dtype)
+    grad_out = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    results = []
+    for device in ("cpu", "cuda"):
+        module, states = copy.deepcopy(tuned).to(device), x.to(device).requires_grad_()
+        out = module(states)
+        out.backward(grad_out.to(device))
+        assert states.grad is not None
+        results.append([out.detach(), states.grad, *(parameter.grad for parameter in module.parameters())])
+    for on_cpu, on_cuda in zip(*results, strict=True):
+        assert_close(on_cuda.cpu(), on_cpu, terms=ROWS, dtype=dtype)
+
+
 @pytest.mark.parametrize("name", ["layer", "llama", "gemma"])
 def test_gradients_are_right_if_the_input_is_used_twice_and_the_gain_is_frozen(name: str) -> None:
     module, x = norm(name), inputs(name)

@@ -101,7 +101,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: bool, round_before_g
         weight: [width] fp32.
         offset: the gain is 1 + weight (Gemma) instead of weight.
         round_before_gain: round x/rms to x's dtype before the gain, as LLaMA's norm does, so that an
-            untouched gain gives the base's output to the bit.
+            untouched gain gives the base's output: on a CPU to the bit, on CUDA up to the rounding of 1/rms.
 
     Returns:
         (result [..., width] in x's dtype, rstd = 1/rms [..., 1] fp32).
@@ -109,10 +109,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: bool, round_before_g
     # rstd = 1 / sqrt(avg(x^2) + eps)
     # unit = x * rstd
     # y    = unit * g; no mean is subtracted and there is no bias
-    wide = x.float()
-    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)  # [..., 1]
     gain = 1.0 + weight if offset else weight
-    return scale_and_shift(wide * rstd, gain, None, x.dtype, round_before_gain), rstd
+    # one kernel on CUDA, which rounds to x's dtype at its end; on a CPU torch computes it step by step
+    if round_before_gain and x.dtype != torch.float32:
+        unit, rstd = torch.ops.aten._fused_rms_norm(x, weight.shape, None, eps)
+        return (unit * gain).to(x.dtype), rstd  # see `scale_and_shift`
+    out, rstd = torch.ops.aten._fused_rms_norm(x.float(), weight.shape, gain, eps)
+    return out.to(x.dtype), rstd
 
 
 def scale_and_shift(
@@ -152,8 +155,13 @@ def rms_norm_backward(
     x, rstd = saved
     gain = 1.0 + weight if offset else weight
     wide = grad.float()
-    # Layer norm's fused kernel computes this too, if it is given a mean of 0: then its unit is x * rstd, and
-    # its dg is right. Its dx has one more term, -rstd * avg(du), which is added back below.
+    if x.is_cuda:
+        grad_x, grad_weight = torch.ops.aten._fused_rms_norm_backward(
+            wide, x.float(), weight.shape, rstd, gain, output_mask[:2]
+        )
+        return None if grad_x is None else grad_x.to(x.dtype), grad_weight
+    # A CPU has no such kernel, but that of layer norm computes this too, if it is given a mean of 0: then its
+    # unit is x * rstd, and its dg is right. Its dx has one more term, -rstd * avg(du), which is added back below.
     grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
         wide, x.float(), weight.shape, torch.zeros_like(rstd), rstd, gain, None, [*output_mask[:2], False]
     )
