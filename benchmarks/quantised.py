@@ -86,7 +86,8 @@ def measure_base(options: argparse.Namespace, name: str, folder: Path) -> dict[s
     if "quantize" in base_options:
         measured["on_fp32"] = evaluate_adapter(data, folder, name, f"{name}-on-fp32")
     if name != "fp32":
-        measured["difference"] = asdict(compare(folder / "fp32-own", folder / f"{name}-own")[METRIC])
+        (differences,) = compare([folder / "fp32-own", folder / f"{name}-own"]).differences.values()
+        measured["difference"] = asdict(differences[METRIC])
     error, score = measured["gradient_error"], measured["metrics"][METRIC]["value"]
     print(f"{name}: gradient error {error:.4f}, {METRIC} {100 * score:.1f}", flush=True)
     return measured
@@ -118,7 +119,7 @@ def first_batch(options: argparse.Namespace, family: Family) -> dict[str, Any]:
 def evaluate_adapter(base_options: dict[str, Any], folder: Path, adapter: str, out: str) -> dict[str, Any]:
     """Evaluate an adapter of `folder`; its evaluation is written to the subfolder `out`."""
     config = EvaluateConfig.checked(**base_options, adapter=folder / adapter, out=folder / out)
-    metrics: dict[str, Any] = evaluate_config(config)["metrics"]
+    metrics: dict[str, Any] = evaluate_config(config).record["metrics"]
     return metrics
 
 

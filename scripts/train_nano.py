@@ -76,7 +76,7 @@ def main() -> None:
                 model=str(options.out), data=f"phantom-{hospital}:500", out=options.work / f"test-{hospital}"
             )
         )
-        scores[f"hospital {hospital}"] = result["metrics"]
+        scores[f"hospital {hospital}"] = result.record["metrics"]
     write_json(options.out / "training.json", {**vars(options), "out": None, "work": None, "test": scores})
     for name, metrics in scores.items():
         print(name, {metric: round(100 * value["value"], 1) for metric, value in metrics.items()})

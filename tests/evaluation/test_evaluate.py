@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from normtune.data.records import Dataset, Example, Kind
+from normtune.data.records import Dataset, Example, Kind, Split
 from normtune.errors import InputError
-from normtune.evaluation.evaluate import Evaluation, answer_all, evaluate, metrics_text, score_closed_candidates
-from normtune.evaluation.results import split_hash
+from normtune.evaluation.config import EvaluateConfig
+from normtune.evaluation.evaluate import answer_all, evaluate, score_closed_candidates
+from normtune.evaluation.results import Evaluation, read_run, split_hash
 from normtune.models.family import Family
 from normtune.models.types import Answer
 from tests.support.fake_family import CountingImages, FakeFamily, fake_dataset
@@ -35,7 +36,9 @@ ANSWERS = {"q1": "yes", "q2": "lung", "q3": "lung", "q4": "yes", "q5": "liver"}
 
 
 def run(family: FakeFamily, dataset: Dataset, out: Path | None = None, **options: Any) -> Evaluation:
-    return evaluate(cast(Family, family), dataset, dataset.examples, out, **options)
+    progress = options.pop("progress", None)
+    config = EvaluateConfig.checked(model="fake", data="fake", out=out, **options)
+    return evaluate(cast(Family, family), Split(dataset, dataset.examples), config, progress=progress)
 
 
 def test_answers_are_joined_by_id_and_scored() -> None:
@@ -44,24 +47,30 @@ def test_answers_are_joined_by_id_and_scored() -> None:
     assert evaluation.metrics["closed_label"].value == 0.5
     assert evaluation.metrics["open_exact"].value == pytest.approx(1 / 3)
     assert evaluation.metrics["open_recall"].value == pytest.approx(0.5)
-    assert evaluation.pairs_per_second == pytest.approx(5 / evaluation.seconds)
-    assert evaluation.peak_memory_bytes > 0
+    assert evaluation.record["pairs_per_second"] == pytest.approx(5 / evaluation.seconds)
+    assert evaluation.record["peak_memory_bytes"] > 0
 
 
-@pytest.mark.parametrize(("max_group_size", "batch_pairs"), [(None, 64), (1, 2), (2, 1), (None, 1)])
-def test_each_image_is_opened_once_and_shared(max_group_size: int | None, batch_pairs: int) -> None:
+@pytest.mark.parametrize("batch", [1, 2, 64])
+def test_each_image_is_opened_once(batch: int) -> None:
     images, family = CountingImages(), FakeFamily(ANSWERS)
-    evaluation = run(family, fake_dataset(EXAMPLES, images), max_group_size=max_group_size, batch_pairs=batch_pairs)
+    evaluation = run(family, fake_dataset(EXAMPLES, images), batch=batch)
     assert sorted(images.opened) == ["10", "20", "30"]
-    groups = [group for batch in family.batches for group in batch]
-    assert all(len(group.segments) <= (max_group_size or 3) for group in groups)
-    assert sorted(s.id for group in groups for s in group.segments) == sorted(ANSWERS)
+    segments = [segment for groups in family.batches for group in groups for segment in group.segments]
+    assert sorted(segment.id for segment in segments) == sorted(ANSWERS)
     assert evaluation.metrics["global_exact"].value == pytest.approx(2 / 5)
 
 
+@pytest.mark.parametrize("cap", [None, 1, 2])
+def test_the_questions_of_an_image_are_answered_in_groups_of_at_most_cap(cap: int | None) -> None:
+    family = FakeFamily(ANSWERS)
+    answer_all(cast(Family, family), fake_dataset(EXAMPLES), EXAMPLES, cap=cap)
+    sizes = [len(group.segments) for groups in family.batches for group in groups]
+    assert sum(sizes) == 5 and max(sizes) == (cap or 3)
+
+
 def test_predictions_manifest_and_metrics_are_written(tmp_path: Path) -> None:
-    metadata = {"base": "nano", "adapter": "ln"}
-    evaluation = run(FakeFamily(ANSWERS), fake_dataset(EXAMPLES), tmp_path / "run", metadata=metadata, beams=3)
+    evaluation = run(FakeFamily(ANSWERS), fake_dataset(EXAMPLES), tmp_path / "run", beams=3)
     rows = [json.loads(line) for line in (tmp_path / "run/predictions.jsonl").read_text().splitlines()]
     assert rows[2] == {
         "id": "q3",
@@ -77,13 +86,33 @@ def test_predictions_manifest_and_metrics_are_written(tmp_path: Path) -> None:
     assert manifest == {"split_hash": split_hash(list(ANSWERS)), "ids": sorted(ANSWERS)}
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert metrics["metrics"]["closed_label"]["value"] == evaluation.metrics["closed_label"].value
-    assert (metrics["base"], metrics["adapter"], metrics["licence"]) == ("nano", "ln", "CC0")
+    assert (metrics["base"], metrics["adapter"], metrics["licence"]) == ("fake", None, "CC0")
     assert metrics["notice"] == "research use, not for diagnosis"
     assert (metrics["rows"], metrics["images"], metrics["splits"]) == (5, 3, ["test"])
     assert metrics["settings"]["beams"] == 3 and metrics["versions"]["torch"] == version("torch")
     assert metrics["split_hash"] == manifest["split_hash"]
-    text = metrics_text({**metrics, "out": "run"})
+    assert evaluation.to_dict() == {**metrics, "out": str(tmp_path / "run")}
+    text = str(evaluation)
     assert "closed_label" in text and "50.00" in text and "not for diagnosis" in text
+
+
+def test_an_evaluation_in_memory_is_saved_later(tmp_path: Path) -> None:
+    evaluation = run(FakeFamily(ANSWERS), fake_dataset(EXAMPLES))
+    assert evaluation.out is None and "Written" not in str(evaluation)
+    evaluation.save(tmp_path / "run")
+    examples, texts, record = read_run(tmp_path / "run")
+    assert texts == ANSWERS and record == evaluation.record and [e.id for e in examples] == list(ANSWERS)
+
+
+def test_an_evaluation_is_shown_as_a_data_frame_and_a_plot() -> None:
+    evaluation = run(FakeFamily(ANSWERS), fake_dataset(EXAMPLES))
+    frame = evaluation.to_pandas().set_index("metric")
+    assert frame.loc["closed_label", "value"] == 0.5 and frame.loc["closed_label", "rows"] == 2
+    predictions = evaluation.predictions.to_pandas()
+    assert list(predictions["prediction"]) == list(ANSWERS.values())
+    assert "question q3" in evaluation.predictions._repr_html_() and "<pre>fake" in evaluation._repr_html_()
+    axes = evaluation.plot()
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(reversed(evaluation.metrics))
 
 
 def test_candidates_answer_the_closed_questions() -> None:
@@ -152,7 +181,7 @@ def test_a_memory_error_names_the_option_to_lower() -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(InputError, match=r"out of memory with 7 questions at once\. Lower --batch"):
-        run(Full(ANSWERS), fake_dataset(EXAMPLES), batch_pairs=7)
+        run(Full(ANSWERS), fake_dataset(EXAMPLES), batch=7)
 
 
 def test_a_score_that_is_nan_is_omitted(tmp_path: Path) -> None:
@@ -171,7 +200,7 @@ def test_a_score_that_is_nan_is_omitted(tmp_path: Path) -> None:
         ([EXAMPLES[0], EXAMPLES[0]], {}, "1 ids occur more than once in the examples, first 'q1'"),
         ([EXAMPLES[0], Example("r", ("10",), "", "x", "report", "test")], {}, "one task at a time"),
         (EXAMPLES, {"candidates": "yes"}, "give two or more"),
-        (EXAMPLES, {"normalisation": "vqaa"}, "did you mean 'vqa'"),
+        (EXAMPLES, {"normalisation": "vqaa"}, "--normalisation: .* 'vqaa'"),
     ],
 )
 def test_bad_input_is_reported_before_anything_is_answered(

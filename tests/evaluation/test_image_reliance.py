@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from normtune.data.groups import Group
-from normtune.data.records import Dataset, Example
+from normtune.data.records import Dataset, Example, Split
 from normtune.errors import InputError
-from normtune.evaluation.config import CONTROLS
-from normtune.evaluation.evaluate import Evaluation, evaluate, metrics_text
+from normtune.evaluation.config import CONTROLS, EvaluateConfig
+from normtune.evaluation.evaluate import evaluate
 from normtune.evaluation.image_reliance import (
     GREY,
     control_dataset,
@@ -26,7 +26,7 @@ from normtune.evaluation.image_reliance import (
     parse_controls,
     swapped_images,
 )
-from normtune.evaluation.results import read_run
+from normtune.evaluation.results import Evaluation, read_run
 from normtune.metrics.table import metric_table
 from normtune.models.family import Family
 from normtune.models.image_cache import ImageCache
@@ -63,7 +63,9 @@ EXAMPLES = [
 
 
 def run(family: FakeFamily, dataset: Dataset, out: Path | None = None, **options: Any) -> Evaluation:
-    return evaluate(cast(Family, family), dataset, dataset.examples, out, **options)
+    progress = options.pop("progress", None)
+    config = EvaluateConfig(model="fake", data="fake", out=out, **options)
+    return evaluate(cast(Family, family), Split(dataset, dataset.examples), config, progress=progress)
 
 
 # --- The images ---------------------------------------------------------------------------------------------
@@ -183,7 +185,7 @@ def test_an_evaluation_answers_the_questions_with_every_control(tmp_path: Path) 
         fake_dataset(EXAMPLES),
         tmp_path,
         controls="blank,noise,other",
-        batch_pairs=10,
+        batch=10,
         progress=lambda done, total: ticks.append((done, total)),
     )
     swapped = swapped_images(EXAMPLES)
@@ -204,13 +206,13 @@ def test_an_evaluation_answers_the_questions_with_every_control(tmp_path: Path) 
     assert [row["prediction"] for row in rows] == [p.text for p in evaluation.controls["other"]]
     assert [row["images"] for row in rows] == [list(e.images) for e in EXAMPLES]
     assert len(read_run(tmp_path)[0]) == 40, "the run reads back like a run without controls"
-    assert "100.0 [100.0, 100.0]" in metrics_text({**metrics, "out": "run"})
+    assert "100.0 [100.0, 100.0]" in str(evaluation)
 
 
 def test_a_model_that_ignores_images_has_no_contribution_and_old_files_are_deleted(tmp_path: Path) -> None:
     dataset = fake_dataset(EXAMPLES)
     evaluation = run(Looking("level 50"), dataset, tmp_path, controls="noise,blank")
-    for control in evaluation.scores.reliance.values():
+    for control in evaluation.record["reliance"].values():
         metric = control["metrics"]["global_exact"]
         assert (metric["real"]["value"], metric["difference"]["value"], metric["earned"]["value"]) == (0.05, 0.0, 0.0)
         assert metric["difference"]["p"] == 1.0
@@ -219,7 +221,7 @@ def test_a_model_that_ignores_images_has_no_contribution_and_old_files_are_delet
         "predictions-noise.jsonl",
         "predictions-blank.jsonl",
     }
-    assert run(Looking("level 50"), dataset, tmp_path).scores.reliance == {}
+    assert "reliance" not in run(Looking("level 50"), dataset, tmp_path).record
     assert [path.name for path in tmp_path.glob("predictions*")] == ["predictions.jsonl"]
     assert "reliance" not in json.loads((tmp_path / "metrics.json").read_text())
 
@@ -227,7 +229,7 @@ def test_a_model_that_ignores_images_has_no_contribution_and_old_files_are_delet
 def test_reports_are_scored_with_control_images_too(tmp_path: Path) -> None:
     reports = [Example(f"r{n}", (f"{n}0", f"{n}5"), "", f"level {n}0", "report", "test") for n in range(2, 8)]
     evaluation = run(Looking(), fake_dataset(reports), tmp_path, controls="other")
-    metrics = evaluation.scores.reliance["other"]["metrics"]
+    metrics = evaluation.record["reliance"]["other"]["metrics"]
     assert set(metrics) == {"rouge_l/none", "bleu_4/none", "cider_d/none"}
     rouge = metrics["rouge_l/none"]
     assert rouge["real"]["value"] == 1.0 and 0 < rouge["earned"]["value"] < 1, "the word 'level' stays right"
@@ -255,6 +257,6 @@ def test_the_cache_of_control_images_is_separate_from_that_of_real_images() -> N
     family = Looking()
     cache = ImageCache(cast(Family, family), dataset)
     assert cache("50")["mean"] == 50
-    evaluation = run(family, dataset, controls="blank", image_cache=cache)
-    assert {p.text for p in evaluation.controls["blank"]} == {f"level {GREY}"}
+    blank = cache.for_dataset(control_dataset(dataset, EXAMPLES, "blank"))
+    assert blank("50")["mean"] == GREY
     assert cache("50")["mean"] == 50

@@ -7,9 +7,9 @@ import pytest
 
 from normtune.data.records import Example, Kind, Prediction
 from normtune.errors import InputError
-from normtune.evaluation.results import read_run, read_scores, split_hash, write_results
+from normtune.evaluation.results import read_run, read_scores, split_hash
 from normtune.metrics.answers import score_vqa
-from tests.support.fake_family import fake_dataset
+from tests.support.evaluation_runs import write_run
 
 
 def example(number: int, answer: str = "lung", kind: Kind = "open") -> Example:
@@ -23,8 +23,7 @@ def write(out: Path, right: set[int], examples: list[Example] | None = None, nor
     examples = examples or EXAMPLES
     predictions = [Prediction(e.id, e.answer if int(e.id[1:]) in right else "wrong", -0.1) for e in reversed(examples)]
     metrics = score_vqa(examples, predictions, normalisation=normalisation)
-    write_results(out, fake_dataset(examples), examples, predictions, metrics, normalisation=normalisation)
-    return out
+    return write_run(out, examples, predictions, metrics=metrics, normalisation=normalisation)
 
 
 def test_a_written_run_reads_back_unchanged(tmp_path: Path) -> None:

@@ -132,8 +132,8 @@ def test_a_baseline_is_evaluated_like_a_model(tmp_path: Path) -> None:
     train = [report("a", ["10"], "The heart is normal.")]
     test = [report("x", ["20"], "The heart is normal.", "test"), report("y", ["30"], "A mass.", "test")]
     dataset = fake_dataset(train + test)
-    baseline = fit_baseline("medoid", None, dataset, train)
-    evaluation = evaluate(None, dataset, test, tmp_path, baseline=baseline)
+    config = EvaluateConfig(model="none", data="fake", out=tmp_path, baseline="medoid")
+    evaluation = evaluate(None, dataset.test, config)
     assert [prediction.text for prediction in evaluation.predictions] == ["The heart is normal."] * 2
     rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert {row["id"]: row["prediction"] for row in rows} == dict.fromkeys("xy", "The heart is normal.")
@@ -143,7 +143,7 @@ def test_the_baseline_retrieval_uses_the_features_of_the_model(tmp_path: Path) -
     model = save_tiny_miss(tmp_path / "model")
     common: dict[str, Any] = {"model": str(model), "data": "phantom-b:6/0/4", "task": "report"}
     config = EvaluateConfig(baseline="retrieval", split="train", out=tmp_path / "out", device="cpu", **common)
-    result = evaluate_config(config)
+    result = evaluate_config(config).record
     assert result["baseline"] == "retrieval" and result["base"] == str(model)
     assert result["metrics"]["rouge_l/none"]["value"] == 1.0  # a training image is the nearest to itself
 

@@ -9,7 +9,7 @@ import pytest
 
 from normtune.adapters.storage import save_adapter
 from normtune.evaluation.config import EvaluateConfig
-from normtune.evaluation.evaluate import _setting, evaluate_config, metrics_text
+from normtune.evaluation.evaluate import _setting, evaluate_config
 from normtune.methods.adapt import adapt
 from normtune.runtime.files import read_json
 from normtune.training.config import TrainConfig
@@ -30,9 +30,10 @@ def test_results_record_the_training_dataset_and_the_setting(tmp_path: Path) -> 
 
     def evaluate(data: str, root: Path | None, adapter: Path | None) -> tuple[Any, ...]:
         options: dict[str, Any] = {"data": data, "root": root, "adapter": adapter, "out": tmp_path / "run"}
-        result = evaluate_config(EvaluateConfig(**model, **options, max_new_tokens=2, limit=2))
+        evaluation = evaluate_config(EvaluateConfig(**model, **options, max_new_tokens=2, limit=2))
+        result = evaluation.to_dict()
         assert result == {**read_json(tmp_path / "run/metrics.json"), "out": str(tmp_path / "run")}
-        assert result["setting"] in metrics_text(result)
+        assert result["setting"] in str(evaluation)
         return result["trained_on"], result["dataset"], result["setting"]
 
     assert evaluate("slake", slake, adapter_folder) == ("slake", "slake", "in-distribution")

@@ -7,11 +7,13 @@ from pathlib import Path
 
 from normtune.data.registry import open_dataset
 from normtune.evaluation.baselines import QuestionOnly
+from normtune.evaluation.config import EvaluateConfig
 from normtune.evaluation.evaluate import evaluate
 from normtune.metrics.answers import score_vqa
 from normtune.models.loading import load
 from normtune.runtime.files import read_json
 
+CONFIG = EvaluateConfig(model="nano", data="phantom-a:150", out=None)
 NANO = Path(str(files("normtune.models").joinpath("nano")))
 
 
@@ -23,7 +25,7 @@ def test_nano_answers_hospital_a_better_than_a_question_only_baseline() -> None:
     dataset = open_dataset("phantom-a:150")
     test = dataset.split("test")
     blind = score_vqa(test, QuestionOnly.fit(dataset.split("train")).predict(test))["global_exact"]
-    accuracy = evaluate(load("nano"), dataset, test).metrics["global_exact"]
+    accuracy = evaluate(load("nano"), test, CONFIG).metrics["global_exact"]
     assert accuracy.low > blind.high
 
 
@@ -31,7 +33,7 @@ def test_the_record_of_its_training_agrees_with_its_weights() -> None:
     """The committed scores are of 100 test images; the interval of 30 of them contains them."""
     record = read_json(NANO / "training.json")
     dataset = open_dataset("phantom-a:150")
-    accuracy = evaluate(load("nano"), dataset, dataset.split("test")).metrics["global_exact"]
+    accuracy = evaluate(load("nano"), dataset.test, CONFIG).metrics["global_exact"]
     assert accuracy.low <= record["test"]["hospital a"]["global_exact"]["value"] <= accuracy.high
 
 

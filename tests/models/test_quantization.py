@@ -236,4 +236,4 @@ def test_a_quantised_base_is_evaluated(kind: str, tmp_path: Path) -> None:
     config = EvaluateConfig.checked(
         model="nano", data="phantom-a:5", limit=8, out=tmp_path, quantize=kind, device="cpu"
     )
-    assert evaluate_config(config)["rows"] == 8
+    assert evaluate_config(config).record["rows"] == 8

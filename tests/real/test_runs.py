@@ -20,7 +20,7 @@ def check(tmp_path: Path, **data: Any) -> None:
     evaluate_options = EvaluateConfig(
         model="nano", adapter=tmp_path / "ln", out=tmp_path / "scores", limit=30, device="cpu", **data
     )
-    metrics = evaluate_config(evaluate_options)
+    metrics = evaluate_config(evaluate_options).record
     test = open_configured(evaluate_options).split("test")[:30]
     examples, _, _ = read_run(tmp_path / "scores")
     assert [example.id for example in examples] == [example.id for example in test]

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from normtune.data.records import Example, Kind, Prediction
-from normtune.evaluation.results import write_results
+from normtune.data.records import Example, Kind, Prediction, Split
+from normtune.evaluation.results import Evaluation, Predictions, make_record
 from normtune.metrics.answers import score_vqa
 from tests.support.fake_family import fake_dataset
 
@@ -38,11 +38,8 @@ def write_vqa_run(
         Prediction(e.id, e.answer if index in correct else "wrong", scores.get(index, -0.1))
         for index, e in reversed(list(enumerate(examples)))
     ]
-    metrics = score_vqa(examples, predictions, normalisation=normalisation)
-    write_results(
-        out, fake_dataset(list(examples)), examples, predictions, metrics, normalisation=normalisation, **about
-    )
-    return out
+    about = {"metrics": score_vqa(examples, predictions, normalisation=normalisation), **about}
+    return write_run(out, examples, predictions, normalisation=normalisation, **about)
 
 
 def write_report_run(
@@ -50,5 +47,11 @@ def write_report_run(
 ) -> Path:
     """Write a run that predicts the reference reports, except for the texts in `changed` (by index)."""
     predictions = [Prediction(e.id, changed.get(n, e.answer), -0.5) for n, e in enumerate(examples)]
-    write_results(out, fake_dataset(list(examples)), examples, predictions, {}, normalisation=["none"], **about)
+    return write_run(out, examples, predictions, metrics={}, normalisation=["none"], **about)
+
+
+def write_run(out: Path, examples: Sequence[Example], predictions: Sequence[Prediction], **record: Any) -> Path:
+    """Write the files of an evaluation."""
+    split = Split(fake_dataset(list(examples)), examples)
+    Evaluation(split, Predictions(examples, predictions), make_record(split, **record)).save(out)
     return out

@@ -236,6 +236,6 @@ def load_model(
 
     family = load(model, dtype=dtype, device=device, quantize=quantize)
     if adapter is not None:
-        load_adapter(family.model, adapter)
+        family.adapter = load_adapter(family.model, adapter)
     family.model.eval()
     return family

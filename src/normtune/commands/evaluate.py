@@ -60,12 +60,12 @@ def compare(
 
     Shows each metric's difference from the first evaluation, paired by image, with its interval.
     """
-    from normtune.evaluation.compare import compare_runs, comparison_text, write_comparison
+    from normtune.evaluation.compare import compare
 
-    comparison = compare_runs(runs).to_json()
+    comparison = compare(runs)
     if out is not None:
-        write_comparison(comparison, out)
-    emit(json, comparison, comparison_text(comparison))
+        comparison.save(out)
+    emit(json, comparison.to_dict(), str(comparison))
 
 
 @app.command()
@@ -115,8 +115,8 @@ def evaluate(config: EvaluateConfig, *, as_json: bool) -> None:
 
     Answers every question of a split and scores the answers, with 95% confidence intervals.
     """
-    from normtune.evaluation.evaluate import evaluate_config, metrics_text
+    from normtune.evaluation.evaluate import evaluate_config
 
     with progress_bar("answering", quiet=as_json or not distributed.is_main_process()) as tick:
-        metrics = evaluate_config(config, progress=tick)
-    emit(as_json, metrics, metrics_text(metrics))
+        evaluation = evaluate_config(config, progress=tick)
+    emit(as_json, evaluation.to_dict(), str(evaluation))

@@ -5,25 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from normtune.data.records import Example
 from normtune.errors import InputError
-from normtune.evaluation.results import read_run, split_hash
+from normtune.evaluation.results import Evaluation, read_run, split_hash
 from normtune.metrics.statistics import holm_correction
 from normtune.metrics.sum_metrics import SumMetric, paired_difference
 from normtune.metrics.table import metric_table
 from normtune.runtime.files import read_json, write_text
+from normtune.runtime.notebook import axes_or_new, data_frame, html_text
 from normtune.runtime.number_format import format_interval
 from normtune.runtime.text_table import markdown_table, text_table
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.axes import Axes
+
+Runs = Sequence[Path | str | Evaluation] | Mapping[str, Path | str | Evaluation]
 
 
 @dataclass(frozen=True)
 class EvaluationRun:
-    """One evaluation, read from its files."""
+    """One evaluation of a comparison."""
 
-    name: str  # the shortest end of its path that no other run has
-    directory: Path
+    name: str  # as the caller names it, else the shortest end of its path that no other run has
+    directory: Path  # of its files; of an evaluation in memory, its name
     examples: list[Example]
     texts: dict[str, str]  # example id -> predicted text
     record: dict[str, Any]  # contents of metrics.json
@@ -50,9 +57,9 @@ class MetricDifference:
     method: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
-    """Several runs compared with the first of them, the baseline."""
+    """Several runs compared with the first of them, the baseline. `print` and Jupyter show it as a table."""
 
     baseline: EvaluationRun
     others: list[EvaluationRun]
@@ -63,15 +70,11 @@ class Comparison:
         """The number of tested differences, for which p-values are corrected."""
         return sum(len(metrics) for metrics in self.differences.values())
 
-    def to_json(self) -> dict[str, Any]:
-        """Build the dictionary that `normtune compare --json` prints."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `normtune compare --json` prints."""
         about = self.baseline.record
         return {
-            "dataset": about["dataset"],
-            "rows": about["rows"],
-            "images": about["images"],
-            "split_hash": about["split_hash"],
-            "normalisation": about["normalisation"],
+            **{name: about[name] for name in ("dataset", "rows", "images", "split_hash", "normalisation")},
             "baseline": self.baseline.name,
             "runs": {run.name: str(run.directory) for run in (self.baseline, *self.others)},
             "comparisons": self.comparisons,
@@ -81,33 +84,96 @@ class Comparison:
             },
         }
 
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return a data frame with one row for each run and metric."""
+        return data_frame(
+            {"run": run, "metric": name, **asdict(difference)}
+            for run, metrics in self.differences.items()
+            for name, difference in metrics.items()
+        )
 
-def compare(run_a: Path | str, run_b: Path | str) -> dict[str, MetricDifference]:
-    """Compare two evaluations of the same rows, paired by id.
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw every difference from the baseline with its 95% interval, times 100."""
+        ax = axes_or_new(ax)
+        names = list(reversed(next(iter(self.differences.values()))))
+        for number, (run, metrics) in enumerate(self.differences.items()):
+            rows = [metrics[name] for name in names]
+            values = [100 * row.difference for row in rows]
+            errors = [
+                [100 * (row.difference - row.low) for row in rows],
+                [100 * (row.high - row.difference) for row in rows],
+            ]
+            heights = [place - 0.6 * number / len(self.differences) for place in range(len(names))]
+            ax.errorbar(values, heights, xerr=errors, fmt="o", capsize=3, label=run)
+        ax.axvline(0, color="0.5", linewidth=1)
+        ax.set_yticks(range(len(names)), names)
+        ax.set_xlabel(f"difference from {self.baseline.name} x 100, with 95% interval")
+        ax.legend()
+        ax.grid(alpha=0.3)
+        return ax
 
-    Args:
-        run_a: result folder of the first evaluation.
-        run_b: result folder of the second.
+    def __str__(self) -> str:
+        title, note = self._caption()
+        return "\n".join([title, *text_table([_HEAD, *self._cells()], _ALIGN), note])
 
-    Returns:
-        Metric name -> both values, the difference (second minus first), its 95% interval and p-values.
+    def __repr__(self) -> str:
+        return f"<Comparison of {', '.join(self.differences)} with {self.baseline.name}>"
 
-    Raises:
-        InputError: as `read_runs`.
-    """
-    (differences,) = compare_runs([run_a, run_b]).differences.values()
-    return differences
+    def _repr_html_(self) -> str:
+        return html_text(str(self))
+
+    def markdown(self) -> str:
+        """Format the comparison as a Markdown table."""
+        title, note = self._caption()
+        table = markdown_table(_HEAD, self._cells(), _ALIGN)
+        return "\n".join([title.replace("|", "\\|"), "", *table, "", note]) + "\n"
+
+    def save(self, path: Path | str) -> None:
+        """Write the Markdown table to a file, atomically."""
+        write_text(Path(path), self.markdown())
+
+    def _cells(self) -> list[list[str]]:
+        """Format one row per run and metric; values are multiplied by 100."""
+        rows = []
+        for run, metrics in self.differences.items():
+            for name, metric in metrics.items():
+                difference = {"value": metric.difference, "low": metric.low, "high": metric.high}
+                interval = format_interval(difference, digits=2, sign="+")
+                values = [f"{100 * metric.first:.2f}", f"{100 * metric.second:.2f}"]
+                rows.append([run, name, *values, interval, f"{metric.p:.4f}", f"{metric.p_holm:.4f}", str(metric.rows)])
+        return rows
+
+    def _caption(self) -> tuple[str, str]:
+        """Format the line before the table and the line after it."""
+        about = self.baseline.record
+        return (
+            f"{about['dataset']}: {about['rows']} rows, {about['images']} images; baseline: {self.baseline.name}",
+            f"Values times 100; intervals 95%, paired bootstrap over images; p-values corrected for all "
+            f"{self.comparisons} comparisons (Holm).",
+        )
 
 
-def compare_runs(directories: Sequence[Path | str]) -> Comparison:
-    """Compare every metric of each run with the first run, paired by image.
+_HEAD = ["run", "metric", "baseline", "value", "difference", "p", "p (Holm)", "rows"]
+_ALIGN = "llr"  # the first two columns are text and aligned left; the others are numbers
+
+
+def compare(runs: Runs) -> Comparison:
+    """Compare every metric of each evaluation with the first one, paired by image.
+
+    ```python
+    normtune.compare([frozen, tuned])
+    normtune.compare({"frozen": frozen, "ln": "runs/ln-scores"})
+    ```
 
     The p-values are corrected for all metrics of all runs (Holm 1979).
+
+    Args:
+        runs: results of `evaluate`, or their folders; with names, or named after their folders or adapters.
 
     Raises:
         InputError: as `read_runs`, or if there is only one run.
     """
-    baseline, *others = read_runs(directories)
+    baseline, *others = read_runs(runs)
     if not others:
         raise InputError("a comparison needs at least two runs. Name two or more result folders.")
     cluster = {example.id: example.images for example in baseline.examples}
@@ -127,7 +193,7 @@ def compare_runs(directories: Sequence[Path | str]) -> Comparison:
     return Comparison(baseline, others, differences)
 
 
-def read_runs(directories: Sequence[Path | str]) -> list[EvaluationRun]:
+def read_runs(runs: Runs) -> list[EvaluationRun]:
     """Read evaluations of one split and check that they have the same questions about the same images.
 
     Raises:
@@ -135,16 +201,29 @@ def read_runs(directories: Sequence[Path | str]) -> list[EvaluationRun]:
             in rows, questions, references, images, kinds or normalisation. The message states how many differ
             and in which folder.
     """
-    paths = [Path(directory) for directory in directories]
+    evaluations = list(runs.values()) if isinstance(runs, Mapping) else list(runs)
+    paths = [_path_of(evaluation) for evaluation in evaluations]
     resolved = [path.resolve() for path in paths]
     for path, absolute in zip(paths, resolved, strict=True):
         if resolved.count(absolute) > 1:
-            raise InputError(f"{path} is named twice. Name each result folder once.")
-    names = _short_names(resolved)
-    runs = [_read_run(path, name) for path, name in zip(paths, names, strict=True)]
-    for run in runs[1:]:
-        _check_same_rows(runs[0], run)
-    return runs
+            raise InputError(f"{path} is named twice. Name each result once: compare({{'name': result, ...}}).")
+    names = list(runs) if isinstance(runs, Mapping) else _short_names(resolved)
+    loaded = [
+        EvaluationRun(name, path, evaluation.examples, evaluation.predictions.texts, evaluation.record)
+        if isinstance(evaluation, Evaluation)
+        else _read_run(path, name)
+        for evaluation, path, name in zip(evaluations, paths, names, strict=True)
+    ]
+    for run in loaded[1:]:
+        _check_same_rows(loaded[0], run)
+    return loaded
+
+
+def _path_of(run: Path | str | Evaluation) -> Path:
+    """The folder of a run; an evaluation in memory is named after its baseline, adapter or base."""
+    if not isinstance(run, Evaluation):
+        return Path(run)
+    return run.out or Path(str(run.record.get("baseline") or run.record["adapter"] or run.record["base"]))
 
 
 def _read_run(path: Path, name: str) -> EvaluationRun:
@@ -209,50 +288,3 @@ def _normalisation_text(run: EvaluationRun) -> str:
 def compute_metrics(run: EvaluationRun) -> dict[str, SumMetric]:
     """Compute every metric of the run's task, row by row."""
     return metric_table(run.examples, run.texts, run.record["normalisation"])
-
-
-def _table_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
-    """Format one row per run and metric: both values, the difference with its interval, p-values and rows.
-
-    Values are multiplied by 100.
-    """
-    rows = []
-    for run, metrics in comparison["differences"].items():
-        for name, metric in metrics.items():
-            first, second = 100 * metric["first"], 100 * metric["second"]
-            interval = format_interval({**metric, "value": metric["difference"]}, digits=2, sign="+")
-            p = [f"{metric[key]:.4f}" for key in ("p", "p_holm")]
-            rows.append([run, name, f"{first:.2f}", f"{second:.2f}", interval, *p, str(metric["rows"])])
-    return rows
-
-
-_HEAD = ["run", "metric", "baseline", "value", "difference", "p", "p (Holm)", "rows"]
-_ALIGN = "llr"  # text is aligned left, numbers right
-
-
-def _caption(comparison: Mapping[str, Any]) -> tuple[str, str]:
-    """Format the line before the table and the line after it."""
-    return (
-        f"{comparison['dataset']}: {comparison['rows']} rows, {comparison['images']} images; "
-        f"baseline: {comparison['baseline']}",
-        f"Values times 100; intervals 95%, paired bootstrap over images; p-values corrected for all "
-        f"{comparison['comparisons']} comparisons (Holm).",
-    )
-
-
-def comparison_text(comparison: Mapping[str, Any]) -> str:
-    """Format the result of `Comparison.to_json` as an aligned table."""
-    title, note = _caption(comparison)
-    return "\n".join([title, *text_table([_HEAD, *_table_rows(comparison)], _ALIGN), note])
-
-
-def comparison_markdown(comparison: Mapping[str, Any]) -> str:
-    """Format the result of `Comparison.to_json` as a Markdown table."""
-    title, note = _caption(comparison)
-    table = markdown_table(_HEAD, _table_rows(comparison), _ALIGN)
-    return "\n".join([title.replace("|", "\\|"), "", *table, "", note]) + "\n"
-
-
-def write_comparison(comparison: Mapping[str, Any], path: Path) -> None:
-    """Write the Markdown table to a file, atomically."""
-    write_text(path, comparison_markdown(comparison))

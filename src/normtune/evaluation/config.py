@@ -17,7 +17,8 @@ class EvaluateConfig(DataOptions):
     """The options of `normtune evaluate`. The descriptions are what `--help` prints."""
 
     model: str = Field(description="Base model: a local directory, a hub name, or 'nano'.")
-    out: Path = Field(description="Folder to write predictions.jsonl and metrics.json to.")
+    # None (in Python only): nothing is written
+    out: Path | None = Field(description="Folder to write predictions.jsonl and metrics.json to.")
     adapter: Path | None = Field(
         None, description="Folder of a trained adapter; without it, the base is evaluated (zero-shot)."
     )

@@ -1,23 +1,31 @@
-"""Writes and reads the files of an evaluation: predictions, manifest and metrics."""
+"""The result of an evaluation, and its files: predictions, manifest and metrics."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from normtune.adapters.info import NOTICE
-from normtune.data.records import Dataset, Example, Prediction
+from normtune.data.records import Example, Prediction, Split
 from normtune.errors import InputError
 from normtune.evaluation.config import CONTROLS
+from normtune.evaluation.image_reliance import reliance_text
 from normtune.metrics.answers import Metric
 from normtune.metrics.statistics import RESAMPLES
-from normtune.metrics.strata import strata_of
+from normtune.metrics.strata import strata_of, strata_text
 from normtune.runtime.environment import versions
 from normtune.runtime.files import read_json, write_json, write_jsonl
+from normtune.runtime.notebook import Rows, axes_or_new, data_frame, html_text
+from normtune.runtime.number_format import format_interval
+from normtune.runtime.text_table import text_table
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.axes import Axes
 
 # Describes the intervals in metrics.json.
 INTERVALS = f"95%, percentile bootstrap over images, {RESAMPLES} resamples"
@@ -31,72 +39,163 @@ def split_hash(ids: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest()
 
 
-def write_results(
-    out: Path,
-    dataset: Dataset,
-    examples: Sequence[Example],
-    predictions: Sequence[Prediction],
-    metrics: Mapping[str, Metric],
-    controls: Mapping[str, Sequence[Prediction]] | None = None,
-    **metadata: Any,
-) -> None:
-    """Write `predictions.jsonl`, `manifest.json` and finally `metrics.json`, each atomically.
+class Predictions(list[Prediction]):
+    """The predictions for some examples, in the order of the examples: a list that Jupyter shows as a table."""
 
-    The predictions for control images are written to `predictions-NAME.jsonl`. Those of an earlier evaluation
-    are deleted.
+    def __init__(self, examples: Iterable[Example], predictions: Iterable[Prediction]) -> None:
+        by_id = {prediction.id: prediction for prediction in predictions}
+        self.examples = list(examples)
+        super().__init__(by_id[example.id] for example in self.examples)
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """Example id -> predicted text."""
+        return {prediction.id: prediction.text for prediction in self}
+
+    def rows(self) -> Rows:
+        """Return one dict for each example, as in `predictions.jsonl`."""
+        return Rows(
+            {
+                "id": example.id,
+                "images": list(example.images),
+                "kind": example.kind,
+                "question": example.question,
+                "reference": example.answer,
+                "prediction": prediction.text,
+                "score": prediction.score,
+                "strata": strata_of(example),
+            }
+            for example, prediction in zip(self.examples, self, strict=True)
+        )
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return the rows as a data frame."""
+        return data_frame(self.rows())
+
+    def _repr_html_(self) -> str:
+        return self.rows()._repr_html_()
+
+
+@dataclass(frozen=True, repr=False)
+class Evaluation:
+    """The predictions of a model for some examples, and their scores.
+
+    `print` and Jupyter show the scores as a table.
+
+    Attributes:
+        examples: the evaluated examples.
+        predictions: one for each example, in their order.
+        record: the contents of `metrics.json`: scores, settings, time and memory.
+        controls: name of a control of `normtune.evaluation.image_reliance` -> its predictions.
+        out: the folder with the files of the evaluation; None if it was not written.
+    """
+
+    examples: Split
+    predictions: Predictions
+    record: dict[str, Any]
+    controls: dict[str, Predictions] = field(default_factory=dict)
+    out: Path | None = None
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """Metric name -> score over all rows, with its 95% interval."""
+        return {name: Metric(**values) for name, values in self.record["metrics"].items()}
+
+    @property
+    def seconds(self) -> float:
+        """The time to read the images and to answer, without control images."""
+        return float(self.record["seconds"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the scores, settings, time and memory: the contents of `metrics.json`, and `out`."""
+        return {**self.record, "out": None if self.out is None else str(self.out)}
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return a data frame with one row for each metric."""
+        return data_frame({"metric": name, **asdict(metric)} for name, metric in self.metrics.items())
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw every metric with its 95% interval, times 100."""
+        ax = axes_or_new(ax)
+        metrics = list(reversed(self.metrics.values()))
+        values = [100 * metric.value for metric in metrics]
+        errors = [[100 * (m.value - m.low) for m in metrics], [100 * (m.high - m.value) for m in metrics]]
+        ax.errorbar(values, range(len(metrics)), xerr=errors, fmt="o", capsize=3)
+        ax.set_yticks(range(len(metrics)), list(reversed(self.record["metrics"])))
+        ax.set_xlabel("score x 100, with 95% interval")
+        ax.set_title(f"{self.record['dataset']}: {self.record['rows']:,} rows")
+        ax.grid(alpha=0.3)
+        return ax
+
+    def __str__(self) -> str:
+        return metrics_text(self.to_dict())
+
+    def __repr__(self) -> str:
+        rows, dataset = self.record["rows"], self.record["dataset"]
+        return f"<Evaluation of {rows:,} rows of {dataset}: {len(self.record['metrics'])} metrics>"
+
+    def _repr_html_(self) -> str:
+        return html_text(str(self))
+
+    def save(self, directory: Path | str) -> None:
+        """Write `predictions.jsonl`, `manifest.json` and finally `metrics.json`, each atomically.
+
+        The predictions for control images are written to `predictions-NAME.jsonl`. Those of an earlier
+        evaluation in the same directory are deleted.
+        """
+        directory = Path(directory)
+        for name in CONTROLS:
+            path = directory / f"predictions-{name}.jsonl"
+            if name in self.controls:
+                write_jsonl(path, self.controls[name].rows())
+            else:
+                path.unlink(missing_ok=True)
+        write_jsonl(directory / "predictions.jsonl", self.predictions.rows())
+        ids = sorted(example.id for example in self.examples)
+        write_json(directory / "manifest.json", {"split_hash": split_hash(ids), "ids": ids})
+        write_json(directory / "metrics.json", self.record)
+
+
+def make_record(examples: Split, metrics: Mapping[str, Metric], **fields: Any) -> dict[str, Any]:
+    """Build the contents of `metrics.json`.
 
     Args:
-        out: the directory.
-        dataset: its name and licence are recorded.
-        examples: the evaluated rows.
-        predictions: one per example, in any order.
-        metrics: the scores of the predictions.
-        controls: name of a control of `normtune.evaluation.image_reliance` -> its predictions.
-        metadata: further fields of metrics.json: base, adapter, settings, seconds, ...
+        examples: the evaluated rows; the name and licence of their dataset are recorded.
+        metrics: the scores.
+        fields: further fields: base, adapter, settings, seconds, ...
     """
-    ids = sorted(example.id for example in examples)
-    for name in CONTROLS:
-        path = out / f"predictions-{name}.jsonl"
-        if controls and name in controls:
-            write_jsonl(path, _prediction_rows(examples, controls[name]))
-        else:
-            path.unlink(missing_ok=True)
-    write_jsonl(out / "predictions.jsonl", _prediction_rows(examples, predictions))
-    write_json(out / "manifest.json", {"split_hash": split_hash(ids), "ids": ids})
-    write_json(
-        out / "metrics.json",
-        {
-            "dataset": dataset.name,
-            "splits": sorted({example.split for example in examples}),
-            "licence": dataset.licence,
-            "notice": NOTICE,
-            "rows": len(examples),
-            "images": len({example.images for example in examples}),
-            "split_hash": split_hash(ids),
-            "metrics": {name: asdict(metric) for name, metric in metrics.items()},
-            "intervals": INTERVALS,
-            **metadata,
-            "versions": versions(),
-        },
+    return {
+        "dataset": examples.dataset.name,
+        "splits": sorted({example.split for example in examples}),
+        "licence": examples.dataset.licence,
+        "notice": NOTICE,
+        "rows": len(examples),
+        "images": len({example.images for example in examples}),
+        "split_hash": split_hash([example.id for example in examples]),
+        "metrics": {name: asdict(metric) for name, metric in metrics.items()},
+        "intervals": INTERVALS,
+        **fields,
+        "versions": versions(),
+    }
+
+
+def metrics_text(result: Mapping[str, Any]) -> str:
+    """Format the contents of `metrics.json`, and `out`, as aligned tables: metrics in %, with rows and images."""
+    lines = [f"{result['dataset']}: {result['rows']} rows, {result['images']} images; {result['intervals']}"]
+    if result.get("setting") == "zero-shot":
+        lines.append("zero-shot: no adapter")
+    elif result.get("setting"):
+        trained_on = result["trained_on"] or "data that its file does not name"
+        lines.append(f"{result['setting']}: the adapter was trained on {trained_on}")
+    lines += text_table(
+        [name, format_interval(metric, digits=2), f"{metric['rows']} rows, {metric['images']} images"]
+        for name, metric in result["metrics"].items()
     )
-
-
-def _prediction_rows(examples: Sequence[Example], predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
-    """Build the rows of a predictions file: one per example, with its prediction joined by id."""
-    by_id = {prediction.id: prediction for prediction in predictions}
-    return [
-        {
-            "id": example.id,
-            "images": list(example.images),
-            "kind": example.kind,
-            "question": example.question,
-            "reference": example.answer,
-            "prediction": by_id[example.id].text,
-            "score": by_id[example.id].score,
-            "strata": strata_of(example),
-        }
-        for example in examples
-    ]
+    lines += ["", strata_text(result["strata"])] if result.get("strata") else []
+    lines += ["", reliance_text(result["reliance"])] if result.get("reliance") else []
+    speed = f"{result['seconds']:.1f} s, {result['pairs_per_second']:.1f} pairs/s"
+    written = f" Written: {result['out']}" if result["out"] else ""
+    return "\n".join([*lines, f"{speed}; {result['notice']}.{written}"])
 
 
 def read_run(directory: Path | str) -> tuple[list[Example], dict[str, str], dict[str, Any]]:

@@ -47,6 +47,8 @@ class Family(ABC):
     active_text_rows: TextRowSelector | None = None
     # whether the tokens that `prefix_tokens` counts are computed once a group, not once a segment
     shares_prefix: ClassVar[bool] = True
+    source: str = ""  # the directory or hub name that the model was loaded from
+    adapter: Any = None  # the `TunedModel` whose adapter is in the model; None: the model is the base
 
     def __init__(self, model: nn.Module, processor: Any) -> None:
         self.model = model

@@ -64,9 +64,12 @@ def load(
     family = family_type(model)
     torch_dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     check_sentencepiece(Path(source), _TOKENIZER_ADVICE)
+    loaded: Family
     if quantize is None:
         with quiet_loading(source):
-            return _load_or_explain(model, lambda: family.load(source, torch_dtype, target))
+            loaded = _load_or_explain(model, lambda: family.load(source, torch_dtype, target))
+        loaded.source = model
+        return loaded
     from normtune.models.quantization import (
         allow_gradients_through,
         check_installed,
@@ -79,7 +82,8 @@ def load(
     release_freed_memory()
     with quiet_loading(source), quiet_quantization():
         config = quantization_config(meta_model(model), quantize, torch_dtype)
-        loaded: Family = _load_or_explain(model, lambda: family.load(source, torch_dtype, target, quantization=config))
+        loaded = _load_or_explain(model, lambda: family.load(source, torch_dtype, target, quantization=config))
+    loaded.source = model
     allow_gradients_through(loaded.model)
     return loaded
 

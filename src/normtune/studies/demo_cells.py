@@ -39,7 +39,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
 
     training = asdict(train(cell.train)) if cell.train else None
     memory.reset_peak()
-    evaluation = evaluate_config(cell.evaluate)
+    evaluation = evaluate_config(cell.evaluate).to_dict()
     return {"name": cell.name, "training": training, "evaluation": evaluation}
 
 

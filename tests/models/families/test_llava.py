@@ -13,6 +13,7 @@ from normtune.data import tasks
 from normtune.data.groups import Group
 from normtune.data.registry import open_dataset
 from normtune.errors import InputError
+from normtune.evaluation.config import EvaluateConfig
 from normtune.evaluation.evaluate import evaluate
 from normtune.models.causal.family import CausalFamily
 from normtune.models.families.llava import LlavaFamily
@@ -49,8 +50,8 @@ def test_a_recipe_is_trained_written_loaded_and_evaluated(tiny: Path, tmp_path: 
     base, tuned = load(str(tiny)), load_model(str(tiny), out, device="cpu")
     assert isinstance(base, CausalFamily) and isinstance(tuned, CausalFamily)
     assert differ(scores(tuned), scores(base))
-    dataset = open_dataset(DATA)
-    run = evaluate(tuned, dataset, dataset.split("test")[:9], batch_pairs=6, max_new_tokens=4, candidates="yes/no")
+    options = EvaluateConfig(model=str(tiny), data=DATA, out=None, batch=6, max_new_tokens=4, candidates="yes/no")
+    run = evaluate(tuned, open_dataset(DATA).test[:9], options)
     assert len(run.predictions) == 9 and all(row.score is not None for row in run.predictions)
 
 

@@ -15,6 +15,7 @@ from normtune.adapters.export_peft import export_peft
 from normtune.adapters.merge import merge_to_disk
 from normtune.adapters.storage import load_model
 from normtune.data.registry import open_dataset
+from normtune.evaluation.config import EvaluateConfig
 from normtune.evaluation.evaluate import evaluate
 from normtune.evaluation.results import read_run
 from normtune.models.importers.llava_med.importer import import_llava_med
@@ -85,8 +86,8 @@ def test_a_family_is_trained_written_evaluated_merged_and_exported(kind: str, tm
     assert result.steps == 1 and result.changed > 0.5 and result.warning is None
 
     tuned = load_model(str(base), adapter, device="cpu")
-    dataset = open_dataset(DATA)
-    run = evaluate(tuned, dataset, dataset.split("test")[:4], tmp_path / "run", max_new_tokens=2)
+    options = EvaluateConfig(model=str(base), data=DATA, out=tmp_path / "run", max_new_tokens=2)
+    run = evaluate(tuned, open_dataset(DATA).test[:4], options)
     assert {row.id: row.text for row in run.predictions} == read_run(tmp_path / "run")[1]
     question = inputs(tuned.processor, kind)
 
