@@ -204,7 +204,7 @@ def summarise_scores(table: Scores, examples: Sequence[Example], *, resamples: i
         # The sums of the images are added, as earlier versions do: the last bit depends on the order of a sum.
         sums = np.ascontiguousarray(sum_by_cluster(metrics[name].row_statistics, cluster).T)  # [2, images]
         total, rows = sums.sum(axis=1)
-        images = np.count_nonzero(sums[1])
+        images = int(np.count_nonzero(sums[1]))
         results[name] = Metric(float(total / rows), interval.low, interval.high, len(table[name]), images)
     return results
 
