@@ -4,9 +4,9 @@
     PYTHONPATH=src python benchmarks/gpu.py --tiny
 
 It runs on a bare machine: random bf16 weights of LLaVA-Med 7B and MedGemma 4B are made on the GPU, without
-files or network. The parts (`gpu_parts`) run in order of importance, each with a time limit; when one ends,
-its line of JSON is printed and the record at `--out` is rewritten, so that an interrupted run keeps
-its figures. A part that fails does not end the run, and a part for which no time is left is skipped.
+files or network. The parts (`gpu_parts`, `gpu_training`) run in order of importance, each with a time limit;
+when one ends, its line of JSON is printed and the record at `--out` is rewritten, so that an interrupted run
+keeps its figures. A part that fails does not end the run, and a part for which no time is left is skipped.
 `--tiny` runs every part on the CPU at a width of 64, to try the script: its times mean nothing.
 """
 
@@ -29,6 +29,7 @@ BUDGET_S = 450.0  # Python's start and the imports take the rest of eight minute
 LEAST_S = 15.0  # a part needs at least this much time to measure anything
 TRIAL = "Tiny models on the CPU, to try the script: the times and ratios say nothing about real shapes."
 MEASURED, INCOMPLETE, STOPPED, FAILED, SKIPPED = "measured", "incomplete", "stopped", "failed", "skipped"
+NOT_YET = "not yet measured"
 
 
 def main() -> None:
@@ -103,7 +104,10 @@ def run_part(name: str, part: Part, bench: Workbench, left_s: float) -> dict[str
 
 
 def table(rows: list[dict[str, Any]], tiny: bool) -> str:
-    """A line for each measurement; memory columns are empty on a CPU, and its times are marked as a trial."""
+    """A line for each measurement, and one for each part that was not run.
+
+    Memory columns are empty on a CPU, and its times are marked as a trial.
+    """
     lines = [TRIAL, ""] if tiny else []
     lines += [
         "| part | measurement | pairs | ms a step | pairs/s | MiB a step | MiB a pair | notes |",
@@ -118,6 +122,8 @@ def table(rows: list[dict[str, Any]], tiny: bool) -> str:
             columns = ("pairs", "step_ms", "pairs_per_s", "step_mib", "step_mib_per_pair")
             cells = [str(figures.get(key, "")) for key in columns]
             lines.append(f"| {row['part']} | {name} | {' | '.join(cells)} | {notes(figures)} |")
+    run = {row["part"] for row in rows}
+    lines += [f"| {name} | | | | | | | {NOT_YET} |" for name in PARTS if name not in run]
     return "\n".join(lines) + "\n"
 
 
@@ -141,6 +147,10 @@ def notes(figures: dict[str, Any]) -> str:
         parts.append(f"{figures['graphs']} graphs of {figures['layers']} layers")
     if "with_compilation_s" in figures:
         parts.append(f"{figures['with_compilation_s']} s in all")
+    if "images" in figures:
+        parts.append(f"{figures['images']} images")
+    if "relative_difference" in figures:
+        parts.append(f"relative difference {figures['relative_difference']:.1e}")
     if "pairs" not in figures and not parts:
         parts = [f"{key} {value}" for key, value in figures.items() if isinstance(value, int | float)]
     return ", ".join(parts)

@@ -120,8 +120,20 @@ class Shape:
             pixels.append([{"pixel_values": self.pixels(image)}])
         return groups, pixels
 
-    def rows(self, pairs: int, device: torch.device, *, answers: bool = True) -> dict[str, Tensor]:
+    def rows(
+        self,
+        pairs: int,
+        device: torch.device,
+        *,
+        answers: bool = True,
+        questions_of_image: Sequence[int] | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> dict[str, Tensor]:
         """The same questions as stock transformers takes them: each a row with its own copy of the image.
+
+        Args:
+            questions_of_image: as in `groups`; None: `questions_per_image` for each image.
+            dtype: of the pixels.
 
         Returns:
             input_ids, attention_mask [pairs, seq] long, padded on the right for training and on the left for
@@ -134,11 +146,12 @@ class Shape:
             ids.append(torch.tensor([*self.image_prefix, *prompt, *learnt]))
             labels.append(torch.tensor([IGNORED] * (len(self.image_prefix) + len(prompt)) + [*learnt]))
         side = "right" if answers else "left"
-        images = [self.pixels(number // self.questions_per_image) for number in range(pairs)]
+        counts = questions_of_image or [self.questions_per_image] * -(-pairs // self.questions_per_image)
+        images = [self.pixels(image) for image, count in enumerate(counts) for _ in range(count)][:pairs]
         batch = {
             "input_ids": pad_sequence(ids, True, 0, side),
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], True, 0, side),
-            "pixel_values": torch.stack(images).to(torch.bfloat16),
+            "pixel_values": torch.stack(images).to(dtype),
         }
         if self.kind == "gemma3":
             batch["token_type_ids"] = (batch["input_ids"] == self.image_token).long()

@@ -14,32 +14,29 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
-from gpu_models import NOTEBOOK, PEERS, Workbench, pack_nf4, peft_model, peft_step
-from gpu_normtune import (
-    MemoryTier,
-    TrainingStep,
-    answer_groups,
-    image_features,
-    linears_to_quantize,
-    one_adapter,
-    pass_gradients,
-    quantize_int8,
-    several_adapters,
-    stock_attention,
-    training_step,
+from gpu_models import Workbench
+from gpu_normtune import answer_groups, image_features, one_adapter, several_adapters, stock_attention
+from gpu_timing import MIB, attempt, host_waits, measure
+from gpu_training import (
+    Figures,
+    attention_of,
+    compiled_layers,
+    gradients,
+    largest_batch,
+    llava_step,
+    medgemma_step,
+    norm_precision,
+    normtune_step,
+    quantized_bases,
 )
-from gpu_timing import MIB, attempt, free_memory, host_waits, measure
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from normtune.runtime.environment import package_version
 
-Figures = dict[str, Any]
-FIRST = "normtune ln"  # the measurement that the others are compared with
 KERNELS = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH")
 PACKAGES = ("triton", "peft", "accelerate", "bitsandbytes", "torchao", "liger-kernel", "pydantic")
 
@@ -106,189 +103,31 @@ def _matmul_tflops(bench: Workbench) -> Figures:
     return figures
 
 
-def llava_step(bench: Workbench, figures: Figures) -> None:
-    """A training step of LLaVA-Med 7B: questions grouped by image, and stock PEFT on separate rows."""
-    figures[FIRST] = attempt(lambda: _normtune_step(bench, "llava", count_waits=True))
-    figures["build_s"] = bench.build_s
-    for method in PEERS:
-        figures[f"PEFT {method}"] = attempt(partial(_peft_measurement, bench, "llava", method))
-    figures["normtune lora(r=16)"] = attempt(lambda: _normtune_step(bench, "llava", "lora(r=16)"))
-    figures["normtune ln, tight"] = attempt(lambda: _normtune_step(bench, "llava", memory="tight"))
-    _compare(figures)
-
-
-def _compare(figures: Figures) -> None:
-    """Add to each measurement the ratio of the first one's pairs per second to its own."""
-    first = figures[FIRST].get("pairs_per_s")
-    for row in figures.values():
-        if first and isinstance(row, dict) and row.get("pairs_per_s"):
-            row["ln_is_faster"] = round(first / row["pairs_per_s"], 2)
-
-
-def _normtune_step(
-    bench: Workbench,
-    kind: str,
-    recipe: str = "ln",
-    *,
-    images: int = 2,
-    questions: int | None = None,
-    memory: MemoryTier = "fast",
-    attention: Literal["dense", "block"] = "dense",
-    compiled: bool = False,
-    count_waits: bool = False,
-    **timing: Any,
-) -> Figures:
-    """Measure a training step of Normtune; `timing` are the options of `measure`."""
-    _, family = bench.model(kind)
-    family.attention = attention
-    counts = [questions or bench.pairs_per_image] * images
-    try:
-        batch = bench.batch(kind, counts)
-        with training_step(family, recipe, batch, memory=memory, compiled=compiled) as step:
-            row = measure(step.run, sum(counts), **timing) | _sizes(batch, step)
-            if count_waits:
-                row["host_waits"] = host_waits(step.run)
-            return row
-    finally:
-        family.attention = "auto"
-
-
-def _peft_measurement(bench: Workbench, kind: str, method: str) -> Figures:
-    """Measure a training step of stock PEFT; the batch is halved until it fits in memory."""
-    shape, family = bench.model(kind)
-    pairs = 2 if bench.tiny else 8
-    with stock_attention(family) as model:
-        tuned = peft_model(model, method)
-        tuned.train()
-        try:
-            while True:
-                try:
-                    batch = shape.rows(pairs, bench.device)
-                    step = peft_step(tuned, batch)
-                    return measure(step.run, pairs) | _sizes(batch, step)
-                except torch.OutOfMemoryError:
-                    if pairs == 1:
-                        raise
-                batch, step = {}, None  # type: ignore[assignment]
-                tuned.zero_grad(set_to_none=True)
-                free_memory()
-                pairs //= 2
-        finally:
-            tuned.unload()
-            model.eval()
-
-
-def _sizes(batch: dict[str, Any], step: TrainingStep) -> Figures:
-    """Tokens of a batch, padding included, and the number of trained values."""
-    return {"tokens": batch["input_ids"].numel(), "trained": sum(parameter.numel() for parameter in step.parameters)}
-
-
-def norm_precision(bench: Workbench, figures: Figures) -> None:
-    """Share of norm values that change at a learning rate of 1e-4: fp32 (Normtune) and bf16 (PEFT)."""
-    shape, family = bench.model("llava")
-    steps = 2 if bench.tiny else 10
-    pairs = min(4, bench.pairs_per_image)  # the same pairs of one image for both
-
-    def fp32_norms() -> Figures:
-        family.attention = "dense"
-        try:
-            batch = bench.batch("llava", [pairs])
-            with training_step(family, "ln", batch) as step:
-                return _norm_movement(step, steps)
-        finally:
-            family.attention = "auto"
-
-    def bf16_norms() -> Figures:
-        with stock_attention(family) as model:
-            tuned = peft_model(model, "LN_TUNING")
-            try:
-                return _norm_movement(peft_step(tuned, shape.rows(pairs, bench.device)), steps)
-            finally:
-                tuned.unload()
-
-    figures["fp32 norms (normtune ln)"] = attempt(fp32_norms)
-    figures["bf16 norms (PEFT LN_TUNING)"] = attempt(bf16_norms)
-
-
-def _norm_movement(step: TrainingStep, steps: int) -> Figures:
-    """Train for some steps on one batch: the share of gains and of biases that changed, in percent."""
-    before = [parameter.detach().clone() for parameter in step.parameters]
-    losses = [step.run() for _ in range(steps)]
-    figures: Figures = {"dtype": str(step.parameters[0].dtype).removeprefix("torch."), "steps": steps}
-    changes = [(old, new.detach()) for old, new in zip(before, step.parameters, strict=True)]
-    # LLaVA's norms begin with gains of 1 and biases of 0
-    is_gain = [bool(old.float().abs().mean() > 0.5) for old in before]
-    for name, select_gains in (("gains", True), ("biases", False)):
-        pairs = [pair for pair, gain in zip(changes, is_gain, strict=True) if gain == select_gains]
-        values = sum(old.numel() for old, _ in pairs)
-        moved = sum(int((old != new).sum()) for old, new in pairs)
-        figures[name] = {"values": values, "moved_percent": round(100 * moved / max(1, values), 2)}
-    return figures | {"first_loss": round(float(losses[0]), 4), "last_loss": round(float(losses[-1]), 4)}
-
-
-def medgemma_step(bench: Workbench, figures: Figures) -> None:
-    """A training step of MedGemma 4B: grouped LN tuning, and the recipe of Google's public notebook."""
-    figures[FIRST] = attempt(lambda: _normtune_step(bench, "gemma3"))
-    figures["normtune ln, tight"] = attempt(lambda: _normtune_step(bench, "gemma3", memory="tight"))
-    nf4 = find_spec("bitsandbytes") is not None
-    base = "nf4 base" if nf4 else "bf16 base, since bitsandbytes is not installed"
-    try:
-        figures[f"PEFT {NOTEBOOK} ({base})"] = attempt(lambda: _notebook_step(bench, nf4))
-    finally:
-        bench.free()  # its linears are packed and its layers checkpointed
-    _compare(figures)
-
-
-def _notebook_step(bench: Workbench, nf4: bool) -> Figures:
-    """The notebook's QLoRA with gradient checkpointing, four pairs a step."""
-    shape, family = bench.model("gemma3")
-    pairs = 2 if bench.tiny else 4
-    if nf4:
-        linears = [
-            name for name, module in family.model.named_modules() if type(module) is nn.Linear and "lm_head" not in name
-        ]
-        pack_nf4(family.model, linears)
-        family.model.is_loaded_in_4bit = True  # PEFT chooses its LoRA layers by it
-    with stock_attention(family) as model:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        tuned = peft_model(model, NOTEBOOK)
-        tuned.enable_input_require_grads()
-        tuned.train()
-        batch = shape.rows(pairs, bench.device)
-        step = peft_step(tuned, batch, learning_rate=2e-4)
-        return measure(step.run, pairs) | _sizes(batch, step)
-
-
 def attention_masks(bench: Workbench, figures: Figures) -> None:
     """Dense masks and FlexAttention's block masks, and the attention kernels that accept a dense mask."""
-    k = bench.pairs_per_image
-    for images, questions in [(1, k), (1, k + 1)] if bench.tiny else [(1, k), (2, k), (1, 48)]:
-        size = f"{images} x {questions}"
-        figures[f"dense, {size}"] = attempt(partial(_masked_step, bench, images, questions, "dense"))
-        if bench.device.type == "cpu":  # FlexAttention has no backward pass there
-            figures[f"block, forward pass only, {size}"] = attempt(partial(_block_forward, bench, images, questions))
-        else:
-            figures[f"block, {size}"] = attempt(partial(_masked_step, bench, images, questions, "block"))
+    images, questions = 2, bench.pairs_per_image
+    size = f"{images} x {questions}"
+    figures[f"dense, {size}"] = attempt(lambda: _masked_step(bench, images, questions, "dense"))
+    if bench.device.type == "cpu":  # FlexAttention has no backward pass there
+        figures[f"block, forward pass only, {size}"] = attempt(lambda: _block_forward(bench, images, questions))
+    else:
+        figures[f"block, {size}"] = attempt(lambda: _masked_step(bench, images, questions, "block"))
     figures["kernels"] = attempt(lambda: _attention_kernels(bench))
 
 
 def _masked_step(bench: Workbench, images: int, questions: int, attention: Literal["dense", "block"]) -> Figures:
     """Measure a training step under one kind of mask, and the whole time with FlexAttention's compilation."""
     began = time.perf_counter()
-    row = _normtune_step(bench, "llava", images=images, questions=questions, attention=attention, steps=4, seconds=5)
+    row = normtune_step(bench, "llava", images=images, questions=questions, attention=attention, steps=4, seconds=5)
     return row | {"with_compilation_s": round(time.perf_counter() - began, 1)}
 
 
 def _block_forward(bench: Workbench, images: int, questions: int) -> Figures:
     """Measure one forward pass under block masks."""
     _, family = bench.model("llava")
-    family.attention = "block"
-    try:
+    with attention_of(family, "block"), torch.no_grad():
         batch = bench.batch("llava", [questions] * images)
-        with torch.no_grad():
-            return measure(lambda: family.loss(batch), images * questions, steps=1, warmup=0)
-    finally:
-        family.attention = "auto"
+        return measure(lambda: family.loss(batch), images * questions, steps=1, warmup=0)
 
 
 def _attention_kernels(bench: Workbench) -> Figures:
@@ -329,14 +168,12 @@ def _attention_arguments(bench: Workbench) -> tuple[Tensor, Tensor, Tensor, Tens
             calls.append((query, key, value, attn_mask, options))
         return original(query, key, value, attn_mask, *args, **options)
 
-    family.attention = "dense"
     F.scaled_dot_product_attention = note
     try:
-        with torch.no_grad():
+        with attention_of(family, "dense"), torch.no_grad():
             family.loss(bench.batch("llava", [bench.pairs_per_image] * 2))
     finally:
         F.scaled_dot_product_attention = original
-        family.attention = "auto"
     assert calls, "the language model attends under a mask"
     query, key, value, mask, options = calls[0]
     query, key, value = (tensor.detach().requires_grad_() for tensor in (query, key, value))
@@ -363,12 +200,9 @@ def _grouped_answers(bench: Workbench, images: int, tokens: int) -> Figures:
     def run() -> int:
         return answer_groups(family, groups, pixels, tokens)
 
-    family.attention = "dense"
-    try:
+    with attention_of(family, "dense"):
         _check_length(run(), sum(counts) * tokens)
         return measure(run, sum(counts), steps=3) | {"host_waits": host_waits(run)}
-    finally:
-        family.attention = "auto"
 
 
 def _check_length(generated: int, expected: int) -> None:
@@ -384,55 +218,6 @@ def _stock_answers(bench: Workbench, pairs: int, tokens: int) -> Figures:
         inputs = shape.rows(pairs, bench.device, answers=False)
         options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
         return measure(lambda: model.generate(**inputs, **options), pairs, steps=3)
-
-
-def quantized_bases(bench: Workbench, figures: Figures) -> None:
-    """Memory and time of a step with the language model in 8 and in 4 bits, norms trained."""
-    for kind in ("int8", "nf4"):
-        try:
-            figures[kind] = attempt(partial(_quantized_step, bench, kind))
-        finally:
-            bench.free()  # its weights are packed
-
-
-def _quantized_step(bench: Workbench, kind: str) -> Figures:
-    """Measure a training step over a base of random weights in 8 bits, or packed by bitsandbytes."""
-    bench.free()
-    _, family = bench.model("llava")
-    names = linears_to_quantize(family.model)
-    if kind == "int8":
-        quantize_int8(family.model, names)
-    else:
-        pack_nf4(family.model, names)
-        pass_gradients(family.model)
-    free_memory()
-    row: Figures = {}
-    if torch.cuda.is_available():
-        row["weights_mib"] = round(torch.cuda.memory_allocated() / MIB)
-    return _normtune_step(bench, "llava", steps=3, seconds=6) | row
-
-
-def compiled_layers(bench: Workbench, figures: Figures) -> None:
-    """torch.compile of the language model's layers, off and on, and how many graphs it makes."""
-    figures["compile off"] = attempt(lambda: _normtune_step(bench, "llava", seconds=4))
-    figures["compile on"] = attempt(lambda: _compiled_step(bench))
-
-
-def _compiled_step(bench: Workbench) -> Figures:
-    """Measure a compiled training step, the time with compilation, and the graphs that it makes."""
-    import torch._dynamo.utils as dynamo
-
-    _, family = bench.model("llava")
-    torch._dynamo.reset()  # graphs of earlier parts, such as FlexAttention's, are not counted
-    dynamo.counters.clear()
-    began = time.perf_counter()
-    row = _normtune_step(bench, "llava", compiled=True, seconds=4, warmup=2)
-    return row | {
-        "with_compilation_s": round(time.perf_counter() - began, 1),
-        # more graphs than kinds of layers: each layer is compiled anew
-        "graphs": dynamo.counters["stats"].get("unique_graphs"),
-        "layers": len(family.decoder.layers),
-    }
 
 
 def adapters_in_one_pass(bench: Workbench, figures: Figures) -> None:
@@ -456,21 +241,17 @@ def _adapter_answers(bench: Workbench, requests: int, adapters: int) -> Figures:
     def run() -> None:
         _check_length(answer_groups(family, groups, features, tokens), requests * tokens)
 
-    family.attention = "dense"
-    try:
-        if adapters == 1:
-            with one_adapter(family, ADAPTER_RECIPE):
-                return measure(run, requests, steps=3, seconds=6)
-        with several_adapters(family, ADAPTER_RECIPE, adapters) as bank:
+    if adapters == 1:
+        with attention_of(family, "dense"), one_adapter(family, ADAPTER_RECIPE):
+            return measure(run, requests, steps=3, seconds=6)
+    with attention_of(family, "dense"), several_adapters(family, ADAPTER_RECIPE, adapters) as bank:
 
-            def run_assigned() -> None:
-                with bank.assigned([row % adapters for row in range(requests)]):
-                    run()
+        def run_assigned() -> None:
+            with bank.assigned([row % adapters for row in range(requests)]):
+                run()
 
-            row = measure(run_assigned, requests, steps=3, seconds=6)
-            return row | {"adapters_mib": round(bank.value_bytes / MIB, 1)}
-    finally:
-        family.attention = "auto"
+        row = measure(run_assigned, requests, steps=3, seconds=6)
+        return row | {"adapters_mib": round(bank.value_bytes / MIB, 1)}
 
 
 PARTS: dict[str, Part] = {
@@ -478,7 +259,9 @@ PARTS: dict[str, Part] = {
     "llava-step": Part(llava_step, 110),
     "norm-precision": Part(norm_precision, 45),
     "medgemma-step": Part(medgemma_step, 90),
-    "attention": Part(attention_masks, 90),
+    "gradients": Part(gradients, 40),
+    "largest-batch": Part(largest_batch, 60),
+    "attention": Part(attention_masks, 60),
     "answering": Part(answering, 60),
     "quantized": Part(quantized_bases, 60),
     "compile": Part(compiled_layers, 90),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 import time
@@ -21,7 +22,13 @@ from tests.support.tolerance import approx
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
-CHEAP = ("environment", "norm-precision", "answering", "adapters")  # parts that need few seconds on one core
+CHEAP = (
+    "environment",
+    "norm-precision",
+    "gradients",
+    "answering",
+    "adapters",
+)  # parts that need few seconds on one core
 
 # packages that a bare GPU machine lacks cannot be imported here, and no connection can be opened
 BARE_MACHINE = """
@@ -54,7 +61,7 @@ def by_part(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def test_it_is_the_only_benchmark_of_its_modules(parts: ModuleType) -> None:
     """The helper modules are not listed, and each part has a summary and a limit."""
     names = [name for name in find_benchmarks() if name.startswith("gpu")]
-    assert names == ["gpu", "gpu_llava_med_7b"]
+    assert names == ["gpu"]
     assert list(parts.PARTS)[:2] == ["environment", "llava-step"] and set(CHEAP) < set(parts.PARTS)
     for part in parts.PARTS.values():
         assert part.summary.endswith(".") and part.limit_s > 0
@@ -71,10 +78,18 @@ def test_every_measurement_of_a_part_has_its_figures(tmp_path: Path, parts: Modu
     assert {name: row["about"] for name, row in rows.items()} == {name: parts.PARTS[name].summary for name in CHEAP}
     environment = rows["environment"]["figures"]
     assert set(environment["matmul_tflops"]) == {"bf16", "fp32", "fp32 as TF32"}
-    fp32, bf16 = rows["norm-precision"]["figures"].values()
-    assert fp32["first_loss"] == approx(bf16["first_loss"], dtype=torch.bfloat16, terms=1), "the same pairs"
-    assert (fp32["dtype"], bf16["dtype"]) == ("float32", "bfloat16")
-    assert fp32["gains"]["moved_percent"] > 0 == bf16["gains"]["moved_percent"]
+    precision = list(rows["norm-precision"]["figures"].values())
+    assert len(precision) == 8, "four learning rates"
+    for fp32, bf16 in zip(precision[::2], precision[1::2], strict=True):
+        assert fp32["first_loss"] == precision[0]["first_loss"], "each rate starts from the same norms"
+        assert bf16["first_loss"] == precision[1]["first_loss"]
+        assert fp32["first_loss"] == approx(bf16["first_loss"], dtype=torch.bfloat16, terms=1), "the same pairs"
+        assert (fp32["dtype"], bf16["dtype"]) == ("float32", "bfloat16")
+        assert fp32["gains"]["moved_percent"] > 0 == bf16["gains"]["moved_percent"]
+    gradients = {name: row["relative_difference"] for name, row in rows["gradients"]["figures"].items()}
+    assert next(iter(gradients)) == "grouped fp32 against separate fp32" and len(gradients) == 4
+    assert gradients.pop("grouped fp32 against separate fp32") < torch.finfo(torch.bfloat16).eps / 2**8
+    assert min(gradients.values()) > 0
     answers = rows["answering"]["figures"]
     assert answers.pop("new_tokens") == 3 and len(answers) == 4
     assert set(rows["adapters"]["figures"]) == {"answers, 1 adapter", "answers, 4 adapters"}
@@ -90,12 +105,45 @@ def test_a_measurement_that_fails_leaves_the_others(parts: ModuleType, monkeypat
     def fail(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(parts, "peft_model", fail)
+    monkeypatch.setattr(importlib.import_module("gpu_training"), "peft_model", fail)
     row = by_part(benchmark_record("gpu", ["--tiny", "--parts", "norm-precision"]))["norm-precision"]
     assert row["status"] == "incomplete"
-    fp32, bf16 = row["figures"].values()
+    fp32, bf16, *_ = row["figures"].values()
     assert bf16["error"] == "out of memory: CUDA out of memory." and bf16["at"].startswith(Path(__file__).name)
     assert fp32["gains"]["values"] > 0
+
+
+def test_the_page_has_the_committed_measurements() -> None:
+    """`python scripts/gpu_docs.py` changes nothing: the page and the table are those of the record."""
+    docs = runpy.run_path(str(ROOT / "scripts" / "gpu_docs.py"))
+    record = json.loads((BENCHMARKS / "gpu.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    assert docs["update"](page, record) == page
+    assert (BENCHMARKS / "gpu.md").read_text(encoding="utf-8") == docs["table"](record["rows"], record["tiny"])
+    text = docs["measurements"]({**record, "rows": record["rows"][:1]})
+    assert (
+        record["machine"]["accelerator"] in text
+        and text.count("not yet measured") == len(docs["table"].__globals__["PARTS"]) - 1
+    )
+
+
+def test_the_largest_batch_goes_down_until_a_step_fits(parts: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 1000 MiB, 100 MiB of weights and 90 MiB a unit, 10 units seem to fit; fragments leave room for 8."""
+    training = importlib.import_module("gpu_training")
+    tried = []
+
+    def step_of(size: int) -> dict[str, Any]:
+        tried.append(size)
+        if size > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return {"peak_mib": 100 + 90 * size, "pairs": size}
+
+    assert training._largest(step_of)["pairs"] == 2, "no GPU, no limit"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 1000 * training.MIB))
+    monkeypatch.setattr(training, "free_memory", lambda: None)
+    assert training._largest(step_of)["pairs"] == 8
+    assert tried[2:] == [1, 2, 9, 8]
 
 
 def test_answers_that_end_early_are_not_compared(parts: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,6 @@ TABLES_OF_PAGE = {  # page: the committed tables that it contains
         "large",
         "scaling",
         "grouping",
-        "gpu_llava_med_7b",
     ],
 }
 
@@ -209,23 +208,6 @@ def test_scaling_measures_both_at_every_point(script: Any, slake: Path, tmp_path
     anchor = next(row for row in separate_rows if row["image_tokens"] == 9)
     assert anchor["predicted"] == pytest.approx(anchor["seconds"]["median"])
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_gpu_script_runs_at_a_tiny_width() -> None:
-    record = benchmark_record("gpu_llava_med_7b", ["--smoke"])
-    speeds = [row for row in record["rows"] if "lr" not in row]
-    assert [row["status"] for row in speeds].count("smoke run") == 6, "all but the block masks"
-    assert {row["method"] for row in speeds if "faster" in row} >= {"PEFT LN_TUNING", "PEFT LoRA r8 q,v"}
-    norms = [row for row in record["rows"] if "lr" in row]
-    fp32, bf16, *others = (row["moved"] / row["values"] for row in norms)
-    assert fp32 > bf16 and len(others) == 2, "these two are at the lower rate"
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="it measures where there is a GPU")
-def test_without_a_gpu_its_rows_have_the_status_not_yet_measured() -> None:
-    rows = benchmark_record("gpu_llava_med_7b", [])["rows"]
-    assert {row["status"] for row in rows} == {"not yet measured"}
-    assert not any("pairs_per_second" in row or "moved" in row for row in rows)
 
 
 def test_serving_compares_many_adapters_with_one_and_with_peft(slake: Path, tmp_path: Path) -> None:
