@@ -1,6 +1,7 @@
 """Normtune: fine-tune medical vision-language models by training what is already inside them.
 
-The public names are imported when they are first used, so that `import normtune` does not import torch.
+The public names are imported when they are first used, so that `import normtune` does not import torch;
+`__init__.pyi` declares them for editors and type checkers.
 """
 
 from __future__ import annotations
@@ -18,16 +19,22 @@ _MODULES = {  # public name -> the module that defines it
     "InputError": "normtune.errors",
     "TrainConfig": "normtune.training.config",
     "TunedModel": "normtune.methods.adapt",
-    "adapt": "normtune.methods.adapt",
+    "adapt": "normtune.api.models",
+    "ask": "normtune.api.questions",
     "compare": "normtune.evaluation.compare",
-    "load": "normtune.models.loading",
-    "load_adapter": "normtune.adapters.storage",
+    "describe": "normtune.api.questions",
+    "evaluate": "normtune.api.runs",
+    "export_peft": "normtune.api.models",
+    "load": "normtune.api.models",
+    "load_adapter": "normtune.api.models",
+    "merge": "normtune.api.models",
     "open_dataset": "normtune.data.registry",
     "parse": "normtune.methods.recipe",
     "restore_base": "normtune.methods.adapt",
     "save_adapter": "normtune.adapters.storage",
     "score_vqa": "normtune.metrics.answers",
-    "train": "normtune.training.train",
+    "study": "normtune.api.runs",
+    "train": "normtune.api.runs",
 }
 _RENAMED = {  # name in version 0.1.0 -> its name today
     "Tuned": "TunedModel",

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from normtune.adapters import merge
 from normtune.adapters.fingerprint import fingerprint
-from normtune.adapters.merge import NEW_SHARD, ORIGIN_FILE, merge_text, merge_to_disk
+from normtune.adapters.merge import NEW_SHARD, ORIGIN_FILE, merge_to_disk
 from normtune.adapters.storage import TENSORS_FILE, save_adapter
 from normtune.methods.adapt import TunedModel, adapt
 from normtune.methods.registry import INTRINSIC
@@ -88,7 +88,7 @@ def test_plain_transformers_loads_the_merged_model_to_the_same_logits(kind: str,
     assert merged.linked == "hard link"
     assert merged.new_bytes == (tmp_path / "out" / NEW_SHARD).stat().st_size
     assert merged.linked_bytes == (directory / SINGLE_FILE).stat().st_size
-    assert "never write into them" in merge_text(merged)
+    assert "never write into them" in str(merged)
     json.dumps(merged.__dict__)
 
 
@@ -211,7 +211,7 @@ def test_norms_are_fp32_on_a_bf16_base_and_the_rounding_of_a_bf16_load_is_report
     save_adapter(tuned, tmp_path / "adapter", base_name="tiny", base_fingerprint=base_fingerprint)
     merged = merge_to_disk(str(directory), tmp_path / "adapter", tmp_path / "out")
     assert merged.rounded_away == 0.5
-    assert "50.0% of the changes are lost" in merge_text(merged)
+    assert "50.0% of the changes are lost" in str(merged)
     exact = plain(kind, tmp_path / "out").state_dict()
     assert all(torch.equal(exact[name], parameter) for name, parameter in tuned.trained.items())
     rounded = plain(kind, tmp_path / "out", torch.bfloat16).state_dict()

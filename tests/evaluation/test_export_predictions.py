@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from normtune.errors import InputError
-from normtune.evaluation.export_predictions import export_predictions, export_text
+from normtune.evaluation.export_predictions import export_predictions
 from tests.support.evaluation_runs import QUESTIONS, make_question, write_report_run, write_vqa_run
 
 
 def test_lmms_evals_from_log_finds_each_answer_by_its_index(tmp_path: Path) -> None:
     run = write_vqa_run(tmp_path / "a", {2}, base="nano", adapter="runs/ln")
     exported = export_predictions(run, "lmms-eval", tmp_path / "out.json", task="mine")
-    assert (exported.task, exported.rows) == ("mine", len(QUESTIONS)) and "task mine" in export_text(exported)
+    assert (exported.task, exported.rows) == ("mine", len(QUESTIONS)) and "task mine" in str(exported)
     log = json.loads((tmp_path / "out.json").read_text())
     # from_log of lmms-eval 0.7.3 reads args, limit (it ignores files with a limit), task and logs
     assert log["args"] == {"model": "normtune", "model_args": "base=nano,adapter=runs/ln", "limit": None}
@@ -36,7 +36,7 @@ def test_vlmevalkit_gets_a_tab_separated_table_for_any_texts(tmp_path: Path) -> 
     assert list(rows[0]) == ["index", "id", "question", "answer", "prediction", "category"]
     assert [row["question"] for row in rows] == hard and [row["index"] for row in rows] == list("01234")
     assert [row["prediction"] for row in rows] == [example.answer for example in examples]
-    assert exported.misread == 2 and "pandas reads 2 of the texts as missing" in export_text(exported)
+    assert exported.misread == 2 and "pandas reads 2 of the texts as missing" in str(exported)
 
 
 def slake(rows: int, **about: Any) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def test_training_from_a_warm_cache_gives_the_same_adapter_and_runs_no_tower(
     recipe = {"tune": "encoder=ln", "epochs": 1}
     result = train(config(base, tmp_path / "without", **recipe))
     assert result.computed_once == "image states"
-    assert "computed once per image: image states" in result.text()
+    assert "computed once per image: image states" in str(result)
     train(config(base, tmp_path / "cold", cache=tmp_path / "cache", **recipe))
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 6
     monkeypatch.setattr(VisionTransformer, "forward", lambda *_: pytest.fail("the tower ran again"))

@@ -12,12 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from normtune import cli
+from normtune import cli, describe
 from normtune.data import tasks
 from normtune.data.groups import Group
 from normtune.evaluation.config import EvaluateConfig
 from normtune.evaluation.evaluate import evaluate_config
-from normtune.inference.ask import describe
 from normtune.models.families.miss import MissFamily
 from normtune.models.family import Family
 from normtune.models.loading import load

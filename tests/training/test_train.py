@@ -83,7 +83,7 @@ def test_run_writes_adapter_config_and_result(run: tuple[TrainResult, Path]) -> 
 
 
 def test_result_text_shows_what_changed(run: tuple[TrainResult, Path]) -> None:
-    text = run[0].text()
+    text = str(run[0])
     assert "100.0% of the trained values changed" in text
     assert "vision norm: 100.0% of 320 changed, by " in text
 
@@ -267,7 +267,7 @@ def test_each_method_has_its_learning_rate(base: Path, tmp_path: Path) -> None:
 def test_learning_rate_that_moves_nothing_gives_a_warning(base: Path, tmp_path: Path) -> None:
     result = train(config(base, tmp_path / "stuck", lr=1e-12, epochs=1))
     assert result.warning is not None and "Raise the learning rate" in result.warning
-    assert "WARNING" in result.text()
+    assert "WARNING" in str(result)
 
 
 def test_trained_norms_move_on_a_bf16_base(base: Path, tmp_path: Path) -> None:
@@ -386,14 +386,14 @@ def test_speed_of_a_resumed_run_is_that_of_the_steps_since(base: Path, tmp_path:
     run: dict[str, Any] = {"save_every": 2, "max_steps": 5, "batch": 8}
     whole = train(config(base, tmp_path / "whole", **run))
     before = train(config(base, tmp_path / "before", **run | {"max_steps": 4}))
-    assert whole.resumed_from_step is None and "resumed from" not in whole.text()
+    assert whole.resumed_from_step is None and "resumed from" not in str(whole)
     assert whole.pairs_per_second == pytest.approx(whole.pairs / whole.seconds)
     with pytest.raises(KeyboardInterrupt):
         train(config(base, tmp_path / "stopped", **run), progress=StopAfterStep(5))
     resumed = train(config(base, tmp_path / "stopped", **run))
     assert (resumed.pairs, resumed.steps, resumed.resumed_from_step) == (whole.pairs, 5, 4)
     assert resumed.pairs_per_second * resumed.seconds == pytest.approx(whole.pairs - before.pairs)
-    assert "resumed from step 4; time, pairs/s and memory are of the steps since" in resumed.text()
+    assert "resumed from step 4; time, pairs/s and memory are of the steps since" in str(resumed)
     assert read_json(tmp_path / "stopped" / "train_result.json")["resumed_from_step"] == 4
 
 

@@ -29,6 +29,7 @@ from normtune.methods.lora import exact_name_pattern
 from normtune.methods.recipe import parse
 from normtune.methods.registry import Method
 from normtune.runtime.files import atomic_directory, write_json, write_text
+from normtune.runtime.notebook import Result
 from normtune.runtime.tensors import write_tensors
 
 CONFIG_FILE = "adapter_config.json"
@@ -46,7 +47,7 @@ _REASONS = {  # method -> why PEFT cannot hold it
 
 
 @dataclass(frozen=True)
-class Exported:
+class Exported(Result):
     """What an export wrote: PEFT's method, the base, and numbers of modules, tensors and values."""
 
     out: str
@@ -55,6 +56,13 @@ class Exported:
     modules: int
     tensors: int
     values: int
+
+    def __str__(self) -> str:
+        return (
+            f"wrote {self.out}: PEFT's {self.method} on {self.modules} modules, "
+            f"{self.values:,} values\n"
+            f"load it with PeftModel.from_pretrained(base, '{self.out}'), base being {self.base}"
+        )
 
 
 def export_peft(adapter: Path, out: Path, *, model: str | None = None) -> Exported:
@@ -88,15 +96,6 @@ def export_peft(adapter: Path, out: Path, *, model: str | None = None) -> Export
         modules=len({_module(name) for name in tensors}),
         tensors=len(tensors),
         values=sum(tensor.numel() for tensor in tensors.values()),
-    )
-
-
-def export_text(exported: Exported) -> str:
-    """The result as text for the terminal."""
-    return (
-        f"wrote {exported.out}: PEFT's {exported.method} on {exported.modules} modules, "
-        f"{exported.values:,} values\n"
-        f"load it with PeftModel.from_pretrained(base, '{exported.out}'), base being {exported.base}"
     )
 
 

@@ -32,6 +32,7 @@ from normtune.models.checkpoints.reader import INDEX_FILE, SINGLE_FILE, Checkpoi
 from normtune.models.checkpoints.writer import PlannedTensor, write_safetensors
 from normtune.models.loading import meta_model, quiet_loading
 from normtune.runtime.files import atomic_directory, write_json
+from normtune.runtime.notebook import Result
 
 NEW_SHARD = "model-normtune.safetensors"
 ORIGIN_FILE = "normtune.json"  # what was merged, for readers and for later runs
@@ -43,7 +44,7 @@ _PIECE = 1 << 20  # number of values compared at a time
 
 
 @dataclass(frozen=True)
-class Merged:
+class Merged(Result):
     """What merging wrote.
 
     Attributes:
@@ -63,6 +64,18 @@ class Merged:
     linked: str
     linked_bytes: int
     rounded_away: float | None
+
+    def __str__(self) -> str:
+        lines = [
+            f"merged '{self.recipe}' into {self.model}: {self.out}",
+            f"{self.tensors:,} tensors ({self.values:,} values, {self.new_bytes / 1e6:.1f} MB) are new, "
+            f"{self.linked_bytes / 1e6:,.1f} MB are the base's own ({self.linked})",
+        ]
+        if self.linked == "hard link":
+            lines.append("the linked files share their bytes with the base: never write into them in place")
+        if self.rounded_away is not None:
+            lines.append(f"{self.rounded_away:.1%} of the changes are lost where the model is loaded in bfloat16")
+        return "\n".join(lines)
 
 
 def merge_to_disk(model: str, adapter: Path, out: Path) -> Merged:
@@ -109,20 +122,6 @@ def merge_to_disk(model: str, adapter: Path, out: Path) -> Merged:
         linked_bytes=sum(path.stat().st_size for path in base.checkpoint.files),
         rounded_away=loss.share,
     )
-
-
-def merge_text(merged: Merged) -> str:
-    """The result as text for the terminal."""
-    lines = [
-        f"merged '{merged.recipe}' into {merged.model}: {merged.out}",
-        f"{merged.tensors:,} tensors ({merged.values:,} values, {merged.new_bytes / 1e6:.1f} MB) are new, "
-        f"{merged.linked_bytes / 1e6:,.1f} MB are the base's own ({merged.linked})",
-    ]
-    if merged.linked == "hard link":
-        lines.append("the linked files share their bytes with the base: never write into them in place")
-    if merged.rounded_away is not None:
-        lines.append(f"{merged.rounded_away:.1%} of the changes are lost where the model is loaded in bfloat16")
-    return "\n".join(lines)
 
 
 def _directory(model: str, source: str) -> Path:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,23 +42,28 @@ def save_adapter(
     tuned: TunedModel,
     directory: Path | str,
     *,
-    base_name: str,
-    base_fingerprint: str,
+    base_name: str | None = None,
+    base_fingerprint: str | None = None,
     data: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the trained parameters of a model to a directory.
+    """Write the trained parameters of a model to a directory, which `load_adapter` and every command read.
 
     Args:
-        base_name: directory or hub name of the base.
-        base_fingerprint: `fingerprint` of the base, before it was adapted.
+        tuned: the adapted model, from `normtune.adapt`.
+        directory: where the files are written; those of an earlier adapter are replaced.
+        base_name: directory or hub name of the base; None: as `normtune.adapt` recorded it.
+        base_fingerprint: `fingerprint` of the base, before it was adapted; None: as recorded.
         data: the training data: name, split, licence ...
         metrics: results to record in `adapter.json` and the model card.
 
     Raises:
-        InputError: the files cannot be written.
+        InputError: the files cannot be written, or the base's fingerprint is unknown.
     """
     directory = Path(directory)
+    base_name, base_fingerprint = base_name or tuned.base_name, base_fingerprint or tuned.base_fingerprint
+    if not base_fingerprint:
+        raise InputError("the fingerprint of the base is unknown. Adapt the model with normtune.adapt.")
     tensors = {name: parameter.detach().cpu().contiguous().clone() for name, parameter in tuned.trained.items()}
     with (
         # The files get their names when the blocks end, in reverse order: the JSON, which vouches for the
@@ -132,12 +138,15 @@ def read_tensors(directory: Path | str, info: AdapterInfo) -> dict[str, Tensor]:
     return tensors
 
 
-def load_adapter(model: nn.Module, directory: Path | str, *, allow_other_base: bool = False) -> TunedModel:
+def load_adapter(
+    model: nn.Module, directory: Path | str, *, allow_other_base: bool = False, keep_base: bool = False
+) -> TunedModel:
     """Adapt a model by an adapter's recipe and set the trained values.
 
     Args:
         model: the base, without an adapter; it is changed in place.
         allow_other_base: accept a base with other values, if its shapes fit.
+        keep_base: see `normtune.methods.adapt.adapt`.
 
     Raises:
         InputError: the adapter is damaged or belongs to another base.
@@ -148,7 +157,7 @@ def load_adapter(model: nn.Module, directory: Path | str, *, allow_other_base: b
     def is_base(base_fingerprint: str) -> bool:
         return allow_other_base or same_base(base_fingerprint, fingerprint(model))
 
-    tuned = attach_adapter(model, directory, info, is_base)
+    tuned = attach_adapter(model, directory, info, is_base, keep_base=keep_base)
     with torch.no_grad():
         for name, parameter in tuned.trained.items():
             parameter.copy_(tensors[name])
@@ -156,7 +165,12 @@ def load_adapter(model: nn.Module, directory: Path | str, *, allow_other_base: b
 
 
 def attach_adapter(
-    model: nn.Module, directory: Path | str, info: AdapterInfo, is_base: Callable[[str], bool]
+    model: nn.Module,
+    directory: Path | str,
+    info: AdapterInfo,
+    is_base: Callable[[str], bool],
+    *,
+    keep_base: bool = False,
 ) -> TunedModel:
     """Adapt a model by an adapter's recipe, without its trained values.
 
@@ -164,6 +178,7 @@ def attach_adapter(
         model: the base; it may be on the meta device.
         directory: the adapter's, for error messages.
         is_base: whether a fingerprint (the adapter's base) is that of `model`.
+        keep_base: see `normtune.methods.adapt.adapt`.
 
     Raises:
         InputError: the adapter belongs to another base.
@@ -179,16 +194,50 @@ def attach_adapter(
             f"adapter {directory} was trained on '{info.base_name}', but this base has other values or "
             "parts. Load that base, or pass allow_other_base if you know that they belong together."
         )
-    tuned = adapt(model, parse(info.recipe))
+    tuned = adapt(model, parse(info.recipe), keep_base=keep_base)
+    tuned.base_name, tuned.base_fingerprint = info.base_name, info.base_fingerprint
     # Then all tensors, including the added ones, which exist only now.
     actual = {name: tuple(parameter.shape) for name, parameter in tuned.trained.items()}
     expected = {name: tuple(tensor.shape) for name, tensor in info.tensors.items()}
     mismatches = [_mismatch(name, expected.get(name), actual.get(name)) for name in {**expected, **actual}]
     if any(mismatches):
-        if not any(tensor.method in INTRINSIC for tensor in info.tensors.values()):
+        if keep_base or not any(tensor.method in INTRINSIC for tensor in info.tensors.values()):
             restore_base(tuned)
         _check_shapes(directory, info, mismatches)
     return tuned
+
+
+@contextmanager
+def use_adapter(family: Family, adapter: Path | str | TunedModel | None) -> Iterator[None]:
+    """Answer with an adapter, in evaluation mode; an adapter that is loaded from a directory is removed afterwards.
+
+    Args:
+        family: the model.
+        adapter: a directory, or the adapter that is in the model already; None: the base.
+
+    Raises:
+        InputError: the adapter is damaged or belongs to another base, or another adapter is in the model.
+    """
+    tuned = adapter if isinstance(adapter, TunedModel) else None
+    if tuned is not None and (tuned.model is not family.model or not tuned.active):
+        raise InputError(
+            "this adapter is not in this model. Adapt the loaded model: tuned = normtune.adapt(model, recipe)."
+        )
+    if tuned is None and family.adapter is not None:
+        raise InputError(
+            f"the model has an adapter in it ('{family.adapter.recipe}'). Use it by adapter=tuned, or remove it: "
+            "normtune.restore_base(tuned)."
+        )
+    is_training = family.model.training
+    family.model.eval()
+    loaded = load_adapter(family.model, adapter, keep_base=True) if isinstance(adapter, Path | str) else None
+    family.adapter = tuned or loaded
+    try:
+        yield
+    finally:
+        if loaded is not None:
+            restore_base(loaded)
+        family.model.train(is_training)
 
 
 def _mismatch(name: str, adapter_shape: tuple[int, ...] | None, model_shape: tuple[int, ...] | None) -> str | None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from normtune.commands.app import Json, Model, app, emit, to_json
+from normtune.commands.app import Json, Model, app, emit
 from normtune.errors import InputError, did_you_mean
 
 
@@ -22,10 +22,9 @@ def merge(
 
     The merged model loads like any model of its kind. It links the base's files and adds the trained tensors.
     """
-    from normtune.adapters.merge import merge_text, merge_to_disk
+    from normtune.api.models import merge
 
-    result = merge_to_disk(model, adapter, out)
-    emit(json, to_json(result), merge_text(result))
+    emit(json, merge(model, adapter=adapter, out=out))
 
 
 @app.command()
@@ -41,7 +40,6 @@ def export(
     """
     if to != "peft":
         raise InputError(f"--to {to}: unknown format{did_you_mean(to, ['peft']) or '.'} Known: peft.")
-    from normtune.adapters.export_peft import export_peft, export_text
+    from normtune.api.models import export_peft
 
-    result = export_peft(adapter, out)
-    emit(json, to_json(result), export_text(result))
+    emit(json, export_peft(adapter=adapter, out=out))

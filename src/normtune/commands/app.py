@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import asdict
-from json import dumps, loads
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,10 +51,10 @@ Quantize = Annotated[str | None, typer.Option(help="Quantise the base to 8 or 4 
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if available.")]
 
 
-def options_from(config: type[DataOptions], positional: str | None = None) -> Callable[[Callable[..., None]], Any]:
+def options_from(config: type[DataOptions], positional: str) -> Callable[[Callable[..., None]], Any]:
     """Decorate a command so that its options are the fields of a pydantic config.
 
-    The decorated function receives the validated config, and `as_json` for `--json`.
+    The decorated function receives the fields that the user may set, and `as_json` for `--json`.
 
     Args:
         config: its field descriptions are the help texts.
@@ -64,8 +63,7 @@ def options_from(config: type[DataOptions], positional: str | None = None) -> Ca
 
     def decorate(run: Callable[..., None]) -> Callable[..., None]:
         def command(**values: Any) -> None:
-            as_json = values.pop("json")
-            run(config.checked(**values), as_json=as_json)
+            run(as_json=values.pop("json"), **values)
 
         parameters = [_parameter(name, field, name == positional) for name, field in config.model_fields.items()]
         parameters.sort(key=lambda parameter: parameter.name != positional)
@@ -86,13 +84,14 @@ def _parameter(name: str, field: FieldInfo, positional: bool) -> inspect.Paramet
     )
 
 
-def emit(as_json: bool, value: Any, text: str) -> None:
-    """Print a result, as JSON or as text. In a distributed run only the main process prints."""
+def emit(as_json: bool, result: Any, text: str | None = None) -> None:
+    """Print a result, as JSON or as text. In a distributed run only the main process prints.
+
+    Args:
+        as_json: whether the user gave --json.
+        result: JSON values, or a result with `to_dict`.
+        text: the result as text; None: `str(result)`.
+    """
     if distributed.is_main_process():
-        print(dumps(value, ensure_ascii=False) if as_json else text)
-
-
-def to_json(result: Any) -> dict[str, Any]:
-    """Convert a dataclass to JSON values; paths become text."""
-    values: dict[str, Any] = loads(dumps(asdict(result), default=str))
-    return values
+        value = result.to_dict() if hasattr(result, "to_dict") else result
+        print(dumps(value, ensure_ascii=False) if as_json else str(result) if text is None else text)

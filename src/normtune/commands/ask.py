@@ -26,7 +26,7 @@ def ask(
 
     Research use, not for diagnosis.
     """
-    from normtune.inference.ask import ask
+    from normtune.api.questions import ask
 
     answers = ask(model, image, question, adapter=adapter, beams=beams, device=device, quantize=quantize)
     rows = [
@@ -53,7 +53,7 @@ def describe(
 
     Research use, not for diagnosis.
     """
-    from normtune.inference.ask import describe
+    from normtune.api.questions import describe
 
     answer = describe(
         model, image, adapter=adapter, beams=beams, max_new_tokens=max_new_tokens, device=device, quantize=quantize

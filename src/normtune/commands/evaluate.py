@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from normtune.commands.app import Json, app, emit, options_from, to_json
+from normtune.commands.app import Json, app, emit, options_from
 from normtune.errors import InputError, did_you_mean
 from normtune.evaluation.config import EvaluateConfig
-from normtune.runtime import distributed
 from normtune.runtime.progress import progress_bar
 
 
@@ -65,7 +64,7 @@ def compare(
     comparison = compare(runs)
     if out is not None:
         comparison.save(out)
-    emit(json, comparison.to_dict(), str(comparison))
+    emit(json, comparison)
 
 
 @app.command()
@@ -102,21 +101,18 @@ def export_predictions(
 
     The harness can score them again without running a model.
     """
-    from normtune.evaluation.export_predictions import export_predictions, export_text
+    from normtune.evaluation.export_predictions import export_predictions
 
-    result = export_predictions(run, to, out, task=task)
-    emit(json, to_json(result), export_text(result))
+    emit(json, export_predictions(run, to, out, task=task))
 
 
 @app.command()
 @options_from(EvaluateConfig, positional="model")
-def evaluate(config: EvaluateConfig, *, as_json: bool) -> None:
+def evaluate(*, as_json: bool, **options: Any) -> None:
     """Evaluate a model on a dataset.
 
     Answers every question of a split and scores the answers, with 95% confidence intervals.
     """
-    from normtune.evaluation.evaluate import evaluate_config
+    from normtune.api.runs import evaluate
 
-    with progress_bar("answering", quiet=as_json or not distributed.is_main_process()) as tick:
-        evaluation = evaluate_config(config, progress=tick)
-    emit(as_json, evaluation.to_dict(), str(evaluation))
+    emit(as_json, evaluate(**options, progress=not as_json))

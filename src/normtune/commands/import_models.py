@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from normtune.commands.app import Json, app, emit, to_json
+from normtune.commands.app import Json, app, emit
 from normtune.runtime.progress import progress_bar
 
 
@@ -28,7 +28,7 @@ def import_miss(
 
     Normtune and transformers can load the converted model.
     """
-    from normtune.models.importers.miss.importer import import_miss, import_text
+    from normtune.models.importers.miss.importer import import_miss
 
     result = import_miss(
         source,
@@ -39,7 +39,7 @@ def import_miss(
         text_heads=text_heads,
         divide_twice=divide_twice,
     )
-    emit(json, to_json(result), import_text(result))
+    emit(json, result)
 
 
 @app.command("import-llava-med")
@@ -62,7 +62,7 @@ def import_llava_med(
     Normtune and transformers can load the converted model. If the command is interrupted, run it again to
     continue.
     """
-    from normtune.models.importers.llava_med.importer import import_llava_med, import_text
+    from normtune.models.importers.llava_med.importer import import_llava_med
 
     with progress_bar("writing tensors", quiet=json) as tick:
         result = import_llava_med(
@@ -75,4 +75,4 @@ def import_llava_med(
             tokenizer=tokenizer,
             on_progress=tick,
         )
-    emit(json, to_json(result), import_text(result))
+    emit(json, result)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -49,14 +49,12 @@ def inspect(
 
 @app.command()
 @options_from(DataOptions, positional="data")
-def data(options: DataOptions, *, as_json: bool) -> None:
+def data(*, as_json: bool, **options: Any) -> None:
     """Show what a dataset contains.
 
     Lists its splits, images, open and closed questions, problems in its files, and images that several splits
     share.
     """
-    from normtune.data.registry import open_configured
-    from normtune.data.summary import summarize, summary_text
+    from normtune.data.registry import open_dataset
 
-    summary = summarize(open_configured(options))
-    emit(as_json, summary, summary_text(summary))
+    emit(as_json, open_dataset(options.pop("data"), **options).summary())

@@ -56,11 +56,11 @@ def study(
     Runs the cells that have no result yet, and writes tables and an HTML page of all results. If the command
     is interrupted, run it again to continue. The exit status is 1 if a cell failed.
     """
-    from normtune.studies.spec import read_study
-
-    spec = read_study(file, root or ())
-    folder = out or Path(spec.study)
     if dry_run:
+        from normtune.studies.spec import read_study
+
+        spec = read_study(file, root or ())
+        folder = out or Path(spec.study)
         from normtune.studies.console import format_listing, list_cells
         from normtune.studies.plan import PairCounts
         from normtune.studies.run import current_plan
@@ -68,11 +68,18 @@ def study(
         cells = list_cells(current_plan(spec, folder), PairCounts(spec), folder)
         emit(json, cells, format_listing(cells))
         return
-    from normtune.studies.study import run_study_and_report
+    from normtune.api.runs import study
 
-    summary, text = run_study_and_report(
-        spec, folder, workers=workers, on=on, quiet=json, report_only=report_only, examples=examples
+    result = study(
+        file,
+        out,
+        roots=root or (),
+        workers=workers,
+        on=on,
+        report_only=report_only,
+        examples=examples,
+        progress=not json,
     )
-    emit(json, summary, text)
-    if not report_only and (summary["failed"] or summary["waiting"]):
+    emit(json, result)
+    if not report_only and (result.summary.failed or result.summary.waiting):
         raise typer.Exit(1)

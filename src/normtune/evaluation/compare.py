@@ -14,7 +14,7 @@ from normtune.metrics.statistics import holm_correction
 from normtune.metrics.sum_metrics import SumMetric, paired_difference
 from normtune.metrics.table import metric_table
 from normtune.runtime.files import read_json, write_text
-from normtune.runtime.notebook import axes_or_new, data_frame, html_text
+from normtune.runtime.notebook import Result, axes_or_new, data_frame
 from normtune.runtime.number_format import format_interval
 from normtune.runtime.text_table import markdown_table, text_table
 
@@ -58,7 +58,7 @@ class MetricDifference:
 
 
 @dataclass(frozen=True, repr=False)
-class Comparison:
+class Comparison(Result):
     """Several runs compared with the first of them, the baseline. `print` and Jupyter show it as a table."""
 
     baseline: EvaluationRun
@@ -118,9 +118,6 @@ class Comparison:
 
     def __repr__(self) -> str:
         return f"<Comparison of {', '.join(self.differences)} with {self.baseline.name}>"
-
-    def _repr_html_(self) -> str:
-        return html_text(str(self))
 
     def markdown(self) -> str:
         """Format the comparison as a Markdown table."""

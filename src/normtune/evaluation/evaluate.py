@@ -220,11 +220,11 @@ class _Answerer:
             **options,
         )
         self.done += len(generated)
-        chosen = score_closed_candidates(
+        from_candidates = score_closed_candidates(
             self.family, dataset, closed, self.choices, progress=self._progress_from(self.done), **options
         )
         self.done += len(closed)
-        return answers + chosen
+        return answers + from_candidates
 
     def _progress_from(self, before: int) -> Progress | None:
         progress, total = self.progress, len(self.share) * self.rounds

@@ -26,6 +26,7 @@ from normtune.data.records import Example
 from normtune.errors import InputError, did_you_mean
 from normtune.evaluation.results import read_run
 from normtune.runtime.files import write_json, write_text
+from normtune.runtime.notebook import Result
 
 HARNESSES = ("lmms-eval", "vlmevalkit")
 # lmms-eval's tasks on SLAKE: language -> (task, number of its rows)
@@ -38,7 +39,7 @@ _MISSING = frozenset((
 
 
 @dataclass(frozen=True)
-class Exported:
+class Exported(Result):
     """The written file, and how many of its texts the harness will misread."""
 
     out: str
@@ -46,6 +47,13 @@ class Exported:
     task: str | None  # the task of lmms-eval
     rows: int
     misread: int  # number of predictions and answers that pandas reads as missing
+
+    def __str__(self) -> str:
+        task = f", task {self.task}" if self.task else ""
+        text = f"{self.rows} answers for {self.to}{task}: {self.out}"
+        if self.misread:
+            text += f". pandas reads {self.misread} of the texts as missing; they will be scored as 'nan'"
+        return text
 
 
 def export_predictions(run: Path | str, to: str, out: Path | str, *, task: str | None = None) -> Exported:
@@ -132,12 +140,3 @@ def _vlmevalkit_table(examples: Sequence[Example], answers: Sequence[str]) -> st
     for index, (example, answer) in enumerate(zip(examples, answers, strict=True)):
         rows.writerow([index, example.id, example.question, example.answer, answer, example.kind])
     return buffer.getvalue()
-
-
-def export_text(exported: Exported) -> str:
-    """Describe the export in a sentence."""
-    task = f", task {exported.task}" if exported.task else ""
-    text = f"{exported.rows} answers for {exported.to}{task}: {exported.out}"
-    if exported.misread:
-        text += f". pandas reads {exported.misread} of the texts as missing; they will be scored as 'nan'"
-    return text

@@ -19,7 +19,7 @@ from normtune.metrics.statistics import RESAMPLES
 from normtune.metrics.strata import strata_of, strata_text
 from normtune.runtime.environment import versions
 from normtune.runtime.files import read_json, write_json, write_jsonl
-from normtune.runtime.notebook import Rows, axes_or_new, data_frame, html_text
+from normtune.runtime.notebook import Result, Rows, axes_or_new, data_frame
 from normtune.runtime.number_format import format_interval
 from normtune.runtime.text_table import text_table
 
@@ -77,7 +77,7 @@ class Predictions(list[Prediction]):
 
 
 @dataclass(frozen=True, repr=False)
-class Evaluation:
+class Evaluation(Result):
     """The predictions of a model for some examples, and their scores.
 
     `print` and Jupyter show the scores as a table.
@@ -133,9 +133,6 @@ class Evaluation:
     def __repr__(self) -> str:
         rows, dataset = self.record["rows"], self.record["dataset"]
         return f"<Evaluation of {rows:,} rows of {dataset}: {len(self.record['metrics'])} metrics>"
-
-    def _repr_html_(self) -> str:
-        return html_text(str(self))
 
     def save(self, directory: Path | str) -> None:
         """Write `predictions.jsonl`, `manifest.json` and finally `metrics.json`, each atomically.

@@ -48,6 +48,12 @@ class TunedModel:
     base_total: int  # parameters of the base
     additions: list[AddedLayers] = field(default_factory=list)
     base_norms: dict[str, nn.Module] = field(default_factory=dict)  # the norms that were replaced, by name
+    # only with `keep_base`: other trained parameters of the base, by name, and the base's trainable parameters
+    base_parameters: dict[str, tuple[list[ParameterHolder], nn.Parameter]] = field(default_factory=dict)
+    base_trainable: list[nn.Parameter] = field(default_factory=list)
+    base_name: str = ""  # directory or hub name of the base
+    base_fingerprint: str = ""  # see `normtune.adapters.fingerprint`; computed before the model was adapted
+    active: bool = True  # False after `restore_base`
 
     @property
     def trainable(self) -> int:
@@ -76,13 +82,15 @@ class Cast(nn.Module):
         return tensor.to(self.dtype)
 
 
-def adapt(model: nn.Module, recipe: Recipe | str, *, seed: int = 0) -> TunedModel:
+def adapt(model: nn.Module, recipe: Recipe | str, *, seed: int = 0, keep_base: bool = False) -> TunedModel:
     """Make a model trainable, in place, as a recipe describes.
 
     Args:
         model: the base, without an adapter.
         recipe: a parsed recipe, or its text (see `normtune.methods.recipe`).
         seed: seeds the initial values of added layers; the caller's random state does not change.
+        keep_base: train copies of the base's parameters, so that `restore_base` works for every recipe; this
+            takes as much memory as the trained parameters. Norms are restored without it.
 
     Raises:
         InputError: the recipe does not fit the model. The model is then unchanged, but frozen.
@@ -97,8 +105,10 @@ def adapt(model: nn.Module, recipe: Recipe | str, *, seed: int = 0) -> TunedMode
     holders_of = parameter_holders(model, trained_of_base)
     for name in method_of:
         _check_not_quantized(name, holders_of[name])
-    model.requires_grad_(False)
     tuned = TunedModel(model, resolved, base, {}, {}, {}, base.total)  # filled by the steps below
+    if keep_base:
+        tuned.base_trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
     # 2. Add layers (LoRA, prefixes, ...). This step may fail, so it comes before the steps that replace
     #    tensors of the base: added layers can be removed again, replaced values cannot be restored.
     try:
@@ -113,7 +123,9 @@ def adapt(model: nn.Module, recipe: Recipe | str, *, seed: int = 0) -> TunedMode
     _replace_norms(tuned, {name: holders_of[name] for name in method_of})
     for name, holders in holders_of.items():
         if name not in tuned.trained:
-            tuned.trained[name] = _train_in_fp32(holders)
+            if keep_base:
+                tuned.base_parameters[name] = holders, getattr(*holders[0])
+            tuned.trained[name] = _train_in_fp32(holders, copy=keep_base)
     # 4. List what is trained: first the base's parameters in the base's order, then the added ones.
     tuned.trained = {name: tuned.trained[name] for name in method_of}
     info_of = {info.name: info for info in base.parameters}
@@ -137,14 +149,23 @@ def restore_base(tuned: TunedModel) -> nn.Module:
     Raises:
         InputError: other tensors of the base were trained, and their old values no longer exist.
     """
-    norm_names = {name for name in tuned.trained if name.rpartition(".")[0] in tuned.base_norms}
-    lost = [name for name, method in tuned.methods.items() if method not in ADDED and name not in norm_names]
+    restorable = {name for name in tuned.trained if name.rpartition(".")[0] in tuned.base_norms}
+    restorable |= tuned.base_parameters.keys()
+    lost = [name for name, method in tuned.methods.items() if method not in ADDED and name not in restorable]
     if lost:
         raise InputError(f"{lost[0]} was trained in place, its old values are not kept. Load the base again.")
     for addition in reversed(tuned.additions):  # in the reverse order of adding
         addition.remove()
     for name, norm in tuned.base_norms.items():
         tuned.model.set_submodule(name, norm)
+    for holders, parameter in tuned.base_parameters.values():
+        for module, attribute in holders:
+            if parametrize.is_parametrized(module, attribute):
+                parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
+            setattr(module, attribute, parameter)
+    for parameter in tuned.base_trainable:
+        parameter.requires_grad_(True)
+    tuned.active = False
     return tuned.model
 
 
@@ -232,13 +253,18 @@ def _replace_norms(tuned: TunedModel, holders_of: Mapping[str, list[ParameterHol
             tuned.trained[name] = getattr(replacement, attribute)
 
 
-def _train_in_fp32(holders: list[ParameterHolder]) -> nn.Parameter:
-    """Return the parameter that trains for a tensor of the base: the tensor itself if it is fp32 (or wider),
-    else an fp32 copy that its modules cast to the old dtype at each use."""
+def _train_in_fp32(holders: list[ParameterHolder], *, copy: bool) -> nn.Parameter:
+    """Return the parameter that trains for a tensor of the base: the tensor itself (or a copy) if it is fp32 or
+    wider, else an fp32 copy that its modules cast to the old dtype at each use."""
     module, attribute = holders[0]
     old = getattr(module, attribute)
     if old.dtype.itemsize >= torch.float32.itemsize:
-        return old
+        if not copy:
+            return old
+        new = nn.Parameter(old.detach().clone())
+        for module, attribute in holders:
+            setattr(module, attribute, new)
+        return new
     # The optimiser updates `wide` (fp32). Each use of `module.weight` reads cast(wide), in the base's dtype,
     # so that the forward pass computes as before.
     wide = nn.Parameter(old.detach().float())

@@ -48,11 +48,26 @@ class Family(ABC):
     # whether the tokens that `prefix_tokens` counts are computed once a group, not once a segment
     shares_prefix: ClassVar[bool] = True
     source: str = ""  # the directory or hub name that the model was loaded from
-    adapter: Any = None  # the `TunedModel` whose adapter is in the model; None: the model is the base
+    quantize: str | None = None  # int8 or nf4: the model was quantised when it was loaded
+    _adapter: Any = None
 
     def __init__(self, model: nn.Module, processor: Any) -> None:
         self.model = model
         self.processor = processor
+
+    @property
+    def adapter(self) -> Any:
+        """The `TunedModel` whose adapter is in the model; None: the model is the base."""
+        return self._adapter if self._adapter is not None and self._adapter.active else None
+
+    @adapter.setter
+    def adapter(self, tuned: Any) -> None:
+        self._adapter = tuned
+
+    def __repr__(self) -> str:
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        adapter = f", adapter {self.adapter.recipe}" if self.adapter is not None else ""
+        return f"<{type(self).__name__} {self.source}: {parameters:,} parameters on {self.device}{adapter}>"
 
     @property
     def device(self) -> torch.device:

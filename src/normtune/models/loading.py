@@ -83,7 +83,7 @@ def load(
     with quiet_loading(source), quiet_quantization():
         config = quantization_config(meta_model(model), quantize, torch_dtype)
         loaded = _load_or_explain(model, lambda: family.load(source, torch_dtype, target, quantization=config))
-    loaded.source = model
+    loaded.source, loaded.quantize = model, quantize
     allow_gradients_through(loaded.model)
     return loaded
 

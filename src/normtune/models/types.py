@@ -25,6 +25,9 @@ class Answer:
     score: float
     tokens: tuple[int, ...] = ()
 
+    def __str__(self) -> str:
+        return self.text
+
 
 class AnswerStates(NamedTuple):
     """The head's input for a batch of N answer tokens, in the order of their segments.

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from html import escape
+from json import dumps, loads
 from typing import TYPE_CHECKING, Any
 
 from normtune.errors import InputError
@@ -17,6 +19,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MAX_HTML_ROWS = 20  # a longer table is cut, and says so
+
+
+class Result:
+    """A dataclass that functions return and commands print: as JSON values, as text, or as HTML in Jupyter."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values; paths become text."""
+        values: dict[str, Any] = loads(dumps(asdict(self), default=str))  # type: ignore[call-overload]
+        return values
+
+    def _repr_html_(self) -> str:
+        return html_text(str(self))
 
 
 class Rows(list[dict[str, Any]]):

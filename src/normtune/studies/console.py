@@ -86,7 +86,7 @@ class ProgressBars:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, force_jupyter=False)  # in Jupyter: a line for each finished cell
         self.bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from normtune.methods.adapt import TunedModel
 from normtune.runtime import distributed, memory
+from normtune.runtime.files import read_json
+from normtune.runtime.notebook import Result, axes_or_new
 from normtune.training.changes import Change, change_report, norm_changes
 from normtune.training.config import TrainConfig
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 
 @dataclass(frozen=True)
-class TrainResult:
-    """The result of a run. The field names are the keys of `train_result.json` and of `--json`."""
+class TrainResult(Result):
+    """The result of a training run; `print` and Jupyter show it as a few lines of text.
+
+    The field names are the keys of `train_result.json` and of `--json`.
+    """
 
     out: str  # folder of the adapter
     recipe: str  # resolved: a method for each part of the model
@@ -36,8 +45,29 @@ class TrainResult:
     # step of the checkpoint from which the last start resumed; None: the run was not interrupted
     resumed_from_step: int | None = None
 
-    def text(self) -> str:
-        """Return the result as a few lines of text."""
+    @property
+    def adapter(self) -> Path:
+        """The folder of the trained adapter."""
+        return Path(self.out)
+
+    @property
+    def losses(self) -> list[tuple[int, float]]:
+        """The loss log, read from the adapter: (step, mean loss per answer token since the previous entry)."""
+        log = read_json(self.adapter / "adapter.json")["metrics"]["training"]["loss"]
+        return [(step, loss) for step, loss in log]
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the loss against the step."""
+        ax = axes_or_new(ax)
+        losses = self.losses
+        ax.plot([step for step, _ in losses], [loss for _, loss in losses])
+        ax.set_xlabel("step")
+        ax.set_ylabel("loss in nats per answer token")
+        ax.set_title(self.recipe)
+        ax.grid(alpha=0.3)
+        return ax
+
+    def __str__(self) -> str:
         lines = [
             f"{self.recipe}: {self.trainable:,} of {self.total:,} parameters ({100 * self.share:.4f}%)",
             f"{self.pairs:,} pairs in {self.steps:,} steps, {self.seconds:.1f} s "

@@ -23,7 +23,7 @@ from normtune.data.batches import EpochBatches
 from normtune.data.records import Dataset, Example
 from normtune.data.registry import open_configured
 from normtune.errors import InputError
-from normtune.methods.adapt import TunedModel, adapt
+from normtune.methods.adapt import TunedModel, adapt, restore_base
 from normtune.methods.recipe import parse
 from normtune.models.family import Family
 from normtune.models.loading import load
@@ -39,7 +39,13 @@ from normtune.training.token_counts import count_tokens
 from normtune.training.trainer import AdapterTrainer
 
 
-def train(config: TrainConfig, *, progress: TrainerCallback | None = None) -> TrainResult:
+def train(
+    config: TrainConfig,
+    *,
+    family: Family | None = None,
+    dataset: Dataset | None = None,
+    progress: TrainerCallback | None = None,
+) -> TrainResult:
     """Train the recipe `config.tune` on `config.data` and write the adapter to `config.out`.
 
     If a run is killed, the same call resumes from its last complete checkpoint and ends with the same adapter
@@ -48,6 +54,8 @@ def train(config: TrainConfig, *, progress: TrainerCallback | None = None) -> Tr
 
     Args:
         config: the options of the run.
+        family: the loaded base; it is the base again afterwards. None: `config.model` is loaded.
+        dataset: the opened dataset; None: `config.data` is opened.
         progress: a callback that shows the progress, such as `PrintProgress`.
 
     Raises:
@@ -59,23 +67,30 @@ def train(config: TrainConfig, *, progress: TrainerCallback | None = None) -> Tr
     # tight is for machines with little memory: freed blocks return to the system at once
     if config.memory == "tight":
         memory.release_freed_memory()
-    dataset = open_configured(config)
+    if dataset is None:
+        dataset = open_configured(config)
     examples = config.select(dataset.split(config.split))
     # before the base, which may take minutes to load; below --out, since --out itself may exist and be read-only
     make_directory(config.out / "checkpoints")
+    keep_base = family is not None
     # with FSDP the base may be larger than a device: it is loaded on the host, then sharded over the devices
     device = "cpu" if distributed.is_sharded() else config.device
-    family = load(config.model, dtype=config.dtype, device=device, quantize=config.quantize)
+    if family is None:
+        family = load(config.model, dtype=config.dtype, device=device, quantize=config.quantize)
     # of the unchanged base, before `adapt`: the adapter is loaded only onto a base with the same fingerprint
     base_fingerprint = fingerprint(family.model)
     if len(set(distributed.all_gather(base_fingerprint))) > 1:
         raise InputError(f"the processes loaded different bases from {config.model}. Give all of them the same files.")
     # --- train, and write in one process; the others wait, so that none ends before the files are there
-    tuned = adapt(family.model, recipe, seed=config.seed)
-    result, description = fit(config, family, tuned, dataset, examples, progress=progress)
-    if distributed.is_main_process():
-        save_run(config, tuned, dataset, len(examples), base_fingerprint, result, description)
-    distributed.barrier()
+    tuned = adapt(family.model, recipe, seed=config.seed, keep_base=keep_base)
+    try:
+        result, description = fit(config, family, tuned, dataset, examples, progress=progress)
+        if distributed.is_main_process():
+            save_run(config, tuned, dataset, len(examples), base_fingerprint, result, description)
+        distributed.barrier()
+    finally:
+        if keep_base:
+            restore_base(tuned)
     return result
 
 

@@ -21,7 +21,7 @@ from normtune.adapters.storage import load_model
 from normtune.data.groups import Group
 from normtune.errors import InputError
 from normtune.models.causal.family import CausalFamily
-from normtune.models.importers.llava_med.importer import ImportReport, import_llava_med, import_text
+from normtune.models.importers.llava_med.importer import ImportReport, import_llava_med
 from normtune.models.importers.llava_med.original_config import read_original_config
 from normtune.models.importers.llava_med.processor import read_vocabulary
 from normtune.models.importers.llava_med.tensor_plan import append_mean_rows
@@ -108,7 +108,7 @@ def test_a_checkpoint_with_an_image_encoder_gives_the_original_logits(
     assert set(report.mapped.values()) | set(report.dropped) == set(source_tensors)
     assert {name.rpartition(".")[2] for name in report.dropped} == {"inv_freq", "position_ids"}
     assert report.missing == {} and report.left_over == ()
-    assert "the checkpoint's own, which LLaVA-Med's loader would replace" in import_text(report)
+    assert "the checkpoint's own, which LLaVA-Med's loader would replace" in str(report)
     written_report = json.loads((tmp_path / "out" / "import_report.json").read_text())
     assert written_report["mapped"] == report.mapped and "kept" not in written_report
     assert sorted(tmp_path.iterdir()) == [tmp_path / "out", source]
@@ -141,16 +141,14 @@ def test_the_checkpoints_image_encoder_is_used_unless_stock_tower_is_set(
     clip = write_clip(tmp_path / "clip", stock.clip)
     inside_report = import_llava_med(str(source), tmp_path / "own", vision=str(clip))
     assert_same_logits(tmp_path / "own", original)
-    assert inside_report.tower_differs == 1 and "1 tensors differ between SRC and --vision" in import_text(
-        inside_report
-    )
+    assert inside_report.tower_differs == 1 and "1 tensors differ between SRC and --vision" in str(inside_report)
     stock_report = import_llava_med(str(source), tmp_path / "stock", vision=str(clip), stock_tower=True)
     assert_same_logits(tmp_path / "stock", stock)
     assert (
         len(stock_report.left_over)
         == sum(name.startswith(TOWER) for name in original_tensors(original, tower=True)) - 1
     )
-    assert "as LLaVA-Med's loader uses it" in stock_report.tower and "not used: " in import_text(stock_report)
+    assert "as LLaVA-Med's loader uses it" in stock_report.tower and "not used: " in str(stock_report)
     with pytest.raises(InputError, match="--stock-tower needs --vision"):
         import_llava_med(str(source), tmp_path / "none", stock_tower=True)
 
@@ -235,7 +233,7 @@ def test_a_delta_is_added_to_its_base(separated: OriginalModel, tmp_path: Path, 
             assert torch.equal(imported_tensors[name], expected[original_name]), name
     language = [name for name in report.mapped if "vision_tower" not in name and "projector" not in name]
     assert set(report.added) == set(language) and report.version == "1.0"
-    assert f"{len(language)} tensors are {base} + {delta}" in import_text(report)
+    assert f"{len(language)} tensors are {base} + {delta}" in str(report)
     if dtype == torch.float32:
         separated.language.load_state_dict({n: w for n, w in expected.items() if n in separated.language.state_dict()})
         assert_same_logits(tmp_path / "out", separated, V10_PROMPT, pad=False)

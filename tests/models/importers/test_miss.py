@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from normtune.errors import InputError
-from normtune.models.importers.miss.importer import ImportReport, import_miss, import_text
+from normtune.models.importers.miss.importer import ImportReport, import_miss
 from normtune.models.importers.miss.original_checkpoint import infer_config
 from normtune.models.miss.model import MissForQuestionAnswering
 from normtune.models.miss.vision import resize_positions
@@ -121,7 +121,7 @@ def test_unknown_tensors_are_named_and_not_used(tmp_path: Path) -> None:
     weights = original(model) | {"text_encoder.pooler.dense.weight": torch.zeros(2), "other": torch.zeros(1)}
     report = import_miss(save(tmp_path / "a.pth", weights), tmp_path / "out", **HEADS)
     assert set(report.left_over) == {"text_encoder.pooler.dense.weight", "other"}
-    assert "unknown, not used: " in import_text(report)
+    assert "unknown, not used: " in str(report)
     assert_same_logits(tmp_path / "out", model)
 
 
@@ -143,7 +143,7 @@ def test_a_tied_head_may_be_absent_and_its_bias_may_have_the_other_name(tmp_path
     report = import_miss(save(tmp_path / "a.pth", weights), tmp_path / "out", **HEADS)
     assert report.missing == ("text_decoder.cls.predictions.decoder.weight",)
     assert report.mapped["text_decoder.cls.predictions.decoder.bias"] == "text_decoder.cls.predictions.bias"
-    assert "made from other tensors" in import_text(report)
+    assert "made from other tensors" in str(report)
     assert_same_logits(tmp_path / "out", model)
 
 
@@ -165,7 +165,7 @@ def test_position_embeddings_are_resampled_on_request(tmp_path: Path) -> None:
     model = tiny_miss()
     source = save(tmp_path / "a.pth", original(model))
     report = import_miss(source, tmp_path / "out", image_size=48, **HEADS)
-    assert report.resized_from == 32 and "from 32 to 48 pixels" in import_text(report)
+    assert report.resized_from == 32 and "from 32 to 48 pixels" in str(report)
     imported = MissForQuestionAnswering.from_pretrained(tmp_path / "out")
     assert imported.config.vision().image_size == 48
     expected = resize_positions(model.visual_encoder.pos_embed, 6, 6)

@@ -20,7 +20,11 @@ _DICOM_ENDINGS = (".dcm", ".dicom", ".ima", "")  # of files that may be DICOM wi
 
 
 def open_image(
-    source: Path | str | bytes, *, name: str | None = None, frame: int | None = None, window: Window | None = None
+    source: Path | str | bytes | Image.Image,
+    *,
+    name: str | None = None,
+    frame: int | None = None,
+    window: Window | None = None,
 ) -> Image.Image:
     """Read one image as 8-bit RGB, upright.
 
@@ -30,7 +34,7 @@ def open_image(
     `normtune.data.images.dicom`.
 
     Args:
-        source: the file, or its bytes.
+        source: the file, or its bytes, or an opened image.
         name: name of the image in errors; by default the file's name without its folder.
         frame: index in a file of several frames, from 0; by default the first, or for DICOM the middle one.
         window: (centre, width) for images of more than 8 bits and DICOM, instead of the file's own window.
@@ -40,6 +44,8 @@ def open_image(
     """
     # Sizes are checked below, with an error of one line instead of Pillow's warning.
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    if isinstance(source, Image.Image):
+        return _to_rgb(_upright(source), window)
     if isinstance(source, bytes):
         name, data = name or "image", source
     else:

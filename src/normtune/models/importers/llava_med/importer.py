@@ -34,6 +34,7 @@ from normtune.models.importers.llava_med.processor import Vocabulary, build_proc
 from normtune.models.importers.llava_med.tensor_names import NORM, convert_name, has_tower
 from normtune.models.importers.llava_med.tensor_plan import TensorPlan
 from normtune.runtime.files import write_json
+from normtune.runtime.notebook import Result
 
 REPORT_FILE = "import_report.json"  # the `ImportReport`, next to the imported weights
 SHARD_BYTES = 2 * 10**9  # size of an imported shard
@@ -41,7 +42,7 @@ MAX_DELTA_GAIN = 0.1  # mean gain of the final norm: above 1 in LLaMA, below thi
 
 
 @dataclass(frozen=True)
-class ImportReport:
+class ImportReport(Result):
     """How the tensors of a checkpoint were imported.
 
     Attributes:
@@ -84,30 +85,28 @@ class ImportReport:
     bytes: int
     kept: int
 
-
-def import_text(report: ImportReport) -> str:
-    """The report as a few lines of text."""
-    count = len(report.mapped)
-    lines = [
-        f"{report.source} (LLaVA-Med {report.version}) -> {report.out}: {report.parameters:,} parameters, "
-        f"{report.bytes / 1e6:,.1f} MB in {len(report.shards)} shards"
-        + (f", {report.kept} of them from an interrupted run" if report.kept else ""),
-        f"{count} tensors used, {len(report.missing)} made, {len(report.dropped)} without weights dropped, "
-        f"{len(report.left_over)} not used",
-        f"image encoder: {report.tower}",
-    ]
-    if report.tower_differs is not None:
-        lines.append(f"image encoder: {report.tower_differs} tensors differ between SRC and --vision")
-    if report.base is not None:
-        lines.append(f"{len(report.added)} tensors are {report.base} + {report.source}")
-    lines += [f"made: {name} = {how}" for name, how in report.missing.items()]
-    before, after = report.vocabulary
-    if report.tokens:
-        lines.append(f"vocabulary: {before:,} -> {after:,} rows, new tokens {', '.join(report.tokens)}")
-    if report.left_over:
-        lines.append(f"not used: {first_names(report.left_over)}")
-    lines.append(f"every name: {Path(report.out) / REPORT_FILE}")
-    return "\n".join(lines)
+    def __str__(self) -> str:
+        count = len(self.mapped)
+        lines = [
+            f"{self.source} (LLaVA-Med {self.version}) -> {self.out}: {self.parameters:,} parameters, "
+            f"{self.bytes / 1e6:,.1f} MB in {len(self.shards)} shards"
+            + (f", {self.kept} of them from an interrupted run" if self.kept else ""),
+            f"{count} tensors used, {len(self.missing)} made, {len(self.dropped)} without weights dropped, "
+            f"{len(self.left_over)} not used",
+            f"image encoder: {self.tower}",
+        ]
+        if self.tower_differs is not None:
+            lines.append(f"image encoder: {self.tower_differs} tensors differ between SRC and --vision")
+        if self.base is not None:
+            lines.append(f"{len(self.added)} tensors are {self.base} + {self.source}")
+        lines += [f"made: {name} = {how}" for name, how in self.missing.items()]
+        before, after = self.vocabulary
+        if self.tokens:
+            lines.append(f"vocabulary: {before:,} -> {after:,} rows, new tokens {', '.join(self.tokens)}")
+        if self.left_over:
+            lines.append(f"not used: {first_names(self.left_over)}")
+        lines.append(f"every name: {Path(self.out) / REPORT_FILE}")
+        return "\n".join(lines)
 
 
 def import_llava_med(

@@ -18,10 +18,11 @@ from normtune.models.importers.miss.weights import EMBEDDING, HEAD, POSITIONS, M
 from normtune.models.miss.config import VisionDims, validate_dims
 from normtune.models.miss.model import MissForQuestionAnswering
 from normtune.models.miss.vision import resize_positions
+from normtune.runtime.notebook import Result
 
 
 @dataclass(frozen=True)
-class ImportReport:
+class ImportReport(Result):
     """How the tensors of a checkpoint were imported.
 
     Attributes:
@@ -48,24 +49,22 @@ class ImportReport:
     resized_from: int | None
     processor: bool
 
-
-def import_text(report: ImportReport) -> str:
-    """The report as a few lines of text."""
-    used, dropped, unknown = len(report.mapped), len(report.dropped), len(report.left_over)
-    lines = [
-        f"{report.source} -> {report.out}: {report.parameters:,} parameters",
-        f"{used} tensors used, {dropped} dropped, {unknown} unknown",
-    ]
-    if report.missing:
-        lines.append(f"made from other tensors: {first_names(report.missing)}")
-    if report.left_over:
-        lines.append(f"unknown, not used: {first_names(report.left_over)}")
-    if report.resized_from is not None:
-        size = report.config["vision_dims"]["image_size"]
-        lines.append(f"position embeddings resampled from {report.resized_from} to {size} pixels")
-    if not report.processor:
-        lines.append("no tokenizer was written: give --vocab with the vocab.txt of bert-base-uncased")
-    return "\n".join(lines)
+    def __str__(self) -> str:
+        used, dropped, unknown = len(self.mapped), len(self.dropped), len(self.left_over)
+        lines = [
+            f"{self.source} -> {self.out}: {self.parameters:,} parameters",
+            f"{used} tensors used, {dropped} dropped, {unknown} unknown",
+        ]
+        if self.missing:
+            lines.append(f"made from other tensors: {first_names(self.missing)}")
+        if self.left_over:
+            lines.append(f"unknown, not used: {first_names(self.left_over)}")
+        if self.resized_from is not None:
+            size = self.config["vision_dims"]["image_size"]
+            lines.append(f"position embeddings resampled from {self.resized_from} to {size} pixels")
+        if not self.processor:
+            lines.append("no tokenizer was written: give --vocab with the vocab.txt of bert-base-uncased")
+        return "\n".join(lines)
 
 
 def from_blip(source: BlipForQuestionAnswering | str | Path) -> MissForQuestionAnswering:

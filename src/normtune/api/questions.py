@@ -1,0 +1,88 @@
+"""Questions about single images: ask, describe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+from normtune.api.models import Adapter, Model, open_model
+from normtune.data import tasks
+from normtune.inference import ask as inference
+from normtune.models.types import Answer
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    Picture = str | Path | Image
+    Pictures = Picture | Sequence[Picture]
+
+
+@overload
+def ask(model: Model, image: Pictures, question: str, **options: Any) -> Answer: ...
+@overload
+def ask(model: Model, image: Pictures, question: list[str] | tuple[str, ...], **options: Any) -> list[Answer]: ...
+def ask(  # type: ignore[misc]  # the overloads leave the options to this signature
+    model: Model,
+    image: Pictures,
+    question: str | list[str] | tuple[str, ...],
+    *,
+    adapter: Adapter | None = None,
+    beams: int = 1,
+    max_new_tokens: int = tasks.MAX_ANSWER_TOKENS,
+    device: str | None = None,
+    quantize: str | None = None,
+) -> Answer | list[Answer]:
+    """Ask a model about an image. For research use, not for diagnosis.
+
+    ```python
+    answer = normtune.ask(model, "chest.png", "Is there a fracture?", adapter="runs/ln")
+    print(answer)
+    ```
+
+    Args:
+        model: a name, or a loaded model, which is the base again afterwards.
+        image: an image file or an opened image, or a list of the views of one study.
+        question: a question, or a list of questions, which share the computation of the image.
+        adapter: directory of an adapter, or the adapter that is in the loaded model; None: the base.
+        beams: width of the beam search; 1: greedy decoding.
+        max_new_tokens: maximum length of an answer in tokens.
+        device: cpu or cuda; None: cuda if available.
+        quantize: int8 or nf4; None: not quantised.
+
+    Returns:
+        The answer, or the answers in the order of the questions.
+
+    Raises:
+        InputError: the model, the adapter or an image is not valid.
+    """
+    questions = [question] if isinstance(question, str) else question
+    with open_model(model, adapter, device=device, quantize=quantize) as family:
+        answers = inference.ask(family, _images(image), questions, beams=beams, max_new_tokens=max_new_tokens)
+    return answers[0] if isinstance(question, str) else answers
+
+
+def describe(
+    model: Model,
+    image: Pictures,
+    *,
+    adapter: Adapter | None = None,
+    beams: int = 1,
+    max_new_tokens: int = tasks.MAX_REPORT_TOKENS,
+    device: str | None = None,
+    quantize: str | None = None,
+) -> Answer:
+    """Write a report about an image or the views of one study. For research use, not for diagnosis.
+
+    Args:
+        model, image, adapter, beams, max_new_tokens, device, quantize: see `ask`.
+
+    Raises:
+        InputError: the model, the adapter or an image is not valid.
+    """
+    with open_model(model, adapter, device=device, quantize=quantize) as family:
+        return inference.ask(family, _images(image), [""], beams=beams, max_new_tokens=max_new_tokens, report=True)[0]
+
+
+def _images(image: Pictures) -> Sequence[Picture]:
+    return image if isinstance(image, Sequence) and not isinstance(image, str) else [image]
