@@ -104,7 +104,7 @@ def merge(model: Model, *, adapter: Adapter, out: str | Path) -> Merged:
     """Merge an adapter into its base model, as a checkpoint that plain transformers loads.
 
     Args:
-        model: the base: a name, or a loaded model, whose files are read again.
+        model: the base: a name, or a loaded model; its files are read again.
         adapter: directory of the adapter, or the adapter that is in a model.
         out: directory of the merged model; it must be new or empty.
 

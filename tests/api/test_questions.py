@@ -1,0 +1,61 @@
+"""Questions in Python: image files and opened images, one question and several."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import normtune
+from normtune.models.family import Family
+
+
+@pytest.fixture(scope="module")
+def model(base: Path) -> Family:
+    return normtune.load(base, device="cpu")
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    data = normtune.open_dataset("phantom-b:1")
+    data.open_image(data.train[0].images[0]).save(tmp_path / "chest.png")
+    return tmp_path / "chest.png"
+
+
+def test_an_image_is_a_file_or_an_opened_image(model: Family, picture: Path, base: Path) -> None:
+    question = "Is there a fracture?"
+    answers = [
+        normtune.ask(model, image, question) for image in (picture, str(picture), [picture], Image.open(picture))
+    ]
+    answers.append(normtune.ask(str(base), picture, question, device="cpu"))
+    assert len({answer.text for answer in answers}) == 1 and len({answer.score for answer in answers}) == 1
+    assert f"{answers[0]}" == answers[0].text
+
+
+def test_several_questions_have_a_list_of_answers(model: Family, picture: Path) -> None:
+    questions = ["Is there a fracture?", "Which organ is it?"]
+    answers = normtune.ask(model, picture, questions)
+    assert [answer.text for answer in answers] == [normtune.ask(model, picture, text).text for text in questions]
+
+
+def test_grey_images_of_16_bits_are_scaled_as_in_files(model: Family, tmp_path: Path) -> None:
+    image = Image.new("I;16", (48, 48))
+    image.putdata([64 * value for value in range(1024)] + [0] * 1280)
+    image.save(tmp_path / "deep.png")
+    answers = [normtune.describe(model, source, max_new_tokens=4) for source in (image, tmp_path / "deep.png")]
+    assert answers[0] == answers[1]
+
+
+def test_a_study_of_two_views_is_described(model: Family, picture: Path) -> None:
+    both = normtune.describe(model, [picture, picture], max_new_tokens=4)
+    assert both == normtune.describe(model, (str(picture), Image.open(picture)), max_new_tokens=4)
+
+
+def test_bad_input_is_an_input_error(model: Family, picture: Path, tmp_path: Path) -> None:
+    with pytest.raises(normtune.InputError, match=r"absent\.png: no such image file"):
+        normtune.ask(model, tmp_path / "absent.png", "why?")
+    with pytest.raises(normtune.InputError, match="no image to ask about"):
+        normtune.ask(model, [], "why?")
+    with pytest.raises(normtune.InputError, match=r"device is an option of normtune\.load"):
+        normtune.ask(model, picture, "why?", device="cpu")
