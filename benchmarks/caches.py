@@ -28,6 +28,7 @@ from normtune.data.records import Dataset, Example
 from normtune.data.registry import open_dataset
 from normtune.methods.adapt import adapt
 from normtune.training.config import TrainConfig
+from normtune.training.setup import TrainingSetup
 from normtune.training.train import fit
 
 FIRST_TRAINED_LAYER = TEXT["num_hidden_layers"] * 3 // 4
@@ -129,7 +130,7 @@ def time_epoch(
         save_every=10_000,
         device="cpu",
     )
-    fit(config, family, adapt(family.model, RECIPE), dataset, examples, progress=clock)
+    fit(TrainingSetup(config, dataset, examples, family, adapt(family.model, RECIPE)), progress=clock)
     return len(examples) / clock.seconds
 
 

@@ -32,6 +32,7 @@ from normtune.methods.adapt import adapt
 from normtune.models.family import Family
 from normtune.models.types import Batch
 from normtune.training.config import TrainConfig
+from normtune.training.setup import TrainingSetup
 from normtune.training.train import fit
 
 RECIPES = ("ln", "lora-8", "full")
@@ -148,7 +149,7 @@ def train_normtune(
             save_every=10_000,
             device="cpu",
         )
-        fit(config, family, tuned_model, dataset, workload.examples, progress=clock)
+        fit(TrainingSetup(config, dataset, workload.examples, family, tuned_model), progress=clock)
     assert len(counter.pairs) > steps, "one batch per step"
     return TimedRun(sum(counter.pairs[1 : 1 + steps]), clock.seconds)
 

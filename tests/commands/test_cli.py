@@ -300,11 +300,13 @@ def test_a_full_disk_is_an_error_and_the_old_adapter_stays(base: Path, adapter: 
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     command = [sys.executable, "-m", "normtune", "train", str(base), "--data", "phantom-b:4", "--tune", "ln"]
     process = subprocess.run(
-        [*command, "--epochs", "1", "--device", "cpu", "--out", str(out), "--json"],
+        [*command, "--epochs", "1", "--device", "cpu", "--out", str(out), "--overwrite", "--json"],
         capture_output=True,
         text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)),
     )
     assert process.returncode == 2 and process.stdout == ""
-    assert process.stderr.count("\n") == 1 and "cannot write" in process.stderr and "Free some space" in process.stderr
-    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    moved, error = process.stderr.splitlines()
+    assert "moved the earlier run" in moved and "cannot write" in error and "Free some space" in error
+    moved_run = tmp_path / "out.old-1"
+    assert {path.name: path.read_bytes() for path in moved_run.iterdir() if path.is_file()} == before

@@ -153,10 +153,10 @@ def test_a_trained_tower_is_not_cached(base: Path, tmp_path: Path) -> None:
 
 
 def test_the_cache_is_not_part_of_a_runs_identity() -> None:
-    from normtune.training.checkpoints import run_identity
+    from normtune.training.identity import option_identity
 
     with_cache = TrainConfig(model="nano", data=DATA, out=Path("x"), cache=Path("c"))
-    assert run_identity(with_cache) == run_identity(TrainConfig(model="nano", data=DATA, out=Path("x")))
+    assert option_identity(with_cache) == option_identity(TrainConfig(model="nano", data=DATA, out=Path("x")))
 
 
 def test_evaluation_from_a_cache_gives_the_same_answers_and_separates_adapters(

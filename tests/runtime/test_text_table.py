@@ -6,7 +6,7 @@ ROWS = [["recipe", "rows", "note"], ["ln", "7", ""], ["a-long-name", "1,061", "a
 
 
 def test_columns_are_aligned_and_lines_have_no_blanks_at_their_ends() -> None:
-    assert text_table(ROWS[:2] + [["a-long-name", "1,061", "last"]], "lrl") == [
+    assert text_table([*ROWS[:2], ["a-long-name", "1,061", "last"]], "lrl") == [
         "recipe        rows  note",
         "ln               7",
         "a-long-name  1,061  last",

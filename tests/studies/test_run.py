@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 
 from normtune import cli
-from normtune.runtime.files import write_json
+from normtune.runtime.files import try_lock, write_json
 from normtune.runtime.worker_pool import CallResult, call_safely
 from normtune.studies import cell as cells
 from normtune.studies import run as running
-from normtune.studies.cell import CellJob, run_cell, try_lock
+from normtune.studies.cell import LOCK, CellJob, run_cell
 from normtune.studies.executors import JobOutcomes
 from normtune.studies.plan import plan
 from normtune.studies.results import SCHEMA, tabulate, write_tables
@@ -91,7 +91,7 @@ def test_a_study_killed_in_a_cell_and_run_again_ends_with_the_same_table(
 
 
 def _is_unlocked(directory: Path) -> bool:
-    with try_lock(directory) as acquired:
+    with try_lock(directory / LOCK) as acquired:
         return acquired
 
 
@@ -130,7 +130,7 @@ def test_two_commands_at_once_run_no_cell_twice(
 def test_a_cell_that_another_process_runs_is_busy(tmp_path: Path) -> None:
     study = read_study(write_study(Path("nowhere"), tmp_path, "  main: {recipes: [ln], train: b}\n"))
     job = CellJob(plan(study).cells[0], tmp_path)
-    with try_lock(job.directory) as acquired:
+    with try_lock(job.directory / LOCK) as acquired:
         assert acquired
         assert run_cell(job) == "busy"
 

@@ -23,8 +23,9 @@ from normtune.errors import InputError
 from normtune.evaluation.config import EvaluateConfig
 from normtune.evaluation.evaluate import _examples_of_rank, evaluate_config
 from normtune.runtime.files import read_json
-from normtune.training.checkpoints import resumed_batch, run_identity
+from normtune.training.checkpoints import Checkpoint
 from normtune.training.config import TrainConfig
+from normtune.training.identity import check_identity, option_identity
 from normtune.training.train import last_checkpoint, train
 from tests.support.tiny_models import make_tiny
 from tests.support.tolerance import MODEL_TERMS, approx, assert_close
@@ -198,10 +199,13 @@ def test_each_example_goes_to_one_process_and_images_are_not_divided(ranks: int)
     assert sum(len(keys) for keys in images) == len(set().union(*images))
 
 
-def write_checkpoint(folder: Path, **values: Any) -> tuple[TrainConfig, Path]:
-    config = TrainConfig(**options(Path("base"), folder, batch=8))
-    run = run_identity(config) | {"pairs_seen": 32, "pairs_a_step": 16, "steps_an_epoch": 5} | values
-    (folder / "run.json").write_text(json.dumps(run))
+def write_checkpoint(out: Path) -> tuple[TrainConfig, Path]:
+    config = TrainConfig(**options(Path("base"), out, batch=8))
+    position = {"pairs_seen": 32, "pairs_a_step": 16, "steps_an_epoch": 5, "unlogged_loss": 0.0, "logged_at": 0}
+    folder = out / "checkpoints" / "checkpoint-2"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps(option_identity(config) | position))
+    (folder / "whole").touch()
     return config, folder
 
 
@@ -209,18 +213,19 @@ def write_checkpoint(folder: Path, **values: Any) -> tuple[TrainConfig, Path]:
 def test_step_keeps_its_pairs_with_another_number_of_processes(
     ranks: int, batch: int, resumed_with: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, checkpoint = write_checkpoint(tmp_path)
+    config, folder = write_checkpoint(tmp_path)
     monkeypatch.setattr("normtune.runtime.distributed.world_size", lambda: ranks)
-    assert resumed_batch(config.model_copy(update={"batch": batch}), checkpoint) == resumed_with
+    config = config.model_copy(update={"batch": batch})
+    assert check_identity(config, option_identity(config)) == "unfinished"
+    assert Checkpoint.read(folder).batch_size() == resumed_with
 
 
-@pytest.mark.parametrize(
-    ("ranks", "batch", "message"), [(3, 8, "16 pairs per step, which 3 processes"), (2, 9, r"other options \(batch\)")]
-)
-def test_steps_that_cannot_stay_equal_are_refused(
-    ranks: int, batch: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config, checkpoint = write_checkpoint(tmp_path)
-    monkeypatch.setattr("normtune.runtime.distributed.world_size", lambda: ranks)
-    with pytest.raises(InputError, match=message):
-        resumed_batch(config.model_copy(update={"batch": batch}), checkpoint)
+def test_steps_that_cannot_stay_equal_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, folder = write_checkpoint(tmp_path)
+    monkeypatch.setattr("normtune.runtime.distributed.world_size", lambda: 3)
+    with pytest.raises(InputError, match="16 pairs per step, which 3 processes"):
+        Checkpoint.read(folder).batch_size()
+    monkeypatch.setattr("normtune.runtime.distributed.world_size", lambda: 2)
+    config = config.model_copy(update={"batch": 9})
+    with pytest.raises(InputError, match="differs in batch"):
+        check_identity(config, option_identity(config))

@@ -328,26 +328,27 @@ def tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tensorboard_log_continues_after_a_resume_and_stays(base: Path, tmp_path: Path, tensorboard: None) -> None:
+    out = tmp_path / "out"
     run: dict[str, Any] = {"tracker": "tensorboard", "save_every": 3, "max_steps": 6}
     with pytest.raises(KeyboardInterrupt):
-        train(config(base, tmp_path, **run), progress=StopAfterStep(4))
-    (first,) = (tmp_path / "runs").iterdir()
+        train(config(base, out, **run), progress=StopAfterStep(4))
+    (first,) = (out / "runs").iterdir()
     interrupted = (first / "events").read_text()
-    train(config(base, tmp_path, **run))
+    train(config(base, out, **run))
     log = (first / "events").read_text()
     assert log.startswith(interrupted) and "train/loss 6" in log
-    assert not (tmp_path / "checkpoints").exists()
-    first = first.rename(first.with_name("2000-01-01_00-00-00"))  # a run started in this second has its own folder
-    train(config(base, tmp_path, resume=False, **run))
-    assert (first / "events").read_text() == log
-    (_, second) = sorted((tmp_path / "runs").iterdir())
-    assert "train/loss 6" in (second / "events").read_text()
+    assert not (out / "checkpoints").exists()
+    train(config(base, out, overwrite=True, **run))
+    assert (tmp_path / "out.old-1" / "runs" / first.name / "events").read_text() == log
+    (second,) = (out / "runs").iterdir()
+    assert (second / "events").read_text().count("train/loss 6") == 1
 
 
 def test_files_of_other_trackers_stay_beside_the_checkpoints(base: Path, tmp_path: Path) -> None:
     for _ in range(2):
-        train(config(base, tmp_path, max_steps=2, save_every=1, resume=False), progress=EmissionsTracker())
-        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["emissions.csv"]
+        out = tmp_path / "out"
+        train(config(base, out, max_steps=2, save_every=1, overwrite=True), progress=EmissionsTracker())
+        assert [path.name for path in (out / "checkpoints").iterdir()] == ["emissions.csv"]
 
 
 def test_killed_run_resumes_to_the_same_adapter(base: Path, run: tuple[TrainResult, Path], tmp_path: Path) -> None:
@@ -411,12 +412,32 @@ def test_run_killed_after_its_last_checkpoint_reports_no_speed(
     assert resumed.pairs > 0
 
 
+def test_run_killed_after_its_last_step_makes_no_further_step(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last step is in the middle of an epoch, where Hugging Face's Trainer would make another one."""
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    run: dict[str, Any] = {"max_steps": 3, "batch": 4, "save_every": 2}
+    train(config(base, tmp_path / "whole", **run))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("normtune.training.train.build_result", stop)
+        train(config(base, tmp_path / "killed", **run))
+    resumed = train(config(base, tmp_path / "killed", **run))
+    assert (resumed.steps, resumed.resumed_from_step) == (3, 3)
+    assert equal_adapters(tmp_path / "killed", tmp_path / "whole")
+    infos = [read_json(tmp_path / name / "adapter.json")["metrics"] for name in ("killed", "whole")]
+    assert infos[0] == infos[1]
+
+
 def test_checkpoint_of_another_run_is_refused(base: Path, tmp_path: Path) -> None:
     mark = tmp_path / "checkpoints" / "checkpoint-3"
     mark.mkdir(parents=True)
     (mark / "run.json").write_text('{"tune": "full"}')
     (mark / "whole").touch()
-    with pytest.raises(InputError, match=r"other options .*tune.* start again with --no-resume"):
+    with pytest.raises(InputError, match=r"differs in .*tune.* start again with --no-resume"):
         train(config(base, tmp_path))
 
 

@@ -29,12 +29,13 @@ from normtune.methods.adapt import TunedModel, adapt, restore_base
 from normtune.methods.recipe import parse
 from normtune.methods.registry import INTRINSIC
 from normtune.models.family import Family
-from normtune.runtime.files import atomic_write, json_text, read_json
+from normtune.runtime.files import atomic_write, json_text, read_json, write_json
 from normtune.runtime.tensors import write_tensors
 
 TENSORS_FILE = "adapter.safetensors"
 INFO_FILE = "adapter.json"
 CARD_FILE = "README.md"
+ROWS_FILE = "training_rows.json"  # see `normtune.adapters.training_rows`
 _MAX_NAMED = 3  # an error names so many mismatches and counts the others
 
 
@@ -46,6 +47,7 @@ def save_adapter(
     base_fingerprint: str | None = None,
     data: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
+    rows: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the trained parameters of a model to a directory, which `load_adapter` and every command read.
 
@@ -56,6 +58,7 @@ def save_adapter(
         base_fingerprint: `fingerprint` of the base, before it was adapted; None: as recorded.
         data: the training data: name, split, licence ...
         metrics: results to record in `adapter.json` and the model card.
+        rows: digests of the training rows, the contents of `training_rows.json`; None: they are not recorded.
 
     Raises:
         InputError: the files cannot be written, or the base's fingerprint is unknown.
@@ -64,6 +67,9 @@ def save_adapter(
     base_name, base_fingerprint = base_name or tuned.base_name, base_fingerprint or tuned.base_fingerprint
     if not base_fingerprint:
         raise InputError("the fingerprint of the base is unknown. Adapt the model with normtune.adapt.")
+    if rows is not None:
+        data = {**(data or {}), "rows_digest": rows["digest"]}
+        write_json(directory / ROWS_FILE, rows)
     tensors = {name: parameter.detach().cpu().contiguous().clone() for name, parameter in tuned.trained.items()}
     with (
         # The files get their names when the blocks end, in reverse order: the JSON, which vouches for the

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -11,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from normtune.errors import InputError
+
+_log = logging.getLogger(__name__)
 
 
 def make_directory(path: Path) -> None:
@@ -23,6 +27,43 @@ def make_directory(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write to {path}: {error.strerror}. Choose another --out.") from error
+
+
+@contextmanager
+def try_lock(path: Path, *, remove: bool = False) -> Iterator[bool]:
+    """Try to lock a file, which is created if it is missing; yield whether this process holds the lock.
+
+    The lock is a `flock`, so the system releases it when the process that holds it ends, however it ends.
+
+    Args:
+        remove: delete the file before the lock is released.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    make_directory(path.parent)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise InputError(f"cannot write to {path.parent}: {error.strerror}. Choose another --out.") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError as error:
+            _log.warning("%s cannot be locked (%s): no other run may write there", path, error.strerror)
+        if not os.fstat(descriptor).st_nlink:  # the process that held the lock has just deleted the file
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            if remove:
+                path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)  # closing the file also releases the lock
 
 
 @contextmanager

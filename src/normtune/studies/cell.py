@@ -5,12 +5,8 @@ A cell that was interrupted resumes from its last checkpoint; what is finished i
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +14,7 @@ from typing import Any
 
 from normtune.errors import InputError
 from normtune.runtime.environment import environment
-from normtune.runtime.files import read_json, write_json
+from normtune.runtime.files import read_json, try_lock, write_json
 from normtune.runtime.worker_pool import call_safely
 from normtune.studies.plan import Cell, Evaluation
 from normtune.training.config import TrainConfig
@@ -62,25 +58,6 @@ def is_finished(out: Path, cell: Cell) -> bool:
     return all(evaluation.folder in finished_folders for evaluation in cell.evaluations)
 
 
-@contextmanager
-def try_lock(directory: Path) -> Iterator[bool]:
-    """Try to lock a folder; yield whether this process holds the lock.
-
-    The lock is a `flock`, so the system releases it when the process that holds it ends, however it ends.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(descriptor)  # closing the file also releases the lock
-
-
 def run_cell(job: CellJob) -> str:
     """Run whatever is missing of a cell and write its result.
 
@@ -89,7 +66,7 @@ def run_cell(job: CellJob) -> str:
     Returns:
         "done"; "busy" if another process holds the cell's lock; "failed: REASON" otherwise.
     """
-    with try_lock(job.directory) as acquired:
+    with try_lock(job.directory / LOCK) as acquired:
         if not acquired:
             return "busy"
         if is_finished(job.out, job.cell):
@@ -131,7 +108,7 @@ def _train_or_read(job: CellJob) -> dict[str, Any]:
     """Train the cell, or read the result of a finished training."""
     from transformers.utils import logging
 
-    from normtune.data.registry import open_configured
+    from normtune.training.setup import read_examples
     from normtune.training.train import train
 
     logging.set_verbosity_error()  # it warns if two checkpoints are saved within one second
@@ -141,7 +118,7 @@ def _train_or_read(job: CellJob) -> dict[str, Any]:
     config, budget = job.cell.train, job.cell.budget
     assert config is not None and budget is not None
     # The length of the run in passes over its data, from whichever unit the budget is given in.
-    pairs = len(config.select(open_configured(config).split(config.split)))
+    pairs = len(read_examples(config)[1])
     if "minutes" in budget:
         pairs_to_see = _pairs_within(job, config, 60 * budget["minutes"])
         epochs = pairs_to_see / pairs
@@ -279,6 +256,7 @@ def _pairs_within(job: CellJob, config: TrainConfig, seconds: float) -> int:
                 times.append(time.perf_counter())
 
         out = job.directory / "timing"
+        shutil.rmtree(out, ignore_errors=True)  # of a run that was killed
         timed_config = config.model_copy(
             update={"out": out, "max_steps": TIMED_STEPS, "resume": False, "save_every": 1000}
         )

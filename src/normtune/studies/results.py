@@ -135,7 +135,7 @@ def _add_cell_rows(tables: Tables, cell: Cell, out: Path) -> None:
         "train_seconds": training.get("seconds"),
         "train_pairs_per_second": training.get("pairs_per_second"),
         "train_peak_bytes": training.get("peak_memory_bytes"),
-        "config": cell.train and cell.train.model_dump(mode="json", exclude={"out", "root"}),
+        "config": cell.train and cell.train.model_dump(mode="json", exclude={"out", "root", "overwrite"}),
     }
     copied_fields = ("pairs_available", "steps", "total", "final_loss", "changed", "warning", "computed_once")
     row |= {name: training.get(name) for name in copied_fields}

@@ -12,14 +12,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
+from normtune.runtime.files import try_lock
 from normtune.studies.cell import (
+    LOCK,
     CellJob,
     cell_directory,
     failure_reason,
     is_finished,
     record_failure,
     run_cell,
-    try_lock,
     validation_score,
     with_absolute_paths,
 )
@@ -191,5 +192,5 @@ def _run_cells(
 
 def _is_unlocked(out: Path, cell: Cell) -> bool:
     """Whether no process is running the cell."""
-    with try_lock(cell_directory(out, cell)) as acquired:
+    with try_lock(cell_directory(out, cell) / LOCK) as acquired:
         return acquired

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: which one to resume from, and whether the run may resume from it.
+"""Checkpoints of a training run: which one to resume from, and what it records.
 
 A checkpoint folder `checkpoints/checkpoint-STEP` holds the trained values, optimiser and schedule, HF's
 `trainer_state.json`, `run.json` (the run's identity and position), and an empty file as a mark, written last.
@@ -9,25 +9,91 @@ from __future__ import annotations
 import shutil
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from normtune.data.batches import EpochBatches
 from normtune.errors import InputError
 from normtune.runtime import distributed
 from normtune.runtime.files import read_json
-from normtune.training.config import TrainConfig
 
 # the last file of a checkpoint: a checkpoint without it is incomplete and is ignored
 CHECKPOINT_MARK = "whole"
+RUN_FILE = "run.json"
 TRAINED_FILE, OPTIMIZER_FILE, SCHEDULER_FILE = "trained.safetensors", "optimizer.pt", "scheduler.pt"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint, and the position of the run that wrote it."""
+
+    folder: Path
+    step: int
+    pairs_seen: int  # question-answer pairs that all processes had trained on
+    pairs_a_step: int  # pairs per batch, summed over all processes
+    steps_an_epoch: int  # batches per epoch and process
+    unlogged_loss: float  # sum of the losses of the steps since the last log entry
+    logged_at: int  # step of that entry
+
+    @classmethod
+    def read(cls, folder: Path) -> Checkpoint:
+        """Read the position that a checkpoint records.
+
+        Raises:
+            InputError: the folder is not on storage that this process can see, or its file is damaged.
+        """
+        if not folder.is_dir():
+            raise InputError(f"not all processes can see {folder}. Choose an --out on storage that all of them share.")
+        stored = read_json(folder / RUN_FILE)
+        names = ("pairs_seen", "pairs_a_step", "steps_an_epoch", "unlogged_loss", "logged_at")
+        try:
+            return cls(folder, _step(folder), *(stored[name] for name in names))
+        except KeyError as error:
+            raise InputError(
+                f"{folder / RUN_FILE} has no entry {error}. Start again with --no-resume, or choose another --out."
+            ) from error
+
+    def batch_size(self) -> int:
+        """Return the batch size per process with which a run resumes.
+
+        A step keeps its number of pairs if the number of processes changes. For example, a run of 2 processes
+        with 8 pairs each resumes with 16 pairs on 1 process, or with 4 on each of 4.
+
+        Raises:
+            InputError: the pairs of a step cannot be divided evenly among the processes.
+        """
+        ranks = distributed.world_size()
+        if self.pairs_a_step % ranks:
+            raise InputError(
+                f"{self.folder} has {self.pairs_a_step} pairs per step, which {ranks} processes cannot share evenly. "
+                "Start another number of processes, or start again with --no-resume."
+            )
+        return self.pairs_a_step // ranks
+
+    def check_steps(self, batches: EpochBatches) -> None:
+        """Check that an epoch has as many steps as in the run that wrote the checkpoint.
+
+        Every process needs a group in every step, so that more processes can mean fewer steps.
+
+        Raises:
+            InputError: the numbers differ.
+        """
+        if self.steps_an_epoch != batches.steps:
+            raise InputError(
+                f"{self.folder} has {self.steps_an_epoch} steps per epoch, but {batches.ranks} processes need "
+                f"{batches.steps}. Start fewer processes, or start again with --no-resume."
+            )
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.split("-")[1])
 
 
 def last_checkpoint(out: Path) -> Path | None:
     """Return the newest complete checkpoint under `out`, or None."""
     # the largest step, not the newest file: copying a folder changes times
     complete = [mark.parent for mark in (out / "checkpoints").glob(f"checkpoint-*/{CHECKPOINT_MARK}")]
-    return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
+    return max(complete, key=_step, default=None)
 
 
 def delete_checkpoints(out: Path) -> None:
@@ -46,62 +112,3 @@ def log_folder(out: Path, *, resumed: bool) -> Path:
     """
     earlier = sorted((out / "runs").glob("*/")) if resumed else []
     return earlier[-1] if earlier else out / "runs" / time.strftime("%Y-%m-%d_%H-%M-%S")
-
-
-def run_identity(config: TrainConfig) -> dict[str, Any]:
-    """Return the run's identity: the options that must be the same in order to resume from a checkpoint."""
-    # the excluded options change where a run computes and writes, not the values that it computes
-    return config.model_dump(
-        mode="json", exclude={"out", "root", "resume", "tracker", "device", "save_every", "memory", "cache", "compile"}
-    )
-
-
-def resumed_batch(config: TrainConfig, checkpoint: Path) -> int:
-    """Return the batch size per process with which a run resumes from `checkpoint`.
-
-    A step keeps its number of pairs if the number of processes changes. For example, a run of 2 processes
-    with 8 pairs each resumes with 16 pairs on 1 process, or with 4 on each of 4.
-
-    Raises:
-        InputError: the checkpoint belongs to a run with other options, or its steps cannot be divided evenly
-            among the processes.
-    """
-    if not checkpoint.is_dir():
-        raise InputError(f"not all processes can see {checkpoint}. Choose an --out on storage that all of them share.")
-    stored, current = read_json(checkpoint / "run.json"), run_identity(config)
-    ranks = distributed.world_size()
-    # pairs per step over all processes; without the key the step is taken to be as large as this run's
-    pairs = int(stored.get("pairs_a_step", config.batch * ranks))
-    if config.batch * ranks == pairs:
-        # e.g. --batch 8 on 2 processes and --batch 16 on 1 make the same steps
-        current["batch"] = stored.get("batch")
-    # an option that is missing in the file (written by an older version) counts as None
-    changed = [name for name, value in current.items() if stored.get(name) != value]
-    if changed:
-        raise InputError(
-            f"{checkpoint} belongs to a run with other options ({', '.join(changed)}). "
-            "Repeat those options, choose another --out, or start again with --no-resume."
-        )
-    # each process takes the same number of pairs
-    if pairs % ranks:
-        raise InputError(
-            f"{checkpoint} has {pairs} pairs per step, which {ranks} processes cannot share evenly. "
-            "Start another number of processes, or start again with --no-resume."
-        )
-    return pairs // ranks
-
-
-def check_same_steps(checkpoint: Path, batches: EpochBatches) -> None:
-    """Check that an epoch has as many steps as in the run that wrote `checkpoint`.
-
-    Every process needs a group in every step, so that more processes can mean fewer steps.
-
-    Raises:
-        InputError: the numbers differ.
-    """
-    stored = int(read_json(checkpoint / "run.json").get("steps_an_epoch", batches.steps))
-    if stored != batches.steps:
-        raise InputError(
-            f"{checkpoint} has {stored} steps per epoch, but {batches.ranks} processes need {batches.steps}. "
-            "Start fewer processes, or start again with --no-resume."
-        )

@@ -68,6 +68,9 @@ class TrainConfig(DataOptions):
     # checkpoints, logs and randomness
     save_every: int | None = Field(None, gt=0, description="Steps between checkpoints; default: one per epoch.")
     resume: bool = Field(True, description="Resume from the last complete checkpoint under --out.")
+    overwrite: bool = Field(
+        False, description="Move another or finished run in --out to OUT.old-1 (or -2, ...) before training."
+    )
     tracker: str = Field("none", description="Experiment tracker: none, tensorboard, wandb, mlflow, ...")
     seed: int = Field(0, description="Seed of initial values, data order and dropout.")
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from normtune.errors import InputError
 from normtune.methods.adapt import TunedModel
 from normtune.runtime import distributed, memory
 from normtune.runtime.files import read_json
@@ -44,6 +45,8 @@ class TrainResult(Result):
     warning: str | None  # set if almost nothing changed or values are not finite
     # step of the checkpoint from which the last start resumed; None: the run was not interrupted
     resumed_from_step: int | None = None
+    already_finished: bool = False  # the adapter of the same run was in `out` already; nothing was trained
+    earlier_run: str | None = None  # folder to which --overwrite moved what was in `out`
 
     @property
     def adapter(self) -> Path:
@@ -68,11 +71,16 @@ class TrainResult(Result):
         return ax
 
     def __str__(self) -> str:
-        lines = [
+        lines = []
+        if self.already_finished:
+            lines.append(f"finished already: {self.out} holds the adapter of the same run. --overwrite trains it again")
+        lines += [
             f"{self.recipe}: {self.trainable:,} of {self.total:,} parameters ({100 * self.share:.4f}%)",
             f"{self.pairs:,} pairs in {self.steps:,} steps, {self.seconds:.1f} s "
             f"({self.pairs_per_second:.1f} pairs/s), peak memory {self.peak_memory_bytes / 2**20:,.0f} MiB",
         ]
+        if self.earlier_run is not None:
+            lines.append(f"moved the earlier run in {self.out} to {self.earlier_run}")
         if self.resumed_from_step is not None:
             lines.append(
                 f"resumed from step {self.resumed_from_step:,}; time, pairs/s and memory are of the steps since"
@@ -90,6 +98,21 @@ class TrainResult(Result):
         if self.warning:
             lines.append(f"WARNING: {self.warning}")
         return "\n".join([*lines, f"Written: {self.out}"])
+
+
+def read_result(out: Path) -> TrainResult:
+    """Read the result of the finished run in a folder.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    stored = read_json(out / "train_result.json")
+    names = {field.name for field in fields(TrainResult)}  # files of version 0.1 have an entry more
+    try:
+        changes = tuple(Change(**change) for change in stored["changes"])
+        return TrainResult(**{name: value for name, value in stored.items() if name in names} | {"changes": changes})
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{out / 'train_result.json'} is damaged ({error}). Choose another --out.") from error
 
 
 def build_result(

@@ -1,15 +1,14 @@
 """A training run: load the base, adapt it by a recipe, train on a dataset, write the adapter.
 
-train     reads the options, loads data and base, calls `fit`, and writes the files
-fit       trains the adapted model in place: collator, batches, checkpoint to resume from, Trainer
+train     reads the options, prepares the run (`normtune.training.setup`), calls `fit`, and writes the files
+fit       trains the adapted model in place: batches, checkpoint to resume from, Trainer
 save_run  writes the adapter, the options and the result, and deletes the checkpoints
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -18,23 +17,22 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import set_seed
 
 from normtune.adapters import storage
-from normtune.adapters.fingerprint import fingerprint
+from normtune.adapters.training_rows import hash_rows
 from normtune.data.batches import EpochBatches
-from normtune.data.records import Dataset, Example
-from normtune.data.registry import open_configured
+from normtune.data.records import Dataset
 from normtune.errors import InputError
-from normtune.methods.adapt import TunedModel, adapt, restore_base
+from normtune.methods.adapt import restore_base
 from normtune.methods.recipe import parse
 from normtune.models.family import Family
-from normtune.models.loading import load
 from normtune.runtime import distributed, memory
-from normtune.runtime.files import make_directory, write_json
-from normtune.training.checkpoints import check_same_steps, delete_checkpoints, last_checkpoint, resumed_batch
-from normtune.training.collator import build_collator
+from normtune.runtime.files import write_json
+from normtune.training.checkpoints import RUN_FILE, Checkpoint, delete_checkpoints, last_checkpoint
 from normtune.training.config import TrainConfig
+from normtune.training.identity import check_identity, locked_folder, move_earlier_run, option_identity
 from normtune.training.layer_wrapping import checkpoint_activations, compile_layers
-from normtune.training.result import TrainResult, build_result
+from normtune.training.result import TrainResult, build_result, read_result
 from normtune.training.saved_activations import save_fewer_activations
+from normtune.training.setup import TrainingSetup, build_setup, read_examples
 from normtune.training.token_counts import count_tokens
 from normtune.training.trainer import AdapterTrainer
 
@@ -49,8 +47,8 @@ def train(
     """Train the recipe `config.tune` on `config.data` and write the adapter to `config.out`.
 
     If a run is killed, the same call resumes from its last complete checkpoint and ends with the same adapter
-    (bit for bit in fp32 on a CPU). Under torchrun or accelerate launch every process calls this function, and
-    the first process writes the files.
+    (bit for bit in fp32 on a CPU). If the adapter of the same run is there already, nothing is trained. Under
+    torchrun or accelerate launch every process calls this function, and the first process writes the files.
 
     Args:
         config: the options of the run.
@@ -59,73 +57,75 @@ def train(
         progress: a callback that shows the progress, such as `PrintProgress`.
 
     Raises:
-        InputError: an option, the data, the model or the recipe is invalid, or `config.out` cannot be written.
+        InputError: an option, the data, the model or the recipe is invalid, `config.out` cannot be written, or
+            it holds another run (see `TrainConfig.overwrite`).
     """
-    # --- read the options; every process reads all of them
-    recipe = parse(config.tune)  # first: a misspelt recipe fails before anything is loaded
+    parse(config.tune)  # first: a misspelt recipe fails before anything is loaded
     distributed.init_processes(config.device)
     # tight is for machines with little memory: freed blocks return to the system at once
     if config.memory == "tight":
         memory.release_freed_memory()
-    if dataset is None:
-        dataset = open_configured(config)
-    examples = config.select(dataset.split(config.split))
-    # before the base, which may take minutes to load; below --out, since --out itself may exist and be read-only
-    make_directory(config.out / "checkpoints")
-    keep_base = family is not None
-    # with FSDP the base may be larger than a device: it is loaded on the host, then sharded over the devices
-    device = "cpu" if distributed.is_sharded() else config.device
-    if family is None:
-        family = load(config.model, dtype=config.dtype, device=device, quantize=config.quantize)
-    # of the unchanged base, before `adapt`: the adapter is loaded only onto a base with the same fingerprint
-    base_fingerprint = fingerprint(family.model)
-    if len(set(distributed.all_gather(base_fingerprint))) > 1:
-        raise InputError(f"the processes loaded different bases from {config.model}. Give all of them the same files.")
-    # --- train, and write in one process; the others wait, so that none ends before the files are there
-    tuned = adapt(family.model, recipe, seed=config.seed, keep_base=keep_base)
-    try:
-        result, description = fit(config, family, tuned, dataset, examples, progress=progress)
-        if distributed.is_main_process():
-            save_run(config, tuned, dataset, len(examples), base_fingerprint, result, description)
-        distributed.barrier()
-    finally:
-        if keep_base:
-            restore_base(tuned)
+    options = option_identity(config)
+    check_identity(config, options)
+    dataset, examples = read_examples(config, dataset)
+    # before the base, which may take minutes to load
+    with distributed.lost_process_as_error(), locked_folder(config.out):
+        rows = distributed.broadcast_from_first(lambda: hash_rows(dataset, examples))
+        check_identity(config, options | {"rows_digest": rows.digest})
+        keep_base = family is not None
+        setup = build_setup(config, dataset, examples, rows, family=family, keep_base=keep_base)
+        try:
+            return _train_in_folder(setup, progress)
+        finally:
+            if keep_base:
+                restore_base(setup.tuned)
+
+
+def _train_in_folder(setup: TrainingSetup, progress: TrainerCallback | None) -> TrainResult:
+    """Train and write the adapter, unless the output folder has the adapter of the same run already."""
+    config = setup.config
+    state = distributed.broadcast_from_first(lambda: check_identity(config, setup.identity))
+    if state == "finished" and not config.overwrite:
+        storage.read_adapter_info(config.out)  # the files are complete
+        return replace(read_result(config.out), already_finished=True)
+    earlier_run: str | None = None
+    if state in ("finished", "other") and distributed.is_main_process():
+        earlier_run = str(move_earlier_run(config.out))
+    result, description = fit(setup, progress=progress)
+    result = replace(result, earlier_run=earlier_run)
+    # in one process; the others wait, so that none ends before the files are there
+    if distributed.is_main_process():
+        save_run(setup, result, description)
+    distributed.barrier()
     return result
 
 
-def save_run(
-    config: TrainConfig,
-    tuned: TunedModel,
-    dataset: Dataset,
-    pairs: int,
-    base_fingerprint: str,
-    result: TrainResult,
-    description: dict[str, Any],
-) -> None:
-    """Write the adapter, the options and the result of a run to `config.out`, and delete its checkpoints.
+def save_run(setup: TrainingSetup, result: TrainResult, description: dict[str, Any]) -> None:
+    """Write the adapter, the options and the result of a run to its output folder, and delete its checkpoints.
 
     Args:
-        pairs: number of question-answer pairs that the run trained on.
-        base_fingerprint: identifies the base before training; see `normtune.adapters.fingerprint`.
         description: loss log and norm changes, for the adapter's `adapter.json`; see `build_result`.
 
     Raises:
         InputError: the files cannot be written.
     """
+    config, dataset = setup.config, setup.dataset
+    assert setup.rows is not None and setup.base_fingerprint is not None
+    write_json(config.out / RUN_FILE, setup.identity)
     storage.save_adapter(
-        tuned,
+        setup.tuned,
         config.out,
         base_name=config.model,
-        base_fingerprint=base_fingerprint,
+        base_fingerprint=setup.base_fingerprint,
         data={
             "name": dataset.name,
             "split": config.split,
             "licence": dataset.licence,
             "task": config.task,
-            "pairs": pairs,
+            "pairs": len(setup.examples),
         },
         metrics={"training": description},
+        rows=asdict(setup.rows),
     )
     # the resolved options: the run can be repeated from them
     write_json(config.out / "train_config.json", config.model_dump(mode="json"))
@@ -134,16 +134,8 @@ def save_run(
     delete_checkpoints(config.out)
 
 
-def fit(
-    config: TrainConfig,
-    family: Family,
-    tuned: TunedModel,
-    dataset: Dataset,
-    examples: Sequence[Example],
-    *,
-    progress: TrainerCallback | None = None,
-) -> tuple[TrainResult, dict[str, Any]]:
-    """Train the parameters of `tuned.trained` in place.
+def fit(setup: TrainingSetup, *, progress: TrainerCallback | None = None) -> tuple[TrainResult, dict[str, Any]]:
+    """Train the parameters of `setup.tuned` in place.
 
     Under FSDP2 the model stays sharded afterwards, and `tuned.trained` holds unsharded copies of the trained
     parameters.
@@ -152,29 +144,26 @@ def fit(
         The result, and a description with the loss log and the change of each norm; see `build_result`.
 
     Raises:
-        InputError: the recipe trains nothing, a checkpoint under `config.out` belongs to another run, or the
+        InputError: the checkpoint under `config.out` cannot be continued with this number of processes, or the
             device runs out of memory.
     """
-    if not tuned.trained:
-        raise InputError(f"recipe '{tuned.recipe}' trains nothing. Choose another one with --tune.")
-    if config.cache is not None and distributed.is_sharded():
-        raise InputError("--cache: with FSDP no process has the whole image encoder. Leave out --cache.")
+    config, family, tuned, examples = setup.config, setup.family, setup.tuned, setup.examples
     # for dropout; initial values were drawn in `adapt`, and the data order has its own generator
     set_seed(config.seed)
     before = {name: parameter.detach().clone() for name, parameter in tuned.trained.items()}
-    collate = build_collator(config, family, tuned, dataset, examples, use_caches=not distributed.is_sharded())
     # batches of equal token counts need the tokens of every group, counted from image sizes
     by_tokens = config.balance == "tokens"
-    tokens = count_tokens(family, dataset, examples, collate.segment) if by_tokens else None
+    tokens = count_tokens(family, setup.dataset, examples, setup.collate.segment) if by_tokens else None
     cap = config.cap if config.group else 1  # groups of one question: no sharing
     # the first process decides, so that all resume from the same checkpoint even if a shared disk lags
-    checkpoint = distributed.broadcast_from_first(lambda: last_checkpoint(config.out) if config.resume else None)
-    pairs = config.batch if checkpoint is None else resumed_batch(config, checkpoint)
+    folder = distributed.broadcast_from_first(lambda: last_checkpoint(config.out) if config.resume else None)
+    checkpoint = None if folder is None else Checkpoint.read(folder)
+    pairs = config.batch if checkpoint is None else checkpoint.batch_size()
     batches = EpochBatches(examples, pairs, cap, config.seed, token_costs=tokens, ranks=distributed.world_size())
     if checkpoint is not None:
-        check_same_steps(checkpoint, batches)
+        checkpoint.check_steps(batches)
     try:
-        trainer = AdapterTrainer(config, family, tuned, collate, batches, progress, resumed=checkpoint is not None)
+        trainer = AdapterTrainer(setup, batches, checkpoint, progress)
     except (ValueError, RuntimeError, ImportError) as error:  # raised by HF for an unknown or missing tracker
         raise InputError(f"--tracker {config.tracker}: {error}") from error
     # incomplete checkpoints of an earlier run, or all of them with --no-resume
@@ -191,7 +180,7 @@ def fit(
         distributed.lost_process_as_error(),
     ):
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trainer.run()
         except torch.OutOfMemoryError as error:
             raise InputError(
                 f"the device ran out of memory with --batch {config.batch} --memory {config.memory}. "
@@ -211,8 +200,8 @@ def fit(
         [(int(row["step"]), row["loss"]) for row in trainer.state.log_history if "loss" in row],
         pairs=sum(distributed.all_gather(trainer.pairs_seen)),
         steps=trainer.state.global_step,
-        resumed_pairs=trainer.resumed_pairs,
-        resumed_from_step=trainer.resumed_from_step,
+        resumed_pairs=0 if checkpoint is None else checkpoint.pairs_seen,
+        resumed_from_step=None if checkpoint is None else checkpoint.step,
         seconds=seconds,
-        computed_once=collate.cached_states,
+        computed_once=setup.collate.cached_states,
     )

@@ -29,28 +29,29 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import set_seed
 
 from normtune.data.batches import EpochBatches
 from normtune.data.records import Example
 from normtune.errors import InputError
-from normtune.methods.adapt import TunedModel
 from normtune.models.family import Family
 from normtune.models.parts import parameter_holders
 from normtune.runtime import distributed
-from normtune.runtime.files import read_json, write_json
+from normtune.runtime.files import write_json
 from normtune.runtime.tensors import write_tensors
 from normtune.training.checkpoints import (
     CHECKPOINT_MARK,
     OPTIMIZER_FILE,
+    RUN_FILE,
     SCHEDULER_FILE,
     TRAINED_FILE,
+    Checkpoint,
     log_folder,
-    run_identity,
 )
-from normtune.training.collator import Collator
 from normtune.training.config import TrainConfig
 from normtune.training.fsdp import copy_into, full_state, gather_full, load_state, shard_by_layers
+from normtune.training.setup import TrainingSetup
 
 
 class Objective(nn.Module):
@@ -120,28 +121,23 @@ class AdapterTrainer(Trainer):
     """HF's Trainer for a family's batches, with checkpoints of trained values only.
 
     Args:
-        resumed: whether `train` will resume from a checkpoint; logs then continue in the same place.
+        checkpoint: what `train` will resume from; logs then continue in the same place.
 
     Attributes:
         pairs_seen: question-answer pairs that this process trained on, resumed ones included.
-        resumed_pairs: pairs that all processes had seen at the checkpoint from which the run resumed.
-        resumed_from_step: step of that checkpoint; None: the run did not resume.
     """
 
     def __init__(
         self,
-        config: TrainConfig,
-        family: Family,
-        tuned: TunedModel,
-        collate: Collator,
+        setup: TrainingSetup,
         batches: EpochBatches,
+        checkpoint: Checkpoint | None,
         progress: TrainerCallback | None,
-        *,
-        resumed: bool,
     ) -> None:
-        self.config, self.tuned, self.batches = config, tuned, batches
-        self.pairs_seen = self.resumed_pairs = 0
-        self.resumed_from_step: int | None = None
+        config, family, tuned = setup.config, setup.family, setup.tuned
+        self.setup, self.config, self.tuned, self.batches = setup, config, tuned, batches
+        self.checkpoint = checkpoint
+        self.pairs_seen = 0
         # loss summed since the step of the last log entry; HF does not keep its own sum in checkpoints
         self._unlogged, self._logged_at = torch.zeros(()), 0
         # FSDP2 replaces the parameter objects, but not the modules that hold them
@@ -189,7 +185,7 @@ class AdapterTrainer(Trainer):
             model=objective,
             args=arguments,
             train_dataset=IdentityDataset(batches),
-            data_collator=collate,
+            data_collator=setup.collate,
             callbacks=[progress] if progress else None,
         )
         # HF counts the answer tokens of all batches of a step before it runs them and hands the count to
@@ -200,7 +196,7 @@ class AdapterTrainer(Trainer):
         for callback in self.callback_handler.callbacks:
             # by default HF logs under `output_dir`, which is for checkpoints. TENSORBOARD_LOGGING_DIR is used if set
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
-                callback.logging_dir = str(log_folder(config.out, resumed=resumed))
+                callback.logging_dir = str(log_folder(config.out, resumed=checkpoint is not None))
         # accelerate shards the model in `train()`, when HF prepares it; from here on HF treats it as FSDP
         if sharded:
             shard_by_layers(self.accelerator, family.model)
@@ -345,22 +341,31 @@ class AdapterTrainer(Trainer):
                 "unlogged_loss": unlogged,
                 "logged_at": self._logged_at,
             }
-            write_json(directory / "run.json", run_identity(self.config) | position)
+            write_json(directory / RUN_FILE, self.setup.identity | position)
             (directory / CHECKPOINT_MARK).touch()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load trained values into the model, and the run's position."""
         # into the parameters in place: the optimiser, DDP and FSDP2 refer to these objects
-        stored = load_file(Path(resume_from_checkpoint) / TRAINED_FILE)
+        checkpoint = self.checkpoint
+        assert checkpoint is not None
+        stored = load_file(checkpoint.folder / TRAINED_FILE)
         for name, (module, attribute) in self._holders.items():
             copy_into(getattr(module, attribute), stored[name])
-        position = read_json(Path(resume_from_checkpoint) / "run.json")
-        self._unlogged = torch.tensor(position["unlogged_loss"])
-        self._logged_at = int(position["logged_at"])
-        self.resumed_pairs = int(position["pairs_seen"])
-        self.resumed_from_step = int(Path(resume_from_checkpoint).name.split("-")[1])
+        self._unlogged, self._logged_at = torch.tensor(checkpoint.unlogged_loss), checkpoint.logged_at
         if distributed.is_main_process():  # the stored number is the sum over processes: only one takes it
-            self.pairs_seen = self.resumed_pairs
+            self.pairs_seen = checkpoint.pairs_seen
+
+    def run(self) -> None:
+        """Train to the end, from the checkpoint if there is one."""
+        checkpoint = self.checkpoint
+        if checkpoint is None:
+            self.train()
+        elif checkpoint.step < optimizer_steps(self.config, self.batches):
+            self.train(resume_from_checkpoint=str(checkpoint.folder))
+        else:  # of the last step; HF would make another one if that is in the middle of an epoch
+            self._load_from_checkpoint(str(checkpoint.folder))
+            self.state = TrainerState.load_from_json(str(checkpoint.folder / "trainer_state.json"))
 
 
 def optimizer_steps(config: TrainConfig, batches: EpochBatches) -> int:

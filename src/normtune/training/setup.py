@@ -1,0 +1,111 @@
+"""What a training run works on: options, data, model and collator, prepared in one place.
+
+dataset, examples = read_examples(config)
+setup = build_setup(config, dataset, examples)       # loads the base and adapts it
+fit(setup)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from normtune.adapters.fingerprint import fingerprint
+from normtune.adapters.training_rows import TrainingRows
+from normtune.data.records import Dataset, Example
+from normtune.data.registry import open_configured
+from normtune.errors import InputError
+from normtune.methods.adapt import TunedModel, adapt
+from normtune.models.family import Family
+from normtune.models.loading import load
+from normtune.runtime import distributed
+from normtune.training.collator import Collator, build_collator
+from normtune.training.config import TrainConfig
+from normtune.training.identity import option_identity
+
+
+@dataclass
+class TrainingSetup:
+    """Everything that a run needs besides a checkpoint to resume from.
+
+    Attributes:
+        tuned: `family.model`, adapted by the recipe.
+        rows: digests of the examples and their pictures; None in runs that are neither resumed nor saved.
+        base_fingerprint: identifies the base before it was adapted; see `normtune.adapters.fingerprint`.
+        collate: builds batches, with the caches that the recipe allows.
+    """
+
+    config: TrainConfig
+    dataset: Dataset
+    examples: Sequence[Example]
+    family: Family
+    tuned: TunedModel
+    rows: TrainingRows | None = None
+    base_fingerprint: str | None = None
+    collate: Collator = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not self.tuned.trained:
+            raise InputError(f"recipe '{self.tuned.recipe}' trains nothing. Choose another one with --tune.")
+        sharded = distributed.is_sharded()
+        if self.config.cache is not None and sharded:
+            raise InputError("--cache: with FSDP no process has the whole image encoder. Leave out --cache.")
+        self.collate = build_collator(
+            self.config, self.family, self.tuned, self.dataset, self.examples, use_caches=not sharded
+        )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the values of the adapter; see `normtune.training.identity`."""
+        return option_identity(self.config) | {
+            "rows_digest": self.rows and self.rows.digest,
+            "base_fingerprint": self.base_fingerprint,
+            # frozen layers that run once per image sum in another order than in a step
+            "cached_states": self.collate.cached_states,
+        }
+
+
+def read_examples(config: TrainConfig, dataset: Dataset | None = None) -> tuple[Dataset, list[Example]]:
+    """Open the dataset of a run and select the examples to train on.
+
+    Args:
+        dataset: the dataset if it is open already.
+
+    Raises:
+        InputError: the data cannot be read, or the split does not exist.
+    """
+    dataset = open_configured(config) if dataset is None else dataset
+    return dataset, config.select(dataset.split(config.split))
+
+
+def build_setup(
+    config: TrainConfig,
+    dataset: Dataset,
+    examples: Sequence[Example],
+    rows: TrainingRows | None = None,
+    *,
+    family: Family | None = None,
+    keep_base: bool = False,
+) -> TrainingSetup:
+    """Load the base, adapt it by the recipe and build the collator.
+
+    Args:
+        rows: see `TrainingSetup`.
+        family: the base if it is loaded already; its model is adapted in place.
+        keep_base: make `restore_base(setup.tuned)` possible for every recipe; see `normtune.methods.adapt.adapt`.
+
+    Raises:
+        InputError: the base cannot be loaded, the recipe does not fit it or trains nothing, or the processes
+            of the run loaded different bases.
+    """
+    if family is None:
+        # with FSDP the base may be larger than a device: it is loaded on the host, then sharded over the devices
+        device = "cpu" if distributed.is_sharded() else config.device
+        family = load(config.model, dtype=config.dtype, device=device, quantize=config.quantize)
+    # of the unchanged base, before `adapt`: the adapter is loaded only onto a base with the same fingerprint
+    base_fingerprint = fingerprint(family.model)
+    if len(set(distributed.all_gather(base_fingerprint))) > 1:
+        raise InputError(f"the processes loaded different bases from {config.model}. Give all of them the same files.")
+    tuned = adapt(family.model, config.tune, seed=config.seed, keep_base=keep_base)
+    return TrainingSetup(config, dataset, examples, family, tuned, rows, base_fingerprint)
