@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from normtune.adapters.fingerprint import fingerprint, same_base
-from normtune.adapters.info import NOTICE, AdapterInfo, TrainedTensor, parse_info
+from normtune.adapters.info import NOTICE, ROWS_FILE, AdapterInfo, TrainedTensor, parse_info
 from normtune.adapters.model_card import model_card
 from normtune.errors import InputError
 from normtune.methods.adapt import TunedModel, adapt, restore_base
@@ -35,7 +35,6 @@ from normtune.runtime.tensors import write_tensors
 TENSORS_FILE = "adapter.safetensors"
 INFO_FILE = "adapter.json"
 CARD_FILE = "README.md"
-ROWS_FILE = "training_rows.json"  # see `normtune.adapters.training_rows`
 _MAX_NAMED = 3  # an error names so many mismatches and counts the others
 
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from normtune.adapters.storage import ROWS_FILE, read_adapter_info
+from normtune.adapters.info import ROWS_FILE
+from normtune.data.pictures import read_pictures
 from normtune.data.records import Dataset, Example
 from normtune.errors import InputError
 from normtune.runtime.files import read_json
@@ -68,18 +68,10 @@ def hash_rows(dataset: Dataset, examples: Sequence[Example]) -> TrainingRows:
 
 
 def picture_hashes(dataset: Dataset, examples: Sequence[Example]) -> dict[str, str]:
-    """Image key -> hash of the picture's size and pixels, in the order of the examples."""
-    keys = list(dict.fromkeys(key for example in examples for key in example.images))
-
-    def hash_picture(key: str) -> str:
-        try:
-            image = dataset.open_image(key)
-        except (InputError, OSError, SyntaxError):  # a damaged file, or one that --text-only allows to be missing
-            return _hash(f"cannot be read: {key}".encode("utf-8", "surrogatepass"))
-        return _hash(repr((image.mode, image.size)).encode() + image.tobytes())
-
-    with ThreadPoolExecutor() as pool:  # decoders release the interpreter's lock
-        return dict(zip(keys, pool.map(hash_picture, keys), strict=True))
+    """Image key -> hash of the picture's pixels, in the order of the examples."""
+    pictures = read_pictures(dataset, (key for example in examples for key in example.images))
+    # a picture that cannot be read (a damaged file, or one that --text-only allows to be missing) has no digest
+    return {key: _hash((picture.digest or f"no picture: {key}").encode()) for key, picture in pictures.items()}
 
 
 def overlap(adapter: Path, dataset: Dataset, examples: Sequence[Example]) -> Overlap | None:
@@ -91,6 +83,8 @@ def overlap(adapter: Path, dataset: Dataset, examples: Sequence[Example]) -> Ove
     Raises:
         InputError: a file of the adapter is damaged.
     """
+    from normtune.adapters.storage import read_adapter_info  # here: it imports torch, and `compare` reads only counts
+
     recorded = (read_adapter_info(adapter).data or {}).get("rows_digest")
     path = adapter / ROWS_FILE
     if recorded is None or not path.is_file():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from normtune.data.records import Example
 from normtune.errors import InputError
-from normtune.evaluation.results import Evaluation, read_run, split_hash
+from normtune.evaluation.results import Evaluation, read_run, split_hash, trained_rows_text
 from normtune.metrics.statistics import holm_correction
 from normtune.metrics.sum_metrics import SumMetric, paired_difference
 from normtune.metrics.table import metric_table
@@ -77,6 +77,7 @@ class Comparison(Result):
             **{name: about[name] for name in ("dataset", "rows", "images", "split_hash", "normalisation")},
             "baseline": self.baseline.name,
             "runs": {run.name: str(run.directory) for run in (self.baseline, *self.others)},
+            "trained_rows": {run.name: run.record.get("trained_rows") for run in (self.baseline, *self.others)},
             "comparisons": self.comparisons,
             "differences": {
                 run: {name: asdict(difference) for name, difference in metrics.items()}
@@ -143,10 +144,13 @@ class Comparison(Result):
     def _caption(self) -> tuple[str, str]:
         """Format the line before the table and the line after it."""
         about = self.baseline.record
+        trained = [
+            f" {run.name}: {text}." for run in (self.baseline, *self.others) for text in trained_rows_text(run.record)
+        ]
         return (
             f"{about['dataset']}: {about['rows']} rows, {about['images']} images; baseline: {self.baseline.name}",
             f"Values times 100; intervals 95%, paired bootstrap over images; p-values corrected for all "
-            f"{self.comparisons} comparisons (Holm).",
+            f"{self.comparisons} comparisons (Holm).{''.join(trained)}",
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,7 +122,7 @@ def evaluate(
         lambda: make_record(
             examples,
             **_compute_scores(examples, predictions, controls, applied),
-            **_describe_model(family, config, dataset.name),
+            **_describe_model(family, config, examples),
             data=config.data_options(),
             normalisation=applied,
             settings={
@@ -273,15 +274,16 @@ def _parse_candidates(candidates: str) -> tuple[str, ...]:
     return choices
 
 
-def _describe_model(family: Family | None, config: EvaluateConfig, dataset: str) -> dict[str, Any]:
+def _describe_model(family: Family | None, config: EvaluateConfig, examples: Split) -> dict[str, Any]:
     """Describe what is evaluated, and compare the adapter's training data with the evaluated dataset.
 
     Returns:
         `base`, `adapter`, with a baseline its name, and without one `trained_on` (name of the dataset) and
         `setting`: zero-shot (no adapter), in-distribution (the same dataset), out-of-distribution (another
-        dataset), or unknown.
+        dataset), or unknown; with an adapter `trained_rows`: how many of the examples and pictures it was trained
+        on (see `normtune.adapters.training_rows.overlap`).
     """
-    about = {
+    about: dict[str, Any] = {
         "base": None if family is None else config.model,
         "adapter": None if config.adapter is None else str(config.adapter),
     }
@@ -290,7 +292,13 @@ def _describe_model(family: Family | None, config: EvaluateConfig, dataset: str)
     if config.adapter is None and family is not None and family.adapter is not None:
         recipe = f"{family.adapter.recipe} (in memory)"
         return {**about, "adapter": recipe, "trained_on": None, "setting": "unknown"}
-    return {**about, **_setting(config.adapter, dataset)}
+    about |= _setting(config.adapter, examples.dataset.name)
+    if config.adapter is None:
+        return about
+    from normtune.adapters.training_rows import overlap
+
+    counts = overlap(config.adapter, examples.dataset, examples)
+    return {**about, "trained_rows": None if counts is None else asdict(counts)}
 
 
 def _setting(adapter: Path | None, dataset: str) -> dict[str, str | None]:

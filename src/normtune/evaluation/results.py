@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normtune.adapters.info import NOTICE
+from normtune.adapters.training_rows import Overlap
 from normtune.data.records import Example, Prediction, Split
 from normtune.errors import InputError
 from normtune.evaluation.config import CONTROLS
@@ -184,6 +185,7 @@ def metrics_text(result: Mapping[str, Any]) -> str:
     elif result.get("setting"):
         trained_on = result["trained_on"] or "data that its file does not name"
         lines.append(f"{result['setting']}: the adapter was trained on {trained_on}")
+    lines += trained_rows_text(result)
     lines += text_table(
         [name, format_interval(metric, digits=2), f"{metric['rows']} rows, {metric['images']} images"]
         for name, metric in result["metrics"].items()
@@ -193,6 +195,11 @@ def metrics_text(result: Mapping[str, Any]) -> str:
     speed = f"{result['seconds']:.1f} s, {result['pairs_per_second']:.1f} pairs/s"
     written = f" Written: {result['out']}" if result["out"] else ""
     return "\n".join([*lines, f"{speed}; {result['notice']}.{written}"])
+
+
+def trained_rows_text(result: Mapping[str, Any]) -> list[str]:
+    """Say how many evaluated rows and pictures the adapter was trained on; nothing if it does not record them."""
+    return [str(Overlap(**result["trained_rows"]))] if result.get("trained_rows") else []
 
 
 def read_run(directory: Path | str) -> tuple[list[Example], dict[str, str], dict[str, Any]]:

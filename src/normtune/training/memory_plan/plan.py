@@ -26,7 +26,6 @@ from accelerate.utils import send_to_device
 
 from normtune.data.batches import EpochBatches, TokenCosts
 from normtune.data.records import Dataset, Example
-from normtune.data.registry import open_configured
 from normtune.errors import InputError
 from normtune.methods.adapt import adapt
 from normtune.models.family import Family
@@ -35,13 +34,14 @@ from normtune.models.loading import load_without_weights, resolve_device
 from normtune.models.quantization import PACKAGES, quantised_linears
 from normtune.runtime.memory import available_bytes, resident_bytes
 from normtune.runtime.text_table import text_table
-from normtune.training.collator import Collator, build_collator
+from normtune.training.collator import Collator
 from normtune.training.config import TrainConfig
 from normtune.training.layer_wrapping import CHECKPOINT_EVERY, MemoryTier, checkpoint_activations
 from normtune.training.memory_plan.fake_model import BooleanIndexing, model_bytes, use_fake_tensors
 from normtune.training.memory_plan.live_bytes import LiveTensorBytes
 from normtune.training.memory_plan.quantized import insert_placeholders, linear_bytes
 from normtune.training.saved_activations import save_fewer_activations
+from normtune.training.setup import TrainingSetup, read_examples
 from normtune.training.token_counts import count_tokens
 
 USABLE_SHARE = 0.95  # share of the free memory that a run may take; allocators need more than their tensors
@@ -108,8 +108,7 @@ def plan_memory(config: TrainConfig) -> MemoryPlan:
     """
     config = config.model_copy(update={"cache": None})  # a cache on disk takes no memory
     device = resolve_device(config.device)
-    dataset = open_configured(config)
-    examples = config.select(dataset.split(config.split))
+    dataset, examples = read_examples(config)
     run = _WeightlessRun(config, dataset, examples, device)
     costs = _BatchCosts(run, dataset, examples)
     # a second, small batch: the step's bytes per token are the slope between the two
@@ -166,8 +165,6 @@ class _WeightlessRun:
         self.sizes = [(linear.out_features, linear.in_features) for linear in linears]
         weights = {id(linear.weight) for linear in linears}
         tuned = adapt(model, config.tune, seed=config.seed)
-        if not tuned.trained:
-            raise InputError(f"recipe '{tuned.recipe}' trains nothing. Choose another one with --tune.")
         # quantisation needs frozen weights; where a weight is no direct parameter of its layer any more, the
         # recipe keeps it in fp32 in order to train it
         unchanged = {id(linear.weight) for linear in linears if "weight" in linear._parameters}
@@ -191,7 +188,7 @@ class _WeightlessRun:
         self.weights = model_bytes(model)
         self.optimiser = _COPIES * _FP32_BYTES * tuned.trainable
         with BooleanIndexing():
-            self.collate: Collator = build_collator(config, self.family, tuned, dataset, examples)
+            self.collate: Collator = TrainingSetup(config, dataset, examples, self.family, tuned).collate
         self.examples = len(examples)
         self.images = {example.images for example in examples}
         self.program = resident_bytes()  # of this process, which has imported the same libraries
