@@ -22,7 +22,7 @@ from typing import Any
 from record import record
 
 from normtune.evaluation.config import EvaluateConfig
-from normtune.evaluation.results import read_run
+from normtune.evaluation.results import read_evaluation
 from normtune.metrics.answers import score_rows
 from normtune.metrics.statistics import holm_correction, mean_over_seeds
 from normtune.metrics.sum_metrics import mean_metric, paired_difference
@@ -168,9 +168,10 @@ def question_scores(run_folders: Sequence[Path]) -> tuple[dict[str, float], dict
     total: dict[str, float] = defaultdict(float)
     images: dict[str, tuple[str, ...]] = {}
     for folder in run_folders:
-        examples, texts, metrics = read_run(folder / "scores")
-        images |= {example.id: example.images for example in examples}
-        for id, score in score_rows(examples, texts, normalisation=metrics["normalisation"])[METRIC].items():
+        run = read_evaluation(folder / "scores")
+        images |= {example.id: example.images for example in run.examples}
+        scores = score_rows(run.examples, run.texts, normalisation=run.record["normalisation"])
+        for id, score in scores[METRIC].items():
             total[id] += score / len(run_folders)
     return dict(total), images
 

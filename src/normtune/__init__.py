@@ -30,6 +30,7 @@ _MODULES = {  # public name -> the module that defines it
     "merge": "normtune.api.models",
     "open_dataset": "normtune.data.registry",
     "parse": "normtune.methods.recipe",
+    "read_evaluation": "normtune.evaluation.results",
     "restore_base": "normtune.methods.adapt",
     "save_adapter": "normtune.adapters.storage",
     "score_vqa": "normtune.metrics.answers",

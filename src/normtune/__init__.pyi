@@ -15,6 +15,7 @@ from normtune.data.registry import open_dataset as open_dataset
 from normtune.errors import InputError as InputError
 from normtune.evaluation.compare import compare as compare
 from normtune.evaluation.config import EvaluateConfig as EvaluateConfig
+from normtune.evaluation.results import read_evaluation as read_evaluation
 from normtune.methods.adapt import TunedModel as TunedModel
 from normtune.methods.adapt import restore_base as restore_base
 from normtune.methods.recipe import parse as parse

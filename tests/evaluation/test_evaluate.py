@@ -14,7 +14,7 @@ from normtune.data.records import Dataset, Example, Kind, Split
 from normtune.errors import InputError
 from normtune.evaluation.config import EvaluateConfig
 from normtune.evaluation.evaluate import answer_all, evaluate, score_closed_candidates
-from normtune.evaluation.results import Evaluation, read_run, split_hash
+from normtune.evaluation.results import Evaluation, read_evaluation, split_hash
 from normtune.models.family import Family
 from normtune.models.types import Answer
 from tests.support.fake_family import CountingImages, FakeFamily, fake_dataset
@@ -100,8 +100,9 @@ def test_an_evaluation_in_memory_is_saved_later(tmp_path: Path) -> None:
     evaluation = run(FakeFamily(ANSWERS), fake_dataset(EXAMPLES))
     assert evaluation.out is None and "Written" not in str(evaluation)
     evaluation.save(tmp_path / "run")
-    examples, texts, record = read_run(tmp_path / "run")
-    assert texts == ANSWERS and record == evaluation.record and [e.id for e in examples] == list(ANSWERS)
+    saved = read_evaluation(tmp_path / "run")
+    assert saved.texts == ANSWERS and saved.record == evaluation.record
+    assert saved.predictions == evaluation.predictions
 
 
 def test_an_evaluation_is_shown_as_a_data_frame_and_a_plot() -> None:

@@ -26,7 +26,7 @@ from normtune.evaluation.image_reliance import (
     parse_controls,
     swapped_images,
 )
-from normtune.evaluation.results import Evaluation, read_run
+from normtune.evaluation.results import Evaluation, read_evaluation
 from normtune.metrics.table import metric_table
 from normtune.models.family import Family
 from normtune.models.image_cache import ImageCache
@@ -205,7 +205,7 @@ def test_an_evaluation_answers_the_questions_with_every_control(tmp_path: Path) 
     rows = [json.loads(line) for line in (tmp_path / "predictions-other.jsonl").read_text().splitlines()]
     assert [row["prediction"] for row in rows] == [p.text for p in evaluation.controls["other"]]
     assert [row["images"] for row in rows] == [list(e.images) for e in EXAMPLES]
-    assert len(read_run(tmp_path)[0]) == 40, "the run reads back like a run without controls"
+    assert len(read_evaluation(tmp_path).examples) == 40, "the run reads back like a run without controls"
     assert "100.0 [100.0, 100.0]" in str(evaluation)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from normtune.data.records import Example, Kind, Prediction
 from normtune.errors import InputError
-from normtune.evaluation.results import read_run, read_scores, split_hash
+from normtune.evaluation.results import read_evaluation, split_hash
 from normtune.metrics.answers import score_vqa
 from tests.support.evaluation_runs import write_run
 
@@ -27,15 +27,14 @@ def write(out: Path, right: set[int], examples: list[Example] | None = None, nor
 
 
 def test_a_written_run_reads_back_unchanged(tmp_path: Path) -> None:
-    examples, texts, metrics = read_run(write(tmp_path, {0, 1}))
-    assert examples == [Example(e.id, e.images, e.question, e.answer, e.kind, "") for e in EXAMPLES]
-    assert texts["q0"] == "lung" and texts["q5"] == "wrong"
-    assert metrics["split_hash"] == split_hash([e.id for e in EXAMPLES])
-
-
-def test_scores_are_read_back_by_id(tmp_path: Path) -> None:
-    scores = read_scores(write(tmp_path, {0, 1}))
-    assert scores == {example.id: -0.1 for example in EXAMPLES}
+    run = read_evaluation(write(tmp_path, {0, 1}))
+    assert run.examples == [Example(e.id, e.images, e.question, e.answer, e.kind, "") for e in EXAMPLES]
+    assert run.texts["q0"] == "lung" and run.texts["q5"] == "wrong" and run.out == tmp_path
+    assert [(row.id, row.score) for row in run.predictions] == [(example.id, -0.1) for example in EXAMPLES]
+    assert run.record["split_hash"] == split_hash([e.id for e in EXAMPLES])
+    assert run.metrics == score_vqa(EXAMPLES, run.predictions)
+    with pytest.raises(InputError, match="the results do not contain image 0"):
+        run.examples.dataset.open_image("0")
 
 
 def test_the_hash_depends_on_the_rows_and_not_on_their_order() -> None:
@@ -48,22 +47,22 @@ def test_a_damaged_row_is_named(tmp_path: Path) -> None:
     path = write(tmp_path, {0}) / "predictions.jsonl"
     path.write_text(path.read_text().replace('"reference": "lung"', '"ref": "lung"', 1))
     with pytest.raises(InputError, match="line 1: not a prediction row"):
-        read_run(tmp_path)
+        read_evaluation(tmp_path)
 
 
 def test_removed_rows_are_detected(tmp_path: Path) -> None:
     path = write(tmp_path, {0}) / "predictions.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
     with pytest.raises(InputError, match=r"does not have the rows|not a prediction row"):
-        read_run(tmp_path)
+        read_evaluation(tmp_path)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     (write(tmp_path, {0}) / "predictions.jsonl").unlink()
     with pytest.raises(InputError, match=r"predictions\.jsonl is missing"):
-        read_run(tmp_path)
+        read_evaluation(tmp_path)
     with pytest.raises(InputError, match=r"metrics\.json is missing"):
-        read_run(tmp_path / "elsewhere")
+        read_evaluation(tmp_path / "elsewhere")
 
 
 def test_no_temporary_file_remains(tmp_path: Path) -> None:

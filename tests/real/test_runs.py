@@ -8,7 +8,7 @@ from typing import Any
 from normtune.data.registry import open_configured
 from normtune.evaluation.config import EvaluateConfig
 from normtune.evaluation.evaluate import evaluate_config
-from normtune.evaluation.results import read_run
+from normtune.evaluation.results import read_evaluation
 from normtune.training.config import TrainConfig
 from normtune.training.train import train
 
@@ -22,7 +22,7 @@ def check(tmp_path: Path, **data: Any) -> None:
     )
     metrics = evaluate_config(evaluate_options).record
     test = open_configured(evaluate_options).split("test")[:30]
-    examples, _, _ = read_run(tmp_path / "scores")
+    examples = read_evaluation(tmp_path / "scores").examples
     assert [example.id for example in examples] == [example.id for example in test]
     assert metrics["rows"] == 30 and metrics["metrics"]["global_exact"]["rows"] == 30
 

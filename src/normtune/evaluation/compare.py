@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normtune.data.records import Example
 from normtune.errors import InputError
-from normtune.evaluation.results import Evaluation, read_run, split_hash, trained_rows_text
+from normtune.evaluation.results import Evaluation, read_evaluation, trained_rows_text
 from normtune.metrics.statistics import holm_correction
 from normtune.metrics.sum_metrics import SumMetric, paired_difference
 from normtune.metrics.table import metric_table
-from normtune.runtime.files import read_json, write_text
+from normtune.runtime.files import write_text
 from normtune.runtime.notebook import Result, axes_or_new, data_frame
 from normtune.runtime.number_format import format_interval
 from normtune.runtime.text_table import markdown_table, text_table
@@ -23,22 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Runs = Sequence[Path | str | Evaluation] | Mapping[str, Path | str | Evaluation]
-
-
-@dataclass(frozen=True)
-class EvaluationRun:
-    """One evaluation of a comparison."""
-
-    name: str  # as the caller names it, else the shortest end of its path that no other run has
-    directory: Path  # of its files; of an evaluation in memory, its name
-    examples: list[Example]
-    texts: dict[str, str]  # example id -> predicted text
-    record: dict[str, Any]  # contents of metrics.json
-
-    @property
-    def is_report(self) -> bool:
-        """Whether the predictions are reports rather than answers."""
-        return self.examples[0].kind == "report"
 
 
 @dataclass(frozen=True)
@@ -61,8 +44,8 @@ class MetricDifference:
 class Comparison(Result):
     """Several runs compared with the first of them, the baseline. `print` and Jupyter show it as a table."""
 
-    baseline: EvaluationRun
-    others: list[EvaluationRun]
+    baseline: Evaluation
+    others: list[Evaluation]
     differences: dict[str, dict[str, MetricDifference]]  # run -> metric -> difference from the baseline
 
     @property
@@ -76,7 +59,7 @@ class Comparison(Result):
         return {
             **{name: about[name] for name in ("dataset", "rows", "images", "split_hash", "normalisation")},
             "baseline": self.baseline.name,
-            "runs": {run.name: str(run.directory) for run in (self.baseline, *self.others)},
+            "runs": {run.name: _place(run) for run in (self.baseline, *self.others)},
             "trained_rows": {run.name: run.record.get("trained_rows") for run in (self.baseline, *self.others)},
             "comparisons": self.comparisons,
             "differences": {
@@ -194,7 +177,7 @@ def compare(runs: Runs) -> Comparison:
     return Comparison(baseline, others, differences)
 
 
-def read_runs(runs: Runs) -> list[EvaluationRun]:
+def read_runs(runs: Runs) -> list[Evaluation]:
     """Read evaluations of one split and check that they have the same questions about the same images.
 
     Raises:
@@ -202,41 +185,25 @@ def read_runs(runs: Runs) -> list[EvaluationRun]:
             in rows, questions, references, images, kinds or normalisation. The message states how many differ
             and in which folder.
     """
-    evaluations = list(runs.values()) if isinstance(runs, Mapping) else list(runs)
-    paths = [_path_of(evaluation) for evaluation in evaluations]
-    resolved = [path.resolve() for path in paths]
-    for path, absolute in zip(paths, resolved, strict=True):
-        if resolved.count(absolute) > 1:
-            raise InputError(f"{path} is named twice. Name each result once: compare({{'name': result, ...}}).")
-    names = list(runs) if isinstance(runs, Mapping) else _short_names(resolved)
-    loaded = [
-        EvaluationRun(name, path, evaluation.examples, evaluation.predictions.texts, evaluation.record)
-        if isinstance(evaluation, Evaluation)
-        else _read_run(path, name)
-        for evaluation, path, name in zip(evaluations, paths, names, strict=True)
+    evaluations = [
+        run if isinstance(run, Evaluation) else read_evaluation(run)
+        for run in (runs.values() if isinstance(runs, Mapping) else runs)
     ]
-    for run in loaded[1:]:
-        _check_same_rows(loaded[0], run)
-    return loaded
+    paths = [Path(_place(evaluation)).resolve() for evaluation in evaluations]
+    for evaluation, path in zip(evaluations, paths, strict=True):
+        if paths.count(path) > 1:
+            place = _place(evaluation)
+            raise InputError(f"{place} is named twice. Name each result once: compare({{'name': result, ...}}).")
+    names = list(runs) if isinstance(runs, Mapping) else _short_names(paths)
+    named = [replace(evaluation, name=name) for evaluation, name in zip(evaluations, names, strict=True)]
+    for evaluation in named[1:]:
+        _check_same_rows(named[0], evaluation)
+    return named
 
 
-def _path_of(run: Path | str | Evaluation) -> Path:
-    """The folder of a run; an evaluation in memory is named after its baseline, adapter or base."""
-    if not isinstance(run, Evaluation):
-        return Path(run)
-    return run.out or Path(str(run.record.get("baseline") or run.record["adapter"] or run.record["base"]))
-
-
-def _read_run(path: Path, name: str) -> EvaluationRun:
-    """Read one evaluation and check its manifest."""
-    examples, texts, record = read_run(path)
-    manifest = read_json(path / "manifest.json")
-    ids = manifest.get("ids") if isinstance(manifest, dict) else None
-    if not isinstance(ids, list) or manifest.get("split_hash") != record["split_hash"]:
-        raise InputError(f"{path / 'manifest.json'} does not match predictions.jsonl. Evaluate again.")
-    if split_hash([str(id) for id in ids]) != record["split_hash"]:
-        raise InputError(f"{path / 'manifest.json'}: its ids do not match its hash. Evaluate again.")
-    return EvaluationRun(name, path, examples, texts, record)
+def _place(run: Evaluation) -> str:
+    """The folder of an evaluation; one in memory is named after its baseline, adapter or base."""
+    return str(run.out or run.record.get("baseline") or run.record["adapter"] or run.record["base"])
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:
@@ -249,9 +216,9 @@ def _short_names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def _check_same_rows(first: EvaluationRun, other: EvaluationRun) -> None:
+def _check_same_rows(first: Evaluation, other: Evaluation) -> None:
     """Check that both runs have the same rows with the same texts, and the same normalisation."""
-    a, b = first.directory, other.directory
+    a, b = _place(first), _place(other)
     if first.record["split_hash"] != other.record["split_hash"]:
         unmatched = [
             f"{len(ids)} are only in {run}, first '{min(ids)}'"
@@ -280,12 +247,12 @@ def _check_same_rows(first: EvaluationRun, other: EvaluationRun) -> None:
         )
 
 
-def _normalisation_text(run: EvaluationRun) -> str:
+def _normalisation_text(run: Evaluation) -> str:
     """Format the run's normalisation (answers) or normalisations (reports)."""
     normalisation = run.record["normalisation"]
     return normalisation if isinstance(normalisation, str) else ", ".join(normalisation)
 
 
-def compute_metrics(run: EvaluationRun) -> dict[str, SumMetric]:
+def compute_metrics(run: Evaluation) -> dict[str, SumMetric]:
     """Compute every metric of the run's task, row by row."""
     return metric_table(run.examples, run.texts, run.record["normalisation"])

@@ -24,7 +24,7 @@ from typing import Any
 
 from normtune.data.records import Example
 from normtune.errors import InputError, did_you_mean
-from normtune.evaluation.results import read_run
+from normtune.evaluation.results import read_evaluation
 from normtune.runtime.files import write_json, write_text
 from normtune.runtime.notebook import Result
 
@@ -67,20 +67,21 @@ def export_predictions(run: Path | str, to: str, out: Path | str, *, task: str |
             the evaluated rows in the same order, because `doc_id` is the index in predictions.jsonl.
 
     Raises:
-        InputError: as `read_run`, or if the run has reports, the harness, file ending or task is unknown, or
+        InputError: as `read_evaluation`, or if the run has reports, the harness, file ending or task is unknown, or
             the rows are not those of a known task.
     """
     if to not in HARNESSES:
         known = ", ".join(HARNESSES)
         raise InputError(f"--to {to}: unknown harness{did_you_mean(to, HARNESSES) or '.'} Known: {known}.")
     out = Path(out)
-    examples, texts, record = read_run(run)
-    if examples[0].kind == "report":
+    evaluation = read_evaluation(run)
+    examples, record = evaluation.examples, evaluation.record
+    if evaluation.is_report:
         raise InputError(f"{run} has reports, which neither harness can score. Export answers.")
     ending = ".json" if to == "lmms-eval" else ".tsv"
     if out.suffix != ending:
         raise InputError(f"--out {out}: {to} reads files that end in {ending}. Use this ending.")
-    answers = [texts[example.id] for example in examples]
+    answers = [prediction.text for prediction in evaluation.predictions]
     if to == "lmms-eval":
         task = task or _known_task(record)
         _check_rows(task, examples, record)

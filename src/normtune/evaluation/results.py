@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from normtune.adapters.info import NOTICE
 from normtune.adapters.training_rows import Overlap
-from normtune.data.records import Example, Prediction, Split
+from normtune.data.records import Dataset, Example, Prediction, Split
 from normtune.errors import InputError
 from normtune.evaluation.config import CONTROLS
 from normtune.evaluation.image_reliance import reliance_text
@@ -27,6 +27,7 @@ from normtune.runtime.text_table import text_table
 if TYPE_CHECKING:
     import pandas
     from matplotlib.axes import Axes
+    from PIL import Image
 
 # Describes the intervals in metrics.json.
 INTERVALS = f"95%, percentile bootstrap over images, {RESAMPLES} resamples"
@@ -47,11 +48,6 @@ class Predictions(list[Prediction]):
         by_id = {prediction.id: prediction for prediction in predictions}
         self.examples = list(examples)
         super().__init__(by_id[example.id] for example in self.examples)
-
-    @property
-    def texts(self) -> dict[str, str]:
-        """Example id -> predicted text."""
-        return {prediction.id: prediction.text for prediction in self}
 
     def rows(self) -> Rows:
         """Return one dict for each example, as in `predictions.jsonl`."""
@@ -89,6 +85,7 @@ class Evaluation(Result):
         record: the contents of `metrics.json`: scores, settings, time and memory.
         controls: name of a control of `normtune.evaluation.image_reliance` -> its predictions.
         out: the folder with the files of the evaluation; None if it was not written.
+        name: in a comparison: given by the caller, or the shortest end of the folder that no other run has.
     """
 
     examples: Split
@@ -96,6 +93,17 @@ class Evaluation(Result):
     record: dict[str, Any]
     controls: dict[str, Predictions] = field(default_factory=dict)
     out: Path | None = None
+    name: str = ""
+
+    @property
+    def is_report(self) -> bool:
+        """Whether the predictions are reports rather than answers."""
+        return self.examples[0].kind == "report"
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """Example id -> predicted text."""
+        return {prediction.id: prediction.text for prediction in self.predictions}
 
     @property
     def metrics(self) -> dict[str, Metric]:
@@ -202,40 +210,37 @@ def trained_rows_text(result: Mapping[str, Any]) -> list[str]:
     return [str(Overlap(**result["trained_rows"]))] if result.get("trained_rows") else []
 
 
-def read_run(directory: Path | str) -> tuple[list[Example], dict[str, str], dict[str, Any]]:
-    """Read a finished evaluation.
-
-    Returns:
-        The examples, the predictions (id -> text), and the contents of metrics.json.
+def read_evaluation(directory: Path | str) -> Evaluation:
+    """Read a finished evaluation from its folder; images and the answers to control images are not read.
 
     Raises:
-        InputError: if a file is missing or damaged, or metrics.json was computed from other rows than those
-            of predictions.jsonl.
+        InputError: if a file is missing or damaged, or the files do not have the same rows.
     """
     directory = Path(directory)
-    metrics = read_json(directory / "metrics.json")
+    record = read_json(directory / "metrics.json")
     path = directory / "predictions.jsonl"
     if not path.is_file():
         raise InputError(f"{path} is missing. Evaluate again.")
-    examples, texts = [], {}
+    examples, predictions = [], []
     for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
         try:
             row = json.loads(line)
             fields = row["question"], row["reference"], row["kind"]
             examples.append(Example(row["id"], tuple(row["images"]), *fields, "", row.get("strata", {})))
-            texts[row["id"]] = row["prediction"]
+            predictions.append(Prediction(row["id"], row["prediction"], row.get("score")))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise InputError(f"{path}, line {number}: not a prediction row. Evaluate again.") from error
-    if split_hash([example.id for example in examples]) != metrics.get("split_hash"):
+    if split_hash([example.id for example in examples]) != record.get("split_hash"):
         raise InputError(f"{path} does not have the rows that metrics.json was computed from. Evaluate again.")
-    return examples, texts, metrics
+    manifest = read_json(directory / "manifest.json")
+    ids = manifest.get("ids") if isinstance(manifest, dict) else None
+    if not isinstance(ids, list) or manifest.get("split_hash") != record["split_hash"]:
+        raise InputError(f"{directory / 'manifest.json'} does not match predictions.jsonl. Evaluate again.")
+    if split_hash([str(id) for id in ids]) != record["split_hash"]:
+        raise InputError(f"{directory / 'manifest.json'}: its ids do not match its hash. Evaluate again.")
+    dataset = Dataset(record["dataset"], examples, _no_image, licence=record["licence"])
+    return Evaluation(Split(dataset, examples), Predictions(examples, predictions), record, out=directory)
 
 
-def read_scores(directory: Path | str) -> dict[str, float | None]:
-    """Read the mean log-probability of each prediction of a run: id -> score.
-
-    `read_run` must have read the run before, because it checks the files.
-    """
-    text = (Path(directory) / "predictions.jsonl").read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in text.rstrip("\n").split("\n")]
-    return {row["id"]: row.get("score") for row in rows}
+def _no_image(key: str) -> Image.Image:
+    raise InputError(f"the results do not contain image {key}. Open the dataset.")

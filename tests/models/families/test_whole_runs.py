@@ -17,7 +17,7 @@ from normtune.adapters.storage import load_model
 from normtune.data.registry import open_dataset
 from normtune.evaluation.config import EvaluateConfig
 from normtune.evaluation.evaluate import evaluate
-from normtune.evaluation.results import read_run
+from normtune.evaluation.results import read_evaluation
 from normtune.models.importers.llava_med.importer import import_llava_med
 from normtune.models.miss.model import MissForQuestionAnswering
 from normtune.training.config import TrainConfig
@@ -88,7 +88,7 @@ def test_a_family_is_trained_written_evaluated_merged_and_exported(kind: str, tm
     tuned = load_model(str(base), adapter, device="cpu")
     options = EvaluateConfig(model=str(base), data=DATA, out=tmp_path / "run", max_new_tokens=2)
     run = evaluate(tuned, open_dataset(DATA).test[:4], options)
-    assert {row.id: row.text for row in run.predictions} == read_run(tmp_path / "run")[1]
+    assert {row.id: row.text for row in run.predictions} == read_evaluation(tmp_path / "run").texts
     question = inputs(tuned.processor, kind)
 
     @torch.no_grad()

@@ -1,35 +1,28 @@
 from __future__ import annotations
 
-import json
 from html import unescape
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from normtune.data.records import Prediction
 from normtune.data.registry import open_dataset
-from normtune.evaluation.results import split_hash
+from normtune.runtime.files import read_json, write_json
 from normtune.studies.page.page import render_study_report
 from tests.support.browser import Browser
+from tests.support.evaluation_runs import write_run
 
 
 def write_study(folder: Path, licence: str, answer: str = "an answer <made up>") -> dict[str, Any]:
     """Write the evaluation of a frozen base on two phantom images; return the study's results."""
     examples = open_dataset("phantom-a:1/0/2").split("test")
     target = folder / "cells" / "k" / "evaluations" / "x"
-    target.mkdir(parents=True)
-    rows = [
-        {
-            "id": example.id, "images": list(example.images), "kind": example.kind,
-            "question": example.question, "reference": example.answer, "prediction": answer,
-        }
-        for example in examples
-    ]  # fmt: skip
-    (target / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    metrics = {"licence": licence, "split_hash": split_hash([example.id for example in examples])}
-    (target / "metrics.json").write_text(json.dumps(metrics))
+    predictions = [Prediction(example.id, answer) for example in examples]
+    write_run(target, examples, predictions, metrics={}, normalisation="vqa")
+    write_json(target / "metrics.json", read_json(target / "metrics.json") | {"licence": licence})
     evaluation = {
-        "key": "k", "dataset": "a", "role": "zero-shot", "task": "vqa", "split": "test", "rows": len(rows),
+        "key": "k", "dataset": "a", "role": "zero-shot", "task": "vqa", "split": "test", "rows": len(examples),
         "images": 2, "folder": "cells/k/evaluations/x",
     }  # fmt: skip
     cell = {"key": "k", "status": "done", "grids": ["main"], "model": "nano", "recipe": "frozen", "trained_on": None}

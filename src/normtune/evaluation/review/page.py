@@ -15,7 +15,8 @@ from normtune.data.options import DataOptions
 from normtune.data.records import Dataset, Example
 from normtune.data.registry import open_configured
 from normtune.errors import InputError
-from normtune.evaluation.compare import EvaluationRun, read_runs
+from normtune.evaluation.compare import read_runs
+from normtune.evaluation.results import Evaluation
 from normtune.evaluation.review.rows import (
     Row,
     RunPrediction,
@@ -101,7 +102,7 @@ def review_text(result: Mapping[str, Any]) -> str:
     )
 
 
-def _open_dataset(run: EvaluationRun, data: str | None, root: Path | None) -> Dataset:
+def _open_dataset(run: Evaluation, data: str | None, root: Path | None) -> Dataset:
     """Open the dataset that the result records, or the one that `data` and `root` name instead."""
     recorded = run.record.get("data")
     options: dict[str, Any] = dict(recorded) if isinstance(recorded, dict) and data is None else {}
@@ -119,7 +120,7 @@ def _open_dataset(run: EvaluationRun, data: str | None, root: Path | None) -> Da
     if changed or not any(example.id in by_id for example in run.examples):
         which = f"{len(changed)} of the rows, first '{changed[0]}'," if changed else "the rows"
         raise InputError(
-            f"{which} of {run.directory} are not those of {options['data']}. "
+            f"{which} of {run.out} are not those of {options['data']}. "
             "Give the --data and --root that were evaluated, or --no-images."
         )
     return dataset
@@ -130,7 +131,7 @@ def _is_same(first: Example, second: Example) -> bool:
 
 
 def _render_page(
-    runs: Sequence[EvaluationRun],
+    runs: Sequence[Evaluation],
     rows: Sequence[Row],
     selected: Sequence[Row],
     sentence: str,
@@ -166,7 +167,7 @@ def _render_page(
     )
 
 
-def _describe_model(run: EvaluationRun) -> str:
+def _describe_model(run: Evaluation) -> str:
     """Name the model or the baseline that the result records."""
     base, adapter = run.record.get("base"), run.record.get("adapter")
     if not base:
@@ -193,7 +194,7 @@ def _table(field: str, values: Mapping[str, Sequence[str]], by_id: Mapping[str, 
     return {"name": field.replace("_", " "), "lines": lines, "more": len(values) - len(lines)}
 
 
-def _sort_options(runs: Sequence[EvaluationRun], rows: Sequence[Row]) -> list[tuple[str, str]]:
+def _sort_options(runs: Sequence[Evaluation], rows: Sequence[Row]) -> list[tuple[str, str]]:
     """List the orders of rows as (key, label).
 
     A key consists of a direction (up or down), a quantity (score, value or gain) and the index of a run.
@@ -214,7 +215,7 @@ def _sort_options(runs: Sequence[EvaluationRun], rows: Sequence[Row]) -> list[tu
     return options
 
 
-def _outcome_options(runs: Sequence[EvaluationRun]) -> list[tuple[str, str]]:
+def _outcome_options(runs: Sequence[Evaluation]) -> list[tuple[str, str]]:
     """List the outcomes that rows can be filtered by as (key, label). The first one shows all rows."""
     options = [("", "all")]
     if runs[0].is_report:

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from normtune.data.records import Example
-from normtune.evaluation.compare import EvaluationRun
-from normtune.evaluation.results import read_scores
+from normtune.evaluation.results import Evaluation
 from normtune.metrics.answers import score_rows
 from normtune.metrics.ngrams import rouge_l
 from normtune.metrics.ptb_words import ptb_words
@@ -50,7 +49,7 @@ class StratumCount:
     shares: tuple[float, ...]  # one per run
 
 
-def read_rows(runs: Sequence[EvaluationRun], metas: Mapping[str, Mapping[str, str]]) -> list[Row]:
+def read_rows(runs: Sequence[Evaluation], metas: Mapping[str, Mapping[str, str]]) -> list[Row]:
     """Join the rows of all runs by id, in the order of the first run.
 
     Args:
@@ -66,17 +65,17 @@ def read_rows(runs: Sequence[EvaluationRun], metas: Mapping[str, Mapping[str, st
     return rows
 
 
-def _read_predictions(run: EvaluationRun) -> dict[str, RunPrediction]:
+def _read_predictions(run: Evaluation) -> dict[str, RunPrediction]:
     """Read and score the predictions of one run: example id -> prediction."""
-    log_probs = read_scores(run.directory)
-    confidence = {id: score for id, score in log_probs.items() if score is not None and math.isfinite(score)}
+    confidence = {row.id: row.score for row in run.predictions if row.score is not None and math.isfinite(row.score)}
+    texts = run.texts
     if run.is_report:
-        values = {e.id: rouge_l(ptb_words(run.texts[e.id]), ptb_words(e.answer)) for e in run.examples}
+        values = {e.id: rouge_l(ptb_words(texts[e.id]), ptb_words(e.answer)) for e in run.examples}
         recalls: dict[str, float] = {}
     else:
-        table = score_rows(run.examples, run.texts, normalisation=run.record["normalisation"])
+        table = score_rows(run.examples, texts, normalisation=run.record["normalisation"])
         values, recalls = table["global_exact"], table.get("open_recall", {})
-    return {id: RunPrediction(text, values[id], recalls.get(id), confidence.get(id)) for id, text in run.texts.items()}
+    return {id: RunPrediction(text, values[id], recalls.get(id), confidence.get(id)) for id, text in texts.items()}
 
 
 def ids_by_stratum(rows: Sequence[Row]) -> Strata:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from normtune.data.options import DataOptions
 from normtune.data.registry import open_configured
 from normtune.errors import InputError
-from normtune.evaluation.results import read_run
+from normtune.evaluation.results import read_evaluation
 from normtune.runtime.files import read_json
 from normtune.studies.page.results import Record, Results
 
@@ -73,13 +73,14 @@ def _examples_of(
     study: Results, folder: Path, dataset: str, rows: list[Record], root: Path | None
 ) -> list[AnsweredExample]:
     """Some examples of a data set with the answers of every recipe."""
-    runs = {study.finished[row["key"]]["recipe"]: read_run(folder / row["folder"])[:2] for row in rows}
-    examples = next(iter(runs.values()))[0]
+    runs = {study.finished[row["key"]]["recipe"]: read_evaluation(folder / row["folder"]) for row in rows}
+    texts = {recipe: run.texts for recipe, run in runs.items()}
+    examples = next(iter(runs.values())).examples
     sample = random.Random(0).sample(sorted(examples, key=lambda example: example.id), min(EXAMPLES, len(examples)))
     images = _image_uris(study, dataset, sample, root)
     return [
         AnsweredExample(
-            example, images.get(example.id), {recipe: texts.get(example.id, "") for recipe, (_, texts) in runs.items()}
+            example, images.get(example.id), {recipe: answers.get(example.id, "") for recipe, answers in texts.items()}
         )
         for example in sample
     ]
