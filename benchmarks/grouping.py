@@ -21,19 +21,18 @@ from typing import Any
 
 from record import record
 
-from normtune.evaluation.config import EvaluateConfig
 from normtune.evaluation.results import read_evaluation
 from normtune.metrics.answers import score_rows
 from normtune.metrics.statistics import holm_correction, mean_over_seeds
 from normtune.metrics.sum_metrics import mean_metric, paired_difference
-from normtune.runtime.files import read_json
-from normtune.studies.demo_cells import Cell, run_cells
-from normtune.training.config import TrainConfig
+from normtune.runtime.number_format import format_interval
+from normtune.runtime.text_table import markdown_table
+from normtune.studies.plan import Cell, single_cell
+from normtune.studies.run import run_cells
 
 METRIC = "global_exact"
 ALL = 0  # no cap: all questions of an image in one group
 ARMS, SLAKE_ARMS = ("1", "2", "4", "8", "0"), ("1", "4", "0", "0x2")
-RESULT = Path("adapter") / "train_result.json"
 
 
 def main() -> None:
@@ -114,17 +113,14 @@ class Study:
 def run_study(study: Study, recipe: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Run what is missing; one row per arm: its accuracy, and the difference from the first arm."""
     folder = options.work / f"{study.name}-{recipe}"
-    run_paths = {arm: [folder / f"{arm.name}-{seed}" for seed in range(options.seeds)] for arm in study.arms}
-    missing = [
-        cell(study, recipe, arm, seed, run_paths[arm][seed])
-        for seed in range(options.seeds)
-        for arm in study.arms
-        if not (run_paths[arm][seed] / "scores" / "metrics.json").is_file()
-    ]
-    for result in run_cells(missing, workers=options.workers):
+    rows_of: dict[Arm, list[dict[str, Any]]] = {arm: [] for arm in study.arms}
+    arm_of = {cell_name(arm, seed): arm for seed in range(options.seeds) for arm in study.arms}
+    cells = [cell(study, recipe, arm, seed) for seed in range(options.seeds) for arm in study.arms]
+    for result in run_cells(cells, folder, workers=options.workers):
         value = result["evaluation"]["metrics"][METRIC]["value"]
         print(f"{study.name} {recipe} {result['name']}: {100 * value:.1f}%", flush=True)
-    scores = {arm: question_scores(paths) for arm, paths in run_paths.items()}
+        rows_of[arm_of[result["name"]]].append(result)
+    scores = {arm: question_scores(results) for arm, results in rows_of.items()}
     first, *other_arms = study.arms
     images = scores[first][1]
     differences = {
@@ -134,10 +130,11 @@ def run_study(study: Study, recipe: str, options: argparse.Namespace) -> list[di
     corrected_p = holm_correction({name: difference.p for name, difference in differences.items()})
     rows = []
     sizes = set()
-    for arm, paths in run_paths.items():
-        runs = [read_json(path / RESULT) for path in paths]
+    for arm, results in rows_of.items():
+        results.sort(key=lambda result: [*arm_of].index(result["name"]))  # by seed
+        runs = [result["training"] for result in results]
         sizes |= {(run["steps"] / arm.passes, run["pairs"] / arm.passes) for run in runs}
-        accuracy = [read_json(path / "scores" / "metrics.json")["metrics"][METRIC]["value"] for path in paths]
+        accuracy = [result["evaluation"]["metrics"][METRIC]["value"] for result in results]
         row = {"dataset": study.name, "recipe": recipe, "cap": arm.cap, "passes": arm.passes * study.epochs}
         row |= {"arm": str(arm), "steps": runs[0]["steps"], "pairs": runs[0]["pairs"]}
         row |= {"accuracy": asdict(mean_over_seeds(accuracy)), "by_seed": accuracy, "difference": None}
@@ -148,50 +145,43 @@ def run_study(study: Study, recipe: str, options: argparse.Namespace) -> list[di
     return rows
 
 
-def cell(study: Study, recipe: str, arm: Arm, seed: int, path: Path) -> Cell:
+def cell(study: Study, recipe: str, arm: Arm, seed: int) -> Cell:
     """The training run of one arm and seed, and its evaluation on the test split."""
-    train = TrainConfig(
-        model="nano",
-        tune=recipe,
-        out=path / "adapter",
-        epochs=study.epochs * arm.passes,
-        cap=arm.cap or None,
-        seed=seed,
-        **study.options,
-    )
-    evaluate = EvaluateConfig(model="nano", adapter=train.out, out=path / "scores", **study.options)
-    return Cell(f"{arm}, seed {seed}", train, evaluate)
+    shared = {"model": "nano", **study.options}
+    train = {**shared, "tune": recipe, "epochs": study.epochs * arm.passes, "cap": arm.cap or None, "seed": seed}
+    return single_cell(cell_name(arm, seed), train, shared)
 
 
-def question_scores(run_folders: Sequence[Path]) -> tuple[dict[str, float], dict[str, tuple[str, ...]]]:
+def cell_name(arm: Arm, seed: int) -> str:
+    return f"{arm}, seed {seed}"
+
+
+def question_scores(results: Sequence[dict[str, Any]]) -> tuple[dict[str, float], dict[str, tuple[str, ...]]]:
     """(mean score over the runs, images) of each question, by its id."""
     total: dict[str, float] = defaultdict(float)
     images: dict[str, tuple[str, ...]] = {}
-    for folder in run_folders:
-        run = read_evaluation(folder / "scores")
+    for result in results:
+        run = read_evaluation(Path(result["evaluation"]["out"]))
         images |= {example.id: example.images for example in run.examples}
         scores = score_rows(run.examples, run.texts, normalisation=run.record["normalisation"])
         for id, score in scores[METRIC].items():
-            total[id] += score / len(run_folders)
+            total[id] += score / len(results)
     return dict(total), images
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """A Markdown table of accuracies and differences in %, with 95% intervals."""
-    lines = [
-        "| dataset | recipe | questions of an image together | accuracy % | less random order | p (Holm) |",
-        "|---|---|---|--:|--:|--:|",
-    ]
+    lines = []
     for row in rows:
-        value, low, high = (100 * row["accuracy"][end] for end in ("value", "low", "high"))
-        cells = [row["dataset"], row["recipe"], row["arm"], f"{value:.1f} [{low:.1f}, {high:.1f}]"]
+        cells = [row["dataset"], row["recipe"], row["arm"], format_interval(row["accuracy"])]
         if difference := row["difference"]:
-            value, low, high = (100 * difference[end] for end in ("difference", "low", "high"))
-            cells += [f"{value:+.1f} [{low:+.1f}, {high:+.1f}]", f"{difference['p_holm']:.2f}"]
+            interval = format_interval({**difference, "value": difference["difference"]}, sign="+")
+            cells += [interval, f"{difference['p_holm']:.2f}"]
         else:
             cells += ["–", "–"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    header = ["dataset", "recipe", "questions of an image together", "accuracy %", "less random order", "p (Holm)"]
+    return "\n".join(markdown_table(header, lines, "lllr")) + "\n"
 
 
 if __name__ == "__main__":

@@ -15,9 +15,8 @@ from typing import Any
 
 from record import record
 
-from normtune.evaluation.config import EvaluateConfig
-from normtune.studies.demo_cells import Cell, run_cells
-from normtune.training.config import TrainConfig
+from normtune.studies.plan import Cell, single_cell
+from normtune.studies.run import run_cells
 
 LOW, MIDDLE, HIGH = (1e-4, 3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2, 3e-2), (3e-3, 1e-2, 3e-2, 1e-1)
 HIGHEST = (1e-2, 3e-2, 1e-1, 3e-1)
@@ -35,9 +34,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        cells = [cell(method, rate, options, Path(directory)) for method in options.methods for rate in RATES[method]]
+        cells = [cell(method, rate, options) for method in options.methods for rate in RATES[method]]
         rows = []
-        for result in run_cells(cells, workers=options.workers):
+        for result in run_cells(cells, Path(directory), workers=options.workers):
             method, rate = result["name"].split("@")
             score = result["evaluation"]["metrics"]["global_exact"]
             rows.append(
@@ -57,24 +56,12 @@ def main() -> None:
         record(options.out, "learning_rates", rows, best=best, images=options.images, epochs=options.epochs)
 
 
-def cell(method: str, rate: float, options: argparse.Namespace, folder: Path) -> Cell:
+def cell(method: str, rate: float, options: argparse.Namespace) -> Cell:
     """The training run of one method at one rate, and its evaluation on the validation split."""
-    name, data = f"{method}@{rate!r}", f"phantom-b:{options.images}/{options.validate}/0"
-    recipe = "lora-8" if method == "lora" else method
-    train = TrainConfig(
-        model="nano",
-        data=data,
-        tune=recipe,
-        out=folder / name,
-        lr=rate,
-        epochs=options.epochs,
-        resume=False,
-        device="cpu",
-    )
-    evaluate = EvaluateConfig(
-        model="nano", data=data, split="validate", adapter=folder / name, out=folder / f"{name}-scores", device="cpu"
-    )
-    return Cell(name, train, evaluate)
+    shared = {"model": "nano", "data": f"phantom-b:{options.images}/{options.validate}/0", "device": "cpu"}
+    tune = "lora-8" if method == "lora" else method
+    train = {**shared, "tune": tune, "lr": rate, "epochs": options.epochs}
+    return single_cell(f"{method}@{rate!r}", train, {**shared, "split": "validate"})
 
 
 def best_rate(rows: list[dict[str, Any]], method: str) -> float:

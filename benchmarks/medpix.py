@@ -24,12 +24,13 @@ from record import record
 from normtune.data.records import Example
 from normtune.data.registry import open_configured
 from normtune.data.splits import patient_of_image
-from normtune.evaluation.config import EvaluateConfig
 from normtune.metrics.reports import report_table, text_pairs
 from normtune.metrics.statistics import RESAMPLES
 from normtune.metrics.sum_metrics import bootstrap_intervals
-from normtune.studies.demo_cells import Cell, run_cells
-from normtune.training.config import TrainConfig
+from normtune.runtime.number_format import format_interval
+from normtune.runtime.text_table import markdown_table
+from normtune.studies.plan import Cell, single_cell
+from normtune.studies.run import run_cells
 
 RATES = {
     "ln": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
@@ -88,7 +89,7 @@ def search(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     runs: dict[str, list[dict[str, Any]]] = {recipe: [] for recipe in options.recipes}
 
     def run(cells: Sequence[Cell]) -> None:
-        for row in run_cells(cells, workers=options.workers, rows_folder=options.work / "rows"):
+        for row in run_cells(cells, options.work, workers=options.workers):
             recipe, rate, passes = row["name"].split("@")
             runs[recipe].append(row | {"lr": float(rate), "passes": int(passes)})
             print(
@@ -108,51 +109,41 @@ def validation_score(row: dict[str, Any]) -> float:
     return score
 
 
-def training_cell(recipe: str, rate: float, passes: int, options: argparse.Namespace) -> Cell:
-    """One training run and its evaluation on the validation split."""
-    name = f"{recipe}@{rate!r}@{passes}"
-    adapter = options.work / "adapters" / name
-    shared = {"model": "nano", "data": "medpix", "root": options.root, "device": "cpu"}
-    train = TrainConfig(tune=recipe, out=adapter, lr=rate, epochs=passes, limit=options.limit, **shared)
-    return Cell(name, train, eval_config(name, adapter, "validate", options))
+def training_cell(recipe: str, rate: float, passes: int, options: argparse.Namespace, *splits: str) -> Cell:
+    """One training run and its evaluation on the validation split, and on further splits."""
+    train = {**shared_options(options), "tune": recipe, "lr": rate, "epochs": passes, "limit": options.limit}
+    evaluations = [evaluate_options(options, split) for split in ("validate", *splits)]
+    return single_cell(f"{recipe}@{rate!r}@{passes}", train, *evaluations)
 
 
-def eval_config(name: str, adapter: Path | None, split: str, options: argparse.Namespace) -> EvaluateConfig:
-    """The evaluation of an adapter, or of the base (None), on one split."""
-    return EvaluateConfig(
-        model="nano",
-        data="medpix",
-        root=options.root,
-        split=split,
-        adapter=adapter,
-        out=options.work / "evaluations" / split / name,
-        max_new_tokens=TOKENS,
-        batch=64,
-        device="cpu",
-    )
+def shared_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of every training and evaluation."""
+    return {"model": "nano", "data": "medpix", "root": options.root, "device": "cpu"}
+
+
+def evaluate_options(options: argparse.Namespace, split: str) -> dict[str, Any]:
+    """The options of an evaluation on one split."""
+    return {**shared_options(options), "split": split, "max_new_tokens": TOKENS, "batch": 64}
 
 
 def test_runs(best_runs: dict[str, dict[str, Any]], options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each baseline, the base and each recipe's best run, on the test split."""
-    cells = []
-    for name in BASELINES:
-        config = eval_config(name, None, "test", options)
-        cells.append(Cell(f"test@{name}", None, config.model_copy(update={"baseline": name})))
-    cells.append(Cell("test@frozen", None, eval_config("frozen", None, "test", options)))
-    for row in best_runs.values():
-        adapter = options.work / "adapters" / row["name"]
-        cells.append(Cell(f"test@{row['name']}", None, eval_config(row["name"], adapter, "test", options)))
-    results = {row["name"]: row for row in run_cells(cells, workers=options.workers, rows_folder=options.work / "rows")}
-    examples = open_configured(cells[0].evaluate).split("test")
+    test = evaluate_options(options, "test")
+    cells = [single_cell(f"test@{name}", None, {**test, "baseline": name}) for name in BASELINES]
+    cells.append(single_cell("test@frozen", None, test))
+    # the cell of the search with one more evaluation: its adapter is not trained again
+    cells += [training_cell(name, row["lr"], row["passes"], options, "test") for name, row in best_runs.items()]
+    results = {row["name"]: row for row in run_cells(cells, options.work, workers=options.workers)}
+    examples = open_configured(cells[0].evaluations[0].config).split("test")
     recipes = [*BASELINES, "frozen", *best_runs]
     return [
         {
             "recipe": recipe,
             "training": training_row(best_runs[recipe]) if recipe in best_runs else None,
             "rows": len(examples),
-            "split_hash": results[cell.name]["evaluation"]["split_hash"],
-            "seconds_test": results[cell.name]["evaluation"]["seconds"],
-            "metrics": by_case(examples, cell.evaluate.out),
+            "split_hash": results[cell.recipe]["evaluation"]["split_hash"],
+            "seconds_test": results[cell.recipe]["evaluation"]["seconds"],
+            "metrics": by_case(examples, Path(results[cell.recipe]["evaluation"]["out"])),
         }
         for recipe, cell in zip(recipes, cells, strict=True)
     ]
@@ -184,11 +175,7 @@ def search_row(row: dict[str, Any]) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """A Markdown table of the rows, with 95% intervals over cases."""
-    headings = " | ".join(heading for heading, _, _ in COLUMNS)
-    lines = [
-        f"| recipe | trainable | % | rate | passes | seconds | peak MB | {headings} |",
-        "|---|--:|--:|--:|--:|--:|--:|" + "--:|" * len(COLUMNS),
-    ]
+    lines = []
     for row in rows:
         training = row["training"]
         training_cells = ("0", "0", "–", "–", "–", "–")
@@ -202,21 +189,17 @@ def table(rows: list[dict[str, Any]]) -> str:
                 f"{training['peak_memory_bytes'] / 2**20:.0f}",
             )
         scores = [
-            " ".join(
-                (
-                    f"{factor * metric['value']:.{digits}f}",
-                    f"[{factor * metric['low']:.{digits}f}, {factor * metric['high']:.{digits}f}]",
-                )
-            )
-            for metric, factor, digits in (select_metric(row["metrics"], start, factor) for _, start, factor in COLUMNS)
+            format_interval(select_metric(row["metrics"], start), scale=factor, digits=1 if factor > 1 else 2)
+            for _, start, factor in COLUMNS
         ]
-        lines.append("| " + " | ".join((row["recipe"], *training_cells, *scores)) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([row["recipe"], *training_cells, *scores])
+    header = ["recipe", "trainable", "%", "rate", "passes", "seconds", "peak MB", *(column[0] for column in COLUMNS)]
+    return "\n".join(markdown_table(header, lines)) + "\n"
 
 
-def select_metric(metrics: dict[str, Any], start: str, factor: float) -> tuple[dict[str, float], float, int]:
-    """(metric, factor, digits) of the metric with a name that begins with `start`."""
-    return (next(metric for name, metric in metrics.items() if name.startswith(start)), factor, 1 if factor > 1 else 2)
+def select_metric(metrics: dict[str, Any], start: str) -> dict[str, float]:
+    """The metric with a name that begins with `start`."""
+    return next(metric for name, metric in metrics.items() if name.startswith(start))
 
 
 if __name__ == "__main__":

@@ -22,8 +22,10 @@ from normtune.data.registry import open_configured
 from normtune.evaluation.baselines import QuestionOnly
 from normtune.evaluation.config import EvaluateConfig
 from normtune.metrics.answers import score_vqa
-from normtune.studies.demo_cells import Cell, run_cells
-from normtune.training.config import TrainConfig
+from normtune.runtime.number_format import format_interval
+from normtune.runtime.text_table import markdown_table
+from normtune.studies.plan import Cell, single_cell
+from normtune.studies.run import run_cells
 
 RECIPES = ("frozen", "ln", "lora-8", "full")
 METRICS = ("closed_label", "closed_yes_no", "open_exact", "open_recall", "global_exact")
@@ -45,11 +47,11 @@ def main() -> None:
     rows = [baseline_row(name, data_options) for name, data_options in data.items()]
     with tempfile.TemporaryDirectory() as folder:
         cells = [
-            cell(name, data_options, recipe, options.epochs, Path(folder))
+            cell(name, data_options, recipe, options.epochs)
             for name, data_options in data.items()
             for recipe in options.recipes
         ]
-        for result in run_cells(cells, workers=options.workers):
+        for result in run_cells(cells, Path(folder), workers=options.workers):
             name, recipe = result["name"].split("/")
             training = result["training"] and {k: v for k, v in result["training"].items() if k != "out"}
             row = {"dataset": name, "recipe": recipe, "training": training}
@@ -74,19 +76,11 @@ def baseline_row(name: str, data_options: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def cell(name: str, data_options: dict[str, Any], recipe: str, epochs: float, folder: Path) -> Cell:
+def cell(name: str, data_options: dict[str, Any], recipe: str, epochs: float) -> Cell:
     """The training run and the evaluation of one recipe on one dataset."""
-    adapter = folder / name / recipe
-    train = None
-    if recipe != "frozen":
-        train = TrainConfig(
-            model="nano", tune=recipe, out=adapter, epochs=epochs, resume=False, device="cpu", **data_options
-        )
-    scores_folder = folder / f"{name}-{recipe}"
-    evaluate = EvaluateConfig(
-        model="nano", adapter=adapter if train else None, out=scores_folder, device="cpu", **data_options
-    )
-    return Cell(f"{name}/{recipe}", train, evaluate)
+    shared = {"model": "nano", "device": "cpu", **data_options}
+    train = None if recipe == "frozen" else {**shared, "tune": recipe, "epochs": epochs}
+    return single_cell(f"{name}/{recipe}", train, shared)
 
 
 def select_fields(evaluation: dict[str, Any]) -> dict[str, Any]:
@@ -107,17 +101,13 @@ def format_row(row: dict[str, Any]) -> str:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """A Markdown table of the rows, with 95% intervals."""
-    headings = " | ".join(f"`{metric}`" for metric in METRICS)
-    lines = [f"| dataset | recipe | trainable % | {headings} |", "|---|---|--:|" + "--:|" * len(METRICS)]
+    lines = []
     for row in rows:
         training = row["training"]
         share = f"{100 * training['share']:.3f}" if training else "–"
-        cells = [
-            f"{100 * interval['value']:.1f} [{100 * interval['low']:.1f}, {100 * interval['high']:.1f}]"
-            for interval in (row["metrics"][metric] for metric in METRICS)
-        ]
-        lines.append("| " + " | ".join((row["dataset"], row["recipe"], share, *cells)) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([row["dataset"], row["recipe"], share, *(format_interval(row["metrics"][m]) for m in METRICS)])
+    header = ["dataset", "recipe", "trainable %", *(f"`{metric}`" for metric in METRICS)]
+    return "\n".join(markdown_table(header, lines, "llr")) + "\n"
 
 
 if __name__ == "__main__":

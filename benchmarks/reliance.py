@@ -16,11 +16,11 @@ from typing import Any
 
 from record import record
 
-from normtune.evaluation.config import CONTROLS, EvaluateConfig
-from normtune.runtime.files import read_json
+from normtune.evaluation.config import CONTROLS
 from normtune.runtime.number_format import format_interval
-from normtune.studies.demo_cells import Cell, run_cells
-from normtune.training.config import TrainConfig
+from normtune.runtime.text_table import markdown_table
+from normtune.studies.plan import Cell, single_cell
+from normtune.studies.run import run_cells
 
 RECIPES = ("frozen", "ln", "full")
 METRIC = "global_exact"  # the metric of the table; the record also has closed and open answers
@@ -44,14 +44,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = options.work or Path(folder)
         cells = [
-            cell(name, data_options, recipe, epochs, work)
+            cell(name, data_options, recipe, epochs)
             for name, (data_options, epochs) in data.items()
             for recipe in RECIPES
         ]
         rows = []
-        for result in run_cells(cells, workers=options.workers, rows_folder=options.work and work / "rows"):
+        for result in run_cells(cells, work, workers=options.workers):
             name, recipe = result["name"].split("/")
-            row = {"dataset": name, "recipe": recipe, "trainable": training_size(work / name / recipe)}
+            row = {"dataset": name, "recipe": recipe, "trainable": training_size(result["training"])}
             rows.append(row | {field: result["evaluation"][field] for field in FIELDS})
             print(table(rows[-1:]), flush=True)
     rows.sort(key=lambda row: (list(data).index(row["dataset"]), RECIPES.index(row["recipe"])))
@@ -62,50 +62,26 @@ def main() -> None:
         options.out.with_suffix(".md").write_text(table(rows), encoding="utf-8")
 
 
-def cell(name: str, data_args: dict[str, Any], recipe: str, epochs: float, work: Path) -> Cell:
+def cell(name: str, data_args: dict[str, Any], recipe: str, epochs: float) -> Cell:
     """The training run of one recipe on one dataset, and its evaluation with and without the images."""
-    adapter = work / name / recipe
-    train = None
-    if recipe != "frozen":
-        train = TrainConfig(model="nano", tune=recipe, out=adapter, epochs=epochs, device="cpu", **data_args)
-    evaluate = EvaluateConfig(
-        model="nano",
-        adapter=adapter if train else None,
-        out=work / f"{name}-{recipe}",
-        controls=",".join(CONTROLS),
-        device="cpu",
-        **data_args,
-    )
-    return Cell(f"{name}/{recipe}", None if train and is_trained(train) else train, evaluate)
+    shared = {"model": "nano", "device": "cpu", **data_args}
+    train = None if recipe == "frozen" else {**shared, "tune": recipe, "epochs": epochs}
+    return single_cell(f"{name}/{recipe}", train, {**shared, "controls": ",".join(CONTROLS)})
 
 
-def is_trained(config: TrainConfig) -> bool:
-    """Whether `config.out` has a finished adapter that was trained with these options."""
-    if not (config.out / "adapter.json").is_file():
-        return False
-    previous = read_json(config.out / "train_config.json")
-    return all(previous.get(name, value) == value for name, value in config.model_dump(mode="json").items())
-
-
-def training_size(adapter: Path) -> dict[str, Any] | None:
+def training_size(training: dict[str, Any] | None) -> dict[str, Any] | None:
     """The number and share of trained values, with pairs and steps; None for the frozen base."""
-    if not adapter.is_dir():
-        return None
-    result = read_json(adapter / "train_result.json")
-    return {name: result[name] for name in ("trainable", "share", "pairs", "steps")}
+    return training and {name: training[name] for name in ("trainable", "share", "pairs", "steps")}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """A Markdown table with one row per kind of image, with 95% intervals."""
-    lines = [
-        f"| dataset | recipe | image | `{METRIC}` | real - replaced | p (Holm) | earned by the image, % |",
-        "|---|---|---|--:|--:|--:|--:|",
-    ]
+    lines = []
     for row in rows:
         metrics = {control: result["metrics"][METRIC] for control, result in row["reliance"].items()}
         first_cells = [row["dataset"], row["recipe"]]
         real = format_interval(next(iter(metrics.values()))["real"])
-        lines.append("| " + " | ".join([*first_cells, "real", real, "", "", ""]) + " |")
+        lines.append([*first_cells, "real", real, "", "", ""])
         for control, metric in metrics.items():
             cells = [
                 format_interval(metric["replaced"]),
@@ -113,8 +89,9 @@ def table(rows: list[dict[str, Any]]) -> str:
                 f"{metric['difference']['p_holm']:.4f}",
                 format_interval(metric["earned"]) if metric["earned"] else "–",
             ]
-            lines.append("| " + " | ".join([*first_cells, control, *cells]) + " |")
-    return "\n".join(lines) + "\n"
+            lines.append([*first_cells, control, *cells])
+    header = ["dataset", "recipe", "image", f"`{METRIC}`", "real - replaced", "p (Holm)", "earned by the image, %"]
+    return "\n".join(markdown_table(header, lines, "lllr")) + "\n"
 
 
 if __name__ == "__main__":

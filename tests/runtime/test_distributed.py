@@ -8,7 +8,7 @@ import pytest
 
 from normtune.errors import InputError
 from normtune.runtime import distributed
-from normtune.studies.demo_cells import run_cells
+from normtune.runtime.worker_pool import run_in_processes
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_a_process_that_starts_others_clears_the_launchers_environment(launched:
         launched.setenv(name, "1")
     launched.setenv("RANKING", "mine")
     with pytest.raises(InputError, match="Run it without torchrun"):
-        next(run_cells([], 1))
+        next(run_in_processes(print, [], 1))
     distributed.clear_launcher_env()
     assert distributed.launched_count() == 1 and distributed.is_main_process() and os.environ["RANKING"] == "mine"
     assert not any(name.startswith(("ACCELERATE_", "FSDP_", "TORCHELASTIC_")) for name in os.environ)

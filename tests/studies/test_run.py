@@ -18,15 +18,16 @@ from typing import Any
 import pytest
 
 from normtune import cli
+from normtune.errors import InputError
 from normtune.runtime.files import try_lock, write_json
 from normtune.runtime.worker_pool import CallResult, call_safely
 from normtune.studies import cell as cells
 from normtune.studies import run as running
 from normtune.studies.cell import LOCK, CellJob, run_cell
 from normtune.studies.executors import JobOutcomes
-from normtune.studies.plan import plan
+from normtune.studies.plan import plan, single_cell
 from normtune.studies.results import SCHEMA, tabulate, write_tables
-from normtune.studies.run import Summary, run_study
+from normtune.studies.run import Summary, run_cells, run_study
 from normtune.studies.spec import Study, read_study
 from tests.support.base_models import input_error
 
@@ -282,3 +283,45 @@ def test_other_calls_finish_when_one_is_killed() -> None:
     assert results[3] == CallResult(
         error=f"ValueError at {Path(__file__).name}:{_square.__code__.co_firstlineno + 4}: three"
     )
+
+
+PHANTOMS = {"model": "nano", "data": "phantom-b:4", "baseline": "question-only"}
+
+
+def test_a_single_cell_is_run_once(tmp_path: Path, in_this_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = single_cell("base@0.1/2", None, PHANTOMS)
+    (row,) = run_cells([cell], tmp_path, workers=1)
+    assert (row["name"], row["training"]) == ("base@0.1/2", None)
+    assert (
+        row["evaluation"]["metrics"]
+        == json.loads((Path(row["evaluation"]["out"]) / "metrics.json").read_text())["metrics"]
+    )
+    monkeypatch.setattr(cells, "_train_and_evaluate", None)  # a call would fail
+    assert list(run_cells([cell], tmp_path, workers=1)) == [row]
+    for other in (single_cell("base@0.1/2", None, {**PHANTOMS, "beams": 3}), single_cell("other", None, PHANTOMS)):
+        with pytest.raises(InputError, match=f"cell '{other.recipe}': .*not callable"):
+            list(run_cells([other], tmp_path, workers=1))
+
+
+def test_a_single_cell_is_trained_once_for_all_of_its_evaluations(
+    base: Path, tmp_path: Path, in_this_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = {"model": str(base), "data": "phantom-b:4/2/2", "device": "cpu"}
+    train = {**shared, "tune": "ln", "epochs": 1, "lr": 0.01, "limit": 2}
+    evaluations = [{**shared, "split": split} for split in ("validate", "test")]
+    (first,) = run_cells([single_cell("ln", train, evaluations[0])], tmp_path, workers=1)
+    monkeypatch.setattr("normtune.training.train.train", None)  # a call would fail
+    (second,) = run_cells([single_cell("ln", train, *evaluations)], tmp_path, workers=1)
+    assert (first["evaluation"]["splits"], second["evaluation"]["splits"]) == (["validate"], ["test"])
+    assert first["training"] == second["training"] and first["training"]["trainable"] > 0
+    options = json.loads((Path(first["training"]["out"]) / "train_config.json").read_text())
+    assert (options["lr"], options["limit"], options["epochs"]) == (0.01, 2, 1)
+
+
+def test_options_that_decide_the_training_decide_the_key() -> None:
+    shared = {"model": "nano", "data": "phantom-b:4"}
+    keys = [
+        single_cell("ln", {**shared, "tune": "ln", **options}, shared).key
+        for options in ({}, {"lr": 0.5}, {"epochs": 7}, {"limit": 3}, {"seed": 2}, {"device": "cpu"})
+    ]
+    assert len(set(keys)) == 5 and keys[0] == keys[-1]

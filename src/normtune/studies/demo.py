@@ -6,16 +6,17 @@ All recipes are trained to answer questions; a few are also trained to write rep
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from normtune.evaluation.config import EvaluateConfig
 from normtune.runtime.files import write_json, write_text
 from normtune.runtime.number_format import format_interval
 from normtune.runtime.text_table import markdown_table
-from normtune.studies.demo_cells import Cell, run_cells
-from normtune.training.config import TrainConfig
+from normtune.studies.console import ProgressBars
+from normtune.studies.plan import Cell, single_cell
+from normtune.studies.run import run_cells
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,8 @@ def run_demo(
 ) -> tuple[dict[str, Any], str]:
     """Train and evaluate every recipe; write results.json, table.md, reports.md and accuracy.png to `out`.
 
+    Adapters and evaluations are in `out`/cells; a recipe that is finished there is not trained again.
+
     Args:
         images: the number of training images of hospital B.
         epochs: passes over the training questions.
@@ -99,13 +102,10 @@ def run_demo(
         The results, and the text to print: both tables and the paths of the files.
     """
     epochs_of = {QUESTIONS: epochs, REPORTS: report_epochs}
-    cells = [
-        _make_cell(task, recipe, out, images, epochs_of[task], seed) for task in epochs_of for recipe in task.recipes
-    ]
+    cells = [_make_cell(task, recipe, images, epochs_of[task], seed) for task in epochs_of for recipe in task.recipes]
     cells.reverse()  # short runs last, so that both processes finish at about the same time
-    rows = {}
-    for row in _with_progress_bar(run_cells(cells, workers=min(2, os.cpu_count() or 1)), len(cells), quiet):
-        rows[row["name"]] = row
+    with nullcontext() if quiet else ProgressBars() as bars:
+        rows = {row["name"]: row for row in run_cells(cells, out, workers=min(2, os.cpu_count() or 1), listener=bars)}
     vqa_rows, report_rows = ([rows[task.cell_name(recipe)] for recipe in task.recipes] for task in epochs_of)
     base = "base 'nano' (hospital A) adapted to hospital B with"
     results = {
@@ -129,46 +129,12 @@ def run_demo(
     )
 
 
-def _make_cell(task: DemoTask, recipe: str, out: Path, images: int, epochs: float, seed: int) -> Cell:
+def _make_cell(task: DemoTask, recipe: str, images: int, epochs: float, seed: int) -> Cell:
     """The cell that trains a recipe on hospital B and evaluates it there; `frozen` trains nothing."""
-    data = f"phantom-b:{images}/0/{task.test_images}"
-    name = task.cell_name(recipe)
-    adapter = out / "adapters" / name
-    train = None
-    if recipe != "frozen":
-        train = TrainConfig(
-            model="nano",
-            data=data,
-            task=task.task,
-            tune=recipe,
-            out=adapter,
-            epochs=epochs,
-            batch=task.batch,
-            seed=seed,
-            resume=False,
-            device="cpu",
-        )
-    evaluate = EvaluateConfig(
-        model="nano",
-        data=data,
-        task=task.task,
-        adapter=adapter if train else None,
-        out=out / "evaluations" / name,
-        max_new_tokens=task.max_new_tokens,
-        device="cpu",
-    )
-    return Cell(name, train, evaluate)
-
-
-def _with_progress_bar(rows: Any, total: int, quiet: bool) -> Any:
-    """Pass the rows on and count them with a progress bar on stderr."""
-    if quiet:
-        yield from rows
-        return
-    from rich.console import Console
-    from rich.progress import track
-
-    yield from track(rows, description="recipes", total=total, console=Console(stderr=True))
+    shared = {"model": "nano", "data": f"phantom-b:{images}/0/{task.test_images}", "task": task.task, "device": "cpu"}
+    train = {**shared, "tune": recipe, "epochs": epochs, "batch": task.batch, "seed": seed}
+    evaluate = {**shared, "max_new_tokens": task.max_new_tokens}
+    return single_cell(task.cell_name(recipe), None if recipe == "frozen" else train, evaluate)
 
 
 def table_markdown(rows: list[dict[str, Any]], task: DemoTask = QUESTIONS) -> str:

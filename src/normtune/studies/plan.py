@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 from normtune.data.records import Dataset
 from normtune.data.registry import open_configured
@@ -128,6 +129,42 @@ class Plan:
     cells: tuple[Cell, ...]
     searches: tuple[RateSearch, ...]
     waiting: int
+
+
+def single_cell(name: str, train: Mapping[str, Any] | None, *evaluations: Mapping[str, Any]) -> Cell:
+    """A cell that no study's file describes: one of the demo or of a benchmark.
+
+    Args:
+        name: the cell's name, unique among its neighbours; it is the recipe that progress bars show.
+        train: options of `TrainConfig` without `out`; None for the base as it is.
+        evaluations: options of `EvaluateConfig` without `out` and `adapter`; each is evaluated after the training.
+    """
+    config = None if train is None else TrainConfig.checked(out=_UNSET_PATH, **train)
+    configs = [EvaluateConfig.checked(out=_UNSET_PATH, **options) for options in evaluations]
+    role: Role = "zero-shot" if config is None else "in"
+    made = tuple(Evaluation(options.data.partition(":")[0], role, options) for options in configs)
+    identity: dict[str, Any] = {"format": FORMAT, "name": name}
+    rates: dict[str, float] = {}
+    if config is not None:
+        rates = {method: config.lr or rate for method, rate in default_rates(config.tune).items()}
+        length = config.model_dump(mode="json", include=_LENGTH_FIELDS)
+        identity |= {"train": _identity(config), **length}
+    return Cell(
+        key=f"{quote(name, safe='@+')}-{_digest(identity, 8)}",
+        grids=(),
+        model=configs[0].model,
+        model_path=configs[0].model,
+        recipe=name,
+        recipe_text=str(parse(config.tune if config else FROZEN)),
+        trained_on=config.data.partition(":")[0] if config else None,
+        share=1.0,
+        seed=config.seed if config else None,
+        rate_source="given" if config and config.lr else "default",
+        rates=rates,
+        budget={"epochs": config.epochs} if config else None,
+        train=config,
+        evaluations=made,
+    )
 
 
 def plan(study: Study, search_rates: Mapping[str, float] | None = None) -> Plan:

@@ -10,11 +10,13 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from normtune.runtime.files import try_lock
+from normtune.errors import InputError
+from normtune.runtime.files import read_json, try_lock
 from normtune.studies.cell import (
     LOCK,
+    RESULT,
     CellJob,
     cell_directory,
     failure_reason,
@@ -130,6 +132,49 @@ def run_study(
         seconds=time.perf_counter() - started,
         failed={str(cell): error for cell, error in failed.values()},
     )
+
+
+def run_cells(
+    cells: Sequence[Cell], out: Path, *, workers: int, listener: ProgressListener | None = None
+) -> Iterator[dict[str, Any]]:
+    """Run the cells of the demo or of a benchmark that have no result yet; yield a row for each cell.
+
+    Args:
+        cells: from `single_cell`.
+        out: the folder of their results. Cells that are finished there come first and are not run again.
+        workers: the number of cells that run at once.
+        listener: receives the progress.
+
+    Yields:
+        `name` of the cell; `training`: the contents of train_result.json, or None; `evaluation`: the contents of
+        metrics.json of the cell's last evaluation. Both have the path of their folder as `out`.
+
+    Raises:
+        InputError: a cell failed; the message names it.
+    """
+    out, listener = out.absolute(), listener or NoProgress()
+    finished = [cell for cell in cells if is_finished(out, cell)]
+    yield from (_read_row(out, cell) for cell in finished)
+    remaining = {cell.key: cell for cell in cells if cell not in finished}
+    if remaining:
+        listener.begin(list(remaining.values()), len(finished), workers)
+    for cell, error in _run_cells(list(remaining.values()), out, workers, get_executor("local"), listener):
+        if error is not None:
+            raise InputError(f"cell '{cell.recipe}': {error}")
+        yield _read_row(out, remaining.pop(cell.key))
+    yield from (_read_row(out, cell) for cell in remaining.values())  # other commands have run these
+
+
+def _read_row(out: Path, cell: Cell) -> dict[str, Any]:
+    """The row of a finished cell; see `run_cells`."""
+    directory = cell_directory(out, cell)
+    training = read_json(directory / RESULT)["training"]
+    folder = directory / "evaluations" / cell.evaluations[-1].folder
+    return {
+        "name": cell.recipe,
+        "training": training and {"out": str(directory / "adapter"), **training},
+        "evaluation": {**read_json(folder / "metrics.json"), "out": str(folder)},
+    }
 
 
 def study_status(study: Study, out: Path) -> Summary:
