@@ -16,13 +16,14 @@ from normtune.errors import InputError
 from normtune.runtime.environment import environment
 from normtune.runtime.files import read_json, try_lock, write_json
 from normtune.runtime.worker_pool import call_safely
+from normtune.studies.changes import RESULT, TRAINING, read_result, record_rows
 from normtune.studies.plan import Cell, Evaluation
 from normtune.training.config import TrainConfig
 
-# Files in a cell's folder: its result, why it failed, its progress while it runs, the pairs that its minutes
+# Files in a cell's folder besides its result: why it failed, its progress while it runs, the pairs that its minutes
 # allow, the training seconds up to each checkpoint, and the lock of the process that runs it.
-RESULT, ERROR, PROGRESS, BUDGET, SECONDS, LOCK = (
-    "result.json", "error.json", "progress.json", "budget.json", "seconds.json", "lock",
+ERROR, PROGRESS, BUDGET, SECONDS, LOCK = (
+    "error.json", "progress.json", "budget.json", "seconds.json", "lock",
 )  # fmt: skip
 CHECKPOINTS = 8  # approximate number of checkpoints in one run
 PROGRESS_S = 1.0  # least seconds between two writes of the progress file
@@ -54,7 +55,7 @@ def is_finished(out: Path, cell: Cell) -> bool:
     result_file = cell_directory(out, cell) / RESULT
     if not result_file.is_file():
         return False
-    finished_folders = {evaluation["folder"] for evaluation in read_json(result_file)["evaluations"]}
+    finished_folders = {evaluation["folder"] for evaluation in read_result(result_file.parent)["evaluations"]}
     return all(evaluation.folder in finished_folders for evaluation in cell.evaluations)
 
 
@@ -117,6 +118,7 @@ def _train_or_read(job: CellJob) -> dict[str, Any]:
         return _read_training_result(adapter)
     config, budget = job.cell.train, job.cell.budget
     assert config is not None and budget is not None
+    record_rows(job.directory, TRAINING, config)
     # The length of the run in passes over its data, from whichever unit the budget is given in.
     pairs = len(read_examples(config)[1])
     if "minutes" in budget:
@@ -170,6 +172,7 @@ def _evaluate_or_read(job: CellJob, evaluation: Evaluation, adapted: bool) -> di
 
     folder = job.directory / "evaluations" / evaluation.folder
     if not (folder / "metrics.json").is_file():
+        record_rows(job.directory, evaluation.folder, evaluation.config)
         progress_file = ProgressFile(job.directory / PROGRESS, f"answering {evaluation.dataset}")
         config = evaluation.config.model_copy(
             update={"out": folder, "adapter": job.directory / "adapter" if adapted else None}

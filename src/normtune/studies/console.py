@@ -71,6 +71,7 @@ def format_summary(summary: Summary, tables: Sequence[Path]) -> str:
     """A run's summary as text, with the paths of the files written."""
     lines = [f"{summary.done} of {summary.cells} cells done, {summary.ran} in this run, in {summary.seconds:.0f} s"]
     lines += [f"failed: {cell}: {error}" for cell, error in summary.failed.items()]
+    lines += [f"changed since it ran: {cell}: {what}" for cell, what in summary.changed.items()]
     if summary.waiting:
         lines.append(f"not run: {summary.waiting} cells, a trial of their learning-rate search failed")
     return "\n".join([*lines, "Written:", *(f"  {path}" for path in tables)])

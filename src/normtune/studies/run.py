@@ -26,6 +26,7 @@ from normtune.studies.cell import (
     validation_score,
     with_absolute_paths,
 )
+from normtune.studies.changes import Changes, move_aside
 from normtune.studies.executors import Executor, get_executor
 from normtune.studies.plan import Cell, Plan, RateSearch, plan
 from normtune.studies.spec import Study
@@ -61,6 +62,7 @@ class Summary:
     seconds: float
     failed: dict[str, str] = field(default_factory=dict)  # the cell as text -> why it failed
     waiting: int = 0  # cells without a learning rate, because a trial of their search failed
+    changed: dict[str, str] = field(default_factory=dict)  # the cell as text -> what has changed since it ran
 
 
 def choose_rates(study: Study, out: Path, searches: Iterable[RateSearch]) -> dict[str, float]:
@@ -107,10 +109,14 @@ def run_study(
     out, listener = out.absolute(), listener or NoProgress()
     execute = get_executor(on)
     failed: dict[str, tuple[Cell, str]] = {}
+    changes, changed = Changes(out), dict[str, str]()
     ran = 0
     while True:
         # Planned anew in each round: a finished search adds the cells that waited for its learning rate.
         current = current_plan(study, out)
+        if changed_now := _move_changed_cells(current.cells, out, changes):
+            changed |= changed_now
+            continue  # a search may have to choose its rate anew
         todo = [cell for cell in current.cells if cell.key not in failed and not is_finished(out, cell)]
         if not todo:
             break
@@ -131,7 +137,26 @@ def run_study(
         ran=ran,
         seconds=time.perf_counter() - started,
         failed={str(cell): error for cell, error in failed.values()},
+        changed=changed,
     )
+
+
+def _move_changed_cells(cells: Sequence[Cell], out: Path, changes: Changes) -> dict[str, str]:
+    """Move results of other data or another base aside; cells that another command runs now are left alone.
+
+    Returns:
+        The cell as text -> what has changed, and where the former results are.
+    """
+    changed = {}
+    outdated = changes.find(cells)
+    for cell in (cell for cell in cells if cell.key in outdated):
+        directory = cell_directory(out, cell)
+        with try_lock(directory) as acquired:
+            # looked at again: another command may have moved them meanwhile
+            if acquired and (reasons := changes.find(cells).get(cell.key)):
+                targets = ", ".join(str(path) for path in move_aside(directory, reasons))
+                changed[str(cell)] = f"{', '.join(dict.fromkeys(reasons.values()))}; former results: {targets}"
+    return changed
 
 
 def run_cells(
@@ -180,6 +205,7 @@ def _read_row(out: Path, cell: Cell) -> dict[str, Any]:
 def study_status(study: Study, out: Path) -> Summary:
     """The summary of a study's folder as it is now; nothing is run."""
     current = current_plan(study, out)
+    changes = Changes(out).find(current.cells)
     unfinished = [cell for cell in current.cells if not is_finished(out, cell)]
     return Summary(
         cells=len(current.cells) + current.waiting,
@@ -188,6 +214,11 @@ def study_status(study: Study, out: Path) -> Summary:
         seconds=0.0,
         failed={str(cell): error for cell in unfinished if (error := failure_reason(out, cell)) is not None},
         waiting=current.waiting,
+        changed={
+            str(cell): ", ".join(dict.fromkeys(changes[cell.key].values()))
+            for cell in current.cells
+            if cell.key in changes
+        },
     )
 
 
