@@ -22,6 +22,7 @@ class FakeEngine:
         may_answer: event that every answer waits for.
         requests, futures: what was submitted, and its results.
         error: if it is set, every request fails with it.
+        failed: whether the accelerator failed.
         text_callbacks: number of calls of `on_text` per answer, each with a longer part of the text.
     """
 
@@ -31,6 +32,7 @@ class FakeEngine:
         self.requests: list[Request] = []
         self.futures: list[Future[Reply]] = []
         self.error: Exception | None = None
+        self.failed = False
         self.text_callbacks = 1
         self.queue_limit = queue_limit
         self._adapters = {name: adapter_info(name) for name in adapters}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from functools import partial
 from pathlib import Path
-from threading import Event
+from threading import Event, current_thread
 from typing import Any
 
 import pytest
@@ -19,13 +19,23 @@ from normtune.adapters.fingerprint import fingerprint
 from normtune.adapters.storage import INFO_FILE, TENSORS_FILE, load_adapter, save_adapter
 from normtune.data.groups import Group
 from normtune.methods.adapt import TunedModel, adapt, restore_base
-from normtune.models.causal.family import CausalFamily
+from normtune.models.causal.family import FEATURES, CausalFamily
 from normtune.models.family import Family
 from normtune.models.loading import load
 from normtune.models.types import Answer, Pixels
+from normtune.serving.engine import engine as engine_module
+from normtune.serving.engine import image_encoder
 from normtune.serving.engine.adapter_slots import AdapterSlots
 from normtune.serving.engine.engine import Engine
-from normtune.serving.engine.requests import Busy, Closed, Request, UnknownAdapter, UnusableAdapter
+from normtune.serving.engine.requests import (
+    Busy,
+    Closed,
+    DeviceFailed,
+    Request,
+    UnknownAdapter,
+    UnusableAdapter,
+    is_device_failure,
+)
 from tests.models.families.test_families import image
 from tests.support.base_models import input_error
 from tests.support.tiny_models import make_tiny
@@ -492,6 +502,119 @@ def test_a_batch_that_runs_out_of_memory_is_retried_in_halves(family: Family, mo
         texts = [future.result(WAIT).text for future in futures]
         assert engine.stats().batches == 3
     assert texts == [answer_with(family, number).text for number in range(3)]
+
+
+def test_a_failed_accelerator_fails_all_requests_and_closes_the_engine(
+    family: Family, gate: tuple[Event, Event], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every later call would fail too, so that no batch is retried."""
+    started, released = gate
+    attempts: list[int] = []
+    message = "CUDA error: an illegal memory access was encountered\nof Mrs Smith"
+    gated = family.generate_answers
+
+    def fail(groups: Sequence[Group], *args: Any, **options: Any) -> Any:
+        attempts.append(len(groups))
+        gated(groups, *args, **options)
+        raise torch.AcceleratorError(message)
+
+    monkeypatch.setattr(family, "generate_answers", fail)
+    with Engine(family, max_batch=2, max_wait=0.2) as engine:
+        futures = [engine.submit(request(number, None)) for number in range(2)]
+        assert started.wait(WAIT)
+        futures.append(engine.submit(request(2, None)))
+        assert not engine.failed
+        released.set()
+        for future in futures:
+            with pytest.raises(DeviceFailed, match="started again"):
+                future.result(WAIT)
+        with pytest.raises(DeviceFailed):
+            engine.submit(request(3, None))
+        assert engine.failed and attempts == [2]
+    assert caplog.text.count("an illegal memory access") == 1 and "Smith" not in caplog.text
+
+
+def test_device_failures_are_told_from_lack_of_memory_and_errors_of_requests() -> None:
+    assert is_device_failure(RuntimeError("CUDA error: device-side assert triggered"))
+    assert is_device_failure(torch.AcceleratorError("unspecified launch failure"))
+    others = [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("sizes of tensors must match")]
+    others += [torch.AcceleratorError("CUDA error: out of memory"), ValueError("CUDA error")]
+    assert not any(map(is_device_failure, others))
+
+
+def test_the_worker_thread_uses_the_configured_device(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    engine_module._select_device(torch.device("cpu"))
+    engine_module._select_device(torch.device("cuda", 1))
+    assert calls == [torch.device("cuda", 1)]
+    monkeypatch.setattr(engine_module, "_select_device", lambda device: calls.append((device, current_thread().name)))
+    with Engine(family):
+        pass
+    assert calls[1:] == [(family.device, "normtune engine")]
+
+
+def test_images_are_preprocessed_at_submission_and_encoded_together(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    passes: list[int] = []
+    preprocess_image, encode_images = family.preprocess_image, image_encoder.encode_images
+
+    def preprocess(picture: Any) -> Pixels:
+        threads.append(current_thread().name)
+        return preprocess_image(picture)
+
+    def encode(encoded_family: Family, images: Sequence[Pixels]) -> list[Pixels]:
+        passes.append(len(images))
+        return encode_images(encoded_family, images)
+
+    monkeypatch.setattr(family, "preprocess_image", preprocess)
+    monkeypatch.setattr(image_encoder, "encode_images", encode)
+    with Engine(family, max_batch=4, max_wait=WAIT) as engine:
+        for _ in range(2):  # the second time, the images are in the cache
+            futures = [engine.submit(request(number, None)) for number in (0, 1, 2, 3)]
+            texts = [future.result(WAIT).text for future in futures]
+        assert (engine.stats().images_computed, engine.stats().images_reused) == (3, 5)
+    assert passes == [3] and threads == [current_thread().name] * 4
+    monkeypatch.undo()
+    assert texts == [answer_with(family, number).text for number in (0, 1, 2, 3)]
+
+
+def test_an_image_that_cannot_be_encoded_fails_alone(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode_images = image_encoder.encode_images
+
+    def encode(encoded_family: Family, images: Sequence[Pixels]) -> list[Pixels]:
+        if any(torch.equal(pixels["pixel_values"], bad["pixel_values"]) for pixels in images):
+            raise torch.OutOfMemoryError("too large")
+        return encode_images(encoded_family, images)
+
+    bad = family.preprocess_image(image("b"))
+    monkeypatch.setattr(image_encoder, "encode_images", encode)
+    with Engine(family, max_batch=3, max_wait=WAIT) as engine:
+        futures = [engine.submit(request(number, None)) for number in range(3)]
+        texts = [future.result(WAIT).text for future in (futures[0], futures[2])]
+        with pytest.raises(torch.OutOfMemoryError):
+            futures[1].result(WAIT)
+        assert engine.stats().failed == 1 and not engine.failed
+    assert texts == [answer_with(family, number).text for number in (0, 2)]
+
+
+@pytest.mark.parametrize(
+    "kind", ["gemma3", "internvl", "llava", "llava_next", "paligemma", "qwen2_5_vl", "qwen3_vl", "smolvlm"]
+)
+def test_images_encoded_together_equal_those_encoded_alone(kind: str, tmp_path: Path) -> None:
+    family = load(str(make_tiny(kind, tmp_path)))
+    pictures = [image("a"), image("b").resize((50, 20)), image("c").resize((30, 70))]
+    pixels = [family.preprocess_image(picture) for picture in pictures]
+    for together, image_pixels in zip(image_encoder.encode_images(family, pixels), pixels, strict=True):
+        alone = family.encode_image(image_pixels)
+        assert together.keys() == alone.keys()
+        for name, values in alone.items():
+            assert torch.equal(together[name], values) or name.startswith(FEATURES)
+            if values.is_floating_point():
+                assert_close(together[name], values)
+            assert together[name].untyped_storage().nbytes() == values.untyped_storage().nbytes()
 
 
 def test_requests_with_other_limits_wait_for_the_next_batch(family: Family, gate: tuple[Event, Event]) -> None:

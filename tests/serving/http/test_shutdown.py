@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from normtune.serving.engine.requests import DeviceFailed
 from normtune.serving.http.app import make_app
 from normtune.serving.http.limits import Limits
 from normtune.serving.http.server import Server, listen, uvicorn_config
@@ -75,6 +76,16 @@ def test_a_request_that_times_out_gets_504_and_is_cancelled() -> None:
         engine.may_answer.set()
 
 
+def test_a_server_with_a_failed_accelerator_is_not_healthy() -> None:
+    engine = FakeEngine()
+    with serving(engine) as url:
+        assert call(url, "GET", "/healthz").status == 200
+        engine.failed, engine.error = True, DeviceFailed()
+        health, answer = call(url, "GET", "/healthz"), call(url, "POST", "/v1/chat/completions", chat_body())
+        assert health.status == answer.status == 503 and "accelerator failed" in health.error_message
+        assert health.headers["retry-after"] and answer.headers["retry-after"]
+
+
 def test_a_slow_body_gets_408() -> None:
     with serving(FakeEngine(), Settings(base="nano", limits=Limits(body_s=0.2))) as url:
         host, _, port = urlsplit(url).netloc.partition(":")
@@ -112,6 +123,16 @@ Thread(target=lambda: sys.stdin.readline() and engine.may_answer.set(), daemon=T
 run(engine, Settings(base="nano"), listening, ready=lambda: print(server_url(listening), flush=True))
 print("ended", "torch" in sys.modules, flush=True)
 """
+
+
+def test_a_failed_accelerator_ends_the_process_with_a_message() -> None:
+    code = SERVER.replace("engine.may_answer.set()", "setattr(engine, 'failed', True)")
+    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}"}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], input="\n", capture_output=True, text=True, env=env, timeout=60
+    )
+    assert ended.returncode == 1 and "ended" not in ended.stdout
+    assert ended.stderr.endswith("normtune: error: the accelerator failed, see the log. Start the server again.\n")
 
 
 def is_closed(url: str) -> bool:

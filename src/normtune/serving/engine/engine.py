@@ -16,13 +16,14 @@ import logging
 import math
 import time
 import traceback
-from bisect import bisect_left
 from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from threading import Condition, Thread
 from typing import Any, Self
+
+import torch
 
 from normtune.adapters.multi.rows import RowAdapters
 from normtune.data import tasks
@@ -31,12 +32,21 @@ from normtune.data.tasks import MAX_ANSWER_TOKENS
 from normtune.errors import InputError
 from normtune.models.causal.family import CausalFamily
 from normtune.models.family import Family
-from normtune.models.types import Answer, Pixels
+from normtune.models.types import Answer
 from normtune.serving.engine.adapter_slots import BASE_SLOT, AdapterSlots
-from normtune.serving.engine.image_states import EncodedImageCache, ImageKey, pixel_digest
+from normtune.serving.engine.image_encoder import ImageEncoder, pixel_digest
 from normtune.serving.engine.queue import Job, TextCallback, group_jobs, separate_images, take_batch
-from normtune.serving.engine.requests import Busy, Closed, EngineStats, Reply, Request, ServedAdapter
-from normtune.serving.engine.stable_text import before_stop, cut_at_stop, stable_text
+from normtune.serving.engine.requests import (
+    Busy,
+    Closed,
+    DeviceFailed,
+    EngineStats,
+    Reply,
+    Request,
+    ServedAdapter,
+    is_device_failure,
+)
+from normtune.serving.engine.stable_text import before_stop, finish_answer, stable_text
 
 IMAGE_BYTES = 512 << 20  # default size of the cache of encoded images
 
@@ -75,13 +85,11 @@ class Engine:
         self.family, self.max_batch, self.max_wait = family, max_batch, max_wait
         self.queue_limit = queue_limit
         self._adapters = AdapterSlots(family.model, adapter_memory, lora_rank)
-        self._images = EncodedImageCache(image_memory)
-        config: Any = family.model.config
-        self._end_tokens = family.end_tokens if isinstance(family, CausalFamily) else (config.eos_token_id,)
+        self._images = ImageEncoder(family, self._adapters.bank, image_memory)
         family.active_text_rows = self._adapters.bank.text_rows
         self._condition = Condition()  # guards the attributes below; notified when the queue changes
         self._queue: list[Job] = []
-        self._closing = self._base_restored = False
+        self._closing = self._base_restored = self._failed = False
         self._running = 0
         self._counts = dict.fromkeys(_COUNTS, 0)
         self._seconds_busy = 0.0
@@ -98,7 +106,7 @@ class Engine:
     # --- called from any thread -----------------------------------------------------------------------------
 
     def submit(self, request: Request, *, on_text: TextCallback | None = None) -> Future[Reply]:
-        """Add a request to the queue.
+        """Preprocess a request's images and add it to the queue.
 
         Args:
             request: the question, its images and its adapter.
@@ -113,6 +121,7 @@ class Engine:
             Busy: the queue is full.
             Closed: the engine is closing or closed.
             UnknownAdapter: no adapter of that name is registered.
+            DeviceFailed: the accelerator failed before.
             InputError: the request has no image, a limit of less than one token or beam, or an empty stop text.
         """
         adapter = self._adapters.find(request.adapter)
@@ -125,12 +134,17 @@ class Engine:
         if "" in request.stop:
             raise InputError("a stop text is empty. Remove it.")
         with self._condition:
-            self._check_accepting()  # refuse early: converting and hashing pixels takes time
+            self._check_accepting()  # refuse early: converting, hashing and preprocessing images take time
         images = tuple(image if image.mode == "RGB" else image.convert("RGB") for image in request.images)
+        family, digests = self.family, tuple(map(pixel_digest, images))
         job = Job(
             number=next(self._numbers),
-            images=images,
-            image_digests=tuple(map(pixel_digest, images)),
+            images=tuple(
+                # An image that is in the cache will probably not be encoded again.
+                image if (adapter.image_digest, digest) in self._images.cache else family.preprocess_image(image)
+                for image, digest in zip(images, digests, strict=True)
+            ),
+            image_digests=digests,
             question=request.question,
             adapter=adapter,
             limit=limit,
@@ -164,6 +178,11 @@ class Engine:
         """
         self._adapters.remove(name)
 
+    @property
+    def failed(self) -> bool:
+        """Whether the accelerator failed, after which no request can be answered."""
+        return self._failed
+
     def adapters(self) -> list[ServedAdapter]:
         """Return all registered adapters, in the order of registration."""
         return self._adapters.infos()
@@ -184,7 +203,9 @@ class Engine:
                 loads=self._adapters.loads,
                 evictions=self._adapters.evictions,
                 adapter_bytes=loaded * self._adapters.bytes_per_adapter,
-                image_bytes=self._images.bytes,
+                images_computed=self._images.computed,
+                images_reused=self._images.reused,
+                image_bytes=self._images.cache.bytes,
                 seconds_busy=self._seconds_busy,
                 seconds_loading=self._adapters.seconds_loading,
                 **self._counts,
@@ -207,12 +228,14 @@ class Engine:
             return
         with self._condition:
             was_restored, self._base_restored = self._base_restored, True
-        if not was_restored:
+        if not was_restored and not self._failed:
             self.family.active_text_rows = None
             self._adapters.close()
 
     def _check_accepting(self) -> None:
-        """Raise `Closed` or `Busy` if no request can be accepted. The caller holds the lock."""
+        """Raise `DeviceFailed`, `Closed` or `Busy` if no request can be accepted. The caller holds the lock."""
+        if self._failed:
+            raise DeviceFailed()
         if self._closing:
             raise Closed("the server is shutting down.")
         if len(self._queue) >= self.queue_limit:
@@ -231,12 +254,14 @@ class Engine:
             rejected, self._queue = self._queue, []
         for job in rejected:
             if job.future.set_running_or_notify_cancel():
-                job.future.set_exception(Closed("the server shut down before it answered the request."))
+                closed = Closed("the server shut down before it answered the request.")
+                job.future.set_exception(DeviceFailed() if self._failed else closed)
 
     # --- the worker thread ----------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while jobs := self._next_batch():
+        _select_device(self.family.device)
+        while not self._failed and (jobs := self._next_batch()):
             began = time.monotonic()
             # Futures that were cancelled meanwhile are dropped; the others can no longer be cancelled.
             running = [job for job in jobs if job.future.set_running_or_notify_cancel()]
@@ -249,6 +274,8 @@ class Engine:
             with self._condition:
                 self._running = 0
                 self._seconds_busy += time.monotonic() - began
+        if self._failed:
+            self._reject_queued()
 
     def _next_batch(self) -> list[Job]:
         """Wait until a batch is full or its oldest job has waited `max_wait` seconds, and return it.
@@ -273,43 +300,25 @@ class Engine:
         """Load the adapters of a batch, encode its images and answer it. A job that fails fails alone."""
         pinned: list[Job] = []
         ready: list[Job] = []
-        # One object for each image: families recognise a shared image by its identity.
-        encoded: dict[ImageKey, Pixels] = {}
         try:
             for job in jobs:
                 try:
                     self._adapters.pin(job.adapter)
                     pinned.append(job)
-                    self._prepare(job, encoded)
+                    report = job.question is None
+                    job.segment = self.family.tokenize(str(job.number), job.question or "", None, report=report)
                 except Exception as error:
                     self._fail(job, error)
                 else:
                     ready.append(job)
-            if ready:
+            errors = self._images.encode(ready)
+            for job, image_error in errors.items():
+                self._fail(job, image_error)
+            if ready := [job for job in ready if job not in errors]:
                 self._answer(ready)
         finally:
             for job in pinned:
                 self._adapters.unpin(job.adapter)
-
-    def _prepare(self, job: Job, encoded: dict[ImageKey, Pixels]) -> None:
-        """Tokenise a job's question, and encode those of its images that are not in the cache.
-
-        Args:
-            encoded: the batch's encoded images; new ones are added.
-        """
-        report = job.question is None
-        job.segment = self.family.tokenize(str(job.number), job.question or "", None, report=report)
-        for image, digest in zip(job.images, job.image_digests, strict=True):
-            key = job.adapter.image_digest, digest
-            states = encoded.get(key) or self._images.get(key)
-            self._count("images_computed" if states is None else "images_reused")
-            if states is None:
-                assert job.adapter.slot is not None, "a prepared job's adapter is pinned"
-                with self._adapters.bank.use(RowAdapters([job.adapter.slot]), None):
-                    states = self.family.encode_image(self.family.preprocess_image(image))
-                self._images.add(key, states)
-            encoded[key] = states
-        job.encoded_images = tuple(encoded[job.adapter.image_digest, digest] for digest in job.image_digests)
 
     def _answer(self, jobs: list[Job]) -> None:
         """Answer prepared jobs in one batch. If that fails, for example for memory, retry it in halves."""
@@ -318,8 +327,9 @@ class Engine:
         try:
             answers = self._generate(groups)
         except Exception as error:
-            if len(jobs) == 1:
-                self._fail(jobs[0], error)
+            if len(jobs) == 1 or is_device_failure(error):
+                for job in jobs:
+                    self._fail(job, error)
                 return
         if answers is None:  # retry outside the except block, where the error no longer keeps the batch in memory
             self._answer(jobs[: len(jobs) // 2])
@@ -384,11 +394,9 @@ class Engine:
         """Send the rest of a streamed answer, and complete the job's future."""
         try:
             prompt_tokens = self.family.prefix_tokens(job.encoded_images) + len(_segment(job).prompt)
-            text, score, completion_tokens = answer.text, answer.score, len(answer.tokens)
-            ended = completion_tokens < job.limit or answer.tokens[-1] in self._end_tokens
-            if (cut := cut_at_stop(text, job.stop)) is not None:
-                text, score, ended = cut, math.nan, True
-                completion_tokens = self._count_tokens(answer.tokens, job.stop)
+            text, completion_tokens, finish_reason = finish_answer(self.family, answer, job.limit, job.stop)
+            # The score is that of the whole answer.
+            score = answer.score if math.isfinite(answer.score) and text == answer.text else None
             if job.callback_error is not None:
                 raise job.callback_error
             job.send(text)
@@ -404,36 +412,38 @@ class Engine:
         job.future.set_result(
             Reply(
                 text=text,
-                score=score if math.isfinite(score) else None,
+                score=score,
                 prompt_tokens=prompt_tokens,
                 completion_tokens=completion_tokens,
                 seconds=time.monotonic() - job.arrived,
-                finish_reason="stop" if ended else "length",
+                finish_reason=finish_reason,
             )
         )
-
-    def _count_tokens(self, tokens: Sequence[int], stop: Sequence[str]) -> int:
-        """Return how many tokens an answer has up to the end of its first stop text."""
-
-        def is_cut(count: int) -> bool:
-            return cut_at_stop(self.family.decode_answer(tokens[:count]), stop) is not None
-
-        return bisect_left(range(len(tokens)), True, key=is_cut)
 
     def _fail(self, job: Job, error: Exception) -> None:
         """Fail a job. An error that its input did not cause is logged, without its message.
 
         The message could quote the question, which may name a patient.
         """
+        if is_device_failure(error) and not self._failed:
+            self._failed = True
+            _log.error("the accelerator failed; the process must be started again: %s", str(error).partition("\n")[0])
         if not isinstance(error, InputError):
             where = "".join(traceback.format_tb(error.__traceback__))
             _log.error("request %d failed: %s\n%s", job.number, type(error).__name__, where)
         self._count("failed")
-        job.future.set_exception(error.with_traceback(None))  # the traceback's frames keep the batch in memory
+        reported = DeviceFailed() if self._failed else error
+        job.future.set_exception(reported.with_traceback(None))  # the traceback's frames keep the batch in memory
 
     def _count(self, name: str, amount: int = 1) -> None:
         with self._condition:
             self._counts[name] += amount
+
+
+def _select_device(device: torch.device) -> None:
+    """Make a CUDA device the current one of this thread, which a new thread does not inherit."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def _segment(job: Job) -> Any:
@@ -442,14 +452,4 @@ def _segment(job: Job) -> Any:
 
 
 # The fields of EngineStats that the engine counts.
-_COUNTS = (
-    "batches",
-    "requests",
-    "failed",
-    "cancelled",
-    "refused",
-    "prompt_tokens",
-    "completion_tokens",
-    "images_computed",
-    "images_reused",
-)
+_COUNTS = ("batches", "requests", "failed", "cancelled", "refused", "prompt_tokens", "completion_tokens")

@@ -13,6 +13,8 @@ from normtune.models.types import Pixels
 from normtune.serving.engine.adapter_slots import BASE_SLOT, RegisteredAdapter
 from normtune.serving.engine.requests import Reply
 
+# (`RegisteredAdapter.image_digest`: which image encoder, `pixel_digest` of the image)
+ImageKey = tuple[str, str]
 TextCallback = Callable[[str], None]  # receives the text so far; each text extends the one before
 
 
@@ -22,22 +24,22 @@ class Job:
 
     Attributes:
         number: counts the engine's requests.
-        images: its views, RGB.
+        images: its views, preprocessed for the model, or RGB if they were in the cache of encoded images.
         image_digests: the `pixel_digest` of each view.
         question: None for a report.
         limit: the most tokens of its answer.
         stop: texts before which the answer is cut.
         on_text: receives the text of a streamed answer.
         arrived: time of arrival, by `time.monotonic`.
-        segment: the tokenised question; set when the job is prepared for its batch.
-        encoded_images: its views as the image encoder returns them; set at the same time.
+        segment: the tokenised question; set when its batch begins.
+        encoded_images: its views as the image encoder returns them; set before the batch is answered.
         tokens: tokens of a streamed answer so far.
         sent_text: the text that `on_text` received last.
         callback_error: what `on_text` raised; it is not called again after that.
     """
 
     number: int
-    images: tuple[Image.Image, ...]
+    images: tuple[Pixels | Image.Image, ...]
     image_digests: tuple[str, ...]
     question: str | None
     adapter: RegisteredAdapter
@@ -52,6 +54,11 @@ class Job:
     tokens: list[int] = field(default_factory=list)
     sent_text: str = ""
     callback_error: Exception | None = None
+
+    @property
+    def image_keys(self) -> list[ImageKey]:
+        """The views' keys in the cache of encoded images, while the adapter is loaded."""
+        return [(self.adapter.image_digest, digest) for digest in self.image_digests]
 
     def send(self, text: str) -> None:
         """Pass the text so far, up to a stop text, to `on_text`, if it extends the text sent before."""

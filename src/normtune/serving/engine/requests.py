@@ -19,6 +19,20 @@ class Closed(Exception):
     """The engine is closed, or was closed before it answered the request."""
 
 
+class DeviceFailed(Closed):
+    """The accelerator failed, and no request can be answered before the process is started again."""
+
+    def __init__(self) -> None:
+        super().__init__("the accelerator failed. The process must be started again.")
+
+
+def is_device_failure(error: Exception) -> bool:
+    """Return whether an error leaves the accelerator unusable for this process, unlike a lack of memory."""
+    message = str(error)
+    failed = type(error).__name__ == "AcceleratorError" or (isinstance(error, RuntimeError) and "CUDA error" in message)
+    return failed and "out of memory" not in message
+
+
 class UnknownAdapter(InputError):
     """No adapter of that name is registered."""
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
+from normtune.models.causal.family import CausalFamily
 from normtune.models.family import Family
+from normtune.models.types import Answer
 
 # A token that is a single byte, as SentencePiece tokenizers write characters outside their vocabulary.
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -43,6 +46,29 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> str | None:
     """
     spans = [(start + len(sequence), start) for sequence in stop if (start := text.find(sequence)) >= 0]
     return text[: min(spans)[1]] if spans else None
+
+
+def finish_answer(
+    family: Family, answer: Answer, limit: int, stop: Sequence[str]
+) -> tuple[str, int, Literal["stop", "length"]]:
+    """Cut an answer at its first stop text.
+
+    Args:
+        limit: the most tokens of the answer.
+
+    Returns:
+        Its text, the number of its tokens, including those of the stop text, and the finish reason.
+    """
+    if (text := cut_at_stop(answer.text, stop)) is not None:
+
+        def is_cut(count: int) -> bool:
+            return cut_at_stop(family.decode_answer(answer.tokens[:count]), stop) is not None
+
+        return text, bisect_left(range(len(answer.tokens)), True, key=is_cut), "stop"
+    config: Any = family.model.config
+    end_tokens = family.end_tokens if isinstance(family, CausalFamily) else (config.eos_token_id,)
+    ended = len(answer.tokens) < limit or answer.tokens[-1] in end_tokens
+    return answer.text, len(answer.tokens), "stop" if ended else "length"
 
 
 def before_stop(text: str, stop: Sequence[str]) -> str:

@@ -280,9 +280,11 @@ def _add_adapters(app: FastAPI, service: Service) -> None:
 
 
 def _add_status(app: FastAPI, service: Service, server_metrics: ServerMetrics) -> None:
-    @app.get("/healthz", response_model=openapi.Health)
+    @app.get("/healthz", response_model=openapi.Health, responses=error_responses(503))
     async def healthz() -> dict[str, Any]:
-        """Check that the server is running."""
+        """Check that the server can answer requests."""
+        if service.engine.failed:
+            raise RequestRefused(503, "the accelerator failed. The server must be started again.", retry_after=30)
         return {"status": "ok", "model": service.settings.base, "notice": NOTICE}
 
     @app.get("/metrics", response_class=PlainTextResponse)

@@ -77,13 +77,16 @@ def run(
 ) -> None:
     """Serve until SIGTERM or SIGINT, then close the socket, answer all accepted requests, and return.
 
+    Raises:
+        SystemExit: the accelerator failed; a supervisor must start the process again.
+
     Args:
         ready: called once the server accepts connections.
         quiet: log warnings and errors only, instead of every request.
     """
     _log_to_stderr(quiet)
     config = uvicorn_config(make_app(engine, settings), settings)
-    server = Server(config, ready)
+    server = Server(config, ready, lambda: engine.failed)
     # uvicorn sends the signal to itself again after it has stopped; it must not end the process then.
     handlers = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -91,14 +94,26 @@ def run(
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    if engine.failed:
+        raise SystemExit("normtune: error: the accelerator failed, see the log. Start the server again.")
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server that calls `ready`, and does not wait for idle connections when it shuts down."""
+    """A uvicorn server that does not wait for idle connections when it shuts down.
 
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+    Args:
+        ready: called once the server accepts connections.
+        failed: whether the server must shut down; called ten times a second.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, ready: Callable[[], None], failed: Callable[[], bool] = lambda: False
+    ) -> None:
         super().__init__(config)
-        self._ready = ready
+        self._ready, self._failed = ready, failed
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self._failed()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -33,6 +33,9 @@ class EngineProtocol(Protocol):
 
     def has_adapter(self, name: str) -> bool: ...  # pragma: no cover
 
+    @property
+    def failed(self) -> bool: ...  # pragma: no cover
+
     def stats(self) -> EngineStats: ...  # pragma: no cover
 
     def close(self, *, drain: bool = True, timeout: float | None = None) -> None: ...  # pragma: no cover
