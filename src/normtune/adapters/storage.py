@@ -11,10 +11,10 @@ import hashlib
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import peft
 import safetensors
 import torch
 import transformers
@@ -90,7 +90,7 @@ def save_adapter(
                 "python": platform.python_version(),
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
-                "peft": peft.__version__,
+                "peft": version("peft"),
             },
             notice=NOTICE,
             sha256=_digest(tensors_file),

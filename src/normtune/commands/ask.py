@@ -9,6 +9,7 @@ import typer
 
 from normtune.commands.app import Adapter, Device, Json, Model, Quantize, app, emit
 from normtune.data import tasks
+from normtune.runtime.transformers_import import import_transformers
 
 
 @app.command()
@@ -26,6 +27,7 @@ def ask(
 
     Research use, not for diagnosis.
     """
+    import_transformers()
     from normtune.api.questions import ask
 
     answers = ask(model, image, question, adapter=adapter, beams=beams, device=device, quantize=quantize)
@@ -53,6 +55,7 @@ def describe(
 
     Research use, not for diagnosis.
     """
+    import_transformers()
     from normtune.api.questions import describe
 
     answer = describe(

@@ -10,7 +10,9 @@ import typer
 from normtune.commands.app import Json, app, emit, options_from
 from normtune.errors import InputError, did_you_mean
 from normtune.evaluation.config import EvaluateConfig
+from normtune.runtime import distributed
 from normtune.runtime.progress import progress_bar
+from normtune.runtime.transformers_import import import_transformers
 
 
 @app.command()
@@ -113,6 +115,8 @@ def evaluate(*, as_json: bool, **options: Any) -> None:
 
     Answers every question of a split and scores the answers, with 95% confidence intervals.
     """
+    if distributed.launched_count() == 1:
+        import_transformers()
     from normtune.api.runs import evaluate
 
     emit(as_json, evaluate(**options, progress=not as_json))

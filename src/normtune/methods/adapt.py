@@ -17,10 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from normtune.errors import InputError
-from normtune.methods.bottleneck import add_bottleneck
-from normtune.methods.lora import add_ia3, add_lora
 from normtune.methods.norms import TunedNorm
-from normtune.methods.prefix import add_prefix
 from normtune.methods.recipe import Recipe, parse, resolve
 from normtune.methods.registry import ADDED, INTRINSIC, Method, RecipeError
 from normtune.methods.sites import AddedLayers, NoTarget, TargetLinear
@@ -341,11 +338,20 @@ def add_layers(model: nn.Module, part: str, method: Method, linears: Sequence[Ta
         NoTarget: the part has no layer to which the method applies.
         InputError: another method already changes a linear, or the part's layers differ too much.
     """
+    # LoRA, IA3 and prefixes are PEFT's: its import takes a second that the tuning of norms does not need
     if method.name == "lora":
+        from normtune.methods.lora import add_lora
+
         return add_lora(model, part, method, linears)
     if method.name == "ia3":
+        from normtune.methods.lora import add_ia3
+
         return add_ia3(model, part, linears)
     if method.name == "adapter":
+        from normtune.methods.bottleneck import add_bottleneck
+
         return add_bottleneck(part, int(method.option("width")), linears)
     assert method.name in ("prefix", "ptuning"), method.name
+    from normtune.methods.prefix import add_prefix
+
     return add_prefix(model, part, int(method.option("n")), method.name == "prefix", linears)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from normtune.errors import InputError
+
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
 # names of projections: BERT's and MISS's (query, key, value), then LLaMA's (q_proj, k_proj, v_proj)
 QUERY = ("query", "q_proj")

@@ -14,17 +14,17 @@ them.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
-from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from normtune.errors import InputError
 from normtune.models.parts import is_quantized, layers
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch.distributed.tensor import DTensor
 
 
 def shard_by_layers(accelerator: Accelerator, model: nn.Module) -> None:
@@ -36,6 +36,9 @@ def shard_by_layers(accelerator: Accelerator, model: nn.Module) -> None:
     Raises:
         InputError: the base is quantised, or accelerate was asked to checkpoint activations.
     """
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
     if any(is_quantized(parameter) for parameter in model.parameters()):
         raise InputError("FSDP cannot shard a quantised base. Leave out --quantize or --use_fsdp.")
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
@@ -52,13 +55,18 @@ def shard_by_layers(accelerator: Accelerator, model: nn.Module) -> None:
     plugin.transformer_cls_names_to_wrap = sorted(class_names)
 
 
+def _is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether the tensor is a DTensor; a run of one process does not import the class, which takes a second."""
+    return hasattr(tensor, "device_mesh")
+
+
 def gather_full(tensor: Tensor) -> Tensor:
     """Return the unsharded tensor.
 
     All processes must call this function, with the same tensors in the same order.
     """
     detached = tensor.detach()
-    return detached.full_tensor() if isinstance(detached, DTensor) else detached
+    return detached.full_tensor() if _is_sharded(detached) else detached
 
 
 def copy_into(parameter: nn.Parameter, value: Tensor) -> None:
@@ -69,8 +77,10 @@ def copy_into(parameter: nn.Parameter, value: Tensor) -> None:
 
 def _shard_like(value: Tensor, like: Tensor) -> Tensor:
     """Shard `value` as `like` is sharded; every process has all of `value` and keeps its own shard."""
-    if not isinstance(like, DTensor):
+    if not _is_sharded(like):
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     on_device = value.to(like.device)
     # None: nothing is sent between the processes, each cuts its shard from its own copy
     return distribute_tensor(on_device, like.device_mesh, like.placements, src_data_rank=None)

@@ -21,7 +21,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
 from torch.utils.checkpoint import checkpoint
 
 from normtune.errors import InputError
@@ -104,7 +103,12 @@ def compile_layers(model: nn.Module, enabled: bool = True, *, backend: Any = "in
         InputError: torch.compile fails, for example because there is no C++ compiler, or the layers need more
             than `MAX_GRAPHS` graphs; torch would run the remaining layers without compiling them.
     """
-    names = [name for name, (part, _) in layers(model).items() if part == "language"] if enabled else []
+    if not enabled:
+        yield []
+        return
+    from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit  # importing the compiler takes a second
+
+    names = [name for name, (part, _) in layers(model).items() if part == "language"]
     # dynamic: the number and the length of rows differ from batch to batch; one graph serves all of them
     compiled = {name: torch.compile(model.get_submodule(name).forward, dynamic=True, backend=backend) for name in names}
     limits = torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS, fail_on_recompile_limit_hit=True)
