@@ -52,7 +52,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert not imported("import json, sys, normtune; print(json.dumps(sorted(sys.modules)))")
 
 
-@pytest.mark.parametrize("command", ["--help", "train --help", "data phantom-b:8"])
+@pytest.mark.parametrize("command", ["--help", "--version", "train --help", "doctor --help", "data phantom-b:8"])
 def test_commands_without_a_model_do_not_import_torch(command: str) -> None:
     assert not imported(PRINT_MODULES, *command.split())
 

@@ -15,13 +15,14 @@ import typer
 from pydantic.fields import FieldInfo
 from typer.core import TyperGroup
 
+import normtune
 from normtune.data.options import DataOptions
 from normtune.runtime import distributed
 
 # The order of the commands in `normtune --help`: the main job first.
 _COMMANDS = (
     *("demo", "inspect", "data", "train", "evaluate", "ask", "describe", "compare", "review", "score"),
-    *("study", "serve", "merge", "export", "export-predictions", "import-miss", "import-llava-med", "bench"),
+    *("study", "serve", "merge", "export", "export-predictions", "import-miss", "import-llava-med", "bench", "doctor"),
 )
 
 
@@ -43,6 +44,21 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich takes 0.2 s to import
     context_settings={"max_content_width": 110},
 )
+
+
+def _print_version(requested: bool) -> None:
+    if requested:
+        print(f"normtune {normtune.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None: ...
+
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Model = Annotated[str, typer.Argument(help="Base model: a local directory, a hub name, or 'nano'.")]

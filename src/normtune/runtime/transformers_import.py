@@ -37,7 +37,7 @@ def import_transformers() -> None:
 
 
 def _without_marks() -> ModuleType:
-    """A substitute for `torch._dynamo` whose marks return the function unchanged."""
+    """A substitute for `torch._dynamo`: its marks return the function unchanged."""
 
     def unchanged(function: Any = None, *_: Any, **__: Any) -> Any:
         return unchanged if function is None else function

@@ -106,7 +106,10 @@ def compile_layers(model: nn.Module, enabled: bool = True, *, backend: Any = "in
     if not enabled:
         yield []
         return
-    from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit  # importing the compiler takes a second
+    from torch._dynamo.exc import (  # importing the compiler takes a second
+        BackendCompilerFailed,
+        FailOnRecompileLimitHit,
+    )
 
     names = [name for name, (part, _) in layers(model).items() if part == "language"]
     # dynamic: the number and the length of rows differ from batch to batch; one graph serves all of them
