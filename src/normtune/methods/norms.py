@@ -110,12 +110,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: bool, round_before_g
     # unit = x * rstd
     # y    = unit * g; no mean is subtracted and there is no bias
     gain = 1.0 + weight if offset else weight
-    # one kernel on CUDA, which rounds to x's dtype at its end; on a CPU torch computes it step by step
+    # torch's fused operation is one kernel on CUDA, which rounds to x's dtype at its end
     if round_before_gain and x.dtype != torch.float32:
         unit, rstd = torch.ops.aten._fused_rms_norm(x, weight.shape, None, eps)
         return (unit * gain).to(x.dtype), rstd  # see `scale_and_shift`
-    out, rstd = torch.ops.aten._fused_rms_norm(x.float(), weight.shape, gain, eps)
-    return out.to(x.dtype), rstd
+    wide = x.float()
+    if x.is_cuda:
+        out, rstd = torch.ops.aten._fused_rms_norm(wide, weight.shape, gain, eps)
+        return out.to(x.dtype), rstd
+    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)  # [..., 1]; fewer copies than the fused one here
+    return scale_and_shift(wide * rstd, gain, None, x.dtype, False), rstd
 
 
 def scale_and_shift(
