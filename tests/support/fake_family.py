@@ -50,6 +50,9 @@ class FakeFamily:
                 assert image["mean"] == int(key)
         return [[Answer(self.answers[s.id], -0.5) for s in group.segments] for group in groups]
 
+    def generation_settings(self) -> dict[str, Any]:
+        return {}
+
     def collate(self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]]) -> dict[str, Any]:
         self.batches.append(list(groups))
         return {"ids": [(s.id, bytes(s.answer).decode()) for group in groups for s in group.segments]}

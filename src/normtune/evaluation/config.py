@@ -31,6 +31,11 @@ class EvaluateConfig(DataOptions):
     limit: int | None = Field(None, gt=0, description="Evaluate only the first N rows of the split.")
     batch: int = Field(128, gt=0, description="Number of questions answered at once.")
     beams: int = Field(1, gt=0, description="Width of the beam search; 1 is greedy decoding. MISS uses 3.")
+    generation: Literal["checkpoint", "greedy"] | None = Field(
+        None,
+        description="Settings of generation_config.json, such as a repetition penalty: those of the checkpoint, as "
+        "in transformers' generate() (the default), or none (greedy). Sampling is never used.",
+    )
     max_new_tokens: int | None = Field(None, gt=0, description="Maximum length of an answer, in tokens.")
     candidates: str | None = Field(
         None, description="Answers to choose from for closed questions, separated by /, for example yes/no."

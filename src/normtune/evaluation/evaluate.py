@@ -130,6 +130,7 @@ def evaluate(
                 "cap": None,
                 "beams": config.beams,
                 "max_new_tokens": answerer.max_new_tokens,
+                **({} if family is None or config.baseline else {"generation": answerer.generation}),
                 "candidates": config.candidates,
                 "controls": list(controls),
             },
@@ -167,6 +168,7 @@ class _Answerer:
 
     Attributes:
         max_new_tokens: maximum length of an answer.
+        generation: the settings of the checkpoint that answers follow; see `Family.generation_settings`.
     """
 
     def __init__(
@@ -184,6 +186,7 @@ class _Answerer:
         self.max_new_tokens = config.max_new_tokens or (
             tasks.MAX_REPORT_TOKENS if is_report else tasks.MAX_ANSWER_TOKENS
         )
+        self.generation = {} if family is None or config.generation == "greedy" else family.generation_settings()
         self.choices = _parse_candidates(config.candidates) if config.candidates else ()
         self.share = _examples_of_rank(examples, distributed.rank(), distributed.world_size())
         self.done = 0  # pairs answered so far
@@ -199,20 +202,25 @@ class _Answerer:
         if baseline is not None:
             predictions = baseline(dataset, self.share)
         else:
-            predictions = self._answer(dataset, cache)
+            assert self.family is not None, "without a baseline, there must be a model"
+            settings = self.family.uses_checkpoint_settings
+            self.family.uses_checkpoint_settings = settings and self.config.generation != "greedy"
+            try:
+                predictions = self._answer(self.family, dataset, cache)
+            finally:
+                self.family.uses_checkpoint_settings = settings
         with distributed.lost_process_as_error():
             results = distributed.all_gather((predictions, memory.peak_memory_bytes()))
         all_predictions = [prediction for predictions, _ in results for prediction in predictions]
         return Predictions(self.examples, all_predictions), max(peak for _, peak in results)
 
-    def _answer(self, dataset: Dataset, cache: ImageCache | None) -> list[Prediction]:
+    def _answer(self, family: Family, dataset: Dataset, cache: ImageCache | None) -> list[Prediction]:
         """Generate answers, except for closed questions with candidates."""
-        assert self.family is not None, "without a baseline, there must be a model"
         closed = [example for example in self.share if self.choices and example.kind == "closed"]
         generated = [example for example in self.share if not (self.choices and example.kind == "closed")]
         options: dict[str, Any] = {"batch_pairs": self.config.batch, "images": cache}
         answers = answer_all(
-            self.family,
+            family,
             dataset,
             generated,
             beams=self.config.beams,
@@ -222,7 +230,7 @@ class _Answerer:
         )
         self.done += len(generated)
         from_candidates = score_closed_candidates(
-            self.family, dataset, closed, self.choices, progress=self._progress_from(self.done), **options
+            family, dataset, closed, self.choices, progress=self._progress_from(self.done), **options
         )
         self.done += len(closed)
         return answers + from_candidates

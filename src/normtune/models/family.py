@@ -45,6 +45,8 @@ class Family(ABC):
     model_types: ClassVar[tuple[str, ...]]  # the config.model_type values that this family loads
     # set while the norms of text parts hold several adapters (`normtune.adapters.multi`)
     active_text_rows: TextRowSelector | None = None
+    # whether answers follow the checkpoint's generation_config.json; otherwise they are plain greedy or beam search
+    uses_checkpoint_settings: bool = True
     # whether the tokens that `prefix_tokens` counts are computed once a group, not once a segment
     shares_prefix: ClassVar[bool] = True
     source: str = ""  # the directory or hub name that the model was loaded from
@@ -198,6 +200,10 @@ class Family(ABC):
             on_tokens: called with each step's tokens, segments being counted over all groups in the order
                 given; with several beams it is never called.
         """
+
+    def generation_settings(self) -> dict[str, Any]:
+        """The settings of the checkpoint's generation_config.json that change answers, by name."""
+        return {}
 
     def decode_answer(self, tokens: Sequence[int]) -> str:
         """The text of an answer's tokens, as in the results of `generate_answers`."""

@@ -33,6 +33,11 @@ OnTokens = Callable[[Sequence[int], Sequence[int]], None]
 """`on_tokens(prompts, tokens)` is called with the next token of each prompt that is not done, including end
 tokens; prompts are counted from 0."""
 
+Process = Callable[[Sequence[int], Tensor, Tensor], Tensor]
+"""`process(prompts, tokens [rows, new tokens so far], scores [rows, vocabulary]) -> scores` changes the scores of
+the next tokens; `prompts[r]` is the prompt of row r. Scores are logits in greedy search and log-probabilities in
+beam search, as for the logits processors of transformers."""
+
 # batches keep their shape for so many steps on CUDA, so that a captured step can be replayed
 FIXED_STEPS = 32
 NEVER = -1.0e9  # added to a score that must not win, as in transformers
@@ -62,6 +67,7 @@ def generate(
     early_stopping: bool | Literal["never"] = False,
     compact: bool = True,
     on_tokens: OnTokens | None = None,
+    process: Process | None = None,
 ) -> list[Generated]:
     """Continue prompts until an end token or `max_new_tokens`.
 
@@ -79,10 +85,13 @@ def generate(
             the number of rows.
         on_tokens: called with each step's tokens. Not called with several beams, since the best beam is known
             only at the end.
+        process: changes the scores of the next tokens; scores of answers are then those that it gives.
     """
     assert beams >= 1 and max_new_tokens >= 1, "at least one beam and one token"
     if beams == 1:
-        return greedy(logits, step, end=end, max_new_tokens=max_new_tokens, compact=compact, on_tokens=on_tokens)
+        return greedy(
+            logits, step, end=end, max_new_tokens=max_new_tokens, compact=compact, on_tokens=on_tokens, process=process
+        )
     return beam_search(
         logits,
         step,
@@ -92,6 +101,7 @@ def generate(
         length_penalty=length_penalty,
         early_stopping=early_stopping,
         compact=compact,
+        process=process,
     )
 
 
@@ -103,6 +113,7 @@ def greedy(
     max_new_tokens: int,
     compact: bool = True,
     on_tokens: OnTokens | None = None,
+    process: Process | None = None,
 ) -> list[Generated]:
     """Take the most likely token at every step; arguments as for `generate`.
 
@@ -114,9 +125,12 @@ def greedy(
     answers: list[list[int]] = [[] for _ in prompts]
     totals = [0.0 for _ in prompts]  # summed log-probabilities
     done = [False for _ in prompts]
+    tokens = torch.empty(len(prompts), 0, dtype=torch.long, device=logits.device)  # those of `prompts` so far
     copies = _HostCopies(max_new_tokens, len(prompts), logits.device)
     for position in range(max_new_tokens):
         wide = logits.float()
+        if process is not None:
+            wide = process(prompts, tokens, wide)
         token = wide.argmax(-1)
         # log_softmax of the chosen token only, without a tensor of the vocabulary's size
         copies.add(prompts, token, wide.gather(-1, token[:, None])[:, 0] - wide.logsumexp(-1))
@@ -132,10 +146,13 @@ def greedy(
         if last or all(done):
             break
         cache_rows = None
+        if process is not None:
+            tokens = torch.cat((tokens, token[:, None]), 1)
         remaining = [row for row, prompt in enumerate(prompts) if not done[prompt]]
         if compact and len(remaining) < len(prompts) and (position + 1) % interval == 0:
             cache_rows = torch.tensor(remaining, device=logits.device)
             prompts, token = [prompts[row] for row in remaining], token[cache_rows]
+            tokens = tokens[cache_rows]
         logits = step(token, cache_rows)
     return [Generated(tuple(row), total / len(row)) for row, total in zip(answers, totals, strict=True)]
 
@@ -191,6 +208,7 @@ def beam_search(
     length_penalty: float = 1.0,
     early_stopping: bool | Literal["never"] = False,
     compact: bool = True,
+    process: Process | None = None,
 ) -> list[Generated]:
     """Find the best of `beams` running answers a prompt; arguments as for `generate`."""
     device, prompts, vocabulary = logits.device, logits.shape[0], logits.shape[1]
@@ -215,7 +233,11 @@ def beam_search(
     for position in range(max_new_tokens):
         count = len(active)
         # scores of all continuations of all beams: [count, width, vocabulary]
-        log_probs = logits.float().log_softmax(-1).view(count, width, vocabulary) + running_score[:, :, None]
+        log_probs = logits.float().log_softmax(-1)
+        if process is not None:
+            owners = active.repeat_interleave(width).tolist()
+            log_probs = process(owners, running[:, :width, :position].flatten(0, 1), log_probs)
+        log_probs = log_probs.view(count, width, vocabulary) + running_score[:, :, None]
         score, flat = log_probs.view(count, -1).topk(candidates)  # [prompts, candidates]
         parent, token = flat // vocabulary, flat % vocabulary  # beam and token of each candidate
         continued = _take(running, parent)  # [prompts, candidates, max_new_tokens]

@@ -25,6 +25,7 @@ from normtune.data.groups import Group, Segment
 from normtune.errors import InputError
 from normtune.models.answer_loss import Head
 from normtune.models.causal.attention import BLOCK_SIZE, Backend, additive_masks, use_shared_attention, uses_block_masks
+from normtune.models.causal.checkpoint_settings import BEAM_SETTINGS, ScoreProcessors, active_settings
 from normtune.models.causal.decoding import ColumnCache, Masks, SharedCacheDecoder, Windows
 from normtune.models.causal.frozen_layers import causal_trunk
 from normtune.models.causal.prompts import ChatPrompt, PromptFormat, TokenIds
@@ -372,6 +373,10 @@ class CausalFamily(Family):
 
     # --- answers --------------------------------------------------------------------------------------------
 
+    def generation_settings(self) -> dict[str, Any]:
+        """See `Family.generation_settings`."""
+        return active_settings(self.model.generation_config) if self.uses_checkpoint_settings else {}
+
     def generate_answers(
         self,
         groups: Sequence[Group],
@@ -405,8 +410,15 @@ class CausalFamily(Family):
 
         Other arguments as for `generate_answers`.
         """
-        layout, _, groups = self.layout(groups, pixels, "pad")
+        layout, sequence, groups = self.layout(groups, pixels, "pad")
         batch: Batch = send_to_device(layout, self.device, non_blocking=True)
+        settings = self.generation_settings()
+        beam_settings = {name: settings.pop(name) for name in BEAM_SETTINGS if name in settings}
+        process = None
+        if settings:
+            process = ScoreProcessors(
+                self.model, _prompts(sequence, groups), end=self.end_tokens, max_new_tokens=max_new_tokens
+            )
         answers = beams * max(len(group.segments) for group in groups)  # of a row
         steps = max_new_tokens - 1  # the last token is not fed
         cache = ColumnCache(batch["input_ids"].shape[1] + answers * min(steps, FIXED_STEPS))
@@ -426,6 +438,8 @@ class CausalFamily(Family):
                 max_new_tokens=max_new_tokens,
                 beams=beams,
                 on_tokens=on_tokens,
+                process=process,
+                **beam_settings,
             )
         finally:
             self.step_graph.clear()
@@ -476,6 +490,15 @@ class CausalFamily(Family):
             graph=graph,
         )
         return decoder, last
+
+
+def _prompts(sequence: SharedSequence, groups: Sequence[Group]) -> list[list[int]]:
+    """The tokens of each segment's conversation: those of its group's prefix, then its own."""
+    prompts = []
+    for ids, segment_of, group in zip(sequence.input_ids, sequence.segment_of, groups, strict=True):
+        for number in range(PREFIX + 1, PREFIX + 1 + len(group.segments)):
+            prompts.append(ids[(segment_of == PREFIX) | (segment_of == number)].tolist())
+    return prompts
 
 
 def flatten_features(features: Tensor | Sequence[Tensor]) -> Tensor:
