@@ -51,6 +51,27 @@ def test_answers_are_joined_by_id_and_scored() -> None:
     assert evaluation.record["peak_memory_bytes"] > 0
 
 
+def test_answers_at_the_token_limit_are_counted(tmp_path: Path) -> None:
+    class Cut(FakeFamily):
+        def generate_answers(self, groups: Any, *_: Any, **__: Any) -> list[list[Answer]]:
+            return [[Answer("yes", -0.5, "length" if s.id == "q2" else "stop") for s in g.segments] for g in groups]
+
+        def generation_settings(self) -> dict[str, Any]:
+            return {"repetition_penalty": 1.05}
+
+    evaluation = run(
+        Cut(ANSWERS, lambda id, word: 0.0), fake_dataset(EXAMPLES, CountingImages()), tmp_path, candidates="yes/no"
+    )
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    closed = [None, "length", "stop", None, "stop"]  # chosen from candidates, and so not generated
+    assert [row["finish_reason"] for row in rows] == closed
+    result = json.loads((tmp_path / "metrics.json").read_text())
+    assert result["limit_reached"]["value"] == approx(1 / 3) and result["limit_reached"]["rows"] == 3
+    assert result["settings"]["generation"] == {"repetition_penalty": 1.05}
+    assert "33.3% of the generated answers end at the limit of 16 tokens" in str(evaluation)
+    assert "limit_reached" not in result["metrics"]
+
+
 @pytest.mark.parametrize("batch", [1, 2, 64])
 def test_each_image_is_opened_once(batch: int) -> None:
     images, family = CountingImages(), FakeFamily(ANSWERS)
@@ -80,6 +101,7 @@ def test_predictions_manifest_and_metrics_are_written(tmp_path: Path) -> None:
         "reference": "left lung",
         "prediction": "lung",
         "score": -0.5,
+        "finish_reason": "stop",
         "strata": {},
     }
     manifest = json.loads((tmp_path / "run/manifest.json").read_text())

@@ -32,6 +32,8 @@ class FakeFamily:
         self.settings: list[tuple[int, int]] = []
         self.tokenized: list[tuple[str, bool]] = []
 
+    uses_checkpoint_settings = True
+
     def preprocess_image(self, image: Image.Image) -> Pixels:
         return {"mean": torch.tensor(float(image.getpixel((0, 0))[0]))}  # type: ignore[index]
 

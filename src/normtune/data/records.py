@@ -175,3 +175,4 @@ class Prediction:
     id: str
     text: str
     score: float | None = None  # mean log-probability of the answer's tokens
+    finish_reason: str | None = None  # of a generated answer: "stop", or "length" if it reached the token limit

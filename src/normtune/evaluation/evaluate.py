@@ -18,7 +18,7 @@ from normtune.evaluation import image_reliance
 from normtune.evaluation.results import Evaluation, Predictions, make_record
 from normtune.evaluation.score_files import clinical_table
 from normtune.inference.predict import Progress, answer_all, score_closed_candidates
-from normtune.metrics.answers import check_unique_ids
+from normtune.metrics.answers import Metric, check_unique_ids, summarise_scores
 from normtune.metrics.reports import normalisations_for, text_pairs
 from normtune.metrics.strata import score_strata
 from normtune.metrics.table import metric_table, summarize_metrics
@@ -250,7 +250,8 @@ def _compute_scores(
 
     Returns:
         `metrics`; `strata` (see `score_strata`); for reports that mention findings `findings`: labeller ->
-        finding -> precision, recall, f1 and counts; with controls `reliance` (see `image_reliance`).
+        finding -> precision, recall, f1 and counts; with controls `reliance` (see `image_reliance`);
+        `limit_reached`: the share of the generated answers that reached the token limit.
     """
     table = metric_table(examples, predictions, normalisation)
     scores: dict[str, Any] = {"metrics": summarize_metrics(table, examples), "strata": score_strata(examples, table)}
@@ -259,7 +260,15 @@ def _compute_scores(
     if controls:
         control_tables = {name: metric_table(examples, rows, normalisation) for name, rows in controls.items()}
         scores["reliance"] = image_reliance.image_reliance(examples, table, control_tables)
+    if limit_reached := _share_at_limit(examples, predictions):
+        scores["limit_reached"] = asdict(limit_reached)
     return scores
+
+
+def _share_at_limit(examples: Sequence[Example], predictions: Sequence[Prediction]) -> Metric | None:
+    """Compute the share of the generated answers that reached the token limit; None if none was generated."""
+    rows = {p.id: float(p.finish_reason == "length") for p in predictions if p.finish_reason is not None}
+    return summarise_scores({"limit_reached": rows}, examples)["limit_reached"] if rows else None
 
 
 def _examples_of_rank(examples: Sequence[Example], rank: int, ranks: int) -> list[Example]:

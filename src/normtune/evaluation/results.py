@@ -60,6 +60,7 @@ class Predictions(list[Prediction]):
                 "reference": example.answer,
                 "prediction": prediction.text,
                 "score": prediction.score,
+                "finish_reason": prediction.finish_reason,
                 "strata": strata_of(example),
             }
             for example, prediction in zip(self.examples, self, strict=True)
@@ -198,6 +199,9 @@ def metrics_text(result: Mapping[str, Any]) -> str:
         [name, format_interval(metric, digits=2), f"{metric['rows']} rows, {metric['images']} images"]
         for name, metric in result["metrics"].items()
     )
+    if share := (result.get("limit_reached") or {}).get("value"):
+        limit = result["settings"]["max_new_tokens"]
+        lines.append(f"{100 * share:.1f}% of the generated answers end at the limit of {limit} tokens")
     lines += ["", strata_text(result["strata"])] if result.get("strata") else []
     lines += ["", reliance_text(result["reliance"])] if result.get("reliance") else []
     speed = f"{result['seconds']:.1f} s, {result['pairs_per_second']:.1f} pairs/s"
@@ -227,7 +231,7 @@ def read_evaluation(directory: Path | str) -> Evaluation:
             row = json.loads(line)
             fields = row["question"], row["reference"], row["kind"]
             examples.append(Example(row["id"], tuple(row["images"]), *fields, "", row.get("strata", {})))
-            predictions.append(Prediction(row["id"], row["prediction"], row.get("score")))
+            predictions.append(Prediction(row["id"], row["prediction"], row.get("score"), row.get("finish_reason")))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise InputError(f"{path}, line {number}: not a prediction row. Evaluate again.") from error
     if split_hash([example.id for example in examples]) != record.get("split_hash"):

@@ -69,7 +69,7 @@ def answer_all(
             answers = family.generate_answers(groups, pixels, max_new_tokens=max_new_tokens, beams=beams)
         for group, group_answers in zip(example_groups, answers, strict=True):
             for example, answer in zip(group, group_answers, strict=True):
-                predictions.append(Prediction(example.id, answer.text, _finite(answer.score)))
+                predictions.append(Prediction(example.id, answer.text, _finite(answer.score), answer.finish_reason))
         if progress is not None:
             progress(len(predictions), len(examples))
     return predictions

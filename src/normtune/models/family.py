@@ -212,7 +212,10 @@ class Family(ABC):
 
     def _as_answers(self, groups: Sequence[Group], generated: Iterable[Generated]) -> list[list[Answer]]:
         """Decode generated tokens, one a segment in the order of the groups, and nest them by group."""
-        answers = (Answer(self.decode_answer(answer.tokens), answer.score, answer.tokens) for answer in generated)
+        answers = (
+            Answer(self.decode_answer(answer.tokens), answer.score, answer.finish_reason, answer.tokens)
+            for answer in generated
+        )
         return [[next(answers) for _ in group.segments] for group in groups]
 
     def save(self, directory: str | Path) -> None:

@@ -10,12 +10,14 @@ the batch.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from normtune.models.types import FinishReason
 
 Step = Callable[[Tensor, Tensor | None], Tensor]
 """`step(tokens [rows], cache_rows [rows] or None) -> logits [rows, vocabulary]`.
@@ -50,10 +52,12 @@ class Generated:
     Attributes:
         tokens: its tokens, including the end token if one was generated.
         score: their mean log-probability.
+        finish_reason: "stop" if its last token is an end token, otherwise "length".
     """
 
     tokens: tuple[int, ...]
     score: float
+    finish_reason: FinishReason
 
 
 def generate(
@@ -154,7 +158,7 @@ def greedy(
             prompts, token = [prompts[row] for row in remaining], token[cache_rows]
             tokens = tokens[cache_rows]
         logits = step(token, cache_rows)
-    return [Generated(tuple(row), total / len(row)) for row, total in zip(answers, totals, strict=True)]
+    return _generated(answers, totals, ends)
 
 
 def _pace(device: torch.device) -> tuple[int, int]:
@@ -285,8 +289,16 @@ def beam_search(
     lengths = (best >= 0).sum(1)
     # undo the length penalty: `Generated.score` is a mean log-probability
     totals = (best_score * lengths ** float(length_penalty)).tolist()
-    answers = [tuple(token for token in row if token >= 0) for row in best.tolist()]  # without the fill value
-    return [Generated(row, total / len(row)) for row, total in zip(answers, totals, strict=True)]
+    answers = [[token for token in row if token >= 0] for row in best.tolist()]  # without the fill value
+    return _generated(answers, totals, end)
+
+
+def _generated(answers: Sequence[list[int]], totals: Sequence[float], end: Collection[int]) -> list[Generated]:
+    """Answers from their tokens and summed log-probabilities."""
+    return [
+        Generated(tuple(row), total / len(row), "stop" if row[-1] in end else "length")
+        for row, total in zip(answers, totals, strict=True)
+    ]
 
 
 def _take(beams: Tensor, index: Tensor) -> Tensor:

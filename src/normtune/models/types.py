@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
 Pixels = dict[str, Tensor]  # one preprocessed or encoded image, without a batch axis; keys depend on the family
+FinishReason = Literal["stop", "length"]
 Batch = dict[str, Any]  # tensors on any device; keys depend on the family
 
 
@@ -18,11 +19,13 @@ class Answer:
     Attributes:
         text: the decoded answer.
         score: the mean log-probability of its tokens, end token included.
+        finish_reason: "stop" if the model ended it, "length" if it reached the largest number of tokens.
         tokens: its tokens, including the end token if one was generated.
     """
 
     text: str
     score: float
+    finish_reason: FinishReason = "stop"
     tokens: tuple[int, ...] = ()
 
     def __str__(self) -> str:
