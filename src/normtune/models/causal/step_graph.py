@@ -7,6 +7,8 @@ computing them takes the GPU. A graph records the launches once and repeats them
 from __future__ import annotations
 
 import logging
+import threading
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
@@ -20,6 +22,9 @@ Step = Callable[[], Tensor]
 """A function of buffers that it changes in place; a graph repeats its kernels on the same memory."""
 
 MIN_REPLAYS = 3  # capturing takes about as long as launching a step, so that fewer replays do not pay
+
+_capture_lock = threading.Lock()
+"""Held while work is queued on the capture stream: a capture would record the launches of other threads there."""
 
 fallbacks: Counter[str] = Counter()
 """Why steps ran kernel by kernel although a graph was asked for -> the number of batches."""
@@ -96,7 +101,7 @@ def capture(step: Step, device: torch.device) -> Step:
 
     def record() -> Tensor:
         # other threads, such as those of a server, may allocate memory meanwhile
-        graph.capture_begin(capture_error_mode="thread_local")
+        graph.capture_begin(pool=_empty_graph(device).pool(), capture_error_mode="thread_local")
         try:
             return step()
         finally:
@@ -116,10 +121,12 @@ def run_on_capture_stream(step: Step, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return step()
     stream, current = _capture_stream(device), torch.cuda.current_stream(device)
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        result = step()
-    current.wait_stream(stream)
+    with _capture_lock:
+        _empty_graph(device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            result = step()
+        current.wait_stream(stream)
     return result
 
 
@@ -127,3 +134,14 @@ def run_on_capture_stream(step: Step, device: torch.device) -> Tensor:
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream of all captures of a device; one, since libraries allocate a workspace for each stream."""
     return torch.cuda.Stream(device)
+
+
+@cache
+def _empty_graph(device: torch.device) -> torch.cuda.CUDAGraph:
+    """A graph that keeps the memory of captures: without it, each capture would allocate memory of its own."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(_capture_stream(device)), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the graph is empty
+        graph.capture_begin(capture_error_mode="thread_local")
+        graph.capture_end()
+    return graph
