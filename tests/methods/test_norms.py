@@ -114,9 +114,9 @@ def test_gradients_of_a_bf16_input_are_the_fp32_ones_rounded(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["layer", "llama", "gemma", "gemma4"])
 def test_cuda_gives_the_output_and_gradients_of_the_cpu(name: str, dtype: torch.dtype) -> None:
-    """CUDA has fused kernels of its own."""
-    tuned, x = TunedNorm.from_norm(norm(name, dtype)), inputs(name, dtype)
-    grad_out = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    """CUDA has fused kernels of its own. Inputs are transposed, as those of query and key norms are."""
+    tuned, x = TunedNorm.from_norm(norm(name, dtype)), inputs(name, dtype).transpose(0, 1)
+    grad_out = torch.randn(5, 7, WIDTH, generator=torch.Generator().manual_seed(2)).to(dtype).transpose(0, 1)
     results = []
     for device in ("cpu", "cuda"):
         module, states = copy.deepcopy(tuned).to(device), x.to(device).requires_grad_()

@@ -161,7 +161,7 @@ def rms_norm_backward(
     wide = grad.float()
     if x.is_cuda:
         grad_x, grad_weight = torch.ops.aten._fused_rms_norm_backward(
-            wide, x.float(), weight.shape, rstd, gain, output_mask[:2]
+            wide.contiguous(), x.float(), weight.shape, rstd, gain, output_mask[:2]
         )
         return None if grad_x is None else grad_x.to(x.dtype), grad_weight
     # A CPU has no such kernel, but that of layer norm computes this too, if it is given a mean of 0: then its
