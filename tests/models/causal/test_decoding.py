@@ -185,9 +185,11 @@ def test_steps_that_cannot_be_captured_are_reported_once(
 def test_hooks_are_called_at_every_step(llava: CausalFamily, monkeypatch: pytest.MonkeyPatch) -> None:
     replays = count_captures(monkeypatch)
     calls: list[int] = []
-    hook = llava.decoder.layers[0].register_forward_hook(lambda *_: calls.append(1))
-    answers = answer(llava, cuda_graphs=True)
-    hook.remove()
-    assert len(calls) == max(len(generated.tokens) for generated in answers) and not replays
+    for module in (llava.decoder.layers[0], llava.model.lm_head):
+        calls.clear()
+        hook = module.register_forward_hook(lambda *_: calls.append(1))
+        answers = answer(llava, cuda_graphs=True)
+        hook.remove()
+        assert len(calls) == max(len(generated.tokens) for generated in answers) and not replays
     answer(llava, cuda_graphs=True)
     assert replays

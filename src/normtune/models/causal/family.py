@@ -425,9 +425,11 @@ class CausalFamily(Family):
         states = self.hidden_states(batch, use_cache=True, **{self._cache_argument: cache})  # [B, S, width]
         if cuda_graphs is None:
             cuda_graphs = self.device.type == "cuda" and beams == 1
-        if cuda_graphs and (obstacle := self.step_graph.failure or graph_obstacle(self.decoder)):
-            report_fallback(obstacle)
-            cuda_graphs = False
+        if cuda_graphs:
+            obstacles = (self.step_graph.failure, graph_obstacle(self.decoder), graph_obstacle(self.model.lm_head))
+            if obstacle := next(filter(None, obstacles), None):
+                report_fallback(obstacle)
+                cuda_graphs = False
         graph = self.step_graph if cuda_graphs else None
         decoder, last = self._shared_cache_decoder(batch, groups, cache, steps, graph)
         try:
