@@ -607,14 +607,14 @@ def test_images_encoded_together_equal_those_encoded_alone(kind: str, tmp_path: 
     family = load(str(make_tiny(kind, tmp_path)))
     pictures = [image("a"), image("b").resize((50, 20)), image("c").resize((30, 70))]
     pixels = [family.preprocess_image(picture) for picture in pictures]
-    for together, image_pixels in zip(image_encoder.encode_images(family, pixels), pixels, strict=True):
-        alone = family.encode_image(image_pixels)
-        assert together.keys() == alone.keys()
-        for name, values in alone.items():
-            assert torch.equal(together[name], values) or name.startswith(FEATURES)
+    for from_pass, image_pixels in zip(image_encoder.encode_images(family, pixels), pixels, strict=True):
+        single = family.encode_image(image_pixels)
+        assert from_pass.keys() == single.keys()
+        for name, values in single.items():
+            assert torch.equal(from_pass[name], values) or name.startswith(FEATURES)
             if values.is_floating_point():
-                assert_close(together[name], values)
-            assert together[name].untyped_storage().nbytes() == values.untyped_storage().nbytes()
+                assert_close(from_pass[name], values)
+            assert from_pass[name].untyped_storage().nbytes() == values.untyped_storage().nbytes()
 
 
 def test_requests_with_other_limits_wait_for_the_next_batch(family: Family, gate: tuple[Event, Event]) -> None:

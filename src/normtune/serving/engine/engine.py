@@ -16,6 +16,7 @@ import logging
 import math
 import time
 import traceback
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -91,7 +92,7 @@ class Engine:
         self._queue: list[Job] = []
         self._closing = self._base_restored = self._failed = False
         self._running = 0
-        self._counts = dict.fromkeys(_COUNTS, 0)
+        self._counts: Counter[str] = Counter()  # of fields of EngineStats
         self._seconds_busy = 0.0
         self._numbers = itertools.count()
         self._thread = Thread(target=self._run, name="normtune engine", daemon=True)
@@ -449,7 +450,3 @@ def _select_device(device: torch.device) -> None:
 def _segment(job: Job) -> Any:
     assert job.segment is not None, "the job is prepared"
     return job.segment
-
-
-# The fields of EngineStats that the engine counts.
-_COUNTS = ("batches", "requests", "failed", "cancelled", "refused", "prompt_tokens", "completion_tokens")

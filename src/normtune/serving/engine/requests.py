@@ -134,22 +134,22 @@ class EngineStats:
         seconds_loading: the part of it spent on reading adapters and copying them into the bank.
     """
 
-    queued: int
-    running: int
-    batches: int
-    requests: int
-    failed: int
-    cancelled: int
-    refused: int
-    prompt_tokens: int
-    completion_tokens: int
-    images_computed: int
-    images_reused: int
-    registered: int
-    loaded: int
-    loads: int
-    evictions: int
-    adapter_bytes: int
-    image_bytes: int
-    seconds_busy: float
-    seconds_loading: float
+    queued: int = 0
+    running: int = 0
+    batches: int = 0
+    requests: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    refused: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    images_computed: int = 0
+    images_reused: int = 0
+    registered: int = 0
+    loaded: int = 0
+    loads: int = 0
+    evictions: int = 0
+    adapter_bytes: int = 0
+    image_bytes: int = 0
+    seconds_busy: float = 0
+    seconds_loading: float = 0

@@ -85,28 +85,24 @@ def _allowed_methods(app: FastAPI, scope: Scope) -> list[str]:
 def _add_error_handlers(app: FastAPI) -> None:
     """Convert every exception to OpenAI's error object with one sentence."""
 
-    def respond(refused: RequestRefused) -> Response:
-        return JSONResponse(refused.body(), refused.status, headers=refused.headers())
-
     async def known(_: HttpRequest, error: Exception) -> Response:
-        return respond(to_refusal(error))
+        return to_refusal(error).response()
 
     async def invalid(_: HttpRequest, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         if any(detail["type"] == "json_invalid" for detail in error.errors()):
-            return respond(RequestRefused(400, "the body is not JSON."))
+            return RequestRefused(400, "the body is not JSON.").response()
         field, sentence = openai_api.validation_message(error.errors(), skip=1)
-        return respond(RequestRefused(400, sentence, param=field or None))
+        return RequestRefused(400, sentence, param=field or None).response()
 
     async def http(request: HttpRequest, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         status = error.status_code
-        refused = RequestRefused(status, _HTTP_MESSAGES.get(status, "the request is malformed."))
-        headers = {"Allow": ", ".join(_allowed_methods(app, request.scope))} if status == 405 else {}
-        return JSONResponse(refused.body(), status, headers=headers)
+        allow = {"Allow": ", ".join(_allowed_methods(app, request.scope))} if status == 405 else {}
+        return RequestRefused(status, _HTTP_MESSAGES.get(status, "the request is malformed.")).response(**allow)
 
     async def unknown(_: HttpRequest, __: Exception) -> Response:
-        return respond(RequestRefused(500, "the server failed on this request. See its log."))
+        return RequestRefused(500, "the server failed on this request. See its log.").response()
 
     for kind in (RequestRefused, InputError, Busy, Closed, TimeoutError, ClientDisconnected):
         app.add_exception_handler(kind, known)

@@ -10,6 +10,8 @@ from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
+from starlette.responses import JSONResponse
+
 from normtune.errors import InputError
 from normtune.serving.engine.requests import Busy, Closed, NameTaken, UnknownAdapter, UnusableAdapter
 
@@ -55,10 +57,15 @@ class RequestRefused(Exception):
         kind = _KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-    def headers(self) -> dict[str, str]:
-        """Return the error's own headers: `Retry-After` and `WWW-Authenticate`."""
-        retry = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
-        return retry | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
+    def response(self, **headers: str) -> JSONResponse:
+        """Return the response, with the headers given and those of its status."""
+        if self.retry_after is not None:
+            headers["Retry-After"] = str(self.retry_after)
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        if self.status in (408, 413):  # the rest of the body is still on its way
+            headers["Connection"] = "close"
+        return JSONResponse(self.body(), self.status, headers)
 
 
 def to_refusal(error: BaseException) -> RequestRefused:

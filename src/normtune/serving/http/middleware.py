@@ -7,12 +7,11 @@ string or a text, because these may name a patient.
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from collections.abc import Iterable
-from http.cookies import CookieError, SimpleCookie
-from typing import Any
+from collections.abc import AsyncIterator
 
+from starlette.datastructures import MutableHeaders
+from starlette.requests import cookie_parser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from normtune.serving.engine.requests import Busy
@@ -73,7 +72,9 @@ class RequestGate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": _with_defaults(message["headers"])}
+                headers = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
             await send(message)
 
         try:
@@ -96,7 +97,7 @@ class RequestGate:
         except Exception as error:
             refused = to_refusal(error)
             if status == 0:  # no response has started
-                await send_refusal(refused, send_with_headers)
+                await refused.response()(scope, receive, send_with_headers)
         finally:
             self._budget.release(reserved)
             self._questions -= counted
@@ -141,11 +142,7 @@ class RequestGate:
         if kind.lower() == "bearer" and key:
             return self._keys.owner(key.strip())
         if path.startswith("/reviews"):  # a browser that follows a link sends no Authorization header
-            try:
-                cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
-            except CookieError:
-                return None
-            return None if cookie is None else self._keys.cookie_owner(cookie.value)
+            return self._keys.cookie_owner(cookie_parser(headers.get("cookie", "")).get(COOKIE, ""))
         return None
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
@@ -202,7 +199,7 @@ class RequestGate:
             return
 
 
-async def _chunks(receive: Receive) -> Any:
+async def _chunks(receive: Receive) -> AsyncIterator[bytes]:
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
@@ -232,21 +229,3 @@ def _host(header: str) -> str:
     if header.startswith("["):
         return header.partition("]")[0] + "]"
     return header.partition(":")[0].lower()
-
-
-def _with_defaults(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    own_headers = list(headers)
-    names = {name.lower() for name, _ in own_headers}
-    defaults = ((name.encode(), value.encode()) for name, value in _HEADERS.items())
-    return own_headers + [(name, value) for name, value in defaults if name not in names]
-
-
-async def send_refusal(refused: RequestRefused, send: Send) -> None:
-    """Send an error as the response."""
-    body = json.dumps(refused.body()).encode()
-    headers = {"content-type": "application/json", "content-length": str(len(body))} | refused.headers()
-    if refused.status in (408, 413):  # the rest of the body is still on its way
-        headers["connection"] = "close"
-    pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": refused.status, "headers": pairs})
-    await send({"type": "http.response.body", "body": body})
