@@ -16,14 +16,21 @@ from normtune.adapters.multi.lora import MultiAdapterLoRA
 from normtune.adapters.storage import INFO_FILE, load_adapter
 from normtune.data.groups import Group
 from normtune.methods.adapt import adapt, restore_base
-from normtune.models.causal.family import CausalFamily
 from normtune.models.family import Family
 from normtune.models.loading import load
 from normtune.models.types import Answer
 from normtune.serving.engine.engine import Engine
 from normtune.serving.engine.requests import Reply, Request
 from tests.models.families.test_families import image
-from tests.serving.engine.test_engine import WAIT, answer_with, record_logits, request, write_adapter, write_adapters
+from tests.serving.engine.test_engine import (
+    WAIT,
+    answer_with,
+    end_often,
+    record_logits,
+    request,
+    write_adapter,
+    write_adapters,
+)
 from tests.support.base_models import input_error
 from tests.support.tiny_models import make_tiny
 from tests.support.tolerance import approx, assert_close
@@ -56,11 +63,8 @@ def test_a_batch_of_lora_and_norm_adapters_and_the_base_equals_each_alone(
     adapter_count = 20
     source = base if kind == "miss" else make_tiny(kind, tmp_path / "base")
     family, single = load(str(source)), load(str(source))
-    for model in (family, single):  # end tokens that the random models generate
-        if isinstance(model, CausalFamily):
-            model.end_tokens = tuple(range(0, model.vocabulary, 4))
-        else:
-            model.model.config.eos_token_id = model.processor.tokenizer.vocab["kind"]
+    for model in (family, single):
+        end_often(model, monkeypatch)
     gathered_calls: list[int] = []
     forward_rows = MultiAdapterLoRA.forward_rows
     monkeypatch.setattr(

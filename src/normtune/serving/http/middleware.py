@@ -78,12 +78,12 @@ class RequestGate:
             await send(message)
 
         try:
+            refused = None
             try:
                 self._check(scope)
-            except RequestRefused:
-                await self._discard(receive)  # a client that is still sending would not read the response
-                raise
-            body = await self._body(scope, receive)
+            except RequestRefused as error:
+                refused = error
+            body = await self._body(scope, receive, refused)
             reserved = len(body)
             if scope["path"] == CHAT:
                 self._questions += 1
@@ -95,9 +95,9 @@ class RequestGate:
             status = status or 503
             raise
         except Exception as error:
-            refused = to_refusal(error)
+            response = to_refusal(error).response()
             if status == 0:  # no response has started
-                await refused.response()(scope, receive, send_with_headers)
+                await response(scope, receive, send_with_headers)
         finally:
             self._budget.release(reserved)
             self._questions -= counted
@@ -145,58 +145,45 @@ class RequestGate:
             return self._keys.cookie_owner(cookie_parser(headers.get("cookie", "")).get(COOKIE, ""))
         return None
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+    async def _body(self, scope: Scope, receive: Receive, refused: RequestRefused | None) -> bytes:
         """Read the whole body, and reserve its size in the budget.
 
+        Of the body of a refused request, a few times the limit are read and discarded: a client that is still
+        sending would not read the response.
+
+        Args:
+            refused: the error of a request that is already refused.
+
         Raises:
-            RequestRefused: the body is too large or too slow, or the budget is used up.
+            RequestRefused: `refused`, or the body is too large or too slow, or the budget is used up.
         """
         max_bytes = self._limits.batch_bytes if scope["path"] == BATCH else self._limits.body_bytes
+        seconds = self._limits.body_s if refused is None else min(self._limits.body_s, 10.0)
         chunks: list[bytes] = []
         size = reserved = 0
-        refused: RequestRefused | None = None
         try:
-            async with asyncio.timeout(self._limits.body_s):
+            async with asyncio.timeout(seconds):
                 async for chunk in _chunks(receive):
                     size += len(chunk)
-                    if refused is None:
-                        refused = self._reserve(size, max_bytes, len(chunk))
-                    if refused is None:
-                        reserved += len(chunk)
-                        chunks.append(chunk)
-                    elif size > max_bytes + _DISCARD_FACTOR * self._limits.body_bytes:
+                    try:
+                        if size > max_bytes:
+                            raise RequestRefused(413, f"the request has more than {max_bytes >> 20} MiB.")
+                        if refused is None:
+                            self._budget.reserve(len(chunk))
+                            reserved += len(chunk)
+                            chunks.append(chunk)
+                    except RequestRefused as error:
+                        refused = refused or error
+                    if size > max_bytes + _DISCARD_FACTOR * self._limits.body_bytes:
                         break
-        except TimeoutError:
-            refused = refused or RequestRefused(408, "the request body did not arrive in time.")
-        except BaseException:
+            if refused is not None:
+                raise refused
+        except BaseException as error:
             self._budget.release(reserved)
+            if isinstance(error, TimeoutError):
+                raise refused or RequestRefused(408, "the request body did not arrive in time.") from None
             raise
-        if refused is not None:
-            self._budget.release(reserved)
-            raise refused
         return b"".join(chunks)
-
-    def _reserve(self, size: int, max_bytes: int, chunk_size: int) -> RequestRefused | None:
-        """Reserve memory for a chunk, or return the error if the body is too large or the budget used up."""
-        if size > max_bytes:
-            return RequestRefused(413, f"the request has more than {max_bytes >> 20} MiB.")
-        try:
-            self._budget.reserve(chunk_size)
-        except RequestRefused as refused:
-            return refused
-        return None
-
-    async def _discard(self, receive: Receive) -> None:
-        """Read and discard what the client still sends, up to a few times the limit."""
-        remaining = _DISCARD_FACTOR * self._limits.body_bytes
-        try:
-            async with asyncio.timeout(min(self._limits.body_s, 10.0)):
-                async for chunk in _chunks(receive):
-                    remaining -= len(chunk)
-                    if remaining < 0:
-                        return
-        except (TimeoutError, ClientDisconnected):
-            return
 
 
 async def _chunks(receive: Receive) -> AsyncIterator[bytes]:
