@@ -6,16 +6,20 @@ Commands in `console` blocks need data or much time; of these only the options a
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import re
 import shlex
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import typer.main
+import yaml
 
+import normtune
 from normtune import cli
 
 ROOT = Path(__file__).parent.parent
@@ -73,3 +77,54 @@ def test_links_to_files_of_the_project_hold(page: Path) -> None:
 
 def test_commands_of_a_block_are_found() -> None:
     assert commands("normtune data x \\\n  --root y  # why\nmake demo\n") == [["data", "x", "--root", "y"]]
+
+
+@pytest.fixture
+def write_docs(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script that writes parts of the docs."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    return importlib.import_module("write_docs")
+
+
+def test_the_readme_is_what_its_sources_say(write_docs: ModuleType) -> None:
+    """Its example and its GPU table; it fits on a few screens. Run scripts/write_docs.py after a change."""
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert page == write_docs.readme(page)
+    assert page.count("\n") <= 120
+    (_, example), *_ = blocks(ROOT / "README.md", "python")
+    assert example.count("\n") <= 12
+
+
+def test_the_page_of_commands_is_that_of_the_commands(write_docs: ModuleType) -> None:
+    """Run scripts/write_docs.py after a change."""
+    page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    assert page == write_docs.commands_page()
+    assert "| `--tune` | `ln` | Recipe: " in page and "## normtune doctor" in page
+
+
+def navigation(entries: list[Any]) -> list[str]:
+    """The pages of mkdocs.yml's nav, all levels."""
+    pages: list[str] = []
+    for entry in entries:
+        for target in entry.values():
+            pages += navigation(target) if isinstance(target, list) else [target]
+    return pages
+
+
+def test_every_page_is_in_the_navigation_and_on_the_front_page() -> None:
+    """So that an answer is two clicks away."""
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    names = sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+    assert sorted(navigation(config["nav"])) == names
+    front = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert [name for name in names if name != "index.md" and f"]({name})" not in front] == []
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    """Each under its module, except the two configs, which the page of commands describes."""
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    for name, module in normtune._MODULES.items():
+        if name not in ("TrainConfig", "EvaluateConfig"):
+            assert f"::: {module}.{name}\n" in page, name
+    for target in re.findall(r"^::: ([\w.]+)\.(\w+)$", page, re.MULTILINE):
+        assert getattr(importlib.import_module(target[0]), target[1]).__doc__

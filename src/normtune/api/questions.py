@@ -74,8 +74,7 @@ def describe(
 ) -> Answer:
     """Write a report about an image or the views of one study. For research use, not for diagnosis.
 
-    Args:
-        model, image, adapter, beams, max_new_tokens, device, quantize: see `ask`.
+    The arguments are those of `ask`.
 
     Raises:
         InputError: the model, the adapter or an image is not valid.
