@@ -94,6 +94,15 @@ def test_runs_are_named_by_the_shortest_unique_end_of_their_path(tmp_path: Path)
     assert [comparison.baseline.name, *comparison.differences] == ["ln/scores", "full/scores", "other"]
 
 
+def test_a_link_to_a_run_gives_the_run_its_name(tmp_path: Path) -> None:
+    runs = [write_vqa_run(tmp_path / name / "scores", {0}) for name in ("a", "b")]
+    links = [tmp_path / name for name in ("frozen", "ln")]
+    for link, run in zip(links, runs, strict=True):
+        link.symlink_to(run)
+    comparison = compare_runs(links)
+    assert comparison.baseline.name == "frozen" and list(comparison.differences) == ["ln"]
+
+
 def test_runs_with_different_rows_are_refused(tmp_path: Path) -> None:
     first = write_vqa_run(tmp_path / "a", {0})
     second = write_vqa_run(tmp_path / "b", {0}, [*QUESTIONS[2:], make_question(40)])

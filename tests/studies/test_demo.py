@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from normtune.studies import demo
 from normtune.studies.demo import QUESTIONS, REPORTS, table_markdown
 
 
@@ -35,3 +37,13 @@ def test_reports_show_the_available_meteor_and_cider_from_0_to_10() -> None:
 def test_cell_names_are_unique_over_both_tasks() -> None:
     names = [task.cell_name(recipe) for task in (QUESTIONS, REPORTS) for recipe in task.recipes]
     assert len(set(names)) == len(names)
+
+
+def test_links_of_an_earlier_run_are_replaced(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / "cells" / name).mkdir(parents=True)
+    link = tmp_path / "adapters" / "ln"
+    (link / "old").mkdir(parents=True)  # version 0.1 wrote a folder here
+    for name in ("first", "second"):
+        demo._link(link, str(tmp_path / "cells" / name))
+        assert link.resolve() == (tmp_path / "cells" / name).resolve() and not link.readlink().is_absolute()

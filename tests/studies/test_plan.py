@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from normtune.studies.plan import Cell, PairCounts, Plan, plan
+from normtune.studies.plan import Cell, Plan, plan
 from normtune.studies.spec import read_study
 from tests.studies.test_spec import GOOD, write_study
 
@@ -105,19 +105,6 @@ def test_a_search_uses_the_validation_split_and_runs_before_its_cells(tmp_path: 
 def test_recipes_of_several_methods_use_the_default_rates(tmp_path: Path) -> None:
     planned = make_plan(tmp_path, ("full]", "ln-bias]\n    learning_rates: search"))
     assert cells_by_recipe(planned)["ln-bias"].rates == {"ln": 0.03, "bias": 0.1}
-
-
-def test_pairs_are_counted_before_a_run(tmp_path: Path) -> None:
-    planned = make_plan(tmp_path)
-    counts = PairCounts(read_study(tmp_path / "study.yaml"))
-    from normtune.data.registry import open_configured
-
-    data = open_configured(counts.study.datasets["phantom-b"])
-    home_data = open_configured(counts.study.datasets["phantom-a"])
-    cells = cells_by_recipe(planned)
-    assert counts.training_pairs(cells["ln"]) == len(data.split("train"))
-    assert counts.training_pairs(cells["frozen"]) == 0
-    assert counts.answered_pairs(cells["ln"]) == len(data.split("test")) + len(home_data.split("test"))
 
 
 KEYS = {"frozen": "a6067a69b77e8c1c", "ln": "cdb31673a081280c", "full": "261873d9c90d53d2"}

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from normtune.methods.adapt import adapt
-from normtune.studies.plan import PairCounts, Plan, plan
+from normtune.studies.listing import PairCounts
+from normtune.studies.plan import Plan, plan
 from normtune.studies.spec import SEARCH, Study, read_study
 from tests.support.architectures import build_on_meta
 

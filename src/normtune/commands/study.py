@@ -61,8 +61,7 @@ def study(
 
         spec = read_study(file, root or ())
         folder = out or Path(spec.study)
-        from normtune.studies.console import format_listing, list_cells
-        from normtune.studies.plan import PairCounts
+        from normtune.studies.listing import PairCounts, format_listing, list_cells
         from normtune.studies.run import current_plan
 
         cells = list_cells(current_plan(spec, folder), PairCounts(spec), folder)

@@ -189,12 +189,15 @@ def read_runs(runs: Runs) -> list[Evaluation]:
         run if isinstance(run, Evaluation) else read_evaluation(run)
         for run in (runs.values() if isinstance(runs, Mapping) else runs)
     ]
-    paths = [Path(_place(evaluation)).resolve() for evaluation in evaluations]
-    for evaluation, path in zip(evaluations, paths, strict=True):
-        if paths.count(path) > 1:
+    paths = [Path(_place(evaluation)) for evaluation in evaluations]
+    resolved = [path.resolve() for path in paths]
+    for evaluation, path in zip(evaluations, resolved, strict=True):
+        if resolved.count(path) > 1:
             place = _place(evaluation)
             raise InputError(f"{place} is named twice. Name each result once: compare({{'name': result, ...}}).")
-    names = list(runs) if isinstance(runs, Mapping) else _short_names(paths)
+    names = (
+        list(runs) if isinstance(runs, Mapping) else _short_names([path.absolute() for path in paths])
+    )  # not what links lead to
     named = [replace(evaluation, name=name) for evaluation, name in zip(evaluations, names, strict=True)]
     for evaluation in named[1:]:
         _check_same_rows(named[0], evaluation)

@@ -1,4 +1,4 @@
-"""What `normtune study` prints: the cells before a run, progress bars during it, a summary after it."""
+"""What `normtune study` prints: progress bars during a run, a summary after it."""
 
 from __future__ import annotations
 
@@ -8,63 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from normtune.runtime.files import read_json
-from normtune.runtime.text_table import text_table
-from normtune.studies.cell import PROGRESS, RESULT, failure_reason, is_finished
-from normtune.studies.plan import Cell, PairCounts, Plan
+from normtune.studies.cell import PROGRESS
+from normtune.studies.changes import RESULT
+from normtune.studies.plan import Cell
 from normtune.studies.run import Summary
 
 # Metrics that the line of a finished cell shows, if its evaluations have them.
 HEADLINE_METRICS = ("closed_label", "open_exact", "global_exact", "rouge_l/none", "bleu_4/none")
-
-
-def list_cells(plan: Plan, sizes: PairCounts, out: Path) -> dict[str, Any]:
-    """What `--dry-run --json` prints: every cell, whether it is finished, and the pairs that it needs."""
-    rows = [
-        {
-            "key": cell.key,
-            "state": "done" if is_finished(out, cell) else "failed" if failure_reason(out, cell) else "to run",
-            "cell": str(cell),
-            "grids": list(cell.grids),
-            "rates": cell.rates,
-            "pairs": sizes.training_pairs(cell),
-            "answers": sizes.answered_pairs(cell),
-            "evaluated_on": [evaluation.dataset for evaluation in cell.evaluations],
-        }
-        for cell in plan.cells
-    ]
-    unfinished = [row for row in rows if row["state"] != "done"]
-    return {
-        "cells": rows,
-        "waiting": plan.waiting,
-        "searches": len(plan.searches),
-        "to_run": len(unfinished),
-        "pairs": _sum(unfinished, "pairs"),
-        "answers": _sum(unfinished, "answers"),
-        "unknown": sum(row["pairs"] is None or row["answers"] is None for row in unfinished),
-    }
-
-
-def _sum(rows: Sequence[dict[str, Any]], column: str) -> int:
-    return sum(row[column] or 0 for row in rows)
-
-
-def format_listing(listing: dict[str, Any]) -> str:
-    """The result of `list_cells` as text."""
-    rows = []
-    for row in listing["cells"]:
-        counts = ["? " + what if row[what] is None else f"{row[what]:,} {what}" for what in ("pairs", "answers")]
-        evaluated_on, grids = ", ".join(row["evaluated_on"]), ", ".join(row["grids"])
-        rows.append([row["key"], row["state"], *counts, row["cell"], f"-> {evaluated_on}", f"({grids})"])
-    lines = text_table(rows, "llrrl")
-    lines.append(
-        f"{len(listing['cells'])} cells, {listing['to_run']} to run: "
-        f"about {listing['pairs']:,} pairs to train on and {listing['answers']:,} to answer"
-    )
-    if listing["unknown"]:
-        lines.append(f"{listing['unknown']} cells not counted: no data (see --root), or a budget in minutes")
-    if listing["waiting"]:
-        lines.append(f"{listing['waiting']} more cells wait for {listing['searches']} learning-rate searches above")
-    return "\n".join(lines)
 
 
 def format_summary(summary: Summary, tables: Sequence[Path]) -> str:

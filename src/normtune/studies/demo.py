@@ -6,6 +6,7 @@ All recipes are trained to answer questions; a few are also trained to write rep
 from __future__ import annotations
 
 import os
+import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,7 @@ def run_demo(
 ) -> tuple[dict[str, Any], str]:
     """Train and evaluate every recipe; write results.json, table.md, reports.md and accuracy.png to `out`.
 
-    Adapters and evaluations are in `out`/cells; a recipe that is finished there is not trained again.
+    A recipe that is finished in `out`/cells is not trained again; `adapters` and `evaluations` have links by recipe.
 
     Args:
         images: the number of training images of hospital B.
@@ -106,6 +107,10 @@ def run_demo(
     cells.reverse()  # short runs last, so that both processes finish at about the same time
     with nullcontext() if quiet else ProgressBars() as bars:
         rows = {row["name"]: row for row in run_cells(cells, out, workers=min(2, os.cpu_count() or 1), listener=bars)}
+    for name, row in rows.items():
+        _link(out / "evaluations" / name, row["evaluation"]["out"])
+        if row["training"]:
+            _link(out / "adapters" / name, row["training"]["out"])
     vqa_rows, report_rows = ([rows[task.cell_name(recipe)] for recipe in task.recipes] for task in epochs_of)
     base = "base 'nano' (hospital A) adapted to hospital B with"
     results = {
@@ -135,6 +140,15 @@ def _make_cell(task: DemoTask, recipe: str, images: int, epochs: float, seed: in
     train = {**shared, "tune": recipe, "epochs": epochs, "batch": task.batch, "seed": seed}
     evaluate = {**shared, "max_new_tokens": task.max_new_tokens}
     return single_cell(task.cell_name(recipe), None if recipe == "frozen" else train, evaluate)
+
+
+def _link(link: Path, target: str) -> None:
+    """Link to a folder of a cell; a link or folder of an earlier run is replaced."""
+    if link.is_dir() and not link.is_symlink():
+        shutil.rmtree(link)
+    link.unlink(missing_ok=True)
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(os.path.relpath(target, link.parent.absolute()))
 
 
 def table_markdown(rows: list[dict[str, Any]], task: DemoTask = QUESTIONS) -> str:

@@ -15,9 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
-from normtune.data.records import Dataset
-from normtune.data.registry import open_configured
-from normtune.errors import InputError
 from normtune.evaluation.config import EvaluateConfig
 from normtune.methods.recipe import parse
 from normtune.studies.recipe_names import FROZEN, default_rates, recipe_methods
@@ -131,42 +128,6 @@ class Plan:
     waiting: int
 
 
-def single_cell(name: str, train: Mapping[str, Any] | None, *evaluations: Mapping[str, Any]) -> Cell:
-    """A cell that no study's file describes: one of the demo or of a benchmark.
-
-    Args:
-        name: the cell's name, unique among its neighbours; it is the recipe that progress bars show.
-        train: options of `TrainConfig` without `out`; None for the base as it is.
-        evaluations: options of `EvaluateConfig` without `out` and `adapter`; each is evaluated after the training.
-    """
-    config = None if train is None else TrainConfig.checked(out=_UNSET_PATH, **train)
-    configs = [EvaluateConfig.checked(out=_UNSET_PATH, **options) for options in evaluations]
-    role: Role = "zero-shot" if config is None else "in"
-    made = tuple(Evaluation(options.data.partition(":")[0], role, options) for options in configs)
-    identity: dict[str, Any] = {"format": FORMAT, "name": name}
-    rates: dict[str, float] = {}
-    if config is not None:
-        rates = {method: config.lr or rate for method, rate in default_rates(config.tune).items()}
-        length = config.model_dump(mode="json", include=_LENGTH_FIELDS)
-        identity |= {"train": _identity(config), **length}
-    return Cell(
-        key=f"{quote(name, safe='@+')}-{_digest(identity, 8)}",
-        grids=(),
-        model=configs[0].model,
-        model_path=configs[0].model,
-        recipe=name,
-        recipe_text=str(parse(config.tune if config else FROZEN)),
-        trained_on=config.data.partition(":")[0] if config else None,
-        share=1.0,
-        seed=config.seed if config else None,
-        rate_source="given" if config and config.lr else "default",
-        rates=rates,
-        budget={"epochs": config.epochs} if config else None,
-        train=config,
-        evaluations=made,
-    )
-
-
 def plan(study: Study, search_rates: Mapping[str, float] | None = None) -> Plan:
     """The cells of a study.
 
@@ -212,6 +173,17 @@ def _add_cell(cells: dict[str, Cell], cell: Cell) -> None:
     )
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What is trained on what: a model, a recipe and its text, and a data set, by their names in the study's file."""
+
+    study: Study
+    model: str
+    recipe: str
+    text: str
+    data: str
+
+
 def _grid_cells(
     study: Study, name: str, grid: Grid, search_rates: Mapping[str, float], searches: dict[str, RateSearch]
 ) -> Iterator[Cell | None]:
@@ -222,63 +194,37 @@ def _grid_cells(
         if not recipe_methods(parse(text)):
             yield _base_cell(study, model, (name,), dict.fromkeys([*targets, data]))
             continue
-        for source, rates in _grid_rates(study, grid, model, recipe, text, data, search_rates, searches):
+        run = _Run(study, model, recipe, text, data)
+        for source, rates in _grid_rates(run, grid, search_rates, searches):
             for share, seed in product(grid.shares, grid.seeds):
-                yield (
-                    None
-                    if rates is None
-                    else _training_cell(
-                        study, (name,), model, recipe, text, data, share, seed, source, rates, grid.budget, targets
-                    )
-                )
+                if rates is None:
+                    yield None
+                else:
+                    yield _training_cell(run, name, share, seed, source, rates, grid.budget, targets)
 
 
 def _grid_rates(
-    study: Study,
-    grid: Grid,
-    model: str,
-    recipe: str,
-    text: str,
-    data: str,
-    search_rates: Mapping[str, float],
-    searches: dict[str, RateSearch],
+    run: _Run, grid: Grid, search_rates: Mapping[str, float], searches: dict[str, RateSearch]
 ) -> Iterator[tuple[Source, dict[str, float] | None]]:
     """The learning rates of a recipe by method, with their source; None if the search is unfinished.
 
     The recipe is trained once with each. A search that the grid needs is added to `searches`.
     """
-    defaults = default_rates(text)
+    defaults = default_rates(run.text)
     if isinstance(grid.learning_rates, list):
         yield from (("given", dict.fromkeys(defaults, rate)) for rate in grid.learning_rates)
     elif grid.learning_rates == "default" or len(defaults) > 1:
         yield "default", defaults
     else:
         (method,) = defaults  # only recipes with a single method are searched
-        tried_rates = sorted(study.search.rates.get(method) or _neighbouring_rates(defaults[method]))
-        budget = study.search.budget or grid.budget
-        search = RateSearch(
-            model,
-            recipe,
-            data,
-            tuple(_budget_fields(budget).items()),
-            tuple(
-                _training_cell(
-                    study,
-                    (SEARCH,),
-                    model,
-                    recipe,
-                    text,
-                    data,
-                    100.0,
-                    study.search.seed,
-                    "given",
-                    {method: rate},
-                    budget,
-                    None,
-                )
-                for rate in tried_rates
-            ),
-        )
+        options = run.study.search
+        rates = sorted(options.rates.get(method) or _neighbouring_rates(defaults[method]))
+        budget = options.budget or grid.budget
+        cells = [
+            _training_cell(run, SEARCH, 100.0, options.seed, "given", {method: rate}, budget, None) for rate in rates
+        ]
+        length = tuple(_budget_fields(budget).items())
+        search = RateSearch(run.model, run.recipe, run.data, length, tuple(cells))
         searches[search.id] = search
         yield "search", {method: search_rates[search.id]} if search.id in search_rates else None
 
@@ -291,12 +237,8 @@ def _neighbouring_rates(rate: float) -> list[float]:
 
 
 def _training_cell(
-    study: Study,
-    grids: tuple[str, ...],
-    model: str,
-    recipe: str,
-    text: str,
-    data: str,
+    run: _Run,
+    grid: str,
     share: float,
     seed: int,
     source: Source,
@@ -305,6 +247,7 @@ def _training_cell(
     targets: Sequence[str] | None,
 ) -> Cell:
     """A cell that trains; without `targets` it is evaluated on the validation split of its training data."""
+    study, model, data = run.study, run.model, run.data
     base, options = study.model(model), study.datasets[data]
     train_options = study.train.model_dump(exclude_none=True)
     if base.train is not None:
@@ -313,7 +256,7 @@ def _training_cell(
     train = TrainConfig.checked(
         model=base.path,
         out=_UNSET_PATH,
-        tune=text,
+        tune=run.text,
         split=options.train_split,
         share=share / 100 if share < 100 else None,
         seed=seed,
@@ -334,7 +277,7 @@ def _training_cell(
             for target in (*targets, *home)
         ]
     return Cell(
-        _digest(identity, 16), grids, model, base.path, recipe, text, data, share / 100, seed, source, rates,
+        _digest(identity, 16), (grid,), model, base.path, run.recipe, run.text, data, share / 100, seed, source, rates,
         length, train, tuple(evaluations),
     )  # fmt: skip
 
@@ -391,6 +334,42 @@ def _evaluation(study: Study, model: str, data: str, role: Role) -> Evaluation:
     return Evaluation(data, role, config)
 
 
+def single_cell(name: str, train: Mapping[str, Any] | None, *evaluations: Mapping[str, Any]) -> Cell:
+    """A cell that no study's file describes: one of the demo or of a benchmark.
+
+    Args:
+        name: the cell's name, unique among its neighbours; it is the recipe that progress bars show.
+        train: options of `TrainConfig` without `out`; None for the base as it is.
+        evaluations: options of `EvaluateConfig` without `out` and `adapter`; each is evaluated after the training.
+    """
+    config = None if train is None else TrainConfig.checked(out=_UNSET_PATH, **train)
+    configs = [EvaluateConfig.checked(out=_UNSET_PATH, **options) for options in evaluations]
+    role: Role = "zero-shot" if config is None else "in"
+    made = tuple(Evaluation(options.data.partition(":")[0], role, options) for options in configs)
+    identity: dict[str, Any] = {"format": FORMAT, "name": name}
+    rates: dict[str, float] = {}
+    if config is not None:
+        rates = {method: config.lr or rate for method, rate in default_rates(config.tune).items()}
+        length = config.model_dump(mode="json", include=_LENGTH_FIELDS)
+        identity |= {"train": _identity(config), **length}
+    return Cell(
+        key=f"{quote(name, safe='@+')}-{_digest(identity, 8)}",
+        grids=(),
+        model=configs[0].model,
+        model_path=configs[0].model,
+        recipe=name,
+        recipe_text=str(parse(config.tune if config else FROZEN)),
+        trained_on=config.data.partition(":")[0] if config else None,
+        share=1.0,
+        seed=config.seed if config else None,
+        rate_source="given" if config and config.lr else "default",
+        rates=rates,
+        budget={"epochs": config.epochs} if config else None,
+        train=config,
+        evaluations=made,
+    )
+
+
 def _data_options(options: Data) -> dict[str, Any]:
     """The options that a data set has in common with `train` and `evaluate`."""
     fields = {"data", "root", "language", "image_disjoint", "group_by", "task", "sections", "text_only"}
@@ -417,45 +396,3 @@ def _digest(value: Any, length: int) -> str:
     """The first `length` hexadecimal digits of the SHA-256 of a value as canonical JSON."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:length]
-
-
-@dataclass
-class PairCounts:
-    """Counts the pairs that cells train on and answer; opens each data set once.
-
-    A count is None if the data set cannot be opened on this machine, or if the budget is in minutes.
-    """
-
-    study: Study
-
-    def __post_init__(self) -> None:
-        self._opened: dict[str, Dataset | None] = {}
-
-    def training_pairs(self, cell: Cell) -> int | None:
-        """The pairs that a cell trains on, exact up to the last step; 0 for the frozen base."""
-        if cell.train is None or cell.budget is None:
-            return 0
-        if "pairs" in cell.budget:
-            return int(cell.budget["pairs"])
-        assert cell.trained_on is not None
-        dataset = self._open(cell.trained_on)
-        if dataset is None or "epochs" not in cell.budget:
-            return None
-        return round(cell.budget["epochs"] * len(cell.train.select(dataset.split(cell.train.split))))
-
-    def answered_pairs(self, cell: Cell) -> int | None:
-        """The pairs that a cell answers in its evaluations."""
-        total = 0
-        for evaluation in cell.evaluations:
-            if (dataset := self._open(evaluation.dataset)) is None:
-                return None
-            total += len(dataset.split(evaluation.config.split)[: evaluation.config.limit])
-        return total
-
-    def _open(self, name: str) -> Dataset | None:
-        if name not in self._opened:
-            try:
-                self._opened[name] = open_configured(self.study.datasets[name])
-            except InputError:
-                self._opened[name] = None
-        return self._opened[name]

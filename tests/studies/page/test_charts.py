@@ -8,44 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from normtune.studies.page.charts import (
-    Axis,
-    Dot,
-    Level,
-    Line,
     Point,
-    Row,
-    axis_limits,
+    Series,
     draw_dot_rows,
     draw_heat_map,
     draw_lines,
     draw_scatter,
     spread_heights,
 )
+from normtune.studies.page.drawing import Axis, Level
 
 LINEAR = Axis("score (%)", "{:g}".format)
 LOG = Axis("share", "{:g}".format, log=True)
-numbers = st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=8)
-
-
-@given(numbers, st.sampled_from([LINEAR, LOG]))
-def test_an_axis_includes_all_values(values: list[float], axis: Axis) -> None:
-    low, high = axis_limits(axis, values, [])
-    assert low < min(values) and max(values) < high
-
-
-def test_an_interval_much_wider_than_the_differences_does_not_set_the_axis() -> None:
-    low, high = axis_limits(LINEAR, [0.30, 0.35], [-2.0, 3.0])
-    assert low > 0.2 and high < 0.45
-    assert axis_limits(LINEAR, [0.30, 0.35], [0.28, 0.37])[1] > 0.37
-
-
-def test_equal_values_still_have_an_axis() -> None:
-    low, high = axis_limits(Axis("score", str, min_span=0.02, bounds=(0.0, 1.0)), [0.0, 0.0], [])
-    assert low == 0.0 and 0.009 < high < 0.014  # half of the least span, and a margin
-
-
-def test_an_axis_from_zero_includes_zero() -> None:
-    assert axis_limits(Axis("points", str, from_zero=True), [5.0, 9.0], [])[0] == 0.0
 
 
 @given(st.lists(st.floats(0, 300), min_size=1, max_size=15))
@@ -56,8 +30,8 @@ def test_spread_heights_keep_their_order_and_distance(preferred: list[float]) ->
     assert min(heights) >= -1e-6 and max(heights) <= 300 + 1e-6
 
 
-def point(name: str, x: float, y: float, reach: float = 1.0) -> Point:
-    return Point(name, "ln", x, y, y - reach, y + reach, f"{name}: {y}")
+def mark(name: str, x: float, y: float, reach: float = 1.0) -> Series:
+    return Series(name, "ln", (Point(x, y, y - reach, y + reach, f"{name}: {y}"),))
 
 
 def texts(svg: str) -> dict[str, tuple[float, float]]:
@@ -67,49 +41,53 @@ def texts(svg: str) -> dict[str, tuple[float, float]]:
 
 
 def test_names_of_coinciding_marks_do_not_overlap() -> None:
-    svg = draw_scatter("label", [point(name, 1.0, 5.0) for name in ("one", "two", "six")], LOG, LINEAR)
+    svg = draw_scatter("label", [mark(name, 1.0, 5.0) for name in ("one", "two", "six")], LOG, LINEAR)
     positions = [texts(svg)[name] for name in ("one", "two", "six")]
     for (x, y), (other_x, other_y) in combinations(positions, 2):
         assert abs(x - other_x) > 8 or abs(y - other_y) > 10
 
 
 def test_a_name_at_the_right_edge_stays_inside_the_drawing() -> None:
-    svg = draw_scatter("label", [point("first", 0.1, 1.0), point("a-very-long-name", 1.0, 2.0)], LOG, LINEAR)
+    svg = draw_scatter("label", [mark("first", 0.1, 1.0), mark("a-very-long-name", 1.0, 2.0)], LOG, LINEAR)
     assert re.search(r"text-anchor:end[^>]*>a-very-long-name<", svg)
 
 
 def test_only_labelled_points_have_a_name_but_all_have_a_tooltip() -> None:
-    points = [point("shown", 0.1, 1.0), Point("hidden", "full", 1.0, 2.0, 1.0, 3.0, "hidden: 2", labelled=False)]
-    svg = draw_scatter("label", points, LOG, LINEAR, Level("frozen base", 1.5, -9.0, 9.0))
+    marks = [
+        mark("shown", 0.1, 1.0),
+        Series("hidden", "full", (Point(1.0, 2.0, 1.0, 3.0, "hidden: 2"),), labelled=False),
+    ]
+    svg = draw_scatter("label", marks, LOG, LINEAR, Level("frozen base", 1.5, -9.0, 9.0))
     assert "shown" in texts(svg) and "hidden" not in texts(svg) and "frozen base" in texts(svg)
     assert svg.count("<title>") == 2 and "<title>hidden: 2</title>" in svg
 
 
 @pytest.mark.parametrize(("reach", "arrowheads"), [(0.5, 0), (50.0, 2)])
 def test_an_interval_that_the_axis_cuts_off_ends_in_an_arrowhead(reach: float, arrowheads: int) -> None:
-    svg = draw_scatter("label", [point("a", 0.1, 1.0, reach), point("b", 1.0, 2.0)], LOG, LINEAR)
+    svg = draw_scatter("label", [mark("a", 0.1, 1.0, reach), mark("b", 1.0, 2.0)], LOG, LINEAR)
     assert len(re.findall(r'<path style="fill:var\(--ln\)|<path [^>]*style="fill:var\(--ln\)', svg)) == arrowheads
 
 
 def test_ticks_are_round_and_formatted() -> None:
     percent = Axis("score", lambda value: f"{round(100 * value)}%")
-    svg = draw_scatter("label", [point("a", 0.01, 0.27, 0.0), point("b", 1.0, 0.41, 0.0)], LOG, percent)
+    svg = draw_scatter("label", [mark("a", 0.01, 0.27, 0.0), mark("b", 1.0, 0.41, 0.0)], LOG, percent)
     assert [text for text in texts(svg) if text.endswith("%")] == ["30%", "35%", "40%"]
     assert {"0.01", "0.1", "1"} <= texts(svg).keys()
 
 
 def test_text_is_text_and_is_escaped() -> None:
-    svg = draw_dot_rows("a & b", [Row("<b> $x$", "full", (Dot(1.0, 0.5, 1.5, False, "<i>"),))], LINEAR)
+    svg = draw_dot_rows("a & b", [Series("<b> $x$", "full", (Point(1.0, 0.0, 0.5, 1.5, "<i>"),))], LINEAR)
     assert "&lt;b&gt; $x$</text>" in svg and "<title>&lt;i&gt;</title>" in svg and 'aria-label="a &amp; b"' in svg
 
 
 def test_a_drawing_has_no_ids_and_the_colours_of_the_page() -> None:
-    lines = [Line("ln", "ln", (point("ln", 1, 2), point("ln", 2, 3))), Line("full", "full", (point("full", 1, 4),), 0)]
-    for highlighted in (False, True):
-        svg = draw_lines("label", lines, LINEAR, LINEAR, label_highlighted=highlighted)
+    points = (Point(1, 2, 1, 3), Point(2, 3, 2, 4, outlined=True))
+    lines = [Series("ln", "ln", points), Series("full", "full", (Point(1, 4, 3, 5),))]
+    for label_solid in (False, True):
+        svg = draw_lines("label", lines, LINEAR, LINEAR, label_solid=label_solid)
         assert not re.search(r"\bid=|url\(|href|xmlns|#[0-9a-f]{6}", svg)
         assert "stroke:var(--ln)" in svg and "fill:var(--full)" in svg
-        assert svg == draw_lines("label", lines, LINEAR, LINEAR, label_highlighted=highlighted)
+        assert svg == draw_lines("label", lines, LINEAR, LINEAR, label_solid=label_solid)
 
 
 @pytest.mark.parametrize(("layers", "is_wider"), [(6, False), (80, True)])

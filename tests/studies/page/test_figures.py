@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from normtune.studies.page import figures
-from normtune.studies.page.charts import Point
+from normtune.studies.page.charts import Point, Series
 from normtune.studies.page.figures import binned_means, label_pareto_front
 from normtune.studies.page.norm_maps import heat_maps, map_cell
 from normtune.studies.page.results import Results
@@ -30,7 +30,7 @@ def test_every_trained_recipe_is_a_mark_in_the_scatter_plot(study: Results) -> N
 
 def test_only_the_pareto_front_and_the_reference_are_labelled() -> None:
     marks = [
-        Point(name, "ln", x, y, y, y, "")
+        Series(name, "ln", (Point(x, y, y, y),))
         for name, x, y in (
             ("cheap", 1, 0.2),
             ("worse", 2, 0.1),
@@ -39,7 +39,7 @@ def test_only_the_pareto_front_and_the_reference_are_labelled() -> None:
             ("expensive", 5, 0.5),
         )
     ]
-    labelled = [point.name for point in label_pareto_front(marks, "reference") if point.labelled]
+    labelled = [mark.name for mark in label_pareto_front(marks, "reference") if mark.labelled]
     assert labelled == ["cheap", "reference", "best", "expensive"]
 
 

@@ -24,7 +24,8 @@ from normtune.runtime.number_format import (
     format_tick,
 )
 from normtune.studies.page import charts
-from normtune.studies.page.charts import Axis, Dot, Level, Line, Point, Row
+from normtune.studies.page.charts import Point, Series
+from normtune.studies.page.drawing import Axis, Level
 from normtune.studies.page.results import SEARCH, Arm, Estimate, Record, Results, Setting, is_fraction, metric_name
 
 BINS = 60  # largest number of points of a loss curve
@@ -107,45 +108,40 @@ def _cost_panels(
             ]
             if len(scores) < 2:
                 continue
-            marks = [
-                Point(
-                    arm.name,
-                    arm.family,
-                    value,
-                    score.value,
-                    score.low,
-                    score.high,
-                    _point_tooltip(arm, metric, score, format_value(value)),
-                )
-                for arm, value, score in scores
-            ]
+            marks = []
+            for arm, value, score in scores:
+                seconds = arm.mean("train_seconds")
+                tooltip = f"{arm.name}: {format_interval(metric, score)} at {format_value(value)}"
+                tooltip += f", {format_duration(seconds)}" if seconds is not None else ""
+                marks.append(Series(arm.name, arm.family, (make_point(value, score, tooltip),)))
             if len(marks) > MAX_LABELS:
                 marks = label_pareto_front(marks, results.reference_recipe(setting))
             y = score_axis(metric, dataset)
-            chart = charts.draw_scatter(
-                f"{y.title} against {x.title}: {setting.description}",
-                marks,
-                x,
-                y,
-                _base_level(results, setting, dataset),
-            )
+            label = f"{y.title} against {x.title}: {setting.description}"
+            chart = charts.draw_scatter(label, marks, x, y, _base_level(results, setting, dataset))
             rows = tuple(
                 (arm.name, format_value(value), format_interval(metric, score)) for arm, value, score in scores
             )
             yield Panel(setting_title(results, setting), chart, ("recipe", column, y.title), rows)
 
 
-def label_pareto_front(points: Sequence[Point], reference: str | None) -> list[Point]:
-    """Label only the points on the Pareto front, and the reference.
+def make_point(x: float, score: Estimate, tooltip: str) -> Point:
+    """A mark at `x` with a score and its interval."""
+    return Point(x, score.value, score.low, score.high, tooltip)
 
-    A point is on the front if no other point has a higher `y` at the same or a lower `x`.
+
+def label_pareto_front(marks: Sequence[Series], reference: str | None) -> list[Series]:
+    """Label only the recipes on the Pareto front, and the reference.
+
+    A mark is on the front if no other mark has a higher `y` at the same or a lower `x`.
     """
+    points = [mark.points[0] for mark in marks]
     return [
         replace(
-            point,
-            labelled=point.name == reference or not any(other.x <= point.x and other.y > point.y for other in points),
+            mark,
+            labelled=mark.name == reference or not any(other.x <= point.x and other.y > point.y for other in points),
         )
-        for point in points
+        for mark, point in zip(marks, points, strict=True)
     ]
 
 
@@ -154,14 +150,15 @@ def transfer(results: Results) -> Iterator[Panel]:
     for grid, model, dataset in _evaluated_sets(results):
         metric = results.primary_metric(dataset)
         settings = [s for s in results.settings() if (s.grid, s.model) == (grid, model)]
-        rows: dict[str, tuple[str, list[Dot]]] = {}
+        rows: dict[str, tuple[str, list[Point]]] = {}
         table = []
         for setting in sorted(settings, key=lambda s: s.trained_on != dataset):
             for arm in results.full_data_arms(setting):
                 if score := results.estimate(arm, dataset, metric):
                     interval = format_interval(metric, score)
                     tooltip = f"{arm.name}, trained on {setting.trained_on}: {interval}"
-                    dot = Dot(score.value, score.low, score.high, setting.trained_on != dataset, tooltip)
+                    outlined = setting.trained_on != dataset
+                    dot = Point(score.value, 0.0, score.low, score.high, tooltip, outlined)
                     rows.setdefault(arm.name, (arm.family, []))[1].append(dot)
                     table.append((arm.name, setting.trained_on, interval))
         if not any(dot.outlined for _, dots in rows.values() for dot in dots):
@@ -171,7 +168,7 @@ def transfer(results: Results) -> Iterator[Panel]:
         if base:
             table.append(("frozen base", "nothing (zero-shot)", format_interval(metric, base)))
         axis = score_axis(metric, dataset)
-        chart_rows = [Row(name, family, tuple(dots)) for name, (family, dots) in rows.items()]
+        chart_rows = [Series(name, family, tuple(dots)) for name, (family, dots) in rows.items()]
         chart = charts.draw_dot_rows(f"{axis.title} of {model}, by training data", chart_rows, axis, level)
         title = f"{model} evaluated on {dataset}"
         yield Panel(title_with_grid(results, title, grid), chart, ("recipe", "trained on", axis.title), tuple(table))
@@ -190,9 +187,8 @@ def forgetting(results: Results) -> Iterator[Panel]:
                     continue
                 value, low, high = (format_points(end) for end in (lost.value, lost.low, lost.high))
                 text = f"{value} [{low}, {high}] points"
-                rows.append(
-                    Row(arm.name, arm.family, (Dot(lost.value, lost.low, lost.high, False, f"{arm.name}: {text}"),))
-                )
+                dot = Point(lost.value, 0.0, lost.low, lost.high, f"{arm.name}: {text}")
+                rows.append(Series(arm.name, arm.family, (dot,)))
                 table.append((arm.name, text, str(lost.seeds)))
             if not rows:
                 continue
@@ -216,8 +212,7 @@ def loss_curves(results: Results) -> Iterator[Panel]:
             means = binned_means([losses[cell["key"]] for cell in arm.cells if cell["key"] in losses])
             if len(means) < 2:
                 continue
-            marks = tuple(Point(arm.name, arm.family, step, loss, loss, loss, "") for step, loss in means)
-            lines.append(Line(arm.name, arm.family, marks))
+            lines.append(Series(arm.name, arm.family, tuple(Point(step, loss, loss, loss) for step, loss in means)))
             losses_text = format_significant(means[0][1]), format_significant(means[-1][1])
             table.append((arm.name, *losses_text, f"{means[-1][0]:,.0f}"))
         if not lines:
@@ -245,16 +240,14 @@ def share_curves(results: Results) -> Iterator[Panel]:
                 if score := results.estimate(arm, dataset, metric):
                     interval = format_interval(metric, score)
                     tooltip = f"{arm.name} with {format_share(arm.share)}: {interval}"
-                    points_of.setdefault(arm.name, []).append(
-                        Point(arm.name, arm.family, arm.share, score.value, score.low, score.high, tooltip)
-                    )
+                    points_of.setdefault(arm.name, []).append(make_point(arm.share, score, tooltip))
                     families[arm.name] = arm.family
                     table.append((arm.name, format_share(arm.share), interval))
             if not points_of:
                 continue
             x = Axis("share of the training images (log scale)", _percent_tick, log=True)
             y = score_axis(metric, dataset)
-            lines = [Line(name, families[name], tuple(marks)) for name, marks in points_of.items()]
+            lines = [Series(name, families[name], tuple(marks)) for name, marks in points_of.items()]
             level = _base_level(results, setting, dataset)
             chart = charts.draw_lines(f"{y.title} over {x.title}: {setting.description}", lines, x, y, level)
             yield Panel(setting_title(results, setting), chart, ("recipe", "share", y.title), tuple(table))
@@ -288,18 +281,19 @@ def rate_curves(results: Results) -> Iterator[Panel]:
             highlighted = next((index for index, (cell, _) in enumerate(scored) if _rate(cell) in selected), None)
             arm = Arm(Setting(SEARCH, model, dataset), 1.0, recipe, None, tuple(trials))
             points = []
-            for cell, row in scored:
+            for index, (cell, row) in enumerate(scored):
                 rate = _rate(cell)
                 score = Estimate(row["value"], row["low"], row["high"], 1)
                 tooltip = f"{recipe} at {rate:g}: {format_interval(metric, score)}"
-                points.append(Point(recipe, arm.family, rate, score.value, score.value, score.value, tooltip))
+                outlined = index != highlighted and highlighted is not None
+                points.append(Point(rate, score.value, score.value, score.value, tooltip, outlined))
                 note = "chosen" if rate in selected else ""
                 table.append((recipe, f"{rate:g}", format_interval(metric, score), note))
-            lines.append(Line(recipe, arm.family, tuple(points), highlighted))
+            lines.append(Series(recipe, arm.family, tuple(points)))
         if lines:
             x = Axis("learning rate (log scale)", format_tick, log=True)
             y = score_axis(metric, dataset, ", validation")
-            chart = charts.draw_lines(f"{y.title} over {x.title}: {model}", lines, x, y, label_highlighted=True)
+            chart = charts.draw_lines(f"{y.title} over {x.title}: {model}", lines, x, y, label_solid=True)
             yield Panel(f"{model} on {dataset}", chart, ("recipe", "learning rate", y.title, ""), tuple(table))
 
 
@@ -383,13 +377,6 @@ def _base_level(results: Results, setting: Setting, dataset: str) -> Level | Non
     """The frozen base's score on a data set as a line across the chart; None if it was not evaluated."""
     base = results.frozen_estimate(setting.model, dataset, results.primary_metric(dataset))
     return None if base is None else Level("frozen base", base.value, base.low, base.high)
-
-
-def _point_tooltip(arm: Arm, metric: str, score: Estimate, value: str) -> str:
-    """The tooltip of a point: recipe, score, cost and training time."""
-    seconds = arm.mean("train_seconds")
-    time_note = f", {format_duration(seconds)}" if seconds is not None else ""
-    return f"{arm.name}: {format_interval(metric, score)} at {value}{time_note}"
 
 
 def setting_title(results: Results, setting: Setting) -> str:
