@@ -23,6 +23,7 @@ class FakeFamily:
     """
 
     device = torch.device("cpu")
+    dtype = torch.float32
     adapter = None
 
     def __init__(self, answers: dict[str, str], log_prob: Callable[[str, str], float] | None = None) -> None:

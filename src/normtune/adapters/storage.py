@@ -272,7 +272,7 @@ def load_model(
     model: str,
     adapter: Path | None = None,
     *,
-    dtype: str = "float32",
+    dtype: str = "auto",
     device: str | None = None,
     quantize: str | None = None,
 ) -> Family:

@@ -22,7 +22,7 @@ def inspect(
     cap: Annotated[int | None, typer.Option(help="Maximum number of questions per image in a group.")] = None,
     memory: Annotated[str | None, typer.Option(help="fast, balanced or tight; see train --help.")] = None,
     quantize: Quantize = None,
-    dtype: Annotated[str | None, typer.Option(help="Dtype of the base: float32 or bfloat16.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Dtype of the base: float32, bfloat16 or auto.")] = None,
     device: Device = None,
     json: Json = False,
 ) -> None:

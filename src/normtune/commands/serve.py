@@ -47,7 +47,7 @@ def serve(
     queue_limit: Annotated[int, typer.Option(min=1, help="Maximum queue length; then status 429.")] = 256,
     adapter_memory: Annotated[int | None, typer.Option(min=1, help="MiB for adapters; default: 256.")] = None,
     lora_rank: Annotated[int, typer.Option(min=0, help="Maximum LoRA rank; 0: norm adapters only.")] = 0,
-    dtype: Annotated[str, typer.Option(help="Dtype of the base: float32 or bfloat16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="Dtype of the base: float32, bfloat16 or auto (by the device).")] = "auto",
     device: Device = None,
     quantize: Quantize = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Log errors only, not every request.")] = False,

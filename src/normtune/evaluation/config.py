@@ -48,7 +48,9 @@ class EvaluateConfig(DataOptions):
     normalisation: Literal["vqa", "none"] = Field(
         "vqa", description="Normalisation of answers before they are compared."
     )
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Data type of the base model.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Data type of the base model; auto: bfloat16 on a GPU that supports it, else float32."
+    )
     quantize: Literal["int8", "nf4"] | None = Field(
         None, description="Quantise the language model's linear layers to 8 bits (torchao) or 4 (bitsandbytes)."
     )

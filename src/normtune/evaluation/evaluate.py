@@ -108,7 +108,7 @@ def evaluate(
     if config.out is not None:
         make_directory(config.out)
     baseline, cache = _baseline_and_cache(family, dataset, config)
-    memory.reset_peak()
+    memory.reset_peak(family and family.device)
     started = time.perf_counter()
     predictions, peak = answerer.predict(dataset, baseline, cache)
     seconds = time.perf_counter() - started
@@ -140,6 +140,7 @@ def evaluate(
             # else resident memory of the process
             peak_memory_bytes=peak,
             device="cpu" if family is None else str(family.device),
+            dtype=None if family is None else str(family.dtype).removeprefix("torch."),
         )
     )
     evaluation = Evaluation(examples, predictions, record, controls, config.out)
@@ -210,7 +211,7 @@ class _Answerer:
             finally:
                 self.family.uses_checkpoint_settings = settings
         with distributed.lost_process_as_error():
-            results = distributed.all_gather((predictions, memory.peak_memory_bytes()))
+            results = distributed.all_gather((predictions, memory.peak_memory_bytes(self.family and self.family.device)))
         all_predictions = [prediction for predictions, _ in results for prediction in predictions]
         return Predictions(self.examples, all_predictions), max(peak for _, peak in results)
 

@@ -75,6 +75,12 @@ class Family(ABC):
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the base's weights; trained values are fp32 in any."""
+        dtype: torch.dtype = self.model.dtype  # type: ignore[assignment]
+        return dtype
+
     @classmethod
     @abstractmethod
     def load(
@@ -169,7 +175,8 @@ class Family(ABC):
         """
         states, labels, _ = self.answer_states(batch)
         loss_sum = answer_loss(self.head, states, labels, vocabulary=self.vocabulary, label_smoothing=label_smoothing)
-        return loss_sum, torch.tensor(len(labels), device=loss_sum.device)
+        # filled on the device: a copy from the host would wait for it
+        return loss_sum, torch.full((), len(labels), device=loss_sum.device)
 
     def log_probs(self, batch: Batch) -> Tensor:
         """The log-probability of each segment's answer, in the order given: [segments]."""

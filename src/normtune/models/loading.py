@@ -42,13 +42,13 @@ _SHAPES = "shapes"  # directory with configs of well-known models, for counting 
 
 
 def load(
-    model: str, *, dtype: str | torch.dtype = "float32", device: str | None = "cpu", quantize: str | None = None
+    model: str, *, dtype: str | torch.dtype = "auto", device: str | None = "cpu", quantize: str | None = None
 ) -> Family:
     """Load a base model with its processor.
 
     Args:
         model: 'nano', a local directory, or a name of the hub.
-        dtype: the dtype of the weights.
+        dtype: the dtype of the weights, or "auto"; see `resolve_dtype`.
         device: where the model is put; None is CUDA if there is one, else the CPU.
         quantize: "int8" or "nf4": the linears of the language model's layers are quantised while they are
             read, so that the whole base is never in memory in `dtype`.
@@ -62,7 +62,7 @@ def load(
     target = resolve_device(device)
     source = _source(model)
     family = family_type(model)
-    torch_dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    torch_dtype = getattr(torch, resolve_dtype(dtype, target)) if isinstance(dtype, str) else dtype
     check_sentencepiece(Path(source), _TOKENIZER_ADVICE)
     loaded: Family
     if quantize is None:
@@ -182,6 +182,20 @@ def resolve_device(name: str | None) -> torch.device:
             f"device '{name}' is not available on this machine. Use cpu, or cuda if there is a GPU."
         ) from error
     return torch.device(name)
+
+
+def resolve_dtype(name: str, device: torch.device) -> str:
+    """The name of the dtype in which a base is loaded; "auto" depends on the device.
+
+    Auto is bfloat16 on a GPU that computes in it (about ten times as fast as float32, with half the memory), and
+    float32 elsewhere: on CPUs, most of which multiply bf16 matrices slowly, and on GPUs before NVIDIA's Ampere.
+    """
+    import torch
+
+    if name != "auto":
+        return name
+    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if on_gpu else "float32"
 
 
 def known_architectures() -> list[str]:

@@ -7,26 +7,27 @@ import resource
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD, an option of glibc's mallopt
 _MIN_MMAP_BYTES = 1 << 18  # blocks from this size on are returned to the system when they are freed
 
 
-def reset_peak() -> None:
-    """Reset the peak, where the platform can (CUDA; Linux for the resident set)."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+def reset_peak(device: torch.device | None = None) -> None:
+    """Reset the peak of a device and of the host, where the platform can (CUDA; Linux for the resident set)."""
+    if device is not None and device.type == "cuda":
+        sys.modules["torch"].cuda.reset_peak_memory_stats(device)
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # Linux: sets VmHWM to the current resident set
 
 
-def peak_memory_bytes() -> int:
-    """Peak bytes since `reset_peak`: allocated on the current CUDA device, else resident on the host."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
+def peak_memory_bytes(device: torch.device | None = None) -> int:
+    """Peak bytes since `reset_peak`: allocated on a CUDA device, resident on the host for any other and for None."""
+    if device is not None and device.type == "cuda":
+        return int(sys.modules["torch"].cuda.max_memory_allocated(device))
     return host_peak_bytes()
 
 

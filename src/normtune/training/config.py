@@ -41,8 +41,10 @@ class TrainConfig(DataOptions):
         "pairs", description="Balance batches by pairs or by tokens; --batch is then the mean number of pairs."
     )
     # memory and speed
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Dtype of the frozen weights; trained values are fp32."
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Dtype of the frozen weights; trained values are fp32. auto: bfloat16 on a GPU that supports it, "
+        "else float32.",
     )
     quantize: Literal["int8", "nf4"] | None = Field(
         None, description="Quantise the language model's linear layers: int8 (torchao) or nf4 (bitsandbytes)."

@@ -107,7 +107,12 @@ def load_state(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None
         }
         for index, entry in stored["state"].items()
     }
-    optimizer.load_state_dict({"state": state, "param_groups": stored["param_groups"]})
+    # the kernel is this run's: a fused one needs all parameters on a GPU
+    groups = [
+        stored_group | {"fused": group.get("fused")}
+        for stored_group, group in zip(stored["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _has_shape_of(value: Any, parameter: Tensor) -> bool:

@@ -121,7 +121,7 @@ def compile_layers(model: nn.Module, enabled: bool = True, *, backend: Any = "in
     except FailOnRecompileLimitHit as error:
         raise InputError(
             f"--compile: torch.compile needs more than {MAX_GRAPHS} graphs for the layers of this model. "
-            "Leave out --compile; the run then resumes from its last checkpoint."
+            "Leave out --compile."
         ) from error
     except BackendCompilerFailed as error:  # compilation happens at the first call, so inside the block
         reason = str(error.inner_exception).splitlines()[0].rstrip(".")

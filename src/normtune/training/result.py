@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from normtune.errors import InputError
@@ -47,6 +48,8 @@ class TrainResult(Result):
     resumed_from_step: int | None = None
     already_finished: bool = False  # the adapter of the same run was in `out` already; nothing was trained
     earlier_run: str | None = None  # folder to which --overwrite moved what was in `out`
+    device: str = "cpu"  # where the base was trained, such as cuda:0
+    dtype: str = "float32"  # of the frozen weights
 
     @property
     def adapter(self) -> Path:
@@ -77,7 +80,8 @@ class TrainResult(Result):
         lines += [
             f"{self.recipe}: {self.trainable:,} of {self.total:,} parameters ({100 * self.share:.4f}%)",
             f"{self.pairs:,} pairs in {self.steps:,} steps, {self.seconds:.1f} s "
-            f"({self.pairs_per_second:.1f} pairs/s), peak memory {self.peak_memory_bytes / 2**20:,.0f} MiB",
+            f"({self.pairs_per_second:.1f} pairs/s), peak memory {self.peak_memory_bytes / 2**20:,.0f} MiB, "
+            f"{self.dtype} on {self.device}",
         ]
         if self.earlier_run is not None:
             lines.append(f"moved the earlier run in {self.out} to {self.earlier_run}")
@@ -127,12 +131,14 @@ def build_result(
     resumed_from_step: int | None,
     seconds: float,
     computed_once: str | None,
+    device: torch.device,
 ) -> tuple[TrainResult, dict[str, Any]]:
     """Compare the trained values with those before training and collect the result of a run.
 
     Args:
         before: copies of `tuned.trained` from before training, by name.
         losses: the loss log, (step, mean loss per answer token since the previous entry).
+        device: where the base was trained.
         resumed_pairs: pairs of `pairs` that were seen before the last start, to which `seconds` does not extend.
 
     Returns:
@@ -149,7 +155,9 @@ def build_result(
         steps=steps,
         seconds=seconds,
         pairs_per_second=(pairs - resumed_pairs) / seconds,
-        peak_memory_bytes=max(distributed.all_gather(memory.peak_memory_bytes())),
+        peak_memory_bytes=max(distributed.all_gather(memory.peak_memory_bytes(device))),
+        device=str(device),
+        dtype=config.dtype,
         computed_once=computed_once,
         final_loss=losses[-1][1] if losses else None,
         changed=changes.share,

@@ -24,6 +24,7 @@ from normtune.errors import InputError
 from normtune.methods.adapt import restore_base
 from normtune.methods.recipe import parse
 from normtune.models.family import Family
+from normtune.models.loading import resolve_device, resolve_dtype
 from normtune.runtime import distributed, memory
 from normtune.runtime.files import write_json
 from normtune.training.checkpoints import RUN_FILE, Checkpoint, delete_checkpoints, last_checkpoint
@@ -62,6 +63,9 @@ def train(
     """
     parse(config.tune)  # first: a misspelt recipe fails before anything is loaded
     distributed.init_processes(config.device)
+    # resolved once: checkpoints and results name the dtype that was used
+    device = resolve_device(config.device) if family is None else family.device
+    config = config.model_copy(update={"dtype": resolve_dtype(config.dtype, device)})
     # tight is for machines with little memory: freed blocks return to the system at once
     if config.memory == "tight":
         memory.release_freed_memory()
@@ -170,7 +174,7 @@ def fit(setup: TrainingSetup, *, progress: TrainerCallback | None = None) -> tup
     if checkpoint is None and distributed.is_main_process():
         delete_checkpoints(config.out)
     distributed.barrier()  # no process may write a checkpoint before the old ones are deleted
-    memory.reset_peak()
+    memory.reset_peak(trainer.args.device)
     started = time.perf_counter()
     # from the inside out: modules that save less, compilation of the layers, recomputation of compiled layers
     with (
@@ -204,4 +208,5 @@ def fit(setup: TrainingSetup, *, progress: TrainerCallback | None = None) -> tup
         resumed_from_step=None if checkpoint is None else checkpoint.step,
         seconds=seconds,
         computed_once=setup.collate.cached_states,
+        device=trainer.args.device,
     )

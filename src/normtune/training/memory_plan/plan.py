@@ -30,7 +30,7 @@ from normtune.errors import InputError
 from normtune.methods.adapt import adapt
 from normtune.models.family import Family
 from normtune.models.image_cache import LIMIT_BYTES
-from normtune.models.loading import load_without_weights, resolve_device
+from normtune.models.loading import load_without_weights, resolve_device, resolve_dtype
 from normtune.models.quantization import PACKAGES, quantised_linears
 from normtune.runtime.memory import available_bytes, resident_bytes
 from normtune.runtime.text_table import text_table
@@ -129,7 +129,7 @@ def plan_memory(config: TrainConfig) -> MemoryPlan:
     )
     rows, tokens = costs.shape(whole)
     return MemoryPlan(
-        str(device), config.dtype, free, config.batch, _pairs(whole), rows, tokens, requested, tuple(options)
+        str(device), run.config.dtype, free, config.batch, _pairs(whole), rows, tokens, requested, tuple(options)
     )
 
 
@@ -156,6 +156,7 @@ class _WeightlessRun:
     def __init__(
         self, config: TrainConfig, dataset: Dataset, examples: Sequence[Example], device: torch.device
     ) -> None:
+        config = config.model_copy(update={"dtype": resolve_dtype(config.dtype, device)})
         self.config, self.device = config, device
         self.family: Family = load_without_weights(config.model)
         # parameters are on the meta device: shapes and dtypes only
