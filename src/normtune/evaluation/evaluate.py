@@ -210,8 +210,9 @@ class _Answerer:
                 predictions = self._answer(self.family, dataset, cache)
             finally:
                 self.family.uses_checkpoint_settings = settings
+        peak = memory.peak_memory_bytes(self.family and self.family.device)
         with distributed.lost_process_as_error():
-            results = distributed.all_gather((predictions, memory.peak_memory_bytes(self.family and self.family.device)))
+            results = distributed.all_gather((predictions, peak))
         all_predictions = [prediction for predictions, _ in results for prediction in predictions]
         return Predictions(self.examples, all_predictions), max(peak for _, peak in results)
 
