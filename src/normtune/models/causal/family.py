@@ -196,8 +196,10 @@ class CausalFamily(Family):
         image = batch["input_ids"] == self.image_token_id  # [B, S]
         # the image token's id may be past the end of the embedding, hence token 0 in its place
         embeds = self.decoder.get_input_embeddings()(batch["input_ids"].masked_fill(image, 0))
-        # features fill the image tokens in reading order: row by row, from left to right
-        return {"inputs_embeds": embeds.masked_scatter(image[..., None], features[FEATURES].to(embeds.dtype))}
+        # Features fill the image tokens in reading order: row by row, from left to right. Their places are counted on
+        # the host: with a mask in their place, the backward pass would wait for the device.
+        places = batch["image_places"].unbind(1)
+        return {"inputs_embeds": embeds.index_put(places, features[FEATURES].to(embeds.dtype))}
 
     # --- images and questions to tensors --------------------------------------------------------------------
 
@@ -270,6 +272,7 @@ class CausalFamily(Family):
             - input_ids, group_of, segment_of [B, S] long, as in `SharedSequence`;
             - token_index [B, S] long, the number of tokens before each in its own conversation;
             - position_ids [B, S] or [axes, B, S] long, the rotary positions;
+            - image_places [image tokens, 2] long, the row and column of each image token;
             - images: the result of `image_inputs`, or of `features` where images are encoded already;
             - feature_rows [image tokens] long if an image is in several groups, else None.
         """
@@ -286,6 +289,7 @@ class CausalFamily(Family):
             "segment_of": sequence.segment_of,
             "token_index": sequence.position_ids,
             "position_ids": self.positions(sequence, prefixes, pixels),
+            "image_places": (sequence.input_ids == self.image_token_id).nonzero(),
             "images": _precomputed_features(distinct) or self.image_inputs(distinct),
             "feature_rows": self._feature_rows(distinct, pixels),
         }
