@@ -59,3 +59,12 @@ def test_bad_input_is_an_input_error(model: Family, picture: Path, tmp_path: Pat
         normtune.ask(model, [], "why?")
     with pytest.raises(normtune.InputError, match=r"device is an option of normtune\.load"):
         normtune.ask(model, picture, "why?", device="cpu")
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_an_answer_says_whether_the_limit_cut_it(picture: Path, beams: int) -> None:
+    nano = normtune.load("nano", device="cpu")
+    whole = normtune.ask(nano, picture, "Is there a fracture?", beams=beams)
+    assert whole.finish_reason == "stop" and whole.text in ("yes", "no")
+    cut = normtune.describe(nano, picture, beams=beams, max_new_tokens=2)
+    assert cut.finish_reason == "length" and len(cut.tokens) == 2

@@ -1,4 +1,4 @@
-"""Runs in Python: names and objects give the same, models are loaded once, results are shown and plotted."""
+"""Runs in Python: names and objects give the same, models are loaded once, results are printed and plotted."""
 
 from __future__ import annotations
 
@@ -109,8 +109,8 @@ def test_a_progress_bar_is_drawn_on_stderr_unless_it_is_switched_off(
 ) -> None:
     model, data = normtune.load(base, device="cpu"), normtune.open_dataset(DATA)
     normtune.evaluate(model, data, limit=4)
-    shown = capsys.readouterr()
-    assert "answering" in shown.err and "4/4" in shown.err and not shown.out
+    printed = capsys.readouterr()
+    assert "answering" in printed.err and "4/4" in printed.err and not printed.out
     normtune.evaluate(model, data, limit=4, progress=False)
     assert capsys.readouterr() == ("", "")
 

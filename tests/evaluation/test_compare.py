@@ -99,7 +99,7 @@ def test_a_link_to_a_run_gives_the_run_its_name(tmp_path: Path) -> None:
     links = [tmp_path / name for name in ("frozen", "ln")]
     for link, run in zip(links, runs, strict=True):
         link.symlink_to(run)
-    comparison = compare_runs(links)
+    comparison = compare(links)
     assert comparison.baseline.name == "frozen" and list(comparison.differences) == ["ln"]
 
 

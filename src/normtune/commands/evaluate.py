@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from normtune.commands.app import Json, app, emit, options_from
-from normtune.errors import InputError, did_you_mean
 from normtune.evaluation.config import EvaluateConfig
 from normtune.runtime import distributed
 from normtune.runtime.progress import progress_bar
@@ -33,15 +32,12 @@ def score(
 
     Rows are joined by id. Each metric has a 95% confidence interval.
     """
-    from normtune.evaluation.score_files import TASKS, score_files, score_text
+    from normtune.evaluation.score_files import score_files, score_text
 
-    if task not in (None, *TASKS):
-        hint = did_you_mean(str(task), TASKS) or "."
-        raise InputError(f"--task {task}: unknown{hint} Known: {', '.join(TASKS)}.")
     scores = score_files(
         predictions,
         references,
-        task=task,  # type: ignore[arg-type]  # checked above
+        task=task,  # type: ignore[arg-type]  # checked there
         normalisations=normalisation,
         chexbert=chexbert,
         bertscore=bertscore,

@@ -71,9 +71,12 @@ def score_files(
         reports also `findings`, the table of every labeller.
 
     Raises:
-        InputError: if a row is not as described above, an id occurs more than once, the ids of the files
-            differ, or something that a metric needs is missing. The message names the file and the line.
+        InputError: if the task is unknown, a row is not as described above, an id occurs more than once, the
+            ids of the files differ, or something that a metric needs is missing. The message names the file
+            and the line.
     """
+    if task not in (None, *TASKS):
+        raise InputError(f"--task {task}: unknown{did_you_mean(str(task), TASKS) or '.'} Known: {', '.join(TASKS)}.")
     prediction_rows = read_texts(predictions, _PREDICTION)
     reference_rows = read_texts(references, _REFERENCE)
     _check_same_ids(Path(predictions), prediction_rows, Path(references), reference_rows)

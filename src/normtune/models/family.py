@@ -49,6 +49,7 @@ class Family(ABC):
     uses_checkpoint_settings: bool = True
     # whether the tokens that `prefix_tokens` counts are computed once a group, not once a segment
     shares_prefix: ClassVar[bool] = True
+    end_tokens: tuple[int, ...]  # the tokens that end an answer
     source: str = ""  # the directory or hub name that the model was loaded from
     quantize: str | None = None  # int8 or nf4: the model was quantised when it was loaded
     _adapter: Any = None

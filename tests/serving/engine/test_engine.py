@@ -259,9 +259,8 @@ def test_the_finish_reason_says_whether_the_answer_ended(
     tokens = answer_with(family, 0, max_new_tokens=4, beams=beams).tokens
     segment = family.tokenize("q", image_and_question(0)[1], None)  # a prompt of MISS contains the end token
     monkeypatch.setattr(family, "tokenize", lambda *args, **options: segment)
-    if isinstance(family, CausalFamily):
-        family.end_tokens = (tokens[2],)
-    else:
+    family.end_tokens = (tokens[2],)
+    if not isinstance(family, CausalFamily):
         family.model.config.eos_token_id = tokens[2]  # type: ignore[union-attr,assignment]
     answers = [answer_with(family, 0, max_new_tokens=limit, beams=beams) for limit in (1, 2, 3, 4)]
     with Engine(family, max_wait=0) as engine:

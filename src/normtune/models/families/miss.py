@@ -57,6 +57,10 @@ class MissFamily(Family):
     def load_processor(cls, source: str, model_type: str) -> Any:
         return BlipProcessor.from_pretrained(source)
 
+    def __init__(self, model: MissForQuestionAnswering, processor: Any) -> None:
+        super().__init__(model, processor)
+        self.end_tokens = (model.config.eos_token_id,)
+
     @property
     def config(self) -> MissConfig:
         return self.model.config

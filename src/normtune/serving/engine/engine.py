@@ -395,7 +395,7 @@ class Engine:
         """Send the rest of a streamed answer, and complete the job's future."""
         try:
             prompt_tokens = self.family.prefix_tokens(job.encoded_images) + len(_segment(job).prompt)
-            text, completion_tokens, finish_reason = finish_answer(self.family, answer, job.limit, job.stop)
+            text, completion_tokens, finish_reason = finish_answer(self.family, answer, job.stop)
             # The score is that of the whole answer.
             score = answer.score if math.isfinite(answer.score) and text == answer.text else None
             if job.callback_error is not None:

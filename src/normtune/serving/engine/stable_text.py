@@ -7,7 +7,6 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from normtune.models.causal.family import CausalFamily
 from normtune.models.family import Family
 from normtune.models.types import Answer
 
@@ -48,13 +47,8 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> str | None:
     return text[: min(spans)[1]] if spans else None
 
 
-def finish_answer(
-    family: Family, answer: Answer, limit: int, stop: Sequence[str]
-) -> tuple[str, int, Literal["stop", "length"]]:
+def finish_answer(family: Family, answer: Answer, stop: Sequence[str]) -> tuple[str, int, Literal["stop", "length"]]:
     """Cut an answer at its first stop text.
-
-    Args:
-        limit: the most tokens of the answer.
 
     Returns:
         Its text, the number of its tokens, including those of the stop text, and the finish reason.
@@ -65,10 +59,7 @@ def finish_answer(
             return cut_at_stop(family.decode_answer(answer.tokens[:count]), stop) is not None
 
         return text, bisect_left(range(len(answer.tokens)), True, key=is_cut), "stop"
-    config: Any = family.model.config
-    end_tokens = family.end_tokens if isinstance(family, CausalFamily) else (config.eos_token_id,)
-    ended = len(answer.tokens) < limit or answer.tokens[-1] in end_tokens
-    return answer.text, len(answer.tokens), "stop" if ended else "length"
+    return answer.text, len(answer.tokens), answer.finish_reason
 
 
 def before_stop(text: str, stop: Sequence[str]) -> str:
