@@ -120,7 +120,7 @@ def test_a_model_is_the_base_again_after_it_was_trained_evaluated_and_asked(
     assert_is_base(model, before)
 
 
-def test_an_adapter_in_the_model_is_used_by_name_of_its_object(base: Path) -> None:
+def test_an_adapter_in_the_model_is_used_as_an_object(base: Path, tmp_path: Path) -> None:
     model, data = normtune.load(base, device="cpu"), normtune.open_dataset("phantom-b:2")
     tuned = normtune.adapt(model, "ln")
     with torch.no_grad():
@@ -133,6 +133,8 @@ def test_an_adapter_in_the_model_is_used_by_name_of_its_object(base: Path) -> No
         normtune.evaluate(model, data, progress=False)
     with pytest.raises(normtune.InputError, match="has an adapter in it"):
         normtune.adapt(model, "ln")
+    with pytest.raises(normtune.InputError, match="has an adapter in it"):
+        normtune.train(model, data, out=tmp_path / "run", progress=False)
     with pytest.raises(normtune.InputError, match="not in this model"):
         normtune.evaluate(normtune.load(base, device="cpu"), data, adapter=tuned, progress=False)
     with pytest.raises(normtune.InputError, match="is in a loaded model"):

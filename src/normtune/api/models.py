@@ -189,18 +189,22 @@ def refuse_options(names: Sequence[str], function: str) -> None:
         raise InputError(f"{names[0]} is an option of {function}, which has made this object already. Give it there.")
 
 
-def _open_base(model: Model | nn.Module) -> Family | nn.Module:
-    """Load a model that is given by its name.
+def check_is_base(model: object) -> None:
+    """Check that there is no adapter in a loaded model.
 
     Raises:
-        InputError: an adapter is in the model.
+        InputError: there is one.
     """
-    base = load(model) if isinstance(model, str | Path) else model
-    if isinstance(base, Family) and base.adapter is not None:
+    if isinstance(model, Family) and model.adapter is not None:
         raise InputError(
-            f"the model has an adapter in it ('{base.adapter.recipe}'). Remove it: normtune.restore_base(tuned)."
+            f"the model has an adapter in it ('{model.adapter.recipe}'). Remove it: normtune.restore_base(tuned)."
         )
-    return base
+
+
+def _open_base(model: Model | nn.Module) -> Family | nn.Module:
+    """Load a model that is given by its name, and check that no adapter is in it."""
+    check_is_base(model)
+    return load(model) if isinstance(model, str | Path) else model
 
 
 def _base_name(base: Model | nn.Module) -> str:

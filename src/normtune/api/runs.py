@@ -44,11 +44,13 @@ def train(
     Raises:
         InputError: an option, the data, the model or the recipe is not valid, or `out` cannot be written.
     """
+    from normtune.api.models import check_is_base
     from normtune.training.config import TrainConfig
     from normtune.training.progress import PrintProgress
     from normtune.training.train import train
 
     config, family, dataset = _read_options(TrainConfig, model, data, {**options, "tune": tune, "out": out})
+    check_is_base(family)
     shows = progress and distributed.is_main_process()
     return train(config, family=family, dataset=dataset, progress=PrintProgress() if shows else None)
 
