@@ -118,7 +118,7 @@ def test_a_finished_adapter_is_kept(base: Path, tmp_path: Path) -> None:
     before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()}
     again = train(run)
     assert again.already_finished and not first.already_finished and again.steps == first.steps
-    assert again.text().startswith(f"finished already: {out} holds the adapter of the same run.")
+    assert str(again).startswith(f"finished already: {out} holds the adapter of the same run.")
     for changed in ({"tune": "lora-4"}, {"seed": 1}, {"resume": False}):
         message = input_error(lambda changed=changed: train(run.model_copy(update=changed)))
         assert "--overwrite" in message and ("differs in" in message) == ("resume" not in changed)
@@ -137,7 +137,7 @@ def test_overwrite_moves_the_earlier_run(base: Path, tmp_path: Path, caplog: pyt
     destination = tmp_path / "out.old-1"
     assert (
         replaced.earlier_run == str(destination)
-        and f"to {destination}" in replaced.text()
+        and f"to {destination}" in str(replaced)
         and f"to {destination}" in caplog.text
     )
     assert adapter_bytes(destination) == old and adapter_bytes(out) == adapter_bytes(fresh)

@@ -16,7 +16,7 @@ from normtune.adapters.training_rows import TrainingRows
 from normtune.data.records import Dataset, Example
 from normtune.data.registry import open_configured
 from normtune.errors import InputError
-from normtune.methods.adapt import TunedModel, adapt
+from normtune.methods.adapt import TunedModel, adapt, restore_base
 from normtune.models.family import Family
 from normtune.models.loading import load
 from normtune.runtime import distributed
@@ -108,4 +108,9 @@ def build_setup(
     if len(set(distributed.all_gather(base_fingerprint))) > 1:
         raise InputError(f"the processes loaded different bases from {config.model}. Give all of them the same files.")
     tuned = adapt(family.model, config.tune, seed=config.seed, keep_base=keep_base)
-    return TrainingSetup(config, dataset, examples, family, tuned, rows, base_fingerprint)
+    try:
+        return TrainingSetup(config, dataset, examples, family, tuned, rows, base_fingerprint)
+    except InputError:
+        if keep_base:
+            restore_base(tuned)
+        raise
