@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from normtune.adapters.fingerprint import fingerprint
+from normtune.adapters.storage import load_adapter, save_adapter
 from normtune.errors import InputError
 from normtune.methods.adapt import adapt, restore_base, select_parameters
 from normtune.methods.norms import TunedNorm
 from normtune.methods.recipe import parse, resolve
 from normtune.methods.registry import RecipeError
-from normtune.models.parts import find_parts
+from normtune.models.parts import find_parts, unused_parameters
 from normtune.training.changes import change_report
 from tests.support.base_models import KINDS, compute_logits, perturb_trained, tiny_base
 from tests.support.tolerance import MODEL_TERMS, assert_close
@@ -216,6 +219,42 @@ def test_every_trained_tensor_has_a_method_a_part_and_a_role() -> None:
     assert set(tuned.part_and_role) == set(tuned.methods) == set(tuned.trained)
     assert set(tuned.methods.values()) == {"ln", "full", "lora"}
     assert set(tuned.part_and_role.values()) == {("vision", "norm"), ("connector", "other"), ("language", "lora")}
+
+
+@pytest.mark.parametrize("recipe", ["ln", "vision=full", "lora-4", "ln+bias", "ia3"])
+def test_parameters_that_the_model_never_uses_are_left_out(recipe: str, tmp_path: Path) -> None:
+    """LLaVA reads the states before the last layer of its image encoder."""
+    model = tiny_base("llava")
+    assert model.config.vision_feature_layer == -2
+    fingerprint_of_base = fingerprint(model)
+    everything = adapt(copy.deepcopy(model), recipe, train_unused=True)
+    tuned = adapt(copy.deepcopy(model), recipe)
+    loss(everything.model).backward()
+    unused = {name for name, parameter in everything.trained.items() if parameter.grad is None}
+    assert unused and set(everything.trained) - set(tuned.trained) == unused
+    if recipe not in ("lora-4", "ia3"):  # values of the base, not of added layers
+        assert tuned.left_out == everything.trainable - tuned.trainable and everything.left_out == 0
+    # an adapter of an earlier version, which has them, still loads
+    perturb_trained(everything)
+    save_adapter(everything, tmp_path, base_name="tiny", base_fingerprint=fingerprint_of_base)
+    loaded = load_adapter(model, tmp_path)
+    assert loaded.trained.keys() == everything.trained.keys()
+    assert torch.equal(compute_logits(loaded.model), compute_logits(everything.model))
+
+
+def test_layers_are_counted_with_those_that_are_never_used() -> None:
+    tuned = adapt(tiny_base("llava"), "vision=ln[-2:]")
+    layers = {info.layer for info in tuned.parts.parameters if info.name in tuned.trained}
+    assert layers == {tuned.parts.depth("vision") - 2}
+    with pytest.raises(InputError, match="finds nothing to train"):
+        adapt(tiny_base("llava"), "vision=ln[-1:]")
+    model = tiny_base("llava")
+    model.config.vision_feature_layer = -1
+    assert unused_parameters(model, find_parts(model)) == frozenset()
+    model.config.vision_feature_layer = [0, 1]
+    assert {
+        name.rpartition(".")[0].split(".layers.")[-1][0] for name in unused_parameters(model, find_parts(model))
+    } >= {"1"}
 
 
 def test_the_change_report_has_the_change_of_each_role() -> None:

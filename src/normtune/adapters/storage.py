@@ -29,6 +29,7 @@ from normtune.methods.adapt import TunedModel, adapt, restore_base
 from normtune.methods.recipe import parse
 from normtune.methods.registry import INTRINSIC
 from normtune.models.family import Family
+from normtune.models.parts import find_parts, unused_parameters
 from normtune.runtime.files import atomic_write, json_text, read_json, write_json
 from normtune.runtime.tensors import write_tensors
 
@@ -199,7 +200,10 @@ def attach_adapter(
             f"adapter {directory} was trained on '{info.base_name}', but this base has other values or "
             "parts. Load that base, or pass allow_other_base if you know that they belong together."
         )
-    tuned = adapt(model, parse(info.recipe), keep_base=keep_base)
+    # adapters of version 0.1 may hold parameters that the model never uses
+    modules = tuple({f"{name.rpartition('.')[0]}." for name in unused_parameters(model, find_parts(model))})
+    train_unused = any(name.startswith(modules) for name in info.tensors)
+    tuned = adapt(model, parse(info.recipe), keep_base=keep_base, train_unused=train_unused)
     tuned.base_name, tuned.base_fingerprint = info.base_name, info.base_fingerprint
     # Then all tensors, including the added ones, which exist only now.
     actual = {name: tuple(parameter.shape) for name, parameter in tuned.trained.items()}

@@ -29,6 +29,7 @@ from normtune.models.parts import (
     is_quantized,
     norms,
     parameter_holders,
+    unused_parameters,
 )
 
 
@@ -44,6 +45,7 @@ class TunedModel:
     part_and_role: dict[str, tuple[str, str]]  # trained name -> (part, role), or (part, method) if added
     base_total: int  # parameters of the base
     additions: list[AddedLayers] = field(default_factory=list)
+    left_out: int = 0  # values of the base that the recipe names and that the model never uses
     base_norms: dict[str, nn.Module] = field(default_factory=dict)  # the norms that were replaced, by name
     # only with `keep_base`: other trained parameters of the base, by name, and the base's trainable parameters
     base_parameters: dict[str, tuple[list[ParameterHolder], nn.Parameter]] = field(default_factory=dict)
@@ -79,7 +81,9 @@ class Cast(nn.Module):
         return tensor.to(self.dtype)
 
 
-def adapt(model: nn.Module, recipe: Recipe | str, *, seed: int = 0, keep_base: bool = False) -> TunedModel:
+def adapt(
+    model: nn.Module, recipe: Recipe | str, *, seed: int = 0, keep_base: bool = False, train_unused: bool = False
+) -> TunedModel:
     """Make a model trainable, in place, as a recipe describes.
 
     Args:
@@ -88,6 +92,7 @@ def adapt(model: nn.Module, recipe: Recipe | str, *, seed: int = 0, keep_base: b
         seed: seeds the initial values of added layers; the caller's random state does not change.
         keep_base: train copies of the base's parameters, so that `restore_base` works for every recipe; this
             takes as much memory as the trained parameters. Norms are restored without it.
+        train_unused: do not leave out the parameters that the model never uses (see `unused_parameters`).
 
     Raises:
         InputError: the recipe does not fit the model. The model is then unchanged, but frozen.
@@ -98,11 +103,15 @@ def adapt(model: nn.Module, recipe: Recipe | str, *, seed: int = 0, keep_base: b
     base = find_parts(model)
     resolved = resolve(parse(recipe) if isinstance(recipe, str) else recipe, base.parts)
     method_of = _assign_methods(base, resolved)
+    unused = frozenset() if train_unused else unused_parameters(model, base)
+    left_out = sum(info.numel for info in base.parameters if info.name in method_of and info.name in unused)
+    method_of = {name: method for name, method in method_of.items() if name not in unused}
     trained_of_base = {name: parameter for name, parameter in model.named_parameters() if name in method_of}
     holders_of = parameter_holders(model, trained_of_base)
     for name in method_of:
         _check_not_quantized(name, holders_of[name])
-    tuned = TunedModel(model, resolved, base, {}, {}, {}, base.total)  # filled by the steps below
+    # filled by the steps below
+    tuned = TunedModel(model, resolved, base, {}, {}, {}, base.total, left_out=left_out)
     if keep_base:
         tuned.base_trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
@@ -110,7 +119,7 @@ def adapt(model: nn.Module, recipe: Recipe | str, *, seed: int = 0, keep_base: b
     #    tensors of the base: added layers can be removed again, replaced values cannot be restored.
     try:
         with _seeded(model, seed):
-            _add_all_layers(tuned)
+            _add_all_layers(tuned, unused)
         if not method_of and not tuned.additions and any(methods for _, methods in resolved.parts):
             raise RecipeError(f"recipe '{resolved}' finds nothing to train in this model. Change the recipe.")
     except InputError:
@@ -193,10 +202,12 @@ def _check_not_quantized(name: str, holders: list[ParameterHolder]) -> None:
         )
 
 
-def _add_all_layers(tuned: TunedModel) -> None:
+def _add_all_layers(tuned: TunedModel, unused: frozenset[str]) -> None:
     """Add the layers of the recipe's added methods."""
     # Find the linears of all methods first: they are looked up by the base's names, which additions change.
-    targets = [(part, method, _linears_of(tuned, part, method)) for part, method in _added_methods(tuned.recipe)]
+    targets = [
+        (part, method, _linears_of(tuned, part, method, unused)) for part, method in _added_methods(tuned.recipe)
+    ]
     for part, method, linears in targets:
         try:
             addition = add_layers(tuned.model, part, method, linears)
@@ -214,15 +225,15 @@ def _added_methods(recipe: Recipe) -> list[tuple[str, Method]]:
     return [(part, method) for part, methods in recipe.parts for method in methods if method.name in ADDED]
 
 
-def _linears_of(tuned: TunedModel, part: str, method: Method) -> list[TargetLinear]:
-    """The attention and feed-forward linears of a part, in the layers that the method covers."""
+def _linears_of(tuned: TunedModel, part: str, method: Method, unused: frozenset[str]) -> list[TargetLinear]:
+    """The attention and feed-forward linears of a part that the model uses, in the layers that the method covers."""
     layers = method.layer_range(tuned.parts.depth(part))
     linears = []
     for info in tuned.parts.parameters:
         name, _, attribute = info.name.rpartition(".")
         if info.part != part or info.role not in ("attention", "ffn"):
             continue
-        if info.layer is None or info.layer not in layers:
+        if info.layer is None or info.layer not in layers or info.name in unused:
             continue
         # a fused tensor of experts or a convolution has no linear to which a method could add
         module = tuned.model.get_submodule(name)

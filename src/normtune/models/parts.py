@@ -157,6 +157,31 @@ def find_parts(model: nn.Module) -> ModelParts:
     return ModelParts(tuple(part for part in PARTS if part in present), tuple(parameters))
 
 
+def unused_parameters(model: nn.Module, base: ModelParts) -> frozenset[str]:
+    """Names of the vision parameters that no image feature depends on, so that they can never train.
+
+    LLaVA takes the features from the states at `config.vision_feature_layer`, usually -2: the last layer and what
+    follows it run for nothing.
+    """
+    setting = getattr(getattr(model, "config", None), "vision_feature_layer", None)
+    if setting is None:
+        return frozenset()
+    depth = base.depth("vision")
+    # states 0 are the embeddings, states n the output of layer n - 1; -1 is the output of the last layer
+    last = max(
+        index if index >= 0 else depth + 1 + index for index in ([setting] if isinstance(setting, int) else setting)
+    )
+    if last >= depth:
+        return frozenset()
+    unused, after_layers = [], False
+    for info in base.parameters:
+        if info.part == "vision":
+            after_layers = after_layers or info.layer is not None
+            if after_layers and (info.layer is None or info.layer >= last):
+                unused.append(info.name)
+    return frozenset(unused)
+
+
 def _numel(parameter: Tensor) -> int:
     """The number of values of a parameter; if bitsandbytes packed it (4 bits a value), before packing."""
     state = getattr(parameter, "quant_state", None)

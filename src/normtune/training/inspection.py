@@ -47,6 +47,7 @@ def inspect_model(model: str, tune: str | None = None) -> dict[str, Any]:
             "total": tuned.total,
             "share": tuned.share,
             "tensors": len(tuned.trained),
+            "left_out": tuned.left_out,  # values that the model never uses
             "by_method": by_method,
         }
     return report
@@ -94,6 +95,8 @@ def inspect_text(report: dict[str, Any]) -> str:
             f"trains {recipe['trainable']:,} of {recipe['total']:,} parameters = "
             f"{100 * recipe['share']:.4f}% in {recipe['tensors']} tensors",
         ]
+        if recipe["left_out"]:
+            lines.append(f"left out: {recipe['left_out']:,} values of image encoder layers that the model never uses")
     if memory := report.get("plan"):
         from normtune.training.memory_plan.plan import plan_text
 

@@ -47,6 +47,7 @@ class TrainResult(Result):
     # step of the checkpoint from which the last start resumed; None: the run was not interrupted
     resumed_from_step: int | None = None
     already_finished: bool = False  # the adapter of the same run was in `out` already; nothing was trained
+    left_out: int = 0  # values that the recipe names and that the model never uses
     earlier_run: str | None = None  # folder to which --overwrite moved what was in `out`
     device: str = "cpu"  # where the base was trained, such as cuda:0
     dtype: str = "float32"  # of the frozen weights
@@ -89,6 +90,8 @@ class TrainResult(Result):
             lines.append(
                 f"resumed from step {self.resumed_from_step:,}; time, pairs/s and memory are of the steps since"
             )
+        if self.left_out:
+            lines.append(f"left out: {self.left_out:,} values of image encoder layers that the model never uses")
         if self.computed_once is not None:
             lines.append(f"computed once per image: {self.computed_once}")
         if self.final_loss is not None:
@@ -164,5 +167,6 @@ def build_result(
         changes=changes.changes,
         warning=changes.warning,
         resumed_from_step=resumed_from_step,
+        left_out=tuned.left_out,
     )
     return result, {"loss": [*losses], "norms": norm_changes(before, tuned)}

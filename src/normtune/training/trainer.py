@@ -354,6 +354,11 @@ class AdapterTrainer(Trainer):
         checkpoint = self.checkpoint
         assert checkpoint is not None
         stored = load_file(checkpoint.folder / TRAINED_FILE)
+        if stored.keys() != self._holders.keys():
+            raise InputError(
+                f"{checkpoint.folder} was written by another version of Normtune, which trained other parameters. "
+                "Start again with --no-resume."
+            )
         for name, (module, attribute) in self._holders.items():
             copy_into(getattr(module, attribute), stored[name])
         self._unlogged, self._logged_at = torch.tensor(checkpoint.unlogged_loss), checkpoint.logged_at

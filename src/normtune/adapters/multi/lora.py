@@ -46,7 +46,7 @@ def lora_matrices(model: nn.Module, rank: int) -> dict[str, LoRAMatrix]:
     Raises:
         InputError: no linear of the model takes a LoRA.
     """
-    tuned = adapt(model, f"all=lora(r={rank})")  # the recipe decides which linears have a LoRA
+    tuned = adapt(model, f"all=lora(r={rank})", train_unused=True)  # the recipe decides which linears have a LoRA
     matrices: dict[str, LoRAMatrix] = {}
     stop = 0
     for name, parameter in tuned.trained.items():

@@ -87,7 +87,7 @@ class AdapterSlots:
     def __init__(self, model: nn.Module, memory: int | None = None, lora_rank: int = 0) -> None:
         self.fingerprint = fingerprint(model)
         matrices = lora_matrices(model, lora_rank) if lora_rank else {}
-        tuned = adapt(model, "ln")
+        tuned = adapt(model, "ln", train_unused=True)  # adapters of version 0.1 hold them
         # Every slot has room for all norms and for LoRA of `lora_rank` on all parts, used or not.
         values = tuned.trainable + sum(matrix.shape[0] * matrix.shape[1] for matrix in matrices.values())
         self.bytes_per_adapter = values * torch.float32.itemsize
