@@ -10,13 +10,12 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from normtune.data.records import Dataset
+from normtune.data.records import Dataset, Picture
 from normtune.errors import InputError
 
 _THUMBNAIL = 16  # width and height of the grey thumbnail
@@ -24,16 +23,6 @@ _MAX_BIT_DISTANCE = 8  # of the 64 bits of two perceptual hashes
 _MIN_CORRELATION = 0.998  # of two thumbnails; adjacent slices of one scan stay below it, JPEG copies above
 _MAX_PAIRWISE = 50_000  # with more pictures, only those with equal perceptual hashes are compared
 _ROWS = 512  # hashes that are compared with all others at once
-
-
-@dataclass(frozen=True)
-class Picture:
-    """What is kept of one picture after it was opened."""
-
-    digest: str  # hash of the size and the decoded pixels; "" if the picture cannot be decoded
-    perceptual_hash: int = 0  # 64 bits: whether each cell of an 8 x 9 grid is darker than the one to its right
-    thumbnail: bytes = b""  # 16 x 16 grey values
-    error: str = ""  # why it cannot be decoded
 
 
 def read_pictures(
@@ -53,15 +42,15 @@ def read_pictures(
     """
     if keys is None:
         keys = (key for example in dataset.examples for key in example.images)
-    wanted = list(dict.fromkeys(keys))
-    new = [key for key in wanted if key not in dataset.pictures]
+    all_keys = list(dict.fromkeys(keys))
+    new = [key for key in all_keys if key not in dataset.pictures]
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with ThreadPoolExecutor(workers) as pool:  # decoders release the interpreter's lock
         for done, (key, picture) in enumerate(zip(new, pool.map(lambda key: _read(dataset, key), new), strict=True), 1):
             dataset.pictures[key] = picture
             if progress is not None:
                 progress(done, len(new))
-    return {key: dataset.pictures[key] for key in wanted}
+    return {key: dataset.pictures[key] for key in all_keys}
 
 
 def _read(dataset: Dataset, key: str) -> Picture:

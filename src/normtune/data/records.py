@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     import pandas
     from PIL import Image
 
-    from normtune.data.pictures import Picture
     from normtune.data.summary import DatasetSummary
 
 
@@ -51,6 +50,16 @@ class Problem:
     def message(self) -> str:
         """The fault and its fix, as sentences."""
         return f"{self.what}{'' if self.what.endswith('?') else '.'} {self.fix}"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What is kept of one picture after it was opened."""
+
+    digest: str  # hash of the size and the decoded pixels; "" if the picture cannot be decoded
+    perceptual_hash: int = 0  # 64 bits: whether each cell of an 8 x 9 grid is darker than the one to its right
+    thumbnail: bytes = b""  # 16 x 16 grey values
+    error: str = ""  # why it cannot be decoded
 
 
 @dataclass(repr=False)

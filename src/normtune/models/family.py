@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from normtune.data import tasks
 from normtune.data.groups import Group, Segment
 from normtune.models.answer_loss import Head, answer_log_probs, answer_loss
 from normtune.models.generation import Generated, OnTokens
@@ -128,15 +129,40 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def tokenize(self, id: str, question: str, answer: str | None, *, report: bool = False) -> Segment:
-        """Tokenise one question.
+    def tokenize_whole(self, id: str, question: str, answer: str | None) -> Segment:
+        """Tokenise one question and its answer without any limit; the answer ends with the end token.
 
         Args:
             id: the example's id.
             question: the question; if it is empty, the report prompt is used.
             answer: the reference answer; None if the model is to write it.
+        """
+
+    def tokenize(self, id: str, question: str, answer: str | None, *, report: bool = False) -> Segment:
+        """Tokenise one question, cut at the model's limits.
+
+        A question that is too long keeps its last token, the end of the prompt. An answer that is too long loses
+        its end token, so that the model does not learn to stop in the middle of a sentence.
+
+        Args:
+            id, question, answer: as for `tokenize_whole`.
             report: whether the answer is a report, which has a length limit of its own.
         """
+        whole = self.tokenize_whole(id, question, answer)
+        longest, prompt = self.max_prompt_tokens, whole.prompt
+        if longest is not None and len(prompt) > longest:
+            prompt = (*prompt[: longest - 1], prompt[-1])
+        return Segment(id, prompt, whole.answer[: self.max_reference_tokens(report)])
+
+    @property
+    def max_prompt_tokens(self) -> int | None:
+        """The largest number of tokens in a question with its frame; None if the model sets no limit."""
+        return None
+
+    def max_reference_tokens(self, report: bool) -> int:
+        """The largest number of tokens of a reference in training, with its end token."""
+        limit = tasks.MAX_REPORT_REFERENCE_TOKENS if report else tasks.MAX_ANSWER_REFERENCE_TOKENS
+        return min(limit, self.max_answer_tokens or limit)
 
     @abstractmethod
     def collate(self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]]) -> Batch:

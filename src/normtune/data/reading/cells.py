@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -19,6 +20,7 @@ _SPLIT_NAMES = {  # other name -> standard name
 _LANGUAGES = {"english": "en", "chinese": "zh", "french": "fr", "german": "de", "spanish": "es", "japanese": "ja"} | {
     "eng": "en", "zho": "zh", "chi": "zh", "中文": "zh", "cn": "zh", "mandarin": "zh",
 }  # fmt: skip
+NOT_A_NUMBER = frozenset(("nan", "inf", "-inf", "infinity", "null"))  # words that programs write for nothing
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _BLANKS = str.maketrans("\t\r\n\v\f", "     ")  # tabs and line ends become blanks
 
@@ -71,7 +73,7 @@ def has_half_character(value: object) -> bool:
 def clean_text(value: object) -> tuple[str, list[str]]:
     """Convert a cell to one line of text without leading or trailing blanks.
 
-    Numbers become decimal text, tabs and line ends become blanks, None becomes the empty string.
+    Numbers become decimal text, tabs and line ends become blanks; None, NaN and infinity become the empty string.
 
     Returns:
         The text, and a description of each change, such as "is a number, not text".
@@ -83,8 +85,8 @@ def clean_text(value: object) -> tuple[str, list[str]]:
     if value is None:
         value = ""
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        changes.append("is a number, not text")
-        value = str(value)
+        changes.append("is a number, not text" if math.isfinite(value) else "is not a number (NaN or infinite)")
+        value = str(value) if math.isfinite(value) else ""
     if not isinstance(value, str):
         raise InputError(f"is of type {type(value).__name__}, not text")
     if has_half_character(value):

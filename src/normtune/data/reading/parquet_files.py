@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,10 +41,17 @@ class ParquetImages:
         self._images_of_group: dict[tuple[Path, int], list[tuple[CellLocation, str]]] = {}
         self._cache: OrderedDict[str, bytes] = OrderedDict()  # least recently used first
         self._cached_bytes = 0
+        self._lock = threading.Lock()  # pictures are read by several threads
 
     def __getstate__(self) -> dict[str, Any]:
         """Worker processes start with an empty cache."""
-        return self.__dict__ | {"_cache": OrderedDict(), "_cached_bytes": 0}
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"} | {
+            "_cache": OrderedDict(),
+            "_cached_bytes": 0,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
 
     def add(self, data: bytes, location: RowLocation, column: str = "image", index: int = 0) -> str:
         """Register an image.
@@ -70,7 +78,9 @@ class ParquetImages:
         if key not in self._locations:
             return self._folder(key)  # not registered: the file holds paths, and the key is one
         file, _, row = self._locations[key]
-        return open_image(self._read_bytes(key), name=f"{file.name}, image of row {row}")
+        with self._lock:
+            data = self._read_bytes(key)
+        return open_image(data, name=f"{file.name}, image of row {row}")
 
     def _read_bytes(self, key: str) -> bytes:
         if key in self._cache:

@@ -232,14 +232,12 @@ class CausalFamily(Family):
     def prefix_tokens(self, images: Sequence[Pixels]) -> int:
         return len(self.prompts.prefix([self.image_text(image) for image in images]))
 
-    def tokenize(self, id: str, question: str, answer: str | None, *, report: bool = False) -> Segment:
+    def tokenize_whole(self, id: str, question: str, answer: str | None) -> Segment:
         """Tokenise with the family's chat template; an empty question is replaced by the report prompt."""
         prompt, tokens = self.prompts.segment(
             id, question.strip() or tasks.REPORT_PROMPT, None if answer is None else answer.strip()
         )
-        # a truncated answer keeps its end token, so that the model still learns to stop
-        limit = tasks.MAX_REPORT_REFERENCE_TOKENS if report else tasks.MAX_ANSWER_REFERENCE_TOKENS
-        return Segment(id, prompt, tokens if len(tokens) <= limit else (*tokens[: limit - 1], tokens[-1]))
+        return Segment(id, prompt, tokens)
 
     def collate(self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]]) -> Batch:
         """See `Family.collate`.

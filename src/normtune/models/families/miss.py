@@ -31,7 +31,6 @@ from normtune.models.miss.tokenizer import ENCODE
 from normtune.models.quantization import loading_options
 from normtune.models.types import Answer, AnswerStates, Batch, Pixels
 
-QUESTION_TOKENS = 35  # the most in a question, including [ENC] and [SEP] (Chen et al. 2024)
 NO_LABEL = -100  # the label of positions without a token to predict, as in transformers
 
 
@@ -39,6 +38,8 @@ class MissFamily(Family):
     """MISS in our own implementation. Answers end with [SEP]; only the decoder's input begins with [DEC]."""
 
     model_types = ("miss",)
+    # a lower limit than the positions; adapters that record none were trained with 35 (Chen et al. 2024)
+    prompt_limit: int | None = None
     model: MissForQuestionAnswering
 
     @classmethod
@@ -80,20 +81,21 @@ class MissFamily(Family):
         """The number of image states: 1 + patches an image."""
         return len(images) * self.model.visual_encoder.pos_embed.shape[1]
 
-    def tokenize(self, id: str, question: str, answer: str | None, *, report: bool = False) -> Segment:
-        """Tokenise to [ENC] question [SEP], at most 35 tokens, and answer [SEP].
-
-        An empty question is replaced by the report prompt.
-        """
-        question_tokens = self._tokens(question or tasks.REPORT_PROMPT)[: QUESTION_TOKENS - 2]
+    def tokenize_whole(self, id: str, question: str, answer: str | None) -> Segment:
+        """Tokenise to [ENC] question [SEP] and answer [SEP]; an empty question is replaced by the report prompt."""
         end = self.config.eos_token_id
-        prompt = (self.config.encode_token_id, *question_tokens, end)
-        if answer is None:
-            return Segment(id, prompt)
-        longest = self.config.text("decoder").max_position_embeddings - 1
-        if report:
-            longest = min(longest, tasks.MAX_REPORT_REFERENCE_TOKENS)
-        return Segment(id, prompt, (*self._tokens(answer)[: longest - 1], end))
+        prompt = (self.config.encode_token_id, *self._tokens(question or tasks.REPORT_PROMPT), end)
+        return Segment(id, prompt, () if answer is None else (*self._tokens(answer), end))
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """The question encoder's positions, or `prompt_limit` if it is set."""
+        positions: int = self.config.text("encoder").max_position_embeddings
+        return min(positions, self.prompt_limit or positions)
+
+    def max_reference_tokens(self, report: bool) -> int:
+        """See `Family.max_reference_tokens`; answers to questions may fill all positions."""
+        return super().max_reference_tokens(report) if report else self.max_answer_tokens
 
     def _tokens(self, text: str) -> list[int]:
         # split_special_tokens: a "[SEP]" in a text is plain text, not the end token

@@ -1,0 +1,319 @@
+"""Checks the rows of a dataset before any expensive work: what is used, what is lost, and why.
+
+`preflight` counts; `check` also decides: it refuses bad rows, or leaves them out with `--skip-bad`, and with
+`--strict` refuses any loss.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import quantiles
+from typing import Any
+
+from normtune.data.pictures import Picture, cluster, equal_pictures, near_duplicates, read_pictures
+from normtune.data.reading.cells import NOT_A_NUMBER
+from normtune.data.records import Dataset, Example
+from normtune.data.splits import find_leaks, group_columns
+from normtune.errors import InputError
+from normtune.runtime.files import write_json
+
+_FIRST = 5  # number of rows, pictures and messages that are quoted
+_CONTROL = re.compile(
+    r"<\|[^|<>]{1,40}\|>|</?s>|<(?:image|bos|eos|pad|unk|start_of_turn|end_of_turn)>|\[/?INST\]|\[SEP\]"
+)
+# Reasons of dropped rows that a choice of the user explains: another language or task.
+_CHOSEN = ("language ", "is a question", "is a report")
+
+
+@dataclass(frozen=True)
+class TextLimits:
+    """How a model tokenises a row, and the most tokens that it takes. None: no limit.
+
+    Attributes:
+        model: its name, for messages.
+        tokenize: example -> (tokens of the prompt, tokens of the reference with its end token), both uncut.
+            Raises InputError for a row that the model cannot use.
+        decode: tokens -> text.
+        is_right: (prediction, reference) -> whether the exact match counts it.
+        max_prompt: tokens of a question with its frame.
+        max_reference: tokens of a reference in training, end token included; None also without training.
+        max_answer: tokens that are generated.
+    """
+
+    model: str
+    tokenize: Callable[[Example], tuple[Sequence[int], Sequence[int]]]
+    decode: Callable[[Sequence[int]], str]
+    is_right: Callable[[str, str], bool]
+    max_prompt: int | None = None
+    max_reference: int | None = None
+    max_answer: int | None = None
+
+
+@dataclass
+class Preflight:
+    """The counts of one dataset before it is used. Everything but `bad_rows` is written to preflight.json."""
+
+    dataset: str
+    rows: dict[str, Any]  # read, used, dropped {reason: rows}
+    pictures: dict[str, Any]  # opened, unreadable, equal, near_duplicates, and the first of each
+    texts: dict[str, Any]  # languages, control_tokens, not_a_number, constant, repeated, contradictions, unseen
+    grouped_by: list[str]  # columns that name patients, cases or studies
+    leaks: list[str]
+    limits: dict[str, Any] = field(default_factory=dict)  # of prompts, references and answers; the score ceiling
+    losses: dict[str, int] = field(default_factory=dict)  # what is lost -> rows; empty if nothing is
+    bad_rows: dict[str, str] = field(default_factory=dict)  # id of an example that cannot be used -> why
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of preflight.json. Ids and reasons of bad rows are the first few."""
+        first = dict(list(self.bad_rows.items())[:_FIRST])
+        return asdict(self) | {"bad_rows": {"count": len(self.bad_rows), "first": first}}
+
+    def save(self, folder: Path) -> None:
+        """Write `preflight.json` to a folder."""
+        write_json(folder / "preflight.json", self.to_dict())
+
+    def text(self) -> str:
+        """The counts as lines of plain text."""
+        dropped = self.rows["dropped"]
+        lines = [
+            f"rows            {self.rows['read']} read, {self.rows['used']} used, {sum(dropped.values())} not used",
+            *(f"{'':16}  {rows} x {reason}" for reason, rows in dropped.items()),
+            f"pictures        {_pictures_text(self.pictures)}",
+            f"patients        {f'grouped by {_joined(self.grouped_by)}' if self.grouped_by else 'no column names them'}",
+        ]
+        for name, what in (("prompts", "questions"), ("references", "references"), ("answers", "answers")):
+            if name in self.limits:
+                lines.append(f"{what:<15} {_limit_text(self.limits[name])}")
+        if "score_ceiling" in self.limits:
+            ceiling = ", ".join(f"{name} {100 * value:.2f}" for name, value in self.limits["score_ceiling"].items())
+            lines.append(f"score ceiling   {ceiling} (a model that knows every reference, within the limit)")
+        for name, text in _TEXT_COUNTS.items():
+            if self.texts[name]:
+                value = self.texts[name]
+                lines.append(f"{'texts':<15} {text}: {_joined(value) if isinstance(value, dict) else value}")
+        lines += [f"{'leak':<15} {leak}" for leak in self.leaks]
+        lines += [f"{'lost':<15} {rows} x {loss}" for loss, rows in self.losses.items()]
+        return "\n".join(lines)
+
+
+_TEXT_COUNTS = {
+    "languages": "languages of the rows",
+    "control_tokens": "rows with a control token of a model in their text",
+    "not_a_number": "rows whose answer is the word nan, inf or null",
+    "constant": "splits in which every answer is the same",
+    "repeated": "rows that repeat picture, question and answer of another row",
+    "contradictions": "rows with the picture and question of another row and a different answer",
+    "unseen": "closed rows with an answer that no training row has",
+}
+
+
+def preflight(
+    dataset: Dataset,
+    examples: Sequence[Example] | None = None,
+    limits: TextLimits | None = None,
+    *,
+    open_pictures: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> Preflight:
+    """Count what a dataset holds and what will be lost of it. Nothing is changed.
+
+    Args:
+        dataset: the dataset.
+        examples: the rows that will be used, such as one split; by default all.
+        limits: how the model cuts texts; without it nothing is counted in tokens.
+        open_pictures: whether every picture of `examples` is opened once; False for pictures that are drawn.
+        progress: called with (pictures opened, pictures in all).
+    """
+    started = time.perf_counter()
+    rows = dataset.examples if examples is None else list(examples)
+    keys = dict.fromkeys(key for example in rows for key in example.images)
+    pictures = read_pictures(dataset, keys, progress) if open_pictures else {}
+    bad_rows = {
+        example.id: pictures[key].error
+        for example in rows
+        for key in example.images
+        if key in pictures and pictures[key].error
+    }
+    dropped = dict(dataset.dropped)
+    if len(dataset.examples) > len(rows):
+        dropped["in another split, or not selected"] = len(dataset.examples) - len(rows)
+    result = Preflight(
+        dataset=dataset.name,
+        rows={"read": len(rows) + sum(dropped.values()), "used": len(rows), "dropped": dropped},
+        pictures=_count_pictures(pictures, bad_rows, rows),
+        texts=_count_texts(dataset, rows, cluster(equal_pictures(pictures))),
+        grouped_by=list(group_columns(dataset.examples)),
+        leaks=[str(leak) for leak in find_leaks(dataset)],
+        losses={reason: n for reason, n in dataset.dropped.items() if not reason.startswith(_CHOSEN)},
+        bad_rows=bad_rows,
+    )
+    if bad_rows:
+        result.losses["picture cannot be decoded"] = len(bad_rows)
+    if limits is not None:
+        _count_tokens(result, rows, limits)
+    result.seconds = time.perf_counter() - started
+    return result
+
+
+def check(
+    dataset: Dataset,
+    examples: Sequence[Example],
+    limits: TextLimits | None = None,
+    *,
+    strict: bool = False,
+    skip_bad: bool = False,
+    open_pictures: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[list[Example], Preflight]:
+    """Run `preflight` and apply it: the examples that can be used, and the counts.
+
+    Args:
+        dataset, examples, limits, open_pictures, progress: as for `preflight`.
+        strict: any loss is an error.
+        skip_bad: rows that cannot be used are left out instead of being an error.
+
+    Raises:
+        InputError: rows cannot be used, and `skip_bad` is off; nothing is left; or, with `strict`, there is a loss.
+    """
+    result = preflight(dataset, examples, limits, open_pictures=open_pictures, progress=progress)
+    if strict and result.losses:
+        raise InputError(f"--strict: {_joined(result.losses)}. Correct the data, or leave out --strict.")
+    if result.bad_rows and not skip_bad:
+        first = " ".join(f"{id}: {_sentence(why)}" for id, why in list(result.bad_rows.items())[:_FIRST])
+        raise InputError(
+            f"{len(result.bad_rows)} of {len(examples)} rows cannot be used. {first} Correct them, or leave them out "
+            "with --skip-bad."
+        )
+    usable = [example for example in examples if example.id not in result.bad_rows]
+    if not usable:
+        raise InputError(
+            f"dataset {dataset.name}: none of the {len(examples)} rows can be used. {_joined(result.losses)}."
+        )
+    result.rows["used"] = len(usable)
+    if result.bad_rows:
+        result.rows["dropped"] = result.rows["dropped"] | {"bad row (--skip-bad)": len(result.bad_rows)}
+    return usable, result
+
+
+def _count_pictures(pictures: dict[str, Picture], bad_rows: dict[str, str], rows: Sequence[Example]) -> dict[str, Any]:
+    unreadable = [f"{key}: {picture.error}" for key, picture in pictures.items() if picture.error]
+    equal, alike = equal_pictures(pictures), near_duplicates(pictures)
+    return {
+        "opened": len(pictures),
+        "unreadable": len(unreadable),
+        "rows_with_unreadable": len(bad_rows),
+        "equal": len(equal),
+        "near_duplicates": len(alike),
+        "first_unreadable": [picture.error for picture in pictures.values() if picture.error][:_FIRST],
+        "first_equal": [list(keys) for keys in equal[:_FIRST]],
+        "first_near_duplicates": [list(keys) for keys in alike[:_FIRST]],
+    }
+
+
+def _count_texts(dataset: Dataset, rows: Sequence[Example], equal: dict[str, str]) -> dict[str, Any]:
+    """Counts over the texts of `rows`; see `_TEXT_COUNTS`."""
+    answers_of: dict[tuple[object, ...], Counter[str]] = {}
+    answers_of_split: dict[str, set[str]] = {}
+    for example in rows:
+        pictures = tuple(equal.get(key, key) for key in example.images)
+        key = (example.split, pictures, _plain(example.question))
+        answers_of.setdefault(key, Counter())[_plain(example.answer)] += 1
+        answers_of_split.setdefault(example.split, set()).add(_plain(example.answer))
+    trained = {_plain(example.answer) for example in dataset.examples if example.split == "train"}
+    sizes = Counter(example.split for example in rows)
+    controls = Counter(token for e in rows for token in set(_CONTROL.findall(f"{e.question}\n{e.answer}")))
+    unseen = Counter(e.split for e in rows if trained and e.kind == "closed" and _plain(e.answer) not in trained)
+    return {
+        "languages": dict(Counter(e.meta["language"] for e in rows if "language" in e.meta).most_common()),
+        "control_tokens": dict(controls.most_common()),
+        "not_a_number": sum(_plain(example.answer) in NOT_A_NUMBER for example in rows),
+        "constant": [split for split, answers in answers_of_split.items() if len(answers) == 1 < sizes[split]],
+        "repeated": sum(counts.total() - len(counts) for counts in answers_of.values()),
+        "contradictions": sum(counts.total() for counts in answers_of.values() if len(counts) > 1),
+        "unseen": dict(unseen),
+    }
+
+
+def _count_tokens(result: Preflight, rows: Sequence[Example], limits: TextLimits) -> None:
+    """Add what the limits cut to `result`: `limits`, `losses`, and the rows that cannot be tokenised."""
+    prompts: list[int] = []
+    references: list[int] = []
+    right: Counter[str] = Counter()
+    totals: Counter[str] = Counter()
+    for example in rows:
+        try:
+            prompt, reference = limits.tokenize(example)
+        except InputError as error:
+            result.bad_rows.setdefault(example.id, str(error))
+            result.losses["text cannot be tokenised"] = result.losses.get("text cannot be tokenised", 0) + 1
+            continue
+        prompts.append(len(prompt))
+        references.append(len(reference))
+        if limits.max_answer is not None:
+            # the end token need not fit: an answer may end at the limit
+            written = limits.decode(reference[:-1][: limits.max_answer])
+            for name in ("all", example.kind):
+                totals[name] += 1
+                right[name] += limits.is_right(written, example.answer)
+    result.limits = {"model": limits.model, "prompts": _cut(prompts, limits.max_prompt)}
+    if limits.max_reference is not None:
+        result.limits["references"] = _cut(references, limits.max_reference)
+    if limits.max_answer is not None:
+        result.limits["answers"] = _cut([length - 1 for length in references], limits.max_answer)
+        result.limits["score_ceiling"] = {name: right[name] / totals[name] for name in totals}
+    losses = {"prompts": "question is cut", "references": "reference is cut in training", "answers": "answer is cut"}
+    for name, loss in losses.items():
+        if result.limits.get(name, {}).get("cut"):
+            result.losses[loss] = result.limits[name]["cut"]
+
+
+def _cut(lengths: Sequence[int], limit: int | None) -> dict[str, Any]:
+    """Percentiles of lengths in tokens, the limit, and how many lengths are above it."""
+    ordered = sorted(lengths) or [0]
+    cuts = quantiles(ordered, n=100, method="inclusive") if len(ordered) > 1 else ordered * 99
+    return {
+        "limit": limit,
+        "cut": 0 if limit is None else sum(length > limit for length in lengths),
+        "rows": len(lengths),
+        "median": cuts[49],
+        "p95": cuts[94],
+        "p99": cuts[98],
+        "longest": ordered[-1],
+    }
+
+
+def _limit_text(counts: dict[str, Any]) -> str:
+    lengths = f"median {counts['median']:g}, 95% {counts['p95']:g}, longest {counts['longest']} tokens"
+    if counts["limit"] is None:
+        return f"{lengths}; no limit"
+    return f"{lengths}; {counts['cut'] or 'none'} of {counts['rows']} cut at the limit of {counts['limit']}"
+
+
+def _pictures_text(pictures: dict[str, Any]) -> str:
+    if not pictures["opened"]:
+        return "not opened"
+    unreadable = f"{pictures['unreadable']} cannot be decoded" if pictures["unreadable"] else "all can be decoded"
+    return (
+        f"{pictures['opened']} opened, {unreadable}; {pictures['equal'] or 'none'} under several names; "
+        f"{pictures['near_duplicates'] or 'no'} pairs look alike"
+    )
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split()).rstrip(".")
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith(".") else f"{text}."
+
+
+def _joined(counts: dict[str, int] | Iterable[str]) -> str:
+    if isinstance(counts, dict):
+        return ", ".join(f"{name} {count}" for name, count in counts.items())
+    return ", ".join(counts)
