@@ -204,3 +204,32 @@ def test_example_ids_must_be_unique() -> None:
 def test_reports_are_refused() -> None:
     with pytest.raises(InputError, match="example 'r' asks for a report"):
         score_vqa([example("r", "No findings.", "report")], {"r": "none"})
+
+
+@pytest.mark.parametrize("normalisation", ["vqa", "llava-med"])
+def test_an_option_that_the_normalisation_empties_is_compared_as_it_is(normalisation: str) -> None:
+    rows = [example(str(number), option, "closed") for number, option in enumerate("ABCD")]
+    always = {letter: score_vqa(rows, dict.fromkeys("0123", letter), normalisation=normalisation) for letter in "AD"}
+    for metrics in always.values():
+        assert {metrics[name].value for name in ("closed_label", "closed_substring", "global_exact")} == {0.25}
+    empty = score_vqa(rows, dict.fromkeys("0123", ""), normalisation=normalisation)
+    assert {empty[name].value for name in ("closed_label", "closed_substring", "global_exact")} == {0.0}
+    assert score_vqa(rows[:1], {"0": "(a)."}, normalisation=normalisation)["global_exact"].value == 1.0
+    assert closed_substring("aortic stenosis", "A") == 0.0
+    assert closed_substring("Option A.", "a") == 1.0
+
+
+def test_a_reference_yes_with_a_full_stop_is_a_yes() -> None:
+    rows = [example("1", "Yes.", "closed"), example("2", "no", "closed"), example("3", "nodule")]
+    metrics = score_vqa(rows, {"1": "yes", "2": "yes", "3": "nodule"})
+    assert (metrics["closed_yes_no"].value, metrics["closed_yes_no"].rows) == (0.5, 2)
+    assert (metrics["open_not_yes_no"].value, metrics["open_not_yes_no"].rows) == (1.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference"),
+    [("me\u0301niscus", "méniscus"), ("\ufb01brosis", "fibrosis"), ("Crohn\u2019s", "Crohn's"), ("ＣＴ", "ct")],
+)
+def test_the_unicode_normalisation_unifies_texts_that_look_the_same(prediction: str, reference: str) -> None:
+    assert normalise(prediction, "unicode") == normalise(reference, "unicode")
+    assert normalise(prediction) != normalise(reference)

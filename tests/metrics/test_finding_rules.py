@@ -39,6 +39,29 @@ CASES: dict[str, dict[str, str]] = {
     "Biapical pleural thickening.": {"Pleural Other": "positive"},
     "Lungs are clear.There is a small pneumothorax": {"Pneumothorax": "positive"},
     "Consolidation.\nNo consolidation elsewhere.": {"Consolidation": "positive"},
+    # structured reports
+    "Pneumothorax: None. Pleural effusion: absent. Edema: not seen": {
+        "Pneumothorax": "negative",
+        "Pleural Effusion": "negative",
+        "Edema": "negative",
+    },
+    "FINDINGS: Consolidation: negative\nFracture - none": {"Consolidation": "negative", "Fracture": "negative"},
+    "Pneumothorax: no pneumothorax.": {"Pneumothorax": "negative"},
+    "Pneumothorax: small, left.": {"Pneumothorax": "positive"},
+    "Pleural effusion: no significant change.": {"Pleural Effusion": "positive"},
+    "HEART: enlarged. LUNGS: Clear.": {"Cardiomegaly": "positive"},
+    "Heart: normal. Lungs: bibasilar opacities.": {"Lung Opacity": "positive"},
+    # denials in other words
+    "The effusion is no longer seen.": {"Pleural Effusion": "negative"},
+    "Pneumonia is considered unlikely.": {"Pneumonia": "negative"},
+    "The opacity is unlikely to be pneumonia.": {"Lung Opacity": "positive", "Pneumonia": "negative"},
+    "Pneumonia is less likely.": {"Pneumonia": "uncertain"},
+    "The pneumothorax has disappeared.": {"Pneumothorax": "negative"},
+    "I don\u2019t see a pneumothorax. Consolidation wasn't seen.": {
+        "Pneumothorax": "negative",
+        "Consolidation": "negative",
+    },
+    "Pneumonia can't be excluded.": {"Pneumonia": "uncertain"},
 }
 
 

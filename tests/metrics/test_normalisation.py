@@ -72,4 +72,4 @@ def test_tokens_lose_no_visible_character(text: str) -> None:
 
 
 def test_the_names_are_the_documented_ones() -> None:
-    assert list(NORMALISATIONS) == ["none", "vqa", "llava-med"]
+    assert list(NORMALISATIONS) == ["none", "vqa", "unicode", "llava-med"]

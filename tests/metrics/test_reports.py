@@ -109,3 +109,13 @@ def test_scores_have_names_with_normalisations_intervals_and_counts() -> None:
 def test_reports_without_any_finding_have_no_label_f1() -> None:
     metrics = score_report([report("1", "A round thing.", "x")], {"1": "Pneumonia."}, resamples=5)
     assert not any(name.startswith("findings_rules") for name in metrics)
+
+
+def test_chinese_reports_are_compared_by_character() -> None:
+    report, near = "双肺纹理清晰，心影大小正常。", "双肺纹理清楚，心影大小正常。"
+    names = ("bleu_4", "rouge_l", "rouge_l_f1", "sacrebleu")
+    for normalisation in ("none", "r2gen-iu"):
+        metrics = report_metrics({"1": (report, report), "2": (near, near)}, normalisation=normalisation)
+        assert {name: metrics[name].overall() for name in names} == dict.fromkeys(names, approx(1.0))
+        close = report_metrics({"1": (near, report), "2": (near, near)}, normalisation=normalisation)
+        assert all(0.7 < close[name].overall() < 1.0 for name in names)

@@ -31,9 +31,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from normtune.data.reading.cells import is_yes_no
 from normtune.data.records import Example, Prediction
 from normtune.errors import InputError
-from normtune.metrics.normalisation import normalise, tokens
+from normtune.metrics.normalisation import normalise, normalise_pair, tokens
 from normtune.metrics.statistics import RESAMPLES
 from normtune.metrics.sum_metrics import bootstrap_intervals, mean_metric, sum_by_cluster
 
@@ -135,12 +136,23 @@ def llava_med_recall(prediction: str, reference: str) -> float:
 
 
 def closed_substring(prediction: str, reference: str) -> float:
-    """Return 1.0 if the prediction contains the reference, else 0.0: LLaVA-Med's score of closed answers."""
-    return float(normalise(reference, "llava-med") in normalise(prediction, "llava-med"))
+    """Return 1.0 if the prediction contains the reference, else 0.0: LLaVA-Med's score of closed answers.
+
+    A reference of which the normalisation leaves nothing, such as the option "A", must be a word of the prediction.
+    """
+    if normalise(reference, "llava-med"):
+        return float(normalise(reference, "llava-med") in normalise(prediction, "llava-med"))
+    texts = normalise_pair(prediction, reference, "llava-med")
+    return float(bool(texts[1]) and f" {texts[1]} " in f" {texts[0]} ")
+
+
+def is_exact(prediction: str, reference: str, normalisation: str = "vqa") -> bool:
+    """Whether the exact-match metrics count a prediction as right."""
+    return exact_match(*normalise_pair(prediction, reference, normalisation)) == 1.0
 
 
 def _is_yes_no(example: Example) -> bool:
-    return example.answer.strip().lower() in ("yes", "no")
+    return is_yes_no(example.answer)
 
 
 def _is_closed(example: Example) -> bool:
@@ -185,7 +197,7 @@ def score_rows(
         raise InputError(f"example '{report}' asks for a report, not an answer. Score it with the report task.")
     table: Scores = {name: {} for name in METRICS}
     for example, text in pairs:
-        prediction, reference = normalise(text, normalisation), normalise(example.answer, normalisation)
+        prediction, reference = normalise_pair(text, example.answer, normalisation)
         for name, (applies_to, score) in _NORMALISED.items():
             if applies_to(example):
                 table[name][example.id] = score(prediction, reference)

@@ -104,6 +104,7 @@ FIVE_FINDINGS: tuple[str, ...] = ("Cardiomegaly", "Edema", "Consolidation", "Ate
 _NO_DENIAL = r"no (?:significant |interval |definite |appreciable |substantial |other )*(?:change|increase|worsening)"
 _DENIED_BEFORE = (
     r"\b(?:no|without|denies|absen(?:t|ce of)|negative for|(?:free|clear) of|lack of|never|neither|nor"
+    r"|\w+n't(?! (?:be )?(?:exclude|rule))|unlikely(?: to (?:be|represent|reflect))?"
     r"|rather than|resolution of|resolved|removal of|removed|ruled? out"
     r"|not(?! (?:be )?(?:exclude|completely|entirely))"
     r"|nonenlarged|exclud(?:es|ing))\b"
@@ -115,16 +116,18 @@ _DENIED_AFTER = (
     r"(?! (?:on|in) (?:the )?pr)"  # "not seen on prior exams" is new, not absent
     r"|(?:is|are|appears?|remains?|look|within) (?:grossly |otherwise )?"
     r"(?:normal|unremarkable|within (?:normal|limits))"
+    r"|(?:is|are|was|were) no longer|unlikely(?! to (?:be|represent|reflect))|disappeared"
+    r"|\w+n't (?:seen|identified|present|evident|visuali[sz]ed|demonstrated|appreciated|visible)"
     r"|have resolved|resolved|unremarkable)\b"
 )
 _OPEN_BEFORE = (
     r"\b(?:may|might|could|possibl[ey]|question(?:able|ed)?(?: of)?|suspect(?:ed)?"
     r"|suspicio(?:us|n) (?:for|of)|concern(?:ing)?(?: for)?|suggest\w*|equivocal|borderline"
-    r"|(?:can ?not|not|difficult to) (?:be )?(?:exclude|rule)\w*|perhaps|indeterminate|uncertain)\b"
+    r"|(?:can ?not|can't|not|difficult to) (?:be )?(?:exclude|rule)\w*|less likely|perhaps|indeterminate|uncertain)\b"
 )
 _OPEN_AFTER = (
-    r"\b(?:(?:can ?not|not|difficult to) be (?:completely |entirely )?(?:excluded|ruled out)|not excluded"
-    r"|(?:is|are|was) (?:possible|suspected|questioned|questionable|suggested|uncertain)|borderline"
+    r"\b(?:(?:can ?not|can't|not|difficult to) be (?:completely |entirely )?(?:excluded|ruled out)|not excluded"
+    r"|less likely|(?:is|are|was) (?:possible|suspected|questioned|questionable|suggested|uncertain)|borderline"
     r"|(?:is|are) considered)\b"
 )
 # Ends the scope of a denial: findings after this are not denied.
@@ -137,6 +140,12 @@ _STOP = re.compile(
 )
 _SENTENCE = re.compile(r"[.!?](?=\s|$|[A-Za-z])|[;\n]")
 _CLAUSE = re.compile(r"\b(?:but|however|although|though|whereas)\b|:")
+# Structured reports write "Pneumothorax: none" and "HEART: enlarged": the colon ends no clause there.
+_ANSWERED = re.compile(
+    r"^(?:.*:)?\s*(?P<name>[^:]+?)\s*(?::|\s-)\s*"
+    r"(?:none|no|nil|absent|negative|without|not)\b(?! (?:\w+ )?(?:chang|increas|worsen|exclu))(?P<rest>.*)$"
+)
+_ORGAN = re.compile(r"^(?:.*:)?\s*((?:the )?(?:heart|cardi\w+|mediastin\w+)(?: \w+){0,2}):\s*(?=\w)")
 _OR = r"(?:or|versus|vs|and/or)"  # between two findings, it makes both uncertain
 _OR_AFTER = re.compile(rf"^(?:\s+(?!may|might|could|which|that|is|are|represent)[\w/-]+){{0,3}}?\s+{_OR}\b")
 _OR_BEFORE = re.compile(rf"\b{_OR}(?:\s+[\w-]+){{0,3}}\s*$")
@@ -177,7 +186,9 @@ def extract_findings(report: str) -> dict[str, Status]:
 
 def _split_clauses(report: str) -> list[str]:
     """Split a report into clauses, without conditional clauses ("if ...") and without `EXCLUDED_PHRASES`."""
+    report = report.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
     sentences = (" ".join(sentence.split()) for sentence in _SENTENCE.split(report))
+    sentences = (_ORGAN.sub(r"\1 ", _ANSWERED.sub(r"no \g<name>: no\g<rest>", sentence)) for sentence in sentences)
     clauses = (clause.strip() for sentence in sentences for clause in _CLAUSE.split(sentence))
     return [_ELSEWHERE.sub(" ", clause) for clause in clauses if clause and not clause.startswith("if ")]
 

@@ -13,7 +13,10 @@
     5. The words none, zero ... ten become digits, and a, an, the are removed.
     6. Contractions without their apostrophe get it back ("dont" -> "don't").
 
-    Note that "None" becomes "0", and that an answer "A" becomes the empty string.
+    Note that "None" becomes "0", and that an answer "A" becomes the empty string: see `normalise_pair`.
+`unicode`
+    `vqa` after Unicode's compatibility form (NFKC) and with straight quotes: accents in one or two characters,
+    ligatures, full-width letters and curly apostrophes make no difference.
 `llava-med`
     The normalisation of LLaVA-Med's evaluation (Li et al. 2023; eval_metrics/glossary.py): lower case first,
     then steps 2 to 6 of `vqa`, then all remaining commas are removed.
@@ -24,6 +27,7 @@ The normalisations of reports are in `normtune.metrics.reports`.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Mapping
 
 from normtune.errors import InputError, did_you_mean
@@ -50,9 +54,10 @@ _CONTRACTED = """
 _CONTRACTIONS = {
     word[:at] + word[at + 1 :]: word for word in _CONTRACTED.split() for at, sign in enumerate(word) if sign == "'"
 } | {"somebody'd": "somebodyd"}  # the published table swaps the two sides of this entry
-_IDEOGRAPH = r"[\u3400-\u4dbf\u4e00-\u9fff]"
+IDEOGRAPH = r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]"  # Chinese characters and Japanese kana
+_STRAIGHT = str.maketrans("\u2018\u2019\u02bc\u201c\u201d\u2010\u2011\u2013", "'''\"\"---")
 # A token is one Chinese character, or a run of other characters without white space.
-_TOKEN = re.compile(rf"{_IDEOGRAPH}|(?:(?!{_IDEOGRAPH})\S)+")
+_TOKEN = re.compile(rf"{IDEOGRAPH}|(?:(?!{IDEOGRAPH})\S)+")
 
 
 def _vqa_words(text: str) -> str:
@@ -75,11 +80,20 @@ def _vqa(text: str) -> str:
     return _vqa_words(text.replace("\n", " ").replace("\t", " ").strip())
 
 
+def _unicode(text: str) -> str:
+    return _vqa(unicodedata.normalize("NFKC", text).translate(_STRAIGHT))
+
+
 def _llava_med(text: str) -> str:
     return _vqa_words(text.lower()).replace(",", "")
 
 
-NORMALISATIONS: dict[str, Callable[[str], str]] = {"none": _none, "vqa": _vqa, "llava-med": _llava_med}
+NORMALISATIONS: dict[str, Callable[[str], str]] = {
+    "none": _none,
+    "vqa": _vqa,
+    "unicode": _unicode,
+    "llava-med": _llava_med,
+}
 
 
 def normalise(text: str, name: str = "vqa") -> str:
@@ -89,6 +103,22 @@ def normalise(text: str, name: str = "vqa") -> str:
         InputError: if there is no normalisation of that name.
     """
     return find_normalisation(name, NORMALISATIONS)(text)
+
+
+def normalise_pair(prediction: str, reference: str, name: str = "vqa") -> tuple[str, str]:
+    """Normalise a prediction and its reference for a comparison.
+
+    Where nothing is left of the reference, as of the option "A", which `vqa` takes for an article, both texts are
+    only lower-cased and freed of punctuation: otherwise every answer that says nothing would be right.
+
+    Raises:
+        InputError: if there is no normalisation of that name.
+    """
+    texts = normalise(prediction, name), normalise(reference, name)
+    if texts[1] or not reference.strip():
+        return texts
+    plain = [" ".join(re.findall(r"\w+", text.lower())) for text in (prediction, reference)]
+    return (plain[0], plain[1]) if plain[1] else (prediction.strip(), reference.strip())
 
 
 def find_normalisation(name: str, known: Mapping[str, Callable[[str], str]], of: str = "") -> Callable[[str], str]:
@@ -107,6 +137,11 @@ def find_normalisation(name: str, known: Mapping[str, Callable[[str], str]], of:
             f"unknown normalisation '{name}'{of}{did_you_mean(name, known) or '.'} Choose one of: {', '.join(known)}."
         )
     return known[name]
+
+
+def separate_ideographs(text: str) -> str:
+    """Put blanks around each Chinese character, so that words are split there as well."""
+    return re.sub(IDEOGRAPH, r" \g<0> ", text)
 
 
 def tokens(text: str) -> list[str]:

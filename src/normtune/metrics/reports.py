@@ -25,6 +25,8 @@ Each metric is computed after a named normalisation of both texts; its full name
     joined by " . ". R2Gen computes its scores with references truncated to 60 or 100 words, in which rare
     words are replaced; that raises scores. Scores here use the whole references.
 
+Each Chinese character is a word under every normalisation, as these texts have no blanks.
+
 coco-caption's METEOR 1.5 differs from nltk's METEOR, needs Java, and is not computed here.
 """
 
@@ -41,13 +43,14 @@ import numpy as np
 from normtune.data.records import Example, Prediction
 from normtune.metrics.answers import Metric, pair_with_predictions
 from normtune.metrics.ngrams import bleu, bleu_statistics, cider, rouge_l
-from normtune.metrics.normalisation import find_normalisation
+from normtune.metrics.normalisation import IDEOGRAPH, find_normalisation, separate_ideographs
 from normtune.metrics.ptb_words import ptb_words
 from normtune.metrics.statistics import RESAMPLES, Floats
 from normtune.metrics.sum_metrics import SumMetric, bootstrap_intervals, mean_metric
 
 Texts = Mapping[str, tuple[str, str]]  # row id -> (prediction, reference)
 
+_ROUGE_WORD = re.compile(rf"[a-z0-9]+|{IDEOGRAPH}")
 # Characters that R2Gen removes, and (list number, replacement) in its order.
 _R2GEN_MARKS = re.compile(r"[.,?;*!%^&_+():-\[\]{}\"/\\']")
 _R2GEN_NUMBERS = (("1. ", ""), *((f". {n}. ", ". ") for n in "2345"), *((f" {n}. ", ". ") for n in "2345"))
@@ -108,7 +111,10 @@ def report_metrics(
         InputError: if the normalisation is unknown, or the model cannot be loaded.
     """
     normalised = {
-        id: (normalise_report(prediction, normalisation), normalise_report(reference, normalisation))
+        id: (
+            separate_ideographs(normalise_report(prediction, normalisation)),
+            separate_ideographs(normalise_report(reference, normalisation)),
+        )
         for id, (prediction, reference) in texts.items()
     }
     # R2Gen's normalisations leave words that are separated by blanks.
@@ -151,11 +157,21 @@ def _sacrebleu(texts: Texts) -> SumMetric:
     return SumMetric(rows, from_sums)
 
 
+class _RougeWords:
+    """Splits a text as rouge-score's default tokenizer does, and keeps Chinese characters."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return _ROUGE_WORD.findall(text.lower())
+
+
 def _rouge_score(texts: Texts) -> dict[str, float]:
-    """Compute rougeL F1 of each row with the package rouge-score: row id -> F1."""
+    """Compute rougeL F1 of each row with the package rouge-score: row id -> F1.
+
+    Its words are runs of a to z and 0 to 9, as in the package's default; here each Chinese character is one too.
+    """
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    scorer = RougeScorer(["rougeL"], tokenizer=_RougeWords())
     return {
         id: float(scorer.score(reference, prediction)["rougeL"].fmeasure)
         for id, (prediction, reference) in texts.items()
