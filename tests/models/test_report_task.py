@@ -105,7 +105,8 @@ def test_a_long_reference_is_truncated_to_the_limit_of_model_and_task(family: Fa
         else min(positions - 1, tasks.MAX_REPORT_REFERENCE_TOKENS)
     )
     assert len(segment.answer) == limit
-    assert segment.answer[-1] == family.tokenize("x", "", "heart", report=True).answer[-1]
+    whole = family.tokenize_whole("x", "", "heart " * 2000).answer
+    assert segment.answer == whole[:limit]  # without the end token: the model does not learn to stop there
     if positions is not None:  # and it can be learned: this was an index error
         pixels = [[family.preprocess_image(view("frontal"))]]
         family.loss(family.collate([Group(("frontal",), (segment,))], pixels))

@@ -42,6 +42,12 @@ class FakeFamily:
         self.tokenized.append((id, report))
         return Segment(id, tuple(question.encode()), tuple((answer or "").encode()))
 
+    def tokenize_whole(self, id: str, question: str, answer: str | None) -> Segment:
+        return Segment(id, tuple(question.encode()), (*(answer or "").encode(), 0))
+
+    def max_reference_tokens(self, report: bool) -> int:
+        return 512 if report else 256
+
     def generate_answers(
         self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]], *, max_new_tokens: int = 16, beams: int = 1
     ) -> list[list[Answer]]:

@@ -295,5 +295,6 @@ def load_model(
     family = load(model, dtype=dtype, device=device, quantize=quantize)
     if adapter is not None:
         family.adapter = load_adapter(family.model, adapter)
+        family.use_limits((read_adapter_info(adapter).data or {}).get("limits"))
     family.model.eval()
     return family

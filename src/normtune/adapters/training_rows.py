@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from normtune.adapters.info import ROWS_FILE
-from normtune.data.pictures import read_pictures
+from normtune.data.pictures import DIGEST_BYTES, read_pictures
 from normtune.data.records import Dataset, Example
 from normtune.errors import InputError
 from normtune.runtime.files import read_json
-
-_BYTES = 8  # of the hash of a row or a picture; two of a million rows share one with a probability of 3e-8
 
 
 @dataclass(frozen=True)
@@ -68,10 +66,13 @@ def hash_rows(dataset: Dataset, examples: Sequence[Example]) -> TrainingRows:
 
 
 def picture_hashes(dataset: Dataset, examples: Sequence[Example]) -> dict[str, str]:
-    """Image key -> hash of the picture's pixels, in the order of the examples."""
+    """Image key -> hash of the picture's size and pixels, in the order of the examples."""
     pictures = read_pictures(dataset, (key for example in examples for key in example.images))
-    # a picture that cannot be read (a damaged file, or one that --text-only allows to be missing) has no digest
-    return {key: _hash((picture.digest or f"no picture: {key}").encode()) for key, picture in pictures.items()}
+    # a damaged file, or one that --text-only allows to be missing, is hashed by its name
+    return {
+        key: picture.digest or _hash(f"cannot be read: {key}".encode("utf-8", "surrogatepass"))
+        for key, picture in pictures.items()
+    }
 
 
 def overlap(adapter: Path, dataset: Dataset, examples: Sequence[Example]) -> Overlap | None:
@@ -109,4 +110,4 @@ def _row_hash(example: Example, pictures: dict[str, str]) -> str:
 
 
 def _hash(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=_BYTES).hexdigest()
+    return hashlib.blake2b(data, digest_size=DIGEST_BYTES).hexdigest()

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from normtune.commands.app import Device, Json, Model, Quantize, app, emit, options_from
-from normtune.data.options import DataOptions
+from normtune.data.options import InspectOptions
 
 
 @app.command()
@@ -48,13 +48,20 @@ def inspect(
 
 
 @app.command()
-@options_from(DataOptions, positional="data")
+@options_from(InspectOptions, positional="data")
 def data(*, as_json: bool, **options: Any) -> None:
-    """Show what a dataset contains.
+    """Show what a dataset contains, and what would be lost of it.
 
-    Lists its splits, images, open and closed questions, problems in its files, and images that several splits
-    share.
+    Lists its splits, images, open and closed questions, problems in its files, and images and patients that
+    several splits share. Opens every picture once. With --model, also counts the texts that its limits cut.
     """
     from normtune.data.registry import open_dataset
+    from normtune.inference.limits import inspect_data
 
-    emit(as_json, open_dataset(options.pop("data"), **options).summary())
+    model, strict = options.pop("model"), options.pop("strict")
+    dataset = open_dataset(options.pop("data"), **options)
+    counts = inspect_data(dataset, model, text_only=options["text_only"])
+    summary = dataset.summary()
+    emit(as_json, summary | {"preflight": counts.to_dict()}, f"{summary}\n\nPreflight\n{counts.text()}")
+    if strict:
+        counts.require_no_loss()

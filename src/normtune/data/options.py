@@ -73,6 +73,10 @@ class DataOptions(_Options):
         "findings", description="Sections that a report consists of (openi, mimic-cxr)."
     )
     text_only: bool = Field(False, description="Keep rows with missing image files, for their text.")
+    skip_bad: bool = Field(
+        False, description="Leave out rows that cannot be used (damaged image, bad cell), instead of stopping at them."
+    )
+    strict: bool = Field(False, description="Stop if anything is lost: a row, a picture, or a text that is cut.")
 
     def data_options(self) -> dict[str, Any]:
         """The options for a result file, with an absolute root: they open the same data from any folder."""
@@ -81,3 +85,11 @@ class DataOptions(_Options):
         if root is not None and root.exists():  # a root that does not exist is a hub name
             options["root"] = str(root.resolve())
         return options
+
+
+class InspectOptions(DataOptions):
+    """The options of `normtune data`."""
+
+    model: str | None = Field(
+        None, description="Model whose limits are applied to the texts: a local directory, a hub name, or 'nano'."
+    )

@@ -18,6 +18,7 @@ from PIL import Image
 from normtune.data.records import Dataset, Picture
 from normtune.errors import InputError
 
+DIGEST_BYTES = 8  # two of a million pictures share a digest with a probability of 3e-8
 _THUMBNAIL = 16  # width and height of the grey thumbnail
 _MAX_BIT_DISTANCE = 8  # of the 64 bits of two perceptual hashes
 _MIN_CORRELATION = 0.998  # of two thumbnails; adjacent slices of one scan stay below it, JPEG copies above
@@ -56,9 +57,11 @@ def read_pictures(
 def _read(dataset: Dataset, key: str) -> Picture:
     try:
         image = dataset.open_image(key)
-    except InputError as error:
+    except (InputError, OSError, SyntaxError, ValueError) as error:  # all but the first: a reader of the user's own
         return Picture("", error=str(error))
-    digest = hashlib.blake2b(repr((image.mode, image.size)).encode() + image.tobytes(), digest_size=16).hexdigest()
+    digest = hashlib.blake2b(
+        repr((image.mode, image.size)).encode() + image.tobytes(), digest_size=DIGEST_BYTES
+    ).hexdigest()
     grey = image.convert("L")
     grid = np.asarray(grey.resize((9, 8), Image.Resampling.BOX))
     bits = np.packbits(grid[:, :-1] < grid[:, 1:])

@@ -74,6 +74,24 @@ class Preflight:
         first = dict(list(self.bad_rows.items())[:_FIRST])
         return asdict(self) | {"bad_rows": {"count": len(self.bad_rows), "first": first}}
 
+    def require_no_loss(self) -> None:
+        """Apply `--strict`.
+
+        Raises:
+            InputError: there is a loss; the message counts all of them.
+        """
+        if self.losses:
+            raise InputError(f"--strict: {_joined(self.losses)}. Correct the data, or leave out --strict.")
+
+    def figures(self) -> dict[str, Any]:
+        """The rows, losses and limits, for the files of a run's results."""
+        return {"rows": self.rows, "losses": self.losses, "limits": self.limits}
+
+    def token_limits(self) -> dict[str, int | None]:
+        """The limits in tokens: `prompt`, `reference` and `answer`, as an adapter's file records them."""
+        names = {"prompt": "prompts", "reference": "references", "answer": "answers"}
+        return {name: self.limits[key]["limit"] for name, key in names.items() if key in self.limits}
+
     def save(self, folder: Path) -> None:
         """Write `preflight.json` to a folder."""
         write_json(folder / "preflight.json", self.to_dict())
@@ -85,7 +103,7 @@ class Preflight:
             f"rows            {self.rows['read']} read, {self.rows['used']} used, {sum(dropped.values())} not used",
             *(f"{'':16}  {rows} x {reason}" for reason, rows in dropped.items()),
             f"pictures        {_pictures_text(self.pictures)}",
-            f"patients        {f'grouped by {_joined(self.grouped_by)}' if self.grouped_by else 'no column names them'}",
+            f"patients        {_joined(self.grouped_by) or 'no column'} names them",
         ]
         for name, what in (("prompts", "questions"), ("references", "references"), ("answers", "answers")):
             if name in self.limits:
@@ -182,8 +200,8 @@ def check(
         InputError: rows cannot be used, and `skip_bad` is off; nothing is left; or, with `strict`, there is a loss.
     """
     result = preflight(dataset, examples, limits, open_pictures=open_pictures, progress=progress)
-    if strict and result.losses:
-        raise InputError(f"--strict: {_joined(result.losses)}. Correct the data, or leave out --strict.")
+    if strict:
+        result.require_no_loss()
     if result.bad_rows and not skip_bad:
         first = " ".join(f"{id}: {_sentence(why)}" for id, why in list(result.bad_rows.items())[:_FIRST])
         raise InputError(

@@ -31,6 +31,7 @@ ROOTS = {
 }
 PHANTOMS = ("phantom-a", "phantom-b")  # drawn images, without files
 WITH_SECTIONS = ("openi", "mimic-cxr")  # datasets that separate findings and impression
+WITH_STRICT = ("jsonl", "messages")  # their readers refuse bad rows, unless --skip-bad is set
 _ON_THE_HUB = ("parquet", "path-vqa")  # --root may be a hub name, owner/name
 NAMES = (*ROOTS, *PHANTOMS)
 
@@ -41,8 +42,8 @@ def open_configured(options: DataOptions) -> Dataset:
     Raises:
         InputError: see `open_dataset`.
     """
-    selected = {name: getattr(options, name) for name in DataOptions.model_fields if name not in ("data", "root")}
-    return open_dataset(options.data, options.root, **selected)
+    fields = [name for name in DataOptions.model_fields if name not in ("data", "root", "strict")]
+    return open_dataset(options.data, options.root, **{name: getattr(options, name) for name in fields})
 
 
 def open_dataset(
@@ -55,6 +56,7 @@ def open_dataset(
     task: Task = "vqa",
     sections: Sections = "findings",
     text_only: bool = False,
+    skip_bad: bool = False,
 ) -> Dataset:
     """Open a dataset: a known one by its name, or a file of your own.
 
@@ -75,13 +77,15 @@ def open_dataset(
         task: questions or reports. A dataset that has only reports returns them for either task.
         sections: sections that a report consists of; only for the datasets in `WITH_SECTIONS`.
         text_only: keep the rows with missing image files.
+        skip_bad: skip and list the bad rows of `jsonl` and `messages`, instead of raising an error.
 
     Raises:
         InputError: the name is unknown; the root is needed but missing, or is not this dataset; the dataset
             has no examples of that task or language; or it does not separate sections.
     """
     name, root = name_and_root(str(name), None if root is None else Path(root))
-    dataset = _open_named(name, root, language, task, sections, text_only)
+    reading = {"text_only": text_only} | ({"strict": False} if skip_bad and name in WITH_STRICT else {})
+    dataset = _open_named(name, root, language, task, sections, reading)
     if group_by is not None:
         from normtune.data.splits import with_groups
 
@@ -89,7 +93,8 @@ def open_dataset(
     if image_disjoint:
         dataset = _split_by_picture(dataset, group_by)
     options = {"data": name, "root": root, "language": language, "image_disjoint": image_disjoint, "task": task}
-    return replace(dataset, options={**options, "sections": sections, "text_only": text_only, "group_by": group_by})
+    options |= {"group_by": group_by, "sections": sections, "text_only": text_only, "skip_bad": skip_bad}
+    return replace(dataset, options=options)
 
 
 def _split_by_picture(dataset: Dataset, group_by: str | None) -> Dataset:
@@ -106,7 +111,7 @@ def _split_by_picture(dataset: Dataset, group_by: str | None) -> Dataset:
 
 
 def _open_named(
-    name: str, root: Path | None, language: str, task: Task, sections: Sections, text_only: bool
+    name: str, root: Path | None, language: str, task: Task, sections: Sections, reading: dict[str, Any]
 ) -> Dataset:
     """Open a dataset with its own splits; see `open_dataset`."""
     family, colon, images = name.partition(":")
@@ -128,7 +133,7 @@ def _open_named(
         raise InputError(f"dataset '{name}': only phantoms take a number of images. Write --data {family}.")
     if root is None:
         raise InputError(f"dataset {family} needs --root: {ROOTS[family]}.")
-    dataset = _open_files(family, root, language, sections, text_only)
+    dataset = _open_files(family, root, language, sections, reading)
     if all(example.kind == "report" for example in dataset.examples):
         task = "report"
     return _select_task_and_language(dataset, language, task)
@@ -150,14 +155,14 @@ def _image_counts(name: str, numbers: str) -> int | dict[str, int]:
     return dict(zip(SPLITS, counts, strict=True)) if len(counts) > 1 else counts[0]
 
 
-def _open_files(family: str, root: Path, language: str, sections: Sections, text_only: bool) -> Dataset:
+def _open_files(family: str, root: Path, language: str, sections: Sections, reading: dict[str, Any]) -> Dataset:
     """Call `read` of the module named after the dataset.
 
     The module is imported only here, as pyarrow takes half a second to import.
     """
     if not root.exists() and family not in _ON_THE_HUB:
         raise InputError(f"--root {root}: no such file or folder. {family} needs {ROOTS[family]}.")
-    options: dict[str, Any] = {"text_only": text_only}
+    options = dict(reading)
     if family == "slake":
         options["language"] = language_tag(language)
     if family in WITH_SECTIONS:

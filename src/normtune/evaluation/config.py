@@ -36,7 +36,12 @@ class EvaluateConfig(DataOptions):
         description="Settings of generation_config.json, such as a repetition penalty: those of the checkpoint, as "
         "in transformers' generate() (the default), or none (greedy). Sampling is never used.",
     )
-    max_new_tokens: int | None = Field(None, gt=0, description="Maximum length of an answer, in tokens.")
+    max_new_tokens: int | None = Field(
+        None,
+        gt=0,
+        description="Maximum length of an answer, in tokens; default: that of the longest training reference and a "
+        "margin of 8, at least 16 (reports: 128).",
+    )
     candidates: str | None = Field(
         None, description="Answers to choose from for closed questions, separated by /, for example yes/no."
     )
@@ -45,7 +50,7 @@ class EvaluateConfig(DataOptions):
         description="Also answer the questions with control images, to measure how much the image matters: "
         "one or several of blank,noise,other.",
     )
-    normalisation: Literal["vqa", "none"] = Field(
+    normalisation: Literal["vqa", "unicode", "none"] = Field(
         "vqa", description="Normalisation of answers before they are compared."
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(

@@ -26,6 +26,7 @@ from normtune.runtime import distributed, memory
 from normtune.runtime.files import make_directory
 
 if TYPE_CHECKING:
+    from normtune.data.preflight import Preflight
     from normtune.evaluation.config import EvaluateConfig
     from normtune.evaluation.retrieval import Predictor
     from normtune.models.family import Family
@@ -52,6 +53,7 @@ def evaluate_config(
     """
     from normtune.adapters.storage import load_model
     from normtune.data.registry import open_configured
+    from normtune.inference.limits import check_run
 
     needs_model = config.baseline in (None, "retrieval")
     if config.baseline and (config.candidates or (config.adapter and not needs_model)):
@@ -66,15 +68,29 @@ def evaluate_config(
     examples = dataset.split(config.split)[: config.limit]
     if not needs_model:
         family = None
-    elif family is None:
+    examples, preflight = check_run(
+        config,
+        examples,
+        family or (config.model if needs_model else None),
+        config.out,
+        adapter=config.adapter,
+        max_answer=config.max_new_tokens,
+        normalisation=config.normalisation,
+    )
+    if needs_model and family is None:
         family = load_model(
             config.model, config.adapter, dtype=config.dtype, device=config.device, quantize=config.quantize
         )
-    return evaluate(family, examples, config, progress=progress)
+    return evaluate(family, examples, config, preflight=preflight, progress=progress)
 
 
 def evaluate(
-    family: Family | None, examples: Split, config: EvaluateConfig, *, progress: Progress | None = None
+    family: Family | None,
+    examples: Split,
+    config: EvaluateConfig,
+    *,
+    preflight: Preflight | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Answer every example, score the answers, and write both to `config.out` if it is set.
 
@@ -86,6 +102,7 @@ def evaluate(
         family: the model, with the adapter that `config` names; None with a baseline that needs no model.
         examples: all questions, or all report requests; no id may occur more than once.
         config: how to answer and to score; which model and data it names is only recorded.
+        preflight: the counts of the rows, to be recorded; see `normtune.inference.limits.check_run`.
         progress: called with (pairs done, pairs in all) after each batch.
 
     Raises:
@@ -108,7 +125,7 @@ def evaluate(
     if config.out is not None:
         make_directory(config.out)
     baseline, cache = _baseline_and_cache(family, dataset, config)
-    memory.reset_peak(family and family.device)
+    memory.reset_peak(family.device if family else None)
     started = time.perf_counter()
     predictions, peak = answerer.predict(dataset, baseline, cache)
     seconds = time.perf_counter() - started
@@ -124,6 +141,7 @@ def evaluate(
             **_compute_scores(examples, predictions, controls, applied),
             **_describe_model(family, config, examples),
             data=config.data_options(),
+            **({} if preflight is None else {"preflight": preflight.figures()}),
             normalisation=applied,
             settings={
                 "batch_pairs": config.batch,
@@ -173,12 +191,7 @@ class _Answerer:
     """
 
     def __init__(
-        self,
-        family: Family | None,
-        examples: Sequence[Example],
-        config: EvaluateConfig,
-        progress: Progress | None,
-        rounds: int,
+        self, family: Family | None, examples: Split, config: EvaluateConfig, progress: Progress | None, rounds: int
     ) -> None:
         """Choose the examples of this process; they are answered `rounds` times, with other images each."""
         self.family, self.examples, self.config = family, examples, config
@@ -188,6 +201,10 @@ class _Answerer:
             tasks.MAX_REPORT_TOKENS if is_report else tasks.MAX_ANSWER_TOKENS
         )
         self.generation = {} if family is None or config.generation == "greedy" else family.generation_settings()
+        if config.max_new_tokens is None and family is not None:
+            from normtune.inference.limits import answer_limit  # torch takes seconds to import
+
+            self.max_new_tokens = answer_limit(family, examples)
         self.choices = _parse_candidates(config.candidates) if config.candidates else ()
         self.share = _examples_of_rank(examples, distributed.rank(), distributed.world_size())
         self.done = 0  # pairs answered so far
@@ -210,7 +227,7 @@ class _Answerer:
                 predictions = self._answer(self.family, dataset, cache)
             finally:
                 self.family.uses_checkpoint_settings = settings
-        peak = memory.peak_memory_bytes(self.family and self.family.device)
+        peak = memory.peak_memory_bytes(self.family.device if self.family else None)
         with distributed.lost_process_as_error():
             results = distributed.all_gather((predictions, peak))
         all_predictions = [prediction for predictions, _ in results for prediction in predictions]

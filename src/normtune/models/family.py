@@ -7,7 +7,7 @@ of the checkpoint's config.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -54,6 +54,8 @@ class Family(ABC):
     source: str = ""  # the directory or hub name that the model was loaded from
     quantize: str | None = None  # int8 or nf4: the model was quantised when it was loaded
     _adapter: Any = None
+    prompt_limit: int | None = None  # tokens of a question; lower than the model's own limit
+    old_prompt_limit: ClassVar[int | None] = None  # that of adapters whose files record no limits
 
     def __init__(self, model: nn.Module, processor: Any) -> None:
         self.model = model
@@ -153,6 +155,14 @@ class Family(ABC):
         if longest is not None and len(prompt) > longest:
             prompt = (*prompt[: longest - 1], prompt[-1])
         return Segment(id, prompt, whole.answer[: self.max_reference_tokens(report)])
+
+    def use_limits(self, limits: Mapping[str, Any] | None) -> None:
+        """Cut texts as an adapter's training did.
+
+        Args:
+            limits: the limits that the adapter's file records; None if it is older than these.
+        """
+        self.prompt_limit = self.old_prompt_limit if limits is None else limits.get("prompt")
 
     @property
     def max_prompt_tokens(self) -> int | None:

@@ -13,7 +13,8 @@ from typing import Any
 
 from normtune.adapters.fingerprint import fingerprint
 from normtune.adapters.training_rows import TrainingRows
-from normtune.data.records import Dataset, Example
+from normtune.data.preflight import Preflight
+from normtune.data.records import Dataset, Example, Split
 from normtune.data.registry import open_configured
 from normtune.errors import InputError
 from normtune.methods.adapt import TunedModel, adapt, restore_base
@@ -33,6 +34,7 @@ class TrainingSetup:
         tuned: `family.model`, adapted by the recipe.
         rows: digests of the examples and their pictures; None in runs that are neither resumed nor saved.
         base_fingerprint: identifies the base before it was adapted; see `normtune.adapters.fingerprint`.
+        preflight: the counts of the rows, with the limits of their texts.
         collate: builds batches, with the caches that the recipe allows.
     """
 
@@ -43,6 +45,7 @@ class TrainingSetup:
     tuned: TunedModel
     rows: TrainingRows | None = None
     base_fingerprint: str | None = None
+    preflight: Preflight | None = None
     collate: Collator = field(init=False)
 
     def __post_init__(self) -> None:
@@ -66,7 +69,7 @@ class TrainingSetup:
         }
 
 
-def read_examples(config: TrainConfig, dataset: Dataset | None = None) -> tuple[Dataset, list[Example]]:
+def read_examples(config: TrainConfig, dataset: Dataset | None = None) -> tuple[Dataset, Split]:
     """Open the dataset of a run and select the examples to train on.
 
     Args:
@@ -76,7 +79,7 @@ def read_examples(config: TrainConfig, dataset: Dataset | None = None) -> tuple[
         InputError: the data cannot be read, or the split does not exist.
     """
     dataset = open_configured(config) if dataset is None else dataset
-    return dataset, config.select(dataset.split(config.split))
+    return dataset, Split(dataset, config.select(dataset.split(config.split)), config.split)
 
 
 def build_setup(

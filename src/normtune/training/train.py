@@ -21,6 +21,7 @@ from normtune.adapters.training_rows import hash_rows
 from normtune.data.batches import EpochBatches
 from normtune.data.records import Dataset
 from normtune.errors import InputError
+from normtune.inference.limits import check_run
 from normtune.methods.adapt import restore_base
 from normtune.methods.recipe import parse
 from normtune.models.family import Family
@@ -74,10 +75,12 @@ def train(
     dataset, examples = read_examples(config, dataset)
     # before the base, which may take minutes to load
     with distributed.lost_process_as_error(), locked_folder(config.out):
+        examples, preflight = check_run(config, examples, family or config.model, training=True)
         rows = distributed.broadcast_from_first(lambda: hash_rows(dataset, examples))
         check_identity(config, options | {"rows_digest": rows.digest})
         keep_base = family is not None
         setup = build_setup(config, dataset, examples, rows, family=family, keep_base=keep_base)
+        setup.preflight = preflight
         try:
             return _train_in_folder(setup, progress)
         finally:
@@ -114,7 +117,7 @@ def save_run(setup: TrainingSetup, result: TrainResult, description: dict[str, A
         InputError: the files cannot be written.
     """
     config, dataset = setup.config, setup.dataset
-    assert setup.rows is not None and setup.base_fingerprint is not None
+    assert setup.rows is not None and setup.base_fingerprint is not None and setup.preflight is not None
     write_json(config.out / RUN_FILE, setup.identity)
     storage.save_adapter(
         setup.tuned,
@@ -127,10 +130,13 @@ def save_run(setup: TrainingSetup, result: TrainResult, description: dict[str, A
             "licence": dataset.licence,
             "task": config.task,
             "pairs": len(setup.examples),
+            "limits": setup.preflight.token_limits(),
+            "losses": setup.preflight.losses,
         },
         metrics={"training": description},
         rows=asdict(setup.rows),
     )
+    setup.preflight.save(config.out)
     # the resolved options: the run can be repeated from them
     write_json(config.out / "train_config.json", config.model_dump(mode="json"))
     write_json(config.out / "train_result.json", asdict(result))

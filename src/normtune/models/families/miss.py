@@ -38,8 +38,7 @@ class MissFamily(Family):
     """MISS in our own implementation. Answers end with [SEP]; only the decoder's input begins with [DEC]."""
 
     model_types = ("miss",)
-    # a lower limit than the positions; adapters that record none were trained with 35 (Chen et al. 2024)
-    prompt_limit: int | None = None
+    old_prompt_limit = 35  # Chen et al. 2024
     model: MissForQuestionAnswering
 
     @classmethod

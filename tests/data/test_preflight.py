@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from normtune.data.preflight import TextLimits, check, preflight
+from normtune.data.records import Dataset, Example, Kind
+from normtune.errors import InputError
+from normtune.metrics.answers import is_exact, score_vqa
+
+
+def row(
+    id: str, image: str, answer: str, question: str = "What?", kind: Kind = "open", split: str = "train"
+) -> Example:
+    return Example(id, (image,), question, answer, kind, split)
+
+
+def made(*examples: Example, **fields: object) -> Dataset:
+    def open_image(key: str) -> Image.Image:
+        if key.startswith("bad"):
+            raise InputError(f"{key}: the image is damaged.")
+        return Image.new("RGB", (4, 4), (len(key), 0, 0))
+
+    return Dataset("made", list(examples), open_image, **fields)  # type: ignore[arg-type]
+
+
+def words(**limits: int | None) -> TextLimits:
+    """A model whose tokens are words; it has no word for texts with "<image>"."""
+
+    def tokenize(example: Example) -> tuple[list[str], list[str]]:
+        if "<image>" in example.question:
+            raise InputError(f"example {example.id}: its text contains '<image>'.")
+        return example.question.split(), [*example.answer.split(), "</s>"]
+
+    return TextLimits("words", tokenize, " ".join, is_exact, **limits)  # type: ignore[arg-type]
+
+
+def test_rows_pictures_and_texts_are_counted() -> None:
+    data = made(
+        row("1", "a", "yes", kind="closed"),
+        row("2", "b", "no", kind="closed"),  # the picture of a under another name, with another answer
+        row("3", "ccc", "lung <|im_end|> x"),
+        row("4", "ccc", "Lung <|im_end|> x."),  # repeats row 3
+        row("5", "bad", "nan"),
+        row("6", "dddd", "maybe", kind="closed", split="test"),
+        row("7", "eeeee", "maybe", kind="closed", split="test"),
+        dropped={"answer is empty": 2, "language fr": 3},
+    )
+    counts = preflight(data)
+    assert counts.rows == {"read": 12, "used": 7, "dropped": {"answer is empty": 2, "language fr": 3}}
+    assert (counts.pictures["opened"], counts.pictures["unreadable"], counts.pictures["equal"]) == (6, 1, 1)
+    assert counts.texts == {
+        "languages": {},
+        "control_tokens": {"<|im_end|>": 2},
+        "not_a_number": 1,
+        "constant": ["test"],
+        "repeated": 1,
+        "contradictions": 2,
+        "unseen": {"test": 2},
+    }
+    assert counts.losses == {"answer is empty": 2, "picture cannot be decoded": 1}
+    assert counts.bad_rows == {"5": "bad: the image is damaged."}
+    assert "12 read, 7 used, 5 not used" in counts.text()
+
+
+def test_what_limits_cut_is_counted_with_the_score_ceiling(tmp_path: Path) -> None:
+    data = made(row("1", "a", "one two three four"), row("2", "b", "yes", question="a b c d", kind="closed"))
+    counts = preflight(data, limits=words(max_prompt=3, max_reference=3, max_answer=2))
+    cut = {name: (counts.limits[name]["cut"], counts.limits[name]["longest"]) for name in ("prompts", "references")}
+    assert cut == {"prompts": (1, 4), "references": (1, 5)}
+    assert counts.limits["answers"]["cut"] == 1
+    assert counts.limits["score_ceiling"] == {"all": 0.5, "open": 0.0, "closed": 1.0}
+    assert counts.losses == {"question is cut": 1, "reference is cut in training": 1, "answer is cut": 1}
+    assert counts.token_limits() == {"prompt": 3, "reference": 3, "answer": 2}
+    counts.save(tmp_path)
+    assert json.loads((tmp_path / "preflight.json").read_text()) == counts.to_dict()
+
+
+def test_bad_rows_are_refused_or_left_out_with_their_reasons() -> None:
+    data = made(row("1", "a", "x"), row("2", "bad", "x"), row("3", "b", "x", question="<image>?"))
+    with pytest.raises(
+        InputError, match=r"2 of 3 rows cannot be used\. 2: bad: the image is damaged\. 3: .*--skip-bad"
+    ):
+        check(data, data.examples, words())
+    usable, counts = check(data, data.examples, words(), skip_bad=True)
+    assert [example.id for example in usable] == ["1"]
+    assert counts.losses == {"picture cannot be decoded": 1, "text cannot be tokenised": 1}
+    assert counts.rows == {"read": 3, "used": 1, "dropped": {"bad row (--skip-bad)": 2}}
+    with pytest.raises(InputError, match=r"--strict: picture cannot be decoded 1, text cannot be tokenised 1\."):
+        check(data, data.examples, words(), strict=True, skip_bad=True)
+    with pytest.raises(InputError, match="none of the 1 rows can be used"):
+        check(data, data.examples[1:2], skip_bad=True)
+
+
+answers = st.lists(st.sampled_from(["left", "lung", "a", "yes", "no", "2", "."]), min_size=1, max_size=8).map(" ".join)
+kinds: st.SearchStrategy[Kind] = st.sampled_from(["open", "closed"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(answers, kinds), min_size=1, max_size=12), st.integers(1, 9))
+def test_the_ceiling_is_the_score_of_an_oracle_that_answers_with_the_cut_reference(
+    rows: list[tuple[str, Kind]], limit: int
+) -> None:
+    examples = [row(str(number), "a", answer, kind=kind) for number, (answer, kind) in enumerate(rows)]
+    ceiling = preflight(made(*examples), limits=words(max_answer=limit)).limits["score_ceiling"]
+    oracle = {example.id: " ".join(example.answer.split()[:limit]) for example in examples}
+    scores = score_vqa(examples, oracle, resamples=10)
+    names = {"all": "global_exact", "open": "open_exact", "closed": "closed_label"}
+    assert ceiling == {name: scores[metric].value for name, metric in names.items() if metric in scores}
+
+
+def test_progress_is_reported_for_every_picture() -> None:
+    ticks: list[tuple[int, int]] = []
+    report: Callable[[int, int], None] = lambda done, total: ticks.append((done, total))  # noqa: E731
+    preflight(made(row("1", "a", "x"), row("2", "a", "x"), row("3", "bb", "x")), progress=report)
+    assert ticks == [(1, 2), (2, 2)]
