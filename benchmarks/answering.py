@@ -25,6 +25,7 @@ from normtune.data.batches import batches_of_pairs
 from normtune.data.groups import Group, group_by_image
 from normtune.data.records import Dataset, Example
 from normtune.models.family import Family
+from normtune.runtime.text_table import markdown_table
 
 OURS, THEIRS = "normtune", "generate()"
 Answers = dict[str, AnswerTokens]  # by the id of the question
@@ -158,11 +159,12 @@ def check_same_answers(ours: Answers, theirs: Answers, tokens: int) -> None:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """A Markdown table of medians with the lowest and highest round."""
-    lines = ["| beams | normtune, questions/s | generate() | faster |", "|--:|--:|--:|--:|"]
+    lines = []
     for row in rows:
         cells = [format_range(row["normtune"], 1), format_range(row["generate"], 1), format_range(row["ratio"], 1, "x")]
-        lines.append("| " + " | ".join((str(row["beams"]), *cells)) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([str(row["beams"]), *cells])
+    header = ["beams", "normtune, questions/s", "generate()", "faster"]
+    return "\n".join(markdown_table(header, lines, "r")) + "\n"
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from workload import format_range, median_and_range, ratio, sample_images
 from normtune.data.records import Dataset, Example
 from normtune.data.registry import open_dataset
 from normtune.methods.adapt import adapt
+from normtune.runtime.text_table import markdown_table
 from normtune.training.config import TrainConfig
 from normtune.training.setup import TrainingSetup
 from normtune.training.train import fit
@@ -136,11 +137,11 @@ def time_epoch(
 
 def table(speeds: dict[str, list[float]]) -> str:
     """A Markdown table: medians with the range of the rounds, and the speed relative to no cache."""
-    lines = ["| kept | pairs/s | faster |", "|---|--:|--:|"]
+    lines = []
     for cached, values in speeds.items():
         faster = format_range(ratio(values, speeds[NO_CACHE]), 2, "x")
-        lines.append(f"| {cached} | {format_range(median_and_range(values), 2)} | {faster} |")
-    return "\n".join(lines) + "\n"
+        lines.append([cached, format_range(median_and_range(values), 2), faster])
+    return "\n".join(markdown_table(["kept", "pairs/s", "faster"], lines)) + "\n"
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from normtune.models.loading import meta_model
 from normtune.models.quantization import PACKAGES
 from normtune.runtime.files import read_json, write_json
 from normtune.runtime.memory import read_status_bytes
+from normtune.runtime.text_table import markdown_table
 
 SHARD_BYTES = 2 * 10**9
 SAMPLING_S = 0.02  # seconds between two samples of the memory
@@ -240,14 +241,13 @@ def random_tensor(shape: Sequence[int], gain: bool) -> Tensor:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """A Markdown table, one row per command."""
-    lines = ["| command | seconds | memory, GiB | planned, GiB | what came of it |", "|---|---:|---:|---:|---|"]
+    lines = []
     for row in rows:
         planned = f"{row['planned'] / 2**30:.2f}" if "planned" in row else "–"
-        lines.append(
-            f"| {row['command']} | {row['seconds']:.1f} | {row['peak_bytes'] / 2**30:.2f} | {planned} "
-            f"| {row['came_of']} |"
-        )
-    return "\n".join(lines) + "\n"
+        cells = [row["command"], f"{row['seconds']:.1f}", f"{row['peak_bytes'] / 2**30:.2f}", planned, row["came_of"]]
+        lines.append(cells)
+    header = ["command", "seconds", "memory, GiB", "planned, GiB", "what came of it"]
+    return "\n".join(markdown_table(header, lines, "lrrrl")) + "\n"
 
 
 def describe_result(row: dict[str, Any], output: dict[str, Any]) -> str:

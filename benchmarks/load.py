@@ -40,6 +40,7 @@ from serving import RECIPES, write_adapters
 from normtune.data.phantom import phantom_dataset
 from normtune.models.loading import load
 from normtune.runtime.memory import read_status_bytes
+from normtune.runtime.text_table import markdown_table
 
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -361,10 +362,8 @@ def compare_logs(client_logs: Sequence[RequestLog], server_log: str) -> dict[str
 def table(results: dict[str, Any]) -> str:
     """A Markdown table of the two loads, with a sentence on memory and one on the shutdown."""
     capacity_row, load_row, end_row = results["rows"]
-    lines = [
-        "| load | offered/s | answered/s | 200 | 429 | other | p50 | p95 | p99 |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+    header = ["load", "offered/s", "answered/s", "200", "429", "other", "p50", "p95", "p99"]
+    lines = []
     for name, row in (("as fast as it answers", capacity_row), ("open", load_row)):
         outcomes, latency = Counter(row["outcomes"]), row["latency_s"]["200"]
         other = sum(outcomes.values()) - outcomes["200"] - outcomes["429"]
@@ -372,7 +371,7 @@ def table(results: dict[str, Any]) -> str:
         cells = [f"{offered:.0f}" if offered else "", f"{row['answered_per_second']:.0f}"]
         cells += [f"{count:,}" for count in (outcomes["200"], outcomes["429"], other)]
         cells += [f"{latency[share] * 1e3:.0f} ms" if latency else "" for share in ("p50", "p95", "p99")]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append([name, *cells])
     mib = [row["bytes"] / 2**20 for row in results["memory"]]
     ended = Counter(end_row["outcomes"])
     sentence = (
@@ -382,7 +381,7 @@ def table(results: dict[str, Any]) -> str:
         f"answered, {sum(ended.values()) - ended['200']} turned away, {results['lost']} lost; exit status "
         f"{results['exit_status']} after {end_row['seconds']:.1f} s."
     )
-    return "\n".join([*lines, "", sentence]) + "\n"
+    return "\n".join([*markdown_table(header, lines), "", sentence]) + "\n"
 
 
 if __name__ == "__main__":

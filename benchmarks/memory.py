@@ -34,6 +34,7 @@ from normtune.data.registry import open_dataset
 from normtune.methods.adapt import adapt
 from normtune.models.image_cache import ImageCache
 from normtune.models.parts import norms
+from normtune.runtime.text_table import markdown_table
 from normtune.training.collator import Collator
 from normtune.training.layer_wrapping import MemoryTier, checkpoint_activations
 from normtune.training.memory_plan.live_bytes import LiveTensorBytes
@@ -153,14 +154,12 @@ def bytes_per_token_and_layer(method: str, length: int) -> float:
 
 
 def block_table(rows: Sequence[dict[str, Any]]) -> str:
+    header = [f"a LLaMA block, d = {WIDTH}, bf16", "bytes a token and layer", "of what is needed", "step time"]
     lines = [
-        f"| a LLaMA block, d = {WIDTH}, bf16 | bytes a token and layer | of what is needed | step time |",
-        "|---|--:|--:|--:|",
+        [row["method"], f"{row['bytes']:,.0f}", f"{row['of_needed']:.2f}", f"{row['time_against_fast']:.2f}x"]
+        for row in rows
     ]
-    for row in rows:
-        cells = f"{row['bytes']:,.0f} | {row['of_needed']:.2f}"
-        lines.append(f"| {row['method']} | {cells} | {row['time_against_fast']:.2f}x |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(markdown_table(header, lines)) + "\n"
 
 
 # --- 2. groups of SLAKE -------------------------------------------------------------------------------------
@@ -211,10 +210,11 @@ def peak_bytes(shape: LlavaShape, dataset: Dataset, members: Sequence[Example], 
 
 
 def group_table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = ["| one SLAKE image and its questions, LLaVA's shape | MiB a pair | against ln, fast |", "|---|--:|--:|"]
+    header = ["one SLAKE image and its questions, LLaVA's shape", "MiB a pair", "against ln, fast"]
+    lines = []
     for row in rows:
-        lines.append(f"| {row['method']} | {row['bytes_a_pair'] / 2**20:.2f} | {row['ratio']:.2f}x |")
-    return "\n".join(lines) + "\n"
+        lines.append([row["method"], f"{row['bytes_a_pair'] / 2**20:.2f}", f"{row['ratio']:.2f}x"])
+    return "\n".join(markdown_table(header, lines)) + "\n"
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ from normtune.methods.adapt import adapt
 from normtune.models.family import Family
 from normtune.models.loading import load
 from normtune.models.quantization import PACKAGES, check_installed
+from normtune.runtime.number_format import format_interval
+from normtune.runtime.text_table import markdown_table
 from normtune.training.config import TrainConfig
 from normtune.training.train import train
 
@@ -125,18 +127,14 @@ def evaluate_adapter(base_options: dict[str, Any], folder: Path, adapter: str, o
 
 def table(rows: list[dict[str, Any]]) -> str:
     """A Markdown table, one row per base."""
-    lines = [f"| base | gradient error | {METRIC} % | less fp32 | on the fp32 base % |", "|---|--:|--:|--:|--:|"]
+    header = ["base", "gradient error", f"{METRIC} %", "less fp32", "on the fp32 base %"]
+    lines = []
     for row in rows:
-        cells = [row["base"], f"{row['gradient_error']:.4f}", format_metric(row["metrics"][METRIC])]
-        cells.append(format_metric(row["difference"], "difference") if "difference" in row else "–")
-        cells.append(format_metric(row["on_fp32"][METRIC]) if "on_fp32" in row else "–")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def format_metric(metric: dict[str, float], value: str = "value") -> str:
-    """A metric, or another of its values, in % with its interval."""
-    return f"{100 * metric[value]:.1f} [{100 * metric['low']:.1f}, {100 * metric['high']:.1f}]"
+        cells = [row["base"], f"{row['gradient_error']:.4f}", format_interval(row["metrics"][METRIC])]
+        difference = row.get("difference")
+        cells.append(format_interval(difference | {"value": difference["difference"]}) if difference else "–")
+        lines.append([*cells, format_interval(row["on_fp32"][METRIC]) if "on_fp32" in row else "–"])
+    return "\n".join(markdown_table(header, lines)) + "\n"
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from normtune.data.records import Dataset, Example
 from normtune.data.registry import open_dataset
 from normtune.methods.adapt import adapt
 from normtune.runtime.files import atomic_write
+from normtune.runtime.text_table import markdown_table
 from normtune.training.saved_activations import save_fewer_activations
 
 QUESTIONS, IMAGE_TOKENS = (1, 2, 4, 8, 16, 32), (64, 144, 256, 576, 1024)
@@ -189,19 +190,16 @@ def count_flops(shape: LlavaShape, rows: Sequence[int], *, images: int, logits: 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """A Markdown table: seconds of both methods at each point, and the ratios of times and operations."""
-    lines = [
-        "| questions | image tokens | grouped, s | separate, s | faster | by arithmetic |",
-        "|--:|--:|--:|--:|--:|--:|",
-    ]
+    lines = []
     row_of = {(row["questions"], row["image_tokens"], row["method"]): row for row in rows}
     for questions, tokens in dict.fromkeys((row["questions"], row["image_tokens"]) for row in rows):
         grouped, separate = (row_of[questions, tokens, method] for method in (GROUPED, SEPARATE))
         grouped_seconds, separate_seconds = grouped["seconds"]["median"], separate["seconds"]["median"]
-        lines.append(
-            f"| {questions} | {tokens} | {grouped_seconds:.3f} | {separate_seconds:.3f} | "
-            f"{separate_seconds / grouped_seconds:.1f}x | {separate['flops'] / grouped['flops']:.1f}x |"
-        )
-    return "\n".join(lines) + "\n"
+        cells = [str(questions), str(tokens), f"{grouped_seconds:.3f}", f"{separate_seconds:.3f}"]
+        ratios = separate_seconds / grouped_seconds, separate["flops"] / grouped["flops"]
+        lines.append([*cells, *(f"{ratio:.1f}x" for ratio in ratios)])
+    header = ["questions", "image tokens", "grouped, s", "separate, s", "faster", "by arithmetic"]
+    return "\n".join(markdown_table(header, lines, "r")) + "\n"
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:

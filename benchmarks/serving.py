@@ -44,6 +44,7 @@ from normtune.methods.adapt import adapt, restore_base
 from normtune.models.family import Family
 from normtune.models.parts import norms
 from normtune.runtime import memory
+from normtune.runtime.text_table import markdown_table
 from normtune.serving.engine.engine import Engine
 from normtune.serving.engine.requests import Request
 
@@ -332,10 +333,8 @@ def measure_registration(shape: Shape, ln_folders: Sequence[Path], options: argp
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """A Markdown table of medians with the range of the rounds."""
-    lines = [
-        "| images | side | requests/s | of one adapter's | normtune, an adapter each, is faster | own answers |",
-        "|--:|---|--:|--:|--:|--:|",
-    ]
+    header = ["images", "side", "requests/s", "of one adapter's", "normtune, an adapter each, is faster", "own answers"]
+    lines = []
     for row in rows:
         cells = ["not timed", "", ""]
         if "rounds" in row:
@@ -347,8 +346,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             ]
         own_answers = row["own_answers"]
         cells.append(f"{own_answers['same']} of {own_answers['of']}" if own_answers else "")
-        lines.append(f"| {row['images']} | {row['side']} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([str(row["images"]), row["side"], *cells])
+    return "\n".join(markdown_table(header, lines, "rlr")) + "\n"
 
 
 def registration_sentence(result: dict[str, Any]) -> str:

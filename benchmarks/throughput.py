@@ -31,6 +31,7 @@ from normtune.data.records import Dataset
 from normtune.methods.adapt import adapt
 from normtune.models.family import Family
 from normtune.models.types import Batch
+from normtune.runtime.text_table import markdown_table
 from normtune.training.config import TrainConfig
 from normtune.training.setup import TrainingSetup
 from normtune.training.train import fit
@@ -195,11 +196,10 @@ class RowDataset(TorchDataset[Any]):
 
 def table(rows: Sequence[dict[str, Any]], first: str = REFERENCE) -> str:
     """A Markdown table of medians with the range of the rounds, and how many times faster `first` is."""
-    lines = [f"| method | pairs/s | {first} is faster |", "|---|--:|--:|"]
-    for row in rows:
-        cells = (row["method"], format_range(row["pairs_per_second"], 2), format_range(row["faster"], 1, "x"))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    lines = [
+        [row["method"], format_range(row["pairs_per_second"], 2), format_range(row["faster"], 1, "x")] for row in rows
+    ]
+    return "\n".join(markdown_table(["method", "pairs/s", f"{first} is faster"], lines)) + "\n"
 
 
 if __name__ == "__main__":
