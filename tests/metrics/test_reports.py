@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from normtune.data.records import Example
 from normtune.errors import InputError
-from normtune.metrics.reports import NORMALISATIONS, normalisations_for, normalise_report, report_metrics, score_report
+from normtune.metrics.reports import (
+    NORMALISATIONS,
+    normalisations_for,
+    normalise_report,
+    report_metrics,
+    report_table,
+    summarise_reports,
+    text_pairs,
+)
 from tests.support.tolerance import approx
 
 REFERENCE = "The heart is normal. No pleural effusion."
@@ -98,16 +106,16 @@ def test_an_empty_prediction_scores_zero() -> None:
 def test_scores_have_names_with_normalisations_intervals_and_counts() -> None:
     examples = [report("1", REFERENCE, "x"), report("2", PREDICTION, "x"), report("3", "Clear lungs.", "y")]
     predictions = {"3": "Clear lungs.", "1": REFERENCE, "2": "Nothing to see."}
-    metrics = score_report(examples, predictions, resamples=50)
+    metrics = summarise_reports(report_table(text_pairs(examples, predictions)), examples, resamples=50)
     assert {"bleu_4/none", "bleu_4/r2gen-iu", "cider_d/none", "findings_rules_f1_micro_14"} <= set(metrics)
     bleu = metrics["bleu_1/none"]
     assert bleu.low <= bleu.value <= bleu.high and (bleu.rows, bleu.images) == (3, 2)
     with pytest.raises(InputError, match="1 examples have no prediction, first id '1'"):
-        score_report(examples, {"2": "", "3": ""})
+        text_pairs(examples, {"2": "", "3": ""})
 
 
 def test_reports_without_any_finding_have_no_label_f1() -> None:
-    metrics = score_report([report("1", "A round thing.", "x")], {"1": "Pneumonia."}, resamples=5)
+    metrics = report_table({"1": ("Pneumonia.", "A round thing.")})
     assert not any(name.startswith("findings_rules") for name in metrics)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from normtune.data.records import Example, Kind
 from normtune.data.registry import open_dataset
 from normtune.metrics.answers import score_vqa
-from normtune.metrics.reports import score_report
+from normtune.metrics.reports import report_table, summarise_reports, text_pairs
 from normtune.metrics.strata import NOT_GIVEN, STRATUM_FIELDS, group_by_stratum, score_strata, strata_of, strata_text
 from normtune.metrics.table import HEADLINE_METRICS, metric_table, summarize_metrics
 from tests.support.dataset_samples import slake_row, vqa_rad_row, write_image, write_jsonl, write_slake, write_vqa_rad
@@ -82,7 +82,8 @@ def test_a_stratum_of_reports_scores_like_a_separate_evaluation() -> None:
     ]
     predictions = {"0": "The heart is small.", "1": "No effusion.", "2": "Clear.", "3": "No effusion."}
     strata = score_strata(rows, metric_table(rows, predictions, ["none", "r2gen-iu"]))
-    separate = score_report(rows[:2], {id: predictions[id] for id in "01"}, normalisations=["none"])
+    pairs = text_pairs(rows[:2], {id: predictions[id] for id in "01"})
+    separate = summarise_reports(report_table(pairs, normalisations=["none"]), rows[:2])
     assert set(strata) == {"modality"}
     for name in ("bleu_4/none", "rouge_l/none", "findings_rules_f1_micro_14"):
         stratum_metric, metric = strata["modality"]["CT"]["metrics"][name], separate[name]
@@ -97,7 +98,7 @@ def test_the_metric_table_summarises_to_the_metrics_of_the_task() -> None:
     reports = [Example(str(n), (str(n),), "", f"No effusion {n}.", "report", "test") for n in range(3)]
     predictions = {"0": "No effusion.", "1": "Effusion 1.", "2": "x"}
     table = metric_table(reports, predictions, ["none", "r2gen-iu"])
-    assert summarize_metrics(table, reports) == score_report(reports, predictions)
+    assert summarize_metrics(table, reports) == summarise_reports(table, reports)
 
 
 def test_datasets_provide_strata(tmp_path: Path) -> None:

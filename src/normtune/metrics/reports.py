@@ -248,27 +248,3 @@ def summarise_reports(
     rows, images = len(cluster), len(set(cluster.values()))
     intervals = bootstrap_intervals(table, cluster, resamples=resamples)
     return {name: Metric(i.value, i.low, i.high, rows, images) for name, i in intervals.items()}
-
-
-def score_report(
-    examples: Sequence[Example],
-    predictions: Mapping[str, str] | Sequence[Prediction],
-    *,
-    normalisations: Sequence[str] = ("none", "r2gen-iu"),
-    bertscore: Path | str | None = None,
-    resamples: int = RESAMPLES,
-) -> dict[str, Metric]:
-    """Compute every metric of this module and `findings_rules` for one set of predictions, joined by id.
-
-    Args:
-        examples: the rows of a split with their references.
-        predictions: id -> report, or `Prediction`s in any order.
-        normalisations: each metric is computed under all of them.
-        bertscore: local directory of the model for BERTScore; None omits BERTScore.
-        resamples: number of bootstrap resamples.
-
-    Raises:
-        InputError: if ids do not match one to one, a normalisation is unknown, or the model cannot be loaded.
-    """
-    table = report_table(text_pairs(examples, predictions), normalisations=normalisations, bertscore=bertscore)
-    return summarise_reports(table, examples, resamples=resamples)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from normtune.data.options import DataOptions
 from normtune.errors import InputError, did_you_mean
@@ -107,6 +107,13 @@ class Budget(_Section):
     epochs: float | None = Field(None, gt=0)
     pairs: int | None = Field(None, gt=0)
     minutes: float | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _has_one_unit(self) -> Budget:
+        units = [name for name, value in self if value is not None]
+        if len(units) != 1:
+            raise ValueError(f"give one of epochs, pairs and minutes (got {', '.join(units) or 'none'})")
+        return self
 
 
 class Search(_Section):
@@ -287,8 +294,6 @@ def _cross_field_errors(study: Study) -> Iterator[tuple[FieldPath, str]]:
         yield from _recipe_errors(("recipes", name), [text], {})
     if SEARCH in study.grids:
         yield ("grids", SEARCH), "this name is reserved for learning-rate trials: use another"
-    if study.search.budget is not None:
-        yield from _budget_errors(("search", "budget"), study.search.budget)
     for method in study.search.rates:
         yield from unknown(("search", "rates", method), method, list(LEARNING_RATES), "method")
     all_recipes: set[str] = set()
@@ -301,7 +306,6 @@ def _cross_field_errors(study: Study) -> Iterator[tuple[FieldPath, str]]:
         ):
             for index, value in enumerate(getattr(grid, field) or ()):
                 yield from unknown((*grid_path, field, index), value, known, kind)
-        yield from _budget_errors((*grid_path, "budget"), grid.budget)
         recipe_errors = [
             error
             for index, recipe in enumerate(grid.recipes)
@@ -330,13 +334,6 @@ def _recipe_errors(
         expand_recipes(names, study_recipes)
     except InputError as error:
         yield path, str(error)
-
-
-def _budget_errors(path: FieldPath, budget: Budget) -> Iterator[tuple[FieldPath, str]]:
-    """An error if a budget has no unit or several."""
-    set_fields = [name for name, value in budget if value is not None]
-    if len(set_fields) != 1:
-        yield path, f"give one of epochs, pairs and minutes (got {', '.join(set_fields) or 'none'})"
 
 
 def _with_roots(study: Study, roots: Sequence[str]) -> Study:
