@@ -44,14 +44,14 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
     return study
 
 
-def folders(out: Path) -> set[str]:
+def moved_folders(out: Path) -> set[str]:
     """The folders of cells and evaluations that were moved aside."""
     return {path.name.partition(".changed-")[0] for path in out.rglob("*.changed-1")}
 
 
 def test_nothing_runs_again_if_nothing_has_changed(study: Study, tmp_path: Path) -> None:
     summary = run_study(study, tmp_path / "out", workers=1)
-    assert (summary.ran, summary.changed, folders(tmp_path / "out")) == (0, {}, set())
+    assert (summary.ran, summary.changed, moved_folders(tmp_path / "out")) == (0, {}, set())
 
 
 def test_other_training_rows_train_again(study: Study, tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_other_training_rows_train_again(study: Study, tmp_path: Path) -> None:
     assert list(study_status(study, tmp_path / "out").changed) == [str(trained)]
     summary = run_study(study, tmp_path / "out", workers=1)
     assert summary.ran == 1 and "the rows of own (train)" in summary.changed[str(trained)]
-    assert folders(tmp_path / "out") == {trained.key}  # with its adapter
+    assert moved_folders(tmp_path / "out") == {trained.key}  # with its adapter
     assert run_study(study, tmp_path / "out", workers=1).ran == 0
 
 
@@ -73,7 +73,7 @@ def test_other_test_rows_are_answered_again_without_training(
     summary = run_study(study, tmp_path / "out", workers=1)
     assert (summary.ran, summary.failed) == (2, {})
     assert list(summary.changed) == [str(cell) for cell in cells]
-    assert folders(tmp_path / "out") == {cell.evaluations[0].folder for cell in cells}
+    assert moved_folders(tmp_path / "out") == {cell.evaluations[0].folder for cell in cells}
     rows = (tmp_path / "out" / "cells" / cells[1].key / "evaluations" / cells[1].evaluations[0].folder).glob("*.jsonl")
     assert json.loads(next(rows).read_text().splitlines()[0])["reference"] == "no"
 
@@ -90,7 +90,7 @@ def test_another_base_at_the_same_path_runs_everything_again(study: Study, tmp_p
     save_file({name: tensor + torch.ones_like(tensor) for name, tensor in tensors.items()}, file, {"format": "pt"})
     summary = run_study(study, tmp_path / "out", workers=1)
     assert summary.ran == 2 and all("the base" in what for what in summary.changed.values())
-    assert folders(tmp_path / "out") == {cell.key for cell in plan(study).cells}
+    assert moved_folders(tmp_path / "out") == {cell.key for cell in plan(study).cells}
 
 
 def _age_results(out: Path) -> None:

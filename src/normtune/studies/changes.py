@@ -44,7 +44,7 @@ def read_result(directory: Path) -> dict[str, Any]:
     """Read the result of a finished cell.
 
     Raises:
-        InputError: it is damaged; the message says how to go on.
+        InputError: it is damaged; the message says how the study continues.
     """
     path = directory / RESULT
     try:
@@ -131,13 +131,13 @@ def move_aside(directory: Path, changed: Iterable[str]) -> list[Path]:
         Where the former files are now.
     """
     changed = set(changed)
-    folders = [directory] if TRAINING in changed else [directory / "evaluations" / name for name in sorted(changed)]
+    sources = [directory] if TRAINING in changed else [directory / "evaluations" / name for name in sorted(changed)]
     if TRAINING not in changed:
         (directory / RESULT).unlink(missing_ok=True)
         recorded = _recorded(directory)
         write_json(directory / INPUTS, {name: digest for name, digest in recorded.items() if name not in changed})
     targets = []
-    for folder in folders:
+    for folder in sources:
         if folder.is_dir():
             number = 1 + len(list(folder.parent.glob(f"{folder.name}.changed-*")))
             targets.append(folder.rename(folder.with_name(f"{folder.name}.changed-{number}")))
