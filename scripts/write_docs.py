@@ -49,8 +49,8 @@ def gpu_table(record: dict[str, Any]) -> str:
 def replace_between(page: str, source: str, text: str) -> str:
     """The page with the lines between the marker of a source and the next end marker replaced."""
     begin, end = f"<!-- from {source}, by scripts/write_docs.py -->\n", "<!-- end -->"
-    before, found, rest = page.partition(begin)
-    assert found, f"a marker for {source}"
+    before, marker, rest = page.partition(begin)
+    assert marker, f"a marker for {source}"
     return before + begin + text + end + rest.partition(end)[2]
 
 
@@ -87,13 +87,13 @@ def _row(parameter: Any) -> str:
     flags = " / ".join([*parameter.opts, *parameter.secondary_opts]) if is_option else parameter.name.upper()
     default = parameter.default
     if parameter.required:
-        shown = "required"
+        default_text = "required"
     elif default is None or default is False or default in ((), []) or callable(default):
-        shown = ""
+        default_text = ""
     else:
-        shown = f"`{'on' if default is True else default}`"
+        default_text = f"`{'on' if default is True else default}`"
     text = (parameter.help or "").replace("|", "\\|").replace("<", "&lt;")
-    return f"| `{flags}` | {shown} | {text} |"
+    return f"| `{flags}` | {default_text} | {text} |"
 
 
 def main() -> None:

@@ -35,13 +35,20 @@ from normtune.models.parts import (
 
 @dataclass
 class TunedModel:
-    """A model and the parameters that its recipe trains."""
+    """A model and the parameters that its recipe trains.
+
+    Attributes:
+        model: the adapted model, which trains in any loop.
+        recipe: the recipe, with an entry for every part of the model.
+        trained: name -> trained parameter; parameters of the base keep the base's names.
+        methods: name of a trained parameter -> its method.
+    """
 
     model: nn.Module
-    recipe: Recipe  # resolved: it has an entry for every part of the model
+    recipe: Recipe
     parts: ModelParts  # of the base, before anything was added
-    trained: dict[str, nn.Parameter]  # by name; parameters of the base keep the base's names
-    methods: dict[str, str]  # trained name -> method
+    trained: dict[str, nn.Parameter]
+    methods: dict[str, str]
     part_and_role: dict[str, tuple[str, str]]  # trained name -> (part, role), or (part, method) if added
     base_total: int  # parameters of the base
     additions: list[AddedLayers] = field(default_factory=list)
