@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from normtune.adapters.fingerprint import fingerprint, same_base
-from normtune.adapters.storage import load_model
+from normtune.adapters.storage import load_adapter, load_model, save_adapter
 from normtune.data.groups import Group
 from normtune.data.phantom import phantom_dataset as phantom
 from normtune.errors import InputError
@@ -131,7 +131,11 @@ def test_the_int8_product_saves_no_dequantised_weights() -> None:
 def test_a_quantised_base_counts_and_fingerprints_as_the_base(name: str, kind: str, dtype: str, llava: str) -> None:
     source = "nano" if name == "nano" else llava
     base, quantised = load(source).model, load(source, quantize=kind, dtype=dtype).model
-    assert same_base(fingerprint(base), fingerprint(quantised))
+    assert fingerprint(base) == fingerprint(quantised)
+    # without its files only the other parameters can be compared
+    for module in quantised.modules():
+        vars(module).pop("unquantised_samples", None)
+    assert fingerprint(quantised).endswith("-quantised") and same_base(fingerprint(base), fingerprint(quantised))
     assert find_parts(base).total == find_parts(quantised).total
     quantised_names = set(quantised_linears(base))
     for module_name, module in quantised.named_modules():
@@ -140,6 +144,24 @@ def test_a_quantised_base_counts_and_fingerprints_as_the_base(name: str, kind: s
             if type(module) is nn.Linear:
                 expected = base.get_submodule(module_name).weight.to(module.weight.dtype)
                 torch.testing.assert_close(module.weight, expected, rtol=0, atol=0)
+
+
+@needs_extra
+@pytest.mark.parametrize("kind", quantization.PACKAGES)
+def test_an_adapter_of_a_quantised_base_is_refused_by_another_base(kind: str, llava: str, tmp_path: Path) -> None:
+    """The other base differs in linear layers of the language model alone, which are quantised."""
+    other = load(llava)
+    with torch.no_grad():
+        for name in quantised_linears(other.model):
+            other.model.get_submodule(name).weight.mul_(1.25)
+    other.save(tmp_path / "other")
+    base = load(llava, quantize=kind)
+    identity = fingerprint(base.model)
+    save_adapter(adapt(base.model, "ln"), tmp_path / "ln", base_name="tiny", base_fingerprint=identity)
+    for quantize in (None, kind):
+        load_adapter(load(llava, quantize=quantize).model, tmp_path / "ln")
+        with pytest.raises(InputError, match="this base has other values"):
+            load_adapter(load(str(tmp_path / "other"), quantize=quantize).model, tmp_path / "ln")
 
 
 def dequantised_base(source: str, quantised: nn.Module) -> Family:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from normtune.models.parts import is_quantized
+from normtune.models.quantization import sampled_indices, unquantised_samples
 
 QUANTISED = "quantised"  # second half of a quantised base's fingerprint
 ReadValues = Callable[[str, range], Tensor]  # (parameter, indices into the flattened parameter) -> values
-_SAMPLES = 64  # values of each tensor that the fingerprint reads
 
 
 def fingerprint(model: nn.Module, values: ReadValues | None = None) -> str:
@@ -26,8 +26,8 @@ def fingerprint(model: nn.Module, values: ReadValues | None = None) -> str:
 
     Returns:
         Two digests of names, shapes and 64 sampled values per tensor, rounded to bf16: "REST-LINEAR". LINEAR
-        covers the weights of linear layers and is the word "quantised" if they are quantised; REST covers all
-        other parameters.
+        covers the weights of linear layers, before they were quantised. It is the word "quantised" if those values
+        are unknown (see `keep_unquantised_samples`). REST covers all other parameters.
     """
     linear, rest = hashlib.sha256(), hashlib.sha256()
     quantised = False
@@ -35,14 +35,18 @@ def fingerprint(model: nn.Module, values: ReadValues | None = None) -> str:
         for attribute, parameter in module.named_parameters(recurse=False):
             name = f"{module_name}.{attribute}"
             if isinstance(module, nn.Linear) and attribute == "weight":
-                if is_quantized(parameter):
-                    quantised = True
-                    continue
                 digest = linear
+                if is_quantized(parameter):
+                    sampled = unquantised_samples(module)
+                    if sampled is None:
+                        quantised = True
+                    else:
+                        digest.update(f"{name} {sampled.shape}\n".encode() + _bytes(sampled.values))
+                    continue
             else:
                 digest = rest
             digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
-            indices = _sampled_indices(parameter.numel())
+            indices = sampled_indices(parameter.numel())
             if values is not None:
                 digest.update(_bytes(values(name.removeprefix("."), indices)))
             elif parameter.device.type != "meta":
@@ -54,16 +58,10 @@ def fingerprint(model: nn.Module, values: ReadValues | None = None) -> str:
 def same_base(first: str, second: str) -> bool:
     """Whether two fingerprints belong to one base.
 
-    If one of the bases is quantised, only the parameters that are not quantised are compared.
+    If the values of a quantised base are unknown, only the parameters outside of linear layers are compared.
     """
     (rest, linear), (second_rest, second_linear) = first.split("-"), second.split("-")
     return rest == second_rest and (linear == second_linear or QUANTISED in (linear, second_linear))
-
-
-def _sampled_indices(count: int) -> range:
-    """Indices of the sampled values of a tensor of `count` values, at equal distances."""
-    step = max(1, count // _SAMPLES)
-    return range(0, min(count, step * _SAMPLES), step)
 
 
 def _bytes(values: Tensor) -> bytes:

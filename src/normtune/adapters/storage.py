@@ -8,6 +8,7 @@ from two, is refused.
 from __future__ import annotations
 
 import hashlib
+import logging
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from normtune.adapters.fingerprint import fingerprint, same_base
+from normtune.adapters.fingerprint import QUANTISED, fingerprint, same_base
 from normtune.adapters.info import NOTICE, ROWS_FILE, AdapterInfo, TrainedTensor, parse_info
 from normtune.adapters.model_card import model_card
 from normtune.errors import InputError
@@ -36,6 +37,7 @@ from normtune.runtime.tensors import write_tensors
 TENSORS_FILE = "adapter.safetensors"
 INFO_FILE = "adapter.json"
 CARD_FILE = "README.md"
+_log = logging.getLogger(__name__)
 _MAX_NAMED = 3  # an error names so many mismatches and counts the others
 
 
@@ -161,7 +163,10 @@ def load_adapter(
     tensors = read_tensors(directory, info)
 
     def is_base(base_fingerprint: str) -> bool:
-        return allow_other_base or same_base(base_fingerprint, fingerprint(model))
+        current = fingerprint(model)
+        if QUANTISED in f"{base_fingerprint} {current}" and not allow_other_base:
+            _log.warning("%s: the linear layers of a quantised base could not be compared with this base's", directory)
+        return allow_other_base or same_base(base_fingerprint, current)
 
     tuned = attach_adapter(model, directory, info, is_base, keep_base=keep_base)
     with torch.no_grad():
@@ -198,7 +203,7 @@ def attach_adapter(
     if not is_base(info.base_fingerprint):
         raise InputError(
             f"adapter {directory} was trained on '{info.base_name}', but this base has other values or "
-            "parts. Load that base, or pass allow_other_base if you know that they belong together."
+            "parts. Load that base. In Python, load_adapter(..., allow_other_base=True) takes another one."
         )
     # adapters of version 0.1 may hold parameters that the model never uses
     modules = tuple({f"{name.rpartition('.')[0]}." for name in unused_parameters(model, find_parts(model))})

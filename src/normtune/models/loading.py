@@ -73,6 +73,7 @@ def load(
     from normtune.models.quantization import (
         allow_gradients_through,
         check_installed,
+        keep_unquantised_samples,
         quantization_config,
         quiet_quantization,
     )
@@ -81,10 +82,12 @@ def load(
     check_installed(quantize)
     release_freed_memory()
     with quiet_loading(source), quiet_quantization():
-        config = quantization_config(meta_model(model), quantize, torch_dtype)
+        structure = meta_model(model)
+        config = quantization_config(structure, quantize, torch_dtype)
         loaded = _load_or_explain(model, lambda: family.load(source, torch_dtype, target, quantization=config))
     loaded.source, loaded.quantize = model, quantize
     allow_gradients_through(loaded.model)
+    keep_unquantised_samples(loaded.model, structure, source, torch_dtype)
     return loaded
 
 

@@ -8,10 +8,13 @@ small part of the values, and recipes train parameters there, above all norms.
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,6 +27,7 @@ from normtune.runtime.tensors import clone_while_compiling
 
 Quantisation = Literal["int8", "nf4"]
 PACKAGES: dict[str, str] = {"int8": "torchao", "nf4": "bitsandbytes"}  # kind -> package that implements it
+SAMPLES = 64  # values of each tensor that the fingerprint of a base reads
 NF4_BLOCK = 64  # values that share one scale (Dettmers et al. 2023, arXiv 2305.14314)
 _TEXT_PARTS = ("language", "encoder", "decoder")
 
@@ -84,6 +88,55 @@ def quantization_config(model: nn.Module, kind: str, dtype: torch.dtype) -> Any:
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=skipped,  # despite its name also for 4 bits
         )
+
+
+@dataclass(frozen=True)
+class UnquantisedSamples:
+    """Some values of a linear's weight before it was quantised, which identify the base."""
+
+    shape: tuple[int, ...]  # of the weight
+    values: Tensor  # at the `sampled_indices`
+
+
+def sampled_indices(count: int) -> range:
+    """Indices of the values that identify a tensor of `count` values, at equal distances."""
+    step = max(1, count // SAMPLES)
+    return range(0, min(count, step * SAMPLES), step)
+
+
+def keep_unquantised_samples(model: nn.Module, structure: Any, source: str, dtype: torch.dtype) -> None:
+    """Read some values of each quantised linear from the checkpoint's files, for the fingerprint of the base.
+
+    Nothing is kept of a checkpoint without safetensors, or of tensors that loading makes from others.
+
+    Args:
+        model: the quantised model.
+        structure: the same model on the meta device, not quantised.
+        source: its local directory or hub name.
+        dtype: the dtype in which it was loaded.
+    """
+    from huggingface_hub import snapshot_download
+
+    from normtune.models.checkpoints.parameter_map import map_parameters
+    from normtune.models.checkpoints.reader import Checkpoint
+
+    try:
+        directory = source if Path(source).is_dir() else snapshot_download(source, local_files_only=True)
+        checkpoint = Checkpoint(Path(directory))
+    except (OSError, ValueError, InputError):  # no files on this machine, or none in safetensors
+        return
+    keys = map_parameters(structure, checkpoint)
+    for name in quantised_linears(structure):
+        shape = tuple(structure.get_submodule(name).weight.shape)
+        if keys.get(f"{name}.weight"):
+            values = checkpoint.read_values(keys[f"{name}.weight"][0], sampled_indices(math.prod(shape)))
+            linear: Any = model.get_submodule(name)
+            linear.unquantised_samples = UnquantisedSamples(shape, values.to(dtype))
+
+
+def unquantised_samples(linear: nn.Module) -> UnquantisedSamples | None:
+    """The values that were kept of a quantised linear; None if there are none."""
+    return getattr(linear, "unquantised_samples", None)
 
 
 def loading_options(quantization: Any, device: str | torch.device) -> dict[str, Any]:

@@ -23,6 +23,8 @@ def import_transformers() -> None:
     """
     if "transformers.modeling_utils" in sys.modules or _COMPILER in sys.modules:
         return
+    if find_spec("torchao") is not None:  # transformers imports it too, and it needs the compiler itself
+        return
     import torch.distributed
 
     is_available = torch.distributed.is_available
