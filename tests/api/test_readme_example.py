@@ -44,7 +44,7 @@ def test_the_example_runs_as_a_script(tmp_path: Path) -> None:
     assert process.returncode == 0, process.stderr
     assert "baseline: frozen" in process.stdout and "global_exact" in process.stdout
     assert "training" in process.stderr and "answering" in process.stderr
-    assert (tmp_path / "runs" / "ln" / "adapter.json").is_file()
+    assert (tmp_path / "runs" / "quick" / "adapter.json").is_file()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the kernel's own packages
