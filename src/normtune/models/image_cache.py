@@ -8,7 +8,9 @@ the digests differ. They contain no file names and no patient data.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 
 LIMIT_BYTES = 2 << 30  # the most that one cache uses in memory
+PENDING_IMAGES = 256  # the most images that are read in advance
 # entries of a model's config that do not influence what the model computes
 _IRRELEVANT_SETTINGS = ("_name_or_path", "architectures", "transformers_version")
 
@@ -59,6 +62,9 @@ class ImageCache:
         self.frozen, self.store = frozen, store
         self.entries: dict[str, Pixels] = {}
         self.bytes = 0  # of all entries
+        # images that are being read in the background, the oldest first
+        self._pending: OrderedDict[str, Future[Pixels]] = OrderedDict()
+        self._threads: ThreadPoolExecutor | None = None
         self._digests: dict[str, str] = {}  # image key -> digest of the preprocessed image
 
     def __call__(self, key: str) -> Pixels:
@@ -69,12 +75,33 @@ class ImageCache:
         """
         if key in self.entries:
             return self.entries[key]
-        pixels = self._encode(key) if self.frozen else read_pixels(self.family, self.dataset, key)
+        pixels = self._encode(key) if self.frozen else self._read(key)
         size = tensor_bytes(pixels)
         if self.bytes + size <= self.limit_bytes:
             self.entries[key] = pixels
             self.bytes += size
         return pixels
+
+    def prefetch(self, keys: Iterable[str], workers: int) -> None:
+        """Begin to read images in the background; the next calls for them take the results.
+
+        Args:
+            keys: images that will be needed soon. Those in memory or on disk are not read.
+            workers: the number of threads.
+        """
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(workers, "images")
+        for key in keys:
+            if key not in self.entries and key not in self._pending and self.store is None:
+                self._pending[key] = self._threads.submit(read_pixels, self.family, self.dataset, key)
+        # of batches that are skipped, such as those before a resume, images are never asked for
+        while len(self._pending) > PENDING_IMAGES:
+            self._pending.popitem(last=False)[1].cancel()
+
+    def _read(self, key: str) -> Pixels:
+        """The preprocessed image, from the background if it is read there already."""
+        pending = self._pending.pop(key, None)
+        return read_pixels(self.family, self.dataset, key) if pending is None else pending.result()
 
     def for_dataset(self, dataset: Dataset) -> ImageCache:
         """An empty cache for another dataset's images, with the same store on disk."""
@@ -98,7 +125,7 @@ class ImageCache:
                 self._set_digest(key, pixels)
             if (stored := self.store.read(self._digests[key])) is not None:
                 return stored
-        pixels = pixels or read_pixels(self.family, self.dataset, key)
+        pixels = pixels or self._read(key)
         encoded = self.family.encode_image(pixels)
         if self.store is not None:
             self.store.write(self._digests[key], encoded)

@@ -183,7 +183,9 @@ def lost_process_as_error() -> Iterator[None]:
     except RuntimeError as error:
         import torch.distributed as dist
 
-        if world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
+        if world_size() > 1 and (
+            isinstance(error, dist.DistError) or any(name in str(error).lower() for name in ("gloo", "nccl"))
+        ):
             raise InputError(
                 "another process of the run has ended. Run the same command again: "
                 "it resumes from the last complete checkpoint."

@@ -32,7 +32,7 @@ _UNSET_PATH = Path(".")  # a placeholder: the run sets the output folder
 # Options that are not part of a key, because they decide no result: paths and devices,
 _PATH_FIELDS = {"out", "root", "adapter", "cache", "device"}
 # options of how the run is carried out (all memory tiers give exactly the same result),
-_MEANS_FIELDS = {"resume", "overwrite", "tracker", "save_every", "memory", "compile"}
+_MEANS_FIELDS = {"resume", "overwrite", "tracker", "save_every", "memory", "compile", "workers"}
 # and options that are in the key already, as the cell's rates and budget.
 _LENGTH_FIELDS = {"lr", "epochs", "max_steps", "limit"}
 

@@ -56,6 +56,11 @@ class Collator:
             return self.states.collate(tokenized)
         return self.family.collate(tokenized, [self.images_of(group) for group in tokenized])
 
+    def prefetch(self, groups: Sequence[Sequence[Example]], workers: int) -> None:
+        """Begin to read the images of a batch that is needed soon, in background threads."""
+        if self.states is None:  # hidden states are computed once, with all questions of an image
+            self.images.prefetch(dict.fromkeys(key for members in groups for key in members[0].images), workers)
+
     def tokenize_groups(self, groups: Sequence[Sequence[Example]]) -> list[Group]:
         """Tokenise the examples of each group."""
         return [Group(members[0].images, tuple(self.segment(example) for example in members)) for members in groups]

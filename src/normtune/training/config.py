@@ -57,6 +57,9 @@ class TrainConfig(DataOptions):
     cache: Path | None = Field(
         None, description="Folder for cached outputs of frozen layers, one entry per image; runs can share it."
     )
+    workers: int | None = Field(
+        None, ge=0, description="Threads that read the images of the next batches; default: 2 on a GPU, 0 on a CPU."
+    )
     compile: bool = Field(False, description="Compile the language model's layers with torch.compile.")
     device: str | None = Field(None, description="cpu or cuda; default: cuda if available.")
     # AdamW: the learning rate rises linearly during the warmup, then follows the schedule

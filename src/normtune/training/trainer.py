@@ -17,6 +17,7 @@ the rest:
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -51,6 +52,7 @@ from normtune.training.checkpoints import (
 )
 from normtune.training.config import TrainConfig
 from normtune.training.fsdp import copy_into, full_state, gather_full, load_state, shard_by_layers
+from normtune.training.prefetch import LookaheadBatches, worker_count
 from normtune.training.setup import TrainingSetup
 
 
@@ -145,6 +147,7 @@ class AdapterTrainer(Trainer):
         holders = parameter_holders(family.model, tuned.trained)
         self._holders = {name: tied[0] for name, tied in holders.items()}
         save_every, sharded = config.save_every, distributed.is_sharded()
+        on_gpu = family.device.type == "cuda"
         arguments = TrainingArguments(
             output_dir=str(config.out / "checkpoints"),
             per_device_train_batch_size=1,  # unused: the batch sampler decides
@@ -169,7 +172,10 @@ class AdapterTrainer(Trainer):
             average_tokens_across_devices=True,  # see `compute_loss`
             disable_tqdm=True,  # `PrintProgress` shows the progress
             dataloader_num_workers=0,  # the collator's caches live in this process
-            dataloader_pin_memory=False,
+            # pinned memory is copied to a GPU without waiting for it
+            dataloader_pin_memory=on_gpu,
+            accelerator_config={"non_blocking": on_gpu},
+            logging_nan_inf_filter=not on_gpu,  # it reads the loss of each step
             remove_unused_columns=False,  # a batch has keys that the signature of `forward` does not name
             label_names=["labels"],  # HF counts the tokens of a step here: labels other than -100
         )
@@ -209,8 +215,15 @@ class AdapterTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return a loader over `EpochBatches`; accelerate gives each process its own batches of a step."""
         # one item of the loader is one batch: a list of groups, which the collator turns into tensors
+        batches: Any = self.batches
+        workers = worker_count(self.config.workers, self.args.device.type)
+        if workers:
+            batches = LookaheadBatches(batches, partial(cast(Any, self.data_collator).prefetch, workers=workers))
         loader: DataLoader[Any] = DataLoader(
-            cast(Any, self.train_dataset), batch_sampler=cast(Any, self.batches), collate_fn=self.data_collator
+            cast(Any, self.train_dataset),
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
         )
         return cast(DataLoader[Any], self.accelerator.prepare(loader))
 
