@@ -157,3 +157,15 @@ def test_other_files_are_refused(root: Path) -> None:
         messages.read(root / "x.parquet")
     with pytest.raises(InputError, match=r"holds no \*\.jsonl, \*\.json or \*\.parquet file"):
         messages.read(root / "images")
+
+
+def test_tool_calls_and_answers_not_to_be_learnt_are_skipped_and_counted(root: Path) -> None:
+    tool = messages_row("What?", "Lung", "a.png")
+    tool["messages"].insert(2, {"role": "tool", "content": "{}"})
+    context = messages_row("What?", "wrong", "a.png")
+    context["messages"][2]["weight"] = 0
+    good = messages_row("What?", "Lung\r\nLeft", f"file://{root}/images/c.jpg")
+    dataset = messages.read(write_jsonl(root / "rows.jsonl", tool, context, good))
+    (example,) = dataset.examples
+    assert (example.images, example.answer) == (("images/c.jpg",), "Lung\nLeft")
+    assert dataset.dropped == {"turn 3 is of a tool": 1, "marked as not to be learnt": 1}

@@ -184,3 +184,18 @@ def test_damaged_files_open_or_are_refused_but_never_crash(data: st.DataObject) 
         except InputError as error:
             assert str(error).startswith("x.dcm: ")
             assert not any(secret in str(error) for secret in ("Doe", "Jane", "4711"))
+
+
+def test_an_optional_element_that_is_no_number_is_ignored() -> None:
+    data = dicom_bytes(make_dicom(RAMP, WindowCenter="2048", WindowWidth="4096")).replace(b"2048", b"20,4")
+    assert grey_values(data) == grey_values(make_dicom(RAMP))
+
+
+def test_an_inverse_presentation_is_inverted() -> None:
+    assert grey_values(make_dicom(RAMP, PresentationLUTShape="INVERSE")) == [[255, 155], [55, 0]]
+
+
+def test_a_range_of_padding_values_is_left_out_of_the_grey_range() -> None:
+    values = np.array([[1000, 1500, 2000], [60000, 62000, 65535]], np.uint16)
+    file = make_dicom(values, PixelPaddingValue=60000, PixelPaddingRangeLimit=65535)
+    assert grey_values(file)[0] == [0, 128, 255]

@@ -61,18 +61,18 @@ def test_a_window_selects_the_grey_range_of_a_16_bit_image() -> None:
     assert grey(opened) == [expected]
 
 
-def test_palettes_are_converted_and_their_transparent_entry_is_black() -> None:
+def test_palettes_are_converted_and_their_transparent_entry_is_white() -> None:
     picture = Image.new("P", (2, 1))
     picture.putpalette([255, 0, 0, 0, 255, 0])
     picture.putpixel((1, 0), 1)
     assert np.asarray(open_image(encoded(picture))).tolist() == [[[255, 0, 0], [0, 255, 0]]]
-    assert np.asarray(open_image(encoded(picture, transparency=1))).tolist() == [[[255, 0, 0], [0, 0, 0]]]
+    assert np.asarray(open_image(encoded(picture, transparency=1))).tolist() == [[[255, 0, 0], [255, 255, 255]]]
 
 
-def test_transparent_pixels_become_black() -> None:
+def test_transparent_pixels_become_white() -> None:
     picture = Image.new("RGBA", (2, 1), (200, 100, 50, 255))
     picture.putpixel((1, 0), (255, 255, 255, 0))
-    assert np.asarray(open_image(encoded(picture))).tolist() == [[[200, 100, 50], [0, 0, 0]]]
+    assert np.asarray(open_image(encoded(picture))).tolist() == [[[200, 100, 50], [255, 255, 255]]]
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
@@ -145,3 +145,30 @@ def test_damaged_pictures_open_or_are_refused_but_never_crash(data: st.DataObjec
         except InputError as error:
             assert str(error).startswith("x.png: ")
             assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("values", [np.array([[0, 1000, 4095]], np.uint16), np.array([[0, 0.5, 1]], np.float32)])
+def test_a_tiff_in_which_0_is_white_is_inverted(values: np.ndarray) -> None:
+    picture = Image.fromarray(values)
+    black, white = (grey(open_image(encoded(picture, "TIFF", tiffinfo={262: zero}))) for zero in (1, 0))
+    assert black[0][0] == 0 and white[0][0] == 255
+    assert np.add(black, white).max() - np.add(black, white).min() <= 1  # half values round up in both
+
+
+def deep_png(values: np.ndarray) -> bytes:
+    """A PNG with 16-bit RGB values [rows, columns, 3], which Pillow cannot write."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, 2, 0, 0, 0)
+    pieces = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + pieces
+
+
+def test_deep_colours_that_would_be_almost_black_are_refused() -> None:
+    full = np.full((2, 2, 3), 65535, np.uint16)
+    assert np.asarray(open_image(deep_png(full))).min() == 255
+    with pytest.raises(InputError, match="of which only the lower 12 are used"):
+        open_image(deep_png(full // 16), name="scan.png")

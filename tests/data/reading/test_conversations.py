@@ -93,7 +93,7 @@ def test_independent_questions_do_not_refer_back(question: str) -> None:
         ({"messages": []}, "questions and answers do not alternate"),
         ({"messages": [{"role": "user", "content": "x"}]}, "questions and answers do not alternate"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "questions and answers do not alternate"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "turn 1: 'role' is none of user, human"),
+        ({"messages": [{"role": "critic", "content": "x"}]}, "turn 1: 'role' is none of user, human"),
         ({"conversations": [{"from": "human", "value": 3}]}, "turn 1: 'value' is not text"),
         ({"conversations": ["hello"]}, "turn 1: 'from' is none of"),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "a part is neither text nor image"),
@@ -126,3 +126,47 @@ def test_any_json_is_a_conversation_or_an_error(cells: dict[str, Any]) -> None:
         assert conversation.pairs
         assert [p.turn for p in conversation.pairs] == list(range(1, len(conversation.pairs) + 1))
         assert all(0 <= p.image_count <= len(conversation.images) for p in conversation.pairs)
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"loss": False}, {"train": False}])
+def test_answers_that_are_marked_are_not_learnt(mark: dict[str, object]) -> None:
+    row = messages_row("What?", "A wrong answer", "a.png")
+    row["messages"][2] |= mark
+    more = messages_row("Which organ?", "Lung", "a.png")["messages"][1:]
+    pairs = read_conversation(row | {"messages": row["messages"] + more}).pairs
+    assert [(pair.answer, pair.learnt) for pair in pairs] == [("A wrong answer", False), ("Lung", True)]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"query": "What?", "response": "Lung", "images": ["a.png"]},
+        {"instruction": "What?", "input": "", "output": "Lung", "image": "a.png"},
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image_url", "image_url": {"url": "a.png"}},
+                        {"type": "text", "text": "What?"},
+                    ],
+                },
+                {"role": "assistant", "content": [{"type": "text", "text": "Lung"}]},
+            ]
+        },
+    ],
+)
+def test_rows_of_other_toolkits_are_the_same_conversation(row: dict[str, Any]) -> None:
+    conversation = read_conversation(row)
+    assert conversation.images == ("a.png",)
+    assert [(pair.question, pair.answer, pair.image_count) for pair in conversation.pairs] == [("What?", "Lung", 1)]
+
+
+def test_earlier_turns_are_read_from_the_history() -> None:
+    row = {"query": "And the heart?", "response": "Large", "history": [["What?", "Lung"]], "image": "a.png"}
+    assert [(p.question, p.answer) for p in read_conversation(row).pairs] == [
+        ("What?", "Lung"),
+        ("And the heart?", "Large"),
+    ]
+    with pytest.raises(RowError, match="history"):
+        read_conversation(row | {"history": "What?"})

@@ -94,7 +94,7 @@ def _required_text(cells: dict[str, Any], field: str) -> str:
         hint = did_you_mean(field, [key for key in cells if key not in _FIELDS])
         raise RowError(f"field '{field}' is missing{hint and hint.replace('did you mean', 'is it')}", f"Add '{field}'.")
     try:
-        text, _ = clean_text(cells[field])
+        text, _ = clean_text(cells[field], lines=field in ("question", "answer"))
     except InputError as error:
         raise RowError(f"{field} {error}", "Write it as text.") from error
     if not text:

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from PIL import Image
 
 from normtune.data.images.files import ImageFolder
 from normtune.data.reading.cells import SPLITS, is_yes_no, split_name, split_of_file
-from normtune.data.reading.conversations import Pair, read_conversation
-from normtune.data.reading.row_reader import Row, RowReader, check_image_path, find_image_folder
+from normtune.data.reading.conversations import CONVERSATION_FIELDS, read_conversation
+from normtune.data.reading.row_reader import RowReader, check_image_path, find_image_folder
 from normtune.data.reading.tables import RowError, check_characters, json_lines
 from normtune.data.records import Dataset, Example, Kind, Problem
 from normtune.errors import InputError, did_you_mean
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from normtune.data.reading.parquet_files import ParquetImages
 
 # Columns with a meaning; all others become `meta`.
-_FIELDS = ("messages", "conversations", "images", "image", "id", "kind", "split", "domain")
+_FIELDS = (*CONVERSATION_FIELDS, "id", "kind", "split", "domain")
 _KINDS: tuple[Kind, ...] = ("open", "closed", "report")
 _IMAGE_FOLDERS = ("", "images", "image")  # searched below the file's folder
 _MAX_SHOWN = 5  # number of bad rows that one error names
@@ -71,7 +72,9 @@ def read(
             try:
                 _read_row(reader, progress, file, number, cells, location)
             except RowError as error:
-                progress.errors.append(Problem(file.name, str(number), error.what, error.fix))
+                (reader.problems if error.harmless else progress.errors).append(
+                    Problem(file.name, str(number), error.what, error.fix)
+                )
                 bad_row = Example(f"{file.stem}-{number}", (), "", "", "open", split_of_file(file))
                 reader.skip(bad_row, error.what)
     if strict and progress.errors:
@@ -195,26 +198,26 @@ def _read_row(reader: RowReader, progress: _Progress, file: Path, number: int, c
     for pair in conversation.pairs:
         turn = f", turn {pair.turn}" if pair.turn > 1 else ""
         row = reader.start_row(file.name, f"{number}{turn}", f"{id}-turn{pair.turn}" if turn else id)
-        answer = row.read_prose("answer", pair.answer)
+        answer = row.read_text("answer", pair.answer, lines=True)
         kind_of_pair: Kind = kind or ("closed" if is_yes_no(answer) else "open")
-        if pair.refers_back:
+        if not pair.learnt:
+            row.add_problem("marked as not to be learnt", "Skipped, as its weight is 0 or its loss is off.")
+        elif pair.refers_back:
             progress.dependent += 1
-            _skip_pair(reader, row, pair, keys, kind_of_pair, split)
+            row.add_problem("refers back to earlier turns", "Skipped. Write a question that needs no earlier turn.")
+        if pair.refers_back or not pair.learnt:
+            images = tuple(keys[: pair.image_count])
+            reason = "refers back to earlier turns" if pair.learnt else "marked as not to be learnt"
+            reader.skip(Example(row.id, images, pair.question, pair.answer, kind_of_pair, split), reason)
             continue
         row.finish(
             keys[: pair.image_count],
-            row.read_prose("question", pair.question),
+            row.read_text("question", pair.question, lines=True),
             answer,
             kind_of_pair,
             split,
             _meta(cells),
         )
-
-
-def _skip_pair(reader: RowReader, row: Row, pair: Pair, keys: list[str], kind: Kind, split: str) -> None:
-    row.add_problem("refers back to earlier turns", "Skipped. Write a question that needs no earlier turn.")
-    images = tuple(keys[: pair.image_count])
-    reader.skip(Example(row.id, images, pair.question, pair.answer, kind, split), "refers back to earlier turns")
 
 
 def _key(progress: _Progress, image: Any, location: _Location, column: str, index: int) -> str:
@@ -225,7 +228,7 @@ def _key(progress: _Progress, image: Any, location: _Location, column: str, inde
     path = image.get("path") if isinstance(image, dict) else image
     if not isinstance(path, str) or not path.strip():
         raise RowError(f"image {index + 1} is not a path", "Write its path.")
-    path = path.strip()
+    path = unquote(path.strip().removeprefix("file://")) if path.strip().startswith("file://") else path.strip()
     check_image_path(f"image {index + 1}", path)
     if Path(path).is_absolute() and Path(path).is_relative_to(progress.base):
         path = Path(path).relative_to(progress.base).as_posix()

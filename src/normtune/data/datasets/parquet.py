@@ -87,14 +87,14 @@ def _read_row(
     stated_id = next((str(cells[column]) for column in _IDS if cells.get(column) not in (None, "")), None)
     id = stated_id or f"{split}-{len(reader.locations)}"
     row = reader.start_row(file_name, str(number), f"{reader.name}-{id}")
-    answer = row.read_text("answer", cells["answer"])
+    answer = row.read_text("answer", cells["answer"], lines=True)
     stated_kind = next((cells[column] for column in _KINDS if cells.get(column)), None)
     kind: Kind = "closed" if is_yes_no(answer) else "open"
     if stated_kind is not None:
         kind = row.read_kind(row.read_text("answer_type", stated_kind), answer)
     row.finish(
         images=(_image_key(row, images, cells["image"], location),),
-        question=row.read_text("question", cells["question"]),
+        question=row.read_text("question", cells["question"], lines=True),
         answer=answer,
         kind=kind,
         split=split,

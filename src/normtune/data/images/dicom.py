@@ -28,6 +28,7 @@ _PIXEL_KEYWORDS = (
     "ExtendedOffsetTableLengths",
     "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence",
+    "PresentationLUTShape",
 )
 _IMAGE_GROUP = 0x0028  # rows, columns, bit depths, rescale, windows, look-up tables; no patient data
 
@@ -38,7 +39,8 @@ def open_dicom(data: bytes, *, name: str, frame: int | None = None, window: Wind
     Grey values are converted in two steps. The modality table, or rescale slope and intercept, gives values
     in physical units. The first of these that is present then maps them to 8 bits: `window`, the file's VOI
     table, the file's (first) window, or the range from the smallest to the largest value. MONOCHROME1 is
-    inverted. Colour may be RGB, YBR or a palette, and `window` does not apply to it. Enhanced files may have
+    inverted, as is a file whose PresentationLUTShape is INVERSE. Colour may be RGB, YBR or a palette, and `window`
+    does not apply to it. An optional element that cannot be read is ignored. Enhanced files may have
     these settings for each frame.
 
     Source: DICOM PS3.3, C.7.6.3 (pixels), C.11.1 (modality table), C.11.2 (VOI table).
@@ -86,8 +88,10 @@ def _open_frame(data: bytes, name: str, frame: int | None, window: Window | None
         return Image.fromarray(_to_eight_bits(pixels, 8 * pixels.dtype.itemsize), "RGB")
     if pixels.ndim == 3:
         return Image.fromarray(_to_eight_bits(pixels, int(file.BitsStored)), "RGB")
-    grey = _grey_values(pixels, _FrameSettings(file, index), window)
-    return grey_to_rgb(1 - grey if photometric == "MONOCHROME1" else grey)
+    settings = _FrameSettings(file, index)
+    grey = _grey_values(pixels, settings, window)
+    inverted = photometric == "MONOCHROME1" or settings.find("", "PresentationLUTShape") == "INVERSE"
+    return grey_to_rgb(1 - grey if inverted else grey)
 
 
 @cache
@@ -144,7 +148,10 @@ class _FrameSettings:
             for item in (group.get(sequence) or [])[:1]:
                 if item.get(keyword) not in (None, ""):
                     return item.get(keyword)
-        value = self._file.get(keyword)
+        try:
+            value = self._file.get(keyword)
+        except (ValueError, TypeError, OverflowError):  # an optional element that cannot be read, such as "20,4"
+            return None
         return None if value == "" else value
 
     def number(self, sequence: str, keyword: str) -> float | None:
@@ -152,7 +159,10 @@ class _FrameSettings:
         value = self.find(sequence, keyword)
         if isinstance(value, list | pydicom.multival.MultiValue):
             value = value[0] if len(value) else None
-        return None if value is None else float(value)
+        try:
+            return None if value is None else float(value)
+        except (ValueError, TypeError):
+            return None
 
     def table(self, keyword: str) -> tuple[NDArray[np.integer], int, int] | None:
         """Read a look-up table: (entries, value that maps to the first entry, bits per entry), or None."""
@@ -203,7 +213,11 @@ def _grey_values(pixels: NDArray[np.generic], settings: _FrameSettings, window: 
         if width >= 1 or (width > 0 and function != "LINEAR"):
             return apply_window(values, (centre, width), function)
     padding = settings.number("", "PixelPaddingValue")  # pixels outside the scanned field
-    return stretch_full_range(values if padding is None else np.where(pixels == padding, np.nan, values))
+    if padding is None:
+        return stretch_full_range(values)
+    limit = settings.number("", "PixelPaddingRangeLimit")
+    low, high = sorted((padding, padding if limit is None else limit))
+    return stretch_full_range(np.where((pixels >= low) & (pixels <= high), np.nan, values))
 
 
 def _to_eight_bits(pixels: NDArray[np.generic], bits: int) -> NDArray[np.uint8]:

@@ -30,8 +30,8 @@ def open_image(
 
     Grey images of more than 8 bits are scaled, not clipped: by `window` if given; signed and float images
     from their smallest to their largest value; others from 0 to the maximum of the smallest bit depth (8, 10,
-    12, 14 or 16) that contains all values. Transparent pixels are drawn on black. For DICOM see
-    `normtune.data.images.dicom`.
+    12, 14 or 16) that contains all values. TIFF files in which 0 is white are inverted. Transparent pixels are drawn
+    on white. For DICOM see `normtune.data.images.dicom`.
 
     Args:
         source: the file, or its bytes, or an opened image.
@@ -107,7 +107,10 @@ def _open_picture(data: bytes, name: str, frame: int | None, window: Window | No
                 picture.seek(frame)
             check_size(*picture.size, name)
             picture.load()
-            return _to_rgb(_upright(picture), window)
+            _check_depth(picture, data, name)
+            # Pillow inverts 8-bit pictures only
+            inverted = picture.format == "TIFF" and picture.mode not in ("1", "L") and _min_is_white(picture)
+            return _to_rgb(_upright(picture), window, inverted)
     except InputError:
         raise
     except Image.UnidentifiedImageError as error:
@@ -123,6 +126,28 @@ def _open_picture(data: bytes, name: str, frame: int | None, window: Window | No
         raise InputError(f"{name}: the image is damaged or cut short. Replace the file.") from error
 
 
+def _min_is_white(picture: Image.Image) -> bool:
+    """Whether a TIFF file's PhotometricInterpretation says that 0 is white."""
+    return picture.tag_v2.get(262) == 0  # type: ignore[attr-defined,no-any-return]
+
+
+def _check_depth(picture: Image.Image, data: bytes, name: str) -> None:
+    """Refuse a 16-bit colour PNG whose values have fewer bits: Pillow keeps the upper 8 of 16, so it would be black.
+
+    Raises:
+        InputError: the values have at most 14 bits.
+    """
+    bit_depth, colour_type = data[24:26]
+    if picture.format != "PNG" or bit_depth != 16 or colour_type == 0:  # grey is read with all of its bits
+        return
+    largest = max(band[1] for band in picture.convert("RGB").getextrema())  # type: ignore[index]
+    if 0 < largest < 64:
+        raise InputError(
+            f"{name}: a PNG with 16-bit colours of which only the lower {8 + int(largest).bit_length()} are used: it "
+            "would be almost black. Save it as 8-bit colours, or as 16-bit grey."
+        )
+
+
 def _upright(picture: Image.Image) -> Image.Image:
     """Apply the rotation that the EXIF data names."""
     try:
@@ -131,16 +156,17 @@ def _upright(picture: Image.Image) -> Image.Image:
         return picture
 
 
-def _to_rgb(picture: Image.Image, window: Window | None) -> Image.Image:
-    """Convert any Pillow mode to RGB."""
+def _to_rgb(picture: Image.Image, window: Window | None, inverted: bool = False) -> Image.Image:
+    """Convert any Pillow mode to RGB; with `inverted`, the smallest grey value is white."""
     if picture.mode.startswith("I") or picture.mode == "F":
-        return grey_to_rgb(_scale_grey(np.asarray(picture).astype(np.float64), picture.mode, window))
+        grey = _scale_grey(np.asarray(picture).astype(np.float64), picture.mode, window)
+        return grey_to_rgb(1 - grey if inverted else grey)
     if picture.mode in ("P", "PA") and "transparency" in picture.info:
         picture = picture.convert("RGBA")
     if picture.has_transparency_data:
         rgba = picture.convert("RGBA")
-        black = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
-        return Image.alpha_composite(black, rgba).convert("RGB")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
     return picture.convert("RGB")
 
 

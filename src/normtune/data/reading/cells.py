@@ -23,6 +23,7 @@ _LANGUAGES = {"english": "en", "chinese": "zh", "french": "fr", "german": "de", 
 NOT_A_NUMBER = frozenset(("nan", "inf", "-inf", "infinity", "null"))  # words that programs write for nothing
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _BLANKS = str.maketrans("\t\r\n\v\f", "     ")  # tabs and line ends become blanks
+_LINES = str.maketrans("\t\v\f", "   ")
 
 
 def split_name(word: str) -> str:
@@ -70,8 +71,8 @@ def has_half_character(value: object) -> bool:
     return False
 
 
-def clean_text(value: object) -> tuple[str, list[str]]:
-    """Convert a cell to one line of text without leading or trailing blanks.
+def clean_text(value: object, *, lines: bool = False) -> tuple[str, list[str]]:
+    """Convert a cell to text without leading or trailing blanks: one line, or with `lines` as many as it has.
 
     Numbers become decimal text, tabs and line ends become blanks; None, NaN and infinity become the empty string.
 
@@ -91,7 +92,7 @@ def clean_text(value: object) -> tuple[str, list[str]]:
         raise InputError(f"is of type {type(value).__name__}, not text")
     if has_half_character(value):
         raise InputError("contains half of a surrogate pair")
-    text = value.translate(_BLANKS)
+    text = re.sub(r"\r\n?", "\n", value).translate(_LINES) if lines else value.translate(_BLANKS)
     if text != value:
         changes.append("holds tabs or line ends")
     if text.strip() != text:

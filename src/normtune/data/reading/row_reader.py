@@ -150,10 +150,10 @@ class Row:
         """List a fault of this row and how to fix it."""
         self._reader.problems.append(Problem(self.file, self.row, what, fix))
 
-    def read_text(self, field: str, value: object) -> str:
-        """The cell as one line of text; a value that is not text becomes "". Changes are listed."""
+    def read_text(self, field: str, value: object, *, lines: bool = False) -> str:
+        """The cell as text, on one line unless `lines` is set; what is no text becomes "". Changes are listed."""
         try:
-            text, changes = clean_text(value)
+            text, changes = clean_text(value, lines=lines)
         except InputError as error:
             self.add_problem(f"{field} {error}", "Treated as empty.")
             return ""

@@ -17,11 +17,14 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class RowError(InputError):
-    """One row cannot be used: what is wrong with it, and how to fix it."""
+    """One row cannot be used: what is wrong with it, and how to fix it.
 
-    def __init__(self, what: str, fix: str) -> None:
+    A `harmless` row is correct, but of a kind that is not read: it is skipped and listed.
+    """
+
+    def __init__(self, what: str, fix: str, *, harmless: bool = False) -> None:
         super().__init__(what)
-        self.what, self.fix = what, fix
+        self.what, self.fix, self.harmless = what, fix, harmless
 
 
 def file_bytes(path: Path) -> bytes:

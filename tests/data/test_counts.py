@@ -1,0 +1,103 @@
+"""Rows in = rows used + rows reported, for random rows in every layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from normtune.data.preflight import preflight
+from normtune.data.registry import open_dataset
+from normtune.errors import InputError
+from tests.support.dataset_samples import (
+    slake_row,
+    vqa_rad_row,
+    write_image,
+    write_jsonl,
+    write_parquet,
+    write_slake,
+    write_vqa_rad,
+)
+from tests.support.report_samples import medpix_row, messages_row, write_medpix
+
+# One row: (question, answer, whether its image exists, language). Some of them are faulty.
+texts = st.sampled_from(["What is it?", "lung", "yes", "", " ", "a\nb", 3, 2.5, float("nan"), None, "<|im_end|>"])
+row = st.tuples(
+    texts, texts, st.sampled_from(["a.png", "b.png", "missing.png", ""]), st.sampled_from(["en", "zh", "EN"])
+)
+rows = st.lists(row, min_size=1, max_size=8)
+Row = tuple[Any, Any, str, str]
+
+
+def jsonl(root: Path, rows: list[Row]) -> str:
+    keys = ("question", "answer", "image", "language")
+    write_jsonl(root / "train.jsonl", *(dict(zip(keys, row, strict=True)) for row in rows))
+    return "jsonl"
+
+
+def messages(root: Path, rows: list[Row]) -> str:
+    lines = [messages_row(q, a, image) | {"language": language} for q, a, image, language in rows]
+    write_jsonl(root / "train.jsonl", *lines)
+    return "messages"
+
+
+def parquet(root: Path, rows: list[Row]) -> str:
+    cells = [
+        {"question": str(q or ""), "answer": str(a or ""), "image": image, "language": language}
+        for q, a, image, language in rows
+    ]
+    write_parquet(root / "train.parquet", cells)
+    return "parquet"
+
+
+def slake(root: Path, rows: list[Row]) -> str:
+    cells = [
+        slake_row(n, 1, language, question=q, answer=a, img_name=f"xmlab1/{image}" if image else None)
+        for n, (q, a, image, language) in enumerate(rows, start=1)
+    ]
+    write_slake(root, train=cells)
+    (root / "imgs/xmlab1/missing.png").unlink(missing_ok=True)
+    return "slake"
+
+
+def vqa_rad(root: Path, rows: list[Row]) -> str:
+    cells = [vqa_rad_row(n, image, question=q, answer=a) for n, (q, a, image, _) in enumerate(rows, start=1)]
+    write_vqa_rad(root, cells)
+    (root / "VQA_RAD Image Folder/missing.png").unlink(missing_ok=True)
+    return "vqa-rad"
+
+
+def medpix(root: Path, rows: list[Row]) -> str:
+    cells = [
+        medpix_row(str(n), report=a, image=f"images/{image or 'missing.png'}")
+        for n, (_, a, image, _) in enumerate(rows, start=1)
+    ]
+    write_medpix(root, train=cells)
+    (root / "images/missing.png").unlink(missing_ok=True)
+    return "medpix"
+
+
+@pytest.mark.parametrize("write", [jsonl, messages, parquet, slake, vqa_rad, medpix], ids=lambda write: write.__name__)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=rows)
+def test_rows_in_are_rows_used_and_rows_reported(
+    tmp_path_factory: pytest.TempPathFactory, write: Any, rows: Any
+) -> None:
+    root = tmp_path_factory.mktemp("data")
+    for name in ("a.png", "b.png"):
+        write_image(root / name)
+    name = write(root, rows)
+    try:
+        dataset = open_dataset(name, root, skip_bad=True)
+    except InputError as error:  # no row can be used, or a published file has a cell that it cannot have
+        assert "\n" not in str(error)
+        return
+    counts = preflight(dataset)
+    assert counts.rows["read"] == len(rows)
+    assert counts.rows["used"] + sum(counts.rows["dropped"].values()) == len(rows)
+    assert all(counts.rows["dropped"].values())
+    assert json.loads(json.dumps(counts.to_dict())) == counts.to_dict()
