@@ -72,7 +72,6 @@ def evaluate_config(
         config,
         examples,
         family or (config.model if needs_model else None),
-        config.out,
         adapter=config.adapter,
         max_answer=config.max_new_tokens,
         normalisation=config.normalisation,
@@ -163,6 +162,8 @@ def evaluate(
     )
     evaluation = Evaluation(examples, predictions, record, controls, config.out)
     if config.out is not None and distributed.is_main_process():
+        if preflight is not None:
+            preflight.save(config.out)
         evaluation.save(config.out)
     return evaluation
 

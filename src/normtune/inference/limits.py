@@ -15,7 +15,6 @@ from normtune.data.records import Dataset, Example, Split
 from normtune.errors import InputError
 from normtune.metrics.answers import is_exact
 from normtune.runtime import distributed
-from normtune.runtime.files import make_directory
 from normtune.runtime.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -114,14 +113,13 @@ def check_run(
     options: DataOptions,
     examples: Split,
     model: str | Family | None,
-    out: Path | None = None,
     *,
     adapter: Path | None = None,
     training: bool = False,
     max_answer: int | None = None,
     normalisation: str = "vqa",
 ) -> tuple[Split, Preflight]:
-    """Check the rows of a run before weights are loaded, and write `preflight.json` to `out`.
+    """Check the rows of a run before weights are loaded.
 
     In a distributed run the main process opens the pictures; all processes return the same.
 
@@ -129,7 +127,6 @@ def check_run(
         options: `skip_bad` and `strict` decide what happens to bad rows; pictures are not opened with `text_only`.
         examples: the rows of the run.
         model: the base, by name or loaded; None without one: nothing is tokenised, and no picture opened.
-        out: folder of the run.
         adapter: an adapter on the base, whose limits hold.
         training: whether references are trained on; otherwise answers are generated.
         max_answer: tokens that are generated; by default `answer_limit`.
@@ -176,13 +173,9 @@ def check_run(
     outcome = distributed.broadcast_from_first(attempt)
     if isinstance(outcome, InputError):
         raise outcome
-    if distributed.is_main_process():
-        if out is not None:
-            make_directory(out)
-            outcome[1].save(out)
-        if outcome[1].losses:
-            losses = ", ".join(f"{rows} x {loss}" for loss, rows in outcome[1].losses.items())
-            print(f"preflight: {losses} (preflight.json)", file=sys.stderr)
+    if distributed.is_main_process() and outcome[1].losses:
+        losses = ", ".join(f"{rows} x {loss}" for loss, rows in outcome[1].losses.items())
+        print(f"preflight: {losses} (preflight.json)", file=sys.stderr)
     return Split(dataset, outcome[0], examples.name), outcome[1]
 
 
