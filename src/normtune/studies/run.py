@@ -151,7 +151,7 @@ def _move_changed_cells(cells: Sequence[Cell], out: Path, changes: Changes) -> d
     outdated = changes.find(cells)
     for cell in (cell for cell in cells if cell.key in outdated):
         directory = cell_directory(out, cell)
-        with try_lock(directory) as acquired:
+        with try_lock(directory / LOCK) as acquired:
             # looked at again: another command may have moved them meanwhile
             if acquired and (reasons := changes.find(cells).get(cell.key)):
                 targets = ", ".join(str(path) for path in move_aside(directory, reasons))
