@@ -119,7 +119,7 @@ def test_cuda_gives_the_output_and_gradients_of_the_cpu(name: str, dtype: torch.
     grad_out = torch.randn(5, 7, WIDTH, generator=torch.Generator().manual_seed(2)).to(dtype).transpose(0, 1)
     results = []
     for device in ("cpu", "cuda"):
-        module, states = copy.deepcopy(tuned).to(device), x.to(device).requires_grad_()
+        module, states = copy.deepcopy(tuned).to(device), x.detach().to(device).requires_grad_()
         out = module(states)
         out.backward(grad_out.to(device))
         assert states.grad is not None

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 _COMPILER = "torch._dynamo"
+_NEED_COMPILER = ("torchao", "torchvision")  # transformers imports them if they are installed
 
 
 def import_transformers() -> None:
@@ -23,7 +24,7 @@ def import_transformers() -> None:
     """
     if "transformers.modeling_utils" in sys.modules or _COMPILER in sys.modules:
         return
-    if find_spec("torchao") is not None:  # transformers imports it too, and it needs the compiler itself
+    if any(find_spec(package) is not None for package in _NEED_COMPILER):
         return
     import torch.distributed
 

@@ -92,10 +92,13 @@ class MultiAdapterNorm(nn.Module):
 
     def _forward_rows(self, x: Tensor, eps: float, row_adapters: RowAdapters) -> Tensor:
         """Normalise rows [rows, width] of many adapters at once; gains and biases are gathered by row."""
-        wide = x.float()
+        rounds = self.round_before_gain and x.dtype != torch.float32
+        wide = x if rounds else x.float()
+        # the kernels of a single adapter, without gain and bias
         if self.kind == "layer":
-            # without weight and bias: unit = (x - mean) * rstd
-            unit = torch.native_layer_norm(wide, x.shape[-1:], None, None, eps)[0]
+            unit = torch.native_layer_norm(x.float(), x.shape[-1:], None, None, eps)[0]
+        elif rounds or x.is_cuda:
+            unit = torch.ops.aten._fused_rms_norm(wide, x.shape[-1:], None, eps)[0]
         else:
             unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         gain = row_adapters.gather(self.weight, len(x))  # [units or rows, 1, width]
