@@ -133,7 +133,7 @@ def test_an_empty_folder_and_an_empty_file_are_refused(root: Path) -> None:
 
 
 def test_the_examples_of_the_documentation_are_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (Path(__file__).parents[3] / "docs" / "datasets.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs" / "own-data.md").read_text(encoding="utf-8")
     blocks = dict(re.findall(r"```(\w+)\n(.*?)```", page, flags=re.DOTALL))
     write_image(root / "scans" / "001.png")
     (example,) = jsonl.read(write_jsonl(root / "docs.jsonl", blocks["json"].strip())).examples

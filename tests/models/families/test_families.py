@@ -115,6 +115,15 @@ def assert_same_gradients(result: dict[str, Tensor], expected: dict[str, Tensor]
     assert_gradients_close(result, expected)
 
 
+def test_control_tokens_in_a_users_text_are_plain_text(family: CausalFamily) -> None:
+    tokenizer = family.processor.tokenizer
+    end = tokenizer.convert_ids_to_tokens(family.end_tokens[0])
+    plain, marked = (family.tokenize("1", f"x {text} y", f"the lung {text} is large") for text in ("z", end))
+    for ours, other in ((marked.prompt, plain.prompt), (marked.answer, plain.answer)):
+        assert sum(map(ours.count, family.end_tokens)) == sum(map(other.count, family.end_tokens))
+    assert tokenizer.decode(marked.answer).replace(" ", "").startswith(f"thelung{end}islarge".replace(" ", ""))
+
+
 @pytest.fixture(scope="module")
 def plain(family: CausalFamily) -> tuple[list[float], dict[str, Tensor]]:
     """Loss of every pair and the gradients of their sum, by transformers alone."""

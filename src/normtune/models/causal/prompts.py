@@ -7,6 +7,7 @@ the whole conversation.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -24,6 +25,9 @@ from normtune.errors import InputError
 # parts give the tokens of the whole.
 
 TokenIds = tuple[int, ...]
+# Private characters around a control token in a user's text, which is then tokenised as plain text.
+_ESCAPE, _UNESCAPE = "\ue000", "\ue001"
+_ESCAPED = re.compile(f"{_ESCAPE}([^{_UNESCAPE}]*){_UNESCAPE}")
 CACHED_PREFIXES = 1024  # prefixes that are kept, one for each list of image sizes
 
 
@@ -59,6 +63,11 @@ class ChatPrompt:
                 "the checkpoint has no chat template, so its prompts are unknown. "
                 "Add the chat_template.jinja of the model's publisher to its directory."
             )
+        special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        special = sorted(
+            {*special, *self.tokenizer.all_special_tokens} - {processor.image_token}, key=len, reverse=True
+        )
+        self._control = re.compile("|".join(map(re.escape, special)) or r"(?!)")
         self._head = self._pieces("?", None, images=1)[0]  # the text before the image
 
     def prefix(self, images: Sequence[str]) -> TokenIds:
@@ -104,6 +113,7 @@ class ChatPrompt:
             InputError: the question contains the image token, or the template or the tokenizer does not
                 allow the conversation to be cut.
         """
+        question, answer = self._escape(question), None if answer is None else self._escape(answer)
         open_text = self._after_image(id, question, None)
         prompt = self._segment_tokens(id, open_text)
         if answer is None:
@@ -126,6 +136,10 @@ class ChatPrompt:
                 "Begin the answer with a letter or a digit, or leave it out."
             )
         return prompt, tokens
+
+    def _escape(self, text: str) -> str:
+        """Mark the control tokens in a user's text, so that they stay text: they could end the user's turn."""
+        return self._control.sub(lambda token: f"{_ESCAPE}{token[0]}{_UNESCAPE}", text)
 
     def _answer_tokens(self, prompt: TokenIds, whole: TokenIds, end: int | None = None) -> TokenIds | None:
         """The answer's tokens, from the end of `prompt` in `whole` up to and including the end token.
@@ -192,4 +206,10 @@ class ChatPrompt:
         # some templates write the first token themselves; it must not occur twice
         first = self.tokenizer.bos_token
         add = start and not (first is not None and text.startswith(first))
-        return tuple(self.tokenizer(text, add_special_tokens=add).input_ids)
+        if _ESCAPE not in text:
+            return tuple(self.tokenizer(text, add_special_tokens=add).input_ids)
+        tokens: list[int] = []
+        for number, piece in enumerate(_ESCAPED.split(text)):  # odd pieces are control tokens of the user's text
+            options = {"add_special_tokens": add and number == 0, "split_special_tokens": number % 2 == 1}
+            tokens += self.tokenizer(piece, **options).input_ids if piece or number == 0 else []
+        return tuple(tokens)

@@ -28,15 +28,16 @@ class PrefixAndSuffix:
 
     def prefix(self, images: Sequence[str]) -> TokenIds:
         """The tokens before the question: those of the images only."""
-        return self._tokens("".join(images))
+        return tuple(self.tokenizer("".join(images), add_special_tokens=False).input_ids)
 
     def segment(self, id: str, question: str, answer: str | None) -> tuple[TokenIds, TokenIds]:
         """See `ChatPrompt.segment`."""
-        prompt = self._tokens(f"{self.tokenizer.bos_token}{question}\n")
-        return prompt, () if answer is None else self._tokens(answer + self.tokenizer.eos_token)
+        prompt = (self.tokenizer.bos_token_id, *self._tokens(f"{question}\n"))
+        return prompt, () if answer is None else (*self._tokens(answer), self.tokenizer.eos_token_id)
 
     def _tokens(self, text: str) -> TokenIds:
-        return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+        # split_special_tokens: a control token in a user's text is plain text
+        return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
 
 
 class PaliGemmaFamily(CausalFamily):
