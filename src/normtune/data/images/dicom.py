@@ -217,7 +217,8 @@ def _grey_values(pixels: NDArray[np.generic], settings: _FrameSettings, window: 
         return stretch_full_range(values)
     limit = settings.number("", "PixelPaddingRangeLimit")
     low, high = sorted((padding, padding if limit is None else limit))
-    return stretch_full_range(np.where((pixels >= low) & (pixels <= high), np.nan, values))
+    stored = pixels.astype(np.float64)
+    return stretch_full_range(np.where((stored >= low) & (stored <= high), np.nan, values))
 
 
 def _to_eight_bits(pixels: NDArray[np.generic], bits: int) -> NDArray[np.uint8]:

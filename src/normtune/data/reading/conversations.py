@@ -206,8 +206,8 @@ def _pairs(turns: list[tuple[str, str, int, bool]], images: int) -> tuple[Pair, 
     # Images shown so far: all from the start without marks, else as many as there were marks.
     image_count = 0 if marks else images
     pairs = []
-    for turn, (asked, replied) in enumerate(zip(turns[::2], turns[1::2], strict=True), 1):
-        (_, question, new_images, _), (_, answer, _, learnt) = asked, replied
+    for turn, (user, assistant) in enumerate(zip(turns[::2], turns[1::2], strict=True), 1):
+        (_, question, new_images, _), (_, answer, _, learnt) = user, assistant
         image_count += new_images
         question = question.strip()
         pairs.append(Pair(turn, question, answer.strip(), image_count, turn > 1 and refers_back(question), learnt))
