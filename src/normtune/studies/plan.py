@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
+from normtune.data.options import DataOptions
 from normtune.evaluation.config import EvaluateConfig
 from normtune.methods.recipe import parse
 from normtune.studies.recipe_names import FROZEN, default_rates, recipe_methods
@@ -372,8 +373,7 @@ def single_cell(name: str, train: Mapping[str, Any] | None, *evaluations: Mappin
 
 def _data_options(options: Data) -> dict[str, Any]:
     """The options that a data set has in common with `train` and `evaluate`."""
-    fields = {"data", "root", "language", "image_disjoint", "group_by", "task", "sections", "text_only"}
-    return options.model_dump(include=fields)
+    return options.model_dump(include=set(DataOptions.model_fields))
 
 
 def _budget_fields(budget: Budget) -> dict[str, float]:

@@ -82,7 +82,7 @@ class Data(DataOptions):
     batch: int = Field(128, gt=0, description="Questions answered at once.")
     max_new_tokens: int | None = Field(None, gt=0)
     candidates: str | None = None
-    normalisation: Literal["vqa", "none"] = "vqa"
+    normalisation: Literal["vqa", "unicode", "none"] = "vqa"
 
 
 class Training(_Section):
