@@ -43,7 +43,7 @@ class FakeFamily:
         return Segment(id, tuple(question.encode()), tuple((answer or "").encode()))
 
     def tokenize_whole(self, id: str, question: str, answer: str | None) -> Segment:
-        return Segment(id, tuple(question.encode()), (*(answer or "").encode(), 0))
+        return Segment(id, tuple(question.encode()), (*map(len, (answer or "").split()), 0))  # a token a word
 
     def max_reference_tokens(self, report: bool) -> int:
         return 512 if report else 256
