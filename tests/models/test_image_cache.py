@@ -19,13 +19,16 @@ from normtune.evaluation.evaluate import evaluate_config
 from normtune.methods.adapt import adapt
 from normtune.models.families.miss import MissFamily
 from normtune.models.family import Family
-from normtune.models.image_cache import ImageCache, image_store
+from normtune.models.image_cache import ImageCache, image_store, tensor_bytes
 from normtune.models.loading import load
 from normtune.models.miss.vision import VisionTransformer
 from normtune.models.parts import part_of
 from normtune.training.config import TrainConfig
 from normtune.training.train import train
-from tests.support.tiny_models import make_tiny
+from tests.models.families.test_families import grouped
+from tests.models.families.test_families import image as family_image
+from tests.support.tiny_miss import tiny_miss
+from tests.support.tiny_models import TINY, make_tiny
 from tests.support.tolerance import approx
 from tests.training.test_train import DATA, config, equal_adapters
 
@@ -186,3 +189,18 @@ def test_evaluation_from_a_cache_gives_the_same_answers_and_separates_adapters(
     for adapter, answer_rows in without.items():
         for (text, score), (cold_text, cold_score) in zip(answer_rows, cold[adapter], strict=True):
             assert text == cold_text and score == approx(cold_score)
+
+
+@pytest.mark.parametrize("name", [*TINY, "miss"])
+def test_images_in_the_dtype_of_the_base_give_equal_losses(name: str, tmp_path: Path) -> None:
+    """Every model rounds pixels before it computes with them, so that half of their bytes are enough in bf16."""
+    family: Any = tiny_miss() if name == "miss" else load(str(make_tiny(name, tmp_path)))
+    family.model.to(torch.bfloat16)
+    images = ImageCache(family, Dataset("noise", [], family_image))
+    groups, pixels = grouped(family, [[0, 1], [3]])
+    halved = [[images(key) for key in group.images] for group in groups]
+    assert all(row["pixel_values"].dtype == torch.bfloat16 for rows in halved for row in rows)
+    assert images.bytes < sum(tensor_bytes(image) for rows in pixels for image in rows)
+    with torch.no_grad():
+        losses = [family.loss(family.collate(groups, values))[0] for values in (pixels, halved)]
+    assert torch.equal(*losses)

@@ -28,6 +28,8 @@ EXAMPLES = open_dataset("phantom-b:8").split("train")
 class SizeFamily:
     """Preprocesses an image to its size, and notes the thread."""
 
+    dtype = torch.float32
+
     def __init__(self) -> None:
         self.threads: list[str] = []
 

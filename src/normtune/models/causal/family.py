@@ -158,7 +158,12 @@ class CausalFamily(Family):
 
     def image_text(self, pixels: Pixels) -> str:
         """The text that the processor writes for one image: its special tokens, one image token a feature."""
-        return self.processor.replace_image_token({name: value[None] for name, value in pixels.items()}, 0)
+        # LLaVA's processor reads the size by NumPy, which has no bf16
+        values = {
+            name: value[None].float() if value.dtype == torch.bfloat16 else value[None]
+            for name, value in pixels.items()
+        }
+        return self.processor.replace_image_token(values, 0)
 
     def image_inputs(self, images: Sequence[Pixels]) -> dict[str, Tensor]:
         """Batch images as the arguments of the model's `get_image_features`."""
