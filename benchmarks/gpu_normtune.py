@@ -199,7 +199,7 @@ def training_step(
 
 @contextmanager
 def tuned_parameters(family: Any, recipe: str) -> Iterator[list[nn.Parameter]]:
-    """Inside, the model is adapted by `recipe`, whose parameters are yielded; afterwards it is the base again."""
+    """Yields the parameters that `recipe` trains in the model, which is the base again afterwards."""
     with one_adapter(family, recipe) as tuned:
         yield list(tuned.trained.values())
 

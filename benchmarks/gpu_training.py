@@ -159,12 +159,12 @@ def _largest(step_of: Callable[[int], Figures]) -> Figures:
     The memory of a step grows linearly: n = 1 and n = 2 give a first estimate, which then goes down until the
     step fits. Without a GPU there is no limit to find: n = 2.
     """
-    one, two = step_of(1), step_of(2)
+    first, second = step_of(1), step_of(2)
     if not torch.cuda.is_available():
-        return two
+        return second
     free_memory()
-    slope = max(1, two["peak_mib"] - one["peak_mib"])
-    size = int((0.99 * torch.cuda.mem_get_info()[1] / MIB - one["peak_mib"]) / slope) + 1
+    slope = max(1, second["peak_mib"] - first["peak_mib"])
+    size = int((0.99 * torch.cuda.mem_get_info()[1] / MIB - first["peak_mib"]) / slope) + 1
     while size > 2:
         try:
             return step_of(size)
@@ -172,7 +172,7 @@ def _largest(step_of: Callable[[int], Figures]) -> Figures:
             pass  # the frames of the failed step hold its tensors until here
         free_memory()
         size = min(size - 1, int(0.97 * size))
-    return two
+    return second
 
 
 def gradients(bench: Workbench, figures: Figures) -> None:
@@ -180,20 +180,20 @@ def gradients(bench: Workbench, figures: Figures) -> None:
     _, family = bench.model("llava")
     counts = [2, 1] if bench.tiny else [3, 3]
     try:
-        found: dict[str, list[Tensor]] = {}
+        by_run: dict[str, list[Tensor]] = {}
         for dtype in (torch.bfloat16, torch.float32):
             family.model.to(dtype)
             name = "bf16" if dtype == torch.bfloat16 else "fp32"
             with tuned_parameters(family, "ln") as parameters:
-                found[f"grouped {name}"] = _grouped_gradients(bench, counts, parameters)
-                found[f"separate {name}"] = _separate_gradients(bench, counts, parameters, dtype)
-        reference = found["separate fp32"]
+                by_run[f"grouped {name}"] = _grouped_gradients(bench, counts, parameters)
+                by_run[f"separate {name}"] = _separate_gradients(bench, counts, parameters, dtype)
+        reference = by_run["separate fp32"]
         for name in ("grouped fp32", "grouped bf16", "separate bf16"):
             figures[f"{name} against separate fp32"] = {
-                "relative_difference": _relative_difference(found[name], reference)
+                "relative_difference": _relative_difference(by_run[name], reference)
             }
         figures["grouped bf16 against separate bf16"] = {
-            "relative_difference": _relative_difference(found["grouped bf16"], found["separate bf16"])
+            "relative_difference": _relative_difference(by_run["grouped bf16"], by_run["separate bf16"])
         }
     finally:
         bench.free()  # its weights are fp32

@@ -57,7 +57,7 @@ ALLOWED = {
     ("models/families/qwen_vl.py", "positions", MASK): ["of tensors of the host, before the batch is copied"] * 2,
     ("models/generation.py", "arrived", "tolist"): ["of pinned memory, after the event of a step that is over"],
     ("models/generation.py", "beam_search", "tolist"): [
-        "only with a score processor, whose rules are computed on the host",
+        "only with a score processor, which computes its rules on the host",
         "once a batch, at its end",
         "once a batch, at its end",
     ],
@@ -112,5 +112,5 @@ def step(x, mask):
     y = x[mask & x][0, :2].tolist()
     return x.item, x[0], x[..., None], [item for item in y], x.nonzero()
 """
-    found = sorted(call for function, call in waiting_calls(source) if function == "step")
-    assert found == [MASK, MASK, MASK, "cpu", "item", "nonzero", "tolist"]
+    calls = sorted(call for function, call in waiting_calls(source) if function == "step")
+    assert calls == [MASK, MASK, MASK, "cpu", "item", "nonzero", "tolist"]
