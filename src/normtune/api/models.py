@@ -24,7 +24,7 @@ Adapter = str | Path | TunedModel  # a directory, or the adapter that is in a mo
 
 
 def load(
-    model: str | Path, *, dtype: str = "float32", device: str | None = None, quantize: str | None = None
+    model: str | Path, *, dtype: str = "auto", device: str | None = None, quantize: str | None = None
 ) -> Family:
     """Load a model with its processor.
 
@@ -32,7 +32,7 @@ def load(
 
     Args:
         model: 'nano', a local directory, or a name of the hub.
-        dtype: the dtype of the weights: float32 or bfloat16.
+        dtype: the dtype of the weights: float32, bfloat16, or auto: bfloat16 on a GPU that supports it, else float32.
         device: cpu or cuda; None: cuda if available.
         quantize: int8 or nf4: quantise the language model's linear layers.
 
