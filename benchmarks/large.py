@@ -246,7 +246,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         planned = f"{row['planned'] / 2**30:.2f}" if "planned" in row else "–"
         cells = [row["command"], f"{row['seconds']:.1f}", f"{row['peak_bytes'] / 2**30:.2f}", planned, row["came_of"]]
         lines.append(cells)
-    header = ["command", "seconds", "memory, GiB", "planned, GiB", "what came of it"]
+    header = ["command", "seconds", "memory, GiB", "planned, GiB", "result"]
     return "\n".join(markdown_table(header, lines, "lrrrl")) + "\n"
 
 

@@ -36,10 +36,10 @@ def two_names(root: Path, count: int = 5, **columns: str) -> Path:
 
 def test_pictures_with_the_same_pixels_are_leaks_and_stay_in_one_split(tmp_path: Path) -> None:
     options = {"data": "jsonl", "root": two_names(tmp_path)}
-    own = open_configured(DataOptions(**options))
-    assert find_leaks(own) == []  # nothing is known before the pictures are opened
-    read_pictures(own)
-    assert [(leak.what, leak.shared, leak.total) for leak in find_leaks(own)] == [("picture", 5, 5)]
+    dataset = open_configured(DataOptions(**options))
+    assert find_leaks(dataset) == []  # nothing is known before the pictures are opened
+    read_pictures(dataset)
+    assert [(leak.what, leak.shared, leak.total) for leak in find_leaks(dataset)] == [("picture", 5, 5)]
     new = open_configured(DataOptions(**options, image_disjoint=True))
     splits: dict[str, set[str]] = {}
     for example in new.examples:
@@ -54,7 +54,7 @@ def test_copies_that_were_encoded_again_or_resized_are_near_duplicates(tmp_path:
     original, other = noise(1), noise(2)
     jpeg = io.BytesIO()
     original.save(jpeg, "JPEG", quality=70)
-    shown = {
+    images = {
         "a": original,
         "b": Image.open(jpeg),
         "c": original.resize((97, 80)),
@@ -62,12 +62,12 @@ def test_copies_that_were_encoded_again_or_resized_are_near_duplicates(tmp_path:
         "blank": Image.new("L", (64, 64)),
         "grey": Image.new("L", (64, 64), 9),
     }
-    examples = [Example(key, (key,), "?", "x", "open", "train") for key in shown]
-    dataset = Dataset("made", examples, lambda key: shown[key].convert("RGB"))
+    examples = [Example(key, (key,), "?", "x", "open", "train") for key in images]
+    dataset = Dataset("made", examples, lambda key: images[key].convert("RGB"))
     pictures = read_pictures(dataset)
     assert equal_pictures(pictures) == []
     assert near_duplicates(pictures) == [("a", "b"), ("a", "c"), ("b", "c")]
-    moved = [Example(key, (key,), "?", "x", "open", "test" if key == "c" else "train") for key in shown]
+    moved = [Example(key, (key,), "?", "x", "open", "test" if key == "c" else "train") for key in images]
     leaks = find_leaks(Dataset("made", moved, dataset.open_image, pictures=pictures))
     assert [(leak.what, leak.examples) for leak in leaks] == [("near-duplicate", ("c",))]
 

@@ -31,7 +31,7 @@ def made(*examples: Example, **fields: object) -> Dataset:
 
 
 def words(**limits: int | None) -> TextLimits:
-    """A model whose tokens are words; it has no word for texts with "<image>"."""
+    """Limits of a model with one token per word, which cannot tokenise texts with "<image>"."""
 
     def tokenize(example: Example) -> tuple[list[str], list[str]]:
         if "<image>" in example.question:

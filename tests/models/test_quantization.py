@@ -165,7 +165,7 @@ def test_an_adapter_of_a_quantised_base_is_refused_by_another_base(kind: str, ll
 
 
 def dequantised_base(source: str, quantised: nn.Module) -> Family:
-    """The base in full precision with the values that the quantised linears stand for."""
+    """The base in full precision with the values of the quantised linears."""
     family = load(source)
     for name in quantised_linears(family.model):
         layer: Any = quantised.get_submodule(name)

@@ -91,5 +91,5 @@ class InspectOptions(DataOptions):
     """The options of `normtune data`."""
 
     model: str | None = Field(
-        None, description="Model whose limits are applied to the texts: a local directory, a hub name, or 'nano'."
+        None, description="Model that sets the limits of the texts: a local directory, a hub name, or 'nano'."
     )

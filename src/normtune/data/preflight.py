@@ -123,7 +123,7 @@ class Preflight:
 _TEXT_COUNTS = {
     "languages": "languages of the rows",
     "control_tokens": "rows with a control token of a model in their text",
-    "not_a_number": "rows whose answer is the word nan, inf or null",
+    "not_a_number": "rows with the answer nan, inf or null",
     "constant": "splits in which every answer is the same",
     "repeated": "rows that repeat picture, question and answer of another row",
     "contradictions": "rows with the picture and question of another row and a different answer",

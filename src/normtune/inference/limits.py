@@ -92,7 +92,7 @@ def inspect_data(dataset: Dataset, model: str | None = None, *, text_only: bool 
 
     Args:
         dataset: the dataset.
-        model: the model whose limits are applied to the texts; None: nothing is counted in tokens.
+        model: the model that sets the limits of the texts; None: tokens are not counted.
         text_only: do not open the pictures.
 
     Raises:
@@ -127,7 +127,7 @@ def check_run(
         options: `skip_bad` and `strict` decide what happens to bad rows; pictures are not opened with `text_only`.
         examples: the rows of the run.
         model: the base, by name or loaded; None without one: nothing is tokenised, and no picture opened.
-        adapter: an adapter on the base, whose limits hold.
+        adapter: an adapter on the base; its recorded limits apply.
         training: whether references are trained on; otherwise answers are generated.
         max_answer: tokens that are generated; by default `answer_limit`.
         normalisation: under which the score ceiling compares answers.

@@ -179,7 +179,7 @@ def _rouge_score(texts: Texts) -> dict[str, float]:
 
 
 class _NoWordNet:
-    """Replaces WordNet in nltk's METEOR if its data are missing: no word has a synonym."""
+    """Replaces WordNet in nltk's METEOR if its data are missing: words have no synonyms."""
 
     def synsets(self, word: str) -> list[Any]:
         return []

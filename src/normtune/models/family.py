@@ -55,7 +55,7 @@ class Family(ABC):
     quantize: str | None = None  # int8 or nf4: the model was quantised when it was loaded
     _adapter: Any = None
     prompt_limit: int | None = None  # tokens of a question; lower than the model's own limit
-    old_prompt_limit: ClassVar[int | None] = None  # that of adapters whose files record no limits
+    old_prompt_limit: ClassVar[int | None] = None  # of adapters that record no limits
 
     def __init__(self, model: nn.Module, processor: Any) -> None:
         self.model = model
@@ -63,7 +63,7 @@ class Family(ABC):
 
     @property
     def adapter(self) -> Any:
-        """The `TunedModel` whose adapter is in the model; None: the model is the base."""
+        """The `TunedModel` that changes the model now; None: the model is the base."""
         return self._adapter if self._adapter is not None and self._adapter.active else None
 
     @adapter.setter

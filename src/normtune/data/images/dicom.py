@@ -39,7 +39,7 @@ def open_dicom(data: bytes, *, name: str, frame: int | None = None, window: Wind
     Grey values are converted in two steps. The modality table, or rescale slope and intercept, gives values
     in physical units. The first of these that is present then maps them to 8 bits: `window`, the file's VOI
     table, the file's (first) window, or the range from the smallest to the largest value. MONOCHROME1 is
-    inverted, as is a file whose PresentationLUTShape is INVERSE. Colour may be RGB, YBR or a palette, and `window`
+    inverted, as are images with the PresentationLUTShape INVERSE. Colour may be RGB, YBR or a palette, and `window`
     does not apply to it. An optional element that cannot be read is ignored. Enhanced files may have
     these settings for each frame.
 

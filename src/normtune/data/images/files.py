@@ -132,7 +132,7 @@ def _min_is_white(picture: Image.Image) -> bool:
 
 
 def _check_depth(picture: Image.Image, data: bytes, name: str) -> None:
-    """Refuse a 16-bit colour PNG whose values have fewer bits: Pillow keeps the upper 8 of 16, so it would be black.
+    """Refuse a 16-bit colour PNG that holds values of fewer bits: Pillow keeps the upper 8 of 16, so it would be black.
 
     Raises:
         InputError: the values have at most 14 bits.
