@@ -108,10 +108,7 @@ def move_model(model: nn.Module, mode: FakeTensorMode, device: str) -> dict[int,
 
 
 # known to read values in the middle of a step, a few times in all
-WAITS = {
-    "qwen3_vl": "transformers selects image tokens by a mask in the first layers",
-    "miss": "the questions of each image are counted on the device",
-}
+WAITS = {"qwen3_vl": "transformers selects image tokens by a mask in the first layers"}
 
 
 def steps() -> Iterator[Any]:

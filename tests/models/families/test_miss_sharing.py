@@ -116,7 +116,7 @@ def test_a_question_sees_all_views_of_a_study() -> None:
         lambda: token_sum(
             model,
             pixel_values=images,
-            view_index=torch.tensor([[0, 2], [1, -1]]),
+            view_index=[[0, 2], [1, -1]],
             image_index=torch.tensor(owner),
             **batch_of([*range(5)]),
         ),
@@ -145,9 +145,8 @@ def test_answers_in_groups_equal_separate_ones(beams: int) -> None:
 
 
 def test_slots_come_back_as_they_went() -> None:
-    owner = torch.tensor([0, 0, 0, 2, 2])
-    slots = QuerySlots.from_image_index(owner, 5, 3)
     states = torch.randn(5, 4, 6)
+    slots = QuerySlots.from_image_index([0, 0, 0, 2, 2], 5, 3, states.device)
     packed = slots.gather(states)
     assert packed.shape == (3, 12, 6)
     assert torch.equal(packed[2, 4:8], states[4]) and not packed[1].any() and not packed[2, 8:].any()

@@ -111,8 +111,8 @@ class MissFamily(Family):
 
             - pixel_values [images, 3, size, size], or image_states from `encode_image`; each image once;
             - input_ids, attention_mask [segments, longest question] of the questions;
-            - image_index [segments], the image (or study) of each question;
-            - view_index [studies, views], the images of each study, -1 for none; only with several a study;
+            - image_index, a list: the image (or study) of each question;
+            - view_index, a list for each study: its images, -1 for none; only with several a study;
             - decoder_input_ids, labels [segments, longest answer] of the answers;
             - logit_rows, the rows of the flattened decoder states that have a label;
             - pairs, the number of segments.
@@ -136,7 +136,6 @@ class MissFamily(Family):
     def _questions(self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]]) -> Batch:
         """The inputs of vision tower and encoder, without the answers."""
         segments = [segment for group in groups for segment in group.segments]
-        sizes = torch.tensor([len(group.segments) for group in groups])
         # the same object in several groups is encoded once
         distinct = {id(image): image for image in chain.from_iterable(pixels)}
         group_views = [tuple(id(image) for image in images) for images in pixels]
@@ -145,13 +144,15 @@ class MissFamily(Family):
         batch: Batch = {
             **{name: torch.stack([image[name] for image in images]) for name in images[0]},
             **self._prompts(segments),
-            "image_index": torch.tensor([study[views] for views in group_views]).repeat_interleave(sizes),
+            # lists stay on the host, where the encoder counts the questions of each image
+            "image_index": [
+                study[views] for views, group in zip(group_views, groups, strict=True) for _ in group.segments
+            ],
         }
         most = max(map(len, study))  # views of a study
         if most > 1:
             image_number = {image_id: number for number, image_id in enumerate(distinct)}
-            rows = [[image_number[i] for i in views] + [-1] * (most - len(views)) for views in study]
-            batch["view_index"] = torch.tensor(rows)
+            batch["view_index"] = [[image_number[i] for i in views] + [-1] * (most - len(views)) for views in study]
         return batch
 
     def _prompts(self, segments: Sequence[Segment]) -> Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,27 +97,32 @@ class QuerySlots:
     index: Tensor | None
 
     @classmethod
-    def from_image_index(cls, image_index: Tensor | None, segments: int, groups: int) -> QuerySlots:
-        """Assign a slot to each segment.
+    def from_image_index(
+        cls, image_index: Sequence[int] | Tensor | None, segments: int, groups: int, device: torch.device
+    ) -> QuerySlots:
+        """Assign a slot to each segment, on the host, so that a GPU is not waited for.
 
         Args:
             image_index: [segments], the image of each segment, in any order; None: every image has the same
                 number of segments, in order.
             segments: the number of segments.
             groups: the number of images.
+            device: where the index is used.
         """
         if image_index is None:
             assert segments % groups == 0, "without image_index every image has the same number of segments"
             return cls(groups, segments // groups, None)
-        counts = torch.bincount(image_index, minlength=groups)  # segments of each image
-        width = int(counts.max())
-        sorted_index, order = image_index.sort(stable=True)
-        if width * groups == segments and bool((sorted_index == image_index).all()):
+        images = image_index.tolist() if isinstance(image_index, Tensor) else image_index
+        counts = [0] * groups  # segments of each image so far
+        slots = []
+        for image in images:
+            slots.append(counts[image])
+            counts[image] += 1
+        width = max(counts)
+        index = [image * width + slot for image, slot in zip(images, slots, strict=True)]
+        if index == list(range(groups * width)):
             return cls(groups, width, None)
-        # position of a segment among those of its image: its position in the sorted order, minus that of the
-        # first segment of the image
-        slot = torch.arange(segments, device=order.device) - (counts.cumsum(0) - counts)[sorted_index]
-        return cls(groups, width, torch.empty_like(order).scatter(0, order, sorted_index * width + slot))
+        return cls(groups, width, torch.tensor(index).to(device, non_blocking=True))
 
     def gather(self, states: Tensor) -> Tensor:
         """[segments, length, width] -> [groups, slots * length, width]; empty slots are filled with zeros."""

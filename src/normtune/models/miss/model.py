@@ -8,7 +8,7 @@ about, or all images of one study.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -90,8 +90,8 @@ class MissForQuestionAnswering(PreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None,
         image_states: Tensor,
-        image_index: Tensor | None = None,
-        view_index: Tensor | None = None,
+        image_index: Sequence[int] | Tensor | None = None,
+        view_index: Sequence[Sequence[int]] | None = None,
     ) -> Tensor:
         """Encode questions with attention to their images; arguments as for `forward`.
 
@@ -100,13 +100,15 @@ class MissForQuestionAnswering(PreTrainedModel):
         """
         image_mask = None
         if view_index is not None:
-            present = view_index >= 0  # [groups, views]
+            views = torch.tensor(view_index)  # [groups, views], on the host
+            complete = bool((views >= 0).all())
+            views = views.to(image_states.device, non_blocking=True)
             tokens = image_states.shape[1]
             # the images of a group one after another: [groups, views * tokens, width]; a missing view (-1) is
             # filled with image 0 and masked
-            image_states = image_states[view_index.clamp(min=0)].flatten(1, 2)
-            if not bool(present.all()):
-                image_mask = padding_mask(present.repeat_interleave(tokens, 1), image_states.dtype)
+            image_states = image_states[views.clamp(min=0)].flatten(1, 2)
+            if not complete:
+                image_mask = padding_mask((views >= 0).repeat_interleave(tokens, 1), image_states.dtype)
         segments, groups = len(input_ids), len(image_states)
         shared = image_index is not None or segments != groups
         return self.text_encoder(
@@ -114,7 +116,7 @@ class MissForQuestionAnswering(PreTrainedModel):
             image_states,
             mask=padding_mask(attention_mask, image_states.dtype),
             memory_mask=image_mask,
-            slots=QuerySlots.from_image_index(image_index, segments, groups) if shared else None,
+            slots=QuerySlots.from_image_index(image_index, segments, groups, input_ids.device) if shared else None,
         )
 
     def forward(
@@ -122,12 +124,12 @@ class MissForQuestionAnswering(PreTrainedModel):
         input_ids: Tensor,
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        image_index: Tensor | None = None,
+        image_index: Sequence[int] | Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
         labels: Tensor | None = None,
         logit_rows: Tensor | None = None,
         image_states: Tensor | None = None,
-        view_index: Tensor | None = None,
+        view_index: Sequence[Sequence[int]] | None = None,
     ) -> MissOutput:
         """Encode images and questions, and compute the logits of the answers' next tokens.
 
@@ -170,9 +172,9 @@ class MissForQuestionAnswering(PreTrainedModel):
         decoder_input_ids: Tensor,
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        image_index: Tensor | None = None,
+        image_index: Sequence[int] | Tensor | None = None,
         image_states: Tensor | None = None,
-        view_index: Tensor | None = None,
+        view_index: Sequence[Sequence[int]] | None = None,
         question_states: Tensor | None = None,
     ) -> Tensor:
         """The decoder's states before its head; other arguments as for `forward`.
@@ -206,9 +208,9 @@ class MissForQuestionAnswering(PreTrainedModel):
         input_ids: Tensor,
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        image_index: Tensor | None = None,
+        image_index: Sequence[int] | Tensor | None = None,
         image_states: Tensor | None = None,
-        view_index: Tensor | None = None,
+        view_index: Sequence[Sequence[int]] | None = None,
         *,
         max_new_tokens: int = 9,
         beams: int = 3,
