@@ -85,7 +85,7 @@ def test_blank_lines_and_a_byte_order_mark_are_skipped(root: Path) -> None:
         (ROW | {"image": []}, "image is"),
         (ROW | {"question": "Where? \udc4d"}, "a text contains half of a surrogate pair"),
         (ROW | {"organ": "\ud83e lung"}, "a text contains half of a surrogate pair"),
-        (ROW | {"image": "data:image/png;base64," + "QUJD" * 900}, "image 1 is a URL, not a file"),
+        (ROW | {"image": "data:image/png;base64," + "QUJD" * 900}, "image 1 is a data URL, not a file"),
         (ROW | {"image": "iVBORw0KGgo/" * 400}, "image 1 is not a path"),
         (["a.png"], "not a JSON object"),
         ('{"image": ', "not valid JSON"),

@@ -124,7 +124,7 @@ def test_absolute_paths_inside_the_folder_are_accepted_and_others_refused(root: 
         ({"question": "x"}, "no list 'messages' or 'conversations'"),
         (messages_row("What?", "x", "../a.png"), "the path of image 1 is outside the image folder"),
         (messages_row("What?", "x", "https://a.org/b.png"), "image 1 is a URL, not a file"),
-        (messages_row("What?", "x", "data:image/png;base64," + "QUJD" * 900), "image 1 is a URL, not a file"),
+        (messages_row("What?", "x", "data:image/png;base64," + "QUJD" * 900), "image 1 is a data URL, not a file"),
         (messages_row("What?", "x", "iVBORw0KGgo/" * 400), "image 1 is not a path"),
         (messages_row("What?", "x", 5), "image 1 is not a path"),
         (messages_row("What?", "x \udfff", "a.png"), "a text contains half of a surrogate pair"),

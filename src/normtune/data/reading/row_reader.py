@@ -20,7 +20,7 @@ from normtune.data.reading.tables import RowError
 from normtune.data.records import Dataset, Example, Kind, Problem
 from normtune.errors import InputError, did_you_mean
 
-_URLS = ("http://", "https://", "data:", "s3://", "gs://")
+_URLS = ("http://", "https://", "s3://", "gs://")
 _MAX_PATH = 1000  # characters; a longer text is the image itself, such as base64 without "data:"
 
 
@@ -257,6 +257,8 @@ def check_image_path(image: str, path: str) -> None:
     Raises:
         RowError: the text is a URL, or too long for a path.
     """
+    if path[:5].lower() == "data:":
+        raise RowError(f"{image} is a data URL, not a file", "Save it as a file and write its path.")
     if path.lower().startswith(_URLS):
         raise RowError(f"{image} is a URL, not a file", "Download it and write its path.")
     if len(path) > _MAX_PATH:
