@@ -7,7 +7,7 @@ of the checkpoint's config.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -19,7 +19,7 @@ from normtune.data import tasks
 from normtune.data.groups import Group, Segment
 from normtune.models.answer_loss import Head, answer_log_probs, answer_loss
 from normtune.models.generation import Generated, OnTokens
-from normtune.models.types import Answer, AnswerStates, Batch, Pixels
+from normtune.models.types import Answer, AnswerStates, Batch, FinishReason, Pixels
 
 if TYPE_CHECKING:
     from normtune.models.frozen_trunk import FrozenTrunk
@@ -109,12 +109,16 @@ class Family(ABC):
         """Resize and normalise one RGB image as the model expects it."""
 
     def encode_image(self, pixels: Pixels) -> Pixels:
-        """Run the image encoder on one image; `collate` takes the result in place of pixels.
+        """Run the image encoder on one image; see `encode_images`."""
+        return self.encode_images([pixels])[0]
+
+    def encode_images(self, images: Sequence[Pixels]) -> list[Pixels]:
+        """Run the image encoder on images in one pass; `collate` takes the results, on the CPU, in place of pixels.
 
         A run with a frozen image encoder does this once an image. Families that do not support it return the
         pixels unchanged.
         """
-        return pixels
+        return list(images)
 
     def frozen_trunk(self, trained: Collection[nn.Parameter]) -> FrozenTrunk | None:
         """The part of the model before everything that is trained.
@@ -222,7 +226,6 @@ class Family(ABC):
         # sum over the tokens of each segment; a segment without an answer has 0
         return token_log_probs.new_zeros(batch["pairs"]).index_add(0, segments, token_log_probs)
 
-    @abstractmethod
     def generate_answers(
         self,
         groups: Sequence[Group],
@@ -244,6 +247,25 @@ class Family(ABC):
             on_tokens: called with each step's tokens, segments being counted over all groups in the order
                 given; with several beams it is never called.
         """
+        tokens = self.generate_tokens(groups, pixels, max_new_tokens=max_new_tokens, beams=beams, on_tokens=on_tokens)
+        answers = map(self._as_answer, tokens)
+        return [[next(answers) for _ in group.segments] for group in groups]
+
+    @abstractmethod
+    def generate_tokens(
+        self,
+        groups: Sequence[Group],
+        pixels: Sequence[Sequence[Pixels]],
+        *,
+        max_new_tokens: int,
+        beams: int,
+        on_tokens: OnTokens | None = None,
+    ) -> list[Generated]:
+        """The tokens of each answer, one a segment in the order given; arguments as for `generate_answers`."""
+
+    def _as_answer(self, generated: Generated) -> Answer:
+        reason: FinishReason = "stop" if generated.tokens[-1] in self.end_tokens else "length"
+        return Answer(self.decode_answer(generated.tokens), generated.score, reason, generated.tokens)
 
     def generation_settings(self) -> dict[str, Any]:
         """The settings of the checkpoint's generation_config.json that change answers, by name."""
@@ -253,14 +275,6 @@ class Family(ABC):
         """The text of an answer's tokens, as in the results of `generate_answers`."""
         text: str = self.processor.tokenizer.decode(tokens, skip_special_tokens=True)
         return text.strip()
-
-    def _as_answers(self, groups: Sequence[Group], generated: Iterable[Generated]) -> list[list[Answer]]:
-        """Decode generated tokens, one a segment in the order of the groups, and nest them by group."""
-        answers = (
-            Answer(self.decode_answer(answer.tokens), answer.score, answer.finish_reason, answer.tokens)
-            for answer in generated
-        )
-        return [[next(answers) for _ in group.segments] for group in groups]
 
     def save(self, directory: str | Path) -> None:
         """Write model and processor in the layout that `load` reads."""

@@ -10,14 +10,12 @@ the batch.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
-
-from normtune.models.types import FinishReason
 
 Step = Callable[[Tensor, Tensor | None], Tensor]
 """`step(tokens [rows], cache_rows [rows] or None) -> logits [rows, vocabulary]`.
@@ -52,12 +50,10 @@ class Generated:
     Attributes:
         tokens: its tokens, including the end token if one was generated.
         score: their mean log-probability.
-        finish_reason: "stop" if its last token is an end token, otherwise "length".
     """
 
     tokens: tuple[int, ...]
     score: float
-    finish_reason: FinishReason
 
 
 def generate(
@@ -158,7 +154,7 @@ def greedy(
             prompts, token = [prompts[row] for row in remaining], token[cache_rows]
             tokens = tokens[cache_rows]
         logits = step(token, cache_rows)
-    return _generated(answers, totals, ends)
+    return _generated(answers, totals)
 
 
 def _pace(device: torch.device) -> tuple[int, int]:
@@ -290,15 +286,12 @@ def beam_search(
     # undo the length penalty: `Generated.score` is a mean log-probability
     totals = (best_score * lengths ** float(length_penalty)).tolist()
     answers = [[token for token in row if token >= 0] for row in best.tolist()]  # without the fill value
-    return _generated(answers, totals, end)
+    return _generated(answers, totals)
 
 
-def _generated(answers: Sequence[list[int]], totals: Sequence[float], end: Collection[int]) -> list[Generated]:
+def _generated(answers: Sequence[list[int]], totals: Sequence[float]) -> list[Generated]:
     """Answers from their tokens and summed log-probabilities."""
-    return [
-        Generated(tuple(row), total / len(row), "stop" if row[-1] in end else "length")
-        for row, total in zip(answers, totals, strict=True)
-    ]
+    return [Generated(tuple(row), total / len(row)) for row, total in zip(answers, totals, strict=True)]
 
 
 def _take(beams: Tensor, index: Tensor) -> Tensor:

@@ -26,7 +26,6 @@ from normtune.models.loading import load
 from normtune.models.miss import model as miss_model
 from normtune.models.types import Answer, Pixels
 from normtune.serving.engine import engine as engine_module
-from normtune.serving.engine import image_encoder
 from normtune.serving.engine.adapter_slots import AdapterSlots
 from normtune.serving.engine.engine import Engine
 from normtune.serving.engine.requests import (
@@ -573,18 +572,18 @@ def test_images_are_preprocessed_at_submission_and_encoded_together(
 ) -> None:
     threads: list[str] = []
     passes: list[int] = []
-    preprocess_image, encode_images = family.preprocess_image, image_encoder.encode_images
+    preprocess_image, encode_images = family.preprocess_image, family.encode_images
 
     def preprocess(picture: Any) -> Pixels:
         threads.append(current_thread().name)
         return preprocess_image(picture)
 
-    def encode(encoded_family: Family, images: Sequence[Pixels]) -> list[Pixels]:
+    def encode(images: Sequence[Pixels]) -> list[Pixels]:
         passes.append(len(images))
-        return encode_images(encoded_family, images)
+        return encode_images(images)
 
     monkeypatch.setattr(family, "preprocess_image", preprocess)
-    monkeypatch.setattr(image_encoder, "encode_images", encode)
+    monkeypatch.setattr(family, "encode_images", encode)
     with Engine(family, max_batch=4, max_wait=WAIT) as engine:
         for _ in range(2):  # the second time, the images are in the cache
             futures = [engine.submit(request(number, None)) for number in (0, 1, 2, 3)]
@@ -596,15 +595,15 @@ def test_images_are_preprocessed_at_submission_and_encoded_together(
 
 
 def test_an_image_that_cannot_be_encoded_fails_alone(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode_images = image_encoder.encode_images
+    encode_images = family.encode_images
 
-    def encode(encoded_family: Family, images: Sequence[Pixels]) -> list[Pixels]:
+    def encode(images: Sequence[Pixels]) -> list[Pixels]:
         if any(torch.equal(pixels["pixel_values"], bad["pixel_values"]) for pixels in images):
             raise torch.OutOfMemoryError("too large")
-        return encode_images(encoded_family, images)
+        return encode_images(images)
 
     bad = family.preprocess_image(image("b"))
-    monkeypatch.setattr(image_encoder, "encode_images", encode)
+    monkeypatch.setattr(family, "encode_images", encode)
     with Engine(family, max_batch=3, max_wait=WAIT) as engine:
         futures = [engine.submit(request(number, None)) for number in range(3)]
         texts = [future.result(WAIT).text for future in (futures[0], futures[2])]
@@ -621,7 +620,7 @@ def test_images_encoded_together_equal_those_encoded_alone(kind: str, tmp_path: 
     family = load(str(make_tiny(kind, tmp_path)))
     pictures = [image("a"), image("b").resize((50, 20)), image("c").resize((30, 70))]
     pixels = [family.preprocess_image(picture) for picture in pictures]
-    for from_pass, image_pixels in zip(image_encoder.encode_images(family, pixels), pixels, strict=True):
+    for from_pass, image_pixels in zip(family.encode_images(pixels), pixels, strict=True):
         single = family.encode_image(image_pixels)
         assert from_pass.keys() == single.keys()
         for name, values in single.items():

@@ -42,7 +42,7 @@ from normtune.models.family import Family
 from normtune.models.frozen_trunk import TRUNK_DEPTH, TRUNK_STATES, FrozenTrunk, skip_layers
 from normtune.models.generation import FIXED_STEPS, Generated, OnTokens, generate
 from normtune.models.quantization import loading_options
-from normtune.models.types import Answer, AnswerStates, Batch, Pixels
+from normtune.models.types import AnswerStates, Batch, Pixels
 
 # The forward pass, with B rows of S tokens, W the language model's width and N answer tokens:
 #
@@ -214,15 +214,22 @@ class CausalFamily(Family):
         return {name: prepared[name][0] for name in self.image_keys}
 
     @torch.no_grad()
-    def encode_image(self, pixels: Pixels) -> Pixels:
-        """The features of one image, on the CPU, and its other values (sizes, numbers of tiles).
+    def encode_images(self, images: Sequence[Pixels]) -> list[Pixels]:
+        """The features of each image, and its other values (sizes, numbers of tiles).
 
         `image_text` and `positions` need the latter; only the pixels themselves are replaced.
         """
-        features = self.features(send_to_device(self.image_inputs([pixels]), self.device))
-        return {name: value for name, value in pixels.items() if not name.startswith("pixel")} | {
-            name: value.cpu() for name, value in features.items()
-        }
+        features = self.features(send_to_device(self.image_inputs(images), self.device))
+        encoded = [{name: value for name, value in image.items() if not name.startswith("pixel")} for image in images]
+        for name, values in features.items():  # [image tokens of all images, width]
+            for image, part in zip(encoded, values.cpu().split(self._image_tokens(images)), strict=True):
+                image[name] = part.clone()  # a view would keep all images of the pass in memory
+        return encoded
+
+    def _image_tokens(self, images: Sequence[Pixels]) -> list[int]:
+        """The number of image tokens, and so of features, of each image."""
+        token = self.processor.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        return [self.image_text(image).count(token) for image in images]
 
     def without_features(self, pixels: Pixels) -> Pixels:
         """An encoded image without its features' values: they become [image tokens, 0].
@@ -307,8 +314,7 @@ class CausalFamily(Family):
         image_ids = [id(image) for image in chain.from_iterable(pixels)]
         if len(image_ids) == len(distinct):
             return None
-        token = self.processor.tokenizer.convert_ids_to_tokens(self.image_token_id)
-        counts = [self.image_text(image).count(token) for image in distinct]
+        counts = self._image_tokens(distinct)
         starts = [sum(counts[:i]) for i in range(len(counts))]
         number = {id(image): i for i, image in enumerate(distinct)}
         return torch.cat([torch.arange(counts[number[i]]) + starts[number[i]] for i in image_ids])
@@ -383,21 +389,6 @@ class CausalFamily(Family):
     def generation_settings(self) -> dict[str, Any]:
         """See `Family.generation_settings`."""
         return active_settings(self.model.generation_config) if self.uses_checkpoint_settings else {}
-
-    def generate_answers(
-        self,
-        groups: Sequence[Group],
-        pixels: Sequence[Sequence[Pixels]],
-        *,
-        max_new_tokens: int = 16,
-        beams: int = 1,
-        on_tokens: OnTokens | None = None,
-    ) -> list[list[Answer]]:
-        """See `Family.generate_answers`; all questions of all groups are one batch."""
-        generated = self.generate_tokens(
-            groups, pixels, max_new_tokens=max_new_tokens, beams=beams, on_tokens=on_tokens
-        )
-        return self._as_answers(groups, generated)
 
     @torch.inference_mode()
     def generate_tokens(

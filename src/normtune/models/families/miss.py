@@ -24,12 +24,12 @@ from normtune.errors import InputError
 from normtune.models.answer_loss import Head
 from normtune.models.family import Family
 from normtune.models.frozen_trunk import FrozenTrunk, TrunkStates, parameter_ids
-from normtune.models.generation import OnTokens
+from normtune.models.generation import Generated
 from normtune.models.miss.config import MissConfig
 from normtune.models.miss.model import MissForQuestionAnswering
 from normtune.models.miss.tokenizer import ENCODE
 from normtune.models.quantization import loading_options
-from normtune.models.types import Answer, AnswerStates, Batch, Pixels
+from normtune.models.types import AnswerStates, Batch, Pixels
 
 NO_LABEL = -100  # the label of positions without a token to predict, as in transformers
 
@@ -71,10 +71,11 @@ class MissFamily(Family):
         return {"pixel_values": prepared["pixel_values"][0]}
 
     @torch.no_grad()
-    def encode_image(self, pixels: Pixels) -> Pixels:
-        """Run the vision tower on one image: `image_states` [1 + patches, width], on the CPU."""
-        states = self.model.visual_encoder(pixels["pixel_values"][None].to(self.device))
-        return {"image_states": states[0].cpu()}
+    def encode_images(self, images: Sequence[Pixels]) -> list[Pixels]:
+        """Run the vision tower: `image_states` [1 + patches, width] of each image."""
+        pixels = torch.stack([image["pixel_values"] for image in images]).to(self.device)
+        # a view would keep the states of all images in memory
+        return [{"image_states": states.clone()} for states in self.model.visual_encoder(pixels).cpu()]
 
     def prefix_tokens(self, images: Sequence[Pixels]) -> int:
         """The number of image states: 1 + patches an image."""
@@ -192,16 +193,10 @@ class MissFamily(Family):
         return AnswerStates(*selected, rows // labels.shape[1])  # a row of labels is a segment
 
     @torch.inference_mode()
-    def generate_answers(
-        self,
-        groups: Sequence[Group],
-        pixels: Sequence[Sequence[Pixels]],
-        *,
-        max_new_tokens: int = 16,
-        beams: int = 1,
-        on_tokens: OnTokens | None = None,
-    ) -> list[list[Answer]]:
-        """See `Family.generate_answers`; all questions of all groups are one batch."""
+    def generate_tokens(
+        self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]], *, max_new_tokens: int, **options: Any
+    ) -> list[Generated]:
+        """See `Family.generate_tokens`; all questions of all groups are one batch."""
         positions = self.config.text("decoder").max_position_embeddings
         if max_new_tokens >= positions:
             raise InputError(f"answers of {max_new_tokens} tokens exceed this model's {positions}. Lower the limit.")
@@ -210,10 +205,7 @@ class MissFamily(Family):
             for name, value in self._questions(groups, pixels).items()
         }
         on_select = None if self.active_text_rows is None else self.active_text_rows.select
-        generated = self.model.generate(
-            max_new_tokens=max_new_tokens, beams=beams, on_select=on_select, on_tokens=on_tokens, **batch
-        )
-        return self._as_answers(groups, generated)
+        return self.model.generate(max_new_tokens=max_new_tokens, on_select=on_select, **options, **batch)
 
 
 class MissTrunk(FrozenTrunk):

@@ -8,14 +8,10 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby, islice
 from operator import itemgetter
 
-import torch
-from accelerate.utils import send_to_device
 from PIL import Image
 
 from normtune.adapters.multi.bank import AdapterBank
 from normtune.adapters.multi.rows import RowAdapters
-from normtune.models.causal.family import CausalFamily
-from normtune.models.families.miss import MissFamily
 from normtune.models.family import Family
 from normtune.models.image_cache import tensor_bytes
 from normtune.models.types import Pixels
@@ -30,24 +26,6 @@ def pixel_digest(image: Image.Image) -> str:
     digest = hashlib.sha256(f"{image.mode} {image.size} ".encode())
     digest.update(image.tobytes())
     return digest.hexdigest()
-
-
-@torch.no_grad()
-def encode_images(family: Family, images: Sequence[Pixels]) -> list[Pixels]:
-    """Encode preprocessed images in one pass, each as `Family.encode_image` does."""
-    if isinstance(family, MissFamily):
-        pixels = torch.stack([image["pixel_values"] for image in images]).to(family.device)
-        return [{"image_states": states.clone()} for states in family.model.visual_encoder(pixels).cpu()]
-    if not isinstance(family, CausalFamily):
-        return [family.encode_image(image) for image in images]
-    features = family.features(send_to_device(family.image_inputs(images), family.device))
-    token = family.processor.tokenizer.convert_ids_to_tokens(family.image_token_id)
-    counts = [family.image_text(image).count(token) for image in images]
-    encoded = [{name: value for name, value in image.items() if not name.startswith("pixel")} for image in images]
-    for name, values in features.items():  # [image tokens of all images, width]
-        for image, part in zip(encoded, values.cpu().split(counts), strict=True):
-            image[name] = part.clone()  # a view would keep all images of the pass in memory
-    return encoded
 
 
 class EncodedImageCache:
@@ -134,7 +112,7 @@ class ImageEncoder:
                 for _, image in images.values()
             ]
             with self._bank.use(RowAdapters([job.adapter.slot]), None):
-                encoded = dict(zip(images, encode_images(self._family, pixels), strict=True))
+                encoded = dict(zip(images, self._family.encode_images(pixels), strict=True))
         except Exception as error:
             if len(images) == 1 or is_device_failure(error):
                 return dict.fromkeys(images, error)

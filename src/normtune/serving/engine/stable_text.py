@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from normtune.models.family import Family
-from normtune.models.types import Answer
+from normtune.models.types import Answer, FinishReason
 
 # A token that is a single byte, as SentencePiece tokenizers write characters outside their vocabulary.
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -47,7 +47,7 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> str | None:
     return text[: min(spans)[1]] if spans else None
 
 
-def finish_answer(family: Family, answer: Answer, stop: Sequence[str]) -> tuple[str, int, Literal["stop", "length"]]:
+def finish_answer(family: Family, answer: Answer, stop: Sequence[str]) -> tuple[str, int, FinishReason]:
     """Cut an answer at its first stop text.
 
     Returns:
