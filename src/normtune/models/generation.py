@@ -22,7 +22,7 @@ Step = Callable[[Tensor, Tensor | None], Tensor]
 
 Row r continues from row `cache_rows[r]` of the previous call and reads its cache; None means that every row
 continues from itself. The rows before the first call are the prompts. Rows of one prompt are adjacent,
-`beams` each, in the prompts' order; with `compact` there are no rows of prompts that are done.
+`beams` each, in the prompts' order; prompts that are done have no rows, or leave the batch later.
 
 Example: with two prompts and three beams the first call has 6 rows and cache_rows [0, 0, 0, 1, 1, 1]. If in
 the next step beam 0 of prompt 0 is continued twice, cache_rows is [0, 0, 1, 3, 4, 5]; if prompt 0 is done
@@ -65,7 +65,6 @@ def generate(
     beams: int = 1,
     length_penalty: float = 1.0,
     early_stopping: bool | Literal["never"] = False,
-    compact: bool = True,
     on_tokens: OnTokens | None = None,
     process: Process | None = None,
 ) -> list[Generated]:
@@ -81,17 +80,13 @@ def generate(
         early_stopping: as in transformers: True stops a prompt once it has `beams` finished answers, False
             when its best running beam cannot win at its present length, "never" when it cannot win at any
             length.
-        compact: drop prompts that are done from the batch; False if something outside the step depends on
-            the number of rows.
         on_tokens: called with each step's tokens. Not called with several beams, since the best beam is known
             only at the end.
         process: changes the scores of the next tokens; scores of answers are then those that it gives.
     """
     assert beams >= 1 and max_new_tokens >= 1, "at least one beam and one token"
     if beams == 1:
-        return greedy(
-            logits, step, end=end, max_new_tokens=max_new_tokens, compact=compact, on_tokens=on_tokens, process=process
-        )
+        return greedy(logits, step, end=end, max_new_tokens=max_new_tokens, on_tokens=on_tokens, process=process)
     return beam_search(
         logits,
         step,
@@ -100,7 +95,6 @@ def generate(
         beams=beams,
         length_penalty=length_penalty,
         early_stopping=early_stopping,
-        compact=compact,
         process=process,
     )
 
@@ -111,7 +105,6 @@ def greedy(
     *,
     end: Sequence[int],
     max_new_tokens: int,
-    compact: bool = True,
     on_tokens: OnTokens | None = None,
     process: Process | None = None,
 ) -> list[Generated]:
@@ -149,7 +142,7 @@ def greedy(
         if process is not None:
             tokens = torch.cat((tokens, token[:, None]), 1)
         remaining = [row for row, prompt in enumerate(prompts) if not done[prompt]]
-        if compact and len(remaining) < len(prompts) and (position + 1) % interval == 0:
+        if len(remaining) < len(prompts) and (position + 1) % interval == 0:
             cache_rows = torch.tensor(remaining, device=logits.device)
             prompts, token = [prompts[row] for row in remaining], token[cache_rows]
             tokens = tokens[cache_rows]
@@ -207,7 +200,6 @@ def beam_search(
     beams: int,
     length_penalty: float = 1.0,
     early_stopping: bool | Literal["never"] = False,
-    compact: bool = True,
     process: Process | None = None,
 ) -> list[Generated]:
     """Find the best of `beams` running answers a prompt; arguments as for `generate`."""
@@ -276,7 +268,7 @@ def beam_search(
             break
         # in the first step all beams come from the prompt's only row
         cache_rows = torch.arange(count, device=device)[:, None] * width + parent.clamp(max=width - 1)
-        if compact and not bool(going.all()):
+        if not bool(going.all()):
             active, running, running_score = active[going], running[going], running_score[going]
             finished, finished_score, is_finished = finished[going], finished_score[going], is_finished[going]
             improvable, next_token, cache_rows = improvable[going], next_token[going], cache_rows[going]

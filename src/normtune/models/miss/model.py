@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -214,9 +213,6 @@ class MissForQuestionAnswering(PreTrainedModel):
         *,
         max_new_tokens: int = 9,
         beams: int = 3,
-        length_penalty: float = 1.0,
-        early_stopping: bool | Literal["never"] = False,
-        compact: bool = True,
         on_select: Callable[[Tensor], None] | None = None,
         on_tokens: OnTokens | None = None,
     ) -> list[Generated]:
@@ -262,9 +258,6 @@ class MissForQuestionAnswering(PreTrainedModel):
             end=(self.config.eos_token_id,),
             max_new_tokens=max_new_tokens,
             beams=beams,
-            length_penalty=length_penalty,
-            early_stopping=early_stopping,
-            compact=compact,
             on_tokens=on_tokens,
         )
 
