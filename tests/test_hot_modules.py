@@ -22,6 +22,7 @@ HOT = (
     "models/answer_loss.py",
     "models/causal/attention.py",
     "models/causal/decoding.py",
+    "models/causal/answering.py",
     "models/causal/family.py",
     "models/causal/frozen_layers.py",
     "models/causal/shared_prefix.py",
@@ -44,8 +45,8 @@ MASK = "a boolean index"
 ALLOWED = {
     ("adapters/multi/rows.py", "select", "tolist"): ["once for each prompt that ends, not once a token"],
     ("models/causal/decoding.py", "_continue_from", "tolist"): ["when prompts end; the rows are read on the host"],
-    ("models/causal/family.py", "_prompts", "tolist"): ["of tensors of the host, before the batch is copied"],
-    ("models/causal/family.py", "_prompts", MASK): ["of tensors of the host, before the batch is copied"],
+    ("models/causal/answering.py", "_prompts", "tolist"): ["of tensors of the host, before the batch is copied"],
+    ("models/causal/answering.py", "_prompts", MASK): ["of tensors of the host, before the batch is copied"],
     ("models/causal/family.py", "encode_images", "cpu"): ["once an image: encoded images are kept on the host"],
     ("models/causal/family.py", "layout", "nonzero"): ["of a tensor of the host, before the batch is copied"],
     ("models/causal/frozen_layers.py", "collate", MASK): ["of tensors of the host, before the batch is copied"],

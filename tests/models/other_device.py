@@ -35,7 +35,7 @@ from normtune.adapters.fingerprint import fingerprint
 from normtune.adapters.storage import load_adapter, save_adapter
 from normtune.methods.adapt import TunedModel, adapt
 from normtune.methods.registry import METHODS
-from normtune.models.causal import family as causal_family
+from normtune.models.causal import answering
 from normtune.models.loading import load
 from normtune.training.saved_activations import save_fewer_activations
 from tests.models.families.test_families import grouped
@@ -172,8 +172,8 @@ def test_decoding_stays_on_its_device(name: str, accel: str, monkeypatch: pytest
 
     layout = family.layout(groups, pixels, "pad")  # on the host
     family.layout = lambda *_: layout
-    monkeypatch.setattr(causal_family, "generate", three_tokens)
-    monkeypatch.setattr(causal_family, "send_to_device", lambda batch, device, **_: moved(batch, mode, accel))
+    monkeypatch.setattr(answering, "generate", three_tokens)
+    monkeypatch.setattr(answering, "send_to_device", lambda batch, device, **_: moved(batch, mode, accel))
     with mode:
         load_adapter(family.model, tmp_path)
         # without inference mode, in which the placeholder cannot make tensors

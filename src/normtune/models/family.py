@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import torch
 from PIL import Image
@@ -19,6 +19,7 @@ from normtune.data import tasks
 from normtune.data.groups import Group, Segment
 from normtune.models.answer_loss import Head, answer_log_probs, answer_loss
 from normtune.models.generation import Generated, OnTokens
+from normtune.models.quantization import loading_options
 from normtune.models.types import Answer, AnswerStates, Batch, FinishReason, Pixels
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Family(ABC):
     """
 
     model_types: ClassVar[tuple[str, ...]]  # the config.model_type values that this family loads
+    model_class: ClassVar[Any]  # the class of transformers that reads their checkpoints
     # set while the norms of text parts hold several adapters (`normtune.adapters.multi`)
     active_text_rows: TextRowSelector | None = None
     # whether answers follow the checkpoint's generation_config.json; otherwise they are plain greedy or beam search
@@ -86,10 +88,9 @@ class Family(ABC):
         return dtype
 
     @classmethod
-    @abstractmethod
     def load(
         cls, source: str | Path, dtype: torch.dtype, device: str | torch.device = "cpu", *, quantization: Any = None
-    ) -> Family:
+    ) -> Self:
         """Load model and processor, in eval mode.
 
         Args:
@@ -98,6 +99,9 @@ class Family(ABC):
             device: where the model is put.
             quantization: a quantisation config of transformers; linears are quantised while they are read.
         """
+        model = cls.model_class.from_pretrained(str(source), dtype=dtype, **loading_options(quantization, device))
+        model = model.to(device) if quantization is None else model
+        return cls(model.eval(), cls.load_processor(str(source), model.config.model_type))
 
     @classmethod
     @abstractmethod

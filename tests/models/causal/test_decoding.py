@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from normtune.models import generation
-from normtune.models.causal import decoding, step_graph
-from normtune.models.causal import family as causal_family
+from normtune.models.causal import answering, decoding, step_graph
 from normtune.models.causal.decoding import ColumnCache
 from normtune.models.causal.family import CausalFamily
 from normtune.models.generation import Generated
@@ -99,7 +98,7 @@ def count_captures(monkeypatch: pytest.MonkeyPatch, wrap: Callable[[Any], Any] =
 
 def few_fixed_steps(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """As on CUDA: batches keep their shape for some steps, and the host learns of tokens one step late."""
-    for module in (generation, decoding, causal_family):
+    for module in (generation, decoding, answering):
         monkeypatch.setattr(module, "FIXED_STEPS", steps)
     monkeypatch.setattr(generation, "_pace", lambda device: (1, steps))
 
@@ -120,7 +119,7 @@ def test_a_step_can_be_captured(family: CausalFamily, monkeypatch: pytest.Monkey
     """It reads nothing back, and all its buffers stay where they are."""
     caches: list[ColumnCache] = []
     places: set[tuple[int, ...]] = set()
-    make_cache = causal_family.ColumnCache
+    make_cache = answering.ColumnCache
 
     def remember(capacity: int) -> ColumnCache:
         caches.append(make_cache(capacity))
@@ -143,7 +142,7 @@ def test_a_step_can_be_captured(family: CausalFamily, monkeypatch: pytest.Monkey
         return run
 
     expected = tokens(answer(family))
-    monkeypatch.setattr(causal_family, "ColumnCache", remember)
+    monkeypatch.setattr(answering, "ColumnCache", remember)
     monkeypatch.setattr(generation, "_pace", lambda device: (1, 32))
     replays = count_captures(monkeypatch, checked)
     assert tokens(answer(family, cuda_graphs=True)) == expected

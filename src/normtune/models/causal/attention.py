@@ -35,6 +35,10 @@ from normtune.errors import InputError
 #
 # Query heads 0 and 1 read key head 0, heads 2 and 3 read key head 1, so the reshape needs no transpose.
 
+Windows = Mapping[str, int | None]  # kind of attention layer -> how many positions it sees; None: all
+FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' names of the kinds of attention layers
+ONE_KIND = ""  # the key of the mask in models with one kind of attention layer
+
 Backend = Literal["auto", "dense", "block"]  # masks as tensors, or as FlexAttention's block masks
 
 ATTENTION_NAME = "normtune_shared"  # what configs call this attention
@@ -146,6 +150,28 @@ def _additive_mask(mask: Tensor, dtype: torch.dtype, sharing: int) -> Tensor:
     buffer = torch.zeros(rows, heads, sharing, queries, width, dtype=dtype, device=mask.device)
     buffer[..., :keys].masked_fill_(~mask[:, :, None], -torch.inf)
     return buffer.view(rows, heads, sharing * queries, width)[..., :keys]
+
+
+def mask_argument(masks: dict[str, Any]) -> Any:
+    """Transformers takes a dict of masks if the kinds of layers differ, else the mask itself."""
+    return masks.get(ONE_KIND, masks)
+
+
+def attention_windows(config: Any) -> Windows:
+    """The kinds of attention layers of a language model, each with its window in tokens.
+
+    Raises:
+        InputError: the model has layers that no attention mask controls, such as linear attention.
+    """
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if kinds - {FULL, SLIDING}:
+        raise InputError(
+            f"the language model has layers of kind {', '.join(sorted(kinds - {FULL, SLIDING}))}, in which "
+            "questions of one image would see each other. Choose a model with attention layers only."
+        )
+    if SLIDING in kinds:
+        return {FULL: None, SLIDING: config.sliding_window}
+    return {ONE_KIND: None if kinds else getattr(config, "sliding_window", None)}
 
 
 def uses_block_masks(backend: Backend, length: int, device: torch.device, decoder: Any) -> bool:

@@ -12,17 +12,17 @@ step reads nothing back and its shapes stay the same, so that it can be captured
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
+from normtune.models.causal.attention import Windows
 from normtune.models.causal.step_graph import StepGraph
 from normtune.models.generation import FIXED_STEPS
 
-Windows = Mapping[str, int | None]  # kind of attention layer -> how many positions it sees; None: all
 Masks = dict[str, Tensor]  # kind of attention layer -> bool [B, 1, Q, S], true where the query sees the key
 Decode = Callable[[Tensor, Tensor, Masks], Tensor]
 """`decode(input_ids [B, Q], position_ids [B, Q], masks [B, 1, Q, S]) -> hidden states [B, Q, width]`; it writes

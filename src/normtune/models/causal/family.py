@@ -8,11 +8,9 @@ its masks and positions.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Sequence
 from itertools import chain
-from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import send_to_device
@@ -22,26 +20,25 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from normtune.data import tasks
 from normtune.data.groups import Group, Segment
-from normtune.errors import InputError
 from normtune.models.answer_loss import Head
-from normtune.models.causal.attention import BLOCK_SIZE, Backend, additive_masks, use_shared_attention, uses_block_masks
-from normtune.models.causal.checkpoint_settings import BEAM_SETTINGS, ScoreProcessors, active_settings
-from normtune.models.causal.decoding import ColumnCache, Masks, SharedCacheDecoder, Windows
+from normtune.models.causal.answering import generate_tokens
+from normtune.models.causal.attention import (
+    BLOCK_SIZE,
+    Backend,
+    additive_masks,
+    attention_windows,
+    mask_argument,
+    use_shared_attention,
+    uses_block_masks,
+)
+from normtune.models.causal.checkpoint_settings import active_settings
 from normtune.models.causal.frozen_layers import causal_trunk
 from normtune.models.causal.prompts import ChatPrompt, PromptFormat, TokenIds
-from normtune.models.causal.shared_prefix import (
-    PREFIX,
-    RowLayout,
-    SharedSequence,
-    block_mask,
-    dense_mask,
-    shared_sequence,
-)
-from normtune.models.causal.step_graph import StepGraph, graph_obstacle, report_fallback
+from normtune.models.causal.shared_prefix import RowLayout, SharedSequence, block_mask, dense_mask, shared_sequence
+from normtune.models.causal.step_graph import StepGraph
 from normtune.models.family import Family
 from normtune.models.frozen_trunk import TRUNK_DEPTH, TRUNK_STATES, FrozenTrunk, skip_layers
-from normtune.models.generation import FIXED_STEPS, Generated, OnTokens, generate
-from normtune.models.quantization import loading_options
+from normtune.models.generation import Generated
 from normtune.models.types import AnswerStates, Batch, Pixels
 
 # The forward pass, with B rows of S tokens, W the language model's width and N answer tokens:
@@ -55,11 +52,9 @@ from normtune.models.types import AnswerStates, Batch, Pixels
 #     head             [N, W]                     -> logits [N, vocabulary], in chunks (`answer_loss`)
 #
 # Generation runs the same pass over the prompts with a key-value cache, then one token an answer in each step
-# (`normtune.models.causal.decoding`).
+# (`normtune.models.causal.answering`).
 
-FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' names of the kinds of attention layers
 FEATURES = "features"  # key of an encoded image's features; keys of further features begin with it
-ONE_KIND = ""  # the key of the mask in models with one kind of attention layer
 
 
 class CausalFamily(Family):
@@ -75,6 +70,7 @@ class CausalFamily(Family):
         step_graph: captures and replays decoding steps on CUDA.
     """
 
+    model_class = AutoModelForImageTextToText
     model: Any
     config: Any
     image_layers: int = 0  # how many of the first layers read image features besides their input (Qwen3-VL)
@@ -93,22 +89,8 @@ class CausalFamily(Family):
         self.end_tokens = _end_tokens(model, tokenizer)
         self.pad_id: int = self.end_tokens[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.image_token_id: int = self.config.image_token_id
-        self.windows = _windows(self.config.get_text_config())
+        self.windows = attention_windows(self.config.get_text_config())
         self.prompts = self.prompt_format()
-        parameters = inspect.signature(self.decoder.forward).parameters
-        # transformers renamed the argument in 5.24
-        self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
-
-    @classmethod
-    def load(
-        cls, source: str | Path, dtype: torch.dtype, device: str | torch.device = "cpu", *, quantization: Any = None
-    ) -> Self:
-        """Load a checkpoint in transformers' layout; see `Family.load`."""
-        model: Any = AutoModelForImageTextToText.from_pretrained(
-            str(source), dtype=dtype, **loading_options(quantization, device)
-        )
-        model = model.to(device) if quantization is None else model
-        return cls(model.eval(), cls.load_processor(str(source), model.config.model_type))
 
     @classmethod
     def load_processor(cls, source: str, model_type: str) -> Any:
@@ -239,7 +221,7 @@ class CausalFamily(Family):
         return {name: value[:, :0] if name.startswith(FEATURES) else value for name, value in pixels.items()}
 
     def frozen_trunk(self, trained: Collection[nn.Parameter]) -> FrozenTrunk | None:
-        return causal_trunk(self, trained, image_layers=self.image_layers)
+        return causal_trunk(self, trained)
 
     def prefix_tokens(self, images: Sequence[Pixels]) -> int:
         return len(self.prompts.prefix([self.image_text(image) for image in images]))
@@ -333,9 +315,6 @@ class CausalFamily(Family):
         answer_rows = states.index_select(0, batch["answer_rows"])  # [N, width]
         return AnswerStates(answer_rows, batch["labels"], batch["segment_index"])
 
-    def _logits(self, states: Tensor) -> Tensor:
-        return self.head(states).float()
-
     def hidden_states(self, batch: Batch, **options: Any) -> Tensor:
         """Run the language model over a batch of `layout`: hidden states [B, S, width].
 
@@ -367,7 +346,7 @@ class CausalFamily(Family):
             )
             for kind, window in self.windows.items()
         }
-        return _mask_argument(masks if make_mask is block_mask else additive_masks(masks, self.decoder, dtype))
+        return mask_argument(masks if make_mask is block_mask else additive_masks(masks, self.decoder, dtype))
 
     def _uses_block_masks(self, input_ids: Tensor) -> bool:
         """Whether these rows are attended under block masks; lengths are then multiples of 128."""
@@ -392,113 +371,10 @@ class CausalFamily(Family):
 
     @torch.inference_mode()
     def generate_tokens(
-        self,
-        groups: Sequence[Group],
-        pixels: Sequence[Sequence[Pixels]],
-        *,
-        max_new_tokens: int,
-        beams: int,
-        on_tokens: OnTokens | None = None,
-        cuda_graphs: bool | None = None,
+        self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]], **options: Any
     ) -> list[Generated]:
-        """The tokens of each answer, one a segment in the order given.
-
-        Args:
-            cuda_graphs: whether steps are captured and replayed; None: on CUDA, in greedy search.
-
-        Other arguments as for `generate_answers`.
-        """
-        layout, sequence, groups = self.layout(groups, pixels, "pad")
-        batch: Batch = send_to_device(layout, self.device, non_blocking=True)
-        settings = self.generation_settings()
-        beam_settings = {name: settings.pop(name) for name in BEAM_SETTINGS if name in settings}
-        process = None
-        if settings:
-            process = ScoreProcessors(
-                self.model, _prompts(sequence, groups), end=self.end_tokens, max_new_tokens=max_new_tokens
-            )
-        answers = beams * max(len(group.segments) for group in groups)  # of a row
-        steps = max_new_tokens - 1  # the last token is not fed
-        cache = ColumnCache(batch["input_ids"].shape[1] + answers * min(steps, FIXED_STEPS))
-        states = self.hidden_states(batch, use_cache=True, **{self._cache_argument: cache})  # [B, S, width]
-        if cuda_graphs is None:
-            cuda_graphs = self.device.type == "cuda" and beams == 1
-        if cuda_graphs:
-            obstacles = (self.step_graph.failure, graph_obstacle(self.decoder), graph_obstacle(self.model.lm_head))
-            if obstacle := next(filter(None, obstacles), None):
-                report_fallback(obstacle)
-                cuda_graphs = False
-        graph = self.step_graph if cuda_graphs else None
-        decoder, last = self._shared_cache_decoder(batch, groups, cache, steps, graph)
-        try:
-            return generate(
-                self._logits(states[decoder.at[0], last]),  # [segments, vocabulary]
-                decoder.step,
-                end=self.end_tokens,
-                max_new_tokens=max_new_tokens,
-                beams=beams,
-                on_tokens=on_tokens,
-                process=process,
-                **beam_settings,
-            )
-        finally:
-            self.step_graph.clear()
-
-    def _shared_cache_decoder(
-        self, batch: Batch, groups: Sequence[Group], cache: ColumnCache, steps: int, graph: StepGraph | None
-    ) -> tuple[SharedCacheDecoder, Tensor]:
-        """Set decoding up after the prompts' pass, with one answer a segment.
-
-        Returns:
-            The decoder, and the column of each segment's last token: [segments] long.
-        """
-        segments = [segment for group in groups for segment in group.segments]
-        assert not any(segment.answer for segment in segments), "segments end where the model is to write"
-        # each segment's row of the cache, and its number in its group
-        rows = [row for row, group in enumerate(groups) for _ in group.segments]
-        numbers = [PREFIX + 1 + number for group in groups for number in range(len(group.segments))]
-        row, number = torch.tensor([rows, numbers]).to(self.device, non_blocking=True)  # [segments] long each
-        segment_of = batch["segment_of"][row]  # [segments, S]
-        visible = (segment_of == PREFIX) | (segment_of == number[:, None])  # [segments, S]
-        # the largest visible column is the segment's last token, or the prefix's if the segment is empty
-        last = (visible * torch.arange(visible.shape[1], device=visible.device)).argmax(1)
-        rotary = batch["position_ids"]
-        rotary = rotary if rotary.ndim == 2 else rotary[0]  # with M-RoPE, text has one position on all axes
-
-        def decode(input_ids: Tensor, position_ids: Tensor, masks: Masks) -> Tensor:
-            embeds = self.decoder.get_input_embeddings()(input_ids)
-            return self.decoder(
-                inputs_embeds=embeds,
-                attention_mask=_mask_argument(additive_masks(masks, self.decoder, embeds.dtype)),
-                position_ids=self.step_positions(position_ids),
-                use_cache=True,
-                **{self._cache_argument: cache},
-            ).last_hidden_state
-
-        decoder = SharedCacheDecoder(
-            cache,
-            decode,
-            self._logits,
-            self.windows,
-            steps=steps,
-            visible=visible,
-            cache_row=rows,
-            position=rotary[row, last] + 1,
-            token_index=batch["token_index"][row, last] + 1,
-            column_token_index=batch["token_index"],
-            on_select=None if self.active_text_rows is None else self.active_text_rows.select,
-            graph=graph,
-        )
-        return decoder, last
-
-
-def _prompts(sequence: SharedSequence, groups: Sequence[Group]) -> list[list[int]]:
-    """The tokens of each segment's conversation: those of its group's prefix, then its own."""
-    prompts = []
-    for ids, segment_of, group in zip(sequence.input_ids, sequence.segment_of, groups, strict=True):
-        for number in range(PREFIX + 1, PREFIX + 1 + len(group.segments)):
-            prompts.append(ids[(segment_of == PREFIX) | (segment_of == number)].tolist())
-    return prompts
+        """See `normtune.models.causal.answering.generate_tokens`."""
+        return generate_tokens(self, groups, pixels, **options)
 
 
 def flatten_features(features: Tensor | Sequence[Tensor]) -> Tensor:
@@ -514,28 +390,6 @@ def _precomputed_features(images: Sequence[Pixels]) -> dict[str, Tensor]:
     """The features that `encode_image` has computed; empty if images are still pixels."""
     names = [name for name in images[0] if name.startswith(FEATURES)]
     return {name: torch.cat([image[name] for image in images]) for name in names}
-
-
-def _mask_argument(masks: dict[str, Any]) -> Any:
-    """Transformers takes a dict of masks if the kinds of layers differ, else the mask itself."""
-    return masks.get(ONE_KIND, masks)
-
-
-def _windows(config: Any) -> Windows:
-    """The kinds of attention layers of a language model, each with its window in tokens.
-
-    Raises:
-        InputError: the model has layers that no attention mask controls, such as linear attention.
-    """
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if kinds - {FULL, SLIDING}:
-        raise InputError(
-            f"the language model has layers of kind {', '.join(sorted(kinds - {FULL, SLIDING}))}, in which "
-            "questions of one image would see each other. Choose a model with attention layers only."
-        )
-    if SLIDING in kinds:
-        return {FULL: None, SLIDING: config.sliding_window}
-    return {ONE_KIND: None if kinds else getattr(config, "sliding_window", None)}
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:

@@ -8,16 +8,19 @@ layers 0 to depth - 1 compute the same states in every step. `CausalTrunk.states
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import send_to_device
-from torch import Tensor, nn
+from torch import nn
 
 from normtune.data.groups import Group, Segment
-from normtune.models.causal.shared_prefix import PAD, PREFIX, RowLayout, SharedSequence
+from normtune.models.causal.shared_prefix import PAD, PREFIX
 from normtune.models.frozen_trunk import TRUNK_DEPTH, TRUNK_STATES, FrozenTrunk, TrunkStates, parameter_ids, skip_layers
 from normtune.models.types import Batch, Pixels
+
+if TYPE_CHECKING:
+    from normtune.models.causal.family import CausalFamily
 
 # Example: a model of 32 layers and the recipe `language=ln[28:]`, which trains the norms of layers 28 to 31:
 # depth is 28.
@@ -30,27 +33,10 @@ from normtune.models.types import Batch, Pixels
 # its own segment, never on the other segments of its group.
 
 
-class CausalModel(Protocol):
-    """What this file needs of a causal family (`CausalFamily` provides it)."""
-
-    model: Any
-
-    @property
-    def decoder(self) -> Any: ...
-    @property
-    def device(self) -> torch.device: ...
-    def layout(
-        self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]], rows: RowLayout
-    ) -> tuple[Batch, SharedSequence, Sequence[Group]]: ...
-    def hidden_states(self, batch: Batch, **options: Any) -> Tensor: ...
-    def without_features(self, pixels: Pixels) -> Pixels: ...
-    def collate(self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]]) -> Batch: ...
-
-
 class CausalTrunk(FrozenTrunk):
     """The first `depth` layers of a causal language model, and everything before them."""
 
-    def __init__(self, family: CausalModel, depth: int) -> None:
+    def __init__(self, family: CausalFamily, depth: int) -> None:
         self.family, self.depth = family, depth
         layers = len(family.decoder.layers)
         # part of the key of cached states on disk: a change of this text would make users' caches useless
@@ -97,15 +83,12 @@ class CausalTrunk(FrozenTrunk):
         }
 
 
-def causal_trunk(
-    family: CausalModel, trained: Collection[nn.Parameter], *, image_layers: int = 0
-) -> CausalTrunk | None:
+def causal_trunk(family: CausalFamily, trained: Collection[nn.Parameter]) -> CausalTrunk | None:
     """The trunk of a model: its layers before the first trained one.
 
     Args:
         family: the model.
         trained: all trained parameters.
-        image_layers: how many of the first layers take image features besides their input.
 
     Returns:
         None if the first layer is trained, or anything before the layers, such as the vision tower.
@@ -119,6 +102,6 @@ def causal_trunk(
     # a head that shares its weight with the embedding is allowed, but its training changes the embedding
     embedding = parameter_ids(decoder.get_input_embeddings())
     # layers that take image features must run: saved states do not include the features
-    if depth < max(1, image_layers) or trained_ids - allowed or trained_ids & embedding:
+    if depth < max(1, family.image_layers) or trained_ids - allowed or trained_ids & embedding:
         return None
     return CausalTrunk(family, depth)

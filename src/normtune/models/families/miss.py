@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +27,6 @@ from normtune.models.generation import Generated
 from normtune.models.miss.config import MissConfig
 from normtune.models.miss.model import MissForQuestionAnswering
 from normtune.models.miss.tokenizer import ENCODE
-from normtune.models.quantization import loading_options
 from normtune.models.types import AnswerStates, Batch, Pixels
 
 NO_LABEL = -100  # the label of positions without a token to predict, as in transformers
@@ -38,20 +36,9 @@ class MissFamily(Family):
     """MISS in our own implementation. Answers end with [SEP]; only the decoder's input begins with [DEC]."""
 
     model_types = ("miss",)
+    model_class = MissForQuestionAnswering
     old_prompt_limit = 35  # Chen et al. 2024
     model: MissForQuestionAnswering
-
-    @classmethod
-    def load(
-        cls, source: str | Path, dtype: torch.dtype, device: str | torch.device = "cpu", *, quantization: Any = None
-    ) -> MissFamily:
-        """Load a directory written by `save`, or a repository of the hub with the same layout."""
-        model = MissForQuestionAnswering.from_pretrained(
-            str(source), dtype=dtype, **loading_options(quantization, device)
-        )
-        if quantization is None:
-            model.to(device)  # type: ignore[arg-type]
-        return cls(model.eval(), cls.load_processor(str(source), model.config.model_type))
 
     @classmethod
     def load_processor(cls, source: str, model_type: str) -> Any:

@@ -1,0 +1,140 @@
+"""Generates the answers of groups: one pass over all prompts, then a token of every answer in each step."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor
+
+from normtune.data.groups import Group
+from normtune.models.causal.attention import additive_masks, mask_argument
+from normtune.models.causal.checkpoint_settings import BEAM_SETTINGS, ScoreProcessors
+from normtune.models.causal.decoding import ColumnCache, Masks, SharedCacheDecoder
+from normtune.models.causal.shared_prefix import PREFIX, SharedSequence
+from normtune.models.causal.step_graph import StepGraph, graph_obstacle, report_fallback
+from normtune.models.generation import FIXED_STEPS, Generated, OnTokens, generate
+from normtune.models.types import Batch, Pixels
+
+if TYPE_CHECKING:
+    from normtune.models.causal.family import CausalFamily
+
+
+def generate_tokens(
+    family: CausalFamily,
+    groups: Sequence[Group],
+    pixels: Sequence[Sequence[Pixels]],
+    *,
+    max_new_tokens: int,
+    beams: int,
+    on_tokens: OnTokens | None = None,
+    cuda_graphs: bool | None = None,
+) -> list[Generated]:
+    """The tokens of each answer, one a segment in the order given; all questions of all groups are one batch.
+
+    Args:
+        cuda_graphs: whether steps are captured and replayed; None: on CUDA, in greedy search.
+
+    Other arguments as for `Family.generate_answers`.
+    """
+    layout, sequence, groups = family.layout(groups, pixels, "pad")
+    batch: Batch = send_to_device(layout, family.device, non_blocking=True)
+    settings = family.generation_settings()
+    beam_settings = {name: settings.pop(name) for name in BEAM_SETTINGS if name in settings}
+    process = None
+    if settings:
+        process = ScoreProcessors(
+            family.model, _prompts(sequence, groups), end=family.end_tokens, max_new_tokens=max_new_tokens
+        )
+    answers = beams * max(len(group.segments) for group in groups)  # of a row
+    steps = max_new_tokens - 1  # the last token is not fed
+    cache = ColumnCache(batch["input_ids"].shape[1] + answers * min(steps, FIXED_STEPS))
+    states = family.hidden_states(batch, use_cache=True, **{_cache_argument(family): cache})  # [B, S, width]
+    if cuda_graphs is None:
+        cuda_graphs = family.device.type == "cuda" and beams == 1
+    if cuda_graphs:
+        obstacles = (family.step_graph.failure, graph_obstacle(family.decoder), graph_obstacle(family.model.lm_head))
+        if obstacle := next(filter(None, obstacles), None):
+            report_fallback(obstacle)
+            cuda_graphs = False
+    graph = family.step_graph if cuda_graphs else None
+    decoder, last = _shared_cache_decoder(family, batch, groups, cache, steps, graph)
+    try:
+        return generate(
+            decoder.head(states[decoder.at[0], last]),  # [segments, vocabulary]
+            decoder.step,
+            end=family.end_tokens,
+            max_new_tokens=max_new_tokens,
+            beams=beams,
+            on_tokens=on_tokens,
+            process=process,
+            **beam_settings,
+        )
+    finally:
+        family.step_graph.clear()
+
+
+def _shared_cache_decoder(
+    family: CausalFamily, batch: Batch, groups: Sequence[Group], cache: ColumnCache, steps: int, graph: StepGraph | None
+) -> tuple[SharedCacheDecoder, Tensor]:
+    """Set decoding up after the prompts' pass, with one answer a segment.
+
+    Returns:
+        The decoder, and the column of each segment's last token: [segments] long.
+    """
+    segments = [segment for group in groups for segment in group.segments]
+    assert not any(segment.answer for segment in segments), "segments end where the model is to write"
+    # each segment's row of the cache, and its number in its group
+    rows = [row for row, group in enumerate(groups) for _ in group.segments]
+    numbers = [PREFIX + 1 + number for group in groups for number in range(len(group.segments))]
+    row, number = torch.tensor([rows, numbers]).to(family.device, non_blocking=True)  # [segments] long each
+    segment_of = batch["segment_of"][row]  # [segments, S]
+    visible = (segment_of == PREFIX) | (segment_of == number[:, None])  # [segments, S]
+    # the largest visible column is the segment's last token, or the prefix's if the segment is empty
+    last = (visible * torch.arange(visible.shape[1], device=visible.device)).argmax(1)
+    rotary = batch["position_ids"]
+    rotary = rotary if rotary.ndim == 2 else rotary[0]  # with M-RoPE, text has one position on all axes
+    cache_argument = _cache_argument(family)
+
+    def decode(input_ids: Tensor, position_ids: Tensor, masks: Masks) -> Tensor:
+        embeds = family.decoder.get_input_embeddings()(input_ids)
+        return family.decoder(
+            inputs_embeds=embeds,
+            attention_mask=mask_argument(additive_masks(masks, family.decoder, embeds.dtype)),
+            position_ids=family.step_positions(position_ids),
+            use_cache=True,
+            **{cache_argument: cache},
+        ).last_hidden_state
+
+    decoder = SharedCacheDecoder(
+        cache,
+        decode,
+        lambda states: family.head(states).float(),
+        family.windows,
+        steps=steps,
+        visible=visible,
+        cache_row=rows,
+        position=rotary[row, last] + 1,
+        token_index=batch["token_index"][row, last] + 1,
+        column_token_index=batch["token_index"],
+        on_select=None if family.active_text_rows is None else family.active_text_rows.select,
+        graph=graph,
+    )
+    return decoder, last
+
+
+def _cache_argument(family: CausalFamily) -> str:
+    """The decoder's argument for the key-value cache, which transformers renamed in 5.24."""
+    return "cache" if "cache" in inspect.signature(family.decoder.forward).parameters else "past_key_values"
+
+
+def _prompts(sequence: SharedSequence, groups: Sequence[Group]) -> list[list[int]]:
+    """The tokens of each segment's conversation: those of its group's prefix, then its own."""
+    prompts = []
+    for ids, segment_of, group in zip(sequence.input_ids, sequence.segment_of, groups, strict=True):
+        for number in range(PREFIX + 1, PREFIX + 1 + len(group.segments)):
+            prompts.append(ids[(segment_of == PREFIX) | (segment_of == number)].tolist())
+    return prompts
