@@ -27,7 +27,7 @@ from normtune.methods.adapt import adapt
 from normtune.models.family import Family
 from normtune.models.image_cache import ImageCache
 from normtune.models.loading import load
-from normtune.models.parts import norms
+from normtune.models.norm_kinds import norms
 from normtune.models.types import Batch
 from normtune.training.collator import Collator
 

@@ -25,7 +25,7 @@ from normtune.data.groups import Group, Segment
 from normtune.methods.adapt import TunedModel, adapt, restore_base
 from normtune.models.families.gemma3 import Gemma3Family
 from normtune.models.families.llava import LlavaFamily
-from normtune.models.parts import norms
+from normtune.models.norm_kinds import norms
 from normtune.models.quantization import allow_gradients_through, quantised_linears
 from normtune.runtime.files import read_json
 from normtune.training.layer_wrapping import MemoryTier, checkpoint_activations, compile_layers

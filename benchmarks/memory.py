@@ -33,7 +33,7 @@ from normtune.data.records import Dataset, Example
 from normtune.data.registry import open_dataset
 from normtune.methods.adapt import adapt
 from normtune.models.image_cache import ImageCache
-from normtune.models.parts import norms
+from normtune.models.norm_kinds import norms
 from normtune.runtime.text_table import markdown_table
 from normtune.training.collator import Collator
 from normtune.training.layer_wrapping import MemoryTier, checkpoint_activations

@@ -42,7 +42,7 @@ from normtune.data.records import Dataset, Example
 from normtune.data.registry import open_dataset
 from normtune.methods.adapt import adapt, restore_base
 from normtune.models.family import Family
-from normtune.models.parts import norms
+from normtune.models.norm_kinds import norms
 from normtune.runtime import memory
 from normtune.runtime.text_table import markdown_table
 from normtune.serving.engine.engine import Engine

@@ -16,7 +16,7 @@ from torch import nn
 from normtune.data.groups import Group
 from normtune.data.records import Dataset, Example
 from normtune.models.family import Family
-from normtune.models.parts import norms
+from normtune.models.norm_kinds import norms
 from normtune.models.types import Pixels
 
 PEERS = ("LN_TUNING", "LoRA r8 q,v", "LoRA r8 all-linear", "full")

@@ -13,7 +13,7 @@ from normtune.adapters.multi import norms as multi_norms
 from normtune.adapters.multi.norms import MultiAdapterNorm
 from normtune.adapters.multi.rows import ActiveRows, RowAdapters
 from normtune.methods.norms import TunedNorm, norm_eps
-from normtune.models.parts import norm_kind
+from normtune.models.norm_kinds import norm_kind
 from tests.support.tolerance import assert_close
 
 WIDTH = 24

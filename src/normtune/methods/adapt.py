@@ -21,13 +21,13 @@ from normtune.methods.norms import TunedNorm
 from normtune.methods.recipe import Recipe, parse, resolve
 from normtune.methods.registry import ADDED, INTRINSIC, Method, RecipeError
 from normtune.methods.sites import AddedLayers, NoTarget, TargetLinear
+from normtune.models.norm_kinds import norms
 from normtune.models.parts import (
     ModelParts,
     ParameterHolder,
     ParameterInfo,
     find_parts,
     is_quantized,
-    norms,
     parameter_holders,
     unused_parameters,
 )

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from normtune.models.parts import norm_kind, probe_norm
+from normtune.models.norm_kinds import norm_kind, probe_norm
 from normtune.runtime.tensors import clone_while_compiling
 
 

@@ -44,7 +44,6 @@ class Family(ABC):
     then `loss`. Scoring uses `log_probs` in place of `loss`, and `generate_answers` makes its own batches.
     """
 
-    model_types: ClassVar[tuple[str, ...]]  # the config.model_type values that this family loads
     model_class: ClassVar[Any]  # the class of transformers that reads their checkpoints
     # set while the norms of text parts hold several adapters (`normtune.adapters.multi`)
     active_text_rows: TextRowSelector | None = None

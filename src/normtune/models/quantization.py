@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -214,14 +214,9 @@ def int8_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
     return _Int8LinearFunction.apply(x, q, scale, bias)
 
 
-def allow_gradients_through(model: nn.Module) -> Sequence[str]:
-    """Make gradients pass through the quantised linears of a loaded model without saving full weights.
-
-    Returns:
-        The names of the quantised linears.
-    """
-    names = []
-    for name, module in model.named_modules():
+def allow_gradients_through(model: nn.Module) -> None:
+    """Make gradients pass through the quantised linears of a loaded model without saving full weights."""
+    for module in model.modules():
         if not isinstance(module, nn.Linear):
             continue
         weight: Any = module.weight
@@ -231,7 +226,3 @@ def allow_gradients_through(model: nn.Module) -> Sequence[str]:
             # In passes without gradients, bitsandbytes would repack the weights for a CPU kernel that has no
             # gradients.
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-        else:
-            continue
-        names.append(name)
-    return names

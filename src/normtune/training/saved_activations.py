@@ -35,7 +35,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from normtune.methods.norms import TunedNorm
-from normtune.models.parts import norm_kind, norms
+from normtune.models.norm_kinds import norm_kind, norms
 from normtune.training.layer_wrapping import Forward, replace_forwards
 
 aten = torch.ops.aten

@@ -15,7 +15,6 @@ from normtune.models.types import Batch, Pixels
 class Gemma3Family(CausalFamily):
     """Gemma 3 with one view an image (no pan-and-scan), the default of its processor."""
 
-    model_types = ("gemma3",)
     image_options = {"do_pan_and_scan": False}  # noqa: RUF012
 
     @property

@@ -23,8 +23,6 @@ _IMAGE_PROCESSORS: dict[str, Any] = {"idefics3": Idefics3ImageProcessorPil, "smo
 class Idefics3Family(CausalFamily):
     """Idefics3 and SmolVLM; the prompt contains each tile with its row and column, then the whole image."""
 
-    model_types = tuple(_IMAGE_PROCESSORS)
-
     @classmethod
     def load_processor(cls, source: str, model_type: str) -> Any:
         """Load Idefics3's processor for both types.

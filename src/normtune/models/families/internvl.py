@@ -18,8 +18,6 @@ from normtune.models.types import Pixels
 class InternVLFamily(CausalFamily):
     """InternVL 2.5, 3 and 3.5."""
 
-    model_types = ("internvl",)
-
     @classmethod
     def load_processor(cls, source: str, model_type: str) -> Any:
         return image_only(InternVLProcessor, source)

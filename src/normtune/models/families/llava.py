@@ -38,8 +38,6 @@ _TEMPLATES = {"mistral": MISTRAL_TEMPLATE, "llama": VICUNA_TEMPLATE}  # by the l
 class LlavaFamily(CausalFamily):
     """LLaVA 1.5 and LLaVA-Med 1.5."""
 
-    model_types = ("llava",)
-
     def __init__(self, model: Any, processor: Any) -> None:
         if processor.chat_template is None:
             processor.chat_template = _TEMPLATES.get(model.config.get_text_config().model_type)

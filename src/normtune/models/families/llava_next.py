@@ -22,7 +22,6 @@ _MISSPELT_END = r"'<\s> '"  # the template of llava-v1.6-mistral writes this ins
 class LlavaNextFamily(LlavaFamily):
     """LLaVA 1.6 and LLaVA-NeXT, in transformers' layout."""
 
-    model_types = ("llava_next",)
     image_keys = ("pixel_values", "image_sizes")
 
     def __init__(self, model: Any, processor: Any) -> None:

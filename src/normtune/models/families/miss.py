@@ -35,7 +35,6 @@ NO_LABEL = -100  # the label of positions without a token to predict, as in tran
 class MissFamily(Family):
     """MISS in our own implementation. Answers end with [SEP]; only the decoder's input begins with [DEC]."""
 
-    model_types = ("miss",)
     model_class = MissForQuestionAnswering
     old_prompt_limit = 35  # Chen et al. 2024
     model: MissForQuestionAnswering

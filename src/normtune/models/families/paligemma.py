@@ -47,7 +47,6 @@ class PaliGemmaFamily(CausalFamily):
     within a window (Gemma 2, arXiv 2408.00118). SDPA has no cap, so transformers' eager attention is used.
     """
 
-    model_types = ("paligemma",)
     shares_prefix = False
     whole_blocks = True
 

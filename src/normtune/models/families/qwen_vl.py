@@ -25,8 +25,6 @@ TEXT, IMAGE = 0, 1  # types of tokens in transformers' `get_rope_index`
 class QwenVLFamily(CausalFamily):
     """Qwen-VL. Image tokens have their row and column as positions; text continues after the larger one."""
 
-    model_types = tuple(_PROCESSORS)
-
     @classmethod
     def load_processor(cls, source: str, model_type: str) -> Any:
         return image_only(_PROCESSORS[model_type], source)
