@@ -192,7 +192,7 @@ def multi_norm(norms: list[TunedNorm]) -> MultiAdapterNorm:
     weight = torch.stack([norm.weight.detach() for norm in norms])
     biases = [norm.bias.detach() for norm in norms if norm.bias is not None]
     bias = torch.stack(biases) if biases else None
-    return MultiAdapterNorm.from_norm(norms[0], weight, bias, ActiveRows())
+    return MultiAdapterNorm(norms[0], weight, bias, ActiveRows())
 
 
 @pytest.mark.parametrize("max_runs", [0, 16], ids=["gathered", "one kernel per run"])

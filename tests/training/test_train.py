@@ -32,9 +32,9 @@ from normtune.models.families.miss import MissFamily
 from normtune.models.loading import load
 from normtune.runtime.files import read_json
 from normtune.training.config import TrainConfig
+from normtune.training.objective import IdentityDataset, Objective
 from normtune.training.result import TrainResult
 from normtune.training.train import last_checkpoint, train
-from normtune.training.trainer import IdentityDataset, Objective
 from tests.support.kill import StopAfterStep
 from tests.support.tiny_models import make_tiny
 from tests.support.tolerance import MODEL_TERMS, assert_close, differ

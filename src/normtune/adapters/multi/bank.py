@@ -98,7 +98,7 @@ def build_bank(tuned: TunedModel, adapters: int) -> AdapterBank:
         bias = None if norm.bias is None else values[:, columns[f"{name}.bias"]]
         part, _ = tuned.part_and_role[f"{name}.weight"]
         active_rows = image_rows if part in IMAGE_PARTS else text_rows
-        multi = MultiAdapterNorm.from_norm(norm, weight, bias, active_rows)
+        multi = MultiAdapterNorm(norm, weight, bias, active_rows)
         banks |= {f"{name}.{key}": bank for key, bank in multi.named_parameters()}
         tuned.model.set_submodule(name, multi)
     # the same names as before, but each parameter has a first dimension of adapters

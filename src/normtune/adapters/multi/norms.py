@@ -19,6 +19,9 @@ class MultiAdapterNorm(nn.Module):
 
     The result of a row is what the `TunedNorm` of its adapter would compute. It computes no gradients.
 
+    Args:
+        norm: a norm of the same kind.
+
     Attributes:
         weight: [adapters, width] fp32.
         bias: [adapters, width] fp32, or None.
@@ -28,33 +31,15 @@ class MultiAdapterNorm(nn.Module):
     weight: nn.Parameter
     bias: nn.Parameter | None
 
-    def __init__(
-        self,
-        kind: str,
-        weight: Tensor,
-        bias: Tensor | None,
-        eps: float | None,
-        active_rows: ActiveRows,
-        group_count: int = 1,
-        round_before_gain: bool = False,
-    ) -> None:
+    def __init__(self, norm: TunedNorm, weight: Tensor, bias: Tensor | None, active_rows: ActiveRows) -> None:
         super().__init__()
-        self.kind = kind
-        self.eps = eps
-        self.round_before_gain = round_before_gain
-        self.group_count = group_count
+        self.kind, self.eps, self.group_count = norm.kind, norm.eps, norm.groups
+        self.round_before_gain = norm.round_before_gain
         self.active_rows = active_rows
         # parameters around the tensors they are given, which may be views of a bank: no copies
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-
-    @classmethod
-    def from_norm(
-        cls, norm: TunedNorm, weight: Tensor, bias: Tensor | None, active_rows: ActiveRows
-    ) -> MultiAdapterNorm:
-        """A norm of the same kind as `norm` over banks [adapters, width] in fp32, which are not copied."""
-        multi = cls(norm.kind, weight, bias, norm.eps, active_rows, norm.groups, norm.round_before_gain)
-        return multi.train(norm.training)
+        self.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., width] (group: [batch, width, ...]), any float dtype; returns the same shape and dtype."""

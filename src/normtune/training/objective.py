@@ -1,0 +1,76 @@
+"""What the Trainer is given in place of a model and a dataset: the family's loss, and the groups of a batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.utils.data import Dataset as TorchDataset
+
+from normtune.data.batches import EpochBatches
+from normtune.data.records import Example
+from normtune.models.family import Family
+
+
+class Objective(nn.Module):
+    """The family's loss as a module, so that the Trainer can wrap it in DDP or FSDP2.
+
+    Args:
+        family: its model becomes a submodule; `family.loss` computes the sum over answer tokens.
+        label_smoothing: see `TrainConfig.label_smoothing`.
+        dropout: whether the base's own dropout is active during training; see `train`.
+    """
+
+    def __init__(self, family: Family, label_smoothing: float, dropout: bool) -> None:
+        super().__init__()
+        self.model = family.model
+        self._family = [family]  # in a list, so that torch neither registers nor copies it
+        self._label_smoothing = label_smoothing
+        self._dropout = dropout
+
+    def forward(self, **batch: Any) -> Tensor:
+        """Return the sum of the answer tokens' cross-entropies, a scalar."""
+        total, _ = self._family[0].loss(batch, label_smoothing=self._label_smoothing)
+        return total
+
+    def train(self, mode: bool = True) -> Objective:
+        """Set training mode, with the base's dropout off for grouped questions.
+
+        Questions of a group share one image, and would therefore share its dropout mask. LoRA's dropout,
+        which the recipe asks for, stays on: each question's mask has the same distribution as without
+        grouping, so that the expected gradient is the same; the masks within a group are correlated.
+        """
+        super().train(mode)
+        if mode and not self._dropout:
+            lora = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+            lora_dropout = {id(module) for layer in lora for module in layer.lora_dropout.modules()}
+            # all modules, not only nn.Dropout: an attention layer, for one, reads its own `training`
+            for module in self.model.modules():
+                if id(module) not in lora_dropout:
+                    module.training = False
+        return self
+
+
+class IdentityDataset(TorchDataset[list[list[Example]]]):
+    """Returns each index as the item: `EpochBatches` yields groups of examples in place of indices.
+
+    The DataLoader thereby hands the groups of a batch to the collator unchanged.
+    """
+
+    def __init__(self, batches: EpochBatches) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches.examples)
+
+    def __getitem__(self, group: Any) -> Any:
+        return group
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pass the epoch on to the batches.
+
+        In a resumed run of several processes accelerate wraps the batch sampler twice, and reaches it only
+        here.
+        """
+        self.batches.set_epoch(epoch)
