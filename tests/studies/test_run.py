@@ -48,7 +48,7 @@ def write_study(base: Path, folder: Path, grids: str, *, more: str = "") -> Path
 
 
 def run_in_this_process(
-    call: Callable[[CellJob], str], jobs: Iterable[CellJob], workers: int, *, tick: Any, folder: Path
+    call: Callable[[CellJob], str], jobs: Iterable[CellJob], workers: int, tick: Any, folder: Path
 ) -> JobOutcomes:
     """An executor that runs the cells in this process, one after another."""
     for job in jobs:

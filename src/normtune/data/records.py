@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, overload
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, get_args, overload
 
 from normtune.errors import InputError, did_you_mean
 from normtune.runtime.notebook import Rows, data_frame, html_table
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 Kind = Literal["open", "closed", "report"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,12 @@ All machines must be able to read and write the study's folder.
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from normtune.errors import InputError, did_you_mean
 from normtune.runtime.worker_pool import POLL_S, CallResult, call_safely, run_in_processes
@@ -18,9 +19,16 @@ from normtune.studies.cell import CellJob
 GPUS_VARIABLE = "NORMTUNE_STUDY_GPUS"  # GPUs of each cell, for Ray; 0 by default
 SLURM_VARIABLE = "NORMTUNE_SLURM"  # parameters of submitit: "timeout_min=600 slurm_partition=gpu"
 CLUSTER_VARIABLE = "NORMTUNE_SUBMITIT_CLUSTER"  # "local" runs the jobs without SLURM, for tests
+EXECUTOR_NAMES = ("local", "ray", "slurm")
+Call = Callable[[CellJob], str]  # `run_cell`
+Tick = Callable[[], None] | None  # is called about once a second while jobs run
+JobOutcomes = Iterator[tuple[CellJob, CallResult]]
+# Calls the function with each job, at most so many at once, and yields the outcomes as the jobs end. The jobs are an
+# iterator that is advanced only when a worker is free; the path is the study's folder.
+Executor = Callable[[Call, Iterable[CellJob], int, Tick, Path], JobOutcomes]
 
 
-def _call_with_one_thread(call: Callable[[CellJob], str], job: CellJob) -> CallResult:
+def _call_with_one_thread(call: Call, job: CellJob) -> CallResult:
     """Call in a process that runs this call only, with one thread as in local processes."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch
@@ -42,34 +50,25 @@ def on_ray() -> Executor:
     except ImportError as error:
         raise InputError("--on ray: ray is not installed. pip install 'normtune[ray]'.") from error
 
-    def execute(
-        call: Callable[[CellJob], str],
-        jobs: Iterable[CellJob],
-        workers: int,
-        *,
-        tick: Callable[[], None] | None,
-        folder: Path,
-    ) -> JobOutcomes:
+    def execute(call: Call, jobs: Iterable[CellJob], workers: int, tick: Tick, folder: Path) -> JobOutcomes:
         if not ray.is_initialized():
             ray.init(log_to_driver=False, include_dashboard=False, logging_level="error", configure_logging=False)
         gpus = float(os.environ.get(GPUS_VARIABLE, "0"))
         # max_calls=1: a new process for each cell, so that its peak memory is its own
         task = ray.remote(num_cpus=1, num_gpus=gpus, max_calls=1, max_retries=0)(_call_with_one_thread)
-        waiting, running = iter(jobs), dict[Any, CellJob]()
-        while True:
-            while len(running) < workers and (job := next(waiting, None)) is not None:
-                running[task.remote(call, job)] = job
-            if not running:
-                return
-            ready, _ = ray.wait(list(running), num_returns=1, timeout=POLL_S)
-            for task_result in ready:
-                job = running.pop(task_result)
-                try:
-                    yield job, ray.get(task_result)
-                except ray.exceptions.RayError as error:
-                    yield job, CallResult(error=f"its Ray task failed: {type(error).__name__}")
-            if tick is not None:
-                tick()
+
+        def wait(running: list[Any]) -> list[Any]:
+            ready: list[Any] = ray.wait(running, num_returns=1, timeout=POLL_S)[0]
+            return ready
+
+        def receive(reference: Any) -> CallResult:
+            try:
+                result: CallResult = ray.get(reference)
+                return result
+            except ray.exceptions.RayError as error:
+                return CallResult(error=f"its Ray task failed: {type(error).__name__}")
+
+        return _run_remotely(jobs, workers, tick, lambda job: task.remote(call, job), wait, receive)
 
     return execute
 
@@ -91,72 +90,55 @@ def on_slurm() -> Executor:
             raise InputError(f"{SLURM_VARIABLE}: '{setting}' is not NAME=VALUE, such as slurm_partition=gpu.")
         parameters[name] = int(value) if value.isdecimal() else value
 
-    def execute(
-        call: Callable[[CellJob], str],
-        jobs: Iterable[CellJob],
-        workers: int,
-        *,
-        tick: Callable[[], None] | None,
-        folder: Path,
-    ) -> JobOutcomes:
+    def wait(running: list[Any]) -> list[Any]:
+        if not (finished := [job for job in running if job.done()]):
+            time.sleep(POLL_S)
+        return finished
+
+    def receive(submitted: Any) -> CallResult:
+        try:
+            result: CallResult = submitted.result()
+            return result
+        except Exception as error:
+            return CallResult(error=f"its SLURM job {submitted.job_id} failed: {type(error).__name__}")
+
+    def execute(call: Call, jobs: Iterable[CellJob], workers: int, tick: Tick, folder: Path) -> JobOutcomes:
         slurm = submitit.AutoExecutor(folder=folder / "slurm" / "%j", cluster=os.environ.get(CLUSTER_VARIABLE, "slurm"))
         slurm.update_parameters(**parameters)
-        waiting, running = iter(jobs), list[tuple[Any, CellJob]]()
-        while True:
-            while len(running) < workers and (job := next(waiting, None)) is not None:
-                running.append((slurm.submit(_call_with_one_thread, call, job), job))
-            if not running:
-                return
-            finished = [submission for submission in running if submission[0].done()]
-            for submitted, job in finished:
-                running.remove((submitted, job))
-                try:
-                    yield job, submitted.result()
-                except Exception as error:
-                    reason = f"its SLURM job {submitted.job_id} failed: {type(error).__name__}"
-                    yield job, CallResult(error=reason)
-            if tick is not None:
-                tick()
-            if not finished:
-                time.sleep(POLL_S)
+        submit = functools.partial(slurm.submit, _call_with_one_thread, call)
+        return _run_remotely(jobs, workers, tick, submit, wait, receive)
 
     return execute
 
 
-EXECUTOR_NAMES = ("local", "ray", "slurm")
-JobOutcomes = Iterator[tuple[CellJob, CallResult]]
-
-
-class Executor(Protocol):
-    """Calls a function with each job, at most `workers` at once, and yields the outcomes as the jobs end.
-
-    Args of the call:
-        call: `run_cell`.
-        jobs: an iterator that is advanced only when a worker is free.
-        workers: the largest number of calls at once.
-        tick: is called about once a second while jobs run.
-        folder: the study's folder.
-    """
-
-    def __call__(
-        self,
-        call: Callable[[CellJob], str],
-        jobs: Iterable[CellJob],
-        workers: int,
-        *,
-        tick: Callable[[], None] | None,
-        folder: Path,
-    ) -> JobOutcomes: ...
-
-
-def run_locally(
-    call: Callable[[CellJob], str],
+def _run_remotely(
     jobs: Iterable[CellJob],
     workers: int,
-    *,
-    tick: Callable[[], None] | None,
-    folder: Path,
+    tick: Tick,
+    submit: Callable[[CellJob], Any],
+    wait: Callable[[list[Any]], list[Any]],
+    receive: Callable[[Any], CallResult],
 ) -> JobOutcomes:
+    """Keep up to `workers` jobs submitted; yield each with its result.
+
+    Args:
+        submit: starts a job and returns its handle.
+        wait: the handles, of those that run, of jobs that have ended; it returns after about a second.
+        receive: the result of an ended job.
+    """
+    waiting, running = iter(jobs), dict[Any, CellJob]()
+    while True:
+        while len(running) < workers and (job := next(waiting, None)) is not None:
+            running[submit(job)] = job
+        if not running:
+            return
+        for ended in wait(list(running)):
+            yield running.pop(ended), receive(ended)
+        if tick is not None:
+            tick()
+
+
+def run_locally(call: Call, jobs: Iterable[CellJob], workers: int, tick: Tick, folder: Path) -> JobOutcomes:
     """Run the cells on this machine, each in its own process with one thread.
 
     With one thread, sums of floats do not depend on the number of cores.

@@ -241,7 +241,7 @@ def _run_cells(
 
         # A cell can be locked between this look and its start; `run_cell` then returns "busy".
         locked_elsewhere = len(unlocked) < len(remaining)
-        for job, outcome in execute(run_cell, jobs(), workers, tick=listener.tick, folder=out):
+        for job, outcome in execute(run_cell, jobs(), workers, listener.tick, out):
             cell = remaining[job.cell.key]
             if outcome.value == "busy":
                 locked_elsewhere = True

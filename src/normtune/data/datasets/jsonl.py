@@ -8,15 +8,13 @@ from typing import Any
 
 from normtune.data.images.files import ImageFolder
 from normtune.data.reading.cells import SPLITS, clean_text, is_yes_no, split_name
-from normtune.data.reading.row_reader import RowReader, check_image_path, missing_images
+from normtune.data.reading.row_reader import RowReader, check_image_path, known_kind, missing_images
 from normtune.data.reading.tables import RowError, json_lines
-from normtune.data.records import Dataset, Example, Kind, Problem
+from normtune.data.records import Dataset, Example, Problem
 from normtune.errors import InputError, did_you_mean
 
 # Fields with a meaning; all others become `meta`.
 _FIELDS = ("image", "question", "answer", "id", "kind", "split")
-_KINDS: tuple[Kind, ...] = ("open", "closed", "report")
-_MAX_SHOWN = 5  # number of bad rows that one error names
 
 
 def read(
@@ -60,9 +58,7 @@ def read(
         reader.check_images(folder)
     else:
         errors += _skip_missing_images(reader, folder)
-    if strict and errors:
-        raise InputError(_summarize_errors(errors))
-    reader.problems += errors
+    reader.report_bad_rows(errors, "line", strict)
     reader.check_repeats()
     return reader.build_dataset(ImageFolder(folder), licence)
 
@@ -72,7 +68,8 @@ def _read_row(reader: RowReader, file: Path, line: int, cells: Any) -> RowError 
     try:
         if not isinstance(cells, dict):
             raise RowError("not a JSON object", 'Write {"image": ..., "question": ..., "answer": ...}.')
-        kind = _kind(cells)
+        stated = cells.get("kind") not in (None, "")
+        kind = known_kind(_required_text(cells, "kind").lower()) if stated else None
         images = _images(cells)
         question = "" if kind == "report" and not cells.get("question") else _required_text(cells, "question")
         answer = _required_text(cells, "answer")
@@ -100,16 +97,6 @@ def _required_text(cells: dict[str, Any], field: str) -> str:
     if not text:
         raise RowError(f"{field} is empty", "Fill it in, or remove the row.")
     return text
-
-
-def _kind(cells: dict[str, Any]) -> Kind | None:
-    if cells.get("kind") in (None, ""):
-        return None
-    word = _required_text(cells, "kind").lower()
-    for kind in _KINDS:
-        if kind == word:
-            return kind
-    raise RowError(f"kind is unknown{did_you_mean(word, _KINDS)}", f"Known kinds: {', '.join(_KINDS)}.")
 
 
 def _images(cells: dict[str, Any]) -> list[str]:
@@ -148,9 +135,3 @@ def _skip_missing_images(reader: RowReader, folder: Path) -> list[Problem]:
         errors.append(Problem(*reader.locations[example.id], what, f"Paths are relative to {folder}."))
     reader.examples = usable
     return errors
-
-
-def _summarize_errors(errors: list[Problem]) -> str:
-    text = " ".join(f"{error.file}, line {error.row}: {error.message}" for error in errors[:_MAX_SHOWN])
-    more = f" And {len(errors) - _MAX_SHOWN} more bad rows." if len(errors) > _MAX_SHOWN else ""
-    return text + more

@@ -38,8 +38,7 @@ def read(root: Path, *, text_only: bool = False) -> Dataset:
     cases: dict[str, str] = {}
     for split, file in _FILES.items():
         if split not in present:
-            fix = f"There is no split '{split}' without it."
-            reader.problems.append(Problem(file, "", "file is missing", fix))
+            reader.note_missing_split(file, split)
             continue
         for line, cells in json_objects(root / file):
             missing = [field for field in _NEEDED if field not in cells]

@@ -14,7 +14,7 @@ from PIL import Image
 from normtune.data.images.files import ImageFolder
 from normtune.data.reading.cells import SPLITS, is_yes_no, split_name, split_of_file
 from normtune.data.reading.conversations import CONVERSATION_FIELDS, read_conversation
-from normtune.data.reading.row_reader import RowReader, check_image_path, find_image_folder
+from normtune.data.reading.row_reader import RowReader, check_image_path, find_image_folder, known_kind
 from normtune.data.reading.tables import RowError, check_characters, json_lines
 from normtune.data.records import Dataset, Example, Kind, Problem
 from normtune.errors import InputError, did_you_mean
@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 
 # Columns with a meaning; all others become `meta`.
 _FIELDS = (*CONVERSATION_FIELDS, "id", "kind", "split", "domain")
-_KINDS: tuple[Kind, ...] = ("open", "closed", "report")
 _IMAGE_FOLDERS = ("", "images", "image")  # searched below the file's folder
-_MAX_SHOWN = 5  # number of bad rows that one error names
 
 
 def read(
@@ -77,9 +75,7 @@ def read(
                 )
                 bad_row = Example(f"{file.stem}-{number}", (), "", "", "open", split_of_file(file))
                 reader.skip(bad_row, error.what)
-    if strict and progress.errors:
-        raise InputError(_summarize_errors(progress.errors))
-    reader.problems += progress.errors
+    reader.report_bad_rows(progress.errors, "row", strict)
     names = (name for example in reader.examples for name in example.images if name not in progress.embedded)
     folder = image_root or find_image_folder(base, _IMAGE_FOLDERS, names)
     reader.check_images(folder, embedded=progress.embedded)
@@ -190,7 +186,8 @@ def _read_row(reader: RowReader, progress: _Progress, file: Path, number: int, c
     if not isinstance(cells, dict):
         raise RowError("not a JSON object", 'Write {"messages": [...], "images": [...]}.')
     conversation = read_conversation(cells)
-    kind, split, id = _kind(cells), _split(cells, file), _id(cells, file, number)
+    kind = None if cells.get("kind") in (None, "") else known_kind(str(cells["kind"]))
+    split, id = _split(cells, file), _id(cells, file, number)
     column = "images" if cells.get("images") else "image"
     keys = [_key(progress, image, location, column, index) for index, image in enumerate(conversation.images)]
     progress.conversations += 1
@@ -239,16 +236,6 @@ def _key(progress: _Progress, image: Any, location: _Location, column: str, inde
     return key
 
 
-def _kind(cells: dict[str, Any]) -> Kind | None:
-    word = cells.get("kind")
-    if word in (None, ""):
-        return None
-    for kind in _KINDS:
-        if kind == word:
-            return kind
-    raise RowError(f"kind is unknown{did_you_mean(str(word), _KINDS)}", f"Known kinds: {', '.join(_KINDS)}.")
-
-
 def _split(cells: dict[str, Any], file: Path) -> str:
     word = cells.get("split")
     if word in (None, ""):
@@ -271,9 +258,3 @@ def _meta(cells: dict[str, Any]) -> dict[str, str]:
     if isinstance(domain, dict):
         meta.setdefault("modality", ", ".join(str(name) for name, value in domain.items() if value is True))
     return meta
-
-
-def _summarize_errors(errors: list[Problem]) -> str:
-    text = " ".join(f"{error.file}, row {error.row}: {error.message}" for error in errors[:_MAX_SHOWN])
-    more = f" And {len(errors) - _MAX_SHOWN} more bad rows." if len(errors) > _MAX_SHOWN else ""
-    return text + more

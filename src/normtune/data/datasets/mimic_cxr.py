@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from normtune.data.images.files import ImageFolder
 from normtune.data.reading.r2gen import R2GEN_FILE, read_entries
 from normtune.data.reading.radiology import Sections, report_sections, section_label, select_views, target_text
-from normtune.data.reading.row_reader import RowReader, find_image_folder
+from normtune.data.reading.row_reader import RowReader
 from normtune.data.reading.tables import csv_rows, file_bytes, find_table
 from normtune.data.records import Dataset, Problem
 from normtune.errors import InputError
@@ -53,20 +52,16 @@ def read(root: Path, *, sections: Sections = "findings", text_only: bool = False
     if (root / R2GEN_FILE).is_file() and (sections == "findings" or split_file is None):
         read_entries(reader, root, sections)
         reader.notes.append("R2Gen's annotation.json: its findings, its split, one image per study")
-        names = (name for example in reader.examples for name in example.images)
-        folder = find_image_folder(root, _R2GEN_IMAGES, names)
+        subfolders = _R2GEN_IMAGES
     elif split_file is not None:
         _read_release(reader, root, split_file, sections)
-        names = (name for example in reader.examples for name in example.images)
-        folder = find_image_folder(root, _JPG_IMAGES, names)
+        subfolders = _JPG_IMAGES
     else:
         raise InputError(
             f"{root} holds neither mimic-cxr-2.0.0-split.csv (the JPG release) nor R2Gen's {R2GEN_FILE}: not "
             "MIMIC-CXR's folder. Point --root at the folder with one of them."
         )
-    subfolder = folder.relative_to(root).as_posix()
-    reader.check_images(folder, "" if subfolder == "." else subfolder)
-    return reader.build_dataset(ImageFolder(folder), LICENCE)
+    return reader.build_dataset(reader.find_images(root, subfolders), LICENCE)
 
 
 @dataclass
@@ -80,7 +75,7 @@ class _Study:
 
 
 def _read_release(reader: RowReader, root: Path, split_file: Path, sections: Sections) -> None:
-    studies = _studies(reader, split_file)
+    studies = _studies(split_file)
     views = _views(reader, root)
     labels = _labels(reader, root)
     folder = _report_folder(root, studies)
@@ -107,7 +102,7 @@ def _read_release(reader: RowReader, root: Path, split_file: Path, sections: Sec
         reader.notes.append(f"{unused} further images of studies with several views are not read")
 
 
-def _studies(reader: RowReader, file: Path) -> dict[str, _Study]:
+def _studies(file: Path) -> dict[str, _Study]:
     """study_id -> patient, split and images, in file order."""
     studies: dict[str, _Study] = {}
     for number, cells in _rows_with_valid_ids(file, ("dicom_id", "study_id", "subject_id", "split")):
@@ -136,28 +131,29 @@ def _rows_with_valid_ids(file: Path, columns: tuple[str, ...]) -> Iterator[tuple
         yield number, cells
 
 
+def _optional_rows(
+    reader: RowReader, root: Path, name: str, columns: tuple[str, ...], without: str
+) -> Iterator[dict[str, str]]:
+    """Yield the rows of a table of the release; if it is missing, list what its absence means (`without`)."""
+    if (file := find_table(root, name)) is None:
+        reader.problems.append(Problem(name.replace("*", "2.0.0"), "", "file is missing", without))
+        return
+    for _, cells in _rows_with_valid_ids(file, columns):
+        yield cells
+
+
 def _views(reader: RowReader, root: Path) -> dict[str, str]:
     """dicom_id -> ViewPosition (PA, AP, LATERAL, LL, ...)."""
-    file = find_table(root, _METADATA)
-    if file is None:
-        fix = "Each study has its first image only. Put the file there for frontal and lateral views."
-        reader.problems.append(Problem("mimic-cxr-2.0.0-metadata.csv", "", "file is missing", fix))
-        return {}
-    return {
-        cells["dicom_id"]: cells["ViewPosition"]
-        for _, cells in _rows_with_valid_ids(file, ("dicom_id", "ViewPosition"))
-    }
+    without = "Each study has its first image only. Put the file there for frontal and lateral views."
+    rows = _optional_rows(reader, root, _METADATA, ("dicom_id", "ViewPosition"), without)
+    return {cells["dicom_id"]: cells["ViewPosition"] for cells in rows}
 
 
 def _labels(reader: RowReader, root: Path) -> dict[str, str]:
     """study_id -> CheXpert's labels as text, `Edema 1, Pneumonia -1` (1 yes, 0 no, -1 uncertain)."""
-    file = find_table(root, _LABELS)
-    if file is None:
-        fix = "Read without the 14 labels. Put the file there to use them."
-        reader.problems.append(Problem("mimic-cxr-2.0.0-chexpert.csv", "", "file is missing", fix))
-        return {}
+    without = "Read without the 14 labels. Put the file there to use them."
     labels = {}
-    for _, cells in _rows_with_valid_ids(file, ("subject_id", "study_id")):
+    for cells in _optional_rows(reader, root, _LABELS, ("subject_id", "study_id"), without):
         values = [(name, value) for name, value in cells.items() if name not in _IDS and value]
         labels[cells["study_id"]] = ", ".join(f"{name} {value.removesuffix('.0')}" for name, value in values)
     return labels

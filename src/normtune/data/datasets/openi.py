@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from normtune.data.images.files import ImageFolder
 from normtune.data.reading.r2gen import R2GEN_FILE, load_entries, read_entries
 from normtune.data.reading.radiology import Sections, section_label, select_views, target_text
-from normtune.data.reading.row_reader import RowReader, find_image_folder
+from normtune.data.reading.row_reader import RowReader
 from normtune.data.reading.tables import csv_rows, file_bytes
 from normtune.data.records import Dataset, Problem
 from normtune.errors import InputError
@@ -68,11 +67,7 @@ def read(root: Path, *, sections: Sections = "findings", text_only: bool = False
             f"{root} holds neither R2Gen's {R2GEN_FILE}, nor Kaggle's {_REPORTS}, nor the XML reports "
             f"({_XML}/1.xml): not OpenI's folder. Point --root at the folder with one of them."
         )
-    names = (name for example in reader.examples for name in example.images)
-    folder = find_image_folder(root, subfolders, names)
-    subfolder = folder.relative_to(root).as_posix()
-    reader.check_images(folder, "" if subfolder == "." else subfolder)
-    return reader.build_dataset(ImageFolder(folder), licence)
+    return reader.build_dataset(reader.find_images(root, subfolders), licence)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from normtune.data.images.files import ImageFolder
 from normtune.data.reading.cells import is_yes_no
 from normtune.data.reading.row_reader import RowReader
 from normtune.data.reading.tables import file_bytes
-from normtune.data.records import Dataset, Problem
+from normtune.data.records import Dataset
 from normtune.errors import InputError
 
 LICENCE = "MIT (the images' copyright stays with the books and libraries that they are from)"
@@ -47,9 +47,7 @@ def read(root: Path, *, text_only: bool = False) -> Dataset:
     reader = RowReader("path-vqa", text_only)
     for split, file in files.items():
         if file is None:
-            missing = _PLAIN.format(_SPLITS[split])
-            fix = f"There is no split '{split}' without it."
-            reader.problems.append(Problem(missing, "", "file is missing", fix))
+            reader.note_missing_split(_PLAIN.format(_SPLITS[split]), split)
             continue
         file_name = file.relative_to(root).as_posix()
         for number, cells in enumerate(_rows(file, file_name), start=1):

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from normtune.data.images.files import ImageFolder
 from normtune.data.reading.row_reader import RowReader
+from normtune.data.reading.tables import json_rows
 from normtune.data.records import Dataset, Problem
 from normtune.errors import InputError, did_you_mean
-from normtune.runtime.files import read_json
 
 LICENCE = "CC BY 4.0"
 LANGUAGES = {"en": "English", "zh": "Chinese"}
@@ -54,13 +54,9 @@ def read(root: Path, *, language: Literal["en", "zh", "all"] = "en", text_only: 
     images: _Images = {}
     for split, file in _FILES.items():
         if split not in present:
-            fix = f"There is no split '{split}' without it."
-            reader.problems.append(Problem(file, "", "file is missing", fix))
+            reader.note_missing_split(file, split)
             continue
-        rows = read_json(root / file)
-        if not isinstance(rows, list):
-            raise InputError(f"{root / file} holds no list of rows. Use SLAKE's original {file}.")
-        for number, cells in enumerate(rows, start=1):
+        for number, cells in json_rows(root / file, file, "SLAKE"):
             _note_image(images, split, cells)
             if language == "all" or _language(cells) == language:
                 _read_row(reader, file, number, cells, split)
@@ -76,18 +72,17 @@ def read(root: Path, *, language: Literal["en", "zh", "all"] = "en", text_only: 
 _Images = dict[tuple[str, str], set[str]]  # (split, language) -> image names
 
 
-def _language(cells: Any) -> str:
+def _language(cells: dict[str, Any]) -> str:
     """The row's language; English if it names none."""
-    return str(cells.get("q_lang") or "en") if isinstance(cells, dict) else "en"
+    return str(cells.get("q_lang") or "en")
 
 
-def _note_image(images: _Images, split: str, cells: Any) -> None:
-    if isinstance(cells, dict) and isinstance(cells.get("img_name"), str):
+def _note_image(images: _Images, split: str, cells: dict[str, Any]) -> None:
+    if isinstance(cells.get("img_name"), str):
         images.setdefault((split, _language(cells)), set()).add(cells["img_name"])
 
 
-def _read_row(reader: RowReader, file: str, number: int, cells: Any, split: str) -> None:
-    cells = cells if isinstance(cells, dict) else {}
+def _read_row(reader: RowReader, file: str, number: int, cells: dict[str, Any], split: str) -> None:
     qid = cells.get("qid")
     row = reader.start_row(file, str(qid) if isinstance(qid, int | str) else f"row {number}")
     answer = row.read_text("answer", cells.get("answer"))

@@ -7,9 +7,9 @@ from typing import Any
 
 from normtune.data.images.files import ImageFolder
 from normtune.data.reading.row_reader import Row, RowReader
+from normtune.data.reading.tables import json_rows
 from normtune.data.records import Dataset, Problem
 from normtune.errors import InputError
-from normtune.runtime.files import read_json
 
 LICENCE = "CC0 1.0"
 _RELEASE_FILE = "VQA_RAD Dataset Public.json"  # all rows in one file
@@ -50,11 +50,8 @@ def read(root: Path, *, text_only: bool = False) -> Dataset:
         raise InputError(f"{root} has no image folder. Put VQA-RAD's images in '{_IMAGE_FOLDERS[0]}' there.")
     reader = RowReader("vqa-rad", text_only)
     for split, file in files.items():
-        rows = read_json(root / file)
-        if not isinstance(rows, list):
-            raise InputError(f"{root / file} holds no list of rows. Use VQA-RAD's original file.")
-        for number, cells in enumerate(rows, start=1):
-            _read_row(reader, file, number, cells if isinstance(cells, dict) else {}, split)
+        for number, cells in json_rows(root / file, "file", "VQA-RAD"):
+            _read_row(reader, file, number, cells, split)
     reader.check_images(root / folder, folder)
     reader.check_repeats()
     _list_unused(reader, root, folder)

@@ -15,12 +15,14 @@ from pathlib import Path
 
 from PIL import Image
 
+from normtune.data.images.files import ImageFolder
 from normtune.data.reading.cells import SPLITS, clean_text, has_half_character, is_yes_no, language_tag, split_name
 from normtune.data.reading.tables import RowError
-from normtune.data.records import Dataset, Example, Kind, Problem
+from normtune.data.records import KINDS, Dataset, Example, Kind, Problem
 from normtune.errors import InputError, did_you_mean
 
 _URLS = ("http://", "https://", "s3://", "gs://")
+_MAX_SHOWN = 5  # number of bad rows that one error names
 _MAX_PATH = 1000  # characters; a longer text is the image itself, such as base64 without "data:"
 
 
@@ -47,6 +49,27 @@ class RowReader:
         """Skip a row and count it; the caller lists the problem."""
         self.skipped.append(example)
         self.dropped[reason] += 1
+
+    def report_bad_rows(self, errors: Sequence[Problem], row: str, strict: bool) -> None:
+        """List the rows that cannot be used; with `strict`, refuse them.
+
+        Args:
+            errors: one for each row.
+            row: what messages call a row, such as "line".
+            strict: raise an error.
+
+        Raises:
+            InputError: strict, and there are errors.
+        """
+        if strict and errors:
+            first = (f"{error.file}, {row} {error.row}: {error.message}" for error in errors[:_MAX_SHOWN])
+            more = [f"And {len(errors) - _MAX_SHOWN} more bad rows."] if len(errors) > _MAX_SHOWN else []
+            raise InputError(" ".join([*first, *more]))
+        self.problems += errors
+
+    def note_missing_split(self, file: str, split: str) -> None:
+        """List the file of a split as missing."""
+        self.problems.append(Problem(file, "", "file is missing", f"There is no split '{split}' without it."))
 
     def start_row(self, file: str, row: str, id: str = "") -> Row:
         """Start a row of a file. An id that is already used gets a number; the fault is listed.
@@ -98,6 +121,19 @@ class RowReader:
             action = "kept for their text" if self.text_only else "skipped"
             fix = f"Rows {action}: {count}. Put the image there."
             self.problems.append(Problem(file, "", "image is missing", fix))
+
+    def find_images(self, root: Path, subfolders: Sequence[str]) -> ImageFolder:
+        """Find the folder of the images below `root`, check them, and return their opener.
+
+        Args:
+            root: the dataset's folder.
+            subfolders: see `find_image_folder`.
+        """
+        names = (name for example in self.examples for name in example.images)
+        folder = find_image_folder(root, subfolders, names)
+        subfolder = folder.relative_to(root).as_posix()
+        self.check_images(folder, "" if subfolder == "." else subfolder)
+        return ImageFolder(folder)
 
     def check_repeats(self) -> None:
         """List each row with the same image, question and answer as an earlier row of its split."""
@@ -245,6 +281,18 @@ class Row:
             self._reader.skip(example, f"{empty} is empty")
         else:
             self._reader.examples.append(example)
+
+
+def known_kind(word: str) -> Kind:
+    """Check that a word is a kind of example.
+
+    Raises:
+        RowError: it is none.
+    """
+    for kind in KINDS:
+        if kind == word:
+            return kind
+    raise RowError(f"kind is unknown{did_you_mean(word, KINDS)}", f"Known kinds: {', '.join(KINDS)}.")
 
 
 def check_image_path(image: str, path: str) -> None:

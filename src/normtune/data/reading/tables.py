@@ -12,6 +12,7 @@ from typing import Any
 
 from normtune.data.reading.cells import has_half_character
 from normtune.errors import InputError
+from normtune.runtime.files import read_json
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -66,6 +67,23 @@ def check_characters(cells: Any) -> Any:
     if has_half_character(cells):
         return RowError("a text contains half of a surrogate pair", "Write the whole character, or remove it.")
     return cells
+
+
+def json_rows(file: Path, name: str, dataset: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (number from 1, row) of a published file that holds a JSON list; a row that is no object is empty.
+
+    Args:
+        file: the file.
+        name: the file's name in messages.
+        dataset: the dataset's name in messages.
+
+    Raises:
+        InputError: the file cannot be read, or holds no list.
+    """
+    rows = read_json(file)
+    if not isinstance(rows, list):
+        raise InputError(f"{file} holds no list of rows. Use {dataset}'s original {name}.")
+    return ((number, cells if isinstance(cells, dict) else {}) for number, cells in enumerate(rows, start=1))
 
 
 def json_objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
