@@ -68,3 +68,14 @@ def test_an_answer_says_whether_the_limit_cut_it(picture: Path, beams: int) -> N
     assert whole.finish_reason == "stop" and whole.text in ("yes", "no")
     cut = normtune.describe(nano, picture, beams=beams, max_new_tokens=2)
     assert cut.finish_reason == "length" and len(cut.tokens) == 2
+
+
+def test_the_default_limit_is_that_of_the_adapters_training(model: Family, picture: Path, tmp_path: Path) -> None:
+    tuned = normtune.adapt(model, "ln")
+    for folder, data in (("new", {"limits": {"answer": 3}}), ("old", None)):
+        normtune.save_adapter(tuned, tmp_path / folder, data=data)
+    normtune.restore_base(tuned)
+    for adapter, limit in ((tmp_path / "new", 3), (tmp_path / "old", 16), (None, 16)):
+        default = normtune.ask(model, picture, "Is there a fracture?", adapter=adapter)
+        explicit = normtune.ask(model, picture, "Is there a fracture?", adapter=adapter, max_new_tokens=limit)
+        assert default == explicit and len(default.tokens) == limit

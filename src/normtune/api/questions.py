@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 from normtune.api.models import Adapter, Model, open_model
 from normtune.data import tasks
 from normtune.inference import ask as inference
+from normtune.methods.adapt import TunedModel
 from normtune.models.types import Answer
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def ask(  # type: ignore[misc]  # the overloads leave the options to this signat
     *,
     adapter: Adapter | None = None,
     beams: int = 1,
-    max_new_tokens: int = tasks.MAX_ANSWER_TOKENS,
+    max_new_tokens: int | None = None,
     device: str | None = None,
     quantize: str | None = None,
 ) -> Answer | list[Answer]:
@@ -46,7 +47,7 @@ def ask(  # type: ignore[misc]  # the overloads leave the options to this signat
         question: a question, or a list of questions, which share the computation of the image.
         adapter: directory of an adapter, or the adapter that is in the loaded model; None: the base.
         beams: width of the beam search; 1: greedy decoding.
-        max_new_tokens: maximum length of an answer in tokens.
+        max_new_tokens: maximum length of an answer in tokens; None: the one recorded by the adapter's training, else 16.
         device: cpu or cuda; None: cuda if available.
         quantize: int8 or nf4; None: not quantised.
 
@@ -58,7 +59,8 @@ def ask(  # type: ignore[misc]  # the overloads leave the options to this signat
     """
     questions = [question] if isinstance(question, str) else question
     with open_model(model, adapter, device=device, quantize=quantize) as family:
-        answers = inference.ask(family, _images(image), questions, beams=beams, max_new_tokens=max_new_tokens)
+        limit = max_new_tokens or _recorded_limit(adapter)
+        answers = inference.ask(family, _images(image), questions, beams=beams, max_new_tokens=limit)
     return answers[0] if isinstance(question, str) else answers
 
 
@@ -85,3 +87,11 @@ def describe(
 
 def _images(image: Pictures) -> Sequence[Picture]:
     return image if isinstance(image, Sequence) and not isinstance(image, str) else [image]
+
+
+def _recorded_limit(adapter: Adapter | None) -> int:
+    """Return the limit of an answer that an adapter's file records, in tokens; 16 if there is none."""
+    from normtune.adapters.storage import read_adapter_info
+
+    data = None if adapter is None or isinstance(adapter, TunedModel) else read_adapter_info(adapter).data
+    return ((data or {}).get("limits") or {}).get("answer") or tasks.MAX_ANSWER_TOKENS

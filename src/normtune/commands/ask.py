@@ -19,6 +19,9 @@ def ask(
     question: Annotated[list[str], typer.Option(help="A question about the image. Repeat for several.")],
     adapter: Adapter = None,
     beams: Annotated[int, typer.Option(min=1, help="Width of the beam search; 1 is greedy decoding.")] = 1,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Maximum length of an answer, in tokens; default: as in training, or 16.")
+    ] = None,
     device: Device = None,
     quantize: Quantize = None,
     json: Json = False,
@@ -30,9 +33,18 @@ def ask(
     import_transformers()
     from normtune.api.questions import ask
 
-    answers = ask(model, image, question, adapter=adapter, beams=beams, device=device, quantize=quantize)
+    answers = ask(
+        model,
+        image,
+        question,
+        adapter=adapter,
+        beams=beams,
+        max_new_tokens=max_new_tokens,
+        device=device,
+        quantize=quantize,
+    )
     rows = [
-        {"question": text, "answer": answer.text, "score": answer.score}
+        {"question": text, "answer": answer.text, "score": answer.score, "finish_reason": answer.finish_reason}
         for text, answer in zip(question, answers, strict=True)
     ]
     emit(json, {"image": str(image), "answers": rows}, "\n".join(f"{row['question']}  {row['answer']}" for row in rows))
@@ -61,4 +73,5 @@ def describe(
     answer = describe(
         model, image, adapter=adapter, beams=beams, max_new_tokens=max_new_tokens, device=device, quantize=quantize
     )
-    emit(json, {"images": [str(path) for path in image], "report": answer.text, "score": answer.score}, answer.text)
+    result = {"report": answer.text, "score": answer.score, "finish_reason": answer.finish_reason}
+    emit(json, {"images": [str(path) for path in image], **result}, answer.text)
