@@ -47,7 +47,7 @@ def ask(  # type: ignore[misc]  # the overloads leave the options to this signat
         question: a question, or a list of questions, which share the computation of the image.
         adapter: directory of an adapter, or the adapter that is in the loaded model; None: the base.
         beams: width of the beam search; 1: greedy decoding.
-        max_new_tokens: maximum length of an answer in tokens; None: the one recorded by the adapter's training, else 16.
+        max_new_tokens: maximum length of an answer in tokens; None: as the adapter's training recorded, else 16.
         device: cpu or cuda; None: cuda if available.
         quantize: int8 or nf4; None: not quantised.
 

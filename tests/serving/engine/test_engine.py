@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from normtune.adapters import storage as delta_module
 from normtune.adapters.fingerprint import fingerprint
-from normtune.adapters.storage import INFO_FILE, TENSORS_FILE, load_adapter, save_adapter
+from normtune.adapters.storage import INFO_FILE, TENSORS_FILE, load_adapter, load_model, save_adapter
 from normtune.data.groups import Group
 from normtune.methods.adapt import TunedModel, adapt, restore_base
 from normtune.models.causal.family import FEATURES, CausalFamily
@@ -643,3 +643,31 @@ def test_requests_with_other_limits_wait_for_the_next_batch(family: Family, gate
         assert engine.stats().batches == 3
     expected = [answer_with(family, 0, max_new_tokens=limit).text for limit in limits]
     assert [reply.text for reply in replies[1:]] == expected
+
+
+@pytest.mark.parametrize(("data", "limit"), [(None, 35), ({"limits": {"prompt": 12}}, 12), ({"limits": {}}, None)])
+def test_questions_are_cut_as_in_the_adapters_training_and_the_reply_says_so(
+    base: Path, tmp_path: Path, data: dict[str, Any] | None, limit: int | None
+) -> None:
+    """Adapters of version 0.1 record no limits: MISS cut their questions at 35 tokens. The base cuts none of these."""
+    family = load(str(base))
+    tuned = adapt(family.model, "ln")
+    save_adapter(tuned, tmp_path / "a", base_name="tiny", base_fingerprint=fingerprint(family.model), data=data)
+    restore_base(tuned)
+    question = " ".join(["is there a mass in the left lung?"] * 6)
+    whole = len(family.tokenize_whole("", question, None).prompt)
+    alone = load_model(str(base), tmp_path / "a")
+    assert alone.max_prompt_tokens == (limit or family.max_prompt_tokens) and 35 < whole <= family.max_prompt_tokens
+    group = Group(("a",), (alone.tokenize("", question, None),))
+    expected = alone.generate_answers([group], [[alone.preprocess_image(image("a"))]], max_new_tokens=TOKENS)[0][0]
+    with Engine(family) as engine:
+        engine.register("a", tmp_path / "a")
+        of_base, of_adapter = (
+            engine.submit(Request((image("a"),), question, name, TOKENS)).result(WAIT) for name in (None, "a")
+        )
+        assert engine.stats().questions_cut == int(limit is not None)
+    assert of_adapter.question_tokens_cut == (whole - limit if limit else 0) and of_adapter.text == expected.text
+    assert of_base.question_tokens_cut == 0 and of_base.prompt_tokens - of_adapter.prompt_tokens == (
+        of_adapter.question_tokens_cut
+    )
+    assert family.prompt_limit is None

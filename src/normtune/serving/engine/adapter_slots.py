@@ -64,6 +64,11 @@ class RegisteredAdapter:
     removed: bool = False
     modified: int = 0
 
+    @property
+    def limits(self) -> Any:
+        """The limits of texts in its training, for `Family.use_limits`; None if its file records none."""
+        return (self.registered_info.data or {}).get("limits")
+
     def info(self) -> ServedAdapter:
         return replace(self.registered_info, loaded=self.slot is not None, running=self.pins)
 
@@ -109,7 +114,8 @@ class AdapterSlots:
         self.lora: LoRABank | None = None
         if matrices:
             self.lora = add_lora_bank(model, matrices, slots, self.bank.image_rows, self.bank.text_rows)
-        self.base = RegisteredAdapter(_base_info(self.bytes_per_adapter), "", BASE_SLOT)
+        base_info = ServedAdapter("", Path(), "frozen", "", 0, 0, self.bytes_per_adapter, True, 0, {"limits": {}})
+        self.base = RegisteredAdapter(base_info, "", BASE_SLOT)
         self.loads = self.evictions = 0
         self.seconds_loading = 0.0
         self._base_values = self.bank.values[BASE_SLOT].cpu()  # [norm values]
@@ -178,9 +184,8 @@ class AdapterSlots:
             UnknownAdapter: no adapter of that name is registered.
         """
         with self._lock:
-            adapter = self._registered.pop(name, None)
-            if adapter is None:
-                raise UnknownAdapter(_unknown(name))
+            adapter = self.find(name)
+            del self._registered[name]
             adapter.removed = True
             self._unload(adapter)
 
@@ -190,18 +195,14 @@ class AdapterSlots:
         Raises:
             UnknownAdapter: no adapter of that name is registered.
         """
-        if name is None:
-            return self.base
-        with self._lock:
-            adapter = self._registered.get(name)
+        adapter = self.base if name is None else self._registered.get(name)
         if adapter is None:
-            raise UnknownAdapter(_unknown(name))
+            raise UnknownAdapter(f"no adapter '{str(name)[:80]}' is registered. Register it, or use one that is.")
         return adapter
 
     def has_adapter(self, name: str) -> bool:
         """Return whether an adapter of that name is registered."""
-        with self._lock:
-            return name in self._registered
+        return name in self._registered
 
     def infos(self) -> list[ServedAdapter]:
         """Return all registered adapters, in the order of registration."""
@@ -375,20 +376,12 @@ class AdapterSlots:
         restore_base(self.bank.tuned)
 
 
-def _base_info(size: int) -> ServedAdapter:
-    return ServedAdapter("", Path(), "frozen", "", 0, 0, size, True, 0)
-
-
 def _modified(folder: Path) -> int:
     """Return when the description of a folder's adapter was modified, in ns; 0 if it cannot be read."""
     try:
         return (folder / INFO_FILE).stat().st_mtime_ns
     except OSError:
         return 0
-
-
-def _unknown(name: str) -> str:
-    return f"no adapter '{name[:80]}' is registered. Register it, or use one that is."
 
 
 def _without_lists(metrics: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -19,17 +19,15 @@ import traceback
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from threading import Condition, Thread
-from typing import Any, Self
+from typing import Self
 
 import torch
 
 from normtune.adapters.multi.rows import RowAdapters
-from normtune.data import tasks
 from normtune.data.groups import Group
-from normtune.data.tasks import MAX_ANSWER_TOKENS
 from normtune.errors import InputError
 from normtune.models.causal.family import CausalFamily
 from normtune.models.family import Family
@@ -37,16 +35,7 @@ from normtune.models.types import Answer
 from normtune.serving.engine.adapter_slots import BASE_SLOT, AdapterSlots
 from normtune.serving.engine.image_encoder import ImageEncoder, pixel_digest
 from normtune.serving.engine.queue import Job, TextCallback, group_jobs, separate_images, take_batch
-from normtune.serving.engine.requests import (
-    Busy,
-    Closed,
-    DeviceFailed,
-    EngineStats,
-    Reply,
-    Request,
-    ServedAdapter,
-    is_device_failure,
-)
+from normtune.serving.engine.requests import Busy, Closed, DeviceFailed, EngineStats, Reply, Request, is_device_failure
 from normtune.serving.engine.stable_text import before_stop, finish_answer, stable_text
 
 IMAGE_BYTES = 512 << 20  # default size of the cache of encoded images
@@ -67,6 +56,10 @@ class Engine:
         lora_rank: the largest rank of the LoRA adapters to serve; 0 serves norm adapters only. Every loaded
             adapter takes the memory of a LoRA of this rank, even if it has none.
 
+    Attributes:
+        failed: whether the accelerator failed, after which no request can be answered.
+        register, remove, adapters, has_adapter: see the methods of `AdapterSlots`.
+
     Raises:
         InputError: `adapter_memory` is too small for one adapter, or the base has no layer for LoRA.
     """
@@ -83,14 +76,15 @@ class Engine:
         lora_rank: int = 0,
     ) -> None:
         assert max_batch >= 1 and queue_limit >= 1 and max_wait >= 0, "limits leave room for a request"
-        self.family, self.max_batch, self.max_wait = family, max_batch, max_wait
-        self.queue_limit = queue_limit
-        self._adapters = AdapterSlots(family.model, adapter_memory, lora_rank)
+        self.family, self.max_batch, self.max_wait, self.queue_limit = family, max_batch, max_wait, queue_limit
+        self._adapters = adapters = AdapterSlots(family.model, adapter_memory, lora_rank)
+        self.register, self.remove = adapters.register, adapters.remove
+        self.adapters, self.has_adapter = adapters.infos, adapters.has_adapter
         self._images = ImageEncoder(family, self._adapters.bank, image_memory)
         family.active_text_rows = self._adapters.bank.text_rows
         self._condition = Condition()  # guards the attributes below; notified when the queue changes
         self._queue: list[Job] = []
-        self._closing = self._base_restored = self._failed = False
+        self._closing = self._base_restored = self.failed = False
         self._running = 0
         self._counts: Counter[str] = Counter()  # of fields of EngineStats
         self._seconds_busy = 0.0
@@ -126,14 +120,7 @@ class Engine:
             InputError: the request has no image, a limit of less than one token or beam, or an empty stop text.
         """
         adapter = self._adapters.find(request.adapter)
-        if not request.images:
-            raise InputError("the request has no image. Send one, or the views of one study.")
-        default = tasks.MAX_REPORT_TOKENS if request.question is None else MAX_ANSWER_TOKENS
-        limit = default if request.max_new_tokens is None else request.max_new_tokens
-        if limit < 1 or request.beams < 1:
-            raise InputError("the answer needs at least one token and one beam. Raise the limit.")
-        if "" in request.stop:
-            raise InputError("a stop text is empty. Remove it.")
+        request.check()
         with self._condition:
             self._check_accepting()  # refuse early: converting, hashing and preprocessing images take time
         images = tuple(image if image.mode == "RGB" else image.convert("RGB") for image in request.images)
@@ -148,12 +135,10 @@ class Engine:
             image_digests=digests,
             question=request.question,
             adapter=adapter,
-            limit=limit,
+            limit=request.token_limit,
             beams=request.beams,
             stop=request.stop,
-            future=Future(),
             on_text=on_text,
-            arrived=time.monotonic(),
         )
         job.future.add_done_callback(self._drop_cancelled)
         with self._condition:
@@ -161,36 +146,6 @@ class Engine:
             self._queue.append(job)
             self._condition.notify_all()
         return job.future
-
-    def register(self, name: str, folder: Path) -> ServedAdapter:
-        """Register an adapter, or one with changed files again. Its tensors are read when it is first requested.
-
-        Raises:
-            NameTaken: an adapter of another folder has the name.
-            InputError: the folder holds no adapter that can be served with others.
-        """
-        return self._adapters.register(name, folder)
-
-    def remove(self, name: str) -> None:
-        """Remove an adapter. Requests that were accepted before are still answered.
-
-        Raises:
-            UnknownAdapter: no adapter of that name is registered.
-        """
-        self._adapters.remove(name)
-
-    @property
-    def failed(self) -> bool:
-        """Whether the accelerator failed, after which no request can be answered."""
-        return self._failed
-
-    def adapters(self) -> list[ServedAdapter]:
-        """Return all registered adapters, in the order of registration."""
-        return self._adapters.infos()
-
-    def has_adapter(self, name: str) -> bool:
-        """Return whether an adapter of that name is registered; faster than searching `adapters`."""
-        return self._adapters.has_adapter(name)
 
     def stats(self) -> EngineStats:
         """Return the current state and the counters since the start."""
@@ -229,13 +184,13 @@ class Engine:
             return
         with self._condition:
             was_restored, self._base_restored = self._base_restored, True
-        if not was_restored and not self._failed:
-            self.family.active_text_rows = None
+        if not was_restored and not self.failed:
+            self.family.active_text_rows = self.family.prompt_limit = None
             self._adapters.close()
 
     def _check_accepting(self) -> None:
         """Raise `DeviceFailed`, `Closed` or `Busy` if no request can be accepted. The caller holds the lock."""
-        if self._failed:
+        if self.failed:
             raise DeviceFailed()
         if self._closing:
             raise Closed("the server is shutting down.")
@@ -256,13 +211,13 @@ class Engine:
         for job in rejected:
             if job.future.set_running_or_notify_cancel():
                 closed = Closed("the server shut down before it answered the request.")
-                job.future.set_exception(DeviceFailed() if self._failed else closed)
+                job.future.set_exception(DeviceFailed() if self.failed else closed)
 
     # --- the worker thread ----------------------------------------------------------------------------------
 
     def _run(self) -> None:
         _select_device(self.family.device)
-        while not self._failed and (jobs := self._next_batch()):
+        while not self.failed and (jobs := self._next_batch()):
             began = time.monotonic()
             # Futures that were cancelled meanwhile are dropped; the others can no longer be cancelled.
             running = [job for job in jobs if job.future.set_running_or_notify_cancel()]
@@ -275,7 +230,7 @@ class Engine:
             with self._condition:
                 self._running = 0
                 self._seconds_busy += time.monotonic() - began
-        if self._failed:
+        if self.failed:
             self._reject_queued()
 
     def _next_batch(self) -> list[Job]:
@@ -299,27 +254,29 @@ class Engine:
 
     def _process(self, jobs: Sequence[Job]) -> None:
         """Load the adapters of a batch, encode its images and answer it. A job that fails fails alone."""
-        pinned: list[Job] = []
         ready: list[Job] = []
-        try:
+        with ExitStack() as stack:
             for job in jobs:
                 try:
                     self._adapters.pin(job.adapter)
-                    pinned.append(job)
-                    report = job.question is None
-                    job.segment = self.family.tokenize(str(job.number), job.question or "", None, report=report)
+                    stack.callback(self._adapters.unpin, job.adapter)
+                    self._tokenize(job)
+                    ready.append(job)
                 except Exception as error:
                     self._fail(job, error)
-                else:
-                    ready.append(job)
             errors = self._images.encode(ready)
             for job, image_error in errors.items():
                 self._fail(job, image_error)
             if ready := [job for job in ready if job not in errors]:
                 self._answer(ready)
-        finally:
-            for job in pinned:
-                self._adapters.unpin(job.adapter)
+
+    def _tokenize(self, job: Job) -> None:
+        """Set a job's segment, cut as in its adapter's training, and count the tokens that are cut."""
+        family, text = self.family, (str(job.number), job.question or "", None)
+        family.use_limits(job.adapter.limits)
+        job.segment = family.tokenize(*text, report=job.question is None)
+        if len(job.segment.prompt) == family.max_prompt_tokens:
+            job.tokens_cut = len(family.tokenize_whole(*text).prompt) - len(job.segment.prompt)
 
     def _answer(self, jobs: list[Job]) -> None:
         """Answer prepared jobs in one batch. If that fails, for example for memory, retry it in halves."""
@@ -336,7 +293,7 @@ class Engine:
             self._answer(jobs[: len(jobs) // 2])
             self._answer(jobs[len(jobs) // 2 :])
             return
-        self._count("batches")
+        self._count(batches=1)
         for group, group_answers in zip(groups, answers, strict=True):
             for job, answer in zip(group, group_answers, strict=True):
                 self._reply(job, answer)
@@ -344,18 +301,18 @@ class Engine:
     def _generate(self, groups: Sequence[Sequence[Job]]) -> list[list[Answer]]:
         """Generate the answers of one batch; `result[g][j]` is for job j of group g."""
         first = groups[0][0]
-        questions = [Group(jobs[0].image_digests, tuple(_segment(job) for job in jobs)) for jobs in groups]
+        questions = [Group(jobs[0].image_digests, tuple(job.segment for job in jobs)) for jobs in groups]
         # A causal model computes a group in one row, unless the image's states depend on the question; other
         # models have a row for each job.
         row_limit = 1 if isinstance(self.family, CausalFamily) and self.family.shares_prefix else None
-        row_slots = [jobs[0].adapter.slot or 0 for jobs in groups for _ in jobs[:row_limit]]
+        slots = [jobs[0].adapter.slot or BASE_SLOT for jobs in groups]
+        row_slots = [slot for slot, jobs in zip(slots, groups, strict=True) for _ in jobs[:row_limit]]
         jobs_in_order = [job for jobs in groups for job in jobs]
         for job in jobs_in_order:
             job.tokens.clear()  # of a failed batch; `sent_text` stays, because the client has that text
         streams = any(job.on_text is not None for job in jobs_in_order)
         images, studies = [jobs[0].encoded_images for jobs in groups], None
         if (lora := self._adapters.lora) is not None and lora.reads_images:
-            slots = [jobs[0].adapter.slot or BASE_SLOT for jobs in groups]
             # Adapters without LoRA share the base's keys and values of a study.
             lora_slots = [slot if slot in lora.loaded else BASE_SLOT for slot in slots]
             images, study_slots = separate_images(groups, lora_slots)
@@ -376,10 +333,7 @@ class Engine:
     def _stream(self, jobs: Sequence[Job], prompts: Sequence[int], tokens: Sequence[int]) -> None:
         """Send the new text of streamed answers. A callback that fails does not affect other jobs.
 
-        Args:
-            jobs: all jobs of the batch.
-            prompts: the index in `jobs` of each new token.
-            tokens: the new tokens.
+        `prompts` has the index in `jobs` of each of the new `tokens`.
         """
         for prompt, token in zip(prompts, tokens, strict=True):
             job = jobs[prompt]
@@ -394,8 +348,8 @@ class Engine:
     def _reply(self, job: Job, answer: Answer) -> None:
         """Send the rest of a streamed answer, and complete the job's future."""
         try:
-            prompt_tokens = self.family.prefix_tokens(job.encoded_images) + len(_segment(job).prompt)
-            text, completion_tokens, finish_reason = finish_answer(self.family, answer, job.stop)
+            tokens = {"prompt_tokens": self.family.prefix_tokens(job.encoded_images) + len(job.segment.prompt)}
+            text, tokens["completion_tokens"], finish_reason = finish_answer(self.family, answer, job.stop)
             # The score is that of the whole answer.
             score = answer.score if math.isfinite(answer.score) and text == answer.text else None
             if job.callback_error is not None:
@@ -407,17 +361,15 @@ class Engine:
         except Exception as error:
             self._fail(job, error)
             return
-        self._count("requests")
-        self._count("prompt_tokens", prompt_tokens)
-        self._count("completion_tokens", completion_tokens)
+        self._count(requests=1, questions_cut=int(job.tokens_cut > 0), **tokens)
         job.future.set_result(
             Reply(
                 text=text,
                 score=score,
-                prompt_tokens=prompt_tokens,
-                completion_tokens=completion_tokens,
                 seconds=time.monotonic() - job.arrived,
                 finish_reason=finish_reason,
+                question_tokens_cut=job.tokens_cut,
+                **tokens,
             )
         )
 
@@ -426,27 +378,22 @@ class Engine:
 
         The message could quote the question, which may name a patient.
         """
-        if is_device_failure(error) and not self._failed:
-            self._failed = True
+        if is_device_failure(error) and not self.failed:
+            self.failed = True
             _log.error("the accelerator failed; the process must be started again: %s", str(error).partition("\n")[0])
         if not isinstance(error, InputError):
             where = "".join(traceback.format_tb(error.__traceback__))
             _log.error("request %d failed: %s\n%s", job.number, type(error).__name__, where)
-        self._count("failed")
-        reported = DeviceFailed() if self._failed else error
+        self._count(failed=1)
+        reported = DeviceFailed() if self.failed else error
         job.future.set_exception(reported.with_traceback(None))  # the traceback's frames keep the batch in memory
 
-    def _count(self, name: str, amount: int = 1) -> None:
+    def _count(self, **amounts: int) -> None:
         with self._condition:
-            self._counts[name] += amount
+            self._counts.update(amounts)
 
 
 def _select_device(device: torch.device) -> None:
     """Make a CUDA device the current one of this thread, which a new thread does not inherit."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-
-
-def _segment(job: Job) -> Any:
-    assert job.segment is not None, "the job is prepared"
-    return job.segment

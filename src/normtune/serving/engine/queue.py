@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from time import monotonic
 
 from PIL import Image
 
@@ -32,6 +33,7 @@ class Job:
         on_text: receives the text of a streamed answer.
         arrived: time of arrival, by `time.monotonic`.
         segment: the tokenised question; set when its batch begins.
+        tokens_cut: see `Reply.question_tokens_cut`.
         encoded_images: its views as the image encoder returns them; set before the batch is answered.
         tokens: tokens of a streamed answer so far.
         sent_text: the text that `on_text` received last.
@@ -46,10 +48,11 @@ class Job:
     limit: int
     beams: int
     stop: tuple[str, ...]
-    future: Future[Reply]
     on_text: TextCallback | None
-    arrived: float
-    segment: Segment | None = None
+    future: Future[Reply] = field(default_factory=Future)
+    arrived: float = field(default_factory=monotonic)
+    segment: Segment = field(default_factory=lambda: Segment("", ()))
+    tokens_cut: int = 0
     encoded_images: tuple[Pixels, ...] = ()
     tokens: list[int] = field(default_factory=list)
     sent_text: str = ""

@@ -8,6 +8,7 @@ from typing import Literal
 
 from PIL import Image
 
+from normtune.data import tasks
 from normtune.errors import InputError
 
 
@@ -66,6 +67,22 @@ class Request:
     beams: int = 1
     stop: tuple[str, ...] = ()
 
+    @property
+    def token_limit(self) -> int:
+        """The most tokens of the answer."""
+        if self.max_new_tokens is not None:
+            return self.max_new_tokens
+        return tasks.MAX_REPORT_TOKENS if self.question is None else tasks.MAX_ANSWER_TOKENS
+
+    def check(self) -> None:
+        """Raise `InputError` if there is no image, a limit of less than one token or beam, or an empty stop text."""
+        if not self.images:
+            raise InputError("the request has no image. Send one, or the views of one study.")
+        if self.token_limit < 1 or self.beams < 1:
+            raise InputError("the answer needs at least one token and one beam. Raise the limit.")
+        if "" in self.stop:
+            raise InputError("a stop text is empty. Remove it.")
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -80,6 +97,8 @@ class Reply:
         seconds: time from `Engine.submit` to the answer.
         finish_reason: "stop" if the answer ended with the end token or a stop text, "length" if it has as many
             tokens as the request allows.
+        question_tokens_cut: tokens at the question's end that the model did not read, because it reads no longer
+            questions, or its adapter was trained on shorter ones.
     """
 
     text: str
@@ -88,6 +107,7 @@ class Reply:
     completion_tokens: int
     seconds: float
     finish_reason: Literal["stop", "length"] = "stop"
+    question_tokens_cut: int = 0
 
 
 @dataclass(frozen=True)
@@ -126,6 +146,7 @@ class EngineStats:
         batches, requests, failed, cancelled, refused: counters. `requests` counts answered requests,
             `refused` those rejected because the queue was full.
         prompt_tokens, completion_tokens: tokens of the answered requests.
+        questions_cut: answered requests with a question that was cut.
         images_computed, images_reused: images that were encoded, and encoded images found in the cache.
         registered, loaded: number of adapters.
         loads, evictions: adapters read from disk, and adapters evicted to free a slot.
@@ -143,6 +164,7 @@ class EngineStats:
     refused: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    questions_cut: int = 0
     images_computed: int = 0
     images_reused: int = 0
     registered: int = 0

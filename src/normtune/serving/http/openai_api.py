@@ -258,11 +258,16 @@ def _usage(reply: Reply) -> dict[str, int]:
 
 def _normtune_fields(reply: Reply) -> dict[str, Any]:
     """Return the fields that OpenAI's API does not have."""
-    return {"score": reply.score, "confidence": confidence(reply.score), "seconds": round(reply.seconds, 4)}
+    return {
+        "score": reply.score,
+        "confidence": confidence(reply.score),
+        "seconds": round(reply.seconds, 4),
+        "question_tokens_cut": reply.question_tokens_cut,
+    }
 
 
 def completion(id: str, model: str, reply: Reply) -> dict[str, Any]:
-    """Return a `chat.completion`. Its `normtune` has score (mean log-probability), confidence and seconds."""
+    """Return a `chat.completion`."""
     message = {"role": "assistant", "content": reply.text, "refusal": None}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reply.finish_reason}
     envelope = _envelope(id, "chat.completion", model)

@@ -136,11 +136,13 @@ class Usage(BaseModel):
 
 
 class Sureness(BaseModel):
-    """Mean log-probability of the answer's tokens (score), its exp (confidence), and the time taken."""
+    """Mean log-probability of the answer's tokens (score), its exp (confidence), the time taken, and the number of
+    tokens at the question's end that the model did not read."""
 
     score: float | None
     confidence: float | None
     seconds: float
+    question_tokens_cut: int
 
 
 class Completion(BaseModel):

@@ -27,6 +27,7 @@ _VALUES = {
     "refused": ("refused_total", "Requests refused because the queue was full."),
     "prompt_tokens": ("prompt_tokens_total", "Tokens of prompts and images."),
     "completion_tokens": ("completion_tokens_total", "Tokens of answers."),
+    "questions_cut": ("questions_cut_total", "Requests answered with a question that was cut."),
     "images_computed": ("images_computed_total", "Images encoded."),
     "images_reused": ("images_reused_total", "Encoded images found in the cache."),
     "registered": ("adapters_registered", "Adapters registered."),

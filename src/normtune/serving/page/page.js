@@ -265,6 +265,7 @@ function showFacts(card, facts, reason) {
     words.push(`confidence ${share}%`);
   }
   if (reason === "length") words.push("cut off at the token limit");
+  if (facts.question_tokens_cut) words.push(`the last ${facts.question_tokens_cut} tokens of the question were not read`);
   words.push(`${facts.seconds.toFixed(facts.seconds < 10 ? 2 : 0)} s`);
   card.facts.append(make("span", {}, words.join(" · ")));
 }
