@@ -82,8 +82,6 @@ def serve(
     if base in named_adapters:
         raise InputError(f"adapter '{base}' has the name of the base. Give another name: NAME=DIR.")
     with server.listen(host, port) as listening:  # before the slow load, so that a port in use is an error at once
-        from normtune.data import tasks
-        from normtune.data.tasks import MAX_ANSWER_TOKENS
         from normtune.models.loading import load
         from normtune.serving.engine.engine import Engine
 
@@ -113,8 +111,6 @@ def serve(
                 reviews=reviews,
                 remote_hosts=frozenset(name.lower() for name in allow_remote_images),
                 hosts=None if keys or without_keys else server.allowed_hosts(host),
-                question_tokens=MAX_ANSWER_TOKENS,
-                report_tokens=tasks.MAX_REPORT_TOKENS,
             )
             url = server.server_url(listening)
             info = {"url": url, "model": base, "adapters": names, "left_out": skipped, "keys": bool(keys)}

@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from normtune.data.tasks import MAX_ANSWER_TOKENS, MAX_REPORT_TOKENS
 from normtune.errors import InputError
 from normtune.serving.http.errors import RequestRefused
 from normtune.serving.http.limits import ApiKeys, Budget, RateLimiter, read_keys
 from normtune.serving.http.paths import find_adapters, parse_adapter_options
-from normtune.serving.http.state import Settings
 from normtune.serving.http.uploads import Uploads
 
 ONE, TWO = "a" * 16, "b" * 32
@@ -81,8 +79,3 @@ def test_adapter_names_come_from_options_or_folders(tmp_path: Path) -> None:
     for bad in (["a"], ["a="], ["../a=b"], ["a=b", "a=c"]):
         with pytest.raises(InputError, match="--adapter"):
             parse_adapter_options(bad)
-
-
-def test_default_token_limits_equal_those_of_evaluations() -> None:
-    settings = Settings(base="nano")
-    assert (settings.question_tokens, settings.report_tokens) == (MAX_ANSWER_TOKENS, MAX_REPORT_TOKENS)

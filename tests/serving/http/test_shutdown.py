@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -10,14 +11,18 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from starlette.types import Message
 
 from normtune.serving.engine.requests import DeviceFailed
 from normtune.serving.http.app import make_app
+from normtune.serving.http.chat import StreamedResponse
 from normtune.serving.http.limits import Limits
 from normtune.serving.http.server import Server, listen, uvicorn_config
 from normtune.serving.http.state import Settings
@@ -62,6 +67,27 @@ def test_a_batch_is_cancelled_when_its_client_disconnects() -> None:
         connection.close()
         wait_until(lambda: all(future.cancelled() for future in engine.futures))
         engine.may_answer.set()
+
+
+def test_a_stream_to_a_client_that_has_gone_is_closed_before_it_begins() -> None:
+    closed: list[str] = []
+
+    async def chunks() -> AsyncGenerator[str]:
+        yield "never sent"
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        await asyncio.sleep(20)
+
+    async def respond() -> None:
+        stack = AsyncExitStack()
+        stack.callback(closed.append, "question")
+        await StreamedResponse(chunks(), "text/event-stream", stack)({"type": "http"}, receive, send)
+
+    asyncio.run(respond())
+    assert closed == ["question"]
 
 
 def test_a_request_that_times_out_gets_504_and_is_cancelled() -> None:

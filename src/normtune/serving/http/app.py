@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from importlib.resources import files
 from typing import Annotated, Any
 
 from fastapi import FastAPI, File, Form, Response, UploadFile
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Match, Route
@@ -24,18 +26,33 @@ from normtune.adapters.info import NOTICE
 from normtune.errors import InputError, did_you_mean
 from normtune.serving.engine.requests import Busy, Closed, NameTaken, UnknownAdapter
 from normtune.serving.http import batch, openai_api, openapi, paths
-from normtune.serving.http.chat import completion_events, submit_request, wait_for_reply
-from normtune.serving.http.errors import ClientDisconnected, RequestRefused, remove_paths, to_refusal
+from normtune.serving.http.chat import StreamedResponse, completion_events, submit_request, wait_for_reply
+from normtune.serving.http.errors import RequestRefused, remove_paths, to_refusal
 from normtune.serving.http.middleware import COOKIE, RequestGate
 from normtune.serving.http.openapi import error_responses
-from normtune.serving.http.pages import add_pages
 from normtune.serving.http.prometheus import CONTENT_TYPE, ServerMetrics
 from normtune.serving.http.state import EngineProtocol, Service, Settings
-from normtune.serving.http.streaming import StreamedResponse
 from normtune.serving.http.uploads import Upload, open_upload, png_bytes
 
 _PURPOSES = ("vision", "user_data", "assistants")  # OpenAI's upload purposes that are accepted
 _HTTP_MESSAGES = {404: "this URL does not exist.", 405: "this URL does not support that method."}
+# Content-Security-Policy of the web page: its own files and images that it created; nothing from other hosts.
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+# A review page contains all it needs, so that a sandbox can keep its scripts away from the server.
+_REVIEW_POLICY = (
+    "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+# URL path: (file in serving/page, media type)
+_FILES = {
+    "/": ("index.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+    "/viewer.js": ("viewer.js", "text/javascript"),
+}
 
 
 def make_app(engine: EngineProtocol, settings: Settings) -> RequestGate:
@@ -66,7 +83,7 @@ def make_app(engine: EngineProtocol, settings: Settings) -> RequestGate:
     _add_files(app, service)
     _add_adapters(app, service)
     _add_status(app, service, metrics)
-    add_pages(app, service)
+    _add_pages(app, service)
     return RequestGate(app, service, metrics)
 
 
@@ -104,7 +121,7 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def unknown(_: HttpRequest, __: Exception) -> Response:
         return RequestRefused(500, "the server failed on this request. See its log.").response()
 
-    for kind in (RequestRefused, InputError, Busy, Closed, TimeoutError, ClientDisconnected):
+    for kind in (RequestRefused, InputError, Busy, Closed, TimeoutError, ClientDisconnect):
         app.add_exception_handler(kind, known)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
@@ -162,8 +179,8 @@ def _add_chat(app: FastAPI, service: Service) -> None:
             question = await stack.enter_async_context(submit_request(service, _owner(request), body))
             if body.stream:
                 usage = bool(body.stream_options and body.stream_options.include_usage)
-                chunks = completion_events(question, stack.pop_all(), usage=usage, seconds=seconds)
-                return StreamedResponse(chunks, "text/event-stream")
+                chunks = completion_events(question, usage=usage, seconds=seconds)
+                return StreamedResponse(chunks, "text/event-stream", stack.pop_all())
             reply = await wait_for_reply(question, request.receive, seconds)
             return JSONResponse(openai_api.completion(question.id, question.model, reply))
 
@@ -303,3 +320,30 @@ def _add_status(app: FastAPI, service: Service, server_metrics: ServerMetrics) -
                 secure=request.url.scheme == "https",
             )
         return response
+
+
+def _add_pages(app: FastAPI, service: Service) -> None:
+    """Add the routes of the web page at `/` and of the review pages below `/reviews`."""
+    for path, (name, media_type) in _FILES.items():
+        app.add_api_route(path, _page_file(name, media_type), include_in_schema=False)
+    folder = service.settings.reviews
+
+    @app.get("/v1/reviews", response_model=openapi.ReviewList)
+    async def list_reviews() -> dict[str, Any]:
+        """List the names of the review pages."""
+        return {"object": "list", "data": paths.review_names(folder)}
+
+    @app.get("/reviews/{name}", include_in_schema=False)
+    async def review(name: str) -> Response:
+        content = paths.review_page(folder, name).read_bytes()
+        return Response(content, media_type="text/html", headers={"content-security-policy": _REVIEW_POLICY})
+
+
+def _page_file(name: str, media_type: str) -> Any:
+    content = files("normtune.serving").joinpath("page", name).read_bytes()
+
+    async def page() -> Response:
+        headers = {"content-security-policy": _POLICY, "cache-control": "no-cache"}
+        return Response(content, media_type=media_type, headers=headers)
+
+    return page

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from pydantic import ValidationError
@@ -47,7 +47,7 @@ def read_rows(data: bytes, max_rows: int) -> list[openai_api.BatchRow]:
     return rows
 
 
-async def answer_rows(service: Service, owner: str, rows: list[openai_api.BatchRow]) -> AsyncIterator[str]:
+async def answer_rows(service: Service, owner: str, rows: list[openai_api.BatchRow]) -> AsyncGenerator[str]:
     """Yield a line for each row in OpenAI's format. A row that fails has the error in its line."""
     running = deque[asyncio.Task[str]]()
     try:
@@ -78,9 +78,7 @@ async def _answer(service: Service, owner: str, body: openai_api.ChatRequest) ->
             async with submit_request(service, owner, body) as question:
                 reply = await asyncio.wait_for(question.reply, service.limits.request_s)
                 return openai_api.completion(question.id, question.model, reply)
-        except Busy:
-            await asyncio.sleep(_RETRY_S)
-        except RequestRefused as refused:
-            if refused.code != "busy":
+        except (Busy, RequestRefused) as error:
+            if to_refusal(error).code != "busy":
                 raise
             await asyncio.sleep(_RETRY_S)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
-from starlette.types import Receive
+from starlette.requests import ClientDisconnect
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
+from normtune.data import tasks
 from normtune.serving.engine.requests import Closed, Reply, Request
 from normtune.serving.http import openai_api
-from normtune.serving.http.errors import ClientDisconnected, RequestRefused, to_refusal
+from normtune.serving.http.errors import RequestRefused, to_refusal
 from normtune.serving.http.remote_images import fetch_image
 from normtune.serving.http.state import Service
 from normtune.serving.http.uploads import decode_data_url, open_upload
@@ -49,7 +52,7 @@ async def submit_request(service: Service, owner: str, body: openai_api.ChatRequ
     Raises:
         RequestRefused, InputError, Busy, Closed: see their docstrings; `to_refusal` converts them.
     """
-    adapter = _adapter(service, body.model)
+    adapter = None if body.model == service.settings.base else body.model
     question, references = read_messages(body.messages)
     if len(references) > service.limits.images:
         raise RequestRefused(400, f"more than {service.limits.images} images. Send the views of one study only.")
@@ -57,7 +60,8 @@ async def submit_request(service: Service, owner: str, body: openai_api.ChatRequ
         raise RequestRefused(400, f"the question has more than {service.limits.question_characters:,} characters.")
     if question is not None and not _is_unicode(question):
         raise RequestRefused(400, "the question contains an invalid character (a lone surrogate).", param="messages")
-    limit = _limit(service, body, question)
+    default = tasks.MAX_REPORT_TOKENS if question is None else tasks.MAX_ANSWER_TOKENS
+    limit = min(body.max_completion_tokens or body.max_tokens or default, service.limits.new_tokens)
     loop, texts = asyncio.get_running_loop(), asyncio.Queue[str | None]()
 
     def on_text(text: str) -> None:
@@ -84,22 +88,12 @@ async def submit_request(service: Service, owner: str, body: openai_api.ChatRequ
         service.budget.release(reserved)
 
 
-def _adapter(service: Service, model: str) -> str | None:
-    return None if model == service.settings.base else model
-
-
 def _is_unicode(text: str) -> bool:
     try:
         text.encode()
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _limit(service: Service, body: openai_api.ChatRequest, question: str | None) -> int:
-    settings = service.settings
-    default = settings.report_tokens if question is None else settings.question_tokens
-    return min(body.max_completion_tokens or body.max_tokens or default, service.limits.new_tokens)
 
 
 def read_messages(messages: list[openai_api.Message]) -> tuple[str | None, list[str]]:
@@ -145,17 +139,17 @@ async def wait_for_reply(question: ChatJob, receive: Receive, seconds: float) ->
     """Wait for the reply, at most `seconds`.
 
     Raises:
-        ClientDisconnected: the client closed the connection.
+        ClientDisconnect: the client closed the connection.
         TimeoutError: the time is over.
     """
-    disconnected = asyncio.ensure_future(wait_for_disconnect(receive))
+    disconnected = asyncio.ensure_future(_wait_for_disconnect(receive))
     try:
         either: set[asyncio.Future[Any]] = {question.reply, disconnected}
         await asyncio.wait(either, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if question.reply.done():
             return _result(question.reply)
         if disconnected.done():
-            raise ClientDisconnected
+            raise ClientDisconnect
         raise TimeoutError
     finally:
         disconnected.cancel()
@@ -167,42 +161,57 @@ def _result(reply: asyncio.Future[Reply]) -> Reply:
     return reply.result()
 
 
-async def wait_for_disconnect(receive: Receive) -> None:
-    """Return when the client has closed the connection."""
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-async def completion_events(
-    question: ChatJob, stack: AsyncExitStack, *, usage: bool, seconds: float
-) -> AsyncIterator[str]:
+class StreamedResponse(StreamingResponse):
+    """Sends the texts of a generator, which it closes when all are sent or the client disconnects.
+
+    Args:
+        chunks: the texts.
+        media_type: the Content-Type.
+        stack: contexts that are left at the same time.
+    """
+
+    def __init__(self, chunks: AsyncGenerator[str], media_type: str, stack: AsyncExitStack | None = None) -> None:
+        # The header keeps nginx from delaying chunks until they fill its buffer.
+        super().__init__(chunks, headers={"x-accel-buffering": "no"}, media_type=media_type)
+        self._stack = stack or AsyncExitStack()
+        self._stack.push_async_callback(chunks.aclose)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._stack:
+            await super().__call__(scope, receive, send)
+
+
+async def completion_events(question: ChatJob, *, usage: bool, seconds: float) -> AsyncGenerator[str]:
     """Yield the answer as server-sent events in OpenAI's format.
 
     Args:
         question: the submitted question.
-        stack: the context of `submit_request`; closed at the end.
         usage: add a last chunk with the token counts.
         seconds: the most time until the reply.
     """
     deadline = asyncio.get_running_loop().time() + seconds
-    async with stack:
-        try:
-            yield _event(openai_api.chunk(question.id, question.model, {"role": "assistant", "content": ""}))
-            sent = ""
-            while (text := await _next_text(question, deadline)) is not None:
-                if text == _WAITING:
-                    yield ": waiting\n\n"
-                elif len(text) > len(sent) and text.startswith(sent):
-                    yield _event(_chunk(question, text[len(sent) :]))
-                    sent = text
-            reply = _result(question.reply)
-            if len(reply.text) > len(sent) and reply.text.startswith(sent):
-                yield _event(_chunk(question, reply.text[len(sent) :]))
-            for chunk in openai_api.last_chunks(question.id, question.model, reply, usage):
-                yield _event(chunk)
-        except Exception as error:
-            yield _event(to_refusal(error).body())
-        yield "data: [DONE]\n\n"
+    try:
+        yield _event(openai_api.chunk(question.id, question.model, {"role": "assistant", "content": ""}))
+        sent = ""
+        while (text := await _next_text(question, deadline)) is not None:
+            if text == _WAITING:
+                yield ": waiting\n\n"
+            elif len(text) > len(sent) and text.startswith(sent):
+                yield _event(_chunk(question, text[len(sent) :]))
+                sent = text
+        reply = _result(question.reply)
+        if len(reply.text) > len(sent) and reply.text.startswith(sent):
+            yield _event(_chunk(question, reply.text[len(sent) :]))
+        for chunk in openai_api.last_chunks(question.id, question.model, reply, usage):
+            yield _event(chunk)
+    except Exception as error:
+        yield _event(to_refusal(error).body())
+    yield "data: [DONE]\n\n"
 
 
 _WAITING = "\0"  # returned by `_next_text` when a heartbeat is due; no answer has this text

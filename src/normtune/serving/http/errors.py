@@ -7,9 +7,11 @@ import re
 import traceback
 from collections.abc import Iterable
 from concurrent.futures import CancelledError
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
 from normtune.errors import InputError
@@ -22,10 +24,7 @@ _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])/[\w.~-]+/|[A-Za-z]:\\")
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
-class ClientDisconnected(Exception):
-    """The client closed the connection, so the answer cannot be delivered."""
-
-
+@dataclass(eq=False)
 class RequestRefused(Exception):
     """A request that is answered with an error.
 
@@ -36,21 +35,12 @@ class RequestRefused(Exception):
         retry_after: seconds after which to try again, for 429 and 503.
     """
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        code: str | None = None,
-        param: str | None = None,
-        retry_after: int | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.code = code
-        self.param = param
-        self.retry_after = retry_after
+    status: int
+    message: str
+    _: KW_ONLY
+    code: str | None = None
+    param: str | None = None
+    retry_after: int | None = None
 
     def body(self) -> dict[str, Any]:
         """Return OpenAI's error object."""
@@ -77,7 +67,7 @@ def to_refusal(error: BaseException) -> RequestRefused:
     match error:
         case RequestRefused():
             return error
-        case ClientDisconnected():
+        case ClientDisconnect():
             return RequestRefused(CLIENT_CLOSED_REQUEST, "the client closed the connection.")
         case UnknownAdapter():
             return RequestRefused(404, remove_paths(str(error)), code="model_not_found", param="model")

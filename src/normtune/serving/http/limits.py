@@ -160,10 +160,10 @@ class RateLimiter:
 
 
 class Budget:
-    """Memory that all requests share, in bytes. Not thread-safe: only the event loop uses it."""
+    """Memory that all requests share: `available` bytes can be reserved. Not thread-safe: for the event loop only."""
 
     def __init__(self, total: int) -> None:
-        self._available = total
+        self.available = total
 
     def reserve(self, count: int) -> None:
         """Reserve bytes until `release`.
@@ -171,17 +171,12 @@ class Budget:
         Raises:
             RequestRefused: 429, not enough bytes are available.
         """
-        if count > self._available:
+        if count > self.available:
             raise RequestRefused(
                 429, "the memory for images is in use. Try again in a second.", code="busy", retry_after=1
             )
-        self._available -= count
+        self.available -= count
 
     def release(self, count: int) -> None:
         """Return reserved bytes."""
-        self._available += count
-
-    @property
-    def available(self) -> int:
-        """Bytes that can still be reserved."""
-        return self._available
+        self.available += count

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
 
-from starlette.datastructures import MutableHeaders
-from starlette.requests import cookie_parser
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect, Request, cookie_parser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from normtune.serving.engine.requests import Busy
-from normtune.serving.http.errors import CLIENT_CLOSED_REQUEST, LOG, ClientDisconnected, RequestRefused, to_refusal
+from normtune.serving.http.errors import CLIENT_CLOSED_REQUEST, LOG, RequestRefused, to_refusal
 from normtune.serving.http.limits import RateLimiter
 from normtune.serving.http.prometheus import ServerMetrics
 from normtune.serving.http.state import Service
@@ -89,7 +88,7 @@ class RequestGate:
                 self._questions += 1
                 counted = True
             await self._app(app_scope, _replay(body, receive), send_with_headers)
-        except ClientDisconnected:
+        except ClientDisconnect:
             status = CLIENT_CLOSED_REQUEST
         except asyncio.CancelledError:
             status = status or 503
@@ -113,7 +112,7 @@ class RequestGate:
         Raises:
             RequestRefused: the request is not accepted.
         """
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        headers = dict(Headers(scope=scope).items())
         if self._hosts is not None and _host(headers.get("host", "")) not in self._hosts:
             raise RequestRefused(421, "this host name is not accepted. Use the address that the server printed.")
         if len(scope["path"]) > 512 or len(scope.get("query_string", b"")) > 2048:
@@ -163,7 +162,7 @@ class RequestGate:
         size = reserved = 0
         try:
             async with asyncio.timeout(seconds):
-                async for chunk in _chunks(receive):
+                async for chunk in Request(scope, receive).stream():
                     size += len(chunk)
                     try:
                         if size > max_bytes:
@@ -184,16 +183,6 @@ class RequestGate:
                 raise refused or RequestRefused(408, "the request body did not arrive in time.") from None
             raise
         return b"".join(chunks)
-
-
-async def _chunks(receive: Receive) -> AsyncIterator[bytes]:
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnected
-        yield message.get("body", b"")
-        if not message.get("more_body", False):
-            return
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -16,7 +16,6 @@ from normtune.serving.http.openai_api import BatchRow
 
 Responses = dict[int | str, dict[str, Any]]  # FastAPI's `responses`
 
-_METHODS = ("get", "put", "post", "delete", "options", "head", "patch", "trace")
 _GATE_STATUSES = (408, 413, 414, 421, 429)  # errors of `RequestGate` on every route; /v1 adds 401 or 403
 _RETRY_HEADER = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}}
 _KEY_HEADER = {"WWW-Authenticate": {"schema": {"type": "string"}}}
@@ -198,13 +197,12 @@ UPLOAD_REQUEST = {
 
 def error_responses(*statuses: int) -> Responses:
     """Return the documentation of errors with these statuses, for a route's `responses`."""
-    return {status: _error_response(status) for status in statuses}
-
-
-def _error_response(status: int) -> dict[str, Any]:
     content = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}
-    response = {"description": _PHRASES.get(status) or HTTPStatus(status).phrase, "content": content}
-    return response | ({"headers": _HEADERS[status]} if status in _HEADERS else {})
+    return {
+        status: {"description": _PHRASES.get(status) or HTTPStatus(status).phrase, "content": content}
+        | ({"headers": _HEADERS[status]} if status in _HEADERS else {})
+        for status in statuses
+    }
 
 
 class DocumentedApp(FastAPI):
@@ -220,38 +218,31 @@ class DocumentedApp(FastAPI):
         self._keys = keys
 
     def openapi(self) -> dict[str, Any]:
-        """Return the schema; it is generated once."""
-        return self.openapi_schema or complete_schema(super().openapi(), keys=self._keys)
+        """Return FastAPI's schema, completed by models it does not reference, the API key, and the gate's errors.
 
-
-def complete_schema(schema: dict[str, Any], *, keys: bool) -> dict[str, Any]:
-    """Complete FastAPI's schema in place: models it does not reference, the API key, and the gate's errors.
-
-    Invalid requests get status 400, so that FastAPI's 422 is removed.
-    """
-    components = schema.setdefault("components", {}).setdefault("schemas", {})
-    for name in ("HTTPValidationError", "ValidationError"):
-        components.pop(name, None)
-    modes: list[tuple[type[BaseModel], JsonSchemaMode]] = [(BatchRow, "validation"), (ErrorBody, "serialization")]
-    _, definitions = models_json_schema(modes, ref_template="#/components/schemas/{model}")
-    components.update(definitions["$defs"])
-    if keys:
-        schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-    for path, methods in schema["paths"].items():
-        for method, operation in methods.items():
-            if method in _METHODS:
-                _complete_operation(operation, is_v1=path.startswith("/v1/"), is_get=method == "get", keys=keys)
-    return schema
-
-
-def _complete_operation(operation: dict[str, Any], *, is_v1: bool, is_get: bool, keys: bool) -> None:
-    responses = operation["responses"]
-    responses.pop("422", None)
-    statuses = list(_GATE_STATUSES)
-    if is_v1:  # without keys, requests from pages of other sites are refused, unless they only read
-        statuses += [401] if keys else [] if is_get else [403]
-        if keys:
-            operation["security"] = [{"key": []}]
-    for status in statuses:
-        responses.setdefault(str(status), _error_response(status))
-    operation["responses"] = dict(sorted(responses.items()))
+        Invalid requests get status 400, so that FastAPI's 422 is removed.
+        """
+        if self.openapi_schema:  # generated before
+            return self.openapi_schema
+        schema = super().openapi()
+        components = schema.setdefault("components", {}).setdefault("schemas", {})
+        for name in ("HTTPValidationError", "ValidationError"):
+            components.pop(name, None)
+        modes: list[tuple[type[BaseModel], JsonSchemaMode]] = [(BatchRow, "validation"), (ErrorBody, "serialization")]
+        _, definitions = models_json_schema(modes, ref_template="#/components/schemas/{model}")
+        components.update(definitions["$defs"])
+        if self._keys:
+            schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        for path, operations in schema["paths"].items():
+            for method, operation in operations.items():
+                statuses = list(_GATE_STATUSES)
+                if path.startswith("/v1/") and self._keys:
+                    operation["security"] = [{"key": []}]
+                    statuses.append(401)
+                elif path.startswith("/v1/") and method != "get":
+                    statuses.append(403)  # requests from pages of other sites are refused, unless they only read
+                responses = error_responses(*statuses)
+                responses = {str(status): response for status, response in responses.items()} | operation["responses"]
+                responses.pop("422", None)
+                operation["responses"] = dict(sorted(responses.items()))
+        return schema

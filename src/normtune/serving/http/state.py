@@ -53,7 +53,6 @@ class Settings:
         reviews: a folder of `normtune review` pages; None serves none.
         remote_hosts: hosts from which images are fetched.
         hosts: the accepted Host headers; None accepts any.
-        question_tokens, report_tokens: the most tokens of an answer and of a report by default.
     """
 
     base: str
@@ -63,8 +62,6 @@ class Settings:
     reviews: Path | None = None
     remote_hosts: frozenset[str] = frozenset()
     hosts: frozenset[str] | None = None
-    question_tokens: int = 16
-    report_tokens: int = 128
 
 
 class Service:

@@ -184,20 +184,23 @@ class Uploads:
         count, total_bytes: the most images, and the most bytes; beyond them the oldest are dropped.
         seconds: time after which an image expires.
         now: the clock, in seconds.
+
+    Attributes:
+        size: bytes of all stored images.
     """
 
     def __init__(self, count: int, total_bytes: int, seconds: float, now: Callable[[], float] = time.time) -> None:
         self._max_count, self._max_bytes, self._seconds, self._now = count, total_bytes, seconds, now
         self._uploads: OrderedDict[str, Upload] = OrderedDict()  # the oldest first
-        self._size = 0
+        self.size = 0
 
     def add(self, owner: str, png: bytes, width: int, height: int) -> Upload:
         """Store an image, and drop the oldest ones beyond the limits. The newest one is always kept."""
         self._drop_expired()
         upload = Upload(f"file-{secrets.token_hex(12)}", owner, png, width, height, self._now())
         self._uploads[upload.id] = upload
-        self._size += len(png)
-        while len(self._uploads) > self._max_count or (self._size > self._max_bytes and len(self._uploads) > 1):
+        self.size += len(png)
+        while len(self._uploads) > self._max_count or (self.size > self._max_bytes and len(self._uploads) > 1):
             self._drop(next(iter(self._uploads)))
         return upload
 
@@ -226,13 +229,8 @@ class Uploads:
         self._drop_expired()
         return [upload for upload in self._uploads.values() if upload.owner == owner]
 
-    @property
-    def size(self) -> int:
-        """Bytes of all stored images."""
-        return self._size
-
     def _drop(self, id: str) -> None:
-        self._size -= len(self._uploads.pop(id).png)
+        self.size -= len(self._uploads.pop(id).png)
 
     def _drop_expired(self) -> None:
         oldest_allowed = self._now() - self._seconds
