@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,6 @@ from normtune.errors import InputError
 from normtune.models.parts import find_parts
 from normtune.runtime.tensors import clone_while_compiling
 
-Quantisation = Literal["int8", "nf4"]
 PACKAGES: dict[str, str] = {"int8": "torchao", "nf4": "bitsandbytes"}  # kind -> package that implements it
 SAMPLES = 64  # values of each tensor that the fingerprint of a base reads
 NF4_BLOCK = 64  # values that share one scale (Dettmers et al. 2023, arXiv 2305.14314)

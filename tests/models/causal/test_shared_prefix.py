@@ -107,13 +107,6 @@ def test_adjacent_rows_hold_different_image_blocks() -> None:
     assert image_blocks(torch.tensor([[1, 7], [7, 1]]), 7).tolist() == [[-1, 0], [1, -1]]
 
 
-def test_queries_are_the_last_rows_of_the_mask() -> None:
-    groups, prefixes = example()
-    s = shared_sequence(groups, prefixes, 0)
-    whole = dense_mask(s.group_of, s.segment_of)
-    assert torch.equal(dense_mask(s.group_of, s.segment_of, queries=2), whole[:, :, -2:])
-
-
 @pytest.mark.parametrize("window", [None, 2])
 @pytest.mark.parametrize("rows", ["pad", "pack"])
 def test_block_mask_equals_dense_mask(rows: RowLayout, window: int | None) -> None:

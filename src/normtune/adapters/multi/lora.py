@@ -85,13 +85,9 @@ class MultiAdapterLoRA(nn.Module):
             return out  # the base's output, to the bit
         wide, flat_out = x.reshape(-1, x.shape[-1]).float(), out.reshape(-1, out.shape[-1])
         runs = [run for run in row_adapters.runs(len(wide)) if run[0] in self.loaded]
-        # Gathering copies the matrices once per unit. It pays only for short units of one size, as in
-        # generation (one token per row); long units, different sizes or a single run take one matmul per run.
-        if (
-            len(runs) == 1
-            or row_adapters.sizes is not None
-            or len(wide) >= MIN_ROWS_FOR_RUNS * len(row_adapters.adapters)
-        ):
+        # Gathering copies the matrices once per unit. It pays only for short units, as in generation (one token
+        # per row); long units or a single run take one matmul per run.
+        if len(runs) == 1 or len(wide) >= MIN_ROWS_FOR_RUNS * len(row_adapters.adapters):
             for adapter, start, stop in runs:
                 # [rows, in] @ [in, rank] @ [rank, out], added in place: add_ rounds to out's dtype once
                 flat_out[start:stop].add_(wide[start:stop] @ self.down[adapter].T @ self.up[adapter].T)
@@ -100,7 +96,7 @@ class MultiAdapterLoRA(nn.Module):
         return flat_out.view(out.shape)
 
     def forward_rows(self, wide: Tensor, row_adapters: RowAdapters) -> Tensor:
-        """The updates of rows [rows, in] of many adapters, [rows, out]; every unit has equally many rows."""
+        """The updates of rows [rows, in] of many adapters, [rows, out]."""
         index = row_adapters.index(self.down.device)  # [units]
         # [units, rows per unit, in] @ [units, in, rank] -> [units, rows per unit, rank]
         inner = wide.view(len(index), -1, wide.shape[-1]) @ self.down.index_select(0, index).mT

@@ -86,10 +86,10 @@ class MultiAdapterNorm(nn.Module):
             unit = torch.ops.aten._fused_rms_norm(wide, x.shape[-1:], None, eps)[0]
         else:
             unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        gain = row_adapters.gather(self.weight, len(x))  # [units or rows, 1, width]
+        gain = row_adapters.gather(self.weight)  # [units, 1, width]
         gain = 1.0 + gain if self.kind == "rms_offset" else gain
-        shift = None if self.bias is None else row_adapters.gather(self.bias, len(x))
-        unit = unit.view(len(gain), -1, x.shape[-1])  # [units, rows per unit, width] or [rows, 1, width]
+        shift = None if self.bias is None else row_adapters.gather(self.bias)
+        unit = unit.view(len(gain), -1, x.shape[-1])  # [units, rows per unit, width]
         return scale_and_shift(unit, gain, shift, x.dtype, self.round_before_gain).view(x.shape)
 
     def extra_repr(self) -> str:

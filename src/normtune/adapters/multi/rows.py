@@ -32,31 +32,16 @@ class RowAdapters:
     """The adapter of each unit of a batch.
 
     Args:
-        adapters: the adapter of each unit, in the order of the units in the batch.
-        sizes: relative number of rows of each unit, such as its tokens or patches; None: all units have
-            equally many.
+        adapters: the adapter of each unit, in the order of the units in the batch. All units have equally many
+            rows.
     """
 
-    def __init__(self, adapters: Sequence[int], sizes: Sequence[int] | None = None) -> None:
-        assert adapters and (sizes is None or len(sizes) == len(adapters)), "one adapter and size per unit"
+    def __init__(self, adapters: Sequence[int]) -> None:
+        assert adapters, "at least one unit"
         self.adapters = tuple(adapters)
-        self.sizes = None if sizes is None or len(set(sizes)) == 1 else tuple(sizes)
         # the same object serves every layer of a pass: its results are computed once
         self._runs: dict[int, tuple[Run, ...]] = {}  # rows of an input -> its runs
         self._index: dict[torch.device, Tensor] = {}
-
-    def _rows_per_unit(self, rows: int) -> list[int]:
-        """How many of `rows` rows belong to each unit."""
-        sizes = self.sizes or (1,) * len(self.adapters)
-        each, rest = divmod(rows, sum(sizes))
-        if not rest:
-            # sizes (2, 1, 1), 24 rows: each = 6 -> 12, 6, 6
-            return [each * size for size in sizes]
-        # Fewer rows than the sizes count: a layer merged several rows into one, such as four patches into one
-        # token. sizes (16, 80), 24 rows -> 24 * 16 / 96 = 4 and 24 * 80 / 96 = 20
-        quotients = [divmod(rows * size, sum(sizes)) for size in sizes]
-        assert not any(rest for _, rest in quotients), f"{rows} rows cannot be shared by {len(sizes)} units"
-        return [count for count, _ in quotients]
 
     def runs(self, rows: int) -> tuple[Run, ...]:
         """The runs of an input of `rows` rows, in order; together they cover all rows."""
@@ -67,7 +52,9 @@ class RowAdapters:
             #   unit 2 begins another: (0, 0, 4), (2, 4, 6)
             runs: list[Run] = []
             stop = 0
-            for adapter, count in zip(self.adapters, self._rows_per_unit(rows), strict=True):
+            count, rest = divmod(rows, len(self.adapters))
+            assert not rest, f"{rows} rows cannot be shared by {len(self.adapters)} units"
+            for adapter in self.adapters:
                 start, stop = stop, stop + count
                 if runs and runs[-1][0] == adapter:
                     start = runs.pop()[1]  # extend the run of the previous unit
@@ -81,22 +68,9 @@ class RowAdapters:
             self._index[device] = torch.tensor(self.adapters, device=device)
         return self._index[device]
 
-    def gather(self, bank: Tensor, rows: int) -> Tensor:
-        """Look up the values of each unit's adapter.
-
-        Args:
-            bank: [adapters, width].
-            rows: rows of the input that they will be multiplied with.
-
-        Returns:
-            [units, 1, width], to broadcast over [units, rows per unit, width]; or [rows, 1, width], if units
-            have different numbers of rows.
-        """
-        index = self.index(bank.device)
-        if self.sizes is not None:
-            # adapters (0, 2), rows per unit (1, 3) -> index (0, 2, 2, 2)
-            index = index.repeat_interleave(torch.tensor(self._rows_per_unit(rows), device=bank.device))
-        return bank.index_select(0, index)[:, None]
+    def gather(self, bank: Tensor) -> Tensor:
+        """The values of each unit's adapter: [adapters, width] -> [units, 1, width]."""
+        return bank.index_select(0, self.index(bank.device))[:, None]
 
 
 class ActiveRows:
@@ -127,5 +101,4 @@ class ActiveRows:
             units: [units that remain] long, indices into the current units.
         """
         if self.adapters is not None:
-            assert self.adapters.sizes is None, "units of one size"
             self.adapters = RowAdapters([self.adapters.adapters[unit] for unit in units.tolist()])

@@ -170,7 +170,7 @@ class _TokenInfo(NamedTuple):
 def _visible(q: _TokenInfo, k: _TokenInfo, window: int | None, whole_blocks: bool) -> Tensor:
     """Whether queries see keys, as bool of the broadcast shape of `q` and `k`.
 
-    Dense masks call it with [B, Q, 1] against [B, 1, S], FlexAttention with single tokens.
+    Dense masks call it with [B, S, 1] against [B, 1, S], FlexAttention with single tokens.
     """
     # same group, and the key is in the prefix or in the query's own segment
     related = (q.group == k.group) & ((k.segment == PREFIX) | (k.segment == q.segment))
@@ -202,18 +202,15 @@ def dense_mask(
     group_of: Tensor,
     segment_of: Tensor,
     *,
-    queries: int | None = None,
     image_block: Tensor | None = None,
     position_ids: Tensor | None = None,
     window: int | None = None,
     whole_blocks: bool = False,
 ) -> Tensor:
-    """The mask as bool [B, 1, Q, S], true where the query (dim 2) sees the key (dim 3).
+    """The mask as bool [B, 1, S, S], true where the query (dim 2) sees the key (dim 3).
 
     Args:
         group_of, segment_of: [B, S], as in `SharedSequence`.
-        queries: how many of the last tokens of each row are queries; all of them (Q = S) by default. With a
-            key-value cache the earlier ones have been computed already.
         image_block: [B, S], the number of the image block of each token, -1 outside images; the tokens of
             one block see each other in both directions (Gemma 3).
         position_ids: [B, S]; needed with a window.
@@ -222,10 +219,9 @@ def dense_mask(
         whole_blocks: the tokens of one block see each other past the window too (PaliGemma 2).
     """
     tokens = _token_info(group_of, segment_of, image_block, position_ids)
-    start = 0 if queries is None else group_of.shape[1] - queries
     every = slice(None)
-    # [B, Q, 1] and [B, 1, S] broadcast to [B, Q, S]
-    q, k = tokens.select((every, slice(start, None), None)), tokens.select((every, None))
+    # [B, S, 1] and [B, 1, S] broadcast to [B, S, S]
+    q, k = tokens.select((every, every, None)), tokens.select((every, None))
     return _visible(q, k, window, whole_blocks)[:, None]
 
 
