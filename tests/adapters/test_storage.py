@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,12 @@ def test_the_files_record_base_recipe_data_and_tensors(tmp_path: Path) -> None:
     assert card == model_card(read_adapter_info(tmp_path))
     assert "| closed | 0.5000 [0.4000, 0.6000] |" in card
     assert "| data: licence | CC0 |" in card
+    rows = {"read": 12, "used": 7, "dropped": {"answer is empty": 5}}
+    data = {"rows": rows, "losses": {}, "limits": {"prompt": None, "answer": 16}, "score_ceiling": {"all": 0.5}}
+    card = model_card(replace(read_adapter_info(tmp_path), data=data))
+    assert "| data: rows | read 12, used 7, dropped (answer is empty 5) |" in card
+    assert "| data: losses | none |" in card and "| data: limits | prompt no limit, answer 16 |" in card
+    assert "| data: score_ceiling | all 0.5000 |" in card
     assert f"{tuned.trainable:,} of {tuned.total:,} parameters" in card
     assert NOTICE in card
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted((CARD_FILE, INFO_FILE, TENSORS_FILE))

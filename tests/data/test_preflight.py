@@ -77,7 +77,9 @@ def test_what_limits_cut_is_counted_with_the_score_ceiling(tmp_path: Path) -> No
     assert counts.limits["answers"]["cut"] == 1
     assert counts.limits["score_ceiling"] == {"all": 0.5, "open": 0.0, "closed": 1.0}
     assert counts.losses == {"question is cut": 1, "reference is cut in training": 1, "answer is cut": 1}
-    assert counts.token_limits() == {"prompt": 3, "reference": 3, "answer": 2}
+    figures = counts.adapter_figures()
+    assert figures["limits"] == {"prompt": 3, "reference": 3, "answer": 2}
+    assert figures["score_ceiling"] == {"all": 0.5, "open": 0.0, "closed": 1.0} and figures["rows"] == counts.rows
     counts.save(tmp_path)
     assert json.loads((tmp_path / "preflight.json").read_text()) == counts.to_dict()
 

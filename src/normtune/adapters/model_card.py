@@ -19,7 +19,7 @@ def model_card(info: AdapterInfo) -> str:
         ("recipe", f"`{info.recipe}`"),
         ("trained", f"{info.trainable:,} of {info.total:,} parameters ({share:.4%})"),
     ]
-    rows += [(f"data: {name}", str(value)) for name, value in (info.data or {"": "not recorded"}).items()]
+    rows += [(f"data: {name}", _as_text(value)) for name, value in (info.data or {"": "not recorded"}).items()]
     metrics = list(_metric_rows(info.metrics or {}))
     return render_template(
         "adapters/model_card.md.j2",
@@ -27,6 +27,14 @@ def model_card(info: AdapterInfo) -> str:
         facts=markdown_table(("", ""), rows, "l"),
         metrics=markdown_table(("metric", "value"), metrics, "l") if metrics else [],
     )
+
+
+def _as_text(value: Any) -> str:
+    """A value of `adapter.json`; a mapping, such as the rows of the preflight, as "read 12, used 10"."""
+    if isinstance(value, Mapping):
+        inner = ((name, f"({_as_text(v)})" if isinstance(v, Mapping) else _as_text(v)) for name, v in value.items())
+        return ", ".join(f"{name.replace('_', ' ')} {text}" for name, text in inner) or "none"
+    return "no limit" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def _metric_rows(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -56,12 +56,13 @@ def data(*, as_json: bool, **options: Any) -> None:
     several splits share. Opens every picture once. With --model, also counts the texts that its limits cut.
     """
     from normtune.data.registry import open_dataset
+    from normtune.data.summary import summarize
     from normtune.inference.limits import inspect_data
 
     model, strict = options.pop("model"), options.pop("strict")
     dataset = open_dataset(options.pop("data"), **options)
     counts = inspect_data(dataset, model, text_only=options["text_only"])
-    summary = dataset.summary()
+    summary = summarize(dataset, counts.leaks)
     emit(as_json, summary | {"preflight": counts.to_dict()}, f"{summary}\n\nPreflight\n{counts.text()}")
     if strict:
         counts.require_no_loss()

@@ -18,7 +18,7 @@ from typing import Any
 from normtune.data.pictures import Picture, cluster, equal_pictures, near_duplicates, read_pictures
 from normtune.data.reading.cells import NOT_A_NUMBER
 from normtune.data.records import Dataset, Example
-from normtune.data.splits import find_leaks, group_columns
+from normtune.data.splits import Leak, find_leaks, group_columns
 from normtune.errors import InputError
 from normtune.runtime.files import write_json
 
@@ -63,7 +63,7 @@ class Preflight:
     pictures: dict[str, Any]  # opened, unreadable, equal, near_duplicates, and the first of each
     texts: dict[str, Any]  # languages, control_tokens, not_a_number, constant, repeated, contradictions, unseen
     grouped_by: list[str]  # columns that name patients, cases or studies
-    leaks: list[str]
+    leaks: list[Leak]
     limits: dict[str, Any] = field(default_factory=dict)  # of prompts, references and answers; the score ceiling
     losses: dict[str, int] = field(default_factory=dict)  # what is lost -> rows; empty if nothing is
     bad_rows: dict[str, str] = field(default_factory=dict)  # id of an example that cannot be used -> why
@@ -72,7 +72,8 @@ class Preflight:
     def to_dict(self) -> dict[str, Any]:
         """The contents of preflight.json. Ids and reasons of bad rows are the first few."""
         first = dict(list(self.bad_rows.items())[:_FIRST])
-        return asdict(self) | {"bad_rows": {"count": len(self.bad_rows), "first": first}}
+        counts = asdict(self) | {"leaks": list(map(str, self.leaks))}
+        return counts | {"bad_rows": {"count": len(self.bad_rows), "first": first}}
 
     def require_no_loss(self) -> None:
         """Apply `--strict`.
@@ -87,17 +88,19 @@ class Preflight:
         """The rows, losses and limits, for the files of a run's results."""
         return {"rows": self.rows, "losses": self.losses, "limits": self.limits}
 
-    def token_limits(self) -> dict[str, int | None]:
-        """The limits in tokens: `prompt`, `reference` and `answer`, as an adapter's file records them."""
+    def adapter_figures(self) -> dict[str, Any]:
+        """What `adapter.json` records: the limits in tokens, the losses, the rows, and the highest possible score."""
         names = {"prompt": "prompts", "reference": "references", "answer": "answers"}
-        return {name: self.limits[key]["limit"] for name, key in names.items() if key in self.limits}
+        limits = {name: self.limits[key]["limit"] for name, key in names.items() if key in self.limits}
+        ceiling = {name: self.limits[name] for name in ("score_ceiling",) if name in self.limits}
+        return {"limits": limits, "losses": self.losses, "rows": self.rows, **ceiling}
 
     def save(self, folder: Path) -> None:
         """Write `preflight.json` to a folder."""
         write_json(folder / "preflight.json", self.to_dict())
 
     def text(self) -> str:
-        """The counts as lines of plain text."""
+        """The counts as lines of plain text, except for the leaks, which the summary of the dataset lists."""
         dropped = self.rows["dropped"]
         lines = [
             f"rows            {self.rows['read']} read, {self.rows['used']} used, {sum(dropped.values())} not used",
@@ -115,7 +118,6 @@ class Preflight:
             if self.texts[name]:
                 value = self.texts[name]
                 lines.append(f"{'texts':<15} {text}: {_joined(value) if isinstance(value, dict) else value}")
-        lines += [f"{'leak':<15} {leak}" for leak in self.leaks]
         lines += [f"{'lost':<15} {rows} x {loss}" for loss, rows in self.losses.items()]
         return "\n".join(lines)
 
@@ -158,16 +160,17 @@ def preflight(
         for key in example.images
         if key in pictures and pictures[key].error
     }
+    equal = equal_pictures(pictures)
     dropped = dict(dataset.dropped)
     if len(dataset.examples) > len(rows):
         dropped["in another split, or not selected"] = len(dataset.examples) - len(rows)
     result = Preflight(
         dataset=dataset.name,
         rows={"read": len(rows) + sum(dropped.values()), "used": len(rows), "dropped": dropped},
-        pictures=_count_pictures(pictures, bad_rows, rows),
-        texts=_count_texts(dataset, rows, cluster(equal_pictures(pictures))),
+        pictures=_count_pictures(pictures, equal, bad_rows),
+        texts=_count_texts(dataset, rows, cluster(equal)),
         grouped_by=list(group_columns(dataset.examples)),
-        leaks=[str(leak) for leak in find_leaks(dataset)],
+        leaks=find_leaks(dataset),
         losses={reason: n for reason, n in dataset.dropped.items() if not reason.startswith(_CHOSEN)},
         bad_rows=bad_rows,
     )
@@ -219,16 +222,18 @@ def check(
     return usable, result
 
 
-def _count_pictures(pictures: dict[str, Picture], bad_rows: dict[str, str], rows: Sequence[Example]) -> dict[str, Any]:
-    unreadable = [f"{key}: {picture.error}" for key, picture in pictures.items() if picture.error]
-    equal, alike = equal_pictures(pictures), near_duplicates(pictures)
+def _count_pictures(
+    pictures: dict[str, Picture], equal: Sequence[tuple[str, ...]], bad_rows: dict[str, str]
+) -> dict[str, Any]:
+    unreadable = [picture.error for picture in pictures.values() if picture.error]
+    alike = near_duplicates(pictures)
     return {
         "opened": len(pictures),
         "unreadable": len(unreadable),
         "rows_with_unreadable": len(bad_rows),
         "equal": len(equal),
         "near_duplicates": len(alike),
-        "first_unreadable": [picture.error for picture in pictures.values() if picture.error][:_FIRST],
+        "first_unreadable": unreadable[:_FIRST],
         "first_equal": [list(keys) for keys in equal[:_FIRST]],
         "first_near_duplicates": [list(keys) for keys in alike[:_FIRST]],
     }

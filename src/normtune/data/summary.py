@@ -9,7 +9,7 @@ from typing import Any
 
 from normtune.data.reading.cells import is_yes_no
 from normtune.data.records import Dataset, Example
-from normtune.data.splits import examples_by_split, find_leaks, split_label
+from normtune.data.splits import Leak, examples_by_split, find_leaks, split_label
 from normtune.runtime.notebook import html_text
 from normtune.runtime.text_table import text_table
 
@@ -27,8 +27,12 @@ class DatasetSummary(dict[str, Any]):
         return html_text(str(self))
 
 
-def summarize(dataset: Dataset) -> DatasetSummary:
+def summarize(dataset: Dataset, leaks: Sequence[Leak] | None = None) -> DatasetSummary:
     """Count a dataset's rows, images, problems and leaks.
+
+    Args:
+        dataset: the dataset.
+        leaks: its leaks, if they are known already, as from `preflight`.
 
     Returns:
         A dict for JSON with these keys:
@@ -72,7 +76,7 @@ def summarize(dataset: Dataset) -> DatasetSummary:
                     "total": leak.total,
                     "text": str(leak),
                 }
-                for leak in find_leaks(dataset)
+                for leak in (find_leaks(dataset) if leaks is None else leaks)
             ],
         }
     )

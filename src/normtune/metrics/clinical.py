@@ -81,14 +81,12 @@ def _f1(sums: Floats, columns: Sequence[int], average: str) -> Floats:
     return f1
 
 
-def finding_table(
-    predictions: Labels, references: Labels, *, uncertain: Uncertain = "positive"
-) -> dict[str, dict[str, float | int]]:
+def finding_table(predictions: Labels, references: Labels) -> dict[str, dict[str, float | int]]:
     """Compute precision, recall and F1 of each finding, and how many predictions and references have it.
 
     A share with the denominator 0 is 0.
     """
-    rows = [_count_labels(predictions[id], references[id], uncertain) for id in references]
+    rows = [_count_labels(predictions[id], references[id], "positive") for id in references]
     total = np.sum(rows, axis=0).reshape(3, -1)  # [3, findings]
     table: dict[str, dict[str, float | int]] = {}
     for name, (true, false, missed) in zip(FINDINGS, total.T.tolist(), strict=True):
@@ -104,10 +102,8 @@ def finding_table(
 
 def label_with_rules(texts: Texts) -> tuple[dict[str, dict[str, Status]], dict[str, dict[str, Status]]]:
     """Label predictions and references with `findings_rules`."""
-    return (
-        {id: extract_findings(prediction) for id, (prediction, _) in texts.items()},
-        {id: extract_findings(reference) for id, (_, reference) in texts.items()},
-    )
+    predictions, references = ({id: extract_findings(pair[side]) for id, pair in texts.items()} for side in (0, 1))
+    return predictions, references
 
 
 def rules_metrics(texts: Texts) -> dict[str, SumMetric]:
@@ -140,7 +136,7 @@ def label_with_chexbert(
     return predictions, references
 
 
-def radgraph_metrics(texts: Texts, model_type: str = "radgraph-xl") -> dict[str, SumMetric]:
+def radgraph_metrics(texts: Texts) -> dict[str, SumMetric]:
     """Build RadGraph F1 (Delbrouck et al. 2022) as means over rows, in three levels.
 
     `simple` compares entities, `partial` also their relations, and `complete` also the kinds of relations.
@@ -154,11 +150,12 @@ def radgraph_metrics(texts: Texts, model_type: str = "radgraph-xl") -> dict[str,
         raise InputError(
             "RadGraph F1 needs the package radgraph, which is not installed. Run: pip install 'normtune[clinical]'."
         ) from error
+    model = "radgraph-xl"
     try:
-        scorer: Any = F1RadGraph(reward_level="all", model_type=model_type)
+        scorer: Any = F1RadGraph(reward_level="all", model_type=model)
     except Exception as error:  # the package raises a bare Exception if the download fails
         raise InputError(
-            f"cannot load RadGraph's model {model_type} ({type(error).__name__}). "
+            f"cannot load RadGraph's model {model} ({type(error).__name__}). "
             "Download it once with a network connection."
         ) from error
     _, rewards, _, _ = scorer(

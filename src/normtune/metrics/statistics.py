@@ -45,19 +45,18 @@ class PairedDifference:
     method: str
 
 
-def resample_sums(stacked: Floats, *, resamples: int = RESAMPLES, seed: int = 0) -> Floats:
+def resample_sums(stacked: Floats, *, resamples: int = RESAMPLES) -> Floats:
     """Draw clusters with replacement and sum their columns, once per resample.
 
     Args:
         stacked: statistics of each cluster, [clusters, columns].
         resamples: number of resamples.
-        seed: of the draws.
 
     Returns:
         [resamples, columns].
     """
     clusters = len(stacked)
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     totals = np.empty((resamples, stacked.shape[1]))
     step = max(1, 2_000_000 // clusters)  # resamples per block, which bounds the memory
     for start in range(0, resamples, step):
@@ -111,8 +110,8 @@ def t_quantile(level: float, freedom: int) -> float:
     return (low + high) / 2
 
 
-def mean_over_seeds(values: Sequence[float], level: float = 0.95) -> Interval:
-    """Compute the mean of one score over training seeds, with Student's t interval.
+def mean_over_seeds(values: Sequence[float]) -> Interval:
+    """Compute the mean of one score over training seeds, with Student's t 95% interval.
 
     Raises:
         InputError: if there are fewer than two values, which have no standard deviation.
@@ -121,5 +120,5 @@ def mean_over_seeds(values: Sequence[float], level: float = 0.95) -> Interval:
         raise InputError(f"an interval over seeds needs two runs or more, got {len(values)}. Add a seed.")
     mean = math.fsum(values) / len(values)
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
-    half_width = t_quantile(level, len(values) - 1) * deviation / math.sqrt(len(values))
+    half_width = t_quantile(0.95, len(values) - 1) * deviation / math.sqrt(len(values))
     return Interval(mean, mean - half_width, mean + half_width)

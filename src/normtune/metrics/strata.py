@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from normtune.data.records import Example
-from normtune.metrics.statistics import RESAMPLES
 from normtune.metrics.sum_metrics import SumMetric, bootstrap_intervals
 from normtune.metrics.table import headline_metrics
 from normtune.runtime.number_format import format_interval
@@ -70,7 +69,7 @@ def group_by_stratum(examples: Sequence[Example]) -> dict[str, dict[str, list[Ex
     return groups
 
 
-def score_strata(examples: Sequence[Example], table: Mapping[str, SumMetric], *, resamples: int = RESAMPLES) -> Strata:
+def score_strata(examples: Sequence[Example], table: Mapping[str, SumMetric]) -> Strata:
     """Score each stratum with the `HEADLINE_METRICS`.
 
     The interval resamples the images of the stratum. A stratum of one image has nothing to resample, so its
@@ -79,19 +78,18 @@ def score_strata(examples: Sequence[Example], table: Mapping[str, SumMetric], *,
     Args:
         examples: all rows of the evaluation.
         table: `metric_table` of all rows.
-        resamples: number of bootstrap resamples.
 
     Returns:
         field -> value -> {rows, images, metrics: name -> {value, low, high, rows, images}}.
     """
     headlines = headline_metrics(table)
     return {
-        field: {value: _score_stratum(rows, headlines, resamples) for value, rows in values.items()}
+        field: {value: _score_stratum(rows, headlines) for value, rows in values.items()}
         for field, values in group_by_stratum(examples).items()
     }
 
 
-def _score_stratum(examples: Sequence[Example], table: Mapping[str, SumMetric], resamples: int) -> dict[str, Any]:
+def _score_stratum(examples: Sequence[Example], table: Mapping[str, SumMetric]) -> dict[str, Any]:
     cluster = {example.id: example.images for example in examples}
     metrics = {}
     for name, metric in table.items():
@@ -101,7 +99,7 @@ def _score_stratum(examples: Sequence[Example], table: Mapping[str, SumMetric], 
         images = len({cluster[id] for id in rows})
         stratum_metric = SumMetric(rows, metric.from_sums)
         clusters = {id: cluster[id] for id in rows}  # each metric draws the images of its own rows
-        interval = bootstrap_intervals({name: stratum_metric}, clusters, resamples=resamples)[name]
+        interval = bootstrap_intervals({name: stratum_metric}, clusters)[name]
         metrics[name] = {
             "value": interval.value,
             "low": interval.low if images > 1 else None,

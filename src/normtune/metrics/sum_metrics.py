@@ -17,6 +17,8 @@ import numpy as np
 from normtune.errors import InputError
 from normtune.metrics.statistics import MAX_EXACT_CLUSTERS, RESAMPLES, Floats, Interval, PairedDifference, resample_sums
 
+_ENDS = ((1 - 0.95) / 2, (1 + 0.95) / 2)  # quantiles at the ends of a 95% interval
+
 
 @dataclass(frozen=True)
 class SumMetric:
@@ -54,14 +56,9 @@ def sum_by_cluster(rows: Mapping[str, Floats], cluster: Mapping[str, Hashable]) 
 
 
 def bootstrap_intervals(
-    metrics: Mapping[str, SumMetric],
-    cluster: Mapping[str, Hashable],
-    *,
-    resamples: int = RESAMPLES,
-    level: float = 0.95,
-    seed: int = 0,
+    metrics: Mapping[str, SumMetric], cluster: Mapping[str, Hashable], *, resamples: int = RESAMPLES
 ) -> dict[str, Interval]:
-    """Compute percentile intervals of several metrics, all from the same resamples of clusters.
+    """Compute 95% percentile intervals of several metrics, all from the same resamples of clusters.
 
     These are percentile intervals (Efron and Tibshirani 1993, chapter 13) rather than BCa intervals. The
     jackknife of BCa is undefined if all scores are equal, which happens in small closed subsets, and the two
@@ -72,8 +69,6 @@ def bootstrap_intervals(
         metrics: name -> metric; each may have some of the rows only.
         cluster: row id -> cluster (the row's images). All clusters are drawn, those without a row too.
         resamples: number of bootstrap resamples.
-        level: coverage of the intervals.
-        seed: of the draws.
 
     Raises:
         InputError: if a metric has no row.
@@ -84,12 +79,12 @@ def bootstrap_intervals(
         raise InputError("there are no rows to score. Choose a split that has rows.")
     tables = [sum_by_cluster(metric.row_statistics, cluster) for metric in metrics.values()]
     # The columns of all metrics next to each other: [clusters, columns] -> [resamples, columns]
-    drawn = resample_sums(np.concatenate(tables, axis=1), resamples=resamples, seed=seed)
+    drawn = resample_sums(np.concatenate(tables, axis=1), resamples=resamples)
     intervals, start = {}, 0
     for (name, metric), table in zip(metrics.items(), tables, strict=True):
         with np.errstate(invalid="ignore"):  # 0 / 0 of a resample without rows is NaN, which nanquantile ignores
             values = metric.from_sums(drawn[:, start : start + table.shape[1]])
-        low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
+        low, high = np.nanquantile(values, _ENDS)
         intervals[name] = Interval(metric.overall(), float(low), float(high))
         start += table.shape[1]
     return intervals
@@ -102,10 +97,8 @@ def paired_difference(
     *,
     resamples: int = RESAMPLES,
     swaps: int = 10_000,
-    level: float = 0.95,
-    seed: int = 0,
 ) -> PairedDifference:
-    """Compute `second` minus `first` on the same rows: the bootstrap interval and a two-sided p-value.
+    """Compute `second` minus `first` on the same rows: the 95% bootstrap interval and a two-sided p-value.
 
     If the runs differ in at most 12 clusters, the test tries every pattern of swaps. Otherwise it draws
     `swaps` random patterns and counts the observed one among them, so that p is never 0 (Phipson and Smyth
@@ -117,8 +110,6 @@ def paired_difference(
         cluster: row id -> cluster (the row's images).
         resamples: number of bootstrap resamples for the interval.
         swaps: number of random patterns of swaps for the p-value.
-        level: coverage of the interval.
-        seed: of all draws.
 
     Raises:
         InputError: if the two metrics do not have the same rows, or have no rows.
@@ -130,30 +121,35 @@ def paired_difference(
         )
     if not first.row_statistics:
         raise InputError("there are no rows to compare. Choose a split that has rows.")
-    cluster = {id: cluster[id] for id in first.row_statistics}
-    first_sums = sum_by_cluster(first.row_statistics, cluster)  # [clusters, columns]
-    second_sums = sum_by_cluster({id: second.row_statistics[id] for id in first.row_statistics}, cluster)
-    width = first_sums.shape[1]
-    # Both runs get the same clusters in each resample: [resamples, 2 * columns]
-    drawn = resample_sums(np.concatenate([first_sums, second_sums], axis=1), resamples=resamples, seed=seed)
-    differences = second.from_sums(drawn[:, width:]) - first.from_sums(drawn[:, :width])  # [resamples]
-    low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2])
+    first_sums, second_sums, first_values, second_values = _resample_both(first, second, cluster, resamples)
+    low, high = np.quantile(second_values - first_values, _ENDS)
     difference = second.overall() - first.overall()
-    p, method = _swap_test(first, first_sums, second_sums, difference, swaps=swaps, seed=seed)
+    p, method = _swap_test(first, first_sums, second_sums, difference, swaps)
     rows, images = len(first.row_statistics), len(first_sums)
     return PairedDifference(difference, float(low), float(high), p, rows, images, method)
 
 
+def _resample_both(
+    first: SumMetric, second: SumMetric, cluster: Mapping[str, Hashable], resamples: int
+) -> tuple[Floats, Floats, Floats, Floats]:
+    """Sum the rows of both runs by cluster, and compute both metrics in the same resamples of clusters.
+
+    Returns:
+        The sums of each cluster in the first and in the second run, each [clusters, columns]; the metric of the first
+        and of the second run, each [resamples].
+    """
+    cluster = {id: cluster[id] for id in first.row_statistics}
+    first_sums = sum_by_cluster(first.row_statistics, cluster)
+    second_sums = sum_by_cluster({id: second.row_statistics[id] for id in first.row_statistics}, cluster)
+    drawn = resample_sums(np.concatenate([first_sums, second_sums], axis=1), resamples=resamples)
+    width = first_sums.shape[1]
+    return first_sums, second_sums, first.from_sums(drawn[:, :width]), second.from_sums(drawn[:, width:])
+
+
 def relative_drop(
-    first: SumMetric,
-    second: SumMetric,
-    cluster: Mapping[str, Hashable],
-    *,
-    resamples: int = RESAMPLES,
-    level: float = 0.95,
-    seed: int = 0,
+    first: SumMetric, second: SumMetric, cluster: Mapping[str, Hashable], *, resamples: int = RESAMPLES
 ) -> Interval | None:
-    """Compute (first - second) / first on the same rows, joined by id, with its percentile interval.
+    """Compute (first - second) / first on the same rows, joined by id, with its 95% percentile interval.
 
     Returns:
         The relative drop, or None if `first` is 0. The interval ignores resamples in which `first` is 0.
@@ -162,20 +158,13 @@ def relative_drop(
     first_value = first.overall()
     if first_value == 0:
         return None
-    cluster = {id: cluster[id] for id in first.row_statistics}
-    first_sums = sum_by_cluster(first.row_statistics, cluster)  # [clusters, columns]
-    second_sums = sum_by_cluster({id: second.row_statistics[id] for id in first.row_statistics}, cluster)
-    drawn = resample_sums(np.concatenate([first_sums, second_sums], axis=1), resamples=resamples, seed=seed)
-    width = first_sums.shape[1]
-    before, after = first.from_sums(drawn[:, :width]), second.from_sums(drawn[:, width:])  # each [resamples]
+    _, _, before, after = _resample_both(first, second, cluster, resamples)
     drops = 1 - after[before != 0] / before[before != 0]
-    low, high = np.quantile(drops, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(drops, _ENDS)
     return Interval(1 - second.overall() / first_value, float(low), float(high))
 
 
-def _swap_test(
-    metric: SumMetric, first: Floats, second: Floats, observed: float, *, swaps: int, seed: int
-) -> tuple[float, str]:
+def _swap_test(metric: SumMetric, first: Floats, second: Floats, observed: float, swaps: int) -> tuple[float, str]:
     """Test the observed difference by swapping clusters between the runs.
 
     Args:
@@ -184,7 +173,6 @@ def _swap_test(
         second: the same of the second run.
         observed: the metric of the second run minus that of the first.
         swaps: number of random patterns, if there are too many clusters to try all patterns.
-        seed: of the patterns.
 
     Returns:
         The p-value (the share of patterns with a difference at least as large as the observed one), and a
@@ -205,7 +193,7 @@ def _swap_test(
         # Bit j of the pattern's number decides whether cluster j is swapped.
         patterns = (np.arange(2 ** len(gap))[:, None] >> np.arange(len(gap))) & 1
         return count_extreme(patterns.astype(np.float64)) / len(patterns), f"exact swaps of {len(gap)} images"
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     hits, step = 0, max(1, 2_000_000 // len(gap))  # patterns per block, which bounds the memory
     for start in range(0, swaps, step):
         size = (min(step, swaps - start), len(gap))
