@@ -4,7 +4,7 @@ import pytest
 
 from normtune.methods.recipe import parse, resolve
 from normtune.methods.registry import METHODS
-from normtune.studies.page.palette import COLOURS, FAMILY_LABELS, MARKERS, parts_of, recipe_family
+from normtune.studies.page.palette import COLOURS, FAMILIES, parts_of, recipe_family
 
 PARTS = ("vision", "encoder", "decoder")
 
@@ -12,11 +12,14 @@ PARTS = ("vision", "encoder", "decoder")
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_a_family_with_a_mark(method: str) -> None:
     family = recipe_family(str(resolve(parse(f"all={method}"), PARTS)))
-    assert family in COLOURS and family in FAMILY_LABELS and family in MARKERS and family != "mixed"
+    assert family in FAMILIES and family != "mixed"
 
 
 def test_every_family_has_its_own_colour_and_shape() -> None:
-    assert len({MARKERS[family] for family in COLOURS if family != "frozen"}) == len(COLOURS) - 1
+    for shape in ("marker", "character", "label"):
+        assert (
+            len({getattr(family, shape) for name, family in FAMILIES.items() if name != "frozen"}) == len(FAMILIES) - 1
+        )
     assert len(set(COLOURS.values())) == len(COLOURS)
 
 

@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
-from normtune.studies.page.palette import COLOURS, MARKERS, THEME
+from normtune.studies.page.palette import COLOURS, FAMILIES, THEME
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -177,7 +177,7 @@ class Drawing:
         paint: dict[str, Any] = {"facecolor": PAGE, "edgecolor": colour, "linewidth": 1.75, "s": 64}
         if not outlined:
             paint = {"facecolor": colour, "edgecolor": PAGE, "linewidth": 0.75, "s": 72}
-        mark = self.axes.scatter(x, y, marker=MARKERS[family][0], zorder=4, transform=self.moved(offset), **paint)
+        mark = self.axes.scatter(x, y, marker=FAMILIES[family].marker, zorder=4, transform=self.moved(offset), **paint)
         self.add_tooltip(mark, tooltip)
         self.occupy((x, y), (x, y), 6)
 

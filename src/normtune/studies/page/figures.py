@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from markupsafe import Markup
 
-from normtune.errors import InputError
 from normtune.metrics.statistics import mean_over_seeds
 from normtune.runtime.number_format import (
     format_bytes,
@@ -26,7 +26,8 @@ from normtune.runtime.number_format import (
 from normtune.studies.page import charts
 from normtune.studies.page.charts import Point, Series
 from normtune.studies.page.drawing import Axis, Level
-from normtune.studies.page.results import SEARCH, Arm, Estimate, Record, Results, Setting, is_fraction, metric_name
+from normtune.studies.page.results import Arm, Estimate, Record, Results, Setting, is_fraction, metric_name
+from normtune.studies.spec import SEARCH
 
 BINS = 60  # largest number of points of a loss curve
 MAX_LABELS = 14  # with more marks than this, a chart labels only the Pareto front
@@ -49,8 +50,12 @@ def format_score(metric: str, value: float | None) -> str:
 
 def format_interval(metric: str, score: Estimate) -> str:
     """A score and its interval as text: `value [low, high]`."""
-    value, low, high = (format_score(metric, end) for end in (score.value, score.low, score.high))
-    return f"{value} [{low}, {high}]"
+    return format_ends(partial(format_score, metric), score.value, score.low, score.high)
+
+
+def format_ends(as_text: Callable[[float], str], value: float, low: float, high: float) -> str:
+    """Three numbers, each by `as_text`, as `value [low, high]`."""
+    return f"{as_text(value)} [{as_text(low)}, {as_text(high)}]"
 
 
 def score_axis(metric: str, dataset: str, suffix: str = "") -> Axis:
@@ -96,9 +101,7 @@ def _cost_panels(
         format_value: the cost as text.
         column: the cost's heading in the table of numbers.
     """
-    for setting in results.settings():
-        if results.is_curve(setting):
-            continue
+    for setting in results.settings(curves=False):
         for dataset in results.datasets(setting, "in"):
             metric = results.primary_metric(dataset)
             scores = [
@@ -113,21 +116,16 @@ def _cost_panels(
                 seconds = arm.mean("train_seconds")
                 tooltip = f"{arm.name}: {format_interval(metric, score)} at {format_value(value)}"
                 tooltip += f", {format_duration(seconds)}" if seconds is not None else ""
-                marks.append(Series(arm.name, arm.family, (make_point(value, score, tooltip),)))
+                marks.append(Series(arm.name, arm.family, (Point(value, score.value, score.low, score.high, tooltip),)))
             if len(marks) > MAX_LABELS:
                 marks = label_pareto_front(marks, results.reference_recipe(setting))
             y = score_axis(metric, dataset)
             label = f"{y.title} against {x.title}: {setting.description}"
-            chart = charts.draw_scatter(label, marks, x, y, _base_level(results, setting, dataset))
+            chart = charts.draw_scatter(label, marks, x, y, _base_level(results, setting.model, dataset))
             rows = tuple(
                 (arm.name, format_value(value), format_interval(metric, score)) for arm, value, score in scores
             )
             yield Panel(setting_title(results, setting), chart, ("recipe", column, y.title), rows)
-
-
-def make_point(x: float, score: Estimate, tooltip: str) -> Point:
-    """A mark at `x` with a score and its interval."""
-    return Point(x, score.value, score.low, score.high, tooltip)
 
 
 def label_pareto_front(marks: Sequence[Series], reference: str | None) -> list[Series]:
@@ -163,9 +161,8 @@ def transfer(results: Results) -> Iterator[Panel]:
                     table.append((arm.name, setting.trained_on, interval))
         if not any(dot.outlined for _, dots in rows.values() for dot in dots):
             continue
-        base = results.frozen_estimate(model, dataset, metric)
-        level = Level("frozen base, zero-shot", base.value, base.low, base.high) if base else None
-        if base:
+        level = _base_level(results, model, dataset, "frozen base, zero-shot")
+        if base := results.frozen_estimate(model, dataset, metric):
             table.append(("frozen base", "nothing (zero-shot)", format_interval(metric, base)))
         axis = score_axis(metric, dataset)
         chart_rows = [Series(name, family, tuple(dots)) for name, (family, dots) in rows.items()]
@@ -177,16 +174,13 @@ def transfer(results: Results) -> Iterator[Panel]:
 def forgetting(results: Results) -> Iterator[Panel]:
     """How much each recipe lost on its base's own task."""
     datasets = list(dict.fromkeys(row["dataset"] for row in results.tables["forgetting"]))
-    for setting in results.settings():
-        if results.is_curve(setting):
-            continue
+    for setting in results.settings(curves=False):
         for dataset in datasets:
             rows, table = [], []
             for arm in results.full_data_arms(setting):
                 if (lost := forgetting_estimate(results, arm, dataset)) is None:
                     continue
-                value, low, high = (format_points(end) for end in (lost.value, lost.low, lost.high))
-                text = f"{value} [{low}, {high}] points"
+                text = f"{format_ends(format_points, lost.value, lost.low, lost.high)} points"
                 dot = Point(lost.value, 0.0, lost.low, lost.high, f"{arm.name}: {text}")
                 rows.append(Series(arm.name, arm.family, (dot,)))
                 table.append((arm.name, text, str(lost.seeds)))
@@ -204,9 +198,7 @@ def loss_curves(results: Results) -> Iterator[Panel]:
     losses: dict[str, list[tuple[int, float]]] = {}
     for row in results.tables["losses"]:
         losses.setdefault(row["key"], []).append((int(row["step"]), float(row["loss"])))
-    for setting in results.settings():
-        if results.is_curve(setting):
-            continue
+    for setting in results.settings(curves=False):
         lines, table = [], []
         for arm in results.full_data_arms(setting):
             means = binned_means([losses[cell["key"]] for cell in arm.cells if cell["key"] in losses])
@@ -229,9 +221,7 @@ def loss_curves(results: Results) -> Iterator[Panel]:
 
 def share_curves(results: Results) -> Iterator[Panel]:
     """Scores over the share of the training images, for grids that compare shares."""
-    for setting in results.settings():
-        if not results.is_curve(setting):
-            continue
+    for setting in results.settings(curves=True):
         for dataset in results.datasets(setting, "in"):
             metric = results.primary_metric(dataset)
             points_of: dict[str, list[Point]] = {}
@@ -240,7 +230,8 @@ def share_curves(results: Results) -> Iterator[Panel]:
                 if score := results.estimate(arm, dataset, metric):
                     interval = format_interval(metric, score)
                     tooltip = f"{arm.name} with {format_share(arm.share)}: {interval}"
-                    points_of.setdefault(arm.name, []).append(make_point(arm.share, score, tooltip))
+                    point = Point(arm.share, score.value, score.low, score.high, tooltip)
+                    points_of.setdefault(arm.name, []).append(point)
                     families[arm.name] = arm.family
                     table.append((arm.name, format_share(arm.share), interval))
             if not points_of:
@@ -248,7 +239,7 @@ def share_curves(results: Results) -> Iterator[Panel]:
             x = Axis("share of the training images (log scale)", _percent_tick, log=True)
             y = score_axis(metric, dataset)
             lines = [Series(name, families[name], tuple(marks)) for name, marks in points_of.items()]
-            level = _base_level(results, setting, dataset)
+            level = _base_level(results, setting.model, dataset)
             chart = charts.draw_lines(f"{y.title} over {x.title}: {setting.description}", lines, x, y, level)
             yield Panel(setting_title(results, setting), chart, ("recipe", "share", y.title), tuple(table))
 
@@ -328,15 +319,9 @@ def forgetting_estimate(results: Results, arm: Arm, dataset: str) -> Estimate | 
         for row in results.tables["forgetting"]
         if row["key"] in keys and row["dataset"] == dataset and row["metric"] == metric
     ]
-    return estimate_over_seeds(values) if values else None
-
-
-def estimate_over_seeds(values: Sequence[float]) -> Estimate:
-    """Mean and Student's t interval; a single value is its own interval."""
-    try:
-        mean = mean_over_seeds(values)
-    except InputError:
-        return Estimate(values[0], values[0], values[0], 1)
+    if len(values) < 2:  # a single value is its own interval
+        return Estimate(values[0], values[0], values[0], 1) if values else None
+    mean = mean_over_seeds(values)
     return Estimate(mean.value, mean.low, mean.high, len(values))
 
 
@@ -363,20 +348,19 @@ def binned_means(runs: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[floa
 
 def _evaluated_sets(results: Results) -> list[tuple[str, str, str]]:
     """Grid, model and data set of every evaluation of a trained model, except on the base's own task."""
-    evaluated: dict[tuple[str, str, str], None] = {}
-    for setting in results.settings():
-        if results.is_curve(setting):
-            continue
-        for role in ("in", "out"):
-            for dataset in results.datasets(setting, role):
-                evaluated[setting.grid, setting.model, dataset] = None
-    return list(evaluated)
+    evaluated = (
+        (setting.grid, setting.model, dataset)
+        for setting in results.settings(curves=False)
+        for role in ("in", "out")
+        for dataset in results.datasets(setting, role)
+    )
+    return list(dict.fromkeys(evaluated))
 
 
-def _base_level(results: Results, setting: Setting, dataset: str) -> Level | None:
+def _base_level(results: Results, model: str, dataset: str, name: str = "frozen base") -> Level | None:
     """The frozen base's score on a data set as a line across the chart; None if it was not evaluated."""
-    base = results.frozen_estimate(setting.model, dataset, results.primary_metric(dataset))
-    return None if base is None else Level("frozen base", base.value, base.low, base.high)
+    base = results.frozen_estimate(model, dataset, results.primary_metric(dataset))
+    return None if base is None else Level(name, base.value, base.low, base.high)
 
 
 def setting_title(results: Results, setting: Setting) -> str:

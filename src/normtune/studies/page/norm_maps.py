@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from normtune.runtime.number_format import format_significant
 from normtune.studies.page import charts
@@ -27,17 +26,8 @@ _NORM_WORDS = (  # pattern of a norm's name in a family's code -> plain words
 )
 
 
-@dataclass(frozen=True)
-class NormChange:
-    """One cell of a heat map: its row, its column, and how far the norm moved."""
-
-    row: str
-    column: str
-    value: float
-
-
-def norm_changes(results: Results, arm: Arm, kind: str) -> list[NormChange]:
-    """How far the norms of an arm moved, mean over its seeds.
+def norm_changes(results: Results, arm: Arm, kind: str) -> dict[tuple[str, str], float]:
+    """How far the norms of an arm moved, mean over its seeds, by row and column of its heat map.
 
     Args:
         results: the study.
@@ -52,7 +42,7 @@ def norm_changes(results: Results, arm: Arm, kind: str) -> list[NormChange]:
             value = row["relative"] if kind == "gain" else row["rms"]
             if value is not None:
                 values_of.setdefault(map_cell(row), []).append(float(value))
-    return [NormChange(*cell, math.fsum(values) / len(values)) for cell, values in values_of.items()]
+    return {cell: math.fsum(values) / len(values) for cell, values in values_of.items()}
 
 
 def map_cell(row: Record) -> tuple[str, str]:
@@ -75,37 +65,27 @@ def _norm_words(name: str) -> str:
 
 def heat_maps(results: Results) -> Iterator[tuple[Arm, list[Panel]]]:
     """For each recipe that trains norms, a heat map of the gains and one of the biases."""
-    for setting in results.settings():
-        if results.is_curve(setting):
-            continue
+    for setting in results.settings(curves=False):
         for arm in results.full_data_arms(setting):
             panels = []
             for kind, unit in (("gain", "% of its start"), ("bias", "root mean square of the step")):
-                cells = norm_changes(results, arm, kind)
-                if not cells:
+                moved = norm_changes(results, arm, kind)
+                if not moved:
                     continue
-                columns = sorted(
-                    {cell.column for cell in cells},
-                    key=lambda cell: (not cell.isdecimal(), int(cell) if cell.isdecimal() else 0),
-                )
-                tooltips = {(c.row, c.column): f"{c.row}, layer {c.column}: {_as_text(kind, c.value)}" for c in cells}
-                largest = max(cell.value for cell in cells)
+                texts = {cell: _as_text(kind, value) for cell, value in moved.items()}
                 chart = charts.draw_heat_map(
                     f"How far each {kind} moved, {unit}, by norm and layer: {arm.name}, {setting.description}",
-                    {(cell.row, cell.column): cell.value for cell in cells},
-                    tooltips,
-                    columns,
-                    f"layer (strongest colour: {_as_text(kind, largest)})",
+                    moved,
+                    {(row, column): f"{row}, layer {column}: {text}" for (row, column), text in texts.items()},
+                    sorted(
+                        {column for _, column in moved},
+                        key=lambda c: (not c.isdecimal(), int(c) if c.isdecimal() else 0),
+                    ),
+                    f"layer (strongest colour: {_as_text(kind, max(moved.values()))})",
                 )
-                table = tuple((cell.row, cell.column, _as_text(kind, cell.value)) for cell in cells)
-                panels.append(
-                    Panel(
-                        f"{'gains' if kind == 'gain' else 'biases'}, {unit}",
-                        chart,
-                        ("norm", "layer", f"{kind} moved"),
-                        table,
-                    )
-                )
+                table = tuple((*cell, text) for cell, text in texts.items())
+                title = f"{'gains' if kind == 'gain' else 'biases'}, {unit}"
+                panels.append(Panel(title, chart, ("norm", "layer", f"{kind} moved"), table))
             if panels:
                 yield arm, panels
 

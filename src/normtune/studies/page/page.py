@@ -162,9 +162,7 @@ def _tables(study: Results) -> list[Block]:
 def _legend(study: Results) -> list[tuple[str, str, str]]:
     """The families of methods in the study: name, character and label."""
     families = {arm.family for setting in study.settings() for arm in study.arms(setting)} - {"frozen"}
-    return [
-        (name, palette.MARKERS[name][1], palette.FAMILY_LABELS[name]) for name in palette.COLOURS if name in families
-    ]
+    return [(name, item.character, item.label) for name, item in palette.FAMILIES.items() if name in families]
 
 
 def _panels(panels: list[Panel]) -> Block:

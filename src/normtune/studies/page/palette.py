@@ -7,19 +7,31 @@ least 3:1 against the page. Each family also has its own shape, so that no figur
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
-COLOURS = {  # family: colour in the light theme, in the dark theme
-    "ln": ("#0a5fa5", "#5fb0f0"),
-    "full": ("#c24a00", "#ff8f52"),
-    "lora": ("#00795a", "#3cc79c"),
-    "attention": ("#a33c7c", "#e48fc2"),
-    "ffn": ("#8c6a00", "#e0b84a"),
-    "prefix": ("#2c8db8", "#9fdcf5"),
-    "other": ("#75604f", "#c4ac97"),
-    "mixed": ("#3b3b40", "#d8d8dc"),
-    "frozen": ("#77777d", "#97979e"),
+
+class Family(NamedTuple):
+    """How the methods of a family are drawn."""
+
+    label: str  # in the legend
+    light: str  # colour in the light theme
+    dark: str
+    marker: str  # matplotlib's
+    character: str  # the mark in the legend
+
+
+FAMILIES = {
+    "ln": Family("norms", "#0a5fa5", "#5fb0f0", "o", "●"),
+    "full": Family("full", "#c24a00", "#ff8f52", "s", "■"),
+    "lora": Family("LoRA", "#00795a", "#3cc79c", "^", "▲"),
+    "attention": Family("attention", "#a33c7c", "#e48fc2", "D", "◆"),
+    "ffn": Family("feed-forward", "#8c6a00", "#e0b84a", "v", "▼"),
+    "prefix": Family("prefix, P-Tuning", "#2c8db8", "#9fdcf5", "<", "◄"),
+    "other": Family("IA3, adapter, bias", "#75604f", "#c4ac97", ">", "►"),
+    "mixed": Family("several methods", "#3b3b40", "#d8d8dc", "P", "✚"),
+    "frozen": Family("frozen base", "#77777d", "#97979e", "o", "●"),
 }
-THEME = {  # the page's other colours
+THEME = {  # the page's other colours, in the light and in the dark theme
     "page": ("#fcfcfb", "#16181b"),
     "ink": ("#1b1c1f", "#e9eaec"),
     "quiet": ("#5d6068", "#a5a9b1"),
@@ -29,28 +41,7 @@ THEME = {  # the page's other colours
     "shade": ("#0a5fa4", "#6fbcf7"),
     "alert": ("#a02c1c", "#ff9b86"),
 }
-MARKERS = {  # family: matplotlib's marker, and the character of the legend
-    "ln": ("o", "●"),
-    "full": ("s", "■"),
-    "lora": ("^", "▲"),
-    "attention": ("D", "◆"),
-    "ffn": ("v", "▼"),
-    "prefix": ("<", "◄"),
-    "other": (">", "►"),
-    "mixed": ("P", "✚"),
-    "frozen": ("o", "●"),
-}
-FAMILY_LABELS = {  # family: its name in the legend
-    "ln": "norms",
-    "full": "full",
-    "lora": "LoRA",
-    "attention": "attention",
-    "ffn": "feed-forward",
-    "prefix": "prefix, P-Tuning",
-    "other": "IA3, adapter, bias",
-    "mixed": "several methods",
-    "frozen": "frozen base",
-}
+COLOURS = {name: (family.light, family.dark) for name, family in FAMILIES.items()}
 # Methods that share a family; any other method is a family of its own.
 _FAMILY_OF = {"ptuning": "prefix", "ia3": "other", "adapter": "other", "bias": "other"}
 _METHOD = re.compile(r"[a-z_0-9]+")

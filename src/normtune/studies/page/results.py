@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from normtune.studies.page.palette import parts_of, recipe_family
+from normtune.studies.spec import SEARCH
+from normtune.studies.statistics import format_rates
 
 Record = Mapping[str, Any]
-SEARCH = "search"  # the grid that learning-rate trials belong to
 TABLES = ("cells", "evaluations", "metrics", "forgetting", "norms", "losses", "seeds", "tests")
-FROZEN = "frozen"
 
 # Names of metrics on the page; another metric is written as it is.
 _METRIC_LABELS = {
@@ -146,16 +146,21 @@ class Results:
             if row["metric"] not in names:
                 names.append(row["metric"])
 
-    def settings(self) -> list[Setting]:
-        """The settings of all trained cells, except the trials of searches, in the study's order."""
+    def settings(self, *, curves: bool | None = None) -> list[Setting]:
+        """The settings of all trained cells, except the trials of searches, in the study's order.
+
+        Args:
+            curves: only those that compare shares of the data (True), or only the others (False).
+        """
         settings: dict[Setting, None] = {}
         for cell in self.finished.values():
             for grid in cell.get("grids") or ():
                 if cell.get("trained_on") is not None and grid != SEARCH:
                     settings[Setting(grid, cell["model"], cell["trained_on"])] = None
         grids, models, datasets = (list(self.spec.get(name) or ()) for name in ("grids", "models", "datasets"))
+        selected = [setting for setting in settings if curves in (None, self.is_curve(setting))]
         return sorted(
-            settings, key=lambda s: (_index(grids, s.grid), _index(models, s.model), _index(datasets, s.trained_on))
+            selected, key=lambda s: (_index(grids, s.grid), _index(models, s.model), _index(datasets, s.trained_on))
         )
 
     def arms(self, setting: Setting) -> list[Arm]:
@@ -170,7 +175,7 @@ class Results:
             in_grid = setting.grid in (cell.get("grids") or ()) and cell["model"] == setting.model
             if in_grid and cell.get("trained_on") == setting.trained_on:
                 by_rate = groups.setdefault((float(cell.get("share") or 1), cell["recipe"]), {})
-                by_rate.setdefault(format_rates(cell), []).append(cell)
+                by_rate.setdefault(format_rates(cell.get("rates") or {}), []).append(cell)
         arms = [
             Arm(setting, share, recipe, rate if len(by_rate) > 1 else None, tuple(cells))
             for (share, recipe), by_rate in groups.items()
@@ -270,11 +275,6 @@ def metric_name(metric: str) -> str:
 def is_fraction(metric: str) -> bool:
     """Whether the metric is between 0 and 1; CIDEr is between 0 and 10."""
     return not metric.startswith("cider")
-
-
-def format_rates(cell: Record) -> str:
-    """A cell's learning rates by method, as in the table `seeds`: `ln 0.03`."""
-    return ", ".join(f"{method} {rate:g}" for method, rate in sorted((cell.get("rates") or {}).items()))
 
 
 def distinct_values(rows: Iterable[Record], column: str) -> list[Any]:

@@ -153,8 +153,8 @@ def _forgetting(results: Results, arms: dict[str, Arm], reference: str) -> Itera
 def _norm_findings(results: Results, arm: Arm) -> Iterator[str]:
     """How far the gains of each part's norms moved, in the order of the means."""
     parts: dict[str, list[float]] = {}
-    for cell in norm_changes(results, arm, "gain"):
-        parts.setdefault(cell.row.partition(":")[0], []).append(cell.value)
+    for (row, _), value in norm_changes(results, arm, "gain").items():
+        parts.setdefault(row.partition(":")[0], []).append(value)
     if len(parts) > 1:
         means = {part: sum(values) / len(values) for part, values in parts.items()}
         described = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from normtune.methods.registry import METHODS
 from normtune.models.part_names import PARTS
@@ -17,8 +18,9 @@ from normtune.runtime.number_format import (
     format_points,
     format_share,
 )
-from normtune.studies.page.figures import forgetting_estimate, format_score
-from normtune.studies.page.results import FROZEN, Arm, Estimate, Record, Results, Setting, is_fraction, metric_name
+from normtune.studies.page.figures import forgetting_estimate, format_ends, format_score
+from normtune.studies.page.results import Arm, Estimate, Record, Results, Setting, is_fraction, metric_name
+from normtune.studies.recipe_names import FROZEN
 
 SIGNIFICANT = 0.05  # p-values below this are significant
 ABOVE, BELOW = "▲", "▼"  # marks of scores that differ significantly from the reference
@@ -118,7 +120,7 @@ def setting_table(results: Results, setting: Setting) -> Table:
 
 def models_table(results: Results) -> Table | None:
     """A table of all models: a row a recipe, a column a model and data set; None for a single model."""
-    settings = [setting for setting in results.settings() if not results.is_curve(setting)]
+    settings = results.settings(curves=False)
     if len({setting.model for setting in settings}) < 2:
         return None
     columns = [
@@ -212,12 +214,8 @@ def _score_cell(metric: str, score: Estimate | None, best: bool, test: Record | 
 
 def _format_difference(test: Record) -> str:
     """A difference with its interval, in percentage points if the metric is a fraction."""
-    numbers = [test[name] for name in ("difference", "low", "high")]
-    if is_fraction(test["metric"]):
-        difference, low, high = map(format_points, numbers)
-    else:
-        difference, low, high = (format_fixed(number, 2) for number in numbers)
-    return f"{difference} [{low}, {high}]"
+    as_text = format_points if is_fraction(test["metric"]) else partial(format_fixed, digits=2)
+    return format_ends(as_text, test["difference"], test["low"], test["high"])
 
 
 def _methods_cell(text: str) -> Cell:
