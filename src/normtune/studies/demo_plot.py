@@ -8,7 +8,7 @@ from typing import Any
 from normtune.runtime.files import atomic_write
 
 
-def plot_accuracy(rows: list[dict[str, Any]], path: Path, metric: str = "global_exact") -> None:
+def plot_accuracy(rows: list[dict[str, Any]], path: Path) -> None:
     """Plot accuracy with its 95% interval against the trainable share, one point for each recipe, as PNG.
 
     The share has a log scale. The frozen base is a dashed line with its interval as a band.
@@ -23,7 +23,7 @@ def plot_accuracy(rows: list[dict[str, Any]], path: Path, metric: str = "global_
     # labels alternate above and below the points, so that neighbours do not overlap
     labelled_below = {row["name"] for row in trained[1::2]}
     for row in rows:
-        score = row["evaluation"]["metrics"][metric]
+        score = row["evaluation"]["metrics"]["global_exact"]
         value, low, high = (100 * score[key] for key in ("value", "low", "high"))
         if row["training"] is None:
             axes.axhline(value, linestyle="--", color="0.45", label=row["name"])

@@ -17,7 +17,7 @@ def write_report(scene: Scene, hospital: Hospital) -> str:
 def _report_a(scene: Scene, rng: random.Random) -> str:
     """A writes the kind of image first, then the findings, then the impression."""
     sentences = [_opening(scene, rng)]
-    sentences += [_finding_sentence(finding, scene, rng) for finding in scene.findings]
+    sentences += [_finding_sentence(finding, rng) for finding in scene.findings]
     if len(scene.findings) < 2:
         sentences.append(rng.choice(_negative_sentences(scene)))
     if scene.region == "abdomen" and rng.random() < 0.4:
@@ -41,7 +41,7 @@ def _opening(scene: Scene, rng: random.Random) -> str:
     return f"{image} of the {where}, {scene.plane} section, {scene.weighting} weighted with {shade} fluid."
 
 
-def _finding_sentence(finding: Finding, scene: Scene, rng: random.Random) -> str:
+def _finding_sentence(finding: Finding, rng: random.Random) -> str:
     where = location_term(finding.organ, finding.side, finding.zone, "a")
     side = f"the {finding.side} side"
     if finding.kind == "nodule":

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.transforms import BboxBase
 
 WIDTH = 420.0  # of a chart, in pixels of the SVG's viewBox
+PADDING = 0.06  # the margin at both ends of an axis, as a fraction of it
 BOTTOM = 46.0  # the margin below a chart, for the ticks and the title of its axis
 INK, QUIET, GRID, PAGE = (THEME[name][0] for name in ("ink", "quiet", "grid", "page"))
 _DEFAULT_RULES = (  # rules of matplotlib's that the page's style sheet has, or that are SVG's defaults
@@ -81,9 +82,7 @@ class Level:
     high: float
 
 
-def axis_limits(
-    axis: Axis, centres: Iterable[float], ends: Iterable[float], padding: float = 0.06
-) -> tuple[float, float]:
+def axis_limits(axis: Axis, centres: Iterable[float], ends: Iterable[float]) -> tuple[float, float]:
     """The ends of an axis that shows all values, and the ends of their intervals unless they are much wider.
 
     An interval over two seeds may be ten times as wide as all differences between recipes; an axis that
@@ -94,14 +93,13 @@ def axis_limits(
         axis: what the axis must cover.
         centres: the values of the marks.
         ends: the ends of their intervals.
-        padding: the margin at both ends, as a fraction of the axis.
     """
     centres = [value for value in centres if math.isfinite(value) and (value > 0 or not axis.log)]
     assert centres, "an axis needs a value"
     low, high = min(centres), max(centres)
     if axis.log:
         low, high = (low / 2, high * 2) if high / low < 1.5 else (low, high)
-        margin = (high / low) ** padding
+        margin = (high / low) ** PADDING
         return low / margin, high * margin
     # never 0, so that equal values have an axis too
     span = max(high - low, axis.min_span, 0.02 * max(abs(high), abs(low)), 1e-9)
@@ -110,7 +108,7 @@ def axis_limits(
     high = min(max([high, *ends]), high + span)
     if high - low < span:
         low, high = low - span / 2, high + span / 2
-    margin = padding * (high - low)
+    margin = PADDING * (high - low)
     low, high = max(low - margin, axis.bounds[0]), min(high + margin, axis.bounds[1])
     return (min(0.0, low), max(0.0, high)) if axis.from_zero else (low, high)
 
