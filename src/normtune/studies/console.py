@@ -11,7 +11,7 @@ from normtune.runtime.files import read_json
 from normtune.studies.cell import PROGRESS
 from normtune.studies.changes import RESULT
 from normtune.studies.plan import Cell
-from normtune.studies.run import Summary
+from normtune.studies.run import ProgressListener, Summary
 
 # Metrics that the line of a finished cell shows, if its evaluations have them.
 HEADLINE_METRICS = ("closed_label", "open_exact", "global_exact", "rouge_l/none", "bleu_4/none")
@@ -27,11 +27,8 @@ def format_summary(summary: Summary, tables: Sequence[Path]) -> str:
     return "\n".join([*lines, "Written:", *(f"  {path}" for path in tables)])
 
 
-class ProgressBars:
-    """Progress on stderr: a bar for all cells, a bar for each running cell, a line for each finished cell.
-
-    It is the `ProgressListener` of `run_study`.
-    """
+class ProgressBars(ProgressListener):
+    """Progress on stderr: a bar for all cells, a bar for each running cell, a line for each finished cell."""
 
     def __init__(self) -> None:
         from rich.console import Console

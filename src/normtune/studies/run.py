@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from normtune.errors import InputError
 from normtune.runtime.files import read_json, try_lock
@@ -34,17 +34,13 @@ from normtune.studies.spec import Study
 WAIT_S = 1.0  # seconds between two looks at the cells that other commands run
 
 
-class ProgressListener(Protocol):
-    """Receives the progress of a study; `tick` is called about once a second."""
+class ProgressListener:
+    """Receives the progress of a study and ignores it; `tick` is called about once a second."""
 
     def begin(self, cells: Sequence[Cell], done: int, workers: int) -> None: ...
     def started(self, cell: Cell, directory: Path) -> None: ...
     def ended(self, cell: Cell, directory: Path, error: str | None) -> None: ...
     def tick(self) -> None: ...
-
-
-class NoProgress(ProgressListener):
-    """A listener that ignores the progress."""
 
 
 @dataclass
@@ -101,7 +97,7 @@ def run_study(
         InputError: `on` is unknown, or a package that it needs is not installed.
     """
     started = time.perf_counter()
-    out, listener = out.absolute(), listener or NoProgress()
+    out, listener = out.absolute(), listener or ProgressListener()
     execute = get_executor(on)
     failed: dict[str, tuple[Cell, str]] = {}
     changes, changed = Changes(out), dict[str, str]()
@@ -172,7 +168,7 @@ def run_cells(
     Raises:
         InputError: a cell failed; the message names it.
     """
-    out, listener = out.absolute(), listener or NoProgress()
+    out, listener = out.absolute(), listener or ProgressListener()
     finished = [cell for cell in cells if is_finished(out, cell)]
     yield from (_read_row(out, cell) for cell in finished)
     remaining = {cell.key: cell for cell in cells if cell not in finished}
