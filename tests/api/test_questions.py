@@ -79,3 +79,15 @@ def test_the_default_limit_is_that_of_the_adapters_training(model: Family, pictu
         default = normtune.ask(model, picture, "Is there a fracture?", adapter=adapter)
         explicit = normtune.ask(model, picture, "Is there a fracture?", adapter=adapter, max_new_tokens=limit)
         assert default == explicit and len(default.tokens) == limit
+
+
+def test_a_loaded_model_cuts_questions_as_in_training(model: Family, picture: Path, tmp_path: Path) -> None:
+    """As a model that is loaded by its name does: an adapter of version 0.1 on MISS reads 35 tokens of a question."""
+    tuned = normtune.adapt(model, "ln")
+    normtune.save_adapter(tuned, tmp_path / "old")
+    normtune.restore_base(tuned)
+    start = "Is there a mass in the left lung? " * 5
+    adapted = [normtune.ask(model, picture, start + end, adapter=tmp_path / "old") for end in ("Is it big?", "Where?")]
+    assert adapted[0] == adapted[1]
+    of_base = [normtune.ask(model, picture, start + end) for end in ("Is it big?", "Where?")]
+    assert of_base[0].score != of_base[1].score and model.prompt_limit is None

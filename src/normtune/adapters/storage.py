@@ -242,16 +242,19 @@ def use_adapter(family: Family, adapter: Path | str | TunedModel | None) -> Iter
             f"the model has an adapter in it ('{family.adapter.recipe}'). Use it by adapter=tuned, or remove it: "
             "normtune.restore_base(tuned)."
         )
-    is_training = family.model.training
+    is_training, prompt_limit = family.model.training, family.prompt_limit
     family.model.eval()
     loaded = load_adapter(family.model, adapter, keep_base=True) if isinstance(adapter, Path | str) else None
     family.adapter = tuned or loaded
+    if isinstance(adapter, Path | str):
+        family.use_limits((read_adapter_info(adapter).data or {}).get("limits"))
     try:
         yield
     finally:
         if loaded is not None:
             restore_base(loaded)
         family.model.train(is_training)
+        family.prompt_limit = prompt_limit
 
 
 def _mismatch(name: str, adapter_shape: tuple[int, ...] | None, model_shape: tuple[int, ...] | None) -> str | None:

@@ -12,7 +12,6 @@ import hashlib
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -165,7 +164,6 @@ class AdapterSlots:
                 loaded=False,
                 running=0,
                 data=info.data,
-                metrics=_without_lists(info.metrics),
             ),
             info.sha256,
             modified=modified,
@@ -382,14 +380,3 @@ def _modified(folder: Path) -> int:
         return (folder / INFO_FILE).stat().st_mtime_ns
     except OSError:
         return 0
-
-
-def _without_lists(metrics: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return metrics without lists: loss logs are long, and thousands of adapters are kept in memory."""
-    if metrics is None:
-        return None
-    return {
-        name: _without_lists(value) if isinstance(value, Mapping) else value
-        for name, value in metrics.items()
-        if not isinstance(value, list)
-    }

@@ -118,7 +118,6 @@ class ServedAdapter:
         base: the base's name as recorded at training; it may be a path.
         trainable, total: trained parameters, and all parameters of the base.
         data: the dataset it was trained on; None if that is not recorded.
-        metrics: the metrics recorded at training.
         bytes: memory that its values take while it is loaded.
         loaded: whether its values are in memory now.
         running: how many of its requests are being answered; it is not evicted before they are done.
@@ -134,7 +133,6 @@ class ServedAdapter:
     loaded: bool
     running: int
     data: dict[str, object] | None = None
-    metrics: dict[str, object] | None = None
 
 
 @dataclass(frozen=True)
