@@ -83,6 +83,9 @@ def build_family(kind: str, model: Any, image_prefix: tuple[int, ...], end_token
         def prompt_format(self) -> None:
             return None
 
+        def image_text(self, pixels: Any) -> str:
+            return "<image>" * image_prefix.count(self.image_token_id)
+
         def group_prefixes(self, groups: Sequence[Group], pixels: Any) -> Any:
             return groups, [image_prefix] * len(groups), pixels
 

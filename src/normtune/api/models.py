@@ -23,9 +23,7 @@ Model = str | Path | Family  # a name of the hub, a local directory, 'nano', or 
 Adapter = str | Path | TunedModel  # a directory, or the adapter that is in a model
 
 
-def load(
-    model: str | Path, *, dtype: str = "auto", device: str | None = None, quantize: str | None = None
-) -> Family:
+def load(model: str | Path, *, dtype: str = "auto", device: str | None = None, quantize: str | None = None) -> Family:
     """Load a model with its processor.
 
     Every other function takes the result in place of a name, and does not load the model again.
