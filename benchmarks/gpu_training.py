@@ -184,7 +184,8 @@ def gradients(bench: Workbench, figures: Figures) -> None:
         for dtype in (torch.bfloat16, torch.float32):
             family.model.to(dtype)
             name = "bf16" if dtype == torch.bfloat16 else "fp32"
-            with tuned_parameters(family, "ln") as parameters:
+            # torch lets cuDNN's convolutions round fp32 values to TF32, by default: about 1e-3
+            with torch.backends.cudnn.flags(allow_tf32=False), tuned_parameters(family, "ln") as parameters:
                 by_run[f"grouped {name}"] = _grouped_gradients(bench, counts, parameters)
                 by_run[f"separate {name}"] = _separate_gradients(bench, counts, parameters, dtype)
         reference = by_run["separate fp32"]
