@@ -1,4 +1,5 @@
-"""Writes what the docs take from elsewhere: the example and the GPU table of README.md, and docs/commands.md.
+"""Writes what the docs take from elsewhere: the example and the GPU table of README.md, the GPU measurements of
+docs/speed.md and benchmarks/gpu.md, and docs/commands.md.
 
 PYTHONPATH=src python scripts/write_docs.py
 """
@@ -7,6 +8,8 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,11 @@ import typer.main
 from normtune.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from gpu import table  # noqa: E402
+
+GPU_RECORD = ROOT / "benchmarks" / "gpu.json"
 GPU_SIZES = (8, 12, 16, 24, 40, 48, 80, 141)  # GB of common GPUs
 USABLE = 0.9  # of a GPU's memory: the rest is for the driver, the display and fragments
 # (part and measurement of benchmarks/gpu.json, model, options)
@@ -57,9 +65,20 @@ def replace_between(page: str, source: str, text: str) -> str:
 def readme(page: str) -> str:
     """README.md with its example and its table brought up to date."""
     example = (ROOT / "examples" / "quick_start.py").read_text(encoding="utf-8")
-    record = json.loads((ROOT / "benchmarks" / "gpu.json").read_text(encoding="utf-8"))
+    record = json.loads(GPU_RECORD.read_text(encoding="utf-8"))
     page = replace_between(page, "examples/quick_start.py", f"```python\n{example}```\n")
     return replace_between(page, "benchmarks/gpu.json", gpu_table(record))
+
+
+def measurements(record: dict[str, Any]) -> str:
+    """The lines of docs/speed.md that a record determines: when, on what, and the table of all measurements."""
+    day = date.fromisoformat(record["date"])
+    versions = record["versions"]
+    about = (
+        f"Measured on {day:%d %B %Y} on one {record['machine']['accelerator']} with torch {versions['torch']}, "
+        f"transformers {versions['transformers']} and PEFT {versions['peft']}:\n\n"
+    )
+    return about + table(record["rows"], record["tiny"])
 
 
 def commands_page() -> str:
@@ -97,6 +116,11 @@ def _row(parameter: Any) -> str:
 
 
 def main() -> None:
+    record = json.loads(GPU_RECORD.read_text(encoding="utf-8"))
+    GPU_RECORD.with_suffix(".md").write_text(table(record["rows"], record["tiny"]), encoding="utf-8")
+    speed = ROOT / "docs" / "speed.md"
+    text = replace_between(speed.read_text(encoding="utf-8"), "benchmarks/gpu.json", measurements(record))
+    speed.write_text(text, encoding="utf-8")
     page = ROOT / "README.md"
     page.write_text(readme(page.read_text(encoding="utf-8")), encoding="utf-8")
     (ROOT / "docs" / "commands.md").write_text(commands_page(), encoding="utf-8")

@@ -114,11 +114,11 @@ def test_a_measurement_that_fails_leaves_the_others(parts: ModuleType, monkeypat
 
 
 def test_the_page_has_the_committed_measurements() -> None:
-    """`python scripts/gpu_docs.py` changes nothing: the page and the table are those of the record."""
-    docs = runpy.run_path(str(ROOT / "scripts" / "gpu_docs.py"))
+    """`python scripts/write_docs.py` changes nothing: the page and the table are those of the record."""
+    docs = runpy.run_path(str(ROOT / "scripts" / "write_docs.py"))
     record = json.loads((BENCHMARKS / "gpu.json").read_text(encoding="utf-8"))
     page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
-    assert docs["update"](page, record) == page
+    assert docs["replace_between"](page, "benchmarks/gpu.json", docs["measurements"](record)) == page
     assert (BENCHMARKS / "gpu.md").read_text(encoding="utf-8") == docs["table"](record["rows"], record["tiny"])
     text = docs["measurements"]({**record, "rows": record["rows"][:1]})
     assert (

@@ -7,7 +7,6 @@ lossless file format. They are *near-duplicates* if they look alike but are not 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,6 +16,7 @@ from PIL import Image
 
 from normtune.data.records import Dataset, Picture
 from normtune.errors import InputError
+from normtune.runtime.worker_pool import count_cores
 
 DIGEST_BYTES = 8  # two of a million pictures share a digest with a probability of 3e-8
 _THUMBNAIL = 16  # width and height of the grey thumbnail
@@ -45,8 +45,7 @@ def read_pictures(
         keys = (key for example in dataset.examples for key in example.images)
     all_keys = list(dict.fromkeys(keys))
     new = [key for key in all_keys if key not in dataset.pictures]
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPoolExecutor(workers) as pool:  # decoders release the interpreter's lock
+    with ThreadPoolExecutor(count_cores()) as pool:  # decoders release the interpreter's lock
         for done, (key, picture) in enumerate(zip(new, pool.map(lambda key: _read(dataset, key), new), strict=True), 1):
             dataset.pictures[key] = picture
             if progress is not None:

@@ -29,7 +29,7 @@ ROOTS = {
     "jsonl": "a JSONL file or a folder of them",
     "parquet": "a parquet file, a folder of them, or a hub name owner/name",
 }
-PHANTOMS = ("phantom-a", "phantom-b")  # drawn images, without files
+PHANTOMS = ("phantom-a", "phantom-b")  # drawn when they are opened, without files; no two are equal
 WITH_SECTIONS = ("openi", "mimic-cxr")  # datasets that separate findings and impression
 WITH_STRICT = ("jsonl", "messages")  # their readers refuse bad rows, unless --skip-bad is set
 _ON_THE_HUB = ("parquet", "path-vqa")  # --root may be a hub name, owner/name

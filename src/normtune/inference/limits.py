@@ -12,6 +12,7 @@ from normtune.data import tasks
 from normtune.data.options import DataOptions
 from normtune.data.preflight import Preflight, TextLimits, check, preflight
 from normtune.data.records import Dataset, Example, Split
+from normtune.data.registry import PHANTOMS
 from normtune.errors import InputError
 from normtune.metrics.answers import is_exact
 from normtune.runtime import distributed
@@ -106,7 +107,9 @@ def inspect_data(dataset: Dataset, model: str | None = None, *, text_only: bool 
         longest = answer_limit(family, Split(dataset, dataset.examples))
         limits = text_limits(family, model, report=report, max_answer=longest, training=True)
     with _picture_progress() as tick:
-        return preflight(dataset, limits=limits, open_pictures=not (text_only or _is_drawn(dataset)), progress=tick)
+        return preflight(
+            dataset, limits=limits, open_pictures=not (text_only or dataset.name in PHANTOMS), progress=tick
+        )
 
 
 def check_run(
@@ -164,7 +167,7 @@ def check_run(
                     limits,
                     strict=options.strict,
                     skip_bad=options.skip_bad,
-                    open_pictures=not (model is None or options.text_only or _is_drawn(dataset)),
+                    open_pictures=not (model is None or options.text_only or dataset.name in PHANTOMS),
                     progress=tick,
                 )
             except InputError as error:
@@ -177,11 +180,6 @@ def check_run(
         losses = ", ".join(f"{rows} x {loss}" for loss, rows in outcome[1].losses.items())
         print(f"preflight: {losses} (preflight.json)", file=sys.stderr)
     return Split(dataset, outcome[0], examples.name), outcome[1]
-
-
-def _is_drawn(dataset: Dataset) -> bool:
-    """Whether the pictures are phantoms: drawn when they are opened, and all different."""
-    return dataset.name.startswith("phantom")
 
 
 def _picture_progress() -> AbstractContextManager[Callable[[int, int], None] | None]:
