@@ -122,3 +122,15 @@ def test_progress_is_reported_for_every_picture() -> None:
     report: Callable[[int, int], None] = lambda done, total: ticks.append((done, total))  # noqa: E731
     preflight(made(row("1", "a", "x"), row("2", "a", "x"), row("3", "bb", "x")), progress=report)
     assert ticks == [(1, 2), (2, 2)]
+
+
+def test_planned_memory_is_printed_and_recorded() -> None:
+    counts = preflight(made(row("1", "a", "x")))
+    assert "memory" not in counts.text() and "memory" not in counts.adapter_figures()
+    parts = {"weights": 2**30, "optimiser": 2**28, "cached": 0, "step": 2**29, "program": 2**28}
+    counts.memory = {"recipe": "ln", "device": "cpu", "batch": 24, "peak": 2**31, "free": 2**32, "fits": True, **parts}
+    assert "memory          about 2.00 GiB to train ln with --batch 24; 4.00 GiB are free" in counts.text()
+    recorded = counts.adapter_figures()["memory"]
+    assert recorded == {"batch": 24, "weights": 2**30, "optimiser": 2**28, "cached": 0, "step": 2**29}
+    counts.memory = {"not_planned": "FSDP divides the model among devices"}
+    assert "memory          not planned: FSDP divides" in counts.text() and "memory" not in counts.adapter_figures()

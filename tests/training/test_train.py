@@ -148,6 +148,7 @@ def test_frozen_image_encoder_runs_once_per_image(base: Path, tmp_path: Path, mo
         images += len(pixels)
         return forward(self, pixels)
 
+    monkeypatch.setattr("normtune.training.train.estimate_memory", lambda *_: {})  # it encodes images without values
     monkeypatch.setattr(VisionTransformer, "forward", counting)
     train(config(base, tmp_path / "cached", tune="encoder=ln"))
     assert images == 6
@@ -169,6 +170,7 @@ def test_batches_balanced_by_tokens_use_and_tokenise_every_pair_once(
         encoded[id] += 1
         return encode(self, id, *rest, **named)
 
+    monkeypatch.setattr("normtune.training.train.estimate_memory", lambda *_: {})  # it tokenises rows for itself
     monkeypatch.setattr(MissFamily, "tokenize", counting)
     result = train(config(base, tmp_path / "tokens", balance="tokens"))
     examples = open_dataset(DATA).split("train")
@@ -481,3 +483,18 @@ def test_out_of_memory_error_names_the_options_to_change(
     monkeypatch.setattr("normtune.models.families.miss.MissFamily.loss", full)
     with pytest.raises(InputError, match=r"--memory fast\. Resume with --memory tight, or lower --batch"):
         train(config(base, tmp_path / "out"))
+
+
+def test_preflight_and_model_card_have_the_planned_memory_of_the_run(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A loaded base stays on its device, which is part of the run's identity, whatever devices there are."""
+    monkeypatch.setattr("normtune.training.memory_plan.plan.available_bytes", lambda device: 1)
+    train(config(base, tmp_path / "a", max_steps=1, device=None), family=load(str(base), device="cpu"))
+    memory = read_json(tmp_path / "a/preflight.json")["memory"]
+    assert memory["recipe"] == "ln" and memory["batch"] == 16 and memory["device"] == "cpu" and not memory["fits"]
+    assert "preflight: too little memory, about" in capsys.readouterr().err
+    recorded = read_json(tmp_path / "a/adapter.json")["data"]["memory"]
+    assert recorded == {name: memory[name] for name in ("batch", "weights", "optimiser", "cached", "step")}
+    assert "data: memory" in (tmp_path / "a/README.md").read_text()
+    assert read_json(tmp_path / "a/train_config.json")["device"] == "cpu"

@@ -62,6 +62,10 @@ def data(*, as_json: bool, **options: Any) -> None:
     model, strict = options.pop("model"), options.pop("strict")
     dataset = open_dataset(options.pop("data"), **options)
     counts = inspect_data(dataset, model, text_only=options["text_only"])
+    if model is not None:
+        from normtune.training.inspection import estimate_training
+
+        counts.memory = estimate_training(model, dataset)
     summary = summarize(dataset, counts.leaks)
     emit(as_json, summary | {"preflight": counts.to_dict()}, f"{summary}\n\nPreflight\n{counts.text()}")
     if strict:

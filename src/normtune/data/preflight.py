@@ -66,6 +66,7 @@ class Preflight:
     leaks: list[Leak]
     limits: dict[str, Any] = field(default_factory=dict)  # of prompts, references and answers; the score ceiling
     losses: dict[str, int] = field(default_factory=dict)  # what is lost -> rows; empty if nothing is
+    memory: dict[str, Any] = field(default_factory=dict)  # of training; see `memory_plan.plan.estimate_memory`
     bad_rows: dict[str, str] = field(default_factory=dict)  # id of an example that cannot be used -> why
     seconds: float = 0.0
 
@@ -88,12 +89,25 @@ class Preflight:
         """The rows, losses and limits, for the files of a run's results."""
         return {"rows": self.rows, "losses": self.losses, "limits": self.limits}
 
+    def memory_text(self) -> str:
+        """The memory that training will take, in one line; empty if it was not planned."""
+        if not self.memory:
+            return ""
+        if "not_planned" in self.memory:
+            return f"not planned: {self.memory['not_planned']}"
+        plan = {name: f"{value / 2**30:.2f} GiB" for name, value in self.memory.items() if name in ("peak", "free")}
+        free = f"; {plan['free']} are free" if "free" in plan else ""
+        return f"about {plan['peak']} to train {self.memory['recipe']} with --batch {self.memory['batch']}{free}"
+
     def adapter_figures(self) -> dict[str, Any]:
-        """What `adapter.json` records: the limits in tokens, the losses, the rows, and the highest possible score."""
+        """What `adapter.json` records: limits in tokens, losses, rows, the highest possible score, planned bytes."""
         names = {"prompt": "prompts", "reference": "references", "answer": "answers"}
         limits = {name: self.limits[key]["limit"] for name, key in names.items() if key in self.limits}
         ceiling = {name: self.limits[name] for name in ("score_ceiling",) if name in self.limits}
-        return {"limits": limits, "losses": self.losses, "rows": self.rows, **ceiling}
+        # without `program` and `free`, which differ from run to run: equal runs write equal files
+        parts = ("batch", "weights", "optimiser", "cached", "step")
+        memory = {"memory": {name: self.memory[name] for name in parts}} if "peak" in self.memory else {}
+        return {"limits": limits, "losses": self.losses, "rows": self.rows, **ceiling, **memory}
 
     def save(self, folder: Path) -> None:
         """Write `preflight.json` to a folder."""
@@ -118,6 +132,7 @@ class Preflight:
             if self.texts[name]:
                 value = self.texts[name]
                 lines.append(f"{'texts':<15} {text}: {_joined(value) if isinstance(value, dict) else value}")
+        lines += [f"{'memory':<15} {memory}"] if (memory := self.memory_text()) else []
         lines += [f"{'lost':<15} {rows} x {loss}" for loss, rows in self.losses.items()]
         return "\n".join(lines)
 

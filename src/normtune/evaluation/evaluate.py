@@ -120,7 +120,8 @@ def evaluate(
         name: image_reliance.control_dataset(dataset, examples, name)
         for name in image_reliance.parse_controls(config.controls)
     }
-    answerer = _Answerer(family, examples, config, progress, rounds=1 + len(control_datasets))
+    limit = config.max_new_tokens or (preflight and preflight.limits.get("answers", {}).get("limit"))
+    answerer = _Answerer(family, examples, config, limit, progress, rounds=1 + len(control_datasets))
     if config.out is not None:
         make_directory(config.out)
     baseline, cache = _baseline_and_cache(family, dataset, config)
@@ -192,17 +193,25 @@ class _Answerer:
     """
 
     def __init__(
-        self, family: Family | None, examples: Split, config: EvaluateConfig, progress: Progress | None, rounds: int
+        self,
+        family: Family | None,
+        examples: Split,
+        config: EvaluateConfig,
+        limit: int | None,
+        progress: Progress | None,
+        rounds: int,
     ) -> None:
-        """Choose the examples of this process; they are answered `rounds` times, with other images each."""
+        """Choose the examples of this process; they are answered `rounds` times, with other images each.
+
+        Args:
+            limit: `max_new_tokens` if it is known; None: that of the model and the data.
+        """
         self.family, self.examples, self.config = family, examples, config
         self.progress, self.rounds = progress, rounds
         is_report = examples[0].kind == "report"
-        self.max_new_tokens = config.max_new_tokens or (
-            tasks.MAX_REPORT_TOKENS if is_report else tasks.MAX_ANSWER_TOKENS
-        )
+        self.max_new_tokens = limit or (tasks.MAX_REPORT_TOKENS if is_report else tasks.MAX_ANSWER_TOKENS)
         self.generation = {} if family is None or config.generation == "greedy" else family.generation_settings()
-        if config.max_new_tokens is None and family is not None:
+        if limit is None and family is not None:
             from normtune.inference.limits import answer_limit  # torch takes seconds to import
 
             self.max_new_tokens = answer_limit(family, examples)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from normtune.data.records import Dataset
 from normtune.errors import InputError
 from normtune.runtime.text_table import text_table
 
@@ -78,6 +79,16 @@ def add_memory_plan(model: str, tune: str | None, options: Mapping[str, Any], re
     from normtune.training.memory_plan.plan import plan_memory
 
     return {**report, "plan": plan_memory(config).to_json()}
+
+
+def estimate_training(model: str, dataset: Dataset) -> dict[str, Any]:
+    """Plan the memory of a run on a dataset with the default options; see `memory_plan.plan.estimate_memory`."""
+    from normtune.training.config import TrainConfig
+    from normtune.training.memory_plan.plan import estimate_memory
+
+    config = TrainConfig(model=model, data=dataset.name, out=Path("."))
+    examples = [example for example in dataset.examples if example.split == config.split] or dataset.examples
+    return estimate_memory(config, dataset, examples)
 
 
 def inspect_text(report: dict[str, Any]) -> str:

@@ -87,6 +87,7 @@ def build_setup(
     dataset: Dataset,
     examples: Sequence[Example],
     rows: TrainingRows | None = None,
+    preflight: Preflight | None = None,
     *,
     family: Family | None = None,
     keep_base: bool = False,
@@ -94,7 +95,7 @@ def build_setup(
     """Load the base, adapt it by the recipe and build the collator.
 
     Args:
-        rows: see `TrainingSetup`.
+        rows, preflight: see `TrainingSetup`.
         family: the base if it is loaded already; its model is adapted in place.
         keep_base: make `restore_base(setup.tuned)` possible for every recipe; see `normtune.methods.adapt.adapt`.
 
@@ -112,7 +113,7 @@ def build_setup(
         raise InputError(f"the processes loaded different bases from {config.model}. Give all of them the same files.")
     tuned = adapt(family.model, config.tune, seed=config.seed, keep_base=keep_base)
     try:
-        return TrainingSetup(config, dataset, examples, family, tuned, rows, base_fingerprint)
+        return TrainingSetup(config, dataset, examples, family, tuned, rows, base_fingerprint, preflight)
     except InputError:
         if keep_base:
             restore_base(tuned)

@@ -7,6 +7,7 @@ save_run  writes the adapter, the options and the result, and deletes the checkp
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import asdict, replace
 from typing import Any
@@ -32,6 +33,7 @@ from normtune.training.checkpoints import RUN_FILE, Checkpoint, delete_checkpoin
 from normtune.training.config import TrainConfig
 from normtune.training.identity import check_identity, locked_folder, move_earlier_run, option_identity
 from normtune.training.layer_wrapping import checkpoint_activations, compile_layers
+from normtune.training.memory_plan.plan import estimate_memory
 from normtune.training.result import TrainResult, build_result, read_result
 from normtune.training.saved_activations import save_fewer_activations
 from normtune.training.setup import TrainingSetup, build_setup, read_examples
@@ -64,9 +66,14 @@ def train(
     """
     parse(config.tune)  # first: a misspelt recipe fails before anything is loaded
     distributed.init_processes(config.device)
-    # resolved once: checkpoints and results name the dtype that was used
+    # resolved once: checkpoints and results name the dtype that was used, and a loaded base stays where it is
     device = resolve_device(config.device) if family is None else family.device
-    config = config.model_copy(update={"dtype": resolve_dtype(config.dtype, device)})
+    config = config.model_copy(
+        update={
+            "dtype": resolve_dtype(config.dtype, device),
+            "device": config.device if family is None else str(device),
+        }
+    )
     # tight is for machines with little memory: freed blocks return to the system at once
     if config.memory == "tight":
         memory.release_freed_memory()
@@ -76,11 +83,13 @@ def train(
     # before the base, which may take minutes to load
     with distributed.lost_process_as_error(), locked_folder(config.out):
         examples, preflight = check_run(config, examples, family or config.model, training=True)
+        preflight.memory = distributed.broadcast_from_first(lambda: estimate_memory(config, dataset, examples, family))
+        if distributed.is_main_process() and preflight.memory.get("fits") is False:
+            print(f"preflight: too little memory, {preflight.memory_text()}", file=sys.stderr)
         rows = distributed.broadcast_from_first(lambda: hash_rows(dataset, examples))
         check_identity(config, options | {"rows_digest": rows.digest})
         keep_base = family is not None
-        setup = build_setup(config, dataset, examples, rows, family=family, keep_base=keep_base)
-        setup.preflight = preflight
+        setup = build_setup(config, dataset, examples, rows, preflight, family=family, keep_base=keep_base)
         try:
             return _train_in_folder(setup, progress)
         finally:

@@ -21,7 +21,7 @@ from normtune.training.inspection import add_memory_plan, inspect_model, inspect
 from normtune.training.layer_wrapping import CHECKPOINT_EVERY, checkpoint_activations
 from normtune.training.memory_plan.fake_model import model_bytes
 from normtune.training.memory_plan.live_bytes import LiveTensorBytes
-from normtune.training.memory_plan.plan import USABLE_SHARE, _BatchCosts, _WeightlessRun, plan_memory
+from normtune.training.memory_plan.plan import USABLE_SHARE, _BatchCosts, _WeightlessRun, estimate_memory, plan_memory
 from normtune.training.memory_plan.quantized import QuantizedPlaceholder, insert_placeholders, linear_bytes
 from normtune.training.saved_activations import save_fewer_activations
 from tests.support.tiny_models import make_tiny
@@ -170,3 +170,26 @@ def test_host_reports_its_memory() -> None:
     assert resident_bytes() > 10 * MIB
     free = available_bytes(torch.device("cpu"))
     assert free is None or free > 0
+
+
+@pytest.mark.parametrize("options", [{"tune": "lora-8"}, {"tune": "full", "batch": 5}])
+def test_estimate_of_the_preflight_is_the_plan_of_the_configured_run(options: dict[str, Any]) -> None:
+    config = run_of("nano", **options)
+    dataset = open_configured(config)
+    examples = dataset.split("train")
+    estimate, plan = estimate_memory(config, dataset, examples), plan_memory(config).requested
+    names = ("weights", "optimiser", "cached", "step", "fits")
+    assert {name: estimate[name] for name in names} == {name: getattr(plan, name) for name in names}
+    assert estimate["peak"] == sum(estimate[name] for name in ("weights", "optimiser", "cached", "step", "program"))
+    loaded = estimate_memory(config, dataset, examples, load("nano"))
+    assert loaded["step"] == plan.step and loaded["recipe"] == options["tune"]
+
+
+def test_a_run_does_not_depend_on_its_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no kernel for fake tensors\nmore lines")
+
+    monkeypatch.setattr(_WeightlessRun, "step_bytes", fail)
+    config = run_of("nano")
+    dataset = open_configured(config)
+    assert estimate_memory(config, dataset, dataset.split("train")) == {"not_planned": "no kernel for fake tensors"}

@@ -32,6 +32,7 @@ from normtune.models.family import Family
 from normtune.models.image_cache import LIMIT_BYTES
 from normtune.models.loading import load_without_weights, resolve_device, resolve_dtype
 from normtune.models.quantization import PACKAGES, quantised_linears
+from normtune.runtime import distributed
 from normtune.runtime.memory import available_bytes, resident_bytes
 from normtune.runtime.text_table import text_table
 from normtune.training.collator import Collator
@@ -46,6 +47,7 @@ from normtune.training.token_counts import count_tokens
 
 USABLE_SHARE = 0.95  # share of the free memory that a run may take; allocators need more than their tensors
 _COPIES = 3  # copies of the trained values: AdamW's two means, and the values before training
+_ESTIMATED_ROWS, _ESTIMATED_IMAGES = 10_000, 200  # rows and groups of images that `estimate_memory` reads
 _FP32_BYTES = 4  # trained values and AdamW's means are fp32, whatever the dtype of the base
 
 Groups = Sequence[Sequence[Example]]  # a batch: the examples of each group
@@ -133,6 +135,36 @@ def plan_memory(config: TrainConfig) -> MemoryPlan:
     )
 
 
+def estimate_memory(
+    config: TrainConfig, dataset: Dataset, examples: Sequence[Example], family: Family | None = None
+) -> dict[str, Any]:
+    """Plan the memory of a run as configured, for the preflight: in about a second, from the first rows.
+
+    Args:
+        family: the base if it is loaded already.
+
+    Returns:
+        recipe, device, batch (pairs), and in bytes: weights, optimiser, cached, step, program, their sum `peak` on the
+        device that trains, and `free` if the system reports it; `fits` says whether the peak is free. If planning
+        fails, only `not_planned`, the reason: a run does not depend on its plan.
+    """
+    if distributed.is_sharded():
+        return {"not_planned": "FSDP divides the model among devices"}
+    config = config.model_copy(update={"cache": None})
+    try:
+        run = _WeightlessRun(config, dataset, examples, resolve_device(config.device))
+        if family is not None and run.program:
+            run.program -= model_bytes(family.model)  # it is in this process already
+        groups = _BatchCosts(run, dataset, examples[:_ESTIMATED_ROWS], images=_ESTIMATED_IMAGES).largest(config.batch)
+        step, free = run.step_bytes(groups, config.memory), available_bytes(run.device)
+    except Exception as error:  # whatever a model's code does with tensors that have no values
+        return {"not_planned": str(error).split("\n")[0] or type(error).__name__}
+    plan = run.memory_option(config.memory, config.quantize, step, step / _pairs(groups), _pairs(groups), free)
+    parts = {name: getattr(plan, name) for name in ("weights", "optimiser", "cached", "step", "program", "fits")}
+    about = {"recipe": config.tune, "device": str(run.device), "batch": config.batch, "peak": plan.total}
+    return about | parts | ({} if free is None else {"free": free})
+
+
 def _slope(step: int, small_step: int, tokens: int, small_tokens: int) -> float:
     """Return bytes per token from two batches, or from the first if the second is not smaller."""
     if tokens > small_tokens and step > small_step:
@@ -192,6 +224,7 @@ class _WeightlessRun:
             self.collate: Collator = TrainingSetup(config, dataset, examples, self.family, tuned).collate
         self.examples = len(examples)
         self.images = {example.images for example in examples}
+        self._collate_peaks: dict[int, int] = {}  # of the batches, by their ids
         self.program = resident_bytes()  # of this process, which has imported the same libraries
 
     def step_bytes(self, groups: Groups, tier: MemoryTier) -> int:
@@ -206,14 +239,16 @@ class _WeightlessRun:
             before = self._cache_size()[0]
             batch = self.collate(groups)
             newly_cached = self._cache_size()[0] - before
-            collate_peak = counter.peak
+            # the first tier fills the caches; a run with another tier also builds its first batches without them
+            peak = counter.peak - newly_cached
+            collate_peak = self._collate_peaks[id(groups)] = max(peak, self._collate_peaks.get(id(groups), 0))
             batch = send_to_device(batch, self.device)
             counter.reset_peak()
             # forward: activations pile up; backward: they are freed layer by layer, gradients appear
             with checkpoint_activations(self.family.model, tier):
                 self.family.loss(batch)[0].backward()
         self.family.model.zero_grad(set_to_none=True)  # the next tier starts without gradients
-        return max(collate_peak, counter.peak) - newly_cached
+        return max(collate_peak, counter.peak - newly_cached)
 
     def _cache_size(self) -> tuple[int, int]:
         """Return the bytes and the number of entries in the run's cache so far."""
@@ -274,10 +309,12 @@ class _WeightlessRun:
 class _BatchCosts:
     """Sizes of batches in tokens, padding included."""
 
-    def __init__(self, run: _WeightlessRun, dataset: Dataset, examples: Sequence[Example]) -> None:
+    def __init__(
+        self, run: _WeightlessRun, dataset: Dataset, examples: Sequence[Example], images: int | None = None
+    ) -> None:
         self.config, self.examples = run.config, examples
         self.shares_prefix = run.family.shares_prefix
-        self.tokens: TokenCosts = count_tokens(run.family, dataset, examples, run.collate.segment)
+        self.tokens: TokenCosts = count_tokens(run.family, dataset, examples, run.collate.segment, images)
 
     def largest(self, pairs: int) -> Groups:
         """Return the largest batch of the run's first epoch, for batches of about `pairs` pairs."""
