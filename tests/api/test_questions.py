@@ -88,6 +88,16 @@ def test_a_loaded_model_cuts_questions_as_in_training(model: Family, picture: Pa
     normtune.restore_base(tuned)
     start = "Is there a mass in the left lung? " * 5
     adapted = [normtune.ask(model, picture, start + end, adapter=tmp_path / "old") for end in ("Is it big?", "Where?")]
-    assert adapted[0] == adapted[1]
+    assert adapted[0].tokens == adapted[1].tokens and adapted[0].score == adapted[1].score
+    assert 0 < adapted[1].question_tokens_cut < adapted[0].question_tokens_cut
     of_base = [normtune.ask(model, picture, start + end) for end in ("Is it big?", "Where?")]
     assert of_base[0].score != of_base[1].score and model.prompt_limit is None
+
+
+def test_an_answer_counts_the_tokens_of_its_question_that_were_not_read(model: Family, picture: Path) -> None:
+    limit = model.max_prompt_tokens
+    assert limit is not None
+    long = "Is there a fracture or " + "an effusion or " * limit + "a mass?"
+    cut, whole = normtune.ask(model, picture, [long, "Is there a fracture?"])
+    assert cut.question_tokens_cut == len(model.tokenize_whole("0", long, None).prompt) - limit > 0
+    assert whole.question_tokens_cut == 0

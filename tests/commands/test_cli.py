@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import shutil
 import subprocess
@@ -107,6 +108,9 @@ def test_train_evaluate_ask_and_describe_as_json(run: Run, base: Path, picture: 
     status, out, err = run("ask", base, "--adapter", tmp_path / "ln", *questions, "--max-new-tokens", 1, "--json")
     answers = json.loads(out)["answers"]
     assert (status, err) == (0, "") and [row["finish_reason"] for row in answers] == ["length", "length"]
+    assert [row["question_tokens_cut"] for row in answers] == [0, 0]
+    status, out, err = run("ask", base, "--image", picture, "--question", "Is it a mass? " * 200)
+    assert status == 0 and re.search(r"\(the last \d+ tokens of the question were not read\)$", out.strip())
     status, out, err = run("describe", base, "--image", picture, "--json")
     described = json.loads(out)
     assert (status, err) == (0, "") and isinstance(described["report"], str) and described["finish_reason"]

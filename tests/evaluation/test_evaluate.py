@@ -49,6 +49,17 @@ def test_answers_are_joined_by_id_and_scored() -> None:
     assert evaluation.metrics["open_recall"].value == pytest.approx(0.5)
     assert evaluation.record["pairs_per_second"] == pytest.approx(5 / evaluation.seconds)
     assert evaluation.record["peak_memory_bytes"] > 0
+    assert evaluation.record["signs_ignored"] == 0
+
+
+def test_answers_that_are_right_without_their_signs_are_counted() -> None:
+    examples = [
+        Example("1", ("1",), "Which?", "HER2+", "open", "test"),
+        Example("2", ("1",), "?", "yes", "closed", "test"),
+    ]
+    evaluation = run(FakeFamily({"1": "her2-", "2": "Yes."}), fake_dataset(examples))
+    assert evaluation.metrics["global_exact"].value == 1.0 and evaluation.record["signs_ignored"] == 1
+    assert "1 row is right only because the normalisation drops signs" in str(evaluation)
 
 
 def test_answers_at_the_token_limit_are_counted(tmp_path: Path) -> None:

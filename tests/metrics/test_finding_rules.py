@@ -55,7 +55,16 @@ CASES: dict[str, dict[str, str]] = {
     "The effusion is no longer seen.": {"Pleural Effusion": "negative"},
     "Pneumonia is considered unlikely.": {"Pneumonia": "negative"},
     "The opacity is unlikely to be pneumonia.": {"Lung Opacity": "positive", "Pneumonia": "negative"},
-    "Pneumonia is less likely.": {"Pneumonia": "uncertain"},
+    "Pneumonia is less likely.": {"Pneumonia": "negative"},
+    "Opacity, atelectasis, less likely pneumonia": {
+        "Lung Opacity": "positive",
+        "Atelectasis": "positive",
+        "Pneumonia": "negative",
+    },
+    "Edema is less likely than atelectasis.": {"Edema": "negative", "Atelectasis": "positive"},
+    "Pneumonia is less likely but possible.": {"Pneumonia": "uncertain"},
+    "Pneumonia is less likely, but cannot be completely excluded.": {"Pneumonia": "uncertain"},
+    "Atelectasis or, less likely, pneumonia.": {"Atelectasis": "uncertain", "Pneumonia": "uncertain"},
     "The pneumothorax has disappeared.": {"Pneumothorax": "negative"},
     "I don\u2019t see a pneumothorax. Consolidation wasn't seen.": {
         "Pneumothorax": "negative",

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from normtune.errors import InputError
-from normtune.metrics.normalisation import NORMALISATIONS, normalise, tokens
+from normtune.metrics.normalisation import NORMALISATIONS, differ_in_signs, normalise, tokens
 
 CASES = [
     ("Yes.", "yes"),
@@ -73,3 +73,24 @@ def test_tokens_lose_no_visible_character(text: str) -> None:
 
 def test_the_names_are_the_documented_ones() -> None:
     assert list(NORMALISATIONS) == ["none", "vqa", "unicode", "llava-med"]
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "expected"),
+    [
+        ("HER2-", "HER2+", True),
+        ("culture (-)", "culture (+)", True),
+        ("5 mm", ">5 mm", True),
+        ("5", "-5", True),
+        ("15", "1,5", True),
+        ("34", "3-4", True),
+        ("12", "1/2", True),
+        ("X-ray", "x ray", False),
+        ("left - upper", "left upper", False),
+        ("yes!", "Yes.", False),
+        ("1.5", "15", False),  # points stay in numbers: the texts differ
+        ("lung, left", "lung left", False),
+    ],
+)
+def test_signs_are_what_changes_the_meaning(prediction: str, reference: str, expected: bool) -> None:
+    assert differ_in_signs(prediction, reference) == expected

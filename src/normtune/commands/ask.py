@@ -44,10 +44,21 @@ def ask(
         quantize=quantize,
     )
     rows = [
-        {"question": text, "answer": answer.text, "score": answer.score, "finish_reason": answer.finish_reason}
+        {
+            "question": text,
+            "answer": answer.text,
+            "score": answer.score,
+            "finish_reason": answer.finish_reason,
+            "question_tokens_cut": answer.question_tokens_cut,
+        }
         for text, answer in zip(question, answers, strict=True)
     ]
-    emit(json, {"image": str(image), "answers": rows}, "\n".join(f"{row['question']}  {row['answer']}" for row in rows))
+    lines = [f"{row['question']}  {row['answer']}{_cut_text(row['question_tokens_cut'])}" for row in rows]
+    emit(json, {"image": str(image), "answers": rows}, "\n".join(lines))
+
+
+def _cut_text(tokens: int) -> str:
+    return f"  (the last {tokens} tokens of the question were not read)" if tokens else ""
 
 
 @app.command()

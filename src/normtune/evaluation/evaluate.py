@@ -18,7 +18,7 @@ from normtune.evaluation import image_reliance
 from normtune.evaluation.results import Evaluation, Predictions, make_record
 from normtune.evaluation.score_files import clinical_table
 from normtune.inference.predict import Progress, answer_all, score_closed_candidates
-from normtune.metrics.answers import Metric, check_unique_ids, summarise_scores
+from normtune.metrics.answers import Metric, check_unique_ids, count_ignored_signs, summarise_scores
 from normtune.metrics.reports import normalisations_for, text_pairs
 from normtune.metrics.strata import score_strata
 from normtune.metrics.table import metric_table, summarize_metrics
@@ -280,11 +280,14 @@ def _compute_scores(
     Returns:
         `metrics`; `strata` (see `score_strata`); for reports that mention findings `findings`: labeller ->
         finding -> precision, recall, f1 and counts; with controls `reliance` (see `image_reliance`);
-        `limit_reached`: the share of the generated answers that reached the token limit.
+        for answers `signs_ignored` (see `count_ignored_signs`); `limit_reached`: the share of the generated
+        answers that reached the token limit.
     """
     table = metric_table(examples, predictions, normalisation)
     scores: dict[str, Any] = {"metrics": summarize_metrics(table, examples), "strata": score_strata(examples, table)}
-    if not isinstance(normalisation, str) and (findings := clinical_table(text_pairs(examples, predictions))[1]):
+    if isinstance(normalisation, str):
+        scores["signs_ignored"] = count_ignored_signs(examples, predictions, normalisation)
+    elif findings := clinical_table(text_pairs(examples, predictions))[1]:
         scores["findings"] = findings
     if controls:
         control_tables = {name: metric_table(examples, rows, normalisation) for name, rows in controls.items()}

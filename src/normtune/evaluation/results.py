@@ -15,7 +15,7 @@ from normtune.data.records import Dataset, Example, Prediction, Split
 from normtune.errors import InputError
 from normtune.evaluation.config import CONTROLS
 from normtune.evaluation.image_reliance import reliance_text
-from normtune.metrics.answers import Metric
+from normtune.metrics.answers import Metric, ignored_signs_text
 from normtune.metrics.statistics import RESAMPLES
 from normtune.metrics.strata import strata_of, strata_text
 from normtune.runtime.environment import versions
@@ -202,6 +202,7 @@ def metrics_text(result: Mapping[str, Any]) -> str:
     if share := (result.get("limit_reached") or {}).get("value"):
         limit = result["settings"]["max_new_tokens"]
         lines.append(f"{100 * share:.1f}% of the generated answers end at the limit of {limit} tokens")
+    lines += ignored_signs_text(result)
     lines += ["", strata_text(result["strata"])] if result.get("strata") else []
     lines += ["", reliance_text(result["reliance"])] if result.get("reliance") else []
     speed = f"{result['seconds']:.1f} s, {result['pairs_per_second']:.1f} pairs/s"

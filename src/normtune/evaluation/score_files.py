@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 from normtune.data.reading.cells import is_yes_no
 from normtune.data.records import Example, Kind
 from normtune.errors import InputError, did_you_mean
-from normtune.metrics.answers import score_rows, score_vqa
+from normtune.metrics.answers import count_ignored_signs, ignored_signs_text, score_rows, score_vqa
 from normtune.metrics.reports import report_table, summarise_reports
 from normtune.metrics.statistics import RESAMPLES
 from normtune.runtime.files import write_json
@@ -68,7 +68,8 @@ def score_files(
 
     Returns:
         task, rows, images, normalisations, metrics (name -> value, low, high, rows, images), versions; for
-        reports also `findings`, the table of every labeller.
+        reports also `findings`, the table of every labeller, and for answers `signs_ignored` (see
+        `normtune.metrics.answers.count_ignored_signs`).
 
     Raises:
         InputError: if the task is unknown, a row is not as described above, an id occurs more than once, the
@@ -97,7 +98,7 @@ def score_files(
         if len(used) > 1:
             raise InputError("answers are scored under one normalisation at a time. Give --normalisation once.")
         metrics = score_vqa(examples, texts, normalisation=used[0], resamples=resamples)
-        extra = {}
+        extra = {"signs_ignored": count_ignored_signs(examples, texts, used[0])}
     else:
         used = tuple(normalisations or ("none", "r2gen-iu"))
         pairs = {example.id: (texts[example.id], example.answer) for example in examples}
@@ -313,6 +314,7 @@ def score_text(result: Mapping[str, Any]) -> str:
             for name, metric in result["metrics"].items()
         ]
     )
+    lines += ignored_signs_text(result)
     for labeller, table in result.get("findings", {}).items():
         rows = [[labeller, "precision", "recall", "F1", "predictions", "references"]]
         for name, row in table.items():

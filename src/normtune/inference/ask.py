@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,7 @@ def ask(
         report: whether the answers are reports; an empty question is then the report prompt.
 
     Returns:
-        One answer per question, in their order.
+        One answer per question, in their order, with the number of tokens that the model did not read of it.
 
     Raises:
         InputError: there is no image, or one cannot be read.
@@ -47,4 +48,6 @@ def ask(
     pixels = [family.preprocess_image(open_image(image)) for image in images]
     segments = tuple(family.tokenize(str(i), text, None, report=report) for i, text in enumerate(questions))
     group = Group(tuple(str(i) for i in range(len(images))), segments)
-    return family.generate_answers([group], [pixels], beams=beams, max_new_tokens=max_new_tokens)[0]
+    answers = family.generate_answers([group], [pixels], beams=beams, max_new_tokens=max_new_tokens)[0]
+    cuts = (family.question_tokens_cut(segment, text) for segment, text in zip(segments, questions, strict=True))
+    return [replace(answer, question_tokens_cut=cut) for answer, cut in zip(answers, cuts, strict=True)]

@@ -28,13 +28,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from normtune.data.reading.cells import is_yes_no
 from normtune.data.records import Example, Prediction
 from normtune.errors import InputError
-from normtune.metrics.normalisation import normalise, normalise_pair, tokens
+from normtune.metrics.normalisation import differ_in_signs, normalise, normalise_pair, tokens
 from normtune.metrics.statistics import RESAMPLES
 from normtune.metrics.sum_metrics import bootstrap_intervals, mean_metric, sum_by_cluster
 
@@ -149,6 +150,23 @@ def closed_substring(prediction: str, reference: str) -> float:
 def is_exact(prediction: str, reference: str, normalisation: str = "vqa") -> bool:
     """Whether the exact-match metrics count a prediction as right."""
     return exact_match(*normalise_pair(prediction, reference, normalisation)) == 1.0
+
+
+def count_ignored_signs(
+    examples: Sequence[Example], predictions: Mapping[str, str] | Sequence[Prediction], normalisation: str = "vqa"
+) -> int:
+    """Count the rows that `global_exact` scores as right only because the normalisation drops signs, as in "<5 mm"."""
+    return sum(
+        differ_in_signs(text, example.answer) and is_exact(text, example.answer, normalisation)
+        for example, text in pair_with_predictions(examples, predictions)
+    )
+
+
+def ignored_signs_text(result: Mapping[str, Any]) -> list[str]:
+    """Say how many rows are right only because signs are dropped (`signs_ignored` of a result); nothing if none."""
+    rows = result.get("signs_ignored")
+    ending = "only because the normalisation drops signs such as + - < >, or separators in numbers"
+    return [f"{rows} {'row is' if rows == 1 else 'rows are'} right {ending}"] if rows else []
 
 
 def _is_yes_no(example: Example) -> bool:

@@ -13,7 +13,8 @@ Decisions that could have been made differently:
 - A blunted costophrenic angle is not a Pleural Effusion; a compression or wedge deformity is not a Fracture.
 - Lines, tubes, leads, wires, valves and implants are Support Devices; clips, sutures and stray metal are not.
 - "likely", "probable" and "consistent with" make a finding positive; "may", "possible", "suggests",
-  "borderline" and "a or b" make it uncertain; "no definite" and "no large" make it negative.
+  "borderline", "a or b" and "less likely but possible" make it uncertain; "no definite", "no large", "unlikely"
+  and "less likely" make it negative.
 - No Finding is positive if no other finding except Support Devices is positive or uncertain.
 """
 
@@ -104,7 +105,8 @@ FIVE_FINDINGS: tuple[str, ...] = ("Cardiomegaly", "Edema", "Consolidation", "Ate
 _NO_DENIAL = r"no (?:significant |interval |definite |appreciable |substantial |other )*(?:change|increase|worsening)"
 _DENIED_BEFORE = (
     r"\b(?:no|without|denies|absen(?:t|ce of)|negative for|(?:free|clear) of|lack of|never|neither|nor"
-    r"|\w+n't(?! (?:be )?(?:exclude|rule))|unlikely(?: to (?:be|represent|reflect))?"
+    r"|\w+n't(?! (?:be )?(?:exclude|rule))|(?:unlikely|(?<!or )(?<!or, )less likely)"
+    r"(?: to (?:be|represent|reflect))?(?! than)"
     r"|rather than|resolution of|resolved|removal of|removed|ruled? out"
     r"|not(?! (?:be )?(?:exclude|completely|entirely))"
     r"|nonenlarged|exclud(?:es|ing))\b"
@@ -117,17 +119,20 @@ _DENIED_AFTER = (
     r"|(?:is|are|appears?|remains?|look|within) (?:grossly |otherwise )?"
     r"(?:normal|unremarkable|within (?:normal|limits))"
     r"|(?:is|are|was|were) no longer|unlikely(?! to (?:be|represent|reflect))|disappeared"
+    # "opacity, less likely pneumonia" denies the pneumonia alone
+    r"|(?<!or )less likely(?=\W*$| (?:than|given|in|at|on|considered|based|because|due|for|with)\b)"
     r"|\w+n't (?:seen|identified|present|evident|visuali[sz]ed|demonstrated|appreciated|visible)"
     r"|have resolved|resolved|unremarkable)\b"
 )
 _OPEN_BEFORE = (
     r"\b(?:may|might|could|possibl[ey]|question(?:able|ed)?(?: of)?|suspect(?:ed)?"
     r"|suspicio(?:us|n) (?:for|of)|concern(?:ing)?(?: for)?|suggest\w*|equivocal|borderline"
-    r"|(?:can ?not|can't|not|difficult to) (?:be )?(?:exclude|rule)\w*|less likely|perhaps|indeterminate|uncertain)\b"
+    r"|(?:can ?not|can't|not|difficult to) (?:be )?(?:exclude|rule)\w*|or,? less likely|perhaps"
+    r"|indeterminate|uncertain)\b"
 )
 _OPEN_AFTER = (
     r"\b(?:(?:can ?not|can't|not|difficult to) be (?:completely |entirely )?(?:excluded|ruled out)|not excluded"
-    r"|less likely|(?:is|are|was) (?:possible|suspected|questioned|questionable|suggested|uncertain)|borderline"
+    r"|(?:is|are|was) (?:possible|suspected|questioned|questionable|suggested|uncertain)|borderline"
     r"|(?:is|are) considered)\b"
 )
 # Ends the scope of a denial: findings after this are not denied.
@@ -146,6 +151,11 @@ _ANSWERED = re.compile(
     r"(?:none|no|nil|absent|negative|without|not)\b(?! (?:\w+ )?(?:chang|increas|worsen|exclu))(?P<rest>.*)$"
 )
 _ORGAN = re.compile(r"^(?:.*:)?\s*((?:the )?(?:heart|cardi\w+|mediastin\w+)(?: \w+){0,2}):\s*(?=\w)")
+# "pneumonia is less likely but possible" leaves it open, although "but" ends the clause
+_HEDGED = re.compile(
+    r"\bless likely,? (?:but|though|although|however),?(?: \w+){0,3}? "
+    r"(?:possible|possibility|(?:can ?not|can't|not|difficult to) (?:be )?(?:\w+ly )?(?:exclude|rule)\w*)"
+)
 _OR = r"(?:or|versus|vs|and/or)"  # between two findings, it makes both uncertain
 _OR_AFTER = re.compile(rf"^(?:\s+(?!may|might|could|which|that|is|are|represent)[\w/-]+){{0,3}}?\s+{_OR}\b")
 _OR_BEFORE = re.compile(rf"\b{_OR}(?:\s+[\w-]+){{0,3}}\s*$")
@@ -189,6 +199,7 @@ def _split_clauses(report: str) -> list[str]:
     report = report.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
     sentences = (" ".join(sentence.split()) for sentence in _SENTENCE.split(report))
     sentences = (_ORGAN.sub(r"\1 ", _ANSWERED.sub(r"no \g<name>: no\g<rest>", sentence)) for sentence in sentences)
+    sentences = (_HEDGED.sub("cannot be excluded", sentence) for sentence in sentences)
     clauses = (clause.strip() for sentence in sentences for clause in _CLAUSE.split(sentence))
     return [_ELSEWHERE.sub(" ", clause) for clause in clauses if clause and not clause.startswith("if ")]
 

@@ -36,6 +36,8 @@ from normtune.errors import InputError, did_you_mean
 _PUNCTUATION = ';/[]"{}()=+\\_->@`<,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _FULL_STOP = re.compile(r"\.(?!\d)")
+# + < > =; a minus before a number or after a word ("HER2-"); separators within numbers ("1,5", "3-4", "1/2")
+_SIGNS = re.compile(r"[+<>=]|(?<!\w)-(?=\d)|(?<=\w)-(?![\w-])|(?<=\()-(?=\))|(?<=\d)[,/-](?=\d)")
 _NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5"}
 _NUMBERS |= {"six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
 _ARTICLES = {"a", "an", "the"}
@@ -119,6 +121,14 @@ def normalise_pair(prediction: str, reference: str, name: str = "vqa") -> tuple[
         return texts
     plain = [" ".join(re.findall(r"\w+", text.lower())) for text in (prediction, reference)]
     return (plain[0], plain[1]) if plain[1] else (prediction.strip(), reference.strip())
+
+
+def differ_in_signs(prediction: str, reference: str) -> bool:
+    """Whether the signs of two texts differ, such as "HER2-" and "HER2+", "5 mm" and "<5 mm", or "15" and "1,5".
+
+    `vqa`, `unicode` and `llava-med` drop these signs. Hyphens between words are not signs ("X-ray").
+    """
+    return _SIGNS.findall(prediction) != _SIGNS.findall(reference)
 
 
 def find_normalisation(name: str, known: Mapping[str, Callable[[str], str]], of: str = "") -> Callable[[str], str]:

@@ -163,6 +163,12 @@ class Family(ABC):
             prompt = (*prompt[: longest - 1], prompt[-1])
         return Segment(id, prompt, whole.answer[: self.max_reference_tokens(report)])
 
+    def question_tokens_cut(self, segment: Segment, question: str) -> int:
+        """The number of tokens at a question's end that `tokenize` left out of its segment."""
+        if len(segment.prompt) != self.max_prompt_tokens:
+            return 0
+        return len(self.tokenize_whole(segment.id, question, None).prompt) - len(segment.prompt)
+
     def use_limits(self, limits: Mapping[str, Any] | None) -> None:
         """Cut texts as an adapter's training did.
 

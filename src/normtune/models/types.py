@@ -21,12 +21,15 @@ class Answer:
         score: the mean log-probability of its tokens, end token included.
         finish_reason: "stop" if the model ended it, "length" if it reached the largest number of tokens.
         tokens: its tokens, including the end token if one was generated.
+        question_tokens_cut: tokens at the question's end that the model did not read, because it reads no longer
+            questions.
     """
 
     text: str
     score: float
     finish_reason: FinishReason = "stop"
     tokens: tuple[int, ...] = ()
+    question_tokens_cut: int = 0
 
     def __str__(self) -> str:
         return self.text

@@ -272,11 +272,10 @@ class Engine:
 
     def _tokenize(self, job: Job) -> None:
         """Set a job's segment, cut as in its adapter's training, and count the tokens that are cut."""
-        family, text = self.family, (str(job.number), job.question or "", None)
+        family, question = self.family, job.question or ""
         family.use_limits(job.adapter.limits)
-        job.segment = family.tokenize(*text, report=job.question is None)
-        if len(job.segment.prompt) == family.max_prompt_tokens:
-            job.tokens_cut = len(family.tokenize_whole(*text).prompt) - len(job.segment.prompt)
+        job.segment = family.tokenize(str(job.number), question, None, report=job.question is None)
+        job.tokens_cut = family.question_tokens_cut(job.segment, question)
 
     def _answer(self, jobs: list[Job]) -> None:
         """Answer prepared jobs in one batch. If that fails, for example for memory, retry it in halves."""
