@@ -8,7 +8,7 @@ import sys
 import typer
 
 # Importing these modules registers their commands.
-from normtune.commands import adapters, ask, bench, doctor, evaluate, import_models, inspect, serve, study, train  # noqa: F401
+from normtune.commands import adapters, ask, bench, doctor, evaluate, import_models, init, inspect, serve, study, train  # noqa: F401
 from normtune.commands.app import app
 from normtune.errors import InputError
 from normtune.runtime import distributed

@@ -6,7 +6,8 @@ Commands import torch and transformers only when they run, so that `--help` is f
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,12 +18,14 @@ from typer.core import TyperGroup
 
 import normtune
 from normtune.data.options import DataOptions
+from normtune.data.run_file import SUFFIXES, read_run_file
 from normtune.runtime import distributed
 
 # The order of the commands in `normtune --help`: the main job first.
 _COMMANDS = (
     *("demo", "inspect", "data", "train", "evaluate", "ask", "describe", "compare", "review", "score"),
-    *("study", "serve", "merge", "export", "export-predictions", "import-miss", "import-llava-med", "bench", "doctor"),
+    *("init", "study", "serve", "merge", "export", "push", "export-predictions"),
+    *("import-miss", "import-llava-med", "bench", "doctor"),
 )
 
 
@@ -67,22 +70,47 @@ Quantize = Annotated[str | None, typer.Option(help="Quantise the base to 8 or 4 
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if available.")]
 
 
-def options_from(config: type[DataOptions], positional: str) -> Callable[[Callable[..., None]], Any]:
+def options_from(
+    config: type[DataOptions], positional: str, *, run_file: bool = False
+) -> Callable[[Callable[..., None]], Any]:
     """Decorate a command so that its options are the fields of a pydantic config.
 
-    The decorated function receives the fields that the user may set, and `as_json` for `--json`.
+    The decorated function receives the fields that the user may set, `as_json` for `--json`, and the other
+    keyword arguments that it names, which are options of the command alone.
 
     Args:
         config: its field descriptions are the help texts.
         positional: the field that is an argument instead of an option.
+        run_file: accept a YAML file of options in place of that argument. Options of the command line replace
+            those of the file.
     """
 
     def decorate(run: Callable[..., None]) -> Callable[..., None]:
-        def command(**values: Any) -> None:
-            run(as_json=values.pop("json"), **values)
+        own_parameters = [
+            parameter
+            for parameter in inspect.signature(run, eval_str=True).parameters.values()
+            if parameter.kind is parameter.KEYWORD_ONLY and parameter.name != "as_json"
+        ]
 
-        parameters = [_parameter(name, field, name == positional) for name, field in config.model_fields.items()]
+        def command(context: typer.Context, **values: Any) -> None:
+            as_json = values.pop("json")
+            command_values = {parameter.name: values.pop(parameter.name) for parameter in own_parameters}
+            if run_file:
+                path = str(values[positional])
+                given = {name: value for name, value in values.items() if _is_given(context, name)}
+                if path.endswith(SUFFIXES):
+                    del given[positional]
+                    values = _replace_options(path, read_run_file(Path(path), config), given)
+                else:
+                    values = {name: value for name, value in values.items() if value is not None or name in given}
+            run(as_json=as_json, **command_values, **values)
+
+        parameters = [
+            _parameter(name, field, name == positional, run_file) for name, field in config.model_fields.items()
+        ]
         parameters.sort(key=lambda parameter: parameter.name != positional)
+        parameters.insert(0, inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
+        parameters += own_parameters
         parameters.append(inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json))
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__doc__ = run.__doc__
@@ -92,11 +120,31 @@ def options_from(config: type[DataOptions], positional: str) -> Callable[[Callab
     return decorate
 
 
-def _parameter(name: str, field: FieldInfo, positional: bool) -> inspect.Parameter:
-    info = typer.Argument(help=field.description) if positional else typer.Option(help=field.description)
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether the user gave an option, rather than leaving it at its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def _replace_options(path: str, in_file: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a run's file with those of the command line, and a line on stderr for each that is replaced."""
+    for name, value in given.items():
+        if name in in_file and str(in_file[name]) != str(value) and distributed.is_main_process():
+            print(f"{path}: --{name.replace('_', '-')} {value} replaces {in_file[name]}", file=sys.stderr)
+    return {**in_file, **given}
+
+
+def _parameter(name: str, field: FieldInfo, positional: bool, run_file: bool) -> inspect.Parameter:
+    description = field.description or ""
     default = inspect.Parameter.empty if field.is_required() else field.default
+    if run_file and positional:
+        description += " Or a run's YAML file with any of the options; see normtune init."
+    elif run_file and field.is_required():  # the file may give it
+        description, default = f"{description} Required, here or in the file.", None
+    info = typer.Argument(help=description) if positional else typer.Option(help=description)
+    annotation = field.annotation if default is not None else field.annotation | None  # type: ignore[operator]
     return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[field.annotation, info]
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, info]
     )
 
 

@@ -105,14 +105,16 @@ def export_predictions(
 
 
 @app.command()
-@options_from(EvaluateConfig, positional="model")
+@options_from(EvaluateConfig, positional="model", run_file=True)
 def evaluate(*, as_json: bool, **options: Any) -> None:
     """Evaluate a model on a dataset.
 
-    Answers every question of a split and scores the answers, with 95% confidence intervals.
+    Answers every question of a split and scores the answers, with 95% confidence intervals. The options of the
+    evaluation are written to run.yaml in --out: `normtune evaluate run.yaml` repeats it.
     """
+    config = EvaluateConfig.checked(**options)  # an option may be missing
     if distributed.launched_count() == 1:
         import_transformers()
     from normtune.api.runs import evaluate
 
-    emit(as_json, evaluate(**options, progress=not as_json))
+    emit(as_json, evaluate(**config.model_dump(), progress=not as_json))

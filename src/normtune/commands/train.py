@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from normtune.commands.app import app, emit, options_from
 from normtune.training.config import TrainConfig
 
 
 @app.command()
-@options_from(TrainConfig, positional="model")
-def train(*, as_json: bool, **options: Any) -> None:
+@options_from(TrainConfig, positional="model", run_file=True)
+def train(
+    *,
+    as_json: bool,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the run and show its steps and memory, but train nothing.")
+    ] = False,
+    **options: Any,
+) -> None:
     """Train an adapter on a dataset.
 
-    The recipe (--tune) chooses what is trained. The adapter is written to --out. If the command is
-    interrupted, run it again to resume from the last checkpoint.
+    The recipe (--tune) chooses what is trained. The adapter is written to --out, with the options of the run in
+    run.yaml: `normtune train run.yaml` repeats it. If the command is interrupted, run it again to resume from
+    the last checkpoint.
     """
+    if dry_run:
+        from normtune.training.dry_run import plan_run
+
+        emit(as_json, *plan_run(TrainConfig.checked(**options)))
+        return
     from normtune.api.runs import train
 
-    emit(as_json, train(**options, progress=not as_json))
+    config = TrainConfig.checked(**options)  # an option may be missing
+    emit(as_json, train(**config.model_dump(), progress=not as_json))

@@ -37,6 +37,8 @@ class _Options(BaseModel):
                 option = ".".join(str(part) for part in item["loc"])
                 if item["type"] == "extra_forbidden":
                     messages.append(f"{option}: unknown{did_you_mean(option, cls.model_fields)}")
+                elif item["type"] == "missing":
+                    messages.append(f"--{option.replace('_', '-')} is missing")
                 else:
                     messages.append(f"--{option.replace('_', '-')}: {item['msg']} (got {item['input']!r})")
             raise InputError("; ".join(messages)) from error

@@ -13,6 +13,7 @@ from normtune.data.batches import split_across_ranks
 from normtune.data.groups import group_by_image
 from normtune.data.options import FILE_FORMATS
 from normtune.data.records import Dataset, Example, Prediction, Split
+from normtune.data.run_file import RUN_FILE, run_file_text
 from normtune.errors import InputError
 from normtune.evaluation import image_reliance
 from normtune.evaluation.results import Evaluation, Predictions, make_record
@@ -23,7 +24,7 @@ from normtune.metrics.reports import normalisations_for, text_pairs
 from normtune.metrics.strata import score_strata
 from normtune.metrics.table import metric_table, summarize_metrics
 from normtune.runtime import distributed, memory
-from normtune.runtime.files import make_directory
+from normtune.runtime.files import make_directory, write_text
 
 if TYPE_CHECKING:
     from normtune.data.preflight import Preflight
@@ -165,6 +166,8 @@ def evaluate(
     if config.out is not None and distributed.is_main_process():
         if preflight is not None:
             preflight.save(config.out)
+        resolved = {} if family is None else {"device": family.device.type}
+        write_text(config.out / RUN_FILE, run_file_text("evaluate", config, resolved=resolved))
         evaluation.save(config.out)
     return evaluation
 

@@ -10,17 +10,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from normtune.data.options import DataOptions
 from normtune.errors import InputError, did_you_mean
 from normtune.methods.registry import LEARNING_RATES
+from normtune.runtime.yaml_file import FieldError, FieldPath, field_errors, read_yaml
 from normtune.studies.recipe_names import expand_recipes
 
 SEARCH = "search"  # the name of the grid that learning-rate trials belong to
 
-FieldPath = tuple[str | int, ...]  # names and list indices from the top of the file to a field
 T = TypeVar("T")
 
 
@@ -181,87 +180,15 @@ def read_study(path: Path | str, roots: Sequence[str] = ()) -> Study:
         InputError: the file is not valid; one line has all errors, each with its line in the file and its
             field.
     """
-    path = Path(path)
+    file = read_yaml(Path(path), "study", "study, models, datasets and grids")
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise InputError(f"cannot read the study {path}: {reason}. Check the path.") from error
-    try:
-        node = yaml.compose(text, yaml.SafeLoader)
-        lines = dict(_field_lines(node, ())) if node is not None else {}
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        problem_mark = getattr(error, "problem_mark", None)
-        position = f", line {problem_mark.line + 1}" if problem_mark else ""
-        raise InputError(f"{path}{position}: not valid YAML ({getattr(error, 'problem', None) or error}).") from error
-    except _DuplicateField as error:
-        raise InputError(f"{path}, line {error.line}: '{error.name}' appears twice. Keep one.") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: a study's file must have the fields study, models, datasets and grids.")
-    try:
-        study = Study.model_validate(values)
+        study = Study.model_validate(file.values)
         errors = list(_cross_field_errors(study))
     except ValidationError as error:
-        errors = [_convert_error(fault) for fault in error.errors()]
+        errors = field_errors(error, _known_fields)
     if errors:
-        raise InputError(
-            "; ".join(f"{path}, {_describe_position(field, lines)}: {message}" for field, message in errors)
-        )
+        raise file.input_error(errors)
     return _with_roots(study, roots)
-
-
-class _DuplicateField(Exception):
-    """A mapping of the file has the same key twice; YAML itself would keep the last one."""
-
-    def __init__(self, name: str, line: int) -> None:
-        self.name, self.line = name, line
-
-
-def _field_lines(node: yaml.Node, path: FieldPath) -> Iterator[tuple[FieldPath, int]]:
-    """The line number of each field, and of each element of a list."""
-    yield path, node.start_mark.line + 1
-    if isinstance(node, yaml.MappingNode):
-        keys = set()
-        for key, value in node.value:
-            if key.value in keys:
-                raise _DuplicateField(key.value, key.start_mark.line + 1)
-            keys.add(key.value)
-            yield from _field_lines(value, (*path, key.value))
-            yield (*path, key.value), key.start_mark.line + 1
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            yield from _field_lines(value, (*path, index))
-
-
-def _describe_position(path: FieldPath, lines: dict[FieldPath, int]) -> str:
-    """The line and name of a field: `line 7: grids.main.seeds`.
-
-    A field that is not in the file (a missing one) has the line of the nearest field around it.
-    """
-    known_path = next(path[:end] for end in range(len(path), -1, -1) if path[:end] in lines or not end)
-    shown_path = path if len(path) <= len(known_path) + 1 else known_path
-    field = ".".join(str(part) for part in shown_path)
-    return f"line {lines.get(known_path, 1)}" + (f": {field}" if field else "")
-
-
-def _convert_error(error: Any) -> tuple[FieldPath, str]:
-    """One of pydantic's errors as the field's path and a message."""
-    path = tuple(part for part in error["loc"] if not _is_internal(part))
-    if error["type"] == "extra_forbidden":
-        fields = _known_fields(path[:-1])
-        return path, f"unknown{did_you_mean(str(path[-1]), fields)} (known: {', '.join(fields)})"
-    if error["type"] == "missing":
-        return path, "is missing"
-    message = error["msg"].removeprefix("Value error, ")
-    value = error["input"]
-    show_value = isinstance(value, str | int | float) and not isinstance(error.get("ctx", {}).get("error"), ValueError)
-    return path, f"{message[:1].lower()}{message[1:]}" + (f" (got {value!r})" if show_value else "")
-
-
-def _is_internal(part: str | int) -> bool:
-    """Whether a part of pydantic's path is not a field of the file but a union member or a mapping's key."""
-    return isinstance(part, str) and (part == "[key]" or part.startswith(("literal[", "function-", "list[")))
 
 
 _NAMED_SECTIONS: dict[str, type[BaseModel]] = {"models": Model, "datasets": Data, "grids": Grid}
@@ -279,10 +206,10 @@ def _known_fields(path: FieldPath) -> list[str]:
     return list(section.model_fields)
 
 
-def _cross_field_errors(study: Study) -> Iterator[tuple[FieldPath, str]]:
+def _cross_field_errors(study: Study) -> Iterator[FieldError]:
     """Errors between fields: undefined names, recipes that are not valid, budgets with two units."""
 
-    def unknown(path: FieldPath, name: str, known: Sequence[str], kind: str) -> Iterator[tuple[FieldPath, str]]:
+    def unknown(path: FieldPath, name: str, known: Sequence[str], kind: str) -> Iterator[FieldError]:
         if name not in known:
             yield path, f"no {kind} '{name}'{did_you_mean(name, known)} ({kind}s: {', '.join(known)})"
 
@@ -326,9 +253,7 @@ def _grid_recipe_names(study: Study, grid: Grid) -> list[str]:
         return []
 
 
-def _recipe_errors(
-    path: FieldPath, names: Sequence[str], study_recipes: Mapping[str, str]
-) -> Iterator[tuple[FieldPath, str]]:
+def _recipe_errors(path: FieldPath, names: Sequence[str], study_recipes: Mapping[str, str]) -> Iterator[FieldError]:
     """The error of a list of recipes, if there is one."""
     try:
         expand_recipes(names, study_recipes)

@@ -21,6 +21,8 @@ from normtune.adapters import storage
 from normtune.adapters.training_rows import hash_rows
 from normtune.data.batches import EpochBatches
 from normtune.data.records import Dataset
+from normtune.data.run_file import RUN_FILE as RUN_OPTIONS
+from normtune.data.run_file import run_file_text
 from normtune.errors import InputError
 from normtune.inference.limits import check_run
 from normtune.methods.adapt import restore_base
@@ -28,7 +30,7 @@ from normtune.methods.recipe import parse
 from normtune.models.family import Family
 from normtune.models.loading import resolve_device, resolve_dtype
 from normtune.runtime import distributed, memory
-from normtune.runtime.files import write_json
+from normtune.runtime.files import write_json, write_text
 from normtune.training.checkpoints import RUN_FILE, Checkpoint, delete_checkpoints, last_checkpoint
 from normtune.training.config import TrainConfig
 from normtune.training.identity import check_identity, locked_folder, move_earlier_run, option_identity
@@ -145,7 +147,8 @@ def save_run(setup: TrainingSetup, result: TrainResult, description: dict[str, A
         rows=asdict(setup.rows),
     )
     setup.preflight.save(config.out)
-    # the resolved options: the run can be repeated from them
+    # the resolved options, twice: in JSON as written by version 0.1, and as a file that `normtune train` reads
+    write_text(config.out / RUN_OPTIONS, run_file_text("train", config, resolved={"device": setup.identity["device"]}))
     write_json(config.out / "train_config.json", config.model_dump(mode="json"))
     write_json(config.out / "train_result.json", asdict(result))
     # last: a kill before this line leaves checkpoints from which the run can finish again

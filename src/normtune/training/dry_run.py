@@ -1,0 +1,63 @@
+"""`normtune train --dry-run`: the checks of a run, its steps, what it would train and its memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from normtune.data.batches import EpochBatches
+from normtune.inference.limits import check_run
+from normtune.methods.recipe import parse
+from normtune.models.loading import resolve_device, resolve_dtype
+from normtune.runtime import distributed
+from normtune.training.config import TrainConfig
+from normtune.training.identity import check_identity, option_identity
+from normtune.training.inspection import inspect_model, inspect_text
+from normtune.training.memory_plan.plan import plan_memory
+from normtune.training.setup import read_examples
+from normtune.training.trainer import optimizer_steps
+
+_FOLDERS = {
+    "new": "holds no run",
+    "unfinished": "holds a checkpoint of this run, which would be resumed",
+    "finished": "holds the adapter of this run: nothing would be trained",
+    "other": "holds another run, which would be moved (--overwrite)",
+}
+
+
+def plan_run(config: TrainConfig) -> tuple[dict[str, Any], str]:
+    """Check a training run as training does, and describe it; no weights are loaded and nothing is written.
+
+    Returns:
+        (report, text): the run's pairs, images and optimiser steps, what its output folder holds, the preflight,
+        the inspection of the model and the memory plan.
+
+    Raises:
+        InputError: training would refuse the run.
+    """
+    parse(config.tune)
+    config = config.model_copy(update={"dtype": resolve_dtype(config.dtype, resolve_device(config.device))})
+    folder = check_identity(config, option_identity(config))
+    dataset, examples = read_examples(config)
+    examples, preflight = check_run(config, examples, config.model, training=True)
+    cap = config.cap if config.group else 1
+    batches = EpochBatches(examples, config.batch, cap, config.seed, ranks=distributed.world_size())
+    run = {
+        "data": dataset.name,
+        "split": config.split,
+        "pairs": len(examples),
+        "images": len({key for example in examples for key in example.images}),
+        "steps_an_epoch": batches.steps,
+        "steps": optimizer_steps(config, batches),
+        "out": str(config.out),
+        "folder": folder,
+    }
+    inspection = inspect_model(config.model, config.tune) | {"plan": plan_memory(config).to_json()}
+    lines = [
+        f"{run['pairs']:,} pairs of {run['images']:,} images ({dataset.name}, {config.split}): {run['steps']:,} steps, "
+        f"{batches.steps:,} batches an epoch",
+        f"--out {config.out}: {_FOLDERS[folder]}",
+        f"\nPreflight\n{preflight.text()}",
+        f"\n{inspect_text(inspection)}",
+        "\nnothing was trained (--dry-run)",
+    ]
+    return {"run": run, "preflight": preflight.to_dict(), **inspection}, "\n".join(lines)
