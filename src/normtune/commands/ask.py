@@ -53,7 +53,10 @@ def ask(
         }
         for text, answer in zip(question, answers, strict=True)
     ]
-    lines = [f"{row['question']}  {row['answer']}{_cut_text(row['question_tokens_cut'])}" for row in rows]
+    lines = [
+        f"{text}  {answer.text}{_cut_text(answer.question_tokens_cut)}"
+        for text, answer in zip(question, answers, strict=True)
+    ]
     emit(json, {"image": str(image), "answers": rows}, "\n".join(lines))
 
 

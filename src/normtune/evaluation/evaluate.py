@@ -121,7 +121,9 @@ def evaluate(
         name: image_reliance.control_dataset(dataset, examples, name)
         for name in image_reliance.parse_controls(config.controls)
     }
-    limit = config.max_new_tokens or (preflight and preflight.limits.get("answers", {}).get("limit"))
+    limit = config.max_new_tokens
+    if limit is None and preflight is not None:
+        limit = preflight.limits.get("answers", {}).get("limit")
     answerer = _Answerer(family, examples, config, limit, progress, rounds=1 + len(control_datasets))
     if config.out is not None:
         make_directory(config.out)
