@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from normtune.data.preflight import preflight
-from normtune.data.registry import open_dataset
+from normtune.data.registry import ROOTS, open_dataset
 from normtune.errors import InputError
 from tests.support.dataset_samples import (
     slake_row,
@@ -22,7 +23,7 @@ from tests.support.dataset_samples import (
     write_slake,
     write_vqa_rad,
 )
-from tests.support.report_samples import medpix_row, messages_row, write_medpix
+from tests.support.report_samples import medpix_row, messages_row, r2gen_entry, write_csv, write_medpix
 
 # One row: (question, answer, whether its image exists, language). Some of them are faulty.
 texts = st.sampled_from(["What is it?", "lung", "yes", "", " ", "a\nb", 3, 2.5, float("nan"), None, "<|im_end|>"])
@@ -81,7 +82,55 @@ def medpix(root: Path, rows: list[Row]) -> str:
     return "medpix"
 
 
-@pytest.mark.parametrize("write", [jsonl, messages, parquet, slake, vqa_rad, medpix], ids=lambda write: write.__name__)
+def path_vqa(root: Path, rows: list[Row]) -> str:
+    cells = [{"image": image.removesuffix(".png"), "question": q, "answer": a} for q, a, image, _ in rows]
+    (root / "qas/train").mkdir(parents=True)
+    (root / "qas/train/train_qa.pkl").write_bytes(pickle.dumps(cells))
+    for name in ("a", "b"):
+        write_image(root / f"images/train/{name}.jpg")
+    return "path-vqa"
+
+
+def openi(root: Path, rows: list[Row]) -> str:
+    cells = [r2gen_entry(str(n), "train", [image], report=a) for n, (_, a, image, _) in enumerate(rows)]
+    (root / "annotation.json").write_text(json.dumps({"train": cells, "val": [], "test": []}))
+    for name in ("a", "b"):
+        write_image(root / f"images/{name}.png")
+    return "openi"
+
+
+def mimic_cxr(root: Path, rows: list[Row]) -> str:
+    """A study for each row; without an answer it has no report file."""
+    table: list[tuple[str, ...]] = [("dicom_id", "study_id", "subject_id", "split")]
+    for n, (q, a, image, _) in enumerate(rows):
+        study = f"files/p10/p10000032/s{50000000 + n}"
+        table.append((f"{n}", f"{50000000 + n}", "10000032", "train"))
+        if image not in ("missing.png", ""):
+            write_image(root / study / f"{n}.jpg")
+        if a is not None:
+            (root / study).parent.mkdir(parents=True, exist_ok=True)
+            (root / f"{study}.txt").write_text(f" FINDINGS: {a}\n IMPRESSION: {q}\n")
+    write_csv(root / "mimic-cxr-2.0.0-split.csv", *table)
+    return "mimic-cxr"
+
+
+def roco(root: Path, rows: list[Row]) -> str:
+    cells = [(f"ROCOv2_{n}", "" if a is None else a) for n, (_, a, _, _) in enumerate(rows)]
+    write_csv(root / "train_captions.csv", ("ID", "Caption"), *cells)
+    for (id, _), (_, _, image, _) in zip(cells, rows, strict=True):
+        if image not in ("missing.png", ""):
+            write_image(root / "train" / f"{id}.jpg")
+    return "roco"
+
+
+LAYOUTS = [jsonl, messages, parquet, slake, vqa_rad, path_vqa, medpix, openi, mimic_cxr, roco]
+
+
+def test_every_dataset_that_is_read_from_files_has_a_layout_here() -> None:
+    assert {write.__name__.replace("_", "-") for write in LAYOUTS} == set(ROOTS)
+
+
+@pytest.mark.parametrize("write", LAYOUTS, ids=lambda write: write.__name__)
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=rows)
 def test_rows_in_are_rows_used_and_rows_reported(
