@@ -109,7 +109,7 @@ def mimic_cxr(root: Path, rows: list[Row]) -> str:
             write_image(root / study / f"{n}.jpg")
         if a is not None:
             (root / study).parent.mkdir(parents=True, exist_ok=True)
-            (root / f"{study}.txt").write_text(f" FINDINGS: {a}\n IMPRESSION: {q}\n")
+            (root / f"{study}.txt").write_text(f" FINAL REPORT\n FINDINGS: {a}\n IMPRESSION: {q}\n")
     write_csv(root / "mimic-cxr-2.0.0-split.csv", *table)
     return "mimic-cxr"
 
