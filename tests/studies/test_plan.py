@@ -71,6 +71,18 @@ def test_other_options_do_not_change_the_key(tmp_path: Path, old: str, new: str)
     assert cells_by_recipe(make_plan(tmp_path, (old, new)))["ln"].key == KEYS["ln"]
 
 
+def test_a_plateau_validates_with_the_same_cap_for_all_recipes(tmp_path: Path) -> None:
+    planned = make_plan(tmp_path, ("{epochs: 1}", "{until: plateau, max_epochs: 7, metric: loss}"))
+    for recipe in ("ln", "full"):
+        cell = cells_by_recipe(planned)[recipe]
+        assert cell.train is not None and cell.key not in KEYS.values()
+        options = ("validate_every", "validation_split", "validation_limit", "patience", "metric_for_best")
+        assert [getattr(cell.train, name) for name in options] == ["epoch", "validate", 200, 3, "loss"]
+        assert cell.budget is not None and cell.budget["max_epochs"] == 7
+    longer = make_plan(tmp_path, ("{epochs: 1}", "{until: plateau, max_epochs: 8, metric: loss}"))
+    assert cells_by_recipe(longer)["ln"].key != cells_by_recipe(planned)["ln"].key
+
+
 def test_grids_with_the_same_training_share_a_cell_with_all_evaluations(tmp_path: Path) -> None:
     other = "  other: {recipes: ln, train: phantom-b, evaluate: phantom-a, seeds: [0, 1], budget: {epochs: 1}}\n"
     planned = make_plan(tmp_path, ("{epochs: 1}\n", "{epochs: 1}\n" + other), (": {home: phantom-a}", ": {}"))

@@ -26,14 +26,14 @@ from normtune.studies import run as running
 from normtune.studies.cell import LOCK, CellJob, run_cell
 from normtune.studies.executors import JobOutcomes
 from normtune.studies.plan import plan, single_cell
-from normtune.studies.results import SCHEMA, tabulate, write_tables
+from normtune.studies.results import SCHEMA, read_tables, tabulate, write_tables
 from normtune.studies.run import Summary, run_cells, run_study
 from normtune.studies.spec import Study, read_study
 from tests.support.base_models import input_error
 
 MEASURED = {  # columns that differ from run to run
-    "train_seconds", "train_pairs_per_second", "train_peak_bytes", "seconds", "pairs_per_second",
-    "peak_bytes", "started", "finished", "hardware",
+    "train_seconds", "train_pairs_per_second", "train_peak_bytes", "train_bytes_above_base",
+    "validation_seconds", "seconds", "pairs_per_second", "peak_bytes", "started", "finished", "hardware",
 }  # fmt: skip
 
 
@@ -215,6 +215,29 @@ def test_a_search_chooses_the_rate_by_the_validation_split_only(
     assert (summary.done, summary.waiting) == (5, 0)  # three trials, the frozen base, and the cell that waited
     (last,) = (cell for cell in running.current_plan(study, tmp_path / "out").cells if cell.seed == 5)
     assert last.rates == {"ln": 0.03} and last.rate_source == "search"  # its score is within a standard error of 0.1's
+
+
+def test_a_plateau_ends_each_training_and_its_curve_is_in_the_tables(
+    base: Path, tmp_path: Path, in_this_process: None
+) -> None:
+    """With a search: trials and cells stop where the validation score rises no more."""
+    grid = (
+        "  g: {recipes: ln, train: b, seeds: [0, 1], learning_rates: search, budget: {until: plateau, patience: 1}}\n"
+    )
+    study = read_study(write_study(base, tmp_path, grid, more="search: {rates: {ln: [0.01, 0.03]}}\n"))
+    assert run_study(study, tmp_path / "out").failed == {}
+    write_tables(study, tmp_path / "out")
+    tables = read_tables(tmp_path / "out")
+    cells = [cell for cell in tables["cells"] if cell["trained_on"]]
+    assert len(cells) == 3  # the chosen trial is the grid's cell of the same seed
+    for cell in cells:
+        rows = [row for row in tables["curves"] if row["key"] == cell["key"]]
+        assert [row["passes"] for row in rows] == [*range(1, len(rows) + 1)] and cell["passes"] == len(rows) < 20
+        assert cell["stopped_early"] and cell["validation_metric"] == "global_exact"
+        (best,) = (row for row in rows if row["is_best"])
+        assert (best["step"], best["score"]) == (cell["best_step"], cell["best_score"])
+        assert best["score"] == max(row["score"] for row in rows) == best["metrics"]["global_exact"]
+        assert cell["train_bytes_above_base"] < cell["train_peak_bytes"]
 
 
 def test_a_failed_trial_is_reported_and_its_cells_wait(

@@ -43,6 +43,8 @@ def write_study(folder: Path, text: str) -> Path:
         ("train: phantom-b", "train: phantom-c", 9, "grids.main.train.0: no data set 'phantom-c', did"),
         ("home: phantom-a", "home: fantom-a", 2, "models.nano.home: no data set 'fantom-a', did you mean"),
         ("{epochs: 1}", "{epochs: 1, pairs: 3}", 10, "grids.main.budget: give one of epochs, pairs"),
+        ("{epochs: 1}", "{epochs: 1, patience: 3}", 10, "grids.main.budget: patience: these need until: plateau"),
+        ("{epochs: 1}", "{until: plateau, validate_every: 0}", 10, "grids.main.budget.validate_every: give a number"),
         ("{epochs: 1}", "{epochs: -1}", 10, "grids.main.budget.epochs: input should be greater"),
         ("train: phantom-b", "train: [phantom-b, phantom-b]", 9, "grids.main.train: 'phantom-b' appears"),
         ("full]", "all=ln]", 8, "grids.main.recipes: 'ln' and 'all=ln' are the same recipe"),

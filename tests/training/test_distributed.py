@@ -18,10 +18,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from normtune.data.batches import examples_of_rank
 from normtune.data.registry import open_dataset
 from normtune.errors import InputError
 from normtune.evaluation.config import EvaluateConfig
-from normtune.evaluation.evaluate import _examples_of_rank, evaluate_config
+from normtune.evaluation.evaluate import evaluate_config
 from normtune.runtime.files import read_json
 from normtune.training.checkpoints import Checkpoint
 from normtune.training.config import TrainConfig
@@ -193,7 +194,7 @@ def test_evaluation_splits_images_and_one_process_reports_a_failure(base: Path, 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 9])
 def test_each_example_goes_to_one_process_and_images_are_not_divided(ranks: int) -> None:
     examples = open_dataset(DATA).split("train")
-    shares = [_examples_of_rank(examples, rank, ranks) for rank in range(ranks)]
+    shares = [examples_of_rank(examples, rank, ranks) for rank in range(ranks)]
     assert sorted(e.id for share in shares for e in share) == sorted(e.id for e in examples)
     images = [{e.images for e in share} for share in shares]
     assert sum(len(keys) for keys in images) == len(set().union(*images))

@@ -94,6 +94,8 @@ OTHER_VALUES: dict[str, Any] = {
     "accumulate": 2, "group": False, "cap": 1, "balance": "tokens", "dtype": "bfloat16", "quantize": "int8",
     "compile": True, "weight_decay": 0.1, "warmup": 0.5, "schedule": "linear", "label_smoothing": 0.1,
     "max_grad_norm": 0.1, "seed": 1, "split": "test", "device": "cuda", "model": "nano",
+    "validate_every": "epoch", "validation_split": "test", "validation_limit": 3, "metric_for_best": "loss",
+    "patience": 2, "keep": "last",
 }  # fmt: skip
 
 

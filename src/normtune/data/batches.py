@@ -122,6 +122,18 @@ def split_across_ranks(costs: Sequence[int], ranks: int) -> list[list[int]]:
     return [sorted(indices) for indices in groups_of_rank]
 
 
+def examples_of_rank(examples: Sequence[Example], rank: int, ranks: int) -> list[Example]:
+    """Select the examples that process `rank` answers.
+
+    All examples of an image go to the same process, and all processes get about the same number of examples.
+    """
+    groups = group_by_image(examples)
+    counts = [len(group) for group in groups]
+    shares = split_across_ranks(counts, min(ranks, len(groups)))
+    group_indices = shares[rank] if rank < len(shares) else []
+    return [example for index in group_indices for example in groups[index]]
+
+
 class EpochBatches:
     """A batch sampler with an order that depends only on (seed, epoch), so that a resumed run repeats it.
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normtune.data import tasks
-from normtune.data.batches import split_across_ranks
-from normtune.data.groups import group_by_image
+from normtune.data.batches import examples_of_rank
 from normtune.data.options import FILE_FORMATS
 from normtune.data.records import Dataset, Example, Prediction, Split
 from normtune.data.run_file import RUN_FILE, run_file_text
@@ -221,7 +220,7 @@ class _Answerer:
 
             self.max_new_tokens = answer_limit(family, examples)
         self.choices = _parse_candidates(config.candidates) if config.candidates else ()
-        self.share = _examples_of_rank(examples, distributed.rank(), distributed.world_size())
+        self.share = examples_of_rank(examples, distributed.rank(), distributed.world_size())
         self.done = 0  # pairs answered so far
 
     def predict(
@@ -306,18 +305,6 @@ def _share_at_limit(examples: Sequence[Example], predictions: Sequence[Predictio
     """Compute the share of the generated answers that reached the token limit; None if none was generated."""
     rows = {p.id: float(p.finish_reason == "length") for p in predictions if p.finish_reason is not None}
     return summarise_scores({"limit_reached": rows}, examples)["limit_reached"] if rows else None
-
-
-def _examples_of_rank(examples: Sequence[Example], rank: int, ranks: int) -> list[Example]:
-    """Select the examples that process `rank` answers.
-
-    All examples of an image go to the same process, and all processes get about the same number of examples.
-    """
-    groups = group_by_image(examples)
-    counts = [len(group) for group in groups]
-    shares = split_across_ranks(counts, min(ranks, len(groups)))
-    group_indices = shares[rank] if rank < len(shares) else []
-    return [example for index in group_indices for example in groups[index]]
 
 
 def _parse_candidates(candidates: str) -> tuple[str, ...]:

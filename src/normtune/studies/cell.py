@@ -21,10 +21,8 @@ from normtune.studies.plan import Cell, Evaluation
 from normtune.training.config import TrainConfig
 
 # Files in a cell's folder besides its result: why it failed, its progress while it runs, the pairs that its minutes
-# allow, the training seconds up to each checkpoint, and the lock of the process that runs it.
-ERROR, PROGRESS, BUDGET, SECONDS, LOCK = (
-    "error.json", "progress.json", "budget.json", "seconds.json", "lock",
-)  # fmt: skip
+# allow, and the lock of the process that runs it.
+ERROR, PROGRESS, BUDGET, LOCK = "error.json", "progress.json", "budget.json", "lock"
 CHECKPOINTS = 8  # approximate number of checkpoints in one run
 PROGRESS_S = 1.0  # least seconds between two writes of the progress file
 Z95 = 1.96  # half the width of a 95% interval, in standard errors
@@ -125,7 +123,7 @@ def _train_or_read(job: CellJob) -> dict[str, Any]:
         pairs_to_see = _pairs_within(job, config, 60 * budget["minutes"])
         epochs = pairs_to_see / pairs
     else:
-        epochs = budget.get("epochs") or budget["pairs"] / pairs
+        epochs = budget.get("epochs") or budget.get("max_epochs") or budget["pairs"] / pairs
     rates = set(job.cell.rates.values())
     config = config.model_copy(
         update={
@@ -136,9 +134,8 @@ def _train_or_read(job: CellJob) -> dict[str, Any]:
             "save_every": max(1, round(epochs * pairs / (config.batch * config.accumulate) / CHECKPOINTS)),
         }
     )
-    clock = _make_clock(job)
-    result = train(config, progress=clock)
-    seconds = clock.earlier_seconds + result.seconds
+    result = train(config, progress=_progress_writer(job))
+    seconds = result.total_seconds or result.seconds
     write_json(
         adapter / "train_result.json",
         read_json(adapter / "train_result.json")
@@ -213,31 +210,17 @@ class ProgressFile:
             write_json(self.path, {"what": self.activity, "done": done, "total": total})
 
 
-def _make_clock(job: CellJob) -> Any:
-    """A Trainer callback that writes the progress and adds up the seconds of interrupted runs."""
+def _progress_writer(job: CellJob) -> Any:
+    """A Trainer callback that writes the progress."""
     from transformers import TrainerCallback
 
-    class Clock(TrainerCallback):
-        earlier_seconds = 0.0  # training time of the runs before this one, up to the checkpoint it resumes
+    progress_file = ProgressFile(job.directory / PROGRESS, "training")
 
-        def __init__(self) -> None:
-            self._progress_file = ProgressFile(job.directory / PROGRESS, "training")
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self._started = time.perf_counter()
-            path = job.directory / SECONDS
-            if state.global_step and path.is_file():
-                self.earlier_seconds = float(read_json(path).get(str(state.global_step), 0.0))
-
+    class Steps(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self._progress_file(state.global_step, state.max_steps)
+            progress_file(state.global_step, state.max_steps)
 
-        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            path = job.directory / SECONDS
-            seconds = self.earlier_seconds + time.perf_counter() - self._started
-            write_json(path, (read_json(path) if path.is_file() else {}) | {str(state.global_step): seconds})
-
-    return Clock()
+    return Steps()
 
 
 def _pairs_within(job: CellJob, config: TrainConfig, seconds: float) -> int:

@@ -28,9 +28,12 @@ TRAINING = "training"  # the name of the training in that file; evaluations have
 
 def rows_digest(config: TrainConfig | EvaluateConfig) -> str:
     """The digest of the rows that a run reads: ids, images' names, questions and answers; not the pixels."""
-    examples = open_configured(config).split(config.split)
+    dataset = open_configured(config)
+    examples = [*dataset.split(config.split)]
     if isinstance(config, EvaluateConfig):
         examples = examples[: config.limit]
+    elif config.validate_every is not None:
+        examples += dataset.split(config.validation_split or "validate")
     rows = [[example.id, *example.images, example.kind, example.question, example.answer] for example in examples]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:32]
 
@@ -95,6 +98,7 @@ class Changes:
 
     def _digest(self, config: TrainConfig | EvaluateConfig) -> str | None:
         options = [config.data_options(), config.split, getattr(config, "limit", None)]
+        options.append(getattr(config, "validation_split", None))
         key = json.dumps([type(config).__name__, *options], sort_keys=True)
         if key not in self._digests:
             try:

@@ -29,16 +29,17 @@ class PairCounts:
         self._opened: dict[str, Dataset | None] = {}
 
     def training_pairs(self, cell: Cell) -> int | None:
-        """The pairs that a cell trains on, exact up to the last step; 0 for the frozen base."""
+        """The pairs that a cell trains on, exact up to the last step; the most for a plateau; 0 for the frozen base."""
         if cell.train is None or cell.budget is None:
             return 0
         if "pairs" in cell.budget:
             return int(cell.budget["pairs"])
         assert cell.trained_on is not None
         dataset = self._open(cell.trained_on)
-        if dataset is None or "epochs" not in cell.budget:
+        passes = cell.budget.get("epochs") or cell.budget.get("max_epochs")
+        if dataset is None or passes is None:
             return None
-        return round(cell.budget["epochs"] * len(cell.train.select(dataset.split(cell.train.split))))
+        return round(passes * len(cell.train.select(dataset.split(cell.train.split))))
 
     def answered_pairs(self, cell: Cell) -> int | None:
         """The pairs that a cell answers in its evaluations."""

@@ -65,7 +65,7 @@ class Cell:
         share: the share of the training images, 0 to 1.
         rate_source: where the learning rates are from: the methods' defaults, the file, or a search.
         rates: the learning rate of each method.
-        budget: the length of the training, in one of epochs, pairs and minutes.
+        budget: the length of the training, in one of epochs, pairs and minutes, or the fields of `until: plateau`.
         train: the options of the training, without output folder and length.
     """
 
@@ -80,7 +80,7 @@ class Cell:
     seed: int | None
     rate_source: Source
     rates: dict[str, float]
-    budget: dict[str, float] | None
+    budget: dict[str, Any] | None
     train: TrainConfig | None
     evaluations: tuple[Evaluation, ...]
 
@@ -106,7 +106,7 @@ class RateSearch:
     model: str
     recipe: str
     trained_on: str
-    budget: tuple[tuple[str, float], ...]
+    budget: tuple[tuple[str, Any], ...]
     cells: tuple[Cell, ...]  # in ascending order of their rates
 
     @property
@@ -265,6 +265,7 @@ def _training_cell(
         quantize=base.quantize,
         device=base.device,
         **_data_options(options),
+        **budget.train_options(options.validate_split),
         **train_options,
     )
     length = _budget_fields(budget)
@@ -376,8 +377,8 @@ def _data_options(options: Data) -> dict[str, Any]:
     return options.model_dump(include=set(DataOptions.model_fields))
 
 
-def _budget_fields(budget: Budget) -> dict[str, float]:
-    """The field of a budget that is set, with its value."""
+def _budget_fields(budget: Budget) -> dict[str, Any]:
+    """The fields of a budget that are set, with their values."""
     return budget.model_dump(exclude_none=True)
 
 

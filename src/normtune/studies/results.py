@@ -2,6 +2,15 @@
 
 The table `cells` has one row for each cell. What a cell has several of (evaluations, metrics, norms, losses)
 is in a table of its own, joined by `key`. `seeds` and `tests` are computed from the other tables.
+
+`curves` has the learning curve of each cell that validates while it trains (`budget: {until: plateau}`), one row for
+each validation: `step`, `pairs` and `passes` so far, `seconds` of training so far (without set-up and validation),
+`train_loss` and `validation_loss` (mean per answer token), `metric` (that chooses the best step) with its value
+`score` (a fraction; for the metric `loss` lower is better), `metrics` (name -> value, all of them), and `is_best` (1:
+the adapter has the values of this step). In `cells`, such a cell has `validation_metric`, `best_step`, `best_score`,
+`stopped_early` (1: the score rose no more; 0: the cap was reached) and `validation_seconds`; every
+trained cell has `passes` over its training pairs and `train_bytes_above_base` (peak of the training less the memory
+with the loaded base before it).
 """
 
 from __future__ import annotations
@@ -34,6 +43,8 @@ SCHEMA: dict[str, dict[str, str]] = {
         "budget": "JSON", "pairs_available": "INTEGER", "pairs_seen": "INTEGER", "steps": "INTEGER",
         "trainable": "INTEGER", "total": "INTEGER", "trainable_share": "REAL", "train_seconds": "REAL",
         "train_pairs_per_second": "REAL", "train_peak_bytes": "INTEGER", "final_loss": "REAL",
+        "passes": "REAL", "validation_metric": "TEXT", "best_step": "INTEGER", "best_score": "REAL",
+        "stopped_early": "INTEGER", "validation_seconds": "REAL", "train_bytes_above_base": "INTEGER",
         "changed": "REAL", "warning": "TEXT", "computed_once": "TEXT", "base_fingerprint": "TEXT",
         "commit": "TEXT", "versions": "JSON", "hardware": "JSON", "started": "TEXT", "finished": "TEXT",
         "config": "JSON",
@@ -57,6 +68,11 @@ SCHEMA: dict[str, dict[str, str]] = {
     },
     "losses": {
         "key": "TEXT", "step": "INTEGER", "loss": "REAL",
+    },
+    "curves": {
+        "key": "TEXT", "step": "INTEGER", "pairs": "INTEGER", "passes": "REAL", "seconds": "REAL",
+        "train_loss": "REAL", "validation_loss": "REAL", "metric": "TEXT", "score": "REAL", "metrics": "JSON",
+        "is_best": "INTEGER",
     },
     "seeds": {
         "grid": "TEXT", "model": "TEXT", "trained_on": "TEXT", "share": "REAL", "recipe": "TEXT",
@@ -95,7 +111,7 @@ def read_tables(out: Path) -> Tables:
         InputError: the folder has no results.
     """
     results = read_json(out / "results.json")
-    return {name: results[name] for name in SCHEMA}
+    return {name: results.get(name, []) for name in SCHEMA}  # files of version 0.1 have fewer tables
 
 
 def tabulate(study: Study, out: Path) -> Tables:
@@ -135,9 +151,13 @@ def _add_cell_rows(tables: Tables, cell: Cell, out: Path) -> None:
         "train_seconds": training.get("seconds"),
         "train_pairs_per_second": training.get("pairs_per_second"),
         "train_peak_bytes": training.get("peak_memory_bytes"),
+        "train_bytes_above_base": training.get("peak_above_base_bytes"),
         "config": cell.train and cell.train.model_dump(mode="json", exclude={"out", "root", "overwrite"}),
     }
-    copied_fields = ("pairs_available", "steps", "total", "final_loss", "changed", "warning", "computed_once")
+    copied_fields = (
+        *("pairs_available", "steps", "total", "final_loss", "changed", "warning", "computed_once"),
+        *("passes", "validation_metric", "best_step", "best_score", "stopped_early", "validation_seconds"),
+    )
     row |= {name: training.get(name) for name in copied_fields}
     row |= {
         name: result.get(name) for name in ("base_fingerprint", "commit", "versions", "hardware", "started", "finished")
@@ -168,6 +188,16 @@ def _add_cell_rows(tables: Tables, cell: Cell, out: Path) -> None:
         info = read_json(directory / "adapter" / "adapter.json")["metrics"]["training"]
         tables["norms"] += [{"key": cell.key, **norm} for norm in info.get("norms", ())]
         tables["losses"] += [{"key": cell.key, "step": step, "loss": loss} for step, loss in info["loss"]]
+        tables["curves"] += _curve_rows(cell.key, training)
+
+
+def _curve_rows(key: str, training: Row) -> Iterator[Row]:
+    """The rows of the table `curves` of one cell."""
+    metric = training.get("validation_metric")
+    for point in training.get("curve", ()):
+        score = point["validation_loss"] if metric == "loss" else point["metrics"][metric]
+        is_best = int(point["step"] == training["best_step"])
+        yield {"key": key, **point, "metric": metric, "score": score, "is_best": is_best}
 
 
 def _check_bases(cells: list[Row]) -> None:

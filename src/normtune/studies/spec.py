@@ -17,6 +17,7 @@ from normtune.errors import InputError, did_you_mean
 from normtune.methods.registry import LEARNING_RATES
 from normtune.runtime.yaml_file import FieldError, FieldPath, field_errors, read_yaml
 from normtune.studies.recipe_names import expand_recipes
+from normtune.training.config import Interval
 
 SEARCH = "search"  # the name of the grid that learning-rate trials belong to
 
@@ -101,18 +102,42 @@ class Training(_Section):
 
 
 class Budget(_Section):
-    """The length of a training in exactly one unit: passes over the data, pairs trained on, or minutes."""
+    """The length of a training: passes over the data, pairs trained on, minutes, or until its score rises no more.
+
+    `until: plateau` trains until the score on the validation split has not risen in `patience` validations, for at
+    most `max_epochs` passes. The other fields belong to it, and have defaults if it is set.
+    """
 
     epochs: float | None = Field(None, gt=0)
     pairs: int | None = Field(None, gt=0)
     minutes: float | None = Field(None, gt=0)
+    until: Literal["plateau"] | None = None
+    max_epochs: float | None = Field(None, gt=0, description="Most passes over the data; default: 20.")
+    patience: int | None = Field(None, gt=0, description="Validations without a better score; default: 3.")
+    validate_every: Interval = Field(None, description="Steps between validations, or epoch; default: epoch.")
+    validation_limit: int | None = Field(None, gt=0, description="Pairs to validate on; default: 200.")
+    metric: str | None = Field(None, description="loss or a score; default: global_exact, or rouge_l for reports.")
 
     @model_validator(mode="after")
     def _has_one_unit(self) -> Budget:
-        units = [name for name, value in self if value is not None]
+        units = [name for name in ("epochs", "pairs", "minutes", "until") if getattr(self, name) is not None]
         if len(units) != 1:
-            raise ValueError(f"give one of epochs, pairs and minutes (got {', '.join(units) or 'none'})")
+            raise ValueError(f"give one of epochs, pairs, minutes and until (got {', '.join(units) or 'none'})")
+        if self.until is None and (others := self.model_fields_set - set(units)):
+            raise ValueError(f"{', '.join(sorted(others))}: these need until: plateau")
+        if self.until is not None:
+            self.max_epochs = self.max_epochs or 20
+            self.patience = self.patience or 3
+            self.validate_every = self.validate_every or "epoch"
+            self.validation_limit = self.validation_limit or 200
         return self
+
+    def train_options(self, validation_split: str) -> dict[str, Any]:
+        """The options of `normtune train` that validate and stop a training; none for a fixed length."""
+        if self.until is None:
+            return {}
+        options = self.model_dump(include={"patience", "validate_every", "validation_limit"})
+        return options | {"metric_for_best": self.metric, "validation_split": validation_split}
 
 
 class Search(_Section):

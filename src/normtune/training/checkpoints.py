@@ -34,6 +34,8 @@ class Checkpoint:
     steps_an_epoch: int  # batches per epoch and process
     unlogged_loss: float  # sum of the losses of the steps since the last log entry
     logged_at: int  # step of that entry
+    train_seconds: float = 0.0  # of training until then, without set-up and validation
+    validation_seconds: float = 0.0
 
     @classmethod
     def read(cls, folder: Path) -> Checkpoint:
@@ -47,7 +49,8 @@ class Checkpoint:
         stored = read_json(folder / RUN_FILE)
         names = ("pairs_seen", "pairs_a_step", "steps_an_epoch", "unlogged_loss", "logged_at")
         try:
-            return cls(folder, _step(folder), *(stored[name] for name in names))
+            times = {name: stored.get(name, 0.0) for name in ("train_seconds", "validation_seconds")}
+            return cls(folder, _step(folder), *(stored[name] for name in names), **times)
         except KeyError as error:
             raise InputError(
                 f"{folder / RUN_FILE} has no entry {error}. Start again with --no-resume, or choose another --out."

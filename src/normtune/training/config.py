@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from normtune.data.options import DataOptions
 from normtune.data.records import Example
 from normtune.data.splits import share_of_images
 from normtune.methods.registry import LEARNING_RATES
+
+
+def _interval(value: Any) -> Any:
+    """Check an interval of validations: a number of steps, or the word epoch."""
+    if value is None or value == "epoch" or (str(value).isdecimal() and int(value) > 0):
+        return None if value is None else str(value)
+    raise ValueError("give a number of steps, or epoch")
+
+
+Interval = Annotated[str | None, BeforeValidator(_interval)]
 
 
 class TrainConfig(DataOptions):
@@ -70,6 +80,23 @@ class TrainConfig(DataOptions):
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing of the answer tokens.")
     max_grad_norm: float = Field(1.0, gt=0, description="Maximum gradient norm; larger gradients are scaled down.")
+    # validation
+    validate_every: Interval = Field(
+        None, description="Validate after every N steps, or after every 'epoch'; default: never."
+    )
+    validation_split: str | None = Field(None, description="Split to validate on; default: validate.")
+    validation_limit: int | None = Field(
+        None, gt=0, description="Validate on a random sample of this many pairs, the same in every run; default: all."
+    )
+    metric_for_best: str | None = Field(
+        None, description="Metric that chooses the best step: loss, or a score; default: global_exact, or rouge_l."
+    )
+    patience: int | None = Field(
+        None, gt=0, description="Stop after this many validations without a better score; default: never."
+    )
+    keep: Literal["best", "last"] | None = Field(
+        None, description="Values that the adapter has at the end: of the best step or of the last; default: best."
+    )
     # checkpoints, logs and randomness
     save_every: int | None = Field(None, gt=0, description="Steps between checkpoints; default: one per epoch.")
     resume: bool = Field(True, description="Resume from the last complete checkpoint under --out.")

@@ -29,6 +29,7 @@ _NO_VALUES = {"out", "root", "resume", "overwrite", "tracker", "save_every", "me
 # entries besides the options, as messages name them; checkpoints written by version 0.1 lack them
 _NAMES = {
     "rows_digest": "the rows or pictures of the training data",
+    "validation_digest": "the rows or pictures of the validation split",
     "base_fingerprint": "the values of the base",
     "cached_states": "what is computed once per image",
 }

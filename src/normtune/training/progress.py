@@ -15,6 +15,7 @@ class PrintProgress(TrainerCallback):
     def __init__(self) -> None:
         self.bar = ProgressBar("training")
         self.loss = ""
+        self.validation = ""
 
     # the hooks of HF's TrainerCallback; a resumed run starts at its step
 
@@ -26,7 +27,9 @@ class PrintProgress(TrainerCallback):
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
-            self.loss = f"loss {logs['loss']:.4f}"
+            self.loss = f"loss {logs['loss']:.4f}{self.validation}"
+        elif logs and "eval_validation_loss" in logs:
+            self.validation = f", validation {logs['eval_validation_loss']:.4f}"
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.bar.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from normtune.runtime.files import read_json
 from normtune.runtime.notebook import Result, axes_or_new
 from normtune.training.changes import Change, change_report, norm_changes
 from normtune.training.config import TrainConfig
+from normtune.training.validation import LOSS, CurvePoint, best_point, is_stopped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,6 +52,19 @@ class TrainResult(Result):
     earlier_run: str | None = None  # folder to which --overwrite moved what was in `out`
     device: str = "cpu"  # where the base was trained, such as cuda:0
     dtype: str = "float32"  # of the frozen weights
+    # of training in all starts, without set-up and validation; None: written by version 0.1
+    total_seconds: float | None = None
+    validation_seconds: float = 0.0  # in all starts
+    # peak during training less the memory of the process (of the device) with the loaded base before it: gradients,
+    # optimiser, activations, cached images and added weights. None: written by version 0.1
+    peak_above_base_bytes: int | None = None
+    passes: float | None = None  # over the training pairs
+    curve: tuple[CurvePoint, ...] = ()  # the validations
+    validation_metric: str | None = None  # the metric that chose the best step; None: the run did not validate
+    best_step: int | None = None  # step with the best value of this metric
+    best_score: float | None = None  # this value; of `loss`, lower is better
+    adapter_step: int | None = None  # the adapter has its values: the best step, or with keep=last the last one
+    stopped_early: bool = False  # the score did not rise in `patience` validations
 
     @property
     def adapter(self) -> Path:
@@ -64,15 +78,35 @@ class TrainResult(Result):
         return [(step, loss) for step, loss in log]
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw the loss against the step."""
+        """Draw the loss against the step; with validation also the loss and the score of the validation rows."""
         ax = axes_or_new(ax)
         losses = self.losses
-        ax.plot([step for step, _ in losses], [loss for _, loss in losses])
+        ax.plot([step for step, _ in losses], [loss for _, loss in losses], label="training loss")
+        if self.curve and self.validation_metric and self.best_step:
+            steps = [point.step for point in self.curve]
+            ax.plot(steps, [point.validation_loss for point in self.curve], "o-", label="validation loss")
+            ax.axvline(self.best_step, color="0.6", linestyle=":", label=f"best step: {self.best_step}")
+            if self.validation_metric != LOSS:
+                scores = ax.twinx()
+                values = [100 * point.metrics[self.validation_metric] for point in self.curve]
+                (line,) = scores.plot(steps, values, "s-", color="C2", label=f"validation {self.validation_metric}")
+                scores.set_ylabel(f"{self.validation_metric} in %")
+                ax.plot([], [], "s-", color=line.get_color(), label=line.get_label())  # its entry in the one legend
+            ax.legend(loc="center right")
         ax.set_xlabel("step")
         ax.set_ylabel("loss in nats per answer token")
         ax.set_title(self.recipe)
         ax.grid(alpha=0.3)
         return ax
+
+    def save_plot(self) -> Path:
+        """Draw the curve to `curve.png` in the adapter's folder; return its path."""
+        from matplotlib.figure import Figure  # not pyplot, which would look for a display
+
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        self.plot(figure.subplots())
+        figure.savefig(self.adapter / "curve.png", dpi=120)
+        return self.adapter / "curve.png"
 
     def __str__(self) -> str:
         lines = []
@@ -96,6 +130,14 @@ class TrainResult(Result):
             lines.append(f"computed once per image: {self.computed_once}")
         if self.final_loss is not None:
             lines.append(f"final loss {self.final_loss:.4f} per token")
+        if self.best_step is not None and self.best_score is not None:
+            is_loss = self.validation_metric == LOSS
+            value = f"{self.best_score:.4f}" if is_loss else f"{100 * self.best_score:.1f}%"
+            lines.append(
+                f"validation: best {self.validation_metric} {value} at step {self.best_step:,} of {self.steps:,}"
+                f"{', stopped early' if self.stopped_early else ''}; the adapter has the values of step "
+                f"{self.adapter_step:,} ({len(self.curve)} validations, {self.validation_seconds:.1f} s: curve.png)"
+            )
         lines.append(f"{100 * self.changed:.1f}% of the trained values changed")
         for change in self.changes:
             step = change.relative
@@ -116,8 +158,9 @@ def read_result(out: Path) -> TrainResult:
     stored = read_json(out / "train_result.json")
     names = {field.name for field in fields(TrainResult)}  # files of version 0.1 have an entry more
     try:
-        changes = tuple(Change(**change) for change in stored["changes"])
-        return TrainResult(**{name: value for name, value in stored.items() if name in names} | {"changes": changes})
+        objects: dict[str, Any] = {"changes": tuple(Change(**change) for change in stored["changes"])}
+        objects["curve"] = tuple(CurvePoint(**point) for point in stored.get("curve", ()))
+        return TrainResult(**{name: value for name, value in stored.items() if name in names} | objects)
     except (KeyError, TypeError) as error:
         raise InputError(f"{out / 'train_result.json'} is damaged ({error}). Choose another --out.") from error
 
@@ -133,6 +176,12 @@ def build_result(
     resumed_pairs: int,
     resumed_from_step: int | None,
     seconds: float,
+    total_seconds: float,
+    validation_seconds: float,
+    base_bytes: int,
+    passes: float | None,
+    curve: tuple[CurvePoint, ...],
+    metric: str | None,
     computed_once: str | None,
     device: torch.device,
 ) -> tuple[TrainResult, dict[str, Any]]:
@@ -142,12 +191,16 @@ def build_result(
         before: copies of `tuned.trained` from before training, by name.
         losses: the loss log, (step, mean loss per answer token since the previous entry).
         device: where the base was trained.
+        base_bytes: memory of the process, or of the device, before training.
+        curve: the validations, and `metric` what chose the best of them.
         resumed_pairs: pairs of `pairs` that were seen before the last start, to which `seconds` does not extend.
 
     Returns:
         The result, and a description for `adapter.json`: the loss log and one row per norm.
     """
     changes = change_report(before, tuned)
+    peak = max(distributed.all_gather(memory.peak_memory_bytes(device)))
+    above_base = max(distributed.all_gather(memory.peak_memory_bytes(device) - base_bytes))
     result = TrainResult(
         out=str(config.out),
         recipe=str(tuned.recipe),
@@ -158,7 +211,7 @@ def build_result(
         steps=steps,
         seconds=seconds,
         pairs_per_second=(pairs - resumed_pairs) / seconds,
-        peak_memory_bytes=max(distributed.all_gather(memory.peak_memory_bytes(device))),
+        peak_memory_bytes=peak,
         device=str(device),
         dtype=config.dtype,
         computed_once=computed_once,
@@ -168,5 +221,20 @@ def build_result(
         warning=changes.warning,
         resumed_from_step=resumed_from_step,
         left_out=tuned.left_out,
+        total_seconds=total_seconds,
+        validation_seconds=validation_seconds,
+        peak_above_base_bytes=above_base,
+        passes=passes,
+        curve=curve,
     )
+    if metric is not None:
+        best = best_point(curve, metric)
+        result = replace(
+            result,
+            validation_metric=metric,
+            best_step=best.step,
+            best_score=best.validation_loss if metric == LOSS else best.metrics[metric],
+            adapter_step=steps if config.keep == "last" else best.step,
+            stopped_early=is_stopped(curve, metric, config.patience),
+        )
     return result, {"loss": [*losses], "norms": norm_changes(before, tuned)}

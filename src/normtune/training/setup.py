@@ -35,6 +35,7 @@ class TrainingSetup:
         rows: digests of the examples and their pictures; None in runs that are neither resumed nor saved.
         base_fingerprint: identifies the base before it was adapted; see `normtune.adapters.fingerprint`.
         preflight: the counts of the rows, with the limits of their texts.
+        validation: the validation rows; None: the run does not validate. `validation_digest` is their digest.
         collate: builds batches, with the caches that the recipe allows.
     """
 
@@ -46,6 +47,8 @@ class TrainingSetup:
     rows: TrainingRows | None = None
     base_fingerprint: str | None = None
     preflight: Preflight | None = None
+    validation: Split | None = None
+    validation_digest: str | None = None
     collate: Collator = field(init=False)
 
     def __post_init__(self) -> None:
@@ -66,7 +69,13 @@ class TrainingSetup:
             "base_fingerprint": self.base_fingerprint,
             # frozen layers that run once per image sum in another order than in a step
             "cached_states": self.collate.cached_states,
+            **validation_identity(self.validation_digest),
         }
+
+
+def validation_identity(digest: str | None) -> dict[str, Any]:
+    """The part of a run's identity that a run with validation has: the digest of the validation rows."""
+    return {} if digest is None else {"validation_digest": digest}
 
 
 def read_examples(config: TrainConfig, dataset: Dataset | None = None) -> tuple[Dataset, Split]:

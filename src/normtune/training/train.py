@@ -8,7 +8,6 @@ save_run  writes the adapter, the options and the result, and deletes the checkp
 from __future__ import annotations
 
 import sys
-import time
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -38,9 +37,10 @@ from normtune.training.layer_wrapping import checkpoint_activations, compile_lay
 from normtune.training.memory_plan.plan import estimate_memory
 from normtune.training.result import TrainResult, build_result, read_result
 from normtune.training.saved_activations import save_fewer_activations
-from normtune.training.setup import TrainingSetup, build_setup, read_examples
+from normtune.training.setup import TrainingSetup, build_setup, read_examples, validation_identity
 from normtune.training.token_counts import count_tokens
 from normtune.training.trainer import AdapterTrainer
+from normtune.training.validation import curve, read_validation
 
 
 def train(
@@ -82,6 +82,7 @@ def train(
     options = option_identity(config)
     check_identity(config, options)
     dataset, examples = read_examples(config, dataset)
+    validation = read_validation(config, dataset)
     # before the base, which may take minutes to load
     with distributed.lost_process_as_error(), locked_folder(config.out):
         examples, preflight = check_run(config, examples, family or config.model, training=True)
@@ -89,9 +90,15 @@ def train(
         if distributed.is_main_process() and preflight.memory.get("fits") is False:
             print(f"preflight: too little memory, {preflight.memory_text()}", file=sys.stderr)
         rows = distributed.broadcast_from_first(lambda: hash_rows(dataset, examples))
-        check_identity(config, options | {"rows_digest": rows.digest})
+        validation_digest: str | None = None
+        if validation is not None:
+            checked, _ = check_run(config, validation, family or config.model, training=True)
+            validation = checked
+            validation_digest = distributed.broadcast_from_first(lambda: hash_rows(dataset, checked).digest)
+        check_identity(config, options | {"rows_digest": rows.digest} | validation_identity(validation_digest))
         keep_base = family is not None
         setup = build_setup(config, dataset, examples, rows, preflight, family=family, keep_base=keep_base)
+        setup.validation, setup.validation_digest = validation, validation_digest
         try:
             return _train_in_folder(setup, progress)
         finally:
@@ -151,6 +158,8 @@ def save_run(setup: TrainingSetup, result: TrainResult, description: dict[str, A
     write_text(config.out / RUN_OPTIONS, run_file_text("train", config, resolved={"device": setup.identity["device"]}))
     write_json(config.out / "train_config.json", config.model_dump(mode="json"))
     write_json(config.out / "train_result.json", asdict(result))
+    if result.curve:
+        result.save_plot()
     # last: a kill before this line leaves checkpoints from which the run can finish again
     delete_checkpoints(config.out)
 
@@ -192,7 +201,7 @@ def fit(setup: TrainingSetup, *, progress: TrainerCallback | None = None) -> tup
         delete_checkpoints(config.out)
     distributed.barrier()  # no process may write a checkpoint before the old ones are deleted
     memory.reset_peak(trainer.args.device)
-    started = time.perf_counter()
+    base_bytes = memory.peak_memory_bytes(trainer.args.device)  # of the loaded base and the process, before training
     # from the inside out: modules that save less, compilation of the layers, recomputation of compiled layers
     with (
         save_fewer_activations(family.model),
@@ -208,7 +217,6 @@ def fit(setup: TrainingSetup, *, progress: TrainerCallback | None = None) -> tup
                 + ("" if config.memory == "tight" else "Resume with --memory tight, or ")
                 + "lower --batch, raise --accumulate and start again with --no-resume."
             ) from error
-    seconds = time.perf_counter() - started
     family.model.eval()  # the caller may evaluate the model next
     # the shards in the model stay; files and reports need the full tensors
     if distributed.is_sharded():
@@ -223,7 +231,13 @@ def fit(setup: TrainingSetup, *, progress: TrainerCallback | None = None) -> tup
         steps=trainer.state.global_step,
         resumed_pairs=0 if checkpoint is None else checkpoint.pairs_seen,
         resumed_from_step=None if checkpoint is None else checkpoint.step,
-        seconds=seconds,
+        seconds=trainer.train_seconds() - (0.0 if checkpoint is None else checkpoint.train_seconds),
+        total_seconds=trainer.train_seconds(),
+        validation_seconds=trainer.validation_seconds,
+        base_bytes=base_bytes,
+        passes=trainer.state.epoch,
+        curve=curve(trainer.state.log_history),
+        metric=None if trainer.validation is None else trainer.validation.metric,
         computed_once=setup.collate.cached_states,
         device=trainer.args.device,
     )

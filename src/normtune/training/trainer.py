@@ -10,6 +10,7 @@ the rest:
 | `create_optimizer`      | one learning rate per method; weight decay on matrices only                   |
 | `compute_loss`          | mean over the answer tokens of a whole step: all batches, all processes       |
 | `log`                   | a loss entry that a resume cuts in two still covers all of its steps          |
+| `evaluate`              | answers and loss of the validation rows; best step and early stopping         |
 | `save_model`, `_save_*` | checkpoints hold trained values only, not the base                            |
 | `_load_*`               | these values are loaded into a base that is already in memory, sharded or not |
 """
@@ -17,6 +18,7 @@ the rest:
 from __future__ import annotations
 
 import math
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -51,6 +53,7 @@ from normtune.training.fsdp import copy_into, full_state, gather_full, load_stat
 from normtune.training.objective import IdentityDataset, Objective
 from normtune.training.prefetch import LookaheadBatches, worker_count
 from normtune.training.setup import TrainingSetup
+from normtune.training.validation import CurvePoint, Validation, best_point, curve, is_stopped, log_entry
 
 
 class AdapterTrainer(Trainer):
@@ -61,6 +64,8 @@ class AdapterTrainer(Trainer):
 
     Attributes:
         pairs_seen: question-answer pairs that this process trained on, resumed ones included.
+        validation: computes loss and scores of the validation rows; None without validation.
+        validation_seconds: time of the validations, those before a resume included.
     """
 
     def __init__(
@@ -80,7 +85,15 @@ class AdapterTrainer(Trainer):
         # {name: (module, attribute)}; of tied parameters the first place is enough
         holders = parameter_holders(family.model, tuned.trained)
         self._holders = {name: tied[0] for name, tied in holders.items()}
+        self.validation: Validation | None = None
+        if setup.validation is not None:
+            self.validation = Validation(config, family, setup.validation, setup.collate)
+        self.validation_seconds = 0.0 if checkpoint is None else checkpoint.validation_seconds
+        # `train_seconds` is the time since this moment, less the time of the validations
+        self._started: float | None = None
         save_every, sharded = config.save_every, distributed.is_sharded()
+        if self.validation is not None and save_every is None:
+            save_every = steps_an_epoch(config, batches)  # HF saves steps at their end, after the validation
         on_gpu = family.device.type == "cuda"
         arguments = TrainingArguments(
             output_dir=str(config.out / "checkpoints"),
@@ -96,7 +109,10 @@ class AdapterTrainer(Trainer):
             max_grad_norm=config.max_grad_norm,
             save_strategy="steps" if save_every else "epoch",
             save_steps=save_every or 500,  # 500 is unused: with "epoch" HF ignores it
-            save_total_limit=2,  # the one that is written, and the last complete one
+            # the one that is written, and the last complete one; HF keeps the one of the best step besides
+            save_total_limit=2 if self.validation is None else 3,
+            eval_strategy="no" if self.validation is None else "steps",
+            eval_steps=validation_steps(config, batches),
             logging_strategy="steps",
             logging_steps=logging_steps(config, batches),
             report_to=config.tracker,
@@ -127,6 +143,7 @@ class AdapterTrainer(Trainer):
             model=objective,
             args=arguments,
             train_dataset=IdentityDataset(batches),
+            eval_dataset=cast(Any, setup.validation),  # HF asks for one; `evaluate` reads it
             data_collator=setup.collate,
             callbacks=[progress] if progress else None,
         )
@@ -231,6 +248,45 @@ class AdapterTrainer(Trainer):
         losses = distributed.all_gather(self._unlogged.item())
         return sum(losses) / len(losses)
 
+    def train_seconds(self) -> float:
+        """Seconds of training so far, those before a resume included; without set-up and validation."""
+        earlier, earlier_validation = (
+            (0.0, 0.0)
+            if self.checkpoint is None
+            else (self.checkpoint.train_seconds, self.checkpoint.validation_seconds)
+        )
+        since = 0.0 if self._started is None else time.perf_counter() - self._started
+        return earlier + since - (self.validation_seconds - earlier_validation)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Validate, log the point of the curve, and have a checkpoint written of the best step and of the last one."""
+        assert self.validation is not None
+        seconds, started = self.train_seconds(), time.perf_counter()
+        logged = [row["loss"] for row in self.state.log_history if "loss" in row]
+        steps = self.state.global_step - self._logged_at  # since the last entry of the loss log
+        loss, scores = self.validation.run()
+        point = CurvePoint(
+            step=self.state.global_step,
+            pairs=sum(distributed.all_gather(self.pairs_seen)),
+            passes=self.state.epoch or 0.0,
+            seconds=seconds,
+            train_loss=self._mean_unlogged() / steps if steps else logged[-1],
+            validation_loss=loss,
+            metrics=scores,
+        )
+        self.validation_seconds += time.perf_counter() - started
+        entry = log_entry(point)
+        self.log(entry)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, entry)
+        points = curve(self.state.log_history)
+        best = best_point(points, self.validation.metric)
+        self.state.best_global_step = best.step  # HF does not delete the checkpoint of this step
+        if is_stopped(points, self.validation.metric, self.config.patience):
+            self.control.should_training_stop = True
+        if best.step == point.step or self.control.should_training_stop:
+            self.control.should_save = True
+        return entry
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # HF's estimate assumes one sequence of tokens per row
 
@@ -291,6 +347,8 @@ class AdapterTrainer(Trainer):
                 "steps_an_epoch": self.batches.steps,
                 "unlogged_loss": unlogged,
                 "logged_at": self._logged_at,
+                "train_seconds": self.train_seconds(),
+                "validation_seconds": self.validation_seconds,
             }
             write_json(directory / RUN_FILE, self.setup.identity | position)
             (directory / CHECKPOINT_MARK).touch()
@@ -300,28 +358,52 @@ class AdapterTrainer(Trainer):
         # into the parameters in place: the optimiser, DDP and FSDP2 refer to these objects
         checkpoint = self.checkpoint
         assert checkpoint is not None
-        stored = load_file(checkpoint.folder / TRAINED_FILE)
-        if stored.keys() != self._holders.keys():
-            raise InputError(
-                f"{checkpoint.folder} was written by another version of Normtune, which trained other parameters. "
-                "Start again with --no-resume."
-            )
-        for name, (module, attribute) in self._holders.items():
-            copy_into(getattr(module, attribute), stored[name])
+        self._load_values(checkpoint.folder)
         self._unlogged, self._logged_at = torch.tensor(checkpoint.unlogged_loss), checkpoint.logged_at
         if distributed.is_main_process():  # the stored number is the sum over processes: only one takes it
             self.pairs_seen = checkpoint.pairs_seen
 
+    def _load_values(self, folder: Path) -> None:
+        """Load the trained values of a checkpoint into the model.
+
+        Raises:
+            InputError: they are of other parameters.
+        """
+        stored = load_file(folder / TRAINED_FILE)
+        if stored.keys() != self._holders.keys():
+            raise InputError(
+                f"{folder} was written by another version of Normtune, which trained other parameters. "
+                "Start again with --no-resume."
+            )
+        for name, (module, attribute) in self._holders.items():
+            copy_into(getattr(module, attribute), stored[name])
+
     def run(self) -> None:
-        """Train to the end, from the checkpoint if there is one."""
+        """Train to the end, from the checkpoint if there is one; the model then has the values of the best step.
+
+        Without validation, or with `keep="last"`, it has those of the last step.
+        """
         checkpoint = self.checkpoint
+        self._started = time.perf_counter()
         if checkpoint is None:
             self.train()
-        elif checkpoint.step < optimizer_steps(self.config, self.batches):
+        elif not self._has_ended(checkpoint):
             self.train(resume_from_checkpoint=str(checkpoint.folder))
         else:  # of the last step; HF would make another one if that is in the middle of an epoch
             self._load_from_checkpoint(str(checkpoint.folder))
             self.state = TrainerState.load_from_json(str(checkpoint.folder / "trainer_state.json"))
+        if self.validation is not None and self.config.keep != "last":
+            best = best_point(curve(self.state.log_history), self.validation.metric)
+            if best.step != self.state.global_step:
+                self._load_values(Path(str(self.args.output_dir)) / f"checkpoint-{best.step}")
+
+    def _has_ended(self, checkpoint: Checkpoint) -> bool:
+        """Whether a checkpoint is of the run's last step: all steps are done, or it was stopped early."""
+        if self.validation is not None:
+            state = TrainerState.load_from_json(str(checkpoint.folder / "trainer_state.json"))
+            if is_stopped(curve(state.log_history), self.validation.metric, self.config.patience):
+                return True
+        return checkpoint.step >= optimizer_steps(self.config, self.batches)
 
 
 def use_device(arguments: TrainingArguments, device: torch.device) -> None:
@@ -331,10 +413,22 @@ def use_device(arguments: TrainingArguments, device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
+def steps_an_epoch(config: TrainConfig, batches: EpochBatches) -> int:
+    """Return the number of optimiser steps of one pass over the training pairs."""
+    # an epoch's last step may have fewer batches than `accumulate`; it is a step nevertheless
+    return math.ceil(batches.steps / config.accumulate)
+
+
 def optimizer_steps(config: TrainConfig, batches: EpochBatches) -> int:
     """Return the number of optimiser steps of the whole run."""
-    # an epoch's last step may have fewer batches than `accumulate`; it is a step nevertheless
-    return config.max_steps or math.ceil(config.epochs * math.ceil(batches.steps / config.accumulate))
+    return config.max_steps or math.ceil(config.epochs * steps_an_epoch(config, batches))
+
+
+def validation_steps(config: TrainConfig, batches: EpochBatches) -> int | None:
+    """Return the optimiser steps between two validations; None without validation."""
+    if config.validate_every is None:
+        return None
+    return steps_an_epoch(config, batches) if config.validate_every == "epoch" else int(config.validate_every)
 
 
 def logging_steps(config: TrainConfig, batches: EpochBatches) -> int:
