@@ -53,10 +53,10 @@ def format_share(fraction: float | None) -> str:
 
 
 def format_bytes(size: float | None) -> str:
-    """A number of bytes in MB or GB (powers of ten)."""
+    """A number of bytes in MiB or GiB, the units of `normtune train` and `normtune inspect`."""
     if size is None:
         return NONE
-    return f"{format_fixed(size / 1e9, 1)} GB" if size >= 1e9 else f"{format_fixed(size / 1e6, 0)} MB"
+    return f"{format_fixed(size / 2**30, 1)} GiB" if size >= 2**30 else f"{format_fixed(size / 2**20, 0)} MiB"
 
 
 def format_duration(seconds: float | None) -> str:

@@ -81,7 +81,7 @@ def test_text_is_text_and_is_escaped() -> None:
 
 
 def test_a_drawing_has_no_ids_and_the_colours_of_the_page() -> None:
-    points = (Point(1, 2, 1, 3), Point(2, 3, 2, 4, outlined=True))
+    points = (Point(1, 2, 1, 3), Point(2, 3, 2, 4, style="hollow"))
     lines = [Series("ln", "ln", points), Series("full", "full", (Point(1, 4, 3, 5),))]
     for label_solid in (False, True):
         svg = draw_lines("label", lines, LINEAR, LINEAR, label_solid=label_solid)
@@ -98,3 +98,22 @@ def test_a_heat_map_has_a_cell_for_each_value(layers: int, is_wider: bool) -> No
     assert svg.count("<title>") == layers + 1
     assert {"before attention", "0", "other", "layer"} <= texts(svg).keys()
     assert ("min-width" in svg) == is_wider  # a wide drawing scrolls
+
+
+def test_names_of_recipes_are_in_a_font_where_l_and_i_differ() -> None:
+    for svg in (
+        draw_scatter("label", [mark("ln", 1.0, 5.0)], LOG, LINEAR),
+        draw_lines("label", [mark("ln", 1.0, 5.0)], LINEAR, LINEAR),
+        draw_dot_rows("label", [mark("ln", 1.0, 5.0)], LINEAR),
+    ):
+        assert re.search(r'<text [^>]*class="name"[^>]*>ln</text>', svg)
+        assert not re.search(r'<text [^>]*class="name"[^>]*>score', svg)
+
+
+def test_the_seeds_of_a_row_are_small_marks_and_a_level_has_a_band() -> None:
+    dots = (Point(1.0, 0.0, 0.5, 1.5, "mean"), Point(0.9, 0.0, 0.9, 0.9, "seed 0", "small"))
+    level = Level("no difference", 1.0, 0.8, 1.2)
+    svg = draw_dot_rows("label", [Series("ln", "ln", dots)], LINEAR, level)
+    radii = [float(radius) for radius in re.findall(r' r="([\d.]+)"', svg)]
+    assert len(radii) == 2 and radii[1] < radii[0]
+    assert "opacity:0.13" in svg

@@ -98,11 +98,26 @@ def test_every_table_scrolls_in_a_box_of_its_own(page: str) -> None:
 
 
 def test_the_page_has_every_section(page: str) -> None:
-    ids = {a["id"] for tag, a in Elements(page).elements if tag == "section"}
-    assert ids == {
-        "run", "failed", "short", "tables", "share", "memory", "transfer", "forgetting", "small-data", "loss",
-        "rates", "norms", "terms",
-    }  # fmt: skip
+    ids = [a["id"] for tag, a in Elements(page).elements if tag == "section"]
+    settings = [f"setting-{number}" for number in range(1, 6)]
+    assert ids == ["run", "failed", "short", "models", *settings, "terms"]
+
+
+def test_further_figures_are_folded(page: str) -> None:
+    assert len(re.findall(r"<summary>\d+ figures: Difference to <code>ln</code>, ", page)) == 3
+
+
+def test_a_small_study_has_a_warning_at_the_top() -> None:
+    page = render_study_report(fake_results(recipes=["ln"], seeds=2, losses=2), NOWHERE)
+    assert page.index("Read with care.") < page.index("What was run")
+    full = render_study_report(fake_results(recipes=["ln"], seeds=5, losses=2), NOWHERE)
+    assert "Read with care." not in full
+
+
+def test_every_table_of_a_setting_says_how_many_images_and_seeds(page: str) -> None:
+    tables = [table for table in re.findall(r"<table>.*?</table>", page, re.DOTALL) if "colgroup" in table]
+    assert len(tables) == 5
+    assert all("96 images" in table and "seeds</th>" in table for table in tables)
 
 
 def test_a_failed_cell_is_shown_with_its_error(page: str) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from normtune.studies.page.results import Results
-from normtune.studies.page.tables import Table, models_table, paired_table, setting_table, shorten_methods
+from normtune.studies.page.tables import Table, models_table, setting_table, shorten_methods
 from tests.support.study_results import fake_results
 
 
@@ -26,14 +26,15 @@ def test_a_row_holds_parts_costs_and_the_mean_of_its_seeds(results: dict[str, An
     rows = rows_of(table)
     assert table.header[0].text == "recipe" and table.base
     assert list(rows) == ["frozen base", "ln", "full", "prefix"]
-    assert rows["prefix"][:4] == ["frozen", "prefix", "prefix", "1.2%"]
+    assert rows["prefix"][0] == "3" and rows["prefix"][-1] == "prefix: encoder, decoder" and rows["ln"][-1] == "ln"
+    assert [name for name, _ in table.groups][1] == "slake, 96 images"
     (mean,) = (
         r["mean"]
         for r in results["seeds"]
         if (r["grid"], r["model"], r["trained_on"], r["recipe"], r["dataset"], r["metric"])
         == ("methods", "nano", "slake", "ln", "slake", "closed_label")
     )
-    assert rows["ln"][6] == f"{100 * mean:.1f}"
+    assert rows["ln"][1] == f"{100 * mean:.1f}"
 
 
 def test_a_score_has_an_arrow_only_if_its_corrected_test_is_significant(results: dict[str, Any]) -> None:
@@ -54,13 +55,6 @@ def test_the_models_table_needs_several_models(results: dict[str, Any]) -> None:
     assert table is not None and {"nano", "large"} <= {cell.text for cell in table.header}
     small = {**results, "cells": [cell for cell in results["cells"] if cell["model"] == "nano"]}
     assert models_table(Results(small)) is None
-
-
-def test_every_paired_test_is_listed(results: dict[str, Any]) -> None:
-    table = paired_table(Results(results))
-    assert table is not None
-    assert len(table.rows) == len(results["tests"])
-    assert paired_table(Results({})) is None
 
 
 def test_methods_are_shortened_to_their_size() -> None:

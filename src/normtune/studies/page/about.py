@@ -11,6 +11,34 @@ from normtune.runtime.number_format import format_bytes, format_duration, join_n
 from normtune.studies.page.results import Record, Results, distinct_values
 from normtune.studies.page.tables import Cell, Table, text_cells
 
+MIN_IMAGES = 20  # below this, a warning
+MIN_SEEDS, RECOMMENDED_SEEDS = 3, 5
+
+
+def warnings(study: Results) -> list[str]:
+    """What is too small for firm conclusions: the images of a test split, or the seeds of a setting."""
+    texts = [
+        f"{dataset} has {count} test image{'s' * (count != 1)}: with fewer than {MIN_IMAGES}, another sample of images "
+        "may give a very different score."
+        for dataset, count in study.images.items()
+        if count < MIN_IMAGES
+    ]
+    seeds = {setting: min(len(arm.cells) for arm in study.arms(setting)) for setting in study.settings()}
+    if few := [study.title(setting) for setting, count in seeds.items() if count < MIN_SEEDS]:
+        texts.append(
+            f"Fewer than {MIN_SEEDS} seeds: {join_names(few)}. A test there is about the trained models, not about "
+            "their recipes."
+        )
+    elif seeds and min(seeds.values()) < RECOMMENDED_SEEDS:
+        texts.append(
+            f"Some recipes have {min(seeds.values())} seeds; {RECOMMENDED_SEEDS} or more are recommended: with fewer, "
+            "only large differences between recipes can be shown."
+        )
+    return texts
+
+
+FOLDED_FACTS = ("hardware", "versions", "commit", "bases")
+
 
 def facts(study: Results) -> list[tuple[str, str]]:
     """What was run, as names and texts: cells, models, recipes, data, seeds, time, hardware and versions."""
@@ -26,7 +54,7 @@ def facts(study: Results) -> list[tuple[str, str]]:
     entries: list[tuple[str, str]] = [
         ("cells", f"{join_names(states)} (a cell is one training with its evaluations)"),
         ("models", join_names(distinct_values(cells, "model"))),
-        ("recipes", join_names(distinct_values(cells, "recipe"))),
+        ("recipes", join_names([f"`{name}`" for name in distinct_values(cells, "recipe")])),
         ("trained on", join_names(distinct_values(cells, "trained_on"))),
         ("evaluated on", join_names(distinct_values(study.tables["evaluations"], "dataset"))),
         ("seeds", join_names([str(seed) for seed in seeds])),

@@ -10,10 +10,22 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from normtune.studies.page.drawing import BOTTOM, INK, QUIET, WIDTH, Axis, Drawing, Level, axis_limits, new_drawing
+from normtune.studies.page.drawing import (
+    BOTTOM,
+    INK,
+    MONOSPACE,
+    QUIET,
+    WIDTH,
+    Axis,
+    Drawing,
+    Level,
+    Style,
+    axis_limits,
+    new_drawing,
+)
 from normtune.studies.page.palette import COLOURS
 
-ROW_HEIGHT = 22.0  # of a row of dots or of a heat map, in pixels of the SVG's viewBox
+ROW_HEIGHT = 24.0  # of a row of dots or of a heat map, in pixels of the SVG's viewBox
 MAX_MARKS = 12  # lines with more points than this have no marks
 
 
@@ -26,7 +38,7 @@ class Point:
     low: float
     high: float
     tooltip: str = ""  # the text that a browser shows at the mark
-    outlined: bool = False  # drawn hollow: the second kind of mark in a chart
+    style: Style = "solid"  # hollow: the second kind of mark in a chart; small: one seed of several
 
 
 @dataclass(frozen=True)
@@ -67,7 +79,7 @@ def _draw_points(chart: Drawing, series: Series, offset: float = 0.0) -> None:
     """Draw the marks of a series with their intervals, moved sideways by `offset` pixels."""
     for point in series.points:
         chart.add_interval(series.family, point.x, point.low, point.high, "y", offset)
-        chart.add_mark(series.family, point.x, point.y, point.tooltip, point.outlined, offset)
+        chart.add_mark(series.family, point.x, point.y, point.tooltip, point.style, offset)
 
 
 def draw_lines(
@@ -84,7 +96,7 @@ def draw_lines(
     Args:
         label: the chart's `aria-label`.
         level: a value drawn across the chart.
-        label_solid: put each line's label at its first mark that is not outlined instead.
+        label_solid: put each line's label at its first solid mark instead.
     """
     height = max(310.0, 90 + 15.0 * len(lines))  # high enough for the labels at the line ends
     right = 14 if label_solid else 22 + _text_width([line.name for line in lines])
@@ -101,7 +113,7 @@ def draw_lines(
             if has_marks:
                 _draw_points(chart, line, offset)
         if label_solid:
-            marks = [next((mark for mark in line.points if not mark.outlined), line.points[0]) for line in lines]
+            marks = [next((mark for mark in line.points if mark.style == "solid"), line.points[0]) for line in lines]
             chart.label_points([line.name for line in lines], [(mark.x, mark.y) for mark in marks], colours)
         else:
             _label_ends(chart, lines, colours)
@@ -133,6 +145,7 @@ def _label_ends(chart: Drawing, lines: Sequence[Series], colours: Sequence[str])
     for line, end, y, colour in zip(lines, ends, spread_heights(preferred, 4, height - 4, 15), colours, strict=True):
         chart.axes.annotate(
             line.name, end, (chart.axes.bbox.width + 14, y), textcoords="axes pixels", color=colour, va="center",
+            family=MONOSPACE,
             arrowprops={"arrowstyle": "-", "linewidth": 0.75, "color": QUIET, "shrinkA": 0, "shrinkB": 6},
         )  # fmt: skip
 
@@ -140,15 +153,16 @@ def _label_ends(chart: Drawing, lines: Sequence[Series], colours: Sequence[str])
 def draw_dot_rows(label: str, rows: Sequence[Series], axis: Axis, level: Level | None = None) -> Markup:
     """A row of marks for each recipe along the x axis; a level is a vertical line through all rows.
 
-    The intervals are those of `x`; the `y` of the points is not used.
+    The intervals are those of `x`; the `y` of the points is not used. Small marks are below their row's others.
     """
     dots = [dot for row in rows for dot in row.points]
     centres = [dot.x for dot in dots] + ([level.value] if level else [])
+    ends = [end for dot in dots for end in (dot.low, dot.high)] + ([level.low, level.high] if level else [])
     left, top = min(200.0, 12 + _text_width([row.name for row in rows])), 22.0 if level else 8.0
     with new_drawing(label, top + ROW_HEIGHT * len(rows) + BOTTOM, left=left, top=top) as chart:
-        chart.set_axis("x", axis, axis_limits(axis, centres, [end for dot in dots for end in (dot.low, dot.high)]))
+        chart.set_axis("x", axis, axis_limits(axis, centres, ends))
         chart.axes.set_ylim(len(rows) - 0.5, -0.5)
-        chart.axes.set_yticks(range(len(rows)), [row.name for row in rows], color=INK, fontsize=12)
+        chart.axes.set_yticks(range(len(rows)), [row.name for row in rows], color=INK, fontsize=12, family=MONOSPACE)
         chart.axes.grid(True, axis="y")
         if level:
             start, end = chart.axes.get_xlim()
@@ -159,11 +173,11 @@ def draw_dot_rows(label: str, rows: Sequence[Series], axis: Axis, level: Level |
             side = "left" if at < 0.3 else "right" if at > 0.7 else "center"
             chart.axes.text(at, 1.02, level.name, transform=chart.axes.transAxes, ha=side, color=QUIET, fontsize=11.5)
         for at, row in enumerate(rows):
-            shift = 0.14 if len(row.points) > 1 else 0.0  # moves the two intervals of a row apart
-            for index, dot in enumerate(row.points):
-                y = at - shift + 2 * shift * index / max(1, len(row.points) - 1)
+            large = [dot for dot in row.points if dot.style != "small"]
+            for dot in row.points:  # the two intervals of a row are moved apart
+                y = at + 0.3 if dot.style == "small" else at + 0.28 * (large.index(dot) - (len(large) - 1) / 2)
                 chart.add_interval(row.family, y, dot.low, dot.high, "x")
-                chart.add_mark(row.family, dot.x, y, dot.tooltip, dot.outlined)
+                chart.add_mark(row.family, dot.x, y, dot.tooltip, dot.style)
         return chart.to_svg()
 
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from xml.etree import ElementTree
 
 from markupsafe import Markup
@@ -24,13 +24,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.transforms import BboxBase
 
-WIDTH = 420.0  # of a chart, in pixels of the SVG's viewBox
+WIDTH = 400.0  # of a chart, in pixels of the SVG's viewBox
 PADDING = 0.06  # the margin at both ends of an axis, as a fraction of it
 BOTTOM = 46.0  # the margin below a chart, for the ticks and the title of its axis
 INK, QUIET, GRID, PAGE = (THEME[name][0] for name in ("ink", "quiet", "grid", "page"))
+MONOSPACE = "monospace"  # the font of names of recipes: `l` and `I` differ
 _DEFAULT_RULES = (  # rules of matplotlib's that the page's style sheet has, or that are SVG's defaults
     "font-family", "font-size: 11.5px", "stroke-linejoin", "stroke-linecap", "stroke-dashoffset", "text-anchor: start",
 )  # fmt: skip
+Style = Literal["solid", "hollow", "small"]  # of a mark
 _SVG = "{http://www.w3.org/2000/svg}"
 _VARIABLES = {pair[0]: f"var(--{name})" for name, pair in {**COLOURS, **THEME}.items()}
 _SETTINGS: Any = {
@@ -168,13 +170,15 @@ class Drawing:
         self.figure.text(at, 6 / self.height, title, ha="center", fontsize=12.5, color=QUIET)
 
     def add_mark(
-        self, family: str, x: float, y: float, tooltip: str, outlined: bool = False, offset: float = 0.0
+        self, family: str, x: float, y: float, tooltip: str, style: Style = "solid", offset: float = 0.0
     ) -> None:
         """Draw the mark of a family, moved sideways by `offset` pixels."""
         colour = COLOURS[family][0]
-        paint: dict[str, Any] = {"facecolor": PAGE, "edgecolor": colour, "linewidth": 1.75, "s": 64}
-        if not outlined:
-            paint = {"facecolor": colour, "edgecolor": PAGE, "linewidth": 0.75, "s": 72}
+        paint: dict[str, Any] = {
+            "solid": {"facecolor": colour, "edgecolor": PAGE, "linewidth": 0.75, "s": 72},
+            "hollow": {"facecolor": PAGE, "edgecolor": colour, "linewidth": 1.75, "s": 64},
+            "small": {"facecolor": PAGE, "edgecolor": colour, "linewidth": 1, "s": 20},
+        }[style]
         mark = self.axes.scatter(x, y, marker=FAMILIES[family].marker, zorder=4, transform=self.moved(offset), **paint)
         self.add_tooltip(mark, tooltip)
         self.occupy((x, y), (x, y), 6)
@@ -221,8 +225,8 @@ class Drawing:
         self.axes.axhspan(max(level.low, bottom), min(level.high, top), color=QUIET, alpha=0.13, linewidth=0, zorder=1)
         self.axes.axhline(level.value, color=QUIET, linewidth=1.25, dashes=(4, 3), zorder=2)
         name = self.axes.annotate(
-            level.name, (1, level.value), (-2, 3), ("axes fraction", "data"), "offset points",
-            ha="right", color=QUIET, fontsize=11.5,
+            level.name, (1, level.value), (-2, 5), ("axes fraction", "data"), "offset points",
+            ha="right", va="bottom", color=QUIET, fontsize=11.5, zorder=5,
         )  # fmt: skip
         self.occupied.append(name.get_window_extent())
 
@@ -235,6 +239,7 @@ class Drawing:
         for index in sorted(range(len(names)), key=lambda index: points[index]):
             text = self.axes.annotate(
                 names[index], points[index], (0, 0), textcoords="offset points", color=colours[index], va="center",
+                family=MONOSPACE,
                 arrowprops={"arrowstyle": "-", "linewidth": 0.75, "color": QUIET, "shrinkA": 0, "shrinkB": 0},
             )  # fmt: skip
             text.get_window_extent()  # lets the text know its transform
@@ -307,6 +312,8 @@ def _simplify(
             attributes |= {"d": shape, "transform": f"translate({x:.1f} {y:.1f})"}
     new = ElementTree.Element(tag)
     new.text = element.text
+    if "Mono" in attributes.get("style", ""):
+        new.set("class", "name")
     for name, value in attributes.items():
         if name == "style":
             rules = [rule for rule in value.split("; ") if not rule.startswith(_DEFAULT_RULES)]

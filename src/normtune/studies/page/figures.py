@@ -1,6 +1,6 @@
-"""The figures of a study's page: which marks and numbers each chart shows. `charts` draws them.
+"""The figures of a setting's scores: which marks and numbers each chart shows. `charts` draws them.
 
-Each public generator yields the panels of one section; it yields none if the study has nothing to show there.
+Each public generator yields the panels of one setting; it yields none if the setting has nothing to show there.
 """
 
 from __future__ import annotations
@@ -17,28 +17,38 @@ from normtune.runtime.number_format import (
     format_bytes,
     format_duration,
     format_fixed,
+    format_p_value,
     format_percent,
     format_points,
     format_share,
-    format_significant,
     format_tick,
 )
 from normtune.studies.page import charts
 from normtune.studies.page.charts import Point, Series
-from normtune.studies.page.drawing import Axis, Level
-from normtune.studies.page.results import Arm, Estimate, Record, Results, Setting, is_fraction, metric_name
-from normtune.studies.spec import SEARCH
+from normtune.studies.page.drawing import Axis, Level, Style
+from normtune.studies.page.results import (
+    Arm,
+    Estimate,
+    Record,
+    Results,
+    Setting,
+    is_about_recipes,
+    is_fraction,
+    metric_name,
+)
+from normtune.studies.recipe_names import FROZEN
 
-BINS = 60  # largest number of points of a loss curve
 MAX_LABELS = 14  # with more marks than this, a chart labels only the Pareto front
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart with its title, and its numbers as a table: a header and rows."""
+    """A chart with its title, the counts behind it, how to read it, and its numbers as a header and rows."""
 
     title: str
+    counts: str  # of images and seeds
     chart: Markup
+    text: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
@@ -70,62 +80,134 @@ def _times_100(value: float) -> str:
     return format_tick(round(100 * value, 9))
 
 
-def _percent_tick(value: float) -> str:
+def percent_tick(value: float) -> str:
     return f"{_times_100(value)}%"
 
 
-def against_share(results: Results) -> Iterator[Panel]:
+def differences(results: Results, setting: Setting) -> Iterator[Panel]:
+    """The paired difference of each recipe to the reference, with its interval: a forest plot."""
+    for dataset in results.datasets(setting, "in"):
+        metric = results.primary_metric(dataset)
+        rows, table = [], []
+        families = {arm.recipe: arm.family for arm in results.arms(setting)}
+        tests = [
+            (share, test)
+            for share in sorted({arm.share for arm in results.arms(setting)}, reverse=True)
+            for test in results.tests_of(setting, share, dataset, metric)
+        ]
+        for share, test in tests:
+            name = test["recipe"]
+            label = "frozen base" if name == FROZEN else name
+            label += f", {format_share(share)}" if results.is_curve(setting) else ""
+            text, p = format_difference(test), format_p_value(test["p_holm"])
+            dot = Point(test["difference"], 0.0, test["low"], test["high"], f"{label}: {text}, {p} after Holm")
+            rows.append(Series(label, families.get(name, "frozen"), (dot,)))
+            table.append((label, text, p, f"{test['images']:,}", str(test["seeds"])))
+        if not tests:
+            continue
+        against = tests[0][1]["against"]
+        axis = Axis(f"{metric_name(metric)} on {dataset}, difference in points", _times_100, min_span=0.02)
+        margin = tests[0][1].get("margin") or 0.0
+        level = Level("no difference", 0.0, -margin, margin)
+        chart = charts.draw_dot_rows(f"{axis.title}: {setting.description}", rows, axis, level)
+        text = "The difference of each recipe to the reference on the same images, with its 95% interval."
+        text += f" Band: the margin of equivalence, {format_points(margin)} points either way." if margin else ""
+        if not all(is_about_recipes(test) for _, test in tests):
+            text += " With fewer than 3 seeds the interval is that of the trained models: another seed may differ."
+        header = ("recipe", f"minus {against}", "p, Holm", "images", "seeds")
+        counts = results.counts(dataset, results.arms(setting))
+        yield Panel(f"Difference to `{against}`", counts, chart, text, header, tuple(table))
+
+
+def format_difference(test: Record) -> str:
+    """A difference with its interval, in percentage points if the metric is a fraction."""
+    as_text = format_points if is_fraction(test["metric"]) else partial(format_fixed, digits=2)
+    return format_ends(as_text, test["difference"], test["low"], test["high"])
+
+
+def seed_scores(results: Results, setting: Setting) -> Iterator[Panel]:
+    """The score of each seed, with the recipe's mean and interval."""
+    for dataset in results.datasets(setting, "in"):
+        metric = results.primary_metric(dataset)
+        rows, table = [], []
+        for arm in results.arms(setting):
+            if (score := results.estimate(arm, dataset, metric)) is None:
+                continue
+            name, interval = results.label(arm), format_interval(metric, score)
+            dots = [Point(score.value, 0.0, score.low, score.high, f"{name}: {interval}")]
+            values = results.seed_values(arm, dataset, metric)
+            if len(values) > 1:
+                dots += [
+                    Point(value, 0.0, value, value, f"{name}, seed {seed}: {format_score(metric, value)}", "small")
+                    for seed, value in values
+                ]
+            rows.append(Series(name, arm.family, tuple(dots)))
+            table.append((name, interval, ", ".join(format_score(metric, value) for _, value in values)))
+        if not rows:
+            continue
+        axis, level = score_axis(metric, dataset), base_level(results, setting.model, dataset)
+        chart = charts.draw_dot_rows(f"{axis.title} of each seed: {setting.description}", rows, axis, level)
+        text = "Large: the mean over seeds with its 95% interval. Small: each seed. Dashed: the frozen base."
+        counts = results.counts(dataset, results.arms(setting))
+        yield Panel("Score of each seed", counts, chart, text, ("recipe", axis.title, "seeds"), tuple(table))
+
+
+def against_share(results: Results, setting: Setting) -> Iterator[Panel]:
     """Scores against the trained share of the parameters."""
-    axis = Axis("trained share of the parameters (log scale)", _percent_tick, log=True)
-    yield from _cost_panels(results, axis, lambda arm: arm.mean("trainable_share"), format_share, "trained share")
+    axis = Axis("trained share of the parameters (log scale)", percent_tick, log=True)
+    yield from _cost_panels(results, setting, axis, "trained share", "trainable_share", format_share)
 
 
-def against_memory(results: Results) -> Iterator[Panel]:
+def against_memory(results: Results, setting: Setting) -> Iterator[Panel]:
     """Scores against the peak memory of training."""
-    axis = Axis("peak memory of training (GB)", lambda size: format_tick(round(size / 1e9, 9)))
-    yield from _cost_panels(results, axis, lambda arm: arm.mean("train_peak_bytes"), format_bytes, "peak memory")
+    axis = Axis("peak memory of training (MiB)", format_tick)
+    yield from _cost_panels(results, setting, axis, "memory", "train_peak_bytes", format_bytes, 2**20)
 
 
 def _cost_panels(
     results: Results,
+    setting: Setting,
     x: Axis,
-    value_of: Callable[[Arm], float | None],
-    format_value: Callable[[float], str],
+    heading: str,
     column: str,
+    format_value: Callable[[float], str],
+    unit: float = 1,
 ) -> Iterator[Panel]:
     """Scores on the data set that a recipe was trained on, against a cost of training.
 
     Args:
         x: the axis of the cost.
-        value_of: the cost of a recipe; a recipe without one is left out.
+        heading: the cost's name.
+        column: its column in `cells`; a recipe without a value is left out.
         format_value: the cost as text.
-        column: the cost's heading in the table of numbers.
+        unit: the unit of the axis.
     """
-    for setting in results.settings(curves=False):
-        for dataset in results.datasets(setting, "in"):
-            metric = results.primary_metric(dataset)
-            scores = [
-                (arm, value, score)
-                for arm in results.arms(setting)
-                if (value := value_of(arm)) and (score := results.estimate(arm, dataset, metric))
-            ]
-            if len(scores) < 2:
-                continue
-            marks = []
-            for arm, value, score in scores:
-                seconds = arm.mean("train_seconds")
-                tooltip = f"{arm.name}: {format_interval(metric, score)} at {format_value(value)}"
-                tooltip += f", {format_duration(seconds)}" if seconds is not None else ""
-                marks.append(Series(arm.name, arm.family, (Point(value, score.value, score.low, score.high, tooltip),)))
-            if len(marks) > MAX_LABELS:
-                marks = label_pareto_front(marks, results.reference_recipe(setting))
-            y = score_axis(metric, dataset)
-            label = f"{y.title} against {x.title}: {setting.description}"
-            chart = charts.draw_scatter(label, marks, x, y, _base_level(results, setting.model, dataset))
-            rows = tuple(
-                (arm.name, format_value(value), format_interval(metric, score)) for arm, value, score in scores
-            )
-            yield Panel(setting_title(results, setting), chart, ("recipe", column, y.title), rows)
+    for dataset in results.datasets(setting, "in"):
+        metric = results.primary_metric(dataset)
+        scores = [
+            (arm, value, score)
+            for arm in results.full_data_arms(setting)
+            if (value := arm.mean(column)) and (score := results.estimate(arm, dataset, metric))
+        ]
+        if len(scores) < 2:
+            continue
+        marks = []
+        for arm, value, score in scores:
+            seconds = arm.mean("train_seconds")
+            tooltip = f"{arm.name}: {format_interval(metric, score)} at {format_value(value)}"
+            tooltip += f", {format_duration(seconds)}" if seconds is not None else ""
+            point = Point(value / unit, score.value, score.low, score.high, tooltip)
+            marks.append(Series(arm.name, arm.family, (point,)))
+        text = "The mean over seeds with its 95% interval. Dashed: the frozen base."
+        if len(marks) > MAX_LABELS:
+            marks = label_pareto_front(marks, results.reference_recipe(setting))
+            text += " Only recipes that no other beats with less have a label; point at a mark to see its name."
+        y = score_axis(metric, dataset)
+        label = f"{y.title} against {x.title}: {setting.description}"
+        chart = charts.draw_scatter(label, marks, x, y, base_level(results, setting.model, dataset))
+        rows = tuple((arm.name, format_value(value), format_interval(metric, score)) for arm, value, score in scores)
+        counts = results.counts(dataset, [arm for arm, _, _ in scores])
+        yield Panel(f"Score against {heading}", counts, chart, text, ("recipe", heading, y.title), rows)
 
 
 def label_pareto_front(marks: Sequence[Series], reference: str | None) -> list[Series]:
@@ -143,172 +225,54 @@ def label_pareto_front(marks: Sequence[Series], reference: str | None) -> list[S
     ]
 
 
-def transfer(results: Results) -> Iterator[Panel]:
-    """Scores in and out of distribution: recipes trained on the data set (solid) or on another (outlined)."""
-    for grid, model, dataset in _evaluated_sets(results):
+def transfer(results: Results, setting: Setting) -> Iterator[Panel]:
+    """Scores on data that the setting did not train on, beside those of recipes that did."""
+    for dataset in results.datasets(setting, "out"):
         metric = results.primary_metric(dataset)
-        settings = [s for s in results.settings() if (s.grid, s.model) == (grid, model)]
         rows: dict[str, tuple[str, list[Point]]] = {}
         table = []
-        for setting in sorted(settings, key=lambda s: s.trained_on != dataset):
-            for arm in results.full_data_arms(setting):
-                if score := results.estimate(arm, dataset, metric):
-                    interval = format_interval(metric, score)
-                    tooltip = f"{arm.name}, trained on {setting.trained_on}: {interval}"
-                    outlined = setting.trained_on != dataset
-                    dot = Point(score.value, 0.0, score.low, score.high, tooltip, outlined)
-                    rows.setdefault(arm.name, (arm.family, []))[1].append(dot)
-                    table.append((arm.name, setting.trained_on, interval))
-        if not any(dot.outlined for _, dots in rows.values() for dot in dots):
+        trained_there = Setting(setting.grid, setting.model, dataset)
+        arms = [*results.full_data_arms(trained_there), *results.full_data_arms(setting)]
+        for arm in arms:
+            if score := results.estimate(arm, dataset, metric):
+                interval, trained_on = format_interval(metric, score), arm.setting.trained_on
+                tooltip = f"{arm.name}, trained on {trained_on}: {interval}"
+                style: Style = "solid" if arm.setting == trained_there else "hollow"
+                dot = Point(score.value, 0.0, score.low, score.high, tooltip, style)
+                rows.setdefault(arm.name, (arm.family, []))[1].append(dot)
+                table.append((arm.name, trained_on, interval))
+        if not table:
             continue
-        level = _base_level(results, model, dataset, "frozen base, zero-shot")
-        if base := results.frozen_estimate(model, dataset, metric):
+        if base := results.frozen_estimate(setting.model, dataset, metric):
             table.append(("frozen base", "nothing (zero-shot)", format_interval(metric, base)))
-        axis = score_axis(metric, dataset)
+        axis, level = score_axis(metric, dataset), base_level(results, setting.model, dataset)
         chart_rows = [Series(name, family, tuple(dots)) for name, (family, dots) in rows.items()]
-        chart = charts.draw_dot_rows(f"{axis.title} of {model}, by training data", chart_rows, axis, level)
-        title = f"{model} evaluated on {dataset}"
-        yield Panel(title_with_grid(results, title, grid), chart, ("recipe", "trained on", axis.title), tuple(table))
+        chart = charts.draw_dot_rows(f"{axis.title} of {setting.model}, by training data", chart_rows, axis, level)
+        text = f"Hollow: trained on {setting.trained_on}. Solid: trained on {dataset}. Dashed: the frozen base."
+        header, counts = ("recipe", "trained on", axis.title), results.counts(dataset, arms)
+        yield Panel(f"Transfer to {dataset}", counts, chart, text, header, tuple(table))
 
 
-def forgetting(results: Results) -> Iterator[Panel]:
+def forgetting(results: Results, setting: Setting) -> Iterator[Panel]:
     """How much each recipe lost on its base's own task."""
-    datasets = list(dict.fromkeys(row["dataset"] for row in results.tables["forgetting"]))
-    for setting in results.settings(curves=False):
-        for dataset in datasets:
-            rows, table = [], []
-            for arm in results.full_data_arms(setting):
-                if (lost := forgetting_estimate(results, arm, dataset)) is None:
-                    continue
-                text = f"{format_ends(format_points, lost.value, lost.low, lost.high)} points"
-                dot = Point(lost.value, 0.0, lost.low, lost.high, f"{arm.name}: {text}")
-                rows.append(Series(arm.name, arm.family, (dot,)))
-                table.append((arm.name, text, str(lost.seeds)))
-            if not rows:
-                continue
-            metric = results.primary_metric(dataset)
-            axis = Axis(f"points lost on {dataset}, {metric_name(metric)}", _times_100, from_zero=True, min_span=0.02)
-            level = Level("nothing forgotten", 0.0, 0.0, 0.0)
-            chart = charts.draw_dot_rows(f"{axis.title}: {setting.description}", rows, axis, level)
-            yield Panel(setting_title(results, setting), chart, ("recipe", axis.title, "seeds"), tuple(table))
-
-
-def loss_curves(results: Results) -> Iterator[Panel]:
-    """The training loss over the steps: means over bins of steps and over seeds."""
-    losses: dict[str, list[tuple[int, float]]] = {}
-    for row in results.tables["losses"]:
-        losses.setdefault(row["key"], []).append((int(row["step"]), float(row["loss"])))
-    for setting in results.settings(curves=False):
-        lines, table = [], []
+    for dataset in dict.fromkeys(row["dataset"] for row in results.tables["forgetting"]):
+        rows, table = [], []
         for arm in results.full_data_arms(setting):
-            means = binned_means([losses[cell["key"]] for cell in arm.cells if cell["key"] in losses])
-            if len(means) < 2:
+            if (lost := forgetting_estimate(results, arm, dataset)) is None:
                 continue
-            lines.append(Series(arm.name, arm.family, tuple(Point(step, loss, loss, loss) for step, loss in means)))
-            losses_text = format_significant(means[0][1]), format_significant(means[-1][1])
-            table.append((arm.name, *losses_text, f"{means[-1][0]:,.0f}"))
-        if not lines:
+            text = f"{format_ends(format_points, lost.value, lost.low, lost.high)} points"
+            dot = Point(lost.value, 0.0, lost.low, lost.high, f"{arm.name}: {text}")
+            rows.append(Series(arm.name, arm.family, (dot,)))
+            table.append((arm.name, text, str(lost.seeds)))
+        if not rows:
             continue
-        values = [point.y for line in lines for point in line.points]
-        # logarithmic only if the losses differ by more than a factor of three
-        log = min(values) > 0 and max(values) > 3 * min(values)
-        y = Axis(f"loss a token{' (log scale)' if log else ''}", format_tick, log=log)
-        x = Axis("optimizer steps", format_tick)
-        chart = charts.draw_lines(f"{y.title} over {x.title}: {setting.description}", lines, x, y)
-        header = ("recipe", "loss at first", "loss at last", "about step")
-        yield Panel(setting_title(results, setting), chart, header, tuple(table))
-
-
-def share_curves(results: Results) -> Iterator[Panel]:
-    """Scores over the share of the training images, for grids that compare shares."""
-    for setting in results.settings(curves=True):
-        for dataset in results.datasets(setting, "in"):
-            metric = results.primary_metric(dataset)
-            points_of: dict[str, list[Point]] = {}
-            families, table = {}, []
-            for arm in sorted(results.arms(setting), key=lambda arm: arm.share):
-                if score := results.estimate(arm, dataset, metric):
-                    interval = format_interval(metric, score)
-                    tooltip = f"{arm.name} with {format_share(arm.share)}: {interval}"
-                    point = Point(arm.share, score.value, score.low, score.high, tooltip)
-                    points_of.setdefault(arm.name, []).append(point)
-                    families[arm.name] = arm.family
-                    table.append((arm.name, format_share(arm.share), interval))
-            if not points_of:
-                continue
-            x = Axis("share of the training images (log scale)", _percent_tick, log=True)
-            y = score_axis(metric, dataset)
-            lines = [Series(name, families[name], tuple(marks)) for name, marks in points_of.items()]
-            level = _base_level(results, setting.model, dataset)
-            chart = charts.draw_lines(f"{y.title} over {x.title}: {setting.description}", lines, x, y, level)
-            yield Panel(setting_title(results, setting), chart, ("recipe", "share", y.title), tuple(table))
-
-
-def rate_curves(results: Results) -> Iterator[Panel]:
-    """The validation scores of learning-rate trials; the chosen rate is highlighted."""
-    metric_rows = {
-        (row["key"], row["metric"], row["dataset"]): row
-        for row in results.tables["metrics"]
-        if row.get("role") == "validate"
-    }
-    datasets = {key: dataset for key, _, dataset in metric_rows}
-    trials_of: dict[tuple[str, str, str], list[Record]] = {}
-    for cell in results.finished.values():
-        if SEARCH in (cell.get("grids") or ()) and cell["key"] in datasets and len(cell.get("rates") or {}) == 1:
-            trials_of.setdefault((cell["model"], datasets[cell["key"]], cell["recipe"]), []).append(cell)
-    for model, dataset in dict.fromkeys((model, dataset) for model, dataset, _ in trials_of):
-        metric = _search_metric(results, dataset)
-        lines, table = [], []
-        for recipe in results.recipe_order():
-            trials = sorted(trials_of.get((model, dataset, recipe), []), key=_rate)
-            scored = [
-                (cell, metric_rows[cell["key"], metric, dataset])
-                for cell in trials
-                if (cell["key"], metric, dataset) in metric_rows
-            ]
-            if not scored:
-                continue
-            selected = _chosen_rates(results, trials[0])
-            highlighted = next((index for index, (cell, _) in enumerate(scored) if _rate(cell) in selected), None)
-            arm = Arm(Setting(SEARCH, model, dataset), 1.0, recipe, None, tuple(trials))
-            points = []
-            for index, (cell, row) in enumerate(scored):
-                rate = _rate(cell)
-                score = Estimate(row["value"], row["low"], row["high"], 1)
-                tooltip = f"{recipe} at {rate:g}: {format_interval(metric, score)}"
-                outlined = index != highlighted and highlighted is not None
-                points.append(Point(rate, score.value, score.value, score.value, tooltip, outlined))
-                note = "chosen" if rate in selected else ""
-                table.append((recipe, f"{rate:g}", format_interval(metric, score), note))
-            lines.append(Series(recipe, arm.family, tuple(points)))
-        if lines:
-            x = Axis("learning rate (log scale)", format_tick, log=True)
-            y = score_axis(metric, dataset, ", validation")
-            chart = charts.draw_lines(f"{y.title} over {x.title}: {model}", lines, x, y, label_solid=True)
-            yield Panel(f"{model} on {dataset}", chart, ("recipe", "learning rate", y.title, ""), tuple(table))
-
-
-def _search_metric(results: Results, dataset: str) -> str:
-    """The metric that learning-rate searches maximise on a data set."""
-    metric = (results.spec.get("search") or {}).get("metric")
-    if isinstance(metric, str) and metric in results.metrics_of.get(dataset, ()):
-        return metric
-    return results.primary_metric(dataset)
-
-
-def _chosen_rates(results: Results, trial: Record) -> set[float]:
-    """The rates of the cells that use the result of the search that the trial belongs to."""
-    columns = ("model", "recipe", "trained_on")
-    return {
-        _rate(cell)
-        for cell in results.finished.values()
-        if cell.get("rate_source") == SEARCH and all(cell[name] == trial[name] for name in columns)
-    }
-
-
-def _rate(cell: Record) -> float:
-    """The learning rate of a trial, which has a single method."""
-    return float(next(iter(cell["rates"].values())))
+        metric = results.primary_metric(dataset)
+        axis = Axis(f"points lost on {dataset}, {metric_name(metric)}", _times_100, from_zero=True, min_span=0.02)
+        level = Level("nothing forgotten", 0.0, 0.0, 0.0)
+        chart = charts.draw_dot_rows(f"{axis.title}: {setting.description}", rows, axis, level)
+        text = "The frozen base's score on its own task minus the trained model's: farther right, more lost."
+        counts = results.counts(dataset, results.full_data_arms(setting))
+        yield Panel("Forgetting", counts, chart, text, ("recipe", axis.title, "seeds"), tuple(table))
 
 
 def forgetting_estimate(results: Results, arm: Arm, dataset: str) -> Estimate | None:
@@ -325,50 +289,7 @@ def forgetting_estimate(results: Results, arm: Arm, dataset: str) -> Estimate | 
     return Estimate(mean.value, mean.low, mean.high, len(values))
 
 
-def binned_means(runs: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[float, float]]:
-    """The mean step and loss in each bin of steps, over all runs together.
-
-    Args:
-        runs: (step, loss) of each run; losses that are not finite are left out.
-
-    Returns:
-        (step, loss) of at most `BINS` bins of equal width.
-    """
-    last = max((step for run in runs for step, _ in run), default=0)
-    bins: dict[int, list[tuple[int, float]]] = {}
-    for run in runs:
-        for step, loss in run:
-            if math.isfinite(loss):
-                bins.setdefault(min(BINS - 1, step * BINS // max(1, last)), []).append((step, loss))
-    return [
-        (math.fsum(step for step, _ in bin_) / len(bin_), math.fsum(loss for _, loss in bin_) / len(bin_))
-        for _, bin_ in sorted(bins.items())
-    ]
-
-
-def _evaluated_sets(results: Results) -> list[tuple[str, str, str]]:
-    """Grid, model and data set of every evaluation of a trained model, except on the base's own task."""
-    evaluated = (
-        (setting.grid, setting.model, dataset)
-        for setting in results.settings(curves=False)
-        for role in ("in", "out")
-        for dataset in results.datasets(setting, role)
-    )
-    return list(dict.fromkeys(evaluated))
-
-
-def _base_level(results: Results, model: str, dataset: str, name: str = "frozen base") -> Level | None:
+def base_level(results: Results, model: str, dataset: str) -> Level | None:
     """The frozen base's score on a data set as a line across the chart; None if it was not evaluated."""
     base = results.frozen_estimate(model, dataset, results.primary_metric(dataset))
-    return None if base is None else Level(name, base.value, base.low, base.high)
-
-
-def setting_title(results: Results, setting: Setting) -> str:
-    """A setting's description, with its grid if that is needed to identify it."""
-    return title_with_grid(results, setting.description, setting.grid)
-
-
-def title_with_grid(results: Results, title: str, grid: str) -> str:
-    """The title, with the grid's name if the study has several grids of the same kind."""
-    curves = {setting.grid: results.is_curve(setting) for setting in results.settings()}
-    return f"{title} ({grid})" if list(curves.values()).count(curves[grid]) > 1 else title
+    return None if base is None else Level("frozen base", base.value, base.low, base.high)

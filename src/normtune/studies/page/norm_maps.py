@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from normtune.runtime.number_format import format_significant
 from normtune.studies.page import charts
 from normtune.studies.page.figures import Panel
-from normtune.studies.page.results import Arm, Record, Results
+from normtune.studies.page.results import Arm, Record, Results, Setting
 
 OUTSIDE_LAYERS = "other"  # the column of norms that are not in a layer
 _IN_LAYER = re.compile(r"\.(\d+)\.(.+)$")
@@ -63,31 +63,27 @@ def _norm_words(name: str) -> str:
     return name
 
 
-def heat_maps(results: Results) -> Iterator[tuple[Arm, list[Panel]]]:
-    """For each recipe that trains norms, a heat map of the gains and one of the biases."""
-    for setting in results.settings(curves=False):
-        for arm in results.full_data_arms(setting):
-            panels = []
-            for kind, unit in (("gain", "% of its start"), ("bias", "root mean square of the step")):
-                moved = norm_changes(results, arm, kind)
-                if not moved:
-                    continue
-                texts = {cell: _as_text(kind, value) for cell, value in moved.items()}
-                chart = charts.draw_heat_map(
-                    f"How far each {kind} moved, {unit}, by norm and layer: {arm.name}, {setting.description}",
-                    moved,
-                    {(row, column): f"{row}, layer {column}: {text}" for (row, column), text in texts.items()},
-                    sorted(
-                        {column for _, column in moved},
-                        key=lambda c: (not c.isdecimal(), int(c) if c.isdecimal() else 0),
-                    ),
-                    f"layer (strongest colour: {_as_text(kind, max(moved.values()))})",
-                )
-                table = tuple((*cell, text) for cell, text in texts.items())
-                title = f"{'gains' if kind == 'gain' else 'biases'}, {unit}"
-                panels.append(Panel(title, chart, ("norm", "layer", f"{kind} moved"), table))
-            if panels:
-                yield arm, panels
+def heat_maps(results: Results, setting: Setting) -> Iterator[Panel]:
+    """For each recipe of a setting that trains norms, a heat map of the gains and one of the biases."""
+    for arm in results.full_data_arms(setting):
+        for kind, unit in (("gain", "% of its start"), ("bias", "root mean square of the step")):
+            moved = norm_changes(results, arm, kind)
+            if not moved:
+                continue
+            texts = {cell: _as_text(kind, value) for cell, value in moved.items()}
+            chart = charts.draw_heat_map(
+                f"How far each {kind} moved, {unit}, by norm and layer: {arm.name}, {setting.description}",
+                moved,
+                {(row, column): f"{row}, layer {column}: {text}" for (row, column), text in texts.items()},
+                sorted(
+                    {column for _, column in moved}, key=lambda c: (not c.isdecimal(), int(c) if c.isdecimal() else 0)
+                ),
+                f"layer (strongest colour: {_as_text(kind, max(moved.values()))})",
+            )
+            rows = tuple((*cell, text) for cell, text in texts.items())
+            title = f"`{arm.name}`: {'gains' if kind == 'gain' else 'biases'}, {unit}"
+            text = "The mean over seeds; norms outside the layers are under 'other'. Each map has its own scale."
+            yield Panel(title, results.counts(None, [arm]), chart, text, ("norm", "layer", f"{kind} moved"), rows)
 
 
 def _as_text(kind: str, value: float) -> str:

@@ -8,66 +8,31 @@ from pathlib import Path
 from typing import Any
 
 from normtune.runtime.files import read_json, write_text
+from normtune.runtime.number_format import join_names
 from normtune.runtime.templates import render_template
-from normtune.studies.page import figures, palette
-from normtune.studies.page.about import datasets_table, facts, notice
+from normtune.studies.page import curves, figures, palette
+from normtune.studies.page.about import FOLDED_FACTS, datasets_table, facts, notice, warnings
 from normtune.studies.page.examples import Roots, read_examples
 from normtune.studies.page.figures import Panel
 from normtune.studies.page.norm_maps import heat_maps
 from normtune.studies.page.results import Record, Results
 from normtune.studies.page.sentences import findings
-from normtune.studies.page.tables import Table, models_table, paired_table, setting_table, text_cells
+from normtune.studies.page.strata import strata_tables
+from normtune.studies.page.tables import Cell, Table, models_table, setting_table, text_cells
 
-FIGURES = (  # id, heading, explanation, and the function that makes the panels
-    (
-        "share",
-        "Score against trained share",
-        "Each mark is a recipe: the mean over seeds with its 95% interval. The dashed line is the frozen "
-        "base. A chart with many recipes labels only those that no other beats with less; point at a mark to "
-        "see its name.",
-        figures.against_share,
-    ),
-    (
-        "memory",
-        "Score against memory",
-        "Peak memory of the process that trains: weights, gradients, optimizer state, activations, and the libraries.",
-        figures.against_memory,
-    ),
-    (
-        "transfer",
-        "In and out of distribution",
-        "Solid: trained on this data set. Hollow: trained on another, and never on this one. Dashed: the "
-        "frozen base, zero-shot.",
-        figures.transfer,
-    ),
-    (
-        "forgetting",
-        "Forgetting",
-        "The frozen base's score on its own task minus the trained model's score there, in percentage "
-        "points: farther right means more forgotten.",
-        figures.forgetting,
-    ),
-    (
-        "small-data",
-        "Scores with less training data",
-        "Each seed trains on its own random sample of the images.",
-        figures.share_curves,
-    ),
-    (
-        "loss",
-        "Training loss",
-        "The mean over bins of steps and over seeds. Learning rates differ by method, so the order of the "
-        "curves is not the order of the scores.",
-        figures.loss_curves,
-    ),
-    (
-        "rates",
-        "Sensitivity to the learning rate",
-        "The trials of the learning-rate search, one seed each, scored on the validation split; their "
-        "intervals are in the tables of numbers. Solid: the rate that the search chose.",
-        figures.rate_curves,
-    ),
+FIGURES = (
+    figures.differences,
+    figures.seed_scores,
+    figures.transfer,
+    figures.forgetting,
+    figures.against_share,
+    figures.against_memory,
+    curves.loss_curves,
+    curves.rate_curves,
 )
+# of settings that compare shares of the data
+CURVE_FIGURES = (curves.share_curves, figures.differences, figures.seed_scores)
+OPEN_FIGURES = 12  # the figures of further settings are folded
 Block = tuple[str, Any]  # a kind of content that page.html.j2 renders, and its values
 Section = tuple[str, str, list[Block]]  # id, heading, content
 
@@ -90,6 +55,7 @@ def render_study_report(results: Mapping[str, Any], folder: Path, *, examples: R
         "studies/page/page.html.j2",
         study=study,
         notice=notice(),
+        warnings=warnings(study),
         sections=[section for section in _sections(study, folder, examples) if section[2]],
         style=re.sub(r"\n\s*", "\n", style),
     )
@@ -108,23 +74,44 @@ def write_study_report(folder: Path, *, examples: Roots | None = None) -> Path:
 
 def _sections(study: Results, folder: Path, examples: Roots | None) -> Iterator[Section]:
     """The sections of the page in their order; a section without content is left out."""
-    yield "run", "What was run", [("facts", facts(study))]
+    entries = facts(study)
+    first = [entry for entry in entries if entry[0] not in FOLDED_FACTS]
+    rest = [entry for entry in entries if entry[0] in FOLDED_FACTS]
+    yield "run", "What was run", [("facts", first), *_fold("Machine and versions", [("facts", rest)] if rest else [])]
     yield "failed", "Cells that failed", _failed(study)
     yield "short", "In short", _findings(study)
-    yield "tables", "Tables", _tables(study)
-    has_legend = False
-    for id, heading, text, make_panels in FIGURES:
-        if panels := list(make_panels(study)):
-            legend: list[Block] = [] if has_legend else [("legend", _legend(study))]
-            yield id, heading, [("text", text), *legend, _panels(panels)]
-            has_legend = True
-    yield "norms", "How far each norm moved", _norms(study)
+    if table := models_table(study):
+        yield "models", "All models", [("table", table)]
+    figure_count = 0
+    for number, setting in enumerate(study.settings(), 1):
+        makers = CURVE_FIGURES if study.is_curve(setting) else FIGURES
+        panels = [panel for make in makers for panel in make(study, setting)]
+        figure_count += len(panels)
+        drawn = [_legend(study), _panels(panels)] if panels else []
+        if figure_count > OPEN_FIGURES and number > 1:
+            drawn = _fold(f"{len(panels)} figures: {', '.join(panel.title for panel in panels)}", drawn)
+        norms = list(heat_maps(study, setting))
+        strata = list(strata_tables(study, setting, folder))
+        blocks = [
+            ("table", setting_table(study, setting)),
+            *drawn,
+            *_fold(
+                f"Scores by {join_names([table.header[0].text for table in strata])}", [("table", t) for t in strata]
+            ),
+            *_fold("How far each norm moved", [_panels(norms)] if norms else []),
+        ]
+        yield f"setting-{number}", study.title(setting), blocks
     if examples is not None:
-        blocks: list[Block] = []
+        blocks = []
         for dataset, sentence, answered in read_examples(study, folder, examples):
             blocks += [("heading", dataset), ("text", sentence), *([("examples", answered)] if answered else [])]
         yield "examples", "Examples", blocks
     yield "terms", "Data, licences, and how the numbers were made", _terms(study, folder)
+
+
+def _fold(summary: str, blocks: list[Block]) -> list[Block]:
+    """The blocks below a line that opens them; nothing if there are none."""
+    return [("folded", (summary, blocks))] if blocks else []
 
 
 def _failed(study: Results) -> list[Block]:
@@ -145,65 +132,35 @@ def _findings(study: Results) -> list[Block]:
     """The findings of each setting as sentences."""
     blocks: list[Block] = []
     for name, sentences in findings(study):
-        blocks += [("heading", name), ("list", sentences)]
-    text = "Computed from the tables below. 'Above' and 'below' mean that a paired test is significant."
-    return [("text", text), *blocks] if blocks else []
-
-
-def _tables(study: Results) -> list[Block]:
-    """The tables of models and settings, and the folded table of paired tests."""
-    tables = [models_table(study), *(setting_table(study, setting) for setting in study.settings())]
-    blocks: list[Block] = [("table", table) for table in tables if table]
-    if blocks and (tests := paired_table(study)):
-        blocks.append(("folded", ("All paired tests", [("table", tests)])))
+        blocks += [("heading", name), ("findings", sentences)]
     return blocks
 
 
-def _legend(study: Results) -> list[tuple[str, str, str]]:
+def _legend(study: Results) -> Block:
     """The families of methods in the study: name, character and label."""
     families = {arm.family for setting in study.settings() for arm in study.arms(setting)} - {"frozen"}
-    return [(name, item.character, item.label) for name, item in palette.FAMILIES.items() if name in families]
+    return "legend", [(name, item.character, item.label) for name, item in palette.FAMILIES.items() if name in families]
 
 
 def _panels(panels: list[Panel]) -> Block:
     """Charts with their titles and their folded tables of numbers."""
-    return "panels", [
-        (panel, Table(f"numbers of {panel.title}", text_cells(panel.header), [text_cells(row) for row in panel.rows]))
-        for panel in panels
-    ]
-
-
-def _norms(study: Results) -> list[Block]:
-    """Heat maps of norms; visible for each setting's first recipe that trains only norms, else folded."""
-    visible: list[Block] = []
-    folded: list[Block] = []
-    settings_seen = set()
-    for arm, panels in heat_maps(study):
-        title = f"{arm.name}, {figures.setting_title(study, arm.setting)}"
-        if arm.family == "ln" and arm.setting not in settings_seen:
-            settings_seen.add(arm.setting)
-            visible += [("heading", title), _panels(panels)]
-        else:
-            folded.append(("folded", (title, [_panels(panels)])))
-    if not visible and not folded:
-        return []
-    text = (
-        "The stronger a cell's colour, the farther that norm moved from its start, mean over seeds; each map "
-        "has its own scale. A column is a layer; norms outside the layers are under 'other'."
-    )
-    if visible and folded:
-        visible.append(("heading", "Other recipes that train norms"))
-    return [("text", text), *visible, *folded]
+    numbers = []
+    for panel in panels:
+        css = "code" if panel.header[0] == "recipe" else ""
+        rows = [[Cell(row[0], css), *text_cells(row[1:])] for row in panel.rows]
+        numbers.append(Table(f"numbers of {panel.title}", text_cells(panel.header), rows))
+    return "panels", list(zip(panels, numbers, strict=True))
 
 
 def _terms(study: Results, folder: Path) -> list[Block]:
     """The data sets with their licences, and how intervals and tests are computed."""
     table = datasets_table(study, folder)
     text = (
-        "Means over seeds have Student's t intervals; a single run has a percentile bootstrap over images. Tests "
-        "pair the answers of two recipes to the same questions and resample by image, all common seeds together; "
-        "their p-values are corrected by Holm's method within a grid, model, pair of data sets and metric. Where a "
-        "learning rate was searched, it was on the validation split, never on the test split. An arrowhead at the "
-        "end of an interval means that it continues beyond the axis."
+        "Intervals are 95%: of a mean over seeds for new seeds and new images, of a single run for new images. Tests "
+        "compare recipes if each has three seeds or more (Obuchowski and Rockette's method, with seeds as readers), "
+        "else their trained models, paired by image. Their p-values are corrected by Holm's method within a grid, "
+        "model, pair of data sets and metric; tables.md has all tests. Where a learning rate was searched, it was on "
+        "the validation split, never on the test split. An arrowhead at the end of an interval means that it "
+        "continues beyond the axis."
     )
     return [*([("table", table)] if table else []), ("text", text), ("text", notice())]

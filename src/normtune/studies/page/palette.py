@@ -39,6 +39,7 @@ THEME = {  # the page's other colours, in the light and in the dark theme
     "grid": ("#e7e8ea", "#2a2d32"),
     "wash": ("#f2f3f4", "#202328"),
     "shade": ("#0a5fa4", "#6fbcf7"),
+    "edge": ("#8a8f98", "#7d828b"),
     "alert": ("#a02c1c", "#ff9b86"),
 }
 COLOURS = {name: (family.light, family.dark) for name, family in FAMILIES.items()}

@@ -10,10 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from normtune.runtime.number_format import format_share
 from normtune.studies.page.palette import parts_of, recipe_family
+from normtune.studies.recipe_names import FROZEN
 from normtune.studies.spec import SEARCH
 from normtune.studies.statistics import format_rates
 
+SIGNIFICANT = 0.05  # p-values below this are significant
 Record = Mapping[str, Any]
 TABLES = ("cells", "evaluations", "metrics", "forgetting", "norms", "losses", "seeds", "tests")
 
@@ -140,11 +143,15 @@ class Results:
             self._seeds.setdefault(_seed_key(row), []).append(row)
         self._tests = {_seed_key(row): row for row in self.tables["tests"]}
         self.tasks = {row["dataset"]: row["task"] for row in self.tables["evaluations"]}
+        self.images = {row["dataset"]: row["images"] for row in self.tables["evaluations"] if row["role"] != "validate"}
         self.metrics_of: dict[str, list[str]] = {}
+        self._metrics: dict[tuple[str, str], list[Record]] = {}
         for row in self.tables["metrics"]:
             names = self.metrics_of.setdefault(row["dataset"], [])
             if row["metric"] not in names:
                 names.append(row["metric"])
+            if row.get("role") != "validate":
+                self._metrics.setdefault((row["dataset"], row["metric"]), []).append(row)
 
     def settings(self, *, curves: bool | None = None) -> list[Setting]:
         """The settings of all trained cells, except the trials of searches, in the study's order.
@@ -221,6 +228,29 @@ class Results:
                 return Estimate(row["value"], row["low"], row["high"], 1)
         return None
 
+    def title(self, setting: Setting) -> str:
+        """A setting's description, with its grid if the study has several settings of this model and data."""
+        same = [s for s in self.settings() if s.description == setting.description]
+        return setting.description if len(same) == 1 else f"{setting.description} ({setting.grid})"
+
+    def label(self, arm: Arm) -> str:
+        """An arm's name, with its share of the data if its setting compares shares."""
+        return f"{arm.name}, {format_share(arm.share)}" if self.is_curve(arm.setting) else arm.name
+
+    def seed_values(self, arm: Arm, dataset: str, metric: str) -> list[tuple[Any, float]]:
+        """The seed and the score of each run of an arm on a data set."""
+        seeds = {cell["key"]: cell.get("seed") for cell in arm.cells}
+        rows = self._metrics.get((dataset, metric), [])
+        return sorted((seeds[row["key"]], float(row["value"])) for row in rows if row["key"] in seeds)
+
+    def counts(self, dataset: str | None, arms: Iterable[Arm]) -> str:
+        """The images and seeds behind some scores: `96 images, 3 seeds`, or `1 to 3 seeds`."""
+        seeds = sorted({len(arm.cells) for arm in arms})
+        texts = [counted(self.images[dataset], "image")] if dataset in self.images else []
+        if seeds:
+            texts.append(counted(seeds[0], "seed") if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds")
+        return ", ".join(texts)
+
     def reference_recipe(self, setting: Setting) -> str | None:
         """The recipe that others are compared with: from the setting's tests, else from the file."""
         key = (setting.grid, setting.model, setting.trained_on)
@@ -238,6 +268,12 @@ class Results:
         """The paired test of a recipe (`frozen` for the base) against the setting's reference."""
         key = (setting.grid, setting.model, setting.trained_on, _rounded(share))
         return self._tests.get((*key, recipe, dataset, metric))
+
+    def tests_of(self, setting: Setting, share: float, dataset: str, metric: str) -> list[Record]:
+        """The paired tests of a setting's recipes against its reference, the frozen base first."""
+        recipes = [FROZEN, *(arm.recipe for arm in self.arms(setting) if arm.rate is None)]
+        tests = [self.test_of_recipe(setting, share, recipe, dataset, metric) for recipe in dict.fromkeys(recipes)]
+        return [test for test in tests if test is not None]
 
     def datasets(self, setting: Setting, role: str) -> list[str]:
         """The data sets on which a setting's runs were evaluated in the given role."""
@@ -263,6 +299,21 @@ class Results:
         normalisation = "none" if "none" in normalisations else normalisations[0]
         names = [name for name in metrics if "/" not in name or name.endswith(f"/{normalisation}")]
         return [name for metric in _TABLE_REPORT for name in names if name.partition("/")[0] == metric]
+
+
+def is_significant(test: Record) -> bool:
+    """Whether a paired test is significant after the correction."""
+    return test.get("p_holm") is not None and test["p_holm"] < SIGNIFICANT
+
+
+def is_about_recipes(test: Record) -> bool:
+    """Whether a test compares recipes, for new seeds too; else it compares their trained models."""
+    return test.get("question") == "recipes"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: `1 seed`, `96 images`."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def metric_name(metric: str) -> str:

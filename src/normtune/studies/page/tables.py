@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from normtune.methods.registry import METHODS
-from normtune.models.part_names import PARTS
 from normtune.runtime.number_format import (
     NONE,
     format_bytes,
     format_duration,
-    format_fixed,
     format_p_value,
     format_points,
     format_share,
 )
-from normtune.studies.page.figures import forgetting_estimate, format_ends, format_score
-from normtune.studies.page.results import Arm, Estimate, Record, Results, Setting, is_fraction, metric_name
+from normtune.studies.page.figures import forgetting_estimate, format_difference, format_score
+from normtune.studies.page.results import (
+    SIGNIFICANT,
+    Arm,
+    Estimate,
+    Record,
+    Results,
+    Setting,
+    is_about_recipes,
+    is_fraction,
+    is_significant,
+    metric_name,
+)
 from normtune.studies.recipe_names import FROZEN
 
-SIGNIFICANT = 0.05  # p-values below this are significant
-ABOVE, BELOW = "▲", "▼"  # marks of scores that differ significantly from the reference
+MARKS = {
+    True: ("▲", "▼"),
+    False: ("△", "▽"),
+}  # of scores above and below the reference: of recipes, and of trained models only
 Column = tuple[str, str]  # data set, metric
 # A method with its options and layers, such as `lora(r=4,alpha=32)[2:]`; and the + between two methods.
 _ONE_METHOD = re.compile(r"([a-z0-9]+)(?:\(([^)]*)\))?(\[[^]]*\])?")
@@ -35,7 +45,7 @@ class Cell:
     """A cell of a table.
 
     Attributes:
-        css: "number": aligned right; "quiet": in a weaker colour.
+        css: classes: "number": aligned right; "quiet": in a weaker colour; "code": in the font of recipes' names.
         bold: whether the text is the highest score of its column.
         mark: an arrow after the text, and what it means.
         ends: the interval, below the text.
@@ -57,7 +67,6 @@ class Table:
     Attributes:
         label: what screen readers say.
         groups: headings over several columns, with the number of columns; "" has no heading.
-        title: the bold beginning of the caption.
         base: whether the first row is the frozen base.
     """
 
@@ -65,9 +74,24 @@ class Table:
     header: Sequence[Cell]
     rows: Sequence[Sequence[Cell]]
     groups: Sequence[tuple[str, int]] = ()
-    title: str = ""
     caption: str = ""
     base: bool = False
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A column of the table `cells` that a setting's table shows, as a mean over seeds."""
+
+    column: str
+    heading: str
+    as_text: Callable[[float | None], str]
+
+
+COSTS = (
+    Cost("trainable_share", "trained", format_share),
+    Cost("train_peak_bytes", "memory", format_bytes),
+    Cost("train_seconds", "time", format_duration),
+)
 
 
 def text_cells(texts: Iterable[str], numbers: Iterable[str] = ()) -> list[Cell]:
@@ -76,46 +100,46 @@ def text_cells(texts: Iterable[str], numbers: Iterable[str] = ()) -> list[Cell]:
 
 
 def setting_table(results: Results, setting: Setting) -> Table:
-    """A row for each recipe (and share, if the setting compares shares): methods by part, costs, and scores.
+    """A row for each recipe (and share, if the setting compares shares): scores, costs, and what it trains.
 
-    Costs are the trained share of the parameters, the peak memory and the time. An arrow marks scores that
-    differ significantly from the reference.
+    An arrow marks scores that differ significantly from the reference.
     """
     arms = results.arms(setting)
-    parts = [part for part in PARTS if any(part in arm.parts for arm in arms)]
-    parts = list(dict.fromkeys([*parts, *(part for arm in arms for part in arm.parts)]))
     curve = results.is_curve(setting)
     columns = _columns(results, setting, curve)
     best = {column: _highest_mean(results, arms, column) for column in columns}
-    header = [*text_cells(["recipe"], ["data"] if curve else []), *text_cells(parts, ["trained", "memory", "time"])]
+    homes = list(dict.fromkeys(row["dataset"] for row in results.tables["forgetting"]))[:1]
+    costs = [cost for cost in COSTS if any(arm.mean(cost.column) is not None for arm in arms)]
+    header = [*text_cells(["recipe"], [*(["data"] if curve else []), "seeds"])]
     groups = [("", len(header))]
-    groups += [(dataset, sum(c[0] == dataset for c in columns)) for dataset in dict.fromkeys(c[0] for c in columns)]
+    for dataset in dict.fromkeys(dataset for dataset, _ in columns):
+        groups.append((f"{dataset}, {results.counts(dataset, ())}", sum(column[0] == dataset for column in columns)))
     header += [Cell(_metric_heading(metric), "number") for _, metric in columns]
-    if homes := list(dict.fromkeys(row["dataset"] for row in results.tables["forgetting"])):
-        groups.append((homes[0], 1))
-        header.append(Cell("forgotten, points", "number"))
+    groups += [(f"{home}, {results.counts(home, ())}", 1) for home in homes]
+    header += text_cells([], ["forgotten, points" for _ in homes])
+    groups.append(("costs", len(costs) + 1))
+    header += text_cells([], [cost.heading for cost in costs]) + text_cells(["trains"])
     base_scores = [results.frozen_estimate(setting.model, *column) for column in columns]
     rows = []
     if any(base_scores):
-        row = [*text_cells(["frozen base"], [NONE] if curve else []), *(_methods_cell("") for _ in parts)]
-        row += text_cells([], ["0%", NONE, NONE])
+        row = text_cells(["frozen base"], [*([NONE] if curve else []), NONE])
         for column, score in zip(columns, base_scores, strict=True):
             test = results.test_of_recipe(setting, arms[0].share, FROZEN, *column)
             row.append(_score_cell(column[1], score, False, test))
-        rows.append([*row, *text_cells([], ["0"] if homes else [])])
+        rows.append([*row, *text_cells([], ["0" for _ in homes] + [NONE for _ in costs]), Cell("nothing", "quiet")])
     for arm in arms:
-        row = text_cells([arm.name], [format_share(arm.share)] if curve else [])
-        row += [_methods_cell(arm.parts.get(part, "")) for part in parts]
-        share, peak, seconds = (arm.mean(c) for c in ("trainable_share", "train_peak_bytes", "train_seconds"))
-        row += text_cells([], [format_share(share), format_bytes(peak), format_duration(seconds)])
+        row = [Cell(arm.name, "code")]
+        row += text_cells([], [*([format_share(arm.share)] if curve else []), str(len(arm.cells))])
         for column in columns:
             score = results.estimate(arm, *column)
             is_best = score is not None and score.value == best[column]
             row.append(_score_cell(column[1], score, is_best, results.test_of_arm(arm, *column)))
-        rows.append([*row, *([_forgotten_cell(results, arm, homes[0])] if homes else [])])
-    title = f"{setting.description[0].upper()}{setting.description[1:]}."
-    caption = _caption(results, setting, arms)
-    return Table(setting.description, header, rows, groups, title, caption, base=any(base_scores))
+        row += [_forgotten_cell(results, arm, home) for home in homes]
+        row += text_cells([], [cost.as_text(arm.mean(cost.column)) for cost in costs])
+        rows.append(
+            [*row, Cell(describe_parts(arm.parts), "code", tooltip=", ".join(map("=".join, arm.parts.items())))]
+        )
+    return Table(setting.description, header, rows, groups, caption=_caption(results, setting), base=any(base_scores))
 
 
 def models_table(results: Results) -> Table | None:
@@ -139,7 +163,7 @@ def models_table(results: Results) -> Table | None:
             [Cell("frozen base"), *(_score_cell(metric, score, False, None) for (_, _, metric), score in scored)]
         )
     for name in sorted(recipes, key=lambda name: order.index(recipes[name])):
-        row = [Cell(name)]
+        row = [Cell(name, "code")]
         for setting, dataset, metric in columns:
             arm = arms.get((setting, name))
             score = None if arm is None else results.estimate(arm, dataset, metric)
@@ -149,32 +173,13 @@ def models_table(results: Results) -> Table | None:
     header = [
         Cell("recipe"),
         *(
-            Cell(setting.model, "number", ends=f"{data}, {_metric_heading(metric)}")
+            Cell(setting.model, "number", ends=f"{data}, {results.counts(data, ())}, {_metric_heading(metric)}")
             for setting, data, metric in columns
         ),
     ]
-    caption = "All models, each trained and tested on the data set of its column."
+    seeds = results.counts(None, arms.values())
+    caption = f"All models, each trained and tested on the data set of its column; {seeds}."
     return Table("models side by side", header, rows, caption=caption)
-
-
-def paired_table(results: Results) -> Table | None:
-    """All paired tests with their intervals and p-values; None if there are none."""
-    tests = results.tables["tests"]
-    if not tests:
-        return None
-    rows = []
-    for test in tests:
-        row = text_cells(
-            [test["recipe"], test["model"], str(test["trained_on"])], [format_share(float(test.get("share") or 1))]
-        )
-        row += text_cells([test["dataset"], metric_name(test["metric"])], [_format_difference(test)])
-        row += [Cell(format_p_value(test[p]).removeprefix("p ").removeprefix("= "), "number") for p in ("p", "p_holm")]
-        rows.append([*row, *text_cells([], [f"{test['images']:,}", str(test["seeds"])])])
-    against = " or ".join(dict.fromkeys(test["against"] for test in tests))
-    header = text_cells(["recipe", "model", "trained on"], ["data"])
-    header += text_cells(["tested on", "metric"], [f"minus {against}", "p", "p, Holm", "images", "seeds"])
-    caption = "Paired tests, all common seeds together, resampled by image."
-    return Table("paired tests", header, rows, caption=caption)
 
 
 def _columns(results: Results, setting: Setting, curve: bool) -> list[Column]:
@@ -204,23 +209,24 @@ def _score_cell(metric: str, score: Estimate | None, best: bool, test: Record | 
     if score is None:
         return Cell(NONE, "number")
     mark = None
-    if test and test.get("p_holm") is not None and test["p_holm"] < SIGNIFICANT:
+    if test and is_significant(test):
         is_higher = test["difference"] > 0
-        text = f"{'above' if is_higher else 'below'} {test['against']}: {_format_difference(test)}"
-        mark = (ABOVE if is_higher else BELOW, f"{text}, {format_p_value(test['p_holm'])} after Holm")
+        text = f"{'above' if is_higher else 'below'} {test['against']}: {format_difference(test)}"
+        up, down = MARKS[is_about_recipes(test)]
+        mark = (up if is_higher else down, f"{text}, {format_p_value(test['p_holm'])} after Holm")
     ends = f"{format_score(metric, score.low)} to {format_score(metric, score.high)}"
     return Cell(format_score(metric, score.value), "number", best, mark, ends)
 
 
-def _format_difference(test: Record) -> str:
-    """A difference with its interval, in percentage points if the metric is a fraction."""
-    as_text = format_points if is_fraction(test["metric"]) else partial(format_fixed, digits=2)
-    return format_ends(as_text, test["difference"], test["low"], test["high"])
-
-
-def _methods_cell(text: str) -> Cell:
-    """A part's methods, shortened; the tooltip shows them in full."""
-    return Cell(FROZEN, "quiet") if text in ("", FROZEN) else Cell(shorten_methods(text), tooltip=text)
+def describe_parts(parts: Mapping[str, str]) -> str:
+    """What a recipe trains: `ln` if it is the same in all parts, else `ln: encoder, decoder`."""
+    parts_of: dict[str, list[str]] = {}
+    for part, text in parts.items():
+        if text not in ("", FROZEN):
+            parts_of.setdefault(shorten_methods(text), []).append(part)
+    if len(parts_of) == 1 and len(*parts_of.values()) == len(parts):
+        return next(iter(parts_of))
+    return "; ".join(f"{methods}: {', '.join(trained)}" for methods, trained in parts_of.items()) or "nothing"
 
 
 def shorten_methods(text: str) -> str:
@@ -250,12 +256,11 @@ def _forgotten_cell(results: Results, arm: Arm, home: str) -> Cell:
     return Cell(format_points(loss.value), "number", ends=ends)
 
 
-def _caption(results: Results, setting: Setting, arms: Sequence[Arm]) -> str:
-    """A setting's number of seeds, and what bold and arrows mean."""
-    seeds = sorted({len(arm.cells) for arm in arms})
-    count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    averaged = "one seed" if seeds == [1] else f"means over {count} seeds"
-    text = f"Grid {setting.grid}, {averaged}, with 95% intervals; bold: the highest."
+def _caption(results: Results, setting: Setting) -> str:
+    """What the numbers, bold and the arrows mean."""
+    text = f"Grid {setting.grid}: means over seeds with 95% intervals; bold: the highest mean."
     if against := results.reference_recipe(setting):
-        text += f" {ABOVE} above, {BELOW} below {against} (paired by image, p < {SIGNIFICANT} after Holm)."
+        text += (
+            f" ▲ above, ▼ below `{against}` (p < {SIGNIFICANT} after Holm); △ ▽ the same of the trained models only."
+        )
     return text
