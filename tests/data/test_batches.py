@@ -289,3 +289,13 @@ def test_a_group_size_below_one_is_refused() -> None:
 
 def test_a_segment_is_as_long_as_its_tokens() -> None:
     assert len(Segment("1", (1, 2), (3,))) == 3 and len(Segment("1", (1, 2))) == 2
+
+
+def test_the_tokens_of_earlier_turns_are_counted_once() -> None:
+    turns = (("q", "a"), ("r", "b"))
+    first = Example("1", ("i",), *turns[0], "open", "train")
+    second = Example("2", ("i",), *turns[1], "open", "train", history=turns[:1])
+    third = Example("3", ("i",), "s", "c", "open", "train", history=turns)
+    tokens = TokenCosts({("i",): 100}, {"1": 5, "2": 12, "3": 20})
+    assert tokens.cost_of([third, second, first]) == 100 + 20
+    assert tokens.cost_of([third, first]) == 100 + 20 + 5  # without the second turn, the third computes all turns

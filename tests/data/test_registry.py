@@ -194,3 +194,8 @@ def test_rows_read_are_the_used_and_the_dropped_ones(root: Path) -> None:
     dataset = open_dataset("slake", root)
     assert dataset.dropped == {"language zh": 1}
     assert len(dataset.examples) + dataset.dropped.total() == 4
+
+
+def test_history_is_for_conversations() -> None:
+    with pytest.raises(InputError, match="dataset phantom-a has no conversations: --history works with messages only"):
+        open_dataset("phantom-a", history=True)

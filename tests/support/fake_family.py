@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from normtune.data.groups import Group, Segment
-from normtune.data.records import Dataset, Example
+from normtune.data.records import Dataset, Example, History
 from normtune.models.types import Answer, Pixels
 
 
@@ -38,11 +38,13 @@ class FakeFamily:
     def preprocess_image(self, image: Image.Image) -> Pixels:
         return {"mean": torch.tensor(float(image.getpixel((0, 0))[0]))}  # type: ignore[index]
 
-    def tokenize(self, id: str, question: str, answer: str | None, *, report: bool = False) -> Segment:
+    def tokenize(
+        self, id: str, question: str, answer: str | None, *, report: bool = False, history: History = ()
+    ) -> Segment:
         self.tokenized.append((id, report))
         return Segment(id, tuple(question.encode()), tuple((answer or "").encode()))
 
-    def tokenize_whole(self, id: str, question: str, answer: str | None) -> Segment:
+    def tokenize_whole(self, id: str, question: str, answer: str | None, history: History = ()) -> Segment:
         return Segment(id, tuple(question.encode()), (*map(len, (answer or "").split()), 0))  # a token a word
 
     def max_reference_tokens(self, report: bool) -> int:

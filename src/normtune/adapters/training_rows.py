@@ -58,9 +58,7 @@ def hash_rows(dataset: Dataset, examples: Sequence[Example]) -> TrainingRows:
     exact = hashlib.sha256()
     for example in examples:
         keys = [f"{order[key]}:{pictures[key]}" for key in example.images]
-        exact.update(
-            "\0".join([example.kind, *keys, example.question, example.answer, "\n"]).encode("utf-8", "surrogatepass")
-        )
+        exact.update("\0".join([example.kind, *keys, *_texts(example), "\n"]).encode("utf-8", "surrogatepass"))
     rows = {_row_hash(example, pictures) for example in examples}
     return TrainingRows(exact.hexdigest(), tuple(sorted(rows)), tuple(sorted({*pictures.values()})))
 
@@ -105,8 +103,13 @@ def overlap(adapter: Path, dataset: Dataset, examples: Sequence[Example]) -> Ove
 
 
 def _row_hash(example: Example, pictures: dict[str, str]) -> str:
-    texts = [" ".join(text.casefold().split()) for text in (example.question, example.answer)]
+    texts = [" ".join(text.casefold().split()) for text in _texts(example)]
     return _hash("\0".join([*(pictures[key] for key in example.images), *texts]).encode("utf-8", "surrogatepass"))
+
+
+def _texts(example: Example) -> list[str]:
+    """The texts of an example, earlier turns first."""
+    return [text for turn in (*example.history, (example.question, example.answer)) for text in turn]
 
 
 def _hash(data: bytes) -> str:

@@ -30,8 +30,12 @@ class TokenCosts:
     segments: Mapping[str, int]
 
     def cost_of(self, group: Sequence[Example]) -> int:
-        """Tokens of one group: its prefix once, and the segment of each question."""
-        return self.prefixes[group[0].images] + sum(self.segments[example.id] for example in group)
+        """Tokens of one group: its prefix once, and the segment of each question; a turn is counted once."""
+        turns = {}  # a conversation -> tokens of its last turn with all before it
+        if any(example.history for example in group):
+            turns = {(*e.history, (e.question, e.answer)): self.segments[e.id] for e in group}
+        segments = (self.segments[example.id] - turns.get(example.history, 0) for example in group)
+        return self.prefixes[group[0].images] + sum(segments)
 
 
 def count_batches(sizes: Sequence[int], pairs: int, min_groups: int = 1) -> int:

@@ -78,6 +78,9 @@ class DataOptions(_Options):
     skip_bad: bool = Field(
         False, description="Leave out rows that cannot be used (damaged image, bad cell), instead of stopping at them."
     )
+    history: bool = Field(
+        False, description="Let each later question of a conversation see the turns before it (messages)."
+    )
     strict: bool = Field(False, description="Stop if anything is lost: a row, a picture, or a text that is cut.")
 
     def data_options(self) -> dict[str, Any]:

@@ -260,7 +260,7 @@ def _count_texts(dataset: Dataset, rows: Sequence[Example], equal: dict[str, str
     answers_of_split: dict[str, set[str]] = {}
     for example in rows:
         pictures = tuple(equal.get(key, key) for key in example.images)
-        key = (example.split, pictures, _plain(example.question))
+        key = (example.split, pictures, example.history, _plain(example.question))
         answers_of.setdefault(key, Counter())[_plain(example.answer)] += 1
         answers_of_split.setdefault(example.split, set()).add(_plain(example.answer))
     trained = {_plain(example.answer) for example in dataset.examples if example.split == "train"}

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["open", "closed", "report"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+History = tuple[tuple[str, str], ...]  # earlier turns of a conversation: questions with their answers
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Example:
     kind: Kind  # "closed" as the dataset labels it; each reader's docstring explains what that means
     split: str  # "train", "validate" or "test", or another name that the files use
     meta: dict[str, str] = field(default_factory=dict, hash=False, compare=False)  # modality, organ, language, ...
+    history: History = ()  # the turns before the question, which the model sees
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,7 @@ class Split(list[Example]):
 def _row(example: Example) -> dict[str, Any]:
     """The fields of an example that every dataset has."""
     row = {"id": example.id, "images": list(example.images), "kind": example.kind}
+    row |= {"history": [list(turn) for turn in example.history]} if example.history else {}
     return row | {"question": example.question, "answer": example.answer}
 
 

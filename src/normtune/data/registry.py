@@ -32,6 +32,7 @@ ROOTS = {
 PHANTOMS = ("phantom-a", "phantom-b")  # drawn when they are opened, without files; no two are equal
 WITH_SECTIONS = ("openi", "mimic-cxr")  # datasets that separate findings and impression
 WITH_STRICT = ("jsonl", "messages")  # their readers refuse bad rows, unless --skip-bad is set
+WITH_HISTORY = ("messages",)  # datasets of conversations
 _ON_THE_HUB = ("parquet", "path-vqa")  # --root may be a hub name, owner/name
 NAMES = (*ROOTS, *PHANTOMS)
 
@@ -57,6 +58,7 @@ def open_dataset(
     sections: Sections = "findings",
     text_only: bool = False,
     skip_bad: bool = False,
+    history: bool = False,
 ) -> Dataset:
     """Open a dataset: a known one by its name, or a file of your own.
 
@@ -77,6 +79,7 @@ def open_dataset(
         task: questions or reports. A dataset that has only reports returns them for either task.
         sections: sections that a report consists of; only for the datasets in `WITH_SECTIONS`.
         text_only: keep the rows with missing image files.
+        history: let each later question of a conversation see the turns before it; only for `messages`.
         skip_bad: skip and list the bad rows of `jsonl` and `messages`, instead of raising an error.
 
     Raises:
@@ -85,6 +88,13 @@ def open_dataset(
     """
     name, root = name_and_root(str(name), None if root is None else Path(root))
     reading = {"text_only": text_only} | ({"strict": False} if skip_bad and name in WITH_STRICT else {})
+    if history:
+        if name not in WITH_HISTORY:
+            raise InputError(
+                f"dataset {name} has no conversations: --history works with {' and '.join(WITH_HISTORY)} only. "
+                "Remove it."
+            )
+        reading["history"] = True
     dataset = _open_named(name, root, language, task, sections, reading)
     if group_by is not None:
         from normtune.data.splits import with_groups
@@ -94,6 +104,7 @@ def open_dataset(
         dataset = _split_by_picture(dataset, group_by)
     options = {"data": name, "root": root, "language": language, "image_disjoint": image_disjoint, "task": task}
     options |= {"group_by": group_by, "sections": sections, "text_only": text_only, "skip_bad": skip_bad}
+    options |= {"history": True} if history else {}
     return replace(dataset, options=options)
 
 

@@ -270,5 +270,6 @@ def _split_order(split: str) -> int:
 
 
 def _row_key(example: Example) -> tuple[object, ...]:
-    """Equal for rows with the same images, question and answer; case and blanks do not count."""
-    return (example.images, " ".join(example.question.lower().split()), " ".join(example.answer.lower().split()))
+    """Equal for rows with the same images, turns, question and answer; case and blanks do not count."""
+    texts = (text for turn in (*example.history, (example.question, example.answer)) for text in turn)
+    return (example.images, *(" ".join(text.lower().split()) for text in texts))

@@ -70,7 +70,7 @@ def text_limits(
     """
 
     def tokenize(example: Example) -> tuple[Sequence[int], Sequence[int]]:
-        segment = family.tokenize_whole(example.id, example.question, example.answer)
+        segment = family.tokenize_whole(example.id, example.question, example.answer, example.history)
         return segment.prompt, segment.answer
 
     def is_right(prediction: str, reference: str) -> bool:

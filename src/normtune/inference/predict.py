@@ -61,7 +61,9 @@ def answer_all(
         groups = [
             Group(
                 group[0].images,
-                tuple(family.tokenize(e.id, e.question, None, report=e.kind == "report") for e in group),
+                tuple(
+                    family.tokenize(e.id, e.question, None, report=e.kind == "report", history=e.history) for e in group
+                ),
             )
             for group in example_groups
         ]
@@ -112,7 +114,11 @@ def score_closed_candidates(
         groups = [
             Group(
                 group[0].images,
-                tuple(family.tokenize(f"{e.id}={word}", e.question, word) for e in group for word in candidates),
+                tuple(
+                    family.tokenize(f"{e.id}={word}", e.question, word, history=e.history)
+                    for e in group
+                    for word in candidates
+                ),
             )
             for group in example_groups
         ]

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from normtune.data import tasks
 from normtune.data.groups import Group, Segment
+from normtune.data.records import History
+from normtune.errors import InputError
 from normtune.models.answer_loss import Head, answer_log_probs, answer_loss
 from normtune.models.generation import Generated, OnTokens
 from normtune.models.quantization import loading_options
@@ -57,6 +59,14 @@ class Family(ABC):
     _adapter: Any = None
     prompt_limit: int | None = None  # tokens of a question; lower than the model's own limit
     old_prompt_limit: ClassVar[int | None] = None  # of adapters that record no limits
+
+    def refuse_history(self, id: str, history: History) -> None:
+        """Raise an `InputError` if there are earlier turns, for families that read one question."""
+        if history:
+            raise InputError(
+                f"example {id}: it has earlier turns, but {type(self).__name__} reads one question without a "
+                "conversation. Leave out --history, or choose a model with a chat template."
+            )
 
     def __init__(self, model: nn.Module, processor: Any) -> None:
         self.model = model
@@ -138,26 +148,32 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def tokenize_whole(self, id: str, question: str, answer: str | None) -> Segment:
+    def tokenize_whole(self, id: str, question: str, answer: str | None, history: History = ()) -> Segment:
         """Tokenise one question and its answer without any limit; the answer ends with the end token.
 
         Args:
             id: the example's id.
             question: the question; if it is empty, the report prompt is used.
             answer: the reference answer; None if the model is to write it.
+            history: the earlier turns of the conversation; their tokens are the beginning of the segment's prompt.
+
+        Raises:
+            InputError: there is a history, but the family has no conversations of several turns.
         """
 
-    def tokenize(self, id: str, question: str, answer: str | None, *, report: bool = False) -> Segment:
+    def tokenize(
+        self, id: str, question: str, answer: str | None, *, report: bool = False, history: History = ()
+    ) -> Segment:
         """Tokenise one question, cut at the model's limits.
 
         A question that is too long keeps its last token, the end of the prompt. An answer that is too long loses
         its end token, so that the model does not learn to stop in the middle of a sentence.
 
         Args:
-            id, question, answer: as for `tokenize_whole`.
+            id, question, answer, history: as for `tokenize_whole`.
             report: whether the answer is a report, which has a length limit of its own.
         """
-        whole = self.tokenize_whole(id, question, answer)
+        whole = self.tokenize_whole(id, question, answer, history)
         longest, prompt = self.max_prompt_tokens, whole.prompt
         if longest is not None and len(prompt) > longest:
             prompt = (*prompt[: longest - 1], prompt[-1])

@@ -73,7 +73,7 @@ class Collator:
         """Return the tokens of an example: question and answer."""
         if example.id not in self._segments:
             self._segments[example.id] = self.family.tokenize(
-                example.id, example.question, example.answer, report=example.kind == "report"
+                example.id, example.question, example.answer, report=example.kind == "report", history=example.history
             )
         return self._segments[example.id]
 

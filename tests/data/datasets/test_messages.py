@@ -44,7 +44,7 @@ def test_each_pair_of_llava_meds_instruct_json_becomes_an_example(root: Path) ->
     assert [e.id for e in dataset.skipped] == ["c-turn3"]
     assert [str(p) for p in dataset.problems] == [
         "llava_med_instruct.json, row 1, turn 3: refers back to earlier turns. "
-        "Skipped. Write a question that needs no earlier turn."
+        "Skipped. Write a question that needs no earlier turn, or give --history."
     ]
 
 
@@ -54,6 +54,31 @@ def test_the_notes_count_pairs_and_skipped_pairs(root: Path) -> None:
     assert "1 conversations with 3 question-answer pairs: each pair is one question about its image" in text
     assert "  1 pairs skipped, as they refer back to earlier turns" in text
     assert "liver" not in text
+
+
+def test_with_history_each_pair_carries_the_turns_before_it(root: Path) -> None:
+    write_jsonl(root / "train.jsonl", llava_med_row("c", *PAIRS))
+    dataset = messages.read(root, history=True)
+    assert [(e.id, e.question, e.history) for e in dataset.examples] == [
+        ("c", "What is shown?", ()),
+        ("c-turn2", "Is the liver normal?", PAIRS[:1]),
+        ("c-turn3", "Where is it?", PAIRS[:2]),
+    ]
+    assert not dataset.problems and not dataset.skipped
+    assert "3 question-answer pairs: each pair is one question about its image, answered after the turns before it" in (
+        summary_text(summarize(dataset))
+    )
+    assert dataset.split("train").rows()[2]["history"] == [list(pair) for pair in PAIRS[:2]]
+
+
+def test_context_that_is_not_learnt_is_history(root: Path) -> None:
+    row = messages_row("<image>What is shown?", "A CT.", "a.png")
+    row["messages"][-1]["weight"] = 0
+    row["messages"] += [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Left."}]
+    write_jsonl(root / "train.jsonl", row)
+    dataset = messages.read(root, history=True)
+    assert [e.history for e in dataset.examples] == [(("What is shown?", "A CT."),)]
+    assert [(e.question, e.history) for e in dataset.skipped] == [("What is shown?", ())]
 
 
 def test_messages_with_images_are_read_from_every_kind_of_file(root: Path) -> None:

@@ -19,7 +19,7 @@ from normtune.models.frozen_trunk import SkippedLayer
 from normtune.models.image_cache import ImageCache
 from normtune.models.loading import load
 from normtune.training.state_cache import StateCache
-from tests.models.families.test_families import GROUPINGS, PAIRS, image
+from tests.models.families.test_families import GROUPINGS, PAIRS, image, turns
 from tests.support import tiny_models
 from tests.support.tiny_miss import tiny_miss
 from tests.support.tolerance import approx, relative_bound, relative_error
@@ -104,6 +104,19 @@ def test_groups_may_be_packed_into_one_row(base: CausalFamily) -> None:
     family, tuned = adapted_copy(base, UPPER["norms"])
     family.rows = "pack"
     assert_same_step(family, tuned, "mixed order")
+
+
+def test_states_of_turns_are_saved_with_their_history(base: CausalFamily) -> None:
+    family, tuned = adapted_copy(base, UPPER["norms"])
+    group, pixels, _ = turns(family)
+    loss, expected = loss_and_gradients(family, tuned, family.collate([group], [pixels]))
+    trunk = family.frozen_trunk(tuned.trained.values())
+    assert trunk is not None
+    states = trunk.states(group, [family.encode_image(pixels[0])])
+    cached_loss, cached_gradients = loss_and_gradients(family, tuned, trunk.collate([group], [states]))
+    assert cached_loss == approx(loss)
+    for name, gradient in expected.items():
+        assert relative_error(cached_gradients[name], gradient) < relative_bound(), name
 
 
 def test_neither_the_tower_nor_a_frozen_layer_runs_in_a_step(

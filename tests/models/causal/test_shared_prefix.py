@@ -16,7 +16,7 @@ from normtune.models.causal.shared_prefix import (
     shared_sequence,
 )
 
-tokens = st.integers(1, 99)
+tokens = st.integers(1, 3)  # few, so that some segments continue others
 segments = st.builds(
     Segment, st.just("q"), st.lists(tokens, max_size=3).map(tuple), st.lists(tokens, max_size=3).map(tuple)
 )
@@ -44,7 +44,7 @@ def test_each_label_is_predicted_by_the_token_before_it(
     assert sequence.segment_index.tolist() == [i for i, s in enumerate(flat) for _ in s.answer]
 
     # the row that predicts a label sees exactly the tokens that stand before it in a sequence of its own
-    mask = dense_mask(sequence.group_of, sequence.segment_of)[:, 0]  # [B, S, S]
+    mask = dense_mask(sequence.group_of, sequence.segment_of, sequence.segment_end)[:, 0]  # [B, S, S]
     length = sequence.input_ids.shape[1]
     seen_labels: dict[int, int] = {}
     for at, label, index in zip(
@@ -78,17 +78,40 @@ def test_layout_of_padded_rows() -> None:
     assert sequence.answer_rows.tolist() == [3, 1, 5, 8]  # 21 is predicted by the prefix's last row
 
 
+def conversation() -> tuple[list[Group], list[list[int]]]:
+    """The turn (11, 12; 13), two turns that continue it, a question that only begins like them, and a second answer."""
+    first = ((11, 12), (13,))
+    turns = (((11, 12, 13, 21), (22,)), first, ((11, 12, 13, 31), (32,)), ((11, 14), (15,)), ((11, 12), (16,)))
+    return [Group(("a",), tuple(Segment(str(i), *texts) for i, texts in enumerate(turns)))], [[1, 2]]
+
+
+def test_turns_continue_the_turns_before_them() -> None:
+    s = shared_sequence(*conversation(), 0)
+    #                 prefix  11, 12   13  21, 22  31, 32   16  11, 14, 15
+    assert s.input_ids.tolist() == [[1, 2, 11, 12, 13, 21, 22, 31, 32, 16, 11, 14, 15]]
+    assert s.segment_of.tolist() == [[0, 0, 1, 1, 2, 3, 3, 4, 4, 5, 6, 6, 6]]
+    assert s.segment_end.tolist() == [[6, 6, 5, 5, 4, 3, 3, 4, 4, 5, 6, 6, 6]]
+    assert s.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 5, 6, 4, 2, 3, 4]]
+    assert s.labels.tolist() == [22, 13, 32, 15, 16]
+    assert s.answer_rows.tolist() == [5, 3, 7, 11, 3]
+    assert s.segment_index.tolist() == [0, 1, 2, 3, 4]
+    mask = dense_mask(s.group_of, s.segment_of, s.segment_end)[0, 0]
+    assert mask[8].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 7, 8]  # the sibling turn is invisible
+    assert mask[9].nonzero().flatten().tolist() == [0, 1, 2, 3, 9]
+    assert [s.rows_of(i) for i in (0, 4)] == [(range(2), [2, 3, 4, 5, 6]), (range(2), [2, 3, 9])]
+
+
 def test_packed_groups_do_not_see_each_other() -> None:
     groups, prefixes = example()
     sequence = shared_sequence(groups, prefixes, 0, rows="pack")
-    mask = dense_mask(sequence.group_of, sequence.segment_of)[0, 0]
+    mask = dense_mask(sequence.group_of, sequence.segment_of, sequence.segment_end)[0, 0]
     assert not mask[7:, :7].any() and not mask[:7, 7:].any()
 
 
 def test_window_is_measured_in_positions() -> None:
     groups, prefixes = example()
     s = shared_sequence(groups, prefixes, 0)
-    mask = dense_mask(s.group_of, s.segment_of, position_ids=s.position_ids, window=2)[0, 0]
+    mask = dense_mask(s.group_of, s.segment_of, s.segment_end, position_ids=s.position_ids, window=2)[0, 0]
     # token 22 (column 6, position 3) sees itself and 21; the prefix's last token is at distance 2
     assert mask[6].tolist() == [False] * 5 + [True, True]
     # token 21 at position 2 sees the prefix's last token, four columns away
@@ -99,7 +122,7 @@ def test_image_block_sees_itself_in_both_directions() -> None:
     ids = torch.tensor([[9, 7, 7, 5, 7, 4]])
     blocks = image_blocks(ids, 7)
     assert blocks.tolist() == [[-1, 0, 0, -1, 1, -1]]
-    mask = dense_mask(torch.zeros_like(ids), torch.zeros_like(ids), image_block=blocks)[0, 0]
+    mask = dense_mask(*3 * [torch.zeros_like(ids)], image_block=blocks)[0, 0]
     assert mask[1, 2] and not mask[1, 4] and not mask[0, 1] and not mask[3, 4]
 
 
@@ -112,18 +135,18 @@ def test_adjacent_rows_hold_different_image_blocks() -> None:
 def test_block_mask_equals_dense_mask(rows: RowLayout, window: int | None) -> None:
     from torch.nn.attention.flex_attention import create_mask
 
-    groups, prefixes = example()
+    groups, prefixes = (one + other for one, other in zip(example(), conversation(), strict=True))
     s = shared_sequence(groups, prefixes, 0, rows=rows, multiple_of=128)
     blocks = image_blocks(s.input_ids, 2)
     arguments = {"image_block": blocks, "position_ids": s.position_ids, "window": window}
-    sparse = block_mask(s.group_of, s.segment_of, **arguments)  # type: ignore[arg-type]
+    sparse = block_mask(s.group_of, s.segment_of, s.segment_end, **arguments)  # type: ignore[arg-type]
     batch, length = s.input_ids.shape
     dense = create_mask(sparse.mask_mod, batch, 1, length, length, device="cpu")
-    assert torch.equal(dense, dense_mask(s.group_of, s.segment_of, **arguments))  # type: ignore[arg-type]
+    assert torch.equal(dense, dense_mask(s.group_of, s.segment_of, s.segment_end, **arguments))  # type: ignore[arg-type]
 
 
 def test_block_mask_wants_multiples_of_128() -> None:
     groups, prefixes = example()
     s = shared_sequence(groups, prefixes, 0)
     with pytest.raises(AssertionError, match="128"):
-        block_mask(s.group_of, s.segment_of)
+        block_mask(s.group_of, s.segment_of, s.segment_end)

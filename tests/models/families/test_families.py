@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.models.paligemma import modeling_paligemma
 
 from normtune.data.groups import Group
+from normtune.errors import InputError
 from normtune.models import family as families
 from normtune.models.answer_loss import answer_loss
 from normtune.models.causal.family import CausalFamily
@@ -69,8 +70,8 @@ def grouped(
     return groups, pixels
 
 
-def conversation(family: CausalFamily, i: int) -> tuple[dict[str, Any], int]:
-    """Pair i from transformers' own processor, and how many of its last tokens are the answer."""
+def conversation(family: CausalFamily, i: int, history: tuple[tuple[str, str], ...] = ()) -> tuple[dict[str, Any], int]:
+    """Pair i, after earlier turns, from transformers' own processor, and how many of its last tokens are the answer."""
     name, question, answer = PAIRS[i]
     processor = family.processor
     if processor.chat_template is None:  # PaliGemma
@@ -78,12 +79,13 @@ def conversation(family: CausalFamily, i: int) -> tuple[dict[str, Any], int]:
         inputs_by_name = {key: torch.as_tensor(value) for key, value in made.items() if key != "pixel_values"}
         inputs_by_name["pixel_values"] = family.preprocess_image(image(name))["pixel_values"][None]
         return inputs_by_name, int((inputs_by_name.pop("labels") != -100).sum())
-    messages: list[dict[str, Any]] = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
-    ]
-    answered_messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-    whole = processor.apply_chat_template(answered_messages).rstrip()
+    messages: list[dict[str, Any]] = []
+    for turn in (*history, (question, answer)):
+        for role, text in zip(("user", "assistant"), turn, strict=True):
+            messages.append({"role": role, "content": [{"type": "text", "text": text}]})
+    messages[0]["content"].insert(0, {"type": "image"})
+    prompt = processor.apply_chat_template(messages[:-1], add_generation_prompt=True)
+    whole = processor.apply_chat_template(messages).rstrip()
     tokenizer = processor.tokenizer
     if tokenizer(whole, add_special_tokens=False).input_ids[-1] not in family.end_tokens:
         whole += tokenizer.eos_token
@@ -96,9 +98,9 @@ def conversation(family: CausalFamily, i: int) -> tuple[dict[str, Any], int]:
     return inputs, inputs["input_ids"].shape[1] - processed(prompt)["input_ids"].shape[1]
 
 
-def plain_loss(family: CausalFamily, i: int) -> Tensor:
-    """Transformers' own loss of one conversation, summed over the answer's tokens."""
-    inputs, tokens = conversation(family, i)
+def plain_loss(family: CausalFamily, i: int, history: tuple[tuple[str, str], ...] = ()) -> Tensor:
+    """Transformers' own loss of one conversation, summed over the last answer's tokens."""
+    inputs, tokens = conversation(family, i, history)
     labels = torch.full_like(inputs["input_ids"], -100)
     labels[:, -tokens:] = inputs["input_ids"][:, -tokens:]
     return family.model(**inputs, labels=labels).loss * tokens
@@ -144,6 +146,64 @@ def test_shared_images_give_transformers_own_loss_and_gradients(
     assert_same_gradients(gradients(family, loss), plain[1])
 
 
+# pair -> the pairs that are its earlier turns; two turns continue the turn 0, and one of them has a third
+TURNS = {0: (), 1: (0,), 2: (0, 1), 5: (0,)}
+
+
+def turns(
+    family: CausalFamily, answered: bool = True
+) -> tuple[Group, list[Pixels], dict[int, tuple[tuple[str, str], ...]]]:
+    """A branching conversation about image c, in an order in which a turn precedes its history."""
+    histories = {i: tuple(PAIRS[earlier][1:] for earlier in before) for i, before in TURNS.items()}
+    segments = tuple(
+        family.tokenize(str(i), PAIRS[i][1], PAIRS[i][2] if answered else None, history=histories[i])
+        for i in (2, 0, 5, 1)
+    )
+    return Group(("c",), segments), [family.preprocess_image(image("c"))], histories
+
+
+def with_image(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr("tests.models.families.test_families.PAIRS", [(name, *texts) for _, *texts in PAIRS])
+
+
+def test_turns_share_their_history_and_give_transformers_own_loss_and_gradients(
+    family: CausalFamily, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_image(monkeypatch, "c")
+    if family.processor.chat_template is None:
+        with pytest.raises(InputError, match="example 2: it has earlier turns, but PaliGemmaFamily"):
+            turns(family)
+        return
+    group, pixels, histories = turns(family)
+    losses = torch.stack([plain_loss(family, i, histories[i]) for i in (2, 0, 5, 1)])
+    expected, plain = gradients(family, losses.sum()), losses.detach()
+    batch = family.collate([group], [pixels])
+    separate = family.prefix_tokens(pixels) + sum(map(len, group.segments))
+    assert (batch["group_of"] >= 0).sum() < separate - 2 * len(group.segments[1].prompt)
+    loss, _ = family.loss(batch)
+    assert float(loss.detach()) == approx(float(plain.sum()))
+    assert_same_gradients(gradients(family, loss), expected)
+    with torch.inference_mode():
+        assert_close(family.log_probs(batch), -plain)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_answers_after_earlier_turns_equal_those_of_transformers(
+    family: CausalFamily, beams: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_image(monkeypatch, "c")
+    if family.processor.chat_template is None:
+        pytest.skip("it has no conversations")
+    if beams > 1 and family.config.model_type == "internvl" and CACHE_ARGUMENT == "past_key_values":
+        pytest.skip("transformers before 5.24 gives beams of InternVL scores that its forward does not")
+    group, pixels, histories = turns(family, answered=False)
+    answers = family.generate_tokens([group], [pixels], max_new_tokens=6, beams=beams)
+    for i, answer in zip((2, 0, 5, 1), answers, strict=True):
+        tokens, score = transformers_answer(family, i, beams, histories[i], max_new_tokens=6)
+        assert answer.tokens == tokens
+        assert answer.score == approx(score)
+
+
 def test_tokens_are_counted_without_computing_features(family: CausalFamily, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(family, "features", None)
     for grouping in GROUPINGS.values():
@@ -183,16 +243,18 @@ def test_log_probs_are_those_of_each_conversation(
     assert_close(log_probs, torch.tensor(expected))
 
 
-def transformers_answer(family: CausalFamily, i: int, beams: int) -> tuple[tuple[int, ...], float]:
+def transformers_answer(
+    family: CausalFamily, i: int, beams: int, history: tuple[tuple[str, str], ...] = (), max_new_tokens: int = 8
+) -> tuple[tuple[int, ...], float]:
     """The tokens that transformers' `generate` writes for one question, and their mean log-probability."""
-    inputs, answered = conversation(family, i)
+    inputs, answered = conversation(family, i, history)
     prompt = inputs["input_ids"].shape[1] - answered
     for name in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
         if name in inputs:
             inputs[name] = inputs[name][:, :prompt]
     written = family.model.generate(
         **inputs,
-        max_new_tokens=8,
+        max_new_tokens=max_new_tokens,
         num_beams=beams,
         do_sample=False,
         eos_token_id=list(family.end_tokens),

@@ -35,14 +35,15 @@ def read(
     image_root: Path | None = None,
     licence: str = "unknown",
     text_only: bool = False,
+    history: bool = False,
 ) -> Dataset:
     """Read a file, or all *.jsonl, *.json and *.parquet files of a folder; each row is one conversation.
 
     For the layout of a row see `normtune.data.reading.conversations.read_conversation`. Each question-answer
-    pair becomes one example, with the images that were shown before the answer. Its question is answered
-    without the turns before it, as the questions of a group share nothing but the image. A later pair that
-    refers back to earlier turns (see `conversations.refers_back`) is therefore skipped and listed; the notes
-    count all pairs and the skipped ones. Rows without an image are skipped and listed.
+    pair becomes one example, with the images that were shown before the answer. Without `history`, its question is
+    answered without the turns before it. A later pair that refers back to earlier turns (see
+    `conversations.refers_back`) is therefore skipped and listed; the notes count all pairs and the skipped ones.
+    Rows without an image are skipped and listed.
 
     Optional fields: `id`; `kind` (open, closed or report; by default yes and no are closed); `split` (by
     default from the file's name, else train). LLaVA-Med's `domain` becomes the modality. All other fields of
@@ -57,6 +58,7 @@ def read(
         image_root: folder that image paths are relative to; by default the file's folder, or images/ in it.
         licence: licence of the data.
         text_only: keep rows with missing image files.
+        history: each later pair of a conversation sees the turns before it; none is skipped for referring back.
 
     Raises:
         InputError: there is no such file, no usable row, or (strict) a bad row.
@@ -64,7 +66,7 @@ def read(
     files = _files(root)
     reader = RowReader("messages", text_only)
     base = root if root.is_dir() else root.parent
-    progress = _Progress(base.absolute(), _opener(base, files))
+    progress = _Progress(base.absolute(), _opener(base, files), history)
     for file in files:
         for number, cells, location in _rows(reader, file, named=len(files) == 1):
             try:
@@ -90,6 +92,7 @@ class _Progress:
 
     base: Path  # the folder of the files, absolute
     parquet: ParquetImages | None  # images inside parquet files
+    history: bool  # whether examples carry the turns before them
     conversations: int = 0
     pairs: int = 0
     dependent: int = 0  # pairs that were skipped as they refer back
@@ -101,9 +104,10 @@ class _Progress:
         return self.parquet if self.parquet is not None else ()
 
     def notes(self) -> list[str]:
+        turns = "after" if self.history else "without"
         notes = [
             f"{self.conversations} conversations with {self.pairs} question-answer pairs: each pair is one "
-            "question about its image, answered without the turns before it"
+            f"question about its image, answered {turns} the turns before it"
         ]
         if self.dependent:
             notes.append(f"{self.dependent} pairs skipped, as they refer back to earlier turns")
@@ -192,29 +196,29 @@ def _read_row(reader: RowReader, progress: _Progress, file: Path, number: int, c
     keys = [_key(progress, image, location, column, index) for index, image in enumerate(conversation.images)]
     progress.conversations += 1
     progress.pairs += len(conversation.pairs)
+    earlier: list[tuple[str, str]] = []
     for pair in conversation.pairs:
         turn = f", turn {pair.turn}" if pair.turn > 1 else ""
         row = reader.start_row(file.name, f"{number}{turn}", f"{id}-turn{pair.turn}" if turn else id)
         answer = row.read_text("answer", pair.answer, lines=True)
         kind_of_pair: Kind = kind or ("closed" if is_yes_no(answer) else "open")
+        images = keys[: pair.image_count]
+        reason = "" if pair.learnt else "marked as not to be learnt"
         if not pair.learnt:
-            row.add_problem("marked as not to be learnt", "Skipped, as its weight is 0 or its loss is off.")
-        elif pair.refers_back:
+            row.add_problem(reason, "Skipped, as its weight is 0 or its loss is off.")
+        elif pair.refers_back and not progress.history:
+            reason = "refers back to earlier turns"
             progress.dependent += 1
-            row.add_problem("refers back to earlier turns", "Skipped. Write a question that needs no earlier turn.")
-        if pair.refers_back or not pair.learnt:
-            images = tuple(keys[: pair.image_count])
-            reason = "refers back to earlier turns" if pair.learnt else "marked as not to be learnt"
-            reader.skip(Example(row.id, images, pair.question, pair.answer, kind_of_pair, split), reason)
-            continue
-        row.finish(
-            keys[: pair.image_count],
-            row.read_text("question", pair.question, lines=True),
-            answer,
-            kind_of_pair,
-            split,
-            _meta(cells),
+            row.add_problem(reason, "Skipped. Write a question that needs no earlier turn, or give --history.")
+        question = (
+            pair.question if reason and not progress.history else row.read_text("question", pair.question, lines=True)
         )
+        if reason:
+            reader.skip(Example(row.id, tuple(images), question, pair.answer, kind_of_pair, split), reason)
+        else:
+            history = tuple(earlier) if progress.history else ()
+            row.finish(images, question, answer, kind_of_pair, split, _meta(cells), history=history)
+        earlier.append((question, answer))
 
 
 def _key(progress: _Progress, image: Any, location: _Location, column: str, index: int) -> str:

@@ -18,7 +18,7 @@ from PIL import Image
 from normtune.data.images.files import ImageFolder
 from normtune.data.reading.cells import SPLITS, clean_text, has_half_character, is_yes_no, language_tag, split_name
 from normtune.data.reading.tables import RowError
-from normtune.data.records import KINDS, Dataset, Example, Kind, Problem
+from normtune.data.records import KINDS, Dataset, Example, History, Kind, Problem
 from normtune.errors import InputError, did_you_mean
 
 _URLS = ("http://", "https://", "s3://", "gs://")
@@ -139,7 +139,7 @@ class RowReader:
         """List each row with the same image, question and answer as an earlier row of its split."""
         earlier_rows: set[tuple[object, ...]] = set()
         for example in self.examples:
-            key = (example.split, example.images, example.question, example.answer)
+            key = (example.split, example.images, example.history, example.question, example.answer)
             if key in earlier_rows:
                 what = "same image, question and answer as an earlier row"
                 fix = "Kept, as in published counts. Remove the row if it should count once."
@@ -249,6 +249,7 @@ class Row:
         split: str,
         meta: dict[str, str],
         answer_name: str = "answer",
+        history: History = (),
     ) -> None:
         """Add the row to the reader's examples, or skip it if its image, answer or question is empty.
 
@@ -262,6 +263,7 @@ class Row:
             split: the split's name.
             meta: further fields; empty values are dropped.
             answer_name: name of the answer's field, for the message about an empty answer.
+            history: the turns before the question.
 
         Raises:
             InputError: the id, an image key or a field of `meta` contains half of a surrogate pair.
@@ -272,7 +274,7 @@ class Row:
         if has_half_character((self.id, self.row, images, meta)):
             what = "its id or a field contains half of a surrogate pair"
             raise InputError(f"{self.file}, row {self.row}: {what}. Write the whole character, or remove it.")
-        example = Example(self.id, tuple(images), question, answer, kind, split, meta)
+        example = Example(self.id, tuple(images), question, answer, kind, split, meta, history)
         empty = "image" if not all(images) or not images else answer_name if not answer else ""
         if not empty and not question and kind != "report":
             empty = "question"

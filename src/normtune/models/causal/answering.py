@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +15,7 @@ from normtune.data.groups import Group
 from normtune.models.causal.attention import additive_masks, mask_argument
 from normtune.models.causal.checkpoint_settings import BEAM_SETTINGS, ScoreProcessors
 from normtune.models.causal.decoding import ColumnCache, Masks, SharedCacheDecoder
-from normtune.models.causal.shared_prefix import PREFIX, SharedSequence
+from normtune.models.causal.shared_prefix import SharedSequence
 from normtune.models.causal.step_graph import StepGraph, graph_obstacle, report_fallback
 from normtune.models.generation import FIXED_STEPS, Generated, OnTokens, generate
 from normtune.models.types import Batch, Pixels
@@ -47,7 +48,7 @@ def generate_tokens(
     process = None
     if settings:
         process = ScoreProcessors(
-            family.model, _prompts(sequence, groups), end=family.end_tokens, max_new_tokens=max_new_tokens
+            family.model, _prompts(sequence), end=family.end_tokens, max_new_tokens=max_new_tokens
         )
     answers = beams * max(len(group.segments) for group in groups)  # of a row
     steps = max_new_tokens - 1  # the last token is not fed
@@ -61,7 +62,7 @@ def generate_tokens(
             report_fallback(obstacle)
             cuda_graphs = False
     graph = family.step_graph if cuda_graphs else None
-    decoder, last = _shared_cache_decoder(family, batch, groups, cache, steps, graph)
+    decoder, last = _shared_cache_decoder(family, batch, sequence, groups, cache, steps, graph)
     try:
         return generate(
             decoder.head(states[decoder.at[0], last]),  # [segments, vocabulary]
@@ -78,7 +79,13 @@ def generate_tokens(
 
 
 def _shared_cache_decoder(
-    family: CausalFamily, batch: Batch, groups: Sequence[Group], cache: ColumnCache, steps: int, graph: StepGraph | None
+    family: CausalFamily,
+    batch: Batch,
+    sequence: SharedSequence,
+    groups: Sequence[Group],
+    cache: ColumnCache,
+    steps: int,
+    graph: StepGraph | None,
 ) -> tuple[SharedCacheDecoder, Tensor]:
     """Set decoding up after the prompts' pass, with one answer a segment.
 
@@ -87,14 +94,17 @@ def _shared_cache_decoder(
     """
     segments = [segment for group in groups for segment in group.segments]
     assert not any(segment.answer for segment in segments), "segments end where the model is to write"
-    # each segment's row of the cache, and its number in its group
-    rows = [row for row, group in enumerate(groups) for _ in group.segments]
-    numbers = [PREFIX + 1 + number for group in groups for number in range(len(group.segments))]
-    row, number = torch.tensor([rows, numbers]).to(family.device, non_blocking=True)  # [segments] long each
-    segment_of = batch["segment_of"][row]  # [segments, S]
-    visible = (segment_of == PREFIX) | (segment_of == number[:, None])  # [segments, S]
-    # the largest visible column is the segment's last token, or the prefix's if the segment is empty
-    last = (visible * torch.arange(visible.shape[1], device=visible.device)).argmax(1)
+    rows = [row for row, group in enumerate(groups) for _ in group.segments]  # each segment's row of the cache
+    length = sequence.input_ids.shape[1]
+    columns = [[token % length for token in chain(*sequence.rows_of(segment))] for segment in range(len(rows))]
+    on_host = torch.zeros(len(rows), length, dtype=torch.bool)
+    for row_visible, segment_columns in zip(on_host, columns, strict=True):
+        row_visible[segment_columns] = True
+    visible = on_host.to(family.device, non_blocking=True)  # [segments, S]
+    # [segments] long each; `last` is the column of a segment's last token, or the prefix's if the segment is empty
+    row, last = torch.tensor([rows, [segment_columns[-1] for segment_columns in columns]]).to(
+        family.device, non_blocking=True
+    )
     rotary = batch["position_ids"]
     rotary = rotary if rotary.ndim == 2 else rotary[0]  # with M-RoPE, text has one position on all axes
     cache_argument = _cache_argument(family)
@@ -131,10 +141,8 @@ def _cache_argument(family: CausalFamily) -> str:
     return "cache" if "cache" in inspect.signature(family.decoder.forward).parameters else "past_key_values"
 
 
-def _prompts(sequence: SharedSequence, groups: Sequence[Group]) -> list[list[int]]:
+def _prompts(sequence: SharedSequence) -> list[list[int]]:
     """The tokens of each segment's conversation: those of its group's prefix, then its own."""
-    prompts = []
-    for ids, segment_of, group in zip(sequence.input_ids, sequence.segment_of, groups, strict=True):
-        for number in range(PREFIX + 1, PREFIX + 1 + len(group.segments)):
-            prompts.append(ids[(segment_of == PREFIX) | (segment_of == number)].tolist())
-    return prompts
+    ids = sequence.input_ids.flatten()
+    rows = (chain(*sequence.rows_of(segment)) for segment in range(sequence.segment_count))
+    return [ids[list(tokens)].tolist() for tokens in rows]

@@ -20,6 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from normtune.data import tasks
 from normtune.data.groups import Group, Segment
+from normtune.data.records import History
 from normtune.models.answer_loss import Head
 from normtune.models.causal.answering import generate_tokens
 from normtune.models.causal.attention import (
@@ -226,11 +227,11 @@ class CausalFamily(Family):
     def prefix_tokens(self, images: Sequence[Pixels]) -> int:
         return len(self.prompts.prefix([self.image_text(image) for image in images]))
 
-    def tokenize_whole(self, id: str, question: str, answer: str | None) -> Segment:
+    def tokenize_whole(self, id: str, question: str, answer: str | None, history: History = ()) -> Segment:
         """Tokenise with the family's chat template; an empty question is replaced by the report prompt."""
-        prompt, tokens = self.prompts.segment(
-            id, question.strip() or tasks.REPORT_PROMPT, None if answer is None else answer.strip()
-        )
+        turns = [*history, (question, "" if answer is None else answer)]
+        *earlier, (question, last) = [(first.strip() or tasks.REPORT_PROMPT, second.strip()) for first, second in turns]
+        prompt, tokens = self.prompts.segment(id, question, None if answer is None else last, earlier)
         return Segment(id, prompt, tokens)
 
     def collate(self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]]) -> Batch:
@@ -245,12 +246,7 @@ class CausalFamily(Family):
             - pairs int, the number of segments.
         """
         batch, sequence, _ = self.layout(groups, pixels, self.rows)
-        return batch | {
-            "labels": sequence.labels,
-            "answer_rows": sequence.answer_rows,
-            "segment_index": sequence.segment_index,
-            "pairs": sequence.segment_count,
-        }
+        return batch | sequence.targets()
 
     def layout(
         self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]], rows: RowLayout
@@ -261,7 +257,7 @@ class CausalFamily(Family):
             (batch, the shared sequence, the groups after `group_prefixes`). Keys of the batch, for B rows of
             S tokens:
 
-            - input_ids, group_of, segment_of [B, S] long, as in `SharedSequence`;
+            - input_ids, group_of, segment_of, segment_end [B, S] long, as in `SharedSequence`;
             - token_index [B, S] long, the number of tokens before each in its own conversation;
             - position_ids [B, S] or [axes, B, S] long, the rotary positions;
             - image_places [image tokens, 2] long, the row and column of each image token;
@@ -279,6 +275,7 @@ class CausalFamily(Family):
             "input_ids": sequence.input_ids,
             "group_of": sequence.group_of,
             "segment_of": sequence.segment_of,
+            "segment_end": sequence.segment_end,
             "token_index": sequence.position_ids,
             "position_ids": self.positions(sequence, prefixes, pixels),
             "image_places": (sequence.input_ids == self.image_token_id).nonzero(),
@@ -339,6 +336,7 @@ class CausalFamily(Family):
             kind: make_mask(
                 batch["group_of"],
                 batch["segment_of"],
+                batch["segment_end"],
                 image_block=blocks,
                 position_ids=batch["token_index"],  # windows count tokens, not rotary positions
                 window=window,

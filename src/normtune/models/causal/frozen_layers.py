@@ -15,7 +15,6 @@ from accelerate.utils import send_to_device
 from torch import nn
 
 from normtune.data.groups import Group, Segment
-from normtune.models.causal.shared_prefix import PAD, PREFIX
 from normtune.models.frozen_trunk import TRUNK_DEPTH, TRUNK_STATES, FrozenTrunk, TrunkStates, parameter_ids, skip_layers
 from normtune.models.types import Batch, Pixels
 
@@ -53,28 +52,30 @@ class CausalTrunk(FrozenTrunk):
     @torch.no_grad()
     def states(self, group: Group, images: Sequence[Pixels]) -> TrunkStates:
         """See `FrozenTrunk.states`: the usual forward pass over one group, as far as layer `depth`."""
-        layout, _, _ = self.family.layout([group], [images], "pad")
+        layout, sequence, _ = self.family.layout([group], [images], "pad")
         batch = send_to_device(layout, self.family.device)
         decoder = self.family.decoder
         # the last norm is skipped too: layer `depth` expects states without it
         with skip_layers(decoder, range(self.depth, len(decoder.layers)), norm=True):
             states = self.family.hidden_states(batch, use_cache=False)[0].cpu()  # [S, width]
-        segment_of = layout["segment_of"][0]  # [S]
         return TrunkStates(
             tuple(self.family.without_features(image) for image in images),
-            states[segment_of == PREFIX],
-            tuple(states[segment_of == PREFIX + 1 + i] for i in range(len(group.segments))),
+            states[torch.tensor(sequence.runs[0].rows)],
+            tuple(states[torch.tensor(sequence.rows_of(i)[1], dtype=torch.long)] for i in range(len(group.segments))),
         )
 
     def collate(self, groups: Sequence[Group], states: Sequence[TrunkStates]) -> Batch:
         """See `FrozenTrunk.collate`: the family's batch, with states in place of images."""
-        batch = self.family.collate(groups, [group_states.images for group_states in states])
-        # [tokens without padding, width]
-        tokens = torch.cat([rows for group_states in states for rows in (group_states.prefix, *group_states.segments)])
+        family = self.family
+        layout, sequence, _ = family.layout(groups, [group_states.images for group_states in states], family.rows)
+        batch = layout | sequence.targets()
+        # [tokens, width]; tokens that segments share occur several times, with the same values
+        tokens = torch.cat([*(of.prefix for of in states), *(rows for of in states for rows in of.segments)])
+        rows = [row for run in sequence.runs if run.parent < 0 for row in run.rows]
+        rows += [row for segment in range(sequence.segment_count) for row in sequence.rows_of(segment)[1]]
         group_of = batch["group_of"]  # [B, S]
         trunk_states = tokens.new_zeros(group_of.numel(), tokens.shape[1])  # padding stays zero
-        # groups, and within them prefix and segments, have the same order in the rows as in `states`
-        trunk_states[group_of.flatten() != PAD] = tokens
+        trunk_states[torch.tensor(rows)] = tokens
         return batch | {
             "images": {},
             "feature_rows": None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any, Protocol
 
 from normtune.errors import InputError
@@ -25,6 +26,7 @@ from normtune.errors import InputError
 # parts give the tokens of the whole.
 
 TokenIds = tuple[int, ...]
+Turns = Sequence[tuple[str, str]]  # questions with their answers
 # Private characters around a control token in a user's text, which is then tokenised as plain text.
 _ESCAPE, _UNESCAPE = "\ue000", "\ue001"
 _ESCAPED = re.compile(f"{_ESCAPE}([^{_UNESCAPE}]*){_UNESCAPE}")
@@ -36,7 +38,7 @@ class PromptFormat(Protocol):
 
     def prefix(self, images: Sequence[str]) -> TokenIds: ...
 
-    def segment(self, id: str, question: str, answer: str | None) -> tuple[TokenIds, TokenIds]: ...
+    def segment(self, id: str, question: str, answer: str | None, history: Turns = ()) -> tuple[TokenIds, TokenIds]: ...
 
 
 class ChatPrompt:
@@ -68,7 +70,7 @@ class ChatPrompt:
             {*special, *self.tokenizer.all_special_tokens} - {processor.image_token}, key=len, reverse=True
         )
         self._control = re.compile("|".join(map(re.escape, special)) or r"(?!)")
-        self._head = self._pieces("?", None, images=1)[0]  # the text before the image
+        self._head = self._pieces(["?"], images=1)[0]  # the text before the image
 
     def prefix(self, images: Sequence[str]) -> TokenIds:
         """The tokens that all questions of a group share.
@@ -81,7 +83,7 @@ class ChatPrompt:
         """
         key = tuple(images)
         if key not in self._prefixes:
-            pieces = self._pieces("?", None, images=len(images))
+            pieces = self._pieces(["?"], images=len(images))
             # the last piece is the text after the images, which belongs to the segments
             text = "".join(piece + image for piece, image in zip(pieces, images, strict=False))
             assert text.endswith(self.marker + self.trailing), "an image ends with its marker"
@@ -97,13 +99,14 @@ class ChatPrompt:
             self._prefixes[key] = tokens
         return self._prefixes[key]
 
-    def segment(self, id: str, question: str, answer: str | None) -> tuple[TokenIds, TokenIds]:
+    def segment(self, id: str, question: str, answer: str | None, history: Turns = ()) -> tuple[TokenIds, TokenIds]:
         """Tokenise a question and its answer.
 
         Args:
             id: the example's id, for error messages.
             question: the question.
             answer: the answer; None if the model is to write it.
+            history: the turns between the image and the question.
 
         Returns:
             (the prompt: all tokens between the image and the answer; the answer with its end token, or an
@@ -113,12 +116,12 @@ class ChatPrompt:
             InputError: the question contains the image token, or the template or the tokenizer does not
                 allow the conversation to be cut.
         """
-        question, answer = self._escape(question), None if answer is None else self._escape(answer)
-        open_text = self._after_image(id, question, None)
+        turns = [self._escape(text) for turn in history for text in turn] + [self._escape(question)]
+        open_text = self._after_image(id, turns)
         prompt = self._segment_tokens(id, open_text)
         if answer is None:
             return prompt, ()
-        answered_text = self._after_image(id, question, answer)
+        answered_text = self._after_image(id, [*turns, self._escape(answer)])
         if not answered_text.startswith(open_text):
             raise InputError(
                 f"example {id}: the chat template writes the question differently when it has an answer. "
@@ -156,10 +159,10 @@ class ChatPrompt:
                 return answer[:count]
         return None
 
-    def _after_image(self, id: str, question: str, answer: str | None) -> str:
-        """The conversation's text after the marker of its image."""
+    def _after_image(self, id: str, turns: Sequence[str]) -> str:
+        """The conversation's text after the marker of its image; `turns` are questions and answers in turn."""
         try:
-            head, rest = self._pieces(question, answer, images=1)
+            head, rest = self._pieces(turns, images=1)
         except ValueError as error:
             raise InputError(
                 f"example {id}: its text contains '{self.processor.image_token}', the image token. "
@@ -185,17 +188,20 @@ class ChatPrompt:
             )
         return tokens[1:]
 
-    def _pieces(self, question: str, answer: str | None, *, images: int) -> list[str]:
+    def _pieces(self, turns: Sequence[str], *, images: int) -> list[str]:
         """The rendered conversation, split at its images: the text before each, and the rest.
 
         Raises:
             ValueError: it contains more image tokens than images.
         """
-        content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
-        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-        if answer is not None:
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        text: str = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
+        messages: list[dict[str, Any]] = [
+            {"role": role, "content": [{"type": "text", "text": text}]}
+            for role, text in zip(cycle(("user", "assistant")), turns, strict=False)
+        ]
+        messages[0]["content"][:0] = [{"type": "image"}] * images
+        text: str = self.processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=len(turns) % 2 == 1
+        )
         pieces = text.split(self.processor.image_token)
         if len(pieces) != images + 1:
             raise ValueError(f"{len(pieces) - 1} image tokens for {images} images")

@@ -1,9 +1,10 @@
 """The grouping mask: one image and all its questions in one token sequence, computed in one pass.
 
-A group is one image (or study) with its questions. Its tokens form `prefix, segment 1, segment 2, ...`: the
-prefix holds the image, and a segment is one question with its answer. A segment attends to the prefix and,
-causally, to itself, but never to another segment. Its positions restart where the prefix ends. Each segment
-therefore computes exactly what it would compute in a sequence of its own, but the image is computed once.
+A group is one image (or study) with its questions. Its tokens form a tree of runs: the root is the prefix, which
+holds the image; a question with its answer (a segment) continues it; a later turn of a conversation continues the
+turn before it, and two candidate answers continue one question. A token attends to the runs that its own continues
+and, causally, to its own run, but never to another branch. Positions continue where the parent ends. Each segment
+therefore computes exactly what it would compute in a sequence of its own, but what segments share is computed once.
 Prefix Grouper uses the same idea for text trees (Liu et al., 2025, arXiv 2506.05433).
 """
 
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from normtune.data.groups import Group
+from normtune.data.groups import Group, Segment
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -47,53 +48,158 @@ if TYPE_CHECKING:
 # The loss needs the hidden states of two columns only: answer_rows is [4, 7], labels is [a, b], and
 # segment_index is [0, 1]. Nine tokens are computed; two sequences with an image each would have twelve. With
 # 576 image tokens and 12 questions of 15 tokens the numbers are 756 and 7,092.
+#
+# Segments share more than the image if the tokens of one begin with the whole prompt of another. Example: the second
+# turn of a conversation is `q q a s s c`, the first is `q q a`. Their runs are `q q a` (1) and `s s c` (2), and a
+# further question is run 3. `segment_end` is the last run of a run's branch: a key is visible if its run is at most
+# the query's, and the query's is at most the key's `segment_end`.
+#
+#     token           i  i  i  q  q  a  s  s  c  r  r  b
+#     segment_of      0  0  0  1  1  1  2  2  2  3  3  3
+#     segment_end     3  3  3  2  2  2  2  2  2  3  3  3
+#     position_ids    0  1  2  3  4  5  6  7  8  3  4  5
 
 RowLayout = Literal["pad", "pack"]  # one group a row, padded to one length; or all groups in a single row
 
-PREFIX = 0  # the segment number of a group's prefix; its segments are numbered from 1
-PAD = -1  # the group and segment number of padding tokens
+PREFIX = 0  # the number of the run that is a group's prefix; further runs are numbered from 1, parents first
+PAD = -1  # the group and run number of padding tokens
+
+
+class Run(NamedTuple):
+    """Consecutive tokens of a layout that one or more segments share.
+
+    Attributes:
+        rows: the rows of its tokens in the flattened [B * S] tokens.
+        parent: the index of the run that it continues; -1 for a group's prefix.
+    """
+
+    rows: range
+    parent: int
 
 
 @dataclass(frozen=True)
 class SharedSequence:
-    """Groups as rows of tokens: B rows of S tokens, N answer tokens in all. See the example above.
+    """Groups as rows of tokens: B rows of S tokens, N answer tokens in all. See the examples above.
 
     Attributes:
         input_ids: [B, S] long.
         group_of: [B, S] long, the group of each token, -1 for padding.
-        segment_of: [B, S] long, 0 for a prefix token, 1... for its group's segments, -1 for padding.
-        position_ids: [B, S] long; the positions of every segment continue from the end of its prefix.
+        segment_of: [B, S] long, the number of each token's run in its group, -1 for padding.
+        segment_end: [B, S] long, the largest number of a run that continues it, directly or not.
+        position_ids: [B, S] long; the positions of a run continue from the end of its parent.
         answer_rows: [N] long, the row of the flattened [B * S] hidden states that predicts each label.
         labels: [N] long, the answer tokens.
         segment_index: [N] long, the segment of each label, counted over all groups in the order given.
-        segment_count: the number of segments, including those without an answer.
+        runs: the runs of all groups, parents before their children.
+        last_runs: for each segment the index of the run with which it ends.
     """
 
     input_ids: Tensor
     group_of: Tensor
     segment_of: Tensor
+    segment_end: Tensor
     position_ids: Tensor
     answer_rows: Tensor
     labels: Tensor
     segment_index: Tensor
-    segment_count: int
+    runs: Sequence[Run]
+    last_runs: Sequence[int]
+
+    @property
+    def segment_count(self) -> int:
+        """The number of segments, including those without an answer."""
+        return len(self.last_runs)
+
+    def rows_of(self, segment: int) -> tuple[range, list[int]]:
+        """The rows of a segment's prefix, and those of its own tokens, in the flattened [B * S] tokens."""
+        return _trace(self.runs, self.last_runs[segment])
+
+    def targets(self) -> dict[str, Any]:
+        """The part of a batch that the loss needs; see `CausalFamily.collate`."""
+        return {
+            "labels": self.labels,
+            "answer_rows": self.answer_rows,
+            "segment_index": self.segment_index,
+            "pairs": self.segment_count,
+        }
+
+
+def _trace(runs: Sequence[Run], last: int) -> tuple[range, list[int]]:
+    """The tokens of the root of a run's branch, and those of the runs from the root to the run."""
+    ranges = []
+    while runs[last].parent >= 0:
+        ranges.append(runs[last].rows)
+        last = runs[last].parent
+    return runs[last].rows, [row for rows in reversed(ranges) for row in rows]
+
+
+class _Part(NamedTuple):
+    """A run of one group's segments, before it has a place in a row."""
+
+    tokens: tuple[int, ...]
+    start: int  # how many tokens of the segment are before it
+    parent: int  # index of the part that it continues; -1: the prefix
+
+
+def segment_tree(segments: Sequence[Segment]) -> tuple[list[_Part], list[int]]:
+    """Divide segments into parts that each occur once.
+
+    Two segments share their common beginning if it contains the whole prompt of one of them: turns of a conversation,
+    and answers to one question. Questions that only begin with the same words share nothing but the prefix.
+
+    Returns:
+        The parts, parents before their children and each branch in one piece, and for each segment the index of its
+        last part (-1 if it has no tokens).
+    """
+    tokens = [segment.prompt + segment.answer for segment in segments]
+    prompts = {segment.prompt for segment in segments}
+    lengths = sorted({len(prompt) for prompt in prompts})
+    related: dict[tuple[int, ...], list[int]] = {}  # the shortest prompt with which they begin -> segments
+    for index, ids in enumerate(tokens):
+        related.setdefault(next(ids[:n] for n in lengths if ids[:n] in prompts), []).append(index)
+    parts: list[_Part] = []
+    last = [-1] * len(segments)
+
+    def add(members: list[int], start: int, parent: int) -> None:
+        first, other = (choose(tokens[member] for member in members) for choose in (min, max))
+        shared = (n for n, (a, b) in enumerate(zip(first[start:], other[start:], strict=False)) if a != b)
+        stop = start + next(shared, min(len(first), len(other)) - start)
+        if stop > start:
+            parts.append(_Part(first[start:stop], start, parent))
+            parent = len(parts) - 1
+        children: dict[int, list[int]] = {}
+        for member in members:
+            if len(tokens[member]) == stop:
+                last[member] = parent
+            else:
+                children.setdefault(tokens[member][stop], []).append(member)
+        for child in children.values():
+            add(child, stop, parent)
+
+    for members in related.values():
+        add(members, 0, -1)
+    return parts, last
 
 
 @dataclass
 class _RowBuilder:
-    """A row under construction: four lists of the same length."""
+    """A row under construction: five lists of the same length."""
 
     ids: list[int] = field(default_factory=list)
     groups: list[int] = field(default_factory=list)
     segments: list[int] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
 
-    def add(self, ids: Sequence[int], group: int, segment: int, position: int) -> None:
-        """Append tokens of one segment, the first of them at `position`."""
+    def add(self, ids: Sequence[int], group: int, segment: int, end: int, position: int) -> range:
+        """Append the tokens of one run, the first of them at `position`; returns their columns."""
+        columns = range(len(self.ids), len(self.ids) + len(ids))
         self.ids += ids
         self.groups += [group] * len(ids)
         self.segments += [segment] * len(ids)
+        self.ends += [end] * len(ids)
         self.positions += range(position, position + len(ids))
+        return columns
 
 
 def shared_sequence(
@@ -115,28 +221,37 @@ def shared_sequence(
     """
     assert len(groups) == len(prefixes) and groups, "one prefix a group, at least one group"
     layout: list[_RowBuilder] = []
-    targets: list[tuple[int, int, int, int]] = []  # row, column of the predicting token, label, segment
-    segment_count = 0
+    placed: list[tuple[int, range, int]] = []  # row, columns and parent of each run
+    last_runs: list[int] = []
     for g, (group, prefix) in enumerate(zip(groups, prefixes, strict=True)):
         assert prefix, "a prefix holds at least the image"
         if rows == "pad" or not layout:
             layout.append(_RowBuilder())
-        row = layout[-1]
-        row.add(prefix, g, PREFIX, position=0)
-        prefix_end = len(row.ids) - 1  # column of the prefix's last token
-        for number, segment in enumerate(group.segments, start=PREFIX + 1):
-            start = len(row.ids)
-            # every segment starts at the same position, as if the prefix preceded it directly
-            row.add(segment.prompt + segment.answer, g, number, position=len(prefix))
-            for offset, token in enumerate(segment.answer, start=len(segment.prompt)):
-                # The token before predicts the label. Where a segment has no prompt, its first token is
-                # predicted by the prefix's last token, which may be many columns to the left.
-                predictor = start + offset - 1 if offset else prefix_end
-                targets.append((len(layout) - 1, predictor, token, segment_count))
-            segment_count += 1
+        row, index, root = layout[-1], len(layout) - 1, len(placed)
+        parts, last = segment_tree(group.segments)
+        ends = [*range(len(parts))]  # the last part of each part's branch
+        for number in reversed(range(len(parts))):
+            if (parent := parts[number].parent) >= 0:
+                ends[parent] = max(ends[parent], ends[number])
+        placed.append((index, row.add(prefix, g, PREFIX, PREFIX + len(parts), 0), -1))
+        for number, (ids, start, parent) in enumerate(parts):
+            columns = row.add(ids, g, PREFIX + 1 + number, PREFIX + 1 + ends[number], len(prefix) + start)
+            placed.append((index, columns, root + 1 + parent))
+        last_runs += [root + 1 + part for part in last]
 
     length = max(len(row.ids) for row in layout)
     length += -length % multiple_of
+    runs = [
+        Run(range(row * length + columns.start, row * length + columns.stop), parent) for row, columns, parent in placed
+    ]
+    targets: list[tuple[int, int, int]] = []  # flat row of the predicting token, label, segment
+    for number, segment in enumerate(segment for group in groups for segment in group.segments):
+        if segment.answer:
+            prefix_rows, rows_after = _trace(runs, last_runs[number])
+            # The token before predicts the label. Where a segment has no prompt, its first token is predicted by the
+            # prefix's last token, which may be many columns to the left.
+            predicting = [prefix_rows[-1], *rows_after][len(segment.prompt) :]
+            targets += [(row, label, number) for row, label in zip(predicting, segment.answer, strict=False)]
 
     def pad(columns: list[list[int]], value: int) -> Tensor:
         """Lists of one value a token, one list a row -> [B, S] long."""
@@ -146,11 +261,13 @@ def shared_sequence(
         input_ids=pad([row.ids for row in layout], pad_id),
         group_of=pad([row.groups for row in layout], PAD),
         segment_of=pad([row.segments for row in layout], PAD),
+        segment_end=pad([row.ends for row in layout], PAD),
         position_ids=pad([row.positions for row in layout], 0),
-        answer_rows=torch.tensor([row * length + column for row, column, _, _ in targets], dtype=torch.long),
-        labels=torch.tensor([label for _, _, label, _ in targets], dtype=torch.long),
+        answer_rows=torch.tensor([row for row, _, _ in targets], dtype=torch.long),
+        labels=torch.tensor([label for _, label, _ in targets], dtype=torch.long),
         segment_index=torch.tensor([segment for *_, segment in targets], dtype=torch.long),
-        segment_count=segment_count,
+        runs=runs,
+        last_runs=last_runs,
     )
 
 
@@ -159,6 +276,7 @@ class _TokenInfo(NamedTuple):
 
     group: Tensor
     segment: Tensor
+    end: Tensor  # the last segment of the branch that begins with it
     token_index: Tensor  # column in the row
     block: Tensor | None  # image block, -1 outside images
     position: Tensor | None
@@ -172,10 +290,9 @@ def _visible(q: _TokenInfo, k: _TokenInfo, window: int | None, whole_blocks: boo
 
     Dense masks call it with [B, S, 1] against [B, 1, S], FlexAttention with single tokens.
     """
-    # same group, and the key is in the prefix or in the query's own segment
-    related = (q.group == k.group) & ((k.segment == PREFIX) | (k.segment == q.segment))
-    # Columns of a segment follow those of its prefix, so causal order in the row is causal order in the
-    # conversation.
+    # same group, and the query's run is the key's or continues it
+    related = (q.group == k.group) & (k.segment <= q.segment) & (q.segment <= k.end)
+    # Columns of a run follow those of its parent, so causal order in the row is causal order in the conversation.
     ordered = k.token_index <= q.token_index
     near = None
     if window is not None:
@@ -192,15 +309,16 @@ def _visible(q: _TokenInfo, k: _TokenInfo, window: int | None, whole_blocks: boo
 
 
 def _token_info(
-    group_of: Tensor, segment_of: Tensor, image_block: Tensor | None, position_ids: Tensor | None
+    group_of: Tensor, segment_of: Tensor, segment_end: Tensor, image_block: Tensor | None, position_ids: Tensor | None
 ) -> _TokenInfo:
     token_index = torch.arange(group_of.shape[1], device=group_of.device).expand_as(group_of)  # [B, S]
-    return _TokenInfo(group_of, segment_of, token_index, image_block, position_ids)
+    return _TokenInfo(group_of, segment_of, segment_end, token_index, image_block, position_ids)
 
 
 def dense_mask(
     group_of: Tensor,
     segment_of: Tensor,
+    segment_end: Tensor,
     *,
     image_block: Tensor | None = None,
     position_ids: Tensor | None = None,
@@ -210,7 +328,7 @@ def dense_mask(
     """The mask as bool [B, 1, S, S], true where the query (dim 2) sees the key (dim 3).
 
     Args:
-        group_of, segment_of: [B, S], as in `SharedSequence`.
+        group_of, segment_of, segment_end: [B, S], as in `SharedSequence`.
         image_block: [B, S], the number of the image block of each token, -1 outside images; the tokens of
             one block see each other in both directions (Gemma 3).
         position_ids: [B, S]; needed with a window.
@@ -218,7 +336,7 @@ def dense_mask(
             positions and not in columns, since a segment may be many columns away from its prefix.
         whole_blocks: the tokens of one block see each other past the window too (PaliGemma 2).
     """
-    tokens = _token_info(group_of, segment_of, image_block, position_ids)
+    tokens = _token_info(group_of, segment_of, segment_end, image_block, position_ids)
     every = slice(None)
     # [B, S, 1] and [B, 1, S] broadcast to [B, S, S]
     q, k = tokens.select((every, every, None)), tokens.select((every, None))
@@ -228,6 +346,7 @@ def dense_mask(
 def block_mask(
     group_of: Tensor,
     segment_of: Tensor,
+    segment_end: Tensor,
     *,
     image_block: Tensor | None = None,
     position_ids: Tensor | None = None,
@@ -243,7 +362,7 @@ def block_mask(
 
     batch, length = group_of.shape
     assert length % 128 == 0, f"block masks take lengths in multiples of 128, got {length}"
-    tokens = _token_info(group_of, segment_of, image_block, position_ids)
+    tokens = _token_info(group_of, segment_of, segment_end, image_block, position_ids)
 
     def mask_mod(b: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return _visible(tokens.select((b, q)), tokens.select((b, k)), window, whole_blocks)

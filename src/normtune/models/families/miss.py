@@ -19,6 +19,7 @@ from transformers import BlipImageProcessorPil, BlipProcessor
 
 from normtune.data import tasks
 from normtune.data.groups import Group, Segment
+from normtune.data.records import History
 from normtune.errors import InputError
 from normtune.models.answer_loss import Head
 from normtune.models.family import Family
@@ -67,8 +68,9 @@ class MissFamily(Family):
         """The number of image states: 1 + patches an image."""
         return len(images) * self.model.visual_encoder.pos_embed.shape[1]
 
-    def tokenize_whole(self, id: str, question: str, answer: str | None) -> Segment:
+    def tokenize_whole(self, id: str, question: str, answer: str | None, history: History = ()) -> Segment:
         """Tokenise to [ENC] question [SEP] and answer [SEP]; an empty question is replaced by the report prompt."""
+        self.refuse_history(id, history)
         end = self.config.eos_token_id
         prompt = (self.config.encode_token_id, *self._tokens(question or tasks.REPORT_PROMPT), end)
         return Segment(id, prompt, () if answer is None else (*self._tokens(answer), end))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from normtune.data.groups import Group, Segment
+from normtune.data.records import History
 from normtune.models.answer_loss import Head
 from normtune.models.causal.family import CausalFamily
 from normtune.models.causal.prompts import TokenIds
@@ -30,7 +31,9 @@ class PrefixAndSuffix:
         """The tokens before the question: those of the images only."""
         return tuple(self.tokenizer("".join(images), add_special_tokens=False).input_ids)
 
-    def segment(self, id: str, question: str, answer: str | None) -> tuple[TokenIds, TokenIds]:
+    def segment(
+        self, id: str, question: str, answer: str | None, history: Sequence[tuple[str, str]] = ()
+    ) -> tuple[TokenIds, TokenIds]:
         """See `ChatPrompt.segment`."""
         prompt = (self.tokenizer.bos_token_id, *self._tokens(f"{question}\n"))
         return prompt, () if answer is None else (*self._tokens(answer), self.tokenizer.eos_token_id)
@@ -65,6 +68,10 @@ class PaliGemmaFamily(CausalFamily):
 
     def frozen_trunk(self, trained: Collection[nn.Parameter]) -> None:
         """None: an image's states differ from question to question, so none are cached."""
+
+    def tokenize_whole(self, id: str, question: str, answer: str | None, history: History = ()) -> Segment:
+        self.refuse_history(id, history)
+        return super().tokenize_whole(id, question, answer)
 
     def prompt_format(self) -> PrefixAndSuffix:
         return PrefixAndSuffix(self.processor)
