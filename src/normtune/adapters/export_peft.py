@@ -35,7 +35,7 @@ from normtune.runtime.tensors import write_tensors
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
-_PREFIX = "base_model.model."  # PEFT's wrappers, in the names of the tensors that it saves
+PREFIX = "base_model.model."  # PEFT's wrappers, in the names of the tensors that it saves
 _PEFT_METHODS = {"lora": "LoRA", "ia3": "IA3"}  # method -> PEFT's method; all others use LN tuning
 _LEAVES = ("weight", "bias")  # parameters of modules that have no submodules
 _PREFIX_REASON = "PEFT passes a prefix as a cache, which moves every token's position, and Normtune's moves none"
@@ -79,12 +79,14 @@ def export_peft(adapter: Path, out: Path, *, model: str | None = None) -> Export
             the part and the reason).
     """
     info = read_adapter_info(adapter)
+    if not info.base_fingerprint:
+        raise InputError(f"{adapter} is an adapter of PEFT already. Copy its folder.")
     peft_method = _peft_method(info)
     config, key_of = _CONFIGS[peft_method](info)
     config.base_model_name_or_path = model or info.base_name
     config.inference_mode = True
     tensors = read_tensors(adapter, info)
-    renamed: dict[str, Tensor] = {_PREFIX + key_of(name): tensor for name, tensor in tensors.items()}
+    renamed: dict[str, Tensor] = {PREFIX + key_of(name): tensor for name, tensor in tensors.items()}
     with atomic_directory(out) as building:
         write_json(building / CONFIG_FILE, config.to_dict())
         write_tensors(building / WEIGHTS_FILE, renamed)

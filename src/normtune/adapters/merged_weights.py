@@ -46,7 +46,8 @@ def merged_tensor(linear: str, layer: Any, key: str, old: Tensor, trained: Mappi
     """Merge a LoRA or an IA3 into one tensor of its linear.
 
     LoRA: W + (alpha / r) B A (Hu et al. 2021, section 4.1). IA3: the rows of W (and the bias), or its
-    columns, times a vector (Liu et al. 2022, section 3.3).
+    columns, times a vector (Liu et al. 2022, section 3.3). DoRA: the rows of LoRA's weight, scaled to the norms m
+    (Liu et al. 2024, arXiv 2402.09353, section 4.1).
 
     Args:
         linear: name of the linear in the base.
@@ -63,4 +64,6 @@ def merged_tensor(linear: str, layer: Any, key: str, old: Tensor, trained: Mappi
         return old * (scale if key == "weight" else scale.flatten())
     (name,) = layer.active_adapters
     new = trained[f"{linear}.lora_B"].detach() @ trained[f"{linear}.lora_A"].detach()  # [out, r] @ [r, in]
-    return new.mul_(layer.scaling[name]).add_(old)
+    new.mul_(layer.scaling[name]).add_(old)
+    magnitude = trained.get(f"{linear}.lora_magnitude_vector")  # [out]
+    return new if magnitude is None else new.mul_((magnitude / new.norm(dim=1))[:, None])

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import safetensors
@@ -67,6 +68,8 @@ def save_adapter(
     """
     directory = Path(directory)
     base_name, base_fingerprint = base_name or tuned.base_name, base_fingerprint or tuned.base_fingerprint
+    if tuned.is_imported:
+        raise InputError("this adapter was made by PEFT. Keep its folder, which every command reads.")
     if not base_fingerprint:
         raise InputError("the fingerprint of the base is unknown. Adapt the model with normtune.adapt.")
     if rows is not None:
@@ -106,8 +109,11 @@ def save_adapter(
         card_file.write_text(model_card(info), encoding="utf-8", errors="backslashreplace")
 
 
-def read_adapter_info(directory: Path | str) -> AdapterInfo:
-    """Read and check `adapter.json`, and check that the tensors' file has the digest that it records.
+def read_adapter_info(directory: Path | str, *, verify: bool = True) -> AdapterInfo:
+    """Read and check the description of an adapter, which may be one of PEFT's.
+
+    Args:
+        verify: check that the tensors' file has the digest that `adapter.json` records.
 
     Raises:
         InputError: the directory has no adapter, or one of another format, or its files do not belong
@@ -115,11 +121,15 @@ def read_adapter_info(directory: Path | str) -> AdapterInfo:
     """
     directory = Path(directory)
     if not (directory / INFO_FILE).is_file():
+        if import_peft := _import_peft(directory):
+            return import_peft.read_peft_info(directory)
         raise InputError(
             f"{directory} is not a complete adapter: {INFO_FILE} is missing. "
-            "Give a directory written by normtune train."
+            "Give a directory written by normtune train, or by PEFT."
         )
     info = parse_info(read_json(directory / INFO_FILE), directory / INFO_FILE)
+    if not verify and (directory / TENSORS_FILE).is_file():
+        return info
     if not (directory / TENSORS_FILE).is_file() or _digest(directory / TENSORS_FILE) != info.sha256:
         raise InputError(
             f"{directory / TENSORS_FILE} is not the file that {INFO_FILE} describes "
@@ -134,6 +144,8 @@ def read_tensors(directory: Path | str, info: AdapterInfo) -> dict[str, Tensor]:
     Raises:
         InputError: the file cannot be read, or its names and shapes differ from those in `info`.
     """
+    if import_peft := _import_peft(Path(directory)):
+        return import_peft.read_peft_tensors(Path(directory))
     path = Path(directory) / TENSORS_FILE
     try:
         tensors = load_file(path)
@@ -169,9 +181,10 @@ def load_adapter(
         return allow_other_base or same_base(base_fingerprint, current)
 
     tuned = attach_adapter(model, directory, info, is_base, keep_base=keep_base)
+    values = import_peft.prepare_values(tuned, tensors) if (import_peft := _import_peft(Path(directory))) else tensors
     with torch.no_grad():
         for name, parameter in tuned.trained.items():
-            parameter.copy_(tensors[name])
+            parameter.copy_(values[name])
     return tuned
 
 
@@ -194,6 +207,8 @@ def attach_adapter(
     Raises:
         InputError: the adapter belongs to another base.
     """
+    if import_peft := _import_peft(Path(directory)):
+        return import_peft.attach_peft(model, Path(directory), info, keep_base=keep_base)
     # Shapes first: they explain a wrong base better than its fingerprint does.
     model_shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
     base_shapes = {name: tuple(tensor.shape) for name, tensor in info.tensors.items() if tensor.method in INTRINSIC}
@@ -219,6 +234,15 @@ def attach_adapter(
             restore_base(tuned)
         _check_shapes(directory, info, mismatches)
     return tuned
+
+
+def _import_peft(directory: Path) -> ModuleType | None:
+    """The module that reads PEFT's adapters, if the directory holds one and none of Normtune's."""
+    if (directory / INFO_FILE).is_file() or not (directory / "adapter_config.json").is_file():
+        return None
+    from normtune.adapters import import_peft  # PEFT takes a second to import
+
+    return import_peft
 
 
 @contextmanager

@@ -8,7 +8,7 @@ base's dtype at each use. All other parameters are frozen and keep their values 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -60,6 +60,7 @@ class TunedModel:
     base_name: str = ""  # directory or hub name of the base
     base_fingerprint: str = ""  # see `normtune.adapters.fingerprint`; computed before the model was adapted
     active: bool = True  # False after `restore_base`
+    is_imported: bool = False  # an adapter of PEFT: the recipe describes it, but does not make it again
 
     @property
     def trainable(self) -> int:
@@ -89,7 +90,13 @@ class Cast(nn.Module):
 
 
 def adapt(
-    model: nn.Module, recipe: Recipe | str, *, seed: int = 0, keep_base: bool = False, train_unused: bool = False
+    model: nn.Module,
+    recipe: Recipe | str,
+    *,
+    seed: int = 0,
+    keep_base: bool = False,
+    train_unused: bool = False,
+    names: Collection[str] | None = None,
 ) -> TunedModel:
     """Make a model trainable, in place, as a recipe describes.
 
@@ -100,6 +107,7 @@ def adapt(
         keep_base: train copies of the base's parameters, so that `restore_base` works for every recipe; this
             takes as much memory as the trained parameters. Norms are restored without it.
         train_unused: do not leave out the parameters that the model never uses (see `unused_parameters`).
+        names: of the base's parameters that the recipe trains, only these are trained; None: all.
 
     Raises:
         InputError: the recipe does not fit the model. The model is then unchanged, but frozen.
@@ -112,7 +120,7 @@ def adapt(
     method_of = _assign_methods(base, resolved)
     unused = frozenset() if train_unused else unused_parameters(model, base)
     left_out = sum(info.numel for info in base.parameters if info.name in method_of and info.name in unused)
-    method_of = {name: method for name, method in method_of.items() if name not in unused}
+    method_of = {name: m for name, m in method_of.items() if name not in unused and (names is None or name in names)}
     trained_of_base = {name: parameter for name, parameter in model.named_parameters() if name in method_of}
     holders_of = parameter_holders(model, trained_of_base)
     for name in method_of:
@@ -164,7 +172,8 @@ def restore_base(tuned: TunedModel) -> nn.Module:
     """
     restorable = {name for name in tuned.trained if name.rpartition(".")[0] in tuned.base_norms}
     restorable |= tuned.base_parameters.keys()
-    lost = [name for name, method in tuned.methods.items() if method not in ADDED and name not in restorable]
+    restorable |= {name for addition in tuned.additions for name in addition.parameters}
+    lost = [name for name in tuned.methods if name not in restorable]
     if lost:
         raise InputError(f"{lost[0]} was trained in place, its old values are not kept. Load the base again.")
     for addition in reversed(tuned.additions):  # in the reverse order of adding

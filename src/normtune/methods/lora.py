@@ -94,7 +94,7 @@ def add_lora(model: nn.Module, part: str, method: Method, linears: Sequence[Targ
     targets = lora_targets(linears)
     if not targets:
         raise NoTarget(f"lora finds no query or value projection in part '{part}'. Choose another method there.")
-    layers, remove = _inject(model, lora_config(method, [target.name for target in targets]), targets)
+    layers, remove = inject(model, lora_config(method, [target.name for target in targets]), targets)
     parameters: dict[str, nn.Parameter] = {}
     for name, layer in layers.items():
         parameters[f"{name}.lora_A"] = layer.lora_A[_PEFT_NAME].weight  # [rank, in]
@@ -113,11 +113,11 @@ def add_ia3(model: nn.Module, part: str, linears: Sequence[TargetLinear]) -> Add
     if not outputs:
         raise NoTarget(f"ia3 finds no key or value projection in part '{part}'. Choose another method there.")
     config = ia3_config([target.name for target in outputs], [target.name for target in inputs])
-    layers, remove = _inject(model, config, [*outputs, *inputs])
+    layers, remove = inject(model, config, [*outputs, *inputs])
     return AddedLayers({f"{name}.ia3": layer.ia3_l[_PEFT_NAME] for name, layer in layers.items()}, remove, layers)
 
 
-def _inject(
+def inject(
     model: nn.Module, config: PeftConfig, targets: Sequence[TargetLinear]
 ) -> tuple[dict[str, Any], Callable[[], None]]:
     """Wrap linears in PEFT's layers; returns these by the linears' names, and a function to remove them."""

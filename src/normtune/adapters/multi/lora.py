@@ -22,7 +22,7 @@ from normtune.methods.adapt import adapt, restore_base
 from normtune.methods.recipe import parse
 from normtune.methods.registry import Method
 from normtune.methods.sites import CROSS, KEY, VALUE
-from normtune.models.part_names import IMAGE_PARTS
+from normtune.models.part_names import IMAGE_PARTS, PARTS
 
 DOWN, UP = "lora_A", "lora_B"  # last component of the matrices' names in an adapter, after the linear's name
 # From so many rows per unit on, one matmul per run is faster than one batched matmul over gathered matrices.
@@ -257,5 +257,10 @@ def _unpadded_shape(matrix: LoRAMatrix, side: str, rank: int) -> list[int]:
 
 def _lora_methods(info: AdapterInfo) -> dict[str, Method]:
     """Part -> its LoRA, in the adapter's recipe; a part has at most one."""
-    parts = parse(info.recipe).parts
-    return {part: method for part, methods in parts for method in methods if method.name == "lora"}
+    parts = [(part, method) for part, methods in parse(info.recipe).parts for method in methods]
+    # `all` is in the recipes that describe PEFT's adapters
+    return {name: method for part, method in parts if method.name == "lora" for name in _names(part)}
+
+
+def _names(part: str) -> Sequence[str]:
+    return PARTS if part == "all" else (part,)

@@ -22,15 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from normtune.adapters.fingerprint import fingerprint, same_base
-from normtune.adapters.info import AdapterInfo, parse_info
+from normtune.adapters.info import AdapterInfo
 from normtune.adapters.multi.bank import AdapterBank, build_bank
 from normtune.adapters.multi.lora import LoRABank, add_lora_bank, lora_matrices
 from normtune.adapters.multi.rows import RowAdapters
-from normtune.adapters.storage import INFO_FILE, TENSORS_FILE, read_adapter_info, read_tensors
+from normtune.adapters.storage import INFO_FILE, read_adapter_info, read_tensors
 from normtune.errors import InputError
 from normtune.methods.adapt import adapt, restore_base
 from normtune.models.part_names import IMAGE_PARTS
-from normtune.runtime.files import read_json
 from normtune.serving.engine.requests import NameTaken, ServedAdapter, UnknownAdapter, UnusableAdapter
 
 BASE_SLOT = 0  # the slot of the base's own norm values; no adapter is loaded into it
@@ -148,9 +147,7 @@ class AdapterSlots:
         if not name.strip():
             raise InputError("an adapter needs a name. Give it one.")
         modified = _modified(folder)  # before reading, so that a later change is noticed
-        info = parse_info(read_json(folder / INFO_FILE), folder / INFO_FILE)
-        if not (folder / TENSORS_FILE).is_file():
-            raise InputError(f"{folder / TENSORS_FILE} is missing. Copy the adapter again.")
+        info = read_adapter_info(folder, verify=False)
         self._check(name, info)
         adapter = RegisteredAdapter(
             ServedAdapter(
@@ -218,7 +215,8 @@ class AdapterSlots:
         Raises:
             InputError: it does not.
         """
-        if not same_base(info.base_fingerprint, self.fingerprint):
+        # an adapter of PEFT records no fingerprint: its names and shapes are checked below
+        if info.base_fingerprint and not same_base(info.base_fingerprint, self.fingerprint):
             raise InputError(
                 f"adapter '{name}' was trained on '{info.base_name}', but the served base has other values "
                 "or parts. Register adapters of the served base."

@@ -80,7 +80,8 @@ def find_adapters(root: Path) -> dict[str, Path]:
     if not root.is_dir():
         raise InputError(f"--adapter-root {root} is not a folder. Give the folder that contains the adapters.")
     entries = sorted(entry for entry in root.iterdir() if not entry.name.startswith("."))
-    return {entry.name: entry for entry in entries if (entry / "adapter.json").is_file()}
+    names = ("adapter.json", "adapter_config.json")  # Normtune's and PEFT's
+    return {entry.name: entry for entry in entries if any((entry / name).is_file() for name in names)}
 
 
 def review_names(folder: Path | None) -> list[str]:

@@ -1,0 +1,315 @@
+"""Read adapters that PEFT wrote: `adapter_config.json` and `adapter_model.safetensors` in one directory.
+
+| PEFT | what it becomes |
+|---|---|
+| LoRA, with rank and alpha patterns, rsLoRA or DoRA | PEFT's own layers on exactly the modules of the file |
+| IA3 | the same |
+| LN tuning, `modules_to_save`, trained biases | trained parameters of the base, as in Normtune's own adapters |
+| prefix tuning (P-Tuning v2) | Normtune's prefix, with its keys rotated (see `_rotate_keys`) |
+
+Every tensor of the file must have its place in the model; otherwise one error names those that have none. PEFT
+records no fingerprint of the base, so that shapes and names are compared, not values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from normtune.adapters.export_peft import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from normtune.adapters.info import NOTICE, AdapterInfo, TrainedTensor
+from normtune.errors import InputError
+from normtune.methods.adapt import TunedModel, adapt, restore_base
+from normtune.methods.lora import exact_name_pattern, ia3_config, inject
+from normtune.methods.prefix import Prefix
+from normtune.methods.recipe import parse
+from normtune.methods.registry import INTRINSIC
+from normtune.methods.sites import AddedLayers, TargetLinear
+from normtune.models.parts import find_parts
+from normtune.runtime.files import read_json
+
+_log = logging.getLogger(__name__)
+_LORA, _DORA = "lora", "dora"  # methods of tensors: a server can mix the rows of the first, not of the second
+_ADDED = {  # end of PEFT's name -> end of our name
+    ".lora_A.weight": ".lora_A",
+    ".lora_B.weight": ".lora_B",
+    ".lora_magnitude_vector": ".lora_magnitude_vector",
+    ".ia3_l": ".ia3",
+}
+_LN_LAYERS = ".ln_tuning_layers."
+_PREFIX_PART = "language"
+_PREFIX_NAME = f"{_PREFIX_PART}.prefix.embedding.weight"
+_METHODS = {"LORA": _LORA, "IA3": "ia3", "LN_TUNING": "ln", "PREFIX_TUNING": "ptuning"}
+# options of LoRA that compute something else than W + (alpha / r) B A or DoRA's weight
+_OTHER_LORAS = (
+    *("layer_replication", "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "lora_bias"),
+    *("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config"),
+)
+# language models with rotary positions of one kind in every layer, and no sliding window
+_ROTARY_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+_MAX_NAMED = 3  # an error names so many tensors and counts the others
+
+
+def read_peft_info(directory: Path) -> AdapterInfo:
+    """Describe an adapter of PEFT as `adapter.json` describes one of Normtune's; its base has no fingerprint.
+
+    Raises:
+        InputError: the files are incomplete, or the adapter's kind is not supported.
+    """
+    config = read_json(directory / CONFIG_FILE)
+    kind = str(config.get("peft_type"))
+    if kind not in _METHODS:
+        raise InputError(f"{directory} is a PEFT adapter of type {kind}. Supported: {', '.join(_METHODS)}.")
+    if others := [name for name in _OTHER_LORAS if config.get(name)]:
+        raise InputError(f"{directory / CONFIG_FILE}: {others[0]} is not supported. Merge the adapter with PEFT.")
+    path = directory / WEIGHTS_FILE
+    method = _DORA if config.get("use_dora") else _METHODS[kind]
+    tensors = {
+        name: TrainedTensor(list(tensor.shape), "", "", method if is_added or kind == "LN_TUNING" else "full")
+        for name, (tensor, is_added) in _read_file(path, kind).items()
+    }
+    return AdapterInfo(
+        base_name=str(config.get("base_model_name_or_path") or "not recorded"),
+        base_fingerprint="",
+        recipe=_recipe(config, kind, tensors),
+        trainable=sum(math.prod(tensor.shape) for tensor in tensors.values()),
+        total=0,
+        data=None,
+        metrics=None,
+        versions={"peft": str(config.get("peft_version") or "not recorded")},
+        notice=NOTICE,
+        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        tensors=tensors,
+    )
+
+
+def read_peft_tensors(directory: Path) -> dict[str, Tensor]:
+    """Read the tensors of an adapter of PEFT in fp32, under Normtune's names."""
+    kind = str(read_json(directory / CONFIG_FILE).get("peft_type"))
+    return {name: tensor.float() for name, (tensor, _) in _read_file(directory / WEIGHTS_FILE, kind).items()}
+
+
+def attach_peft(model: nn.Module, directory: Path, info: AdapterInfo, *, keep_base: bool) -> TunedModel:
+    """Add what an adapter of PEFT trains to a model, without its values.
+
+    Args:
+        keep_base: see `normtune.methods.adapt.adapt`.
+
+    Raises:
+        InputError: a tensor of the file has no place in the model, or another shape there.
+    """
+    _check_base_name(model, directory, info)
+    if _PREFIX_NAME in info.tensors:
+        tuned = _attach_prefix(model, directory, info, keep_base=keep_base)
+    else:
+        tuned = _attach_layers(model, directory, info, keep_base=keep_base)
+    tuned.recipe = parse(info.recipe)
+    tuned.base_name, tuned.is_imported = info.base_name, True
+    return tuned
+
+
+def prepare_values(tuned: TunedModel, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The values of the trained parameters: those of the file, with the keys of a prefix rotated."""
+    if _PREFIX_NAME not in tensors:
+        return tensors
+    return {_PREFIX_NAME: _rotate_keys(tuned, tensors[_PREFIX_NAME])}
+
+
+def _read_file(path: Path, kind: str) -> dict[str, tuple[Tensor, bool]]:
+    """Our name -> (tensor, whether it was added to the base)."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing. Copy the adapter again, or save it with safe_serialization=True.")
+    try:
+        stored = load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"cannot read {path}: {error}. Copy the adapter again.") from error
+    return dict(_our_name(key, tensor, kind) for key, tensor in stored.items())
+
+
+def _our_name(key: str, tensor: Tensor, kind: str) -> tuple[str, tuple[Tensor, bool]]:
+    if kind == "PREFIX_TUNING" and key == "prompt_embeddings":
+        return _PREFIX_NAME, (tensor, True)
+    name = key.removeprefix(PREFIX)
+    for end, our_end in _ADDED.items():
+        if name.endswith(end):
+            return name.removesuffix(end) + our_end, (tensor, True)
+    # a bias of a linear with a LoRA has the name of the linear inside PEFT's layer
+    return name.replace(_LN_LAYERS, ".").replace(".base_layer.", "."), (tensor, False)
+
+
+def _recipe(config: Mapping[str, Any], kind: str, tensors: Mapping[str, TrainedTensor]) -> str:
+    """The recipe that describes an adapter; a LoRA's options are those that a server needs to mix its rows."""
+    if kind == "PREFIX_TUNING":
+        return f"{_PREFIX_PART}=ptuning(n={int(config['num_virtual_tokens'])})"
+    if kind != "LORA":
+        return f"all={_METHODS[kind]}"
+    rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    if config.get("use_rslora"):
+        alpha *= math.sqrt(rank)  # alpha / sqrt(r) = (alpha sqrt(r)) / r
+    plain = not config.get("use_dora") and not config.get("rank_pattern") and not config.get("alpha_pattern")
+    if plain and alpha == int(alpha):
+        return f"all=lora(r={rank},alpha={int(alpha)})"
+    for tensor in tensors.values():
+        if tensor.method == _LORA:  # frozen dataclass: it is described as one whose rows cannot be mixed
+            object.__setattr__(tensor, "method", "lora with patterns")
+    return "all=lora"
+
+
+def _check_base_name(model: nn.Module, directory: Path, info: AdapterInfo) -> None:
+    """Warn if the adapter names another base than the one that is loaded; a copy may have any name."""
+    loaded = str(getattr(getattr(model, "config", None), "name_or_path", "") or "")
+    if loaded and info.base_name != "not recorded" and Path(loaded).name != Path(info.base_name).name:
+        _log.warning(
+            "%s names the base '%s', and '%s' is loaded. Only shapes are compared", directory, info.base_name, loaded
+        )
+
+
+def _attach_layers(model: nn.Module, directory: Path, info: AdapterInfo, *, keep_base: bool) -> TunedModel:
+    """Train the base's own parameters that the file has, and add PEFT's layers to the linears that it names."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    names_of = Counter(id(parameter) for parameter in parameters.values())  # parameter -> number of its names
+    linears: dict[str, TargetLinear] = {}  # those with added layers
+    part_of: dict[str, str] = {}
+    info_of = {parameter.name: parameter for parameter in find_parts(model).parameters}
+    unplaced = []
+    for name, tensor in info.tensors.items():
+        owner = name if tensor.method in INTRINSIC else f"{name.rpartition('.')[0]}.weight"
+        module: Any = None if owner not in parameters else model.get_submodule(owner.rpartition(".")[0])
+        if owner not in parameters or (tensor.method not in INTRINSIC and not isinstance(module, nn.Linear)):
+            unplaced.append(name)
+            continue
+        if tensor.method in INTRINSIC and names_of[id(parameters[name])] > 1:  # PEFT's copies are not tied
+            unplaced.append(f"{name} (tied to another tensor of this model)")
+            continue
+        if tensor.method in INTRINSIC and tuple(tensor.shape) != tuple(parameters[name].shape):
+            unplaced.append(f"{name} (adapter {tensor.shape}, model {list(parameters[name].shape)})")
+            continue
+        part_of[name] = info_of[owner].part
+        if tensor.method not in INTRINSIC:
+            linear = owner.removesuffix(".weight")
+            linears[linear] = TargetLinear(linear, info_of[owner].role, info_of[owner].layer or 0, module)
+    _check_placed(directory, info, unplaced)
+    intrinsic = {name for name, tensor in info.tensors.items() if tensor.method in INTRINSIC}
+    tuned = adapt(
+        model, "all=full" if intrinsic else "all=frozen", keep_base=keep_base, train_unused=True, names=intrinsic
+    )
+    tuned.methods = {name: info.tensors[name].method for name in tuned.trained}
+    if not linears:
+        return tuned
+    with _restored_on_error(tuned):
+        layers, remove = inject(model, _layer_config(directory, info, list(linears)), list(linears.values()))
+        added: dict[str, nn.Parameter] = {}
+        for linear, layer in layers.items():
+            for name, parameter in layer.named_parameters():
+                attribute = name.partition(".")[0]  # lora_A.normtune.weight, ia3_l.normtune
+                if attribute != "base_layer":
+                    added[f"{linear}.{'ia3' if attribute == 'ia3_l' else attribute}"] = parameter
+        tuned.additions.append(AddedLayers(added, remove, layers))
+        for name, parameter in added.items():
+            tuned.trained[name] = parameter.requires_grad_(True)
+            tensor = info.tensors.get(name)
+            if tensor is None or list(parameter.shape) != tensor.shape:
+                unplaced.append(f"{name} (adapter {tensor and tensor.shape}, model {list(parameter.shape)})")
+            tuned.methods[name] = tensor.method if tensor else ""
+            tuned.part_and_role[name] = (part_of.get(name, ""), tuned.methods[name])
+        _check_placed(directory, info, unplaced)
+    return tuned
+
+
+def _layer_config(directory: Path, info: AdapterInfo, linears: list[str]) -> Any:
+    """PEFT's config of the added layers, on exactly these linears."""
+    from peft import LoraConfig, PeftConfig
+
+    config = PeftConfig.from_pretrained(str(directory))
+    if not isinstance(config, LoraConfig):
+        inputs = [name.rpartition(".")[0] for name, tensor in info.tensors.items() if tensor.shape[:1] == [1]]
+        return ia3_config([name for name in linears if name not in inputs], inputs)
+    return LoraConfig(
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        rank_pattern=config.rank_pattern,
+        alpha_pattern=config.alpha_pattern,
+        target_modules=exact_name_pattern(linears),
+    )
+
+
+def _attach_prefix(model: nn.Module, directory: Path, info: AdapterInfo, *, keep_base: bool) -> TunedModel:
+    """Add a prefix to the language model."""
+    _check_placed(directory, info, [name for name in info.tensors if name != _PREFIX_NAME])
+    config: Any = getattr(model, "config", None)
+    text: Any = None if config is None else config.get_text_config()
+    kind = getattr(text, "model_type", "")
+    rope = str((getattr(text, "rope_parameters", None) or {}).get("rope_type", "default"))
+    if (
+        kind not in _ROTARY_TYPES
+        or rope in ("dynamic", "longrope")
+        or (getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True))
+    ):
+        raise InputError(
+            f"{directory} is a prefix for a language model of type '{kind}' with {rope} positions. PEFT moves the "
+            f"positions of its tokens, which is supported for {', '.join(_ROTARY_TYPES)} without a sliding window."
+        )
+    tuned = adapt(model, info.recipe, keep_base=keep_base)
+    shape = list(tuned.trained[_PREFIX_NAME].shape)
+    if shape != info.tensors[_PREFIX_NAME].shape:
+        with _restored_on_error(tuned):
+            _check_placed(
+                directory, info, [f"{_PREFIX_NAME} (adapter {info.tensors[_PREFIX_NAME].shape}, model {shape})"]
+            )
+    return tuned
+
+
+def _rotate_keys(tuned: TunedModel, values: Tensor) -> Tensor:
+    """Rotate the keys of a prefix so that tokens may keep their positions.
+
+    PEFT passes the n keys k as a cache, which moves every token's position p to p + n. Normtune moves none. With
+    the rotation R of rotary positions, (R(p + n) q) . k = (R(p) q) . (R(-n) k): the keys R(-n) k give the same
+    attention.
+
+    Args:
+        values: [n, layers * 2 * width]: of each layer its keys, then its values.
+    """
+    model: Any = tuned.model
+    prefix = next(module for module in model.modules() if isinstance(module, Prefix))
+    n, head_dim = prefix.n, prefix.width // prefix.heads
+    frequencies: Tensor = model.get_decoder().rotary_emb.inv_freq.detach().cpu().double()
+    angles = (n * frequencies).repeat(2)  # [rotated dimensions]
+    both = values.double().view(n, prefix.depth, 2, prefix.heads, head_dim).clone()
+    keys = both[:, :, 0, :, : len(angles)]
+    first, second = keys.chunk(2, dim=-1)
+    both[:, :, 0, :, : len(angles)] = keys * angles.cos() - torch.cat([-second, first], -1) * angles.sin()
+    return both.view(values.shape).to(values.dtype)
+
+
+def _check_placed(directory: Path, info: AdapterInfo, unplaced: list[str]) -> None:
+    """Raise InputError if tensors of an adapter have no place in the model."""
+    if unplaced:
+        more = f" and {len(unplaced) - _MAX_NAMED} more" if len(unplaced) > _MAX_NAMED else ""
+        raise InputError(
+            f"adapter {directory} of base '{info.base_name}' does not fit this model: it has no place for "
+            f"{', '.join(unplaced[:_MAX_NAMED])}{more}. Load the base that it was trained on."
+        )
+
+
+@contextmanager
+def _restored_on_error(tuned: TunedModel) -> Iterator[None]:
+    """Remove what was added so far if the block raises an InputError."""
+    try:
+        yield
+    except InputError:
+        with suppress(InputError):  # trained in place without `keep_base`: the values of the base are lost
+            restore_base(tuned)
+        raise
