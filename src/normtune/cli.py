@@ -8,7 +8,20 @@ import sys
 import typer
 
 # Importing these modules registers their commands.
-from normtune.commands import adapters, ask, bench, doctor, evaluate, import_models, init, inspect, serve, study, train  # noqa: F401
+from normtune.commands import (  # noqa: F401
+    adapters,
+    ask,
+    bench,
+    doctor,
+    evaluate,
+    import_models,
+    init,
+    inspect,
+    serve,
+    split,
+    study,
+    train,
+)
 from normtune.commands.app import app
 from normtune.errors import InputError
 from normtune.runtime import distributed

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from normtune.data.reading.cells import clean_text, is_yes_no, split_name
+from normtune.data.reading.cells import clean_text, is_yes_no
 from normtune.data.records import Dataset, Example, Problem
+from normtune.data.split_names import split_name
 from normtune.data.splits import examples_by_split, find_identical_images, find_leaks, image_disjoint
 from normtune.errors import InputError
 

@@ -5,18 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from normtune.data.formats import name_and_root
+from normtune.data.split_names import standard_split
 from normtune.errors import InputError, did_you_mean
-
-# Suffix of a data file -> the dataset name (its format) that reads it.
-FILE_FORMATS = {".jsonl": "jsonl", ".parquet": "parquet", ".json": "messages"}
-
-
-def name_and_root(data: str, root: Path | None) -> tuple[str, Path | None]:
-    """Return a dataset's name and root; a data file such as "rows.jsonl" is the root of its format."""
-    path = Path(data)
-    return (FILE_FORMATS[path.suffix], path) if root is None and path.suffix in FILE_FORMATS else (data, root)
 
 
 class _Options(BaseModel):
@@ -48,8 +41,9 @@ class DataOptions(_Options):
     """The dataset and the selection of its examples. The descriptions are what `--help` prints."""
 
     data: str = Field(
-        description="Dataset: slake, vqa-rad, path-vqa, openi, mimic-cxr, medpix, roco, messages, jsonl, "
-        "parquet, phantom-a, phantom-b; or a .jsonl, .json or .parquet file."
+        description="Dataset: slake, vqa-rad, path-vqa, openi, mimic-cxr, medpix, roco, phantom-a, phantom-b; or a "
+        "file or folder of your own (its format is recognised); or, with --root, its format: csv, tsv, xlsx, json, "
+        "jsonl, parquet, messages (conversations), arrow (save_to_disk), imagefolder, dicom."
     )
     root: Path | None = Field(None, description="Folder or file of the dataset; phantoms need none.")
     language: str = Field(
@@ -71,6 +65,29 @@ class DataOptions(_Options):
     task: Literal["vqa", "report"] = Field(
         "vqa", description="Answer questions, or write reports; ignored for datasets with reports only."
     )
+    columns: str | None = Field(
+        None,
+        description="Columns of a table of your own, such as image=scan,answer=findings+impression; fields: image, "
+        "question, answer, id, kind, split, patient, language, modality, organ. Default: by their usual names.",
+    )
+    slices: int | None = Field(
+        None,
+        gt=0,
+        description="Evenly spaced slices of a volume (.nii.gz, DICOM series), one image each; default: 9, as a "
+        "montage.",
+    )
+    montage: bool = Field(False, description="Show the slices of a volume as one picture.")
+    split_ratio: str | None = Field(
+        None,
+        description="Make new splits train/validate/test by this ratio, such as 80/10/10: no picture and no patient in "
+        "two splits, and every kind of answer in its share.",
+    )
+    split_seed: int | None = Field(None, description="Seed of --split-ratio; default: 0.")
+    split_column: str | None = Field(None, min_length=1, description="Column that names the split of a row.")
+    splits: Path | None = Field(None, description="File of splits that `normtune split` wrote.")
+    fold: int | None = Field(
+        None, ge=0, description="Fold of --splits that is the test split, from 0; the next one is validate."
+    )
     sections: Literal["findings", "impression", "both"] = Field(
         "findings", description="Sections that a report consists of (openi, mimic-cxr)."
     )
@@ -83,13 +100,28 @@ class DataOptions(_Options):
     )
     strict: bool = Field(False, description="Stop if anything is lost: a row, a picture, or a text that is cut.")
 
+    @field_validator("split", "train_split", "validate_split", "test_split", check_fields=False)
+    @classmethod
+    def _standard_split(cls, name: str) -> str:
+        """Accept the other names of splits, such as val for validate."""
+        return standard_split(name)
+
     def data_options(self) -> dict[str, Any]:
         """The options for a result file, with an absolute root: they open the same data from any folder."""
         options = self.model_dump(mode="json", include=set(DataOptions.model_fields))
         options["data"], root = name_and_root(self.data, self.root)
         if root is not None and root.exists():  # a root that does not exist is a hub name
             options["root"] = str(root.resolve())
+        if self.splits is not None:
+            options["splits"] = str(self.splits.resolve())
         return options
+
+
+class SplitOptions(DataOptions):
+    """The options of `normtune split`."""
+
+    folds: int | None = Field(None, ge=2, description="Make this many folds, instead of train, validate and test.")
+    out: Path = Field(Path("splits.json"), description="File to write: .json, or .csv with the columns id and split.")
 
 
 class InspectOptions(DataOptions):

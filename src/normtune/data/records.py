@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, get_args, overload
 
+from normtune.data.split_names import standard_split
 from normtune.errors import InputError, did_you_mean
 from normtune.runtime.notebook import Rows, data_frame, html_table
 
@@ -110,6 +111,8 @@ class Dataset:
             InputError: there is no such split; the message lists the existing ones.
         """
         examples = [example for example in self.examples if example.split == name]
+        if not examples and standard_split(name) != name:
+            return self.split(standard_split(name))
         if not examples:
             splits = sorted({example.split for example in self.examples})
             raise InputError(

@@ -3,37 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-from normtune.data.options import DataOptions, name_and_root
-from normtune.data.reading.cells import SPLITS, language_tag
+from normtune.data.formats import FORMATS, PUBLISHED, SUFFIXES, name_and_root
+from normtune.data.options import DataOptions
+from normtune.data.reading.cells import language_tag
+from normtune.data.reading.columns import columns_option
 from normtune.data.reading.radiology import Sections
 from normtune.data.records import Dataset, Example
+from normtune.data.split_names import SPLITS
 from normtune.errors import InputError, did_you_mean
 
 Task = Literal["vqa", "report"]
-# Dataset name -> what --root must point at; messages quote it.
-ROOTS = {
-    "slake": "the folder that holds train.json and imgs/",
-    "vqa-rad": "the folder that holds 'VQA_RAD Dataset Public.json'",
-    "path-vqa": "the folder that holds qas/ and images/, or parquet files, or the hub name owner/name",
-    "openi": "the folder that holds annotation.json, indiana_reports.csv or ecgen-radiology/",
-    "mimic-cxr": "the folder that holds mimic-cxr-2.0.0-split.csv and files/, or annotation.json",
-    "medpix": "the folder that holds train.jsonl, dev.jsonl, test.jsonl and images/",
-    "roco": "the folder that holds data/train/radiology/captions.txt, or another of its layouts",
-    "messages": "a JSONL, JSON or parquet file of conversations, or a folder of them",
-    "jsonl": "a JSONL file or a folder of them",
-    "parquet": "a parquet file, a folder of them, or a hub name owner/name",
-}
+ROOTS = PUBLISHED | FORMATS  # dataset name -> what --root must point at; messages quote it
 PHANTOMS = ("phantom-a", "phantom-b")  # drawn when they are opened, without files; no two are equal
 WITH_SECTIONS = ("openi", "mimic-cxr")  # datasets that separate findings and impression
-WITH_STRICT = ("jsonl", "messages")  # their readers refuse bad rows, unless --skip-bad is set
 WITH_HISTORY = ("messages",)  # datasets of conversations
 _ON_THE_HUB = ("parquet", "path-vqa")  # --root may be a hub name, owner/name
+_TABLES = tuple(name for name in FORMATS if name != "messages")
 NAMES = (*ROOTS, *PHANTOMS)
 
 
@@ -48,63 +39,99 @@ def open_configured(options: DataOptions) -> Dataset:
 
 
 def open_dataset(
-    name: str | Path,
+    name: Any,
     root: str | Path | None = None,
     *,
     language: str = "en",
     image_disjoint: bool = False,
     group_by: str | None = None,
     task: Task = "vqa",
+    columns: str | Mapping[str, str] | None = None,
+    slices: int | None = None,
+    montage: bool = False,
+    split_ratio: str | None = None,
+    split_seed: int | None = None,
+    split_column: str | None = None,
+    splits: str | Path | None = None,
+    fold: int | None = None,
     sections: Sections = "findings",
     text_only: bool = False,
     skip_bad: bool = False,
     history: bool = False,
 ) -> Dataset:
-    """Open a dataset: a known one by its name, or a file of your own.
+    """Open a dataset: a known one by its name, a file or folder of your own, or rows that are in memory.
 
     ```python
     data = normtune.open_dataset("slake", root="SLAKE")
-    data = normtune.open_dataset("rows.jsonl")
+    data = normtune.open_dataset("rows.xlsx", columns={"image": "scan"})
+    data = normtune.open_dataset(data_frame, split_ratio="80/10/10")
     ```
 
     Args:
-        name: one of `NAMES`, or a .jsonl, .json or .parquet file. For phantoms a number of images may follow:
-            `phantom-b:240` has 240 training images, `phantom-b:240/60/120` gives the images of train, validate
-            and test.
+        name: one of `NAMES`; or a file or folder, of which the format is recognised; or a pandas data frame, a
+            `datasets.Dataset`, a list of dicts, a torch dataset of dicts, or a dict of these by split. For phantoms a
+            number of images may follow: `phantom-b:240` has 240 training images, `phantom-b:240/60/120` gives the
+            images of train, validate and test.
         root: folder or file of the dataset; phantoms are drawn and need none.
         language: language of the questions, as a tag (en, zh, fr) or a name; `all` reads every language. Rows
             without a language are part of every language.
         image_disjoint: make new splits that share no picture (with seed 0).
         group_by: column that names the patient or study of a row; such rows stay in one split.
         task: questions or reports. A dataset that has only reports returns them for either task.
+        columns: column of each field, for a table of your own: `{"image": "scan"}`; the others are found by name.
+        slices, montage: how volumes become images: number of slices, and whether they are one picture.
+        split_ratio: make new splits train/validate/test in this ratio, such as "80/10/10".
+        split_seed: the seed of `split_ratio`.
+        split_column: column that names the split of a row.
+        splits, fold: a file of splits that `normtune split` wrote, and the fold in it that is the test split.
         sections: sections that a report consists of; only for the datasets in `WITH_SECTIONS`.
         text_only: keep the rows with missing image files.
         history: let each later question of a conversation see the turns before it; only for `messages`.
-        skip_bad: skip and list the bad rows of `jsonl` and `messages`, instead of raising an error.
+        skip_bad: skip and list the bad rows of your own data, instead of raising an error.
 
     Raises:
         InputError: the name is unknown; the root is needed but missing, or is not this dataset; the dataset
             has no examples of that task or language; or it does not separate sections.
     """
-    name, root = name_and_root(str(name), None if root is None else Path(root))
-    reading = {"text_only": text_only} | ({"strict": False} if skip_bad and name in WITH_STRICT else {})
-    if history:
-        if name not in WITH_HISTORY:
-            raise InputError(
-                f"dataset {name} has no conversations: --history works with {' and '.join(WITH_HISTORY)} only. "
-                "Remove it."
-            )
-        reading["history"] = True
-    dataset = _open_named(name, root, language, task, sections, reading)
+    table_options: dict[str, Any] = {"columns": columns, "slices": slices, "montage": montage, "task": task}
+    named = isinstance(name, str | Path)
+    if named:
+        given, (name, root) = name, name_and_root(str(name), None if root is None else Path(root))
+        if name == "messages" and columns is not None and root is not None and str(root) == str(given):
+            name = SUFFIXES.get(root.suffix, name)  # the columns say that it is a table
+    if history and name not in WITH_HISTORY:
+        raise InputError(
+            f"dataset {name if named else 'in memory'} has no conversations: --history works with "
+            f"{' and '.join(WITH_HISTORY)} only. Remove it."
+        )
+    if named:
+        reading = {"text_only": text_only, "skip_bad": skip_bad, "history": history}
+        dataset = _open_named(name, root, language, task, sections, reading, table_options)
+    else:
+        from normtune.data.datasets.memory import read
+
+        dataset = read(name, text_only=text_only, strict=not skip_bad, **table_options)
+        dataset = _select_task_and_language(dataset, language, task)
     if group_by is not None:
         from normtune.data.splits import with_groups
 
         dataset = with_groups(dataset, group_by)
     if image_disjoint:
         dataset = _split_by_picture(dataset, group_by)
+    if split_ratio or split_column or splits or fold is not None:
+        from normtune.data.split_files import apply_splits
+
+        if image_disjoint:
+            raise InputError("--image-disjoint makes splits of its own. Remove it, or the other options of splits.")
+        file = None if splits is None else Path(splits)
+        dataset = apply_splits(dataset, split_ratio, split_seed, split_column, file, fold)
+    if not named:
+        return dataset
     options = {"data": name, "root": root, "language": language, "image_disjoint": image_disjoint, "task": task}
     options |= {"group_by": group_by, "sections": sections, "text_only": text_only, "skip_bad": skip_bad}
-    options |= {"history": True} if history else {}
+    options |= {"columns": columns_option(columns), "slices": slices, "montage": montage, "fold": fold}
+    options |= {"split_ratio": split_ratio, "split_seed": split_seed, "split_column": split_column}
+    options |= {"splits": None if splits is None else Path(splits)} | ({"history": True} if history else {})
     return replace(dataset, options=options)
 
 
@@ -112,8 +139,7 @@ def _split_by_picture(dataset: Dataset, group_by: str | None) -> Dataset:
     """New splits that share no picture and, where the data names patients or studies, none of these."""
     from normtune.data.splits import find_identical_images, group_columns, image_disjoint
 
-    # phantoms are drawn from one seed each: drawing all of them would find no equal ones
-    identical = [] if dataset.name in PHANTOMS else find_identical_images(dataset)
+    identical = find_identical_images(dataset)
     columns = ", ".join(group_by or column for column in group_columns(dataset.examples))
     note = (
         f"new splits by picture; {len(identical)} pictures have several names; patients by column: {columns or 'none'}"
@@ -122,15 +148,31 @@ def _split_by_picture(dataset: Dataset, group_by: str | None) -> Dataset:
 
 
 def _open_named(
-    name: str, root: Path | None, language: str, task: Task, sections: Sections, reading: dict[str, Any]
+    name: str,
+    root: Path | None,
+    language: str,
+    task: Task,
+    sections: Sections,
+    reading: dict[str, bool],
+    table_options: dict[str, Any],
 ) -> Dataset:
-    """Open a dataset with its own splits; see `open_dataset`."""
+    """Open a dataset with its own splits; see `open_dataset`.
+
+    Args:
+        reading: text_only, skip_bad and history.
+        table_options: the options of tables of the user's own.
+    """
     family, colon, images = name.partition(":")
     if family not in NAMES:
+        if "/" in name or Path(name).suffix:
+            raise InputError(f"--data {name}: no such file or folder. Check the path.")
         raise InputError(
-            f"no dataset '{name}'{did_you_mean(family, NAMES)} "
-            f"Known datasets: {', '.join(NAMES)} (phantom-b:240 has 240 training images)."
+            f"no dataset '{name}'{did_you_mean(family, NAMES) or '.'} "
+            f"Known datasets: {', '.join(NAMES)} (phantom-b:240 has 240 training images); or a file or folder."
         )
+    unused = [option for option in ("columns", "slices", "montage") if table_options[option] and family not in _TABLES]
+    if unused:
+        raise InputError(f"dataset {family} does not take --{unused[0]}: it is for tables of your own. Remove it.")
     if sections != "findings" and family not in WITH_SECTIONS:
         raise InputError(
             f"dataset {family} does not separate the sections of a report: --sections works with "
@@ -144,9 +186,7 @@ def _open_named(
         raise InputError(f"dataset '{name}': only phantoms take a number of images. Write --data {family}.")
     if root is None:
         raise InputError(f"dataset {family} needs --root: {ROOTS[family]}.")
-    dataset = _open_files(family, root, language, sections, reading)
-    if all(example.kind == "report" for example in dataset.examples):
-        task = "report"
+    dataset = _open_files(family, root, language, sections, reading, table_options)
     return _select_task_and_language(dataset, language, task)
 
 
@@ -166,25 +206,36 @@ def _image_counts(name: str, numbers: str) -> int | dict[str, int]:
     return dict(zip(SPLITS, counts, strict=True)) if len(counts) > 1 else counts[0]
 
 
-def _open_files(family: str, root: Path, language: str, sections: Sections, reading: dict[str, Any]) -> Dataset:
+def _open_files(
+    family: str, root: Path, language: str, sections: Sections, reading: dict[str, bool], table_options: dict[str, Any]
+) -> Dataset:
     """Call `read` of the module named after the dataset.
 
     The module is imported only here, as pyarrow takes half a second to import.
     """
     if not root.exists() and family not in _ON_THE_HUB:
         raise InputError(f"--root {root}: no such file or folder. {family} needs {ROOTS[family]}.")
-    options = dict(reading)
+    options: dict[str, Any] = {"text_only": reading["text_only"]}
+    if family in FORMATS:
+        options["strict"] = not reading["skip_bad"]
+    if family in WITH_HISTORY:
+        options["history"] = reading["history"]
+    if family in _TABLES:
+        options |= table_options | {"format": family}
     if family == "slake":
         options["language"] = language_tag(language)
     if family in WITH_SECTIONS:
         options["sections"] = sections
-    read: Callable[..., Dataset] = import_module(f"normtune.data.datasets.{family.replace('-', '_')}").read
+    module = "table" if family in _TABLES else family.replace("-", "_")
+    read: Callable[..., Dataset] = import_module(f"normtune.data.datasets.{module}").read
     return read(root, **options)
 
 
 def _select_task_and_language(dataset: Dataset, language: str, task: Task) -> Dataset:
     """The dataset with only the examples and skipped rows of one task and language; the others are counted."""
     language = language_tag(language)
+    if all(example.kind == "report" for example in dataset.examples):
+        task = "report"
 
     def other_task(example: Example) -> str:
         if (example.kind == "report") == (task == "report"):

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from normtune.data.pictures import cluster, equal_pictures, near_duplicates, read_pictures
-from normtune.data.reading.cells import SPLITS
 from normtune.data.records import Dataset, Example
+from normtune.data.split_names import SPLITS
 from normtune.errors import InputError, did_you_mean
 
 GROUP_BY = "the --group-by column"  # the meta field that `--group-by COLUMN` fills; then it is the only one that counts
@@ -143,7 +143,7 @@ def image_disjoint(
     """
     if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise InputError(f"fractions {fractions} must be at least 0 and add up to 1.")
-    clusters = cluster([*_images_together(dataset.examples), *identical])
+    clusters = cluster_pictures(dataset.examples, identical)
     names = _shuffled(clusters.values(), seed)
     train_end = round(fractions[0] * len(names))
     validate_end = round((fractions[0] + fractions[1]) * len(names))
@@ -169,7 +169,7 @@ def share_of_images(examples: Sequence[Example], share: float, seed: int) -> lis
     The selection depends only on the seed and the image keys, so that a larger share contains every smaller
     one. Images of one example, patient or case stay together.
     """
-    clusters = cluster(_images_together(examples))
+    clusters = cluster_pictures(examples, ())
     names = _shuffled(clusters.values(), seed)
     selected = set(names[: max(1, round(share * len(names)))])
     return [example for example in examples if example.images and clusters[example.images[0]] in selected]
@@ -178,9 +178,21 @@ def share_of_images(examples: Sequence[Example], share: float, seed: int) -> lis
 def find_identical_images(dataset: Dataset) -> list[tuple[str, ...]]:
     """Find pictures that occur under several image keys; each item holds the keys of one picture.
 
-    Every image is opened once. An image that cannot be decoded equals no other.
+    Every image is opened once, but not of phantoms: no two are equal. An image that cannot be decoded equals no other.
     """
+    if dataset.name.startswith("phantom-"):
+        return []
     return equal_pictures(read_pictures(dataset))
+
+
+def cluster_pictures(examples: Sequence[Example], identical: Iterable[Sequence[str]]) -> dict[str, str]:
+    """Image key -> a name for the images that must stay in one split: those of one example, patient or picture.
+
+    Args:
+        examples: name the images and, in `meta`, their patients.
+        identical: keys of the same picture, from `find_identical_images`.
+    """
+    return cluster([*_images_together(examples), *identical])
 
 
 def patient_of_image(examples: Sequence[Example]) -> dict[str, str]:
@@ -188,7 +200,7 @@ def patient_of_image(examples: Sequence[Example]) -> dict[str, str]:
 
     Images are of one patient if they are in one example, or if `meta` names the same patient or case.
     """
-    return cluster(_images_together(examples))
+    return cluster_pictures(examples, ())
 
 
 def _shuffled(keys: Iterable[str], seed: int) -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from normtune.data import tasks
 from normtune.data.batches import examples_of_rank
-from normtune.data.options import FILE_FORMATS
+from normtune.data.formats import FORMATS
 from normtune.data.records import Dataset, Example, Prediction, Split
 from normtune.data.run_file import RUN_FILE, run_file_text
 from normtune.errors import InputError
@@ -349,6 +349,6 @@ def _setting(adapter: Path | None, dataset: str) -> dict[str, str | None]:
         return {"trained_on": None, "setting": "zero-shot"}
     name = (read_adapter_info(adapter).data or {}).get("name")
     # Two datasets that are named by their file format may have different data.
-    if name is None or (name == dataset and name in FILE_FORMATS.values()):
+    if name is None or (name == dataset and name in FORMATS):
         return {"trained_on": name, "setting": "unknown"}
     return {"trained_on": name, "setting": "in-distribution" if name == dataset else "out-of-distribution"}

@@ -25,7 +25,7 @@ from normtune.training.config import TrainConfig
 
 LOCK_FILE = "lock"  # in the folder of the checkpoints, while a run trains
 # options that change where a run computes and writes, not the values that it computes
-_NO_VALUES = {"out", "root", "resume", "overwrite", "tracker", "save_every", "memory", "cache", "workers"}
+_NO_VALUES = {"out", "root", "resume", "overwrite", "tracker", "save_every", "memory", "cache", "workers", "splits"}
 # entries besides the options, as messages name them; checkpoints written by version 0.1 lack them
 _NAMES = {
     "rows_digest": "the rows or pictures of the training data",

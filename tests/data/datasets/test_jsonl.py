@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from normtune.data.datasets import jsonl
+from normtune.data.datasets import table
 from normtune.errors import InputError
 from tests.support.dataset_samples import write_image, write_jsonl
+
+read_jsonl = partial(table.read, format="jsonl")
 
 ROW = {"image": "a.png", "question": "Is this a chest?", "answer": "yes"}
 
@@ -24,21 +27,21 @@ def root(tmp_path: Path) -> Path:
 
 def read_error(root: Path, *rows: object) -> str:
     with pytest.raises(InputError) as caught:
-        jsonl.read(write_jsonl(root / "bad.jsonl", *rows))
+        read_jsonl(write_jsonl(root / "bad.jsonl", *rows))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_a_minimal_row_gets_an_id_a_kind_and_a_split(root: Path) -> None:
     rows = (ROW, ROW | {"question": "What is it?", "answer": "chest"})
-    first, second = jsonl.read(write_jsonl(root / "mine.jsonl", *rows)).examples
+    first, second = read_jsonl(write_jsonl(root / "mine.jsonl", *rows)).examples
     assert (first.id, first.kind, first.split) == ("mine-1", "closed", "train")
     assert (second.id, second.kind, second.images) == ("mine-2", "open", ("a.png",))
 
 
 def test_optional_fields_are_read_and_other_fields_become_meta(root: Path) -> None:
     row = ROW | {"id": 7, "kind": "open", "split": "Dev", "modality": "CT", "slice": 3, "boxes": [1]}
-    (example,) = jsonl.read(write_jsonl(root / "mine.jsonl", row)).examples
+    (example,) = read_jsonl(write_jsonl(root / "mine.jsonl", row)).examples
     assert (example.id, example.kind, example.split) == ("7", "open", "validate")
     assert example.meta == {"modality": "CT", "slice": "3"}
 
@@ -46,7 +49,7 @@ def test_optional_fields_are_read_and_other_fields_become_meta(root: Path) -> No
 def test_a_folder_of_files_gives_each_file_its_split(root: Path) -> None:
     for name in ("train", "val", "test"):
         write_jsonl(root / f"{name}.jsonl", ROW)
-    dataset = jsonl.read(root)
+    dataset = read_jsonl(root)
     assert sorted((e.split, e.id) for e in dataset.examples) == [
         ("test", "test-1"),
         ("train", "train-1"),
@@ -57,20 +60,20 @@ def test_a_folder_of_files_gives_each_file_its_split(root: Path) -> None:
 
 def test_a_report_takes_several_views_and_needs_no_question(root: Path) -> None:
     row = {"image": ["a.png", "./views/../views/b.png"], "answer": "Clear lungs.", "kind": "report"}
-    (example,) = jsonl.read(write_jsonl(root / "r.jsonl", row)).examples
+    (example,) = read_jsonl(write_jsonl(root / "r.jsonl", row)).examples
     assert (example.images, example.question, example.kind) == (("a.png", "views/b.png"), "", "report")
 
 
 def test_an_image_may_be_outside_the_folder(root: Path) -> None:
     rows = [ROW | {"image": "../a.png"}, ROW | {"image": str(root / "a.png")}]
-    dataset = jsonl.read(write_jsonl(root / "views" / "train.jsonl", *rows))
+    dataset = read_jsonl(write_jsonl(root / "views" / "train.jsonl", *rows))
     assert [dataset.open_image(e.images[0]).size for e in dataset.examples] == [(4, 4), (4, 4)]
 
 
 def test_blank_lines_and_a_byte_order_mark_are_skipped(root: Path) -> None:
     file = root / "mine.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + json.dumps(ROW).encode() + b"\r\n\r\n")
-    assert len(jsonl.read(file).examples) == 1
+    assert len(read_jsonl(file).examples) == 1
 
 
 @pytest.mark.parametrize(
@@ -107,7 +110,7 @@ def test_a_repeated_id_and_many_bad_rows_are_one_error(root: Path) -> None:
 
 def test_bad_rows_can_be_skipped_and_listed_instead(root: Path) -> None:
     file = write_jsonl(root / "mine.jsonl", ROW, ROW | {"image": "no.png"}, "no json")
-    dataset = jsonl.read(file, strict=False)
+    dataset = read_jsonl(file, strict=False)
     assert (len(dataset.examples), len(dataset.skipped)) == (1, 2)
     assert [(p.file, p.row) for p in dataset.problems] == [("mine.jsonl", "3"), ("mine.jsonl", "2")]
 
@@ -116,31 +119,31 @@ def test_errors_name_the_line_that_is_not_utf8(root: Path) -> None:
     file = root / "mine.jsonl"
     file.write_bytes(json.dumps(ROW).encode() + b'\n{"image": "\xff"}\n')
     with pytest.raises(InputError, match="line 2: not UTF-8 text"):
-        jsonl.read(file)
+        read_jsonl(file)
 
 
 def test_a_whole_surrogate_pair_is_read_as_one_character(root: Path) -> None:
     line = '{"image": "a.png", "question": "Thumb \\ud83d\\udc4d?", "answer": "yes"}'
-    (example,) = jsonl.read(write_jsonl(root / "mine.jsonl", line)).examples
+    (example,) = read_jsonl(write_jsonl(root / "mine.jsonl", line)).examples
     assert example.question == "Thumb \N{THUMBS UP SIGN}?"
 
 
 def test_an_empty_folder_and_an_empty_file_are_refused(root: Path) -> None:
     with pytest.raises(InputError, match=r"holds no \*\.jsonl file"):
-        jsonl.read(root / "views")
+        read_jsonl(root / "views")
     with pytest.raises(InputError, match="has no usable rows"):
-        jsonl.read(write_jsonl(root / "none.jsonl"))
+        read_jsonl(write_jsonl(root / "none.jsonl"))
 
 
-def test_the_examples_of_the_documentation_are_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_of_the_documentation_is_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).parents[3] / "docs" / "own-data.md").read_text(encoding="utf-8")
     blocks = dict(re.findall(r"```(\w+)\n(.*?)```", page, flags=re.DOTALL))
     write_image(root / "scans" / "001.png")
-    (example,) = jsonl.read(write_jsonl(root / "docs.jsonl", blocks["json"].strip())).examples
+    (example,) = read_jsonl(write_jsonl(root / "docs.jsonl", blocks["json"].strip())).examples
     assert (example.images, example.kind) == (("scans/001.png",), "closed")
     monkeypatch.chdir(root)
     exec(blocks["python"], {})
-    assert (root / "mydata" / "train.jsonl").is_file()
+    assert (root / "mydata" / "train.csv").is_file()
 
 
 values = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
@@ -155,7 +158,7 @@ rows = st.dictionaries(
 def test_any_json_is_read_or_refused_in_one_line(root: Path, lines: list[object]) -> None:
     file = write_jsonl(root / "any.jsonl", *(json.dumps(row) for row in lines))
     try:
-        dataset = jsonl.read(file)
+        dataset = read_jsonl(file)
     except InputError as error:
         assert str(error)
         assert len(str(error).splitlines()) == 1

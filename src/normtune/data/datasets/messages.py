@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import unquote
 
-from PIL import Image
-
 from normtune.data.images.files import ImageFolder
-from normtune.data.reading.cells import SPLITS, is_yes_no, split_name, split_of_file
+from normtune.data.reading.cells import is_yes_no, split_of_file
 from normtune.data.reading.conversations import CONVERSATION_FIELDS, read_conversation
+from normtune.data.reading.embedded_images import EmbeddedImages, RowLocation, embedded_image
 from normtune.data.reading.row_reader import RowReader, check_image_path, find_image_folder, known_kind
+from normtune.data.reading.sources import SourceRow, arrow_files, arrow_rows, parquet_rows
 from normtune.data.reading.tables import RowError, check_characters, json_lines
 from normtune.data.records import Dataset, Example, Kind, Problem
+from normtune.data.split_names import SPLITS, split_name
 from normtune.errors import InputError, did_you_mean
 from normtune.runtime.files import read_json
-
-if TYPE_CHECKING:
-    from normtune.data.reading.parquet_files import ParquetImages
 
 # Columns with a meaning; all others become `meta`.
 _FIELDS = (*CONVERSATION_FIELDS, "id", "kind", "split", "domain")
@@ -66,24 +64,25 @@ def read(
     files = _files(root)
     reader = RowReader("messages", text_only)
     base = root if root.is_dir() else root.parent
-    progress = _Progress(base.absolute(), _opener(base, files), history)
-    for file in files:
-        for number, cells, location in _rows(reader, file, named=len(files) == 1):
+    progress = _Progress(base.absolute(), EmbeddedImages(base), history)
+    for file, split in files:
+        for source in _rows(reader, file, named=len(files) == 1):
             try:
-                _read_row(reader, progress, file, number, cells, location)
+                _read_row(reader, progress, file, split, source)
             except RowError as error:
                 (reader.problems if error.harmless else progress.errors).append(
-                    Problem(file.name, str(number), error.what, error.fix)
+                    Problem(file.name, str(source.number), error.what, error.fix)
                 )
-                bad_row = Example(f"{file.stem}-{number}", (), "", "", "open", split_of_file(file))
+                bad_row = Example(f"{file.stem}-{source.number}", (), "", "", "open", split)
                 reader.skip(bad_row, error.what)
     reader.report_bad_rows(progress.errors, "row", strict)
-    names = (name for example in reader.examples for name in example.images if name not in progress.embedded)
+    names = (name for example in reader.examples for name in example.images if name not in progress.images)
     folder = image_root or find_image_folder(base, _IMAGE_FOLDERS, names)
-    reader.check_images(folder, embedded=progress.embedded)
+    reader.check_images(folder, embedded=progress.images)
     reader.check_repeats()
     reader.notes += progress.notes()
-    return reader.build_dataset(_Opener(progress.parquet, ImageFolder(folder)), licence)
+    progress.images.folder = ImageFolder(folder)
+    return reader.build_dataset(progress.images, licence)
 
 
 @dataclass
@@ -91,17 +90,12 @@ class _Progress:
     """Counts and errors of the rows read so far."""
 
     base: Path  # the folder of the files, absolute
-    parquet: ParquetImages | None  # images inside parquet files
+    images: EmbeddedImages  # inside parquet and Arrow files
     history: bool  # whether examples carry the turns before them
     conversations: int = 0
     pairs: int = 0
     dependent: int = 0  # pairs that were skipped as they refer back
     errors: list[Problem] = field(default_factory=list)
-
-    @property
-    def embedded(self) -> ParquetImages | tuple[()]:
-        """The keys of images inside parquet files, for `in`."""
-        return self.parquet if self.parquet is not None else ()
 
     def notes(self) -> list[str]:
         turns = "after" if self.history else "without"
@@ -114,86 +108,49 @@ class _Progress:
         return notes
 
 
-@dataclass(frozen=True)
-class _Opener:
-    """Opens images inside parquet files by key, and image files by path."""
-
-    parquet: ParquetImages | None
-    folder: Callable[[str], Image.Image]
-
-    def __call__(self, key: str) -> Image.Image:
-        return self.parquet(key) if self.parquet is not None and key in self.parquet else self.folder(key)
-
-
-def _files(root: Path) -> list[Path]:
-    """The data files of a folder, or the file itself."""
+def _files(root: Path) -> list[tuple[Path, str]]:
+    """(file, split) of the data files of a folder, or of the file itself."""
     if not root.is_dir():
-        return [root]
+        return [(root, split_of_file(root))]
+    if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
+        return [(file, split) for split, file in arrow_files(root)]
     files = [*sorted(root.glob("*.jsonl")), *sorted(root.glob("*.json")), *sorted(root.rglob("*.parquet"))]
     if not files:
         raise InputError(f"{root} holds no *.jsonl, *.json or *.parquet file. Point --root at one.")
-    return files
+    return [(file, split_of_file(file)) for file in files]
 
 
-def _opener(base: Path, files: list[Path]) -> ParquetImages | None:
-    """An opener for images inside the parquet files, if there are any."""
-    if not any(file.suffix == ".parquet" for file in files):
-        return None
-    from normtune.data.reading.parquet_files import ParquetImages  # pyarrow takes half a second
-
-    return ParquetImages(base)
-
-
-_Location = tuple[Path, int, int] | None  # (file, row group, row within the group) in a parquet file
-
-
-def _rows(reader: RowReader, file: Path, named: bool) -> Iterator[tuple[int, Any, _Location]]:
-    """Yield (row number from 1, row or `RowError`, location in a parquet file) for each row of a file.
+def _rows(reader: RowReader, file: Path, named: bool) -> Iterator[SourceRow]:
+    """Yield the rows of a file, numbered from 1.
 
     A .json file without a list of rows is an error if it was `named` by the user, else only listed.
     """
-    if file.suffix == ".parquet":
-        yield from _parquet_rows(file)
+    if file.suffix in (".parquet", ".arrow"):
+        rows = parquet_rows(file) if file.suffix == ".parquet" else arrow_rows(file)
+        yield from (SourceRow(row.number + 1, row.cells, row.location) for row in rows)
     elif file.suffix == ".jsonl":
-        for number, cells in json_lines(file):
-            yield number, cells, None
+        yield from (SourceRow(number, cells) for number, cells in json_lines(file))
     else:
-        rows = read_json(file)
-        if isinstance(rows, list):
-            yield from ((number, check_characters(cells), None) for number, cells in enumerate(rows, start=1))
+        rows_of_file = read_json(file)
+        if isinstance(rows_of_file, list):
+            yield from (SourceRow(n, check_characters(cells)) for n, cells in enumerate(rows_of_file, start=1))
         elif named:
             raise InputError(f"{file} holds no list of rows. Write a list of conversations, or JSON lines.")
         else:  # such as LLaMA-Factory's dataset_info.json
             reader.problems.append(Problem(file.name, "", "holds no list of rows", "Not read."))
 
 
-def _parquet_rows(file: Path) -> Iterator[tuple[int, Any, _Location]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from normtune.data.reading.parquet_files import iter_rows
-
-    try:
-        with pq.ParquetFile(file) as parquet:
-            number = 0
-            for group in range(parquet.num_row_groups):
-                for row, cells in enumerate(iter_rows(parquet.read_row_group(group))):
-                    number += 1
-                    yield number, cells, (file, group, row)
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{file} is not a parquet file, or is damaged. Fetch it again.") from error
-
-
-def _read_row(reader: RowReader, progress: _Progress, file: Path, number: int, cells: Any, location: _Location) -> None:
+def _read_row(reader: RowReader, progress: _Progress, file: Path, split: str, source: SourceRow) -> None:
+    number, cells = source.number, source.cells
     if isinstance(cells, RowError):
         raise cells
     if not isinstance(cells, dict):
         raise RowError("not a JSON object", 'Write {"messages": [...], "images": [...]}.')
     conversation = read_conversation(cells)
     kind = None if cells.get("kind") in (None, "") else known_kind(str(cells["kind"]))
-    split, id = _split(cells, file), _id(cells, file, number)
+    split, id = _split(cells, split), _id(cells, file, number)
     column = "images" if cells.get("images") else "image"
-    keys = [_key(progress, image, location, column, index) for index, image in enumerate(conversation.images)]
+    keys = [_key(progress, image, source.location, column, index) for index, image in enumerate(conversation.images)]
     progress.conversations += 1
     progress.pairs += len(conversation.pairs)
     earlier: list[tuple[str, str]] = []
@@ -221,11 +178,11 @@ def _read_row(reader: RowReader, progress: _Progress, file: Path, number: int, c
         earlier.append((question, answer))
 
 
-def _key(progress: _Progress, image: Any, location: _Location, column: str, index: int) -> str:
+def _key(progress: _Progress, image: Any, location: RowLocation | None, column: str, index: int) -> str:
     """An image's key: the SHA-1 of its bytes in a parquet file, or its path relative to the image folder."""
-    data = image.get("bytes") if isinstance(image, dict) else image
-    if isinstance(data, bytes) and progress.parquet is not None and location is not None:
-        return progress.parquet.add(data, location, column, index)
+    data = embedded_image(image)
+    if data is not None and location is not None:
+        return progress.images.add(data, location, column, index)
     path = image.get("path") if isinstance(image, dict) else image
     if not isinstance(path, str) or not path.strip():
         raise RowError(f"image {index + 1} is not a path", "Write its path.")
@@ -240,10 +197,10 @@ def _key(progress: _Progress, image: Any, location: _Location, column: str, inde
     return key
 
 
-def _split(cells: dict[str, Any], file: Path) -> str:
+def _split(cells: dict[str, Any], split: str) -> str:
     word = cells.get("split")
     if word in (None, ""):
-        return split_of_file(file)
+        return split
     name = split_name(str(word))
     if name not in SPLITS:
         raise RowError(f"split is unknown{did_you_mean(name, SPLITS)}", f"Known splits: {', '.join(SPLITS)}.")

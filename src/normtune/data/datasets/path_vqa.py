@@ -26,7 +26,7 @@ _IMAGES = "images"
 def read(root: Path, *, text_only: bool = False) -> Dataset:
     """Read the hub's parquet files, or the original release: qas/ and images/.
 
-    - Hub: see `normtune.data.datasets.parquet`; `root` may be the hub name, flaviagiammarino/path-vqa.
+    - Hub: see `normtune.data.datasets.table`; `root` may be the hub name, flaviagiammarino/path-vqa.
     - Release: `qas/train/train_qa.pkl` (image, question, answer) or, if it is missing, `qas/train_vqa.pkl`
       (img_id, sent, label, question_type, question_id), and the same for val and test; images such as
       `images/train/train_0422.jpg`.
@@ -85,14 +85,14 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def _parquet(root: Path, text_only: bool) -> Dataset:
-    from normtune.data.datasets import parquet  # pyarrow takes half a second
+    from normtune.data.datasets import table
 
     if root.is_dir() and not any(root.rglob("*.parquet")):
         raise InputError(
             f"{root} holds neither {_PLAIN.format('train')} nor {_TYPED.format('train')} nor *.parquet: not "
             f"PathVQA's folder. Point --root at it, or write --root {HUB_NAME}."
         )
-    return parquet.read(root, name="path-vqa", licence=LICENCE, text_only=text_only)
+    return table.read(root, format="parquet", name="path-vqa", licence=LICENCE, text_only=text_only)
 
 
 def _find_pickle(root: Path, split: str) -> Path | None:

@@ -68,6 +68,12 @@ class ImageFolder:
     window: Window | None = None
 
     def __call__(self, key: str) -> Image.Image:
+        if "#" in key:
+            from normtune.data.images.volumes import open_volume
+
+            volume = open_volume(self.folder, key, self.window)
+            if volume is not None:
+                return volume
         return open_image(self.folder / key, name=key, frame=self.frame, window=self.window)
 
 

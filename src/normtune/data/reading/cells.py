@@ -6,17 +6,9 @@ import math
 import re
 from pathlib import Path
 
+from normtune.data.split_names import SPLITS, split_name
 from normtune.errors import InputError
 
-SPLITS = ("train", "validate", "test")  # standard names, in their usual order
-_SPLIT_NAMES = {  # other name -> standard name
-    "training": "train",
-    "validation": "validate",
-    "valid": "validate",
-    "val": "validate",
-    "dev": "validate",
-    "testing": "test",
-}
 _LANGUAGES = {"english": "en", "chinese": "zh", "french": "fr", "german": "de", "spanish": "es", "japanese": "ja"} | {
     "eng": "en", "zho": "zh", "chi": "zh", "中文": "zh", "cn": "zh", "mandarin": "zh",
 }  # fmt: skip
@@ -24,12 +16,6 @@ NOT_A_NUMBER = frozenset(("nan", "inf", "-inf", "infinity", "null"))  # words th
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _BLANKS = str.maketrans("\t\r\n\v\f", "     ")  # tabs and line ends become blanks
 _LINES = str.maketrans("\t\v\f", "   ")
-
-
-def split_name(word: str) -> str:
-    """The standard name of a split, such as `validate` for `val`; unknown words are returned as is."""
-    word = word.strip().lower()
-    return _SPLIT_NAMES.get(word, word)
 
 
 def split_of_file(file: Path) -> str:

@@ -16,9 +16,10 @@ from pathlib import Path
 from PIL import Image
 
 from normtune.data.images.files import ImageFolder
-from normtune.data.reading.cells import SPLITS, clean_text, has_half_character, is_yes_no, language_tag, split_name
+from normtune.data.reading.cells import clean_text, has_half_character, is_yes_no, language_tag
 from normtune.data.reading.tables import RowError
 from normtune.data.records import KINDS, Dataset, Example, History, Kind, Problem
+from normtune.data.split_names import SPLITS, split_name
 from normtune.errors import InputError, did_you_mean
 
 _URLS = ("http://", "https://", "s3://", "gs://")
@@ -215,20 +216,8 @@ class Row:
         return name
 
     def image_key(self, name: str) -> str:
-        """An image's key: its path relative to the image folder, normalised so that one file has one key.
-
-        Raises:
-            InputError: the path is absolute or outside the folder, or the text is no path.
-        """
-        try:
-            check_image_path("the image", name)
-        except RowError as error:
-            raise InputError(f"{self.file}, row {self.row}: {error.what}. {error.fix}") from error
-        key = posixpath.normpath(name.replace("\\", "/")) if name else ""
-        if key.startswith(("/", "../")) or key == ".." or ":" in key.split("/")[0]:
-            what = "the image's path is outside the dataset's folder"
-            raise InputError(f"{self.file}, row {self.row}: {what}. Write it relative to that folder.")
-        return key
+        """An image's key; see `image_key`."""
+        return image_key(self.file, self.row, name)
 
     def read_kind(self, answer_type: str, answer: str) -> Kind:
         """Open or closed, by the file's answer type. Any other type is listed, and yes and no are closed."""
@@ -283,6 +272,27 @@ class Row:
             self._reader.skip(example, f"{empty} is empty")
         else:
             self._reader.examples.append(example)
+
+
+def image_key(file: str, row: str, name: str) -> str:
+    """An image's key: its path relative to the image folder, normalised so that one file has one key.
+
+    Args:
+        file, row: the place, for messages.
+        name: the path in the file.
+
+    Raises:
+        InputError: the path is absolute or outside the folder, or the text is no path.
+    """
+    try:
+        check_image_path("the image", name)
+    except RowError as error:
+        raise InputError(f"{file}, row {row}: {error.what}. {error.fix}") from error
+    key = posixpath.normpath(name.replace("\\", "/")) if name else ""
+    if key.startswith(("/", "../")) or key == ".." or ":" in key.split("/")[0]:
+        what = "the image's path is outside the dataset's folder"
+        raise InputError(f"{file}, row {row}: {what}. Write it relative to that folder.")
+    return key
 
 
 def known_kind(word: str) -> Kind:

@@ -103,7 +103,7 @@ def json_objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def csv_rows(file: Path, needed: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield (row number, column -> cell) for the rows of a .csv or .csv.gz file.
+    """Yield (row number, column -> cell) for the rows of a published .csv or .csv.gz file.
 
     Args:
         file: the file.
@@ -116,34 +116,69 @@ def csv_rows(file: Path, needed: Sequence[str]) -> Iterator[tuple[int, dict[str,
         InputError: the file cannot be read or is not CSV, a column is missing, or a row has too many or too
             few cells.
     """
+    header, rows = delimited_rows(file, ",")
+    missing = [column for column in needed if column not in header]
+    if missing:
+        raise InputError(
+            f"{file.name}, row 1: no column {', '.join(missing)}; its columns are {', '.join(header)}. "
+            "Use the file as released, or rename its columns."
+        )
+    for number, cells in rows:
+        if isinstance(cells, RowError):
+            raise InputError(f"{file.name}, row {number}: {cells.what}. {cells.fix}")
+        yield number, cells
+
+
+def delimited_rows(
+    file: Path, delimiter: str | None = None
+) -> tuple[list[str], Iterator[tuple[int, dict[str, str] | RowError]]]:
+    """The header of a CSV or TSV file, and its rows as (row number, column -> cell, or `RowError`).
+
+    Args:
+        file: the file, which may end in .gz.
+        delimiter: the character between cells; None: a comma, semicolon or tab, whichever the header has most of.
+
+    Raises:
+        InputError: the file cannot be read, is empty or is not UTF-8 text. Quotes that do not match raise it while
+            rows are read.
+    """
     try:
         text = file_bytes(file).removeprefix(_BYTE_ORDER_MARK).decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{file.name} is not UTF-8 text. Save it as UTF-8.") from error
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    header: list[str] = []
+    if "\0" in text[:4096]:
+        raise InputError(f"{file.name} is not a text file: it holds zero bytes. Save it as CSV in UTF-8.")
+    first_line = text.lstrip("\r\n").partition("\n")[0]
+    delimiter = delimiter or max(",;\t", key=first_line.count)
+    rows = _parsed_rows(file, csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+    _, header = next(rows, (0, []))
+    if not header:
+        raise InputError(f"{file.name} is empty. Fetch the file again.")
+
+    def as_cells() -> Iterator[tuple[int, dict[str, str] | RowError]]:
+        for number, cells in rows:
+            if len(cells) == len(header):
+                yield number, dict(zip(header, cells, strict=True))
+            else:
+                what = f"{len(cells)} cells for {len(header)} columns"
+                yield number, RowError(what, "Quote cells that contain commas.")
+
+    return header, as_cells()
+
+
+def _parsed_rows(file: Path, reader: Iterator[list[str]]) -> Iterator[tuple[int, list[str]]]:
+    """Yield (row number from 1, cells) of the rows that are not blank.
+
+    Raises:
+        InputError: a quote is not closed.
+    """
     number = 0
     try:
         for number, cells in enumerate(reader, start=1):
-            if not header:
-                header = cells
-                missing = [column for column in needed if column not in header]
-                if missing:
-                    columns = ", ".join(header)
-                    raise InputError(
-                        f"{file.name}, row 1: no column {', '.join(missing)}; its columns are {columns}. "
-                        "Use the file as released, or rename its columns."
-                    )
-            elif cells:
-                if len(cells) != len(header):
-                    what = f"{len(cells)} cells for {len(header)} columns"
-                    raise InputError(f"{file.name}, row {number}: {what}. Quote cells that contain commas.")
-                yield number, dict(zip(header, cells, strict=True))
+            if cells:
+                yield number, cells
     except csv.Error as error:
-        what = f"not valid CSV ({error})"
-        raise InputError(f"{file.name}, row {number + 1}: {what}. Fetch the file again.") from error
-    if not header:
-        raise InputError(f"{file.name} is empty. Fetch the file again.")
+        raise InputError(f"{file.name}, row {number + 1}: not valid CSV ({error}). Fetch the file again.") from error
 
 
 def find_table(root: Path, *names: str) -> Path | None:
