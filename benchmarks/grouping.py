@@ -6,7 +6,7 @@ With a cap of 1 every question is a group, so that a batch is a random sample of
 several questions of one image into one step. Everything else is the same: nano, the recipe, its learning
 rate, the pairs, the steps, and the five seeds. (An arm such as 0x2 makes twice the passes; grouping saves
 more time than these cost.) Accuracy is the mean over seeds with Student's t interval. The difference from the
-random order is that of the questions' mean scores over the seeds, with an interval that resamples images.
+random order is that of the questions' mean scores over the seeds, with an interval clustered by image.
 Runs are kept in --work, where an interrupted study resumes.
 """
 

@@ -23,10 +23,8 @@ from record import record
 
 from normtune.data.records import Example
 from normtune.data.registry import open_configured
-from normtune.data.splits import patient_of_image
 from normtune.metrics.reports import report_table, text_pairs
-from normtune.metrics.statistics import RESAMPLES
-from normtune.metrics.sum_metrics import bootstrap_intervals
+from normtune.metrics.sum_metrics import INTERVALS, cluster_rows, metric_intervals
 from normtune.runtime.number_format import format_interval
 from normtune.runtime.text_table import markdown_table
 from normtune.studies.plan import Cell, single_cell
@@ -78,7 +76,7 @@ def main() -> None:
             target="the report of each image as the medpix reader gives it: MedPix 2.0's caption",
             tokens=f"references and predictions end at {TOKENS + 1} tokens, greedy; nano spells most words",
             chosen=f"rate and passes by {SELECTION_METRIC} on the validation split; the test split is answered once",
-            intervals=f"95%, percentile bootstrap over cases, {RESAMPLES} resamples",
+            intervals=INTERVALS,
             search=search_rows,
         )
         options.out.with_suffix(".md").write_text(table(rows), encoding="utf-8")
@@ -150,13 +148,12 @@ def test_runs(best_runs: dict[str, dict[str, Any]], options: argparse.Namespace)
 
 
 def by_case(examples: Sequence[Example], folder: Path) -> dict[str, Any]:
-    """Every metric of the predictions in `folder`, with intervals that resample cases."""
+    """Every metric of the predictions in `folder`, with intervals clustered by case."""
     lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     texts = {row["id"]: row["prediction"] for row in map(json.loads, lines)}
-    case_of_image = patient_of_image(examples)
-    cluster = {example.id: case_of_image[example.images[0]] for example in examples}
+    cluster = cluster_rows(examples)
     metrics = report_table(text_pairs(examples, texts))
-    intervals = {name: asdict(interval) for name, interval in bootstrap_intervals(metrics, cluster).items()}
+    intervals = {name: asdict(interval) for name, interval in metric_intervals(metrics, cluster).items()}
     return {name: {**values, "cases": len(set(cluster.values()))} for name, values in intervals.items()}
 
 

@@ -4,6 +4,7 @@ import random
 import re
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,6 +22,7 @@ from normtune.metrics.answers import (
     token_recall,
 )
 from normtune.metrics.normalisation import normalise, tokens
+from normtune.metrics.statistics import mean_interval
 
 WORDS = ["left", "lung", "right", "kidney", "no", "yes", "normal", "the", "a", "2", "two", "x-ray", "1,000", "dont."]
 texts = st.lists(st.sampled_from(WORDS), max_size=6).map(" ".join)
@@ -161,8 +163,8 @@ def test_metrics_are_means_with_row_and_image_counts() -> None:
     metrics = score_vqa(ROWS, ANSWERS)
     closed = metrics["closed_label"]
     assert closed.value == pytest.approx(1 / 3) and (closed.rows, closed.images) == (3, 2)
-    # Images i1 (1 of 2 right) and i2 (0 of 1): resamples give 1/2, 1/3 or 0.
-    assert (closed.low, closed.high) == (0.0, 0.5)
+    expected = mean_interval(np.array([1.0, 0.0]), np.array([1.0, 0.0]), np.array([2.0, 1.0]))  # images i1 and i2
+    assert (closed.low, closed.high) == (expected.low, expected.high)
     assert metrics["global_exact"].images == 3
 
 

@@ -6,9 +6,20 @@ import numpy as np
 import pytest
 import torch
 
+from normtune.data.records import Example
 from normtune.errors import InputError
-from normtune.metrics.statistics import Floats, PairedDifference
-from normtune.metrics.sum_metrics import SumMetric, bootstrap_intervals, mean_metric, paired_difference, relative_drop
+from normtune.metrics.statistics import Floats, Interval, influence_of_mean, mean_interval
+from normtune.metrics.sum_metrics import (
+    PairedDifference,
+    SumMetric,
+    average_metric,
+    cluster_rows,
+    mean_metric,
+    metric_intervals,
+    paired_difference,
+    relative_drop,
+    sum_by_cluster,
+)
 from tests.support.tolerance import approx, sampling_error
 
 DRAW = np.random.default_rng(3)
@@ -44,11 +55,44 @@ def test_swaps_of_many_images_are_near_the_binomial() -> None:
 
 def test_the_interval_of_a_difference_of_means_is_that_of_the_mean_difference() -> None:
     result = paired_difference(mean_metric(SCORES), mean_metric(OTHERS), IMAGE)
-    gaps = mean_metric({id: OTHERS[id] - SCORES[id] for id in SCORES})
-    expected = bootstrap_intervals({"gap": gaps}, IMAGE)["gap"]
-    assert (result.difference, result.low, result.high) == approx(
-        (expected.value, expected.low, expected.high), dtype=torch.float64
-    )
+    gaps = np.array([sum(OTHERS[id] - SCORES[id] for id in SCORES if IMAGE[id] == image) for image in range(20)])
+    error = math.sqrt(float((influence_of_mean(gaps, np.full(20, 3.0)) ** 2).sum()))
+    expected = (gaps.sum() / 60, max(error, 1 / 22), 19.0)
+    assert (result.difference, result.error, result.df) == approx(expected, dtype=torch.float64, terms=60)
+    assert result.high - result.difference == approx(result.difference - result.low, dtype=torch.float64)
+
+
+def test_a_metric_has_the_interval_of_its_kind_over_its_own_images() -> None:
+    """Three rows of two images, one of which has no row of the second metric."""
+    cluster = {"a": 1, "b": 1, "c": 2, "d": 3}
+    mean = mean_metric({"a": 1.0, "b": 0.0, "c": 0.5})
+    corpus = SumMetric({"c": np.array([1.0, 2.0]), "d": np.array([3.0, 4.0])}, ratio)
+    intervals = metric_intervals({"cider_d": mean, "ratio": corpus}, cluster)
+    sums, squares, counts = np.array([1.0, 0.5]), np.array([1.0, 0.25]), np.array([2.0, 1.0])
+    expected = mean_interval(sums, squares, counts, maximum=10.0)
+    assert intervals["cider_d"] == Interval(0.5, expected.low, expected.high)
+    assert intervals["ratio"].value == 4 / 6 and 0 < intervals["ratio"].low < 4 / 6 < intervals["ratio"].high < 1
+
+
+def test_clusters_are_patients_where_the_data_name_them_and_images_otherwise() -> None:
+    def example(id: str, *images: str, **meta: str) -> Example:
+        return Example(id, images, "", "", "report", "test", meta)
+
+    rows = [example("1", "x"), example("2", "x", "y"), example("3", "z"), example("4")]
+    assert cluster_rows(rows) == {"1": "x", "2": "x", "3": "z", "4": "row 4"}
+    named = [example("1", "x", patient="p"), example("2", "y", patient="q"), example("3", "z", patient="p")]
+    assert cluster_rows(named) == {"1": "x", "2": "y", "3": "x"}
+
+
+def test_clusters_are_summed_in_order_of_appearance() -> None:
+    metric = mean_metric({"q1": 1.0, "q2": 0.0, "q3": 1.0, "q4": 1.0})
+    cluster = {"q0": "c", "q1": "b", "q2": "a", "q3": "b", "q4": "a"}
+    assert sum_by_cluster(metric.row_statistics, cluster).tolist() == [[0.0, 0.0], [2.0, 2.0], [1.0, 2.0]]
+
+
+def test_several_models_together_have_the_mean_of_their_statistics() -> None:
+    both = average_metric([mean_metric({"a": 1.0, "b": 0.0}), mean_metric({"b": 1.0, "a": 1.0})])
+    assert both.by_row() == {"a": 1.0, "b": 0.5} and both.overall() == 0.75
 
 
 def test_two_rows_of_one_image_are_swapped_together() -> None:
@@ -57,18 +101,17 @@ def test_two_rows_of_one_image_are_swapped_together() -> None:
     assert (result.p, result.rows, result.images) == (2 / 4, 3, 2)
 
 
-def test_a_corpus_metric_is_computed_from_resampled_sums() -> None:
-    """Images with ratio 0 (1 word) and 1 (3 words): resamples give 0, 3/4 and 1; the mean would be 1/2."""
+def test_a_corpus_metric_is_computed_from_sums() -> None:
+    """Ratios of 0 (1 word) and 1 (3 words); the mean would be 1/2."""
     metric = SumMetric({"a": np.array([0.0, 1.0]), "b": np.array([3.0, 3.0])}, ratio)
-    interval = bootstrap_intervals({"ratio": metric}, {"a": 1, "b": 2})["ratio"]
-    assert (interval.value, interval.low, interval.high) == (0.75, 0.0, 1.0)
-    assert metric.by_row() == {"a": 0.0, "b": 1.0}
+    assert metric.overall() == 0.75 and metric.by_row() == {"a": 0.0, "b": 1.0}
 
 
-def test_rows_of_one_image_are_drawn_together() -> None:
-    metric = mean_metric({"a": 0.0, "b": 1.0})
-    interval = bootstrap_intervals({"mean": metric}, {"a": 1, "b": 1})["mean"]
-    assert (interval.value, interval.low, interval.high) == (0.5, 0.5, 0.5)
+def test_one_image_gives_the_whole_range() -> None:
+    interval = metric_intervals({"mean": mean_metric({"a": 0.0, "b": 1.0})}, {"a": 1, "b": 1})["mean"]
+    assert interval == Interval(0.5, 0.0, 1.0)
+    result = paired_difference(mean_metric({"a": 0.0}), mean_metric({"a": 1.0}), {"a": 1})
+    assert (result.difference, result.low, result.high, result.p) == (1.0, -1.0, 1.0, 1.0)
 
 
 def test_equal_runs_have_no_difference() -> None:
@@ -87,17 +130,25 @@ def test_runs_with_different_rows_are_refused() -> None:
     with pytest.raises(InputError, match="the runs differ in 1 rows, first 'r0'"):
         paired_difference(mean_metric(SCORES), mean_metric({i: s for i, s in SCORES.items() if i != "r0"}), IMAGE)
     with pytest.raises(InputError, match="no rows"):
-        bootstrap_intervals({"mean": mean_metric({})}, {})
+        metric_intervals({"mean": mean_metric({})}, {})
 
 
-def test_the_relative_drop_is_undefined_if_the_first_score_is_zero() -> None:
-    first, second = (mean_metric(dict.fromkeys("abcd", 1.0)), mean_metric({"a": 0.0, "b": 0.0, "c": 0.0, "d": 1.0}))
-    drop = relative_drop(
-        first, second, {"d": 1, "c": 1, "b": 2, "a": 2}
-    )  # image 1 loses half of its score, image 2 all of it
-    assert drop is not None and (drop.value, drop.low, drop.high) == (0.75, 0.5, 1.0)
-    misled = relative_drop(second, first, {id: id for id in "abcd"})
-    assert misled is not None and (misled.value, misled.low) == (-3.0, -3.0)
-    assert misled.high == pytest.approx(-1 / 3), "resamples without d have the score 0 and are ignored"
-    zero = mean_metric(dict.fromkeys("abcd", 0.0))
+def test_the_relative_drop_by_hand() -> None:
+    """Images lose 1/2, all, 1/2 and all of 1: without each, 1 - 1.5/3 ..., so the jackknife is that of 1 - mean."""
+    first = mean_metric(dict.fromkeys("abcd", 1.0))
+    second = mean_metric({"a": 0.5, "b": 0.0, "c": 0.5, "d": 0.0})
+    drop = relative_drop(first, second, {id: id for id in "abcd"})
+    half_width = 3.182446305284263 * max(math.sqrt(4 * 0.25**2 / 3 / 4), 1 / 6)
+    assert drop is not None
+    assert (drop.value, drop.low, drop.high) == pytest.approx((0.75, 0.75 - half_width, 1.0))
+    misled = relative_drop(second, first, {"a": 1, "c": 2, "b": 1, "d": 2})
+    assert misled is not None and misled.value == -3.0 and misled.low < -3.0 < misled.high
+
+
+def test_the_relative_drop_is_undefined_if_the_first_score_is_zero_or_there_is_one_image() -> None:
+    first, zero = (mean_metric(dict.fromkeys("abcd", score)) for score in (1.0, 0.0))
     assert relative_drop(zero, first, {id: id for id in "abcd"}) is None
+    single = mean_metric({"a": 0.0, "b": 0.0, "c": 0.0, "d": 1.0})
+    decided_by_one = relative_drop(single, first, {id: id for id in "abcd"})
+    assert decided_by_one is not None and decided_by_one.low < decided_by_one.value == -3.0 < decided_by_one.high
+    assert relative_drop(first, single, dict.fromkeys("abcd", 1)) is None, "one image has no variance"

@@ -49,17 +49,24 @@ def score(
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Result folders of evaluate, the baseline first.")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(help="Result folders of evaluate, the baseline first; NAME=FOLDER,FOLDER: seeds of a recipe."),
+    ],
+    margin: Annotated[
+        float | None, typer.Option(help="Points that do not matter: tests equivalence within this margin.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the table to this Markdown file.")] = None,
     json: Json = False,
 ) -> None:
     """Compare evaluations of the same questions.
 
-    Shows each metric's difference from the first evaluation, paired by image, with its interval.
+    Shows each metric's difference from the first evaluation, paired by image, with its interval. Recipes with the
+    results of three seeds or more are compared over seeds and images.
     """
-    from normtune.evaluation.compare import compare
+    from normtune.evaluation.compare import compare, parse_groups
 
-    comparison = compare(runs)
+    comparison = compare(parse_groups(runs), margin=margin)
     if out is not None:
         comparison.save(out)
     emit(json, comparison)

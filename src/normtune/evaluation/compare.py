@@ -1,16 +1,29 @@
-"""Compares evaluations of the same questions: checks that they match, then pairs every metric by image."""
+"""Compares evaluations of the same questions: checks that they match, then compares every metric.
+
+Two trained models are paired by image. Two recipes, each with the results of several seeds, are compared over seeds
+and images; see `normtune.evaluation.recipe_differences`.
+"""
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normtune.errors import InputError
+from normtune.evaluation.recipe_differences import (
+    QUESTIONS,
+    Group,
+    MetricDifference,
+    check_margin,
+    compare_metric,
+    correct_p_values,
+)
 from normtune.evaluation.results import Evaluation, read_evaluation, trained_rows_text
-from normtune.metrics.statistics import holm_correction
-from normtune.metrics.sum_metrics import SumMetric, paired_difference
+from normtune.metrics.statistics import MIN_SEEDS
+from normtune.metrics.sum_metrics import SumMetric
 from normtune.metrics.table import metric_table
 from normtune.runtime.files import write_text
 from normtune.runtime.notebook import Result, axes_or_new, data_frame
@@ -21,32 +34,25 @@ if TYPE_CHECKING:
     import pandas
     from matplotlib.axes import Axes
 
-Runs = Sequence[Path | str | Evaluation] | Mapping[str, Path | str | Evaluation]
-
-
-@dataclass(frozen=True)
-class MetricDifference:
-    """One metric of two runs on the same rows. `difference` is the second minus the first."""
-
-    first: float
-    second: float
-    difference: float
-    low: float
-    high: float
-    p: float
-    p_holm: float  # corrected for all metrics of all compared runs (Holm 1979)
-    rows: int
-    images: int
-    method: str
+Run = Path | str | Evaluation
+Runs = Sequence[Run] | Mapping[str, Run]
 
 
 @dataclass(frozen=True, repr=False)
 class Comparison(Result):
-    """Several runs compared with the first of them, the baseline. `print` and Jupyter show it as a table."""
+    """Several runs or recipes compared with the first of them, the baseline. `print` and Jupyter show it as a table.
+
+    Attributes:
+        baseline: the first run; of a recipe with several seeds, the first seed under the recipe's name.
+        others: the same of the others.
+        differences: run -> metric -> difference from the baseline.
+        seeds: name -> the evaluations of all seeds, for recipes.
+    """
 
     baseline: Evaluation
     others: list[Evaluation]
-    differences: dict[str, dict[str, MetricDifference]]  # run -> metric -> difference from the baseline
+    differences: dict[str, dict[str, MetricDifference]]
+    seeds: dict[str, list[Evaluation]] = field(default_factory=dict)
 
     @property
     def comparisons(self) -> int:
@@ -59,7 +65,10 @@ class Comparison(Result):
         return {
             **{name: about[name] for name in ("dataset", "rows", "images", "split_hash", "normalisation")},
             "baseline": self.baseline.name,
-            "runs": {run.name: _place(run) for run in (self.baseline, *self.others)},
+            "runs": {
+                run.name: [_place(seed) for seed in self.seeds[run.name]] if self.seeds else _place(run)
+                for run in (self.baseline, *self.others)
+            },
             "trained_rows": {run.name: run.record.get("trained_rows") for run in (self.baseline, *self.others)},
             "comparisons": self.comparisons,
             "differences": {
@@ -98,7 +107,7 @@ class Comparison(Result):
 
     def __str__(self) -> str:
         title, note = self._caption()
-        return "\n".join([title, *text_table([_HEAD, *self._cells()], _ALIGN), note])
+        return "\n".join([title, *text_table([self._head, *self._cells()], _ALIGN), note])
 
     def __repr__(self) -> str:
         return f"<Comparison of {', '.join(self.differences)} with {self.baseline.name}>"
@@ -106,7 +115,7 @@ class Comparison(Result):
     def markdown(self) -> str:
         """Format the comparison as a Markdown table."""
         title, note = self._caption()
-        table = markdown_table(_HEAD, self._cells(), _ALIGN)
+        table = markdown_table(self._head, self._cells(), _ALIGN)
         return "\n".join([title.replace("|", "\\|"), "", *table, "", note]) + "\n"
 
     def save(self, path: Path | str) -> None:
@@ -121,60 +130,139 @@ class Comparison(Result):
                 difference = {"value": metric.difference, "low": metric.low, "high": metric.high}
                 interval = format_interval(difference, digits=2, sign="+")
                 values = [f"{100 * metric.first:.2f}", f"{100 * metric.second:.2f}"]
-                rows.append([run, name, *values, interval, f"{metric.p:.4f}", f"{metric.p_holm:.4f}", str(metric.rows)])
+                cells = [run, name, *values, interval, f"{metric.p:.4f}", f"{metric.p_holm:.4f}", str(metric.rows)]
+                cells.append(f"{100 * metric.smallest_difference:.1f}")
+                if metric.margin is not None:
+                    cells.append("equivalent" if metric.equivalent else "no worse" if metric.no_worse else "not shown")
+                rows.append(cells)
         return rows
 
+    @property
+    def _head(self) -> list[str]:
+        metric = next(iter(next(iter(self.differences.values())).values()))
+        return [*_HEAD, *([] if metric.margin is None else [f"margin {100 * metric.margin:g}"])]
+
     def _caption(self) -> tuple[str, str]:
-        """Format the line before the table and the line after it."""
+        """Format the line before the table and the lines after it."""
         about = self.baseline.record
-        trained = [
-            f" {run.name}: {text}." for run in (self.baseline, *self.others) for text in trained_rows_text(run.record)
+        metrics = [metric for run in self.differences.values() for metric in run.values()]
+        lines = [
+            f"Values times 100; intervals 95%, clustered by image; p-values corrected for all {self.comparisons} "
+            'comparisons (Holm). "can show": the true difference that is found in 80% of such comparisons.'
         ]
-        return (
-            f"{about['dataset']}: {about['rows']} rows, {about['images']} images; baseline: {self.baseline.name}",
-            f"Values times 100; intervals 95%, paired bootstrap over images; p-values corrected for all "
-            f"{self.comparisons} comparisons (Holm).{''.join(trained)}",
-        )
+        for question in dict.fromkeys(metric.question for metric in metrics):
+            of_question = [metric for metric in metrics if metric.question == question]
+            methods = "; ".join(dict.fromkeys(metric.method for metric in of_question))
+            lines.append(f"A small p says: {QUESTIONS[question]} ({methods}).")
+        if self.seeds and any(metric.question != "recipes" for metric in metrics):
+            lines.append(
+                f"Recipes are compared from {MIN_SEEDS} seeds of each, better 5; the rows above have fewer, so that "
+                "they compare the trained models."
+            )
+        if metrics[0].margin is not None:
+            lines.append(
+                f"Margin of {100 * metrics[0].margin:g} points, each at 5% and not corrected: equivalent (TOST), "
+                "or no worse than the baseline by more than the margin."
+            )
+        for run in (self.baseline, *self.others):
+            lines += [f"{run.name}: {text}." for text in trained_rows_text(run.record)]
+        title = f"{about['dataset']}: {about['rows']} rows, {about['images']} images; baseline: {self.baseline.name}"
+        if self.seeds:
+            title += "; seeds: " + ", ".join(f"{name} {len(runs)}" for name, runs in self.seeds.items())
+        return title, "\n".join(lines)
 
 
-_HEAD = ["run", "metric", "baseline", "value", "difference", "p", "p (Holm)", "rows"]
+_HEAD = ["run", "metric", "baseline", "value", "difference", "p", "p (Holm)", "rows", "can show"]
 _ALIGN = "llr"  # the first two columns are text and aligned left; the others are numbers
 
 
-def compare(runs: Runs) -> Comparison:
-    """Compare every metric of each evaluation with the first one, paired by image.
+def compare(runs: Runs | Mapping[str, Sequence[Run]], *, margin: float | None = None) -> Comparison:
+    """Compare every metric of each evaluation, or of each recipe with several seeds, with the first one.
 
     ```python
     normtune.compare([frozen, tuned])
     normtune.compare({"frozen": frozen, "ln": "runs/ln-scores"})
+    normtune.compare({"lora": ["lora-0", "lora-1", "lora-2"], "ln": ["ln-0", "ln-1", "ln-2"]}, margin=2)
     ```
 
     The p-values are corrected for all metrics of all runs (Holm 1979).
 
     Args:
-        runs: results of `evaluate`, or their folders; with names, or named after their folders or adapters.
+        runs: results of `evaluate`, or their folders; with names, or named after their folders or adapters. A list
+            of results under one name are the seeds of one recipe.
+        margin: the largest difference that does not matter, in points; adds tests of equivalence.
 
     Raises:
-        InputError: as `read_runs`, or if there is only one run.
+        InputError: as `read_runs`, if there is only one run, or the margin is not above 0.
     """
-    baseline, *others = read_runs(runs)
-    if not others:
+    check_margin(margin)
+    groups, has_seeds = _read_groups(runs)
+    if len(groups) < 2:
         raise InputError("a comparison needs at least two runs. Name two or more result folders.")
-    cluster = {example.id: example.images for example in baseline.examples}
-    first = compute_metrics(baseline)
-    tables = {run.name: compute_metrics(run) for run in others}
-    pairs = {
-        (run, name): paired_difference(metric, table[name], cluster)
-        for run, table in tables.items()
-        for name, metric in first.items()
+    tables = {
+        name: Group([compute_metrics(run) for run in seeds], fixed=has_seeds and _is_untrained(seeds))
+        for name, seeds in groups.items()
     }
-    corrected = holm_correction({key: pair.p for key, pair in pairs.items()})
-    differences: dict[str, dict[str, MetricDifference]] = {run: {} for run in tables}
-    for (run, name), pair in pairs.items():
-        differences[run][name] = MetricDifference(
-            first=first[name].overall(), second=tables[run][name].overall(), p_holm=corrected[run, name], **asdict(pair)
-        )
-    return Comparison(baseline, others, differences)
+    baseline, *others = [replace(seeds[0], name=name) for name, seeds in groups.items()]
+    corrected = correct_p_values(
+        {
+            (run.name, metric): compare_metric(
+                metric, tables[baseline.name], tables[run.name], baseline.examples, margin=margin
+            )
+            for run in others
+            for metric in tables[baseline.name].metrics[0]
+        }
+    )
+    differences: dict[str, dict[str, MetricDifference]] = {run.name: {} for run in others}
+    for (name, metric), difference in corrected.items():
+        differences[name][metric] = difference
+    return Comparison(baseline, others, differences, dict(groups) if has_seeds else {})
+
+
+def _read_groups(runs: Runs | Mapping[str, Sequence[Run]]) -> tuple[dict[str, list[Evaluation]], bool]:
+    """Read the runs of each name, and whether a name stands for several seeds."""
+    if isinstance(runs, Mapping) and any(_is_list(group) for group in runs.values()):
+        lists = {name: list(group) if _is_list(group) else [group] for name, group in runs.items()}
+        if empty := [name for name, group in lists.items() if not group]:
+            raise InputError(f"'{empty[0]}' has no results. Name at least one result folder of it.")
+        evaluations = iter(read_runs([run for group in lists.values() for run in group]))
+        return {name: [next(evaluations) for _ in group] for name, group in lists.items()}, True
+    return {run.name: [run] for run in read_runs(runs)}, False  # type: ignore[arg-type]
+
+
+def _is_list(group: object) -> bool:
+    return isinstance(group, Sequence) and not isinstance(group, str)
+
+
+def _is_untrained(seeds: Sequence[Evaluation]) -> bool:
+    """Whether a group is a base without an adapter, or a baseline: no seed decides it."""
+    return len(seeds) == 1 and not seeds[0].record.get("adapter")
+
+
+def parse_groups(texts: Sequence[str]) -> list[str] | dict[str, list[Run]]:
+    """Parse the runs of the command line: folders, or `NAME=FOLDER,FOLDER,...` for the seeds of one recipe.
+
+    A folder may be a pattern such as `runs/ln-*`. A text that is the path of a folder is not split.
+
+    Raises:
+        InputError: only some texts have a name, a name is given twice, or a pattern matches no folder.
+    """
+    named = {text: text.partition("=") for text in texts if "=" in text and not Path(text).is_dir()}
+    if not named:
+        return list(texts)
+    groups: dict[str, list[Run]] = {}
+    for text in texts:
+        name, _, folders = named.get(text, (text, "", text))
+        if name in groups or not name:
+            raise InputError(f"'{text}': write each recipe once, as NAME=FOLDER,FOLDER, ... with its seeds' folders.")
+        paths: list[Run] = []
+        for folder in filter(None, folders.split(",")):
+            matches = sorted(glob.glob(folder)) if glob.has_magic(folder) else [folder]
+            if not matches:
+                raise InputError(f"'{text}': no folder matches {folder}. Check the path.")
+            paths += matches
+        groups[name] = paths
+    return groups
 
 
 def read_runs(runs: Runs) -> list[Evaluation]:
@@ -230,13 +318,13 @@ def _check_same_rows(first: Evaluation, other: Evaluation) -> None:
         ]
         raise InputError(f"{a} and {b} evaluate different rows: {'; '.join(unmatched)}. Evaluate both on one split.")
     by_id = {example.id: example for example in other.examples}
-    for what, field in (
+    for what, name in (
         ("questions", "question"),
         ("references", "answer"),
         ("images", "images"),
         ("kinds of question", "kind"),
     ):
-        changed = [e.id for e in first.examples if getattr(e, field) != getattr(by_id[e.id], field)]
+        changed = [e.id for e in first.examples if getattr(e, name) != getattr(by_id[e.id], name)]
         if changed:
             raise InputError(
                 f"{a} and {b} differ in {len(changed)} {what}, first that of '{changed[0]}'. "

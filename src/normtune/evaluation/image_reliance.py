@@ -38,8 +38,8 @@ from normtune.data.records import Dataset, Example
 from normtune.data.splits import patient_of_image
 from normtune.errors import InputError, did_you_mean
 from normtune.evaluation.config import CONTROLS
-from normtune.metrics.statistics import RESAMPLES, holm_correction
-from normtune.metrics.sum_metrics import SumMetric, paired_difference, relative_drop
+from normtune.metrics.statistics import holm_correction
+from normtune.metrics.sum_metrics import SumMetric, cluster_rows, highest_score, paired_difference, relative_drop
 from normtune.metrics.table import headline_metrics, summarize_metrics
 from normtune.runtime.number_format import format_interval
 from normtune.runtime.text_table import text_table
@@ -140,11 +140,7 @@ def _digest(key: str) -> bytes:
 
 
 def image_reliance(
-    examples: Sequence[Example],
-    real: Mapping[str, SumMetric],
-    replaced: Mapping[str, Mapping[str, SumMetric]],
-    *,
-    resamples: int = RESAMPLES,
+    examples: Sequence[Example], real: Mapping[str, SumMetric], replaced: Mapping[str, Mapping[str, SumMetric]]
 ) -> dict[str, dict[str, Any]]:
     """Compare the scores with real images to those with control images, for each of the `HEADLINE_METRICS`.
 
@@ -152,7 +148,6 @@ def image_reliance(
         examples: the evaluated rows.
         real: `metric_table` of the predictions for the real images.
         replaced: control -> `metric_table` of its predictions.
-        resamples: number of bootstrap resamples.
 
     Returns:
         Control -> {image: description of the control, metrics: metric -> fields}. The fields are:
@@ -160,17 +155,17 @@ def image_reliance(
         - `real`, `replaced`: {value, low, high} of the two scores.
         - `difference`: real minus replaced, paired by image, with its interval, `p`, and `p_holm`, which is
           corrected for all metrics and controls.
-        - `earned`: the share of the real score that is lost without the image, {value, low, high} from the
-          same resamples; None if the real score is 0.
+        - `earned`: the share of the real score that is lost without the image, {value, low, high};
+          None if the real score is 0, or there is one image.
         - `rows`, `images`: what the metric is based on.
     """
-    cluster = {example.id: example.images for example in examples}
+    cluster = cluster_rows(examples)
     real_table = headline_metrics(real)
-    intervals = {"real": _summarize(real_table, examples, resamples)} | {
-        control: _summarize(headline_metrics(table), examples, resamples) for control, table in replaced.items()
+    intervals = {"real": _summarize(real_table, examples)} | {
+        control: _summarize(headline_metrics(table), examples) for control, table in replaced.items()
     }
     pairs = {
-        (control, name): paired_difference(table[name], metric, cluster, resamples=resamples)
+        (control, name): paired_difference(table[name], metric, cluster, maximum=highest_score(name))
         for control, table in replaced.items()
         for name, metric in real_table.items()
     }
@@ -179,7 +174,7 @@ def image_reliance(
         control: {"image": CONTROL_DESCRIPTIONS[control], "metrics": {}} for control in replaced
     }
     for (control, name), pair in pairs.items():
-        contribution = relative_drop(real_table[name], replaced[control][name], cluster, resamples=resamples)
+        contribution = relative_drop(real_table[name], replaced[control][name], cluster, maximum=highest_score(name))
         result[control]["metrics"][name] = {
             "real": intervals["real"][name],
             "replaced": intervals[control][name],
@@ -198,11 +193,9 @@ def image_reliance(
     return result
 
 
-def _summarize(
-    table: Mapping[str, SumMetric], examples: Sequence[Example], resamples: int
-) -> dict[str, dict[str, float]]:
+def _summarize(table: Mapping[str, SumMetric], examples: Sequence[Example]) -> dict[str, dict[str, float]]:
     """Compute each metric with its interval, without the number of rows and images."""
-    metrics = summarize_metrics(table, examples, resamples=resamples)
+    metrics = summarize_metrics(table, examples)
     return {name: {"value": m.value, "low": m.low, "high": m.high} for name, m in metrics.items()}
 
 

@@ -16,8 +16,8 @@ from normtune.errors import InputError
 from normtune.evaluation.config import CONTROLS
 from normtune.evaluation.image_reliance import reliance_text
 from normtune.metrics.answers import Metric, ignored_signs_text
-from normtune.metrics.statistics import RESAMPLES
 from normtune.metrics.strata import strata_of, strata_text
+from normtune.metrics.sum_metrics import INTERVALS
 from normtune.runtime.environment import versions
 from normtune.runtime.files import read_json, write_json, write_jsonl
 from normtune.runtime.notebook import Result, Rows, axes_or_new, data_frame
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     import pandas
     from matplotlib.axes import Axes
     from PIL import Image
-
-# Describes the intervals in metrics.json.
-INTERVALS = f"95%, percentile bootstrap over images, {RESAMPLES} resamples"
 
 
 def split_hash(ids: Sequence[str]) -> str:

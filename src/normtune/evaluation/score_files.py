@@ -14,7 +14,7 @@ from normtune.data.records import Example, Kind
 from normtune.errors import InputError, did_you_mean
 from normtune.metrics.answers import count_ignored_signs, ignored_signs_text, score_rows, score_vqa
 from normtune.metrics.reports import report_table, summarise_reports
-from normtune.metrics.statistics import RESAMPLES
+from normtune.metrics.sum_metrics import INTERVALS
 from normtune.runtime.files import write_json
 from normtune.runtime.number_format import format_interval
 from normtune.runtime.text_table import text_table
@@ -47,7 +47,6 @@ def score_files(
     chexbert: Path | None = None,
     bertscore: Path | None = None,
     radgraph: bool = False,
-    resamples: int = RESAMPLES,
     out: Path | None = None,
 ) -> dict[str, Any]:
     """Score a file of predictions against a file of references. Rows are joined by id, in any order.
@@ -56,14 +55,13 @@ def score_files(
         predictions: JSONL file of {"id", "prediction"}. Other fields are ignored, so that the
             `predictions.jsonl` of an evaluation can be both files.
         references: JSONL file of {"id", "reference"}; the text may also be in `answer` or `report`. Rows with
-            the same `image` or `images` are resampled together. `kind` (open, closed, report) selects the
-            metrics of a row.
+            the same `image`, `images` or `patient` are one cluster of the intervals. `kind` (open, closed, report)
+            selects the metrics of a row.
         task: vqa or report; by default report, unless rows have a `kind` of question.
         normalisations: applied to the texts; by default `none` and `r2gen-iu` for reports, `vqa` for answers.
         chexbert: folder of CheXbert's weights, for its label F1 of reports.
         bertscore: folder of a model, for BERTScore of reports.
         radgraph: adds RadGraph F1 of reports.
-        resamples: number of bootstrap resamples.
         out: a file to write the result to as JSON.
 
     Returns:
@@ -83,7 +81,7 @@ def score_files(
     _check_same_ids(Path(predictions), prediction_rows, Path(references), reference_rows)
     task = task or _infer_task(reference_rows)
     examples = [
-        # A row without images is resampled on its own.
+        # A row without images is a cluster of its own.
         Example(id, row.images or (f"row {id}",), "", row.text, _kind(row, task), "")
         for id, row in reference_rows.items()
     ]
@@ -97,14 +95,14 @@ def score_files(
         used = tuple(normalisations or ("vqa",))
         if len(used) > 1:
             raise InputError("answers are scored under one normalisation at a time. Give --normalisation once.")
-        metrics = score_vqa(examples, texts, normalisation=used[0], resamples=resamples)
+        metrics = score_vqa(examples, texts, normalisation=used[0])
         extra = {"signs_ignored": count_ignored_signs(examples, texts, used[0])}
     else:
         used = tuple(normalisations or ("none", "r2gen-iu"))
         pairs = {example.id: (texts[example.id], example.answer) for example in examples}
         clinical_metrics, findings = clinical_table(pairs, chexbert=chexbert, radgraph=radgraph)
         table = report_table(pairs, normalisations=used, bertscore=bertscore)
-        metrics = summarise_reports({**table, **clinical_metrics}, examples, resamples=resamples)
+        metrics = summarise_reports({**table, **clinical_metrics}, examples)
         extra = {"findings": findings}
     result = {
         "task": task,
@@ -112,7 +110,7 @@ def score_files(
         "images": len({example.images for example in examples}),
         "normalisations": list(used),
         "metrics": {name: asdict(metric) for name, metric in metrics.items()},
-        "intervals": f"95%, percentile bootstrap over images, {resamples} resamples",
+        "intervals": INTERVALS,
         **extra,
         "versions": {library: version(library) for library in _LIBRARIES},
     }

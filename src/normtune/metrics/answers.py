@@ -36,15 +36,14 @@ from normtune.data.reading.cells import is_yes_no
 from normtune.data.records import Example, Prediction
 from normtune.errors import InputError
 from normtune.metrics.normalisation import differ_in_signs, normalise, normalise_pair, tokens
-from normtune.metrics.statistics import RESAMPLES
-from normtune.metrics.sum_metrics import bootstrap_intervals, mean_metric, sum_by_cluster
+from normtune.metrics.sum_metrics import cluster_rows, mean_metric, metric_intervals, sum_by_cluster
 
 Scores = dict[str, dict[str, float]]  # metric -> example id -> score in [0, 1]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A mean score, its 95% interval from resampling images, and the rows and images that it is based on."""
+    """A score, its 95% interval, and the rows and images that it is based on."""
 
     value: float
     low: float
@@ -225,12 +224,12 @@ def score_rows(
     return {name: rows for name, rows in table.items() if rows}
 
 
-def summarise_scores(table: Scores, examples: Sequence[Example], *, resamples: int = RESAMPLES) -> dict[str, Metric]:
-    """Compute the mean of each metric over its rows. Intervals resample the images of `examples`."""
+def summarise_scores(table: Scores, examples: Sequence[Example]) -> dict[str, Metric]:
+    """Compute the mean of each metric over its rows, with its interval clustered by image or patient."""
     cluster = {example.id: example.images for example in examples}
     metrics = {name: mean_metric(rows) for name, rows in table.items()}
     results = {}
-    for name, interval in bootstrap_intervals(metrics, cluster, resamples=resamples).items():
+    for name, interval in metric_intervals(metrics, cluster_rows(examples)).items():
         # The sums of the images are added, as earlier versions do: the last bit depends on the order of a sum.
         sums = np.ascontiguousarray(sum_by_cluster(metrics[name].row_statistics, cluster).T)  # [2, images]
         total, rows = sums.sum(axis=1)
@@ -240,11 +239,7 @@ def summarise_scores(table: Scores, examples: Sequence[Example], *, resamples: i
 
 
 def score_vqa(
-    examples: Sequence[Example],
-    predictions: Mapping[str, str] | Sequence[Prediction],
-    *,
-    normalisation: str = "vqa",
-    resamples: int = RESAMPLES,
+    examples: Sequence[Example], predictions: Mapping[str, str] | Sequence[Prediction], *, normalisation: str = "vqa"
 ) -> dict[str, Metric]:
     """Compute every metric of this module for one set of predictions, joined to the examples by id.
 
@@ -253,7 +248,6 @@ def score_vqa(
         predictions: id -> answer text, or `Prediction`s in any order.
         normalisation: applied to texts before exact match and token overlap; `none` or `vqa`. Metrics named
             after LLaVA-Med always use LLaVA-Med's normalisation.
-        resamples: number of bootstrap resamples.
 
     Returns:
         Metric name -> mean with its interval. A metric without rows is omitted.
@@ -262,6 +256,4 @@ def score_vqa(
         InputError: if ids do not match one to one, an example asks for a report, or the normalisation is
             unknown.
     """
-    return summarise_scores(
-        score_rows(examples, predictions, normalisation=normalisation), examples, resamples=resamples
-    )
+    return summarise_scores(score_rows(examples, predictions, normalisation=normalisation), examples)

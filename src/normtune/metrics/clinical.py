@@ -71,8 +71,8 @@ def _count_labels(prediction: Mapping[str, Status], reference: Mapping[str, Stat
 
 
 def _f1(sums: Floats, columns: Sequence[int], average: str) -> Floats:
-    """Compute F1 = 2 TP / (2 TP + FP + FN) from summed counts, [resamples, 42] -> [resamples]."""
-    # [resamples, 42] -> [resamples, 3, 14] -> [resamples, 3, findings] -> three times [resamples, findings]
+    """Compute F1 = 2 TP / (2 TP + FP + FN) from summed counts, [n, 42] -> [n]."""
+    # [n, 42] -> [n, 3, 14] -> [n, 3, findings] -> three times [n, findings]
     true, false, missed = np.moveaxis(sums.reshape(len(sums), 3, -1)[:, :, columns], 1, 0)
     if average == "micro":
         true, false, missed = (counts.sum(axis=1, keepdims=True) for counts in (true, false, missed))

@@ -45,8 +45,8 @@ from normtune.metrics.answers import Metric, pair_with_predictions
 from normtune.metrics.ngrams import bleu, bleu_statistics, cider, rouge_l
 from normtune.metrics.normalisation import IDEOGRAPH, find_normalisation, separate_ideographs
 from normtune.metrics.ptb_words import ptb_words
-from normtune.metrics.statistics import RESAMPLES, Floats
-from normtune.metrics.sum_metrics import SumMetric, bootstrap_intervals, mean_metric
+from normtune.metrics.statistics import Floats
+from normtune.metrics.sum_metrics import SumMetric, cluster_rows, mean_metric, metric_intervals
 
 Texts = Mapping[str, tuple[str, str]]  # row id -> (prediction, reference)
 
@@ -97,7 +97,7 @@ def normalisations_for(dataset: str) -> tuple[str, str]:
 def report_metrics(
     texts: Texts, *, normalisation: str = "none", bertscore: Path | str | None = None
 ) -> dict[str, SumMetric]:
-    """Build every metric of the table above, as row statistics that can be resampled and paired.
+    """Build every metric of the table above, as statistics of its rows that can be summed and paired.
 
     Args:
         texts: row id -> (prediction, reference).
@@ -148,7 +148,7 @@ def _sacrebleu(texts: Texts) -> SumMetric:
         row = scorer.sentence_score(prediction, [reference])
         rows[id] = np.array([*row.counts, *row.totals, row.sys_len, row.ref_len], dtype=np.float64)
 
-    def from_sums(sums: Floats) -> Floats:  # [resamples, 10] -> [resamples]
+    def from_sums(sums: Floats) -> Floats:  # [n, 10] -> [n]
         scores = []
         for row in sums.round().astype(int).tolist():
             scores.append(BLEU.compute_bleu(row[:4], row[4:8], row[8], row[9], smooth_method="exp").score)
@@ -240,11 +240,8 @@ def report_table(
     return table
 
 
-def summarise_reports(
-    table: Mapping[str, SumMetric], examples: Sequence[Example], *, resamples: int = RESAMPLES
-) -> dict[str, Metric]:
-    """Compute each metric over all rows, with the interval from resampling the images of `examples`."""
-    cluster = {example.id: example.images for example in examples}
-    rows, images = len(cluster), len(set(cluster.values()))
-    intervals = bootstrap_intervals(table, cluster, resamples=resamples)
+def summarise_reports(table: Mapping[str, SumMetric], examples: Sequence[Example]) -> dict[str, Metric]:
+    """Compute each metric over all rows, with its interval clustered by image or patient."""
+    rows, images = len(examples), len({example.images for example in examples})
+    intervals = metric_intervals(table, cluster_rows(examples))
     return {name: Metric(i.value, i.low, i.high, rows, images) for name, i in intervals.items()}

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from normtune.data.records import Example
-from normtune.metrics.sum_metrics import SumMetric, bootstrap_intervals
+from normtune.metrics.sum_metrics import SumMetric, cluster_rows, metric_intervals
 from normtune.metrics.table import headline_metrics
 from normtune.runtime.number_format import format_interval
 from normtune.runtime.text_table import text_table
@@ -72,7 +72,7 @@ def group_by_stratum(examples: Sequence[Example]) -> dict[str, dict[str, list[Ex
 def score_strata(examples: Sequence[Example], table: Mapping[str, SumMetric]) -> Strata:
     """Score each stratum with the `HEADLINE_METRICS`.
 
-    The interval resamples the images of the stratum. A stratum of one image has nothing to resample, so its
+    The interval is clustered by the stratum's images or patients. A stratum of one image has no variance, so its
     `low` and `high` are None. CIDEr's n-gram weights are those of all rows.
 
     Args:
@@ -90,16 +90,15 @@ def score_strata(examples: Sequence[Example], table: Mapping[str, SumMetric]) ->
 
 
 def _score_stratum(examples: Sequence[Example], table: Mapping[str, SumMetric]) -> dict[str, Any]:
-    cluster = {example.id: example.images for example in examples}
+    images_of = {example.id: example.images for example in examples}
+    cluster = cluster_rows(examples)
     metrics = {}
     for name, metric in table.items():
         rows = {id: metric.row_statistics[id] for id in cluster if id in metric.row_statistics}
         if not rows:
             continue
-        images = len({cluster[id] for id in rows})
-        stratum_metric = SumMetric(rows, metric.from_sums)
-        clusters = {id: cluster[id] for id in rows}  # each metric draws the images of its own rows
-        interval = bootstrap_intervals({name: stratum_metric}, clusters)[name]
+        images = len({images_of[id] for id in rows})
+        interval = metric_intervals({name: SumMetric(rows, metric.from_sums)}, cluster)[name]
         metrics[name] = {
             "value": interval.value,
             "low": interval.low if images > 1 else None,
@@ -107,7 +106,7 @@ def _score_stratum(examples: Sequence[Example], table: Mapping[str, SumMetric]) 
             "rows": len(rows),
             "images": images,
         }
-    return {"rows": len(examples), "images": len(set(cluster.values())), "metrics": metrics}
+    return {"rows": len(examples), "images": len(set(images_of.values())), "metrics": metrics}
 
 
 def strata_text(strata: Mapping[str, Any]) -> str:

@@ -1,23 +1,36 @@
 """Metrics that are a function of sums over rows, such as BLEU and F1: values, intervals, paired tests.
 
-The BLEU of a corpus is not the mean of the BLEU of its rows. A bootstrap resample of images therefore sums
-the *statistics* of the rows (n-gram counts, lengths) and computes the metric again from the sums (Koehn
-2004). A mean is the special case with two statistics per row: the score and the number 1. Two runs are
-compared by swapping their statistics image by image (approximate randomisation: Riezler and Maxwell 2005).
-For a mean, a swap flips the sign of the image's difference.
+The BLEU of a corpus is not the mean of the BLEU of its rows. It is computed from the sums of the *statistics* of the
+rows (n-gram counts, lengths), and so are its interval (the jackknife leaves out one image at a time) and its test. A
+mean is the special case with two statistics per row: the score and the number 1. Two runs are compared by swapping
+their statistics image by image (approximate randomisation: Riezler and Maxwell 2005). For a mean, a swap flips the
+sign of the image's difference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from normtune.data.records import Example
+from normtune.data.splits import patient_of_image
 from normtune.errors import InputError
-from normtune.metrics.statistics import MAX_EXACT_CLUSTERS, RESAMPLES, Floats, Interval, PairedDifference, resample_sums
+from normtune.metrics.statistics import (
+    Floats,
+    Interval,
+    difference_interval,
+    influence_of_mean,
+    influence_of_metric,
+    mean_interval,
+    ratio_interval,
+    satterthwaite_df,
+)
 
-_ENDS = ((1 - 0.95) / 2, (1 + 0.95) / 2)  # quantiles at the ends of a 95% interval
+MAX_EXACT_CLUSTERS = 12  # up to this number of clusters, a paired test tries every pattern of swaps
+# Describes the intervals in metrics.json.
+INTERVALS = "95%, Wilson's at the effective number of rows, by image (by patient where the data name patients)"
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,28 @@ class SumMetric:
         """Compute the metric of each row separately: row id -> score."""
         values = self.from_sums(np.stack(list(self.row_statistics.values())))  # [rows, columns] -> [rows]
         return dict(zip(self.row_statistics, values.tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """The difference of one metric between two trained models on the same rows: second minus first."""
+
+    difference: float
+    low: float
+    high: float
+    p: float
+    rows: int
+    images: int
+    method: str
+    error: float  # standard error of the difference
+    df: float  # its degrees of freedom
+
+
+def average_metric(metrics: Sequence[SumMetric]) -> SumMetric:
+    """Build the metric of several models together: each row has the mean of the models' statistics."""
+    rows = metrics[0].row_statistics
+    mean = {id: np.mean([metric.row_statistics[id] for metric in metrics], axis=0) for id in rows}
+    return SumMetric(mean, metrics[0].from_sums)
 
 
 def mean_metric(scores: Mapping[str, float]) -> SumMetric:
@@ -55,60 +90,90 @@ def sum_by_cluster(rows: Mapping[str, Floats], cluster: Mapping[str, Hashable]) 
     return sums
 
 
-def bootstrap_intervals(
-    metrics: Mapping[str, SumMetric], cluster: Mapping[str, Hashable], *, resamples: int = RESAMPLES
-) -> dict[str, Interval]:
-    """Compute 95% percentile intervals of several metrics, all from the same resamples of clusters.
+def cluster_rows(examples: Sequence[Example]) -> dict[str, str]:
+    """Return the cluster of each row, by id: its patient where the data name patients, else its image.
 
-    These are percentile intervals (Efron and Tibshirani 1993, chapter 13) rather than BCa intervals. The
-    jackknife of BCa is undefined if all scores are equal, which happens in small closed subsets, and the two
-    agree to a few tenths of a point at the sizes of VQA test sets. A mean ignores the resamples that have
-    none of its rows.
+    Rows that share an image are in one cluster. A row without an image is a cluster of its own.
+    """
+    patient = patient_of_image(examples)
+    return {e.id: patient[e.images[0]] if e.images else f"row {e.id}" for e in examples}
+
+
+def highest_score(name: str) -> float:
+    """Return the maximum of the metric of that name: 10 for CIDEr, else 1."""
+    return 10.0 if name.startswith("cider") else 1.0
+
+
+@dataclass(frozen=True)
+class ClusterScores:
+    """One metric of one run, by cluster.
+
+    Attributes:
+        value: the metric over all rows.
+        influence: what each cluster adds to its error, [clusters].
+        counts: rows of each cluster, [clusters].
+    """
+
+    value: float
+    influence: Floats
+    counts: Floats
+
+
+def score_clusters(metric: SumMetric, cluster: Mapping[str, Hashable]) -> ClusterScores:
+    """Compute the influence of each cluster that has a row of the metric, in the order of `cluster`."""
+    cluster = {id: name for id, name in cluster.items() if id in metric.row_statistics}
+    counts = sum_by_cluster(dict.fromkeys(cluster, np.ones(1)), cluster)[:, 0]
+    sums = sum_by_cluster(metric.row_statistics, cluster)
+    if len(counts) < 2:
+        influence = np.zeros(len(counts))
+    elif metric.from_sums is _mean:
+        influence = influence_of_mean(sums[:, 0], counts)
+    else:
+        influence = influence_of_metric(metric.from_sums, sums)
+    return ClusterScores(metric.overall(), influence, counts)
+
+
+def metric_intervals(metrics: Mapping[str, SumMetric], cluster: Mapping[str, Hashable]) -> dict[str, Interval]:
+    """Compute the 95% interval of each metric: `mean_interval` of means, `ratio_interval` of other metrics.
 
     Args:
         metrics: name -> metric; each may have some of the rows only.
-        cluster: row id -> cluster (the row's images). All clusters are drawn, those without a row too.
-        resamples: number of bootstrap resamples.
+        cluster: row id -> cluster, from `cluster_rows`.
 
     Raises:
         InputError: if a metric has no row.
     """
-    if not metrics:
-        return {}
     if not all(metric.row_statistics for metric in metrics.values()):
         raise InputError("there are no rows to score. Choose a split that has rows.")
-    tables = [sum_by_cluster(metric.row_statistics, cluster) for metric in metrics.values()]
-    # The columns of all metrics next to each other: [clusters, columns] -> [resamples, columns]
-    drawn = resample_sums(np.concatenate(tables, axis=1), resamples=resamples)
-    intervals, start = {}, 0
-    for (name, metric), table in zip(metrics.items(), tables, strict=True):
-        with np.errstate(invalid="ignore"):  # 0 / 0 of a resample without rows is NaN, which nanquantile ignores
-            values = metric.from_sums(drawn[:, start : start + table.shape[1]])
-        low, high = np.nanquantile(values, _ENDS)
-        intervals[name] = Interval(metric.overall(), float(low), float(high))
-        start += table.shape[1]
+    intervals = {}
+    for name, metric in metrics.items():
+        maximum, scores = highest_score(name), score_clusters(metric, cluster)
+        if metric.from_sums is _mean:
+            rows = {id: np.array([row[0], row[0] ** 2]) for id, row in metric.row_statistics.items()}
+            sums, squares = sum_by_cluster(rows, {id: cluster[id] for id in rows}).T
+            interval = mean_interval(sums, squares, scores.counts, maximum=maximum)
+        else:
+            interval = ratio_interval(scores.value, scores.influence, scores.counts, maximum=maximum)
+        low, high = min(scores.value, interval.low), max(scores.value, interval.high)  # in spite of rounding
+        intervals[name] = Interval(scores.value, low, high)
     return intervals
 
 
 def paired_difference(
-    first: SumMetric,
-    second: SumMetric,
-    cluster: Mapping[str, Hashable],
-    *,
-    resamples: int = RESAMPLES,
-    swaps: int = 10_000,
+    first: SumMetric, second: SumMetric, cluster: Mapping[str, Hashable], *, maximum: float = 1.0, swaps: int = 10_000
 ) -> PairedDifference:
-    """Compute `second` minus `first` on the same rows: the 95% bootstrap interval and a two-sided p-value.
+    """Test whether two trained models differ on images like these: `second` minus `first` on the same rows.
 
-    If the runs differ in at most 12 clusters, the test tries every pattern of swaps. Otherwise it draws
-    `swaps` random patterns and counts the observed one among them, so that p is never 0 (Phipson and Smyth
-    2010).
+    It says nothing about other seeds of the same recipes; `compare_recipes` does. The p-value is that of swapping the
+    models image by image. If they differ in at most 12 clusters, the test tries every pattern of swaps. Otherwise it
+    draws `swaps` random patterns and counts the observed one among them, so that p is never 0 (Phipson and Smyth
+    2010). The interval is `difference_interval` with the variance of the clusters' influences.
 
     Args:
-        first: metric of the first run.
-        second: the same metric of the second run; rows are joined by id.
-        cluster: row id -> cluster (the row's images).
-        resamples: number of bootstrap resamples for the interval.
+        first: metric of the first model.
+        second: the same metric of the second model; rows are joined by id.
+        cluster: row id -> cluster, from `cluster_rows`.
+        maximum: the highest possible score.
         swaps: number of random patterns of swaps for the p-value.
 
     Raises:
@@ -121,47 +186,47 @@ def paired_difference(
         )
     if not first.row_statistics:
         raise InputError("there are no rows to compare. Choose a split that has rows.")
-    first_sums, second_sums, first_values, second_values = _resample_both(first, second, cluster, resamples)
-    low, high = np.quantile(second_values - first_values, _ENDS)
-    difference = second.overall() - first.overall()
-    p, method = _swap_test(first, first_sums, second_sums, difference, swaps)
-    rows, images = len(first.row_statistics), len(first_sums)
-    return PairedDifference(difference, float(low), float(high), p, rows, images, method)
-
-
-def _resample_both(
-    first: SumMetric, second: SumMetric, cluster: Mapping[str, Hashable], resamples: int
-) -> tuple[Floats, Floats, Floats, Floats]:
-    """Sum the rows of both runs by cluster, and compute both metrics in the same resamples of clusters.
-
-    Returns:
-        The sums of each cluster in the first and in the second run, each [clusters, columns]; the metric of the first
-        and of the second run, each [resamples].
-    """
     cluster = {id: cluster[id] for id in first.row_statistics}
-    first_sums = sum_by_cluster(first.row_statistics, cluster)
-    second_sums = sum_by_cluster({id: second.row_statistics[id] for id in first.row_statistics}, cluster)
-    drawn = resample_sums(np.concatenate([first_sums, second_sums], axis=1), resamples=resamples)
-    width = first_sums.shape[1]
-    return first_sums, second_sums, first.from_sums(drawn[:, :width]), second.from_sums(drawn[:, width:])
+    first_sums, second_sums = (sum_by_cluster(metric.row_statistics, cluster) for metric in (first, second))
+    first_scores, second_scores = (score_clusters(metric, cluster) for metric in (first, second))
+    difference = second_scores.value - first_scores.value
+    p, method = _swap_test(first, first_sums, second_sums, difference, swaps)
+    rows, clusters = len(cluster), len(first_sums)
+    if clusters < 2:  # one image has no variance
+        return PairedDifference(difference, -maximum, maximum, p, rows, clusters, method, maximum, 1.0)
+    variance = float(((second_scores.influence - first_scores.influence) ** 2).sum())
+    df = satterthwaite_df(first_scores.counts)
+    low, high, error = difference_interval(difference, variance, df, clusters=clusters, maximum=maximum)
+    return PairedDifference(difference, low, high, p, rows, clusters, method, error, df)
 
 
 def relative_drop(
-    first: SumMetric, second: SumMetric, cluster: Mapping[str, Hashable], *, resamples: int = RESAMPLES
+    first: SumMetric, second: SumMetric, cluster: Mapping[str, Hashable], *, maximum: float = 1.0
 ) -> Interval | None:
-    """Compute (first - second) / first on the same rows, joined by id, with its 95% percentile interval.
+    """Compute (first - second) / first on the same rows, joined by id, with its 95% interval.
+
+    The variance is the jackknife's, the interval is symmetric up to its upper limit of 1.
 
     Returns:
-        The relative drop, or None if `first` is 0. The interval ignores resamples in which `first` is 0.
+        The relative drop, or None if `first` is 0 or there is one cluster.
     """
     assert first.row_statistics.keys() == second.row_statistics.keys(), "the same rows"
-    first_value = first.overall()
-    if first_value == 0:
+    cluster = {id: cluster[id] for id in first.row_statistics}
+    first_sums, second_sums = (sum_by_cluster(metric.row_statistics, cluster) for metric in (first, second))
+    width, clusters = first_sums.shape[1], len(first_sums)
+
+    def drop(sums: Floats) -> Floats:  # [n, both metrics' columns] -> [n]
+        return 1 - second.from_sums(sums[:, width:]) / first.from_sums(sums[:, :width])
+
+    both = np.concatenate([first_sums, second_sums], axis=1)
+    before = first.overall()
+    if before == 0 or clusters < 2:
         return None
-    _, _, before, after = _resample_both(first, second, cluster, resamples)
-    drops = 1 - after[before != 0] / before[before != 0]
-    low, high = np.quantile(drops, _ENDS)
-    return Interval(1 - second.overall() / first_value, float(low), float(high))
+    variance = float((influence_of_metric(drop, both) ** 2).sum())
+    value = 1 - second.overall() / before
+    # Divided by `first`, the bound of the variance of a difference is that of a drop.
+    low, high, _ = difference_interval(0.0, variance * before**2, clusters - 1, clusters=clusters, maximum=maximum)
+    return Interval(value, value + low / before, min(1.0, value + high / before))
 
 
 def _swap_test(metric: SumMetric, first: Floats, second: Floats, observed: float, swaps: int) -> tuple[float, str]:

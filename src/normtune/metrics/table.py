@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from normtune.data.records import Example, Prediction
 from normtune.metrics import answers, reports
 from normtune.metrics.answers import Metric
-from normtune.metrics.statistics import RESAMPLES
 from normtune.metrics.sum_metrics import SumMetric, mean_metric
 
 # The metrics that are reported for strata and for control images.
@@ -50,14 +49,12 @@ def metric_table(
     return reports.report_table(reports.text_pairs(examples, predictions), normalisations=normalisation)
 
 
-def summarize_metrics(
-    table: Mapping[str, SumMetric], examples: Sequence[Example], *, resamples: int = RESAMPLES
-) -> dict[str, Metric]:
-    """Summarise each metric of `metric_table`, with the interval from resampling the images of `examples`."""
+def summarize_metrics(table: Mapping[str, SumMetric], examples: Sequence[Example]) -> dict[str, Metric]:
+    """Summarise each metric of `metric_table`, with its interval clustered by image or patient."""
     if examples[0].kind == "report":
-        return reports.summarise_reports(table, examples, resamples=resamples)
+        return reports.summarise_reports(table, examples)
     scores = {name: metric.by_row() for name, metric in table.items()}
-    return answers.summarise_scores(scores, examples, resamples=resamples)
+    return answers.summarise_scores(scores, examples)
 
 
 def headline_metrics(table: Mapping[str, SumMetric]) -> dict[str, SumMetric]:

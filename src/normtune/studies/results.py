@@ -77,13 +77,16 @@ SCHEMA: dict[str, dict[str, str]] = {
     "seeds": {
         "grid": "TEXT", "model": "TEXT", "trained_on": "TEXT", "share": "REAL", "recipe": "TEXT",
         "rate": "TEXT", "dataset": "TEXT", "role": "TEXT", "metric": "TEXT", "seeds": "INTEGER",
-        "mean": "REAL", "low": "REAL", "high": "REAL", "least": "REAL", "most": "REAL",
+        "rows": "INTEGER", "images": "INTEGER", "mean": "REAL", "low": "REAL", "high": "REAL",
+        "least": "REAL", "most": "REAL",
     },
     "tests": {
         "grid": "TEXT", "model": "TEXT", "trained_on": "TEXT", "share": "REAL", "dataset": "TEXT",
         "role": "TEXT", "metric": "TEXT", "recipe": "TEXT", "against": "TEXT", "difference": "REAL",
         "low": "REAL", "high": "REAL", "p": "REAL", "p_holm": "REAL", "rows": "INTEGER",
-        "images": "INTEGER", "seeds": "INTEGER", "method": "TEXT",
+        "images": "INTEGER", "seeds": "INTEGER", "method": "TEXT", "question": "TEXT", "first": "REAL",
+        "second": "REAL", "smallest_difference": "REAL", "margin": "REAL", "equivalent": "INTEGER",
+        "no_worse": "INTEGER",
     },
 }  # fmt: skip
 

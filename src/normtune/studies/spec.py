@@ -165,10 +165,13 @@ class Grid(_Section):
 
 
 class Compare(_Section):
-    """Options of the paired tests in the tables."""
+    """Options of the tests in the tables."""
 
     against: str | None = Field(None, description="The recipe that the others are compared with.")
     metrics: OneOrMore[str] | None = None
+    margin: float | None = Field(
+        None, gt=0, description="The largest difference that does not matter, in points: adds tests of equivalence."
+    )
 
 
 class Study(_Section):

@@ -1,4 +1,39 @@
-"""Statistics over a study's rows: means over seeds, and paired tests between recipes."""
+"""Statistics over a study's rows: means over seeds, and tests between recipes.
+
+A row of the table `seeds` (`aggregate_seeds`) has these fields:
+
+`grid`, `model`, `trained_on`, `share`, `recipe`, `rate`, `dataset`, `role`, `metric`
+    What is measured.
+`seeds`, `rows`, `images`
+    Number of seeds, and of rows and images of the test set.
+`mean`, `low`, `high`
+    The mean over seeds with its 95% interval for new seeds and new images, inside 0 to 1 (CIDEr: 0 to 10) and never
+    empty (`recipe_mean`). With one seed, that run's own interval, for new images alone.
+`least`, `most`
+    The lowest and highest value of a seed.
+
+A row of the table `tests` (`paired_tests`) has these fields:
+
+`grid`, `model`, `trained_on`, `share`, `dataset`, `role`, `metric`, `recipe`, `against`
+    What is compared: `recipe` with the reference recipe `against`. The recipe `frozen` is the base without tuning.
+`first`, `second`
+    The mean of `against` and of `recipe`.
+`difference`, `low`, `high`
+    `second` minus `first`, with its 95% interval.
+`question`
+    What `p` answers. `recipes`: do the recipes differ, for new seeds and new images? (Three seeds or more of each.)
+    `trained models`: do these trained models, those of one recipe together, differ on images like these? (Fewer seeds:
+    there is no p-value of the recipes.)
+`p`, `p_holm`
+    The p-value, and corrected over the recipes of a group (Holm).
+`method`, `seeds`, `rows`, `images`
+    The test; the number of seeds, of the recipe that has fewer; the number of rows and images of the test set.
+`smallest_difference`
+    The true difference that is found in 80% of such comparisons.
+`margin`, `equivalent`, `no_worse`
+    The study's `compare: {margin: 2}` as a fraction (0.02); whether the difference is inside it (TOST at 5%); whether
+    `recipe` is worse than `against` by less than it (one-sided at 5%). All three are null without a margin.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +42,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from normtune.data.records import Example
 from normtune.evaluation.compare import compute_metrics, read_runs
-from normtune.metrics.statistics import holm_correction, mean_over_seeds
-from normtune.metrics.sum_metrics import SumMetric, paired_difference
+from normtune.evaluation.recipe_differences import Group, compare_metric, correct_p_values
+from normtune.metrics.statistics import Interval, recipe_mean
+from normtune.metrics.sum_metrics import SumMetric, highest_score
+from normtune.studies.recipe_names import FROZEN
 from normtune.studies.spec import SEARCH, Study
 
 Row = dict[str, Any]
 Tables = Mapping[str, list[Row]]
-EvaluationRows = tuple[dict[str, SumMetric], dict[str, tuple[str, ...]]]  # metrics by name, images by row id
+EvaluationRows = tuple[dict[str, SumMetric], Sequence[Example]]  # metrics by name, and the evaluated examples
 # The metrics that are tested if the study's file lists none.
 TESTED = ("closed_label", "open_exact", "global_exact", "bleu_4/none", "rouge_l/none", "cider_d/none")
 # The reference recipe if the study's file names none: the first of these that a grid has.
@@ -27,10 +65,7 @@ def format_rates(rates: Mapping[str, float]) -> str:
 
 
 def aggregate_seeds(tables: Tables) -> list[Row]:
-    """Mean, 95% interval and range of each metric over cells that differ only in their seed.
-
-    The interval is Student's t; with one seed it is that run's own interval.
-    """
+    """Mean, 95% interval and range of each metric over cells that differ only in their seed."""
     cells = {cell["key"]: cell for cell in tables["cells"]}
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in tables["metrics"]:
@@ -45,17 +80,17 @@ def aggregate_seeds(tables: Tables) -> list[Row]:
     aggregated = []
     for group, rows in groups.items():
         values = [row["value"] for row in rows]
-        if len(values) > 1:
-            interval = asdict(mean_over_seeds(values))
-        else:
-            interval = {end: rows[0][end] for end in ("value", "low", "high")}
+        runs = [Interval(row["value"], row["low"], row["high"]) for row in rows]
+        interval = recipe_mean(runs, rows[0]["images"], maximum=highest_score(rows[0]["metric"]))
         aggregated.append(
             {
                 **dict(zip(names, group, strict=True)),
                 "seeds": len(values),
-                "mean": interval["value"],
-                "low": interval["low"],
-                "high": interval["high"],
+                "rows": rows[0]["rows"],
+                "images": rows[0]["images"],
+                "mean": interval.value,
+                "low": interval.low,
+                "high": interval.high,
                 "least": min(values),
                 "most": max(values),
             }
@@ -64,11 +99,10 @@ def aggregate_seeds(tables: Tables) -> list[Row]:
 
 
 def paired_tests(study: Study, tables: Tables, out: Path) -> list[Row]:
-    """Test every recipe against the reference recipe of its grid, on the same rows, paired by image.
+    """Test every recipe against the reference recipe of its grid, on the same rows.
 
-    The rows of all seeds that both recipes have are tested together. A recipe that a grid tries at several
-    learning rates is left out: one of its rates would have to be selected, and the test split must not be
-    used for that.
+    A recipe that a grid tries at several learning rates is left out: one of its rates would have to be selected, and
+    the test split must not be used for that.
 
     Returns:
         The rows of the table `tests`; p-values are corrected over the recipes of a group (Holm).
@@ -100,41 +134,37 @@ def paired_tests(study: Study, tables: Tables, out: Path) -> list[Row]:
         if against not in single_rate:
             continue
         if (base_folder := frozen.get((group[0], group[1], group[4]))) is not None:
-            # the base has no seeds: its one evaluation is paired with each seed of the reference
-            single_rate["frozen"] = dict.fromkeys(single_rate[against], base_folder)
-        tests += _test_recipes(reader, group, against, single_rate)
+            single_rate[FROZEN] = {None: base_folder}
+        tests += _test_recipes(reader, group, against, single_rate, study.compare.margin)
     return tests
 
 
 def _test_recipes(
-    reader: _EvaluationReader, group: tuple[Any, ...], against: str, recipes: Mapping[str, Mapping[int | None, Path]]
+    reader: _EvaluationReader,
+    group: tuple[Any, ...],
+    against: str,
+    recipes: Mapping[str, Mapping[int | None, Path]],
+    margin: float | None,
 ) -> Iterator[Row]:
     """The tests within one grid, model and pair of data sets; p-values are corrected for each metric."""
     names = ("grid", "model", "trained_on", "share", "dataset", "role")
-    rows: list[Row] = []
-    for recipe, runs in recipes.items():
-        seeds = [seed for seed in runs if seed in recipes[against]]
-        if recipe == against or not seeds:
-            continue
-        reference_metrics, clusters = reader.read_seeds([recipes[against][seed] for seed in seeds])
-        recipe_metrics, _ = reader.read_seeds([runs[seed] for seed in seeds])
-        for metric in reference_metrics:
-            rows.append(
-                {
-                    **dict(zip(names, group, strict=True)),
-                    "metric": metric,
-                    "recipe": recipe,
-                    "against": against,
-                    "seeds": len(seeds),
-                    **asdict(paired_difference(reference_metrics[metric], recipe_metrics[metric], clusters)),
-                }
-            )
-    for metric in dict.fromkeys(row["metric"] for row in rows):
-        tests = [row for row in rows if row["metric"] == metric]
-        corrected = holm_correction({row["recipe"]: row["p"] for row in tests})
-        for row in tests:
-            row["p_holm"] = corrected[row["recipe"]]
-    yield from rows
+    reference, examples = reader.read_seeds(list(recipes[against].values()))
+    others = {
+        recipe: reader.read_seeds(list(runs.values()), fixed=recipe == FROZEN)[0]
+        for recipe, runs in recipes.items()
+        if recipe != against
+    }
+    for metric in reference.metrics[0]:
+        differences = correct_p_values(
+            {
+                recipe: compare_metric(metric, reference, seeds, examples, margin=margin)
+                for recipe, seeds in others.items()
+                if all(metric in table for table in seeds.metrics)
+            }
+        )
+        for recipe, difference in differences.items():
+            about = {"metric": metric, "recipe": recipe, "against": against}
+            yield {**dict(zip(names, group, strict=True)), **about, **asdict(difference)}
 
 
 class _EvaluationReader:
@@ -144,29 +174,15 @@ class _EvaluationReader:
         self.metrics = metrics
         self._cache: dict[Path, EvaluationRows] = {}
 
-    def read_seeds(self, run_folders: Sequence[Path]) -> EvaluationRows:
-        """The rows of several seeds as one set of rows.
-
-        Returns:
-            Each metric with the rows of all seeds, and the images of each row. Tests resample by image, so an
-            image's rows of all seeds are one cluster.
-        """
+    def read_seeds(self, run_folders: Sequence[Path], *, fixed: bool = False) -> tuple[Group, Sequence[Example]]:
+        """The metrics of each seed of a recipe, and the evaluated examples."""
         runs = [self._read_one(folder) for folder in run_folders]
-        joined = {}
-        for metric in runs[0][0]:
-            rows = {  # a row id is unique within its seed only
-                f"{seed} {id}": values
-                for seed, (metrics, _) in enumerate(runs)
-                for id, values in metrics[metric].row_statistics.items()
-            }
-            joined[metric] = SumMetric(rows, runs[0][0][metric].from_sums)
-        clusters = {f"{seed} {id}": names for seed, (_, images) in enumerate(runs) for id, names in images.items()}
-        return joined, clusters
+        return Group([metrics for metrics, _ in runs], fixed), runs[0][1]
 
     def _read_one(self, folder: Path) -> EvaluationRows:
-        """The metrics of one evaluation, and the images of each of its rows."""
+        """The metrics of one evaluation, and its examples."""
         if folder not in self._cache:
             (run,) = read_runs([folder])
             metrics = {name: metric for name, metric in compute_metrics(run).items() if name in self.metrics}
-            self._cache[folder] = metrics, {example.id: example.images for example in run.examples}
+            self._cache[folder] = metrics, run.examples
         return self._cache[folder]

@@ -1,0 +1,172 @@
+"""Compares one metric of two models or of two recipes: selects the question, its test, and what the data can show."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
+
+import numpy as np
+
+from normtune.data.records import Example
+from normtune.errors import InputError
+from normtune.metrics.statistics import (
+    MIN_SEEDS,
+    SeedScores,
+    compare_recipes,
+    equivalence,
+    holm_correction,
+    is_no_worse,
+    smallest_difference,
+)
+from normtune.metrics.sum_metrics import (
+    SumMetric,
+    average_metric,
+    cluster_rows,
+    highest_score,
+    paired_difference,
+    score_clusters,
+)
+
+Key = TypeVar("Key", bound=Hashable)
+# What the p-value of a comparison answers
+Question = Literal["recipes", "trained models"]
+QUESTIONS: dict[Question, str] = {
+    "recipes": "these recipes differ, for new seeds and new images like these",
+    "trained models": "these trained models differ on images like these; other seeds of their recipes may not",
+}
+
+
+@dataclass(frozen=True)
+class MetricDifference:
+    """One metric of two runs or recipes on the same rows. `difference` is the second minus the first.
+
+    Attributes:
+        first: the metric of the first; the mean of several seeds.
+        second: the same of the second.
+        low: lower end of the 95% interval of the difference.
+        high: its upper end.
+        p: of the test that answers `question`.
+        p_holm: corrected for all metrics of all compared runs (Holm 1979).
+        rows: number of rows.
+        images: number of images.
+        method: the test.
+        question: `recipes` with three seeds or more of each, else `trained models`.
+        seeds: the number of seeds, of the recipe that has fewer.
+        smallest_difference: the true difference that is found in 80% of such comparisons.
+        margin: the largest difference that does not matter, if the user states one.
+        equivalent: whether the difference is inside the margin (TOST at 5%); None without a margin.
+        no_worse: whether the second is worse by less than the margin (one-sided test at 5%); None without a margin.
+    """
+
+    first: float
+    second: float
+    difference: float
+    low: float
+    high: float
+    p: float
+    p_holm: float
+    rows: int
+    images: int
+    method: str
+    question: Question
+    seeds: int
+    smallest_difference: float
+    margin: float | None
+    equivalent: bool | None
+    no_worse: bool | None
+
+
+@dataclass(frozen=True)
+class Group:
+    """The evaluated models of one recipe.
+
+    Attributes:
+        metrics: every metric of each model (seed).
+        fixed: no seed decides the model: a base without tuning, or a baseline.
+    """
+
+    metrics: Sequence[Mapping[str, SumMetric]]
+    fixed: bool = False
+
+
+def check_margin(points: float | None) -> None:
+    """Check that a margin is above 0.
+
+    Raises:
+        InputError: if it is not.
+    """
+    if points is not None and not points > 0:
+        raise InputError(f"--margin {points:g}: the margin must be above 0, in points such as 2.")
+
+
+def compare_metric(
+    name: str, first: Group, second: Group, examples: Sequence[Example], *, margin: float | None = None
+) -> MetricDifference:
+    """Compare one metric of two groups that answered the same examples; `p_holm` is p.
+
+    With `MIN_SEEDS` seeds or more of each recipe, the recipes are compared. With fewer, it is their trained models,
+    those of one recipe together: each row has the mean of their scores.
+
+    Args:
+        name: the metric.
+        first, second: the groups.
+        examples: the evaluated examples.
+        margin: the largest difference that does not matter, in points (2 is 0.02).
+
+    Raises:
+        InputError: the models did not answer the same rows.
+    """
+    groups, cluster, maximum = (first, second), cluster_rows(examples), highest_score(name)
+    metrics = [[table[name] for table in group.metrics] for group in groups]
+    random = [len(group.metrics) for group in groups if not group.fixed]
+    question: Question
+    if random and min(random) >= MIN_SEEDS:
+        question, method = "recipes", "Obuchowski-Rockette, Hillis' degrees of freedom"
+        scores = [[score_clusters(metric, cluster) for metric in seeds] for seeds in metrics]
+        before, after = (
+            SeedScores(np.array([s.value for s in seeds]), np.stack([s.influence for s in seeds]), group.fixed)
+            for seeds, group in zip(scores, groups, strict=True)
+        )
+        if len(scores[0][0].counts) > 1:
+            result = compare_recipes(before, after, scores[0][0].counts, maximum=maximum)
+            values = (result.difference, result.low, result.high, result.p)
+            error, df = result.error, result.df
+        else:  # one image has no variance
+            values = (float(after.values.mean() - before.values.mean()), -maximum, maximum, 1.0)
+            error, df = maximum, 1.0
+        means = float(before.values.mean()), float(after.values.mean())
+    else:
+        question = "trained models"
+        one, other = (average_metric(seeds) if len(seeds) > 1 else seeds[0] for seeds in metrics)
+        pair = paired_difference(one, other, cluster, maximum=maximum)
+        values, method = (pair.difference, pair.low, pair.high, pair.p), pair.method
+        error, df = pair.error, pair.df
+        means = one.overall(), other.overall()
+    difference, low, high, p = values
+    limit = None if margin is None else margin / 100
+    rows = metrics[0][0].row_statistics.keys()
+    return MetricDifference(
+        first=means[0],
+        second=means[1],
+        difference=difference,
+        low=low,
+        high=high,
+        p=p,
+        p_holm=p,
+        rows=len(rows),
+        images=len({example.images for example in examples if example.id in rows}),
+        method=method,
+        question=question,
+        seeds=min(random or [1]),
+        smallest_difference=min(maximum, smallest_difference(error, df)),
+        margin=limit,
+        equivalent=None if limit is None else equivalence(difference, error, df, limit) <= 0.05,
+        no_worse=None if limit is None else is_no_worse(difference, error, df, limit),
+    )
+
+
+def correct_p_values(differences: Mapping[Key, MetricDifference]) -> dict[Key, MetricDifference]:
+    """Return the differences with `p_holm` corrected for all of them."""
+    corrected = holm_correction({key: difference.p for key, difference in differences.items()})
+    return {key: replace(difference, p_holm=corrected[key]) for key, difference in differences.items()}
