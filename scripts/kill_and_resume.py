@@ -3,7 +3,7 @@
     python scripts/kill_and_resume.py --moments 20 --seed 0
 
 1. A run is killed at a random moment (sometimes again while it resumes) and resumed with the same options: its
-   adapter has the bytes of an uninterrupted run.
+   adapter has the bytes of an uninterrupted run. With --validate the same holds for its curve and best step.
 2. A killed run is resumed with one option, its data or its base changed. Either the command is refused (exit status
    2, no adapter), or its adapter has the bytes of a fresh run with these options; never a mixture of both.
 
@@ -52,14 +52,19 @@ def write_data(root: Path, *, flipped: bool = False, shade: int = 0, reverse: bo
         Image.new("RGB", (32, 32), (20 * (index // 2), 90, shade)).save(root / name)
         answer = ("yes", "no")[(index + flipped) % 2]
         rows.append({"image": name, "question": f"Is there a mass in slice {index}?", "answer": answer})
-    for split in ("train", "test"):
+    for split in ("train", "validate", "test"):
         (root / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows[::-1] if reverse else rows)))
 
 
-def command(root: Path, out: Path, change: str = "") -> list[str]:
-    """The command line of a run; a changed option replaces the one before it."""
+def command(root: Path, out: Path, change: str = "", *, validate: bool = False) -> list[str]:
+    """The command line of a run; a changed option replaces the one before it.
+
+    With `validate` the run validates every second step and stops early, at a rate so high that the loss rises again.
+    """
     data = ["--data", "jsonl", "--root", str(root / "data"), "--save-every", "3"]
     options = ["train", "nano", *data, "--tune", "ln", "--epochs", str(EPOCHS), "--batch", "8", "--device", "cpu"]
+    score = ["--metric-for-best", "loss", "--patience", "5", "--lr", "0.3", "--schedule", "constant"]
+    options += ["--validate-every", "2", *score] if validate else []
     return [*options, "--out", str(out), *change.replace("ROOT", str(root)).split()]
 
 
@@ -102,24 +107,36 @@ def adapter_bytes(out: Path) -> bytes:
     return (out / "adapter.safetensors").read_bytes()
 
 
-def check_moments(root: Path, moments: int, chance: random.Random) -> list[str]:
+def curve(out: Path) -> tuple[list[object], int, int, bool]:
+    """The steps and scores of a run's validations, the best step and the last one."""
+    result = json.loads((out / "train_result.json").read_text())
+    points = [
+        (point["step"], point["train_loss"], point["validation_loss"], point["metrics"]) for point in result["curve"]
+    ]
+    return points, result["best_step"], result["steps"], result["stopped_early"]
+
+
+def check_moments(root: Path, moments: int, chance: random.Random, *, validate: bool) -> list[str]:
     """Kill runs at random moments and resume them; returns the failures."""
     log, whole = root / "log", root / "whole"
     started = time.perf_counter()
-    assert finish(command(root, whole), log) == 0, log.read_text()
+    assert finish(command(root, whole, validate=validate), log) == 0, log.read_text()
     duration = time.perf_counter() - started
-    print(f"uninterrupted: {duration:.1f} s, {2 * EPOCHS} steps")
+    points, best, steps, stopped = curve(whole)
+    print(f"uninterrupted: {duration:.1f} s, {steps} of {2 * EPOCHS} steps")
+    if validate:
+        print(f"validations: {len(points)}, best step {best}, {'stopped early' if stopped else 'not stopped early'}")
     failures = []
     for moment in range(moments):
         out = root / f"moment-{moment}"
         kills = []
         for _ in range(chance.choice((1, 1, 2, 3))):
             after = chance.uniform(0, duration)
-            if kill_after(after, command(root, out), log):
+            if kill_after(after, command(root, out, validate=validate), log):
                 step = last_checkpoint(out)
                 kills.append(f"{after:.2f} s ({'no checkpoint' if step is None else step.name})")
-        status = finish(command(root, out), log)
-        equal = status == 0 and adapter_bytes(out) == adapter_bytes(whole)
+        status = finish(command(root, out, validate=validate), log)
+        equal = status == 0 and adapter_bytes(out) == adapter_bytes(whole) and curve(out) == curve(whole)
         print(f"killed at {', '.join(kills) or 'no time: it had ended'}: {'equal' if equal else 'DIFFERENT'}")
         if not equal:
             failures.append(f"moment {moment}: {log.read_text()[-300:]}")
@@ -165,12 +182,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--moments", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--validate", action="store_true", help="the killed runs validate and stop early")
     parser.add_argument("--changes", nargs="*", default=CHANGES)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder).resolve()
         write_data(root / "data")
-        failures = check_moments(root, options.moments, random.Random(options.seed))
+        failures = check_moments(root, options.moments, random.Random(options.seed), validate=options.validate)
         failures += check_changes(root, options.changes)
     print(f"{options.moments} moments, {len(options.changes)} changes: {len(failures)} failures")
     print("\n".join(failures))

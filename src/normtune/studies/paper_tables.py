@@ -148,13 +148,21 @@ def _cost_tables(grid: str, tables: Tables) -> Iterator[Table]:
                 f"{cells[0]['trainable']:,}",
                 f"{100 * cells[0]['trainable_share']:.4f}",
                 f"{_mean(cells, 'train_peak_bytes') / 2**20:,.0f}",
+                _above_base(cells),
                 f"{_mean(cells, 'train_seconds'):,.0f}",
                 f"{_mean(cells, 'train_pairs_per_second'):,.1f}",
             ]
             for recipe, cells in recipes.items()
         ]
-        head = ["recipe", "trainable", "%", "peak MiB", "seconds", "pairs/s"]
+        head = ["recipe", "trainable", "%", "peak MiB", "above base MiB", "seconds", "pairs/s"]
         yield Table(f"{grid}: {model} on {trained_on}, what training takes", head, body, 1)
+
+
+def _above_base(cells: Sequence[Row]) -> str:
+    """Peak memory above the loaded base in MiB; a dash if version 0.1 ran a cell, which did not measure it."""
+    if any(cell["train_bytes_above_base"] is None for cell in cells):
+        return "–"
+    return f"{_mean(cells, 'train_bytes_above_base') / 2**20:,.0f}"
 
 
 def _mean(cells: Sequence[Row], column: str) -> float:

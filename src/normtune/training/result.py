@@ -92,7 +92,7 @@ class TrainResult(Result):
                 (line,) = scores.plot(steps, values, "s-", color="C2", label=f"validation {self.validation_metric}")
                 scores.set_ylabel(f"{self.validation_metric} in %")
                 ax.plot([], [], "s-", color=line.get_color(), label=line.get_label())  # its entry in the one legend
-            ax.legend(loc="center right")
+            ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False)  # below the axes
         ax.set_xlabel("step")
         ax.set_ylabel("loss in nats per answer token")
         ax.set_title(self.recipe)
