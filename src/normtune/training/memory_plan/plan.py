@@ -4,7 +4,8 @@ How the peak is counted:
 
 1. Build the model without weights, adapt it, and replace modules by those that save fewer activations.
 2. Replace parameters by fake tensors: they have a shape, dtype and device, but no values and no memory.
-3. Take the largest batch of the run's first epoch, through the run's own collator and caches.
+3. Take the largest batch of the run's first epoch, in tokens or in answer tokens, through the run's own
+   collator and caches.
 4. Run forward and backward. Every operation computes only the shape of its result, and `LiveTensorBytes`
    counts the bytes of all tensors that exist at a time. The highest count is the step's peak.
 
@@ -114,7 +115,8 @@ def plan_memory(config: TrainConfig) -> MemoryPlan:
     run = _WeightlessRun(config, dataset, examples, device)
     costs = _BatchCosts(run, dataset, examples)
     # a second, small batch: the step's bytes per token are the slope between the two
-    whole, small = costs.largest(config.batch), costs.largest(1)
+    whole = max(costs.candidates(config.batch), key=lambda groups: run.step_bytes(groups, config.memory))
+    small = costs.candidates(1)[0]
     free = available_bytes(device)
     options = []
     for tier in CHECKPOINT_EVERY:
@@ -155,8 +157,9 @@ def estimate_memory(
         run = _WeightlessRun(config, dataset, examples, resolve_device(config.device))
         if family is not None and run.program:
             run.program -= model_bytes(family.model)  # it is in this process already
-        groups = _BatchCosts(run, dataset, examples[:_ESTIMATED_ROWS], images=_ESTIMATED_IMAGES).largest(config.batch)
-        step, free = run.step_bytes(groups, config.memory), available_bytes(run.device)
+        costs = _BatchCosts(run, dataset, examples[:_ESTIMATED_ROWS], images=_ESTIMATED_IMAGES)
+        steps = [(run.step_bytes(groups, config.memory), groups) for groups in costs.candidates(config.batch)]
+        (step, groups), free = max(steps, key=lambda pair: pair[0]), available_bytes(run.device)
     except Exception as error:  # whatever a model's code does with tensors that have no values
         return {"not_planned": str(error).split("\n")[0] or type(error).__name__}
     plan = run.memory_option(config.memory, config.quantize, step, step / _pairs(groups), _pairs(groups), free)
@@ -224,7 +227,7 @@ class _WeightlessRun:
             self.collate: Collator = TrainingSetup(config, dataset, examples, self.family, tuned).collate
         self.examples = len(examples)
         self.images = {example.images for example in examples}
-        self._collate_peaks: dict[int, int] = {}  # of the batches, by their ids
+        self._collate_peaks: dict[tuple[str, int], int] = {}  # of batches, by their first example and their pairs
         self.program = resident_bytes()  # of this process, which has imported the same libraries
 
     def step_bytes(self, groups: Groups, tier: MemoryTier) -> int:
@@ -241,7 +244,8 @@ class _WeightlessRun:
             newly_cached = self._cache_size()[0] - before
             # the first tier fills the caches; a run with another tier also builds its first batches without them
             peak = counter.peak - newly_cached
-            collate_peak = self._collate_peaks[id(groups)] = max(peak, self._collate_peaks.get(id(groups), 0))
+            key = groups[0][0].id, _pairs(groups)
+            collate_peak = self._collate_peaks[key] = max(peak, self._collate_peaks.get(key, 0))
             batch = send_to_device(batch, self.device)
             counter.reset_peak()
             # forward: activations pile up; backward: they are freed layer by layer, gradients appear
@@ -314,15 +318,26 @@ class _BatchCosts:
     ) -> None:
         self.config, self.examples = run.config, examples
         self.shares_prefix = run.family.shares_prefix
+        self.segment = run.collate.segment
         self.tokens: TokenCosts = count_tokens(run.family, dataset, examples, run.collate.segment, images)
 
-    def largest(self, pairs: int) -> Groups:
-        """Return the largest batch of the run's first epoch, for batches of about `pairs` pairs."""
+    def candidates(self, pairs: int) -> list[Groups]:
+        """Return the batches of the run's first epoch, of about `pairs` pairs, that may take the most memory.
+
+        They are the batch with the most tokens, and the one with the most answer tokens if it is another one: each of
+        its answer tokens takes several rows of the vocabulary's size.
+        """
         cap = self.config.cap if self.config.group else 1
         # the same batches as the run's: see `normtune.training.train.fit`
         tokens = self.tokens if self.config.balance == "tokens" else None
         batches = EpochBatches(self.examples, pairs, cap, self.config.seed, token_costs=tokens)
-        return max(batches, key=self.padded_tokens)
+        chosen: list[Groups] = [max(batches, key=self.padded_tokens), max(batches, key=self.answer_tokens)]
+        return chosen[: 1 if chosen[0] == chosen[1] else 2]
+
+    def answer_tokens(self, groups: Groups) -> int:
+        """Return the answer tokens of a batch, padding included: pairs x length of the longest answer."""
+        lengths = [len(self.segment(example).answer) for group in groups for example in group]
+        return len(lengths) * max(lengths)
 
     # Families that share the prefix make a row of each group:    [image | question 1 | question 2 | padding]
     # The others make a row of each question:                    [image | question 1 | padding]
