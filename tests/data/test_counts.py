@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from normtune.data.preflight import preflight
 from normtune.data.registry import ROOTS, open_dataset
 from normtune.errors import InputError
+from tests.support import own_data
 from tests.support.dataset_samples import (
     slake_row,
     vqa_rad_row,
@@ -123,7 +125,28 @@ def roco(root: Path, rows: list[Row]) -> str:
     return "roco"
 
 
-LAYOUTS = [jsonl, messages, parquet, slake, vqa_rad, path_vqa, medpix, openi, mimic_cxr, roco]
+def table(name: str, write: Callable[[Path, list[dict[str, Any]]], object]) -> Callable[[Path, list[Row]], str]:
+    """A layout of a format of own data."""
+
+    def layout(root: Path, rows: list[Row]) -> str:
+        keys = ("question", "answer", "image", "language")
+        write(root, [{k: "" if v is None else str(v) for k, v in zip(keys, row, strict=True)} for row in rows])
+        return name
+
+    layout.__name__ = name
+    return layout
+
+
+TABLES = [
+    table("csv", own_data.FORMATS["csv"]),
+    table("tsv", own_data.FORMATS["tsv"]),
+    table("xlsx", own_data.FORMATS["xlsx"]),
+    table("json", own_data.FORMATS["json"]),
+    table("arrow", own_data.write_arrow),
+    table("imagefolder", own_data.FORMATS["imagefolder csv"]),
+    table("dicom", own_data.FORMATS["csv"]),
+]
+LAYOUTS = [*TABLES, jsonl, messages, parquet, slake, vqa_rad, path_vqa, medpix, openi, mimic_cxr, roco]
 
 
 def test_every_dataset_that_is_read_from_files_has_a_layout_here() -> None:

@@ -64,7 +64,7 @@ def write_workbook(file: Path, *sheets: tuple[str, Rows]) -> Path:
 
 def write_arrow(folder: Path, rows: Rows, root: Path | None = None, **features: Any) -> Path:
     """Write a dataset as `save_to_disk` of datasets 5.2 does; with `root`, the bytes of the images are inside."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     if root is not None:
         rows = [row | {"image": {"bytes": (root / row["image"]).read_bytes(), "path": None}} for row in rows]
     table = pa.Table.from_pylist(rows)

@@ -96,17 +96,17 @@ def open_dataset(
     table_options: dict[str, Any] = {"columns": columns, "slices": slices, "montage": montage, "task": task}
     named = isinstance(name, str | Path)
     if named:
-        given, (name, root) = name, name_and_root(str(name), None if root is None else Path(root))
-        if name == "messages" and columns is not None and root is not None and str(root) == str(given):
-            name = SUFFIXES.get(root.suffix, name)  # the columns say that it is a table
-    if history and name not in WITH_HISTORY:
+        given, (name, location) = name, name_and_root(str(name), None if root is None else Path(root))
+        if name == "messages" and columns is not None and location == Path(given):
+            name = SUFFIXES.get(location.suffix, name)  # the columns say that it is a table
+    if history and not (named and name in WITH_HISTORY):
         raise InputError(
             f"dataset {name if named else 'in memory'} has no conversations: --history works with "
             f"{' and '.join(WITH_HISTORY)} only. Remove it."
         )
     if named:
         reading = {"text_only": text_only, "skip_bad": skip_bad, "history": history}
-        dataset = _open_named(name, root, language, task, sections, reading, table_options)
+        dataset = _open_named(name, location, language, task, sections, reading, table_options)
     else:
         from normtune.data.datasets.memory import read
 
@@ -127,7 +127,7 @@ def open_dataset(
         dataset = apply_splits(dataset, split_ratio, split_seed, split_column, file, fold)
     if not named:
         return dataset
-    options = {"data": name, "root": root, "language": language, "image_disjoint": image_disjoint, "task": task}
+    options = {"data": name, "root": location, "language": language, "image_disjoint": image_disjoint, "task": task}
     options |= {"group_by": group_by, "sections": sections, "text_only": text_only, "skip_bad": skip_bad}
     options |= {"columns": columns_option(columns), "slices": slices, "montage": montage, "fold": fold}
     options |= {"split_ratio": split_ratio, "split_seed": split_seed, "split_column": split_column}
