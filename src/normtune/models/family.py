@@ -65,7 +65,7 @@ class Family(ABC):
         if history:
             raise InputError(
                 f"example {id}: it has earlier turns, but {type(self).__name__} reads one question without a "
-                "conversation. Leave out --history, or choose a model with a chat template."
+                "conversation. Leave out the earlier turns (--history), or choose a model with a chat template."
             )
 
     def __init__(self, model: nn.Module, processor: Any) -> None:
@@ -179,11 +179,11 @@ class Family(ABC):
             prompt = (*prompt[: longest - 1], prompt[-1])
         return Segment(id, prompt, whole.answer[: self.max_reference_tokens(report)])
 
-    def question_tokens_cut(self, segment: Segment, question: str) -> int:
+    def question_tokens_cut(self, segment: Segment, question: str, history: History = ()) -> int:
         """The number of tokens at a question's end that `tokenize` left out of its segment."""
         if len(segment.prompt) != self.max_prompt_tokens:
             return 0
-        return len(self.tokenize_whole(segment.id, question, None).prompt) - len(segment.prompt)
+        return len(self.tokenize_whole(segment.id, question, None, history).prompt) - len(segment.prompt)
 
     def use_limits(self, limits: Mapping[str, Any] | None) -> None:
         """Cut texts as an adapter's training did.

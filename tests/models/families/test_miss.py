@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from normtune.data.groups import Group
 from normtune.data.phantom import phantom_dataset
+from normtune.errors import InputError
 from normtune.models import family as families
 from normtune.models.answer_loss import answer_loss
 from normtune.models.families.miss import MissFamily
@@ -51,3 +52,8 @@ def test_loss_in_chunks_is_that_of_the_models_logits(label_smoothing: float, mon
     result = gradients(family, loss)
     assert any("predictions.transform.LayerNorm" in name for name in result)
     assert_gradients_close(result, expected)
+
+
+def test_earlier_turns_are_refused() -> None:
+    with pytest.raises(InputError, match="example 7: it has earlier turns, but MissFamily reads one question"):
+        tiny_miss().tokenize("7", "Where?", "left", history=(("What?", "A CT."),))

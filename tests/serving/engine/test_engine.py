@@ -173,6 +173,19 @@ def test_other_row_layouts_equal_each_adapter_alone(kind: str, tmp_path: Path) -
         assert engine.stats().batches == 1
 
 
+def test_questions_after_earlier_turns_equal_those_without_an_engine(tmp_path: Path) -> None:
+    family = load(str(make_tiny("qwen2_5_vl", tmp_path / "base")))
+    histories = [(), (("What is the modality?", "MRI"),), (("What is the modality?", "MRI"), ("Is it normal?", "no"))]
+    pixels = [family.preprocess_image(image("a"))]
+    expected = [
+        family.generate_answers([Group(("a",), (family.tokenize("q", "Which organ?", None, history=h),))], [pixels])
+        for h in histories
+    ]
+    with Engine(family, max_batch=8, max_wait=WAIT / 100) as engine:
+        futures = [engine.submit(Request((image("a"),), "Which organ?", history=h)) for h in histories]
+        assert [future.result(WAIT).text for future in futures] == [answers[0][0].text for answers in expected]
+
+
 # --- one engine of a tiny MISS ------------------------------------------------------------------------------
 
 

@@ -17,8 +17,9 @@ import openai
 import pytest
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 
+from normtune.serving.http.chat import read_messages
 from normtune.serving.http.limits import ApiKeys, Limits
-from normtune.serving.http.openai_api import ChatRequest
+from normtune.serving.http.openai_api import ChatRequest, Message
 from normtune.serving.http.server import allowed_hosts, listen
 from normtune.serving.http.state import Settings
 from tests.support.fake_engine import FakeEngine
@@ -83,7 +84,21 @@ def message(content: Any, role: str = "user") -> dict[str, Any]:
     return {"model": "chest", "messages": [{"role": role, "content": content}]}
 
 
+def conversation(first: str, *others: str) -> dict[str, Any]:
+    texts = [[IMAGE, {"type": "text", "text": first}], *others]
+    roles = ("user", "assistant") * len(texts)
+    messages = [{"role": role, "content": content} for role, content in zip(roles, texts, strict=False)]
+    return {"model": "chest", "messages": messages}
+
+
 IMAGE = {"type": "image_url", "image_url": {"url": data_url(image_bytes())}}
+
+
+def test_a_conversation_is_read_with_its_earlier_turns() -> None:
+    body = ChatRequest.model_validate(conversation("What is shown?", "A CT.", "Where?"))
+    body.messages.insert(0, Message(role="system", content="Be brief."))
+    question, history, references = read_messages(body.messages)
+    assert (question, history, len(references)) == ("Where?", (("What is shown?", "A CT."),), 1)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +107,10 @@ IMAGE = {"type": "image_url", "image_url": {"url": data_url(image_bytes())}}
         (chat_body(model="chset"), 404, "did you mean 'chest'?"),
         (message("Is it normal?"), 400, "no image"),
         (message([IMAGE], "assistant"), 400, "one question at a time"),
+        ({"model": "chest", "messages": 2 * message([IMAGE])["messages"]}, 400, "and the answers to them in turn"),
+        (conversation("", "A CT.", "Where?"), 400, "an earlier message is empty"),
+        (conversation("What is shown?", "A CT."), 400, "end with a user message"),
+        (conversation("What is shown?", "x" * 5_000, "Where?"), 400, "the conversation has more than 4,000 characters"),
         (message([IMAGE] * 3), 400, "more than 2 images"),
         (message([{"type": "audio"}]), 400, "messages.0.content"),
         (message([{"type": "image_url", "image_url": {}}]), 400, "image_url.url: field required"),

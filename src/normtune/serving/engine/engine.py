@@ -139,6 +139,7 @@ class Engine:
             beams=request.beams,
             stop=request.stop,
             on_text=on_text,
+            history=request.history,
         )
         job.future.add_done_callback(self._drop_cancelled)
         with self._condition:
@@ -274,8 +275,8 @@ class Engine:
         """Set a job's segment, cut as in its adapter's training, and count the tokens that are cut."""
         family, question = self.family, job.question or ""
         family.use_limits(job.adapter.limits)
-        job.segment = family.tokenize(str(job.number), question, None, report=job.question is None)
-        job.tokens_cut = family.question_tokens_cut(job.segment, question)
+        job.segment = family.tokenize(str(job.number), question, None, report=job.question is None, history=job.history)
+        job.tokens_cut = family.question_tokens_cut(job.segment, question, job.history)
 
     def _answer(self, jobs: list[Job]) -> None:
         """Answer prepared jobs in one batch. If that fails, for example for memory, retry it in halves."""

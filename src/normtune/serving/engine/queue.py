@@ -10,6 +10,7 @@ from time import monotonic
 from PIL import Image
 
 from normtune.data.groups import Segment
+from normtune.data.records import History
 from normtune.models.types import Pixels
 from normtune.serving.engine.adapter_slots import BASE_SLOT, RegisteredAdapter
 from normtune.serving.engine.requests import Reply
@@ -31,6 +32,7 @@ class Job:
         limit: the most tokens of its answer.
         stop: texts before which the answer is cut.
         on_text: receives the text of a streamed answer.
+        history: the turns before the question.
         arrived: time of arrival, by `time.monotonic`.
         segment: the tokenised question; set when its batch begins.
         tokens_cut: see `Reply.question_tokens_cut`.
@@ -49,6 +51,7 @@ class Job:
     beams: int
     stop: tuple[str, ...]
     on_text: TextCallback | None
+    history: History = ()
     future: Future[Reply] = field(default_factory=Future)
     arrived: float = field(default_factory=monotonic)
     segment: Segment = field(default_factory=lambda: Segment("", ()))

@@ -9,6 +9,7 @@ from typing import Literal
 from PIL import Image
 
 from normtune.data import tasks
+from normtune.data.records import History
 from normtune.errors import InputError
 
 
@@ -58,6 +59,7 @@ class Request:
             `tasks.MAX_REPORT_TOKENS` for a report.
         beams: beams of the search; 1 is greedy decoding.
         stop: texts that end the answer, which is cut before the first of them.
+        history: the turns of the conversation before the question.
     """
 
     images: tuple[Image.Image, ...]
@@ -66,6 +68,7 @@ class Request:
     max_new_tokens: int | None = None
     beams: int = 1
     stop: tuple[str, ...] = ()
+    history: History = ()
 
     @property
     def token_limit(self) -> int:

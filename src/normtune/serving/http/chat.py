@@ -8,6 +8,7 @@ import secrets
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from itertools import chain, cycle
 from typing import Any
 
 from PIL import Image
@@ -16,6 +17,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from normtune.data import tasks
+from normtune.data.records import History
 from normtune.serving.engine.requests import Closed, Reply, Request
 from normtune.serving.http import openai_api
 from normtune.serving.http.errors import RequestRefused, to_refusal
@@ -53,12 +55,14 @@ async def submit_request(service: Service, owner: str, body: openai_api.ChatRequ
         RequestRefused, InputError, Busy, Closed: see their docstrings; `to_refusal` converts them.
     """
     adapter = None if body.model == service.settings.base else body.model
-    question, references = read_messages(body.messages)
+    question, history, references = read_messages(body.messages)
     if len(references) > service.limits.images:
         raise RequestRefused(400, f"more than {service.limits.images} images. Send the views of one study only.")
-    if question is not None and len(question) > service.limits.question_characters:
-        raise RequestRefused(400, f"the question has more than {service.limits.question_characters:,} characters.")
-    if question is not None and not _is_unicode(question):
+    texts_sent = "".join([*chain(*history), question or ""])
+    if len(texts_sent) > service.limits.question_characters:
+        what = "the conversation has" if history else "the question has"
+        raise RequestRefused(400, f"{what} more than {service.limits.question_characters:,} characters.")
+    if not _is_unicode(texts_sent):
         raise RequestRefused(400, "the question contains an invalid character (a lone surrogate).", param="messages")
     default = tasks.MAX_REPORT_TOKENS if question is None else tasks.MAX_ANSWER_TOKENS
     limit = min(body.max_completion_tokens or body.max_tokens or default, service.limits.new_tokens)
@@ -78,7 +82,7 @@ async def submit_request(service: Service, owner: str, body: openai_api.ChatRequ
             service.budget.reserve(size)
             reserved += size
             images.append(image)
-        request = Request(tuple(images), question, adapter, limit, body.beams, tuple(body.stop or ()))
+        request = Request(tuple(images), question, adapter, limit, body.beams, tuple(body.stop or ()), history)
         reply = asyncio.wrap_future(await service.run_in_decoder(service.engine.submit, request, on_text=on_text))
         reply.add_done_callback(lambda _: texts.put_nowait(None))
         yield ChatJob(f"chatcmpl-{secrets.token_hex(12)}", body.model, reply, texts)
@@ -96,27 +100,40 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def read_messages(messages: list[openai_api.Message]) -> tuple[str | None, list[str]]:
-    """Return the question (None for a report) and the images' URLs and file ids of a conversation, in their order.
+def read_messages(messages: list[openai_api.Message]) -> tuple[str | None, History, list[str]]:
+    """Read a conversation: the last question (None for a report), the turns before it, and the images.
 
-    The texts of several parts are joined by line ends. System messages are ignored.
+    The texts of several parts are joined by line ends. System messages are ignored. Images are named by their URLs and
+    file ids, in their order; all are shown before the first question.
 
     Raises:
-        RequestRefused: there is not exactly one user message, there is an earlier answer, or there is no
-            image.
+        RequestRefused: user and assistant messages do not alternate, the last is no question, an answer contains an
+            image or an earlier turn no text, or there is no image.
     """
     conversation = [message for message in messages if message.role not in ("system", "developer")]
-    if len(conversation) != 1 or conversation[0].role != "user":
-        raise RequestRefused(
-            400, "one question at a time: send one user message with the image and the question.", param="messages"
+    texts: list[str] = []
+    references: list[str] = []
+    for message, role in zip(conversation, cycle(("user", "assistant")), strict=False):
+        parts = (
+            [openai_api.TextPart(type="text", text=message.content)]
+            if isinstance(message.content, str)
+            else message.content
         )
-    content = conversation[0].content
-    parts = [] if isinstance(content, str) else content
-    references = [part.reference for part in parts if not isinstance(part, openai_api.TextPart)]
+        images = [part.reference for part in parts if not isinstance(part, openai_api.TextPart)]
+        if message.role != role or (images and role == "assistant"):
+            raise RequestRefused(
+                400, "one question at a time: send user messages and the answers to them in turn.", param="messages"
+            )
+        references += images
+        texts.append("\n".join(part.text for part in parts if isinstance(part, openai_api.TextPart)).strip())
+    if len(texts) % 2 == 0:
+        raise RequestRefused(400, "one question at a time: end with a user message.", param="messages")
     if not references:
         raise RequestRefused(400, "no image: add an image_url part with a data URL to the message.", param="messages")
-    text = "\n".join(part.text for part in parts if isinstance(part, openai_api.TextPart)).strip()
-    return text or None, references
+    *earlier, question = texts
+    if not all(earlier):
+        raise RequestRefused(400, "an earlier message is empty. Send its text.", param="messages")
+    return question or None, tuple(zip(earlier[::2], earlier[1::2], strict=True)), references
 
 
 async def _image(service: Service, owner: str, reference: str, name: str) -> Image.Image:
