@@ -26,13 +26,14 @@ from torch import Tensor, nn
 from normtune.adapters.fingerprint import QUANTISED, fingerprint, same_base
 from normtune.adapters.info import NOTICE, ROWS_FILE, AdapterInfo, TrainedTensor, parse_info
 from normtune.adapters.model_card import model_card
+from normtune.adapters.training_rows import TrainingRows
 from normtune.errors import InputError
 from normtune.methods.adapt import TunedModel, adapt, restore_base
 from normtune.methods.recipe import parse
 from normtune.methods.registry import INTRINSIC
 from normtune.models.family import Family
 from normtune.models.parts import find_parts, unused_parameters
-from normtune.runtime.files import atomic_write, json_text, read_json, write_json
+from normtune.runtime.files import atomic_write, json_text, read_json
 from normtune.runtime.tensors import write_tensors
 
 TENSORS_FILE = "adapter.safetensors"
@@ -50,7 +51,7 @@ def save_adapter(
     base_fingerprint: str | None = None,
     data: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
-    rows: Mapping[str, Any] | None = None,
+    rows: TrainingRows | None = None,
 ) -> None:
     """Write the trained parameters of a model to a directory, which `load_adapter` and every command read.
 
@@ -61,7 +62,7 @@ def save_adapter(
         base_fingerprint: `fingerprint` of the base, before it was adapted; None: as recorded.
         data: the training data: name, split, licence ...
         metrics: results to record in `adapter.json` and the model card.
-        rows: digests of the training rows, the contents of `training_rows.json`; None: they are not recorded.
+        rows: digests of the training rows, for `training_rows.json`; None: they are not recorded.
 
     Raises:
         InputError: the files cannot be written, or the base's fingerprint is unknown.
@@ -73,8 +74,8 @@ def save_adapter(
     if not base_fingerprint:
         raise InputError("the fingerprint of the base is unknown. Adapt the model with normtune.adapt.")
     if rows is not None:
-        data = {**(data or {}), "rows_digest": rows["digest"]}
-        write_json(directory / ROWS_FILE, rows)
+        data = {**(data or {}), "rows_digest": rows.digest}
+        rows.write(directory / ROWS_FILE)
     tensors = {name: parameter.detach().cpu().contiguous().clone() for name, parameter in tuned.trained.items()}
     with (
         # The files get their names when the blocks end, in reverse order: the JSON, which vouches for the

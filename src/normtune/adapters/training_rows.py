@@ -6,30 +6,50 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from normtune.adapters.info import ROWS_FILE
+from normtune.data.examples import Example, Examples, as_examples, image_keys
 from normtune.data.pictures import DIGEST_BYTES, read_pictures
-from normtune.data.records import Dataset, Example
+from normtune.data.records import Dataset
 from normtune.errors import InputError
-from normtune.runtime.files import read_json
+from normtune.runtime.files import atomic_write, read_json
+
+_ROWS_AT_ONCE = 10_000  # that are hashed or written together
+_TEXTS = 100_000  # texts that are remembered without case and blanks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TrainingRows:
     """Digests of training rows and of their pictures.
 
     Attributes:
         digest: of all rows in their order, exactly as they are trained on; part of a run's identity.
-        rows: hashes of the rows (pictures, question and answer; case and blanks do not count), sorted.
+        rows: hashes of the rows (pictures, question and answer; case and blanks do not count), sorted; 64-bit
+            numbers, [different rows].
         pictures: hashes of the pictures' pixels, sorted.
     """
 
     digest: str
-    rows: tuple[str, ...]
+    rows: NDArray[np.uint64]
     pictures: tuple[str, ...]
+
+    def write(self, path: Path) -> None:
+        """Write `training_rows.json`: the hashes as hexadecimal text, without all of them in memory as text."""
+        with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            file.write(f'{{\n  "digest": "{self.digest}",\n  "rows": [')
+            for start in range(0, len(self.rows), _ROWS_AT_ONCE):
+                lines = (f'\n    "{number:016x}"' for number in self.rows[start : start + _ROWS_AT_ONCE].tolist())
+                file.write(("," if start else "") + ",".join(lines))
+            file.write("\n  ],\n" if len(self.rows) else "],\n")
+            file.write(f'  "pictures": {json.dumps(self.pictures, indent=2).replace(chr(10), chr(10) + "  ")}\n}}\n')
 
 
 @dataclass(frozen=True)
@@ -53,19 +73,27 @@ def hash_rows(dataset: Dataset, examples: Sequence[Example]) -> TrainingRows:
 
     The names of files and the ids of rows do not count, so that a dataset may be moved.
     """
+    examples = as_examples(examples)
     pictures = picture_hashes(dataset, examples)
     order = {key: str(index) for index, key in enumerate(pictures)}  # rows of one image are trained as a group
+    codes, images = examples.codes("images")
+    history_codes, histories = examples.codes("history")
+    keys = ["".join(f"{order[key]}:{pictures[key]}\0" for key in of_row) for of_row in images]
     exact = hashlib.sha256()
-    for example in examples:
-        keys = [f"{order[key]}:{pictures[key]}" for key in example.images]
-        exact.update("\0".join([example.kind, *keys, *_texts(example), "\n"]).encode("utf-8", "surrogatepass"))
-    rows = {_row_hash(example, pictures) for example in examples}
-    return TrainingRows(exact.hexdigest(), tuple(sorted(rows)), tuple(sorted({*pictures.values()})))
+    turns = ["".join(f"{text}\0" for turn in history for text in turn) for history in histories]
+    columns = zip(*map(examples.texts, ("kind", "question", "answer")), strict=True)
+    for start in range(0, len(codes), _ROWS_AT_ONCE):
+        part = slice(start, start + _ROWS_AT_ONCE)  # the codes as a list would be as large as the rows
+        rows = zip(codes[part].tolist(), history_codes[part].tolist(), columns, strict=False)
+        lines = (f"{kind}\0{keys[code]}{turns[turn]}{q}\0{a}\0\n" for code, turn, (kind, q, a) in rows)
+        exact.update("".join(lines).encode("utf-8", "surrogatepass"))
+    hashes = np.unique(_row_hashes(examples, pictures))
+    return TrainingRows(exact.hexdigest(), hashes, tuple(sorted({*pictures.values()})))
 
 
 def picture_hashes(dataset: Dataset, examples: Sequence[Example]) -> dict[str, str]:
     """Image key -> hash of the picture's size and pixels, in the order of the examples."""
-    pictures = read_pictures(dataset, (key for example in examples for key in example.images))
+    pictures = read_pictures(dataset, image_keys(as_examples(examples)))
     # a damaged file, or one that --text-only allows to be missing, is hashed by its name
     return {
         key: picture.digest or _hash(f"cannot be read: {key}".encode("utf-8", "surrogatepass"))
@@ -92,24 +120,36 @@ def overlap(adapter: Path, dataset: Dataset, examples: Sequence[Example]) -> Ove
     if not isinstance(stored, dict) or stored.get("digest") != recorded:
         raise InputError(f"{path} does not belong to the adapter beside it. Copy both again, or remove the file.")
     pictures = picture_hashes(dataset, examples)
-    trained_rows, trained_pictures = set(stored["rows"]), set(stored["pictures"])
-    evaluated_pictures = {*pictures.values()}
+    trained_rows = np.array([int(text, 16) for text in stored["rows"]], np.uint64)
+    trained_pictures, evaluated_pictures = set(stored["pictures"]), {*pictures.values()}
     return Overlap(
-        rows=sum(_row_hash(example, pictures) in trained_rows for example in examples),
+        rows=int(np.isin(_row_hashes(as_examples(examples), pictures), trained_rows).sum()),
         rows_evaluated=len(examples),
         pictures=len(evaluated_pictures & trained_pictures),
         pictures_evaluated=len(evaluated_pictures),
     )
 
 
-def _row_hash(example: Example, pictures: dict[str, str]) -> str:
-    texts = [" ".join(text.casefold().split()) for text in _texts(example)]
-    return _hash("\0".join([*(pictures[key] for key in example.images), *texts]).encode("utf-8", "surrogatepass"))
+def _row_hashes(examples: Examples, pictures: dict[str, str]) -> NDArray[np.uint64]:
+    """A hash of the pictures and texts of each row, [rows]; earlier turns come first."""
 
+    @lru_cache(_TEXTS)
+    def plain(text: str) -> str:
+        return " ".join(text.casefold().split())
 
-def _texts(example: Example) -> list[str]:
-    """The texts of an example, earlier turns first."""
-    return [text for turn in (*example.history, (example.question, example.answer)) for text in turn]
+    codes, images = examples.codes("images")
+    history_codes, histories = examples.codes("history")
+    keys = ["".join(f"{pictures[key]}\0" for key in of_row) for of_row in images]
+    turns = ["".join(f"{plain(text)}\0" for turn in history for text in turn) for history in histories]
+    hashes = bytearray()
+    columns = zip(map(plain, examples.texts("question")), map(plain, examples.texts("answer")), strict=True)
+    for start in range(0, len(codes), _ROWS_AT_ONCE):
+        part = slice(start, start + _ROWS_AT_ONCE)
+        rows = zip(codes[part].tolist(), history_codes[part].tolist(), columns, strict=False)
+        for code, turn, (question, answer) in rows:
+            text = f"{keys[code]}{turns[turn]}{question}\0{answer}"
+            hashes += hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()
+    return np.frombuffer(hashes, ">u8").astype(np.uint64)
 
 
 def _hash(data: bytes) -> str:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import random
-from bisect import bisect_left
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
-from normtune.data.groups import group_by_image
-from normtune.data.records import Example
+import numpy as np
+from numpy.typing import NDArray
+
+from normtune.data.examples import Example, Examples, as_examples
+from normtune.data.groups import group_by_image, group_rows
 from normtune.errors import InputError
 
 
@@ -38,7 +41,7 @@ class TokenCosts:
         return self.prefixes[group[0].images] + sum(segments)
 
 
-def count_batches(sizes: Sequence[int], pairs: int, min_groups: int = 1) -> int:
+def count_batches(sizes: Sequence[int] | NDArray[np.integer], pairs: int, min_groups: int = 1) -> int:
     """The number of batches for these groups; it does not depend on their order.
 
     Args:
@@ -46,8 +49,8 @@ def count_batches(sizes: Sequence[int], pairs: int, min_groups: int = 1) -> int:
         pairs: pairs that a batch should hold, about.
         min_groups: fewest groups that a batch may hold.
     """
-    assert pairs >= 1 and all(size >= 1 for size in sizes), "batches and groups hold at least one pair"
-    return min(len(sizes) // min_groups, math.ceil(sum(sizes) / pairs))
+    assert pairs >= 1 and np.min(sizes, initial=1) >= 1, "batches and groups hold at least one pair"
+    return min(len(sizes) // min_groups, math.ceil(int(np.sum(sizes)) / pairs))
 
 
 def even_batches(costs: Sequence[int], count: int, min_groups: int = 1) -> list[list[int]]:
@@ -72,19 +75,23 @@ def even_batches(costs: Sequence[int], count: int, min_groups: int = 1) -> list[
     assert len(costs) >= count * min_groups and (count or not costs), "each batch needs `min_groups` groups"
     if not count:
         return []
+    return [list(range(start, stop)) for start, stop in pairwise(_even_cuts(np.asarray(costs), count, min_groups))]
+
+
+def _even_cuts(costs: NDArray[np.integer], count: int, min_groups: int) -> list[int]:
+    """Index of the first group of each batch of `even_batches`, and the number of groups."""
     # ends[i]: summed cost of groups 0 to i, times `count`. In this unit the ideal cuts total, 2 * total, ...
     # are whole numbers, so that no rounding of floats decides where a cut is made.
-    ends = [end * count for end in accumulate(costs)]
-    total = ends[-1] // count
-    cuts = [0]  # index of the first group of each batch
-    for batch in range(1, count):
-        ideal = total * batch
-        after = bisect_left(ends, ideal)  # ends[after] is the first boundary at or after the ideal cut
-        nearer = after - 1 if after and ideal - ends[after - 1] < ends[after] - ideal else after
-        # The batch that ends here needs `min_groups` groups, and so does each batch that follows.
-        cuts.append(min(max(nearer + 1, cuts[-1] + min_groups), len(costs) - min_groups * (count - batch)))
-    cuts.append(len(costs))
-    return [list(range(start, stop)) for start, stop in pairwise(cuts)]
+    ends = np.cumsum(costs, dtype=np.int64) * count
+    ideal = (int(ends[-1]) // count) * np.arange(1, count)
+    after = np.searchsorted(ends, ideal)  # ends[after] is the first boundary at or after the ideal cut
+    before = np.maximum(after - 1, 0)
+    nearer = np.where((after > 0) & (ideal - ends[before] < ends[after] - ideal), before, after) + 1
+    # The batch that ends at a cut needs `min_groups` groups, and so does each batch that follows: cut b is at least
+    # cut b - 1 plus `min_groups`. Less b * min_groups, that is a running maximum.
+    steps = min_groups * np.arange(1, count)
+    cuts = np.maximum.accumulate(np.maximum(nearer - steps, 0)) + steps
+    return [0, *np.minimum(cuts, len(costs) - min_groups * count + steps).tolist(), len(costs)]
 
 
 def batches_of_pairs(sizes: Sequence[int], pairs: int) -> list[list[int]]:
@@ -141,7 +148,7 @@ def examples_of_rank(examples: Sequence[Example], rank: int, ranks: int) -> list
 class EpochBatches:
     """A batch sampler with an order that depends only on (seed, epoch), so that a resumed run repeats it.
 
-    Iterating yields batches: lists of groups, each group a list of examples. Every epoch yields every example
+    Iterating yields batches: lists of groups, each group the examples of one image. Every epoch yields every example
     once, in `len(self)` batches. The Trainer calls `set_epoch` before each epoch.
 
     With several processes, each step is first cut as one large batch and then distributed over the ranks. The
@@ -172,9 +179,11 @@ class EpochBatches:
         token_costs: TokenCosts | None = None,
         ranks: int = 1,
     ) -> None:
-        self.examples, self.pairs, self.seed, self.epoch = list(examples), pairs, seed, 0
+        self.examples = as_examples(examples)
+        self.pairs, self.seed, self.epoch = pairs, seed, 0
         self.max_group_size, self.token_costs, self.ranks = max_group_size, token_costs, ranks
-        sizes = [len(group) for group in group_by_image(self.examples, max_group_size)]
+        self.groups = group_rows(self.examples, max_group_size)
+        sizes = self.groups.sizes
         if 0 < len(sizes) < ranks:
             raise InputError(
                 f"{ranks} processes cannot share {len(sizes)} groups of questions. "
@@ -182,15 +191,31 @@ class EpochBatches:
             )
         self.steps = count_batches(sizes, pairs * ranks, min_groups=ranks)  # of one epoch
 
-    def _batches_of_epoch(self, epoch: int) -> Iterator[list[list[Example]]]:
+    def _batches_of_epoch(self, epoch: int) -> Iterator[list[Examples]]:
+        if not self.steps:
+            return
+        # Arrays of row numbers: of ten million rows the order of an epoch takes seconds and no object for a row.
         rng = random.Random(f"{self.seed}-{epoch}")
-        groups = group_by_image(self.examples, self.max_group_size, rng)
-        rng.shuffle(groups)
-        costs = [self.token_costs.cost_of(group) if self.token_costs else len(group) for group in groups]
-        for step in even_batches(costs, self.steps, min_groups=self.ranks):
-            # `step` holds indices of groups; the ranks' indices count within the step
-            for share in split_across_ranks([costs[index] for index in step], self.ranks):
-                yield [groups[step[index]] for index in share]
+        rows, ends = self.groups.shuffled(rng), self.groups.ends
+        shuffled = array("i", range(len(ends) - 1))
+        rng.shuffle(shuffled)
+        order = np.frombuffer(shuffled, np.int32)
+        costs = self._costs(rows)[order]
+        for start, stop in pairwise(_even_cuts(costs, self.steps, self.ranks)):
+            step = order[start:stop].tolist()  # groups of all processes
+            # the ranks' indices count within the step
+            for share in split_across_ranks(costs[start:stop].tolist(), self.ranks):
+                yield [self.examples.take(rows[ends[step[index]] : ends[step[index] + 1]]) for index in share]
+
+    def _costs(self, rows: NDArray[np.int32]) -> NDArray[np.int64]:
+        """The cost of each group, [groups]; `rows` are the rows group by group."""
+        if self.token_costs is None:
+            return self.groups.sizes
+        codes, images = self.examples.codes("images")
+        prefixes = np.array([self.token_costs.prefixes[keys] for keys in images], np.int64)
+        segments = self.examples.numbers("id", self.token_costs.segments.__getitem__)
+        starts = self.groups.ends[:-1]
+        return prefixes[codes[rows[starts]]] + np.add.reduceat(segments[rows], starts)
 
     def set_epoch(self, epoch: int) -> None:
         """Select the epoch that the next iteration yields."""
@@ -199,5 +224,5 @@ class EpochBatches:
     def __len__(self) -> int:
         return self.steps * self.ranks
 
-    def __iter__(self) -> Iterator[list[list[Example]]]:
+    def __iter__(self) -> Iterator[list[Examples]]:
         yield from self._batches_of_epoch(self.epoch)

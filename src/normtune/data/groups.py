@@ -5,8 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-from normtune.data.records import Example
+import numpy as np
+from numpy.typing import NDArray
+
+from normtune.data.examples import Example, Examples, as_examples
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Group:
 
 def group_by_image(
     examples: Sequence[Example], max_group_size: int | None = None, rng: random.Random | None = None
-) -> list[list[Example]]:
+) -> list[Examples]:
     """Split examples into groups of one image (or study) each.
 
     Args:
@@ -49,14 +53,50 @@ def group_by_image(
     Returns:
         The groups, in the order in which their images first occur.
     """
+    rows = as_examples(examples)
+    groups = group_rows(rows, max_group_size)
+    order = groups.order if rng is None else groups.shuffled(rng)
+    return [rows.take(order[start:stop]) for start, stop in pairwise(groups.ends.tolist())]
+
+
+@dataclass(frozen=True)
+class RowGroups:
+    """The rows of each group as arrays.
+
+    Attributes:
+        order: the rows, group by group; int32 [rows]. The groups of one image follow each other.
+        ends: group g has the rows `order[ends[g]:ends[g + 1]]`; int64 [groups + 1], from 0.
+        image_ends: image i has the rows `order[image_ends[i]:image_ends[i + 1]]`; int64 [images + 1], from 0.
+    """
+
+    order: NDArray[np.int32]
+    ends: NDArray[np.int64]
+    image_ends: NDArray[np.int64]
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """Number of rows of each group, [groups]."""
+        return np.diff(self.ends)
+
+    def shuffled(self, rng: random.Random) -> NDArray[np.int32]:
+        """`order` with the rows of each image shuffled."""
+        order = self.order.copy()
+        for start, stop in pairwise(self.image_ends.tolist()):
+            rows = order[start:stop].tolist()
+            rng.shuffle(rows)
+            order[start:stop] = rows
+        return order
+
+
+def group_rows(examples: Examples, max_group_size: int | None = None) -> RowGroups:
+    """Divide rows as `group_by_image` does, without making an object for each row."""
     assert max_group_size is None or max_group_size >= 1, "a group holds at least one question"
-    by_image: dict[tuple[str, ...], list[Example]] = {}
-    for example in examples:
-        by_image.setdefault(example.images, []).append(example)
-    groups = []
-    for members in by_image.values():
-        if rng is not None:
-            rng.shuffle(members)
-        size = max_group_size or len(members)
-        groups += [members[start : start + size] for start in range(0, len(members), size)]
-    return groups
+    codes, images = examples.codes("images")
+    image_ends = np.concatenate([[0], np.cumsum(np.bincount(codes, minlength=len(images)))])
+    order = np.argsort(codes, kind="stable").astype(np.int32)
+    if max_group_size is None:
+        return RowGroups(order, image_ends, image_ends)
+    groups = -(-np.diff(image_ends) // max_group_size)  # of each image
+    first = np.repeat(np.cumsum(groups) - groups, groups)  # number of the image's first group, for each group
+    starts = np.repeat(image_ends[:-1], groups) + (np.arange(groups.sum()) - first) * max_group_size
+    return RowGroups(order, np.append(starts, len(order)), image_ends)

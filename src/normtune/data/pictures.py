@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from normtune.data.examples import image_keys
 from normtune.data.records import Dataset, Picture
 from normtune.errors import InputError
 from normtune.runtime.worker_pool import count_cores
@@ -42,7 +43,7 @@ def read_pictures(
         Image key -> picture, in the order of the keys.
     """
     if keys is None:
-        keys = (key for example in dataset.examples for key in example.images)
+        keys = image_keys(dataset.examples)
     all_keys = list(dict.fromkeys(keys))
     new = [key for key in all_keys if key not in dataset.pictures]
     with ThreadPoolExecutor(count_cores()) as pool:  # decoders release the interpreter's lock

@@ -12,16 +12,30 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import quantiles
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
+from normtune.data.examples import (
+    META,
+    Example,
+    Examples,
+    as_examples,
+    compact,
+    count_values,
+    history_hashes,
+    image_keys,
+    mixed,
+)
 from normtune.data.pictures import Picture, cluster, equal_pictures, near_duplicates, read_pictures
 from normtune.data.reading.cells import NOT_A_NUMBER
-from normtune.data.records import Dataset, Example
+from normtune.data.records import Dataset
 from normtune.data.splits import Leak, find_leaks, group_columns
 from normtune.errors import InputError
 from normtune.runtime.files import write_json
 
+Rows = TypeVar("Rows", bound=Examples)
 _FIRST = 5  # number of rows, pictures and messages that are quoted
 _CONTROL = re.compile(
     r"<\|[^|<>]{1,40}\|>|</?s>|<(?:image|bos|eos|pad|unk|start_of_turn|end_of_turn)>|\[/?INST\]|\[SEP\]"
@@ -166,14 +180,14 @@ def preflight(
         progress: called with (pictures opened, pictures in all).
     """
     started = time.perf_counter()
-    rows = dataset.examples if examples is None else list(examples)
-    keys = dict.fromkeys(key for example in rows for key in example.images)
-    pictures = read_pictures(dataset, keys, progress) if open_pictures else {}
+    rows = dataset.examples if examples is None else as_examples(examples)
+    pictures = read_pictures(dataset, image_keys(rows), progress) if open_pictures else {}
+    unreadable = {key for key, picture in pictures.items() if picture.error}
     bad_rows = {
         example.id: pictures[key].error
-        for example in rows
+        for example in rows.where(rows.flags("images", lambda keys: not unreadable.isdisjoint(keys)))
         for key in example.images
-        if key in pictures and pictures[key].error
+        if key in unreadable
     }
     equal = equal_pictures(pictures)
     dropped = dict(dataset.dropped)
@@ -206,7 +220,7 @@ def check(
     skip_bad: bool = False,
     open_pictures: bool = True,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[list[Example], Preflight]:
+) -> tuple[Examples, Preflight]:
     """Run `preflight` and apply it: the examples that can be used, and the counts.
 
     Args:
@@ -226,7 +240,7 @@ def check(
             f"{len(result.bad_rows)} of {len(examples)} rows cannot be used. {first} Correct them, or leave them out "
             "with --skip-bad."
         )
-    usable = [example for example in examples if example.id not in result.bad_rows]
+    usable = usable_rows(as_examples(examples), result)
     if not usable:
         raise InputError(
             f"dataset {dataset.name}: none of the {len(examples)} rows can be used. {_joined(result.losses)}."
@@ -235,6 +249,13 @@ def check(
     if result.bad_rows:
         result.rows["dropped"] = result.rows["dropped"] | {"bad row (--skip-bad)": len(result.bad_rows)}
     return usable, result
+
+
+def usable_rows(examples: Rows, result: Preflight) -> Rows:
+    """The rows that `preflight` did not find bad."""
+    if not result.bad_rows:
+        return examples
+    return examples.where(~examples.flags("id", result.bad_rows.__contains__))
 
 
 def _count_pictures(
@@ -254,56 +275,106 @@ def _count_pictures(
     }
 
 
-def _count_texts(dataset: Dataset, rows: Sequence[Example], equal: dict[str, str]) -> dict[str, Any]:
+def _count_texts(dataset: Dataset, rows: Examples, equal: dict[str, str]) -> dict[str, Any]:
     """Counts over the texts of `rows`; see `_TEXT_COUNTS`."""
-    answers_of: dict[tuple[object, ...], Counter[str]] = {}
-    answers_of_split: dict[str, set[str]] = {}
-    for example in rows:
-        pictures = tuple(equal.get(key, key) for key in example.images)
-        key = (example.split, pictures, example.history, _plain(example.question))
-        answers_of.setdefault(key, Counter())[_plain(example.answer)] += 1
-        answers_of_split.setdefault(example.split, set()).add(_plain(example.answer))
-    trained = {_plain(example.answer) for example in dataset.examples if example.split == "train"}
-    sizes = Counter(example.split for example in rows)
-    controls = Counter(token for e in rows for token in set(_CONTROL.findall(f"{e.question}\n{e.answer}")))
-    unseen = Counter(e.split for e in rows if trained and e.kind == "closed" and _plain(e.answer) not in trained)
+    split_codes, splits = rows.codes("split")
+    image_codes, images = rows.codes("images")
+    pictures = np.array([hash(tuple(equal.get(key, key) for key in keys)) for keys in images], np.int64)
+    answers = rows.hashes("answer", _plain)
+    questions = mixed(split_codes, pictures[image_codes], history_hashes(rows), rows.hashes("question", _plain))
+    repeated, contradictions = _count_repeats(questions, answers)
+    training = dataset.examples.flags("split", "train".__eq__)
+    trained = np.unique(dataset.examples.where(training).hashes("answer", _plain))
+    unseen = rows.flags("kind", lambda kind: kind == "closed" and len(trained) > 0)
+    unseen[unseen] = ~np.isin(answers[unseen], trained)
+    one_answer = [len(of_split) > 1 and of_split.min() == of_split.max() for of_split in _parts(answers, split_codes)]
     return {
-        "languages": dict(Counter(e.meta["language"] for e in rows if "language" in e.meta).most_common()),
-        "control_tokens": dict(controls.most_common()),
-        "not_a_number": sum(_plain(example.answer) in NOT_A_NUMBER for example in rows),
-        "constant": [split for split, answers in answers_of_split.items() if len(answers) == 1 < sizes[split]],
-        "repeated": sum(counts.total() - len(counts) for counts in answers_of.values()),
-        "contradictions": sum(counts.total() for counts in answers_of.values() if len(counts) > 1),
-        "unseen": dict(unseen),
+        "languages": _most_common(*rows.codes(f"{META}language")),
+        "control_tokens": _count_controls(rows),
+        "not_a_number": int(rows.flags("answer", lambda text: _plain(text) in NOT_A_NUMBER).sum()),
+        "constant": [split for split, constant in zip(splits, one_answer, strict=True) if constant],
+        "repeated": repeated,
+        "contradictions": contradictions,
+        "unseen": count_values(*compact(split_codes[unseen], splits)),
     }
 
 
-def _count_tokens(result: Preflight, rows: Sequence[Example], limits: TextLimits) -> None:
-    """Add what the limits cut to `result`: `limits`, `losses`, and the rows that cannot be tokenised."""
-    prompts: list[int] = []
-    references: list[int] = []
+def _parts(values: NDArray[Any], codes: NDArray[np.int32]) -> list[NDArray[Any]]:
+    """The values of each code, from 0 on."""
+    return [values[codes == code] for code in range(codes.max(initial=-1) + 1)]
+
+
+def _count_repeats(questions: NDArray[np.int64], answers: NDArray[np.int64]) -> tuple[int, int]:
+    """Rows with the question and answer of an earlier row, and rows of a question that has several answers."""
+    if not len(questions):
+        return 0, 0
+    order = np.lexsort((answers, questions))
+    questions, answers = questions[order], answers[order]
+    new_question = np.append(True, questions[1:] != questions[:-1])
+    new_answer = new_question | np.append(True, answers[1:] != answers[:-1])
+    starts = np.flatnonzero(new_question)
+    rows, different = np.diff(np.append(starts, len(order))), np.add.reduceat(new_answer, starts, dtype=np.int64)
+    return len(order) - int(new_answer.sum()), int(rows[different > 1].sum())
+
+
+def _count_controls(rows: Examples) -> dict[str, int]:
+    """Control token -> rows with it in question or answer, the most frequent first."""
+    sets: dict[frozenset[str], int] = {frozenset(): 0}
+
+    def number(text: str) -> int:
+        return sets.setdefault(frozenset(_CONTROL.findall(text)), len(sets))
+
+    questions, answers = rows.numbers("question", number, np.int32), rows.numbers("answer", number, np.int32)
+    of_number = list(sets)
+    counts: Counter[str] = Counter()
+    with_tokens = (questions > 0) | (answers > 0)
+    pairs = Counter(zip(questions[with_tokens].tolist(), answers[with_tokens].tolist(), strict=True))
+    for (question, answer), count in pairs.items():
+        counts.update(dict.fromkeys(of_number[question] | of_number[answer], count))
+    return dict(counts.most_common())
+
+
+def _most_common(codes: NDArray[np.int32], values: Sequence[str]) -> dict[str, int]:
+    return dict(Counter(count_values(codes, values)).most_common())
+
+
+def _count_tokens(result: Preflight, rows: Examples, limits: TextLimits) -> None:
+    """Add what the limits cut to `result`: `limits`, `losses`, and the rows that cannot be tokenised.
+
+    Rows with the same question and answer are tokenised once.
+    """
+    texts = mixed(rows.codes("kind")[0], history_hashes(rows), rows.hashes("question"), rows.hashes("answer"))
+    _, first, counts = np.unique(texts, return_index=True, return_counts=True)
+    order = np.argsort(first)
+    lengths: list[tuple[int, int, int]] = []  # tokens of the prompt, of the reference, number of rows
     right: Counter[str] = Counter()
     totals: Counter[str] = Counter()
-    for example in rows:
+    failed: list[int] = []
+    for row, example, count in zip(first[order].tolist(), rows.take(first[order]), counts[order].tolist(), strict=True):
         try:
             prompt, reference = limits.tokenize(example)
-        except InputError as error:
-            result.bad_rows.setdefault(example.id, str(error))
-            result.losses["text cannot be tokenised"] = result.losses.get("text cannot be tokenised", 0) + 1
+        except InputError:
+            failed.append(row)
             continue
-        prompts.append(len(prompt))
-        references.append(len(reference))
+        lengths.append((len(prompt), len(reference), count))
         if limits.max_answer is not None:
             # the end token need not fit: an answer may end at the limit
             written = limits.decode(reference[:-1][: limits.max_answer])
             for name in ("all", example.kind):
-                totals[name] += 1
-                right[name] += limits.is_right(written, example.answer)
-    result.limits = {"model": limits.model, "prompts": _cut(prompts, limits.max_prompt)}
+                totals[name] += count
+                right[name] += count * limits.is_right(written, example.answer)
+    for example in rows.where(np.isin(texts, texts[failed])) if failed else ():
+        try:
+            limits.tokenize(example)
+        except InputError as error:
+            result.bad_rows.setdefault(example.id, str(error))
+            result.losses["text cannot be tokenised"] = result.losses.get("text cannot be tokenised", 0) + 1
+    prompts, references, weights = np.array(lengths, np.int64).reshape(-1, 3).T
+    result.limits = {"model": limits.model, "prompts": _cut(np.repeat(prompts, weights), limits.max_prompt)}
     if limits.max_reference is not None:
-        result.limits["references"] = _cut(references, limits.max_reference)
+        result.limits["references"] = _cut(np.repeat(references, weights), limits.max_reference)
     if limits.max_answer is not None:
-        result.limits["answers"] = _cut([length - 1 for length in references], limits.max_answer)
+        result.limits["answers"] = _cut(np.repeat(references - 1, weights), limits.max_answer)
         result.limits["score_ceiling"] = {name: right[name] / totals[name] for name in totals}
     losses = {"prompts": "question is cut", "references": "reference is cut in training", "answers": "answer is cut"}
     for name, loss in losses.items():
@@ -311,18 +382,26 @@ def _count_tokens(result: Preflight, rows: Sequence[Example], limits: TextLimits
             result.losses[loss] = result.limits[name]["cut"]
 
 
-def _cut(lengths: Sequence[int], limit: int | None) -> dict[str, Any]:
+def _cut(lengths: NDArray[np.int64], limit: int | None) -> dict[str, Any]:
     """Percentiles of lengths in tokens, the limit, and how many lengths are above it."""
-    ordered = sorted(lengths) or [0]
-    cuts = quantiles(ordered, n=100, method="inclusive") if len(ordered) > 1 else ordered * 99
+    ordered = np.sort(lengths) if len(lengths) else np.zeros(1, np.int64)
+
+    def percentile(percent: int) -> float | int:
+        """As `statistics.quantiles` with the inclusive method."""
+        if len(ordered) == 1:
+            return int(ordered[0])
+        low, part = divmod(percent * (len(ordered) - 1), 100)
+        following = int(ordered[min(low + 1, len(ordered) - 1)])
+        return (int(ordered[low]) * (100 - part) + following * part) / 100
+
     return {
         "limit": limit,
-        "cut": 0 if limit is None else sum(length > limit for length in lengths),
+        "cut": 0 if limit is None else int((lengths > limit).sum()),
         "rows": len(lengths),
-        "median": cuts[49],
-        "p95": cuts[94],
-        "p99": cuts[98],
-        "longest": ordered[-1],
+        "median": percentile(50),
+        "p95": percentile(95),
+        "p99": percentile(99),
+        "longest": int(ordered[-1]),
     }
 
 

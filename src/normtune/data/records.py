@@ -5,36 +5,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, get_args, overload
+from typing import TYPE_CHECKING, Any
 
+from normtune.data.examples import KINDS as KINDS
+from normtune.data.examples import Example, Examples, count_values, image_keys
+from normtune.data.examples import History as History
+from normtune.data.examples import Kind as Kind
 from normtune.data.split_names import standard_split
 from normtune.errors import InputError, did_you_mean
-from normtune.runtime.notebook import Rows, data_frame, html_table
+from normtune.runtime.notebook import MAX_HTML_ROWS, Rows, data_frame, html_table
 
 if TYPE_CHECKING:
     import pandas
     from PIL import Image
 
     from normtune.data.summary import DatasetSummary
-
-
-Kind = Literal["open", "closed", "report"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-History = tuple[tuple[str, str], ...]  # earlier turns of a conversation: questions with their answers
-
-
-@dataclass(frozen=True)
-class Example:
-    """One question about an image (or one report request), with its reference answer."""
-
-    id: str  # unique within the dataset; predictions are matched to examples by it
-    images: tuple[str, ...]  # keys for Dataset.open_image; one for a question, one or two views for a report
-    question: str  # may be empty for a report
-    answer: str
-    kind: Kind  # "closed" as the dataset labels it; each reader's docstring explains what that means
-    split: str  # "train", "validate" or "test", or another name that the files use
-    meta: dict[str, str] = field(default_factory=dict, hash=False, compare=False)  # modality, organ, language, ...
-    history: History = ()  # the turns before the question, which the model sees
 
 
 @dataclass(frozen=True)
@@ -75,7 +60,7 @@ class Dataset:
     """
 
     name: str
-    examples: list[Example]
+    examples: Examples  # a list is converted
     open_image: Callable[[str], Image.Image]  # key -> RGB image; raises InputError naming the file
     problems: list[Problem] = field(default_factory=list)
     licence: str = "unknown"
@@ -88,6 +73,10 @@ class Dataset:
     dropped: Counter[str] = field(default_factory=Counter)
     # Image key -> picture, for the pictures that were opened; see `normtune.data.pictures.read_pictures`.
     pictures: dict[str, Picture] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.examples, Examples):
+            self.examples = Examples(self.examples)
 
     @property
     def train(self) -> Split:
@@ -110,16 +99,15 @@ class Dataset:
         Raises:
             InputError: there is no such split; the message lists the existing ones.
         """
-        examples = [example for example in self.examples if example.split == name]
-        if not examples and standard_split(name) != name:
+        codes, splits = self.examples.codes("split")
+        if name not in splits and standard_split(name) != name:
             return self.split(standard_split(name))
-        if not examples:
-            splits = sorted({example.split for example in self.examples})
+        if name not in splits:
             raise InputError(
-                f"dataset {self.name} has no split '{name}'{did_you_mean(name, splits) or '.'} "
-                f"Its splits: {', '.join(splits) or 'none'}."
+                f"dataset {self.name} has no split '{name}'{did_you_mean(name, sorted(splits)) or '.'} "
+                f"Its splits: {', '.join(sorted(splits)) or 'none'}."
             )
-        return Split(self, examples, name)
+        return Split(self, self.examples.where(codes == splits.index(name)), name)
 
     def summary(self) -> DatasetSummary:
         """Count the rows, images, problems and leaks of every split, as `normtune data` prints them."""
@@ -131,17 +119,17 @@ class Dataset:
         return len(self.examples)
 
     def __repr__(self) -> str:
-        counts = Counter(example.split for example in self.examples)
+        counts = count_values(*self.examples.codes("split"))
         return f"<Dataset {self.name}: {', '.join(f'{name} {count:,}' for name, count in counts.items())} examples>"
 
     def _repr_html_(self) -> str:
-        splits = [self.split(name) for name in dict.fromkeys(example.split for example in self.examples)]
+        splits = [self.split(name) for name in self.examples.codes("split")[1]]
         rows = [{"split": split.name, "examples": len(split), "images": split.image_count} for split in splits]
         return html_table(rows, f"{self.name} (licence: {self.licence})")
 
 
-class Split(list[Example]):
-    """Some examples of a dataset, usually one of its splits: a list that knows its dataset."""
+class Split(Examples):
+    """Some examples of a dataset, usually one of its splits: a sequence that knows its dataset."""
 
     def __init__(self, dataset: Dataset, examples: Iterable[Example], name: str = "") -> None:
         super().__init__(examples)
@@ -151,16 +139,7 @@ class Split(list[Example]):
     @property
     def image_count(self) -> int:
         """Number of different images."""
-        return len({key for example in self for key in example.images})
-
-    @overload
-    def __getitem__(self, index: SupportsIndex) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> Split: ...
-    def __getitem__(self, index: SupportsIndex | slice) -> Example | Split:
-        if isinstance(index, slice):
-            return Split(self.dataset, super().__getitem__(index), self.name)
-        return super().__getitem__(index)
+        return len(image_keys(self))
 
     def rows(self) -> Rows:
         """Return one dict for each example; `meta` fields are columns of their own."""
@@ -174,7 +153,9 @@ class Split(list[Example]):
         return f"<Split {self.name or 'examples'} of {self.dataset.name}: {len(self):,} examples>"
 
     def _repr_html_(self) -> str:
-        return self.rows()._repr_html_()
+        table = self[:MAX_HTML_ROWS].rows()._repr_html_()
+        more = len(self) - MAX_HTML_ROWS
+        return table + (f"<p>and {more:,} more rows</p>" if more > 0 else "")
 
 
 def _row(example: Example) -> dict[str, Any]:

@@ -9,12 +9,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
+from normtune.data.examples import META, Codes, Examples, compact, count_values
 from normtune.data.formats import FORMATS, PUBLISHED, SUFFIXES, name_and_root
 from normtune.data.options import DataOptions
 from normtune.data.reading.cells import language_tag
 from normtune.data.reading.columns import columns_option
 from normtune.data.reading.radiology import Sections
-from normtune.data.records import Dataset, Example
+from normtune.data.records import Dataset
 from normtune.data.split_names import SPLITS
 from normtune.errors import InputError, did_you_mean
 
@@ -234,29 +237,33 @@ def _open_files(
 def _select_task_and_language(dataset: Dataset, language: str, task: Task) -> Dataset:
     """The dataset with only the examples and skipped rows of one task and language; the others are counted."""
     language = language_tag(language)
-    if all(example.kind == "report" for example in dataset.examples):
+    if {*dataset.examples.codes("kind")[1]} <= {"report"}:
         task = "report"
 
-    def other_task(example: Example) -> str:
-        if (example.kind == "report") == (task == "report"):
-            return ""
-        return "is a question (--task vqa)" if task == "report" else "is a report (--task report)"
+    def other_task(examples: Examples) -> Codes:
+        codes, kinds = examples.codes("kind")
+        other = "is a question (--task vqa)" if task == "report" else "is a report (--task report)"
+        return np.array([(kind == "report") != (task == "report") for kind in kinds], np.int32)[codes] - 1, [other]
 
-    def other_language(example: Example) -> str:
-        named = example.meta.get("language", language)
-        return "" if language in ("all", named) else f"language {named}"
+    def other_language(examples: Examples) -> Codes:
+        codes, named = examples.codes(f"{META}language")
+        others = [tag for tag in named if language not in ("all", tag)]
+        numbers = [others.index(tag) if tag in others else -1 for tag in named]
+        return np.array([*numbers, -1], np.int32)[codes], [f"language {tag}" for tag in others]
 
     what = "reports" if task == "report" else "questions"
-    for reason, needed in ((other_task, what), (other_language, f"rows of language '{language}'")):
-        dropped = Counter(filter(None, map(reason, dataset.examples)))
-        examples = [example for example in dataset.examples if not reason(example)]
+    for reasons, needed in ((other_task, what), (other_language, f"rows of language '{language}'")):
+        codes, reason_names = reasons(dataset.examples)
+        dropped = Counter(count_values(*compact(codes, reason_names)))
+        examples = dataset.examples.where(codes < 0)
         if not examples:
             present = f" Its languages: {', '.join(sorted(r.split()[-1] for r in dropped))}." if needed != what else ""
             raise InputError(f"dataset {dataset.name} has no {needed}.{present} Check --task and --language.")
+        skipped = Examples(dataset.skipped)
         dataset = replace(
             dataset,
             examples=examples,
-            skipped=[example for example in dataset.skipped if not reason(example)],
+            skipped=list(skipped.where(reasons(skipped)[0] < 0)),
             dropped=dataset.dropped + dropped,
         )
     others = {reason: rows for reason, rows in dataset.dropped.items() if reason.startswith(("language ", "is a "))}

@@ -8,8 +8,22 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
+from normtune.data.examples import (
+    META,
+    Codes,
+    Example,
+    Examples,
+    as_examples,
+    compact,
+    history_hashes,
+    image_keys,
+    mixed,
+)
 from normtune.data.pictures import cluster, equal_pictures, near_duplicates, read_pictures
-from normtune.data.records import Dataset, Example
+from normtune.data.records import Dataset
 from normtune.data.split_names import SPLITS
 from normtune.errors import InputError, did_you_mean
 
@@ -53,19 +67,33 @@ class Leak:
 
 def split_label(dataset: Dataset) -> Callable[[Example], str]:
     """Return a function that names an example's split, with several languages "test (en)" or "test (zh)"."""
-    languages = {example.meta.get("language", "") for example in dataset.examples}
-    if len(languages) < 2:
+    if not _has_languages(dataset.examples):
         return lambda example: example.split
-    return lambda example: f"{example.split} ({example.meta.get('language', 'no language')})"
+    return lambda example: _label(example.split, example.meta.get("language"))
 
 
-def examples_by_split(dataset: Dataset) -> dict[str, list[Example]]:
+def examples_by_split(dataset: Dataset) -> dict[str, Examples]:
     """Split label -> its usable examples; train, validate and test come first, in this order."""
-    label = split_label(dataset)
-    examples: dict[str, list[Example]] = {}
-    for example in dataset.examples:
-        examples.setdefault(label(example), []).append(example)
-    return dict(sorted(examples.items(), key=lambda item: _split_order(item[1][0].split)))
+    rows = dataset.examples
+    codes, splits = rows.codes("split")
+    names = list(splits)
+    if _has_languages(rows):
+        languages, tags = rows.codes(f"{META}language")
+        both = codes.astype(np.int64) * (len(tags) + 1) + languages + 1
+        labels = [(split, tag) for split in splits for tag in (None, *tags)]
+        codes, pairs = compact(both.astype(np.int32), labels)
+        splits, names = [split for split, _ in pairs], [_label(split, tag) for split, tag in pairs]
+    order = sorted(range(len(names)), key=lambda number: _split_order(splits[number]))
+    return {names[number]: rows.where(codes == number) for number in order}
+
+
+def _has_languages(examples: Examples) -> bool:
+    codes, tags = examples.codes(f"{META}language")
+    return len({*tags, ""} if -1 in codes else tags) > 1
+
+
+def _label(split: str, language: str | None) -> str:
+    return f"{split} ({'no language' if language is None else language})"
 
 
 def find_leaks(dataset: Dataset) -> list[Leak]:
@@ -78,9 +106,12 @@ def find_leaks(dataset: Dataset) -> list[Leak]:
     """
     leaks: list[Leak] = []
     splits = list(examples_by_split(dataset).items())
-    images = {name: dict.fromkeys(key for example in members for key in example.images) for name, members in splits}
-    rows = {name: {_row_key(example) for example in members} for name, members in splits}
-    patients = {name: _by_patient(members, group_columns(dataset.examples)) for name, members in splits}
+    if len(splits) < 2:
+        return leaks
+    columns = group_columns(dataset.examples)
+    images = {name: dict.fromkeys(image_keys(members)) for name, members in splits}
+    rows = {name: _row_hashes(members) for name, members in splits}
+    patients = {name: {column: _by_patient(members, column) for column in columns} for name, members in splits}
     equal = cluster(equal_pictures(dataset.pictures))
     alike: dict[str, set[str]] = {}
     for pair in near_duplicates(dataset.pictures):
@@ -98,17 +129,17 @@ def find_leaks(dataset: Dataset) -> list[Leak]:
                 for key in images[name]
                 if equal.get(key, key) not in names and alike.get(equal.get(key, key), set()) & names
             ]
-            repeated = [example.id for example in members if _row_key(example) in rows[earlier]]
-            for what, items, total in (
-                ("image", sorted(shared), len(images[name])),
-                ("picture", same, len(images[name])),
-                ("near-duplicate", close, len(images[name])),
-                ("row", repeated, len(members)),
+            repeated = np.flatnonzero(np.isin(rows[name], rows[earlier]))
+            for what, items, count, total in (
+                ("image", sorted(shared), len(shared), len(images[name])),
+                ("picture", same, len(same), len(images[name])),
+                ("near-duplicate", close, len(close), len(images[name])),
+                ("row", [example.id for example in members.take(repeated[:3])], len(repeated), len(members)),
             ):
                 if items:
-                    leaks.append(Leak(what, name, earlier, len(items), total, tuple(items[:3])))  # type: ignore[arg-type]
-            for column in group_columns(dataset.examples):
-                here, there = patients[name].get(column, {}), patients[earlier].get(column, {})
+                    leaks.append(Leak(what, name, earlier, count, total, tuple(items[:3])))  # type: ignore[arg-type]
+            for column in columns:
+                here, there = patients[name][column], patients[earlier][column]
                 both = [value for value in here if value in there]
                 if both:
                     keys = tuple(here[value][0] for value in both[:3] if here[value])
@@ -152,18 +183,18 @@ def image_disjoint(
         for index, name in enumerate(names)
     }
 
-    def move(example: Example) -> Example:
-        name = clusters.get(example.images[0]) if example.images else None
-        return replace(example, split=split[name]) if name else example
+    def move(examples: Examples) -> Examples:
+        codes, images = examples.codes("images")
+        old, old_names = examples.codes("split")
+        moved = {name: number for number, name in enumerate(SPLITS)}
+        new = [moved[split[clusters[keys[0]]]] if keys and keys[0] in clusters else -1 for keys in images]
+        of_rows = np.array(new, np.int32)[codes]
+        return examples.with_column("split", np.where(of_rows >= 0, of_rows, old + len(SPLITS)), [*SPLITS, *old_names])
 
-    return replace(
-        dataset,
-        examples=[move(example) for example in dataset.examples],
-        skipped=[move(example) for example in dataset.skipped],
-    )
+    return replace(dataset, examples=move(dataset.examples), skipped=list(move(Examples(dataset.skipped))))
 
 
-def share_of_images(examples: Sequence[Example], share: float, seed: int) -> list[Example]:
+def share_of_images(examples: Examples, share: float, seed: int) -> Examples:
     """The examples of a random share of the images (at least one image), in their order.
 
     The selection depends only on the seed and the image keys, so that a larger share contains every smaller
@@ -172,7 +203,7 @@ def share_of_images(examples: Sequence[Example], share: float, seed: int) -> lis
     clusters = cluster_pictures(examples, ())
     names = _shuffled(clusters.values(), seed)
     selected = set(names[: max(1, round(share * len(names)))])
-    return [example for example in examples if example.images and clusters[example.images[0]] in selected]
+    return examples.where(examples.flags("images", lambda keys: bool(keys) and clusters[keys[0]] in selected))
 
 
 def find_identical_images(dataset: Dataset) -> list[tuple[str, ...]]:
@@ -185,17 +216,17 @@ def find_identical_images(dataset: Dataset) -> list[tuple[str, ...]]:
     return equal_pictures(read_pictures(dataset))
 
 
-def cluster_pictures(examples: Sequence[Example], identical: Iterable[Sequence[str]]) -> dict[str, str]:
+def cluster_pictures(examples: Iterable[Example], identical: Iterable[Sequence[str]]) -> dict[str, str]:
     """Image key -> a name for the images that must stay in one split: those of one example, patient or picture.
 
     Args:
         examples: name the images and, in `meta`, their patients.
         identical: keys of the same picture, from `find_identical_images`.
     """
-    return cluster([*_images_together(examples), *identical])
+    return cluster([*_images_together(as_examples(examples)), *identical])
 
 
-def patient_of_image(examples: Sequence[Example]) -> dict[str, str]:
+def patient_of_image(examples: Iterable[Example]) -> dict[str, str]:
     """Image key -> a name for its patient: the smallest key of all images of that patient.
 
     Images are of one patient if they are in one example, or if `meta` names the same patient or case.
@@ -208,25 +239,45 @@ def _shuffled(keys: Iterable[str], seed: int) -> list[str]:
     return sorted(set(keys), key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
 
 
-def group_columns(examples: Iterable[Example]) -> tuple[str, ...]:
+def group_columns(examples: Examples) -> tuple[str, ...]:
     """The fields of `meta` that name the patient, case or study of a row, by their usual names.
 
     With `--group-by COLUMN`, that column alone. A column such as `group` or `study`, which may also name an arm of a
     trial, is left out if one of its values covers more than half of the images.
     """
-    images: dict[str, dict[str, set[str]]] = {}  # column -> value -> images
-    for example in examples:
-        for column, value in example.meta.items():
-            if value and is_group_column(column):
-                images.setdefault(column, {}).setdefault(value, set()).update(example.images)
-    if GROUP_BY in images:
+    image_codes, images = examples.codes("images")
+    first_rows: dict[str, int] = {}  # column -> the first row in which it is filled
+    for column in filter(is_group_column, examples.meta_columns):
+        codes, values = _filled(examples, column)
+        if not values:
+            continue
+        names_patients = column == GROUP_BY or _letters(column) in _PATIENTS
+        if names_patients or _covers_little(codes, image_codes, images, len(values)):
+            first_rows[column] = int(np.argmax(codes >= 0))
+    if GROUP_BY in first_rows:
         return (GROUP_BY,)
-    return tuple(
-        column
-        for column, values in images.items()
-        if _letters(column) in _PATIENTS
-        or (len(values) > 1 and 2 * max(map(len, values.values())) <= sum(map(len, values.values())))
-    )
+    return tuple(sorted(first_rows, key=first_rows.__getitem__))
+
+
+def _covers_little(
+    codes: NDArray[np.int32], image_codes: NDArray[np.int32], images: Sequence[tuple[str, ...]], values: int
+) -> bool:
+    """Whether there are several values, and none covers more than half of the images (an image counts once a value)."""
+    if values < 2:
+        return False
+    pairs = np.unique(codes.astype(np.int64) * len(images) + image_codes)
+    keys: list[set[str]] = [set() for _ in range(values)]
+    for pair in pairs[pairs >= 0].tolist():
+        keys[pair // len(images)].update(images[pair % len(images)])
+    return 2 * max(map(len, keys)) <= sum(map(len, keys))
+
+
+def _filled(examples: Examples, column: str) -> Codes:
+    """The codes of a field of `meta`, without empty texts: these have the code -1."""
+    codes, values = examples.codes(META + column)
+    if "" in values:
+        codes = np.where(codes == values.index(""), -1, codes)
+    return compact(codes, values)
 
 
 def is_group_column(column: str) -> bool:
@@ -240,17 +291,16 @@ def with_groups(dataset: Dataset, column: str) -> Dataset:
     Raises:
         InputError: no row has that column.
     """
-    if not any(example.meta.get(column) for example in dataset.examples):
-        columns = sorted({name for example in dataset.examples for name in example.meta})
+    if not _filled(dataset.examples, column)[1]:
+        columns = sorted(dataset.examples.meta_columns)
         hint = did_you_mean(column, columns) or "."
         raise InputError(f"--group-by: no row has a column '{column}'{hint} Columns: {', '.join(columns) or 'none'}.")
 
-    def name_group(example: Example) -> Example:
-        group = {GROUP_BY: example.meta[column]} if example.meta.get(column) else {}
-        return replace(example, meta=example.meta | group)
+    def name_groups(examples: Examples) -> Examples:
+        return examples.with_column(META + GROUP_BY, *_filled(examples, column))
 
     return replace(
-        dataset, examples=list(map(name_group, dataset.examples)), skipped=list(map(name_group, dataset.skipped))
+        dataset, examples=name_groups(dataset.examples), skipped=list(name_groups(Examples(dataset.skipped)))
     )
 
 
@@ -258,30 +308,36 @@ def _letters(column: str) -> str:
     return re.sub(r"[\W_]", "", column).lower()
 
 
-def _by_patient(examples: Iterable[Example], columns: Sequence[str]) -> dict[str, dict[str, list[str]]]:
-    """Column -> the value that names a patient, case or study -> its image keys."""
-    images: dict[str, dict[str, list[str]]] = {column: {} for column in columns}
-    for example in examples:
-        for column in columns:
-            if example.meta.get(column):
-                images[column].setdefault(example.meta[column], []).extend(example.images)
-    return images
+def _by_patient(examples: Examples, column: str) -> dict[str, list[str]]:
+    """The value that names a patient, case or study -> its image keys, each once."""
+    image_codes, images = examples.codes("images")
+    codes, values = _filled(examples, column)
+    keys: list[dict[str, None]] = [{} for _ in values]
+    rows = codes >= 0
+    pairs = codes[rows].astype(np.int64) * max(1, len(images)) + image_codes[rows]
+    distinct, first = np.unique(pairs, return_index=True)
+    for pair in distinct[np.argsort(first)].tolist():
+        keys[pair // len(images)].update(dict.fromkeys(images[pair % len(images)]))
+    return {value: list(of_value) for value, of_value in zip(values, keys, strict=True)}
 
 
-def _images_together(examples: Sequence[Example]) -> list[Sequence[str]]:
+def _images_together(examples: Examples) -> list[Sequence[str]]:
     """Groups of images that belong together: those of one example, and those of one patient, case or study."""
-    patients = _by_patient(examples, group_columns(examples))
-    return [
-        *(example.images for example in examples),
-        *(keys for values in patients.values() for keys in values.values() if keys),
-    ]
+    patients = (_by_patient(examples, column) for column in group_columns(examples))
+    return [*examples.codes("images")[1], *(keys for values in patients for keys in values.values() if keys)]
 
 
 def _split_order(split: str) -> int:
     return SPLITS.index(split) if split in SPLITS else len(SPLITS)
 
 
-def _row_key(example: Example) -> tuple[object, ...]:
+def _row_hashes(examples: Examples) -> NDArray[np.int64]:
     """Equal for rows with the same images, turns, question and answer; case and blanks do not count."""
-    texts = (text for turn in (*example.history, (example.question, example.answer)) for text in turn)
-    return (example.images, *(" ".join(text.lower().split()) for text in texts))
+
+    def plain(text: str) -> str:
+        return " ".join(text.lower().split())
+
+    codes, images = examples.codes("images")
+    keys = np.array([*map(hash, images)], np.int64)[codes]
+    texts = examples.hashes("question", plain), examples.hashes("answer", plain)
+    return mixed(keys, history_hashes(examples, plain), *texts)

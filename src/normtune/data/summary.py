@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from statistics import mean, median
 from typing import Any
 
+import numpy as np
+
+from normtune.data.examples import META, Example, Examples, count_values, image_keys
 from normtune.data.reading.cells import is_yes_no
-from normtune.data.records import Dataset, Example
+from normtune.data.records import Dataset
 from normtune.data.splits import Leak, examples_by_split, find_leaks, split_label
 from normtune.runtime.notebook import html_text
 from normtune.runtime.text_table import text_table
@@ -116,28 +119,32 @@ def summary_text(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _counts(examples: Sequence[Example], skipped: Sequence[Example]) -> dict[str, Any]:
+def _counts(examples: Examples, skipped: Sequence[Example]) -> dict[str, Any]:
     """The counts of one split; see `summarize`."""
-    rows = [*examples, *skipped]
-    kinds = Counter(example.kind for example in rows)
-    per_image = Counter(example.images for example in examples).values()
+    kinds = Counter(count_values(*examples.codes("kind"))) + Counter(example.kind for example in skipped)
+    codes, images = examples.codes("images")
+    per_image = np.bincount(codes, minlength=len(images)).tolist()
     return {
-        "rows": len(rows),
+        "rows": len(examples) + len(skipped),
         "usable": len(examples),
-        "images": len({key for example in examples for key in example.images}),
+        "images": len(image_keys(examples)),
         "open": kinds["open"],
         "closed": kinds["closed"],
         "report": kinds["report"],
-        "yes_no": sum(is_yes_no(example.answer) for example in rows),
+        "yes_no": int(examples.flags("answer", is_yes_no).sum()) + sum(is_yes_no(row.answer) for row in skipped),
         "questions_per_image": {"mean": round(mean(per_image), 2), "median": median(per_image), "max": max(per_image)},
-        "longest_question_words": max(len(example.question.split()) for example in examples),
-        "longest_answer_words": max(len(example.answer.split()) for example in examples),
+        "longest_question_words": _most_words(examples, "question"),
+        "longest_answer_words": _most_words(examples, "answer"),
         "modalities": _frequent(examples, "modality"),
         "organs": _frequent(examples, "organ"),
     }
 
 
-def _frequent(examples: Sequence[Example], field: str) -> dict[str, int]:
+def _most_words(examples: Examples, column: str) -> int:
+    return int(examples.numbers(column, lambda text: len(text.split())).max())
+
+
+def _frequent(examples: Examples, field: str) -> dict[str, int]:
     """Value of a `meta` field -> number of rows, most frequent first."""
-    counts = Counter(example.meta[field] for example in examples if field in example.meta)
+    counts = count_values(*examples.codes(META + field))
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from normtune.adapters.info import NOTICE
 from normtune.adapters.training_rows import Overlap
+from normtune.data.examples import Examples
 from normtune.data.records import Dataset, Example, Prediction, Split
 from normtune.errors import InputError
 from normtune.evaluation.config import CONTROLS
@@ -240,7 +241,7 @@ def read_evaluation(directory: Path | str) -> Evaluation:
         raise InputError(f"{directory / 'manifest.json'} does not match predictions.jsonl. Evaluate again.")
     if split_hash([str(id) for id in ids]) != record["split_hash"]:
         raise InputError(f"{directory / 'manifest.json'}: its ids do not match its hash. Evaluate again.")
-    dataset = Dataset(record["dataset"], examples, _no_image, licence=record["licence"])
+    dataset = Dataset(record["dataset"], Examples(examples), _no_image, licence=record["licence"])
     return Evaluation(Split(dataset, examples), Predictions(examples, predictions), record, out=directory)
 
 

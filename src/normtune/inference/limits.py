@@ -8,10 +8,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from normtune.data import tasks
+from normtune.data.examples import Example, Examples
 from normtune.data.options import DataOptions
-from normtune.data.preflight import Preflight, TextLimits, check, preflight
-from normtune.data.records import Dataset, Example, Split
+from normtune.data.preflight import Preflight, TextLimits, check, preflight, usable_rows
+from normtune.data.records import Dataset, Split
 from normtune.data.registry import PHANTOMS
 from normtune.errors import InputError
 from normtune.metrics.answers import is_exact
@@ -37,16 +40,26 @@ def answer_limit(family: Family, examples: Split) -> int:
             without one, they do.
     """
     report = examples[0].kind == "report"
-    rows = [example for example in examples.dataset.examples if (example.kind == "report") == report]
-    training = [example for example in rows if example.split == "train"] or examples
+    rows = examples.dataset.examples
+    of_task = rows.flags("kind", lambda kind: (kind == "report") == report)
+    training = rows.where(of_task & rows.flags("split", "train".__eq__)) or examples
     longest = 0
-    for text in sorted({example.answer for example in training}, key=lambda text: (-len(text), text))[:_TRIED]:
+    for text in _longest_answers(training):
         try:
             longest = max(longest, len(family.tokenize_whole("", "?", text).answer))
         except InputError:  # such a row is counted by the preflight
             continue
     least = tasks.MAX_REPORT_TOKENS if report else tasks.MAX_ANSWER_TOKENS
     return min(max(least, longest + _MARGIN), max(least, family.max_reference_tokens(report)))
+
+
+def _longest_answers(examples: Examples) -> list[str]:
+    """The `_TRIED` longest answers, each once."""
+    lengths = examples.numbers("answer", len, np.int32)
+    _, first = np.unique(examples.hashes("answer"), return_index=True)
+    shortest = np.sort(lengths[first])[-_TRIED:][0]
+    answers = [example.answer for example in examples.take(first[lengths[first] >= shortest])]
+    return sorted(answers, key=lambda text: (-len(text), text))[:_TRIED]
 
 
 def text_limits(
@@ -141,7 +154,7 @@ def check_run(
 
     dataset = examples.dataset
 
-    def attempt() -> tuple[list[Example], Preflight] | InputError:
+    def attempt() -> Preflight | InputError:
         limits = None
         if model is not None:
             from normtune.adapters.storage import read_adapter_info
@@ -169,17 +182,17 @@ def check_run(
                     skip_bad=options.skip_bad,
                     open_pictures=not (model is None or options.text_only or dataset.name in PHANTOMS),
                     progress=tick,
-                )
+                )[1]
             except InputError as error:
                 return error
 
     outcome = distributed.broadcast_from_first(attempt)
     if isinstance(outcome, InputError):
         raise outcome
-    if distributed.is_main_process() and outcome[1].losses:
-        losses = ", ".join(f"{rows} x {loss}" for loss, rows in outcome[1].losses.items())
+    if distributed.is_main_process() and outcome.losses:
+        losses = ", ".join(f"{rows} x {loss}" for loss, rows in outcome.losses.items())
         print(f"preflight: {losses} (preflight.json)", file=sys.stderr)
-    return Split(dataset, outcome[0], examples.name), outcome[1]
+    return usable_rows(examples, outcome), outcome
 
 
 def _picture_progress() -> AbstractContextManager[Callable[[int, int], None] | None]:

@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from normtune.data.batches import batches_of_pairs
+from normtune.data.examples import Examples
 from normtune.data.groups import Group, group_by_image
 from normtune.data.records import Dataset, Example, Prediction
 from normtune.data.tasks import MAX_ANSWER_TOKENS
@@ -159,7 +160,7 @@ class _OutOfMemoryAsError:
 
 def _iterate_batches(
     read_image: Callable[[str], Pixels], examples: Sequence[Example], pairs: int, cap: int | None
-) -> Iterator[tuple[list[list[Example]], list[list[Pixels]]]]:
+) -> Iterator[tuple[list[Examples], list[list[Pixels]]]]:
     """Yield batches: groups of examples, and the processed images of each group.
 
     Only the images of one batch are in memory; one that the next batch needs as well is not read again.

@@ -12,10 +12,11 @@ What is cached depends on the recipe:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from normtune.data.groups import Group, Segment, group_by_image
-from normtune.data.records import Dataset, Example
+from normtune.data.examples import Example, Examples, as_examples
+from normtune.data.groups import Group, Segment, group_rows
+from normtune.data.records import Dataset
 from normtune.methods.adapt import TunedModel
 from normtune.models.family import Family
 from normtune.models.image_cache import LIMIT_BYTES, ImageCache, image_store
@@ -23,6 +24,8 @@ from normtune.models.part_names import IMAGE_PARTS
 from normtune.models.types import Batch, Pixels
 from normtune.training.config import TrainConfig
 from normtune.training.state_cache import StateCache, state_store
+
+MAX_SEGMENTS = 100_000  # tokenised questions that are kept, about 1 kB each; others are tokenised in each epoch
 
 
 class Collator:
@@ -39,7 +42,7 @@ class Collator:
     def __init__(self, family: Family, images: ImageCache) -> None:
         self.family, self.images = family, images
         self.states: StateCache | None = None
-        self._segments: dict[str, Segment] = {}  # by example id: every epoch needs them again
+        self._segments: dict[str, Segment] = {}  # by example id: every epoch needs them again; the oldest first
 
     @property
     def cached_states(self) -> str | None:
@@ -71,11 +74,34 @@ class Collator:
 
     def segment(self, example: Example) -> Segment:
         """Return the tokens of an example: question and answer."""
-        if example.id not in self._segments:
-            self._segments[example.id] = self.family.tokenize(
+        segment = self._segments.get(example.id)
+        if segment is None:
+            segment = self.family.tokenize(
                 example.id, example.question, example.answer, report=example.kind == "report", history=example.history
             )
-        return self._segments[example.id]
+            if len(self._segments) >= MAX_SEGMENTS:
+                del self._segments[next(iter(self._segments))]
+            self._segments[example.id] = segment
+        return segment
+
+
+class _Questions(Mapping[tuple[str, ...], Sequence[Segment]]):
+    """The segments of all questions about some images, tokenised when they are asked for."""
+
+    def __init__(self, examples: Examples, segment: Callable[[Example], Segment]) -> None:
+        self._examples, self._segment, self._groups = examples, segment, group_rows(examples)
+        self._index = {images: number for number, images in enumerate(examples.codes("images")[1])}
+
+    def __getitem__(self, images: tuple[str, ...]) -> Sequence[Segment]:
+        number = self._index[images]
+        rows = self._groups.order[self._groups.ends[number] : self._groups.ends[number + 1]]
+        return [self._segment(example) for example in self._examples.take(rows)]
+
+    def __iter__(self) -> Iterator[tuple[str, ...]]:
+        return iter(self._index)
+
+    def __len__(self) -> int:
+        return len(self._index)
 
 
 def build_collator(
@@ -114,9 +140,7 @@ def build_collator(
     # row 3: hidden states, if there are frozen layers between the encoder and the lowest trained layer
     if trunk is None:
         return collator
-    questions = {
-        group[0].images: [collator.segment(example) for example in group] for group in group_by_image(examples)
-    }
+    questions = _Questions(as_examples(examples), collator.segment)
     # each image's encoder output is needed once, for its hidden states: no memory for it
     uncached_images = ImageCache(family, dataset, frozen=True, store=store, limit_bytes=0)
     state_folder = state_store(config.cache, family, trunk)

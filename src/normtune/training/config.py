@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from normtune.data.examples import Example, Examples, as_examples
 from normtune.data.options import DataOptions
-from normtune.data.records import Example
 from normtune.data.splits import share_of_images
 from normtune.methods.registry import LEARNING_RATES
 
@@ -110,8 +110,9 @@ class TrainConfig(DataOptions):
         """Return the learning rate of a method: `lr` if it is set, else the method's default."""
         return self.lr if self.lr is not None else LEARNING_RATES[method]
 
-    def select(self, examples: Sequence[Example]) -> list[Example]:
+    def select(self, examples: Iterable[Example]) -> Examples:
         """Select the examples of a split to train on: a share of the images, then the first `limit` pairs."""
+        rows = as_examples(examples)
         if self.share is not None:
-            examples = share_of_images(examples, self.share, self.seed)
-        return list(examples[: self.limit])
+            rows = share_of_images(rows, self.share, self.seed)
+        return rows[: self.limit]

@@ -85,9 +85,12 @@ class StateCache:
         # an estimate from one image, without running the encoder on all of them
         first = self._entry(next(iter(self.questions)))
         row_bytes = first["segments"].shape[1] * first["segments"].element_size()  # of one token's state
-        segments = (segment for questions in self.questions.values() for segment in questions)
-        tokens = sum(len(self.trunk.tokens_of(segment)) for segment in segments)
-        return (tokens + len(self.questions) * len(first["prefix"])) * row_bytes <= self.limit_bytes
+        tokens = len(self.questions) * len(first["prefix"])
+        for questions in self.questions.values():
+            if tokens * row_bytes > self.limit_bytes:  # of many questions, not all are tokenised to find that out
+                return False
+            tokens += sum(len(self.trunk.tokens_of(segment)) for segment in questions)
+        return tokens * row_bytes <= self.limit_bytes
 
     def _entry(self, images: Images) -> dict[str, Tensor]:
         """Return the entry of some images, from memory, from disk or computed.

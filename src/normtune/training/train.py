@@ -151,7 +151,7 @@ def save_run(setup: TrainingSetup, result: TrainResult, description: dict[str, A
             **setup.preflight.adapter_figures(),
         },
         metrics={"training": description},
-        rows=asdict(setup.rows),
+        rows=setup.rows,
     )
     setup.preflight.save(config.out)
     # the resolved options, twice: in JSON as written by version 0.1, and as a file that `normtune train` reads

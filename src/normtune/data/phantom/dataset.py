@@ -7,6 +7,7 @@ from typing import Literal
 
 from PIL import Image
 
+from normtune.data.examples import Examples
 from normtune.data.phantom.acquisition import render
 from normtune.data.phantom.questions import ask_questions
 from normtune.data.phantom.reports import write_report
@@ -66,7 +67,7 @@ def phantom_dataset(
             raise InputError(f"the phantom dataset holds no image '{key}'. Keys run to {name}-{len(scenes) - 1:06d}.")
         return Image.fromarray(render(sample_scene(scenes[key], name), name, size)).convert("RGB")
 
-    return Dataset(f"phantom-{name}", examples, open_image, licence="Apache-2.0 (synthetic)")
+    return Dataset(f"phantom-{name}", Examples(examples), open_image, licence="Apache-2.0 (synthetic)")
 
 
 def scene_seed(split: str, number: int, seed: int) -> int:

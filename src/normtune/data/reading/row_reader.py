@@ -15,6 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from normtune.data.examples import Examples
 from normtune.data.images.files import ImageFolder
 from normtune.data.reading.cells import clean_text, has_half_character, is_yes_no, language_tag
 from normtune.data.reading.tables import RowError
@@ -161,7 +162,7 @@ class RowReader:
         problems = sorted(self.problems, key=lambda problem: bool(problem.row))
         return Dataset(
             self.name,
-            self.examples,
+            Examples(self.examples),
             open_image,
             problems,
             licence,

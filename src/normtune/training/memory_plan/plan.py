@@ -26,7 +26,8 @@ import torch
 from accelerate.utils import send_to_device
 
 from normtune.data.batches import EpochBatches, TokenCosts
-from normtune.data.records import Dataset, Example
+from normtune.data.examples import Example, as_examples
+from normtune.data.records import Dataset
 from normtune.errors import InputError
 from normtune.methods.adapt import adapt
 from normtune.models.family import Family
@@ -226,7 +227,7 @@ class _WeightlessRun:
         with BooleanIndexing():
             self.collate: Collator = TrainingSetup(config, dataset, examples, self.family, tuned).collate
         self.examples = len(examples)
-        self.images = {example.images for example in examples}
+        self.images = as_examples(examples).codes("images")[1]
         self._collate_peaks: dict[tuple[str, int], int] = {}  # of batches, by their first example and their pairs
         self.program = resident_bytes()  # of this process, which has imported the same libraries
 
