@@ -217,11 +217,12 @@ def _attach_layers(model: nn.Module, directory: Path, info: AdapterInfo, *, keep
                     added[f"{linear}.{'ia3' if attribute == 'ia3_l' else attribute}"] = parameter
         tuned.additions.append(AddedLayers(added, remove, layers))
         for name, parameter in added.items():
-            tuned.trained[name] = parameter.requires_grad_(True)
-            tensor = info.tensors.get(name)
-            if tensor is None or list(parameter.shape) != tensor.shape:
-                unplaced.append(f"{name} (adapter {tensor and tensor.shape}, model {list(parameter.shape)})")
-            tuned.methods[name] = tensor.method if tensor else ""
+            parameter.requires_grad_(True)
+            tuned.trained[name] = parameter
+            in_file = info.tensors.get(name)
+            if in_file is None or list(parameter.shape) != in_file.shape:
+                unplaced.append(f"{name} (adapter {in_file and in_file.shape}, model {list(parameter.shape)})")
+            tuned.methods[name] = in_file.method if in_file else ""
             tuned.part_and_role[name] = (part_of.get(name, ""), tuned.methods[name])
         _check_placed(directory, info, unplaced)
     return tuned

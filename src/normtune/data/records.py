@@ -160,7 +160,7 @@ class Split(Examples):
 
 def _row(example: Example) -> dict[str, Any]:
     """The fields of an example that every dataset has."""
-    row = {"id": example.id, "images": list(example.images), "kind": example.kind}
+    row: dict[str, Any] = {"id": example.id, "images": list(example.images), "kind": example.kind}
     row |= {"history": [list(turn) for turn in example.history]} if example.history else {}
     return row | {"question": example.question, "answer": example.answer}
 

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from normtune.data.examples import Examples
 from normtune.data.records import KINDS, Dataset, Example
 from normtune.data.split_names import SPLITS, split_name
 from normtune.data.splits import cluster_pictures, find_identical_images, group_columns
@@ -159,7 +160,7 @@ def apply_splits(
 
     return replace(
         dataset,
-        examples=list(map(move, dataset.examples)),
+        examples=Examples(map(move, dataset.examples)),
         skipped=list(map(move, dataset.skipped)),
         notes=[*dataset.notes, *notes],
     )

@@ -10,7 +10,7 @@ import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 from normtune.errors import InputError
 from normtune.evaluation.recipe_differences import (
@@ -222,7 +222,9 @@ def compare(runs: Runs | Mapping[str, Sequence[Run]], *, margin: float | None = 
 def _read_groups(runs: Runs | Mapping[str, Sequence[Run]]) -> tuple[dict[str, list[Evaluation]], bool]:
     """Read the runs of each name, and whether a name stands for several seeds."""
     if isinstance(runs, Mapping) and any(_is_list(group) for group in runs.values()):
-        lists = {name: list(group) if _is_list(group) else [group] for name, group in runs.items()}
+        lists: dict[str, list[Run]] = {
+            name: list(group) if _is_list(group) else [cast(Run, group)] for name, group in runs.items()
+        }
         if empty := [name for name, group in lists.items() if not group]:
             raise InputError(f"'{empty[0]}' has no results. Name at least one result folder of it.")
         evaluations = iter(read_runs([run for group in lists.values() for run in group]))
@@ -230,7 +232,7 @@ def _read_groups(runs: Runs | Mapping[str, Sequence[Run]]) -> tuple[dict[str, li
     return {run.name: [run] for run in read_runs(runs)}, False  # type: ignore[arg-type]
 
 
-def _is_list(group: object) -> bool:
+def _is_list(group: object) -> TypeGuard[Sequence[Run]]:
     return isinstance(group, Sequence) and not isinstance(group, str)
 
 

@@ -1,0 +1,227 @@
+"""Writes docs/results.md from the study's results: every table, and every sentence that draws a conclusion.
+
+`scripts/write_docs.py` calls it. A claim of the paper "holds", "does not hold" or is "undecided" by a rule over
+tests that were corrected for multiple comparisons; the rule is the docstring of the claim's function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import StrictUndefined, Template
+
+from normtune.runtime.number_format import (
+    format_duration,
+    format_interval,
+    format_p_value,
+    format_percent,
+    format_points,
+    format_share,
+)
+from normtune.runtime.text_table import markdown_table
+from normtune.studies.statistics import format_rates
+
+Row = dict[str, Any]
+LEVEL = 0.05  # of significance, after Holm's correction
+MAIN_METRIC = "global_exact"
+METRICS = {"closed_label": "closed", "open_exact": "open", "open_recall": "open recall", MAIN_METRIC: "global"}
+NAMES = {"slake": "SLAKE", "vqa-rad": "VQA-RAD", "phantom-a": "the phantoms that the base was trained on"}
+NAMES |= {"phantom-b": "the phantoms of hospital B"}
+
+
+@dataclass(frozen=True)
+class Results:
+    """The tables of a finished study, from its results.json."""
+
+    tables: dict[str, list[Row]]
+    grid: str
+
+    def cells(self, recipe: str, trained_on: str | None) -> list[Row]:
+        """The cells of one recipe in the grid, one per seed."""
+        return [
+            cell
+            for cell in self.tables["cells"]
+            if self.grid in cell["grids"] and cell["recipe"] == recipe and cell["trained_on"] == trained_on
+        ]
+
+    def scores(self, trained_on: str | None, dataset: str) -> dict[str, dict[str, Row]]:
+        """Rows of the table `seeds` by recipe and metric."""
+        scores: dict[str, dict[str, Row]] = {}
+        for row in self.tables["seeds"]:
+            if (row["grid"], row["trained_on"], row["dataset"]) == (self.grid, trained_on, dataset):
+                scores.setdefault(row["recipe"], {})[row["metric"]] = row
+        return scores
+
+    def tests(self, trained_on: str, dataset: str) -> dict[str, Row]:
+        """Each recipe's test against LN by the main metric."""
+        group = (self.grid, trained_on, dataset, MAIN_METRIC)
+        return {
+            row["recipe"]: row
+            for row in self.tables["tests"]
+            if (row["grid"], row["trained_on"], row["dataset"], row["metric"]) == group
+        }
+
+
+def score_table(results: Results, trained_on: str, dataset: str, baseline: Row | None = None) -> str:
+    """The scores of every recipe: means over seeds with 95% intervals for new seeds and new images.
+
+    Args:
+        baseline: the metrics of the baseline that reads only the question, as the first row.
+    """
+    rows = []
+    if baseline is not None:
+        cells = [format_interval(baseline[metric]) for metric in METRICS]
+        rows.append(["question only", "–", "–", "–", "–", "–", *cells])
+    tuned, frozen = results.scores(trained_on, dataset), results.scores(None, dataset)
+    for recipe, metrics in (frozen | tuned).items():
+        cells = results.cells(recipe, None if recipe in frozen and recipe not in tuned else trained_on)
+        trained = [cell for cell in cells if cell["trained_on"] is not None]
+        rows.append(
+            [
+                f"`{recipe}`",
+                format_share(cells[0]["trainable_share"]) if trained else "–",
+                format_rates(trained[0]["rates"]) if trained else "–",
+                str(metrics[MAIN_METRIC]["seeds"]) if trained else "–",
+                f"{sum(cell['passes'] for cell in trained) / len(trained):.1f}" if trained else "–",
+                format_duration(sum(cell["train_seconds"] for cell in trained) / len(trained)) if trained else "–",
+                *(
+                    format_interval({"value": row["mean"], "low": row["low"], "high": row["high"]})
+                    for row in (metrics[metric] for metric in METRICS)
+                ),
+            ]
+        )
+    images, questions = (next(iter(frozen.values()))[MAIN_METRIC][name] for name in ("images", "rows"))
+    head = ["recipe", "trained", "learning rate", "seeds", "passes", "time", *METRICS.values()]
+    caption = f"**Trained on {NAMES[trained_on]}, tested on {NAMES[dataset]}**"
+    return (
+        f"{caption} ({questions:,} questions, {images} images), %\n\n"
+        + "\n".join(markdown_table(head, rows, "lllr"))
+        + "\n"
+    )
+
+
+def is_significant(test: Row) -> bool:
+    """Whether the recipes differ, corrected for the other recipes of the table."""
+    return bool(test["p_holm"] is not None and test["p_holm"] < LEVEL)
+
+
+def sentence(test: Row, dataset: str) -> str:
+    """One comparison with LN as a sentence, with its interval."""
+    name = "the frozen base" if test["recipe"] == "frozen" else f"`{test['recipe']}`"
+    interval = (
+        f"{format_points(test['difference'])} points "
+        f"[{format_points(test['low'])}, {format_points(test['high'])}], {format_p_value(test['p_holm'])}"
+    )
+    if is_significant(test):
+        side = "above" if test["difference"] > 0 else "below"
+        return f"{name} is {side} `ln` on {NAMES[dataset]} ({interval})"
+    if test["equivalent"]:
+        margin = format_percent(test["margin"], 0)
+        return f"{name} and `ln` are equivalent on {NAMES[dataset]} within {margin} points ({interval})"
+    power = format_percent(test["smallest_difference"])
+    return (
+        f"{name} and `ln` do not differ significantly on {NAMES[dataset]} ({interval}; a true difference of {power} "
+        "points is found in four of five such comparisons)"
+    )
+
+
+def verdict(tests: list[Row], supports: str) -> str:
+    """Judge a claim about LN by its tests against other recipes.
+
+    Args:
+        tests: each other recipe against LN.
+        supports: "above" if the claim is that LN scores higher, "equal" if it is that LN is as good.
+
+    Returns:
+        "holds" if every test supports the claim; "does not hold" if a test contradicts it: the other recipe is
+        significantly better (or, for "above", equivalent); else "undecided".
+    """
+    better = [is_significant(test) and test["difference"] > 0 for test in tests]
+    worse = [is_significant(test) and test["difference"] < 0 for test in tests]
+    equivalent = [bool(test["equivalent"]) for test in tests]
+    if any(better) or (supports == "above" and any(equivalent)):
+        return "does not hold"
+    supported = worse if supports == "above" else [w or e for w, e in zip(worse, equivalent, strict=True)]
+    return "holds" if all(supported) else "undecided"
+
+
+def claim(
+    results: Results, text: str, settings: Sequence[tuple[str, str]], recipes: Sequence[str], supports: str
+) -> str:
+    """A claim of the paper with its verdict in each setting, and the comparisons behind it.
+
+    Args:
+        settings: (trained on, tested on).
+        recipes: those that LN is compared with.
+        supports: see `verdict`.
+    """
+    parts = [f"- **{text}:**"]
+    for trained_on, dataset in settings:
+        tests = results.tests(trained_on, dataset)
+        known = [recipe for recipe in recipes if recipe in tests]
+        comparisons = "; ".join(sentence(tests[recipe], dataset) for recipe in known)
+        ruling = verdict([tests[recipe] for recipe in known], supports)
+        parts.append(f"    - trained on {NAMES[trained_on]}: **{ruling}**. {_capital(comparisons)}.")
+    return "\n".join(parts)
+
+
+def gain(results: Results, trained_on: str) -> str:
+    """What LN gains over the frozen base, and its share of full tuning's gain."""
+    scores = {
+        recipe: metrics[MAIN_METRIC]["mean"] for recipe, metrics in results.scores(trained_on, trained_on).items()
+    }
+    frozen = results.scores(None, trained_on)["frozen"][MAIN_METRIC]["mean"]
+    trained = results.cells("ln", trained_on)[0]
+    share = (scores["ln"] - frozen) / (scores["full"] - frozen)
+    test = results.tests(trained_on, trained_on)["frozen"]
+    verb = "raise" if is_significant(test) else "do not significantly raise"
+    return (
+        f"on {NAMES[trained_on]}, {format_share(trained['trainable_share'])} of the parameters {verb} global accuracy "
+        f"from {format_percent(frozen)} to {format_percent(scores['ln'])} ({format_p_value(test['p_holm'])}), "
+        f"{format_percent(share, 0)}% of the gain of full tuning"
+    )
+
+
+def page(study: dict[str, Any], questions_only: dict[str, Row]) -> str:
+    """The Markdown of docs/results.md.
+
+    Args:
+        study: the study's results.json.
+        questions_only: the metrics of the question-only baseline by data set.
+    """
+    results = Results(study, "methods")
+    both = ("slake", "vqa-rad")
+    inside = [(name, name) for name in both]
+    outside = list(zip(both, reversed(both), strict=True))
+    home = [(name, "phantom-a") for name in both]
+    others = [recipe for recipe in results.scores("slake", "slake") if recipe != "ln"]
+    claims = [
+        f"- **LN is cheap and learns.** {_capital('; '.join(gain(results, name) for name in both))}.",
+        claim(results, "LN is as good as full tuning", inside, ["full"], "equal"),
+        claim(results, "LN is better than LoRA", inside, ["lora-8"], "above"),
+        claim(results, "LN generalises better: trained on one set of questions, tested on the other", outside,
+              [*others, "frozen"], "above"),
+        claim(results, "LN forgets less: after training, tested on the base's own task", home, others, "above"),
+    ]  # fmt: skip
+    tables = [score_table(results, name, name, questions_only.get(name)) for name in both]
+    tables += [score_table(results, trained_on, dataset) for trained_on, dataset in (*outside, *home)]
+    template = Path(__file__).with_name("results.md.j2").read_text(encoding="utf-8")
+    text: str = Template(template, keep_trailing_newline=True, undefined=StrictUndefined).render(
+        line=study_line(results), claims="\n".join(claims), tables="\n".join(tables)
+    )
+    return text
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def study_line(results: Results) -> str:
+    """How large the study was."""
+    cells = [cell for cell in results.tables["cells"] if cell["trained_on"] is not None]
+    seeds = sorted({cell["seed"] for cell in cells if results.grid in cell["grids"]})
+    seconds = sum(cell["train_seconds"] for cell in cells)
+    return f"{len(cells)} trainings with {len(seeds)} seeds, {format_duration(seconds)} of training in all"
