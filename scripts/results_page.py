@@ -32,32 +32,36 @@ NAMES = {"slake": "SLAKE", "vqa-rad": "VQA-RAD", "phantom-a": "the phantoms that
 NAMES |= {"phantom-b": "the phantoms of hospital B"}
 
 
+GRIDS = {"slake": "slake", "vqa-rad": "vqa-rad", "phantom-b": "shift"}  # the grid of each training set
+
+
 @dataclass(frozen=True)
 class Results:
     """The tables of a finished study, from its results.json."""
 
     tables: dict[str, list[Row]]
-    grid: str
 
     def cells(self, recipe: str, trained_on: str | None) -> list[Row]:
         """The cells of one recipe in the grid, one per seed."""
         return [
             cell
             for cell in self.tables["cells"]
-            if self.grid in cell["grids"] and cell["recipe"] == recipe and cell["trained_on"] == trained_on
+            if (trained_on is None or GRIDS[trained_on] in cell["grids"])
+            and (cell["recipe"], cell["trained_on"]) == (recipe, trained_on)
         ]
 
     def scores(self, trained_on: str | None, dataset: str) -> dict[str, dict[str, Row]]:
-        """Rows of the table `seeds` by recipe and metric."""
+        """Rows of the table `seeds` by recipe and metric; without `trained_on`, those of the frozen base."""
         scores: dict[str, dict[str, Row]] = {}
         for row in self.tables["seeds"]:
-            if (row["grid"], row["trained_on"], row["dataset"]) == (self.grid, trained_on, dataset):
+            in_grid = trained_on is None or row["grid"] == GRIDS[trained_on]
+            if in_grid and (row["trained_on"], row["dataset"]) == (trained_on, dataset):
                 scores.setdefault(row["recipe"], {})[row["metric"]] = row
         return scores
 
     def tests(self, trained_on: str, dataset: str) -> dict[str, Row]:
         """Each recipe's test against LN by the main metric."""
-        group = (self.grid, trained_on, dataset, MAIN_METRIC)
+        group = (GRIDS[trained_on], trained_on, dataset, MAIN_METRIC)
         return {
             row["recipe"]: row
             for row in self.tables["tests"]
@@ -192,21 +196,21 @@ def page(study: dict[str, Any], questions_only: dict[str, Row]) -> str:
         study: the study's results.json.
         questions_only: the metrics of the question-only baseline by data set.
     """
-    results = Results(study, "methods")
+    results = Results(study)
     both = ("slake", "vqa-rad")
-    inside = [(name, name) for name in both]
+    inside = [(name, name) for name in GRIDS]
     outside = list(zip(both, reversed(both), strict=True))
-    home = [(name, "phantom-a") for name in both]
+    home = [(name, "phantom-a") for name in GRIDS]
     others = [recipe for recipe in results.scores("slake", "slake") if recipe != "ln"]
     claims = [
-        f"- **LN is cheap and learns.** {_capital('; '.join(gain(results, name) for name in both))}.",
+        f"- **LN is cheap and learns.** {_capital('; '.join(gain(results, name) for name in GRIDS))}.",
         claim(results, "LN is as good as full tuning", inside, ["full"], "equal"),
         claim(results, "LN is better than LoRA", inside, ["lora-8"], "above"),
         claim(results, "LN generalises better: trained on one set of questions, tested on the other", outside,
               [*others, "frozen"], "above"),
         claim(results, "LN forgets less: after training, tested on the base's own task", home, others, "above"),
     ]  # fmt: skip
-    tables = [score_table(results, name, name, questions_only.get(name)) for name in both]
+    tables = [score_table(results, name, name, questions_only.get(name)) for name in GRIDS]
     tables += [score_table(results, trained_on, dataset) for trained_on, dataset in (*outside, *home)]
     template = Path(__file__).with_name("results.md.j2").read_text(encoding="utf-8")
     text: str = Template(template, keep_trailing_newline=True, undefined=StrictUndefined).render(
@@ -222,6 +226,6 @@ def _capital(text: str) -> str:
 def study_line(results: Results) -> str:
     """How large the study was."""
     cells = [cell for cell in results.tables["cells"] if cell["trained_on"] is not None]
-    seeds = sorted({cell["seed"] for cell in cells if results.grid in cell["grids"]})
+    seeds = sorted({cell["seed"] for cell in cells if {*GRIDS.values()} & {*cell["grids"]}})
     seconds = sum(cell["train_seconds"] for cell in cells)
     return f"{len(cells)} trainings with {len(seeds)} seeds, {format_duration(seconds)} of training in all"

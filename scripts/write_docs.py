@@ -1,5 +1,6 @@
 """Writes what the docs take from elsewhere: the example and the GPU table of README.md, the GPU measurements of
-docs/speed.md and benchmarks/gpu.md, docs/commands.md, and the JSON schemas of run files and studies in docs/schema.
+docs/speed.md and benchmarks/gpu.md, docs/results.md, docs/commands.md, and the JSON schemas of run files and studies
+in docs/schema.
 
 PYTHONPATH=src python scripts/write_docs.py
 """
@@ -23,8 +24,9 @@ from normtune.studies.spec import Study
 from normtune.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
 
+import results_page  # noqa: E402
 from gpu import table  # noqa: E402
 
 GPU_RECORD = ROOT / "benchmarks" / "gpu.json"
@@ -86,6 +88,13 @@ def measurements(record: dict[str, Any]) -> str:
     return about + table(record["rows"], record["tiny"])
 
 
+def results() -> str:
+    """docs/results.md, from the study's results and the question-only baseline."""
+    study = json.loads((ROOT / "docs" / "results" / "real-nano" / "results.json").read_text(encoding="utf-8"))
+    baseline = json.loads((ROOT / "benchmarks" / "question_only.json").read_text(encoding="utf-8"))
+    return results_page.page(study, {row["dataset"]: row["metrics"] for row in baseline["rows"]})
+
+
 def commands_page() -> str:
     """docs/commands.md: every command with its arguments and options."""
     group: Any = typer.main.get_command(app)
@@ -134,6 +143,7 @@ def main() -> None:
     speed.write_text(text, encoding="utf-8")
     page = ROOT / "README.md"
     page.write_text(readme(page.read_text(encoding="utf-8")), encoding="utf-8")
+    (ROOT / "docs" / "results.md").write_text(results(), encoding="utf-8")
     (ROOT / "docs" / "commands.md").write_text(commands_page(), encoding="utf-8")
     for name, text in schemas().items():
         (ROOT / "docs" / "schema" / name).write_text(text, encoding="utf-8")
