@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,7 +46,7 @@ TABLES_OF_PAGE = {  # page: the committed tables that it contains
     "docs/comparisons.md": ["demo/table", "demo/reports", "real_data"],
     "docs/method.md": ["quantised"],
     "docs/serving.md": ["load", "serving_llava_slake", "serving_miss_slake"],
-    "docs/metrics.md": ["reliance", "medpix"],
+    "docs/metrics.md": ["reliance", "medpix", "statistics_checks"],
     "docs/speed.md": [
         "throughput_llava_slake",
         "throughput_llava_vqa-rad",
@@ -186,6 +187,37 @@ def test_the_operations_of_a_step_agree_with_the_formula(script: Any) -> None:
     one_row = count_flops(shape, [7], images=1, logits=3)
     assert one_row == tower + entry + language + 4 * 4 * words * 3
     assert count_flops(shape, [7] * 5, images=5, logits=15) == 5 * one_row
+
+
+def test_the_statistics_are_checked_on_simulations_and_on_the_committed_runs(tmp_path: Path) -> None:
+    out = tmp_path / "checks.json"
+    options = ["--simulations", "4", "--images", "10", "--seeds", "3", "--out", str(out)]
+    rows = benchmark_record("statistics_checks", options)["rows"]
+    counts = Counter(row["experiment"] for row in rows)
+    assert counts == {"coverage": 3, "recipes": 2, "splits": 4, "pairing": 1}
+    committed = [row for row in read_record("statistics_checks.json")["rows"] if row["experiment"] == "splits"]
+    assert [row for row in rows if row["experiment"] == "splits"] == committed, "seeded, from the committed runs"
+    assert out.with_suffix(".md").read_text(encoding="utf-8").count("| ") > 10
+
+
+def test_the_committed_checks_hold_what_the_statistics_promise() -> None:
+    """Limits of the rates over 2,000 simulations."""
+    rows = read_record("statistics_checks.json")["rows"]
+    for row in rows:
+        if row["experiment"] == "coverage":
+            assert row["after_coverage"] >= 0.93 and row["after_empty"] == row["outside"] == 0
+        elif row["experiment"] == "recipes":
+            assert row["after_size"] <= 0.07 and row["tost_size"] <= 0.07
+            assert row["seeds"] < 5 or row["after_power"] >= 0.8
+        elif row["experiment"] == "splits":
+            assert row["splits"] >= 30 and row["after_size"] <= 0.07 < row["before_size"]
+
+
+def test_the_runs_of_the_statistics_record_right_answers_and_no_text(slake: Path) -> None:
+    options = ["--slake", str(slake), "--recipes", "ln", "--seeds", "2", "--pairs", "2", "--epochs", "1"]
+    record = benchmark_record("statistics_runs", options)
+    assert [row["seed"] for row in record["rows"]] == [0, 1] and record["questions"] == [1]
+    assert all(row.keys() == {"recipe", "seed", "right"} for row in record["rows"])
 
 
 def test_scaling_measures_both_at_every_point(script: Any, slake: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from normtune.data.records import Prediction, Split
 from normtune.errors import InputError
-from normtune.evaluation.compare import MetricDifference, compare
+from normtune.evaluation.compare import MetricDifference, compare, parse_groups
 from normtune.evaluation.results import Evaluation, Predictions, make_record
 from normtune.metrics.answers import score_vqa
 from normtune.metrics.statistics import holm_correction
@@ -171,3 +171,31 @@ def test_a_comparison_takes_names_and_evaluations_in_memory(tmp_path: Path) -> N
     assert "<pre>fake" in comparison._repr_html_()
     with pytest.raises(InputError, match="named twice"):
         compare([in_memory, in_memory])
+
+
+def test_the_seeds_of_recipes_are_compared_as_recipes(tmp_path: Path) -> None:
+    for seed in range(3):
+        write_vqa_run(tmp_path / f"ln-{seed}", set(range(len(QUESTIONS))))
+        write_vqa_run(tmp_path / f"lora-{seed}", set(range(seed + 1)))
+    groups = parse_groups([f"lora={tmp_path}/lora-?", f"ln={tmp_path}/ln-0,{tmp_path}/ln-1,{tmp_path}/ln-2"])
+    assert isinstance(groups, dict) and [len(folders) for folders in groups.values()] == [3, 3]
+    comparison = compare(groups, margin=2)
+    metric = comparison.differences["ln"]["global_exact"]
+    assert (metric.question, metric.seeds, metric.second) == ("recipes", 3, 1.0)
+    text = str(comparison)
+    assert "seeds: lora 3, ln 3" in text and "these recipes differ, for new seeds" in text and "margin 2" in text
+    assert len(comparison.to_dict()["runs"]["ln"]) == 3
+    two = compare({name: folders[:2] for name, folders in groups.items()})
+    assert two.differences["ln"]["global_exact"].question == "trained models"
+    assert "Recipes are compared from 3 seeds" in str(two)
+
+
+def test_names_of_recipes_are_checked(tmp_path: Path) -> None:
+    (tmp_path / "lr=1").mkdir()
+    assert parse_groups(["a", str(tmp_path / "lr=1")]) == ["a", str(tmp_path / "lr=1")], "a folder with ="
+    with pytest.raises(InputError, match="write each recipe once"):
+        parse_groups(["a=x", "a=y"])
+    with pytest.raises(InputError, match="no folder matches"):
+        parse_groups([f"a={tmp_path}/none-*", "b=y"])
+    with pytest.raises(InputError, match="'a' has no results"):
+        compare({"a": [], "b": ["x"]})

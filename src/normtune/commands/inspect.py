@@ -57,6 +57,7 @@ def data(*, as_json: bool, **options: Any) -> None:
     """
     from normtune.data.registry import open_dataset
     from normtune.data.summary import summarize
+    from normtune.evaluation.recipe_differences import plan_comparison, plan_text
     from normtune.inference.limits import inspect_data
 
     model, strict = options.pop("model"), options.pop("strict")
@@ -67,6 +68,12 @@ def data(*, as_json: bool, **options: Any) -> None:
 
         counts.memory = estimate_training(model, dataset)
     summary = summarize(dataset, counts.leaks)
-    emit(as_json, summary | {"preflight": counts.to_dict()}, f"{summary}\n\nPreflight\n{counts.text()}")
+    plan = plan_comparison([example for example in dataset.examples if example.split == "test"])
+    text = f"{summary}\n\n{plan_text(plan)}" if plan else str(summary)
+    emit(
+        as_json,
+        summary | {"smallest_difference": plan, "preflight": counts.to_dict()},
+        f"{text}\n\nPreflight\n{counts.text()}",
+    )
     if strict:
         counts.require_no_loss()

@@ -220,7 +220,7 @@ def compare(runs: Runs | Mapping[str, Sequence[Run]], *, margin: float | None = 
 
 
 def _read_groups(runs: Runs | Mapping[str, Sequence[Run]]) -> tuple[dict[str, list[Evaluation]], bool]:
-    """Read the runs of each name, and whether a name stands for several seeds."""
+    """Read the runs of each name, and whether a name has several seeds."""
     if isinstance(runs, Mapping) and any(_is_list(group) for group in runs.values()):
         lists: dict[str, list[Run]] = {
             name: list(group) if _is_list(group) else [cast(Run, group)] for name, group in runs.items()
@@ -254,11 +254,11 @@ def parse_groups(texts: Sequence[str]) -> list[str] | dict[str, list[Run]]:
         return list(texts)
     groups: dict[str, list[Run]] = {}
     for text in texts:
-        name, _, folders = named.get(text, (text, "", text))
+        name, _, pattern_list = named.get(text, (text, "", text))
         if name in groups or not name:
             raise InputError(f"'{text}': write each recipe once, as NAME=FOLDER,FOLDER, ... with its seeds' folders.")
         paths: list[Run] = []
-        for folder in filter(None, folders.split(",")):
+        for folder in filter(None, pattern_list.split(",")):
             matches = sorted(glob.glob(folder)) if glob.has_magic(folder) else [folder]
             if not matches:
                 raise InputError(f"'{text}': no folder matches {folder}. Check the path.")

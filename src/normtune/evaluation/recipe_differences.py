@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
@@ -17,8 +18,10 @@ from normtune.metrics.statistics import (
     equivalence,
     holm_correction,
     is_no_worse,
+    planned_difference,
     smallest_difference,
 )
+from normtune.metrics.statistics.comparisons import DISAGREEMENT, SEED_DEVIATION
 from normtune.metrics.sum_metrics import (
     SumMetric,
     average_metric,
@@ -138,11 +141,11 @@ def compare_metric(
         means = float(before.values.mean()), float(after.values.mean())
     else:
         question = "trained models"
-        one, other = (average_metric(seeds) if len(seeds) > 1 else seeds[0] for seeds in metrics)
-        pair = paired_difference(one, other, cluster, maximum=maximum)
+        reference, other = (average_metric(seeds) if len(seeds) > 1 else seeds[0] for seeds in metrics)
+        pair = paired_difference(reference, other, cluster, maximum=maximum)
         values, method = (pair.difference, pair.low, pair.high, pair.p), pair.method
         error, df = pair.error, pair.df
-        means = one.overall(), other.overall()
+        means = reference.overall(), other.overall()
     difference, low, high, p = values
     limit = None if margin is None else margin / 100
     rows = metrics[0][0].row_statistics.keys()
@@ -163,6 +166,31 @@ def compare_metric(
         margin=limit,
         equivalent=None if limit is None else equivalence(difference, error, df, limit) <= 0.05,
         no_worse=None if limit is None else is_no_worse(difference, error, df, limit),
+    )
+
+
+def plan_comparison(examples: Sequence[Example]) -> dict[str, float]:
+    """Compute the smallest differences in accuracy that a test set of questions can show, before any training.
+
+    Returns:
+        `trained models`, `3 seeds`, `5 seeds` and `10 seeds` (of each recipe) -> the true difference that is found in
+        80% of comparisons. It is empty for reports and for a single image or patient.
+    """
+    cluster = cluster_rows(examples)
+    counts = np.array(list(Counter(cluster.values()).values()), dtype=np.float64)
+    if len(counts) < 2 or any(example.kind == "report" for example in examples):
+        return {}
+    plans = {"trained models": None, "3 seeds": 3, "5 seeds": 5, "10 seeds": 10}
+    return {name: min(1.0, planned_difference(counts, seeds)) for name, seeds in plans.items()}
+
+
+def plan_text(plan: Mapping[str, float]) -> str:
+    """Format the result of `plan_comparison` as one line, in points."""
+    differences = ", ".join(f"{name} {100 * value:.1f}" for name, value in plan.items())
+    return (
+        f"Points of accuracy that the test split can show (80% power): {differences}. Assumes that two models disagree "
+        f"on {100 * DISAGREEMENT:g}% of the questions, and a standard deviation of {100 * SEED_DEVIATION:g} points "
+        "over seeds."
     )
 
 

@@ -51,13 +51,13 @@ def bleu(sums: Floats, n: int) -> Floats:
     no smoothing except coco-caption's tiny constants: if some order has no match, the score is almost 0.
 
     Args:
-        sums: sums of `bleu_statistics` over rows, [n, 10].
+        sums: sums of `bleu_statistics` over rows, [sets, 10].
         n: longest n-gram that counts, 1 to 4.
 
     Returns:
-        [n], in [0, 1].
+        [sets], in [0, 1].
     """
-    precisions = (sums[:, :n] + _TINY) / (sums[:, MAX_ORDER : MAX_ORDER + n] + _SMALL)  # [n, n]
+    precisions = (sums[:, :n] + _TINY) / (sums[:, MAX_ORDER : MAX_ORDER + n] + _SMALL)  # [sets, n]
     ratio = (sums[:, 8] + _TINY) / (sums[:, 9] + _SMALL)  # words of predictions / words of references
     brevity = np.exp(np.minimum(0.0, 1 - 1 / ratio))  # 1 if the predictions are as long as the references
     scores: Floats = precisions.prod(axis=1) ** (1 / n) * brevity

@@ -92,7 +92,7 @@ def _format_note(tables: Tables) -> str:
     counts = ", ".join(f"{states.count(state)} {state}" for state in ("done", "failed", "missing") if state in states)
     return (
         f"{len(states)} cells: {counts}. Scores are % (CIDEr-D: times 100): mean over seeds with its 95% "
-        "interval (Student's t); of one seed, that run's own (bootstrap by image)."
+        "interval for new seeds and new images; of one seed, that run's own, for new images."
     )
 
 
@@ -184,15 +184,18 @@ def _test_tables(grid: str, tables: Tables) -> Iterator[Table]:
                 row["metric"],
                 format_interval({**row, "value": row["difference"]}, sign="+"),
                 f"{row['p_holm']:.4f}",
+                row["question"],
                 str(row["seeds"]),
+                f"{100 * row['smallest_difference']:.1f}",
             ]
             for row in rows
         ]
         caption = (
-            f"{grid}: {model}, trained on {trained_on}{share_note}, on {dataset}: difference to {against}, "
-            "paired by image over all seeds' rows, p corrected over recipes (Holm)"
+            f"{grid}: {model}, trained on {trained_on}{share_note}, on {dataset}: difference to {against}; p (Holm) "
+            "says whether the recipes differ, with fewer than three seeds only whether these trained models do; "
+            "can show: the difference found in 80% of such comparisons"
         )
-        yield Table(caption, ["recipe", "metric", "difference", "p (Holm)", "seeds"], body, 2)
+        yield Table(caption, ["recipe", "metric", "difference", "p (Holm)", "of", "seeds", "can show"], body, 2)
 
 
 def _forgetting_tables(tables: Tables) -> Iterator[Table]:

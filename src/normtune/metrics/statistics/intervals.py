@@ -1,4 +1,4 @@
-"""Intervals of one score, and the variance of a score whose rows are clustered by image or patient."""
+"""Intervals of one score, and the variance of a score over clusters of rows."""
 
 from __future__ import annotations
 

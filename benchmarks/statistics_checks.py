@@ -1,0 +1,263 @@
+"""Coverage of the intervals, size and power of the tests, against the methods that they replaced.
+
+    python benchmarks/statistics_checks.py --out benchmarks/statistics_checks.json
+
+Three experiments. *Coverage*: simulated answers of one model, how often the 95% interval contains the true accuracy.
+*Recipes*: simulated scores of two recipes with several seeds each, how often the test rejects and TOST declares them
+equivalent. *Splits*: the real runs of `statistics_runs.json`; the seeds of one recipe are split into two groups in
+every way, and the groups compared: each rejection is wrong. "Before" is the percentile bootstrap, and the swap test of
+rows of all seeds together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from record import record
+
+from normtune.metrics.statistics import (
+    Floats,
+    SeedScores,
+    compare_recipes,
+    equivalence,
+    influence_of_mean,
+    mean_interval,
+    smallest_difference,
+)
+from normtune.runtime.text_table import markdown_table
+
+RUNS = Path(__file__).with_name("statistics_runs.json")
+IMAGES, ACCURACIES = (10, 20, 50, 200), (0.5, 0.85, 0.95)
+CORRELATIONS = (0.1, 0.3)  # of the answers within an image
+RESAMPLES, SWAPS = 500, 500  # of the methods before
+TEST_IMAGES, QUESTIONS, ACCURACY = 96, 11, 0.5  # of simulated recipes; questions are drawn from 1 to 2 x 11 - 1
+IMAGE, QUESTION = 0.7, 1.2  # standard deviations of the difficulty, in units of the probit
+SEED = 0.017  # standard deviation of the score over seeds
+INTERACTIONS = {  # scenario: standard deviations of recipe x image and of seed x image, as shares of right answers
+    "one recipe twice": (0.0, 0.05),
+    "equally good recipes": (0.05, 0.05),
+}
+DIFFERENCE = MARGIN = 0.05
+TARGET = 0.05  # the nominal rate of wrong rejections
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--runs", type=Path, default=RUNS)
+    parser.add_argument("--simulations", type=int, default=2000)
+    parser.add_argument("--images", nargs="+", type=int, default=IMAGES)
+    parser.add_argument("--seeds", nargs="+", type=int, default=(3, 5, 10))
+    options = parser.parse_args()
+    rows = [*coverage(options.images, options.simulations)]
+    rows += [*recipes(options.seeds, options.simulations)]
+    rows += [*splits(json.loads(options.runs.read_text(encoding="utf-8")))]
+    tables = table(rows)
+    print(tables)
+    if options.out:
+        record(options.out, "statistics_checks", rows, simulations=options.simulations)
+        options.out.with_suffix(".md").write_text(tables, encoding="utf-8")
+
+
+def coverage(image_counts: list[int], simulations: int) -> Iterator[dict[str, Any]]:
+    """One row for each number of images and accuracy: the worst of four cells of correlation and sizes of images."""
+    for images in image_counts:
+        for accuracy in ACCURACIES:
+            cells = []
+            for correlation in CORRELATIONS:
+                for equal in (False, True):
+                    draw = np.random.default_rng([images, int(100 * accuracy), int(10 * correlation), equal])
+                    counts = (
+                        np.full((simulations, images), 10) if equal else draw.integers(1, 12, (simulations, images))
+                    )
+                    shape = accuracy * (1 / correlation - 1), (1 - accuracy) * (1 / correlation - 1)
+                    right = draw.binomial(counts, draw.beta(*shape, counts.shape))
+                    cells.append(_coverage_cell(right.astype(float), counts.astype(float), accuracy, draw))
+            before, after = ({key: [cell[side][key] for cell in cells] for key in cells[0][side]} for side in (0, 1))
+            yield {
+                "experiment": "coverage",
+                "images": images,
+                "accuracy": accuracy,
+                **{f"{side}_coverage": min(cell["coverage"]) for side, cell in (("before", before), ("after", after))},
+                **{f"{side}_empty": max(cell["empty"]) for side, cell in (("before", before), ("after", after))},
+                "before_width": float(np.mean(before["width"])),
+                "after_width": float(np.mean(after["width"])),
+                "outside": max(after["outside"]),
+            }
+
+
+def _coverage_cell(
+    right: Floats, counts: Floats, accuracy: float, draw: np.random.Generator
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Coverage, mean width, share of empty intervals and of ends outside 0 to 1, before and after."""
+    images = counts.shape[1]
+    times = draw.multinomial(images, [1 / images] * images, RESAMPLES).astype(float)
+    before = np.quantile(times @ right.T / (times @ counts.T), [0.025, 0.975], axis=0)
+    intervals = [mean_interval(sums, sums, rows) for sums, rows in zip(right, counts, strict=True)]
+    after = np.array([[i.low, i.high] for i in intervals]).T
+
+    def describe(ends: Floats) -> dict[str, float]:
+        low, high = ends
+        return {
+            "coverage": float(np.mean((low <= accuracy) & (accuracy <= high))),
+            "width": float(np.mean(high - low)),
+            "empty": float(np.mean(high <= low)),
+            "outside": float(np.mean((low < 0) | (high > 1))),
+        }
+
+    return describe(before), describe(after)
+
+
+def recipes(seed_counts: list[int], simulations: int) -> Iterator[dict[str, Any]]:
+    """One row for each scenario and number of seeds."""
+    for number, (scenario, (by_recipe, by_seed)) in enumerate(INTERACTIONS.items()):
+        for seeds in seed_counts:
+            rates: dict[str, list[float]] = {}
+            draw = np.random.default_rng([number, seeds])
+            for _ in range(simulations):
+                for name, shift in (("size", 0.0), ("power", DIFFERENCE)):
+                    right, counts = simulate_recipes(draw, seeds, shift, by_recipe, by_seed)
+                    before, result, error = compare_both(right[0], right[1], counts, draw)
+                    rates.setdefault(f"before_{name}", []).append(before <= TARGET)
+                    rates.setdefault(f"after_{name}", []).append(result.p <= TARGET)
+                    if name == "size":
+                        covered = result.low <= 0 <= result.high
+                        rates.setdefault("coverage", []).append(covered)
+                        rates.setdefault("smallest_difference", []).append(smallest_difference(error, result.df))
+                    tost = equivalence(result.difference, error, result.df, MARGIN) <= TARGET
+                    rates.setdefault("tost_power" if name == "size" else "tost_size", []).append(tost)
+            means = {name: float(np.mean(values)) for name, values in rates.items()}
+            yield {"experiment": "recipes", "scenario": scenario, "seeds": seeds, "images": TEST_IMAGES, **means}
+
+
+def simulate_recipes(
+    draw: np.random.Generator, seeds: int, shift: float, by_recipe: float, by_seed: float
+) -> tuple[Floats, Floats]:
+    """Right answers of two recipes, [2, seeds, images], and the questions of each image; the second is better.
+
+    The probability of a right answer is the normal distribution function of difficulty, recipe and seed.
+    """
+    from scipy.special import ndtr, ndtri
+
+    spread = float(np.sqrt(1 + IMAGE**2 + QUESTION**2))
+    slope = float(np.exp(-(ndtri(ACCURACY) ** 2) / 2) / np.sqrt(2 * np.pi) / spread)  # points per unit of the probit
+    level = ndtri(np.array([ACCURACY, ACCURACY + shift])) * spread
+    counts = draw.integers(1, 2 * QUESTIONS, TEST_IMAGES)
+    image = np.repeat(np.arange(TEST_IMAGES), counts)
+    normal = draw.standard_normal
+    by_image = IMAGE * normal(TEST_IMAGES) + by_recipe / slope * normal((2, 1, TEST_IMAGES))
+    by_image = by_image + by_seed / slope * normal((2, seeds, TEST_IMAGES)) + SEED / slope * normal((2, seeds, 1))
+    chance = ndtr((level[:, None, None] + by_image)[:, :, image] + QUESTION * normal(len(image)))
+    answers = (draw.random(chance.shape) < chance).astype(float)
+    starts = np.r_[0, np.cumsum(counts)[:-1]]
+    return np.add.reduceat(answers, starts, axis=-1), counts.astype(float)
+
+
+def compare_both(first: Floats, second: Floats, counts: Floats, draw: np.random.Generator) -> tuple[float, Any, float]:
+    """The p-value before, and the comparison and its standard error after.
+
+    Args:
+        first, second: right answers of each recipe, [seeds, images].
+        counts: questions of each image, [images].
+        draw: draws the swaps of the test before.
+    """
+    gap = second.mean(axis=0) - first.mean(axis=0)
+    swapped = np.abs(draw.choice([-1.0, 1.0], (SWAPS, len(gap))) @ gap)
+    before = (1 + int((swapped >= abs(gap.sum()) - 1e-9).sum())) / (1 + SWAPS)
+    scores = (SeedScores(r.sum(axis=1) / counts.sum(), influence_of_mean(r, counts)) for r in (first, second))
+    result = compare_recipes(*scores, counts)
+    return before, result, result.error
+
+
+def splits(runs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """One row for each recipe and size of the groups: rejections over all splits of its seeds."""
+    counts = np.array(runs["questions"], dtype=float)
+    right = {
+        recipe: np.array([row["right"] for row in runs["rows"] if row["recipe"] == recipe], dtype=float)
+        for recipe in dict.fromkeys(row["recipe"] for row in runs["rows"])
+    }
+    draw = np.random.default_rng(0)
+    for recipe, scores in right.items():
+        values = scores.sum(axis=1) / counts.sum()
+        for size in range(3, len(scores) // 2 + 1):
+            p = [
+                compare_both(scores[list(a)], scores[list(b)], counts, draw)
+                for a in combinations(range(len(scores)), size)
+                for b in combinations([seed for seed in range(len(scores)) if seed not in a], size)
+                if a < b
+            ]
+            yield {
+                "experiment": "splits",
+                "recipe": recipe,
+                "seeds": size,
+                "images": len(counts),
+                "splits": len(p),
+                "before_size": float(np.mean([before <= TARGET for before, _, _ in p])),
+                "after_size": float(np.mean([result.p <= TARGET for _, result, _ in p])),
+                "seed_deviation": float(values.std(ddof=1)),
+            }
+    if len(right) == 2:
+        first, second = (scores.sum(axis=1) for scores in right.values())
+        yield {"experiment": "pairing", "seeds": len(first), "correlation": float(np.corrcoef(first, second)[0, 1])}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Three Markdown tables, in %."""
+    percent = lambda row, *names: [f"{100 * row[name]:.1f}" for name in names]  # noqa: E731
+    parts = []
+    for experiment, head, cells in (
+        (
+            "coverage",
+            ["images", "accuracy", "covered before", "covered now", "no width before", "no width now", "width now"],
+            lambda row: [
+                str(row["images"]),
+                f"{row['accuracy']:g}",
+                *percent(row, "before_coverage", "after_coverage", "before_empty", "after_empty", "after_width"),
+            ],
+        ),
+        (
+            "recipes",
+            [
+                "simulated",
+                "seeds",
+                "wrong before",
+                "wrong now",
+                "5 points found",
+                "can show",
+                "TOST wrong",
+                "TOST found",
+            ],
+            lambda row: [
+                row["scenario"],
+                str(row["seeds"]),
+                *percent(
+                    row, "before_size", "after_size", "after_power", "smallest_difference", "tost_size", "tost_power"
+                ),
+            ],
+        ),
+        (
+            "splits",
+            ["real runs of", "seeds", "splits", "wrong before", "wrong now"],
+            lambda row: [
+                row["recipe"],
+                f"{row['seeds']} + {row['seeds']}",
+                str(row["splits"]),
+                *percent(row, "before_size", "after_size"),
+            ],
+        ),
+    ):
+        lines = [cells(row) for row in rows if row["experiment"] == experiment]
+        if lines:
+            align = "r" if experiment == "coverage" else "lr"
+            parts.append("\n".join(markdown_table(head, lines, align)))
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    main()
