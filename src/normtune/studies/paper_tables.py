@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,12 +78,14 @@ def latex(study: Study, tables: Tables) -> str:
 
 def all_tables(study: Study, tables: Tables) -> Iterator[Table]:
     """All tables: scores, costs and tests of each grid, then forgetting, then learning-rate searches."""
-    tasks = {row["dataset"]: row["task"] for row in tables["evaluations"]}
+    tests = [row for row in tables["evaluations"] if row["role"] != "validate"]
+    tasks = {row["dataset"]: row["task"] for row in tests}
+    images = {row["dataset"]: f"{row['images']:,} images" for row in tests}
     for grid in study.grids:
-        yield from _score_tables(grid, tasks, tables)
+        yield from _score_tables(grid, tasks, images, tables)
         yield from _cost_tables(grid, tables)
         yield from _test_tables(grid, tables)
-    yield from _forgetting_tables(tables)
+    yield from _forgetting_tables(images, tables)
     yield from _search_tables(tables)
 
 
@@ -91,12 +94,12 @@ def _format_note(tables: Tables) -> str:
     states = [cell["status"] for cell in tables["cells"]]
     counts = ", ".join(f"{states.count(state)} {state}" for state in ("done", "failed", "missing") if state in states)
     return (
-        f"{len(states)} cells: {counts}. Scores are % (CIDEr-D: times 100): mean over seeds with its 95% "
-        "interval for new seeds and new images; of one seed, that run's own, for new images."
+        f"{len(states)} cells: {counts}. Scores are % (CIDEr-D: times 100) with 95% intervals: of a mean over seeds "
+        "for new seeds and new images, of one seed for new images."
     )
 
 
-def _score_tables(grid: str, tasks: Mapping[str, str], tables: Tables) -> Iterator[Table]:
+def _score_tables(grid: str, tasks: Mapping[str, str], images: Mapping[str, str], tables: Tables) -> Iterator[Table]:
     """A table for each model, training set, share and evaluated set; a row a recipe, the base first."""
     grid_rows = [row for row in tables["seeds"] if row["grid"] == grid]
     groups: dict[tuple[Any, ...], list[Row]] = {}
@@ -125,7 +128,7 @@ def _score_tables(grid: str, tasks: Mapping[str, str], tables: Tables) -> Iterat
             for (recipe, rate), line in lines.items()
         ]
         yield Table(
-            f"{grid}: {model}, {trained}{ROLES[role].format(dataset)}",
+            f"{grid}: {model}, {trained}{ROLES[role].format(dataset)}, {images[dataset]}",
             ["recipe", "learning rate", "seeds", *(columns[name] for name in metrics)],
             body,
             2,
@@ -142,31 +145,35 @@ def _cost_tables(grid: str, tables: Tables) -> Iterator[Table]:
     for (model, trained_on, share), recipes in groups.items():
         if share != max(key[2] for key in groups if key[:2] == (model, trained_on)):
             continue  # a cost table is made for the largest share only
+        costs = [
+            cost for cost in _COSTS if any(cell.get(cost) is not None for cells in recipes.values() for cell in cells)
+        ]
         body = [
             [
-                recipe,
-                f"{cells[0]['trainable']:,}",
-                f"{100 * cells[0]['trainable_share']:.4f}",
-                f"{_mean(cells, 'train_peak_bytes') / 2**20:,.0f}",
-                _above_base(cells),
-                f"{_mean(cells, 'train_seconds'):,.0f}",
-                f"{_mean(cells, 'train_pairs_per_second'):,.1f}",
+                *(recipe, str(len(cells)), f"{cells[0]['trainable']:,}", f"{100 * cells[0]['trainable_share']:.4f}"),
+                *(_COSTS[cost][1].format(_mean(cells, cost)) for cost in costs),
             ]
             for recipe, cells in recipes.items()
         ]
-        head = ["recipe", "trainable", "%", "peak MiB", "above base MiB", "seconds", "pairs/s"]
-        yield Table(f"{grid}: {model} on {trained_on}, what training takes", head, body, 1)
+        head = ["recipe", "seeds", "trainable", "%", *(_COSTS[cost][0] for cost in costs)]
+        yield Table(f"{grid}: {model} on {trained_on}, what training takes (means over seeds)", head, body, 1)
 
 
-def _above_base(cells: Sequence[Row]) -> str:
-    """Peak memory above the loaded base in MiB; a dash if version 0.1 ran a cell, which did not measure it."""
-    if any(cell["train_bytes_above_base"] is None for cell in cells):
-        return "–"
-    return f"{_mean(cells, 'train_bytes_above_base') / 2**20:,.0f}"
+# Costs in a cost table: column of `cells` -> heading and format. The bytes are divided by those of a MiB.
+_COSTS = {
+    "train_bytes_above_base": ("above base MiB", "{:,.0f}"),
+    "train_peak_bytes": ("peak MiB", "{:,.0f}"),
+    "passes": ("passes", "{:,.1f}"),
+    "train_seconds": ("seconds", "{:,.0f}"),
+    "train_pairs_per_second": ("pairs/s", "{:,.1f}"),
+}
 
 
 def _mean(cells: Sequence[Row], column: str) -> float:
-    return float(sum(cell[column] for cell in cells) / len(cells))
+    """The mean of a column over the cells that have it; NaN if none has. Bytes are in MiB."""
+    values = [cell[column] for cell in cells if cell.get(column) is not None]
+    unit = 2**20 if "bytes" in column else 1
+    return sum(values) / len(values) / unit if values else math.nan
 
 
 def _test_tables(grid: str, tables: Tables) -> Iterator[Table]:
@@ -180,25 +187,32 @@ def _test_tables(grid: str, tables: Tables) -> Iterator[Table]:
         share_note = "" if share == 1 else f" ({100 * share:g}% of the images)"
         body = [
             [
-                row["recipe"],
-                row["metric"],
-                format_interval({**row, "value": row["difference"]}, sign="+"),
-                f"{row['p_holm']:.4f}",
-                row["question"],
-                str(row["seeds"]),
-                f"{100 * row['smallest_difference']:.1f}",
+                *(row["recipe"], row["metric"], row.get("question") or "–"),
+                *(format_interval({**row, "value": row["difference"]}, sign="+"), f"{row['p_holm']:.4f}"),
+                *(
+                    "–" if row.get(name) is None else f"{100 * row[name]:.1f}"
+                    for name in ("smallest_difference", "margin")
+                ),
+                *(
+                    "–" if row.get(name) is None else "yes" if row[name] else "no"
+                    for name in ("equivalent", "no_worse")
+                ),
+                *(str(row["images"]), str(row["seeds"])),
             ]
             for row in rows
         ]
+        head = ["recipe", "metric", "compares", "difference", "p (Holm)", "can show"]
+        head += ["margin", "equivalent", "no worse", "images", "seeds"]
+        if all(row.get("margin") is None for row in rows):
+            head, body = [*head[:6], *head[9:]], [[*line[:6], *line[9:]] for line in body]
         caption = (
-            f"{grid}: {model}, trained on {trained_on}{share_note}, on {dataset}: difference to {against}; p (Holm) "
-            "says whether the recipes differ, with fewer than three seeds only whether these trained models do; "
-            "can show: the difference found in 80% of such comparisons"
+            f"{grid}: {model}, trained on {trained_on}{share_note}, on {dataset}: difference to {against}, p corrected "
+            "over recipes (Holm); can show: the true difference that 80% of such comparisons find"
         )
-        yield Table(caption, ["recipe", "metric", "difference", "p (Holm)", "of", "seeds", "can show"], body, 2)
+        yield Table(caption, head, body, 3)
 
 
-def _forgetting_tables(tables: Tables) -> Iterator[Table]:
+def _forgetting_tables(images: Mapping[str, str], tables: Tables) -> Iterator[Table]:
     """Points lost on the base's own task, for models trained on all images; means over seeds."""
     cells = {cell["key"]: cell for cell in tables["cells"]}
     groups: dict[tuple[str, str, str], dict[tuple[str, str, str, str], list[float]]] = {}
@@ -218,14 +232,15 @@ def _forgetting_tables(tables: Tables) -> Iterator[Table]:
             [*run, str(len(values)), f"{100 * sum(values) / len(values):+.1f}"] for run, values in lost_by_run.items()
         ]
         before = 100 * base_scores[model, dataset, metric]
-        caption = f"{model}: points of {metric} lost on {dataset}, its own task, where the base has {before:.1f}"
+        task = f"{dataset} ({images[dataset]}), its own task, where the base has {before:.1f}"
+        caption = f"{model}: points of {metric} lost on {task}"
         yield Table(caption, ["grid", "trained on", "recipe", "learning rate", "seeds", "lost"], body, 4)
 
 
 def _search_tables(tables: Tables) -> Iterator[Table]:
     """The validation score of every learning-rate trial."""
     scores = {
-        row["key"]: row["value"]
+        row["key"]: row
         for row in tables["metrics"]
         if row["role"] == "validate" and row["metric"] in ("global_exact", "rouge_l/none")
     }
@@ -235,12 +250,15 @@ def _search_tables(tables: Tables) -> Iterator[Table]:
             cell["trained_on"],
             cell["recipe"],
             f"{min(cell['rates'].values()):g}",
-            f"{100 * scores[cell['key']]:.1f}",
+            format_interval(scores[cell["key"]]),
+            str(scores[cell["key"]]["images"]),
         ]
         for cell in sorted(tables["cells"], key=lambda cell: min(cell["rates"].values(), default=0.0))
         if SEARCH in cell["grids"] and cell["key"] in scores
     ]
     if body:
         body.sort(key=lambda row: row[:3])
-        head = ["model", "trained on", "recipe", "learning rate", "validation"]
-        yield Table("Learning rates tried on the validation split (global exact, or ROUGE-L)", head, body, 3)
+        head = ["model", "trained on", "recipe", "learning rate", "validation", "images"]
+        yield Table(
+            "Learning rates tried on the validation split (global exact, or ROUGE-L), one seed each", head, body, 3
+        )

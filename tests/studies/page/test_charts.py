@@ -52,14 +52,11 @@ def test_a_name_at_the_right_edge_stays_inside_the_drawing() -> None:
     assert re.search(r"text-anchor:end[^>]*>a-very-long-name<", svg)
 
 
-def test_only_labelled_points_have_a_name_but_all_have_a_tooltip() -> None:
-    marks = [
-        mark("shown", 0.1, 1.0),
-        Series("hidden", "full", (Point(1.0, 2.0, 1.0, 3.0, "hidden: 2"),), labelled=False),
-    ]
+def test_every_point_has_a_name_and_a_tooltip() -> None:
+    marks = [mark("first", 0.1, 1.0), mark("second", 1.0, 2.0)]
     svg = draw_scatter("label", marks, LOG, LINEAR, Level("frozen base", 1.5, -9.0, 9.0))
-    assert "shown" in texts(svg) and "hidden" not in texts(svg) and "frozen base" in texts(svg)
-    assert svg.count("<title>") == 2 and "<title>hidden: 2</title>" in svg
+    assert {"first", "second", "frozen base"} <= texts(svg).keys()
+    assert svg.count("<title>") == 2 and "<title>first: 1.0</title>" in svg
 
 
 @pytest.mark.parametrize(("reach", "arrowheads"), [(0.5, 0), (50.0, 2)])

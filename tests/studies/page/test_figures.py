@@ -3,9 +3,7 @@ from __future__ import annotations
 import pytest
 
 from normtune.studies.page import curves, figures
-from normtune.studies.page.charts import Point, Series
 from normtune.studies.page.curves import binned_means
-from normtune.studies.page.figures import label_pareto_front
 from normtune.studies.page.norm_maps import heat_maps, map_cell
 from normtune.studies.page.results import Results, Setting
 from tests.support.study_results import FakeStudy, fake_results
@@ -60,19 +58,20 @@ def test_each_seed_has_a_mark_below_its_mean(study: Results) -> None:
     assert curve.rows[0][0] == "ln, 100%"
 
 
-def test_only_the_pareto_front_and_the_reference_are_labelled() -> None:
-    marks = [
-        Series(name, "ln", (Point(x, y, y, y),))
-        for name, x, y in (
-            ("cheap", 1, 0.2),
-            ("worse", 2, 0.1),
-            ("reference", 3, 0.15),
-            ("best", 4, 0.5),
-            ("expensive", 5, 0.5),
-        )
-    ]
-    labelled = [mark.name for mark in label_pareto_front(marks, "reference") if mark.labelled]
-    assert labelled == ["cheap", "reference", "best", "expensive"]
+def test_a_learning_curve_is_the_mean_of_the_seeds_that_still_train() -> None:
+    made = fake_results(recipes=["ln"], losses=2)
+    keys = [cell["key"] for cell in made["cells"] if cell["grids"] == ["methods"] and cell["trained_on"] == "slake"][:3]
+    made["curves"] = [
+        {"key": key, "step": step, "passes": float(step), "metric": "global_exact", "score": 0.1 * step + 0.01 * at,
+         "validation_loss": 3.0 - step, "is_best": int(step == 2)}
+        for at, key in enumerate(keys) for step in range(1, 3 + (at == 2))
+    ]  # fmt: skip
+    scores, losses = curves.learning_curves(Results(made), METHODS)
+    assert (scores.title, losses.title) == ("Learning curves", "Validation loss")
+    assert scores.rows == (("ln", "11", "32", "2 to 2", "3", "3"),)
+    assert losses.rows[0][1:3] == ("2", "0")
+    assert "<title>ln, pass 3: 32, 1 seed</title>" in scores.chart
+    assert not list(curves.learning_curves(Results(made), CURVES))
 
 
 def test_transfer_shows_recipes_with_and_without_the_data(study: Results) -> None:

@@ -48,7 +48,6 @@ class Series:
     name: str
     family: str
     points: tuple[Point, ...]
-    labelled: bool = True
 
 
 def draw_scatter(
@@ -59,9 +58,8 @@ def draw_scatter(
         _set_axes(chart, series, x_axis, y_axis, level)
         for item in series:
             _draw_points(chart, item)
-        labelled = [item for item in series if item.labelled]
-        ends = [(item.points[0].x, item.points[0].y) for item in labelled]
-        chart.label_points([item.name for item in labelled], ends, [INK] * len(labelled))
+        ends = [(item.points[0].x, item.points[0].y) for item in series]
+        chart.label_points([item.name for item in series], ends, [INK] * len(series))
         return chart.to_svg()
 
 

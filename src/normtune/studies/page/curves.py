@@ -10,10 +10,53 @@ from normtune.studies.page import charts
 from normtune.studies.page.charts import Point, Series
 from normtune.studies.page.drawing import Axis, Style
 from normtune.studies.page.figures import Panel, base_level, format_interval, percent_tick, score_axis
-from normtune.studies.page.results import Arm, Estimate, Record, Results, Setting
+from normtune.studies.page.results import Arm, Estimate, Record, Results, Setting, counted
 from normtune.studies.spec import SEARCH
 
 BINS = 60  # largest number of points of a loss curve
+
+
+def learning_curves(results: Results, setting: Setting) -> Iterator[Panel]:
+    """The score and the loss on the validation split over the passes: means over seeds."""
+    curves: dict[str, list[Record]] = {}
+    for row in results.tables["curves"]:
+        curves.setdefault(row["key"], []).append(row)
+    arms = [arm for arm in results.full_data_arms(setting) if any(cell["key"] in curves for cell in arm.cells)]
+    if not arms:
+        return
+    metric = next(iter(curves[arms[0].cells[0]["key"]]))["metric"]
+    loss = Axis("loss a token, validation", format_tick)
+    columns = {"score": score_axis(metric, setting.trained_on, ", validation")} if metric != "loss" else {}
+    for column, y in (columns | {"validation_loss": loss}).items():
+        lines, table = [], []
+        for arm in arms:
+            runs = [curves[cell["key"]] for cell in arm.cells if cell["key"] in curves]
+            steps: dict[int, list[Record]] = {}
+            for row in sorted((row for run in runs for row in run), key=lambda row: row["step"]):
+                steps.setdefault(row["step"], []).append(row)
+            points = []
+            for rows in steps.values():
+                passes, value = (math.fsum(row[name] for row in rows) / len(rows) for name in ("passes", column))
+                tooltip = (
+                    f"{arm.name}, pass {passes:.3g}: {y.format_tick(round(value, 3))}, {counted(len(rows), 'seed')}"
+                )
+                points.append(
+                    Point(passes, value, value, value, tooltip, "solid" if len(rows) == len(runs) else "hollow")
+                )
+            lines.append(Series(arm.name, arm.family, tuple(points)))
+            best = [row["passes"] for run in runs for row in run if row["is_best"]]
+            capped = sum(not cell.get("stopped_early") for cell in arm.cells)
+            numbers = y.format_tick(round(points[0].y, 3)), y.format_tick(round(points[-1].y, 3))
+            table.append((arm.name, *numbers, f"{min(best):.3g} to {max(best):.3g}", str(len(runs)), str(capped)))
+        x = Axis("passes over the training pairs", format_tick)
+        chart = charts.draw_lines(f"{y.title} over {x.title}: {setting.description}", lines, x, y)
+        text = (
+            "The mean over the seeds that still train; hollow: some seeds have stopped, because their score rose no "
+            "more. The evaluated adapter has the values of the best pass of its seed."
+        )
+        header = ("recipe", "at first", "at last", "best passes", "seeds", "seeds at the cap")
+        title = "Learning curves" if column == "score" else "Validation loss"
+        yield Panel(title, results.counts(None, arms), chart, text, header, tuple(table))
 
 
 def loss_curves(results: Results, setting: Setting) -> Iterator[Panel]:

@@ -6,8 +6,8 @@ Each public generator yields the panels of one setting; it yields none if the se
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 from markupsafe import Markup
@@ -37,8 +37,6 @@ from normtune.studies.page.results import (
     metric_name,
 )
 from normtune.studies.recipe_names import FROZEN
-
-MAX_LABELS = 14  # with more marks than this, a chart labels only the Pareto front
 
 
 @dataclass(frozen=True)
@@ -159,9 +157,12 @@ def against_share(results: Results, setting: Setting) -> Iterator[Panel]:
 
 
 def against_memory(results: Results, setting: Setting) -> Iterator[Panel]:
-    """Scores against the peak memory of training."""
-    axis = Axis("peak memory of training (MiB)", format_tick)
-    yield from _cost_panels(results, setting, axis, "memory", "train_peak_bytes", format_bytes, 2**20)
+    """Scores against the memory of training above the loaded base, or of the process in studies by version 0.1."""
+    heading, column = "memory above the base", "train_bytes_above_base"
+    if all(arm.mean(column) is None for arm in results.full_data_arms(setting)):
+        heading, column = "peak memory", "train_peak_bytes"
+    axis = Axis(f"{heading} of training (MiB)", format_tick)
+    yield from _cost_panels(results, setting, axis, heading, column, format_bytes, 2**20)
 
 
 def _cost_panels(
@@ -199,30 +200,12 @@ def _cost_panels(
             point = Point(value / unit, score.value, score.low, score.high, tooltip)
             marks.append(Series(arm.name, arm.family, (point,)))
         text = "The mean over seeds with its 95% interval. Dashed: the frozen base."
-        if len(marks) > MAX_LABELS:
-            marks = label_pareto_front(marks, results.reference_recipe(setting))
-            text += " Only recipes that no other beats with less have a label; point at a mark to see its name."
         y = score_axis(metric, dataset)
         label = f"{y.title} against {x.title}: {setting.description}"
         chart = charts.draw_scatter(label, marks, x, y, base_level(results, setting.model, dataset))
         rows = tuple((arm.name, format_value(value), format_interval(metric, score)) for arm, value, score in scores)
         counts = results.counts(dataset, [arm for arm, _, _ in scores])
         yield Panel(f"Score against {heading}", counts, chart, text, ("recipe", heading, y.title), rows)
-
-
-def label_pareto_front(marks: Sequence[Series], reference: str | None) -> list[Series]:
-    """Label only the recipes on the Pareto front, and the reference.
-
-    A mark is on the front if no other mark has a higher `y` at the same or a lower `x`.
-    """
-    points = [mark.points[0] for mark in marks]
-    return [
-        replace(
-            mark,
-            labelled=mark.name == reference or not any(other.x <= point.x and other.y > point.y for other in points),
-        )
-        for mark, point in zip(marks, points, strict=True)
-    ]
 
 
 def transfer(results: Results, setting: Setting) -> Iterator[Panel]:

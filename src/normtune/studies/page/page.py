@@ -27,6 +27,7 @@ FIGURES = (
     figures.forgetting,
     figures.against_share,
     figures.against_memory,
+    curves.learning_curves,
     curves.loss_curves,
     curves.rate_curves,
 )

@@ -18,7 +18,7 @@ from normtune.studies.statistics import format_rates
 
 SIGNIFICANT = 0.05  # p-values below this are significant
 Record = Mapping[str, Any]
-TABLES = ("cells", "evaluations", "metrics", "forgetting", "norms", "losses", "seeds", "tests")
+TABLES = ("cells", "evaluations", "metrics", "forgetting", "norms", "losses", "curves", "seeds", "tests")
 
 # Names of metrics on the page; another metric is written as it is.
 _METRIC_LABELS = {

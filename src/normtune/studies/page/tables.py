@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from normtune.methods.registry import METHODS
 from normtune.runtime.number_format import (
@@ -14,6 +15,7 @@ from normtune.runtime.number_format import (
     format_p_value,
     format_points,
     format_share,
+    format_significant,
 )
 from normtune.studies.page.figures import forgetting_estimate, format_difference, format_score
 from normtune.studies.page.results import (
@@ -78,19 +80,13 @@ class Table:
     base: bool = False
 
 
-@dataclass(frozen=True)
-class Cost:
-    """A column of the table `cells` that a setting's table shows, as a mean over seeds."""
-
-    column: str
-    heading: str
-    as_text: Callable[[float | None], str]
-
-
-COSTS = (
-    Cost("trainable_share", "trained", format_share),
-    Cost("train_peak_bytes", "memory", format_bytes),
-    Cost("train_seconds", "time", format_duration),
+# Columns of `cells` that a setting's table shows as means over seeds, with their headings and formats.
+COSTS: Sequence[tuple[str, str, Callable[[float | None], str]]] = (
+    ("trainable_share", "trained", format_share),
+    ("train_bytes_above_base", "memory above the base", format_bytes),
+    ("train_peak_bytes", "peak memory", format_bytes),
+    ("passes", "passes", partial(format_significant, digits=2)),
+    ("train_seconds", "time", format_duration),
 )
 
 
@@ -109,7 +105,7 @@ def setting_table(results: Results, setting: Setting) -> Table:
     columns = _columns(results, setting, curve)
     best = {column: _highest_mean(results, arms, column) for column in columns}
     homes = list(dict.fromkeys(row["dataset"] for row in results.tables["forgetting"]))[:1]
-    costs = [cost for cost in COSTS if any(arm.mean(cost.column) is not None for arm in arms)]
+    costs = [cost for cost in COSTS if any(arm.mean(cost[0]) is not None for arm in arms)]
     header = [*text_cells(["recipe"], [*(["data"] if curve else []), "seeds"])]
     groups = [("", len(header))]
     for dataset in dict.fromkeys(dataset for dataset, _ in columns):
@@ -118,7 +114,7 @@ def setting_table(results: Results, setting: Setting) -> Table:
     groups += [(f"{home}, {results.counts(home, ())}", 1) for home in homes]
     header += text_cells([], ["forgotten, points" for _ in homes])
     groups.append(("costs", len(costs) + 1))
-    header += text_cells([], [cost.heading for cost in costs]) + text_cells(["trains"])
+    header += text_cells([], [heading for _, heading, _ in costs]) + text_cells(["trains"])
     base_scores = [results.frozen_estimate(setting.model, *column) for column in columns]
     rows = []
     if any(base_scores):
@@ -135,7 +131,7 @@ def setting_table(results: Results, setting: Setting) -> Table:
             is_best = score is not None and score.value == best[column]
             row.append(_score_cell(column[1], score, is_best, results.test_of_arm(arm, *column)))
         row += [_forgotten_cell(results, arm, home) for home in homes]
-        row += text_cells([], [cost.as_text(arm.mean(cost.column)) for cost in costs])
+        row += text_cells([], [as_text(arm.mean(column)) for column, _, as_text in costs])
         rows.append(
             [*row, Cell(describe_parts(arm.parts), "code", tooltip=", ".join(map("=".join, arm.parts.items())))]
         )
