@@ -57,14 +57,14 @@ def test_higher_and_lower_need_a_significant_test() -> None:
 
 def test_with_few_seeds_only_the_trained_models_are_compared() -> None:
     text = sentences(make_results({"ln": 0.10, "full": 0.20}, {"full": 0.01}, question="trained models"))
-    assert "these trained models compared with `ln` (96 images, 1 seed; too few seeds to compare the recipes)" in text
+    assert "these trained models compared with `ln` (96 images, 1 seed; no test of their recipes)" in text
     assert "On slake, compared with" not in text
 
 
 def test_equivalence_needs_a_margin_and_its_test() -> None:
     gains = {"ln": 0.10, "full": 0.101, "prefix": 0.10 - 0.03, "ffn": 0.14}
     text = sentences(make_results(gains, margin=0.02))
-    assert "`full` is equivalent within 2.00 points" in text and "`ffn` is no worse by more than 2.00 points" in text
+    assert "`full` is equivalent within 2 points" in text and "`ffn` is no worse by more than 2 points" in text
     assert "no difference is shown for `prefix`" in text
     assert "equivalent" not in sentences(make_results(gains))
 

@@ -158,11 +158,11 @@ def against_share(results: Results, setting: Setting) -> Iterator[Panel]:
 
 def against_memory(results: Results, setting: Setting) -> Iterator[Panel]:
     """Scores against the memory of training above the loaded base, or of the process in studies by version 0.1."""
-    heading, column = "memory above the base", "train_bytes_above_base"
+    title, column = "memory of training above the loaded base (MiB)", "train_bytes_above_base"
     if all(arm.mean(column) is None for arm in results.full_data_arms(setting)):
-        heading, column = "peak memory", "train_peak_bytes"
-    axis = Axis(f"{heading} of training (MiB)", format_tick)
-    yield from _cost_panels(results, setting, axis, heading, column, format_bytes, 2**20)
+        title, column = "peak memory of the training process (MiB)", "train_peak_bytes"
+    axis = Axis(title, format_tick)
+    yield from _cost_panels(results, setting, axis, "memory", column, format_bytes, 2**20)
 
 
 def _cost_panels(

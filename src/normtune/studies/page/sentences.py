@@ -66,7 +66,7 @@ def _test_results(results: Results, setting: Setting, dataset: str, where: str) 
                 counts = f"{counted(same[0]['images'], 'image')}, {counted(min(t['seeds'] for t in same), 'seed')}"
                 compared = f"compared with `{same[0]['against']}` ({counts}"
                 if not of_recipes:
-                    compared = f"these trained models {compared}; too few seeds to compare the recipes"
+                    compared = f"these trained models {compared}; no test of their recipes"
                 yield f"{place}, {compared}): {'; '.join(_clauses(same))}."
 
 
@@ -83,7 +83,7 @@ def _clauses(tests: list[Record]) -> Iterator[str]:
     for column, words in (("equivalent", "equivalent within"), ("no_worse", "no worse by more than")):
         if passed := [test for test in rest if test.get(column)]:
             rest = [test for test in rest if test not in passed]
-            margin = f"{format_significant(100 * passed[0]['margin'])} points"
+            margin = f"{100 * passed[0]['margin']:g} points"
             verb = "is" if len(passed) == 1 else "are"
             yield f"{join_names([_name(test) for test in passed])} {verb} {words} {margin}"
     if rest:
