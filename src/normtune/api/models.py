@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from normtune.adapters.hub import local_folder
 from normtune.errors import InputError
 from normtune.methods.adapt import TunedModel
 from normtune.models.family import Family
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from normtune.methods.recipe import Recipe
 
 Model = str | Path | Family  # a name of the hub, a local directory, 'nano', or a loaded model
-Adapter = str | Path | TunedModel  # a directory, or the adapter that is in a model
+Adapter = str | Path | TunedModel  # a directory, a name of the hub, or the adapter that is in a model
 
 
 def load(model: str | Path, *, dtype: str = "auto", device: str | None = None, quantize: str | None = None) -> Family:
@@ -78,11 +79,15 @@ def adapt(model: Model | nn.Module, recipe: str | Recipe, *, seed: int = 0) -> T
 
 
 def load_adapter(model: Model | nn.Module, adapter: str | Path, *, allow_other_base: bool = False) -> TunedModel:
-    """Put an adapter of a directory into a model.
+    """Put an adapter of a directory or of the hub into a model.
+
+    ```python
+    tuned = normtune.load_adapter("nano", "runs/ln")
+    ```
 
     Args:
         model: a name, a loaded model, or a transformers model; it is changed in place.
-        adapter: directory of the adapter.
+        adapter: directory of the adapter, which PEFT may have written, or its name on the hub.
         allow_other_base: accept a base with other values, if its shapes fit.
 
     Raises:
@@ -92,7 +97,7 @@ def load_adapter(model: Model | nn.Module, adapter: str | Path, *, allow_other_b
 
     base = _open_base(model)
     network = base.model if isinstance(base, Family) else base
-    tuned = storage.load_adapter(network, adapter, allow_other_base=allow_other_base)
+    tuned = storage.load_adapter(network, local_folder(adapter), allow_other_base=allow_other_base)
     if isinstance(base, Family):
         base.adapter = tuned
     return tuned
@@ -149,7 +154,7 @@ def open_model(model: Model, adapter: Adapter | None, **options: str | None) -> 
     family = loaded_or_none(model)
     if family is not None:
         refuse_options([name for name, value in options.items() if value is not None], "normtune.load")
-        with storage.use_adapter(family, adapter):
+        with storage.use_adapter(family, local_adapter(adapter)):
             yield family
         return
     yield storage.load_model(str(model), adapter_path(adapter), **options)  # type: ignore[arg-type]
@@ -178,7 +183,12 @@ def adapter_path(adapter: Adapter | None) -> Path | None:
     """
     if isinstance(adapter, TunedModel):
         raise InputError("this adapter is in a loaded model. Give that model instead of a name.")
-    return None if adapter is None else Path(adapter)
+    return None if adapter is None else local_folder(adapter)
+
+
+def local_adapter(adapter: Adapter | None) -> Path | TunedModel | None:
+    """Return an adapter with its folder in place of its name on the hub."""
+    return adapter if adapter is None or isinstance(adapter, TunedModel) else local_folder(adapter)
 
 
 def refuse_options(names: Sequence[str], function: str) -> None:
@@ -217,7 +227,7 @@ def _base_name(base: Model | nn.Module) -> str:
 def _adapter_directory(adapter: Adapter) -> Iterator[Path]:
     """Yield the directory of an adapter; an adapter in a model is written to a temporary one."""
     if not isinstance(adapter, TunedModel):
-        yield Path(adapter)
+        yield local_folder(adapter)
         return
     from normtune.adapters import storage
 

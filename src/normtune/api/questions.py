@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from normtune.api.models import Adapter, Model, open_model
+from normtune.api.models import Adapter, Model, local_adapter, open_model
 from normtune.data import tasks
 from normtune.inference import ask as inference
 from normtune.methods.adapt import TunedModel
@@ -57,6 +57,7 @@ def ask(  # type: ignore[misc]  # the overloads leave the options to this signat
     Raises:
         InputError: the model, the adapter or an image is not valid.
     """
+    adapter = local_adapter(adapter)
     questions = [question] if isinstance(question, str) else question
     with open_model(model, adapter, device=device, quantize=quantize) as family:
         limit = max_new_tokens or _recorded_limit(adapter)

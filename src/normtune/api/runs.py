@@ -83,11 +83,12 @@ def evaluate(
         InputError: an option, the data, the model, the adapter or an image is not valid.
     """
     from normtune.adapters.storage import use_adapter
-    from normtune.api.models import adapter_path
+    from normtune.api.models import adapter_path, local_adapter
     from normtune.evaluation.config import EvaluateConfig
     from normtune.evaluation.evaluate import evaluate_config
     from normtune.methods.adapt import TunedModel
 
+    adapter = local_adapter(adapter)
     directory = None if isinstance(adapter, TunedModel) else adapter
     values = {**options, "adapter": directory, "out": out}
     config, family, dataset = _read_options(EvaluateConfig, model, data, values)

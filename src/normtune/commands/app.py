@@ -65,7 +65,9 @@ def main_options(
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Model = Annotated[str, typer.Argument(help="Base model: a local directory, a hub name, or 'nano'.")]
-Adapter = Annotated[Path | None, typer.Option(help="Folder of a trained adapter; default: the base model without one.")]
+Adapter = Annotated[
+    Path | None, typer.Option(help="Folder of an adapter, or its name on the hub; default: the base alone.")
+]
 Quantize = Annotated[str | None, typer.Option(help="Quantise the base to 8 or 4 bits: int8 or nf4.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if available.")]
 

@@ -20,7 +20,7 @@ class EvaluateConfig(DataOptions):
     # None (in Python only): nothing is written
     out: Path | None = Field(description="Folder to write predictions.jsonl and metrics.json to.")
     adapter: Path | None = Field(
-        None, description="Folder of a trained adapter; without it, the base is evaluated (zero-shot)."
+        None, description="Folder of an adapter, or its name on the hub; without it, the base is evaluated (zero-shot)."
     )
     baseline: Literal["question-only", "most-frequent", "medoid", "retrieval"] | None = Field(
         None,

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from normtune.adapters.hub import local_folder
 from normtune.errors import InputError
 from normtune.serving.http.errors import RequestRefused
 
@@ -67,7 +68,7 @@ def parse_adapter_options(options: Iterable[str]) -> dict[str, Path]:
         check_adapter_name(name, f"--adapter {option}")
         if name in adapters:
             raise InputError(f"--adapter {name}: two adapters have this name. Rename one of them.")
-        adapters[name] = Path(folder)
+        adapters[name] = local_folder(folder)
     return adapters
 
 
