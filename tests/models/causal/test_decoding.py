@@ -131,7 +131,7 @@ def test_a_step_can_be_captured(family: CausalFamily, monkeypatch: pytest.Monkey
 
         def run() -> Tensor:
             before = {name: getattr(decoder, name) for name in buffers}
-            states = [tensor for layer in cache.layer_states for tensor in layer]
+            states = [tensor for layer in cache.layer_states.values() for tensor in layer]
             places.add(tuple(tensor.data_ptr() for tensor in (*before.values(), *decoder.at, *states)))
             with NothingForbidden(cache.capacity):
                 result: Tensor = step()

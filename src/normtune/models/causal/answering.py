@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import send_to_device
@@ -15,6 +15,7 @@ from normtune.data.groups import Group
 from normtune.models.causal.attention import additive_masks, mask_argument
 from normtune.models.causal.checkpoint_settings import BEAM_SETTINGS, ScoreProcessors
 from normtune.models.causal.decoding import ColumnCache, Masks, SharedCacheDecoder
+from normtune.models.causal.recurrent import PASSES, AnswerStates, RunTree, run_passes
 from normtune.models.causal.shared_prefix import SharedSequence
 from normtune.models.causal.step_graph import StepGraph, graph_obstacle, report_fallback
 from normtune.models.generation import FIXED_STEPS, Generated, OnTokens, generate
@@ -42,7 +43,11 @@ def generate_tokens(
     Other arguments as for `Family.generate_answers`.
     """
     layout, sequence, groups = family.layout(groups, pixels, "pad")
+    if family.recurrent:
+        layout[PASSES] = run_passes(sequence, keep_states=True)
     batch: Batch = send_to_device(layout, family.device, non_blocking=True)
+    if family.recurrent:
+        batch[PASSES] = RunTree(batch[PASSES])
     settings = family.generation_settings()
     beam_settings = {name: settings.pop(name) for name in BEAM_SETTINGS if name in settings}
     process = None
@@ -108,12 +113,17 @@ def _shared_cache_decoder(
     rotary = batch["position_ids"]
     rotary = rotary if rotary.ndim == 2 else rotary[0]  # with M-RoPE, text has one position on all axes
     cache_argument = _cache_argument(family)
+    answer_states = AnswerStates(batch[PASSES].last) if family.recurrent else None
 
     def decode(input_ids: Tensor, position_ids: Tensor, masks: Masks) -> Tensor:
         embeds = family.decoder.get_input_embeddings()(input_ids)
+        by_kind: dict[str, Any] = additive_masks(masks, family.decoder, embeds.dtype)
+        if answer_states is not None:
+            answer_states.at = decoder.at
+            by_kind |= dict.fromkeys(family.recurrent, answer_states)
         return family.decoder(
             inputs_embeds=embeds,
-            attention_mask=mask_argument(additive_masks(masks, family.decoder, embeds.dtype)),
+            attention_mask=mask_argument(by_kind),
             position_ids=family.step_positions(position_ids),
             use_cache=True,
             **{cache_argument: cache},
@@ -132,6 +142,7 @@ def _shared_cache_decoder(
         column_token_index=batch["token_index"],
         on_select=None if family.active_text_rows is None else family.active_text_rows.select,
         graph=graph,
+        on_continue=None if answer_states is None else answer_states.select,
     )
     return decoder, last
 

@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from normtune.errors import InputError
+from normtune.models.causal.recurrent import RECURRENT
 
 # Grouped-query attention: several query heads read the same key and value head. SDPA's CUDA kernels that take
 # a mask need as many key heads as query heads, and the usual remedy (`repeat_kv`) copies keys and values,
@@ -161,14 +162,16 @@ def attention_windows(config: Any) -> Windows:
     """The kinds of attention layers of a language model, each with its window in tokens.
 
     Raises:
-        InputError: the model has layers that no attention mask controls, such as linear attention.
+        InputError: the model has layers that neither a mask nor `normtune.models.causal.recurrent` controls.
     """
     kinds = set(getattr(config, "layer_types", None) or ())
-    if kinds - {FULL, SLIDING}:
+    if unknown := kinds - {FULL, SLIDING, *RECURRENT}:
         raise InputError(
-            f"the language model has layers of kind {', '.join(sorted(kinds - {FULL, SLIDING}))}, in which "
-            "questions of one image would see each other. Choose a model with attention layers only."
+            f"the language model has layers of kind {', '.join(sorted(unknown))}, in which "
+            f"questions of one image would see each other. Known kinds: {', '.join((FULL, SLIDING, *RECURRENT))}."
         )
+    if kinds & RECURRENT.keys():
+        return {kind: config.sliding_window if kind == SLIDING else None for kind in kinds - RECURRENT.keys()}
     if SLIDING in kinds:
         return {FULL: None, SLIDING: config.sliding_window}
     return {ONE_KIND: None if kinds else getattr(config, "sliding_window", None)}

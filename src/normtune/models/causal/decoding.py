@@ -64,7 +64,7 @@ class ColumnCache(Cache):
     masks apply the windows.
 
     Attributes:
-        layer_states: the keys and values of each layer, [B, key heads, capacity, head_dim] each.
+        layer_states: attention layer -> its keys and values, [B, key heads, capacity, head_dim] each.
         capacity: the number of columns for which there is room.
         columns: [Q] long, the columns that the next pass writes; None during the prompts' pass, which writes
             the first columns.
@@ -73,7 +73,7 @@ class ColumnCache(Cache):
 
     def __init__(self, capacity: int) -> None:
         super().__init__(layers=[])
-        self.layer_states: list[tuple[Tensor, Tensor]] = []
+        self.layer_states: dict[int, tuple[Tensor, Tensor]] = {}
         self.capacity, self.width = capacity, 0
         self.columns: Tensor | None = None
 
@@ -82,8 +82,8 @@ class ColumnCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Write new keys and values [B, key heads, Q, head_dim]; returns those of `width` columns."""
         if self.columns is None:
-            assert layer_idx == len(self.layer_states), "every layer writes once in the prompts' pass, in order"
-            self.layer_states.append((_widen(key_states, self.capacity, 2), _widen(value_states, self.capacity, 2)))
+            assert layer_idx not in self.layer_states, "every layer writes once in the prompts' pass"
+            self.layer_states[layer_idx] = _widen(key_states, self.capacity, 2), _widen(value_states, self.capacity, 2)
             return key_states, value_states
         keys, values = self.layer_states[layer_idx]
         keys.index_copy_(2, self.columns, key_states)
@@ -100,7 +100,7 @@ class ColumnCache(Cache):
         self._replace(lambda states: states.index_select(0, rows))
 
     def _replace(self, change: Callable[[Tensor], Tensor]) -> None:
-        for layer, (keys, values) in enumerate(self.layer_states):  # one by one, which limits the peak of memory
+        for layer, (keys, values) in self.layer_states.items():  # one by one, which limits the peak of memory
             self.layer_states[layer] = change(keys), change(values)
 
 
@@ -121,6 +121,7 @@ class SharedCacheDecoder:
         column_token_index: [B, S] long, the token index of each column.
         on_select: called with the cache rows that stay, whenever some are dropped.
         graph: captures steps and replays them; None: every step is launched kernel by kernel.
+        on_continue: called with the answers from which the next step's answers continue, where they change.
     """
 
     def __init__(
@@ -138,12 +139,13 @@ class SharedCacheDecoder:
         column_token_index: Tensor,
         on_select: Callable[[Tensor], None] | None = None,
         graph: StepGraph | None = None,
+        on_continue: Callable[[Tensor], None] | None = None,
     ) -> None:
         self.cache, self.decode, self.head, self.windows = cache, decode, head, windows
         self.steps, self.length = steps, visible.shape[1]
         self.column_token_index = _widen(column_token_index, cache.capacity, 1)  # [B, capacity]
         self.all_columns = torch.arange(cache.capacity, device=visible.device)
-        self.on_select, self.graph = on_select, graph
+        self.on_select, self.graph, self.on_continue = on_select, graph, on_continue
         # CUDA's kernels are set up anew for each shape, and a captured step has one shape
         self.reads_all_columns = visible.is_cuda or graph is not None
         self._arrange(cache_row)
@@ -195,6 +197,8 @@ class SharedCacheDecoder:
 
     def _continue_from(self, answers: Tensor) -> None:
         """Let answer r continue from answer `answers[r]`."""
+        if self.on_continue is not None:
+            self.on_continue(answers)
         state = [values[self.at][answers] for values in (self.visible, self.position, self.token_index)]
         rows = [self.cache_row[answer] for answer in answers.tolist()]
         if rows != self.cache_row:

@@ -35,6 +35,7 @@ from normtune.models.causal.attention import (
 from normtune.models.causal.checkpoint_settings import active_settings
 from normtune.models.causal.frozen_layers import causal_trunk
 from normtune.models.causal.prompts import ChatPrompt, PromptFormat, TokenIds
+from normtune.models.causal.recurrent import PASSES, RunTree, recurrent_kinds, run_passes, use_run_passes
 from normtune.models.causal.shared_prefix import RowLayout, SharedSequence, block_mask, dense_mask, shared_sequence
 from normtune.models.causal.step_graph import StepGraph
 from normtune.models.family import Family
@@ -67,6 +68,7 @@ class CausalFamily(Family):
             masks on CUDA where rows are long.
         end_tokens: the tokens that end an answer.
         windows: the kinds of attention layers, each with the number of positions it sees.
+        recurrent: the kinds of layers that carry a state from token to token.
         prompts: how questions are written and tokenised.
         step_graph: captures and replays decoding steps on CUDA.
     """
@@ -86,6 +88,9 @@ class CausalFamily(Family):
         self.step_graph = StepGraph()
         self.attention: Backend = "auto"
         use_shared_attention(self.decoder)
+        self.recurrent = recurrent_kinds(self.config.get_text_config())
+        if self.recurrent:
+            use_run_passes(self.decoder)
         tokenizer = processor.tokenizer
         self.end_tokens = _end_tokens(model, tokenizer)
         self.pad_id: int = self.end_tokens[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -262,7 +267,8 @@ class CausalFamily(Family):
             - position_ids [B, S] or [axes, B, S] long, the rotary positions;
             - image_places [image tokens, 2] long, the row and column of each image token;
             - images: the result of `image_inputs`, or of `features` where images are encoded already;
-            - feature_rows [image tokens] long if an image is in several groups, else None.
+            - feature_rows [image tokens] long if an image is in several groups, else None;
+            - passes: with recurrent layers, the result of `run_passes`.
         """
         groups, prefixes, pixels = self.group_prefixes(groups, pixels)
         sequence = shared_sequence(groups, prefixes, self.pad_id, rows=rows)
@@ -282,6 +288,8 @@ class CausalFamily(Family):
             "images": _precomputed_features(distinct) or self.image_inputs(distinct),
             "feature_rows": self._feature_rows(distinct, pixels),
         }
+        if self.recurrent:
+            batch[PASSES] = run_passes(sequence)
         return batch, sequence, groups
 
     def _feature_rows(self, distinct: Sequence[Pixels], pixels: Sequence[Sequence[Pixels]]) -> Tensor | None:
@@ -322,6 +330,8 @@ class CausalFamily(Family):
             arguments = {"inputs_embeds": batch[TRUNK_STATES]}
         else:
             arguments = self.input_embeddings(batch, self._image_features(batch))
+        if isinstance(batch.get(PASSES), dict):
+            batch = batch | {PASSES: RunTree(batch[PASSES])}
         masks = self._masks(batch, arguments["inputs_embeds"].dtype)
         with skip_layers(self.decoder, range(batch.get(TRUNK_DEPTH, 0))):
             return self.decoder(
@@ -344,7 +354,10 @@ class CausalFamily(Family):
             )
             for kind, window in self.windows.items()
         }
-        return mask_argument(masks if make_mask is block_mask else additive_masks(masks, self.decoder, dtype))
+        masks = masks if make_mask is block_mask else additive_masks(masks, self.decoder, dtype)
+        if self.recurrent:
+            masks |= dict.fromkeys(self.recurrent, batch[PASSES])
+        return mask_argument(masks)
 
     def _uses_block_masks(self, input_ids: Tensor) -> bool:
         """Whether these rows are attended under block masks; lengths are then multiples of 128."""

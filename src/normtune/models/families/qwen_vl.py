@@ -1,4 +1,6 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images of any size, and rotary positions on three axes (M-RoPE).
+"""Qwen2-VL to Qwen3.5: images of any size, and rotary positions on three axes (M-RoPE).
+
+Three of four layers of Qwen3.5 are gated DeltaNets (arXiv 2412.06464), which carry a state from token to token.
 
 Sources: Wang et al. 2024 (arXiv 2409.12191), Bai et al. 2025 (arXiv 2502.13923).
 """
@@ -18,7 +20,14 @@ from normtune.models.causal.shared_prefix import PREFIX, SharedSequence
 from normtune.models.processors import image_only
 from normtune.models.types import Batch, Pixels
 
-_PROCESSORS = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor}
+_PROCESSORS = {
+    "qwen2_vl": Qwen2VLProcessor,
+    "qwen2_5_vl": Qwen2_5_VLProcessor,
+    "qwen3_vl": Qwen3VLProcessor,
+    "qwen3_vl_moe": Qwen3VLProcessor,
+    "qwen3_5": Qwen3VLProcessor,
+    "qwen3_5_moe": Qwen3VLProcessor,
+}
 TEXT, IMAGE = 0, 1  # types of tokens in transformers' `get_rope_index`
 
 
