@@ -30,7 +30,10 @@ _FAMILIES = {
     "qwen2_vl": ("normtune.models.families.qwen_vl", "QwenVLFamily"),
     "qwen2_5_vl": ("normtune.models.families.qwen_vl", "QwenVLFamily"),
     "qwen3_vl": ("normtune.models.families.qwen_vl", "QwenVLFamily"),
-    **dict.fromkeys(("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), ("normtune.models.families.qwen_vl", "QwenVLFamily")),
+    **dict.fromkeys(
+        ("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v"), ("normtune.models.families.qwen_vl", "QwenVLFamily")
+    ),
+    "llava_onevision": ("normtune.models.families.llava_onevision", "LlavaOnevisionFamily"),
     "gemma3": ("normtune.models.families.gemma3", "Gemma3Family"),
     "idefics3": ("normtune.models.families.idefics3", "Idefics3Family"),
     "smolvlm": ("normtune.models.families.idefics3", "Idefics3Family"),

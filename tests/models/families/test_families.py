@@ -27,6 +27,8 @@ from tests.support.tiny_models import HYBRIDS, MORE, TINY, make_tiny
 from tests.support.tolerance import MODEL_TERMS, approx, assert_close, assert_gradients_close
 
 FAMILIES = (*TINY, *MORE)
+# from GLM-4V's processor in transformers
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 PAIRS = [
     ("a", "What is the modality of this image?", "MRI"),
     ("a", "Is there a fracture of the left rib?", "no"),
@@ -363,6 +365,8 @@ def test_bf16_answers_and_learns(family: CausalFamily, plain: tuple[list[float],
 
 def test_a_question_sees_all_views_of_a_study(family: CausalFamily) -> None:
     """Two images before one question, as transformers' processor writes them."""
+    if family.config.model_type == "llava_onevision":
+        pytest.skip("transformers reads several images without tiles, we with tiles")
     question, answer = "Describe the findings.", "The heart is normal in size."
     views = [image("a"), image("b")]
     segment = family.tokenize("r", question, answer, report=True)

@@ -1,4 +1,4 @@
-"""Qwen2-VL to Qwen3.5: images of any size, and rotary positions on three axes (M-RoPE).
+"""Qwen2-VL to Qwen3.5, and GLM-4.1V: images of any size, and rotary positions on three axes (M-RoPE).
 
 Three of four layers of Qwen3.5 are gated DeltaNets (arXiv 2412.06464), which carry a state from token to token.
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Qwen2_5_VLProcessor, Qwen2VLProcessor, Qwen3VLProcessor
+from transformers import Glm4vProcessor, Qwen2_5_VLProcessor, Qwen2VLProcessor, Qwen3VLProcessor
 
 from normtune.models.causal.family import FEATURES, CausalFamily, flatten_features
 from normtune.models.causal.prompts import TokenIds
@@ -27,12 +27,13 @@ _PROCESSORS = {
     "qwen3_vl_moe": Qwen3VLProcessor,
     "qwen3_5": Qwen3VLProcessor,
     "qwen3_5_moe": Qwen3VLProcessor,
+    "glm4v": Glm4vProcessor,
 }
 TEXT, IMAGE = 0, 1  # types of tokens in transformers' `get_rope_index`
 
 
 class QwenVLFamily(CausalFamily):
-    """Qwen-VL. Image tokens have their row and column as positions; text continues after the larger one."""
+    """Qwen-VL and GLM-4.1V. Image tokens have row and column as positions; text continues after the larger one."""
 
     @classmethod
     def load_processor(cls, source: str, model_type: str) -> Any:
