@@ -146,7 +146,50 @@ TABLES = [
     table("imagefolder", own_data.FORMATS["imagefolder csv"]),
     table("dicom", own_data.FORMATS["csv"]),
 ]
-LAYOUTS = [*TABLES, jsonl, messages, parquet, slake, vqa_rad, path_vqa, medpix, openi, mimic_cxr, roco]
+
+
+def texts_of(rows: list[Row]) -> list[tuple[str, str, str]]:
+    return [("" if q is None else str(q), "" if a is None else str(a), image) for q, a, image, _ in rows]
+
+
+def mimic_cxr_vqa(root: Path, rows: list[Row]) -> str:
+    cells = [{"idx": n, "question": q, "answer": [a], "image_path": i} for n, (q, a, i) in enumerate(texts_of(rows))]
+    (root / "train.json").write_text(json.dumps(cells))
+    return "mimic-cxr-vqa"
+
+
+def mimic_ext_cxr_qba(root: Path, rows: list[Row]) -> str:
+    """A study for each image; a question without an image is about a study without one."""
+    for n, (q, a, image) in enumerate(texts_of(rows)):
+        study = f"p10/p10000001/s{n}"
+        if image in ("a.png", "b.png"):
+            write_image(root / "files" / study / f"{n}.jpg")
+        (root / "qa" / study).parent.mkdir(parents=True, exist_ok=True)
+        questions = [{"question_id": "A", "question": q, "answers": [{"text": a}]}]
+        (root / "qa" / f"{study}.qa.json").write_text(json.dumps({"questions": questions}))
+    return "mimic-ext-cxr-qba"
+
+
+def vindr_cxr_vqa(root: Path, rows: list[Row]) -> str:
+    images = [{"image_id": i.split(".")[0], "vqa": [{"question": q, "answer": a}]} for q, a, i in texts_of(rows)]
+    (root / "data_v1.json").write_text(json.dumps(images))
+    return "vindr-cxr-vqa"
+
+
+def kvasir_vqa(root: Path, rows: list[Row]) -> str:
+    cells = [{"question": q, "answer": a, "img_id": i.split(".")[0]} for q, a, i in texts_of(rows)]
+    write_parquet(root / "train.parquet", cells)
+    return "kvasir-vqa"
+
+
+def gemex(root: Path, rows: list[Row]) -> str:
+    cells = [{"q_id": n, "question": q, "answer": a, "image_path": i} for n, (q, a, i) in enumerate(texts_of(rows))]
+    write_jsonl(root / "open_ended_question.jsonl", *cells)
+    return "gemex"
+
+
+RELEASES = [mimic_cxr_vqa, mimic_ext_cxr_qba, vindr_cxr_vqa, kvasir_vqa, gemex]
+LAYOUTS = [*TABLES, *RELEASES, jsonl, messages, parquet, slake, vqa_rad, path_vqa, medpix, openi, mimic_cxr, roco]
 
 
 def test_every_dataset_that_is_read_from_files_has_a_layout_here() -> None:

@@ -172,7 +172,7 @@ def write_series(folder: Path, depth: int, series: str | None = None, **elements
             SeriesInstanceUID=series,
             ImagePositionPatient=[0, 0, float(z)],
             ImageOrientationPatient=[1, 0, 0, 0, 1, 0],
-            WindowCenter=127.5,
+            WindowCenter=128,
             WindowWidth=256,
             **elements,
         )

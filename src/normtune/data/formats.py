@@ -18,6 +18,11 @@ PUBLISHED = {
     "mimic-cxr": "the folder that holds mimic-cxr-2.0.0-split.csv and files/, or annotation.json",
     "medpix": "the folder that holds train.jsonl, dev.jsonl, test.jsonl and images/",
     "roco": "the folder that holds data/train/radiology/captions.txt, or another of its layouts",
+    "mimic-cxr-vqa": "the folder that holds train.json, valid.json, test.json and files/",
+    "mimic-ext-cxr-qba": "the folder that holds qa.zip or qa/, and files/",
+    "vindr-cxr-vqa": "the JSON file of the release, or its folder with the images in train/",
+    "kvasir-vqa": "the folder that holds parquet files, or the hub name SimulaMet-HOST/Kvasir-VQA",
+    "gemex": "the folder that holds open_ended_question.jsonl and the others, and files/",
 }
 # Format of a user's own data -> what is expected, likewise.
 FORMATS = {

@@ -41,7 +41,8 @@ class DataOptions(_Options):
     """The dataset and the selection of its examples. The descriptions are what `--help` prints."""
 
     data: str = Field(
-        description="Dataset: slake, vqa-rad, path-vqa, openi, mimic-cxr, medpix, roco, phantom-a, phantom-b; or a "
+        description="Dataset: slake, vqa-rad, path-vqa, openi, mimic-cxr, medpix, roco, mimic-cxr-vqa, "
+        "mimic-ext-cxr-qba, vindr-cxr-vqa, kvasir-vqa, gemex, phantom-a, phantom-b; or a "
         "file or folder of your own (its format is recognised); or, with --root, its format: csv, tsv, xlsx, json, "
         "jsonl, parquet, messages (conversations), arrow (save_to_disk), imagefolder, dicom."
     )

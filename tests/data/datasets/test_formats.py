@@ -13,6 +13,7 @@ import pandas
 import pytest
 from PIL import Image
 
+import normtune
 from normtune import cli
 from normtune.data.formats import name_and_root
 from normtune.data.records import Dataset
@@ -61,6 +62,16 @@ def test_the_same_rows_are_the_same_examples_in_every_format(tmp_path: Path, row
     assert len(expected) == 40
     assert dataset.name == name_and_root(str(path), None)[0]
     assert open_dataset(dataset.name, path).examples == dataset.examples  # --data csv --root PATH
+
+
+def test_the_same_rows_train_the_same_adapter_in_three_formats(tmp_path: Path, rows: Rows) -> None:
+    written = set()
+    for format in ("csv", "xlsx", "json"):
+        out = tmp_path / "runs" / format
+        path = FORMATS[format](tmp_path, rows)
+        normtune.train("nano", str(path), tune="ln", out=out, max_steps=2, batch=4, seed=0, progress=False)
+        written.add((out / "adapter.safetensors").read_bytes())
+    assert len(written) == 1
 
 
 class TorchLike:

@@ -102,14 +102,15 @@ def series_order(files: Iterable[Path], keyword: str) -> Iterator[tuple[Path, st
 
 
 def _depth(path: Path, name: str) -> int:
-    return len(_series(path)) if path.is_dir() else _nifti(path, name, path.stat().st_mtime_ns).shape[2]
+    modified = path.stat().st_mtime_ns
+    return len(_series(path, modified)) if path.is_dir() else _nifti(path, name, modified).shape[2]
 
 
 def _open_slice(path: Path, name: str, index: int, window: Window | None) -> Image.Image:
     if path.is_dir():
         from normtune.data.images.files import open_image
 
-        file = _series(path)[index]
+        file = _series(path, path.stat().st_mtime_ns)[index]
         return open_image(file, name=f"{name}/{file.name}", window=window)
     volume = _nifti(path, name, path.stat().st_mtime_ns)
     if window is not None:
@@ -152,8 +153,8 @@ def _range(path: Path, name: str, modified: int) -> tuple[float, float]:
 
 
 @lru_cache(maxsize=64)
-def _series(folder: Path) -> tuple[Path, ...]:
-    """The files of a DICOM series, ordered by their position along the normal of the slices.
+def _series(folder: Path, modified: int) -> tuple[Path, ...]:
+    """The files of a DICOM series, ordered by their position along the normal of the slices; `modified` as above.
 
     Raises:
         InputError: there is no DICOM file, or several series.
