@@ -7,14 +7,16 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from normtune import cli
+from normtune.data.examples import Example, Examples
 from normtune.data.options import DataOptions
-from normtune.data.records import Dataset, Example
+from normtune.data.records import Dataset
 from normtune.data.registry import open_configured, open_dataset
 from normtune.data.split_files import divide, make_split_file, parse_ratio, read_split_file, write_split_file
 from normtune.data.splits import find_leaks
@@ -31,7 +33,7 @@ def dataset(rows: Rows) -> Dataset:
         Example(str(n), (f"i{picture}",), "?", "x", kind, "train", {"patient": f"p{patient}"})  # type: ignore[arg-type]
         for n, (picture, patient, kind) in enumerate(rows)
     ]
-    return Dataset("made", examples, lambda key: Image.new("L", (1, 1), hash(key) % 251))
+    return Dataset("made", Examples(examples), lambda key: Image.new("L", (1, 1), hash(key) % 251))
 
 
 def opener(data: Dataset) -> Dataset:
@@ -39,6 +41,10 @@ def opener(data: Dataset) -> Dataset:
     keys = {key: number for number, key in enumerate(sorted({k for e in data.examples for k in e.images}))}
     data.open_image = lambda key: Image.new("RGB", (1 + keys[key], 1))
     return data
+
+
+def by_id(data: Dataset, codes: np.ndarray) -> dict[str, int]:
+    return dict(zip((example.id for example in data.examples), codes.tolist(), strict=True))
 
 
 rows_of = st.lists(
@@ -51,7 +57,7 @@ rows_of = st.lists(
 def test_no_picture_and_no_patient_is_in_two_parts(rows: Rows, parts: int, seed: int) -> None:
     data = opener(dataset(rows))
     try:
-        part_of = divide(data, [1 / parts] * parts, seed)
+        part_of = by_id(data, divide(data, [1 / parts] * parts, seed))
     except InputError as error:
         assert "are too few for" in str(error)
         return
@@ -62,7 +68,7 @@ def test_no_picture_and_no_patient_is_in_two_parts(rows: Rows, parts: int, seed:
         assert all(len(numbers) == 1 for numbers in parts_of.values())
     assert set(part_of.values()) == set(range(parts))
     reversed_rows = Dataset("made", data.examples[::-1], data.open_image)
-    assert divide(reversed_rows, [1 / parts] * parts, seed) == part_of
+    assert by_id(reversed_rows, divide(reversed_rows, [1 / parts] * parts, seed)) == part_of
 
 
 def test_each_part_has_its_share_of_pictures_and_of_every_kind() -> None:
@@ -70,18 +76,18 @@ def test_each_part_has_its_share_of_pictures_and_of_every_kind() -> None:
     rows = [(n, n, "closed") for n in range(0, 200, 4) for _ in range(3)]
     rows += [(n, n, "open") for n in range(200) if n % 4]
     data = opener(dataset(rows))
-    part_of = divide(data, parse_ratio("70/10/20"), 0)
+    part_of = by_id(data, divide(data, parse_ratio("70/10/20"), 0))
     kinds = Counter((part_of[e.id], e.kind) for e in data.examples)
     for part, share in enumerate((0.7, 0.1, 0.2)):
         assert abs(kinds[part, "closed"] - share * 150) <= 3  # one picture
         assert abs(kinds[part, "open"] - share * 150) <= 1
-    assert divide(data, parse_ratio("70/10/20"), 1) != part_of
+    assert by_id(data, divide(data, parse_ratio("70/10/20"), 1)) != part_of
 
 
 def test_equal_pictures_under_several_names_stay_together() -> None:
     data = dataset([(n, n, "open") for n in range(20)])
     data.open_image = lambda key: Image.new("L", (1 + int(key[1:]) % 10, 1))
-    part_of = divide(data, [0.5, 0.5], 0)
+    part_of = by_id(data, divide(data, [0.5, 0.5], 0))
     assert all(part_of[str(n)] == part_of[str(n + 10)] for n in range(10))
 
 

@@ -10,14 +10,16 @@ import csv
 import hashlib
 import io
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from normtune.data.examples import Examples
-from normtune.data.records import KINDS, Dataset, Example
+import numpy as np
+from numpy.typing import NDArray
+
+from normtune.data.examples import KINDS, META, count_values, image_keys
+from normtune.data.records import Dataset
 from normtune.data.split_names import SPLITS, split_name
 from normtune.data.splits import cluster_pictures, find_identical_images, group_columns
 from normtune.errors import InputError, did_you_mean
@@ -43,7 +45,7 @@ def parse_ratio(text: str) -> tuple[float, ...]:
     return tuple(number / sum(numbers) for number in numbers)
 
 
-def divide(dataset: Dataset, shares: Sequence[float], seed: int) -> dict[str, int]:
+def divide(dataset: Dataset, shares: Sequence[float], seed: int) -> NDArray[np.int32]:
     """Divide the examples into parts, so that no picture and no patient is in two of them.
 
     Groups of pictures are assigned one after the other, in an order that depends on the seed and the image keys. Each
@@ -56,40 +58,37 @@ def divide(dataset: Dataset, shares: Sequence[float], seed: int) -> dict[str, in
         seed: another seed gives other parts.
 
     Returns:
-        Id of an example -> index of its part.
+        The index of each example's part, [rows].
 
     Raises:
         InputError: there are fewer groups of pictures than parts.
     """
-    cluster_of = cluster_pictures(dataset.examples, find_identical_images(dataset))
-    contents: dict[str, Counter[str]] = {}  # group -> its pictures, and its examples of each kind
-    for name in cluster_of.values():
-        contents.setdefault(name, Counter())["picture"] += 1
-    for example in dataset.examples:
-        contents[cluster_of[example.images[0]]][example.kind] += 1
-    totals: Counter[str] = Counter()
-    for counts in contents.values():
-        totals.update(counts)
+    examples = dataset.examples
+    cluster_of = cluster_pictures(examples, find_identical_images(dataset))
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(cluster_of.values()))}
+    image_codes, images = examples.codes("images")
+    group_of_row = np.array([numbers[cluster_of[keys[0]]] for keys in images], np.int32)[image_codes]
+    kind_codes, kinds = examples.codes("kind")
+    counts = np.zeros((len(numbers), 1 + len(kinds)))  # of each group: its pictures, and its examples of each kind
+    np.add.at(counts[:, 0], [numbers[name] for name in cluster_of.values()], 1)
+    np.add.at(counts, (group_of_row, kind_codes + 1), 1)
+    counts /= counts.sum(axis=0)
     parts = [index for index, share in enumerate(shares) if share > 0]
-    assigned = {index: dict.fromkeys(totals, 0.0) for index in parts}
-    part_of: dict[str, int] = {}
-    for name in sorted(contents, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest()):
-        added = {what: count / totals[what] for what, count in contents[name].items()}
-
-        def increase(index: int, added: Mapping[str, float] = added) -> float:
-            excess = ((assigned[index][what] - shares[index], share) for what, share in added.items())
-            return sum(share * (2 * over + share) for over, share in excess) / shares[index]
-
-        best = min(parts, key=increase)
-        part_of[name] = best
-        for what, share in added.items():
-            assigned[best][what] += share
-    if empty := [index for index in parts if index not in part_of.values()]:
+    targets = np.array([shares[index] for index in parts])[:, None]
+    excess = np.repeat(-targets, counts.shape[1], axis=1)  # [parts, 1 + kinds]: shares so far above the targets
+    part_of_group = np.zeros(len(numbers), np.int32)
+    for name in sorted(numbers, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest()):
+        added = counts[numbers[name]]
+        increase = (added * (2 * excess + added) / targets).sum(axis=1)
+        best = int(np.argmin(np.round(increase, 12)))  # equal ones must not depend on rounding
+        part_of_group[numbers[name]] = parts[best]
+        excess[best] += added
+    if empty := set(parts) - {*part_of_group.tolist()}:
         raise InputError(
-            f"dataset {dataset.name}: {len(contents)} groups of pictures (by picture and patient) are too few for "
+            f"dataset {dataset.name}: {len(numbers)} groups of pictures (by picture and patient) are too few for "
             f"{len(parts)} parts: {len(empty)} would be empty. Use fewer parts, or shares that are closer."
         )
-    return {example.id: part_of[cluster_of[example.images[0]]] for example in dataset.examples}
+    return part_of_group[group_of_row]
 
 
 def make_split_file(
@@ -106,13 +105,15 @@ def make_split_file(
         raise InputError(f"{' and '.join(given)} are different ways to split. Give one of them.")
     about: dict[str, Any] = {"format": FORMAT, "dataset": dataset.name, "digest": rows_digest(dataset)}
     if column is not None:
-        return about | {"column": column, "splits": _by_column(dataset, column)}
+        codes, names = _by_column(dataset, column)
+        return about | {"column": column, "splits": _by_id(dataset, codes, names)}
     about |= {"seed": seed, "grouped_by": ["picture", *group_columns(dataset.examples)], "stratified_by": "kind"}
     if folds is not None:
-        return about | {"folds": folds, "splits": divide(dataset, [1 / folds] * folds, seed)}
+        codes = divide(dataset, [1 / folds] * folds, seed)
+        return about | {"folds": folds, "splits": _by_id(dataset, codes, range(folds))}
     ratio = ratio or DEFAULT_RATIO
-    parts = divide(dataset, parse_ratio(ratio), seed)
-    return about | {"ratio": ratio, "splits": {id: SPLITS[part] for id, part in parts.items()}}
+    codes = divide(dataset, parse_ratio(ratio), seed)
+    return about | {"ratio": ratio, "splits": _by_id(dataset, codes, SPLITS)}
 
 
 def apply_splits(
@@ -125,69 +126,88 @@ def apply_splits(
     """
     if file is not None and (ratio is not None or column is not None):
         raise InputError("--splits contains the splits. Remove --split-ratio and --split-column.")
+    names: list[str | int]
+    notes: list[str] = []
     if file is not None:
-        made = read_split_file(file)
         source = f"splits of {file.name}"
+        codes, names, notes = _by_file(dataset, file)
+    elif column is not None and ratio is None:
+        source = f"splits by column {column}"
+        codes, names = _by_column(dataset, column)
+    elif ratio is not None and column is None:
+        source = f"new splits {ratio}, seed {seed or 0}"
+        codes, names = divide(dataset, parse_ratio(ratio), seed or 0), list(SPLITS)
     else:
-        made = make_split_file(dataset, ratio=ratio, column=column, seed=seed or 0)
-        source = f"splits by column {column}" if column else f"new splits {ratio}, seed {seed or 0}"
-    splits: dict[str, Any] = made["splits"]
-    missing = [example.id for example in dataset.examples if example.id not in splits]
-    if missing:
-        raise InputError(
-            f"{file}: {len(missing)} of {len(dataset.examples)} rows of {dataset.name} are not in it (first: "
-            f"{missing[0]}). Make it again with normtune split."
-        )
-    numbers = sorted({value for value in splits.values() if isinstance(value, int)})
-    if numbers and fold is None:
-        raise InputError(f"{source}: it holds folds {numbers[0]} to {numbers[-1]}. Choose the test fold with --fold.")
-    if not numbers and fold is not None:
+        raise InputError("give one of --splits, --split-ratio and --split-column.")
+    folds = sorted(name for name in names if isinstance(name, int))
+    if folds and fold is None:
+        raise InputError(f"{source}: it holds folds {folds[0]} to {folds[-1]}. Choose the test fold with --fold.")
+    if not folds and fold is not None:
         raise InputError(f"{source}: it holds no folds. Remove --fold, or make some with normtune split --folds 5.")
     if fold is not None:
-        if fold not in numbers:
-            raise InputError(f"--fold {fold}: {source} has folds {numbers[0]} to {numbers[-1]}.")
-        following = numbers[(numbers.index(fold) + 1) % len(numbers)]
-        names = dict.fromkeys(numbers, "train") | {following: "validate", fold: "test"}
-        splits = {id: names.get(value, value) for id, value in splits.items()}
+        if fold not in folds:
+            raise InputError(f"--fold {fold}: {source} has folds {folds[0]} to {folds[-1]}.")
+        following = folds[(folds.index(fold) + 1) % len(folds)]
+        names_of_folds = dict.fromkeys(folds, "train") | {following: "validate", fold: "test"}
+        names = [names_of_folds.get(name, name) if isinstance(name, int) else name for name in names]
         source += f", fold {fold} is test and {following} validate"
-    notes = [source]
-    unused = len(splits.keys() - {example.id for example in (*dataset.examples, *dataset.skipped)})
-    if file is not None and made.get("digest") not in (None, rows_digest(dataset)):
-        notes.append(f"{file.name} was made of other rows: some have changed since, or are not selected ({unused} ids)")
+    examples = dataset.examples.with_column("split", codes, [str(name) for name in names])
+    return replace(dataset, examples=examples, notes=[*dataset.notes, source, *notes])
 
-    def move(example: Example) -> Example:
-        return replace(example, split=splits.get(example.id, example.split))
 
-    return replace(
-        dataset,
-        examples=Examples(map(move, dataset.examples)),
-        skipped=list(map(move, dataset.skipped)),
-        notes=[*dataset.notes, *notes],
-    )
+def _by_file(dataset: Dataset, file: Path) -> tuple[NDArray[np.int32], list[str | int], list[str]]:
+    """The index of each example's split in a file of splits, the splits, and notes."""
+    made = read_split_file(file)
+    splits: dict[str, str | int] = made["splits"]
+    names = list(dict.fromkeys(splits.values()))
+    numbers = {id: names.index(name) for id, name in splits.items()} if len(names) < 100 else {}
+    if not numbers:
+        raise InputError(f"{file}: {len(names)} different splits. Use one of train, validate and test, or a fold.")
+    codes = np.array([numbers.get(id, -1) for id in dataset.examples.texts("id")], np.int32)
+    if (missing := np.flatnonzero(codes < 0)).size:
+        raise InputError(
+            f"{file}: {len(missing)} of {len(codes)} rows of {dataset.name} are not in it (first: "
+            f"{dataset.examples[int(missing[0])].id}). Make it again with normtune split."
+        )
+    changed = made.get("digest") not in (None, rows_digest(dataset))
+    unused = len(splits) - len(codes)
+    note = f"{file.name} was made of other rows: some have changed since, or are not selected ({unused} ids)"
+    return codes, names, [note] if changed else []
+
+
+def _by_id(dataset: Dataset, codes: NDArray[np.int32], names: Sequence[Any]) -> dict[str, Any]:
+    return {id: names[code] for id, code in zip(dataset.examples.texts("id"), codes.tolist(), strict=True)}
 
 
 def rows_digest(dataset: Dataset) -> str:
     """A digest of the rows' ids, images, questions and answers, in any order and split."""
-    rows = sorted(json.dumps([e.id, e.images, e.question, e.answer]) for e in dataset.examples)
-    return hashlib.blake2b("\n".join(rows).encode(), digest_size=8).hexdigest()
+    columns = [dataset.examples.texts(name) for name in ("id", "question", "answer")]
+    codes, images = dataset.examples.codes("images")
+    digest = 0
+    for code, *texts in zip(codes.tolist(), *columns, strict=True):
+        row = json.dumps([images[code], *texts]).encode()
+        digest ^= int.from_bytes(hashlib.blake2b(row, digest_size=8).digest(), "big")  # in any order
+    return f"{digest:016x}"
 
 
 def split_counts(dataset: Dataset, made: Mapping[str, Any]) -> dict[str | int, dict[str, int]]:
     """Split or fold -> its rows, images, patients and rows of each kind."""
+    splits = made["splits"]
+    names = sorted({*splits.values()}, key=lambda name: (SPLITS.index(name) if name in SPLITS else 9, str(name)))
+    codes = np.array([names.index(splits[id]) for id in dataset.examples.texts("id")], np.int32)
     columns = group_columns(dataset.examples)
-    examples: dict[str | int, list[Example]] = {}
-    for example in dataset.examples:
-        examples.setdefault(made["splits"][example.id], []).append(example)
-    order = {name: index for index, name in enumerate(SPLITS)}
-    return {
-        name: {
+    counts: dict[str | int, dict[str, int]] = {}
+    for number, name in enumerate(names):
+        members = dataset.examples.where(codes == number)
+        patients = (members.codes(META + column)[1] for column in columns)
+        kinds = count_values(*members.codes("kind"))
+        counts[name] = {
             "rows": len(members),
-            "images": len({key for example in members for key in example.images}),
-            "patients": len({example.meta.get(c) for example in members for c in columns if example.meta.get(c)}),
-            **{kind: sum(example.kind == kind for example in members) for kind in KINDS},
+            "images": len(image_keys(members)),
+            "patients": sum(len([value for value in values if value]) for values in patients),
+            **{kind: kinds.get(kind, 0) for kind in KINDS},
         }
-        for name, members in sorted(examples.items(), key=lambda item: (order.get(str(item[0]), 9), str(item[0])))
-    }
+    return counts
 
 
 def split_file_text(made: Mapping[str, Any], suffix: str) -> str:
@@ -250,14 +270,15 @@ def _split_or_fold(value: str | int) -> str | int:
     return int(text) if text.isascii() and text.isdecimal() else split_name(text)
 
 
-def _by_column(dataset: Dataset, column: str) -> dict[str, str | int]:
-    values = {example.id: example.meta.get(column, "") for example in dataset.examples}
-    if not any(values.values()):
-        columns = sorted({name for example in dataset.examples for name in example.meta})
+def _by_column(dataset: Dataset, column: str) -> tuple[NDArray[np.int32], list[str | int]]:
+    """The index of each example's split in a column of its table, and the splits."""
+    codes, values = dataset.examples.codes(META + column)
+    if not any(values):
+        columns = sorted(dataset.examples.meta_columns)
         hint = did_you_mean(column, columns) or "."
         known = ", ".join(columns) or "none"
         raise InputError(f"--split-column: no row has a column '{column}'{hint} Columns: {known}.")
-    if empty := sum(not value for value in values.values()):
-        what = f"{empty} of {len(values)} rows have no value in column '{column}'"
+    if empty := int((codes < 0).sum()):
+        what = f"{empty} of {len(codes)} rows have no value in column '{column}'"
         raise InputError(f"--split-column: {what}. Fill it in.")
-    return {id: _split_or_fold(value) for id, value in values.items()}
+    return codes, [_split_or_fold(value) for value in values]
