@@ -66,6 +66,10 @@ class RowTableWriter:
             columns |= {META + name: [example.meta.get(name) for example in examples] for name in metas}
             self.add({name: pa.array(texts, pa.string()) for name, texts in columns.items()})
 
+    def close(self) -> None:
+        """Delete the file, if `finish` was not called."""
+        self._file.close()
+
     def finish(self) -> RowTable:
         """The table of all blocks."""
         self._file.flush()

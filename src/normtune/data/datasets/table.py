@@ -31,7 +31,6 @@ from normtune.data.records import Dataset, Example, Kind, Problem
 from normtune.data.split_names import split_name
 from normtune.errors import InputError, did_you_mean
 
-_IMAGE_FOLDERS = ("", "images", "image", "imgs")  # searched below the table's folder
 _NEEDED = {"image": "the image", "question": "the question", "answer": "the answer"}
 _FIELDS = ("image", "question", "answer", "id", "kind", "split")  # all other columns become `meta`
 
@@ -76,14 +75,24 @@ def read(
     """
     reader = RowReader(name or format, text_only)
     stated = parse_columns(columns)
+    if slices is None and not montage:
+        from normtune.data.datasets.large_table import NotPlain, is_large, read_large  # pyarrow takes half a second
+
+        if is_large(root, format):
+            base = root if root.is_dir() else root.parent
+            try:
+                table = Rows(reader, format, base, strict and format != "parquet", licence)
+                return read_large(table, root, format, task, stated, image_root)
+            except NotPlain:
+                reader = RowReader(name or format, text_only)
     try:
         base, sources = open_sources(root, format, reader.notes)
-        table = _Table(reader, format, base, strict and format != "parquet")
+        table = Rows(reader, format, base, strict and format != "parquet", licence)
         for source in sources:
             table.add(source, stated, task)
     except InputError as error:
         raise InputError(f"{error} (Read as {format}: {FORMATS[format]}.)") from error
-    return table.finish(image_root, licence, slices, montage)
+    return table.finish(image_root, slices, montage)
 
 
 def read_rows(
@@ -104,12 +113,12 @@ def read_rows(
     reader, stated = RowReader("data", text_only), parse_columns(columns)
     # one split is not copied: its rows may be decoded each time that they are read
     members = next(iter(rows.values())) if len(rows) == 1 else _Joined(list(rows.values()))
-    table = _Table(reader, "data", Path(), strict, members)
+    table = Rows(reader, "data", Path(), strict, rows=members)
     first = 0
     for split, members in rows.items():
         table.add(python_source(members, split, first), stated, task)
         first += len(members)
-    return table.finish(None, "unknown", slices, montage)
+    return table.finish(None, slices, montage)
 
 
 @dataclass(frozen=True)
@@ -129,16 +138,24 @@ class _Joined(Sequence[Mapping[str, Any]]):
         raise IndexError(index)
 
 
-class _Table:
+class Rows:
     """Collects the rows of the sources as examples."""
 
+    IMAGE_FOLDERS = ("", "images", "image", "imgs")  # searched below the table's folder
+
     def __init__(
-        self, reader: RowReader, format: str, base: Path, strict: bool, rows: Sequence[Mapping[str, Any]] | None = None
+        self,
+        reader: RowReader,
+        format: str,
+        base: Path,
+        strict: bool,
+        licence: str = "unknown",
+        rows: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
-        self.reader, self.format, self.base, self.strict = reader, format, base, strict
+        self.reader, self.format, self.base, self.strict, self.licence = reader, format, base, strict, licence
         self.images = EmbeddedImages(base, rows=rows)
         self.errors: list[Problem] = []
-        self._identified: dict[str, tuple[str, ...]] | None = None  # identifier of a DICOM file -> its image names
+        self.identified: dict[str, tuple[str, ...]] | None = None  # identifier of a DICOM file -> its image names
 
     def add(self, source: Source, stated: Columns, task: str) -> None:
         """Read the rows of a source.
@@ -146,8 +163,7 @@ class _Table:
         Raises:
             InputError: a column is missing.
         """
-        columns = self._columns(source, stated, task)
-        is_report = "kind" not in columns and (task == "report" or holds_reports(columns))
+        columns, is_report = self.columns_of(source, stated, task)
         for row in source.rows:
             try:
                 self._read_row(source, row, columns, is_report)
@@ -156,7 +172,7 @@ class _Table:
                 bad_row = Example(f"{source.stem}-{row.number}", (), "", "", "open", source.split)
                 self.reader.skip(bad_row, error.what)
 
-    def finish(self, image_root: Path | None, licence: str, slices: int | None, montage: bool) -> Dataset:
+    def finish(self, image_root: Path | None, slices: int | None, montage: bool) -> Dataset:
         """Find the image files, and build the dataset.
 
         Raises:
@@ -164,7 +180,7 @@ class _Table:
         """
         reader, images = self.reader, self.images
         names = dict.fromkeys(name for example in reader.examples for name in example.images if name not in images)
-        folder = image_root or find_image_folder(self.base, _IMAGE_FOLDERS, names)
+        folder = image_root or find_image_folder(self.base, self.IMAGE_FOLDERS, names)
         images.folder = ImageFolder(folder)
         keys, notes = find_image_keys(folder, names, slices, montage)
         reader.notes += notes
@@ -179,7 +195,12 @@ class _Table:
             self.errors += _skip_missing_images(reader, folder, present)
         reader.report_bad_rows(self.errors, "line" if self.format == "jsonl" else "row", self.strict)
         reader.check_repeats()
-        return reader.build_dataset(images, licence)
+        return reader.build_dataset(images, self.licence)
+
+    def columns_of(self, source: Source, stated: Columns, task: str) -> tuple[Columns, bool]:
+        """Which columns of a source are read, and whether all of its rows are reports."""
+        columns = self._columns(source, stated, task)
+        return columns, "kind" not in columns and (task == "report" or holds_reports(columns))
 
     def _columns(self, source: Source, stated: Columns, task: str) -> Columns:
         """Which columns of a source are read; the note shows those that were found by other names."""
@@ -187,9 +208,9 @@ class _Table:
         identifier = identifier_of(columns["image"][0]) if "image" in columns else None
         if "image" not in columns or (identifier and len(columns["image"]) == 1):
             column = columns["image"][0] if identifier else identifier_column(source.columns)
-            if column is not None and self._identified is None:
-                self._identified = index_dicom(self.base, column)
-            if column is not None and self._identified:
+            if column is not None and self.identified is None:
+                self.identified = index_dicom(self.base, column)
+            if column is not None and self.identified:
                 columns = columns | {"image": (column,)}
         if not source.columns:
             return columns
@@ -257,14 +278,13 @@ class _Table:
                     continue
                 path = item.get("path") if isinstance(item, dict) else item
                 text = _text({"image": os.fspath(path) if isinstance(path, Path) else path}, {}, "image")
-                if self._identified and identifier_of(column):
-                    if text not in self._identified:
+                if self.identified and identifier_of(column):
+                    if text not in self.identified:
                         what = f"no DICOM file has the value of {column}"
                         raise RowError(what, "Put the file into the folder, or correct the row.")
-                    names += self._identified[text]
+                    names += self.identified[text]
                     continue
-                check_image_path(f"image {len(names) + 1}", text)
-                names.append(self._path(source, row, text))
+                names.append(self.path_key(source, str(row.number), text, len(names) + 1))
         return names
 
     def _items(self, value: Any) -> list[Any]:
@@ -282,9 +302,16 @@ class _Table:
         parts = [part for part in re.split(r"[;|]", value) if part.strip()]
         return parts if len(parts) > 1 and not (self.base / value).is_file() else [value]
 
-    def _path(self, source: Source, row: SourceRow, text: str) -> str:
+    def path_key(self, source: Source, row: str, path: str, number: int) -> str:
+        """The key of an image file: its normalised path; `number` is that of the image in its row.
+
+        Raises:
+            RowError, InputError: it is no path.
+        """
+        text = _text({"image": path}, {}, "image")
+        check_image_path(f"image {number}", text)
         if self.format == "parquet":
-            return image_key(source.name, str(row.number), text)
+            return image_key(source.name, row, text)
         text = text if self.format == "jsonl" else text.replace("\\", "/")
         return os.path.normpath(os.path.join(source.folder, text))
 

@@ -148,13 +148,15 @@ class RowReader:
                 self.problems.append(Problem(*self.locations[example.id], what, fix))
             earlier_rows.add(key)
 
-    def build_dataset(self, open_image: Callable[[str], Image.Image], licence: str) -> Dataset:
-        """The dataset of all rows that were read; problems of whole files come first.
+    def build_dataset(
+        self, open_image: Callable[[str], Image.Image], licence: str, examples: Examples | None = None
+    ) -> Dataset:
+        """The dataset of all rows that were read, or of these; problems of whole files come first.
 
         Raises:
             InputError: there is no usable row.
         """
-        if not self.examples:
+        if not (self.examples if examples is None else examples):
             first = f" First problem: {self.problems[0]}" if self.problems else ""
             if any(problem.what == "image is missing" for problem in self.problems):
                 first += " To read the text without the images, add --text-only."
@@ -162,7 +164,7 @@ class RowReader:
         problems = sorted(self.problems, key=lambda problem: bool(problem.row))
         return Dataset(
             self.name,
-            Examples(self.examples),
+            Examples(self.examples) if examples is None else examples,
             open_image,
             problems,
             licence,

@@ -180,13 +180,13 @@ def _from_hub(root: Path) -> Path:
         ) from error
 
 
-def _stem(file: Path) -> str:
+def stem_of(file: Path) -> str:
     return Path(file.name.removesuffix(".gz")).stem
 
 
 def _split(file: Path) -> str:
     """The split that the name of a file begins with, else train; its folder does not count."""
-    return split_of_file(Path(_stem(file)))
+    return split_of_file(Path(stem_of(file)))
 
 
 def _delimited(delimiter: str | None) -> Callable[[Path, list[str]], list[Source]]:
@@ -194,7 +194,7 @@ def _delimited(delimiter: str | None) -> Callable[[Path, list[str]], list[Source
         columns, rows = delimited_rows(file, delimiter)
         _check_header(file, columns)
         filled = _without_blank(rows, file, notes)
-        return [Source(file.name, _stem(file), [c for c in columns if c], filled, _split(file))]
+        return [Source(file.name, stem_of(file), [c for c in columns if c], filled, _split(file))]
 
     return open_file
 
@@ -248,7 +248,7 @@ def _workbook(file: Path, notes: list[str]) -> list[Source]:
         columns = ["" if value is None else str(value).strip() for value in header]
         _check_header(file, columns)
         split = split_name(sheet.title) if split_name(sheet.title) in SPLITS else _split(file)
-        stem = f"{_stem(file)}-{sheet.title}" if len(sheets) > 1 else _stem(file)
+        stem = f"{stem_of(file)}-{sheet.title}" if len(sheets) > 1 else stem_of(file)
         name = f"{file.name} ({sheet.title})" if len(sheets) > 1 else file.name
         sources.append(Source(name, stem, [c for c in columns if c], _sheet_rows(columns, rows), split))
     return sources
@@ -280,15 +280,15 @@ def _plain(value: Any) -> Any:
 def _json_lines(file: Path, notes: list[str]) -> list[Source]:
     rows = (SourceRow(number, cells) for number, cells in json_lines(file))
     first = list(islice(rows, _PEEK_ROWS))
-    return [Source(file.name, _stem(file), _fields(first), chain(first, rows), _split_of_jsonl(file))]
+    return [Source(file.name, stem_of(file), _fields(first), chain(first, rows), split_of_jsonl(file))]
 
 
 def _fields(rows: Iterable[SourceRow]) -> list[str]:
     return list(dict.fromkeys(name for row in rows if isinstance(row.cells, dict) for name in row.cells))
 
 
-def _split_of_jsonl(file: Path) -> str:
-    name = split_name(_stem(file))
+def split_of_jsonl(file: Path) -> str:
+    name = split_name(stem_of(file))
     return name if name in SPLITS else "train"
 
 
@@ -312,7 +312,7 @@ def _json(file: Path, notes: list[str]) -> list[Source]:
         split = split_name(name) if split_name(name) in SPLITS else _split(file)
         numbered = [SourceRow(number, check_characters(cells)) for number, cells in enumerate(rows, start=1)]
         several = len(lists) > 1
-        stem, label = (f"{_stem(file)}-{name}", f"{file.name} ({name})") if several else (_stem(file), file.name)
+        stem, label = (f"{stem_of(file)}-{name}", f"{file.name} ({name})") if several else (stem_of(file), file.name)
         sources.append(Source(label, stem, _fields(numbered), numbered, split))
     return sources
 
@@ -325,7 +325,7 @@ def _parquet(file: Path, name: str) -> Source:
         columns = list(pq.read_schema(file).names)
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{file} is not a parquet file, or is damaged. Fetch it again.") from error
-    return Source(name, _stem(file), columns, parquet_rows(file), split_of_file(file))
+    return Source(name, stem_of(file), columns, parquet_rows(file), split_of_file(file))
 
 
 def _metadata(root: Path, file: Path, notes: list[str]) -> list[Source]:

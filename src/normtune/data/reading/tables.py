@@ -50,7 +50,12 @@ def json_lines(file: Path) -> Iterator[tuple[int, Any]]:
     Raises:
         InputError: the file cannot be read.
     """
-    for number, line in enumerate(file_bytes(file).removeprefix(_BYTE_ORDER_MARK).split(b"\n"), start=1):
+    yield from parse_json_lines(file_bytes(file).removeprefix(_BYTE_ORDER_MARK), 1)
+
+
+def parse_json_lines(data: bytes, first: int) -> Iterator[tuple[int, Any]]:
+    """Yield (line number, JSON value or `RowError`) for every line that is not blank; `first` is that of the first."""
+    for number, line in enumerate(data.split(b"\n"), start=first):
         if not line.strip():
             continue
         try:

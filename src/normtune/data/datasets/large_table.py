@@ -1,0 +1,363 @@
+"""Reads large JSONL and parquet files of rows in blocks of columns, into a memory-mapped table.
+
+`normtune.data.datasets.table` defines what a row means. This module applies the same functions to each distinct value
+of a column of a block, in place of each cell: the examples are the same. A block with a row that is not plain (an
+empty cell, an unknown kind, text that is not JSON ...) is read row by row with the functions of `table`, which list
+what is wrong. To read another format in blocks, add it to `_BLOCKS`: a function that yields a `_Block` for some
+100,000 rows; `column_texts` does the rest.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from normtune.data.datasets.table import Rows
+from normtune.data.examples import META, Examples, image_keys, mixed
+from normtune.data.formats import FORMATS
+from normtune.data.images.files import ImageFolder
+from normtune.data.reading.cells import clean_text, is_yes_no, language_tag, split_of_file
+from normtune.data.reading.columns import Columns, letters
+from normtune.data.reading.image_names import find_image_keys
+from normtune.data.reading.row_reader import find_image_folder, known_kind, missing_images
+from normtune.data.reading.sources import Source, SourceRow, check_characters, iter_rows, split_of_jsonl, stem_of
+from normtune.data.reading.tables import parse_json_lines
+from normtune.data.records import Dataset, Problem
+from normtune.data.row_table import SEPARATOR, RowTableWriter
+from normtune.data.split_names import split_name
+from normtune.errors import InputError
+
+LARGE_BYTES = 64 * 2**20  # smaller files are read row by row, as lists
+_BLOCK_BYTES = 8 * 2**20  # of a JSONL file
+_BLOCK_ROWS = 50_000  # of a parquet file
+_MAX_LISTED = 10_000  # repeated rows that are listed one by one; the others are counted
+_NUMBERS = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)
+_ERRORS = (
+    InputError,
+    pa.ArrowException,
+    KeyError,
+    TypeError,
+    ValueError,
+    OverflowError,
+    RecursionError,
+)  # a block that is not plain
+
+
+class NotPlain(Exception):
+    """The files must be read row by row."""
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some rows of a file."""
+
+    source: Source  # without its rows
+    first: int  # the number of the first row in messages
+    cells: Callable[[], pa.Table]
+    rows: Callable[[], Iterator[SourceRow]]  # the same rows one by one
+
+
+def is_large(root: Path, format: str) -> bool:
+    """Whether the files of a format are large, and this module can read them."""
+    if format not in _BLOCKS or not root.exists():
+        return False
+    return sum(file.stat().st_size for file in _files(root, format)) >= LARGE_BYTES
+
+
+def read_large(rows: Rows, root: Path, format: str, task: str, stated: Columns, image_root: Path | None) -> Dataset:
+    """Read files as `normtune.data.datasets.table.read` does.
+
+    Raises:
+        NotPlain: they must be read row by row.
+        InputError: (strict) a row is bad or its image is missing; or no row can be used.
+    """
+    with closing(RowTableWriter()) as writer:
+        reader = _BlockReader(rows, writer)
+        try:
+            for file in _files(root, format):
+                name = file.relative_to(root).as_posix() if root.is_dir() else file.name
+                for block in _BLOCKS[format](file, name):
+                    reader.add(block, stated, task)
+        except InputError as error:
+            raise InputError(f"{error} (Read as {format}: {FORMATS[format]}.)") from error
+        return reader.finish(image_root)
+
+
+class _BlockReader:
+    """Writes blocks to a table, and then checks what concerns all rows: ids, images, repeated rows."""
+
+    def __init__(self, rows: Rows, writer: RowTableWriter) -> None:
+        self.rows, self.reader, self.writer = rows, rows.reader, writer
+        self.places: list[tuple[int, str, int | None]] = []  # first row of the table, file, its number there
+
+    def add(self, block: _Block, stated: Columns, task: str) -> None:
+        """Read one block."""
+        columns, is_report = self.rows.columns_of(block.source, stated, task)
+        if self.rows.identified:
+            raise NotPlain
+        try:
+            texts = column_texts(block, columns, self.rows, is_report, first_id=self.writer.rows)
+        except _ERRORS:
+            if self.rows.format == "parquet":  # its default ids number the rows of all files
+                raise NotPlain from None
+            self.places.append((self.writer.rows, block.source.name, None))
+            self.rows.add(replace(block.source, rows=block.rows()), stated, task)
+            self.writer.add_examples(self.reader.examples)
+            self.reader.examples = []
+            return
+        self.places.append((self.writer.rows, block.source.name, block.first))
+        self.writer.add(texts)
+
+    def finish(self, image_root: Path | None) -> Dataset:
+        """Check the rows and build the dataset; the steps are those of `table.Rows.finish`."""
+        examples = Examples(self.writer.finish())
+        reader, images = self.reader, self.rows.images
+        keys = image_keys(examples)
+        folder = image_root or find_image_folder(self.rows.base, self.rows.IMAGE_FOLDERS, keys)
+        images.folder = ImageFolder(folder)
+        if find_image_keys(folder, keys, None, False)[0]:  # volumes, or names without their ending
+            raise NotPlain
+        repeated_ids = _later_ones(examples.hashes("id"))
+        if len(repeated_ids) and self.rows.format != "jsonl":  # they get new ids
+            raise NotPlain
+        what, fix = "its id is used by an earlier row", "Give each row its own id."
+        bad = dict.fromkeys(repeated_ids.tolist(), (what, what, fix))
+        missing = missing_images(folder, keys)
+        if missing and (self.rows.format == "parquet" or reader.text_only):
+            raise NotPlain  # listed by file
+        for row in np.flatnonzero(examples.flags("images", lambda of_row: not missing.isdisjoint(of_row))).tolist():
+            name = next(name for name in examples[row].images if name in missing)
+            what = f"image '{name}' is missing"
+            bad.setdefault(row, ("image is missing", what, f"Paths are relative to {folder}."))
+        for row, (reason, what, fix) in sorted(bad.items()):
+            self.rows.errors.append(Problem(*self._place(examples, row), what, fix))
+            reader.skip(examples[row], reason)
+        reader.report_bad_rows(self.rows.errors, "line" if self.rows.format == "jsonl" else "row", self.rows.strict)
+        usable = np.ones(len(examples), np.bool_)
+        usable[list(bad)] = False
+        self._list_repeats(examples, np.flatnonzero(usable))
+        return reader.build_dataset(images, self.rows.licence, examples.where(usable))
+
+    def _list_repeats(self, examples: Examples, usable: NDArray[np.int64]) -> None:
+        """List each row with the same image, question and answer as an earlier row of its split."""
+        columns = [examples.hashes(column) for column in ("question", "answer")]
+        columns += [examples.codes(column)[0] for column in ("split", "images")]
+        repeats = usable[_later_ones(mixed(*columns)[usable])].tolist()
+        what = "same image, question and answer as an earlier row"
+        fix = "Kept, as in published counts. Remove the row if it should count once."
+        for row in repeats[:_MAX_LISTED]:
+            self.reader.problems.append(Problem(*self._place(examples, row), what, fix))
+        if len(repeats) > _MAX_LISTED:
+            more = f"{what}: {len(repeats) - _MAX_LISTED} rows more"
+            self.reader.problems.append(Problem(self._place(examples, repeats[_MAX_LISTED])[0], "", more, fix))
+
+    def _place(self, examples: Examples, row: int) -> tuple[str, str]:
+        """(file, row) of a row of the table, for messages."""
+        start, file, first = self.places[bisect_right(self.places, row, key=lambda place: place[0]) - 1]
+        if first is None:
+            return self.reader.locations[examples[row].id]
+        return file, str(first + row - start)
+
+
+def column_texts(block: _Block, columns: Columns, rows: Rows, is_report: bool, first_id: int) -> dict[str, pa.Array]:
+    """The columns of a block as `RowTableWriter.add` takes them; the same texts as `Rows.read_row` makes of the cells.
+
+    Args:
+        is_report: whether all rows are reports.
+        first_id: the number of the first row, in parquet files without ids.
+
+    Raises:
+        One of `_ERRORS`: a row needs more than this.
+    """
+    cells = block.cells()
+    count, source, format = cells.num_rows, block.source, rows.format
+    of_role = {role: names[0] for role, names in columns.items()}
+    if any(len(names) > 1 for names in columns.values()):
+        raise KeyError("several columns of one role are joined row by row")
+
+    def column(role: str) -> pa.Array | None:
+        name = of_role.get(role, role)
+        return _combined(cells.column(name)) if name in cells.column_names else None
+
+    def text(value: Any, lines: bool = False) -> str:
+        if type(value) is str and value.isprintable() and value == value.strip():
+            return value  # as `clean_text` would, for most texts
+        return clean_text(value, lines=lines)[0]
+
+    def needed(role: str) -> pa.Array:
+        array = column(role)
+        if array is None or not _holds_texts(array):
+            raise KeyError(role)
+        return _filled(mapped(array, lambda value: text(value, lines=True)))
+
+    def optional(role: str, function: Callable[[str], str]) -> pa.Array:
+        """`function` of the texts; null where the cell is empty."""
+        array = column(role)
+        if array is None or pa.types.is_null(array.type):
+            return pa.nulls(count, pa.string())
+        if not _holds_texts(array):
+            raise KeyError(role)
+        return mapped(array, lambda value: function(text(value)) if text(value) else None)
+
+    answer = needed("answer")
+    question = column("question")
+    question = pa.repeat(pa.scalar(""), count) if is_report and question is None else needed("question")
+    by_answer = mapped(answer, lambda value: "report" if is_report else "closed" if is_yes_no(value) else "open")
+    lenient = format == "parquet" or letters(of_role.get("kind", "kind")) == "answertype"
+    kind = optional("kind", _stated_kind if lenient else lambda word: known_kind(word.lower()))
+    split = pc.coalesce(optional("split", split_name), pa.scalar(source.split))
+    numbers = pa.array(np.arange(block.first, block.first + count)).cast(pa.string())
+    id = optional("id", str)
+    if format == "parquet":
+        numbers = pa.array(np.arange(first_id, first_id + count)).cast(pa.string())
+        id = pc.coalesce(id, pc.binary_join_element_wise(split, numbers, "-"))
+        id = pc.binary_join_element_wise(pa.scalar(rows.reader.name), id, "-")
+    else:
+        id = pc.coalesce(id, pc.binary_join_element_wise(pa.scalar(source.stem), numbers, "-"))
+    texts = {"id": id, "images": _images(column("image"), source, rows), "question": question, "answer": answer}
+    texts |= {"kind": pc.coalesce(kind, by_answer), "split": split}
+    roles = {name: role for role, name in of_role.items()}
+    for name in cells.column_names:
+        role, array = roles.get(name), _combined(cells.column(name))
+        if role not in ("image", "question", "answer", "id", "kind", "split") and _holds_texts(array):
+            key = {"patient": "patient_id"}.get(role, role) if role else name
+            make = language_tag if key == "language" else str
+            texts[META + key] = mapped(array, lambda value, make=make: _meta_text(value, make))
+    return texts
+
+
+def mapped(array: pa.Array, function: Callable[[Any], str | None]) -> pa.Array:
+    """`function` of each value, called once for each distinct one; null stays null."""
+    encoded = array.dictionary_encode()
+    values = encoded.dictionary.to_pylist()
+    texts = list(map(function, values))
+    return array if texts == values else pa.array(texts, pa.string()).take(encoded.indices)
+
+
+def _meta_text(value: Any, make: Callable[[str], str]) -> str | None:
+    """As `Rows` makes fields of `meta`: empty texts and NaN are left out."""
+    return None if value == "" or value != value else make(str(value))
+
+
+def _stated_kind(word: str) -> str:
+    if word.upper() not in ("OPEN", "CLOSED"):
+        raise ValueError(word)
+    return word.lower()
+
+
+def _images(array: pa.Array | None, source: Source, rows: Rows) -> pa.Array:
+    """The keys of each row, joined."""
+
+    def key(value: Any) -> str:
+        return rows.path_key(source, "0", value, 1)
+
+    if array is not None and pa.types.is_string(array.type):
+        return _filled(mapped(array, key))
+    if array is None or not pa.types.is_list(array.type) or rows.format != "jsonl":
+        raise NotPlain  # images inside the file
+    if array.null_count or (pc.list_value_length(array).to_numpy() == 0).any():
+        raise KeyError("image")
+    keys = pa.ListArray.from_arrays(array.offsets, _filled(mapped(array.values, key)))
+    return pc.binary_join(keys, SEPARATOR)
+
+
+def _filled(array: pa.Array) -> pa.Array:
+    if array.null_count or pc.any(pc.equal(array, "")).as_py():
+        raise ValueError("an empty cell")
+    return array
+
+
+def _holds_texts(array: pa.Array) -> bool:
+    return pa.types.is_string(array.type) or any(is_number(array.type) for is_number in _NUMBERS)
+
+
+def _combined(column: pa.ChunkedArray) -> pa.Array:
+    column = column.cast(pa.string()) if pa.types.is_large_string(column.type) else column
+    combined = column.combine_chunks()
+    return combined if isinstance(combined, pa.Array) else pa.concat_arrays(combined.chunks)
+
+
+def _later_ones(hashes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The rows with the hash of an earlier row, in order."""
+    order = np.argsort(hashes, kind="stable")
+    equal = hashes[order[1:]] == hashes[order[:-1]]
+    return np.sort(order[1:][equal])
+
+
+def _files(root: Path, format: str) -> list[Path]:
+    if root.is_file():
+        return [root]
+    files = root.rglob("*.parquet") if format == "parquet" else root.glob("*.jsonl")
+    return sorted(file for file in files if file.is_file())
+
+
+def _jsonl_blocks(file: Path, name: str) -> Iterator[_Block]:
+    number, source = 1, Source(file.name, stem_of(file), [], (), split_of_jsonl(file))
+    with file.open("rb") as lines:
+        while data := lines.read(_BLOCK_BYTES) + lines.readline():
+            if number == 1:
+                data = data.removeprefix(b"\xef\xbb\xbf")
+            if not source.columns:
+                fields = (cells for _, cells in parse_json_lines(data, 1) if isinstance(cells, dict))
+                first = [cells for cells, _ in zip(fields, range(1000), strict=False)]
+                source = replace(source, columns=list(dict.fromkeys(field for cells in first for field in cells)))
+
+            def rows(data: bytes = data, number: int = number) -> Iterator[SourceRow]:
+                return (SourceRow(line, cells) for line, cells in parse_json_lines(data, number))
+
+            count = data.count(b"\n") + (not data.endswith(b"\n"))
+            yield _Block(source, number, lambda data=data: _json_table(data), rows)
+            number += count
+
+
+def _json_table(data: bytes) -> pa.Table:
+    """The columns of some lines. (pyarrow's own JSON reader ends the process on some damaged files.)
+
+    Raises:
+        ValueError, TypeError: some lines are blank, are not JSON or hold no object, or a column has several types.
+    """
+    lines = data.removesuffix(b"\n").decode("utf-8").split("\n")
+    rows = list(map(json.JSONDecoder().decode, lines))
+    if not all(type(row) is dict for row in rows):
+        raise TypeError("a line is not a JSON object")
+    columns = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [row.get(name) for row in rows]
+        types = {*map(type, values)} - {type(None)}
+        if len(types) > 1:
+            raise TypeError(name)
+        if dict not in types:
+            columns[name] = pa.array(values)
+    return pa.table(columns)
+
+
+def _parquet_blocks(file: Path, name: str) -> Iterator[_Block]:
+    try:
+        with pq.ParquetFile(file) as parquet:
+            source = Source(name, stem_of(file), list(parquet.schema_arrow.names), (), split_of_file(file))
+            number = 0
+            for batch in parquet.iter_batches(_BLOCK_ROWS):
+                table = pa.Table.from_batches([batch])
+
+                def rows(table: pa.Table = table, number: int = number) -> Iterator[SourceRow]:
+                    cells = enumerate(iter_rows(table), start=number)
+                    return (SourceRow(row, check_characters(of_row)) for row, of_row in cells)
+
+                yield _Block(source, number, lambda table=table: table, rows)
+                number += table.num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{file} is not a parquet file, or is damaged. Fetch it again.") from error
+
+
+_BLOCKS: dict[str, Callable[[Path, str], Iterator[_Block]]] = {"jsonl": _jsonl_blocks, "parquet": _parquet_blocks}
