@@ -46,7 +46,7 @@ COLUMNS = (  # heading, the beginning of a metric's name, and the factor that it
     ("BLEU-1", "bleu_1/none", 100),
     ("BLEU-4", "bleu_4/none", 100),
     ("ROUGE-L", "rouge_l/none", 100),
-    ("METEOR", "meteor_", 100),
+    ("METEOR (nltk)", "meteor_", 100),
     ("CIDEr-D", "cider_d/none", 1),
     ("findings F1", "findings_rules_f1_micro_14", 100),
 )

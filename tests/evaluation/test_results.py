@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from normtune.data.records import Example, Kind, Prediction
 from normtune.errors import InputError
-from normtune.evaluation.results import read_evaluation, split_hash
+from normtune.evaluation.results import Predictions, read_evaluation, split_hash
+from normtune.evaluation.score_files import score_files
 from normtune.metrics.answers import score_vqa
+from normtune.metrics.statistics import mean_interval
 from tests.support.evaluation_runs import write_run
 
 
@@ -69,3 +73,17 @@ def test_no_temporary_file_remains(tmp_path: Path) -> None:
     names = {path.name for path in write(tmp_path, {0}).iterdir()}
     assert names == {"predictions.jsonl", "manifest.json", "metrics.json"}
     assert json.loads((tmp_path / "metrics.json").read_text())["intervals"].startswith("95%")
+
+
+def test_patients_are_clusters_after_reading_too(tmp_path: Path) -> None:
+    examples = [Example(str(n), (f"i{n}",), "?", "yes", "closed", "test", {"patient": f"p{n // 2}"}) for n in range(4)]
+    rows = Predictions(examples, [Prediction(str(n), "yes") for n in range(4)]).rows()
+    assert [row["patient"] for row in rows] == ["i0", "i0", "i2", "i2"]
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    expected = mean_interval(*(np.full(2, 2.0),) * 3)
+    result = score_files(path, path)
+    assert result["metrics"]["global_exact"]["low"] == expected.low and result["images"] == 4
+    unnamed = [replace(example, meta={}) for example in examples]
+    without = Predictions(unnamed, [Prediction(str(n), "") for n in range(4)])
+    assert "patient" not in without.rows()[0]

@@ -29,7 +29,7 @@ def test_reports_show_the_available_meteor_and_cider_from_0_to_10() -> None:
     metrics = {"bleu_1/none": 0.4, "bleu_4/none": 0.1, "rouge_l/none": 0.3, "cider_d/none": 1.5}
     metrics |= {"meteor_exact_stem/none": 0.2, "findings_rules_f1_micro_14": 0.5}
     lines = table_markdown([make_row("report-frozen", metrics)], REPORTS).splitlines()
-    assert lines[0].endswith("| BLEU-1 | BLEU-4 | ROUGE-L | METEOR | CIDEr-D | findings F1 |")
+    assert lines[0].endswith("| BLEU-1 | BLEU-4 | ROUGE-L | METEOR (nltk) | CIDEr-D | findings F1 |")
     assert lines[2].startswith("| frozen | 0 | 0 | 0 | – | 40.0 [20.0, 80.0] | 10.0 [5.0, 20.0] |")
     assert lines[2].endswith("| 20.0 [10.0, 40.0] | 1.50 [0.75, 3.00] | 50.0 [25.0, 100.0] |")
 

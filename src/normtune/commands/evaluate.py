@@ -25,6 +25,7 @@ def score(
     chexbert: Annotated[Path | None, typer.Option(help="Folder with chexbert.pth and vocab.txt.")] = None,
     bertscore: Annotated[Path | None, typer.Option(help="Folder of a model for BERTScore.")] = None,
     radgraph: Annotated[bool, typer.Option("--radgraph", help="Add RadGraph F1.")] = False,
+    meteor15: Annotated[Path | None, typer.Option(help="Path of meteor-1.5.jar, for METEOR 1.5; needs Java.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")] = None,
     json: Json = False,
 ) -> None:
@@ -42,6 +43,7 @@ def score(
         chexbert=chexbert,
         bertscore=bertscore,
         radgraph=radgraph,
+        meteor15=meteor15,
         out=out,
     )
     emit(json, scores, score_text(scores))

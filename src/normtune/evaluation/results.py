@@ -13,6 +13,7 @@ from normtune.adapters.info import NOTICE
 from normtune.adapters.training_rows import Overlap
 from normtune.data.examples import Examples
 from normtune.data.records import Dataset, Example, Prediction, Split
+from normtune.data.splits import group_columns, patient_of_image
 from normtune.errors import InputError
 from normtune.evaluation.config import CONTROLS
 from normtune.evaluation.image_reliance import reliance_text
@@ -48,7 +49,12 @@ class Predictions(list[Prediction]):
         super().__init__(by_id[example.id] for example in self.examples)
 
     def rows(self) -> Rows:
-        """Return one dict for each example, as in `predictions.jsonl`."""
+        """Return one dict for each example, as in `predictions.jsonl`.
+
+        Where the data name patients, `patient` is the first image of the row's patient: rows with the same one are a
+        cluster of the intervals.
+        """
+        patients = patient_of_image(self.examples) if group_columns(self.examples) else {}
         return Rows(
             {
                 "id": example.id,
@@ -61,6 +67,7 @@ class Predictions(list[Prediction]):
                 "finish_reason": prediction.finish_reason,
                 "strata": strata_of(example),
             }
+            | ({"patient": patients[example.images[0]]} if patients and example.images else {})
             for example, prediction in zip(self.examples, self, strict=True)
         )
 
@@ -229,7 +236,8 @@ def read_evaluation(directory: Path | str) -> Evaluation:
         try:
             row = json.loads(line)
             fields = row["question"], row["reference"], row["kind"]
-            examples.append(Example(row["id"], tuple(row["images"]), *fields, "", row.get("strata", {})))
+            meta = row.get("strata", {}) | ({"patient": row["patient"]} if "patient" in row else {})
+            examples.append(Example(row["id"], tuple(row["images"]), *fields, "", meta))
             predictions.append(Prediction(row["id"], row["prediction"], row.get("score"), row.get("finish_reason")))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise InputError(f"{path}, line {number}: not a prediction row. Evaluate again.") from error

@@ -36,6 +36,7 @@ class Row:
     text: str
     images: tuple[str, ...]
     kind: Kind | None
+    patient: str | None
 
 
 def score_files(
@@ -47,6 +48,7 @@ def score_files(
     chexbert: Path | None = None,
     bertscore: Path | None = None,
     radgraph: bool = False,
+    meteor15: Path | None = None,
     out: Path | None = None,
 ) -> dict[str, Any]:
     """Score a file of predictions against a file of references. Rows are joined by id, in any order.
@@ -62,6 +64,7 @@ def score_files(
         chexbert: folder of CheXbert's weights, for its label F1 of reports.
         bertscore: folder of a model, for BERTScore of reports.
         radgraph: adds RadGraph F1 of reports.
+        meteor15: the path of `meteor-1.5.jar`, for METEOR 1.5 of reports.
         out: a file to write the result to as JSON.
 
     Returns:
@@ -82,15 +85,23 @@ def score_files(
     task = task or _infer_task(reference_rows)
     examples = [
         # A row without images is a cluster of its own.
-        Example(id, row.images or (f"row {id}",), "", row.text, _kind(row, task), "")
+        Example(
+            id,
+            row.images or (f"row {id}",),
+            "",
+            row.text,
+            _kind(row, task),
+            "",
+            {} if row.patient is None else {"patient": row.patient},
+        )
         for id, row in reference_rows.items()
     ]
     texts = {id: row.text for id, row in prediction_rows.items()}
     extra: dict[str, Any]
     if task == "vqa":
-        if chexbert or bertscore or radgraph:
+        if chexbert or bertscore or radgraph or meteor15:
             raise InputError(
-                "CheXbert, BERTScore and RadGraph score reports. Remove their options, or set --task report."
+                "CheXbert, BERTScore, RadGraph and METEOR score reports. Remove their options, or set --task report."
             )
         used = tuple(normalisations or ("vqa",))
         if len(used) > 1:
@@ -101,7 +112,7 @@ def score_files(
         used = tuple(normalisations or ("none", "r2gen-iu"))
         pairs = {example.id: (texts[example.id], example.answer) for example in examples}
         clinical_metrics, findings = clinical_table(pairs, chexbert=chexbert, radgraph=radgraph)
-        table = report_table(pairs, normalisations=used, bertscore=bertscore)
+        table = report_table(pairs, normalisations=used, bertscore=bertscore, meteor15=meteor15)
         metrics = summarise_reports({**table, **clinical_metrics}, examples)
         extra = {"findings": findings}
     result = {
@@ -210,7 +221,9 @@ def _parse_row(line: bytes, number: int, fields: Sequence[str]) -> tuple[str, Ro
         raise InputError(f"field '{field}' is {_json_type(text)}, not text. Write it as text.")
     if fields is _REFERENCE and not text.strip():
         raise InputError(f"field '{field}' is empty. Fill it in, or remove the row from both files.")
-    return str(id), Row(number, text, _parse_images(cells), _parse_kind(cells))
+    patient = cells.get("patient")
+    patient = None if patient is None else str(patient)
+    return str(id), Row(number, text, _parse_images(cells), _parse_kind(cells), patient)
 
 
 def _json_type(value: object) -> str:

@@ -9,6 +9,7 @@ name                   score
 `rouge_l_f1`           rouge-score's rougeL F1 without stemming, mean over rows
 `meteor_nltk`          nltk's METEOR with WordNet, if nltk finds `corpora/wordnet` in its data
 `meteor_exact_stem`    otherwise: nltk's METEOR with exact and stem matches only, a lower score
+`meteor15`             METEOR 1.5, if its Java program is given: what papers call "METEOR"
 `cider_d`              CIDEr-D, 0 to 10: what coco-caption and most papers print as "CIDEr"
 `cider`                CIDEr as first defined, without clipping and length penalty, 0 to 10
 `bertscore_f1`         BERTScore's F1, if a local model is given
@@ -27,7 +28,7 @@ Each metric is computed after a named normalisation of both texts; its full name
 
 Each Chinese character is a word under every normalisation, as these texts have no blanks.
 
-coco-caption's METEOR 1.5 differs from nltk's METEOR, needs Java, and is not computed here.
+nltk's METEOR is another metric than METEOR 1.5 (`normtune.metrics.meteor`), with far higher scores.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def normalisations_for(dataset: str) -> tuple[str, str]:
 
 
 def report_metrics(
-    texts: Texts, *, normalisation: str = "none", bertscore: Path | str | None = None
+    texts: Texts, *, normalisation: str = "none", bertscore: Path | str | None = None, meteor15: Path | None = None
 ) -> dict[str, SumMetric]:
     """Build every metric of the table above, as statistics of its rows that can be summed and paired.
 
@@ -103,6 +104,7 @@ def report_metrics(
         texts: row id -> (prediction, reference).
         normalisation: applied to both texts.
         bertscore: local directory of the model for BERTScore; None omits BERTScore.
+        meteor15: the path of `meteor-1.5.jar`; None omits METEOR 1.5.
 
     Returns:
         Metric name without the normalisation -> metric.
@@ -127,6 +129,10 @@ def report_metrics(
     metrics["rouge_l_f1"] = mean_metric(_rouge_score(normalised))
     name, meteor = _load_meteor()
     metrics[name] = mean_metric({id: meteor(*pair) for id, pair in words.items()})
+    if meteor15 is not None:
+        from normtune.metrics import meteor as meteor_program
+
+        metrics["meteor15"] = meteor_program.meteor15(words, meteor15)
     for name, variant_d in (("cider_d", True), ("cider", False)):
         scores = cider(list(words.values()), variant_d=variant_d)
         metrics[name] = mean_metric(dict(zip(words, scores, strict=True)))
@@ -217,6 +223,7 @@ def report_table(
     normalisations: Sequence[str] = ("none", "r2gen-iu"),
     findings: bool = True,
     bertscore: Path | str | None = None,
+    meteor15: Path | None = None,
 ) -> dict[str, SumMetric]:
     """Build every metric under every normalisation as `NAME/NORMALISATION`, and `findings_rules` label F1.
 
@@ -225,13 +232,14 @@ def report_table(
         normalisations: names of `NORMALISATIONS`.
         findings: includes the label F1 of `findings_rules`.
         bertscore: local directory of the model for BERTScore; None omits BERTScore.
+        meteor15: the path of `meteor-1.5.jar`; None omits METEOR 1.5.
 
     Raises:
         InputError: as `report_metrics`.
     """
     table = {}
     for normalisation in normalisations:
-        metrics = report_metrics(texts, normalisation=normalisation, bertscore=bertscore)
+        metrics = report_metrics(texts, normalisation=normalisation, bertscore=bertscore, meteor15=meteor15)
         table.update({f"{name}/{normalisation}": metric for name, metric in metrics.items()})
     if findings:
         from normtune.metrics.clinical import rules_metrics

@@ -69,7 +69,7 @@ REPORTS = DemoTask(
         ("BLEU-1", "bleu_1/none", 100),
         ("BLEU-4", "bleu_4/none", 100),
         ("ROUGE-L", "rouge_l/none", 100),
-        ("METEOR", "meteor_", 100),  # the variant with WordNet if it is installed, else without
+        ("METEOR (nltk)", "meteor_", 100),  # the variant with WordNet if it is installed, else without
         ("CIDEr-D", "cider_d/none", 1),
         ("findings F1", "findings_rules_f1_micro_14", 100),
     ),
