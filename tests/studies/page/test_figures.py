@@ -102,6 +102,9 @@ def test_forgetting_is_the_mean_of_the_seeds(study: Results) -> None:
     lost = [r["forgotten"] for r in study.tables["forgetting"] if r["key"] in keys and r["metric"] == "global_exact"]
     assert len(lost) == 3
     assert panel.rows[0][0] == "ln" and panel.rows[0][1].startswith(f"{100 * sum(lost) / 3:+.1f} [")
+    two_seeds = Results(fake_results(recipes=["ln"], seeds=2, losses=2))
+    estimate = figures.forgetting_estimate(two_seeds, two_seeds.arms(METHODS)[0], "phantom-a")
+    assert estimate is not None and estimate.low == estimate.value == estimate.high and estimate.seeds == 2
 
 
 def test_a_heat_map_has_a_cell_for_each_norm(study: Results) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from normtune.studies.page.results import Results
-from normtune.studies.page.tables import Table, models_table, setting_table, shorten_methods
+from normtune.studies.page.tables import Table, describe_parts, models_table, setting_table
 from tests.support.study_results import fake_results
 
 
@@ -57,9 +57,8 @@ def test_the_models_table_needs_several_models(results: dict[str, Any]) -> None:
     assert models_table(Results(small)) is None
 
 
-def test_methods_are_shortened_to_their_size() -> None:
-    assert shorten_methods("lora(r=4,alpha=32,dropout=0.1)[2:]+ln") == "lora r=4 [2:] + ln"
-    assert shorten_methods("lora(alpha=32)") == "lora r=8"
-    assert shorten_methods("prefix(n=4)") == "prefix n=4"
-    assert shorten_methods("full") == "full"
-    assert shorten_methods("ln(bias=0)+ffn") == "ln gains + ffn"
+def test_methods_are_grouped_by_part() -> None:
+    assert describe_parts({"vision": "ln", "language": "ln"}) == "ln"
+    assert describe_parts({"vision": "frozen", "language": "lora(r=4,alpha=32)[2:]+ln"}) == "lora[2:]+ln: language"
+    assert describe_parts({"vision": "ln", "language": "prefix(n=4)"}) == "ln: vision; prefix: language"
+    assert describe_parts({"vision": "frozen"}) == "nothing"

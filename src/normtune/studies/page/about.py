@@ -6,13 +6,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from normtune.adapters.info import NOTICE
+from normtune.metrics.statistics import MIN_SEEDS
 from normtune.runtime.files import read_json
 from normtune.runtime.number_format import format_bytes, format_duration, join_names
 from normtune.studies.page.results import Record, Results, distinct_values
 from normtune.studies.page.tables import Cell, Table, text_cells
 
 MIN_IMAGES = 20  # below this, a warning
-MIN_SEEDS, RECOMMENDED_SEEDS = 3, 5
+RECOMMENDED_SEEDS = 5
 
 
 def warnings(study: Results) -> list[str]:

@@ -12,7 +12,7 @@ from functools import partial
 
 from markupsafe import Markup
 
-from normtune.metrics.statistics import mean_over_seeds
+from normtune.metrics.statistics import MIN_SEEDS, mean_over_seeds
 from normtune.runtime.number_format import (
     format_bytes,
     format_duration,
@@ -253,7 +253,10 @@ def forgetting(results: Results, setting: Setting) -> Iterator[Panel]:
         axis = Axis(f"points lost on {dataset}, {metric_name(metric)}", _times_100, from_zero=True, min_span=0.02)
         level = Level("nothing forgotten", 0.0, 0.0, 0.0)
         chart = charts.draw_dot_rows(f"{axis.title}: {setting.description}", rows, axis, level)
-        text = "The frozen base's score on its own task minus the trained model's: farther right, more lost."
+        text = (
+            "The frozen base's score on its own task minus the trained model's: farther right, more lost. Intervals "
+            f"are over seeds, from {MIN_SEEDS} on."
+        )
         counts = results.counts(dataset, results.full_data_arms(setting))
         yield Panel("Forgetting", counts, chart, text, ("recipe", axis.title, "seeds"), tuple(table))
 
@@ -266,10 +269,11 @@ def forgetting_estimate(results: Results, arm: Arm, dataset: str) -> Estimate | 
         for row in results.tables["forgetting"]
         if row["key"] in keys and row["dataset"] == dataset and row["metric"] == metric
     ]
-    if len(values) < 2:  # a single value is its own interval
-        return Estimate(values[0], values[0], values[0], 1) if values else None
-    mean = mean_over_seeds(values)
-    return Estimate(mean.value, mean.low, mean.high, len(values))
+    if len(values) < MIN_SEEDS:  # an interval over two seeds would span the whole scale
+        mean = math.fsum(values) / len(values) if values else 0.0
+        return Estimate(mean, mean, mean, len(values)) if values else None
+    interval = mean_over_seeds(values)
+    return Estimate(interval.value, interval.low, interval.high, len(values))
 
 
 def base_level(results: Results, model: str, dataset: str) -> Level | None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from normtune.methods.registry import METHODS
 from normtune.runtime.number_format import (
     NONE,
     format_bytes,
@@ -36,10 +35,8 @@ MARKS = {
     True: ("▲", "▼"),
     False: ("△", "▽"),
 }  # of scores above and below the reference: of recipes, and of trained models only
+_OPTIONS = re.compile(r"\([^)]*\)")  # of a method, such as (r=4,alpha=32)
 Column = tuple[str, str]  # data set, metric
-# A method with its options and layers, such as `lora(r=4,alpha=32)[2:]`; and the + between two methods.
-_ONE_METHOD = re.compile(r"([a-z0-9]+)(?:\(([^)]*)\))?(\[[^]]*\])?")
-_BETWEEN_METHODS = re.compile(r"\+(?![^(]*\))")
 
 
 @dataclass(frozen=True)
@@ -215,32 +212,14 @@ def _score_cell(metric: str, score: Estimate | None, best: bool, test: Record | 
 
 
 def describe_parts(parts: Mapping[str, str]) -> str:
-    """What a recipe trains: `ln` if it is the same in all parts, else `ln: encoder, decoder`."""
+    """What a recipe trains, without options: `ln` if it is the same in all parts, else `ln: encoder, decoder`."""
     parts_of: dict[str, list[str]] = {}
     for part, text in parts.items():
         if text not in ("", FROZEN):
-            parts_of.setdefault(shorten_methods(text), []).append(part)
+            parts_of.setdefault(_OPTIONS.sub("", text), []).append(part)
     if len(parts_of) == 1 and len(*parts_of.values()) == len(parts):
         return next(iter(parts_of))
     return "; ".join(f"{methods}: {', '.join(trained)}" for methods, trained in parts_of.items()) or "nothing"
-
-
-def shorten_methods(text: str) -> str:
-    """`lora(r=4,alpha=32)[2:]+ln` as `lora r=4 [2:] + ln`: only the size option of each method."""
-    return " + ".join(_ONE_METHOD.sub(_shorten_method, method) for method in _BETWEEN_METHODS.split(text))
-
-
-def _shorten_method(match: re.Match[str]) -> str:
-    """One matched method with its size option and its layers."""
-    name, options, layers = match.groups()
-    size = next((option for option in ("r", "n", "width") if option in METHODS.get(name, {})), None)
-    set_options = dict(pair.split("=", 1) for pair in (options or "").split(",") if "=" in pair)
-    words = [name]
-    if size is not None and (name == "lora" or size in set_options):
-        words.append(f"{size}={set_options.get(size, METHODS[name][size])}")
-    if name == "ln" and set_options:  # gains only, or biases only
-        words.append("biases" if set_options.get("gain") == "0" else "gains")
-    return " ".join([*words, *([layers] if layers else [])])
 
 
 def _forgotten_cell(results: Results, arm: Arm, home: str) -> Cell:
@@ -248,7 +227,7 @@ def _forgotten_cell(results: Results, arm: Arm, home: str) -> Cell:
     loss = forgetting_estimate(results, arm, home)
     if loss is None:
         return Cell(NONE, "number")
-    ends = f"{format_points(loss.low)} to {format_points(loss.high)}" if loss.seeds > 1 else ""
+    ends = f"{format_points(loss.low)} to {format_points(loss.high)}" if loss.low < loss.high else ""
     return Cell(format_points(loss.value), "number", ends=ends)
 
 
