@@ -85,13 +85,21 @@ def test_two_adapters_answer_a_question_about_an_image(
     assert browser.evaluate("getComputedStyle(document.querySelector('.notice')).display") != "none"
     assert "Research use, not for diagnosis" in browser.evaluate("document.querySelector('.notice').innerText")
     choose(browser, picture)
-    browser.evaluate("document.querySelector('[value=brain]').click()")
+    assert browser.evaluate("[...document.querySelectorAll('[name=model]:checked')].map((box) => box.value)") == [
+        "nano"
+    ]
+    for model in ("nano", "chest", "brain"):  # the base is the default; the test asks two adapters instead
+        browser.evaluate(f"document.querySelector('[value={model}]').click()")
     browser.evaluate("document.getElementById('question').focus()")
     browser.call("Input.insertText", text="Is any disease shown?")
     press(browser, "Enter")
     until(browser, "document.querySelectorAll('.asked .facts span').length === 2")
     texts = browser.evaluate("[...document.querySelectorAll('.asked .text')].map((one) => one.innerText)")
     assert texts == [f"{who} sees 96x96: Is any disease shown?" for who in ("chest", "brain")]
+    top = browser.evaluate("document.querySelector('.asked').getBoundingClientRect().top")
+    assert 0 <= top < 900, "the answer is off the screen"
+    assert browser.evaluate("document.querySelectorAll('.copy').length") == 2
+    assert not browser.evaluate("document.getElementById('export').hidden")
     assert "confidence 78%" in browser.evaluate("document.querySelector('.facts').innerText")
     until(browser, "document.querySelector('.asked > p').innerText === 'The two answers differ.'")
     browser.evaluate("document.getElementById('report').click()")
@@ -109,6 +117,15 @@ def test_two_adapters_answer_a_question_about_an_image(
     )
     assert small == 0, "controls are too small for a finger"
     browser.screenshot(tmp_path / "page.png")
+
+
+def test_a_model_names_its_recipe_and_its_data_and_an_example_is_one_click_away(browser: Browser, url: str) -> None:
+    show(browser, url, 390)
+    labels = browser.evaluate("[...document.querySelectorAll('.models label')].map((label) => label.innerText)")
+    assert any("trained on" in label for label in labels) and any("without an adapter" in label for label in labels)
+    browser.evaluate("document.getElementById('example').click()")
+    until(browser, "!document.getElementById('canvas').hidden")
+    assert browser.evaluate("document.getElementById('example').hidden")
 
 
 GREY = """(() => {

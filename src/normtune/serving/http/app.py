@@ -52,6 +52,7 @@ _FILES = {
     "/page.css": ("page.css", "text/css"),
     "/page.js": ("page.js", "text/javascript"),
     "/viewer.js": ("viewer.js", "text/javascript"),
+    "/example.png": ("example.png", "image/png"),
 }
 
 

@@ -4,6 +4,7 @@ import { Viewer } from "./viewer.js";
 const $ = (id) => document.getElementById(id);
 const viewer = new Viewer($("canvas"), $("zoom"), $("window"), $("level"));
 const views = []; // the study's images in their order: {id, bitmap, size}, where size is a text
+const given = []; // the answers so far, for "Save all answers"
 let running = null; // AbortController of the requests in progress
 
 function make(name, attributes = {}, ...children) {
@@ -54,14 +55,15 @@ async function loadPage() {
 
 function showModels(models) {
   $("base").textContent = models.find((model) => model.kind === "base")?.id ?? "";
-  const adapters = models.filter((model) => model.kind === "adapter");
   $("models").replaceChildren(
     ...models.map((model) => {
       const box = make("input", { type: "checkbox", name: "model", value: model.id });
-      box.checked = model === (adapters[0] ?? models[0]);
-      const tag = model.kind === "base" ? "base" : model.data?.task === "report" ? "reports" : "";
-      const about = model.recipe ? `${model.recipe}, trained on ${model.data?.name ?? "unnamed data"}` : "";
-      return make("label", { title: about }, box, model.id, ...(tag ? [make("span", {}, tag)] : []));
+      box.checked = model.kind === "base";
+      const task = model.data?.task === "report" ? " (reports)" : "";
+      const about = model.recipe
+        ? `${model.recipe}, trained on ${model.data?.name ?? "unnamed data"}${task}`
+        : "the base without an adapter";
+      return make("label", {}, box, make("span", {}, make("strong", {}, model.id), about));
     }),
   );
   $("filter").hidden = models.length < 16;
@@ -127,6 +129,8 @@ function showViews() {
   const hasViews = views.length > 0;
   $("stage").classList.toggle("full", hasViews);
   for (const id of ["canvas", "controls", "display-note"]) $(id).hidden = !hasViews;
+  $("example").hidden = hasViews;
+  $("controls").open = matchMedia("(min-width: 40rem)").matches; // on a phone they would push the answer off the screen
   $("views").hidden = views.length < 2;
   $("views").replaceChildren(
     ...views.map((_, index) => {
@@ -151,6 +155,7 @@ $("file").addEventListener("change", () => {
   openImages([...$("file").files]);
   $("file").value = "";
 });
+$("example").addEventListener("click", async () => openImages([await (await call("example.png")).blob()]));
 $("another").addEventListener("click", () => $("file").click());
 $("reset").addEventListener("click", () => viewer.reset());
 for (const kind of ["dragenter", "dragover"]) {
@@ -188,6 +193,7 @@ async function ask(question) {
   showStatus("ask-status", models.length === 1 ? "Waiting for the answer…" : `Waiting for ${models.length} answers…`);
   const { block, cards } = answerBlock(question, models);
   $("answers").prepend(block);
+  block.scrollIntoView({ block: "nearest" });
   const answers = await Promise.all(models.map((model, i) => answer(model, question, cards[i], controller.signal)));
   const texts = answers.filter((text) => text !== null);
   block.querySelector("p").textContent = question === null ? "" : agreement(texts);
@@ -207,7 +213,13 @@ function answerBlock(question, models) {
   const cards = models.map((model) => {
     const text = make("p", { class: "text waiting" });
     const facts = make("p", { class: "facts" });
-    return { item: make("li", { class: "card" }, make("h4", {}, model), text, facts), text, facts };
+    const copy = make("button", { type: "button", class: "copy", "aria-label": `Copy the answer of ${model}` }, "Copy");
+    copy.hidden = !navigator.clipboard; // browsers offer it on https and localhost only
+    copy.addEventListener("click", async () => {
+      await navigator.clipboard.writeText(text.textContent);
+      copy.textContent = "Copied";
+    });
+    return { item: make("li", { class: "card" }, make("h4", {}, model), text, facts, copy), text, facts };
   });
   const list = make("ul", {}, ...cards.map((card) => card.item));
   const heading = make("h3", {}, question ?? "Report");
@@ -227,8 +239,12 @@ async function answer(model, question, card, signal) {
       if (event.error) throw new Error(event.error.message);
       text += event.choices[0]?.delta.content ?? "";
       card.text.textContent = text;
-      if (event.normtune) showFacts(card, event.normtune, event.choices[0].finish_reason);
+      if (event.normtune) {
+        showFacts(card, event.normtune, event.choices[0].finish_reason);
+        given.push({ model, question, answer: text, finish_reason: event.choices[0].finish_reason, ...event.normtune });
+      }
     }
+    $("export").hidden = given.length === 0;
     if (!text.trim()) card.text.textContent = "(empty answer)";
     return text;
   } catch (error) {
@@ -302,6 +318,11 @@ $("question").addEventListener("keydown", (event) => {
   }
 });
 $("report").addEventListener("click", () => ask(null));
+$("export").addEventListener("click", () => {
+  const url = URL.createObjectURL(new Blob([JSON.stringify(given, null, 2)], { type: "application/json" }));
+  make("a", { href: url, download: "answers.json" }).click();
+  URL.revokeObjectURL(url);
+});
 $("stop").addEventListener("click", () => running?.abort());
 
 loadPage();
