@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForVisualQuestionAnswering, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForVisualQuestionAnswering, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
@@ -263,6 +263,10 @@ class MissForQuestionAnswering(PreTrainedModel):
 
 
 def register() -> None:
-    """Register MISS with transformers' Auto classes."""
+    """Register MISS with transformers' Auto classes; importing this module does."""
     AutoConfig.register("miss", MissConfig, exist_ok=True)
+    AutoModel.register(MissConfig, MissForQuestionAnswering, exist_ok=True)
     AutoModelForVisualQuestionAnswering.register(MissConfig, MissForQuestionAnswering, exist_ok=True)
+
+
+register()
