@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 from collections.abc import Iterator
 from functools import partial
 from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
@@ -27,6 +31,7 @@ from tests.support.tiny_models import HYBRIDS, MORE, TINY, make_tiny
 from tests.support.tolerance import MODEL_TERMS, approx, assert_close, assert_gradients_close
 
 FAMILIES = (*TINY, *MORE)
+GOLDEN = Path(__file__).with_name("golden.json")
 # from GLM-4V's processor in transformers
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 PAIRS = [
@@ -139,6 +144,33 @@ def assert_same_gradients(result: dict[str, Tensor], expected: dict[str, Tensor]
     assert len(expected) > 30
     dtype = next(iter(expected.values())).dtype
     assert_gradients_close(result, expected, dtype=dtype, terms=CHUNK_TERMS if dtype == torch.float64 else MODEL_TERMS)
+
+
+def golden_values(family: CausalFamily) -> dict[str, Any]:
+    """Losses and first tokens by transformers alone, with weights that depend on the names of the parameters only."""
+    weights = family.model.state_dict()
+    saved = {name: value.clone() for name, value in weights.items()}
+    with torch.no_grad():
+        for name, parameter in family.model.named_parameters():
+            generator = torch.Generator().manual_seed(crc32(name.encode()))
+            drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            drawn = 1 + 0.1 * drawn if drawn.ndim < 2 else drawn * drawn[0].numel() ** -0.5
+            parameter.copy_(drawn)
+        losses = [round(float(plain_loss(family, i)), 4) for i in (0, 3)]
+        tokens = [list(transformers_answer(family, i, beams=1)[0]) for i in (0, 3)]
+        for name, value in saved.items():
+            weights[name].copy_(value)
+    return {"losses": losses, "tokens": tokens}
+
+
+def test_transformers_computes_what_it_did(family: CausalFamily, request: pytest.FixtureRequest) -> None:
+    """If it fails after an upgrade of transformers, the model of a family has changed there: find out what, then run
+    `python -m tests.models.families.test_families`, which writes new values."""
+    (name,) = (name for name in FAMILIES if request.node.callspec.params["family"] == name)
+    golden = json.loads(GOLDEN.read_text())[name]
+    values = golden_values(family)
+    assert values["tokens"] == golden["tokens"]
+    assert values["losses"] == approx(golden["losses"], dtype=torch.float16, terms=1)  # they have four decimals
 
 
 def test_control_tokens_in_a_users_text_are_plain_text(family: CausalFamily) -> None:
@@ -384,3 +416,19 @@ def test_a_question_sees_all_views_of_a_study(family: CausalFamily) -> None:
     assert batch["input_ids"].tolist() == [list(row) for row in ids]
     with torch.inference_mode():
         assert family.log_probs(batch).isfinite().all()
+
+
+def write_golden_values() -> None:
+    """Write the values of all families by the installed transformers."""
+    values: dict[str, Any] = {}
+    for name in FAMILIES:
+        with TemporaryDirectory() as folder:
+            dtype = torch.float64 if name in HYBRIDS else torch.float32
+            loaded: Any = load(str(make_tiny(name, folder)), dtype=dtype)
+            values[name] = golden_values(loaded)
+    lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in values.items())
+    GOLDEN.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+    write_golden_values()
