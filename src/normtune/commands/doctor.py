@@ -18,6 +18,8 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "notebook": (("pandas",), "results as data frames: .to_pandas()"),
     "quantize": (("torchao", "bitsandbytes"), "a base in 8 or 4 bits: --quantize"),
     "dicom": (("pylibjpeg-libjpeg",), "DICOM files with lossless JPEG"),
+    "xlsx": (("openpyxl",), "data in .xlsx workbooks"),
+    "volumes": (("nibabel",), "NIfTI volumes"),
     "clinical": (("radgraph",), "RadGraph F1 of reports: --radgraph"),
     "sentencepiece": (("sentencepiece", "protobuf"), "models without tokenizer.json: tokenizer.model"),
     "liger": (("liger-kernel",), "a fused loss kernel on CUDA"),

@@ -102,6 +102,8 @@ def open_dataset(
         given, (name, location) = name, name_and_root(str(name), None if root is None else Path(root))
         if name == "messages" and columns is not None and location == Path(given):
             name = SUFFIXES.get(location.suffix, name)  # the columns say that it is a table
+        if root is None and location is not None and not location.exists():
+            raise InputError(f"--data {given}: no such file or folder. {name} needs {ROOTS[name]}.")
     if history and not (named and name in WITH_HISTORY):
         raise InputError(
             f"dataset {name if named else 'in memory'} has no conversations: --history works with "

@@ -184,10 +184,11 @@ class Rows:
         images.folder = ImageFolder(folder)
         keys, notes = find_image_keys(folder, names, slices, montage)
         reader.notes += notes
-        reader.examples = [
-            replace(example, images=tuple(key for name in example.images for key in keys.get(name, (name,))))
-            for example in reader.examples
-        ]
+        if keys:
+            reader.examples = [
+                replace(example, images=tuple(key for name in example.images for key in keys.get(name, (name,))))
+                for example in reader.examples
+            ]
         present = _Present(images, {key for keys_of in keys.values() for key in keys_of})
         if self.format == "parquet" or reader.text_only:
             reader.check_images(folder, embedded=present)

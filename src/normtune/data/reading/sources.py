@@ -214,7 +214,7 @@ def _without_blank(rows: Iterable[tuple[int, Any]], file: Path, notes: list[str]
         if isinstance(cells, dict) and not any(value not in (None, "") for value in cells.values()):
             blank += 1
         else:
-            yield SourceRow(number, check_characters(cells) if isinstance(cells, dict) else cells)
+            yield SourceRow(number, cells)  # decoded from UTF-8: there is no half of a surrogate pair
     if blank:
         notes.append(f"{file.name}: {blank} blank rows left out")
 

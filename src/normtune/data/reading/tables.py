@@ -158,7 +158,7 @@ def delimited_rows(
     rows = _parsed_rows(file, csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
     _, header = next(rows, (0, []))
     if not header:
-        raise InputError(f"{file.name} is empty. Fetch the file again.")
+        raise InputError(f"{file.name} is empty. Fill it, or fetch it again.")
 
     def as_cells() -> Iterator[tuple[int, dict[str, str] | RowError]]:
         for number, cells in rows:
@@ -166,7 +166,7 @@ def delimited_rows(
                 yield number, dict(zip(header, cells, strict=True))
             else:
                 what = f"{len(cells)} cells for {len(header)} columns"
-                yield number, RowError(what, "Quote cells that contain commas.")
+                yield number, RowError(what, "Quote cells that contain the separator.")
 
     return header, as_cells()
 
@@ -183,7 +183,9 @@ def _parsed_rows(file: Path, reader: Iterator[list[str]]) -> Iterator[tuple[int,
             if cells:
                 yield number, cells
     except csv.Error as error:
-        raise InputError(f"{file.name}, row {number + 1}: not valid CSV ({error}). Fetch the file again.") from error
+        raise InputError(
+            f"{file.name}, row {number + 1}: not valid CSV ({error}). Correct its quotes, or fetch it again."
+        ) from error
 
 
 def find_table(root: Path, *names: str) -> Path | None:
