@@ -104,8 +104,9 @@ def test_kvasir_vqa_reads_images_inside_the_file_and_beside_it(tmp_path: Path) -
     write_parquet(tmp_path / "new" / "test-00000-of-00001.parquet", [row | {"complexity": 2, "question_class": ["a"]}])
     write_image(tmp_path / "new" / "images" / "k1.jpg")
     dataset = open_dataset("kvasir-vqa", tmp_path / "new")
-    assert (dataset.name, dataset.examples[0].split, dataset.examples[0].images) == ("kvasir-vqa", "test", ("k1.jpg",))
-    assert dataset.open_image("k1.jpg").size == (4, 4)
+    (example,) = dataset.examples
+    assert (dataset.name, example.split, example.images) == ("kvasir-vqa", "test", ("images/k1.jpg",))
+    assert dataset.open_image("images/k1.jpg").size == (4, 4)
     assert dataset.examples[0].meta["complexity"] == "2"
 
 

@@ -183,9 +183,8 @@ def _parsed_rows(file: Path, reader: Iterator[list[str]]) -> Iterator[tuple[int,
             if cells:
                 yield number, cells
     except csv.Error as error:
-        raise InputError(
-            f"{file.name}, row {number + 1}: not valid CSV ({error}). Correct its quotes, or fetch it again."
-        ) from error
+        what = f"not valid CSV ({error})"
+        raise InputError(f"{file.name}, row {number + 1}: {what}. Correct its quotes, or fetch it again.") from error
 
 
 def find_table(root: Path, *names: str) -> Path | None:
