@@ -54,7 +54,7 @@ class Predictions(list[Prediction]):
         Where the data name patients, `patient` is the first image of the row's patient: rows with the same one are a
         cluster of the intervals.
         """
-        patients = patient_of_image(self.examples) if group_columns(self.examples) else {}
+        patients = patient_of_image(self.examples) if group_columns(Examples(self.examples)) else {}
         return Rows(
             {
                 "id": example.id,
