@@ -1,6 +1,5 @@
 """Writes what the docs take from elsewhere: the example and the GPU table of README.md, the GPU measurements of
-docs/speed.md and benchmarks/gpu.md, docs/results.md, docs/commands.md, and the JSON schemas of run files and studies
-in docs/schema.
+docs/speed.md and benchmarks/gpu.md, docs/results.md and docs/commands.md.
 
 PYTHONPATH=src python scripts/write_docs.py
 """
@@ -17,11 +16,6 @@ from typing import Any
 import typer.main
 
 from normtune.cli import app
-from normtune.data.run_file import schema
-from normtune.evaluation.config import EvaluateConfig
-from normtune.runtime.files import json_text
-from normtune.studies.spec import Study
-from normtune.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
@@ -115,12 +109,6 @@ def commands_page() -> str:
     return "\n".join(parts)
 
 
-def schemas() -> dict[str, str]:
-    """File of docs/schema -> its text: the JSON schemas with which editors check run files and studies."""
-    values = {"train": schema(TrainConfig), "evaluate": schema(EvaluateConfig), "study": Study.model_json_schema()}
-    return {f"{name}.json": json_text(value) for name, value in values.items()}
-
-
 def _row(parameter: Any) -> str:
     is_option = parameter.param_type_name == "option"
     flags = " / ".join([*parameter.opts, *parameter.secondary_opts]) if is_option else parameter.name.upper()
@@ -145,8 +133,6 @@ def main() -> None:
     page.write_text(readme(page.read_text(encoding="utf-8")), encoding="utf-8")
     (ROOT / "docs" / "results.md").write_text(results(), encoding="utf-8")
     (ROOT / "docs" / "commands.md").write_text(commands_page(), encoding="utf-8")
-    for name, text in schemas().items():
-        (ROOT / "docs" / "schema" / name).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

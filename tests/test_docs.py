@@ -102,12 +102,6 @@ def test_the_page_of_commands_is_that_of_the_commands(write_docs: ModuleType) ->
     assert "| `--tune` | `ln` | Recipe: " in page and "## normtune doctor" in page
 
 
-def test_the_schemas_for_editors_are_those_of_the_options(write_docs: ModuleType) -> None:
-    """Run scripts/write_docs.py after a change."""
-    folder = ROOT / "docs" / "schema"
-    assert {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir()} == write_docs.schemas()
-
-
 def navigation(entries: list[Any]) -> list[str]:
     """The pages of mkdocs.yml's nav, all levels."""
     pages: list[str] = []

@@ -93,3 +93,11 @@ def test_a_dry_run_checks_and_plans_but_writes_nothing(run: Run, tmp_path: Path)
     status, out, _ = run(*options)
     assert status == 0 and "nothing was trained" in out and "peak memory" in out
     assert "unknown method" in run(*options, "--tune", "lm")[2]
+
+
+@pytest.mark.parametrize(("kind", "field"), [("train", "epochs"), ("evaluate", "candidates"), ("study", "grids")])
+def test_the_schema_of_a_file_describes_its_fields(run: Run, kind: str, field: str) -> None:
+    status, out, _ = run("schema", kind)
+    values = json.loads(out)
+    assert status == 0 and field in values["properties"]
+    assert ("required" in values) == (kind == "study"), "a run's options may come from the command line"

@@ -38,7 +38,6 @@ def test_a_commented_file_sets_what_was_chosen_and_describes_every_option(tmp_pa
     assert read_run_file(write(tmp_path, text), TrainConfig) == {"model": "nano", "lr": 1e-3}
     unquoted = text.replace("\n# ", "\n")
     assert all(f"\n{name}: " in unquoted for name in TrainConfig.model_fields)
-    assert "$schema=" in text.splitlines()[0]
     # without the marks in front of options, they are the defaults
     options = "\n".join(line.removeprefix("# ") for line in text.splitlines() if ": " in line.split("  ")[0])
     fields = {line.partition(":")[0]: yaml.safe_load(line) for line in options.splitlines() if line[0].islower()}

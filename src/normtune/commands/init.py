@@ -1,14 +1,15 @@
-"""The command that writes the file of a run."""
+"""The commands that help to write a run's file: one writes it, one prints its JSON schema for editors."""
 
 from __future__ import annotations
 
+from json import dumps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from normtune.commands.app import Json, app, emit
-from normtune.data.run_file import RUN_FILE, commented_run_file
+from normtune.data.run_file import RUN_FILE, commented_run_file, schema
 from normtune.errors import InputError
 from normtune.methods.recipe import parse
 from normtune.runtime.files import write_text
@@ -52,3 +53,18 @@ def init(
     write_text(file, commented_run_file("train", config, list(_QUESTIONS)))
     next_steps = f"normtune train {file} --dry-run   # check it\nnormtune train {file}"
     emit(json, {"file": str(file), **answers}, f"wrote {file}\n{next_steps}")
+
+
+@app.command("schema")
+def print_schema(file: Annotated[Literal["train", "evaluate", "study"], typer.Argument(help="Kind of file.")]) -> None:
+    """Print the JSON schema of a run's or a study's file, with which an editor checks and completes it.
+
+    For example: `normtune schema train > train.json`, and `# yaml-language-server: $schema=train.json` as the first
+    line of run.yaml.
+    """
+    from normtune.evaluation.config import EvaluateConfig
+    from normtune.studies.spec import Study
+
+    run_options = {"train": TrainConfig, "evaluate": EvaluateConfig}
+    values = schema(run_options[file]) if file in run_options else Study.model_json_schema()
+    typer.echo(dumps(values, indent=2))

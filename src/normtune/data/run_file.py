@@ -19,7 +19,6 @@ from normtune.runtime.yaml_file import field_errors, read_yaml
 
 RUN_FILE = "run.yaml"  # beside the adapter or the scores that the run wrote
 SUFFIXES = (".yaml", ".yml")
-_SCHEMA_URL = "https://raw.githubusercontent.com/normtune/normtune/main/docs/schema/{command}.json"
 _FOLDER_OPTIONS = frozenset({"resume", "overwrite"})  # about what --out holds already; no result depends on them
 
 
@@ -53,7 +52,6 @@ def run_file_text(command: str, options: DataOptions, *, resolved: Mapping[str, 
     """
     values = options.model_dump(mode="json", exclude=set(_FOLDER_OPTIONS)) | dict(resolved or {})
     lines = [
-        _schema_line(command),
         f"# The options of a run. To repeat it: normtune {command} {RUN_FILE} --out FOLDER",
         "# Relative paths start at the folder in which the command is run.",
         *(_field(name, value) for name, value in values.items() if value is not None),
@@ -71,7 +69,7 @@ def commented_run_file(command: str, options: DataOptions, set_fields: Collectio
     """
     values = options.model_dump(mode="json")
     fields = type(options).model_fields
-    lines = [_schema_line(command), f"# Run it with: normtune {command} {RUN_FILE}"]
+    lines = [f"# Run it with: normtune {command} {RUN_FILE}"]
     for name in set_fields:
         lines += ["", *_comment(fields[name].description or ""), _field(name, values[name])]
     lines += ["", "# The other options, with their defaults:"]
@@ -86,10 +84,6 @@ def schema(options: type[DataOptions]) -> dict[str, Any]:
     values = options.model_json_schema()
     values.pop("required", None)
     return values
-
-
-def _schema_line(command: str) -> str:
-    return f"# yaml-language-server: $schema={_SCHEMA_URL.format(command=command)}"
 
 
 def _comment(text: str) -> list[str]:
