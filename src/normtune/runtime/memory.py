@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 import resource
 import sys
 from contextlib import suppress
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD, an option of glibc's mallopt
+LARGEST_HEAP_BLOCK = 32 << 20  # glibc maps larger blocks separately, and returns them when they are freed
 _MIN_MMAP_BYTES = 1 << 18  # blocks from this size on are returned to the system when they are freed
 
 
@@ -49,6 +51,11 @@ def release_freed_memory() -> None:
     """
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _MIN_MMAP_BYTES)
+
+
+def keeps_freed_memory() -> bool:
+    """Whether the C library keeps freed blocks in a heap that grows with them: glibc on Linux."""
+    return platform.libc_ver()[0] == "glibc"
 
 
 def resident_bytes() -> int:

@@ -127,8 +127,10 @@ def test_plan_has_every_option_and_whether_it_fits(llava: str, monkeypatch: pyte
     by_tier = {w.memory: w for w in plan.options if w.quantize is None}
     assert by_tier["fast"].step > by_tier["balanced"].step > by_tier["tight"].step
     requested = plan.requested
-    parts = requested.weights + requested.optimiser + requested.step + requested.cached + requested.program
-    assert requested.total == parts and requested.fits
+    parts = ("weights", "optimiser", "step", "cached", "allocator", "program")
+    assert requested.total == sum(getattr(requested, name) for name in parts) and requested.fits
+    # only where the process keeps freed memory
+    assert all(option.allocator == 0 for option in plan.options if option.quantize or option.memory == "tight")
     between = (by_tier["fast"].step + by_tier["tight"].step) // 2
     free = requested.total - requested.program - requested.step + between
     short = int(free / USABLE_SHARE)
@@ -180,9 +182,10 @@ def test_estimate_of_the_preflight_is_the_plan_of_the_configured_run(options: di
     estimate, plan = estimate_memory(config, dataset, examples), plan_memory(config).requested
     names = ("weights", "optimiser", "cached", "fits")
     assert {name: estimate[name] for name in names} == {name: getattr(plan, name) for name in names}
-    # the plan builds its batches twice: the second time from the caches
-    assert estimate["step"] == pytest.approx(plan.step, rel=PLANNED)
-    assert estimate["peak"] == sum(estimate[name] for name in ("weights", "optimiser", "cached", "step", "program"))
+    # the plan builds its batches twice: the second time it copies what the first time put into the caches
+    assert 0 <= plan.step - estimate["step"] <= plan.cached
+    parts = ("weights", "optimiser", "cached", "step", "allocator", "program")
+    assert estimate["peak"] == sum(estimate[name] for name in parts)
     loaded = estimate_memory(config, dataset, examples, load("nano"))
     assert loaded["step"] == estimate["step"] and loaded["recipe"] == options["tune"]
 

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from normtune.runtime.memory import LARGEST_HEAP_BLOCK
+
 
 class LiveTensorBytes(TorchDispatchMode):
     """Counts every storage that an operation creates inside the block, until the storage is freed.
@@ -27,16 +29,17 @@ class LiveTensorBytes(TorchDispatchMode):
     Attributes:
         now: bytes of the storages that were created inside and still exist.
         peak: the largest value of `now` since the last `reset_peak`.
+        heap_now, heap_peak: the same, of storages that glibc takes from its heap (see `memory.LARGEST_HEAP_BLOCK`).
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.heap_now = self.heap_peak = 0
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()  # storages that are counted already
 
     def reset_peak(self) -> None:
         """Start a new peak from the present count."""
-        self.peak = self.now
+        self.peak, self.heap_peak = self.now, self.heap_now
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         leaves = tree_leaves((args, kwargs))
@@ -55,9 +58,10 @@ class LiveTensorBytes(TorchDispatchMode):
         size = storage.nbytes()
         # weak references: counting must not keep a storage alive
         self._known.add(storage)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._freed, size).atexit = False  # called when the storage is freed
+        self._add(size)
+        self.peak, self.heap_peak = max(self.peak, self.now), max(self.heap_peak, self.heap_now)
+        weakref.finalize(storage, self._add, -size).atexit = False  # called when the storage is freed
 
-    def _freed(self, size: int) -> None:
-        self.now -= size
+    def _add(self, size: int) -> None:
+        self.now += size
+        self.heap_now += size if abs(size) < LARGEST_HEAP_BLOCK else 0
