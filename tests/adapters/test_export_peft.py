@@ -45,6 +45,8 @@ def saved(kind: str, recipe: str, directory: Path) -> TunedModel:
         "attention+ffn[:1]",
         "lora(r=2)",
         "vision=lora(r=2,alpha=3),language=lora(r=4,alpha=32,dropout=0.1)[:1]",
+        "vision=lora(r=2,dora=1),language=lora(r=4,dora=1,linear=1)",
+        "lora(r=4,rslora=1)",
         "ia3",
     ],
 )

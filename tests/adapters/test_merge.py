@@ -39,6 +39,8 @@ RECIPES = (
     "ffn[1:]",
     "full",
     "lora(r=2)",
+    "lora(r=2,dora=1)",
+    "lora(r=4,rslora=1,linear=1)",
     "ia3",
     "vision=ln,language=lora(r=2,alpha=5)+ln",
     "language=attention+lora(r=2)",

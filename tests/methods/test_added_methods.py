@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from inspect import unwrap
+from typing import Any
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -75,18 +78,32 @@ def test_ia3_is_added_to_key_value_output_and_the_feed_forwards_input() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # PEFT's model reads it
-def test_lora_computes_what_pefts_own_model_does() -> None:
+@pytest.mark.parametrize(
+    ("options", "peft_options"),
+    [
+        ("", {"target_modules": r".*language_model.*\.(q_proj|v_proj)"}),
+        (",rslora=1", {"target_modules": r".*language_model.*\.(q_proj|v_proj)", "use_rslora": True}),
+        (",dora=1", {"target_modules": r".*language_model.*\.(q_proj|v_proj)", "use_dora": True}),
+        (",linear=1,dora=1", {"target_modules": r".*language_model.*_proj", "use_dora": True}),
+    ],
+)
+def test_lora_computes_what_pefts_own_model_does(options: str, peft_options: dict[str, Any]) -> None:
     ours = tiny_base("llava")
-    tuned = adapt(ours, "language=lora(r=4,alpha=8)")
+    tuned = adapt(ours, f"language=lora(r=4,alpha=8{options})")
     perturb_trained(tuned)
     theirs = tiny_base("llava")
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=r".*language_model.*\.(q_proj|v_proj)")
-    peft_model = get_peft_model(theirs, config)
+    peft_model = get_peft_model(theirs, LoraConfig(r=4, lora_alpha=8, **peft_options))
     state = dict(peft_model.named_parameters())
+    names = {name: f"base_model.model.{name}.default.weight" for name in tuned.trained}
+    assert set(names.values()) == {name for name, parameter in state.items() if parameter.requires_grad}
     with torch.no_grad():
         for name, value in tuned.trained.items():
-            state[f"base_model.model.{name}.default.weight"].copy_(value)
+            state[names[name]].copy_(value)
     assert_close(compute_logits(ours), compute_logits(theirs))
+    for model in (ours, theirs):
+        unwrap(compute_logits)(model).square().sum().backward()  # without its no_grad
+    for name, parameter in tuned.trained.items():
+        assert_close(parameter.grad, state[names[name]].grad, msg=name)
 
 
 def test_dropout_is_peft_lora_dropout() -> None:

@@ -25,7 +25,7 @@ from normtune.adapters.info import AdapterInfo
 from normtune.adapters.model_card import model_card
 from normtune.adapters.storage import CARD_FILE, read_adapter_info, read_tensors
 from normtune.errors import InputError
-from normtune.methods.lora import exact_name_pattern
+from normtune.methods.lora import MAGNITUDE, exact_name_pattern
 from normtune.methods.recipe import parse
 from normtune.methods.registry import Method
 from normtune.runtime.files import atomic_directory, write_json, write_text
@@ -175,12 +175,20 @@ def _lora(info: AdapterInfo) -> tuple[PeftConfig, Callable[[str], str]]:
     methods = {part: _method_of(info, part, "lora") for part in modules}
     ranks = {part: int(method.option("r")) for part, method in methods.items()}
     alphas = {part: method.option("alpha") for part, method in methods.items()}
+    variants = {(bool(method.option("dora")), bool(method.option("rslora"))) for method in methods.values()}
+    if len(variants) > 1:
+        raise InputError(
+            "the parts differ in dora or rslora, which PEFT sets for all of them. Use normtune merge instead."
+        )
+    dora, rslora = variants.pop()
     dropouts = {float(method.option("dropout")) for method in methods.values()}
     first = next(iter(modules))
     config = LoraConfig(
         target_modules=exact_name_pattern(_flatten(modules.values())),
         r=ranks[first],
         lora_alpha=alphas[first],  # type: ignore[arg-type]  # PEFT accepts any number
+        use_dora=dora,
+        use_rslora=rslora,
         # matters only for further training, not for the logits
         lora_dropout=dropouts.pop() if len(dropouts) == 1 else 0.0,
         rank_pattern={exact_name_pattern(modules[part]): rank for part, rank in ranks.items() if rank != ranks[first]},
@@ -188,7 +196,7 @@ def _lora(info: AdapterInfo) -> tuple[PeftConfig, Callable[[str], str]]:
             exact_name_pattern(modules[part]): alpha for part, alpha in alphas.items() if alpha != alphas[first]
         },
     )
-    return config, lambda name: f"{name}.weight"
+    return config, lambda name: name if name.endswith(MAGNITUDE) else f"{name}.weight"
 
 
 def _ia3(info: AdapterInfo) -> tuple[PeftConfig, Callable[[str], str]]:

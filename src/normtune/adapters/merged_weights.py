@@ -9,6 +9,7 @@ from peft.tuners.ia3 import IA3Layer
 from torch import Tensor
 
 from normtune.errors import InputError
+from normtune.methods.lora import MAGNITUDE
 
 UNMERGEABLE = {  # method -> why no weights of the base have the same effect
     "prefix": "it adds keys and values in front of those of the tokens, which no weight can do",
@@ -65,5 +66,6 @@ def merged_tensor(linear: str, layer: Any, key: str, old: Tensor, trained: Mappi
     (name,) = layer.active_adapters
     new = trained[f"{linear}.lora_B"].detach() @ trained[f"{linear}.lora_A"].detach()  # [out, r] @ [r, in]
     new.mul_(layer.scaling[name]).add_(old)
-    magnitude = trained.get(f"{linear}.lora_magnitude_vector")  # [out]
-    return new if magnitude is None else new.mul_((magnitude / new.norm(dim=1))[:, None])
+    if layer.use_dora[name]:
+        new.mul_((trained[f"{linear}.{MAGNITUDE}"].detach() / new.norm(dim=1))[:, None])
+    return new

@@ -1,4 +1,4 @@
-"""LoRA and IA3, as PEFT implements them.
+"""LoRA (also DoRA and rsLoRA) and IA3, as PEFT implements them.
 
 Each `add_...` function changes the model in place and returns `AddedLayers`: the new parameters and a
 function that removes them again. The parameters are named after the linear of the base that they change, for
@@ -28,15 +28,19 @@ from normtune.methods.sites import (
     TargetLinear,
     ffn_outputs,
 )
+from normtune.models.parts import is_quantized
 
+MAGNITUDE = "lora_magnitude_vector"  # last component of the name of DoRA's norms of the rows
 _PEFT_NAME = "normtune"  # the adapter's name inside PEFT's layers
 
 
-def lora_targets(linears: Sequence[TargetLinear]) -> list[TargetLinear]:
-    """Query and value projections of self- and cross-attention (Hu et al. 2021, section 7.1).
+def lora_targets(method: Method, linears: Sequence[TargetLinear]) -> list[TargetLinear]:
+    """Query and value projections of self- and cross-attention (Hu et al. 2021, section 7.1), or every linear.
 
     A fused query-key-value linear is a target as a whole.
     """
+    if method.option("linear"):
+        return list(linears)
     return [linear for linear in linears if linear.role == "attention" and linear.leaf in QUERY + VALUE + FUSED]
 
 
@@ -64,6 +68,8 @@ def lora_config(method: Method, targets: Sequence[str]) -> LoraConfig:
         r=int(method.option("r")),
         lora_alpha=int(method.option("alpha")),
         lora_dropout=float(method.option("dropout")),
+        use_dora=bool(method.option("dora")),
+        use_rslora=bool(method.option("rslora")),
         target_modules=exact_name_pattern(targets),
     )
 
@@ -89,16 +95,20 @@ def add_lora(model: nn.Module, part: str, method: Method, linears: Sequence[Targ
 
     Raises:
         NoTarget: the part has no query or value projection.
-        InputError: another added method already changes one of them.
+        InputError: another added method already changes one of them, or DoRA would have to scale a quantised one.
     """
-    targets = lora_targets(linears)
+    targets = lora_targets(method, linears)
     if not targets:
         raise NoTarget(f"lora finds no query or value projection in part '{part}'. Choose another method there.")
+    if method.option("dora") and any(is_quantized(target.module.weight) for target in targets):
+        raise InputError(f"part '{part}' is quantised, and DoRA needs the norms of its weights. Use lora without dora.")
     layers, remove = inject(model, lora_config(method, [target.name for target in targets]), targets)
     parameters: dict[str, nn.Parameter] = {}
     for name, layer in layers.items():
         parameters[f"{name}.lora_A"] = layer.lora_A[_PEFT_NAME].weight  # [rank, in]
         parameters[f"{name}.lora_B"] = layer.lora_B[_PEFT_NAME].weight  # [out, rank]
+        if method.option("dora"):
+            parameters[f"{name}.{MAGNITUDE}"] = layer.lora_magnitude_vector[_PEFT_NAME].weight  # [out]
     return AddedLayers(parameters, remove, layers)
 
 

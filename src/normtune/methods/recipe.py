@@ -15,9 +15,10 @@ entry `language`, which overrides `all`.
 
 Methods that train parameters of the base: full, ln (`ln(bias=0)`: only the norms' gains, `ln(gain=0)`: only
 their biases), attention, ffn, bias (the biases outside norms). Methods that add parameters: lora (on the
-query and value projections of every self- and cross-attention, as in MISS and MILE), prefix (with the
-two-layer projection, Li & Liang 2021), ptuning (P-Tuning v2: without it), ia3 (key, value and feed-forward
-output), adapter.
+query and value projections of every self- and cross-attention, as in MISS and MILE; `lora(linear=1)`: on every
+linear of attentions and feed-forwards, `lora(dora=1)`: DoRA, `lora(rslora=1)`: scaled by alpha / sqrt(r)),
+prefix (with the two-layer projection, Li & Liang 2021), ptuning (P-Tuning v2: without it), ia3 (key, value and
+feed-forward output), adapter.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ METHODS: dict[str, dict[str, int | float]] = {  # method -> its options with the
     "attention": {},  # every parameter of the attentions
     "ffn": {},  # every parameter of the feed-forwards
     "bias": {},  # the biases of everything but the norms
-    "lora": {"r": 8, "alpha": 16, "dropout": 0.0},  # rank, scale (the update is alpha / r * B A), dropout
+    # rank, scale (the update is alpha / r * B A), dropout; DoRA; scale alpha / sqrt(r); every linear, not only q and v
+    "lora": {"r": 8, "alpha": 16, "dropout": 0.0, "dora": False, "rslora": False, "linear": False},
     "prefix": {"n": 10},  # learned keys (and values) per layer
     "ptuning": {"n": 10},  # the same, without the projection network
     "ia3": {},  # scales of keys, values and the feed-forwards' inner activations

@@ -190,6 +190,9 @@ def test_lora_adapters_that_do_not_fit_are_rejected_with_a_message(
         adapt(load(str(base)).model, f"decoder=lora(r={RANK + 1})"), tmp_path / "large", base_fingerprint, 0
     )
     other = write_adapter(adapt(load(str(base)).model, "decoder=attention"), tmp_path / "other", base_fingerprint, 0)
+    dora = write_adapter(
+        adapt(load(str(base)).model, f"decoder=lora(r={RANK},dora=1)"), tmp_path / "dora", base_fingerprint, 0
+    )
 
     def missing_matrix(info: dict[str, Any]) -> None:
         del info["tensors"][next(name for name in info["tensors"] if name.endswith("lora_B"))]
@@ -204,6 +207,7 @@ def test_lora_adapters_that_do_not_fit_are_rejected_with_a_message(
     with Engine(family, lora_rank=RANK) as engine:
         error = input_error(lambda: engine.register("large", large))
         assert f"rank {RANK + 1}, and there is room for {RANK}" in error and "--lora-rank" in error
+        assert "it has a DoRA" in input_error(lambda: engine.register("dora", dora))
         error = input_error(lambda: engine.register("other", other))
         assert "by attention, but only norms and LoRA can be served" in error
         for edit, message in (

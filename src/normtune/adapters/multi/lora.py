@@ -9,6 +9,7 @@ not change, is padded with zeros, which add nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -144,6 +145,8 @@ class LoRABank:
         """
         # the recipe gives each part's rank, the tensors' names and shapes must agree with it
         methods = _lora_methods(info)
+        if any(method.option("dora") for method in methods.values()):
+            raise InputError("it has a DoRA, and rows with different adapters cannot share its scaled weights")
         linears: dict[str, set[str]] = {DOWN: set(), UP: set()}  # linears with a matrix A, with a matrix B
         for name, tensor in info.tensors.items():
             if tensor.method != "lora":
@@ -181,7 +184,10 @@ class LoRABank:
             if name.endswith(UP):
                 # alpha / r is part of B from here on: adapters with different scales share one matmul
                 method = methods[matrix.part]
-                values = values * (float(method.option("alpha")) / int(method.option("r")))
+                rank = int(method.option("r"))
+                values = values * (
+                    float(method.option("alpha")) / (math.sqrt(rank) if method.option("rslora") else rank)
+                )
             # into the upper left corner; the rest of the room stays zero
             row[matrix.columns].view(matrix.shape)[: values.shape[0], : values.shape[1]] = values
         return row
