@@ -266,6 +266,24 @@ def test_each_method_has_its_learning_rate(base: Path, tmp_path: Path) -> None:
     assert result.changed > 0.99
 
 
+def test_each_part_can_have_its_learning_rate(base: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"tune": "vision=ln,decoder=ln", "max_steps": 2, "limit": 16}
+    train(config(base, tmp_path / "a", part_lr="vision=1e-2,decoder=1e-4", **options))
+    train(config(base, tmp_path / "b", lr=1e-4, part_lr="vision=1e-2", **options))
+    train(config(base, tmp_path / "c", lr=1e-4, **options))
+    a, b, c = (tensors(tmp_path / name) for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert any(not torch.equal(a[name], c[name]) for name in a if name.startswith("vision"))
+    with pytest.raises(
+        InputError, match=r"--part-lr: the recipe trains nothing in encoder\. It trains: decoder, vision"
+    ):
+        train(config(base, tmp_path / "d", part_lr="encoder=1e-3", **options))
+    values = {"model": "nano", "data": "phantom-b:2", "out": tmp_path / "e"}
+    for text in ("vison=1e-3", "vision=1e-3,vision=1e-4", "vision=fast", "vision=-1", ""):
+        with pytest.raises(InputError, match="--part-lr: "):
+            TrainConfig.checked(part_lr=text, **values)
+
+
 def test_learning_rate_that_moves_nothing_gives_a_warning(base: Path, tmp_path: Path) -> None:
     result = train(config(base, tmp_path / "stuck", lr=1e-12, epochs=1))
     assert result.warning is not None and "Raise the learning rate" in result.warning

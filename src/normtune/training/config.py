@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator
 
 from normtune.data.examples import Example, Examples, as_examples
 from normtune.data.options import DataOptions
 from normtune.data.splits import share_of_images
 from normtune.methods.registry import LEARNING_RATES
+from normtune.models.part_names import PARTS
 
 
 def _interval(value: Any) -> Any:
@@ -41,6 +43,9 @@ class TrainConfig(DataOptions):
     )
     # steps and batches
     lr: float | None = Field(None, gt=0, description="Learning rate; default: one rate per method.")
+    part_lr: str | None = Field(
+        None, description="Learning rates of single parts, such as vision=1e-3,decoder=3e-4; other parts have --lr."
+    )
     epochs: float = Field(10, gt=0, description="Number of passes over the training pairs.")
     max_steps: int | None = Field(None, gt=0, description="Number of optimiser steps; overrides --epochs.")
     batch: int = Field(24, gt=0, description="Question-answer pairs per batch and process.")
@@ -106,8 +111,21 @@ class TrainConfig(DataOptions):
     tracker: str = Field("none", description="Experiment tracker: none, tensorboard, wandb, mlflow, ...")
     seed: int = Field(0, description="Seed of initial values, data order and dropout.")
 
-    def learning_rate(self, method: str) -> float:
-        """Return the learning rate of a method: `lr` if it is set, else the method's default."""
+    @field_validator("part_lr")
+    @classmethod
+    def _check_part_lr(cls, text: str | None) -> str | None:
+        _part_rates(text)
+        return text
+
+    @property
+    def part_rates(self) -> dict[str, float]:
+        """Part -> the learning rate that `part_lr` gives it."""
+        return _part_rates(self.part_lr)
+
+    def learning_rate(self, method: str, part: str = "") -> float:
+        """Return the learning rate of a method in a part: that of `part_lr`, else `lr`, else the method's default."""
+        if part in self.part_rates:
+            return self.part_rates[part]
         return self.lr if self.lr is not None else LEARNING_RATES[method]
 
     def select(self, examples: Iterable[Example]) -> Examples:
@@ -116,3 +134,23 @@ class TrainConfig(DataOptions):
         if self.share is not None:
             rows = share_of_images(rows, self.share, self.seed)
         return rows[: self.limit]
+
+
+def _part_rates(text: str | None) -> dict[str, float]:
+    """Parse `vision=1e-3,decoder=3e-4`.
+
+    Raises:
+        ValueError: a part is unknown or given twice, or a rate is not above 0.
+    """
+    rates: dict[str, float] = {}
+    for entry in (text or "").split(",") if text is not None else ():
+        part, _, rate = (word.strip() for word in entry.partition("="))
+        if part not in PARTS or part in rates:
+            raise ValueError(f"'{entry.strip()}' is not PART=RATE with each part once; parts: {', '.join(PARTS)}")
+        try:
+            rates[part] = float(rate)
+        except ValueError:
+            rates[part] = 0.0
+        if not 0 < rates[part] < math.inf:
+            raise ValueError(f"the rate of {part} must be a number above 0")
+    return rates

@@ -54,6 +54,12 @@ class TrainingSetup:
     def __post_init__(self) -> None:
         if not self.tuned.trained:
             raise InputError(f"recipe '{self.tuned.recipe}' trains nothing. Choose another one with --tune.")
+        trained_parts = {part for part, _ in self.tuned.part_and_role.values()}
+        if others := sorted(self.config.part_rates.keys() - trained_parts):
+            raise InputError(
+                f"--part-lr: the recipe trains nothing in {', '.join(others)}. It trains: "
+                f"{', '.join(sorted(trained_parts))}."
+            )
         sharded = distributed.is_sharded()
         if self.config.cache is not None and sharded:
             raise InputError("--cache: with FSDP no process has the whole image encoder. Leave out --cache.")

@@ -179,23 +179,22 @@ class AdapterTrainer(Trainer):
         return cast(DataLoader[Any], self.accelerator.prepare(loader))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create AdamW with one parameter group for each method and dimensionality.
+        """Create AdamW with one parameter group for each method, learning rate and dimensionality.
 
-        Each method has its own learning rate, and only matrices have weight decay: decaying norm gains
-        towards 0 would shrink the layer's output.
+        Each method has its own learning rate, or each part (`part_lr`), and only matrices have weight decay: decaying
+        norm gains towards 0 would shrink the layer's output.
         """
         if self.optimizer is None:
-            groups: dict[tuple[str, bool], list[nn.Parameter]] = {}  # (method, is a matrix) -> parameters
+            # (method, learning rate, is a matrix) -> parameters
+            groups: dict[tuple[str, float, bool], list[nn.Parameter]] = {}
             for name, parameter in self.tuned.trained.items():
-                groups.setdefault((self.tuned.methods[name], parameter.ndim > 1), []).append(parameter)
+                method = self.tuned.methods[name]
+                rate = self.config.learning_rate(method, self.tuned.part_and_role[name][0])
+                groups.setdefault((method, rate, parameter.ndim > 1), []).append(parameter)
             self.optimizer = torch.optim.AdamW(
                 [
-                    {
-                        "params": parameters,
-                        "lr": self.config.learning_rate(method),
-                        "weight_decay": self.config.weight_decay if is_matrix else 0.0,
-                    }
-                    for (method, is_matrix), parameters in groups.items()
+                    {"params": parameters, "lr": rate, "weight_decay": self.config.weight_decay if is_matrix else 0.0}
+                    for (_, rate, is_matrix), parameters in groups.items()
                 ],
                 # one kernel for many parameters in place of about ten
                 fused=all(parameter.is_cuda for parameter in self.tuned.trained.values()) or None,

@@ -14,9 +14,9 @@ The peak of the run is
 
     weights + optimiser + step + cached (host memory only) + program (host memory only) + allocator (glibc only)
 
-The heap of glibc grows by more than the tensors in it, because freed blocks are not all used again. How much was measured,
-not derived: on nano it kept 0.6 to 2.2 times the bytes that a step has in blocks below 32 MiB, in ten runs of three
-recipes and three batch sizes. The plan counts these bytes once more, which is within 9% of each of the ten peaks.
+The heap of glibc grows by more than the tensors in it, because freed blocks are not all used again. How much was
+measured, not derived: on nano it kept 0.6 to 2.2 times the bytes that a step has in blocks below 32 MiB, in ten runs
+of three recipes and three batch sizes. The plan counts these bytes once more: within 9% of each of the ten peaks.
 """
 
 from __future__ import annotations
