@@ -7,12 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import Lfm2Config, Lfm2Model
 
 from normtune.errors import InputError
 from normtune.models.causal.attention import attention_windows
 from normtune.models.causal.recurrent import AnswerStates, RunTree, State, recurrent_kinds, run_passes, use_run_passes
-from normtune.models.causal.shared_prefix import RowLayout, shared_sequence
+from normtune.models.causal.shared_prefix import RowLayout, dense_mask, shared_sequence
 from tests.models.causal.test_shared_prefix import conversation, example
+from tests.support.tolerance import assert_close, assert_gradients_close
 
 
 def running_sum(states: Tensor, past: State | None) -> tuple[Tensor, State]:
@@ -64,3 +66,34 @@ def test_a_recurrent_layer_of_another_build_is_refused() -> None:
     decoder = SimpleNamespace(layers=[layer], config=SimpleNamespace(layer_types=["conv"]))
     with pytest.raises(InputError, match="layer 0 of the language model is of kind conv, but not built like those"):
         use_run_passes(decoder)
+
+
+def test_short_convolutions_equal_single_sequences() -> None:
+    """LFM2, whose convolutions have no recurrent state, with turns that share their history."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    layers = ["conv", "full_attention", "conv"]
+    config = Lfm2Config(
+        vocab_size=64, num_hidden_layers=3, layer_types=layers, conv_L_cache=3, block_auto_adjust_ff_dim=False, **sizes
+    )
+    model = Lfm2Model(config).double().eval()
+    use_run_passes(model)
+    groups, prefixes = (one + other for one, other in zip(example(), conversation(), strict=True))
+    s = shared_sequence(groups, prefixes, 0)
+    mask = dense_mask(s.group_of, s.segment_of, s.segment_end)
+    masks = {
+        "full_attention": torch.zeros_like(mask, dtype=torch.float64).masked_fill(~mask, -torch.inf),
+        "conv": RunTree(run_passes(s)),
+    }
+    states = model(inputs_embeds=model.embed_tokens(s.input_ids), attention_mask=masks, position_ids=s.position_ids)
+    weights = torch.randn(32, dtype=torch.float64)
+    paths = [[row for tokens in s.rows_of(segment) for row in tokens] for segment in range(s.segment_count)]
+    flat = states.last_hidden_state.flatten(0, 1) @ weights
+    shared = torch.cat([flat[path] for path in paths])
+    singles = (model(input_ids=s.input_ids.flatten()[path][None]).last_hidden_state[0] @ weights for path in paths)
+    separate = torch.cat([*singles])
+    assert_close(shared, separate, dtype=torch.float32)  # the norms compute in fp32
+    parameters = dict(model.named_parameters())
+    results = (torch.autograd.grad(values.sin().sum(), [*parameters.values()]) for values in (shared, separate))
+    gradients = [dict(zip(parameters, result, strict=True)) for result in results]
+    assert_gradients_close(*gradients)
