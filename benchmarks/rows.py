@@ -4,8 +4,9 @@
 
 The rows are made: 100 questions about each image, in a JSONL or parquet file. The names of the images are hard links to
 a few small PNG files, as nothing here depends on their pixels. Each size is measured in processes of their own: one
-opens, surveys, groups, splits and starts an epoch; another one trains. Memory is the peak of what is resident, so that
-it never falls from one stage to the next; it includes the pages of mapped files.
+opens, surveys, groups, splits and starts an epoch; another one trains. Seconds are those of the processor, so that
+other programs do not count. Memory is the peak of what is resident: it never falls from one stage to the next, and
+includes the pages of mapped files.
 """
 
 from __future__ import annotations
@@ -74,7 +75,9 @@ def table(results: list[dict[str, Any]]) -> str:
     for form, stage in dict.fromkeys((result["format"], result["stage"]) for result in results):
         of_stage = {r["rows"]: r for r in results if (r["format"], r["stage"]) == (form, stage)}
         cells = [
-            f"{of_stage[rows]['seconds']:.1f} s, {of_stage[rows]['peak_mb']:,.0f} MB" if rows in of_stage else ""
+            f"{of_stage[rows]['processor_seconds']:.1f} s, {of_stage[rows]['peak_mb']:,.0f} MB"
+            if rows in of_stage
+            else ""
             for rows in sizes
         ]
         lines.append((form, stage, *cells))
@@ -181,39 +184,44 @@ def training_stages(path: Path) -> Iterator[dict[str, Any]]:
 
     from transformers import TrainerCallback
 
-    import normtune
-
-    ends: list[float] = []
+    ends: list[tuple[float, float]] = []
 
     class Clock(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            ends.append(time.perf_counter())
+            ends.append((time.perf_counter(), time.process_time()))
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            ends.append(time.perf_counter())
+            ends.append((time.perf_counter(), time.process_time()))
 
     from normtune.training.config import TrainConfig
     from normtune.training.train import train
 
-    started = time.perf_counter()
+    started, processor = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as out:
         config = TrainConfig(
             data=path.suffix[1:], root=path, model="nano", tune="language=ln", out=Path(out) / "run",
             batch=8, cap=8, max_steps=STEPS, device="cpu",
         )  # fmt: skip
         train(config, progress=Clock())
-    assert normtune is not None
     peak = peak_mb()
-    yield {"stage": "training: until the first step has ended", "seconds": ends[1] - started, "peak_mb": peak}
-    yield {"stage": f"training: {STEPS - 1} further steps", "seconds": ends[-1] - ends[1], "peak_mb": peak}
+    times = [(started, processor), ends[1], ends[-1]]
+    for stage, before, after in zip(
+        ("training: until the first step has ended", f"training: {STEPS - 1} further steps"),
+        times,
+        times[1:],
+        strict=False,
+    ):
+        seconds, used = (round(b - a, 3) for a, b in zip(before, after, strict=True))
+        yield {"stage": stage, "seconds": seconds, "processor_seconds": used, "peak_mb": peak}
 
 
 def measure(stage: str, call: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
     """(the value of a call, its seconds and the peak memory of the process so far)."""
-    started = time.perf_counter()
+    started, processor = time.perf_counter(), time.process_time()
     value = call()
-    seconds = time.perf_counter() - started
-    return value, {"stage": stage, "seconds": round(seconds, 3), "peak_mb": round(peak_mb(), 1)}
+    seconds, processor = time.perf_counter() - started, time.process_time() - processor
+    seconds, processor, peak = round(seconds, 3), round(processor, 3), round(peak_mb(), 1)
+    return value, {"stage": stage, "seconds": seconds, "processor_seconds": processor, "peak_mb": peak}
 
 
 def peak_mb() -> float:

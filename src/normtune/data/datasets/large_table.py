@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,16 @@ from normtune.data.reading.cells import clean_text, is_yes_no, language_tag, spl
 from normtune.data.reading.columns import Columns, letters
 from normtune.data.reading.image_names import find_image_keys
 from normtune.data.reading.row_reader import find_image_folder, known_kind, missing_images
-from normtune.data.reading.sources import Source, SourceRow, check_characters, iter_rows, split_of_jsonl, stem_of
+from normtune.data.reading.sources import (
+    PEEK_ROWS,
+    Source,
+    SourceRow,
+    check_characters,
+    fields_of,
+    iter_rows,
+    split_of_jsonl,
+    stem_of,
+)
 from normtune.data.reading.tables import parse_json_lines
 from normtune.data.records import Dataset, Problem
 from normtune.data.row_table import SEPARATOR, RowTableWriter
@@ -42,6 +52,8 @@ LARGE_BYTES = 64 * 2**20  # smaller files are read row by row, as lists
 _BLOCK_BYTES = 8 * 2**20  # of a JSONL file
 _BLOCK_ROWS = 50_000  # of a parquet file
 _MAX_LISTED = 10_000  # repeated rows that are listed one by one; the others are counted
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_SCAN = json.JSONDecoder().scan_once
 _NUMBERS = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)
 _ERRORS = (
     InputError,
@@ -140,9 +152,13 @@ class _BlockReader:
             name = next(name for name in examples[row].images if name in missing)
             what = f"image '{name}' is missing"
             bad.setdefault(row, ("image is missing", what, f"Paths are relative to {folder}."))
-        for row, (reason, what, fix) in sorted(bad.items()):
-            self.rows.errors.append(Problem(*self._place(examples, row), what, fix))
+        files = {file: number for number, file in enumerate(dict.fromkeys(file for _, file, _ in self.places))}
+        errors = self.rows.errors
+        for row in sorted(bad, key=lambda row: (bad[row][0] == "image is missing", row)):
+            reason, what, fix = bad[row]
+            errors.append(Problem(*self._place(examples, row), what, fix))
             reader.skip(examples[row], reason)
+        errors.sort(key=lambda error: (error.what.startswith("image '"), files[error.file], int(error.row)))
         reader.report_bad_rows(self.rows.errors, "line" if self.rows.format == "jsonl" else "row", self.rows.strict)
         usable = np.ones(len(examples), np.bool_)
         usable[list(bad)] = False
@@ -187,7 +203,7 @@ def column_texts(block: _Block, columns: Columns, rows: Rows, is_report: bool, f
         raise KeyError("several columns of one role are joined row by row")
 
     def column(role: str) -> pa.Array | None:
-        name = of_role.get(role, role)
+        name = of_role.get(role, role if role in ("image", "question", "answer") else None)
         return _combined(cells.column(name)) if name in cells.column_names else None
 
     def text(value: Any, lines: bool = False) -> str:
@@ -208,7 +224,12 @@ def column_texts(block: _Block, columns: Columns, rows: Rows, is_report: bool, f
             return pa.nulls(count, pa.string())
         if not _holds_texts(array):
             raise KeyError(role)
-        return mapped(array, lambda value: function(text(value)) if text(value) else None)
+
+        def make(value: Any) -> str | None:
+            cleaned = text(value)
+            return function(cleaned) if cleaned else None
+
+        return mapped(array, make)
 
     answer = needed("answer")
     question = column("question")
@@ -303,15 +324,14 @@ def _files(root: Path, format: str) -> list[Path]:
 
 
 def _jsonl_blocks(file: Path, name: str) -> Iterator[_Block]:
-    number, source = 1, Source(file.name, stem_of(file), [], (), split_of_jsonl(file))
     with file.open("rb") as lines:
+        first = b"".join(islice(lines, PEEK_ROWS)).removeprefix(_BYTE_ORDER_MARK)
+        fields = fields_of(SourceRow(*row) for row in parse_json_lines(first, 1))
+        source, number = Source(file.name, stem_of(file), fields, (), split_of_jsonl(file)), 1
+        lines.seek(0)
         while data := lines.read(_BLOCK_BYTES) + lines.readline():
             if number == 1:
-                data = data.removeprefix(b"\xef\xbb\xbf")
-            if not source.columns:
-                fields = (cells for _, cells in parse_json_lines(data, 1) if isinstance(cells, dict))
-                first = [cells for cells, _ in zip(fields, range(1000), strict=False)]
-                source = replace(source, columns=list(dict.fromkeys(field for cells in first for field in cells)))
+                data = data.removeprefix(_BYTE_ORDER_MARK)
 
             def rows(data: bytes = data, number: int = number) -> Iterator[SourceRow]:
                 return (SourceRow(line, cells) for line, cells in parse_json_lines(data, number))
@@ -328,12 +348,21 @@ def _json_table(data: bytes) -> pa.Table:
         ValueError, TypeError: some lines are blank, are not JSON or hold no object, or a column has several types.
     """
     lines = data.removesuffix(b"\n").decode("utf-8").split("\n")
-    rows = list(map(json.JSONDecoder().decode, lines))
-    if not all(type(row) is dict for row in rows):
+    try:
+        parsed = list(map(_SCAN, lines, repeat(0)))  # what `json.loads` calls, for lines without blanks around them
+    except StopIteration:
+        raise ValueError("a line is not JSON") from None
+    if any(type(row) is not dict or end != len(line) for (row, end), line in zip(parsed, lines, strict=True)):
         raise TypeError("a line is not a JSON object")
+    rows = [row for row, _ in parsed]
+    shapes = {*map(tuple, rows)}
+    if len(shapes) == 1:
+        names, by_column = list(shapes.pop()), zip(*map(dict.values, rows), strict=True)
+    else:
+        names = list(dict.fromkeys(chain.from_iterable(rows)))
+        by_column = zip(*([row.get(name) for name in names] for row in rows), strict=True)
     columns = {}
-    for name in dict.fromkeys(name for row in rows for name in row):
-        values = [row.get(name) for row in rows]
+    for name, values in zip(names, by_column, strict=True):
         types = {*map(type, values)} - {type(None)}
         if len(types) > 1:
             raise TypeError(name)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
-_PEEK_ROWS = 1000  # the fields of so many rows of a JSON-lines file are its columns
+PEEK_ROWS = 1000  # the fields of so many rows of a JSON-lines file are its columns
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def open_sources(root: Path, format: str, notes: list[str]) -> tuple[Path, list[
 
 def python_source(rows: Sequence[Mapping[str, Any]], split: str, first: int) -> Source:
     """Rows that are Python objects; the first has the number `first`."""
-    columns = list(dict.fromkeys(str(column) for cells in islice(iter(rows), _PEEK_ROWS) for column in cells))
+    columns = list(dict.fromkeys(str(column) for cells in islice(iter(rows), PEEK_ROWS) for column in cells))
     numbered = (SourceRow(number, dict(cells), (None, 0, number)) for number, cells in enumerate(rows, start=first))
     return Source("data", split, columns, numbered, split)
 
@@ -279,11 +279,11 @@ def _plain(value: Any) -> Any:
 
 def _json_lines(file: Path, notes: list[str]) -> list[Source]:
     rows = (SourceRow(number, cells) for number, cells in json_lines(file))
-    first = list(islice(rows, _PEEK_ROWS))
-    return [Source(file.name, stem_of(file), _fields(first), chain(first, rows), split_of_jsonl(file))]
+    first = list(islice(rows, PEEK_ROWS))
+    return [Source(file.name, stem_of(file), fields_of(first), chain(first, rows), split_of_jsonl(file))]
 
 
-def _fields(rows: Iterable[SourceRow]) -> list[str]:
+def fields_of(rows: Iterable[SourceRow]) -> list[str]:
     return list(dict.fromkeys(name for row in rows if isinstance(row.cells, dict) for name in row.cells))
 
 
@@ -313,7 +313,7 @@ def _json(file: Path, notes: list[str]) -> list[Source]:
         numbered = [SourceRow(number, check_characters(cells)) for number, cells in enumerate(rows, start=1)]
         several = len(lists) > 1
         stem, label = (f"{stem_of(file)}-{name}", f"{file.name} ({name})") if several else (stem_of(file), file.name)
-        sources.append(Source(label, stem, _fields(numbered), numbered, split))
+        sources.append(Source(label, stem, fields_of(numbered), numbered, split))
     return sources
 
 
