@@ -15,13 +15,14 @@ def make_row(name: str, metrics: dict[str, float], training: dict[str, Any] | No
     return {"name": name, "training": training, "evaluation": {"metrics": values}}
 
 
-TRAINED = {"trainable": 7936, "share": 0.00291, "seconds": 12.4, "peak_memory_bytes": 2**29}
+TRAINED = {"trainable": 7936, "share": 0.00291, "seconds": 12.4, "peak_memory_bytes": 2**29, "passes": 4.0}
+TRAINED["peak_above_base_bytes"] = 2**26
 
 
 def test_scores_of_questions_are_in_percent() -> None:
     table = table_markdown([make_row("ln", {"closed_label": 0.4, "open_exact": 0.2, "global_exact": 0.3}, TRAINED)])
     assert table.splitlines()[-1] == (
-        "| ln | 7,936 | 0.291 | 12 | 512 | 40.0 [20.0, 80.0] | 20.0 [10.0, 40.0] | 30.0 [15.0, 60.0] |"
+        "| ln | 7,936 | 0.291 | 4 | 12 | 512 | 64 | 40.0 [20.0, 80.0] | 20.0 [10.0, 40.0] | 30.0 [15.0, 60.0] |"
     )
 
 
@@ -30,8 +31,14 @@ def test_reports_show_the_available_meteor_and_cider_from_0_to_10() -> None:
     metrics |= {"meteor_exact_stem/none": 0.2, "findings_rules_f1_micro_14": 0.5}
     lines = table_markdown([make_row("report-frozen", metrics)], REPORTS).splitlines()
     assert lines[0].endswith("| BLEU-1 | BLEU-4 | ROUGE-L | METEOR (nltk) | CIDEr-D | findings F1 |")
-    assert lines[2].startswith("| frozen | 0 | 0 | 0 | – | 40.0 [20.0, 80.0] | 10.0 [5.0, 20.0] |")
+    assert lines[2].startswith("| frozen | 0 | 0 | 0 | 0 | – | – | 40.0 [20.0, 80.0] | 10.0 [5.0, 20.0] |")
     assert lines[2].endswith("| 20.0 [10.0, 40.0] | 1.50 [0.75, 3.00] | 50.0 [25.0, 100.0] |")
+
+
+def test_reports_are_trained_until_a_plateau_and_questions_for_fixed_passes() -> None:
+    cells = [demo._make_cell(task, "ln", 10, task.epochs, 0).train for task in (REPORTS, QUESTIONS)]
+    assert all(cells)
+    assert [(cell.validate_every, cell.patience) for cell in cells if cell] == [("6", 3), (None, None)]
 
 
 def test_cell_names_are_unique_over_both_tasks() -> None:

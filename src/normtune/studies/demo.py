@@ -9,6 +9,7 @@ import os
 import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,8 @@ from normtune.studies.console import ProgressBars
 from normtune.studies.plan import Cell, single_cell
 from normtune.studies.run import run_cells
 
+PATIENCE = 3  # validations without a better score after which the training of a report recipe ends
+
 
 @dataclass(frozen=True)
 class DemoTask:
@@ -26,7 +29,9 @@ class DemoTask:
 
     Attributes:
         columns: heading, the beginning of a metric's name, and the factor that the metric is multiplied by.
+        epochs: passes over the training examples; with `validation_images`, at most as many.
         test_images: the number of images that are evaluated.
+        validation_images: the number of images on which a training is validated; 0: it has a fixed length.
     """
 
     task: Literal["vqa", "report"]
@@ -35,6 +40,7 @@ class DemoTask:
     epochs: float
     batch: int
     test_images: int
+    validation_images: int = 0
     max_new_tokens: int | None = None
 
     def cell_name(self, recipe: str) -> str:
@@ -64,7 +70,7 @@ QUESTIONS = DemoTask(
 )
 REPORTS = DemoTask(
     task="report",
-    recipes=("frozen", "ln", "full"),
+    recipes=("frozen", "ln", "attention", "full", "lora-8"),
     columns=(
         ("BLEU-1", "bleu_1/none", 100),
         ("BLEU-4", "bleu_4/none", 100),
@@ -73,9 +79,10 @@ REPORTS = DemoTask(
         ("CIDEr-D", "cider_d/none", 1),
         ("findings F1", "findings_rules_f1_micro_14", 100),
     ),
-    epochs=6,
+    epochs=20,
     batch=4,  # an image has one report: with larger batches there would be few steps
     test_images=60,
+    validation_images=40,
     max_new_tokens=64,  # longer than any report of hospital B
 )
 
@@ -96,7 +103,8 @@ def run_demo(
     Args:
         images: the number of training images of hospital B.
         epochs: passes over the training questions.
-        report_epochs: passes over the training reports.
+        report_epochs: the most passes over the training reports; each recipe is trained until its validation score
+            rises no more.
         quiet: show no progress bar.
 
     Returns:
@@ -115,7 +123,8 @@ def run_demo(
     base = "base 'nano' (hospital A) adapted to hospital B with"
     results = {
         "task": f"{base} {images} images, {epochs:g} passes over their questions",
-        "report_task": f"{base} the reports of {images} images, {report_epochs:g} passes",
+        "report_task": f"{base} the reports of {images} images, until the validation score rises no more "
+        f"(at most {report_epochs:g} passes)",
         "note": "synthetic phantoms; seconds and peak memory with two cells side by side, one thread each",
         "rows": vqa_rows,
         "reports": report_rows,
@@ -136,8 +145,12 @@ def run_demo(
 
 def _make_cell(task: DemoTask, recipe: str, images: int, epochs: float, seed: int) -> Cell:
     """The cell that trains a recipe on hospital B and evaluates it there; `frozen` trains nothing."""
-    shared = {"model": "nano", "data": f"phantom-b:{images}/0/{task.test_images}", "task": task.task, "device": "cpu"}
+    data = f"phantom-b:{images}/{task.validation_images}/{task.test_images}"
+    shared = {"model": "nano", "data": data, "task": task.task, "device": "cpu"}
     train = {**shared, "tune": recipe, "epochs": epochs, "batch": task.batch, "seed": seed}
+    if task.validation_images:
+        # every second pass: a validation takes about a quarter of a pass
+        train |= {"validate_every": 2 * ceil(images / task.batch), "patience": PATIENCE}
     evaluate = {**shared, "max_new_tokens": task.max_new_tokens}
     return single_cell(task.cell_name(recipe), None if recipe == "frozen" else train, evaluate)
 
@@ -152,17 +165,22 @@ def _link(link: Path, target: str) -> None:
 
 
 def table_markdown(rows: list[dict[str, Any]], task: DemoTask = QUESTIONS) -> str:
-    """One row for each recipe: trainable parameters and %, seconds, peak memory, scores with intervals."""
+    """One row for each recipe: trainable parameters and %, passes, seconds, memory, scores with intervals.
+
+    The memory is the peak of the process, and the part of it above the loaded base. Seconds are of the training steps.
+    """
     lines = []
     for row in rows:
         training = row["training"]
-        costs = ("0", "0", "0", "–")
+        costs = ("0", "0", "0", "0", "–", "–")
         if training:
             costs = (
                 f"{training['trainable']:,}",
                 f"{100 * training['share']:.3f}",
+                f"{training['passes']:.0f}",
                 f"{training['seconds']:.0f}",
                 f"{training['peak_memory_bytes'] / 2**20:.0f}",
+                f"{training['peak_above_base_bytes'] / 2**20:.0f}",
             )
         metrics = row["evaluation"]["metrics"]
         scores = [
@@ -170,7 +188,8 @@ def table_markdown(rows: list[dict[str, Any]], task: DemoTask = QUESTIONS) -> st
             for _, start, factor in task.columns
         ]
         lines.append([row["name"].removeprefix("report-"), *costs, *scores])
-    header = ["recipe", "trainable", "%", "seconds", "peak MB", *(heading for heading, _, _ in task.columns)]
+    costs_header = ["trainable", "%", "passes", "seconds", "peak MiB", "above base MiB"]
+    header = ["recipe", *costs_header, *(heading for heading, _, _ in task.columns)]
     return "\n".join(markdown_table(header, lines)) + "\n"
 
 
