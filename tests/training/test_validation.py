@@ -197,13 +197,3 @@ def test_other_validation_rows_are_another_run(base: Path, tmp_path: Path) -> No
     (tmp_path / "validate.jsonl").write_text((tmp_path / "other.jsonl").read_text())
     with pytest.raises(InputError, match="differs in the rows or pictures of the validation split"):
         train(first)
-
-
-def test_tensorboard_files_have_the_validations(base: Path, tmp_path: Path) -> None:
-    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    result = train(config(base, tmp_path / "out", tracker="tensorboard", **VALIDATES | {"epochs": 1}))
-    (folder,) = (tmp_path / "out" / "runs").iterdir()
-    events = reading.EventAccumulator(str(folder))
-    events.Reload()
-    (event,) = events.Scalars("eval/global_exact")
-    assert event.step == result.best_step and {"train/loss", "eval/validation_loss"} <= set(events.Tags()["scalars"])
