@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -238,29 +238,28 @@ def use_run_passes(decoder: Any) -> None:
     for index, (layer, kind) in enumerate(zip(decoder.layers, decoder.config.layer_types, strict=True)):
         if kind in RECURRENT:
             module = getattr(layer, RECURRENT[kind], None)
-            if module is None or _cache_name(type(module)) is None:
+            name = None if module is None else _cache_name(type(module))
+            if name is None:
                 raise InputError(
                     f"layer {index} of the language model is of kind {kind}, but not built like those of Qwen3.5 or "
                     "LFM2, so that its state cannot be handed on. Use another version of transformers or another model."
                 )
-            module.forward = partial(_compute, module, index)
+            module.forward = partial(_compute, module, index, name)
 
 
 def _compute(
-    module: nn.Module, layer: int, hidden_states: Tensor, attention_mask: Any = None, **options: Any
+    module: nn.Module, layer: int, cache_name: str, hidden_states: Tensor, attention_mask: Any = None, **options: Any
 ) -> Tensor:
     """The forward of a recurrent layer."""
     stock: Any = type(module).forward
     if not isinstance(attention_mask, RunTree | AnswerStates):
         output: Tensor = stock(module, hidden_states, attention_mask=attention_mask, **options)
         return output
-    name = _cache_name(type(module))
-    assert name is not None
     options = {key: value for key, value in options.items() if key not in _CACHE_NAMES}
 
     def forward(states: Tensor, past: State | None) -> tuple[Tensor, State]:
         layer_cache = LayerCache(past)
-        output = stock(module, states, **{name: layer_cache}, **options)
+        output = stock(module, states, **{cache_name: layer_cache}, **options)
         convolution, recurrent = layer_cache.new
         assert convolution is not None, "these layers have a convolution"
         return output, (convolution, recurrent)
@@ -268,7 +267,6 @@ def _compute(
     return attention_mask.compute(layer, hidden_states, forward)
 
 
-@cache
 def _cache_name(layer_class: type[nn.Module]) -> str | None:
     parameters = inspect.signature(layer_class.forward).parameters
     return next((name for name in _CACHE_NAMES if name in parameters), None)
