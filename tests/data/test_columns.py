@@ -133,8 +133,8 @@ def test_the_counts_of_texts_are_those_of_their_definition(values: list) -> None
     for e in examples:
         answers.setdefault((e.split, e.images, plain(e.question)), Counter())[plain(e.answer)] += 1
     trained = {plain(e.answer) for e in examples if e.split == "train"}
-    assert counts["repeated"] == sum(found.total() - len(found) for found in answers.values())
-    assert counts["contradictions"] == sum(found.total() for found in answers.values() if len(found) > 1)
+    assert counts["repeated"] == sum(counter.total() - len(counter) for counter in answers.values())
+    assert counts["contradictions"] == sum(counter.total() for counter in answers.values() if len(counter) > 1)
     unseen = Counter(e.split for e in examples if trained and e.kind == "closed" and plain(e.answer) not in trained)
     assert counts["unseen"] == dict(unseen)
     assert counts["not_a_number"] == sum(plain(e.answer) == "nan" for e in examples)

@@ -193,7 +193,7 @@ class Examples(Sequence[Example]):
         return self.numbers(column, lambda text: hash(normalize(text)))
 
     def flags(self, column: str, condition: Callable[[Any], bool]) -> NDArray[np.bool_]:
-        """Whether each row's value meets a condition, [rows]; it is called once for each distinct value."""
+        """Whether a condition holds for each row's value, [rows]; it is called once for each distinct value."""
         if column not in ("images", "kind", "split", "history"):
             return self.numbers(column, condition, np.bool_)
         codes, values = self.codes(column)
