@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from normtune.commands.app import Json, app, emit
+from normtune.data.options import DataOptions
 from normtune.data.run_file import RUN_FILE, commented_run_file, schema
 from normtune.errors import InputError
 from normtune.methods.recipe import parse
@@ -65,6 +66,6 @@ def print_schema(file: Annotated[Literal["train", "evaluate", "study"], typer.Ar
     from normtune.evaluation.config import EvaluateConfig
     from normtune.studies.spec import Study
 
-    run_options = {"train": TrainConfig, "evaluate": EvaluateConfig}
+    run_options: dict[str, type[DataOptions]] = {"train": TrainConfig, "evaluate": EvaluateConfig}
     values = schema(run_options[file]) if file in run_options else Study.model_json_schema()
     typer.echo(dumps(values, indent=2))

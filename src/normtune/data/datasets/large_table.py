@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ _BLOCK_BYTES = 8 * 2**20  # of a JSONL file
 _BLOCK_ROWS = 50_000  # of a parquet file
 _MAX_LISTED = 10_000  # repeated rows that are listed one by one; the others are counted
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_SCAN = json.JSONDecoder().scan_once
+_SCAN: Callable[[str, int], tuple[Any, int]] = getattr(json.JSONDecoder(), "scan_once")  # noqa: B009 (not in stubs)
 _NUMBERS = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)
 _ERRORS = (
     InputError,
@@ -167,7 +168,7 @@ class _BlockReader:
 
     def _list_repeats(self, examples: Examples, usable: NDArray[np.int64]) -> None:
         """List each row with the same image, question and answer as an earlier row of its split."""
-        columns = [examples.hashes(column) for column in ("question", "answer")]
+        columns: list[NDArray[Any]] = [examples.hashes(column) for column in ("question", "answer")]
         columns += [examples.codes(column)[0] for column in ("split", "images")]
         repeats = usable[_later_ones(mixed(*columns)[usable])].tolist()
         what = "same image, question and answer as an earlier row"
@@ -253,8 +254,8 @@ def column_texts(block: _Block, columns: Columns, rows: Rows, is_report: bool, f
         role, array = roles.get(name), _combined(cells.column(name))
         if role not in ("image", "question", "answer", "id", "kind", "split") and _holds_texts(array):
             key = {"patient": "patient_id"}.get(role, role) if role else name
-            make = language_tag if key == "language" else str
-            texts[META + key] = mapped(array, lambda value, make=make: _meta_text(value, make))
+            make: Callable[[str], str] = language_tag if key == "language" else str
+            texts[META + key] = mapped(array, partial(_meta_text, make=make))
     return texts
 
 
@@ -337,7 +338,7 @@ def _jsonl_blocks(file: Path, name: str) -> Iterator[_Block]:
                 return (SourceRow(line, cells) for line, cells in parse_json_lines(data, number))
 
             count = data.count(b"\n") + (not data.endswith(b"\n"))
-            yield _Block(source, number, lambda data=data: _json_table(data), rows)
+            yield _Block(source, number, partial(_json_table, data), rows)
             number += count
 
 
@@ -379,11 +380,14 @@ def _parquet_blocks(file: Path, name: str) -> Iterator[_Block]:
             for batch in parquet.iter_batches(_BLOCK_ROWS):
                 table = pa.Table.from_batches([batch])
 
-                def rows(table: pa.Table = table, number: int = number) -> Iterator[SourceRow]:
-                    cells = enumerate(iter_rows(table), start=number)
-                    return (SourceRow(row, check_characters(of_row)) for row, of_row in cells)
+                def cells(table: pa.Table = table) -> pa.Table:
+                    return table
 
-                yield _Block(source, number, lambda table=table: table, rows)
+                def rows(table: pa.Table = table, number: int = number) -> Iterator[SourceRow]:
+                    numbered = enumerate(iter_rows(table), start=number)
+                    return (SourceRow(row, check_characters(of_row)) for row, of_row in numbered)
+
+                yield _Block(source, number, cells, rows)
                 number += table.num_rows
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{file} is not a parquet file, or is damaged. Fetch it again.") from error

@@ -238,8 +238,7 @@ def use_run_passes(decoder: Any) -> None:
     for index, (layer, kind) in enumerate(zip(decoder.layers, decoder.config.layer_types, strict=True)):
         if kind in RECURRENT:
             module = getattr(layer, RECURRENT[kind], None)
-            name = None if module is None else _cache_name(type(module))
-            if name is None:
+            if module is None or (name := _cache_name(type(module))) is None:
                 raise InputError(
                     f"layer {index} of the language model is of kind {kind}, but not built like those of Qwen3.5 or "
                     "LFM2, so that its state cannot be handed on. Use another version of transformers or another model."
