@@ -131,8 +131,8 @@ def main() -> None:
     speed.write_text(text, encoding="utf-8")
     page = ROOT / "README.md"
     page.write_text(readme(page.read_text(encoding="utf-8")), encoding="utf-8")
-    (ROOT / "docs" / "results.md").write_text(results(), encoding="utf-8")
     (ROOT / "docs" / "commands.md").write_text(commands_page(), encoding="utf-8")
+    (ROOT / "docs" / "results.md").write_text(results(), encoding="utf-8")
 
 
 if __name__ == "__main__":

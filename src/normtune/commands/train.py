@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from normtune.commands.app import app, emit, options_from
+from normtune.runtime.transformers_import import without_scipy
 from normtune.training.config import TrainConfig
 
 
@@ -33,5 +34,7 @@ def train(
         return
     from normtune.api.runs import train
 
+    with without_scipy():
+        import normtune.training.train  # noqa: F401
     config = TrainConfig.checked(**options)  # an option may be missing
     emit(as_json, train(**config.model_dump(), progress=not as_json))

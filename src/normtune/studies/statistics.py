@@ -154,17 +154,21 @@ def _test_recipes(
         for recipe, runs in recipes.items()
         if recipe != against
     }
-    for metric in reference.metrics[0]:
-        differences = correct_p_values(
+    differences = {
+        metric: correct_p_values(
             {
                 recipe: compare_metric(metric, reference, seeds, examples, margin=margin)
                 for recipe, seeds in others.items()
                 if all(metric in table for table in seeds.metrics)
             }
         )
-        for recipe, difference in differences.items():
-            about = {"metric": metric, "recipe": recipe, "against": against}
-            yield {**dict(zip(names, group, strict=True)), **about, **asdict(difference)}
+        for metric in reference.metrics[0]
+    }
+    for recipe in others:
+        for metric in differences:
+            if recipe in differences[metric]:
+                about = {"metric": metric, "recipe": recipe, "against": against}
+                yield {**dict(zip(names, group, strict=True)), **about, **asdict(differences[metric][recipe])}
 
 
 class _EvaluationReader:
