@@ -77,7 +77,7 @@ def test_a_plateau_validates_with_the_same_cap_for_all_recipes(tmp_path: Path) -
         cell = cells_by_recipe(planned)[recipe]
         assert cell.train is not None and cell.key not in KEYS.values()
         options = ("validate_every", "validation_split", "validation_limit", "patience", "metric_for_best")
-        assert [getattr(cell.train, name) for name in options] == ["epoch", "validate", 200, 3, "loss"]
+        assert [getattr(cell.train, name) for name in options] == ["epoch", "validate", 200, 5, "loss"]
         assert cell.budget is not None and cell.budget["max_epochs"] == 7
     longer = make_plan(tmp_path, ("{epochs: 1}", "{until: plateau, max_epochs: 8, metric: loss}"))
     assert cells_by_recipe(longer)["ln"].key != cells_by_recipe(planned)["ln"].key

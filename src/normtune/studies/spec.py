@@ -113,7 +113,7 @@ class Budget(_Section):
     minutes: float | None = Field(None, gt=0)
     until: Literal["plateau"] | None = None
     max_epochs: float | None = Field(None, gt=0, description="Most passes over the data; default: 20.")
-    patience: int | None = Field(None, gt=0, description="Validations without a better score; default: 3.")
+    patience: int | None = Field(None, gt=0, description="Validations without a better score; default: 5.")
     validate_every: Interval = Field(None, description="Steps between validations, or epoch; default: epoch.")
     validation_limit: int | None = Field(None, gt=0, description="Pairs to validate on; default: 200.")
     metric: str | None = Field(None, description="loss or a score; default: global_exact, or rouge_l for reports.")
@@ -127,7 +127,7 @@ class Budget(_Section):
             raise ValueError(f"{', '.join(sorted(others))}: these need until: plateau")
         if self.until is not None:
             self.max_epochs = self.max_epochs or 20
-            self.patience = self.patience or 3
+            self.patience = self.patience or 5
             self.validate_every = self.validate_every or "epoch"
             self.validation_limit = self.validation_limit or 200
         return self
