@@ -4,9 +4,9 @@
 
 The rows are made: 100 questions about each image, in a JSONL or parquet file. The names of the images are hard links to
 a few small PNG files, as nothing here depends on their pixels. Each size is measured in processes of their own: one
-opens, surveys, groups, splits and starts an epoch; another one trains. Seconds are those of the processor, so that
-other programs do not count. Memory is the peak of what is resident: it never falls from one stage to the next, and
-includes the pages of mapped files.
+opens, surveys, groups, splits and starts an epoch; another one trains. Processor seconds are those of all threads and
+child processes; wall seconds are longer where other programs run. Memory is the peak of what is resident: it never
+falls from one stage to the next, and includes the pages of mapped files.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ def main() -> None:
         stages = data_stages if options.stages == "data" else training_stages
         print(json.dumps(list(stages(options.folder / str(rows) / f"train.{form}"))))
         return
+    from record import write_record
+
     results = []
     for rows in options.rows:
         make_files(options.folder / str(rows), rows, options.format)
@@ -58,16 +60,14 @@ def main() -> None:
                 for stage in json.loads(done.stdout):
                     results.append({"rows": rows, "format": form, **stage})
                     print(results[-1], flush=True)
+                if options.out:  # a run takes many minutes: what is measured is written
+                    options.out.with_suffix(".md").write_text(table(results), encoding="utf-8")
+                    write_record(options.out, "rows", results, questions_per_image=QUESTIONS_PER_IMAGE, steps=STEPS)
     print("\n" + table(results))
-    if options.out:
-        from record import record
-
-        options.out.with_suffix(".md").write_text(table(results), encoding="utf-8")
-        record(options.out, "rows", results, questions_per_image=QUESTIONS_PER_IMAGE, steps=STEPS)
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """One line for each stage and format, one column for each number of rows."""
+    """One line for each stage and format, one column for each number of rows: processor and wall seconds, memory."""
     from normtune.runtime.text_table import markdown_table
 
     sizes = list(dict.fromkeys(result["rows"] for result in results))
@@ -75,13 +75,18 @@ def table(results: list[dict[str, Any]]) -> str:
     for form, stage in dict.fromkeys((result["format"], result["stage"]) for result in results):
         of_stage = {r["rows"]: r for r in results if (r["format"], r["stage"]) == (form, stage)}
         cells = [
-            f"{of_stage[rows]['processor_seconds']:.1f} s, {of_stage[rows]['peak_mb']:,.0f} MB"
+            "{processor_seconds:.1f} s, {seconds:.1f} s, {peak_mb:,.0f} MB".format(**of_stage[rows])
             if rows in of_stage
             else ""
             for rows in sizes
         ]
         lines.append((form, stage, *cells))
-    return "\n".join(markdown_table(("format", "stage", *(f"{rows:,} rows" for rows in sizes)), lines)) + "\n"
+    return (
+        "\n".join(
+            markdown_table(("format", "stage", *(f"{rows:,} rows: processor, wall, peak" for rows in sizes)), lines)
+        )
+        + "\n"
+    )
 
 
 def make_files(folder: Path, rows: int, formats: list[str]) -> None:
@@ -188,15 +193,15 @@ def training_stages(path: Path) -> Iterator[dict[str, Any]]:
 
     class Clock(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            ends.append((time.perf_counter(), time.process_time()))
+            ends.append(seconds())
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            ends.append((time.perf_counter(), time.process_time()))
+            ends.append(seconds())
 
     from normtune.training.config import TrainConfig
     from normtune.training.train import train
 
-    started, processor = time.perf_counter(), time.process_time()
+    started = seconds()
     with tempfile.TemporaryDirectory() as out:
         config = TrainConfig(
             data=path.suffix[1:], root=path, model="nano", tune="language=ln", out=Path(out) / "run",
@@ -204,29 +209,37 @@ def training_stages(path: Path) -> Iterator[dict[str, Any]]:
         )  # fmt: skip
         train(config, progress=Clock())
     peak = peak_mb()
-    times = [(started, processor), ends[1], ends[-1]]
+    times = [started, ends[1], ends[-1]]
     for stage, before, after in zip(
         ("training: until the first step has ended", f"training: {STEPS - 1} further steps"),
         times,
         times[1:],
         strict=False,
     ):
-        seconds, used = (round(b - a, 3) for a, b in zip(before, after, strict=True))
-        yield {"stage": stage, "seconds": seconds, "processor_seconds": used, "peak_mb": peak}
+        yield {"stage": stage, **_elapsed(before, after), "peak_mb": peak}
 
 
 def measure(stage: str, call: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
     """(the value of a call, its seconds and the peak memory of the process so far)."""
-    started, processor = time.perf_counter(), time.process_time()
+    started = seconds()
     value = call()
-    seconds, processor = time.perf_counter() - started, time.process_time() - processor
-    seconds, processor, peak = round(seconds, 3), round(processor, 3), round(peak_mb(), 1)
-    return value, {"stage": stage, "seconds": seconds, "processor_seconds": processor, "peak_mb": peak}
+    return value, {"stage": stage, **_elapsed(started, seconds()), "peak_mb": peak_mb()}
+
+
+def seconds() -> tuple[float, float]:
+    """Wall seconds, and processor seconds of the threads of this process and of its ended child processes."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.perf_counter(), time.process_time() + children.ru_utime + children.ru_stime
+
+
+def _elapsed(before: tuple[float, float], after: tuple[float, float]) -> dict[str, float]:
+    wall, processor = (round(b - a, 3) for a, b in zip(before, after, strict=True))
+    return {"seconds": wall, "processor_seconds": processor}
 
 
 def peak_mb() -> float:
     """The most memory of this process that was resident, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6, 1)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -142,6 +143,23 @@ def test_answering_compares_every_answer_and_then_times_both(shape: str, slake: 
         assert row["ratio"]["low"] <= row["ratio"]["median"] <= row["ratio"]["high"]
         assert len(row["rounds"]["normtune"]) == len(row["rounds"]["generate()"]) == 2
     assert out.with_suffix(".md").read_text(encoding="utf-8").count("\n") == 4
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_the_rows_of_a_made_file_are_measured_stage_by_stage(
+    form: str, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark = script("rows")
+    monkeypatch.setattr(benchmark, "STEPS", 2)
+    monkeypatch.setattr("normtune.data.datasets.large_table.LARGE_BYTES", 0)
+    benchmark.make_files(tmp_path, 1000, [form])
+    file = tmp_path / f"train.{form}"
+    stages = [*benchmark.data_stages(file), *(benchmark.training_stages(file) if form == "parquet" else ())]
+    assert [stage["stage"] for stage in stages][:3] == ["open", "preflight without decoding", "summary"]
+    assert all(stage["seconds"] >= 0 and stage["processor_seconds"] >= 0 for stage in stages)
+    assert all(before["peak_mb"] <= after["peak_mb"] for before, after in pairwise(stages))
+    lines = benchmark.table([{"rows": 1000, "format": form, **stage} for stage in stages]).splitlines()
+    assert len(lines) == 2 + len(stages) and "1,000 rows" in lines[0]
 
 
 def test_answering_stops_where_the_two_sides_differ(script: Any) -> None:

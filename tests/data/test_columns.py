@@ -20,6 +20,7 @@ from normtune.data.datasets import large_table, table
 from normtune.data.examples import Example, Examples
 from normtune.data.groups import group_by_image
 from normtune.data.preflight import preflight
+from normtune.data.reading.cells import clean_text
 from normtune.data.records import Dataset, Split
 from normtune.data.row_table import RowTableWriter
 from normtune.data.splits import share_of_images, with_groups
@@ -213,3 +214,36 @@ def test_a_large_parquet_file_is_read_as_a_small_one(tmp_path: Path, monkeypatch
     assert actual.examples == expected.examples and actual.notes == expected.notes
     assert [e.meta for e in actual.examples] == [e.meta for e in expected.examples]
     assert json.dumps(actual.summary()) == json.dumps(expected.summary())
+
+
+def test_a_parquet_file_is_large_by_its_rows_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"image": ["a.png"] * 4}), tmp_path / "train.parquet")
+    (tmp_path / "train.jsonl").write_text("{}\n" * 4)
+    assert not large_table.is_large(tmp_path, "parquet")
+    monkeypatch.setattr(large_table, "_LARGE_ROWS", 4)
+    assert large_table.is_large(tmp_path, "parquet") and not large_table.is_large(tmp_path, "jsonl")
+
+
+def test_images_inside_a_large_parquet_file_are_not_read_in_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    image = {"bytes": b"not read", "path": "a.png"}
+    pq.write_table(pa.Table.from_pylist([{"image": image, "question": "Is it?"}]), tmp_path / "train.parquet")
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", None)  # a call would fail
+    with pytest.raises(large_table.NotPlain):
+        next(large_table._parquet_blocks(tmp_path / "train.parquet", "train.parquet"))
+
+
+@pytest.mark.parametrize("text", ["", "plain", " blank before", "after ", "tab\tinside", "line\n", "é", "\x7f", "a  b"])
+def test_texts_that_are_taken_over_unchanged(text: str) -> None:
+    import pyarrow as pa
+
+    if large_table._is_clean(pa.array([text, None, "plain"])):
+        assert clean_text(text)[0] == text
+    assert large_table._is_clean(pa.array(["plain", None, "", "a  b"]))

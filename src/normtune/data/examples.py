@@ -190,7 +190,7 @@ class Examples(Sequence[Example]):
 
         Two of ten million texts share a hash with a probability of 3e-6.
         """
-        return self.numbers(column, lambda text: hash(normalize(text)))
+        return self.numbers(column, hash if normalize is str else lambda text: hash(normalize(text)))
 
     def flags(self, column: str, condition: Callable[[Any], bool]) -> NDArray[np.bool_]:
         """Whether a condition holds for each row's value, [rows]; it is called once for each distinct value."""

@@ -284,7 +284,8 @@ def _count_texts(dataset: Dataset, rows: Examples, equal: dict[str, str]) -> dic
     questions = mixed(split_codes, pictures[image_codes], history_hashes(rows), rows.hashes("question", _plain))
     repeated, contradictions = _count_repeats(questions, answers)
     training = dataset.examples.flags("split", "train".__eq__)
-    trained = np.unique(dataset.examples.where(training).hashes("answer", _plain))
+    all_answers = answers if rows is dataset.examples else dataset.examples.hashes("answer", _plain)
+    trained = all_answers[training]
     unseen = rows.flags("kind", lambda kind: kind == "closed" and len(trained) > 0)
     unseen[unseen] = ~np.isin(answers[unseen], trained)
     one_answer = [len(of_split) > 1 and of_split.min() == of_split.max() for of_split in _parts(answers, split_codes)]

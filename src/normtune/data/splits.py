@@ -74,7 +74,13 @@ def split_label(dataset: Dataset) -> Callable[[Example], str]:
 
 def examples_by_split(dataset: Dataset) -> dict[str, Examples]:
     """Split label -> its usable examples; train, validate and test come first, in this order."""
-    rows = dataset.examples
+    examples = dataset.examples
+    of_split = rows_by_split(examples).items()
+    return {name: examples if len(rows) == len(examples) else examples.take(rows) for name, rows in of_split}
+
+
+def rows_by_split(rows: Examples) -> dict[str, NDArray[np.int64]]:
+    """Split label -> the positions of its examples, in the order of `examples_by_split`."""
     codes, splits = rows.codes("split")
     names = list(splits)
     if _has_languages(rows):
@@ -84,7 +90,7 @@ def examples_by_split(dataset: Dataset) -> dict[str, Examples]:
         codes, pairs = compact(both.astype(np.int32), labels)
         splits, names = [split for split, _ in pairs], [_label(split, tag) for split, tag in pairs]
     order = sorted(range(len(names)), key=lambda number: _split_order(splits[number]))
-    return {names[number]: rows.where(codes == number) for number in order}
+    return {names[number]: np.flatnonzero(codes == number) for number in order}
 
 
 def _has_languages(examples: Examples) -> bool:
@@ -110,7 +116,8 @@ def find_leaks(dataset: Dataset) -> list[Leak]:
         return leaks
     columns = group_columns(dataset.examples)
     images = {name: dict.fromkeys(image_keys(members)) for name, members in splits}
-    rows = {name: _row_hashes(members) for name, members in splits}
+    hashes = _row_hashes(dataset.examples)
+    rows = {name: hashes[positions] for name, positions in rows_by_split(dataset.examples).items()}
     patients = {name: {column: _by_patient(members, column) for column in columns} for name, members in splits}
     equal = cluster(equal_pictures(dataset.pictures))
     alike: dict[str, set[str]] = {}

@@ -8,11 +8,12 @@ from statistics import mean, median
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from normtune.data.examples import META, Example, Examples, count_values, image_keys
 from normtune.data.reading.cells import is_yes_no
 from normtune.data.records import Dataset
-from normtune.data.splits import Leak, examples_by_split, find_leaks, split_label
+from normtune.data.splits import Leak, examples_by_split, find_leaks, rows_by_split, split_label
 from normtune.runtime.notebook import html_text
 from normtune.runtime.text_table import text_table
 
@@ -51,7 +52,13 @@ def summarize(dataset: Dataset, leaks: Sequence[Leak] | None = None) -> DatasetS
         - `leaks`: [{`what`, `part`, `other`, `shared`, `total`, `text`}], where `part` is the later split and
           `other` the earlier one.
     """
-    label = split_label(dataset)
+    label, rows = split_label(dataset), dataset.examples
+    columns = {  # of all rows, not split by split: each of these reads all texts of a column
+        "yes_no": rows.flags("answer", is_yes_no),
+        "longest_question_words": rows.numbers("question", _count_words, np.int32),
+        "longest_answer_words": rows.numbers("answer", _count_words, np.int32),
+    }
+    splits = zip(examples_by_split(dataset).items(), rows_by_split(rows).values(), strict=True)
     skipped: dict[str, list[Example]] = {}
     for example in dataset.skipped:
         skipped.setdefault(label(example), []).append(example)
@@ -60,7 +67,8 @@ def summarize(dataset: Dataset, leaks: Sequence[Leak] | None = None) -> DatasetS
             "dataset": dataset.name,
             "licence": dataset.licence,
             "parts": {
-                split: _counts(usable, skipped.get(split, [])) for split, usable in examples_by_split(dataset).items()
+                split: _counts(usable, skipped.get(split, []), {name: of[positions] for name, of in columns.items()})
+                for (split, usable), positions in splits
             },
             "notes": dataset.notes,
             "problems": {
@@ -119,8 +127,8 @@ def summary_text(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _counts(examples: Examples, skipped: Sequence[Example]) -> dict[str, Any]:
-    """The counts of one split; see `summarize`."""
+def _counts(examples: Examples, skipped: Sequence[Example], columns: dict[str, NDArray[Any]]) -> dict[str, Any]:
+    """The counts of one split; see `summarize`. `columns`: of its rows, what the answers and the longest texts are."""
     kinds = Counter(count_values(*examples.codes("kind"))) + Counter(example.kind for example in skipped)
     codes, images = examples.codes("images")
     per_image = np.bincount(codes, minlength=len(images)).tolist()
@@ -131,17 +139,17 @@ def _counts(examples: Examples, skipped: Sequence[Example]) -> dict[str, Any]:
         "open": kinds["open"],
         "closed": kinds["closed"],
         "report": kinds["report"],
-        "yes_no": int(examples.flags("answer", is_yes_no).sum()) + sum(is_yes_no(row.answer) for row in skipped),
+        "yes_no": int(columns["yes_no"].sum()) + sum(is_yes_no(row.answer) for row in skipped),
         "questions_per_image": {"mean": round(mean(per_image), 2), "median": median(per_image), "max": max(per_image)},
-        "longest_question_words": _most_words(examples, "question"),
-        "longest_answer_words": _most_words(examples, "answer"),
+        "longest_question_words": int(columns["longest_question_words"].max()),
+        "longest_answer_words": int(columns["longest_answer_words"].max()),
         "modalities": _frequent(examples, "modality"),
         "organs": _frequent(examples, "organ"),
     }
 
 
-def _most_words(examples: Examples, column: str) -> int:
-    return int(examples.numbers(column, lambda text: len(text.split())).max())
+def _count_words(text: str) -> int:
+    return len(text.split())
 
 
 def _frequent(examples: Examples, field: str) -> dict[str, int]:

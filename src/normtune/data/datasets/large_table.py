@@ -50,6 +50,7 @@ from normtune.data.split_names import split_name
 from normtune.errors import InputError
 
 LARGE_BYTES = 64 * 2**20  # smaller files are read row by row, as lists
+_LARGE_ROWS = 300_000  # of parquet files, which are compressed: a row may take ten bytes
 _BLOCK_BYTES = 8 * 2**20  # of a JSONL file
 _BLOCK_ROWS = 50_000  # of a parquet file
 _MAX_LISTED = 10_000  # repeated rows that are listed one by one; the others are counted
@@ -85,7 +86,10 @@ def is_large(root: Path, format: str) -> bool:
     """Whether the files of a format are large, and this module can read them."""
     if format not in _BLOCKS or not root.exists():
         return False
-    return sum(file.stat().st_size for file in _files(root, format)) >= LARGE_BYTES
+    files = _files(root, format)
+    if sum(file.stat().st_size for file in files) >= LARGE_BYTES:
+        return True
+    return format == "parquet" and sum(map(_parquet_rows, files)) >= _LARGE_ROWS
 
 
 def read_large(rows: Rows, root: Path, format: str, task: str, stated: Columns, image_root: Path | None) -> Dataset:
@@ -216,7 +220,7 @@ def column_texts(block: _Block, columns: Columns, rows: Rows, is_report: bool, f
         array = column(role)
         if array is None or not _holds_texts(array):
             raise KeyError(role)
-        return _filled(mapped(array, lambda value: text(value, lines=True)))
+        return _filled(array if _is_clean(array) else mapped(array, lambda value: text(value, lines=True)))
 
     def optional(role: str, function: Callable[[str], str]) -> pa.Array:
         """`function` of the texts; null where the cell is empty."""
@@ -225,6 +229,9 @@ def column_texts(block: _Block, columns: Columns, rows: Rows, is_report: bool, f
             return pa.nulls(count, pa.string())
         if not _holds_texts(array):
             raise KeyError(role)
+
+        if function is str and _is_clean(array):
+            return pc.replace_with_mask(array, pc.equal(array, ""), pa.scalar(None, pa.string()))
 
         def make(value: Any) -> str | None:
             cleaned = text(value)
@@ -267,6 +274,14 @@ def mapped(array: pa.Array, function: Callable[[Any], str | None]) -> pa.Array:
     return array if texts == values else pa.array(texts, pa.string()).take(encoded.indices)
 
 
+def _is_clean(array: pa.Array) -> bool:
+    """Whether `clean_text` changes none of these texts: they are printable ASCII without blanks around them."""
+    if not pa.types.is_string(array.type):
+        return False
+    trimmed = pc.equal(pc.ascii_trim_whitespace(array), array)
+    return bool(pc.all(pc.and_(pc.ascii_is_printable(array), trimmed)).as_py() is not False)
+
+
 def _meta_text(value: Any, make: Callable[[str], str]) -> str | None:
     """As `Rows` makes fields of `meta`: empty texts and NaN are left out."""
     return None if value == "" or value != value else make(str(value))
@@ -302,6 +317,10 @@ def _filled(array: pa.Array) -> pa.Array:
 
 def _holds_texts(array: pa.Array) -> bool:
     return pa.types.is_string(array.type) or any(is_number(array.type) for is_number in _NUMBERS)
+
+
+def _holds_images(type: pa.DataType) -> bool:
+    return pa.types.is_binary(type) or pa.types.is_large_binary(type) or pa.types.is_nested(type)
 
 
 def _combined(column: pa.ChunkedArray) -> pa.Array:
@@ -372,9 +391,18 @@ def _json_table(data: bytes) -> pa.Table:
     return pa.table(columns)
 
 
+def _parquet_rows(file: Path) -> int:
+    try:
+        return int(pq.read_metadata(file).num_rows)
+    except (pa.ArrowException, OSError):  # the reader of rows says what is wrong
+        return 0
+
+
 def _parquet_blocks(file: Path, name: str) -> Iterator[_Block]:
     try:
         with pq.ParquetFile(file) as parquet:
+            if any(map(_holds_images, parquet.schema_arrow.types)):
+                raise NotPlain  # before a block with the images of 50,000 rows is read
             source = Source(name, stem_of(file), list(parquet.schema_arrow.names), (), split_of_file(file))
             number = 0
             for batch in parquet.iter_batches(_BLOCK_ROWS):
