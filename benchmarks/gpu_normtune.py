@@ -24,7 +24,9 @@ from normtune.adapters.multi.rows import RowAdapters
 from normtune.data.groups import Group, Segment
 from normtune.methods.adapt import TunedModel, adapt, restore_base
 from normtune.models.families.gemma3 import Gemma3Family
+from normtune.models.families.idefics3 import Idefics3Family
 from normtune.models.families.llava import LlavaFamily
+from normtune.models.families.qwen_vl import QwenVLFamily
 from normtune.models.norm_kinds import norms
 from normtune.models.quantization import allow_gradients_through, quantised_linears
 from normtune.runtime.files import read_json
@@ -58,7 +60,12 @@ __all__ = [
     "tuned_parameters",
 ]
 
-FAMILIES: dict[str, Any] = {"llava": LlavaFamily, "gemma3": Gemma3Family}
+FAMILIES: dict[str, Any] = {
+    "llava": LlavaFamily,
+    "gemma3": Gemma3Family,
+    "idefics3": Idefics3Family,
+    "qwen2_5_vl": QwenVLFamily,
+}
 INT8_STD = 74  # about the standard deviation of uniform integers in -127..127, by which weights are scaled
 
 
@@ -72,7 +79,7 @@ def build_family(kind: str, model: Any, image_prefix: tuple[int, ...], end_token
     """Normtune's family around a model that has no tokenizer: prompts are token ids from the start.
 
     Args:
-        kind: "llava" or "gemma3".
+        kind: a key of `FAMILIES`.
         image_prefix: the tokens before the questions of one image, its image tokens among them.
         end_token: the token that ends an answer.
     """

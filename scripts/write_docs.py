@@ -1,5 +1,5 @@
 """Writes what the docs take from elsewhere: the example and the GPU table of README.md, the GPU measurements of
-docs/speed.md and benchmarks/gpu.md, docs/results.md and docs/commands.md.
+docs/speed.md and benchmarks/gpu.md, the commands of docs/which-gpu.md, docs/results.md and docs/commands.md.
 
 PYTHONPATH=src python scripts/write_docs.py
 """
@@ -21,11 +21,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
 
 import results_page  # noqa: E402
+import which_gpu as plans  # noqa: E402
 from gpu import table  # noqa: E402
 
 GPU_RECORD = ROOT / "benchmarks" / "gpu.json"
 GPU_SIZES = (8, 12, 16, 24, 40, 48, 80, 141)  # GB of common GPUs
-USABLE = 0.9  # of a GPU's memory: the rest is for the driver, the display and fragments
+PLANS = ROOT / "benchmarks" / "which_gpu.json"
 # (part and measurement of benchmarks/gpu.json, model, options)
 FITS = (
     ("medgemma-step", "normtune ln, tight", "MedGemma 4B", "`ln`, `--memory tight`"),
@@ -50,7 +51,7 @@ def gpu_table(record: dict[str, Any]) -> str:
     for part, name, model, options in FITS:
         figure = figures[part][name]
         peak = figure["peak_mib"] / 1024
-        size = next(size for size in GPU_SIZES if size * 1e9 / 2**30 * USABLE >= peak)
+        size = next(size for size in GPU_SIZES if plans.usable_bytes(size) / 2**30 >= peak)
         lines.append(f"| {size} GB | {model} | {options} | {peak:.1f} | {figure['pairs_per_s']:.0f} |")
     return "\n".join(lines) + "\n"
 
@@ -69,6 +70,12 @@ def readme(page: str) -> str:
     record = json.loads(GPU_RECORD.read_text(encoding="utf-8"))
     page = replace_between(page, "examples/quick_start.py", f"```python\n{example}```\n")
     return replace_between(page, "benchmarks/gpu.json", gpu_table(record))
+
+
+def which_gpu(page: str) -> str:
+    """docs/which-gpu.md with its commands and tables brought up to date."""
+    rows, gpu = (json.loads(path.read_text(encoding="utf-8")) for path in (PLANS, GPU_RECORD))
+    return replace_between(page, "benchmarks/which_gpu.json", plans.page(rows["rows"], gpu))
 
 
 def measurements(record: dict[str, Any]) -> str:
@@ -131,6 +138,8 @@ def main() -> None:
     speed.write_text(text, encoding="utf-8")
     page = ROOT / "README.md"
     page.write_text(readme(page.read_text(encoding="utf-8")), encoding="utf-8")
+    page = ROOT / "docs" / "which-gpu.md"
+    page.write_text(which_gpu(page.read_text(encoding="utf-8")), encoding="utf-8")
     (ROOT / "docs" / "commands.md").write_text(commands_page(), encoding="utf-8")
     (ROOT / "docs" / "results.md").write_text(results(), encoding="utf-8")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import json
 import re
 import shlex
 import sys
@@ -93,6 +94,25 @@ def test_the_readme_is_what_its_sources_say(write_docs: ModuleType) -> None:
     assert page.count("\n") <= 120
     (_, example), *_ = blocks(ROOT / "README.md", "python")
     assert example.count("\n") <= 12
+
+
+def test_the_page_of_gpus_is_what_its_sources_say(write_docs: ModuleType) -> None:
+    """Run scripts/write_docs.py after a change. Every command fits on the GPU under whose heading it is."""
+    text = (ROOT / "docs" / "which-gpu.md").read_text(encoding="utf-8")
+    assert text == write_docs.which_gpu(text)
+    plans = write_docs.plans
+    rows = json.loads(write_docs.PLANS.read_text(encoding="utf-8"))["rows"]
+    for size in plans.GPU_SIZES:
+        options = list(plans.best_options(rows, size))
+        assert options and all(row["peak"] <= plans.usable_bytes(size) for row in options)
+        assert all(plans.command(row) in text for row in options)
+
+
+def test_plans_agree_with_the_measurements_on_a_gpu(write_docs: ModuleType) -> None:
+    rows, gpu = (json.loads(path.read_text(encoding="utf-8")) for path in (write_docs.PLANS, write_docs.GPU_RECORD))
+    compared = write_docs.plans.comparison(rows["rows"], gpu)
+    assert len(compared) == len(write_docs.plans.MEASURED)
+    assert all(0.9 * measured < planned < 1.1 * measured for _, _, planned, measured in compared)
 
 
 def test_the_page_of_commands_is_that_of_the_commands(write_docs: ModuleType) -> None:
