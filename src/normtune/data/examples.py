@@ -255,6 +255,23 @@ def mixed(*columns: NDArray[Any]) -> NDArray[np.int64]:
     return result
 
 
+def is_in(hashes: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Whether each hash is among others; `np.isin` takes ten times the memory of its arguments."""
+    if not len(others):
+        return np.zeros(len(hashes), np.bool_)
+    others = np.sort(others)
+    others = others[np.append(True, others[1:] != others[:-1])]
+    places = np.searchsorted(others, hashes)
+    places[places == len(others)] = 0
+    return others[places] == hashes
+
+
+def repeated_rows(hashes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The rows whose hash occurs more than once, in order."""
+    ordered = np.sort(hashes)
+    return np.flatnonzero(is_in(hashes, ordered[1:][ordered[1:] == ordered[:-1]]))
+
+
 def _value(example: Example, column: str) -> Any:
     if column.startswith(META):
         return example.meta.get(column[len(META) :])

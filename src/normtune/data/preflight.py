@@ -26,7 +26,9 @@ from normtune.data.examples import (
     count_values,
     history_hashes,
     image_keys,
+    is_in,
     mixed,
+    repeated_rows,
 )
 from normtune.data.pictures import Picture, cluster, equal_pictures, near_duplicates, read_pictures
 from normtune.data.reading.cells import NOT_A_NUMBER
@@ -287,7 +289,7 @@ def _count_texts(dataset: Dataset, rows: Examples, equal: dict[str, str]) -> dic
     all_answers = answers if rows is dataset.examples else dataset.examples.hashes("answer", _plain)
     trained = all_answers[training]
     unseen = rows.flags("kind", lambda kind: kind == "closed" and len(trained) > 0)
-    unseen[unseen] = ~np.isin(answers[unseen], trained)
+    unseen[unseen] = ~is_in(answers[unseen], trained)
     one_answer = [len(of_split) > 1 and of_split.min() == of_split.max() for of_split in _parts(answers, split_codes)]
     return {
         "languages": _most_common(*rows.codes(f"{META}language")),
@@ -307,8 +309,10 @@ def _parts(values: NDArray[Any], codes: NDArray[np.int32]) -> list[NDArray[Any]]
 
 def _count_repeats(questions: NDArray[np.int64], answers: NDArray[np.int64]) -> tuple[int, int]:
     """Rows with the question and answer of an earlier row, and rows of a question that has several answers."""
-    if not len(questions):
+    repeated = repeated_rows(questions)
+    if not len(repeated):
         return 0, 0
+    questions, answers = questions[repeated], answers[repeated]
     order = np.lexsort((answers, questions))
     questions, answers = questions[order], answers[order]
     new_question = np.append(True, questions[1:] != questions[:-1])
@@ -361,9 +365,10 @@ def _count_tokens(result: Preflight, rows: Examples, limits: TextLimits) -> None
         if limits.max_answer is not None:
             # the end token need not fit: an answer may end at the limit
             written = limits.decode(reference[:-1][: limits.max_answer])
+            correct = written == example.answer or limits.is_right(written, example.answer)
             for name in ("all", example.kind):
                 totals[name] += count
-                right[name] += count * limits.is_right(written, example.answer)
+                right[name] += count * correct
     for example in rows.where(np.isin(texts, texts[failed])) if failed else ():
         try:
             limits.tokenize(example)

@@ -20,6 +20,7 @@ from normtune.data.examples import (
     compact,
     history_hashes,
     image_keys,
+    is_in,
     mixed,
 )
 from normtune.data.pictures import cluster, equal_pictures, near_duplicates, read_pictures
@@ -79,7 +80,7 @@ def examples_by_split(dataset: Dataset) -> dict[str, Examples]:
     return {name: examples if len(rows) == len(examples) else examples.take(rows) for name, rows in of_split}
 
 
-def rows_by_split(rows: Examples) -> dict[str, NDArray[np.int64]]:
+def rows_by_split(rows: Examples) -> dict[str, NDArray[np.int32]]:
     """Split label -> the positions of its examples, in the order of `examples_by_split`."""
     codes, splits = rows.codes("split")
     names = list(splits)
@@ -90,7 +91,7 @@ def rows_by_split(rows: Examples) -> dict[str, NDArray[np.int64]]:
         codes, pairs = compact(both.astype(np.int32), labels)
         splits, names = [split for split, _ in pairs], [_label(split, tag) for split, tag in pairs]
     order = sorted(range(len(names)), key=lambda number: _split_order(splits[number]))
-    return {names[number]: np.flatnonzero(codes == number) for number in order}
+    return {names[number]: np.flatnonzero(codes == number).astype(np.int32) for number in order}
 
 
 def _has_languages(examples: Examples) -> bool:
@@ -136,7 +137,7 @@ def find_leaks(dataset: Dataset) -> list[Leak]:
                 for key in images[name]
                 if equal.get(key, key) not in names and alike.get(equal.get(key, key), set()) & names
             ]
-            repeated = np.flatnonzero(np.isin(rows[name], rows[earlier]))
+            repeated = np.flatnonzero(is_in(rows[name], rows[earlier]))
             for what, items, count, total in (
                 ("image", sorted(shared), len(shared), len(images[name])),
                 ("picture", same, len(same), len(images[name])),

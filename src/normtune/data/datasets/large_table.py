@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from normtune.data.datasets.table import Rows
-from normtune.data.examples import META, Examples, image_keys, mixed
+from normtune.data.examples import META, Examples, image_keys, mixed, repeated_rows
 from normtune.data.formats import FORMATS
 from normtune.data.images.files import ImageFolder
 from normtune.data.reading.cells import clean_text, is_yes_no, language_tag, split_of_file
@@ -172,9 +172,9 @@ class _BlockReader:
 
     def _list_repeats(self, examples: Examples, usable: NDArray[np.int64]) -> None:
         """List each row with the same image, question and answer as an earlier row of its split."""
-        columns: list[NDArray[Any]] = [examples.hashes(column) for column in ("question", "answer")]
-        columns += [examples.codes(column)[0] for column in ("split", "images")]
-        repeats = usable[_later_ones(mixed(*columns)[usable])].tolist()
+        rows = mixed(examples.hashes("question"), examples.hashes("answer"))
+        rows = mixed(rows, examples.codes("split")[0], examples.codes("images")[0])
+        repeats = usable[_later_ones(rows if len(usable) == len(rows) else rows[usable])].tolist()
         what = "same image, question and answer as an earlier row"
         fix = "Kept, as in published counts. Remove the row if it should count once."
         for row in repeats[:_MAX_LISTED]:
@@ -331,7 +331,8 @@ def _combined(column: pa.ChunkedArray) -> pa.Array:
 
 def _later_ones(hashes: NDArray[np.int64]) -> NDArray[np.int64]:
     """The rows with the hash of an earlier row, in order."""
-    order = np.argsort(hashes, kind="stable")
+    rows = repeated_rows(hashes)
+    order = rows[np.argsort(hashes[rows], kind="stable")]
     equal = hashes[order[1:]] == hashes[order[:-1]]
     return np.sort(order[1:][equal])
 
