@@ -93,6 +93,7 @@ OTHER_VALUES: dict[str, Any] = {
     "tune": "ln-vision", "limit": 7, "share": 0.5, "lr": 0.5, "epochs": 3.0, "max_steps": 5, "batch": 3,
     "accumulate": 2, "group": False, "cap": 1, "balance": "tokens", "dtype": "bfloat16", "quantize": "int8",
     "compile": True, "weight_decay": 0.1, "warmup": 0.5, "schedule": "linear", "label_smoothing": 0.1,
+    "part_lr": "vision=0.5",
     "max_grad_norm": 0.1, "seed": 1, "split": "test", "device": "cuda", "model": "nano",
     "validate_every": "epoch", "validation_split": "test", "validation_limit": 3, "metric_for_best": "loss",
     "patience": 2, "keep": "last",

@@ -67,6 +67,13 @@ def test_cached_states_give_the_same_adapter(
         assert_close(cached[name], recomputed[name], msg=name)
 
 
+@pytest.fixture
+def no_memory_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The preflight's estimate runs the encoder too, on tensors without values."""
+    monkeypatch.setattr("normtune.training.train.estimate_memory", lambda *_: {})
+
+
+@pytest.mark.usefixtures("no_memory_estimate")
 def test_each_image_is_computed_once_and_never_with_a_warm_cache(
     kind: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,6 +100,7 @@ def test_each_image_is_computed_once_and_never_with_a_warm_cache(
     )
 
 
+@pytest.mark.usefixtures("no_memory_estimate")
 def test_warm_cache_needs_no_encoder(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = options("miss", cache=tmp_path / "cache")
     train(config(base, tmp_path / "cold", **run))

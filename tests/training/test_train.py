@@ -273,7 +273,7 @@ def test_each_part_can_have_its_learning_rate(base: Path, tmp_path: Path) -> Non
     train(config(base, tmp_path / "c", lr=1e-4, **options))
     a, b, c = (tensors(tmp_path / name) for name in "abc")
     assert all(torch.equal(a[name], b[name]) for name in a)
-    assert any(not torch.equal(a[name], c[name]) for name in a if name.startswith("vision"))
+    assert any(not torch.equal(a[name], c[name]) for name in a if name.startswith("visual_encoder"))
     with pytest.raises(
         InputError, match=r"--part-lr: the recipe trains nothing in encoder\. It trains: decoder, vision"
     ):
