@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from normtune.data.registry import open_configured
+from normtune.studies.folds import with_split_files, write_split_files
+from normtune.studies.listing import PairCounts
 from normtune.studies.plan import Cell, Plan, plan
 from normtune.studies.spec import read_study
 from tests.studies.test_spec import GOOD, write_study
+from tests.support.base_models import input_error
 
 
 def make_plan(folder: Path, *changes: tuple[str, str]) -> Plan:
@@ -69,6 +74,66 @@ def test_options_that_decide_a_result_change_the_key(tmp_path: Path, old: str, n
 )
 def test_other_options_do_not_change_the_key(tmp_path: Path, old: str, new: str) -> None:
     assert cells_by_recipe(make_plan(tmp_path, (old, new)))["ln"].key == KEYS["ln"]
+
+
+FOLDS = ('4/2/2"', '4/2/2", folds: 3')
+
+
+def test_each_fold_is_a_cell_wherever_the_folder_is(tmp_path: Path) -> None:
+    planned = make_plan(tmp_path, FOLDS)
+    cells = [cell for cell in planned.cells if cell.recipe == "ln"]
+    assert [cell.fold for cell in cells] == [0, 1, 2] and len({cell.key for cell in planned.cells}) == 7
+    for cell in cells:
+        assert cell.train is not None and cell.train.fold == cell.fold and f"fold {cell.fold}" in str(cell)
+        tested = [(e.role, e.config.split, e.config.fold) for e in cell.evaluations]
+        assert tested == [("in", "test", cell.fold), ("home", "test", None)]
+    (base,) = (cell for cell in planned.cells if cell.recipe == "frozen")
+    assert base.key == KEYS["frozen"] and len({evaluation.folder for evaluation in base.evaluations}) == 4
+    study = read_study(tmp_path / "study.yaml")
+    for folder in ("here", "there"):
+        moved = plan(with_split_files(study, tmp_path / folder))
+        assert [cell.key for cell in moved.cells] == [cell.key for cell in planned.cells]
+        assert [e.folder for cell in moved.cells for e in cell.evaluations] == [
+            e.folder for cell in planned.cells for e in cell.evaluations
+        ]
+        train = moved.cells[-1].train
+        assert train is not None and train.splits is not None and train.splits.parent == tmp_path / folder / "splits"
+    for other in (4, "3, split_seed: 1"):
+        changed = make_plan(tmp_path, ('4/2/2"', f'4/2/2", folds: {other}'))
+        assert not {cell.key for cell in changed.cells if cell.train} & {cell.key for cell in planned.cells}
+
+
+def test_a_file_of_splits_is_in_the_key_by_its_contents(tmp_path: Path) -> None:
+    def key(name: str, text: str) -> str:
+        (tmp_path / name).write_text(text)
+        return cells_by_recipe(make_plan(tmp_path, ('4/2/2"', f'4/2/2", splits: {tmp_path / name}')))["ln"].key
+
+    assert key("one.json", "{}") == key("other.json", "{}") != key("one.json", "[]")
+    (tmp_path / "one.json").unlink()
+    message = input_error(lambda: plan(read_study(tmp_path / "study.yaml")))
+    assert "cannot read" in message and "normtune split" in message
+
+
+def test_the_rows_of_folds_are_counted_before_they_are_made(tmp_path: Path) -> None:
+    planned = make_plan(tmp_path, FOLDS)
+    study = read_study(tmp_path / "study.yaml")
+    counts, rows = PairCounts(study), len(open_configured(study.datasets["phantom-b"]).examples)
+    (cell, *_) = (cell for cell in planned.cells if cell.recipe == "ln")
+    assert counts.training_pairs(cell) == round(rows / 3)
+
+
+def test_split_files_are_kept_until_the_rows_change(tmp_path: Path) -> None:
+    study = read_study(write_study(tmp_path, GOOD.replace(*FOLDS)))
+    write_split_files(study, tmp_path)
+    (file,) = (tmp_path / "splits").iterdir()
+    made = json.loads(file.read_text())
+    assert made["folds"] == 3 and set(made["splits"].values()) == {0, 1, 2}
+    file.write_text(json.dumps(made))
+    write_split_files(study, tmp_path)
+    assert file.read_text() == json.dumps(made)  # the same rows
+    file.write_text(json.dumps(made | {"digest": "of other rows", "splits": {"x": 0}}))
+    write_split_files(study, tmp_path)
+    assert json.loads(file.read_text()) == made
 
 
 def test_a_plateau_validates_with_the_same_cap_for_all_recipes(tmp_path: Path) -> None:

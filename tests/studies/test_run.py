@@ -25,6 +25,7 @@ from normtune.studies import cell as cells
 from normtune.studies import run as running
 from normtune.studies.cell import LOCK, CellJob, run_cell
 from normtune.studies.executors import JobOutcomes
+from normtune.studies.page.page import write_study_report
 from normtune.studies.plan import plan, single_cell
 from normtune.studies.results import SCHEMA, read_tables, tabulate, write_tables
 from normtune.studies.run import Summary, run_cells, run_study
@@ -348,3 +349,63 @@ def test_options_that_decide_the_training_decide_the_key() -> None:
         for options in ({}, {"lr": 0.5}, {"epochs": 7}, {"limit": 3}, {"seed": 2}, {"device": "cpu"})
     ]
     assert len(set(keys)) == 5 and keys[0] == keys[-1]
+
+
+def write_fold_study(base: Path, folder: Path) -> Path:
+    path = folder / "study.yaml"
+    path.write_text(
+        f"study: folds\nmodels: {{tiny: {{path: '{base}'}}}}\n"
+        f'datasets:\n  b: {{data: "phantom-b:2/1/1", folds: 3}}\n  c: {{data: "phantom-a:1/0/2"}}\n'
+        "grids:\n  g: {recipes: [frozen, ln], train: b, evaluate: [b, c], seeds: [0, 1], budget: {pairs: 4}}\n",
+        encoding="utf-8",
+    )
+    return path
+
+
+def test_the_rows_of_all_folds_are_one_evaluation(base: Path, tmp_path: Path, in_this_process: None) -> None:
+    study, out = read_study(write_fold_study(base, tmp_path)), tmp_path / "out"
+    summary = run_study(study, out, workers=1)
+    assert summary.failed == {} and summary.done == 7  # 2 seeds, 3 folds, and the frozen base
+    (file,) = (out / "splits").iterdir()
+    splits = json.loads(file.read_text())["splits"]
+    write_tables(study, out)
+    tables = read_tables(out)
+    tested = [row for row in tables["evaluations"] if row["dataset"] == "b"]
+    assert {row["fold"] for row in tested} == {0, 1, 2}
+    assert sum(row["rows"] for row in tested) == 3 * len(splits)
+    seeds = {(row["recipe"], row["dataset"], row["metric"]): row for row in tables["seeds"]}
+    for recipe, number in (("ln", 2), ("frozen", 1)):
+        row = seeds[recipe, "b", "global_exact"]
+        assert (row["seeds"], row["rows"], row["images"]) == (number, len(splits), 4)
+        by_row = [  # of each row, once for each seed
+            float(line["prediction"].strip().lower() == line["reference"].strip().lower())
+            for cell in tables["cells"]
+            for evaluation in tested
+            if evaluation["key"] == cell["key"] and cell["recipe"] == recipe
+            for line in map(json.loads, (out / evaluation["folder"] / "predictions.jsonl").read_text().splitlines())
+        ]
+        assert len(by_row) == number * len(splits)
+        assert round(row["mean"] * len(by_row)) == sum(by_row)
+    other = seeds["ln", "c", "global_exact"]  # each row is answered by the models of all folds
+    values = [row["value"] for row in tables["metrics"] if row["dataset"] == "c" and row["metric"] == "global_exact"]
+    assert (other["seeds"], other["images"], len(values)) == (2, 2, 7)
+    tests = [row for row in tables["tests"] if row["dataset"] == "b" and row["metric"] == "global_exact"]
+    assert [(row["recipe"], row["seeds"], row["rows"]) for row in tests] == [("frozen", 2, len(splits))]
+    text = (out / "tables.md").read_text()
+    assert "Cross-validation with 3 folds" in text and "a fold is not a seed" in text and "miss a fold" not in text
+    assert "splits" not in tables["cells"][-1]["config"] and str(tmp_path) not in (out / "results.json").read_text()
+    # The folder can be moved; a run with an unfinished fold is in no score.
+    moved = out.rename(tmp_path / "moved")
+    assert run_study(study, moved, workers=1).ran == 0
+    key = next(cell["key"] for cell in tables["cells"] if cell["recipe"] == "ln" and cell["seed"] == 1)
+    (moved / "cells" / key / "result.json").unlink()
+    write_tables(study, moved)
+    row = next(
+        row
+        for row in read_tables(moved)["seeds"]
+        if (row["recipe"], row["dataset"], row["metric"]) == ("ln", "b", "global_exact")
+    )
+    assert (row["seeds"], row["rows"]) == (1, len(splits))
+    assert "1 of 2 runs miss a fold" in (moved / "tables.md").read_text()
+    page = (write_study_report(moved)).read_text()
+    assert "Cross-validation with 3 folds" in page and "Score of each fold" in page and "3 folds" in page

@@ -55,6 +55,9 @@ def write_study(folder: Path, text: str) -> Path:
         (TRAIN, "    seeds: [0, x]\n" + TRAIN, 9, "grids.main.seeds.1: input should be"),
         (TRAIN, "    learning_rates: serch\n" + TRAIN, 9, "grids.main.learning_rates"),
         (TRAIN, "    shares: [200]\n" + TRAIN, 9, "grids.main.shares.0: input should"),
+        ('4/2/2"', '4/2/2", folds: 2', 5, "datasets.phantom-b.folds: input should be greater than or equal to 3"),
+        ('4/2/2"', '4/2/2", folds: 3, fold: 0', 5, "datasets.phantom-b: folds makes new splits: remove fold"),
+        ('a:2/0/2"', 'a:2/0/2", folds: 3', 2, "models.nano.home: forgetting is measured on one test split"),
         (TRAIN, TRAIN + "    train: phantom-a\n", 10, "'train' appears twice"),
         ("train: phantom-b", "train: [phantom-b", 10, "not valid YAML"),
         ("    budget", "compare: {against: lora-8}\n#", 10, "compare.against: no recipe 'lora-8'"),
@@ -65,6 +68,12 @@ def test_an_error_names_its_line_and_field(tmp_path: Path, old: str, new: str, l
     path = write_study(tmp_path, GOOD.replace(old, new, 1))
     message = input_error(lambda: read_study(path))
     assert expected in message and f"{path}, line {line}:" in message
+
+
+def test_a_search_is_refused_with_folds(tmp_path: Path) -> None:
+    text = GOOD.replace('4/2/2"', '4/2/2", folds: 3').replace(TRAIN, "    learning_rates: search\n" + TRAIN)
+    message = input_error(lambda: read_study(write_study(tmp_path, text)))
+    assert "line 9: grids.main.learning_rates: a search would see rows that other folds test on" in message
 
 
 def test_all_errors_are_reported_at_once(tmp_path: Path) -> None:

@@ -258,11 +258,12 @@ def with_absolute_paths(cell: Cell) -> Cell:
     """The cell with its data root and model as absolute paths, if they are folders on this machine."""
 
     def absolute(config: Any) -> Any:
-        root = getattr(config, "root", None)
+        root, splits = config.root, config.splits
         model = Path(config.model)
         return config.model_copy(
             update={
                 "root": root.absolute() if root is not None and root.exists() else root,
+                "splits": splits and splits.absolute(),
                 "model": str(model.absolute()) if model.is_dir() and config.model != "nano" else config.model,
             }
         )

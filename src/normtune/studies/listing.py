@@ -20,7 +20,8 @@ from normtune.studies.spec import Study
 class PairCounts:
     """Counts the pairs that cells train on and answer; opens each data set once.
 
-    A count is None if the data set cannot be opened on this machine, or if the budget is in minutes.
+    With folds, a count is that of folds of equal size. A count is None if the data set cannot be opened on this
+    machine, or if the budget is in minutes.
     """
 
     study: Study
@@ -39,6 +40,8 @@ class PairCounts:
         passes = cell.budget.get("epochs") or cell.budget.get("max_epochs")
         if dataset is None or passes is None:
             return None
+        if folds := self.study.datasets[cell.trained_on].folds:  # one is the test split, and one validates
+            return round(passes * len(dataset.examples) * (folds - 2) / folds * cell.share)
         return round(passes * len(cell.train.select(dataset.split(cell.train.split))))
 
     def answered_pairs(self, cell: Cell) -> int | None:
@@ -47,7 +50,9 @@ class PairCounts:
         for evaluation in cell.evaluations:
             if (dataset := self._open(evaluation.dataset)) is None:
                 return None
-            total += len(dataset.split(evaluation.config.split)[: evaluation.config.limit])
+            folds = self.study.datasets[evaluation.dataset].folds
+            rows = len(dataset.examples) // folds if folds else len(dataset.split(evaluation.config.split))
+            total += min(rows, evaluation.config.limit or rows)
         return total
 
     def _open(self, name: str) -> Dataset | None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from statistics import mean
 from typing import Any
 
 from normtune.runtime.number_format import format_interval
 from normtune.runtime.text_table import markdown_table
+from normtune.studies.pooling import fold_note, group_runs
 from normtune.studies.spec import SEARCH, Study
 from normtune.studies.statistics import format_rates
 
@@ -80,7 +83,7 @@ def all_tables(study: Study, tables: Tables) -> Iterator[Table]:
     """All tables: scores, costs and tests of each grid, then forgetting, then learning-rate searches."""
     tests = [row for row in tables["evaluations"] if row["role"] != "validate"]
     tasks = {row["dataset"]: row["task"] for row in tests}
-    images = {row["dataset"]: f"{row['images']:,} images" for row in tests}
+    images = {row["dataset"]: f"{row['images']:,} images" for row in (*tests, *tables["seeds"])}  # of all folds
     for grid in study.grids:
         yield from _score_tables(grid, tasks, images, tables)
         yield from _cost_tables(grid, tables)
@@ -93,10 +96,11 @@ def _format_note(tables: Tables) -> str:
     """The sentence below the title: how many cells are done, and how to read the scores."""
     states = [cell["status"] for cell in tables["cells"]]
     counts = ", ".join(f"{states.count(state)} {state}" for state in ("done", "failed", "missing") if state in states)
-    return (
+    note = (
         f"{len(states)} cells: {counts}. Scores are % (CIDEr-D: times 100) with 95% intervals: of a mean over seeds "
         "for new seeds and new images, of one seed for new images."
     )
+    return " ".join(filter(None, [note, fold_note(tables["cells"])]))
 
 
 def _score_tables(grid: str, tasks: Mapping[str, str], images: Mapping[str, str], tables: Tables) -> Iterator[Table]:
@@ -150,13 +154,19 @@ def _cost_tables(grid: str, tables: Tables) -> Iterator[Table]:
         ]
         body = [
             [
-                *(recipe, str(len(cells)), f"{cells[0]['trainable']:,}", f"{100 * cells[0]['trainable_share']:.4f}"),
+                *(
+                    recipe,
+                    str(len(group_runs(cells))),
+                    f"{cells[0]['trainable']:,}",
+                    f"{100 * cells[0]['trainable_share']:.4f}",
+                ),
                 *(_COSTS[cost][1].format(_mean(cells, cost)) for cost in costs),
             ]
             for recipe, cells in recipes.items()
         ]
         head = ["recipe", "seeds", "trainable", "%", *(_COSTS[cost][0] for cost in costs)]
-        yield Table(f"{grid}: {model} on {trained_on}, what training takes (means over seeds)", head, body, 1)
+        over = "seeds" if all(cell.get("fold") is None for cells in recipes.values() for cell in cells) else "all folds"
+        yield Table(f"{grid}: {model} on {trained_on}, what training takes (means over {over})", head, body, 1)
 
 
 # Costs in a cost table: column of `cells` -> heading and format. The bytes are divided by those of a MiB.
@@ -215,7 +225,7 @@ def _test_tables(grid: str, tables: Tables) -> Iterator[Table]:
 def _forgetting_tables(images: Mapping[str, str], tables: Tables) -> Iterator[Table]:
     """Points lost on the base's own task, for models trained on all images; means over seeds."""
     cells = {cell["key"]: cell for cell in tables["cells"]}
-    groups: dict[tuple[str, str, str], dict[tuple[str, str, str, str], list[float]]] = {}
+    groups: dict[tuple[str, str, str], dict[tuple[str, str, str, str], dict[Any, list[float]]]] = {}
     base_scores: dict[tuple[str, str, str], float] = {}
     for row in tables["forgetting"]:
         cell = cells[row["key"]]
@@ -226,10 +236,11 @@ def _forgetting_tables(images: Mapping[str, str], tables: Tables) -> Iterator[Ta
         for grid in cell["grids"]:
             if grid != SEARCH:
                 run = (grid, cell["trained_on"], cell["recipe"], format_rates(cell["rates"]))
-                groups.setdefault(key, {}).setdefault(run, []).append(row["forgotten"])
+                groups.setdefault(key, {}).setdefault(run, {}).setdefault(cell["seed"], []).append(row["forgotten"])
     for (model, dataset, metric), lost_by_run in groups.items():
         body = [
-            [*run, str(len(values)), f"{100 * sum(values) / len(values):+.1f}"] for run, values in lost_by_run.items()
+            [*run, str(len(by_seed)), f"{100 * mean(chain(*by_seed.values())):+.1f}"]
+            for run, by_seed in lost_by_run.items()
         ]
         before = 100 * base_scores[model, dataset, metric]
         task = f"{dataset} ({images[dataset]}), its own task, where the base has {before:.1f}"

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
-from normtune.data.options import DataOptions
 from normtune.evaluation.config import EvaluateConfig
 from normtune.methods.recipe import parse
+from normtune.studies.folds import each_fold, fold_options, splits_identity
 from normtune.studies.recipe_names import FROZEN, default_rates, recipe_methods
-from normtune.studies.spec import SEARCH, Budget, Data, Grid, Study
+from normtune.studies.spec import SEARCH, Budget, Grid, Study
 from normtune.training.config import TrainConfig
 
 # How an evaluated data set relates to the cell: trained on it; trained on another; the base's own task; the
@@ -30,8 +30,8 @@ Source = Literal["default", "given", "search"]
 
 FORMAT = 1  # part of every key: increase it when the same options give another result
 _UNSET_PATH = Path(".")  # a placeholder: the run sets the output folder
-# Options that are not part of a key, because they decide no result: paths and devices,
-_PATH_FIELDS = {"out", "root", "adapter", "cache", "device"}
+# Options that are not part of a key, because they decide no result: paths (`splits_identity` is part of it), devices,
+_PATH_FIELDS = {"out", "root", "adapter", "cache", "device", "splits"}
 # options of how the run is carried out (all memory tiers give exactly the same result),
 _MEANS_FIELDS = {"resume", "overwrite", "tracker", "save_every", "memory", "compile", "workers"}
 # and options that are in the key already, as the cell's rates and budget.
@@ -45,11 +45,12 @@ class Evaluation:
     dataset: str
     role: Role
     config: EvaluateConfig
+    splits: str | None = None  # from `splits_identity`
 
     @property
     def folder(self) -> str:
         """The folder's name, unique among the evaluations of the cell."""
-        return f"{self.dataset}-{_digest(_identity(self.config), 8)}"
+        return f"{self.dataset}-{_digest(_identity(self.config, self.splits), 8)}"
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Cell:
         rates: the learning rate of each method.
         budget: the length of the training, in one of epochs, pairs and minutes, or the fields of `until: plateau`.
         train: the options of the training, without output folder and length.
+        fold: the fold that is the test split of `trained_on`, if the data set has folds.
     """
 
     key: str
@@ -83,6 +85,7 @@ class Cell:
     budget: dict[str, Any] | None
     train: TrainConfig | None
     evaluations: tuple[Evaluation, ...]
+    fold: int | None = None
 
     def __str__(self) -> str:
         if self.train is None:
@@ -92,6 +95,7 @@ class Cell:
             f"{self.model} {self.recipe} on {self.trained_on}"
             + (f" {100 * self.share:g}%" if self.share < 1 else "")
             + f" seed {self.seed}"
+            + (f" fold {self.fold}" if self.fold is not None else "")
             + (f" lr {'/'.join(f'{rate:g}' for rate in rates)}" if self.rate_source != "default" else "")
         )
 
@@ -197,11 +201,11 @@ def _grid_cells(
             continue
         run = _Run(study, model, recipe, text, data)
         for source, rates in _grid_rates(run, grid, search_rates, searches):
-            for share, seed in product(grid.shares, grid.seeds):
+            for share, seed, fold in product(grid.shares, grid.seeds, each_fold(study.datasets[data])):
                 if rates is None:
                     yield None
                 else:
-                    yield _training_cell(run, name, share, seed, source, rates, grid.budget, targets)
+                    yield _training_cell(run, name, share, seed, source, rates, grid.budget, targets, fold)
 
 
 def _grid_rates(
@@ -246,6 +250,7 @@ def _training_cell(
     rates: dict[str, float],
     budget: Budget,
     targets: Sequence[str] | None,
+    fold: int | None = None,
 ) -> Cell:
     """A cell that trains; without `targets` it is evaluated on the validation split of its training data."""
     study, model, data = run.study, run.model, run.data
@@ -264,23 +269,24 @@ def _training_cell(
         dtype=base.dtype,
         quantize=base.quantize,
         device=base.device,
-        **_data_options(options),
+        **fold_options(options, fold),
         **budget.train_options(options.validate_split),
         **train_options,
     )
     length = _budget_fields(budget)
-    identity = {"format": FORMAT, "train": _identity(train), "rates": rates, "budget": length}
+    identity = {"format": FORMAT, "train": _identity(train, splits_identity(options)), "rates": rates, "budget": length}
     if targets is None:
         evaluations = [_evaluation(study, model, data, "validate")]
     else:
         home = [base.home] if base.home and base.home not in targets else []
         evaluations = [
-            _evaluation(study, model, target, "in" if target == data else "home" if target == base.home else "out")
+            _evaluation(study, model, target, "in" if target == data else "home" if target == base.home else "out", k)
             for target in (*targets, *home)
+            for k in ([fold] if target == data else each_fold(study.datasets[target]))
         ]
     return Cell(
         _digest(identity, 16), (grid,), model, base.path, run.recipe, run.text, data, share / 100, seed, source, rates,
-        length, train, tuple(evaluations),
+        length, train, tuple(evaluations), fold,
     )  # fmt: skip
 
 
@@ -289,8 +295,9 @@ def _base_cell(study: Study, model: str, grids: tuple[str, ...], targets: Sequen
     base = study.model(model)
     identity = {"format": FORMAT, "base": base.path, "dtype": base.dtype, "quantize": base.quantize}
     evaluations = [
-        _evaluation(study, model, target, "home" if target == base.home else "zero-shot")
+        _evaluation(study, model, target, "home" if target == base.home else "zero-shot", fold)
         for target in dict.fromkeys((*targets, *([base.home] if base.home else [])))
+        for fold in each_fold(study.datasets[target])
     ]
     return Cell(
         _digest(identity, 16), grids, model, base.path, FROZEN, str(parse(FROZEN)), None, 1.0, None,
@@ -315,7 +322,7 @@ def _home_base_cells(study: Study, cells: Any) -> Iterator[Cell]:
             yield _base_cell(study, model, tuple(grids), targets)
 
 
-def _evaluation(study: Study, model: str, data: str, role: Role) -> Evaluation:
+def _evaluation(study: Study, model: str, data: str, role: Role, fold: int | None = None) -> Evaluation:
     """The evaluation of a model on a data set's test split, or for `validate` its validation split."""
     base, options = study.model(model), study.datasets[data]
     config = EvaluateConfig.checked(
@@ -331,9 +338,9 @@ def _evaluation(study: Study, model: str, data: str, role: Role) -> Evaluation:
         dtype=base.dtype,
         quantize=base.quantize,
         device=base.device,
-        **_data_options(options),
+        **fold_options(options, fold),
     )
-    return Evaluation(data, role, config)
+    return Evaluation(data, role, config, splits_identity(options))
 
 
 def single_cell(name: str, train: Mapping[str, Any] | None, *evaluations: Mapping[str, Any]) -> Cell:
@@ -347,13 +354,13 @@ def single_cell(name: str, train: Mapping[str, Any] | None, *evaluations: Mappin
     config = None if train is None else TrainConfig.checked(out=_UNSET_PATH, **train)
     configs = [EvaluateConfig.checked(out=_UNSET_PATH, **options) for options in evaluations]
     role: Role = "zero-shot" if config is None else "in"
-    made = tuple(Evaluation(options.data.partition(":")[0], role, options) for options in configs)
+    made = tuple(Evaluation(c.data.partition(":")[0], role, c, splits_identity(c)) for c in configs)
     identity: dict[str, Any] = {"format": FORMAT, "name": name}
     rates: dict[str, float] = {}
     if config is not None:
         rates = {method: config.lr or rate for method, rate in default_rates(config.tune).items()}
         length = config.model_dump(mode="json", include=_LENGTH_FIELDS)
-        identity |= {"train": _identity(config), **length}
+        identity |= {"train": _identity(config, splits_identity(config)), **length}
     return Cell(
         key=f"{quote(name, safe='@+')}-{_digest(identity, 8)}",
         grids=(),
@@ -372,17 +379,12 @@ def single_cell(name: str, train: Mapping[str, Any] | None, *evaluations: Mappin
     )
 
 
-def _data_options(options: Data) -> dict[str, Any]:
-    """The options that a data set has in common with `train` and `evaluate`."""
-    return options.model_dump(include=set(DataOptions.model_fields))
-
-
 def _budget_fields(budget: Budget) -> dict[str, Any]:
     """The fields of a budget that are set, with their values."""
     return budget.model_dump(exclude_none=True)
 
 
-def _identity(config: TrainConfig | EvaluateConfig) -> dict[str, Any]:
+def _identity(config: TrainConfig | EvaluateConfig, splits: str | None) -> dict[str, Any]:
     """The options that decide a result, for the cell's key.
 
     Options that are off are left out, so that a later version may add an option without changing any key.
@@ -390,6 +392,7 @@ def _identity(config: TrainConfig | EvaluateConfig) -> dict[str, Any]:
     values = config.model_dump(mode="json", exclude=_PATH_FIELDS | _MEANS_FIELDS | _LENGTH_FIELDS)
     if isinstance(config, EvaluateConfig):
         values["limit"] = config.limit
+    values["splits"] = splits
     return {name: value for name, value in values.items() if value is not None and value is not False}
 
 

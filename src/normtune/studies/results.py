@@ -27,6 +27,7 @@ from normtune.runtime.files import atomic_write, read_json, write_json, write_te
 from normtune.studies.cell import RESULT, cell_directory, failure_reason, is_finished
 from normtune.studies.paper_tables import latex, markdown
 from normtune.studies.plan import Cell
+from normtune.studies.pooling import pool_folds
 from normtune.studies.run import current_plan
 from normtune.studies.spec import Study
 from normtune.studies.statistics import aggregate_seeds, paired_tests
@@ -39,8 +40,8 @@ SCHEMA: dict[str, dict[str, str]] = {
     "cells": {
         "key": "TEXT PRIMARY KEY", "status": "TEXT", "error": "TEXT", "grids": "JSON", "model": "TEXT",
         "model_path": "TEXT", "recipe": "TEXT", "recipe_text": "TEXT", "resolved": "TEXT",
-        "trained_on": "TEXT", "share": "REAL", "seed": "INTEGER", "rate_source": "TEXT", "rates": "JSON",
-        "budget": "JSON", "pairs_available": "INTEGER", "pairs_seen": "INTEGER", "steps": "INTEGER",
+        "trained_on": "TEXT", "share": "REAL", "seed": "INTEGER", "fold": "INTEGER", "rate_source": "TEXT",
+        "rates": "JSON", "budget": "JSON", "pairs_available": "INTEGER", "pairs_seen": "INTEGER", "steps": "INTEGER",
         "trainable": "INTEGER", "total": "INTEGER", "trainable_share": "REAL", "train_seconds": "REAL",
         "train_pairs_per_second": "REAL", "train_peak_bytes": "INTEGER", "final_loss": "REAL",
         "passes": "REAL", "validation_metric": "TEXT", "best_step": "INTEGER", "best_score": "REAL",
@@ -50,12 +51,12 @@ SCHEMA: dict[str, dict[str, str]] = {
         "config": "JSON",
     },
     "evaluations": {
-        "key": "TEXT", "dataset": "TEXT", "role": "TEXT", "task": "TEXT", "split": "TEXT",
+        "key": "TEXT", "dataset": "TEXT", "role": "TEXT", "task": "TEXT", "split": "TEXT", "fold": "INTEGER",
         "rows": "INTEGER", "images": "INTEGER", "split_hash": "TEXT", "normalisation": "JSON",
         "seconds": "REAL", "pairs_per_second": "REAL", "peak_bytes": "INTEGER", "folder": "TEXT",
     },
     "metrics": {
-        "key": "TEXT", "dataset": "TEXT", "role": "TEXT", "split": "TEXT", "metric": "TEXT",
+        "key": "TEXT", "dataset": "TEXT", "role": "TEXT", "split": "TEXT", "fold": "INTEGER", "metric": "TEXT",
         "value": "REAL", "low": "REAL", "high": "REAL", "rows": "INTEGER", "images": "INTEGER",
     },
     "forgetting": {
@@ -128,8 +129,9 @@ def tabulate(study: Study, out: Path) -> Tables:
         _add_cell_rows(tables, cell, out)
     _check_bases(tables["cells"])
     tables["forgetting"] = list(_forgetting_rows(tables))
-    tables["seeds"] = aggregate_seeds(tables)
-    tables["tests"] = paired_tests(study, tables, out)
+    runs = pool_folds(tables, out)
+    tables["seeds"] = aggregate_seeds(runs)
+    tables["tests"] = paired_tests(study, runs, out)
     return tables
 
 
@@ -145,7 +147,7 @@ def _add_cell_rows(tables: Tables, cell: Cell, out: Path) -> None:
         "status": "done" if done else "failed" if error else "missing",
         "error": error,
         **{name: getattr(cell, name) for name in ("model", "model_path", "recipe", "recipe_text", "trained_on")},
-        **{name: getattr(cell, name) for name in ("share", "seed", "rate_source", "rates", "budget")},
+        **{name: getattr(cell, name) for name in ("share", "seed", "fold", "rate_source", "rates", "budget")},
         "grids": list(cell.grids),
         "resolved": training.get("recipe"),
         "pairs_seen": training.get("pairs"),
@@ -155,7 +157,7 @@ def _add_cell_rows(tables: Tables, cell: Cell, out: Path) -> None:
         "train_pairs_per_second": training.get("pairs_per_second"),
         "train_peak_bytes": training.get("peak_memory_bytes"),
         "train_bytes_above_base": training.get("peak_above_base_bytes"),
-        "config": cell.train and cell.train.model_dump(mode="json", exclude={"out", "root", "overwrite"}),
+        "config": cell.train and cell.train.model_dump(mode="json", exclude={"out", "root", "overwrite", "splits"}),
     }
     copied_fields = (
         *("pairs_available", "steps", "total", "final_loss", "changed", "warning", "computed_once"),
@@ -172,9 +174,9 @@ def _add_cell_rows(tables: Tables, cell: Cell, out: Path) -> None:
     for evaluation in result["evaluations"]:
         if evaluation["folder"] not in roles:
             continue  # of an evaluation that the study's file no longer asks for
-        role = roles[evaluation["folder"]].role
+        role, fold = roles[evaluation["folder"]].role, roles[evaluation["folder"]].config.fold
         dataset, split = evaluation["dataset"], evaluation["split"]
-        shared_columns = {"key": cell.key, "dataset": dataset, "role": role, "split": split}
+        shared_columns = {"key": cell.key, "dataset": dataset, "role": role, "split": split, "fold": fold}
         tables["evaluations"].append(
             shared_columns
             | {name: evaluation[name] for name in ("task", "rows", "images", "split_hash", "normalisation", "seconds")}

@@ -28,6 +28,7 @@ from normtune.studies.cell import (
 )
 from normtune.studies.changes import Changes, move_aside
 from normtune.studies.executors import Executor, get_executor
+from normtune.studies.folds import with_split_files, write_split_files
 from normtune.studies.plan import Cell, Plan, RateSearch, plan
 from normtune.studies.spec import Study
 
@@ -78,6 +79,7 @@ def choose_rates(study: Study, out: Path, searches: Iterable[RateSearch]) -> dic
 
 def current_plan(study: Study, out: Path) -> Plan:
     """The study's plan with the learning rates that finished searches have chosen."""
+    study = with_split_files(study, out)
     return plan(study, choose_rates(study, out, plan(study).searches))
 
 
@@ -94,11 +96,13 @@ def run_study(
         listener: receives the progress.
 
     Raises:
-        InputError: `on` is unknown, or a package that it needs is not installed.
+        InputError: `on` is unknown, or a package that it needs is not installed; a data set that is to be divided
+            into folds cannot be opened, or has too few pictures for them.
     """
     started = time.perf_counter()
     out, listener = out.absolute(), listener or ProgressListener()
     execute = get_executor(on)
+    write_split_files(study, out)
     failed: dict[str, tuple[Cell, str]] = {}
     changes, changed = Changes(out), dict[str, str]()
     ran = 0

@@ -83,6 +83,14 @@ class Data(DataOptions):
     max_new_tokens: int | None = Field(None, gt=0)
     candidates: str | None = None
     normalisation: Literal["vqa", "unicode", "none"] = "vqa"
+    folds: int | None = Field(None, ge=3, description="Cross-validate: every fold in turn is the test split.")
+
+    @model_validator(mode="after")
+    def _has_one_way_to_split(self) -> Data:
+        others = {"image_disjoint", "split_ratio", "split_column", "splits", "fold"}
+        if self.folds and (given := self.model_fields_set & others):
+            raise ValueError(f"folds makes new splits: remove {', '.join(sorted(given))}")
+        return self
 
 
 class Training(_Section):
@@ -245,6 +253,8 @@ def _cross_field_errors(study: Study) -> Iterator[FieldError]:
     for name in models:
         if home := study.model(name).home:
             yield from unknown(("models", name, "home"), home, datasets, "data set")
+            if home in study.datasets and study.datasets[home].folds:
+                yield ("models", name, "home"), "forgetting is measured on one test split: use a data set without folds"
     for name, text in study.recipes.items():
         yield from _recipe_errors(("recipes", name), [text], {})
     if SEARCH in study.grids:
@@ -254,6 +264,9 @@ def _cross_field_errors(study: Study) -> Iterator[FieldError]:
     all_recipes: set[str] = set()
     for name, grid in study.grids.items():
         grid_path: FieldPath = ("grids", name)
+        if grid.learning_rates == "search" and any(study.datasets[n].folds for n in grid.train if n in datasets):
+            text = "a search would see rows that other folds test on: give rates, or use a data set without folds"
+            yield (*grid_path, "learning_rates"), text
         for field, known, kind in (
             ("models", models, "model"),
             ("train", datasets, "data set"),

@@ -1,5 +1,7 @@
 """Statistics over a study's rows: means over seeds, and tests between recipes.
 
+Both take the tables of `pool_folds`: the rows of all folds of a seed count as one run.
+
 A row of the table `seeds` (`aggregate_seeds`) has these fields:
 
 `grid`, `model`, `trained_on`, `share`, `recipe`, `rate`, `dataset`, `role`, `metric`
@@ -43,16 +45,15 @@ from pathlib import Path
 from typing import Any
 
 from normtune.data.records import Example
-from normtune.evaluation.compare import compute_metrics, read_runs
 from normtune.evaluation.recipe_differences import Group, compare_metric, correct_p_values
 from normtune.metrics.statistics import Interval, recipe_mean
-from normtune.metrics.sum_metrics import SumMetric, highest_score
+from normtune.metrics.sum_metrics import highest_score
+from normtune.studies.pooling import EvaluationRows, Layers, read_layers
 from normtune.studies.recipe_names import FROZEN
 from normtune.studies.spec import SEARCH, Study
 
 Row = dict[str, Any]
 Tables = Mapping[str, list[Row]]
-EvaluationRows = tuple[dict[str, SumMetric], Sequence[Example]]  # metrics by name, and the evaluated examples
 # The metrics that are tested if the study's file lists none.
 TESTED = ("closed_label", "open_exact", "global_exact", "bleu_4/none", "rouge_l/none", "cider_d/none")
 # The reference recipe if the study's file names none: the first of these that a grid has.
@@ -108,33 +109,33 @@ def paired_tests(study: Study, tables: Tables, out: Path) -> list[Row]:
         The rows of the table `tests`; p-values are corrected over the recipes of a group (Holm).
     """
     cells = {cell["key"]: cell for cell in tables["cells"]}
-    groups: dict[tuple[Any, ...], dict[str, dict[int | None, list[Path]]]] = {}
-    frozen: dict[tuple[str, str, str], Path] = {}
+    groups: dict[tuple[Any, ...], dict[str, dict[int | None, list[Layers]]]] = {}
+    frozen: dict[tuple[str, str, str], Layers] = {}
     for row in tables["evaluations"]:
         cell = cells[row["key"]]
         for grid in cell["grids"]:
             if grid == SEARCH or row["role"] == "validate":
                 continue
             if cell["trained_on"] is None:
-                frozen[grid, cell["model"], row["dataset"]] = out / row["folder"]
+                frozen[grid, cell["model"], row["dataset"]] = row["layers"]
                 continue
             group = (grid, cell["model"], cell["trained_on"], cell["share"], row["dataset"], row["role"])
             runs = groups.setdefault(group, {}).setdefault(cell["recipe"], {})
-            runs.setdefault(cell["seed"], []).append(out / row["folder"])
-    reader = _EvaluationReader(study.compare.metrics or TESTED)
+            runs.setdefault(cell["seed"], []).append(row["layers"])
+    reader = _EvaluationReader(out, study.compare.metrics or TESTED)
     tests: list[Row] = []
     for group, recipes in groups.items():
-        # the folder of each seed, for recipes that are tried at a single rate
+        # the evaluations of each seed, for recipes that are tried at a single rate
         single_rate = {
-            recipe: {seed: rate_folders[0] for seed, rate_folders in runs.items()}
+            recipe: {seed: of_rates[0] for seed, of_rates in runs.items()}
             for recipe, runs in recipes.items()
-            if all(len(rate_folders) == 1 for rate_folders in runs.values())
+            if all(len(of_rates) == 1 for of_rates in runs.values())
         }
         against = study.compare.against or next((recipe for recipe in REFERENCES if recipe in single_rate), None)
         if against not in single_rate:
             continue
-        if (base_folder := frozen.get((group[0], group[1], group[4]))) is not None:
-            single_rate[FROZEN] = {None: base_folder}
+        if (base_layers := frozen.get((group[0], group[1], group[4]))) is not None:
+            single_rate[FROZEN] = {None: base_layers}
         tests += _test_recipes(reader, group, against, single_rate, study.compare.margin)
     return tests
 
@@ -143,7 +144,7 @@ def _test_recipes(
     reader: _EvaluationReader,
     group: tuple[Any, ...],
     against: str,
-    recipes: Mapping[str, Mapping[int | None, Path]],
+    recipes: Mapping[str, Mapping[int | None, Layers]],
     margin: float | None,
 ) -> Iterator[Row]:
     """The tests within one grid, model and pair of data sets; p-values are corrected for each metric."""
@@ -174,19 +175,18 @@ def _test_recipes(
 class _EvaluationReader:
     """Reads evaluations row by row, each file once."""
 
-    def __init__(self, metrics: Sequence[str]) -> None:
-        self.metrics = metrics
-        self._cache: dict[Path, EvaluationRows] = {}
+    def __init__(self, out: Path, metrics: Sequence[str]) -> None:
+        self.out, self.metrics = out, metrics
+        self._cache: dict[Layers, EvaluationRows] = {}
 
-    def read_seeds(self, run_folders: Sequence[Path], *, fixed: bool = False) -> tuple[Group, Sequence[Example]]:
+    def read_seeds(self, runs: Sequence[Layers], *, fixed: bool = False) -> tuple[Group, Sequence[Example]]:
         """The metrics of each seed of a recipe, and the evaluated examples."""
-        runs = [self._read_one(folder) for folder in run_folders]
-        return Group([metrics for metrics, _ in runs], fixed), runs[0][1]
+        seeds = [self._read_one(layers) for layers in runs]
+        return Group([metrics for metrics, _ in seeds], fixed), seeds[0][1]
 
-    def _read_one(self, folder: Path) -> EvaluationRows:
-        """The metrics of one evaluation, and its examples."""
-        if folder not in self._cache:
-            (run,) = read_runs([folder])
-            metrics = {name: metric for name, metric in compute_metrics(run).items() if name in self.metrics}
-            self._cache[folder] = metrics, run.examples
-        return self._cache[folder]
+    def _read_one(self, layers: Layers) -> EvaluationRows:
+        """The metrics of one run, and its examples."""
+        if layers not in self._cache:
+            table, examples = read_layers(self.out, layers)
+            self._cache[layers] = {name: table[name] for name in table if name in self.metrics}, examples
+        return self._cache[layers]

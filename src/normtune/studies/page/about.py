@@ -24,7 +24,7 @@ def warnings(study: Results) -> list[str]:
         for dataset, count in study.images.items()
         if count < MIN_IMAGES
     ]
-    seeds = {setting: min(len(arm.cells) for arm in study.arms(setting)) for setting in study.settings()}
+    seeds = {setting: min(arm.seeds for arm in study.arms(setting)) for setting in study.settings()}
     if few := [study.title(setting) for setting, count in seeds.items() if count < MIN_SEEDS]:
         texts.append(
             f"Fewer than {MIN_SEEDS} seeds: {join_names(few)}. A test there is about the trained models, not about "
@@ -122,7 +122,7 @@ def datasets_table(study: Results, folder: Path) -> Table | None:
             first_rows.setdefault(row["dataset"], row)
     rows = [
         [
-            *text_cells([dataset, row["split"]], [f"{row['rows']:,}", f"{row['images']:,}"]),
+            *text_cells([dataset, _split_text(row)], [f"{row['rows']:,}", f"{row['images']:,}"]),
             *text_cells([licence(study, folder, dataset)]),
             Cell(str(row.get("split_hash") or "")[:12], "code"),
         ]
@@ -130,6 +130,11 @@ def datasets_table(study: Results, folder: Path) -> Table | None:
     ]
     header = [*text_cells(["data set", "split"], ["rows", "images"]), *text_cells(["licence", "rows' hash"])]
     return Table("data sets and licences", header, rows) if rows else None
+
+
+def _split_text(row: Record) -> str:
+    """The split of an evaluation, with its fold."""
+    return row["split"] if row.get("fold") is None else f"{row['split']} (fold {row['fold']})"
 
 
 def licence(study: Results, folder: Path, dataset: str) -> str:

@@ -24,6 +24,7 @@ def learning_curves(results: Results, setting: Setting) -> Iterator[Panel]:
     arms = [arm for arm in results.full_data_arms(setting) if any(cell["key"] in curves for cell in arm.cells)]
     if not arms:
         return
+    noun = "fold" if any(arm.folds for arm in arms) else "seed"
     metric = next(iter(curves[arms[0].cells[0]["key"]]))["metric"]
     loss = Axis("loss a token, validation", format_tick)
     columns = {"score": score_axis(metric, setting.trained_on, ", validation")} if metric != "loss" else {}
@@ -37,9 +38,7 @@ def learning_curves(results: Results, setting: Setting) -> Iterator[Panel]:
             points = []
             for rows in steps.values():
                 passes, value = (math.fsum(row[name] for row in rows) / len(rows) for name in ("passes", column))
-                tooltip = (
-                    f"{arm.name}, pass {passes:.3g}: {y.format_tick(round(value, 3))}, {counted(len(rows), 'seed')}"
-                )
+                tooltip = f"{arm.name}, pass {passes:.3g}: {y.format_tick(round(value, 3))}, {counted(len(rows), noun)}"
                 points.append(
                     Point(passes, value, value, value, tooltip, "solid" if len(rows) == len(runs) else "hollow")
                 )
@@ -51,10 +50,10 @@ def learning_curves(results: Results, setting: Setting) -> Iterator[Panel]:
         x = Axis("passes over the training pairs", format_tick)
         chart = charts.draw_lines(f"{y.title} over {x.title}: {setting.description}", lines, x, y)
         text = (
-            "The mean over the seeds that still train; hollow: some seeds have stopped, because their score rose no "
-            "more. The evaluated adapter has the values of the best pass of its seed."
+            f"The mean over the {noun}s that still train; hollow: some {noun}s have stopped, because their score rose "
+            f"no more. The evaluated adapter has the values of the best pass of its {noun}."
         )
-        header = ("recipe", "at first", "at last", "best passes", "seeds", "seeds at the cap")
+        header = ("recipe", "at first", "at last", "best passes", f"{noun}s", f"{noun}s at the cap")
         title = "Learning curves" if column == "score" else "Validation loss"
         yield Panel(title, results.counts(None, arms), chart, text, header, tuple(table))
 

@@ -133,21 +133,24 @@ def seed_scores(results: Results, setting: Setting) -> Iterator[Panel]:
                 continue
             name, interval = results.label(arm), format_interval(metric, score)
             dots = [Point(score.value, 0.0, score.low, score.high, f"{name}: {interval}")]
-            values = results.seed_values(arm, dataset, metric)
+            values = results.run_values(arm, dataset, metric)
             if len(values) > 1:
                 dots += [
-                    Point(value, 0.0, value, value, f"{name}, seed {seed}: {format_score(metric, value)}", "small")
-                    for seed, value in values
+                    Point(value, 0.0, value, value, f"{name}, {run}: {format_score(metric, value)}", "small")
+                    for run, value in values
                 ]
             rows.append(Series(name, arm.family, tuple(dots)))
             table.append((name, interval, ", ".join(format_score(metric, value) for _, value in values)))
         if not rows:
             continue
         axis, level = score_axis(metric, dataset), base_level(results, setting.model, dataset)
-        chart = charts.draw_dot_rows(f"{axis.title} of each seed: {setting.description}", rows, axis, level)
-        text = "Large: the mean over seeds with its 95% interval. Small: each seed. Dashed: the frozen base."
+        noun, large = "seed", "the mean over seeds"
+        if any(arm.folds for arm in results.arms(setting)):
+            noun, large = "fold", "the rows of all folds"
+        chart = charts.draw_dot_rows(f"{axis.title} of each {noun}: {setting.description}", rows, axis, level)
+        text = f"Large: {large} with the 95% interval. Small: each {noun}. Dashed: the frozen base."
         counts = results.counts(dataset, results.arms(setting))
-        yield Panel("Score of each seed", counts, chart, text, ("recipe", axis.title, "seeds"), tuple(table))
+        yield Panel(f"Score of each {noun}", counts, chart, text, ("recipe", axis.title, f"{noun}s"), tuple(table))
 
 
 def against_share(results: Results, setting: Setting) -> Iterator[Panel]:
@@ -263,12 +266,12 @@ def forgetting(results: Results, setting: Setting) -> Iterator[Panel]:
 
 def forgetting_estimate(results: Results, arm: Arm, dataset: str) -> Estimate | None:
     """How much an arm lost on the base's own task, by the primary metric of the task; None if unknown."""
-    keys, metric = {cell["key"] for cell in arm.cells}, results.primary_metric(dataset)
-    values = [
-        float(row["forgotten"])
-        for row in results.tables["forgetting"]
-        if row["key"] in keys and row["dataset"] == dataset and row["metric"] == metric
-    ]
+    keys, metric = {cell["key"]: cell.get("seed") for cell in arm.cells}, results.primary_metric(dataset)
+    by_seed: dict[int | None, list[float]] = {}  # the folds of a seed are not further seeds: their mean counts
+    for row in results.tables["forgetting"]:
+        if row["key"] in keys and row["dataset"] == dataset and row["metric"] == metric:
+            by_seed.setdefault(keys[row["key"]], []).append(float(row["forgotten"]))
+    values = [math.fsum(of_folds) / len(of_folds) for of_folds in by_seed.values()]
     if len(values) < MIN_SEEDS:  # an interval over two seeds would span the whole scale
         mean = math.fsum(values) / len(values) if values else 0.0
         return Estimate(mean, mean, mean, len(values)) if values else None

@@ -19,6 +19,7 @@ from normtune.studies.page.results import Record, Results
 from normtune.studies.page.sentences import findings
 from normtune.studies.page.strata import strata_tables
 from normtune.studies.page.tables import Cell, Table, models_table, setting_table, text_cells
+from normtune.studies.pooling import fold_note
 
 FIGURES = (
     figures.differences,
@@ -125,7 +126,8 @@ def _failed(study: Results) -> list[Block]:
 def _describe_failure(cell: Record) -> str:
     """A failed cell and its error as text."""
     seed = f"seed {cell['seed']}" if cell.get("seed") is not None else None
-    names = [cell["model"], cell["recipe"], cell.get("trained_on"), seed]
+    fold = f"fold {cell['fold']}" if cell.get("fold") is not None else None
+    names = [cell["model"], cell["recipe"], cell.get("trained_on"), seed, fold]
     return f"{', '.join(filter(None, names))}: {cell.get('error') or 'no reason is recorded'}"
 
 
@@ -164,4 +166,5 @@ def _terms(study: Results, folder: Path) -> list[Block]:
         "the validation split, never on the test split. An arrowhead at the end of an interval means that it "
         "continues beyond the axis."
     )
-    return [*([("table", table)] if table else []), ("text", text), ("text", notice())]
+    texts = [text, *filter(None, [fold_note(study.cells)]), notice()]
+    return [*([("table", table)] if table else []), *(("text", text) for text in texts)]

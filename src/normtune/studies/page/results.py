@@ -89,7 +89,7 @@ class Arm:
 
     Attributes:
         rate: the learning rate, if the setting has the recipe at several rates; else None.
-        cells: the rows of the table `cells`, one for each seed.
+        cells: the rows of the table `cells`, one for each seed, or for each fold of each seed.
     """
 
     setting: Setting
@@ -118,6 +118,16 @@ class Arm:
         texts = [cell.get("resolved") or cell.get("recipe_text") or "" for cell in self.cells]
         return texts[0] if texts else ""
 
+    @property
+    def seeds(self) -> int:
+        """The number of seeds."""
+        return len({cell.get("seed") for cell in self.cells})
+
+    @property
+    def folds(self) -> int:
+        """The number of folds; 0 without folds."""
+        return len({cell.get("fold") for cell in self.cells} - {None})
+
     def mean(self, column: str) -> float | None:
         """The mean of a column of `cells` over the seeds; None if no cell has a value."""
         values = [float(cell[column]) for cell in self.cells if cell.get(column) is not None]
@@ -144,6 +154,8 @@ class Results:
         self._tests = {_seed_key(row): row for row in self.tables["tests"]}
         self.tasks = {row["dataset"]: row["task"] for row in self.tables["evaluations"]}
         self.images = {row["dataset"]: row["images"] for row in self.tables["evaluations"] if row["role"] != "validate"}
+        # a row of `evaluations` has the images of one fold, a row of `seeds` those of all folds
+        self.images |= {row["dataset"]: row["images"] for row in self.tables["seeds"] if self.has_folds(row["dataset"])}
         self.metrics_of: dict[str, list[str]] = {}
         self._metrics: dict[tuple[str, str], list[Record]] = {}
         for row in self.tables["metrics"]:
@@ -152,6 +164,10 @@ class Results:
                 names.append(row["metric"])
             if row.get("role") != "validate":
                 self._metrics.setdefault((row["dataset"], row["metric"]), []).append(row)
+
+    def has_folds(self, dataset: str) -> bool:
+        """Whether the study divides a data set into folds."""
+        return bool(((self.spec.get("datasets") or {}).get(dataset) or {}).get("folds"))
 
     def settings(self, *, curves: bool | None = None) -> list[Setting]:
         """The settings of all trained cells, except the trials of searches, in the study's order.
@@ -237,18 +253,21 @@ class Results:
         """An arm's name, with its share of the data if its setting compares shares."""
         return f"{arm.name}, {format_share(arm.share)}" if self.is_curve(arm.setting) else arm.name
 
-    def seed_values(self, arm: Arm, dataset: str, metric: str) -> list[tuple[Any, float]]:
-        """The seed and the score of each run of an arm on a data set."""
-        seeds = {cell["key"]: cell.get("seed") for cell in arm.cells}
+    def run_values(self, arm: Arm, dataset: str, metric: str) -> list[tuple[str, float]]:
+        """The name (its seed, and fold if there are folds) and the score of each cell of an arm on a data set."""
+        cells = {cell["key"]: (cell.get("seed"), cell.get("fold")) for cell in arm.cells}
         rows = self._metrics.get((dataset, metric), [])
-        return sorted((seeds[row["key"]], float(row["value"])) for row in rows if row["key"] in seeds)
+        values = sorted((*cells[row["key"]], float(row["value"])) for row in rows if row["key"] in cells)
+        return [(f"seed {s}" + (f", fold {fold}" if arm.folds else ""), value) for s, fold, value in values]
 
     def counts(self, dataset: str | None, arms: Iterable[Arm]) -> str:
         """The images and seeds behind some scores: `96 images, 3 seeds`, or `1 to 3 seeds`."""
-        seeds = sorted({len(arm.cells) for arm in arms})
+        arms = list(arms)
+        seeds, folds = sorted({arm.seeds for arm in arms}), max((arm.folds for arm in arms), default=0)
         texts = [counted(self.images[dataset], "image")] if dataset in self.images else []
         if seeds:
             texts.append(counted(seeds[0], "seed") if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds")
+        texts += [f"{folds} folds"] if folds else []
         return ", ".join(texts)
 
     def reference_recipe(self, setting: Setting) -> str | None:

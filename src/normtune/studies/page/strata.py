@@ -23,6 +23,8 @@ def strata_tables(results: Results, setting: Setting, folder: Path) -> Iterator[
         folder: the study's folder; without the evaluations in it there is no table.
     """
     for dataset in results.datasets(setting, "in"):
+        if results.has_folds(dataset):
+            continue  # no file has the strata of all folds together
         metric = results.primary_metric(dataset)
         cells = [cell for cell in results.finished.values() if cell["model"] == setting.model]
         keys_of = {"frozen base": {cell["key"] for cell in cells if cell.get("trained_on") is None}}

@@ -122,7 +122,7 @@ def setting_table(results: Results, setting: Setting) -> Table:
         rows.append([*row, *text_cells([], ["0" for _ in homes] + [NONE for _ in costs]), Cell("nothing", "quiet")])
     for arm in arms:
         row = [Cell(arm.name, "code")]
-        row += text_cells([], [*([format_share(arm.share)] if curve else []), str(len(arm.cells))])
+        row += text_cells([], [*([format_share(arm.share)] if curve else []), str(arm.seeds)])
         for column in columns:
             score = results.estimate(arm, *column)
             is_best = score is not None and score.value == best[column]
