@@ -17,7 +17,7 @@ from PIL import Image
 from normtune.adapters.training_rows import hash_rows
 from normtune.data.batches import EpochBatches, count_batches
 from normtune.data.datasets import large_table, table
-from normtune.data.examples import Example, Examples
+from normtune.data.examples import Example, Examples, is_in, repeated_rows
 from normtune.data.groups import group_by_image
 from normtune.data.preflight import preflight
 from normtune.data.reading.cells import clean_text
@@ -238,6 +238,14 @@ def test_images_inside_a_large_parquet_file_are_not_read_in_blocks(
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", None)  # a call would fail
     with pytest.raises(large_table.NotPlain):
         next(large_table._parquet_blocks(tmp_path / "train.parquet", "train.parquet"))
+
+
+@given(st.lists(st.integers(0, 9)), st.lists(st.integers(0, 9)))
+def test_repeated_rows_and_hashes_among_others(numbers: list[int], others: list[int]) -> None:
+    hashes = np.array(numbers, np.int64)
+    assert repeated_rows(hashes).tolist() == [row for row, n in enumerate(numbers) if numbers.count(n) > 1]
+    assert large_table._later_ones(hashes).tolist() == [row for row, n in enumerate(numbers) if n in numbers[:row]]
+    assert is_in(hashes, np.array(others, np.int64)).tolist() == [number in others for number in numbers]
 
 
 @pytest.mark.parametrize("text", ["", "plain", " blank before", "after ", "tab\tinside", "line\n", "é", "\x7f", "a  b"])

@@ -246,7 +246,7 @@ def history_hashes(examples: Examples, normalize: Callable[[str], str] = str) ->
     return np.array([*map(hash, texts)], np.int64)[codes]
 
 
-def mixed(*columns: NDArray[Any]) -> NDArray[np.int64]:
+def combine_hashes(*columns: NDArray[Any]) -> NDArray[np.int64]:
     """One hash of several columns of hashes or codes, [rows]."""
     result = np.zeros(len(columns[0]), np.int64)
     for column in columns:
@@ -267,7 +267,7 @@ def is_in(hashes: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.bo
 
 
 def repeated_rows(hashes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The rows whose hash occurs more than once, in order."""
+    """The rows with a hash that occurs more than once, in order."""
     ordered = np.sort(hashes)
     return np.flatnonzero(is_in(hashes, ordered[1:][ordered[1:] == ordered[:-1]]))
 

@@ -22,12 +22,12 @@ from normtune.data.examples import (
     Example,
     Examples,
     as_examples,
+    combine_hashes,
     compact,
     count_values,
     history_hashes,
     image_keys,
     is_in,
-    mixed,
     repeated_rows,
 )
 from normtune.data.pictures import Picture, cluster, equal_pictures, near_duplicates, read_pictures
@@ -283,7 +283,9 @@ def _count_texts(dataset: Dataset, rows: Examples, equal: dict[str, str]) -> dic
     image_codes, images = rows.codes("images")
     pictures = np.array([hash(tuple(equal.get(key, key) for key in keys)) for keys in images], np.int64)
     answers = rows.hashes("answer", _plain)
-    questions = mixed(split_codes, pictures[image_codes], history_hashes(rows), rows.hashes("question", _plain))
+    questions = combine_hashes(
+        split_codes, pictures[image_codes], history_hashes(rows), rows.hashes("question", _plain)
+    )
     repeated, contradictions = _count_repeats(questions, answers)
     training = dataset.examples.flags("split", "train".__eq__)
     all_answers = answers if rows is dataset.examples else dataset.examples.hashes("answer", _plain)
@@ -348,7 +350,7 @@ def _count_tokens(result: Preflight, rows: Examples, limits: TextLimits) -> None
 
     Rows with the same question and answer are tokenised once.
     """
-    texts = mixed(rows.codes("kind")[0], history_hashes(rows), rows.hashes("question"), rows.hashes("answer"))
+    texts = combine_hashes(rows.codes("kind")[0], history_hashes(rows), rows.hashes("question"), rows.hashes("answer"))
     _, first, counts = np.unique(texts, return_index=True, return_counts=True)
     order = np.argsort(first)
     lengths: list[tuple[int, int, int]] = []  # tokens of the prompt, of the reference, number of rows

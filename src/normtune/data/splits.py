@@ -17,11 +17,11 @@ from normtune.data.examples import (
     Example,
     Examples,
     as_examples,
+    combine_hashes,
     compact,
     history_hashes,
     image_keys,
     is_in,
-    mixed,
 )
 from normtune.data.pictures import cluster, equal_pictures, near_duplicates, read_pictures
 from normtune.data.records import Dataset
@@ -348,4 +348,4 @@ def _row_hashes(examples: Examples) -> NDArray[np.int64]:
     codes, images = examples.codes("images")
     keys = np.array([*map(hash, images)], np.int64)[codes]
     texts = examples.hashes("question", plain), examples.hashes("answer", plain)
-    return mixed(keys, history_hashes(examples, plain), *texts)
+    return combine_hashes(keys, history_hashes(examples, plain), *texts)

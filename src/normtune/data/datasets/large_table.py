@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from normtune.data.datasets.table import Rows
-from normtune.data.examples import META, Examples, image_keys, mixed, repeated_rows
+from normtune.data.examples import META, Examples, combine_hashes, image_keys, repeated_rows
 from normtune.data.formats import FORMATS
 from normtune.data.images.files import ImageFolder
 from normtune.data.reading.cells import clean_text, is_yes_no, language_tag, split_of_file
@@ -172,8 +172,8 @@ class _BlockReader:
 
     def _list_repeats(self, examples: Examples, usable: NDArray[np.int64]) -> None:
         """List each row with the same image, question and answer as an earlier row of its split."""
-        rows = mixed(examples.hashes("question"), examples.hashes("answer"))
-        rows = mixed(rows, examples.codes("split")[0], examples.codes("images")[0])
+        rows = combine_hashes(examples.hashes("question"), examples.hashes("answer"))
+        rows = combine_hashes(rows, examples.codes("split")[0], examples.codes("images")[0])
         repeats = usable[_later_ones(rows if len(usable) == len(rows) else rows[usable])].tolist()
         what = "same image, question and answer as an earlier row"
         fix = "Kept, as in published counts. Remove the row if it should count once."
@@ -395,7 +395,7 @@ def _json_table(data: bytes) -> pa.Table:
 def _parquet_rows(file: Path) -> int:
     try:
         return int(pq.read_metadata(file).num_rows)
-    except (pa.ArrowException, OSError):  # the reader of rows says what is wrong
+    except (pa.ArrowException, OSError):  # reading the rows raises an InputError
         return 0
 
 
