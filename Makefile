@@ -40,7 +40,7 @@ bench: $(READY_DEV)
 	$(BIN)/normtune bench bf16_norms --out benchmarks/bf16_norms.json
 	$(BIN)/normtune bench demo --out benchmarks/demo
 ifdef SLAKE
-	$(BIN)/normtune bench real_data --slake "$(SLAKE)" --vqa-rad "$(VQA_RAD)" --out benchmarks/real_data.json
+	$(BIN)/normtune bench question_only --slake "$(SLAKE)" --vqa-rad "$(VQA_RAD)" --out benchmarks/question_only.json
 	for shape in llava miss; do for data in slake vqa-rad; do \
 	  if [ $$data = slake ]; then root="$(SLAKE)"; else root="$(VQA_RAD)"; fi; \
 	  for name in throughput answering; do \

@@ -2,9 +2,9 @@
 
     python benchmarks/reliance.py --slake DIR --out benchmarks/reliance.json
 
-It evaluates the frozen nano, `ln` and `full`, trained for 10 passes on SLAKE as in `real_data` and for 4
-passes on 160 phantoms of hospital B as in the demo. `normtune.evaluation.image_reliance` describes what
-replaces the images and defines "earned". Runs in --work with the same options are not repeated.
+It evaluates the frozen nano, `ln` and `full`, trained for 10 passes on SLAKE and for 4 passes on 160 phantoms of
+hospital B as in the demo. `normtune.evaluation.image_reliance` describes what replaces the images and defines "earned".
+Runs in --work with the same options are not repeated.
 """
 
 from __future__ import annotations

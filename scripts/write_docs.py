@@ -1,5 +1,6 @@
 """Writes what the docs take from elsewhere: the example and the GPU table of README.md, the GPU measurements of
-docs/speed.md and benchmarks/gpu.md, the commands of docs/which-gpu.md, docs/results.md and docs/commands.md.
+docs/speed.md and benchmarks/gpu.md, the commands of docs/which-gpu.md, the tables of docs/comparisons.md,
+docs/results.md and docs/commands.md.
 
 PYTHONPATH=src python scripts/write_docs.py
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from datetime import date
 from pathlib import Path
@@ -96,6 +98,14 @@ def results() -> str:
     return results_page.page(study, {row["dataset"]: row["metrics"] for row in baseline["rows"]})
 
 
+def demo_tables(page: str) -> str:
+    """docs/comparisons.md with the tables of the demo brought up to date."""
+    for name in ("table", "reports"):
+        source = f"benchmarks/demo/{name}.md"
+        page = replace_between(page, source, (ROOT / source).read_text(encoding="utf-8"))
+    return page
+
+
 def commands_page() -> str:
     """docs/commands.md: every command with its arguments and options."""
     group: Any = typer.main.get_command(app)
@@ -140,6 +150,9 @@ def main() -> None:
     page.write_text(readme(page.read_text(encoding="utf-8")), encoding="utf-8")
     page = ROOT / "docs" / "which-gpu.md"
     page.write_text(which_gpu(page.read_text(encoding="utf-8")), encoding="utf-8")
+    page = ROOT / "docs" / "comparisons.md"
+    page.write_text(demo_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
+    shutil.copyfile(ROOT / "benchmarks" / "demo" / "accuracy.png", ROOT / "docs" / "images" / "accuracy.png")
     (ROOT / "docs" / "commands.md").write_text(commands_page(), encoding="utf-8")
     (ROOT / "docs" / "results.md").write_text(results(), encoding="utf-8")
 

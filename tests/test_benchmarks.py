@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import re
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -44,7 +43,7 @@ def test_every_method_has_a_learning_rate() -> None:
 
 
 TABLES_OF_PAGE = {  # page: the committed tables that it contains
-    "docs/comparisons.md": ["demo/table", "demo/reports", "real_data"],
+    "docs/comparisons.md": ["demo/table", "demo/reports"],
     "docs/method.md": ["quantised"],
     "docs/serving.md": ["load", "serving_llava_slake", "serving_miss_slake"],
     "docs/metrics.md": ["reliance", "medpix", "statistics_checks"],
@@ -60,19 +59,6 @@ TABLES_OF_PAGE = {  # page: the committed tables that it contains
         "grouping",
     ],
 }
-
-
-def test_the_results_page_quotes_the_tables_of_the_study() -> None:
-    """Rows of recipes are quoted in full; of the rows of the small-data table, two cells."""
-    tables = (ROOT / "docs/results/real-nano/tables.md").read_text(encoding="utf-8")
-    quoted = [
-        line for line in (ROOT / "docs/results.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")
-    ]
-    shares = [line for line in quoted if re.match(r"\| \d+% ", line)]
-    recipes = [line for line in quoted if line not in shares and not line.startswith("| share")]
-    assert len(recipes) == 27 and len(shares) == 5
-    assert all(line in tables for line in recipes)
-    assert all(cell.strip() in tables for line in shares for cell in line.split("|")[2:4])
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,29 @@ def test_plans_agree_with_the_measurements_on_a_gpu(write_docs: ModuleType) -> N
     assert all(0.9 * measured < planned < 1.1 * measured for _, _, planned, measured in compared)
 
 
+def test_the_results_page_is_written_from_the_study(write_docs: ModuleType) -> None:
+    """Every table and every conclusion. Run scripts/write_docs.py after a new study."""
+    assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == write_docs.results()
+
+
+@pytest.mark.parametrize(
+    ("p", "difference", "equivalent", "supports", "expected"),
+    [
+        (0.01, 0.05, False, "equal", "does not hold"),  # the other recipe is better
+        (0.01, -0.05, False, "equal", "holds"),
+        (0.50, 0.00, True, "equal", "holds"),
+        (0.50, 0.00, True, "above", "does not hold"),  # equivalent, so not better
+        (0.50, 0.01, False, "above", "undecided"),
+        (0.50, 0.01, False, "equal", "undecided"),
+    ],
+)
+def test_a_claim_holds_only_by_a_test(
+    write_docs: ModuleType, p: float, difference: float, equivalent: bool, supports: str, expected: str
+) -> None:
+    test = {"p_holm": p, "difference": difference, "equivalent": equivalent}
+    assert write_docs.results_page.verdict([test], supports) == expected
+
+
 def test_the_page_of_commands_is_that_of_the_commands(write_docs: ModuleType) -> None:
     """Run scripts/write_docs.py after a change."""
     page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
