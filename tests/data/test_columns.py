@@ -20,6 +20,7 @@ from normtune.data.datasets import large_table, table
 from normtune.data.examples import Example, Examples, is_in, repeated_rows
 from normtune.data.groups import group_by_image
 from normtune.data.preflight import preflight
+from normtune.data.reading import blocks
 from normtune.data.reading.cells import clean_text
 from normtune.data.records import Dataset, Split
 from normtune.data.row_table import RowTableWriter
@@ -187,7 +188,7 @@ def test_a_large_file_is_read_as_a_small_one(lines: list[str], block: int) -> No
         expected, actual = [], []
         for results, size in ((expected, 1 << 40), (actual, 0)):
             patch.setattr(large_table, "LARGE_BYTES", size)
-            patch.setattr(large_table, "_BLOCK_BYTES", block)
+            patch.setattr(blocks, "_BLOCK_BYTES", block)
             for strict in (True, False):
                 try:
                     data = table.read(root / "rows.jsonl", format="jsonl", strict=strict)
@@ -237,7 +238,7 @@ def test_images_inside_a_large_parquet_file_are_not_read_in_blocks(
     pq.write_table(pa.Table.from_pylist([{"image": image, "question": "Is it?"}]), tmp_path / "train.parquet")
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", None)  # a call would fail
     with pytest.raises(large_table.NotPlain):
-        next(large_table._parquet_blocks(tmp_path / "train.parquet", "train.parquet"))
+        next(blocks.parquet_blocks(tmp_path / "train.parquet", "train.parquet"))
 
 
 @given(st.lists(st.integers(0, 9)), st.lists(st.integers(0, 9)))

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
+from normtune.training.arguments import use_device
 from normtune.training.fsdp import full_state, load_state
-from normtune.training.trainer import use_device
 
 
 def test_the_trainer_uses_the_gpu_of_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

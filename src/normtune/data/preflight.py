@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -17,31 +16,16 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from normtune.data.examples import (
-    META,
-    Example,
-    Examples,
-    as_examples,
-    combine_hashes,
-    compact,
-    count_values,
-    history_hashes,
-    image_keys,
-    is_in,
-    repeated_rows,
-)
+from normtune.data.examples import Example, Examples, as_examples, combine_hashes, history_hashes, image_keys
 from normtune.data.pictures import Picture, cluster, equal_pictures, near_duplicates, read_pictures
-from normtune.data.reading.cells import NOT_A_NUMBER
 from normtune.data.records import Dataset
 from normtune.data.splits import Leak, find_leaks, group_columns
+from normtune.data.text_counts import count_texts
 from normtune.errors import InputError
 from normtune.runtime.files import write_json
 
 Rows = TypeVar("Rows", bound=Examples)
 _FIRST = 5  # number of rows, pictures and messages that are quoted
-_CONTROL = re.compile(
-    r"<\|[^|<>]{1,40}\|>|</?s>|<(?:image|bos|eos|pad|unk|start_of_turn|end_of_turn)>|\[/?INST\]|\[SEP\]"
-)
 # Reasons of dropped rows that a choice of the user explains: another language or task.
 _CHOSEN = ("language ", "is a question", "is a report")
 
@@ -199,7 +183,7 @@ def preflight(
         dataset=dataset.name,
         rows={"read": len(rows) + sum(dropped.values()), "used": len(rows), "dropped": dropped},
         pictures=_count_pictures(pictures, equal, bad_rows),
-        texts=_count_texts(dataset, rows, cluster(equal)),
+        texts=count_texts(dataset, rows, cluster(equal)),
         grouped_by=list(group_columns(dataset.examples)),
         leaks=find_leaks(dataset),
         losses={reason: n for reason, n in dataset.dropped.items() if not reason.startswith(_CHOSEN)},
@@ -275,74 +259,6 @@ def _count_pictures(
         "first_equal": [list(keys) for keys in equal[:_FIRST]],
         "first_near_duplicates": [list(keys) for keys in alike[:_FIRST]],
     }
-
-
-def _count_texts(dataset: Dataset, rows: Examples, equal: dict[str, str]) -> dict[str, Any]:
-    """Counts over the texts of `rows`; see `_TEXT_COUNTS`."""
-    split_codes, splits = rows.codes("split")
-    image_codes, images = rows.codes("images")
-    pictures = np.array([hash(tuple(equal.get(key, key) for key in keys)) for keys in images], np.int64)
-    answers = rows.hashes("answer", _plain)
-    questions = combine_hashes(
-        split_codes, pictures[image_codes], history_hashes(rows), rows.hashes("question", _plain)
-    )
-    repeated, contradictions = _count_repeats(questions, answers)
-    training = dataset.examples.flags("split", "train".__eq__)
-    all_answers = answers if rows is dataset.examples else dataset.examples.hashes("answer", _plain)
-    trained = all_answers[training]
-    unseen = rows.flags("kind", lambda kind: kind == "closed" and len(trained) > 0)
-    unseen[unseen] = ~is_in(answers[unseen], trained)
-    one_answer = [len(of_split) > 1 and of_split.min() == of_split.max() for of_split in _parts(answers, split_codes)]
-    return {
-        "languages": _most_common(*rows.codes(f"{META}language")),
-        "control_tokens": _count_controls(rows),
-        "not_a_number": int(rows.flags("answer", lambda text: _plain(text) in NOT_A_NUMBER).sum()),
-        "constant": [split for split, constant in zip(splits, one_answer, strict=True) if constant],
-        "repeated": repeated,
-        "contradictions": contradictions,
-        "unseen": count_values(*compact(split_codes[unseen], splits)),
-    }
-
-
-def _parts(values: NDArray[Any], codes: NDArray[np.int32]) -> list[NDArray[Any]]:
-    """The values of each code, from 0 on."""
-    return [values[codes == code] for code in range(codes.max(initial=-1) + 1)]
-
-
-def _count_repeats(questions: NDArray[np.int64], answers: NDArray[np.int64]) -> tuple[int, int]:
-    """Rows with the question and answer of an earlier row, and rows of a question that has several answers."""
-    repeated = repeated_rows(questions)
-    if not len(repeated):
-        return 0, 0
-    questions, answers = questions[repeated], answers[repeated]
-    order = np.lexsort((answers, questions))
-    questions, answers = questions[order], answers[order]
-    new_question = np.append(True, questions[1:] != questions[:-1])
-    new_answer = new_question | np.append(True, answers[1:] != answers[:-1])
-    starts = np.flatnonzero(new_question)
-    rows, different = np.diff(np.append(starts, len(order))), np.add.reduceat(new_answer, starts, dtype=np.int64)
-    return len(order) - int(new_answer.sum()), int(rows[different > 1].sum())
-
-
-def _count_controls(rows: Examples) -> dict[str, int]:
-    """Control token -> rows with it in question or answer, the most frequent first."""
-    sets: dict[frozenset[str], int] = {frozenset(): 0}
-
-    def number(text: str) -> int:
-        return sets.setdefault(frozenset(_CONTROL.findall(text)), len(sets))
-
-    questions, answers = rows.numbers("question", number, np.int32), rows.numbers("answer", number, np.int32)
-    of_number = list(sets)
-    counts: Counter[str] = Counter()
-    with_tokens = (questions > 0) | (answers > 0)
-    pairs = Counter(zip(questions[with_tokens].tolist(), answers[with_tokens].tolist(), strict=True))
-    for (question, answer), count in pairs.items():
-        counts.update(dict.fromkeys(of_number[question] | of_number[answer], count))
-    return dict(counts.most_common())
-
-
-def _most_common(codes: NDArray[np.int32], values: Sequence[str]) -> dict[str, int]:
-    return dict(Counter(count_values(codes, values)).most_common())
 
 
 def _count_tokens(result: Preflight, rows: Examples, limits: TextLimits) -> None:
@@ -428,10 +344,6 @@ def _pictures_text(pictures: dict[str, Any]) -> str:
         f"{pictures['opened']} opened, {unreadable}; {pictures['equal'] or 'none'} under several names; "
         f"{pictures['near_duplicates'] or 'no'} pairs look alike"
     )
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.lower().split()).rstrip(".")
 
 
 def _sentence(text: str) -> str:

@@ -228,7 +228,7 @@ def _grid_rates(
         cells = [
             _training_cell(run, SEARCH, 100.0, options.seed, "given", {method: rate}, budget, None) for rate in rates
         ]
-        length = tuple(_budget_fields(budget).items())
+        length = tuple(budget.model_dump(exclude_none=True).items())
         search = RateSearch(run.model, run.recipe, run.data, length, tuple(cells))
         searches[search.id] = search
         yield "search", {method: search_rates[search.id]} if search.id in search_rates else None
@@ -273,7 +273,7 @@ def _training_cell(
         **budget.train_options(options.validate_split),
         **train_options,
     )
-    length = _budget_fields(budget)
+    length = budget.model_dump(exclude_none=True)
     identity = {"format": FORMAT, "train": _identity(train, splits_identity(options)), "rates": rates, "budget": length}
     if targets is None:
         evaluations = [_evaluation(study, model, data, "validate")]
@@ -377,11 +377,6 @@ def single_cell(name: str, train: Mapping[str, Any] | None, *evaluations: Mappin
         train=config,
         evaluations=made,
     )
-
-
-def _budget_fields(budget: Budget) -> dict[str, Any]:
-    """The fields of a budget that are set, with their values."""
-    return budget.model_dump(exclude_none=True)
 
 
 def _identity(config: TrainConfig | EvaluateConfig, splits: str | None) -> dict[str, Any]:

@@ -9,12 +9,12 @@ from normtune.inference.limits import check_run
 from normtune.methods.recipe import parse
 from normtune.models.loading import resolve_device, resolve_dtype
 from normtune.runtime import distributed
+from normtune.training.arguments import optimizer_steps
 from normtune.training.config import TrainConfig
 from normtune.training.identity import check_identity, option_identity
 from normtune.training.inspection import inspect_model, inspect_text
 from normtune.training.memory_plan.plan import plan_memory
 from normtune.training.setup import read_examples
-from normtune.training.trainer import optimizer_steps
 
 _FOLDERS = {
     "new": "holds no run",

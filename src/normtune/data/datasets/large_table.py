@@ -3,19 +3,17 @@
 `normtune.data.datasets.table` defines what a row means. This module applies the same functions to each distinct value
 of a column of a block, in place of each cell: the examples are the same. A block with a row that is not plain (an
 empty cell, an unknown kind, text that is not JSON ...) is read row by row with the functions of `table`, which list
-what is wrong. To read another format in blocks, add it to `_BLOCKS`: a function that yields a `_Block` for some
+what is wrong. To read another format in blocks, add it to `_BLOCKS`: a function that yields a `Block` for some
 100,000 rows; `column_texts` does the rest.
 """
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +27,12 @@ from normtune.data.datasets.table import Rows
 from normtune.data.examples import META, Examples, combine_hashes, image_keys, repeated_rows
 from normtune.data.formats import FORMATS
 from normtune.data.images.files import ImageFolder
-from normtune.data.reading.cells import clean_text, is_yes_no, language_tag, split_of_file
+from normtune.data.reading.blocks import Block, NotPlain, jsonl_blocks, parquet_blocks
+from normtune.data.reading.cells import clean_text, is_yes_no, language_tag
 from normtune.data.reading.columns import Columns, letters
 from normtune.data.reading.image_names import find_image_keys
 from normtune.data.reading.row_reader import find_image_folder, known_kind, missing_images
-from normtune.data.reading.sources import (
-    PEEK_ROWS,
-    Source,
-    SourceRow,
-    check_characters,
-    fields_of,
-    iter_rows,
-    split_of_jsonl,
-    stem_of,
-)
-from normtune.data.reading.tables import parse_json_lines
+from normtune.data.reading.sources import Source
 from normtune.data.records import Dataset, Problem
 from normtune.data.row_table import SEPARATOR, RowTableWriter
 from normtune.data.split_names import split_name
@@ -51,11 +40,7 @@ from normtune.errors import InputError
 
 LARGE_BYTES = 64 * 2**20  # smaller files are read row by row, as lists
 _LARGE_ROWS = 300_000  # of parquet files, which are compressed: a row may take ten bytes
-_BLOCK_BYTES = 8 * 2**20  # of a JSONL file
-_BLOCK_ROWS = 50_000  # of a parquet file
 _MAX_LISTED = 10_000  # repeated rows that are listed one by one; the others are counted
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_SCAN: Callable[[str, int], tuple[Any, int]] = getattr(json.JSONDecoder(), "scan_once")  # noqa: B009 (not in stubs)
 _NUMBERS = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)
 _ERRORS = (
     InputError,
@@ -66,20 +51,6 @@ _ERRORS = (
     OverflowError,
     RecursionError,
 )  # a block that is not plain
-
-
-class NotPlain(Exception):
-    """The files must be read row by row."""
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Some rows of a file."""
-
-    source: Source  # without its rows
-    first: int  # the number of the first row in messages
-    cells: Callable[[], pa.Table]
-    rows: Callable[[], Iterator[SourceRow]]  # the same rows one by one
 
 
 def is_large(root: Path, format: str) -> bool:
@@ -118,7 +89,7 @@ class _BlockReader:
         self.rows, self.reader, self.writer = rows, rows.reader, writer
         self.places: list[tuple[int, str, int | None]] = []  # first row of the table, file, its number there
 
-    def add(self, block: _Block, stated: Columns, task: str) -> None:
+    def add(self, block: Block, stated: Columns, task: str) -> None:
         """Read one block."""
         columns, is_report = self.rows.columns_of(block.source, stated, task)
         if self.rows.identified:
@@ -191,7 +162,7 @@ class _BlockReader:
         return file, str(first + row - start)
 
 
-def column_texts(block: _Block, columns: Columns, rows: Rows, is_report: bool, first_id: int) -> dict[str, pa.Array]:
+def column_texts(block: Block, columns: Columns, rows: Rows, is_report: bool, first_id: int) -> dict[str, pa.Array]:
     """The columns of a block as `RowTableWriter.add` takes them; the same texts as `Rows.read_row` makes of the cells.
 
     Args:
@@ -319,10 +290,6 @@ def _holds_texts(array: pa.Array) -> bool:
     return pa.types.is_string(array.type) or any(is_number(array.type) for is_number in _NUMBERS)
 
 
-def _holds_images(type: pa.DataType) -> bool:
-    return pa.types.is_binary(type) or pa.types.is_large_binary(type) or pa.types.is_nested(type)
-
-
 def _combined(column: pa.ChunkedArray) -> pa.Array:
     column = column.cast(pa.string()) if pa.types.is_large_string(column.type) else column
     combined = column.combine_chunks()
@@ -344,54 +311,6 @@ def _files(root: Path, format: str) -> list[Path]:
     return sorted(file for file in files if file.is_file())
 
 
-def _jsonl_blocks(file: Path, name: str) -> Iterator[_Block]:
-    with file.open("rb") as lines:
-        first = b"".join(islice(lines, PEEK_ROWS)).removeprefix(_BYTE_ORDER_MARK)
-        fields = fields_of(SourceRow(*row) for row in parse_json_lines(first, 1))
-        source, number = Source(file.name, stem_of(file), fields, (), split_of_jsonl(file)), 1
-        lines.seek(0)
-        while data := lines.read(_BLOCK_BYTES) + lines.readline():
-            if number == 1:
-                data = data.removeprefix(_BYTE_ORDER_MARK)
-
-            def rows(data: bytes = data, number: int = number) -> Iterator[SourceRow]:
-                return (SourceRow(line, cells) for line, cells in parse_json_lines(data, number))
-
-            count = data.count(b"\n") + (not data.endswith(b"\n"))
-            yield _Block(source, number, partial(_json_table, data), rows)
-            number += count
-
-
-def _json_table(data: bytes) -> pa.Table:
-    """The columns of some lines. (pyarrow's own JSON reader ends the process on some damaged files.)
-
-    Raises:
-        ValueError, TypeError: some lines are blank, are not JSON or hold no object, or a column has several types.
-    """
-    lines = data.removesuffix(b"\n").decode("utf-8").split("\n")
-    try:
-        parsed = list(map(_SCAN, lines, repeat(0)))  # what `json.loads` calls, for lines without blanks around them
-    except StopIteration:
-        raise ValueError("a line is not JSON") from None
-    if any(type(row) is not dict or end != len(line) for (row, end), line in zip(parsed, lines, strict=True)):
-        raise TypeError("a line is not a JSON object")
-    rows = [row for row, _ in parsed]
-    shapes = {*map(tuple, rows)}
-    if len(shapes) == 1:
-        names, by_column = list(shapes.pop()), zip(*map(dict.values, rows), strict=True)
-    else:
-        names = list(dict.fromkeys(chain.from_iterable(rows)))
-        by_column = zip(*([row.get(name) for name in names] for row in rows), strict=True)
-    columns = {}
-    for name, values in zip(names, by_column, strict=True):
-        types = {*map(type, values)} - {type(None)}
-        if len(types) > 1:
-            raise TypeError(name)
-        if dict not in types:
-            columns[name] = pa.array(values)
-    return pa.table(columns)
-
-
 def _parquet_rows(file: Path) -> int:
     try:
         return int(pq.read_metadata(file).num_rows)
@@ -399,27 +318,4 @@ def _parquet_rows(file: Path) -> int:
         return 0
 
 
-def _parquet_blocks(file: Path, name: str) -> Iterator[_Block]:
-    try:
-        with pq.ParquetFile(file) as parquet:
-            if any(map(_holds_images, parquet.schema_arrow.types)):
-                raise NotPlain  # before a block with the images of 50,000 rows is read
-            source = Source(name, stem_of(file), list(parquet.schema_arrow.names), (), split_of_file(file))
-            number = 0
-            for batch in parquet.iter_batches(_BLOCK_ROWS):
-                table = pa.Table.from_batches([batch])
-
-                def cells(table: pa.Table = table) -> pa.Table:
-                    return table
-
-                def rows(table: pa.Table = table, number: int = number) -> Iterator[SourceRow]:
-                    numbered = enumerate(iter_rows(table), start=number)
-                    return (SourceRow(row, check_characters(of_row)) for row, of_row in numbered)
-
-                yield _Block(source, number, cells, rows)
-                number += table.num_rows
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{file} is not a parquet file, or is damaged. Fetch it again.") from error
-
-
-_BLOCKS: dict[str, Callable[[Path, str], Iterator[_Block]]] = {"jsonl": _jsonl_blocks, "parquet": _parquet_blocks}
+_BLOCKS: dict[str, Callable[[Path, str], Iterator[Block]]] = {"jsonl": jsonl_blocks, "parquet": parquet_blocks}

@@ -114,3 +114,10 @@ class ScoreProcessors:
         return self.model._get_logits_processor(
             generation_config=self.config, input_ids_seq_length=length, device=self.model.device, model_kwargs={}
         )
+
+
+def end_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """The end tokens of the generation config, as transformers' `generate` uses them, or the tokenizer's."""
+    end = model.generation_config.eos_token_id
+    end = tokenizer.eos_token_id if end is None else end
+    return tuple(end) if isinstance(end, (list, tuple)) else (end,)

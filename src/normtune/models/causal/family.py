@@ -32,7 +32,7 @@ from normtune.models.causal.attention import (
     use_shared_attention,
     uses_block_masks,
 )
-from normtune.models.causal.checkpoint_settings import active_settings
+from normtune.models.causal.checkpoint_settings import active_settings, end_tokens
 from normtune.models.causal.frozen_layers import causal_trunk
 from normtune.models.causal.prompts import ChatPrompt, PromptFormat, TokenIds
 from normtune.models.causal.recurrent import PASSES, RunTree, recurrent_kinds, run_passes, use_run_passes
@@ -92,7 +92,7 @@ class CausalFamily(Family):
         if self.recurrent:
             use_run_passes(self.decoder)
         tokenizer = processor.tokenizer
-        self.end_tokens = _end_tokens(model, tokenizer)
+        self.end_tokens = end_tokens(model, tokenizer)
         self.pad_id: int = self.end_tokens[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.image_token_id: int = self.config.image_token_id
         self.windows = attention_windows(self.config.get_text_config())
@@ -401,10 +401,3 @@ def _precomputed_features(images: Sequence[Pixels]) -> dict[str, Tensor]:
     """The features that `encode_image` has computed; empty if images are still pixels."""
     names = [name for name in images[0] if name.startswith(FEATURES)]
     return {name: torch.cat([image[name] for image in images]) for name in names}
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """The end tokens of the generation config, as transformers' `generate` uses them, or the tokenizer's."""
-    end = model.generation_config.eos_token_id
-    end = tokenizer.eos_token_id if end is None else end
-    return tuple(end) if isinstance(end, (list, tuple)) else (end,)
