@@ -210,7 +210,7 @@ def test_a_large_parquet_file_is_read_as_a_small_one(tmp_path: Path, monkeypatch
     pq.write_table(pa.Table.from_pylist(made), tmp_path / "test-0.parquet")
     expected = table.read(tmp_path, format="parquet")
     monkeypatch.setattr(large_table, "LARGE_BYTES", 0)
-    monkeypatch.setattr(large_table, "_BLOCK_ROWS", 4)
+    monkeypatch.setattr(blocks, "_BLOCK_ROWS", 4)
     actual = table.read(tmp_path, format="parquet")
     assert actual.examples == expected.examples and actual.notes == expected.notes
     assert [e.meta for e in actual.examples] == [e.meta for e in expected.examples]
