@@ -47,7 +47,7 @@ class Results:
             cell
             for cell in self.tables["cells"]
             if (trained_on is None or GRIDS[trained_on] in cell["grids"])
-            and (cell["recipe"], cell["trained_on"]) == (recipe, trained_on)
+            and (cell["recipe"], cell["trained_on"], cell["status"]) == (recipe, trained_on, "done")
         ]
 
     def scores(self, trained_on: str | None, dataset: str) -> dict[str, dict[str, Row]]:
@@ -60,12 +60,12 @@ class Results:
         return scores
 
     def tests(self, trained_on: str, dataset: str) -> dict[str, Row]:
-        """Each recipe's test against LN by the main metric."""
+        """Each recipe's test against LN by the main metric; recipes with fewer than three seeds have none."""
         group = (GRIDS[trained_on], trained_on, dataset, MAIN_METRIC)
         return {
             row["recipe"]: row
             for row in self.tables["tests"]
-            if (row["grid"], row["trained_on"], row["dataset"], row["metric"]) == group
+            if (row["grid"], row["trained_on"], row["dataset"], row["metric"]) == group and row["question"] == "recipes"
         }
 
 
@@ -149,7 +149,7 @@ def verdict(tests: list[Row], supports: str) -> str:
     if any(better) or (supports == "above" and any(equivalent)):
         return "does not hold"
     supported = worse if supports == "above" else [w or e for w, e in zip(worse, equivalent, strict=True)]
-    return "holds" if all(supported) else "undecided"
+    return "holds" if tests and all(supported) else "undecided"
 
 
 def claim(
@@ -166,7 +166,7 @@ def claim(
     for trained_on, dataset in settings:
         tests = results.tests(trained_on, dataset)
         known = [recipe for recipe in recipes if recipe in tests]
-        comparisons = "; ".join(sentence(tests[recipe], dataset) for recipe in known)
+        comparisons = "; ".join(sentence(tests[recipe], dataset) for recipe in known) or "Too few seeds for a test"
         ruling = verdict([tests[recipe] for recipe in known], supports)
         parts.append(f"    - trained on {NAMES[trained_on]}: **{ruling}**. {_capital(comparisons)}.")
     return "\n".join(parts)
@@ -214,7 +214,7 @@ def page(study: dict[str, Any], questions_only: dict[str, Row]) -> str:
     tables += [score_table(results, trained_on, dataset) for trained_on, dataset in (*outside, *home)]
     template = Path(__file__).with_name("results.md.j2").read_text(encoding="utf-8")
     text: str = Template(template, keep_trailing_newline=True, undefined=StrictUndefined).render(
-        line=study_line(results), claims="\n".join(claims), tables="\n".join(tables)
+        line=study_line(results), cap=cap_line(results), claims="\n".join(claims), tables="\n".join(tables)
     )
     return text
 
@@ -225,7 +225,14 @@ def _capital(text: str) -> str:
 
 def study_line(results: Results) -> str:
     """How large the study was."""
-    cells = [cell for cell in results.tables["cells"] if cell["trained_on"] is not None]
+    cells = [cell for cell in results.tables["cells"] if cell["trained_on"] is not None and cell["status"] == "done"]
     seeds = sorted({cell["seed"] for cell in cells if {*GRIDS.values()} & {*cell["grids"]}})
     seconds = sum(cell["train_seconds"] for cell in cells)
     return f"{len(cells)} trainings with {len(seeds)} seeds, {format_duration(seconds)} of training in all"
+
+
+def cap_line(results: Results) -> str:
+    """How many trainings were best in their last pass."""
+    cells = [cell for cell in results.tables["cells"] if cell["best_step"] is not None]
+    last = sum(cell["best_step"] > cell["steps"] * (1 - 1 / cell["passes"]) for cell in cells)
+    return f"In {last} of {len(cells)} trainings the best step was in the last pass"

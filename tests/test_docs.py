@@ -136,6 +136,7 @@ def test_a_claim_holds_only_by_a_test(
 ) -> None:
     test = {"p_holm": p, "difference": difference, "equivalent": equivalent}
     assert write_docs.results_page.verdict([test], supports) == expected
+    assert write_docs.results_page.verdict([], supports) == "undecided"
 
 
 def test_the_page_of_commands_is_that_of_the_commands(write_docs: ModuleType) -> None:
