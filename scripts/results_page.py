@@ -29,10 +29,9 @@ LEVEL = 0.05  # of significance, after Holm's correction
 MAIN_METRIC = "global_exact"
 METRICS = {"closed_label": "closed", "open_exact": "open", "open_recall": "open recall", MAIN_METRIC: "global"}
 NAMES = {"slake": "SLAKE", "vqa-rad": "VQA-RAD", "phantom-a": "the phantoms that the base was trained on"}
-NAMES |= {"phantom-b": "the phantoms of hospital B"}
 
 
-GRIDS = {"slake": "slake", "vqa-rad": "vqa-rad", "phantom-b": "shift"}  # the grid of each training set
+GRIDS = {"slake": "slake", "vqa-rad": "vqa-rad"}  # the grid of each training set
 
 
 @dataclass(frozen=True)
