@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import sys
 from datetime import date
 from pathlib import Path
@@ -152,7 +151,6 @@ def main() -> None:
     page.write_text(which_gpu(page.read_text(encoding="utf-8")), encoding="utf-8")
     page = ROOT / "docs" / "comparisons.md"
     page.write_text(demo_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
-    shutil.copyfile(ROOT / "benchmarks" / "demo" / "accuracy.png", ROOT / "docs" / "images" / "accuracy.png")
     (ROOT / "docs" / "commands.md").write_text(commands_page(), encoding="utf-8")
     (ROOT / "docs" / "results.md").write_text(results(), encoding="utf-8")
 
