@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from normtune.metrics.statistics import (
@@ -130,6 +130,7 @@ def test_the_mean_of_a_recipe_by_hand() -> None:
 @given(
     st.lists(st.floats(0, 1), min_size=1, max_size=6), st.floats(0, 1), st.integers(1, 50), st.sampled_from([1.0, 10.0])
 )
+@example([0.0, 1e-103], 1e-103, 2, 1.0)  # the square of the variance is 0
 def test_means_of_recipes_stay_inside_and_are_never_empty(
     values: list[float], width: float, images: int, maximum: float
 ) -> None:

@@ -132,7 +132,8 @@ def recipe_mean(runs: Sequence[Interval], images: int, *, maximum: float = 1.0) 
     variance = seed_part + image_part
     if largest == 0 or variance == 0:  # all seeds score 0, or all the maximum
         return wilson(value, images, images - 1, maximum)
-    df = variance**2 / (seed_part**2 / df_seeds + image_part**2 / (images - 1))
+    seed_share, image_share = seed_part / variance, image_part / variance  # not squares of tiny variances, which are 0
+    df = 1 / (seed_share**2 / df_seeds + image_share**2 / (images - 1))
     return wilson(value, largest / variance, df, maximum)
 
 
