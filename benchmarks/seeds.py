@@ -72,14 +72,14 @@ def _children_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def summary(recipe: str, one: list[dict[str, float]], many: list[dict[str, float]]) -> dict[str, Any]:
+def summary(recipe: str, single: list[dict[str, float]], many: list[dict[str, float]]) -> dict[str, Any]:
     """Medians of both, and the median ratio of the rounds."""
-    row: dict[str, Any] = {"recipe": recipe, "rounds": {"1": one, str(SEEDS): many}}
-    for name in one[0]:
+    row: dict[str, Any] = {"recipe": recipe, "rounds": {"1": single, str(SEEDS): many}}
+    for name in single[0]:
         row[name] = {
-            "1": median(round_[name] for round_ in one),
+            "1": median(round_[name] for round_ in single),
             str(SEEDS): median(round_[name] for round_ in many),
-            "ratio": median(b[name] / a[name] for a, b in zip(one, many, strict=True)),
+            "ratio": median(b[name] / a[name] for a, b in zip(single, many, strict=True)),
         }
     return row
 
