@@ -1,4 +1,4 @@
-"""What five seeds of one recipe cost against one: wall time, processor time and memory.
+"""What five seeds of one recipe cost against one: time and memory.
 
     python benchmarks/seeds.py --slake DIR --out benchmarks/seeds.json
 
@@ -10,7 +10,6 @@ the forward pass is shared, because the seeds' norms differ from the first layer
 from __future__ import annotations
 
 import argparse
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -56,20 +55,11 @@ def measure(recipe: str, seeds: int, data: dict[str, Any], pairs: int) -> dict[s
         for seed in range(seeds)
     ]
     workers = min(seeds, count_cores())
-    started, cpu = time.perf_counter(), _children_seconds()
+    started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         results = list(run_cells(cells, Path(folder), workers=workers))
     peaks = [max(row["training"]["peak_memory_bytes"], row["evaluation"]["peak_memory_bytes"]) for row in results]
-    return {
-        "seconds": time.perf_counter() - started,
-        "processor_seconds": _children_seconds() - cpu,
-        "bytes": float(max(peaks) * workers),
-    }
-
-
-def _children_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+    return {"seconds": time.perf_counter() - started, "bytes": float(max(peaks) * workers)}
 
 
 def summary(recipe: str, single: list[dict[str, float]], many: list[dict[str, float]]) -> dict[str, Any]:
@@ -85,18 +75,17 @@ def summary(recipe: str, single: list[dict[str, float]], many: list[dict[str, fl
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table of seconds, processor seconds and memory."""
+    """A Markdown table of seconds and memory."""
     lines = [
         [
             f"`{row['recipe']}`",
             *(f"{row['seconds'][key]:.1f}" for key in ("1", str(SEEDS))),
             f"{row['seconds']['ratio']:.2f}",
-            f"{row['processor_seconds']['ratio']:.2f}",
             *(f"{row['bytes'][key] / 2**20:,.0f}" for key in ("1", str(SEEDS))),
         ]
         for row in rows
     ]
-    head = ["recipe", "s, 1 seed", f"s, {SEEDS} seeds", "ratio", "processor time, ratio"]
+    head = ["recipe", "s, 1 seed", f"s, {SEEDS} seeds", "ratio"]
     head += ["MiB, 1 seed", f"MiB, {SEEDS} seeds"]
     return "\n".join(markdown_table(head, lines, "lr")) + "\n"
 

@@ -45,6 +45,7 @@ def test_every_method_has_a_learning_rate() -> None:
 TABLES_OF_PAGE = {  # page: the committed tables that it contains
     "docs/comparisons.md": ["demo/table", "demo/reports"],
     "docs/datasets.md": ["rows"],
+    "docs/study.md": ["seeds"],
     "docs/method.md": ["quantised"],
     "docs/serving.md": ["load", "serving_llava_slake", "serving_miss_slake"],
     "docs/metrics.md": ["reliance", "medpix", "statistics_checks"],
