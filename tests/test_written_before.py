@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from normtune import cli
 from tests.support.tolerance import approx
 
 WRITTEN = Path(__file__).parent / "fixtures" / "written_by_0_1"
@@ -24,17 +22,13 @@ Run = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(run_command: Callable[..., tuple[int, str, str]]) -> Run:
     """Run a command in this process with `--json`; return the object that it prints."""
 
     def call(*arguments: object) -> dict[str, Any]:
-        monkeypatch.setattr(sys, "argv", ["normtune", *map(str, arguments), "--json"])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_info:
-            cli.main()
-        printed = capsys.readouterr()
-        assert exit_info.value.code == 0, printed.err
-        result: dict[str, Any] = json.loads(printed.out)
+        status, printed, errors = run_command(*arguments, "--json")
+        assert status == 0, errors
+        result: dict[str, Any] = json.loads(printed)
         return result
 
     return call

@@ -15,30 +15,18 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from normtune import cli
 from normtune.commands.app import app
 from normtune.data.phantom import phantom_dataset
 
 ROW = {"image": "a.png", "question": "Is it normal?", "answer": "yes"}
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """A function that runs a command in this process and returns (exit status, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["normtune", *map(str, arguments)])
-        capsys.readouterr()  # discard what was printed before the command
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        printed = capsys.readouterr()
-        assert isinstance(ended.value.code, int)
-        return ended.value.code, printed.out, printed.err
-
-    return call
-
-
 Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(run_command: Run) -> Run:
+    return run_command
 
 
 @pytest.fixture(scope="module")

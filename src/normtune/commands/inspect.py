@@ -68,7 +68,7 @@ def data(*, as_json: bool, **options: Any) -> None:
 
         counts.memory = estimate_training(model, dataset)
     summary = summarize(dataset, counts.leaks)
-    plan = plan_comparison([example for example in dataset.examples if example.split == "test"])
+    plan = plan_comparison(dataset.examples.where(dataset.examples.flags("split", "test".__eq__)))
     text = f"{summary}\n\n{plan_text(plan)}" if plan else str(summary)
     emit(
         as_json,

@@ -27,14 +27,14 @@ def train(
     run.yaml: `normtune train run.yaml` repeats it. If the command is interrupted, run it again to resume from
     the last checkpoint.
     """
+    config = TrainConfig.checked(**options)  # an option may be missing
     if dry_run:
         from normtune.training.dry_run import plan_run
 
-        emit(as_json, *plan_run(TrainConfig.checked(**options)))
+        emit(as_json, *plan_run(config))
         return
     from normtune.api.runs import train
 
     with without_scipy():
         import normtune.training.train  # noqa: F401
-    config = TrainConfig.checked(**options)  # an option may be missing
     emit(as_json, train(**config.model_dump(), progress=not as_json))

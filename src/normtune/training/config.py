@@ -143,7 +143,7 @@ def _part_rates(text: str | None) -> dict[str, float]:
         ValueError: a part is unknown or given twice, or a rate is not above 0.
     """
     rates: dict[str, float] = {}
-    for entry in (text or "").split(",") if text is not None else ():
+    for entry in text.split(",") if text is not None else ():
         part, _, rate = (word.strip() for word in entry.partition("="))
         if part not in PARTS or part in rates:
             raise ValueError(f"'{entry.strip()}' is not PART=RATE with each part once; parts: {', '.join(PARTS)}")

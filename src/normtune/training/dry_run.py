@@ -45,7 +45,7 @@ def plan_run(config: TrainConfig) -> tuple[dict[str, Any], str]:
         "data": dataset.name,
         "split": config.split,
         "pairs": len(examples),
-        "images": len({key for example in examples for key in example.images}),
+        "images": examples.image_count,
         "steps_an_epoch": batches.steps,
         "steps": optimizer_steps(config, batches),
         "out": str(config.out),

@@ -87,7 +87,7 @@ def estimate_training(model: str, dataset: Dataset) -> dict[str, Any]:
     from normtune.training.memory_plan.plan import estimate_memory
 
     config = TrainConfig(model=model, data=dataset.name, out=Path("."))
-    examples = [example for example in dataset.examples if example.split == config.split] or dataset.examples
+    examples = dataset.examples.where(dataset.examples.flags("split", config.split.__eq__)) or dataset.examples
     return estimate_memory(config, dataset, examples)
 
 

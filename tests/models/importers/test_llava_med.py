@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from normtune import cli
 from normtune.adapters.merge import merge_to_disk
 from normtune.adapters.storage import load_model
 from normtune.data.groups import Group
@@ -335,20 +334,11 @@ def test_questions_that_share_an_image_give_the_original_log_probabilities(
 
 
 def test_the_commands_import_inspect_and_ask(
-    original: OriginalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    original: OriginalModel, tmp_path: Path, run_command: Callable[..., tuple[int, str, str]]
 ) -> None:
+    run = run_command
     source = write_original(tmp_path / "src", original)
     picture().save(tmp_path / "a.png")
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["normtune", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        printed = capsys.readouterr()
-        assert isinstance(ended.value.code, int)
-        return ended.value.code, printed.out, printed.err
-
     status, out, err = run("import-llava-med", source, tmp_path / "out", "--vision-heads", 2, "--json")
     report = json.loads(out)
     assert (status, err) == (0, "") and report["version"] == "1.5" and report["kept"] == 0
