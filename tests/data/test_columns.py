@@ -145,6 +145,16 @@ def test_the_counts_of_texts_are_those_of_their_definition(values: list) -> None
     assert counts["control_tokens"] == ({"<image>": controls} if controls else {})
 
 
+def test_a_new_column_of_a_table_has_each_value_once_and_only_those_of_rows() -> None:
+    """As `--split-ratio 80/20` gives no row to validate, and `--image-disjoint` names some splits twice."""
+    examples = examples_of([(("a",), "q", str(row), "open", "train") for row in range(4)])
+    values, codes = ["train", "validate", "test", "train"], np.array([2, 0, 3, 2], np.int32)
+    for rows in (Examples(examples), in_table(examples)):
+        changed = rows.with_column("split", codes, values)
+        assert [example.split for example in changed] == ["test", "train", "train", "test"]
+        assert changed.codes("split")[1] == ["test", "train"]
+
+
 def test_rows_of_a_table_are_selected_without_objects() -> None:
     examples = examples_of([((key,), "q", str(n), "open", "train", {}) for n, key in enumerate("abcab" * 20)])
     split = Dataset("made", in_table(examples), grey).train

@@ -208,9 +208,11 @@ class Examples(Sequence[Example]):
             values: the values.
         """
         if self._table is not None:
+            names = list(dict.fromkeys(values))  # a table has each value once, and only values that rows have
+            merged = np.array([*map(names.index, values), -1], np.int32)[codes]
             whole = np.full(len(self._table), -1, np.int32)
-            whole[slice(None) if self._rows is None else self._rows] = codes
-            return self._selection(self._table.with_column(column, whole, list(values)), self._rows)
+            whole[slice(None) if self._rows is None else self._rows] = merged
+            return self._selection(self._table.with_column(column, *compact(whole, names)), self._rows)
         if not column.startswith(META):
             items = [replace(e, **{column: values[c]}) for e, c in zip(self._items, codes.tolist(), strict=True)]  # type: ignore[arg-type]
             return self._selection(items, None)
