@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from normtune.data.examples import Example, Examples, as_examples, combine_hashes, history_hashes, image_keys
+from normtune.data.examples import Example, Examples, as_examples, combine_hashes, history_hashes, image_keys, is_in
 from normtune.data.pictures import Picture, cluster, equal_pictures, near_duplicates, read_pictures
 from normtune.data.records import Dataset
 from normtune.data.splits import Leak, find_leaks, group_columns
@@ -287,7 +287,7 @@ def _count_tokens(result: Preflight, rows: Examples, limits: TextLimits) -> None
             for name in ("all", example.kind):
                 totals[name] += count
                 right[name] += count * correct
-    for example in rows.where(np.isin(texts, texts[failed])) if failed else ():
+    for example in rows.where(is_in(texts, texts[failed])) if failed else ():
         try:
             limits.tokenize(example)
         except InputError as error:

@@ -68,7 +68,7 @@ class Leak:
 
 def split_label(dataset: Dataset) -> Callable[[Example], str]:
     """Return a function that names an example's split, with several languages "test (en)" or "test (zh)"."""
-    if not _has_languages(dataset.examples):
+    if not _has_languages(*dataset.examples.codes(f"{META}language")):
         return lambda example: example.split
     return lambda example: _label(example.split, example.meta.get("language"))
 
@@ -84,8 +84,8 @@ def rows_by_split(rows: Examples) -> dict[str, NDArray[np.int32]]:
     """Split label -> the positions of its examples, in the order of `examples_by_split`."""
     codes, splits = rows.codes("split")
     names = list(splits)
-    if _has_languages(rows):
-        languages, tags = rows.codes(f"{META}language")
+    languages, tags = rows.codes(f"{META}language")
+    if _has_languages(languages, tags):
         both = codes.astype(np.int64) * (len(tags) + 1) + languages + 1
         labels = [(split, tag) for split in splits for tag in (None, *tags)]
         codes, pairs = compact(both.astype(np.int32), labels)
@@ -94,8 +94,7 @@ def rows_by_split(rows: Examples) -> dict[str, NDArray[np.int32]]:
     return {names[number]: np.flatnonzero(codes == number).astype(np.int32) for number in order}
 
 
-def _has_languages(examples: Examples) -> bool:
-    codes, tags = examples.codes(f"{META}language")
+def _has_languages(codes: NDArray[np.int32], tags: Sequence[str]) -> bool:
     return len({*tags, ""} if -1 in codes else tags) > 1
 
 

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from normtune.data.datasets.table import Rows
+from normtune.data.datasets.table import FIELDS, Rows, meta_name
 from normtune.data.examples import META, Examples, combine_hashes, image_keys, repeated_rows
 from normtune.data.formats import FORMATS
 from normtune.data.images.files import ImageFolder
@@ -230,8 +230,8 @@ def column_texts(block: Block, columns: Columns, rows: Rows, is_report: bool, fi
     roles = {name: role for role, name in of_role.items()}
     for name in cells.column_names:
         role, array = roles.get(name), _combined(cells.column(name))
-        if role not in ("image", "question", "answer", "id", "kind", "split") and _holds_texts(array):
-            key = {"patient": "patient_id"}.get(role, role) if role else name
+        if role not in FIELDS and _holds_texts(array):
+            key = meta_name(role, name)
             make: Callable[[str], str] = language_tag if key == "language" else str
             texts[META + key] = mapped(array, partial(_meta_text, make=make))
     return texts

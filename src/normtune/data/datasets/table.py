@@ -32,7 +32,7 @@ from normtune.data.split_names import split_name
 from normtune.errors import InputError, did_you_mean
 
 _NEEDED = {"image": "the image", "question": "the question", "answer": "the answer"}
-_FIELDS = ("image", "question", "answer", "id", "kind", "split")  # all other columns become `meta`
+FIELDS = ("image", "question", "answer", "id", "kind", "split")  # all other columns become `meta`
 
 
 def read(
@@ -324,9 +324,14 @@ class Rows:
             role = names.get(column)
             if not _filled_cell(value) or not isinstance(value, str | int | float):
                 continue
-            if role not in _FIELDS:
-                meta[{"patient": "patient_id"}.get(role, role) if role else column] = str(value)
+            if role not in FIELDS:
+                meta[meta_name(role, column)] = str(value)
         return meta
+
+
+def meta_name(role: str | None, column: str) -> str:
+    """The name in `meta` of a column that is not one of `FIELDS`: that of its role, if it has one."""
+    return {"patient": "patient_id"}.get(role, role) if role else column
 
 
 @dataclass(frozen=True)
@@ -361,7 +366,7 @@ def _text(cells: Mapping[str, Any], columns: Columns, role: str) -> str:
     """
     names = columns.get(role, (role,))
     if not any(name in cells for name in names):
-        hint = did_you_mean(names[0], [key for key in cells if key not in _FIELDS])
+        hint = did_you_mean(names[0], [key for key in cells if key not in FIELDS])
         what = f"field '{names[0]}' is missing{hint.replace('did you mean', 'is it')}"
         raise RowError(what, f"Add '{names[0]}'.")
     texts = []
