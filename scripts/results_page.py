@@ -22,16 +22,16 @@ from normtune.runtime.number_format import (
     format_share,
 )
 from normtune.runtime.text_table import markdown_table
+from normtune.studies.page.results import is_about_recipes, is_significant
 from normtune.studies.statistics import format_rates
 
 Row = dict[str, Any]
-LEVEL = 0.05  # of significance, after Holm's correction
 MAIN_METRIC = "global_exact"
 METRICS = {"closed_label": "closed", "open_exact": "open", "open_recall": "open recall", MAIN_METRIC: "global"}
 NAMES = {"slake": "SLAKE", "vqa-rad": "VQA-RAD", "phantom-a": "the phantoms that the base was trained on"}
 
 
-GRIDS = {"slake": "slake", "vqa-rad": "vqa-rad"}  # the grid of each training set
+GRIDS = ("slake", "vqa-rad")  # each grid has the name of its training set
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Results:
         return [
             cell
             for cell in self.tables["cells"]
-            if (trained_on is None or GRIDS[trained_on] in cell["grids"])
+            if (trained_on is None or trained_on in cell["grids"])
             and (cell["recipe"], cell["trained_on"], cell["status"]) == (recipe, trained_on, "done")
         ]
 
@@ -53,18 +53,18 @@ class Results:
         """Rows of the table `seeds` by recipe and metric; without `trained_on`, those of the frozen base."""
         scores: dict[str, dict[str, Row]] = {}
         for row in self.tables["seeds"]:
-            in_grid = trained_on is None or row["grid"] == GRIDS[trained_on]
+            in_grid = trained_on is None or row["grid"] == trained_on
             if in_grid and (row["trained_on"], row["dataset"]) == (trained_on, dataset):
                 scores.setdefault(row["recipe"], {})[row["metric"]] = row
         return scores
 
     def tests(self, trained_on: str, dataset: str) -> dict[str, Row]:
         """Each recipe's test against LN by the main metric; recipes with fewer than three seeds have none."""
-        group = (GRIDS[trained_on], trained_on, dataset, MAIN_METRIC)
+        group = (trained_on, trained_on, dataset, MAIN_METRIC)
         return {
             row["recipe"]: row
             for row in self.tables["tests"]
-            if (row["grid"], row["trained_on"], row["dataset"], row["metric"]) == group and row["question"] == "recipes"
+            if (row["grid"], row["trained_on"], row["dataset"], row["metric"]) == group and is_about_recipes(row)
         }
 
 
@@ -104,11 +104,6 @@ def score_table(results: Results, trained_on: str, dataset: str, baseline: Row |
         + "\n".join(markdown_table(head, rows, "lllr"))
         + "\n"
     )
-
-
-def is_significant(test: Row) -> bool:
-    """Whether the recipes differ, corrected for the other recipes of the table."""
-    return bool(test["p_holm"] is not None and test["p_holm"] < LEVEL)
 
 
 def sentence(test: Row, dataset: str) -> str:
@@ -196,9 +191,8 @@ def page(study: dict[str, Any], questions_only: dict[str, Row]) -> str:
         questions_only: the metrics of the question-only baseline by data set.
     """
     results = Results(study)
-    both = ("slake", "vqa-rad")
     inside = [(name, name) for name in GRIDS]
-    outside = list(zip(both, reversed(both), strict=True))
+    outside = list(zip(GRIDS, reversed(GRIDS), strict=True))
     home = [(name, "phantom-a") for name in GRIDS]
     others = [recipe for recipe in results.scores("slake", "slake") if recipe != "ln"]
     claims = [
@@ -225,7 +219,7 @@ def _capital(text: str) -> str:
 def study_line(results: Results) -> str:
     """How large the study was."""
     cells = [cell for cell in results.tables["cells"] if cell["trained_on"] is not None and cell["status"] == "done"]
-    seeds = sorted({cell["seed"] for cell in cells if {*GRIDS.values()} & {*cell["grids"]}})
+    seeds = sorted({cell["seed"] for cell in cells if {*GRIDS} & {*cell["grids"]}})
     seconds = sum(cell["train_seconds"] for cell in cells)
     return f"{len(cells)} trainings with {len(seeds)} seeds, {format_duration(seconds)} of training in all"
 

@@ -272,7 +272,7 @@ def use_adapter(family: Family, adapter: Path | str | TunedModel | None) -> Iter
     loaded = load_adapter(family.model, adapter, keep_base=True) if isinstance(adapter, Path | str) else None
     family.adapter = tuned or loaded
     if isinstance(adapter, Path | str):
-        family.use_limits((read_adapter_info(adapter).data or {}).get("limits"))
+        family.use_limits((read_adapter_info(adapter, verify=False).data or {}).get("limits"))
     try:
         yield
     finally:
@@ -328,6 +328,6 @@ def load_model(
     family = load(model, dtype=dtype, device=device, quantize=quantize)
     if adapter is not None:
         family.adapter = load_adapter(family.model, adapter)
-        family.use_limits((read_adapter_info(adapter).data or {}).get("limits"))
+        family.use_limits((read_adapter_info(adapter, verify=False).data or {}).get("limits"))
     family.model.eval()
     return family

@@ -98,7 +98,7 @@ class Changes:
 
     def _digest(self, config: TrainConfig | EvaluateConfig) -> str | None:
         options = [config.data_options(), config.split, getattr(config, "limit", None)]
-        options.append(getattr(config, "validation_split", None))
+        options += [getattr(config, name, None) for name in ("validate_every", "validation_split")]
         key = json.dumps([type(config).__name__, *options], sort_keys=True)
         if key not in self._digests:
             try:

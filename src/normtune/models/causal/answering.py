@@ -15,7 +15,7 @@ from normtune.data.groups import Group
 from normtune.models.causal.attention import additive_masks, mask_argument
 from normtune.models.causal.checkpoint_settings import BEAM_SETTINGS, ScoreProcessors
 from normtune.models.causal.decoding import ColumnCache, Masks, SharedCacheDecoder
-from normtune.models.causal.recurrent import PASSES, AnswerStates, RunTree, run_passes
+from normtune.models.causal.recurrent import PASSES, AnswerStates, RunTree
 from normtune.models.causal.shared_prefix import SharedSequence
 from normtune.models.causal.step_graph import StepGraph, graph_obstacle, report_fallback
 from normtune.models.generation import FIXED_STEPS, Generated, OnTokens, generate
@@ -42,9 +42,7 @@ def generate_tokens(
 
     Other arguments as for `Family.generate_answers`.
     """
-    layout, sequence, groups = family.layout(groups, pixels, "pad")
-    if family.recurrent:
-        layout[PASSES] = run_passes(sequence, keep_states=True)
+    layout, sequence, groups = family.layout(groups, pixels, "pad", keep_states=True)
     batch: Batch = send_to_device(layout, family.device, non_blocking=True)
     if family.recurrent:
         batch[PASSES] = RunTree(batch[PASSES])

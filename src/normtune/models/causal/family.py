@@ -254,9 +254,14 @@ class CausalFamily(Family):
         return batch | sequence.targets()
 
     def layout(
-        self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]], rows: RowLayout
+        self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]], rows: RowLayout, *, keep_states: bool = False
     ) -> tuple[Batch, SharedSequence, Sequence[Group]]:
         """Lay groups and their images out as a batch.
+
+        Args:
+            groups, pixels: as for `collate`.
+            rows: a row for each group, or one for all; see `RowLayout`.
+            keep_states: recurrent layers keep the states after all segments, for answers; see `run_passes`.
 
         Returns:
             (batch, the shared sequence, the groups after `group_prefixes`). Keys of the batch, for B rows of
@@ -289,7 +294,7 @@ class CausalFamily(Family):
             "feature_rows": self._feature_rows(distinct, pixels),
         }
         if self.recurrent:
-            batch[PASSES] = run_passes(sequence)
+            batch[PASSES] = run_passes(sequence, keep_states=keep_states)
         return batch, sequence, groups
 
     def _feature_rows(self, distinct: Sequence[Pixels], pixels: Sequence[Sequence[Pixels]]) -> Tensor | None:

@@ -9,7 +9,7 @@ from normtune.adapters.info import NOTICE
 from normtune.metrics.statistics import MIN_SEEDS
 from normtune.runtime.files import read_json
 from normtune.runtime.number_format import format_bytes, format_duration, join_names
-from normtune.studies.page.results import Record, Results, distinct_values
+from normtune.studies.page.results import Record, Results, counted, distinct_values
 from normtune.studies.page.tables import Cell, Table, text_cells
 
 MIN_IMAGES = 20  # below this, a warning
@@ -19,7 +19,7 @@ RECOMMENDED_SEEDS = 5
 def warnings(study: Results) -> list[str]:
     """What is too small for firm conclusions: the images of a test split, or the seeds of a setting."""
     texts = [
-        f"{dataset} has {count} test image{'s' * (count != 1)}: with fewer than {MIN_IMAGES}, another sample of images "
+        f"{dataset} has {counted(count, 'test image')}: with fewer than {MIN_IMAGES}, another sample of images "
         "may give a very different score."
         for dataset, count in study.images.items()
         if count < MIN_IMAGES

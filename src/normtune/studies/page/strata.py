@@ -22,16 +22,17 @@ def strata_tables(results: Results, setting: Setting, folder: Path) -> Iterator[
     Args:
         folder: the study's folder; without the evaluations in it there is no table.
     """
+    arms = results.full_data_arms(setting)
+    cells = [cell for cell in results.finished.values() if cell["model"] == setting.model]
+    keys_of = {"frozen base": {cell["key"] for cell in cells if cell.get("trained_on") is None}}
+    keys_of |= {arm.name: {cell["key"] for cell in arm.cells} for arm in arms}
+    seeds = results.counts(None, arms)
     for dataset in results.datasets(setting, "in"):
         if results.has_folds(dataset):
             continue  # no file has the strata of all folds together
         metric = results.primary_metric(dataset)
-        cells = [cell for cell in results.finished.values() if cell["model"] == setting.model]
-        keys_of = {"frozen base": {cell["key"] for cell in cells if cell.get("trained_on") is None}}
-        keys_of |= {arm.name: {cell["key"] for cell in arm.cells} for arm in results.full_data_arms(setting)}
         strata_of = {name: _read_strata(results, folder, keys, dataset) for name, keys in keys_of.items()}
         strata_of = {name: runs for name, runs in strata_of.items() if runs}
-        seeds = results.counts(None, results.full_data_arms(setting))
         for field in FIELDS:
             values: Record = next((run[field] for runs in strata_of.values() for run in runs if field in run), {})
             if not values:
