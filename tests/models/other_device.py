@@ -170,8 +170,8 @@ def test_decoding_stays_on_its_device(name: str, accel: str, monkeypatch: pytest
         logits.append(step(logits[-1].argmax(-1)[rows], rows))
         return []
 
-    layout = family.layout(groups, pixels, "pad")  # on the host
-    family.layout = lambda *_: layout
+    layout = family.layout(groups, pixels, "pad", keep_states=True)  # on the host
+    family.layout = lambda *_, **__: layout
     monkeypatch.setattr(answering, "generate", three_tokens)
     monkeypatch.setattr(answering, "send_to_device", lambda batch, device, **_: moved(batch, mode, accel))
     with mode:
