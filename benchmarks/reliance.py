@@ -17,12 +17,13 @@ from typing import Any
 from record import record
 
 from normtune.evaluation.config import CONTROLS
-from normtune.runtime.number_format import format_interval
+from normtune.runtime.number_format import format_interval, format_percent
 from normtune.runtime.text_table import markdown_table
 from normtune.studies.plan import Cell, single_cell
 from normtune.studies.run import run_cells
 
 RECIPES = ("frozen", "ln", "full")
+NAMES = {"slake": "SLAKE", "phantom-b": "the phantoms of hospital B"}
 METRIC = "global_exact"  # the metric of the table; the record also has closed and open answers
 FIELDS = ("rows", "images", "split_hash", "reliance")  # recorded: no question, answer or image
 
@@ -55,7 +56,7 @@ def main() -> None:
             rows.append(row | {field: result["evaluation"][field] for field in FIELDS})
             print(table(rows[-1:]), flush=True)
     rows.sort(key=lambda row: (list(data).index(row["dataset"]), RECIPES.index(row["recipe"])))
-    print("\n" + table(rows))
+    print("\n" + table(rows) + "\n" + conclusion(rows))
     if options.out:
         epochs = {name: data_epochs for name, (_, data_epochs) in data.items()}
         record(options.out, "reliance", rows, epochs=epochs, phantoms=options.phantoms, model="nano")
@@ -92,6 +93,28 @@ def table(rows: list[dict[str, Any]]) -> str:
             lines.append([*first_cells, control, *cells])
     header = ["dataset", "recipe", "image", f"`{METRIC}`", "real - replaced", "p (Holm)", "earned by the image, %"]
     return "\n".join(markdown_table(header, lines, "lllr")) + "\n"
+
+
+def conclusion(rows: list[dict[str, Any]]) -> str:
+    """What tuning adds, and how much of it needs the image, in points of the metric, for each dataset."""
+    sentences = []
+    for dataset in dict.fromkeys(row["dataset"] for row in rows):
+        metrics = {
+            row["recipe"]: row["reliance"]["blank"]["metrics"][METRIC] for row in rows if row["dataset"] == dataset
+        }
+        gains = {
+            image: format_percent(metrics["full"][image]["value"] - metrics["frozen"][image]["value"], 0)
+            for image in ("real", "replaced")
+        }
+        before, after = (format_percent(metrics[recipe]["difference"]["value"], 0) for recipe in ("frozen", "full"))
+        sentences.append(
+            f"On {NAMES[dataset]}, `full` gains {gains['real']} points over `frozen` with the image and "
+            f"{gains['replaced']} with a blank one: the image's contribution grows from {before} to {after} points."
+        )
+    most = max(control["metrics"][METRIC]["earned"]["value"] for row in rows for control in row["reliance"].values())
+    return " ".join(
+        [*sentences, f"The largest share of a score that is lost without the image is {format_percent(most, 0)}%."]
+    )
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ Row = dict[str, Any]
 MAIN_METRIC = "global_exact"
 METRICS = {"closed_label": "closed", "open_exact": "open", "open_recall": "open recall", MAIN_METRIC: "global"}
 NAMES = {"slake": "SLAKE", "vqa-rad": "VQA-RAD", "phantom-a": "the phantoms that the base was trained on"}
-
-
-GRIDS = ("slake", "vqa-rad")  # each grid has the name of its training set
+NAMES |= {"phantom-b": "the phantoms of another hospital"}
+REAL = ("slake", "vqa-rad")  # the sets of real images
+GRIDS = (*REAL, "phantom-b")  # each grid has the name of its training set
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def page(study: dict[str, Any], questions_only: dict[str, Row]) -> str:
     """
     results = Results(study)
     inside = [(name, name) for name in GRIDS]
-    outside = list(zip(GRIDS, reversed(GRIDS), strict=True))
+    outside = list(zip(REAL, reversed(REAL), strict=True))
     home = [(name, "phantom-a") for name in GRIDS]
     others = [recipe for recipe in results.scores("slake", "slake") if recipe != "ln"]
     claims = [

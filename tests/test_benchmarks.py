@@ -109,6 +109,7 @@ def slake(script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_the_table_of_image_reliance_agrees_with_its_record(script: Any) -> None:
     reliance, rows = script("reliance"), read_record("reliance.json")["rows"]
     assert reliance.table(rows) == (BENCHMARKS / "reliance.md").read_text(encoding="utf-8")
+    assert reliance.conclusion(rows) in (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     for dataset in {row["dataset"] for row in rows}:
         assert tuple(row["recipe"] for row in rows if row["dataset"] == dataset) == reliance.RECIPES
     for row in rows:

@@ -46,8 +46,10 @@ def test_quick_needs_no_data_and_few_pairs() -> None:
 def test_real_nano_has_five_seeds_transfer_and_home_and_trains_until_a_plateau() -> None:
     study, planned = read_shipped("real-nano")
     cells = cells_per_grid(planned)
-    assert cells["slake"] == cells["vqa-rad"] == 1 + 3 * 5  # the base once, five seeds of each recipe
-    assert {study.grids[name].budget.until for name in ("slake", "vqa-rad")} == {"plateau"}
+    assert (
+        cells["slake"] == cells["vqa-rad"] == cells["phantom-b"] == 1 + 3 * 5
+    )  # the base once, five seeds of each recipe
+    assert {study.grids[name].budget.until for name in ("slake", "vqa-rad", "phantom-b")} == {"plateau"}
     for cell in planned.cells:
         assert {evaluation.config.split for evaluation in cell.evaluations if evaluation.role != "validate"} <= {"test"}
         roles = {(evaluation.dataset, evaluation.role) for evaluation in cell.evaluations}
