@@ -22,6 +22,8 @@ LOW, MIDDLE, HIGH = (1e-4, 3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2, 3e-2), (3e-3, 1
 HIGHEST = (1e-2, 3e-2, 1e-1, 3e-1)
 RATES = {"ln": HIGH, "bias": HIGHEST, "ia3": HIGHEST, "prefix": MIDDLE, "ptuning": HIGHEST, "lora": MIDDLE}
 RATES |= {"adapter": MIDDLE, "attention": LOW, "ffn": LOW, "full": LOW}
+RATES |= {"vera": HIGHEST, "road": HIGH, "miss": HIGH, "beft": HIGHEST, "ssf": HIGH, "gamma": HIGHEST}
+PRESETS_OF = {"lora": "lora-8", "vera": "vera(r=64)"}  # PEFT's default rank of VeRA is for wider models
 
 
 def main() -> None:
@@ -59,7 +61,7 @@ def main() -> None:
 def cell(method: str, rate: float, options: argparse.Namespace) -> Cell:
     """The training run of one method at one rate, and its evaluation on the validation split."""
     shared = {"model": "nano", "data": f"phantom-b:{options.images}/{options.validate}/0", "device": "cpu"}
-    tune = "lora-8" if method == "lora" else method
+    tune = PRESETS_OF.get(method, method)
     train = {**shared, "tune": tune, "lr": rate, "epochs": options.epochs}
     return single_cell(f"{method}@{rate!r}", train, {**shared, "split": "validate"})
 

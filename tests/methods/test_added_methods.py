@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import BeftConfig, LoraConfig, MissConfig, PeftConfig, RoadConfig, VeraConfig, get_peft_model
 from torch import Tensor, nn
 
 from normtune.errors import InputError
@@ -16,9 +16,11 @@ from normtune.methods.bottleneck import Bottleneck
 from tests.support.base_models import CACHE_ARGUMENT, KINDS, compute_logits, perturb_trained, tiny_base
 from tests.support.tolerance import assert_close, differ
 
+VECTORS = ["vera(r=4)", "road", "miss(columns=4)", "beft", "ssf", "gamma"]
+
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", ["lora", "ia3", "adapter"])
+@pytest.mark.parametrize("method", ["lora", "ia3", "adapter", *VECTORS])
 def test_an_untrained_method_gives_the_bases_logits(kind: str, method: str) -> None:
     model = tiny_base(kind)
     expected = compute_logits(model)
@@ -104,6 +106,54 @@ def test_lora_computes_what_pefts_own_model_does(options: str, peft_options: dic
         unwrap(compute_logits)(model).square().sum().backward()  # without its no_grad
     for name, parameter in tuned.trained.items():
         assert_close(parameter.grad, state[names[name]].grad, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning", "ignore:Detected that the base layer")
+@pytest.mark.parametrize(
+    ("method", "config"),
+    [
+        ("vera(r=4)", VeraConfig(r=4, target_modules=r".*language_model.*\.(q_proj|v_proj)")),
+        ("beft", BeftConfig(target_modules=r".*language_model.*\.v_proj")),
+        ("road[:1]", RoadConfig(group_size=16, target_modules=r".*language_model.*layers\.0\..*_proj")),
+        ("miss(columns=4)", MissConfig(r=2, mini_r=4, init_weights="mini", target_modules=r".*language_model.*_proj")),
+    ],
+)
+def test_vectors_compute_what_pefts_own_model_does(method: str, config: PeftConfig) -> None:
+    ours, theirs = tiny_base("llava"), tiny_base("llava")
+    tuned = adapt(ours, f"language={method}")
+    perturb_trained(tuned)
+    state = dict(get_peft_model(theirs, config).named_parameters())
+    names = {name: f"base_model.model.{name}.default" for name in tuned.trained}
+    assert set(names.values()) == {name for name, parameter in state.items() if parameter.requires_grad}
+    with torch.no_grad():
+        for name, value in tuned.trained.items():
+            state[names[name]].copy_(value)
+    assert_close(compute_logits(ours), compute_logits(theirs))
+    for model in (ours, theirs):
+        unwrap(compute_logits)(model).square().sum().backward()  # without its no_grad
+    for name, parameter in tuned.trained.items():
+        assert_close(parameter.grad, state[names[name]].grad, msg=name)
+
+
+def test_vectors_behind_linears_are_rows_of_the_weights_and_biases() -> None:
+    """SSF: scale * (W x + b) + shift = (scale W) x + (scale b + shift)."""
+    expected, model = tiny_base("miss"), tiny_base("miss")
+    tuned = adapt(model, "encoder=ssf")
+    perturb_trained(tuned)
+    with torch.no_grad():
+        for name in {name.rpartition(".ssf.")[0] for name in tuned.trained}:
+            scale, shift = (tuned.trained[f"{name}.ssf.{vector}"] for vector in ("scale", "shift"))
+            linear = expected.get_submodule(name)
+            linear.weight.mul_(scale[:, None])
+            linear.bias.mul_(scale).add_(shift)
+    assert_close(compute_logits(model), compute_logits(expected))
+
+
+def test_difffit_scales_what_each_block_adds_to_the_residual_stream() -> None:
+    tuned = adapt(tiny_base("miss"), "encoder=gamma[:1]")
+    layer = "text_encoder.encoder.layer.0"
+    blocks = ("attention.output.dense", "crossattention.output.dense", "output.dense")
+    assert set(tuned.trained) == {f"{layer}.{block}.gamma.scale" for block in blocks}
 
 
 def test_dropout_is_peft_lora_dropout() -> None:
@@ -208,7 +258,7 @@ def test_prefixes_on_all_parts_skip_vision() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", ["lora", "ia3", "adapter", "prefix", "ptuning", "ln+lora+adapter+ptuning"])
+@pytest.mark.parametrize("method", ["lora", "ia3", "adapter", "prefix", "ptuning", "ln+lora+adapter+ptuning", *VECTORS])
 def test_restore_base_removes_added_layers(kind: str, method: str) -> None:
     model = tiny_base(kind)
     expected, names = compute_logits(model), list(model.state_dict())

@@ -44,6 +44,7 @@ from tests.support.tiny_models import TINY, make_tiny
 
 # every method, in as few runs as possible: the methods of a run train different tensors
 RECIPES = ("ln+lora(r=2)", "attention+ffn", "bias+prefix(n=2)", "ptuning(n=2)", "ia3", "adapter(width=2)", "full")
+RECIPES += ("vera(r=4)", "road", "miss(columns=4)", "beft", "ssf+gamma")
 GROUPS = [[0, 1], [3]]
 # transformers' code of these towers reads the sizes of images in the middle of its pass; they get encoded images
 READ_SIZES = ("llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm")

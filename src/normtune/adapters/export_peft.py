@@ -27,7 +27,7 @@ from normtune.adapters.storage import CARD_FILE, read_adapter_info, read_tensors
 from normtune.errors import InputError
 from normtune.methods.lora import MAGNITUDE, exact_name_pattern
 from normtune.methods.recipe import parse
-from normtune.methods.registry import Method
+from normtune.methods.registry import OUTPUT_VECTORS, PEFT_VECTORS, Method
 from normtune.runtime.files import atomic_directory, write_json, write_text
 from normtune.runtime.notebook import Result
 from normtune.runtime.tensors import write_tensors
@@ -43,6 +43,8 @@ _REASONS = {  # method -> why PEFT cannot hold it
     "prefix": _PREFIX_REASON,
     "ptuning": _PREFIX_REASON,
     "adapter": "PEFT has no bottleneck adapters",
+    **dict.fromkeys(OUTPUT_VECTORS, "PEFT has no such vectors"),
+    **dict.fromkeys(PEFT_VECTORS, "the export supports LoRA, IA3 and LN tuning"),
 }
 
 

@@ -10,16 +10,18 @@ from torch import Tensor
 
 from normtune.errors import InputError
 from normtune.methods.lora import MAGNITUDE
+from normtune.methods.registry import OUTPUT_VECTORS, PEFT_VECTORS
 
-UNMERGEABLE = {  # method -> why no weights of the base have the same effect
+UNMERGEABLE = {  # method -> why it cannot be merged
     "prefix": "it adds keys and values in front of those of the tokens, which no weight can do",
     "ptuning": "it adds keys and values in front of those of the tokens, which no weight can do",
     "adapter": "it has a nonlinearity, which no weight can replace",
+    **dict.fromkeys((*PEFT_VECTORS, *OUTPUT_VECTORS), "the merge supports LoRA, IA3 and trained values of the base"),
 }
 
 
 def check_mergeable(methods: Iterable[str]) -> None:
-    """Check that weights of the base can have the effect of these methods.
+    """Check that these methods can be merged into weights of the base.
 
     Raises:
         InputError: one of the methods cannot be merged.

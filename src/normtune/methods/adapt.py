@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from normtune.errors import InputError
 from normtune.methods.norms import TunedNorm
 from normtune.methods.recipe import Recipe, parse, resolve
-from normtune.methods.registry import ADDED, INTRINSIC, Method, RecipeError
+from normtune.methods.registry import ADDED, INTRINSIC, OUTPUT_VECTORS, PEFT_VECTORS, Method, RecipeError
 from normtune.methods.sites import AddedLayers, NoTarget, TargetLinear
 from normtune.models.norm_kinds import norms
 from normtune.models.parts import (
@@ -374,6 +374,14 @@ def add_layers(model: nn.Module, part: str, method: Method, linears: Sequence[Ta
         from normtune.methods.lora import add_ia3
 
         return add_ia3(model, part, linears)
+    if method.name in PEFT_VECTORS:
+        from normtune.methods.peft_vectors import add_peft_vectors
+
+        return add_peft_vectors(model, part, method, linears)
+    if method.name in OUTPUT_VECTORS:
+        from normtune.methods.output_vectors import add_output_vectors
+
+        return add_output_vectors(part, method, linears)
     if method.name == "adapter":
         from normtune.methods.bottleneck import add_bottleneck
 

@@ -11,7 +11,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from peft import IA3Config, LoraConfig, PeftConfig, inject_adapter_in_model
+from peft import IA3Config, LoraConfig, PeftConfig
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -31,7 +32,7 @@ from normtune.methods.sites import (
 from normtune.models.parts import is_quantized
 
 MAGNITUDE = "lora_magnitude_vector"  # last component of the name of DoRA's norms of the rows
-_PEFT_NAME = "normtune"  # the adapter's name inside PEFT's layers
+PEFT_NAME = "normtune"  # the adapter's name inside PEFT's layers
 
 
 def lora_targets(method: Method, linears: Sequence[TargetLinear]) -> list[TargetLinear]:
@@ -105,10 +106,10 @@ def add_lora(model: nn.Module, part: str, method: Method, linears: Sequence[Targ
     layers, remove = inject(model, lora_config(method, [target.name for target in targets]), targets)
     parameters: dict[str, nn.Parameter] = {}
     for name, layer in layers.items():
-        parameters[f"{name}.lora_A"] = layer.lora_A[_PEFT_NAME].weight  # [rank, in]
-        parameters[f"{name}.lora_B"] = layer.lora_B[_PEFT_NAME].weight  # [out, rank]
+        parameters[f"{name}.lora_A"] = layer.lora_A[PEFT_NAME].weight  # [rank, in]
+        parameters[f"{name}.lora_B"] = layer.lora_B[PEFT_NAME].weight  # [out, rank]
         if method.option("dora"):
-            parameters[f"{name}.{MAGNITUDE}"] = layer.lora_magnitude_vector[_PEFT_NAME].weight  # [out]
+            parameters[f"{name}.{MAGNITUDE}"] = layer.lora_magnitude_vector[PEFT_NAME].weight  # [out]
     return AddedLayers(parameters, remove, layers)
 
 
@@ -124,7 +125,7 @@ def add_ia3(model: nn.Module, part: str, linears: Sequence[TargetLinear]) -> Add
         raise NoTarget(f"ia3 finds no key or value projection in part '{part}'. Choose another method there.")
     config = ia3_config([target.name for target in outputs], [target.name for target in inputs])
     layers, remove = inject(model, config, [*outputs, *inputs])
-    return AddedLayers({f"{name}.ia3": layer.ia3_l[_PEFT_NAME] for name, layer in layers.items()}, remove, layers)
+    return AddedLayers({f"{name}.ia3": layer.ia3_l[PEFT_NAME] for name, layer in layers.items()}, remove, layers)
 
 
 def inject(
@@ -136,7 +137,8 @@ def inject(
         # now, which another method may have put there.
         if isinstance(target.module, BaseTunerLayer) or isinstance(model.get_submodule(target.name), BaseTunerLayer):
             raise InputError(f"two added methods change {target.name}. Give each part only one of lora and ia3.")
-    inject_adapter_in_model(config, model, adapter_name=_PEFT_NAME)
+    # as `inject_adapter_in_model` does, which refuses VeRA for its shared matrices
+    PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](model, config, adapter_name=PEFT_NAME)
     del model.peft_config  # PEFT's record on the model: with it, PEFT would treat the next part's as a second adapter
     layers: dict[str, Any] = {}  # PEFT's layers; Any: their tensors are not declared in their common type
     for target in targets:

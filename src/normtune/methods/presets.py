@@ -20,6 +20,8 @@ def _presets() -> dict[str, str]:
         "ln-bias": "all=ln+bias",
         "ln-gain-only": "all=ln(bias=0)",
         "ln-bias-only": "all=ln(gain=0)",
+        "bitfit": "all=ln(gain=0)+bias",
+        "difffit": "all=ln+bias+gamma",
         "ln-connector": "connector?=full,language=ln",
         "attention-vision": "vision=attention",
         "attention-language": "language=attention",

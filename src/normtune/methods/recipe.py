@@ -18,7 +18,8 @@ their biases), attention, ffn, bias (the biases outside norms). Methods that add
 query and value projections of every self- and cross-attention, as in MISS and MILE; `lora(linear=1)`: on every
 linear of attentions and feed-forwards, `lora(dora=1)`: DoRA, `lora(rslora=1)`: scaled by alpha / sqrt(r)),
 prefix (with the two-layer projection, Li & Liang 2021), ptuning (P-Tuning v2: without it), ia3 (key, value and
-feed-forward output), adapter.
+feed-forward output), adapter, and methods with about as few parameters as norms have: vera, road, miss, beft (as in
+PEFT), ssf and gamma (vectors behind linears).
 """
 
 from __future__ import annotations

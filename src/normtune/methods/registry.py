@@ -19,9 +19,18 @@ METHODS: dict[str, dict[str, int | float]] = {  # method -> its options with the
     "ptuning": {"n": 10},  # the same, without the projection network
     "ia3": {},  # scales of keys, values and the feed-forwards' inner activations
     "adapter": {"width": 64},  # size of the bottleneck
+    "vera": {"r": 256},  # scales of shared random matrices
+    "road": {},  # rotations and scales of pairs of outputs
+    "miss": {"r": 2, "columns": 8},  # a small block of r x columns values, repeated over the weight
+    "beft": {},  # biases of the value projections
+    "ssf": {},  # a scale and a shift of every linear's outputs
+    "gamma": {},  # DiffFit's scale of each attention's and feed-forward's output
 }
 INTRINSIC = ("full", "ln", "attention", "ffn", "bias")  # train parameters of the base
-ADDED = ("lora", "prefix", "ptuning", "ia3", "adapter")  # add parameters to a frozen base
+PEFT_VECTORS = ("vera", "road", "miss", "beft")  # PEFT's methods with about as few parameters as norms
+OUTPUT_VECTORS = ("ssf", "gamma")  # vectors behind linears
+# methods that add parameters to a frozen base
+ADDED = ("lora", "prefix", "ptuning", "ia3", "adapter", *PEFT_VECTORS, *OUTPUT_VECTORS)
 TEXT_ONLY = ("prefix", "ptuning")  # `all` gives these to the text parts only
 _LARGEST = 1_000_000  # upper bound for ranks, widths and layer indices
 
@@ -135,4 +144,10 @@ LEARNING_RATES: dict[str, float] = {
     "ptuning": 3e-1,
     "ia3": 1e-1,
     "adapter": 3e-3,
+    "vera": 1e-1,
+    "road": 3e-2,
+    "miss": 1e-2,
+    "beft": 1e-1,
+    "ssf": 1e-2,
+    "gamma": 1e-1,
 }

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from normtune.methods.registry import OUTPUT_VECTORS, PEFT_VECTORS
+
 
 class Family(NamedTuple):
     """How the methods of a family are drawn."""
@@ -27,7 +29,7 @@ FAMILIES = {
     "attention": Family("attention", "#a33c7c", "#e48fc2", "D", "◆"),
     "ffn": Family("feed-forward", "#8c6a00", "#e0b84a", "v", "▼"),
     "prefix": Family("prefix, P-Tuning", "#2c8db8", "#9fdcf5", "<", "◄"),
-    "other": Family("IA3, adapter, bias", "#75604f", "#c4ac97", ">", "►"),
+    "other": Family("vectors, adapter, bias", "#75604f", "#c4ac97", ">", "►"),
     "mixed": Family("several methods", "#3b3b40", "#d8d8dc", "P", "✚"),
     "frozen": Family("frozen base", "#77777d", "#97979e", "o", "●"),
 }
@@ -45,6 +47,7 @@ THEME = {  # the page's other colours, in the light and in the dark theme
 COLOURS = {name: (family.light, family.dark) for name, family in FAMILIES.items()}
 # Methods that share a family; any other method is a family of its own.
 _FAMILY_OF = {"ptuning": "prefix", "ia3": "other", "adapter": "other", "bias": "other"}
+_FAMILY_OF |= dict.fromkeys((*PEFT_VECTORS, *OUTPUT_VECTORS), "other")
 _METHOD = re.compile(r"[a-z_0-9]+")
 
 
