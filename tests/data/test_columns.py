@@ -30,8 +30,21 @@ from normtune.training.config import TrainConfig
 
 texts = st.sampled_from(["", "yes", "Yes.", "no ", "a  b", "nan", "<image> x", "Ä", "left lung"])
 metas = st.dictionaries(st.sampled_from(["language", "patient_id", "study", "organ"]), st.sampled_from(["", "en", "2"]))
+choices = st.lists(texts.filter(bool), min_size=2, max_size=4).flatmap(
+    lambda options: st.tuples(
+        st.just(("a",)),
+        texts,
+        st.sampled_from(options),
+        st.just("choice"),
+        st.sampled_from(["train", "test"]),
+        metas,
+        st.just(()),
+        st.just(tuple(options)),
+    )
+)
 rows = st.lists(
-    st.tuples(
+    choices
+    | st.tuples(
         st.lists(st.sampled_from("abcd"), min_size=1, max_size=2).map(tuple),
         texts,
         texts,
@@ -133,7 +146,8 @@ def test_the_counts_of_texts_are_those_of_their_definition(values: list) -> None
 
     answers: dict[tuple[object, ...], Counter[str]] = {}
     for e in examples:
-        answers.setdefault((e.split, e.images, plain(e.question)), Counter())[plain(e.answer)] += 1
+        context = e.split, e.images, plain(e.question), tuple(sorted(e.options))
+        answers.setdefault(context, Counter())[plain(e.answer)] += 1
     trained = {plain(e.answer) for e in examples if e.split == "train"}
     assert counts["repeated"] == sum(counter.total() - len(counter) for counter in answers.values())
     assert counts["contradictions"] == sum(counter.total() for counter in answers.values() if len(counter) > 1)

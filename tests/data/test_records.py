@@ -10,7 +10,7 @@ import pytest
 
 import normtune
 from normtune.data.options import DataOptions
-from normtune.data.records import Dataset, Example, Split
+from normtune.data.records import Dataset, Example, Kind, Split
 from normtune.data.registry import open_configured
 from normtune.errors import InputError
 from tests.support.fake_family import fake_dataset
@@ -94,3 +94,24 @@ def test_a_split_is_pickled_with_its_examples() -> None:
     data = Dataset("d", [Example("1", ("7",), "why?", "because", "open", "test")], open_image=repr)  # type: ignore[arg-type]
     copy = pickle.loads(pickle.dumps(data.test))
     assert isinstance(copy, Split) and copy == data.test and copy.dataset.name == "d"
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "answer", "message"),
+    [
+        ("open", ("a", "b"), "a", "of kind open has options"),
+        ("choice", (), "a", "has 0 options. Give it 2 to 26"),
+        ("choice", ("a",), "a", "has 1 options"),
+        ("choice", ("a", "", ""), "a", "option B, C is empty"),
+        ("choice", ("a", "b"), "A", "the answer is none of the options"),
+    ],
+)
+def test_a_row_has_options_if_it_is_a_choice(kind: Kind, options: tuple[str, ...], answer: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Example("1", ("i",), "q", answer, kind, "test", options=options)
+
+
+def test_the_letter_of_a_choice_is_that_of_its_first_right_option() -> None:
+    choice = Example("1", ("i",), "q", "liver", "choice", "test", options=("lung", "liver", "liver"))
+    assert choice.letter == "B"
+    assert fake_dataset([choice]).test.rows()[0]["options"] == ["lung", "liver", "liver"]

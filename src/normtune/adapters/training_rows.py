@@ -81,11 +81,13 @@ def hash_rows(dataset: Dataset, examples: Sequence[Example]) -> TrainingRows:
     keys = ["".join(f"{order[key]}:{pictures[key]}\0" for key in of_row) for of_row in images]
     exact = hashlib.sha256()
     turns = ["".join(f"{text}\0" for turn in history for text in turn) for history in histories]
+    option_codes, options_of = examples.codes("options")
+    options = ["".join(f"{text}\0" for text in of_row) for of_row in options_of]
     columns = zip(*map(examples.texts, ("kind", "question", "answer")), strict=True)
     for start in range(0, len(codes), _ROWS_AT_ONCE):
         part = slice(start, start + _ROWS_AT_ONCE)  # the codes as a list would be as large as the rows
-        rows = zip(codes[part].tolist(), history_codes[part].tolist(), columns, strict=False)
-        lines = (f"{kind}\0{keys[code]}{turns[turn]}{q}\0{a}\0\n" for code, turn, (kind, q, a) in rows)
+        rows = zip(*(of[part].tolist() for of in (codes, history_codes, option_codes)), columns, strict=False)
+        lines = (f"{k}\0{keys[code]}{turns[turn]}{q}\0{a}\0{options[o]}\n" for code, turn, o, (k, q, a) in rows)
         exact.update("".join(lines).encode("utf-8", "surrogatepass"))
     hashes = np.unique(_row_hashes(examples, pictures))
     return TrainingRows(exact.hexdigest(), hashes, tuple(sorted({*pictures.values()})))

@@ -13,12 +13,15 @@ from typing import Any, Literal, Protocol, Self, SupportsIndex, get_args, overlo
 import numpy as np
 from numpy.typing import NDArray
 
-Kind = Literal["open", "closed", "report"]
+from normtune.errors import InputError
+
+Kind = Literal["open", "closed", "report", "choice"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 History = tuple[tuple[str, str], ...]  # earlier turns of a conversation: questions with their answers
 Codes = tuple[NDArray[np.int32], list[Any]]  # index of each row's value (-1: none), and the values in first order
 
 META = "meta:"  # "meta:NAME" is the column of a field of `meta`
+MAX_OPTIONS = 26  # a letter of the alphabet for each
 _FEW = 16  # a selection of less than this part of a table is read row by row
 
 
@@ -30,10 +33,44 @@ class Example:
     images: tuple[str, ...]  # keys for Dataset.open_image; one for a question, one or two views for a report
     question: str  # may be empty for a report
     answer: str
-    kind: Kind  # "closed" as the dataset labels it; each reader's docstring explains what that means
+    kind: Kind  # "closed" as the dataset labels it (see the reader's docstring); "choice" if there are options
     split: str  # "train", "validate" or "test", or another name that the files use
     meta: dict[str, str] = field(default_factory=dict, hash=False, compare=False)  # modality, organ, language, ...
     history: History = ()  # the turns before the question, which the model sees
+    options: tuple[str, ...] = ()  # texts of the options of a choice, in order; `answer` is the text of the right one
+
+    def __post_init__(self) -> None:
+        if self.options or self.kind == "choice":
+            check_options(self.kind, self.options, self.answer)
+
+    @property
+    def letter(self) -> str:
+        """The letter of the right option of a choice: A for the first."""
+        return option_letter(self.options.index(self.answer))
+
+
+def check_options(kind: str, options: Sequence[str], answer: str) -> None:
+    """Check that a row has options if and only if it is a choice, and that its answer is the text of one of them.
+
+    Several options may have the same text: each of them is right if it equals the answer.
+
+    Raises:
+        InputError: the message says what is wrong and how to fix it, without the text of the row.
+    """
+    if kind != "choice":
+        raise InputError(f"a row of kind {kind} has options. Give it the kind 'choice', or remove its options.")
+    if not 2 <= len(options) <= MAX_OPTIONS:
+        raise InputError(f"a choice has {len(options)} options. Give it 2 to {MAX_OPTIONS}.")
+    if not all(options):
+        empty = ", ".join(option_letter(index) for index, option in enumerate(options) if not option)
+        raise InputError(f"option {empty} is empty. Fill it in, or remove it.")
+    if answer not in options:
+        raise InputError("the answer is none of the options. Write the text of the right option as the answer.")
+
+
+def option_letter(index: int) -> str:
+    """The letter of the option at this position: A for 0."""
+    return chr(ord("A") + index)
 
 
 class Table(Protocol):
@@ -146,7 +183,7 @@ class Examples(Sequence[Example]):
         """The values of a column as numbers.
 
         Args:
-            column: images, kind, split, history, id, question, answer, or "meta:NAME".
+            column: images, kind, split, history, options, id, question, answer, or "meta:NAME".
 
         Returns:
             The index of each row's value, int32 [rows], and the values in the order of their first occurrence. Rows
@@ -194,7 +231,7 @@ class Examples(Sequence[Example]):
 
     def flags(self, column: str, condition: Callable[[Any], bool]) -> NDArray[np.bool_]:
         """Whether a condition holds for each row's value, [rows]; it is called once for each distinct value."""
-        if column not in ("images", "kind", "split", "history"):
+        if column not in ("images", "kind", "split", "history", "options"):
             return self.numbers(column, condition, np.bool_)
         codes, values = self.codes(column)
         return np.array([*map(condition, values)], np.bool_)[codes]
@@ -246,6 +283,12 @@ def history_hashes(examples: Examples, normalize: Callable[[str], str] = str) ->
     codes, histories = examples.codes("history")
     texts = (tuple(normalize(text) for turn in history for text in turn) for history in histories)
     return np.array([*map(hash, texts)], np.int64)[codes]
+
+
+def option_hashes(examples: Examples) -> NDArray[np.int64]:
+    """A hash of the options of each row, [rows]; their order does not count."""
+    codes, options = examples.codes("options")
+    return np.array([hash(tuple(sorted(of_row))) for of_row in options], np.int64)[codes]
 
 
 def combine_hashes(*columns: NDArray[Any]) -> NDArray[np.int64]:

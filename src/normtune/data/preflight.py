@@ -16,7 +16,16 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from normtune.data.examples import Example, Examples, as_examples, combine_hashes, history_hashes, image_keys, is_in
+from normtune.data.examples import (
+    Example,
+    Examples,
+    as_examples,
+    combine_hashes,
+    history_hashes,
+    image_keys,
+    is_in,
+    option_hashes,
+)
 from normtune.data.pictures import Picture, cluster, equal_pictures, near_duplicates, read_pictures
 from normtune.data.records import Dataset
 from normtune.data.splits import Leak, find_leaks, group_columns
@@ -266,7 +275,8 @@ def _count_tokens(result: Preflight, rows: Examples, limits: TextLimits) -> None
 
     Rows with the same question and answer are tokenised once.
     """
-    texts = combine_hashes(rows.codes("kind")[0], history_hashes(rows), rows.hashes("question"), rows.hashes("answer"))
+    columns = history_hashes(rows), option_hashes(rows), rows.hashes("question"), rows.hashes("answer")
+    texts = combine_hashes(rows.codes("kind")[0], *columns)
     _, first, counts = np.unique(texts, return_index=True, return_counts=True)
     order = np.argsort(first)
     lengths: list[tuple[int, int, int]] = []  # tokens of the prompt, of the reference, number of rows

@@ -162,6 +162,7 @@ def _row(example: Example) -> dict[str, Any]:
     """The fields of an example that every dataset has."""
     row: dict[str, Any] = {"id": example.id, "images": list(example.images), "kind": example.kind}
     row |= {"history": [list(turn) for turn in example.history]} if example.history else {}
+    row |= {"options": list(example.options)} if example.options else {}
     return row | {"question": example.question, "answer": example.answer}
 
 

@@ -1,7 +1,8 @@
 """A table of rows in a memory-mapped file: what `Examples` reads in place of a list when a dataset is large.
 
-A table has the columns id, images, question, answer, kind and split, and one for each field of `meta`, all of text; the
-keys of several images are joined by a NUL character. A reader writes it in blocks of rows:
+A table has the columns id, images, question, answer, kind and split, one for each field of `meta`, and options if a row
+is a choice, all of text; the keys of several images and the texts of options are joined by a NUL character. A reader
+writes it in blocks of rows:
 
     writer = RowTableWriter()
     writer.add({"id": ids, "images": keys, ...})      # pyarrow arrays of one length, some 100,000 rows
@@ -18,6 +19,7 @@ import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,8 @@ from numpy.typing import NDArray
 from normtune.data.examples import META, Codes, Example
 
 COLUMNS = ("id", "images", "question", "answer", "kind", "split")
-SEPARATOR = "\0"  # between the keys of several images
+OPTIONS = "options"
+SEPARATOR = "\0"  # between the keys of several images, and between options
 _CACHED = ("images", "kind", "split")  # columns of which the codes are kept: every stage needs them
 _READ_AT_ONCE = 4096  # rows that are converted to Python objects together
 _READS = 10_000  # single rows that are read before the mapped pages are given back
@@ -45,8 +48,8 @@ class RowTableWriter:
         """Append rows.
 
         Args:
-            columns: column -> texts, for `COLUMNS` and "meta:NAME". A null in a column of `meta` is a row without
-                that field.
+            columns: column -> texts, for `COLUMNS`, "meta:NAME" and `OPTIONS`. A null in a column of `meta` or in
+                `OPTIONS` is a row without that field.
         """
         batch = pa.record_batch([*columns.values()], names=[*columns])
         if batch.num_rows:
@@ -64,6 +67,8 @@ class RowTableWriter:
             columns = {name: [getattr(example, name) for example in examples] for name in COLUMNS}
             columns["images"] = [SEPARATOR.join(keys) for keys in columns["images"]]
             columns |= {META + name: [example.meta.get(name) for example in examples] for name in metas}
+            if any(example.options for example in examples):
+                columns[OPTIONS] = [SEPARATOR.join(example.options) or None for example in examples]
             self.add({name: pa.array(texts, pa.string()) for name, texts in columns.items()})
 
     def close(self) -> None:
@@ -145,12 +150,13 @@ class RowTable:
             index: dict[str, int] = {}
             codes = np.empty(len(self), np.int32)
             for start, texts in self._column(column):
+                texts = texts.fill_null("") if column == OPTIONS else texts
                 encoded = texts.dictionary_encode()
                 of_text = [index.setdefault(text, len(index)) for text in encoded.dictionary.to_pylist()]
                 codes[start : start + len(texts)] = _spread(np.array([*of_text, -1], np.int32), encoded)
             values: list[Any] = list(index)
-            if column == "images":
-                values = [_image_keys(keys) for keys in values]
+            if column in ("images", OPTIONS):
+                values = [_split(joined) for joined in values]
             if column not in _CACHED:
                 return codes, values
             self._codes[column] = codes, values
@@ -223,10 +229,10 @@ class RowTable:
             return block.column(name).to_pylist() if name in block.schema.names else [None] * block.num_rows
 
         id, images, question, answer, kind, split = map(column, COLUMNS)
-        keys = map(_image_keys, images)
+        keys, options = map(_split, images), map(_split, column(OPTIONS))
         metas = [(name, column(META + name)) for name in self.meta_columns]
         fields = ({name: texts[i] for name, texts in metas if texts[i] is not None} for i in range(block.num_rows))
-        return list(map(Example, id, keys, question, answer, kind, split, fields))
+        return list(map(Example, id, keys, question, answer, kind, split, fields, repeat(()), options))
 
 
 def _restore(blocks: list[pa.RecordBatch], replaced: dict[str, Codes], meta_columns: list[str]) -> RowTable:
@@ -235,7 +241,8 @@ def _restore(blocks: list[pa.RecordBatch], replaced: dict[str, Codes], meta_colu
     return table
 
 
-def _image_keys(joined: str) -> tuple[str, ...]:
+def _split(joined: str | None) -> tuple[str, ...]:
+    """The texts that `SEPARATOR` joins."""
     return tuple(joined.split(SEPARATOR)) if joined else ()
 
 

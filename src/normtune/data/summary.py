@@ -43,7 +43,7 @@ def summarize(dataset: Dataset, leaks: Sequence[Leak] | None = None) -> DatasetS
 
         - `dataset`, `licence`.
         - `parts`: split (with the language if there are several) -> counts. Over all rows of the file, as
-          published counts are: `rows`, `open`, `closed`, `report`, `yes_no`. Over the usable rows: `usable`,
+          published counts are: `rows`, `open`, `closed`, `report`, `choice`, `yes_no`. Over the usable rows: `usable`,
           `images`, `questions_per_image` {`mean`, `median`, `max`}, `longest_question_words`,
           `longest_answer_words`, `modalities` and `organs` (name -> rows, most frequent first).
         - `notes`: choices that the reader made.
@@ -95,13 +95,14 @@ def summarize(dataset: Dataset, leaks: Sequence[Leak] | None = None) -> DatasetS
 
 def summary_text(summary: dict[str, Any]) -> str:
     """The result of `summarize` as plain text: a table of the splits, then notes, leaks and problems."""
-    heads = ("split", "rows", "usable", "images", "open", "closed", "report", "yes/no", "questions an image")
-    table = [heads]
+    choices = ("choice",) if any(counts["choice"] for counts in summary["parts"].values()) else ()
+    counted = ("rows", "usable", "images", "open", "closed", "report", *choices)
+    heads = ("split", *counted, "yes/no", "questions an image")
+    table: list[tuple[str, ...]] = [heads]
     for split, counts in summary["parts"].items():
         per_image = counts["questions_per_image"]
         questions = f"{per_image['mean']:.1f} mean, {per_image['median']:g} median, {per_image['max']} most"
-        fields = ("rows", "usable", "images", "open", "closed", "report", "yes_no")
-        table.append((split, *(str(counts[field]) for field in fields), questions))
+        table.append((split, *(str(counts[field]) for field in (*counted, "yes_no")), questions))
     align = "l" + "r" * (len(heads) - 2) + "l"
     lines = [f"{summary['dataset']} (licence: {summary['licence']})", "", *text_table(table, align)]
     for split, counts in summary["parts"].items():
@@ -139,6 +140,7 @@ def _counts(examples: Examples, skipped: Sequence[Example], columns: dict[str, N
         "open": kinds["open"],
         "closed": kinds["closed"],
         "report": kinds["report"],
+        "choice": kinds["choice"],
         "yes_no": int(columns["yes_no"].sum()) + sum(is_yes_no(row.answer) for row in skipped),
         "questions_per_image": {"mean": round(mean(per_image), 2), "median": median(per_image), "max": max(per_image)},
         "longest_question_words": int(columns["longest_question_words"].max()),

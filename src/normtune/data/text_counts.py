@@ -18,6 +18,7 @@ from normtune.data.examples import (
     count_values,
     history_hashes,
     is_in,
+    option_hashes,
     repeated_rows,
 )
 from normtune.data.reading.cells import NOT_A_NUMBER
@@ -34,9 +35,8 @@ def count_texts(dataset: Dataset, rows: Examples, equal: dict[str, str]) -> dict
     image_codes, images = rows.codes("images")
     pictures = np.array([hash(tuple(equal.get(key, key) for key in keys)) for keys in images], np.int64)
     answers = rows.hashes("answer", _plain)
-    questions = combine_hashes(
-        split_codes, pictures[image_codes], history_hashes(rows), rows.hashes("question", _plain)
-    )
+    before = combine_hashes(history_hashes(rows), option_hashes(rows))
+    questions = combine_hashes(split_codes, pictures[image_codes], before, rows.hashes("question", _plain))
     repeated, contradictions = _count_repeats(questions, answers)
     training = dataset.examples.flags("split", "train".__eq__)
     all_answers = answers if rows is dataset.examples else dataset.examples.hashes("answer", _plain)
