@@ -142,6 +142,7 @@ def evaluate(
             examples,
             **_compute_scores(examples, predictions, controls, applied),
             **_describe_model(family, config, examples),
+            **({} if family is None else family.self_test_record()),
             data=config.data_options(),
             **({} if preflight is None else {"preflight": preflight.figures()}),
             normalisation=applied,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
@@ -22,7 +23,7 @@ from normtune.errors import InputError
 from normtune.models.answer_loss import Head, answer_log_probs, answer_loss
 from normtune.models.generation import Generated, OnTokens
 from normtune.models.quantization import loading_options
-from normtune.models.types import Answer, AnswerStates, Batch, FinishReason, Pixels
+from normtune.models.types import Answer, AnswerStates, Batch, FinishReason, Pixels, SelfTest
 
 if TYPE_CHECKING:
     from normtune.models.frozen_trunk import FrozenTrunk
@@ -53,6 +54,9 @@ class Family(ABC):
     uses_checkpoint_settings: bool = True
     # whether the tokens that `prefix_tokens` counts are computed once a group, not once a segment
     shares_prefix: ClassVar[bool] = True
+    # whether the text rows of a batch are computed together; otherwise each question is computed alone
+    computes_batches: bool = True
+    self_test: SelfTest | None = None  # of grouping, in models without a family of their own
     end_tokens: tuple[int, ...]  # the tokens that end an answer
     source: str = ""  # the directory or hub name that the model was loaded from
     quantize: str | None = None  # int8 or nf4: the model was quantised when it was loaded
@@ -80,6 +84,10 @@ class Family(ABC):
     @adapter.setter
     def adapter(self, tuned: Any) -> None:
         self._adapter = tuned
+
+    def self_test_record(self) -> dict[str, Any]:
+        """`{"self_test": ...}` for files of results; empty for families that need no self-test."""
+        return {} if self.self_test is None else {"self_test": asdict(self.self_test)}
 
     def __repr__(self) -> str:
         parameters = sum(parameter.numel() for parameter in self.model.parameters())

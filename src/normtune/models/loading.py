@@ -5,6 +5,7 @@ The `model_type` of a checkpoint's config determines the family.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
@@ -40,6 +41,7 @@ _FAMILIES = {
     "internvl": ("normtune.models.families.internvl", "InternVLFamily"),
     "paligemma": ("normtune.models.families.paligemma", "PaliGemmaFamily"),
 }
+_GENERIC = ("normtune.models.families.generic", "GenericFamily")  # loads all other types of transformers
 BUILT_IN = ("nano",)  # checkpoints that are part of the package
 _TOKENIZER_ADVICE = "Or put the same tokenizer into the directory as tokenizer.json."
 _SHAPES = "shapes"  # directory with configs of well-known models, for counting without their files
@@ -73,6 +75,7 @@ def load(
         with quiet_loading(source):
             loaded = _load_or_explain(model, lambda: family.load(source, torch_dtype, target))
         loaded.source = model
+        _show_self_test(loaded)
         return loaded
     from normtune.models.quantization import (
         allow_gradients_through,
@@ -90,9 +93,17 @@ def load(
         config = quantization_config(structure, quantize, torch_dtype)
         loaded = _load_or_explain(model, lambda: family.load(source, torch_dtype, target, quantization=config))
     loaded.source, loaded.quantize = model, quantize
+    _show_self_test(loaded)
     allow_gradients_through(loaded.model)
     keep_unquantised_samples(loaded.model, structure, source, torch_dtype)
     return loaded
+
+
+def _show_self_test(family: Family) -> None:
+    from normtune.runtime.distributed import is_main_process
+
+    if family.self_test is not None and is_main_process():
+        print(family.self_test.text(), file=sys.stderr)
 
 
 def load_without_weights(model: str) -> Family:
@@ -128,15 +139,52 @@ def family_type(model: str) -> type[Family]:
     Raises:
         InputError: there is no such model, or no family for its type.
     """
-    model_type = _model_type(_source(model))
+    config = _read_config(_source(model))
+    model_type = str(config.get("model_type"))
     if model_type not in _FAMILIES:
-        raise InputError(
-            f"model {model} is of type '{model_type}', which no family loads. "
-            f"Families: {', '.join(_FAMILIES)}. (normtune inspect can still count its parameters.)"
-        )
-    module, name = _FAMILIES[model_type]
+        _check_generic(model, model_type, config)
+    module, name = _FAMILIES.get(model_type, _GENERIC)
     family: type[Family] = getattr(import_module(module), name)
     return family
+
+
+def self_test_report(model: str) -> dict[str, Any]:
+    """For `normtune inspect`: the self-test of a model without a family of its own; empty for others.
+
+    Returns:
+        `self_test`: the fields of `SelfTest`, and its text. Of a model that cannot be loaded: `passed` and `text`.
+    """
+    if model in known_architectures() or str(_read_config(_source(model)).get("model_type")) in _FAMILIES:
+        return {}
+    try:
+        family = load_without_weights(model)
+    except InputError as error:
+        return {"self_test": {"passed": False, "text": str(error)}}
+    assert family.self_test is not None, "the generic family has one"
+    return {"self_test": family.self_test_record()["self_test"] | {"text": family.self_test.text()}}
+
+
+def _check_generic(model: str, model_type: str, config: dict[str, Any]) -> None:
+    """Check that transformers itself has a vision-language model of this type.
+
+    Raises:
+        InputError: it has none, so that the generic family cannot load it.
+    """
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return
+    if model_type in CONFIG_MAPPING:
+        reason = "which is no model that answers questions about images in transformers."
+    elif config.get("auto_map"):
+        reason = (
+            "and its code is in the checkpoint. Normtune never runs such code (trust_remote_code). "
+            "Use a checkpoint that was converted to a type of transformers."
+        )
+    else:
+        reason = "which the installed transformers does not have. Upgrade it: pip install -U transformers."
+    raise InputError(f"model {model} is of type '{model_type}', {reason} Families: {', '.join(_FAMILIES)}.")
 
 
 def meta_model(model: str) -> nn.Module:
@@ -233,14 +281,15 @@ def _source(model: str) -> str:
     return model
 
 
-def _model_type(source: str) -> str:
-    """The `model_type` in a checkpoint's config, also if transformers does not support it."""
+def _read_config(source: str) -> dict[str, Any]:
+    """The values of a checkpoint's config, also if transformers does not support its type."""
     from huggingface_hub import hf_hub_download
 
     config = Path(source) / "config.json"
     if not config.is_file():
         config = Path(_load_or_explain(source, lambda: hf_hub_download(source, "config.json")))
-    return str(read_json(config).get("model_type"))
+    values: dict[str, Any] = read_json(config)
+    return values
 
 
 @contextmanager

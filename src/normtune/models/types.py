@@ -47,3 +47,30 @@ class AnswerStates(NamedTuple):
     states: Tensor
     labels: Tensor
     segments: Tensor
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """The result of the self-test of grouping; see `normtune.models.causal.self_test`.
+
+    Attributes:
+        model_type: transformers' name of the type of model.
+        passed: whether questions of one image may be grouped.
+        reason: why it failed; None if it passed.
+        loss_error: the largest relative error of a loss; None if it was not computed.
+        gradient_error: the largest relative error of a gradient, by its norm.
+    """
+
+    model_type: str
+    passed: bool
+    reason: str | None = None
+    loss_error: float | None = None
+    gradient_error: float | None = None
+
+    def text(self) -> str:
+        """One line for people."""
+        start = f"model type '{self.model_type}' has no family of its own; the self-test of grouping "
+        if self.passed:
+            errors = f"errors: loss {self.loss_error:.0e}, gradients {self.gradient_error:.0e}; same answers"
+            return f"{start}passed ({errors}): questions share their image."
+        return f"{start}failed ({self.reason}): every question is computed alone, which is slower."

@@ -25,7 +25,7 @@ def inspect_model(model: str, tune: str | None = None) -> dict[str, Any]:
     """
     # imported here: torch takes seconds, and the command line must start without it
     from normtune.methods.adapt import adapt
-    from normtune.models.loading import meta_model
+    from normtune.models.loading import meta_model, self_test_report
     from normtune.models.parts import find_parts
 
     network = meta_model(model)
@@ -35,7 +35,7 @@ def inspect_model(model: str, tune: str | None = None) -> dict[str, Any]:
         "total": parts.total,
         "parts": {part: parts.count(part) for part in parts.parts},
         "table": parts.table(),
-    }
+    } | self_test_report(model)
     if tune is not None:
         tuned = adapt(network, tune)
         by_method: dict[str, int] = {}  # a recipe may combine methods: count the parameters of each
@@ -108,6 +108,8 @@ def inspect_text(report: dict[str, Any]) -> str:
         ]
         if recipe["left_out"]:
             lines.append(f"left out: {recipe['left_out']:,} values of image encoder layers that the model never uses")
+    if tested := report.get("self_test"):
+        lines += ["", tested["text"]]
     if memory := report.get("plan"):
         from normtune.training.memory_plan.plan import plan_text
 

@@ -150,7 +150,7 @@ def save_run(setup: TrainingSetup, result: TrainResult, description: dict[str, A
             "pairs": len(setup.examples),
             **setup.preflight.adapter_figures(),
         },
-        metrics={"training": description},
+        metrics={"training": description} | setup.family.self_test_record(),
         rows=setup.rows,
     )
     setup.preflight.save(config.out)

@@ -61,7 +61,8 @@ class Engine:
         register, remove, adapters, has_adapter: see the methods of `AdapterSlots`.
 
     Raises:
-        InputError: `adapter_memory` is too small for one adapter, or the base has no layer for LoRA.
+        InputError: `adapter_memory` is too small for one adapter, the base has no layer for LoRA, or it computes no
+            batches.
     """
 
     def __init__(
@@ -76,6 +77,11 @@ class Engine:
         lora_rank: int = 0,
     ) -> None:
         assert max_batch >= 1 and queue_limit >= 1 and max_wait >= 0, "limits leave room for a request"
+        if not family.computes_batches:
+            raise InputError(
+                f"model {family.source} cannot be served: the self-test of grouping failed, so that its questions are "
+                "computed one by one and cannot be batched. Use normtune ask or evaluate, or another model."
+            )
         self.family, self.max_batch, self.max_wait, self.queue_limit = family, max_batch, max_wait, queue_limit
         self._adapters = adapters = AdapterSlots(family.model, adapter_memory, lora_rank)
         self.register, self.remove = adapters.register, adapters.remove
