@@ -40,7 +40,7 @@ RECIPES = (
     "full",
     "lora(r=2)",
     "lora(r=2,dora=1)",
-    "lora(r=4,rslora=1,linear=1)",
+    "lora(r=4,rslora=1,targets=all-linear)",
     "ia3",
     "vision=ln,language=lora(r=2,alpha=5)+ln",
     "language=attention+lora(r=2)",

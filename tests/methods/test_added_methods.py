@@ -86,7 +86,8 @@ def test_ia3_is_added_to_key_value_output_and_the_feed_forwards_input() -> None:
         ("", {"target_modules": r".*language_model.*\.(q_proj|v_proj)"}),
         (",rslora=1", {"target_modules": r".*language_model.*\.(q_proj|v_proj)", "use_rslora": True}),
         (",dora=1", {"target_modules": r".*language_model.*\.(q_proj|v_proj)", "use_dora": True}),
-        (",linear=1,dora=1", {"target_modules": r".*language_model.*_proj", "use_dora": True}),
+        (",targets=all-linear,dora=1", {"target_modules": r".*language_model.*_proj", "use_dora": True}),
+        (",targets=o_proj+mlp.down_proj", {"target_modules": r".*language_model.*(o_proj|mlp\.down_proj)"}),
     ],
 )
 def test_lora_computes_what_pefts_own_model_does(options: str, peft_options: dict[str, Any]) -> None:
@@ -154,6 +155,58 @@ def test_difffit_scales_what_each_block_adds_to_the_residual_stream() -> None:
     layer = "text_encoder.encoder.layer.0"
     blocks = ("attention.output.dense", "crossattention.output.dense", "output.dense")
     assert set(tuned.trained) == {f"{layer}.{block}.gamma.scale" for block in blocks}
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
+@pytest.mark.parametrize("targets", ["all-linear", "q_proj+fc2+linear_1"])
+def test_targets_are_pefts_target_modules(targets: str) -> None:
+    """The same linears, number of parameters, logits and gradients, from the same initial values."""
+    ours = tiny_base("llava")
+    tuned = adapt(ours, f"lora(r=3,targets={targets})", train_unused=True)
+    names = "all-linear" if targets == "all-linear" else targets.split("+")
+    theirs = tiny_base("llava")
+    peft_model = get_peft_model(theirs, LoraConfig(r=3, lora_alpha=16, target_modules=names))
+    state = {
+        name.removeprefix("base_model.model.").replace(".default.weight", ""): parameter
+        for name, parameter in peft_model.named_parameters()
+        if parameter.requires_grad
+    }
+    assert set(state) == set(tuned.trained)
+    assert tuned.trainable == peft_model.get_nb_trainable_parameters()[0]
+    with torch.no_grad():
+        for name, parameter in tuned.trained.items():
+            state[name].copy_(parameter)  # B is zero: A has a gradient from the second step on
+    for _ in range(2):
+        for model in (ours, theirs):
+            unwrap(compute_logits)(model).square().sum().backward()
+        for name, parameter in tuned.trained.items():
+            if parameter.grad is not None:  # the last layer of the vision tower is not used
+                assert_close(parameter.grad, state[name].grad, msg=name)
+        with torch.no_grad():
+            for parameter in [*tuned.trained.values(), *state.values()]:
+                if parameter.grad is not None:
+                    parameter -= 0.01 * parameter.grad
+                    parameter.grad = None
+    assert_close(compute_logits(ours), compute_logits(theirs))
+    assert differ(compute_logits(ours), compute_logits(tiny_base("llava")))
+
+
+def test_a_target_of_no_linear_is_refused_with_those_of_the_model() -> None:
+    model = tiny_base("llava")
+    expected = compute_logits(model)
+    with pytest.raises(
+        InputError, match=r"no linear 'q_prj' in language, did you mean 'q_proj'\? \(linears: down_proj"
+    ):
+        adapt(model, "language=lora(targets=q_prj+v_proj)")
+    with pytest.raises(InputError, match="no linear 'lm_head' in vision, connector, language"):
+        adapt(model, "lora(targets=lm_head)")  # all-linear leaves it out, too
+    with pytest.raises(InputError, match="lora finds no linear of 'lora"):
+        adapt(model, "connector=lora(targets=q_proj),language=lora(targets=q_proj)")
+    assert torch.equal(compute_logits(model), expected)
+    assert {part for part, _ in adapt(model, "lora(targets=linear_1)").part_and_role.values()} == {"connector"}
+    layers = adapt(tiny_base("llava"), "language=lora(targets=all-linear)[1:]").trained
+    assert layers
+    assert all(".layers.1." in name for name in layers)
 
 
 def test_dropout_is_peft_lora_dropout() -> None:

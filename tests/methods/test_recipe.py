@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from normtune.errors import InputError
 from normtune.methods.presets import PRESETS
 from normtune.methods.recipe import Recipe, parse, resolve
-from normtune.methods.registry import ADDED, INTRINSIC, METHODS, TEXT_ONLY, Method, RecipeError
+from normtune.methods.registry import ADDED, INTRINSIC, METHODS, TEXT_ONLY, Method, RecipeError, Value
 from normtune.models.part_names import PARTS
 
 MISS = ("vision", "encoder", "decoder")
@@ -30,6 +30,9 @@ def test_parses_every_form() -> None:
     assert parse("ln+bias").methods_of("all") == (Method("ln"), Method("bias"))
     assert parse("lora(r=4, alpha=32,dropout=0.1)").methods_of("all") == (LORA4,)
     assert parse("lora(r=4)[0:8]").methods_of("all") == (Method("lora", (("r", 4),), (0, 8)),)
+    targets = Method("lora", (("targets", "q_proj+mlp.down_proj"),))
+    assert parse("lora( targets = q_proj + mlp.down_proj )+ln").methods_of("all") == (targets, Method("ln"))
+    assert str(targets) == "lora(targets=q_proj+mlp.down_proj)"
     recipe = parse(" vision = frozen , encoder+decoder = ln[16:] + bias[-2:] ")
     late = (Method("ln", layers=(16, None)), Method("bias", layers=(-2, None)))
     assert recipe.parts == (("vision", ()), ("encoder", late), ("decoder", late))
@@ -118,6 +121,11 @@ def test_presets() -> None:
         ("lora(r=1.5)", "r of 'lora' is 1.5"),
         ("lora(dropout=1)", "must be at least 0 and below 1"),
         ("lora(r=four)", "'four' is not a number (column 8"),
+        ("lora(targets=4)", "target '4' is not the name of a linear, such as q_proj, or all-linear (column 6"),
+        ("lora(targets=q_proj+q_proj)", "target 'q_proj' is given twice (column 14"),
+        ("lora(targets=all-linear+q_proj)", "covers the other targets"),
+        ("lora(targets=)", "expected a value, got ')'"),
+        ("lora(r=4+5)", "'4+5' is not a number (column 8"),
         ("lora(r=4", "expected ')' at the end of the options, got the end"),
         ("ln(r=4)", "'ln' has no option 'r' (options: gain, bias)"),
         ("ln(gain=2)", "gain of 'ln' is 2; it must be 0 or 1 (column 4"),
@@ -161,7 +169,9 @@ bounds = st.one_of(st.none(), st.integers(-40, 40))
 layer_ranges = st.one_of(st.none(), st.tuples(bounds, bounds))
 
 
-def _values(default: int | float) -> st.SearchStrategy[int | float]:
+def _values(default: Value) -> st.SearchStrategy[Value]:
+    if isinstance(default, str):
+        return st.sampled_from(["all-linear", "q_proj", "q_proj+mlp.down_proj"])
     if isinstance(default, bool):
         return st.integers(0, 1)
     return st.floats(0, 1, exclude_max=True) if isinstance(default, float) else st.integers(1, 10_000)
@@ -195,7 +205,9 @@ def test_printing_and_parsing_are_inverse(recipe: Recipe) -> None:
     assert parse(str(recipe)) == recipe
 
 
-words = st.sampled_from([*METHODS, *PARTS, "all", "r", "alpha", *"=+,()[]:?- ", "0", "4", "-1", "1e9", "٣", "\n"])
+words = st.sampled_from(
+    [*METHODS, *PARTS, "all", "r", "alpha", "targets", "all-linear", *"=+,()[]:?- ", "0", "4", "-1", "1e9", "٣", "\n"]
+)
 
 
 @given(st.one_of(st.text(), st.lists(words, max_size=12).map("".join)))

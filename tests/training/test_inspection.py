@@ -38,6 +38,13 @@ def test_recipe_is_counted_by_method(miss: str) -> None:
     assert inspect_model(miss, "frozen")["recipe"]["trainable"] == 0
 
 
+def test_changed_linears_are_counted_by_name(miss: str) -> None:
+    report = inspect_model(miss, "decoder=lora(targets=query+attention.output.dense)")
+    # of self- and cross-attention in two layers; cross-attention's output is `crossattention.output.dense`
+    assert report["recipe"]["linears"] == {"query": 4, "dense": 2}
+    assert "changes 6 linears: query (4), dense (2)" in inspect_text(report)
+
+
 def test_text_shows_every_part_and_the_recipe(miss: str) -> None:
     text = inspect_text(inspect_model(miss, "ln"))
     lines = text.splitlines()

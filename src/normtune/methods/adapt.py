@@ -16,11 +16,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from normtune.errors import InputError
+from normtune.errors import InputError, did_you_mean
 from normtune.methods.norms import TunedNorm
 from normtune.methods.recipe import Recipe, parse, resolve
-from normtune.methods.registry import ADDED, INTRINSIC, OUTPUT_VECTORS, PEFT_VECTORS, Method, RecipeError
-from normtune.methods.sites import AddedLayers, NoTarget, TargetLinear
+from normtune.methods.registry import (
+    ADDED,
+    ALL_LINEAR,
+    INTRINSIC,
+    METHODS,
+    OUTPUT_VECTORS,
+    PEFT_VECTORS,
+    Method,
+    RecipeError,
+)
+from normtune.methods.sites import AddedLayers, NoTarget, TargetLinear, linears_of_names
 from normtune.models.norm_kinds import norms
 from normtune.models.parts import (
     ModelParts,
@@ -224,6 +233,7 @@ def _add_all_layers(tuned: TunedModel, unused: frozenset[str]) -> None:
     targets = [
         (part, method, _linears_of(tuned, part, method, unused)) for part, method in _added_methods(tuned.recipe)
     ]
+    _check_target_names(targets)
     for part, method, linears in targets:
         try:
             addition = add_layers(tuned.model, part, method, linears)
@@ -242,20 +252,36 @@ def _added_methods(recipe: Recipe) -> list[tuple[str, Method]]:
 
 
 def _linears_of(tuned: TunedModel, part: str, method: Method, unused: frozenset[str]) -> list[TargetLinear]:
-    """The attention and feed-forward linears of a part that the model uses, in the layers that the method covers."""
+    """The linears of a part that the model uses, in the layers that the method covers, without the head."""
     layers = method.layer_range(tuned.parts.depth(part))
+    get_head = getattr(tuned.model, "get_output_embeddings", None)
+    head = None if get_head is None else get_head()
     linears = []
     for info in tuned.parts.parameters:
         name, _, attribute = info.name.rpartition(".")
-        if info.part != part or info.role not in ("attention", "ffn"):
-            continue
-        if info.layer is None or info.layer not in layers or info.name in unused:
+        # a method without a range covers the part's linears outside the layers too
+        covered = info.layer in layers if info.layer is not None else method.layers is None
+        if info.part != part or not covered or info.name in unused:
             continue
         # a fused tensor of experts or a convolution has no linear to which a method could add
         module = tuned.model.get_submodule(name)
-        if attribute == "weight" and isinstance(module, nn.Linear):
+        if attribute == "weight" and isinstance(module, nn.Linear) and module is not head:
             linears.append(TargetLinear(name, info.role, info.layer, module))
     return linears
+
+
+def _check_target_names(targets: Sequence[tuple[str, Method, list[TargetLinear]]]) -> None:
+    """Raise RecipeError if a name of a LoRA's targets is that of no linear in the parts that have this LoRA."""
+    for method in dict.fromkeys(method for _, method, _ in targets if "targets" in METHODS[method.name]):
+        linears = [linear for _, other, found in targets if other == method for linear in found]
+        for name in filter(None, str(method.option("targets")).split("+")):
+            if name != ALL_LINEAR and not linears_of_names(linears, name):
+                names = sorted({linear.leaf for linear in linears if not linear.leaf.isdigit()})
+                parts = ", ".join(part for part, other, _ in targets if other == method)
+                raise RecipeError(
+                    f"'{method}' finds no linear '{name}' in {parts}{did_you_mean(name, names)} "
+                    f"(linears: {', '.join([*names, ALL_LINEAR])})"
+                )
 
 
 def _replace_norms(tuned: TunedModel, holders_of: Mapping[str, list[ParameterHolder]]) -> None:
@@ -359,7 +385,7 @@ def add_layers(model: nn.Module, part: str, method: Method, linears: Sequence[Ta
     """Add the layers of one added method to one part.
 
     Args:
-        linears: the part's attention and feed-forward linears; the method chooses among them.
+        linears: the part's linears; the method chooses among them.
 
     Raises:
         NoTarget: the part has no layer to which the method applies.

@@ -28,6 +28,7 @@ from normtune.methods.sites import (
     NoTarget,
     TargetLinear,
     ffn_outputs,
+    linears_of_names,
 )
 from normtune.models.parts import is_quantized
 
@@ -36,12 +37,13 @@ PEFT_NAME = "normtune"  # the adapter's name inside PEFT's layers
 
 
 def lora_targets(method: Method, linears: Sequence[TargetLinear]) -> list[TargetLinear]:
-    """Query and value projections of self- and cross-attention (Hu et al. 2021, section 7.1), or every linear.
+    """The linears that `targets` names, or query and value projections of self- and cross-attention (Hu et al. 2021,
+    section 7.1).
 
     A fused query-key-value linear is a target as a whole.
     """
-    if method.option("linear"):
-        return list(linears)
+    if targets := str(method.option("targets")):
+        return linears_of_names(linears, targets)
     return [linear for linear in linears if linear.role == "attention" and linear.leaf in QUERY + VALUE + FUSED]
 
 
@@ -92,15 +94,16 @@ def exact_name_pattern(names: Sequence[str]) -> str:
 
 
 def add_lora(model: nn.Module, part: str, method: Method, linears: Sequence[TargetLinear]) -> AddedLayers:
-    """Add a LoRA to the query and value projections of a part.
+    """Add a LoRA to the query and value projections of a part, or to the linears that its option `targets` names.
 
     Raises:
-        NoTarget: the part has no query or value projection.
+        NoTarget: the part has no such linear.
         InputError: another added method already changes one of them, or DoRA would have to scale a quantised one.
     """
     targets = lora_targets(method, linears)
     if not targets:
-        raise NoTarget(f"lora finds no query or value projection in part '{part}'. Choose another method there.")
+        what = f"linear of '{method}'" if method.option("targets") else "query or value projection"
+        raise NoTarget(f"lora finds no {what} in part '{part}'. Choose another method there.")
     if method.option("dora") and any(is_quantized(target.module.weight) for target in targets):
         raise InputError(f"part '{part}' is quantised, and DoRA needs the norms of its weights. Use lora without dora.")
     layers, remove = inject(model, lora_config(method, [target.name for target in targets]), targets)

@@ -8,7 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from normtune.methods.registry import Method
-from normtune.methods.sites import FUSED, KEY, QUERY, VALUE, AddedLayers, NoTarget, TargetLinear, ffn_outputs
+from normtune.methods.sites import (
+    FUSED,
+    KEY,
+    QUERY,
+    VALUE,
+    AddedLayers,
+    NoTarget,
+    TargetLinear,
+    ffn_outputs,
+    layer_linears,
+)
 
 
 class OutputVectors(nn.Module):
@@ -49,7 +59,7 @@ def add_output_vectors(part: str, method: Method, linears: Sequence[TargetLinear
         NoTarget: the part has no such linear.
     """
     has_shift = method.name == "ssf"
-    targets = list(linears) if has_shift else block_outputs(linears)
+    targets = layer_linears(linears) if has_shift else block_outputs(linears)
     if not targets:
         raise NoTarget(f"{method.name} finds no linear in part '{part}'. Choose another method there.")
     parameters: dict[str, nn.Parameter] = {}

@@ -12,7 +12,7 @@ from torch import nn
 from normtune.errors import InputError
 from normtune.methods.lora import PEFT_NAME, exact_name_pattern, inject
 from normtune.methods.registry import Method
-from normtune.methods.sites import FUSED, QUERY, VALUE, AddedLayers, NoTarget, TargetLinear
+from normtune.methods.sites import FUSED, QUERY, VALUE, AddedLayers, NoTarget, TargetLinear, layer_linears
 from normtune.models.parts import is_quantized
 
 # the trained tensors of PEFT's layers
@@ -34,7 +34,7 @@ def vector_targets(method: Method, linears: Sequence[TargetLinear]) -> list[Targ
     """
     leaves = _LEAVES.get(method.name)
     if leaves is None:
-        return list(linears)
+        return layer_linears(linears)
     return [linear for linear in linears if linear.role == "attention" and linear.leaf in leaves]
 
 

@@ -6,7 +6,8 @@ A recipe assigns methods to the parts of a model. The grammar (blanks between wo
     entry   := part ("+" part)* "=" methods                   encoder+decoder=ln
     part    := ("all" | "vision" | "connector" | "encoder" | "decoder" | "language") ["?"]
     methods := method ("+" method)*                           ln+bias
-    method  := NAME ["(" NAME "=" NUMBER ("," ...)* ")"] ["[" [INT] ":" [INT] "]"]
+    method  := NAME ["(" NAME "=" value ("," ...)* ")"] ["[" [INT] ":" [INT] "]"]
+    value   := NUMBER | WORD ("+" WORD)*
 
 Layer ranges are half-open, like Python slices: `ln[16:]` trains layers 16 and up, `lora(r=4)[-8:]` the last
 eight. An optional part (`part?`) is skipped if the model has no such part, or if the method finds nothing to
@@ -15,8 +16,9 @@ entry `language`, which overrides `all`.
 
 Methods that train parameters of the base: full, ln (`ln(bias=0)`: only the norms' gains, `ln(gain=0)`: only
 their biases), attention, ffn, bias (the biases outside norms). Methods that add parameters: lora (on the
-query and value projections of every self- and cross-attention, as in MISS and MILE; `lora(linear=1)`: on every
-linear of attentions and feed-forwards, `lora(dora=1)`: DoRA, `lora(rslora=1)`: scaled by alpha / sqrt(r)),
+query and value projections of every self- and cross-attention, as in MISS and MILE; `lora(targets=q_proj+o_proj)`:
+on the linears of these names, `lora(targets=all-linear)`: on every linear but the head, `lora(dora=1)`: DoRA,
+`lora(rslora=1)`: scaled by alpha / sqrt(r)),
 prefix (with the two-layer projection, Li & Liang 2021), ptuning (P-Tuning v2: without it), ia3 (key, value and
 feed-forward output), adapter, and methods with about as few parameters as norms have: vera, road, miss, beft (as in
 PEFT), ssf and gamma (vectors behind linears).
@@ -31,7 +33,7 @@ from typing import TypeVar
 
 from normtune.errors import did_you_mean
 from normtune.methods.presets import PRESETS
-from normtune.methods.registry import ADDED, METHODS, TEXT_ONLY, Method, RecipeError, check_option, shorten
+from normtune.methods.registry import ADDED, METHODS, TEXT_ONLY, Method, RecipeError, Value, check_option, shorten
 from normtune.models.part_names import PARTS
 
 T = TypeVar("T")
@@ -232,25 +234,27 @@ class _Reader:
         self.call(first, _check_combination, tuple(methods))
         return tuple(methods)
 
-    def options(self, method: str) -> tuple[tuple[str, int | float], ...]:
-        """`(name=number,...)`, or nothing."""
-        # ["(" NAME "=" NUMBER ("," NAME "=" NUMBER)* ")"]
+    def options(self, method: str) -> tuple[tuple[str, Value], ...]:
+        """`(name=value,...)`, or nothing."""
+        # ["(" NAME "=" value ("," NAME "=" value)* ")"]
         if not self.accept("("):
             return ()
-        options: list[tuple[str, int | float]] = []
+        options: list[tuple[str, Value]] = []
         while True:
             column, name = self.word("an option")
             if name in dict(options):
                 raise self.error(f"option '{shorten(name)}' is given twice", column)
             self.expect("=", "after the option's name")
-            value_column, word = self.word("a number")
+            # value := NUMBER | WORD ("+" WORD)*
+            value_column, word = self.word("a value")
+            value: Value = word
             if self._INT.fullmatch(word):
-                value: int | float = int(word)
+                value = int(word)
             elif self._NUMBER.fullmatch(word):
                 value = float(word)
-            else:
-                raise self.error(f"'{shorten(word)}' is not a number", value_column)
-            self.call(column, check_option, method, name, value)
+            while self.accept("+"):
+                value = f"{value}+{self.word('a name')[1]}"
+            self.call(value_column if isinstance(value, str) else column, check_option, method, name, value)
             options.append((name, value))
             if not self.accept(","):
                 self.expect(")", "at the end of the options")

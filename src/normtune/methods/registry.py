@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from normtune.errors import InputError, did_you_mean
 
-METHODS: dict[str, dict[str, int | float]] = {  # method -> its options with their defaults
+Value = int | float | str  # of an option
+METHODS: dict[str, dict[str, Value]] = {  # method -> its options with their defaults
     "frozen": {},  # nothing
     "full": {},  # every parameter
     "ln": {"gain": True, "bias": True},  # the norms' gains and biases; bias=0 trains the gains only
     "attention": {},  # every parameter of the attentions
     "ffn": {},  # every parameter of the feed-forwards
     "bias": {},  # the biases of everything but the norms
-    # rank, scale (the update is alpha / r * B A), dropout; DoRA; scale alpha / sqrt(r); every linear, not only q and v
-    "lora": {"r": 8, "alpha": 16, "dropout": 0.0, "dora": False, "rslora": False, "linear": False},
+    # rank, scale (the update is alpha / r * B A), dropout; DoRA; scale alpha / sqrt(r); names of linears ("": q and v)
+    "lora": {"r": 8, "alpha": 16, "dropout": 0.0, "dora": False, "rslora": False, "targets": ""},
     "prefix": {"n": 10},  # learned keys (and values) per layer
     "ptuning": {"n": 10},  # the same, without the projection network
     "ia3": {},  # scales of keys, values and the feed-forwards' inner activations
@@ -32,6 +34,7 @@ OUTPUT_VECTORS = ("ssf", "gamma")  # vectors behind linears
 # methods that add parameters to a frozen base
 ADDED = ("lora", "prefix", "ptuning", "ia3", "adapter", *PEFT_VECTORS, *OUTPUT_VECTORS)
 TEXT_ONLY = ("prefix", "ptuning")  # `all` gives these to the text parts only
+ALL_LINEAR = "all-linear"  # the value of `targets` for every linear, as in PEFT
 _LARGEST = 1_000_000  # upper bound for ranks, widths and layer indices
 
 
@@ -50,7 +53,7 @@ class Method:
     """
 
     name: str
-    options: tuple[tuple[str, int | float], ...] = ()
+    options: tuple[tuple[str, Value], ...] = ()
     layers: tuple[int | None, int | None] | None = None
 
     def __post_init__(self) -> None:
@@ -74,7 +77,7 @@ class Method:
         if self.layers is not None:
             _check_layers(*self.layers)
 
-    def option(self, name: str) -> int | float:
+    def option(self, name: str) -> Value:
         """The option's value, or its default."""
         return dict(self.options).get(name, METHODS[self.name][name])
 
@@ -86,13 +89,13 @@ class Method:
     def __str__(self) -> str:
         text = self.name
         if self.options:
-            text += "(" + ",".join(f"{key}={value!r}" for key, value in self.options) + ")"
+            text += "(" + ",".join(f"{key}={value}" for key, value in self.options) + ")"
         if self.layers is not None:
             text += "[" + ":".join("" if bound is None else str(bound) for bound in self.layers) + "]"
         return text
 
 
-def check_option(method: str, option: str, value: int | float) -> None:
+def check_option(method: str, option: str, value: Value) -> None:
     """Check that a method has an option of this name and that the value is valid.
 
     Raises:
@@ -104,7 +107,11 @@ def check_option(method: str, option: str, value: int | float) -> None:
         raise RecipeError(
             f"'{method}' has no option '{shorten(option)}'{did_you_mean(option, defaults)} (options: {names})"
         )
-    if isinstance(defaults[option], bool):  # before int: a bool is an int
+    if isinstance(defaults[option], str):
+        _check_targets(str(value).split("+"))
+    elif isinstance(value, str):
+        raise RecipeError(f"'{shorten(value)}' is not a number")
+    elif isinstance(defaults[option], bool):  # before int: a bool is an int
         if value not in (0, 1):
             raise RecipeError(f"{option} of '{method}' is {value}; it must be 0 or 1")
     elif isinstance(defaults[option], float):
@@ -112,6 +119,17 @@ def check_option(method: str, option: str, value: int | float) -> None:
             raise RecipeError(f"{option} of '{method}' is {value}; it must be at least 0 and below 1")
     elif not isinstance(value, int) or not 1 <= value <= _LARGEST:
         raise RecipeError(f"{option} of '{method}' is {value}; it must be a whole number, 1 or more")
+
+
+def _check_targets(names: list[str]) -> None:
+    """Check the names of linears: words, each given once, `all-linear` alone."""
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.\-]*", name):
+            raise RecipeError(f"target '{shorten(name)}' is not the name of a linear, such as q_proj, or {ALL_LINEAR}")
+        if names.count(name) > 1:
+            raise RecipeError(f"target '{name}' is given twice")
+    if ALL_LINEAR in names and len(names) > 1:
+        raise RecipeError(f"{ALL_LINEAR} covers the other targets: give it alone")
 
 
 def _check_layers(start: int | None, stop: int | None) -> None:

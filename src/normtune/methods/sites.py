@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from normtune.errors import InputError
+from normtune.methods.registry import ALL_LINEAR
 
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -28,8 +29,8 @@ class TargetLinear:
     """A linear layer of the base to which a method may add parameters."""
 
     name: str  # the module's dotted name in the base
-    role: str  # "attention" or "ffn"
-    layer: int  # index in its part
+    role: str  # as in `ParameterInfo`: "attention", "ffn" or, outside the layers, another
+    layer: int | None  # index in its part; None outside the layers
     module: nn.Linear
 
     @property
@@ -49,6 +50,22 @@ class AddedLayers:
     parameters: dict[str, nn.Parameter]
     remove: Callable[[], None]  # takes the layers off the model again
     layers: dict[str, BaseTunerLayer] = field(default_factory=dict)  # PEFT's, by the base module's name
+
+
+def linears_of_names(linears: Sequence[TargetLinear], targets: str) -> list[TargetLinear]:
+    """The linears that the option `targets` names, such as `q_proj+mlp.down_proj`, or all of them.
+
+    As in PEFT, a name is that of the module or the end of its dotted name.
+    """
+    if targets == ALL_LINEAR:
+        return list(linears)
+    ends = tuple(f".{name}" for name in targets.split("+"))
+    return [linear for linear in linears if f".{linear.name}".endswith(ends)]
+
+
+def layer_linears(linears: Sequence[TargetLinear]) -> list[TargetLinear]:
+    """The linears of attentions and feed-forwards."""
+    return [linear for linear in linears if linear.role in ("attention", "ffn")]
 
 
 def ffn_outputs(linears: Sequence[TargetLinear]) -> list[TargetLinear]:

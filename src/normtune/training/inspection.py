@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,10 @@ def inspect_model(model: str, tune: str | None = None) -> dict[str, Any]:
             "tensors": len(tuned.trained),
             "left_out": tuned.left_out,  # values that the model never uses
             "by_method": by_method,
+            # linears that LoRA or IA3 change, by the last component of their names: {"q_proj": 32, "v_proj": 32}
+            "linears": dict(
+                Counter(name.rpartition(".")[2] for addition in tuned.additions for name in addition.layers)
+            ),
         }
     return report
 
@@ -106,6 +111,9 @@ def inspect_text(report: dict[str, Any]) -> str:
             f"trains {recipe['trainable']:,} of {recipe['total']:,} parameters = "
             f"{100 * recipe['share']:.4f}% in {recipe['tensors']} tensors",
         ]
+        if recipe["linears"]:
+            counts = ", ".join(f"{name} ({count})" for name, count in recipe["linears"].items())
+            lines.append(f"changes {sum(recipe['linears'].values())} linears: {counts}")
         if recipe["left_out"]:
             lines.append(f"left out: {recipe['left_out']:,} values of image encoder layers that the model never uses")
     if tested := report.get("self_test"):

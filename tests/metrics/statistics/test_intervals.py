@@ -63,6 +63,14 @@ def test_intervals_contain_their_value_stay_inside_and_are_never_empty(
     assert 0 <= ratio.low <= share <= ratio.high <= 1 and ratio.low < ratio.high
 
 
+@pytest.mark.parametrize("score", [1e-170, 1e-320])
+def test_scores_whose_squares_are_zero_have_an_interval(score: float) -> None:
+    """A CIDEr-D of almost nothing: the square of 1e-170 is 0 in double precision."""
+    sums, counts = np.array([0.0, score, score, 0.0]), np.ones(4)
+    assert mean_interval(sums, sums**2, counts).low == 0 < mean_interval(sums, sums**2, counts).high
+    assert ratio_interval(score, sums, counts).low == 0 < ratio_interval(score, sums, counts).high
+
+
 def test_one_image_says_nothing_about_others() -> None:
     assert binary_interval([3], [4]) == Interval(0.75, 0.0, 1.0)
     assert ratio_interval(0.2, np.zeros(1), np.ones(1), maximum=10) == Interval(0.2, 0.0, 10.0)

@@ -118,7 +118,8 @@ def mean_interval(sums: Floats, squares: Floats, counts: Floats, *, maximum: flo
 def _effective_number(amounts: Floats) -> float:
     """Count the clusters that carry a total; uneven ones count less (Kish 1965). It is 0 for a total of 0."""
     total = float(amounts.sum())
-    return total**2 / float((amounts**2).sum()) if total > 0 else 0.0
+    # shares first: the square of a very small amount is 0
+    return 1 / float(((amounts / total) ** 2).sum()) if total > 0 else 0.0
 
 
 def ratio_interval(value: float, influence: Floats, counts: Floats, *, maximum: float = 1.0) -> Interval:
@@ -140,7 +141,7 @@ def ratio_interval(value: float, influence: Floats, counts: Floats, *, maximum: 
     largest = share * (1 - share)
     unseen = PLUS_FOUR / (PLUS_FOUR + _effective_number(squares))
     variance = max(float(squares.sum()), unseen * largest / len(counts))
-    size = largest / variance if largest > 0 else float(len(counts))
+    size = largest / variance if largest > 0 and variance > 0 else float(len(counts))
     return wilson(share, size, satterthwaite_df(counts), maximum)
 
 
