@@ -13,6 +13,7 @@ from pydicom.filewriter import dcmwrite
 from pydicom.sequence import Sequence
 from pydicom.uid import UID, ExplicitVRBigEndian, ImplicitVRLittleEndian, JPEG2000Lossless, JPEGLosslessSV1, RLELossless
 
+from normtune.data.images.dicom import read_dicom
 from normtune.data.images.files import open_image
 from normtune.errors import InputError
 from tests.support.dataset_samples import dicom_bytes, make_dicom
@@ -52,6 +53,20 @@ def test_the_window_argument_overrides_the_file_and_the_first_of_several_windows
     file = make_dicom(CT, RescaleSlope=1, RescaleIntercept=-1024, WindowCenter=[40.5, 500], WindowWidth=[81, 10])
     assert grey_values(file)[1][0] == 128
     assert grey_values(file, window=(0.5, 2049))[1][0] == round(255 * (40 / 2048 + 0.5))
+
+
+def test_kept_grey_values_are_rendered_as_the_file_is() -> None:
+    rescaled = {"RescaleSlope": 0.5, "RescaleIntercept": -1024}
+    table = item(LUTDescriptor=[2100, 0, 16], LUTData=np.arange(100, 2200, dtype="<u2").tobytes())
+    for elements in (rescaled, {"PhotometricInterpretation": "MONOCHROME1"}, {"ModalityLUTSequence": table}):
+        file = dicom_bytes(make_dicom(CT, **elements))
+        image, grey = read_dicom(file, name="scan.dcm")
+        assert grey is not None
+        window = (grey.range[0] + 900, 700.5)
+        assert grey.render(window).tobytes() == open_image(file, window=window).tobytes()
+        assert grey.render(grey.window).tobytes() == image.tobytes() == open_image(file).tobytes()
+    windowed = read_dicom(dicom_bytes(make_dicom(CT, WindowCenter=[40.5, 9], WindowWidth=[81, 9])), name="a")[1]
+    assert windowed is not None and (windowed.window, windowed.range) == ((40.5, 81), (0, 2048))
 
 
 @pytest.mark.parametrize(

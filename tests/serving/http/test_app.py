@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import math
@@ -297,6 +298,43 @@ def test_a_served_image_has_the_pixels_that_datasets_read(url: str, tmp_path: Pa
     png = call(url, "GET", f"/v1/files/{upload_entry['id']}/content").body
     with Image.open(io.BytesIO(png)) as served:
         assert served.convert("RGB").tobytes() == open_image(tmp_path / "image").tobytes()
+
+
+def test_a_window_changes_what_the_model_sees_and_is_recorded(url: str, engine: FakeEngine) -> None:
+    values = np.arange(0, 2400, 200, dtype=np.uint16).reshape(3, 4)
+    file = dicom_bytes(make_dicom(values, RescaleIntercept=-1024, RescaleSlope=1, WindowCenter=40, WindowWidth=400))
+    entry = upload(url, file).json
+    assert (entry["window"], entry["value_range"]) == ([40, 400], [-1024, 1176])
+    expected = open_image(file, window=(-600, 1500))
+    content = f"/v1/files/{entry['id']}/content"
+    with Image.open(io.BytesIO(call(url, "GET", f"{content}?window=-600&window=1500").body)) as served:
+        assert served.convert("RGB").tobytes() == expected.tobytes()
+
+    def ask(window: list[float] | None, **body: Any) -> Any:
+        sent = [
+            {"type": "image_url", "image_url": {"url": image, "window": window}}
+            for image in (entry["id"], f"data:;base64,{base64.b64encode(file).decode()}")
+        ]
+        return call(
+            url,
+            "POST",
+            "/v1/chat/completions",
+            {**chat_body(), **body, "messages": [{"role": "user", "content": sent}]},
+        )
+
+    assert ask([-600, 1500]).json["normtune"]["windows"] == [[-600, 1500]] * 2
+    assert [image.tobytes() for image in engine.requests[-1].images] == [expected.tobytes()] * 2
+    assert ask(None).json["normtune"]["windows"] == [None, None]
+    assert [image.tobytes() for image in engine.requests[-1].images] == [open_image(file).tobytes()] * 2
+    assert b'"windows": [[-600.0, 1500.0], [-600.0, 1500.0]]' in ask([-600, 1500], stream=True).body
+    for wrong, message in (([0, 0], "width 0 is too small"), ([1], "at least 2 items")):
+        answer = ask(wrong)
+        assert answer.status == 400 and message in answer.json["error"]["message"]
+    assert call(url, "GET", f"{content}?window=5").status == 400
+    picture = {"url": data_url(image_bytes((8, 8))), "window": [40, 400]}
+    body = chat_body() | {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": picture}]}]}
+    refused = call(url, "POST", "/v1/chat/completions", body)
+    assert refused.status == 400 and "a window applies to DICOM" in refused.json["error"]["message"]
 
 
 def test_dicom_is_returned_as_png_without_metadata(url: str) -> None:

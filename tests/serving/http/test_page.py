@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import numpy as np
 import pytest
 
+from normtune.data.images.files import open_image
 from normtune.data.phantom import phantom_dataset
 from normtune.serving.http.state import Settings
 from tests.support.browser import CHROMIUM, Browser
+from tests.support.dataset_samples import dicom_bytes, make_dicom
 from tests.support.fake_engine import FakeEngine
 from tests.support.test_server import call, serving
 
@@ -158,6 +161,49 @@ def test_keys_and_sliders_zoom_and_window_the_image(browser: Browser, url: str, 
     assert browser.evaluate(GREY) > whole
     browser.evaluate("document.getElementById('reset').click()")
     assert browser.evaluate(GREY) == whole
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_window_of_dicom_is_applied_and_the_question_asked_again(
+    browser: Browser, url: str, engine: FakeEngine, tmp_path: Path, width: int
+) -> None:
+    phantom = np.asarray(phantom_dataset("b", 1).open_image("b-000000").convert("L")).astype(np.uint16)
+    scan = tmp_path / "scan.dcm"
+    scan.write_bytes(
+        dicom_bytes(make_dicom(phantom * 8, RescaleIntercept=-1024, RescaleSlope=1, WindowCenter=40.5, WindowWidth=400))
+    )
+    show(browser, url, width)
+    choose(browser, scan)
+    note = "document.getElementById('display-note').innerText"
+    apply_hidden = "document.getElementById('apply').hidden"
+    assert "with window 400 and level 40.5, as its file says" in browser.evaluate(note)
+    assert browser.evaluate(apply_hidden)
+    until(browser, f"{GREY} > 0")
+    own = browser.evaluate(GREY)
+    browser.evaluate("document.getElementById('controls').open = true")
+    browser.evaluate("document.getElementById('report').click()")
+    until(browser, "document.querySelectorAll('.asked .facts span').length === 1")
+    slide = (
+        "document.getElementById('{0}').value = {1}; document.getElementById('{0}').dispatchEvent(new Event('input'))"
+    )
+    browser.evaluate(slide.format("level", -300))
+    browser.evaluate(slide.format("window", 1200))
+    until(browser, f"Math.abs({GREY} - {own}) > 1000")  # the page draws the server's pixels
+    assert "with window 400" in browser.evaluate(note)
+    assert browser.evaluate("document.getElementById('apply').innerText") == "Apply and ask again"
+    browser.screenshot(tmp_path / "before.png")
+    browser.evaluate("document.getElementById('apply').click()")
+    until(browser, "document.querySelectorAll('.asked .facts span').length === 2")
+    assert engine.requests[-1].images[0].tobytes() == open_image(scan, window=(-300, 1200)).tobytes()
+    assert "window 1200, level -300" in browser.evaluate("document.querySelector('.asked .facts').innerText")
+    assert "with window 1200 and level -300." in browser.evaluate(note)
+    assert browser.evaluate(apply_hidden)
+    assert browser.evaluate("document.documentElement.scrollWidth") == width
+    browser.screenshot(tmp_path / "window.png")
+    browser.evaluate("document.getElementById('reset').click()")
+    until(browser, f"{GREY} === {own}")
+    assert not browser.evaluate(apply_hidden)
+    assert browser.events_named("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown") == []
 
 
 def test_errors_are_shown_beside_their_control(browser: Browser, url: str, picture: Path, tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from functools import cache
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,30 @@ _PIXEL_KEYWORDS = (
 _IMAGE_GROUP = 0x0028  # rows, columns, bit depths, rescale, windows, look-up tables; no patient data
 
 
+@dataclass(frozen=True)
+class GreyFrame:
+    """The stored grey values of one DICOM frame, for windows that are chosen later.
+
+    Attributes:
+        pixels: [rows, columns], as stored.
+        to_units: converts them to physical units, Hounsfield units for CT.
+        inverted: the smallest value is white.
+        window: the file's, else the one from the smallest to the largest value.
+        range: smallest and largest value in physical units.
+    """
+
+    pixels: NDArray[np.generic]
+    to_units: Callable[[NDArray[np.generic]], NDArray[np.floating]]
+    inverted: bool
+    window: Window
+    range: tuple[float, float]
+
+    def render(self, window: Window) -> Image.Image:
+        """The frame as 8-bit RGB, as `open_dicom` renders it with this window."""
+        grey = apply_window(self.to_units(self.pixels), window)
+        return grey_to_rgb(1 - grey if self.inverted else grey)
+
+
 def open_dicom(data: bytes, *, name: str, frame: int | None = None, window: Window | None = None) -> Image.Image:
     """One frame of a DICOM file as 8-bit RGB.
 
@@ -55,6 +81,13 @@ def open_dicom(data: bytes, *, name: str, frame: int | None = None, window: Wind
         InputError: the file is damaged, has no pixels or no such frame, is too large, or has a compression
             that no installed decoder reads.
     """
+    return read_dicom(data, name=name, frame=frame, window=window)[0]
+
+
+def read_dicom(
+    data: bytes, *, name: str, frame: int | None = None, window: Window | None = None
+) -> tuple[Image.Image, GreyFrame | None]:
+    """The image of `open_dicom`, and its grey values; None for colour."""
     _silence_pydicom()
     try:
         return _open_frame(data, name, frame, window)
@@ -74,7 +107,9 @@ def _silence_pydicom() -> None:
     warnings.filterwarnings("ignore", module=r"(pydicom|normtune\.data\.images\.dicom)")
 
 
-def _open_frame(data: bytes, name: str, frame: int | None, window: Window | None) -> Image.Image:
+def _open_frame(
+    data: bytes, name: str, frame: int | None, window: Window | None
+) -> tuple[Image.Image, GreyFrame | None]:
     file = _read_pixel_elements(data, name)
     frames = int(file.get("NumberOfFrames") or 1)
     index = frames // 2 if frame is None else frame
@@ -85,13 +120,20 @@ def _open_frame(data: bytes, name: str, frame: int | None, window: Window | None
     photometric = str(file.PhotometricInterpretation)
     if photometric == "PALETTE COLOR":
         pixels = apply_color_lut(pixels, file)
-        return Image.fromarray(_to_eight_bits(pixels, 8 * pixels.dtype.itemsize), "RGB")
+        return Image.fromarray(_to_eight_bits(pixels, 8 * pixels.dtype.itemsize), "RGB"), None
     if pixels.ndim == 3:
-        return Image.fromarray(_to_eight_bits(pixels, int(file.BitsStored)), "RGB")
+        return Image.fromarray(_to_eight_bits(pixels, int(file.BitsStored)), "RGB"), None
     settings = _FrameSettings(file, index)
-    grey = _grey_values(pixels, settings, window)
+    to_units = _conversion(settings)
+    values = to_units(pixels)
+    grey = _grey_values(pixels, values, settings, window)
     inverted = photometric == "MONOCHROME1" or settings.find("", "PresentationLUTShape") == "INVERSE"
-    return grey_to_rgb(1 - grey if inverted else grey)
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    full_range = (low + high + 1) / 2, high - low + 1  # maps `low` to 0 and `high` to 1
+    own = full_range if settings.table("VOILUTSequence") else (settings.window() or full_range)
+    picture = grey_to_rgb(1 - grey if inverted else grey)
+    return picture, GreyFrame(pixels, to_units, inverted, own, (low, high))
 
 
 @cache
@@ -164,6 +206,18 @@ class _FrameSettings:
         except (ValueError, TypeError):
             return None
 
+    def window(self) -> Window | None:
+        """The file's window, if it is valid."""
+        centre = self.number("FrameVOILUTSequence", "WindowCenter")
+        width = self.number("FrameVOILUTSequence", "WindowWidth")
+        if centre is None or width is None or not (width >= 1 or (width > 0 and self.function() != "LINEAR")):
+            return None
+        return centre, width
+
+    def function(self) -> str:
+        """The VOI function of the file's window."""
+        return str(self.find("FrameVOILUTSequence", "VOILUTFunction") or "LINEAR")
+
     def table(self, keyword: str) -> tuple[NDArray[np.integer], int, int] | None:
         """Read a look-up table: (entries, value that maps to the first entry, bits per entry), or None."""
         sequence = self._file.get(keyword)
@@ -181,37 +235,44 @@ class _FrameSettings:
         return entries[:count].astype(np.int64), first, bits
 
 
-def _look_up(values: NDArray[np.floating], entries: NDArray[np.integer], first: int) -> NDArray[np.floating]:
+def _look_up(values: NDArray[np.generic], entries: NDArray[np.integer], first: int) -> NDArray[np.floating]:
     """Map values through a look-up table; values outside it take its first or last entry.
 
     Source: DICOM PS3.3 C.11.1.1.1.
     """
-    index = np.clip(np.round(values) - first, 0, len(entries) - 1).astype(np.int64)
+    index = np.clip(np.round(values.astype(np.float64)) - first, 0, len(entries) - 1).astype(np.int64)
     return entries[index].astype(np.float64)
 
 
-def _grey_values(pixels: NDArray[np.generic], settings: _FrameSettings, window: Window | None) -> NDArray[np.floating]:
-    """Convert stored grey values, shape [rows, columns], to [0, 1]; 0 is black for MONOCHROME2."""
-    values: NDArray[np.floating] = pixels.astype(np.float64)
-    modality = settings.table("ModalityLUTSequence")
-    if modality is not None:
-        values = _look_up(values, modality[0], modality[1])
-    else:
-        sequence = "PixelValueTransformationSequence"
-        slope = settings.number(sequence, "RescaleSlope")
-        intercept = settings.number(sequence, "RescaleIntercept")
-        values = values * (1.0 if slope is None else slope) + (intercept or 0.0)
+def _conversion(settings: _FrameSettings) -> Callable[[NDArray[np.generic]], NDArray[np.floating]]:
+    """A function from stored grey values to physical units; it holds nothing else of the file."""
+    if (modality := settings.table("ModalityLUTSequence")) is not None:
+        return partial(_look_up, entries=modality[0], first=modality[1])
+    sequence = "PixelValueTransformationSequence"
+    slope = settings.number(sequence, "RescaleSlope")
+    intercept = settings.number(sequence, "RescaleIntercept")
+    return partial(_rescale, slope=1.0 if slope is None else slope, intercept=intercept or 0.0)
+
+
+def _rescale(values: NDArray[np.generic], slope: float, intercept: float) -> NDArray[np.floating]:
+    return values.astype(np.float64) * slope + intercept
+
+
+def _grey_values(
+    pixels: NDArray[np.generic], values: NDArray[np.floating], settings: _FrameSettings, window: Window | None
+) -> NDArray[np.floating]:
+    """Map grey values to [0, 1]; 0 is black for MONOCHROME2.
+
+    Args:
+        pixels, values: [rows, columns], as stored and in physical units.
+    """
     if window is not None:
         return apply_window(values, window)
     voi = settings.table("VOILUTSequence")
     if voi is not None:
         return np.clip(_look_up(values, voi[0], voi[1]) / (2 ** voi[2] - 1), 0, 1)
-    centre = settings.number("FrameVOILUTSequence", "WindowCenter")
-    width = settings.number("FrameVOILUTSequence", "WindowWidth")
-    if centre is not None and width is not None:
-        function = str(settings.find("FrameVOILUTSequence", "VOILUTFunction") or "LINEAR")
-        if width >= 1 or (width > 0 and function != "LINEAR"):
-            return apply_window(values, (centre, width), function)
+    if (own := settings.window()) is not None:
+        return apply_window(values, own, settings.function())
     padding = settings.number("", "PixelPaddingValue")  # pixels outside the scanned field
     if padding is None:
         return stretch_full_range(values)

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.resources import files
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import FastAPI, File, Form, Response, UploadFile
+from fastapi import FastAPI, File, Form, Query, Response, UploadFile
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -32,7 +32,10 @@ from normtune.serving.http.middleware import COOKIE, RequestGate
 from normtune.serving.http.openapi import error_responses
 from normtune.serving.http.prometheus import CONTENT_TYPE, ServerMetrics
 from normtune.serving.http.state import EngineProtocol, Service, Settings
-from normtune.serving.http.uploads import Upload, open_upload, png_bytes
+from normtune.serving.http.uploads import Upload, png_bytes, read_upload, render
+
+if TYPE_CHECKING:
+    from normtune.data.images.dicom import GreyFrame
 
 _PURPOSES = ("vision", "user_data", "assistants")  # OpenAI's upload purposes that are accepted
 _HTTP_MESSAGES = {404: "this URL does not exist.", 405: "this URL does not support that method."}
@@ -183,7 +186,7 @@ def _add_chat(app: FastAPI, service: Service) -> None:
                 chunks = completion_events(question, usage=usage, seconds=seconds)
                 return StreamedResponse(chunks, "text/event-stream", stack.pop_all())
             reply = await wait_for_reply(question, request.receive, seconds)
-            return JSONResponse(openai_api.completion(question.id, question.model, reply))
+            return JSONResponse(openai_api.completion(question.id, question.model, reply, question.windows))
 
     @app.post(
         "/v1/batch",
@@ -204,13 +207,14 @@ def _file_entry(upload: Upload) -> dict[str, Any]:
     created_at = int(upload.created_at)
     entry = {"id": upload.id, "object": "file", "bytes": len(upload.png), "created_at": created_at}
     size = {"width": upload.width, "height": upload.height}
-    return entry | {"filename": "image.png", "purpose": "vision", "status": "processed"} | size
+    grey = {"window": upload.grey.window, "value_range": upload.grey.range} if upload.grey else {}
+    return entry | {"filename": "image.png", "purpose": "vision", "status": "processed"} | size | grey
 
 
 def _add_files(app: FastAPI, service: Service) -> None:
-    def decode(data: bytes) -> tuple[bytes, int, int]:
-        image = open_upload(data, max_pixels=service.limits.pixels)
-        return png_bytes(image), image.width, image.height
+    def decode(data: bytes) -> tuple[bytes, int, int, GreyFrame | None]:
+        image, grey = read_upload(data, max_pixels=service.limits.pixels)
+        return png_bytes(image), image.width, image.height, grey
 
     @app.post(
         "/v1/files",
@@ -223,11 +227,11 @@ def _add_files(app: FastAPI, service: Service) -> None:
         file: Annotated[UploadFile, File(description="PNG, JPEG, WebP or DICOM.")],
         purpose: Annotated[str, Form(max_length=64, json_schema_extra={"enum": [*_PURPOSES, ""]})] = "vision",
     ) -> dict[str, Any]:
-        """Upload an image for later questions. Only its pixels are stored, as PNG, and not its name."""
+        """Upload an image for later questions. Only its pixels are stored, and not its name."""
         if purpose not in _PURPOSES:
             raise RequestRefused(400, "only images can be uploaded: set purpose=vision.", param="purpose")
-        png, width, height = await service.run_in_decoder(decode, await file.read())
-        return _file_entry(service.uploads.add(_owner(request), png, width, height))
+        decoded = await service.run_in_decoder(decode, await file.read())
+        return _file_entry(service.uploads.add(_owner(request), *decoded))
 
     @app.get("/v1/files", response_model=openapi.FileList)
     async def list_files(request: HttpRequest) -> dict[str, Any]:
@@ -241,10 +245,18 @@ def _add_files(app: FastAPI, service: Service) -> None:
         """Return the description of an uploaded image."""
         return _file_entry(service.uploads.get(_owner(request), id))
 
-    @app.get("/v1/files/{id}/content", response_class=Response, responses=openapi.PNG_RESPONSE | error_responses(404))
-    async def get_file_content(id: str, request: HttpRequest) -> Response:
-        """Return an uploaded image as PNG, with the pixels that the model sees."""
-        return Response(service.uploads.get(_owner(request), id).png, media_type="image/png")
+    @app.get(
+        "/v1/files/{id}/content", response_class=Response, responses=openapi.PNG_RESPONSE | error_responses(400, 404)
+    )
+    async def get_file_content(
+        id: str, request: HttpRequest, window: Annotated[openai_api.Window | None, Query()] = None
+    ) -> Response:
+        """Return an uploaded image as PNG, with the pixels that the model sees; of DICOM, with a window."""
+        upload = service.uploads.get(_owner(request), id)
+        if window is None:
+            return Response(upload.png, media_type="image/png")
+        png = await service.run_in_decoder(lambda: png_bytes(render(upload.grey, (window[0], window[1]))))
+        return Response(png, media_type="image/png")
 
     @app.delete("/v1/files/{id}", response_model=openapi.Deleted, responses=error_responses(404))
     async def delete_file(id: str, request: HttpRequest) -> dict[str, Any]:

@@ -77,7 +77,7 @@ async def _answer(service: Service, owner: str, body: openai_api.ChatRequest) ->
         try:
             async with submit_request(service, owner, body) as question:
                 reply = await asyncio.wait_for(question.reply, service.limits.request_s)
-                return openai_api.completion(question.id, question.model, reply)
+                return openai_api.completion(question.id, question.model, reply, question.windows)
         except (Busy, RequestRefused) as error:
             if to_refusal(error).code != "busy":
                 raise

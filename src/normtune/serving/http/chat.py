@@ -23,7 +23,7 @@ from normtune.serving.http import openai_api
 from normtune.serving.http.errors import RequestRefused, to_refusal
 from normtune.serving.http.remote_images import fetch_image
 from normtune.serving.http.state import Service
-from normtune.serving.http.uploads import decode_data_url, open_upload
+from normtune.serving.http.uploads import decode_data_url, open_upload, render
 
 _HEARTBEAT_S = 10.0  # interval of comments that keep proxies from closing a stream that waits
 
@@ -36,12 +36,14 @@ class ChatJob:
         id: the completion's id.
         model: the model's name in the request.
         reply: the engine's reply.
+        windows: the window of each image in the request; None: the file's own.
         texts: the text so far, each time it has grown; None once the reply is done.
     """
 
     id: str
     model: str
     reply: asyncio.Future[Reply]
+    windows: openai_api.Windows
     texts: asyncio.Queue[str | None]
 
 
@@ -75,9 +77,9 @@ async def submit_request(service: Service, owner: str, body: openai_api.ChatRequ
     reply: asyncio.Future[Reply] | None = None
     try:
         images: list[Image.Image] = []
-        for number, reference in enumerate(references, 1):
+        for number, (reference, window) in enumerate(references, 1):
             name = "the image" if len(references) == 1 else f"image {number}"
-            image = await _image(service, owner, reference, name)
+            image = await _image(service, owner, reference, window, name)
             size = image.width * image.height * 3
             service.budget.reserve(size)
             reserved += size
@@ -85,7 +87,9 @@ async def submit_request(service: Service, owner: str, body: openai_api.ChatRequ
         request = Request(tuple(images), question, adapter, limit, body.beams, tuple(body.stop or ()), history)
         reply = asyncio.wrap_future(await service.run_in_decoder(service.engine.submit, request, on_text=on_text))
         reply.add_done_callback(lambda _: texts.put_nowait(None))
-        yield ChatJob(f"chatcmpl-{secrets.token_hex(12)}", body.model, reply, texts)
+        yield ChatJob(
+            f"chatcmpl-{secrets.token_hex(12)}", body.model, reply, [window for _, window in references], texts
+        )
     finally:
         if reply is not None and not reply.cancel() and not reply.cancelled():
             reply.exception()  # retrieved, so that asyncio does not log it as unhandled
@@ -100,11 +104,13 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def read_messages(messages: list[openai_api.Message]) -> tuple[str | None, History, list[str]]:
+def read_messages(
+    messages: list[openai_api.Message],
+) -> tuple[str | None, History, list[tuple[str, list[float] | None]]]:
     """Read a conversation: the last question (None for a report), the turns before it, and the images.
 
-    The texts of several parts are joined by line ends. System messages are ignored. Images are named by their URLs and
-    file ids, in their order; all are shown before the first question.
+    The texts of several parts are joined by line ends. System messages are ignored. Images are (URL or file id, window
+    or None), in their order; all are shown before the first question.
 
     Raises:
         RequestRefused: user and assistant messages do not alternate, the last is no question, an answer contains an
@@ -112,14 +118,14 @@ def read_messages(messages: list[openai_api.Message]) -> tuple[str | None, Histo
     """
     conversation = [message for message in messages if message.role not in ("system", "developer")]
     texts: list[str] = []
-    references: list[str] = []
+    references: list[tuple[str, list[float] | None]] = []
     for message, role in zip(conversation, cycle(("user", "assistant")), strict=False):
         parts = (
             [openai_api.TextPart(type="text", text=message.content)]
             if isinstance(message.content, str)
             else message.content
         )
-        images = [part.reference for part in parts if not isinstance(part, openai_api.TextPart)]
+        images = [(part.reference, part.window) for part in parts if not isinstance(part, openai_api.TextPart)]
         if message.role != role or (images and role == "assistant"):
             raise RequestRefused(
                 400, "one question at a time: send user messages and the answers to them in turn.", param="messages"
@@ -136,18 +142,23 @@ def read_messages(messages: list[openai_api.Message]) -> tuple[str | None, Histo
     return question or None, tuple(zip(earlier[::2], earlier[1::2], strict=True)), references
 
 
-async def _image(service: Service, owner: str, reference: str, name: str) -> Image.Image:
+async def _image(
+    service: Service, owner: str, reference: str, window_sent: list[float] | None, name: str
+) -> Image.Image:
     max_pixels = service.limits.pixels
+    window = None if window_sent is None else (window_sent[0], window_sent[1])
     if reference.startswith("file-"):
-        png = service.uploads.get(owner, reference[:64]).png
-        return await service.run_in_decoder(open_upload, png, max_pixels=max_pixels, name=name)
+        upload = service.uploads.get(owner, reference[:64])
+        if window is not None:
+            return await service.run_in_decoder(render, upload.grey, window, name)
+        return await service.run_in_decoder(open_upload, upload.png, max_pixels=max_pixels, name=name)
 
     def read() -> Image.Image:
         if reference.lstrip()[:5].lower() == "data:":
             data = decode_data_url(reference, name)
         else:
             data = fetch_image(reference, service.settings.remote_hosts, service.limits.body_bytes, name)
-        return open_upload(data, max_pixels=max_pixels, name=name)
+        return open_upload(data, max_pixels=max_pixels, name=name, window=window)
 
     return await service.run_in_decoder(read)
 
@@ -224,7 +235,7 @@ async def completion_events(question: ChatJob, *, usage: bool, seconds: float) -
         reply = _result(question.reply)
         if len(reply.text) > len(sent) and reply.text.startswith(sent):
             yield _event(_chunk(question, reply.text[len(sent) :]))
-        for chunk in openai_api.last_chunks(question.id, question.model, reply, usage):
+        for chunk in openai_api.last_chunks(question.id, question.model, reply, question.windows, usage):
             yield _event(chunk)
     except Exception as error:
         yield _event(to_refusal(error).body())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -26,6 +27,10 @@ def _to_int(value: object) -> object:
 
 WholeNumber = BeforeValidator(_to_int)  # accepts JSON's 16.0 as 16
 Count = Annotated[int, Field(ge=1), WholeNumber]
+# the window of each image of a request; None: as the file says
+Windows = Sequence[list[float] | None]
+# [centre, width], in Hounsfield units for CT
+Window = Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=2, max_length=2)]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -38,11 +43,13 @@ class RequestModel(BaseModel):
 class ImageUrl(RequestModel):
     """`url`: a data URL, the id of an uploaded file, or a URL of an allowed host.
 
-    `detail` may have any of OpenAI's values: the model has one resolution.
+    `detail` may have any of OpenAI's values: the model has one resolution. `window` (not in OpenAI's API) is the
+    [centre, width] with which the model sees the grey values of a DICOM file; without it, those of the file.
     """
 
     url: str
     detail: Literal["auto", "low", "high"] | None = None
+    window: Window | None = None
 
 
 class TextPart(RequestModel):
@@ -65,6 +72,11 @@ class ImagePart(RequestModel):
     def reference(self) -> str:
         """A data URL, an id of an uploaded file, or a URL."""
         return self.image_url.url
+
+    @property
+    def window(self) -> list[float] | None:
+        """The window of the image, if one was sent."""
+        return self.image_url.window
 
 
 class FileReference(RequestModel):
@@ -91,6 +103,11 @@ class FilePart(RequestModel):
     def reference(self) -> str:
         """See `ImagePart.reference`."""
         return self.file.file_id or self.file.file_data or ""
+
+    @property
+    def window(self) -> None:
+        """A file part has no window."""
+        return None
 
 
 Part = Annotated[TextPart | ImagePart | FilePart, Field(discriminator="type")]
@@ -256,22 +273,23 @@ def _usage(reply: Reply) -> dict[str, int]:
     }
 
 
-def _normtune_fields(reply: Reply) -> dict[str, Any]:
+def _normtune_fields(reply: Reply, windows: Windows) -> dict[str, Any]:
     """Return the fields that OpenAI's API does not have."""
     return {
         "score": reply.score,
         "confidence": confidence(reply.score),
         "seconds": round(reply.seconds, 4),
         "question_tokens_cut": reply.question_tokens_cut,
+        "windows": list(windows),
     }
 
 
-def completion(id: str, model: str, reply: Reply) -> dict[str, Any]:
+def completion(id: str, model: str, reply: Reply, windows: Windows) -> dict[str, Any]:
     """Return a `chat.completion`."""
     message = {"role": "assistant", "content": reply.text, "refusal": None}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reply.finish_reason}
     envelope = _envelope(id, "chat.completion", model)
-    return envelope | {"choices": [choice], "usage": _usage(reply), "normtune": _normtune_fields(reply)}
+    return envelope | {"choices": [choice], "usage": _usage(reply), "normtune": _normtune_fields(reply, windows)}
 
 
 def chunk(id: str, model: str, delta: dict[str, Any]) -> dict[str, Any]:
@@ -280,9 +298,9 @@ def chunk(id: str, model: str, delta: dict[str, Any]) -> dict[str, Any]:
     return _envelope(id, "chat.completion.chunk", model) | {"choices": [choice]}
 
 
-def last_chunks(id: str, model: str, reply: Reply, usage: bool) -> list[dict[str, Any]]:
+def last_chunks(id: str, model: str, reply: Reply, windows: Windows, usage: bool) -> list[dict[str, Any]]:
     """Return the chunk that ends the answer, and with `usage` the chunk with the token counts."""
-    last = chunk(id, model, {}) | {"normtune": _normtune_fields(reply)}
+    last = chunk(id, model, {}) | {"normtune": _normtune_fields(reply, windows)}
     last["choices"][0]["finish_reason"] = reply.finish_reason
     usage_chunk = _envelope(id, "chat.completion.chunk", model) | {"choices": [], "usage": _usage(reply)}
     return [last, usage_chunk] if usage else [last]

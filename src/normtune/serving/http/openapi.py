@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
-from normtune.serving.http.openai_api import BatchRow
+from normtune.serving.http.openai_api import BatchRow, Window
 
 Responses = dict[int | str, dict[str, Any]]  # FastAPI's `responses`
 
@@ -59,7 +59,10 @@ class ModelList(BaseModel):
 
 
 class FileEntry(BaseModel):
-    """An uploaded image; `bytes` is the size of its PNG."""
+    """An uploaded image; `bytes` is the size of its PNG.
+
+    Grey values of DICOM also have the [centre, width] of the file's window and their [smallest, largest] value.
+    """
 
     id: str
     object: Literal["file"]
@@ -70,6 +73,8 @@ class FileEntry(BaseModel):
     status: str
     width: int
     height: int
+    window: Window | None = None
+    value_range: Window | None = None
 
 
 class FileList(BaseModel):
@@ -135,13 +140,14 @@ class Usage(BaseModel):
 
 
 class Sureness(BaseModel):
-    """Mean log-probability of the answer's tokens (score), its exp (confidence), the time taken, and the number of
-    tokens at the question's end that the model did not read."""
+    """Mean log-probability of the answer's tokens (score), its exp (confidence), the time taken, the number of tokens
+    at the question's end that the model did not read, and each image's window (null: as its file says)."""
 
     score: float | None
     confidence: float | None
     seconds: float
     question_tokens_cut: int
+    windows: list[Window | None]
 
 
 class Completion(BaseModel):

@@ -18,13 +18,18 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from urllib.parse import unquote_to_bytes
 
 from PIL import Image
 
 from normtune.data.images.files import open_image
+from normtune.data.images.intensity import Window
 from normtune.errors import InputError
 from normtune.serving.http.errors import RequestRefused
+
+if TYPE_CHECKING:
+    from normtune.data.images.dicom import GreyFrame
 
 # Scans of a progressive JPEG; decoding each is a pass over all pixels.
 _MAX_SCANS = 200
@@ -41,23 +46,43 @@ _JPEG_SIZE = re.compile(rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf\xf7].{3}(.{
 _DATA_URL = re.compile(r"data:[\w.+/-]{0,80}(?:;[\w.+=-]{1,80}){0,4}?;base64,", re.ASCII | re.IGNORECASE)
 
 
-def open_upload(data: bytes, *, max_pixels: int, name: str = "the image") -> Image.Image:
+def open_upload(data: bytes, *, max_pixels: int, name: str = "the image", window: Window | None = None) -> Image.Image:
     """Decode an untrusted image file to 8-bit RGB.
 
     Args:
         data: the file.
         max_pixels: the most pixels; a larger image is refused before it is decoded.
         name: the image's name in error messages, which quote nothing from the file.
+        window: (centre, width) for grey values of DICOM; None: the file's own.
 
     Raises:
-        InputError: the file is of another format, damaged or too large.
+        InputError: the file is of another format, damaged or too large, or has no values for the window.
     """
+    image, grey = read_upload(data, max_pixels=max_pixels, name=name)
+    return image if window is None else render(grey, window, name)
+
+
+def read_upload(data: bytes, *, max_pixels: int, name: str = "the image") -> tuple[Image.Image, GreyFrame | None]:
+    """The image of `open_upload`, and the grey values of a DICOM file."""
     kind = file_kind(data, name)
     if kind == "DICOM":
         _check_dicom(data, max_pixels, name)
-    else:
-        _check_picture(data, kind, max_pixels, name)
-    return open_image(data, name=name)
+        from normtune.data.images.dicom import read_dicom
+
+        return read_dicom(data, name=name)
+    _check_picture(data, kind, max_pixels, name)
+    return open_image(data, name=name), None
+
+
+def render(grey: GreyFrame | None, window: Window, name: str = "the image") -> Image.Image:
+    """Return an image with this window.
+
+    Raises:
+        InputError: it has no grey values, or the window is too small.
+    """
+    if grey is None:
+        raise InputError(f"{name}: a window applies to DICOM files with grey values. Leave it out.")
+    return grey.render(window)
 
 
 def file_kind(data: bytes, name: str) -> str:
@@ -167,7 +192,7 @@ def png_bytes(image: Image.Image) -> bytes:
 
 @dataclass(frozen=True)
 class Upload:
-    """An uploaded image, stored as PNG without the metadata of its file."""
+    """An uploaded image, stored as PNG without the metadata of its file; of DICOM also the grey values."""
 
     id: str
     owner: str
@@ -175,6 +200,12 @@ class Upload:
     width: int
     height: int
     created_at: float  # seconds since the epoch
+    grey: GreyFrame | None = None
+
+    @property
+    def bytes(self) -> int:
+        """The memory that it takes."""
+        return len(self.png) + (self.grey.pixels.nbytes if self.grey else 0)
 
 
 class Uploads:
@@ -194,12 +225,12 @@ class Uploads:
         self._uploads: OrderedDict[str, Upload] = OrderedDict()  # the oldest first
         self.size = 0
 
-    def add(self, owner: str, png: bytes, width: int, height: int) -> Upload:
+    def add(self, owner: str, png: bytes, width: int, height: int, grey: GreyFrame | None = None) -> Upload:
         """Store an image, and drop the oldest ones beyond the limits. The newest one is always kept."""
         self._drop_expired()
-        upload = Upload(f"file-{secrets.token_hex(12)}", owner, png, width, height, self._now())
+        upload = Upload(f"file-{secrets.token_hex(12)}", owner, png, width, height, self._now(), grey)
         self._uploads[upload.id] = upload
-        self.size += len(png)
+        self.size += upload.bytes
         while len(self._uploads) > self._max_count or (self.size > self._max_bytes and len(self._uploads) > 1):
             self._drop(next(iter(self._uploads)))
         return upload
@@ -230,7 +261,7 @@ class Uploads:
         return [upload for upload in self._uploads.values() if upload.owner == owner]
 
     def _drop(self, id: str) -> None:
-        self.size -= len(self._uploads.pop(id).png)
+        self.size -= self._uploads.pop(id).bytes
 
     def _drop_expired(self) -> None:
         oldest_allowed = self._now() - self._seconds

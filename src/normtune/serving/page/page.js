@@ -3,7 +3,10 @@ import { Viewer } from "./viewer.js";
 
 const $ = (id) => document.getElementById(id);
 const viewer = new Viewer($("canvas"), $("zoom"), $("window"), $("level"));
-const views = []; // the study's images in their order: {id, bitmap, size}, where size is a text
+// the study's images in their order: {id, bitmap, size}, where size is a text; of DICOM also the smallest and largest
+// value (range) and as [level, window] the file's window (own), that of the bitmap, and the one that models see (sent)
+const views = [];
+let asked; // the last question; null for a report
 const given = []; // the answers so far, for "Save all answers"
 let running = null; // AbortController of the requests in progress
 
@@ -108,7 +111,8 @@ async function openImages(files) {
       const upload = await (await call("v1/files", { method: "POST", body: form })).json();
       const png = await (await call(`v1/files/${upload.id}/content`)).blob();
       const size = `${upload.width} × ${upload.height}`;
-      views.push({ id: upload.id, bitmap: await createImageBitmap(png), size });
+      const own = upload.window;
+      views.push({ id: upload.id, bitmap: await createImageBitmap(png), size, range: upload.value_range, own, window: own, sent: own });
     }
     showViews();
   } catch (error) {
@@ -118,6 +122,7 @@ async function openImages(files) {
 }
 
 function deleteViews() {
+  asked = undefined;
   for (const view of views.splice(0)) {
     view.bitmap.close();
     call(`v1/files/${view.id}`, { method: "DELETE" }).catch(() => {});
@@ -148,8 +153,58 @@ function showView(index) {
   const label = views.length > 1 ? `View ${index + 1} of ${views.length}, ` : "Image, ";
   $("canvas").setAttribute("aria-label", `${label}${view.size} pixels`);
   showStatus("image-status", `${label}${view.size} pixels`.replace("Image, ", ""));
-  viewer.show(view.bitmap);
+  viewer.show(view);
 }
+
+// --- window and level of DICOM images ---------------------------------------------------------------------------
+
+const isSame = (first, second) => String(first) === String(second);
+
+function showWindow() {
+  const view = viewer.view;
+  $("apply").hidden = !view.range || isSame(viewer.window, view.sent);
+  $("apply").textContent = asked === undefined ? "Apply: models see this window" : "Apply and ask again";
+  const about = isSame(view.sent, view.own) ? ", as its file says" : "";
+  $("display-note").textContent = view.range
+    ? `The models see this image with window ${round(view.sent[1])} and level ${round(view.sent[0])}${about}. Zoom changes only what you see.`
+    : "Zoom, window and level change only what you see. The models receive the original image.";
+}
+
+function round(value) {
+  return Number(value.toPrecision(6));
+}
+
+// Fetches the pixels of the window that the sliders show. While one fetch runs, further moves wait for its end.
+async function drawWindow(view) {
+  if (!view) return;
+  showWindow();
+  if (!view.range || view.isLoading) return;
+  view.isLoading = true;
+  try {
+    for (;;) {
+      const chosen = viewer.window;
+      if (viewer.view !== view || isSame(chosen, view.window)) return;
+      const query = chosen.map((value) => `window=${value}`).join("&");
+      const png = await (await call(`v1/files/${view.id}/content?${query}`)).blob();
+      const old = view.bitmap;
+      [view.bitmap, view.window] = [await createImageBitmap(png), chosen];
+      old.close();
+      if (viewer.view === view) viewer.draw();
+    }
+  } catch (error) {
+    showStatus("image-status", error.message, true);
+  } finally {
+    view.isLoading = false;
+  }
+}
+
+for (const id of ["window", "level"]) $(id).addEventListener("input", () => drawWindow(viewer.view));
+$("apply").addEventListener("click", () => {
+  const view = viewer.view;
+  view.sent = viewer.window;
+  showWindow();
+  if (asked !== undefined) ask(asked);
+});
 
 $("file").addEventListener("change", () => {
   openImages([...$("file").files]);
@@ -190,6 +245,8 @@ async function ask(question) {
   running?.abort();
   const controller = (running = new AbortController());
   setBusy(true);
+  asked = question;
+  showWindow();
   showStatus("ask-status", models.length === 1 ? "Waiting for the answer…" : `Waiting for ${models.length} answers…`);
   const { block, cards } = answerBlock(question, models);
   $("answers").prepend(block);
@@ -228,7 +285,10 @@ function answerBlock(question, models) {
 }
 
 async function answer(model, question, card, signal) {
-  const content = views.map((view) => ({ type: "image_url", image_url: { url: view.id } }));
+  const content = views.map((view) => {
+    const window = isSame(view.sent, view.own) ? {} : { window: view.sent };
+    return { type: "image_url", image_url: { url: view.id, ...window } };
+  });
   if (question !== null) content.push({ type: "text", text: question });
   const body = { model, stream: true, messages: [{ role: "user", content }] };
   let text = "";
@@ -282,6 +342,8 @@ function showFacts(card, facts, reason) {
   }
   if (reason === "length") words.push("cut off at the token limit");
   if (facts.question_tokens_cut) words.push(`the last ${facts.question_tokens_cut} tokens of the question were not read`);
+  const windows = facts.windows.filter((window) => window !== null);
+  words.push(...windows.map(([level, width]) => `window ${round(width)}, level ${round(level)}`));
   words.push(`${facts.seconds.toFixed(facts.seconds < 10 ? 2 : 0)} s`);
   card.facts.append(make("span", {}, words.join(" · ")));
 }

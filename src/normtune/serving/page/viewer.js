@@ -1,10 +1,11 @@
 // Shows an image on a canvas with zoom, position, window and level. These affect only the display; none of it is sent.
+// A DICOM image has sliders in the units of its values, and the page asks the server for its pixels in a window.
 
 export class Viewer {
   constructor(canvas, zoom, window, level) {
     this.canvas = canvas;
     this.sliders = { zoom, window, level };
-    this.bitmap = null;
+    this.view = null; // {bitmap, range, own, window}; see `views` in page.js
     this.centre = [0.5, 0.5]; // of the visible area, as fractions of the image's width and height
     for (const slider of Object.values(this.sliders)) slider.addEventListener("input", () => this.draw());
     canvas.addEventListener("keydown", (event) => this.#key(event));
@@ -14,32 +15,54 @@ export class Viewer {
     new ResizeObserver(() => this.draw()).observe(canvas);
   }
 
-  show(bitmap) {
-    this.bitmap = bitmap;
-    this.reset();
+  show(view) {
+    this.view = view;
+    const [low, high] = view.range ?? [0, 255];
+    const [level, width] = view.own ?? [low, 0];
+    const limits = {
+      window: [view.range ? 1 : 2, Math.max(high - low + 1, width)],
+      level: [Math.min(low, level), Math.max(high, level)],
+    };
+    for (const [name, [min, max]] of Object.entries(limits)) Object.assign(this.sliders[name], { min, max, step: "any" });
+    this.#set(view.window);
   }
 
   reset() {
+    this.#set(this.view?.own);
+  }
+
+  // [level, window] of the sliders: whole numbers if the values have a wide range, and exactly the file's where it is.
+  get window() {
+    const [low, high] = this.view?.range ?? [0, 255];
+    return ["level", "window"].map((name, index) => {
+      const value = Number(this.sliders[name].value);
+      if (value === this.view?.own?.[index]) return value;
+      return high - low >= 64 ? Math.round(value) : Number(value.toPrecision(4));
+    });
+  }
+
+  #set(window) {
     this.sliders.zoom.value = 1;
-    this.sliders.window.value = 256;
-    this.sliders.level.value = 128;
+    [this.sliders.level.value, this.sliders.window.value] = window ?? [128, 256];
     this.centre = [0.5, 0.5];
-    this.draw();
+    this.sliders.level.dispatchEvent(new Event("input")); // draws the view; the page fetches its window
   }
 
   draw() {
-    const [zoom, width, level] = ["zoom", "window", "level"].map((name) => Number(this.sliders[name].value));
+    const zoom = Number(this.sliders.zoom.value);
+    const [level, width] = this.window;
     for (const [name, text] of [["zoom", `${zoom}×`], ["window", width], ["level", level]]) {
       document.getElementById(`${name}-value`).textContent = text;
     }
     this.canvas.classList.toggle("moving", zoom > 1);
     const ratio = globalThis.devicePixelRatio || 1;
     const size = [this.canvas.clientWidth * ratio, this.canvas.clientHeight * ratio].map(Math.round);
-    if (!this.bitmap || size[0] === 0 || size[1] === 0) return;
+    const bitmap = this.view?.bitmap;
+    if (!bitmap || size[0] === 0 || size[1] === 0) return;
     [this.canvas.width, this.canvas.height] = size;
     const context = this.canvas.getContext("2d", { willReadFrequently: true });
-    const scale = Math.min(size[0] / this.bitmap.width, size[1] / this.bitmap.height) * zoom;
-    this.drawnSize = [this.bitmap.width * scale, this.bitmap.height * scale];
+    const scale = Math.min(size[0] / bitmap.width, size[1] / bitmap.height) * zoom;
+    this.drawnSize = [bitmap.width * scale, bitmap.height * scale];
     const corner = [0, 1].map((axis) => {
       const fraction = size[axis] / this.drawnSize[axis]; // the fraction of the image that fits
       const half = Math.min(fraction / 2, 0.5);
@@ -47,8 +70,8 @@ export class Viewer {
       return size[axis] / 2 - this.centre[axis] * this.drawnSize[axis];
     });
     context.imageSmoothingQuality = "high";
-    context.drawImage(this.bitmap, ...corner, ...this.drawnSize);
-    if (width !== 256 || level !== 128) this.#window(context, size, width, level);
+    context.drawImage(bitmap, ...corner, ...this.drawnSize);
+    if (!this.view.range && (width !== 256 || level !== 128)) this.#window(context, size, width, level);
   }
 
   // Applies window and level: values below the window become black, values above it white.
