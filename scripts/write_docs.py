@@ -1,5 +1,5 @@
 """Writes what the docs take from elsewhere: the example and the GPU table of README.md, the GPU measurements of
-docs/speed.md and benchmarks/gpu.md, the commands of docs/which-gpu.md, the tables of docs/comparisons.md,
+docs/speed.md and benchmarks/gpu.md, the commands of docs/which-gpu.md, the tables of docs/demo.md,
 docs/results.md and docs/commands.md.
 
 PYTHONPATH=src python scripts/write_docs.py
@@ -98,7 +98,7 @@ def results() -> str:
 
 
 def demo_tables(page: str) -> str:
-    """docs/comparisons.md with the tables of the demo brought up to date."""
+    """docs/demo.md with the tables of the demo brought up to date."""
     for name in ("table", "reports"):
         source = f"benchmarks/demo/{name}.md"
         page = replace_between(page, source, (ROOT / source).read_text(encoding="utf-8"))
@@ -149,7 +149,7 @@ def main() -> None:
     page.write_text(readme(page.read_text(encoding="utf-8")), encoding="utf-8")
     page = ROOT / "docs" / "which-gpu.md"
     page.write_text(which_gpu(page.read_text(encoding="utf-8")), encoding="utf-8")
-    page = ROOT / "docs" / "comparisons.md"
+    page = ROOT / "docs" / "demo.md"
     page.write_text(demo_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
     (ROOT / "docs" / "commands.md").write_text(commands_page(), encoding="utf-8")
     (ROOT / "docs" / "results.md").write_text(results(), encoding="utf-8")

@@ -43,7 +43,7 @@ def test_every_method_has_a_learning_rate() -> None:
 
 
 TABLES_OF_PAGE = {  # page: the committed tables that it contains
-    "docs/comparisons.md": ["demo/table", "demo/reports"],
+    "docs/demo.md": ["demo/table", "demo/reports"],
     "docs/datasets.md": ["rows"],
     "docs/study.md": ["seeds"],
     "docs/method.md": ["quantised"],
@@ -76,6 +76,18 @@ def test_the_docs_have_the_committed_figures_of_bf16() -> None:
     for method in ("normtune ln", "peft LN_TUNING"):
         row = rows[method, 1e-4]
         assert f"{row['moved']:,} of {row['values']:,}" in page
+
+
+def test_the_page_of_other_tools_has_the_committed_figures_of_bf16() -> None:
+    page = (ROOT / "docs/compared.md").read_text(encoding="utf-8")
+    pairs: dict[tuple[str, str], list[str]] = {}
+    for row in read_record("bf16_norms.json")["rows"]:
+        stores = row.get("stores", "gain - 1" if row.get("method") == "gain - 1 in bf16" else "gain")
+        cells = pairs.setdefault((row.get("method") or row["language_model"], f"{stores}, {row['dtype'][6:]}"), [])
+        cells.append(f"{row['gains_moved']:,} of {row['gains']:,}")
+    for (_, stores), cells in pairs.items():
+        stores = stores.replace("float32", "fp32").replace("bfloat16", "bf16")
+        assert f"| {stores} | {' | '.join(cells)} |" in page
 
 
 @pytest.mark.parametrize("name", find_benchmarks())
