@@ -12,7 +12,7 @@ from transformers import Lfm2Config, Lfm2Model
 from normtune.errors import InputError
 from normtune.models.causal.attention import attention_windows
 from normtune.models.causal.recurrent import AnswerStates, RunTree, State, recurrent_kinds, run_passes, use_run_passes
-from normtune.models.causal.shared_prefix import RowLayout, dense_mask, shared_sequence
+from normtune.models.causal.shared_prefix import RowLayout, dense_mask, mask_tokens, shared_sequence
 from tests.models.causal.test_shared_prefix import conversation, example
 from tests.support.tolerance import assert_close, assert_gradients_close
 
@@ -80,7 +80,7 @@ def test_short_convolutions_equal_single_sequences() -> None:
     use_run_passes(model)
     groups, prefixes = (one + other for one, other in zip(example(), conversation(), strict=True))
     s = shared_sequence(groups, prefixes, 0)
-    mask = dense_mask(s.group_of, s.segment_of, s.segment_end)
+    mask = dense_mask(mask_tokens(s.group_of, s.segment_of, s.segment_end))
     masks = {
         "full_attention": torch.zeros_like(mask, dtype=torch.float64).masked_fill(~mask, -torch.inf),
         "conv": RunTree(run_passes(s)),

@@ -9,10 +9,13 @@ from normtune.data.groups import Group, Segment
 from normtune.models.causal.shared_prefix import (
     PAD,
     PREFIX,
+    MaskTokens,
     RowLayout,
+    SharedSequence,
     block_mask,
     dense_mask,
     image_blocks,
+    mask_tokens,
     shared_sequence,
 )
 
@@ -25,6 +28,10 @@ grouped = st.lists(
     min_size=1,
     max_size=4,
 )
+
+
+def tokens_of(s: SharedSequence) -> MaskTokens:
+    return mask_tokens(s.group_of, s.segment_of, s.segment_end, position_ids=s.position_ids)
 
 
 @given(grouped, st.sampled_from(["pad", "pack"]), st.sampled_from([1, 8]))
@@ -44,7 +51,7 @@ def test_each_label_is_predicted_by_the_token_before_it(
     assert sequence.segment_index.tolist() == [i for i, s in enumerate(flat) for _ in s.answer]
 
     # the row that predicts a label sees exactly the tokens that stand before it in a sequence of its own
-    mask = dense_mask(sequence.group_of, sequence.segment_of, sequence.segment_end)[:, 0]  # [B, S, S]
+    mask = dense_mask(tokens_of(sequence))[:, 0]  # [B, S, S]
     length = sequence.input_ids.shape[1]
     seen_labels: dict[int, int] = {}
     for at, label, index in zip(
@@ -95,7 +102,7 @@ def test_turns_continue_the_turns_before_them() -> None:
     assert s.labels.tolist() == [22, 13, 32, 15, 16]
     assert s.answer_rows.tolist() == [5, 3, 7, 11, 3]
     assert s.segment_index.tolist() == [0, 1, 2, 3, 4]
-    mask = dense_mask(s.group_of, s.segment_of, s.segment_end)[0, 0]
+    mask = dense_mask(tokens_of(s))[0, 0]
     assert mask[8].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 7, 8]  # the sibling turn is invisible
     assert mask[9].nonzero().flatten().tolist() == [0, 1, 2, 3, 9]
     assert [s.rows_of(i) for i in (0, 4)] == [(range(2), [2, 3, 4, 5, 6]), (range(2), [2, 3, 9])]
@@ -104,14 +111,14 @@ def test_turns_continue_the_turns_before_them() -> None:
 def test_packed_groups_do_not_see_each_other() -> None:
     groups, prefixes = example()
     sequence = shared_sequence(groups, prefixes, 0, rows="pack")
-    mask = dense_mask(sequence.group_of, sequence.segment_of, sequence.segment_end)[0, 0]
+    mask = dense_mask(tokens_of(sequence))[0, 0]
     assert not mask[7:, :7].any() and not mask[:7, 7:].any()
 
 
 def test_window_is_measured_in_positions() -> None:
     groups, prefixes = example()
     s = shared_sequence(groups, prefixes, 0)
-    mask = dense_mask(s.group_of, s.segment_of, s.segment_end, position_ids=s.position_ids, window=2)[0, 0]
+    mask = dense_mask(tokens_of(s), window=2)[0, 0]
     # token 22 (column 6, position 3) sees itself and 21; the prefix's last token is at distance 2
     assert mask[6].tolist() == [False] * 5 + [True, True]
     # token 21 at position 2 sees the prefix's last token, four columns away
@@ -122,7 +129,7 @@ def test_image_block_sees_itself_in_both_directions() -> None:
     ids = torch.tensor([[9, 7, 7, 5, 7, 4]])
     blocks = image_blocks(ids, 7)
     assert blocks.tolist() == [[-1, 0, 0, -1, 1, -1]]
-    mask = dense_mask(*3 * [torch.zeros_like(ids)], image_block=blocks)[0, 0]
+    mask = dense_mask(mask_tokens(*3 * [torch.zeros_like(ids)], image_block=blocks))[0, 0]
     assert mask[1, 2] and not mask[1, 4] and not mask[0, 1] and not mask[3, 4]
 
 
@@ -138,15 +145,15 @@ def test_block_mask_equals_dense_mask(rows: RowLayout, window: int | None) -> No
     groups, prefixes = (one + other for one, other in zip(example(), conversation(), strict=True))
     s = shared_sequence(groups, prefixes, 0, rows=rows, multiple_of=128)
     blocks = image_blocks(s.input_ids, 2)
-    arguments = {"image_block": blocks, "position_ids": s.position_ids, "window": window}
-    sparse = block_mask(s.group_of, s.segment_of, s.segment_end, **arguments)  # type: ignore[arg-type]
+    of_mask = tokens_of(s)._replace(block=blocks)
+    sparse = block_mask(of_mask, window)
     batch, length = s.input_ids.shape
     dense = create_mask(sparse.mask_mod, batch, 1, length, length, device="cpu")
-    assert torch.equal(dense, dense_mask(s.group_of, s.segment_of, s.segment_end, **arguments))  # type: ignore[arg-type]
+    assert torch.equal(dense, dense_mask(of_mask, window))
 
 
 def test_block_mask_wants_multiples_of_128() -> None:
     groups, prefixes = example()
     s = shared_sequence(groups, prefixes, 0)
     with pytest.raises(AssertionError, match="128"):
-        block_mask(s.group_of, s.segment_of, s.segment_end)
+        block_mask(tokens_of(s))

@@ -99,15 +99,13 @@ def _shared_cache_decoder(
     assert not any(segment.answer for segment in segments), "segments end where the model is to write"
     rows = [row for row, group in enumerate(groups) for _ in group.segments]  # each segment's row of the cache
     length = sequence.input_ids.shape[1]
-    columns = [[token % length for token in chain(*sequence.rows_of(segment))] for segment in range(len(rows))]
-    on_host = torch.zeros(len(rows), length, dtype=torch.bool)
-    for row_visible, segment_columns in zip(on_host, columns, strict=True):
-        row_visible[segment_columns] = True
-    visible = on_host.to(family.device, non_blocking=True)  # [segments, S]
+    last_columns = [sequence.runs[run].rows[-1] % length for run in sequence.last_runs]
     # [segments] long each; `last` is the column of a segment's last token, or the prefix's if the segment is empty
-    row, last = torch.tensor([rows, [segment_columns[-1] for segment_columns in columns]]).to(
-        family.device, non_blocking=True
-    )
+    row, last = torch.tensor([rows, last_columns]).to(family.device, non_blocking=True)
+    # [segments, S]: the columns of the runs that a segment's last run continues, and of that run
+    run_of, run_end = batch["segment_of"][row], batch["segment_end"][row]
+    last_run = run_of.gather(1, last[:, None])
+    visible = (run_of <= last_run) & (last_run <= run_end)
     rotary = batch["position_ids"]
     rotary = rotary if rotary.ndim == 2 else rotary[0]  # with M-RoPE, text has one position on all axes
     cache_argument = _cache_argument(family)

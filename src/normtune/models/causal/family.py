@@ -36,7 +36,14 @@ from normtune.models.causal.checkpoint_settings import active_settings, end_toke
 from normtune.models.causal.frozen_layers import causal_trunk
 from normtune.models.causal.prompts import ChatPrompt, PromptFormat, TokenIds
 from normtune.models.causal.recurrent import PASSES, RunTree, recurrent_kinds, run_passes, use_run_passes
-from normtune.models.causal.shared_prefix import RowLayout, SharedSequence, block_mask, dense_mask, shared_sequence
+from normtune.models.causal.shared_prefix import (
+    RowLayout,
+    SharedSequence,
+    block_mask,
+    dense_mask,
+    mask_tokens,
+    shared_sequence,
+)
 from normtune.models.causal.step_graph import StepGraph
 from normtune.models.family import Family
 from normtune.models.frozen_trunk import TRUNK_DEPTH, TRUNK_STATES, FrozenTrunk, skip_layers
@@ -112,8 +119,7 @@ class CausalFamily(Family):
     @property
     def head(self) -> Head:
         """The language model's head: hidden states [N, width] -> logits [N, vocabulary]."""
-        head: Head = self.model.lm_head
-        return head
+        return self.model.lm_head
 
     @property
     def image_end(self) -> tuple[str, str]:
@@ -146,11 +152,9 @@ class CausalFamily(Family):
 
     def image_text(self, pixels: Pixels) -> str:
         """The text that the processor writes for one image: its special tokens, one image token a feature."""
+        values = {name: value[None] for name, value in pixels.items()}
         # LLaVA's processor reads the size by NumPy, which has no bf16
-        values = {
-            name: value[None].float() if value.dtype == torch.bfloat16 else value[None]
-            for name, value in pixels.items()
-        }
+        values |= {name: value.float() for name, value in values.items() if value.dtype == torch.bfloat16}
         return self.processor.replace_image_token(values, 0)
 
     def image_inputs(self, images: Sequence[Pixels]) -> dict[str, Tensor]:
@@ -307,16 +311,14 @@ class CausalFamily(Family):
         if len(image_ids) == len(distinct):
             return None
         counts = self._image_tokens(distinct)
-        starts = [sum(counts[:i]) for i in range(len(counts))]
-        number = {id(image): i for i, image in enumerate(distinct)}
-        return torch.cat([torch.arange(counts[number[i]]) + starts[number[i]] for i in image_ids])
+        rows_of = dict(zip(map(id, distinct), torch.arange(sum(counts)).split(counts), strict=True))
+        return torch.cat([rows_of[image_id] for image_id in image_ids])
 
     # --- the forward pass -----------------------------------------------------------------------------------
 
     @property
     def vocabulary(self) -> int:
-        size: int = self.config.get_text_config().vocab_size
-        return size
+        return self.config.get_text_config().vocab_size
 
     def answer_states(self, batch: Batch) -> AnswerStates:
         """See `Family.answer_states`."""
@@ -345,21 +347,14 @@ class CausalFamily(Family):
 
     def _masks(self, batch: Batch, dtype: torch.dtype) -> Any:
         """The attention masks, as the decoder takes them for states of `dtype`."""
-        blocks = self.bidirectional_blocks(batch)
-        make_mask = block_mask if self._uses_block_masks(batch["input_ids"]) else dense_mask
-        masks: dict[str, Any] = {
-            kind: make_mask(
-                batch["group_of"],
-                batch["segment_of"],
-                batch["segment_end"],
-                image_block=blocks,
-                position_ids=batch["token_index"],  # windows count tokens, not rotary positions
-                window=window,
-                whole_blocks=self.whole_blocks,
-            )
-            for kind, window in self.windows.items()
-        }
-        masks = masks if make_mask is block_mask else additive_masks(masks, self.decoder, dtype)
+        tokens = mask_tokens(
+            *(batch[name] for name in ("group_of", "segment_of", "segment_end")),
+            image_block=self.bidirectional_blocks(batch),
+            position_ids=batch["token_index"],  # windows count tokens, not rotary positions
+        )
+        make: Any = block_mask if self._uses_block_masks(batch["input_ids"]) else dense_mask
+        masks = {kind: make(tokens, window, self.whole_blocks) for kind, window in self.windows.items()}
+        masks = masks if make is block_mask else additive_masks(masks, self.decoder, dtype)
         if self.recurrent:
             masks |= dict.fromkeys(self.recurrent, batch[PASSES])
         return mask_argument(masks)
@@ -375,9 +370,7 @@ class CausalFamily(Family):
         """
         images, rows = batch["images"], batch["feature_rows"]
         features = images if FEATURES in images else self.features(images)
-        if rows is None:
-            return features
-        return {name: values.index_select(0, rows) for name, values in features.items()}
+        return features if rows is None else {name: values.index_select(0, rows) for name, values in features.items()}
 
     # --- answers --------------------------------------------------------------------------------------------
 
@@ -394,10 +387,7 @@ class CausalFamily(Family):
 
 
 def flatten_features(features: Tensor | Sequence[Tensor]) -> Tensor:
-    """Join the features of images to [image tokens, width].
-
-    `features` is [tokens, width], [images, tokens, width], or one tensor an image, depending on the model.
-    """
+    """Join features, [tokens, width], [images, tokens, width] or one tensor an image, to [image tokens, width]."""
     whole = features if isinstance(features, Tensor) else torch.cat([*features])
     return whole.flatten(0, -2)
 

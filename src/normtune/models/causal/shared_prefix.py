@@ -271,21 +271,41 @@ def shared_sequence(
     )
 
 
-class _TokenInfo(NamedTuple):
-    """What decides visibility, for the tokens of one side (queries or keys); all tensors of one shape."""
+class MaskTokens(NamedTuple):
+    """What decides which tokens see each other; all tensors have one shape, [B, S] for whole rows."""
 
     group: Tensor
     segment: Tensor
     end: Tensor  # the last segment of the branch that begins with it
-    token_index: Tensor  # column in the row
-    block: Tensor | None  # image block, -1 outside images
+    column: Tensor  # in the row
+    block: Tensor | None
     position: Tensor | None
 
-    def select(self, index: Any) -> _TokenInfo:
-        return _TokenInfo(*(None if x is None else x[index] for x in self))  # type: ignore[arg-type]
+    def select(self, index: Any) -> MaskTokens:
+        return MaskTokens(*(None if x is None else x[index] for x in self))  # type: ignore[arg-type]
 
 
-def _visible(q: _TokenInfo, k: _TokenInfo, window: int | None, whole_blocks: bool) -> Tensor:
+def mask_tokens(
+    group_of: Tensor,
+    segment_of: Tensor,
+    segment_end: Tensor,
+    *,
+    image_block: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> MaskTokens:
+    """The tokens of a layout, for its masks.
+
+    Args:
+        group_of, segment_of, segment_end: [B, S], as in `SharedSequence`.
+        image_block: [B, S], the number of the image block of each token, -1 outside images; the tokens of
+            one block see each other in both directions (Gemma 3).
+        position_ids: [B, S]; needed with a window.
+    """
+    columns = torch.arange(group_of.shape[1], device=group_of.device).expand_as(group_of)
+    return MaskTokens(group_of, segment_of, segment_end, columns, image_block, position_ids)
+
+
+def _visible(q: MaskTokens, k: MaskTokens, window: int | None, whole_blocks: bool) -> Tensor:
     """Whether queries see keys, as bool of the broadcast shape of `q` and `k`.
 
     Dense masks call it with [B, S, 1] against [B, 1, S], FlexAttention with single tokens.
@@ -293,7 +313,7 @@ def _visible(q: _TokenInfo, k: _TokenInfo, window: int | None, whole_blocks: boo
     # same group, and the query's run is the key's or continues it
     related = (q.group == k.group) & (k.segment <= q.segment) & (q.segment <= k.end)
     # Columns of a run follow those of its parent, so causal order in the row is causal order in the conversation.
-    ordered = k.token_index <= q.token_index
+    ordered = k.column <= q.column
     near = None
     if window is not None:
         assert q.position is not None and k.position is not None, "a window is measured in positions"
@@ -305,54 +325,24 @@ def _visible(q: _TokenInfo, k: _TokenInfo, window: int | None, whole_blocks: boo
         near = near | same_block if near is not None and whole_blocks else near
     ordered = related & ordered if near is None else related & ordered & near
     # a padding token sees itself: a softmax over no keys is NaN
-    return ordered | (k.token_index == q.token_index)
+    return ordered | (k.column == q.column)
 
 
-def _token_info(
-    group_of: Tensor, segment_of: Tensor, segment_end: Tensor, image_block: Tensor | None, position_ids: Tensor | None
-) -> _TokenInfo:
-    token_index = torch.arange(group_of.shape[1], device=group_of.device).expand_as(group_of)  # [B, S]
-    return _TokenInfo(group_of, segment_of, segment_end, token_index, image_block, position_ids)
-
-
-def dense_mask(
-    group_of: Tensor,
-    segment_of: Tensor,
-    segment_end: Tensor,
-    *,
-    image_block: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    window: int | None = None,
-    whole_blocks: bool = False,
-) -> Tensor:
+def dense_mask(tokens: MaskTokens, window: int | None = None, whole_blocks: bool = False) -> Tensor:
     """The mask as bool [B, 1, S, S], true where the query (dim 2) sees the key (dim 3).
 
     Args:
-        group_of, segment_of, segment_end: [B, S], as in `SharedSequence`.
-        image_block: [B, S], the number of the image block of each token, -1 outside images; the tokens of
-            one block see each other in both directions (Gemma 3).
-        position_ids: [B, S]; needed with a window.
         window: a query at position p sees the positions above p - window. The window is measured in
             positions and not in columns, since a segment may be many columns away from its prefix.
         whole_blocks: the tokens of one block see each other past the window too (PaliGemma 2).
     """
-    tokens = _token_info(group_of, segment_of, segment_end, image_block, position_ids)
     every = slice(None)
     # [B, S, 1] and [B, 1, S] broadcast to [B, S, S]
     q, k = tokens.select((every, every, None)), tokens.select((every, None))
     return _visible(q, k, window, whole_blocks)[:, None]
 
 
-def block_mask(
-    group_of: Tensor,
-    segment_of: Tensor,
-    segment_end: Tensor,
-    *,
-    image_block: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    window: int | None = None,
-    whole_blocks: bool = False,
-) -> BlockMask:
+def block_mask(tokens: MaskTokens, window: int | None = None, whole_blocks: bool = False) -> BlockMask:
     """`dense_mask` as a FlexAttention BlockMask, which skips blocks of the mask that are empty (CUDA).
 
     S must be a multiple of 128 (`shared_sequence(..., multiple_of=128)`): otherwise FlexAttention would
@@ -360,15 +350,14 @@ def block_mask(
     """
     from torch.nn.attention.flex_attention import create_block_mask
 
-    batch, length = group_of.shape
+    batch, length = tokens.group.shape
     assert length % 128 == 0, f"block masks take lengths in multiples of 128, got {length}"
-    tokens = _token_info(group_of, segment_of, segment_end, image_block, position_ids)
 
     def mask_mod(b: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return _visible(tokens.select((b, q)), tokens.select((b, k)), window, whole_blocks)
 
     # None for the heads: one mask for all of them
-    return create_block_mask(mask_mod, batch, None, length, length, device=str(group_of.device))
+    return create_block_mask(mask_mod, batch, None, length, length, device=str(tokens.group.device))
 
 
 def image_blocks(input_ids: Tensor, image_token_id: int) -> Tensor:
