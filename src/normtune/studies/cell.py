@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -123,7 +124,7 @@ def _train_or_read(job: CellJob) -> dict[str, Any]:
         pairs_to_see = _pairs_within(job, config, 60 * budget["minutes"])
         epochs = pairs_to_see / pairs
     else:
-        epochs = budget.get("epochs") or budget.get("max_epochs") or budget["pairs"] / pairs
+        epochs = job.cell.passes or budget["pairs"] / pairs
     rates = set(job.cell.rates.values())
     config = config.model_copy(
         update={
@@ -134,7 +135,8 @@ def _train_or_read(job: CellJob) -> dict[str, Any]:
             "save_every": max(1, round(epochs * pairs / (config.batch * config.accumulate) / CHECKPOINTS)),
         }
     )
-    result = train(config, progress=_progress_writer(job))
+    progress_file = ProgressFile(job.directory / PROGRESS, "training")
+    result = train(config, progress=_after_steps(lambda state: progress_file(state.global_step, state.max_steps)))
     seconds = result.total_seconds or result.seconds
     write_json(
         adapter / "train_result.json",
@@ -177,14 +179,8 @@ def _evaluate_or_read(job: CellJob, evaluation: Evaluation, adapted: bool) -> di
         evaluate_config(config, progress=progress_file)
     scores = read_json(folder / "metrics.json")
     copied_fields = (
-        "rows",
-        "images",
-        "split_hash",
-        "metrics",
-        "normalisation",
-        "seconds",
-        "pairs_per_second",
-        "peak_memory_bytes",
+        *("rows", "images", "split_hash", "metrics", "normalisation"),
+        *("seconds", "pairs_per_second", "peak_memory_bytes"),
     )
     return {
         "dataset": evaluation.dataset,
@@ -210,15 +206,13 @@ class ProgressFile:
             write_json(self.path, {"what": self.activity, "done": done, "total": total})
 
 
-def _progress_writer(job: CellJob) -> Any:
-    """A Trainer callback that writes the progress."""
+def _after_steps(call: Callable[[Any], None]) -> Any:
+    """A Trainer callback that calls a function with the Trainer's state after every step."""
     from transformers import TrainerCallback
-
-    progress_file = ProgressFile(job.directory / PROGRESS, "training")
 
     class Steps(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            progress_file(state.global_step, state.max_steps)
+            call(state)
 
     return Steps()
 
@@ -229,24 +223,17 @@ def _pairs_within(job: CellJob, config: TrainConfig, seconds: float) -> int:
     It is measured once for each cell and stored, so that a resumed run trains on as many pairs as an
     uninterrupted one.
     """
-    from transformers import TrainerCallback
-
     from normtune.training.train import train
 
     path = job.directory / BUDGET
     if not path.is_file():
         times: list[float] = []
-
-        class Steps(TrainerCallback):
-            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                times.append(time.perf_counter())
-
         out = job.directory / "timing"
         shutil.rmtree(out, ignore_errors=True)  # of a run that was killed
         timed_config = config.model_copy(
             update={"out": out, "max_steps": TIMED_STEPS, "resume": False, "save_every": 1000}
         )
-        result = train(timed_config, progress=Steps())
+        result = train(timed_config, progress=_after_steps(lambda _: times.append(time.perf_counter())))
         shutil.rmtree(out, ignore_errors=True)
         step_seconds = (times[-1] - times[UNTIMED_STEPS - 1]) / (len(times) - UNTIMED_STEPS)
         speed = result.pairs / result.steps / step_seconds
@@ -278,10 +265,7 @@ def with_absolute_paths(cell: Cell) -> Cell:
 def failure_reason(out: Path, cell: Cell) -> str | None:
     """Why the cell failed on its last attempt; None if it did not."""
     path = cell_directory(out, cell) / ERROR
-    if not path.is_file():
-        return None
-    reason: str = read_json(path)["error"]
-    return reason
+    return read_json(path)["error"] if path.is_file() else None
 
 
 def _now() -> str:

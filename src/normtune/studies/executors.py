@@ -9,6 +9,7 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,11 @@ def on_ray() -> Executor:
         task = ray.remote(num_cpus=1, num_gpus=gpus, max_calls=1, max_retries=0)(_call_with_one_thread)
 
         def wait(running: list[Any]) -> list[Any]:
-            ready: list[Any] = ray.wait(running, num_returns=1, timeout=POLL_S)[0]
-            return ready
+            return ray.wait(running, num_returns=1, timeout=POLL_S)[0]
 
         def receive(reference: Any) -> CallResult:
             try:
-                result: CallResult = ray.get(reference)
-                return result
+                return ray.get(reference)
             except ray.exceptions.RayError as error:
                 return CallResult(error=f"its Ray task failed: {type(error).__name__}")
 
@@ -97,8 +96,7 @@ def on_slurm() -> Executor:
 
     def receive(submitted: Any) -> CallResult:
         try:
-            result: CallResult = submitted.result()
-            return result
+            return submitted.result()
         except Exception as error:
             return CallResult(error=f"its SLURM job {submitted.job_id} failed: {type(error).__name__}")
 
@@ -128,7 +126,7 @@ def _run_remotely(
     """
     waiting, running = iter(jobs), dict[Any, CellJob]()
     while True:
-        while len(running) < workers and (job := next(waiting, None)) is not None:
+        for job in islice(waiting, workers - len(running)):
             running[submit(job)] = job
         if not running:
             return

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,7 @@ class PairCounts:
     """
 
     study: Study
-
-    def __post_init__(self) -> None:
-        self._opened: dict[str, Dataset | None] = {}
+    _opened: dict[str, Dataset | None] = field(default_factory=dict)
 
     def training_pairs(self, cell: Cell) -> int | None:
         """The pairs that a cell trains on, exact up to the last step; the most for a plateau; 0 for the frozen base."""
@@ -37,12 +34,11 @@ class PairCounts:
             return int(cell.budget["pairs"])
         assert cell.trained_on is not None
         dataset = self._open(cell.trained_on)
-        passes = cell.budget.get("epochs") or cell.budget.get("max_epochs")
-        if dataset is None or passes is None:
+        if dataset is None or cell.passes is None:
             return None
         if folds := self.study.datasets[cell.trained_on].folds:  # one is the test split, and one validates
-            return round(passes * len(dataset.examples) * (folds - 2) / folds * cell.share)
-        return round(passes * len(cell.train.select(dataset.split(cell.train.split))))
+            return round(cell.passes * len(dataset.examples) * (folds - 2) / folds * cell.share)
+        return round(cell.passes * len(cell.train.select(dataset.split(cell.train.split))))
 
     def answered_pairs(self, cell: Cell) -> int | None:
         """The pairs that a cell answers in its evaluations."""
@@ -80,19 +76,16 @@ def list_cells(plan: Plan, sizes: PairCounts, out: Path) -> dict[str, Any]:
         for cell in plan.cells
     ]
     unfinished = [row for row in rows if row["state"] != "done"]
+    pairs, answers = (sum(row[column] or 0 for row in unfinished) for column in ("pairs", "answers"))
     return {
         "cells": rows,
         "waiting": plan.waiting,
         "searches": len(plan.searches),
         "to_run": len(unfinished),
-        "pairs": _sum(unfinished, "pairs"),
-        "answers": _sum(unfinished, "answers"),
+        "pairs": pairs,
+        "answers": answers,
         "unknown": sum(row["pairs"] is None or row["answers"] is None for row in unfinished),
     }
-
-
-def _sum(rows: Sequence[dict[str, Any]], column: str) -> int:
-    return sum(row[column] or 0 for row in rows)
 
 
 def format_listing(listing: dict[str, Any]) -> str:

@@ -6,17 +6,16 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from operator import itemgetter
 from statistics import mean
 from typing import Any
 
 from normtune.runtime.number_format import format_interval
 from normtune.runtime.text_table import markdown_table
-from normtune.studies.pooling import fold_note, group_runs
+from normtune.studies.pooling import Row, Tables, fold_note, group_by, group_runs
 from normtune.studies.spec import SEARCH, Study
 from normtune.studies.statistics import format_rates
 
-Row = dict[str, Any]
-Tables = Mapping[str, list[Row]]
 # The metrics of a score table with their headings, for each task.
 COLUMNS = {
     "vqa": {"closed_label": "closed", "open_exact": "open", "open_recall": "open recall", "global_exact": "global"},
@@ -50,17 +49,8 @@ def markdown(study: Study, tables: Tables) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-_LATEX_ESCAPES = {
-    "\\": r"\textbackslash{}",
-    "&": r"\&",
-    "%": r"\%",
-    "_": r"\_",
-    "#": r"\#",
-    "$": r"\$",
-    "{": r"\{",
-    "}": r"\}",
-}
-_LATEX_ESCAPES |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--"}
+_LATEX_ESCAPES = {character: rf"\{character}" for character in "&%_#${}"}
+_LATEX_ESCAPES |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--"}
 
 
 def latex(study: Study, tables: Tables) -> str:
@@ -106,11 +96,8 @@ def _format_note(tables: Tables) -> str:
 def _score_tables(grid: str, tasks: Mapping[str, str], images: Mapping[str, str], tables: Tables) -> Iterator[Table]:
     """A table for each model, training set, share and evaluated set; a row a recipe, the base first."""
     grid_rows = [row for row in tables["seeds"] if row["grid"] == grid]
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in grid_rows:
-        if row["trained_on"] is not None:
-            key = (row["model"], row["trained_on"], row["share"], row["dataset"], row["role"])
-            groups.setdefault(key, []).append(row)
+    trained_rows = [row for row in grid_rows if row["trained_on"] is not None]
+    groups = group_by(trained_rows, itemgetter("model", "trained_on", "share", "dataset", "role"))
     base_rows = [row for row in grid_rows if row["trained_on"] is None]
     # A table of the base only is left out if another table has the base together with trained recipes.
     trained_for = {(row["model"], row["dataset"]) for row in tables["seeds"] if row["trained_on"] is not None}
@@ -124,8 +111,7 @@ def _score_tables(grid: str, tasks: Mapping[str, str], images: Mapping[str, str]
         for row in (*base, *rows):
             lines.setdefault((row["recipe"], row["rate"]), {})[row["metric"]] = row
         metrics = [name for name in columns if any(name in line for line in lines.values())]
-        share_note = "" if share == 1 else f" ({100 * share:g}% of the images)"
-        trained = f"trained on {trained_on}{share_note}, " if trained_on else "not trained, "
+        trained = f"trained on {trained_on}{_share_note(share)}, " if trained_on else "not trained, "
         body = [
             [recipe, rate or "–", str(max(row["seeds"] for row in line.values()))]
             + [format_interval(line[name] | {"value": line[name]["mean"]}) if name in line else "–" for name in metrics]
@@ -137,6 +123,11 @@ def _score_tables(grid: str, tasks: Mapping[str, str], images: Mapping[str, str]
             body,
             2,
         )
+
+
+def _share_note(share: float) -> str:
+    """The share of the training images, for a caption; "" for all of them."""
+    return "" if share == 1 else f" ({100 * share:g}% of the images)"
 
 
 def _cost_tables(grid: str, tables: Tables) -> Iterator[Table]:
@@ -152,18 +143,11 @@ def _cost_tables(grid: str, tables: Tables) -> Iterator[Table]:
         costs = [
             cost for cost in _COSTS if any(cell.get(cost) is not None for cells in recipes.values() for cell in cells)
         ]
-        body = [
-            [
-                *(
-                    recipe,
-                    str(len(group_runs(cells))),
-                    f"{cells[0]['trainable']:,}",
-                    f"{100 * cells[0]['trainable_share']:.4f}",
-                ),
-                *(_COSTS[cost][1].format(_mean(cells, cost)) for cost in costs),
-            ]
-            for recipe, cells in recipes.items()
-        ]
+        body = []
+        for recipe, cells in recipes.items():
+            trained = f"{cells[0]['trainable']:,}", f"{100 * cells[0]['trainable_share']:.4f}"
+            means = (_COSTS[cost][1].format(_mean(cells, cost)) for cost in costs)
+            body.append([recipe, str(len(group_runs(cells))), *trained, *means])
         head = ["recipe", "seeds", "trainable", "%", *(_COSTS[cost][0] for cost in costs)]
         over = "seeds" if all(cell.get("fold") is None for cells in recipes.values() for cell in cells) else "all folds"
         yield Table(f"{grid}: {model} on {trained_on}, what training takes (means over {over})", head, body, 1)
@@ -188,36 +172,29 @@ def _mean(cells: Sequence[Row], column: str) -> float:
 
 def _test_tables(grid: str, tables: Tables) -> Iterator[Table]:
     """The differences of each recipe to the reference recipe, with p-values."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in tables["tests"]:
-        if row["grid"] == grid:
-            key = (row["model"], row["trained_on"], row["share"], row["dataset"], row["against"])
-            groups.setdefault(key, []).append(row)
+    grid_rows = [row for row in tables["tests"] if row["grid"] == grid]
+    groups = group_by(grid_rows, itemgetter("model", "trained_on", "share", "dataset", "against"))
     for (model, trained_on, share, dataset, against), rows in groups.items():
-        share_note = "" if share == 1 else f" ({100 * share:g}% of the images)"
-        body = [
-            [
-                *(row["recipe"], row["metric"], row.get("question") or "–"),
-                *(format_interval({**row, "value": row["difference"]}, sign="+"), f"{row['p_holm']:.4f}"),
-                *(
-                    "–" if row.get(name) is None else f"{100 * row[name]:.1f}"
-                    for name in ("smallest_difference", "margin")
-                ),
-                *(
-                    "–" if row.get(name) is None else "yes" if row[name] else "no"
-                    for name in ("equivalent", "no_worse")
-                ),
-                *(str(row["images"]), str(row["seeds"])),
-            ]
-            for row in rows
-        ]
+        body = []
+        for row in rows:
+            points = (row.get(name) for name in ("smallest_difference", "margin"))
+            answers = (row.get(name) for name in ("equivalent", "no_worse"))
+            body.append(
+                [
+                    *(row["recipe"], row["metric"], row.get("question") or "–"),
+                    *(format_interval({**row, "value": row["difference"]}, sign="+"), f"{row['p_holm']:.4f}"),
+                    *("–" if value is None else f"{100 * value:.1f}" for value in points),
+                    *("–" if answer is None else "yes" if answer else "no" for answer in answers),
+                    *(str(row["images"]), str(row["seeds"])),
+                ]
+            )
         head = ["recipe", "metric", "compares", "difference", "p (Holm)", "can show"]
         head += ["margin", "equivalent", "no worse", "images", "seeds"]
         if all(row.get("margin") is None for row in rows):
             head, body = [*head[:6], *head[9:]], [[*line[:6], *line[9:]] for line in body]
         caption = (
-            f"{grid}: {model}, trained on {trained_on}{share_note}, on {dataset}: difference to {against}, p corrected "
-            "over recipes (Holm); can show: the true difference that 80% of such comparisons find"
+            f"{grid}: {model}, trained on {trained_on}{_share_note(share)}, on {dataset}: difference to {against}, "
+            "p corrected over recipes (Holm); can show: the true difference that 80% of such comparisons find"
         )
         yield Table(caption, head, body, 3)
 
@@ -257,12 +234,8 @@ def _search_tables(tables: Tables) -> Iterator[Table]:
     }
     body = [
         [
-            cell["model"],
-            cell["trained_on"],
-            cell["recipe"],
-            f"{min(cell['rates'].values()):g}",
-            format_interval(scores[cell["key"]]),
-            str(scores[cell["key"]]["images"]),
+            *(cell["model"], cell["trained_on"], cell["recipe"], f"{min(cell['rates'].values()):g}"),
+            *(format_interval(scores[cell["key"]]), str(scores[cell["key"]]["images"])),
         ]
         for cell in sorted(tables["cells"], key=lambda cell: min(cell["rates"].values(), default=0.0))
         if SEARCH in cell["grids"] and cell["key"] in scores

@@ -87,6 +87,12 @@ class Cell:
     evaluations: tuple[Evaluation, ...]
     fold: int | None = None
 
+    @property
+    def passes(self) -> float | None:
+        """The passes over its training data, or the most for a plateau; None: its budget is in pairs or minutes."""
+        budget = self.budget or {}
+        return budget.get("epochs") or budget.get("max_epochs")
+
     def __str__(self) -> str:
         if self.train is None:
             return f"{self.model} {self.recipe}"
@@ -107,10 +113,6 @@ class RateSearch:
     The grids' cells that use the searched rate are planned when the search has finished.
     """
 
-    model: str
-    recipe: str
-    trained_on: str
-    budget: tuple[tuple[str, Any], ...]
     cells: tuple[Cell, ...]  # in ascending order of their rates
 
     @property
@@ -228,8 +230,7 @@ def _grid_rates(
         cells = [
             _training_cell(run, SEARCH, 100.0, options.seed, "given", {method: rate}, budget, None) for rate in rates
         ]
-        length = tuple(budget.model_dump(exclude_none=True).items())
-        search = RateSearch(run.model, run.recipe, run.data, length, tuple(cells))
+        search = RateSearch(tuple(cells))
         searches[search.id] = search
         yield "search", {method: search_rates[search.id]} if search.id in search_rates else None
 

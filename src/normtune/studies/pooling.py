@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from normtune.data.records import Example
 from normtune.evaluation.compare import compute_metrics, read_runs
 from normtune.metrics.sum_metrics import SumMetric, average_metric
 from normtune.metrics.table import metric_table, summarize_metrics
 
+T = TypeVar("T")
 Row = dict[str, Any]
 Tables = Mapping[str, list[Row]]
 EvaluationRows = tuple[dict[str, SumMetric], Sequence[Example]]  # metrics by name, and the evaluated examples
@@ -35,25 +37,18 @@ def pool_folds(tables: Tables, out: Path) -> Tables:
     Returns:
         The tables; `evaluations` has a column `layers`, see `Layers`.
     """
-    evaluations: dict[str, list[Row]] = {}
-    metrics: dict[tuple[str, str, str], list[Row]] = {}
-    for row in tables["evaluations"]:
-        evaluations.setdefault(row["key"], []).append(row)
-    for row in tables["metrics"]:
-        metrics.setdefault((row["key"], row["dataset"], row["role"]), []).append(row)
+    evaluations = group_by(tables["evaluations"], itemgetter("key"))
+    metrics = group_by(tables["metrics"], itemgetter("key", "dataset", "role"))
     pooled: dict[str, list[Row]] = {"cells": [], "evaluations": [], "metrics": []}
     for cells in group_runs(tables["cells"]):
         if any(cell["status"] != "done" for cell in cells):
             continue
         pooled["cells"].append(dict(cells[0]))
-        groups: dict[tuple[str, str], list[Row]] = {}
-        for row in (row for cell in cells for row in evaluations.get(cell["key"], ())):
-            groups.setdefault((row["dataset"], row["role"]), []).append(row)
-        for (dataset, role), rows in groups.items():
-            layers: dict[str, list[str]] = {}
-            for row in rows:  # the test rows of the data set trained on differ from fold to fold
-                layers.setdefault("" if role == "in" else row["key"], []).append(row["folder"])
-            row = rows[0] | {"layers": tuple(map(tuple, layers.values()))}
+        run_rows = [row for cell in cells for row in evaluations.get(cell["key"], ())]
+        for (dataset, role), rows in group_by(run_rows, itemgetter("dataset", "role")).items():
+            # the test rows of the data set trained on differ from fold to fold
+            layers = [rows] if role == "in" else group_by(rows, itemgetter("key")).values()
+            row = rows[0] | {"layers": tuple(tuple(row["folder"] for row in layer) for layer in layers)}
             pooled["evaluations"].append(row)
             if len(rows) == 1:
                 pooled["metrics"] += metrics.get((row["key"], dataset, role), ())
@@ -67,10 +62,15 @@ def pool_folds(tables: Tables, out: Path) -> Tables:
 
 def group_runs(cells: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
     """The rows of the table `cells` by run: the folds of a run together, any other cell alone."""
-    runs: dict[str, list[Mapping[str, Any]]] = {}
-    for cell in cells:
-        runs.setdefault(json.dumps([cell.get(name) for name in _RUN]), []).append(cell)
-    return list(runs.values())
+    return list(group_by(cells, lambda cell: json.dumps([cell.get(name) for name in _RUN])).values())
+
+
+def group_by(rows: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:
+    """The rows with the same key, in the order in which the keys first occur."""
+    groups: dict[Any, list[T]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
 
 
 def fold_note(cells: Sequence[Mapping[str, Any]]) -> str | None:

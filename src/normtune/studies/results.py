@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,10 @@ from normtune.runtime.files import atomic_write, read_json, write_json, write_te
 from normtune.studies.cell import RESULT, cell_directory, failure_reason, is_finished
 from normtune.studies.paper_tables import latex, markdown
 from normtune.studies.plan import Cell
-from normtune.studies.pooling import pool_folds
+from normtune.studies.pooling import Row, Tables, pool_folds
 from normtune.studies.run import current_plan
 from normtune.studies.spec import Study
 from normtune.studies.statistics import aggregate_seeds, paired_tests
-
-Row = dict[str, Any]
-Tables = dict[str, list[Row]]
 
 # table -> column -> SQLite type; JSON columns are text in the database
 SCHEMA: dict[str, dict[str, str]] = {
@@ -124,7 +121,7 @@ def tabulate(study: Study, out: Path) -> Tables:
     Raises:
         InputError: cells of one model have different bases.
     """
-    tables: Tables = {name: [] for name in SCHEMA}
+    tables: dict[str, list[Row]] = {name: [] for name in SCHEMA}
     for cell in current_plan(study, out).cells:
         _add_cell_rows(tables, cell, out)
     _check_bases(tables["cells"])
@@ -135,7 +132,7 @@ def tabulate(study: Study, out: Path) -> Tables:
     return tables
 
 
-def _add_cell_rows(tables: Tables, cell: Cell, out: Path) -> None:
+def _add_cell_rows(tables: dict[str, list[Row]], cell: Cell, out: Path) -> None:
     """Add the rows of one cell to the tables that are read from its files."""
     directory = cell_directory(out, cell)
     done = is_finished(out, cell)
@@ -232,17 +229,11 @@ def _forgetting_rows(tables: Tables) -> Iterator[Row]:
         cell = cells[row["key"]]
         base_value = base_values.get((cell["model"], row["dataset"], row["metric"]))
         if cell["trained_on"] is not None and base_value is not None:
-            yield {
-                "key": row["key"],
-                "dataset": row["dataset"],
-                "metric": row["metric"],
-                "base": base_value,
-                "tuned": row["value"],
-                "forgotten": base_value - row["value"],
-            }
+            lost = {"base": base_value, "tuned": row["value"], "forgotten": base_value - row["value"]}
+            yield {name: row[name] for name in ("key", "dataset", "metric")} | lost
 
 
-def _write_sqlite(path: Path, tables: Mapping[str, list[Row]]) -> None:
+def _write_sqlite(path: Path, tables: Tables) -> None:
     """Write the tables to a new database that replaces the file at `path`."""
     with atomic_write(path) as temporary:
         temporary.unlink(missing_ok=True)
@@ -250,15 +241,10 @@ def _write_sqlite(path: Path, tables: Mapping[str, list[Row]]) -> None:
         try:
             with connection:
                 for name, columns in SCHEMA.items():
-                    definitions = ", ".join(
-                        f'"{column}" {kind.replace("JSON", "TEXT")}' for column, kind in columns.items()
-                    )
-                    connection.execute(f'CREATE TABLE "{name}" ({definitions})')
-                    placeholders = ", ".join("?" * len(columns))
-                    connection.executemany(
-                        f'INSERT INTO "{name}" VALUES ({placeholders})',
-                        [[_to_sql(row[column], kind) for column, kind in columns.items()] for row in tables[name]],
-                    )
+                    definitions = (f'"{column}" {kind.replace("JSON", "TEXT")}' for column, kind in columns.items())
+                    connection.execute(f'CREATE TABLE "{name}" ({", ".join(definitions)})')
+                    values = [[_to_sql(row[column], kind) for column, kind in columns.items()] for row in tables[name]]
+                    connection.executemany(f'INSERT INTO "{name}" VALUES ({", ".join("?" * len(columns))})', values)
         finally:
             connection.close()
 

@@ -48,12 +48,10 @@ from normtune.data.records import Example
 from normtune.evaluation.recipe_differences import Group, compare_metric, correct_p_values
 from normtune.metrics.statistics import Interval, recipe_mean
 from normtune.metrics.sum_metrics import highest_score
-from normtune.studies.pooling import EvaluationRows, Layers, read_layers
+from normtune.studies.pooling import EvaluationRows, Layers, Row, Tables, read_layers
 from normtune.studies.recipe_names import FROZEN
 from normtune.studies.spec import SEARCH, Study
 
-Row = dict[str, Any]
-Tables = Mapping[str, list[Row]]
 # The metrics that are tested if the study's file lists none.
 TESTED = ("closed_label", "open_exact", "global_exact", "bleu_4/none", "rouge_l/none", "cider_d/none")
 # The reference recipe if the study's file names none: the first of these that a grid has.
@@ -69,14 +67,10 @@ def aggregate_seeds(tables: Tables) -> list[Row]:
     """Mean, 95% interval and range of each metric over cells that differ only in their seed."""
     cells = {cell["key"]: cell for cell in tables["cells"]}
     groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in tables["metrics"]:
-        cell = cells[row["key"]]
-        for grid in cell["grids"]:
-            if grid == SEARCH or row["role"] == "validate":
-                continue
-            group = (grid, *(cell[name] for name in ("model", "trained_on", "share", "recipe")))
-            measured = (format_rates(cell["rates"]), row["dataset"], row["role"], row["metric"])
-            groups.setdefault((*group, *measured), []).append(row)
+    for grid, cell, row in _grid_rows(cells, tables["metrics"]):
+        group = (grid, *(cell[name] for name in ("model", "trained_on", "share", "recipe")))
+        measured = (format_rates(cell["rates"]), row["dataset"], row["role"], row["metric"])
+        groups.setdefault((*group, *measured), []).append(row)
     names = ("grid", "model", "trained_on", "share", "recipe", "rate", "dataset", "role", "metric")
     aggregated = []
     for group, rows in groups.items():
@@ -99,6 +93,14 @@ def aggregate_seeds(tables: Tables) -> list[Row]:
     return aggregated
 
 
+def _grid_rows(cells: Mapping[str, Row], rows: Sequence[Row]) -> Iterator[tuple[str, Row, Row]]:
+    """(grid, cell, row) for every grid of the cell of a row, without the trials of learning rates."""
+    for row in rows:
+        for grid in cells[row["key"]]["grids"]:
+            if grid != SEARCH and row["role"] != "validate":
+                yield grid, cells[row["key"]], row
+
+
 def paired_tests(study: Study, tables: Tables, out: Path) -> list[Row]:
     """Test every recipe against the reference recipe of its grid, on the same rows.
 
@@ -111,17 +113,13 @@ def paired_tests(study: Study, tables: Tables, out: Path) -> list[Row]:
     cells = {cell["key"]: cell for cell in tables["cells"]}
     groups: dict[tuple[Any, ...], dict[str, dict[int | None, list[Layers]]]] = {}
     frozen: dict[tuple[str, str, str], Layers] = {}
-    for row in tables["evaluations"]:
-        cell = cells[row["key"]]
-        for grid in cell["grids"]:
-            if grid == SEARCH or row["role"] == "validate":
-                continue
-            if cell["trained_on"] is None:
-                frozen[grid, cell["model"], row["dataset"]] = row["layers"]
-                continue
-            group = (grid, cell["model"], cell["trained_on"], cell["share"], row["dataset"], row["role"])
-            runs = groups.setdefault(group, {}).setdefault(cell["recipe"], {})
-            runs.setdefault(cell["seed"], []).append(row["layers"])
+    for grid, cell, row in _grid_rows(cells, tables["evaluations"]):
+        if cell["trained_on"] is None:
+            frozen[grid, cell["model"], row["dataset"]] = row["layers"]
+            continue
+        group = (grid, cell["model"], cell["trained_on"], cell["share"], row["dataset"], row["role"])
+        runs = groups.setdefault(group, {}).setdefault(cell["recipe"], {})
+        runs.setdefault(cell["seed"], []).append(row["layers"])
     reader = _EvaluationReader(out, study.compare.metrics or TESTED)
     tests: list[Row] = []
     for group, recipes in groups.items():

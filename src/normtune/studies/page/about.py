@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from operator import itemgetter
 from pathlib import Path
 
 from normtune.adapters.info import NOTICE
@@ -11,6 +12,7 @@ from normtune.runtime.files import read_json
 from normtune.runtime.number_format import format_bytes, format_duration, join_names
 from normtune.studies.page.results import Record, Results, counted, distinct_values
 from normtune.studies.page.tables import Cell, Table, text_cells
+from normtune.studies.pooling import group_by
 
 MIN_IMAGES = 20  # below this, a warning
 RECOMMENDED_SEEDS = 5
@@ -74,14 +76,9 @@ def facts(study: Results) -> list[tuple[str, str]]:
 
 def _merge_column(cells: Iterable[Record], column: str) -> Iterator[tuple[str, str]]:
     """Each key of a JSON column with all of its values over the cells."""
-    values_of: dict[str, dict[str, None]] = {}
-    for cell in cells:
-        value = cell.get(column)
-        if isinstance(value, Mapping):
-            for name, entry in value.items():
-                values_of.setdefault(name, {})[str(entry)] = None
-    for name, values in values_of.items():
-        yield name, join_names(list(values))
+    entries = [entry for cell in cells if isinstance(cell.get(column), Mapping) for entry in cell[column].items()]
+    for name, same in group_by(entries, itemgetter(0)).items():
+        yield name, join_names(list(dict.fromkeys(str(value) for _, value in same)))
 
 
 def _format_machines(cells: Iterable[Record]) -> list[str]:
@@ -107,11 +104,8 @@ def _format_machines(cells: Iterable[Record]) -> list[str]:
 
 def _format_bases(cells: Iterable[Record]) -> list[str]:
     """Each model with the first digits of its base's fingerprint."""
-    return list(
-        dict.fromkeys(
-            f"{cell['model']} {str(cell['base_fingerprint'])[:12]}" for cell in cells if cell.get("base_fingerprint")
-        )
-    )
+    trained = [cell for cell in cells if cell.get("base_fingerprint")]
+    return list(dict.fromkeys(f"{cell['model']} {str(cell['base_fingerprint'])[:12]}" for cell in trained))
 
 
 def datasets_table(study: Results, folder: Path) -> Table | None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import chain, groupby
+from operator import itemgetter
+from statistics import fmean
 
 from normtune.runtime.number_format import format_share, format_significant, format_tick
 from normtune.studies.page import charts
@@ -11,6 +14,7 @@ from normtune.studies.page.charts import Point, Series
 from normtune.studies.page.drawing import Axis, Style
 from normtune.studies.page.figures import Panel, base_level, format_interval, percent_tick, score_axis
 from normtune.studies.page.results import Arm, Estimate, Record, Results, Setting, counted
+from normtune.studies.pooling import group_by
 from normtune.studies.spec import SEARCH
 
 BINS = 60  # largest number of points of a loss curve
@@ -18,9 +22,7 @@ BINS = 60  # largest number of points of a loss curve
 
 def learning_curves(results: Results, setting: Setting) -> Iterator[Panel]:
     """The score and the loss on the validation split over the passes: means over seeds."""
-    curves: dict[str, list[Record]] = {}
-    for row in results.tables["curves"]:
-        curves.setdefault(row["key"], []).append(row)
+    curves = group_by(results.tables["curves"], itemgetter("key"))
     arms = [arm for arm in results.full_data_arms(setting) if any(cell["key"] in curves for cell in arm.cells)]
     if not arms:
         return
@@ -32,12 +34,10 @@ def learning_curves(results: Results, setting: Setting) -> Iterator[Panel]:
         lines, table = [], []
         for arm in arms:
             runs = [curves[cell["key"]] for cell in arm.cells if cell["key"] in curves]
-            steps: dict[int, list[Record]] = {}
-            for row in sorted((row for run in runs for row in run), key=lambda row: row["step"]):
-                steps.setdefault(row["step"], []).append(row)
             points = []
-            for rows in steps.values():
-                passes, value = (math.fsum(row[name] for row in rows) / len(rows) for name in ("passes", column))
+            for _, group in groupby(sorted(chain(*runs), key=itemgetter("step")), itemgetter("step")):
+                rows = list(group)
+                passes, value = (fmean(row[name] for row in rows) for name in ("passes", column))
                 tooltip = f"{arm.name}, pass {passes:.3g}: {y.format_tick(round(value, 3))}, {counted(len(rows), noun)}"
                 points.append(
                     Point(passes, value, value, value, tooltip, "solid" if len(rows) == len(runs) else "hollow")
@@ -60,9 +60,8 @@ def learning_curves(results: Results, setting: Setting) -> Iterator[Panel]:
 
 def loss_curves(results: Results, setting: Setting) -> Iterator[Panel]:
     """The training loss over the steps: means over bins of steps and over seeds."""
-    losses: dict[str, list[tuple[int, float]]] = {}
-    for row in results.tables["losses"]:
-        losses.setdefault(row["key"], []).append((int(row["step"]), float(row["loss"])))
+    rows_of = group_by(results.tables["losses"], itemgetter("key"))
+    losses = {key: [(int(row["step"]), float(row["loss"])) for row in rows] for key, rows in rows_of.items()}
     lines, table, arms = [], [], []
     for arm in results.full_data_arms(setting):
         means = binned_means([losses[cell["key"]] for cell in arm.cells if cell["key"] in losses])
@@ -191,12 +190,8 @@ def binned_means(runs: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[floa
         (step, loss) of at most `BINS` bins of equal width.
     """
     last = max((step for run in runs for step, _ in run), default=0)
-    bins: dict[int, list[tuple[int, float]]] = {}
-    for run in runs:
-        for step, loss in run:
-            if math.isfinite(loss):
-                bins.setdefault(min(BINS - 1, step * BINS // max(1, last)), []).append((step, loss))
+    finite = [(step, loss) for run in runs for step, loss in run if math.isfinite(loss)]
+    bins = group_by(finite, lambda point: min(BINS - 1, point[0] * BINS // max(1, last)))
     return [
-        (math.fsum(step for step, _ in bin_) / len(bin_), math.fsum(loss for _, loss in bin_) / len(bin_))
-        for _, bin_ in sorted(bins.items())
+        (fmean(step for step, _ in points), fmean(loss for _, loss in points)) for _, points in sorted(bins.items())
     ]

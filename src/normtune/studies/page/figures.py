@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from statistics import fmean
 
 from markupsafe import Markup
 
@@ -271,10 +272,12 @@ def forgetting_estimate(results: Results, arm: Arm, dataset: str) -> Estimate | 
     for row in results.tables["forgetting"]:
         if row["key"] in keys and row["dataset"] == dataset and row["metric"] == metric:
             by_seed.setdefault(keys[row["key"]], []).append(float(row["forgotten"]))
-    values = [math.fsum(of_folds) / len(of_folds) for of_folds in by_seed.values()]
+    values = [fmean(of_folds) for of_folds in by_seed.values()]
+    if not values:
+        return None
     if len(values) < MIN_SEEDS:  # an interval over two seeds would span the whole scale
-        mean = math.fsum(values) / len(values) if values else 0.0
-        return Estimate(mean, mean, mean, len(values)) if values else None
+        mean = fmean(values)
+        return Estimate(mean, mean, mean, len(values))
     interval = mean_over_seeds(values)
     return Estimate(interval.value, interval.low, interval.high, len(values))
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
+from statistics import fmean
 
 from normtune.runtime.number_format import format_significant
 from normtune.studies.page import charts
 from normtune.studies.page.figures import Panel
 from normtune.studies.page.results import Arm, Record, Results, Setting
+from normtune.studies.pooling import group_by
 
 OUTSIDE_LAYERS = "other"  # the column of norms that are not in a layer
 _IN_LAYER = re.compile(r"\.(\d+)\.(.+)$")
@@ -35,14 +36,10 @@ def norm_changes(results: Results, arm: Arm, kind: str) -> dict[tuple[str, str],
         kind: "gain": the norm of the change divided by the norm of the start; "bias": the root mean square of
             the change.
     """
-    keys = {cell["key"] for cell in arm.cells}
-    values_of: dict[tuple[str, str], list[float]] = {}
-    for row in results.tables["norms"]:
-        if row["key"] in keys and row["kind"] == kind:
-            value = row["relative"] if kind == "gain" else row["rms"]
-            if value is not None:
-                values_of.setdefault(map_cell(row), []).append(float(value))
-    return {cell: math.fsum(values) / len(values) for cell, values in values_of.items()}
+    keys, column = {cell["key"] for cell in arm.cells}, "relative" if kind == "gain" else "rms"
+    rows = [row for row in results.tables["norms"] if row["key"] in keys and row["kind"] == kind]
+    rows_of = group_by((row for row in rows if row[column] is not None), map_cell)
+    return {cell: fmean(float(row[column]) for row in of_cell) for cell, of_cell in rows_of.items()}
 
 
 def map_cell(row: Record) -> tuple[str, str]:

@@ -5,13 +5,15 @@ A setting is a grid, a model and its training data. An arm is the runs of one re
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
+from statistics import fmean
 from typing import Any
 
 from normtune.runtime.number_format import format_share
 from normtune.studies.page.palette import parts_of, recipe_family
+from normtune.studies.pooling import group_by
 from normtune.studies.recipe_names import FROZEN
 from normtune.studies.spec import SEARCH
 from normtune.studies.statistics import format_rates
@@ -131,7 +133,7 @@ class Arm:
     def mean(self, column: str) -> float | None:
         """The mean of a column of `cells` over the seeds; None if no cell has a value."""
         values = [float(cell[column]) for cell in self.cells if cell.get(column) is not None]
-        return math.fsum(values) / len(values) if values else None
+        return fmean(values) if values else None
 
 
 class Results:
@@ -148,22 +150,16 @@ class Results:
         self.cells = self.tables["cells"]
         self.finished = {cell["key"]: cell for cell in self.cells if cell.get("status", "done") == "done"}
         self._arms: dict[Setting, list[Arm]] = {}
-        self._seeds: dict[tuple[Any, ...], list[Record]] = {}
-        for row in self.tables["seeds"]:
-            self._seeds.setdefault(_seed_key(row), []).append(row)
+        self._seeds = group_by(self.tables["seeds"], _seed_key)
         self._tests = {_seed_key(row): row for row in self.tables["tests"]}
         self.tasks = {row["dataset"]: row["task"] for row in self.tables["evaluations"]}
         self.images = {row["dataset"]: row["images"] for row in self.tables["evaluations"] if row["role"] != "validate"}
         # a row of `evaluations` has the images of one fold, a row of `seeds` those of all folds
         self.images |= {row["dataset"]: row["images"] for row in self.tables["seeds"] if self.has_folds(row["dataset"])}
-        self.metrics_of: dict[str, list[str]] = {}
-        self._metrics: dict[tuple[str, str], list[Record]] = {}
-        for row in self.tables["metrics"]:
-            names = self.metrics_of.setdefault(row["dataset"], [])
-            if row["metric"] not in names:
-                names.append(row["metric"])
-            if row.get("role") != "validate":
-                self._metrics.setdefault((row["dataset"], row["metric"]), []).append(row)
+        rows_of = group_by(self.tables["metrics"], itemgetter("dataset"))
+        self.metrics_of = {name: distinct_values(rows, "metric") for name, rows in rows_of.items()}
+        tested = [row for row in self.tables["metrics"] if row.get("role") != "validate"]
+        self._metrics = group_by(tested, itemgetter("dataset", "metric"))
 
     def has_folds(self, dataset: str) -> bool:
         """Whether the study divides a data set into folds."""
@@ -193,17 +189,19 @@ class Results:
         return self._arms[setting]
 
     def _group_arms(self, setting: Setting) -> list[Arm]:
-        groups: dict[tuple[float, str], dict[str, list[Record]]] = {}
-        for cell in self.finished.values():
-            in_grid = setting.grid in (cell.get("grids") or ()) and cell["model"] == setting.model
-            if in_grid and cell.get("trained_on") == setting.trained_on:
-                by_rate = groups.setdefault((float(cell.get("share") or 1), cell["recipe"]), {})
-                by_rate.setdefault(format_rates(cell.get("rates") or {}), []).append(cell)
-        arms = [
-            Arm(setting, share, recipe, rate if len(by_rate) > 1 else None, tuple(cells))
-            for (share, recipe), by_rate in groups.items()
-            for rate, cells in by_rate.items()
+        same = [
+            cell
+            for cell in self.finished.values()
+            if setting.grid in (cell.get("grids") or ())
+            and (cell["model"], cell.get("trained_on")) == (setting.model, setting.trained_on)
         ]
+        arms = []
+        for (share, recipe), cells in group_by(same, lambda c: (float(c.get("share") or 1), c["recipe"])).items():
+            by_rate = group_by(cells, lambda cell: format_rates(cell.get("rates") or {}))
+            arms += [
+                Arm(setting, share, recipe, rate if len(by_rate) > 1 else None, tuple(of_rate))
+                for rate, of_rate in by_rate.items()
+            ]
         order = self.recipe_order()
         return sorted(arms, key=lambda arm: (-arm.share, _index(order, arm.recipe)))
 
@@ -276,8 +274,7 @@ class Results:
         for row in self.tables["tests"]:
             if (row["grid"], row["model"], row["trained_on"]) == key:
                 return str(row["against"])
-        recipe: str | None = (self.spec.get("compare") or {}).get("against")
-        return recipe
+        return (self.spec.get("compare") or {}).get("against")
 
     def test_of_arm(self, arm: Arm, dataset: str, metric: str) -> Record | None:
         """The paired test of an arm against the reference; None for a recipe at several rates."""
@@ -297,11 +294,8 @@ class Results:
     def datasets(self, setting: Setting, role: str) -> list[str]:
         """The data sets on which a setting's runs were evaluated in the given role."""
         keys = {cell["key"] for arm in self.arms(setting) for cell in arm.cells}
-        return list(
-            dict.fromkeys(
-                row["dataset"] for row in self.tables["evaluations"] if row["key"] in keys and row["role"] == role
-            )
-        )
+        rows = [row for row in self.tables["evaluations"] if row["key"] in keys and row["role"] == role]
+        return distinct_values(rows, "dataset")
 
     def primary_metric(self, dataset: str) -> str:
         """The metric to show if there is room for only one."""
@@ -347,22 +341,15 @@ def is_fraction(metric: str) -> bool:
     return not metric.startswith("cider")
 
 
-def distinct_values(rows: Iterable[Record], column: str) -> list[Any]:
+def distinct_values(rows: Iterable[Record], column: str) -> list[str]:
     """The different values of a column as text, in order of appearance."""
     return list(dict.fromkeys(str(row[column]) for row in rows if row.get(column) not in (None, "")))
 
 
 def _seed_key(row: Record) -> tuple[Any, ...]:
     """What identifies a row of `seeds` or `tests`, except for the learning rate."""
-    return (
-        row["grid"],
-        row["model"],
-        row["trained_on"],
-        _rounded(row.get("share") or 1),
-        row["recipe"],
-        row["dataset"],
-        row["metric"],
-    )
+    run = row["grid"], row["model"], row["trained_on"], _rounded(row.get("share") or 1)
+    return (*run, row["recipe"], row["dataset"], row["metric"])
 
 
 def _rounded(share: float) -> float:

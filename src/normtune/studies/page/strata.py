@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 
 from normtune.metrics.strata import STRATUM_FIELDS
 from normtune.runtime.files import read_json
@@ -69,9 +69,7 @@ def _read_strata(results: Results, folder: Path, keys: set[str], dataset: str) -
 def _mean_cell(metric: str, scores: list[Record]) -> Cell:
     """The mean of some runs' scores of a stratum, and of the ends of their intervals."""
     value, low, high = (
-        math.fsum(score[end] for score in scores) / len(scores)
-        if all(score[end] is not None for score in scores)
-        else None
+        fmean(score[end] for score in scores) if all(score[end] is not None for score in scores) else None
         for end in ("value", "low", "high")
     )
     ends = "" if low is None else f"{format_score(metric, low)} to {format_score(metric, high)}"

@@ -29,12 +29,11 @@ from normtune.studies.page.results import (
     is_significant,
     metric_name,
 )
+from normtune.studies.pooling import group_by
 from normtune.studies.recipe_names import FROZEN
 
-MARKS = {
-    True: ("▲", "▼"),
-    False: ("△", "▽"),
-}  # of scores above and below the reference: of recipes, and of trained models only
+# Marks of scores above and below the reference: whether recipes are compared, or their trained models only -> marks.
+MARKS = {True: ("▲", "▼"), False: ("△", "▽")}
 _OPTIONS = re.compile(r"\([^)]*\)")  # of a method, such as (r=4,alpha=32)
 Column = tuple[str, str]  # data set, metric
 
@@ -213,10 +212,8 @@ def _score_cell(metric: str, score: Estimate | None, best: bool, test: Record | 
 
 def describe_parts(parts: Mapping[str, str]) -> str:
     """What a recipe trains, without options: `ln` if it is the same in all parts, else `ln: encoder, decoder`."""
-    parts_of: dict[str, list[str]] = {}
-    for part, text in parts.items():
-        if text not in ("", FROZEN):
-            parts_of.setdefault(_OPTIONS.sub("", text), []).append(part)
+    trained_parts = [part for part, text in parts.items() if text not in ("", FROZEN)]
+    parts_of = group_by(trained_parts, lambda part: _OPTIONS.sub("", parts[part]))
     if len(parts_of) == 1 and len(*parts_of.values()) == len(parts):
         return next(iter(parts_of))
     return "; ".join(f"{methods}: {', '.join(trained)}" for methods, trained in parts_of.items()) or "nothing"
