@@ -7,9 +7,9 @@ PYTHONPATH=src python scripts/write_docs.py
 
 from __future__ import annotations
 
-import json
 import re
 import sys
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from typing import Any
 import typer.main
 
 from normtune.cli import app
+from normtune.runtime.files import read_json, write_text
+from normtune.runtime.text_table import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
@@ -43,18 +45,18 @@ FITS = (
 def gpu_table(record: dict[str, Any]) -> str:
     """The smallest common GPU for each model and its options, by the peak memory of a training step."""
     figures = {row["part"]: row.get("figures", {}) for row in record["rows"]}
-    lines = [
-        f"Peak memory of a bf16 training step with 2 images and 11 questions of each, and its speed, measured on one "
-        f"{record['machine']['accelerator']}:\n",
-        "| GPU | model | recipe and options | peak GiB | pairs/s |",
-        "|--:|---|---|--:|--:|",
-    ]
+    rows = []
     for part, name, model, options in FITS:
         figure = figures[part][name]
         peak = figure["peak_mib"] / 1024
         size = next(size for size in GPU_SIZES if plans.usable_bytes(size) / 2**30 >= peak)
-        lines.append(f"| {size} GB | {model} | {options} | {peak:.1f} | {figure['pairs_per_s']:.0f} |")
-    return "\n".join(lines) + "\n"
+        rows.append([f"{size} GB", model, options, f"{peak:.1f}", f"{figure['pairs_per_s']:.0f}"])
+    lines = markdown_table(("GPU", "model", "recipe and options", "peak GiB", "pairs/s"), rows, "rllr")
+    about = (
+        f"Peak memory of a bf16 training step with 2 images and 11 questions of each, and its speed, measured on one "
+        f"{record['machine']['accelerator']}:\n"
+    )
+    return "\n".join([about, *lines]) + "\n"
 
 
 def replace_between(page: str, source: str, text: str) -> str:
@@ -68,32 +70,33 @@ def replace_between(page: str, source: str, text: str) -> str:
 def readme(page: str) -> str:
     """README.md with its example and its table brought up to date."""
     example = (ROOT / "examples" / "quick_start.py").read_text(encoding="utf-8")
-    record = json.loads(GPU_RECORD.read_text(encoding="utf-8"))
     page = replace_between(page, "examples/quick_start.py", f"```python\n{example}```\n")
-    return replace_between(page, "benchmarks/gpu.json", gpu_table(record))
+    return replace_between(page, "benchmarks/gpu.json", gpu_table(read_json(GPU_RECORD)))
 
 
 def which_gpu(page: str) -> str:
     """docs/which-gpu.md with its commands and tables brought up to date."""
-    rows, gpu = (json.loads(path.read_text(encoding="utf-8")) for path in (PLANS, GPU_RECORD))
-    return replace_between(page, "benchmarks/which_gpu.json", plans.page(rows["rows"], gpu))
+    return replace_between(
+        page, "benchmarks/which_gpu.json", plans.page(read_json(PLANS)["rows"], read_json(GPU_RECORD))
+    )
 
 
-def measurements(record: dict[str, Any]) -> str:
-    """The lines of docs/speed.md that a record determines: when, on what, and the table of all measurements."""
+def speed(page: str) -> str:
+    """docs/speed.md with its GPU measurements brought up to date: when, on what, and the table of all of them."""
+    record = read_json(GPU_RECORD)
     day = date.fromisoformat(record["date"])
     versions = record["versions"]
     about = (
         f"Measured on {day:%d %B %Y} on one {record['machine']['accelerator']} with torch {versions['torch']}, "
         f"transformers {versions['transformers']} and PEFT {versions['peft']}:\n\n"
     )
-    return about + table(record["rows"], record["tiny"])
+    return replace_between(page, "benchmarks/gpu.json", about + table(record["rows"], record["tiny"]))
 
 
 def results() -> str:
     """docs/results.md, from the study's results and the question-only baseline."""
-    study = json.loads((ROOT / "docs" / "results" / "real-nano" / "results.json").read_text(encoding="utf-8"))
-    baseline = json.loads((ROOT / "benchmarks" / "question_only.json").read_text(encoding="utf-8"))
+    study = read_json(ROOT / "docs" / "results" / "real-nano" / "results.json")
+    baseline = read_json(ROOT / "benchmarks" / "question_only.json")
     return results_page.page(study, {row["dataset"]: row["metrics"] for row in baseline["rows"]})
 
 
@@ -121,11 +124,11 @@ def commands_page() -> str:
         parts.append(f"## normtune {name}\n\n{help_text.strip()}\n")
         rows = [_row(parameter) for parameter in command.params if parameter.name != "help"]
         if rows:
-            parts.append("\n".join(["| option | default | meaning |", "|---|---|---|", *rows]) + "\n")
+            parts.append("\n".join(markdown_table(("option", "default", "meaning"), rows, "l")) + "\n")
     return "\n".join(parts)
 
 
-def _row(parameter: Any) -> str:
+def _row(parameter: Any) -> tuple[str, str, str]:
     is_option = parameter.param_type_name == "option"
     flags = " / ".join([*parameter.opts, *parameter.secondary_opts]) if is_option else parameter.name.upper()
     default = parameter.default
@@ -135,24 +138,25 @@ def _row(parameter: Any) -> str:
         default_text = ""
     else:
         default_text = f"`{'on' if default is True else default}`"
-    text = (parameter.help or "").replace("|", "\\|").replace("<", "&lt;")
-    return f"| `{flags}` | {default_text} | {text} |"
+    return f"`{flags}`", default_text, (parameter.help or "").replace("<", "&lt;")
+
+
+# page -> a function of its present text that returns its new text
+PAGES: dict[str, Callable[[str], str]] = {
+    "README.md": readme,
+    "docs/speed.md": speed,
+    "docs/which-gpu.md": which_gpu,
+    "docs/demo.md": demo_tables,
+    "docs/commands.md": lambda page: commands_page(),
+    "docs/results.md": lambda page: results(),
+}
 
 
 def main() -> None:
-    record = json.loads(GPU_RECORD.read_text(encoding="utf-8"))
-    GPU_RECORD.with_suffix(".md").write_text(table(record["rows"], record["tiny"]), encoding="utf-8")
-    speed = ROOT / "docs" / "speed.md"
-    text = replace_between(speed.read_text(encoding="utf-8"), "benchmarks/gpu.json", measurements(record))
-    speed.write_text(text, encoding="utf-8")
-    page = ROOT / "README.md"
-    page.write_text(readme(page.read_text(encoding="utf-8")), encoding="utf-8")
-    page = ROOT / "docs" / "which-gpu.md"
-    page.write_text(which_gpu(page.read_text(encoding="utf-8")), encoding="utf-8")
-    page = ROOT / "docs" / "demo.md"
-    page.write_text(demo_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
-    (ROOT / "docs" / "commands.md").write_text(commands_page(), encoding="utf-8")
-    (ROOT / "docs" / "results.md").write_text(results(), encoding="utf-8")
+    record = read_json(GPU_RECORD)
+    write_text(GPU_RECORD.with_suffix(".md"), table(record["rows"], record["tiny"]))
+    for name, update in PAGES.items():
+        write_text(ROOT / name, update((ROOT / name).read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":
