@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from PIL import Image
 
+from normtune.data.choices import ChoiceFormat
 from normtune.data.groups import Group, Segment
 from normtune.data.records import Dataset, Example, History
+from normtune.models.family import Family
 from normtune.models.types import Answer, Pixels
 
 
@@ -42,7 +44,11 @@ class FakeFamily:
         self, id: str, question: str, answer: str | None, *, report: bool = False, history: History = ()
     ) -> Segment:
         self.tokenized.append((id, report))
-        return Segment(id, tuple(question.encode()), tuple((answer or "").encode()))
+        return Segment(id, tuple(question.encode()), () if answer is None else (*answer.encode(), 0))
+
+    end_tokens = (0,)
+    choices = ChoiceFormat()
+    tokenize_example = Family.tokenize_example
 
     def tokenize_whole(self, id: str, question: str, answer: str | None, history: History = ()) -> Segment:
         return Segment(id, tuple(question.encode()), (*map(len, (answer or "").split()), 0))  # a token a word
@@ -66,7 +72,7 @@ class FakeFamily:
 
     def collate(self, groups: Sequence[Group], pixels: Sequence[Sequence[Pixels]]) -> dict[str, Any]:
         self.batches.append(list(groups))
-        return {"ids": [(s.id, bytes(s.answer).decode()) for group in groups for s in group.segments]}
+        return {"ids": [(s.id, bytes(s.answer).decode().rstrip("\0")) for group in groups for s in group.segments]}
 
     def log_probs(self, batch: dict[str, Any]) -> torch.Tensor:
         assert self.log_prob is not None

@@ -267,19 +267,19 @@ def use_adapter(family: Family, adapter: Path | str | TunedModel | None) -> Iter
             f"the model has an adapter in it ('{family.adapter.recipe}'). Use it by adapter=tuned, or remove it: "
             "normtune.restore_base(tuned)."
         )
-    is_training, prompt_limit = family.model.training, family.prompt_limit
+    is_training, prompt_limit, choices = family.model.training, family.prompt_limit, family.choices
     family.model.eval()
     loaded = load_adapter(family.model, adapter, keep_base=True) if isinstance(adapter, Path | str) else None
     family.adapter = tuned or loaded
     if isinstance(adapter, Path | str):
-        family.use_limits((read_adapter_info(adapter, verify=False).data or {}).get("limits"))
+        family.use_training_texts(read_adapter_info(adapter, verify=False).data)
     try:
         yield
     finally:
         if loaded is not None:
             restore_base(loaded)
         family.model.train(is_training)
-        family.prompt_limit = prompt_limit
+        family.prompt_limit, family.choices = prompt_limit, choices
 
 
 def _mismatch(name: str, adapter_shape: tuple[int, ...] | None, model_shape: tuple[int, ...] | None) -> str | None:
@@ -328,6 +328,6 @@ def load_model(
     family = load(model, dtype=dtype, device=device, quantize=quantize)
     if adapter is not None:
         family.adapter = load_adapter(family.model, adapter)
-        family.use_limits((read_adapter_info(adapter, verify=False).data or {}).get("limits"))
+        family.use_training_texts(read_adapter_info(adapter, verify=False).data)
     family.model.eval()
     return family

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,6 +53,7 @@ class TextLimits:
         max_prompt: tokens of a question with its frame.
         max_reference: tokens of a reference in training, end token included; None also without training.
         max_answer: tokens that are generated.
+        expected: the text of an example's reference as the model is to write it.
     """
 
     model: str
@@ -61,6 +63,7 @@ class TextLimits:
     max_prompt: int | None = None
     max_reference: int | None = None
     max_answer: int | None = None
+    expected: Callable[[Example], str] = attrgetter("answer")
 
 
 @dataclass
@@ -293,7 +296,8 @@ def _count_tokens(result: Preflight, rows: Examples, limits: TextLimits) -> None
         if limits.max_answer is not None:
             # the end token need not fit: an answer may end at the limit
             written = limits.decode(reference[:-1][: limits.max_answer])
-            correct = written == example.answer or limits.is_right(written, example.answer)
+            expected = limits.expected(example)
+            correct = written == expected or limits.is_right(written, expected)
             for name in ("all", example.kind):
                 totals[name] += count
                 right[name] += count * correct

@@ -39,11 +39,17 @@ class QuestionOnly:
 
     If training has no such question, it predicts the most common answer to questions with the same first two
     words, else the most common answer of all rows. Case and punctuation of questions are ignored.
+
+    Of a question with options, it predicts the option that is the most common answer in the same order: of the same
+    question, of the same first two words, of all rows. If no row has any of the options as its answer, it predicts
+    the option at the position that is right most often.
     """
 
     by_question: dict[tuple[str, ...], str]  # words of a question -> answer
     by_start: dict[tuple[str, ...], str]  # first two words of a question -> answer
     overall: str
+    answers: dict[tuple[str, tuple[str, ...]], Counter[str]]  # of questions, starts and all rows -> normalised answers
+    position: int  # of the right option, most often
 
     @classmethod
     def fit(cls, train: Sequence[Example]) -> QuestionOnly:
@@ -56,29 +62,64 @@ class QuestionOnly:
             raise InputError("the question-only baseline needs training rows and got none.")
         questions: dict[tuple[str, ...], list[str]] = defaultdict(list)
         starts: dict[tuple[str, ...], list[str]] = defaultdict(list)
+        counts: dict[tuple[str, tuple[str, ...]], Counter[str]] = defaultdict(Counter)
         for example in train:
             words = question_words(example.question)
             questions[words].append(example.answer)
             starts[words[:2]].append(example.answer)
+            if example.options:
+                for key in _answer_keys(words):
+                    counts[key][normalise(example.answer)] += 1
         return cls(
             by_question={words: _most_common(answers) for words, answers in questions.items()},
             by_start={words: _most_common(answers) for words, answers in starts.items()},
             overall=_most_common([example.answer for example in train]),
+            answers=dict(counts),
+            position=_common_position(train),
         )
 
     def predict(self, examples: Sequence[Example]) -> list[Prediction]:
         """Predict one answer per example, in order. Neither images nor references are used."""
-        return [Prediction(example.id, self._answer(question_words(example.question))) for example in examples]
+        return [
+            Prediction(example.id, self._option(example) if example.options else self._answer(example))
+            for example in examples
+        ]
 
-    def _answer(self, words: tuple[str, ...]) -> str:
+    def _option(self, example: Example) -> str:
+        forms = [normalise(option) for option in example.options]
+        for key in _answer_keys(question_words(example.question)):
+            counts = [self.answers.get(key, Counter())[form] for form in forms]
+            if any(counts):
+                return example.options[counts.index(max(counts))]
+        return _option_at(example, self.position)
+
+    def _answer(self, example: Example) -> str:
+        words = question_words(example.question)
         return self.by_question.get(words, self.by_start.get(words[:2], self.overall))
+
+
+def _answer_keys(words: tuple[str, ...]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """The groups of training rows that a question belongs to, the most similar first."""
+    return ("question", words), ("start", words[:2]), ("all", ())
+
+
+def _common_position(train: Sequence[Example]) -> int:
+    """The position at which the right option is most often; the first of equally common ones."""
+    positions = Counter(example.options.index(example.answer) for example in train if example.options)
+    return min(positions, key=lambda position: (-positions[position], position), default=0)
+
+
+def _option_at(example: Example, position: int) -> str:
+    """The option at a position, or the last one."""
+    return example.options[min(position, len(example.options) - 1)]
 
 
 @dataclass(frozen=True)
 class ConstantText:
-    """Predicts the same training text for every image."""
+    """Predicts the same training text for every image; of questions with options, the same position."""
 
     text: str
+    position: int = 0  # at which the right option is most often
 
     @classmethod
     def most_frequent(cls, train: Sequence[Example]) -> ConstantText:
@@ -99,7 +140,7 @@ class ConstantText:
             patients[form].add(patient[example.images[0]] if example.images else example.id)
         most = max(len(names) for names in patients.values())
         forms = [form for form, names in patients.items() if len(names) == most]
-        return cls(spellings[_medoid(forms, train)])
+        return cls(spellings[_medoid(forms, train)], _common_position(train))
 
     @classmethod
     def medoid(cls, train: Sequence[Example]) -> ConstantText:
@@ -111,11 +152,14 @@ class ConstantText:
             InputError: if there are no training rows.
         """
         spellings = _first_spellings(train, "medoid")
-        return cls(spellings[_medoid(list(spellings), train)])
+        return cls(spellings[_medoid(list(spellings), train)], _common_position(train))
 
     def predict(self, examples: Sequence[Example]) -> list[Prediction]:
-        """Predict one text per example, in order. Only the ids of the examples are used."""
-        return [Prediction(example.id, self.text) for example in examples]
+        """Predict one text per example, in order. Only the ids and options of the examples are used."""
+        return [
+            Prediction(example.id, _option_at(example, self.position) if example.options else self.text)
+            for example in examples
+        ]
 
 
 def _first_spellings(train: Sequence[Example], baseline: str) -> dict[str, str]:

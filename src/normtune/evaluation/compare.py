@@ -211,6 +211,7 @@ def compare(runs: Runs | Mapping[str, Sequence[Run]], *, margin: float | None = 
             )
             for run in others
             for metric in tables[baseline.name].metrics[0]
+            if all(metric in table for group in tables.values() for table in group.metrics)
         }
     )
     differences: dict[str, dict[str, MetricDifference]] = {run.name: {} for run in others}
@@ -325,6 +326,7 @@ def _check_same_rows(first: Evaluation, other: Evaluation) -> None:
         ("references", "answer"),
         ("images", "images"),
         ("kinds of question", "kind"),
+        ("lists of options", "options"),
     ):
         changed = [e.id for e in first.examples if getattr(e, name) != getattr(by_id[e.id], name)]
         if changed:
@@ -348,4 +350,4 @@ def _normalisation_text(run: Evaluation) -> str:
 
 def compute_metrics(run: Evaluation) -> dict[str, SumMetric]:
     """Compute every metric of the run's task, row by row."""
-    return metric_table(run.examples, run.texts, run.record["normalisation"])
+    return metric_table(run.examples, run.predictions, run.record["normalisation"])

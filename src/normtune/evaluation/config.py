@@ -5,12 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from normtune.data.choices import ChoicePrompt
 from normtune.data.options import DataOptions
 
+# Ways to choose an option -> their names in metrics; see `normtune.metrics.choices`.
+CHOICE_WAYS = {"letter": "letter", "text": "text", "text-normalized": "text_normalized", "generate": "generated"}
 # Control images, which cannot answer a question: see `normtune.evaluation.image_reliance`.
 CONTROLS = ("blank", "noise", "other")
+
+
+def choice_ways(text: str | None) -> tuple[str, ...]:
+    """Parse a list of ways such as "letter,generate" into their names in metrics, without repetitions.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    words = [word.strip() for word in (text or "letter").split(",") if word.strip()]
+    if unknown := [word for word in words if word not in (*CHOICE_WAYS, "all")]:
+        raise ValueError(f"'{unknown[0]}' is unknown; give one or several of {', '.join(CHOICE_WAYS)}, or all")
+    ways = [way for word in words for way in (CHOICE_WAYS if word == "all" else (word,))]
+    return tuple(dict.fromkeys(CHOICE_WAYS[way] for way in ways))
 
 
 class EvaluateConfig(DataOptions):
@@ -45,6 +61,19 @@ class EvaluateConfig(DataOptions):
     candidates: str | None = Field(
         None, description="Answers to choose from for closed questions, separated by /, for example yes/no."
     )
+    choice_prompt: ChoicePrompt | None = Field(
+        None,
+        description="How questions with options are written: llava ('A. text' lines), mmmu ('(A) text' lines) or "
+        "inline; default: as in the adapter's training, else llava.",
+    )
+    choice_scoring: str | None = Field(
+        None,
+        description="How an option is chosen: one or several of letter,text,text-normalized,generate, or all; default: "
+        "letter. The first decides the prediction.",
+    )
+    choice_rotations: bool = Field(
+        False, description="Score questions with options in each cyclic order of the options, to measure position bias."
+    )
     controls: str | None = Field(
         None,
         description="Also answer the questions with control images, to measure how much the image matters: "
@@ -63,3 +92,9 @@ class EvaluateConfig(DataOptions):
         None, description="Folder for a cache of image encoder outputs; several runs may share it."
     )
     device: str | None = Field(None, description="cpu or cuda; by default CUDA if it is available.")
+
+    @field_validator("choice_scoring")
+    @classmethod
+    def _check_choice_scoring(cls, text: str | None) -> str | None:
+        choice_ways(text)
+        return text

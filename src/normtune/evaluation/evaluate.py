@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from normtune.data import tasks
 from normtune.data.batches import examples_of_rank
+from normtune.data.choices import ChoiceFormat
 from normtune.data.formats import FORMATS
 from normtune.data.records import Dataset, Example, Prediction, Split
 from normtune.data.run_file import RUN_FILE, run_file_text
 from normtune.errors import InputError
 from normtune.evaluation import image_reliance
+from normtune.evaluation.choices import choice_report
+from normtune.evaluation.config import choice_ways
 from normtune.evaluation.results import Evaluation, Predictions, make_record
 from normtune.evaluation.score_files import clinical_table
+from normtune.inference.choices import answer_choices
 from normtune.inference.predict import Progress, answer_all, score_closed_candidates
 from normtune.metrics.answers import Metric, check_unique_ids, count_ignored_signs, summarise_scores
 from normtune.metrics.reports import normalisations_for, text_pairs
@@ -153,6 +157,7 @@ def evaluate(
                 "max_new_tokens": answerer.max_new_tokens,
                 **({} if family is None or config.baseline else {"generation": answerer.generation}),
                 "candidates": config.candidates,
+                **(answerer.choice_settings() if any(example.options for example in examples) else {}),
                 "controls": list(controls),
             },
             seconds=seconds,
@@ -220,7 +225,9 @@ class _Answerer:
             from normtune.inference.limits import answer_limit  # torch takes seconds to import
 
             self.max_new_tokens = answer_limit(family, examples)
-        self.choices = _parse_candidates(config.candidates) if config.candidates else ()
+        self.candidates = _parse_candidates(config.candidates) if config.candidates else ()
+        self.ways = choice_ways(config.choice_scoring)
+        self.choices = ChoiceFormat() if family is None else family.choices.with_options(config)
         self.share = examples_of_rank(examples, distributed.rank(), distributed.world_size())
         self.done = 0  # pairs answered so far
 
@@ -236,12 +243,13 @@ class _Answerer:
             predictions = baseline(dataset, self.share)
         else:
             assert self.family is not None, "without a baseline, there must be a model"
-            settings = self.family.uses_checkpoint_settings
+            settings, choices = self.family.uses_checkpoint_settings, self.family.choices
             self.family.uses_checkpoint_settings = settings and self.config.generation != "greedy"
+            self.family.choices = self.choices
             try:
                 predictions = self._answer(self.family, dataset, cache)
             finally:
-                self.family.uses_checkpoint_settings = settings
+                self.family.uses_checkpoint_settings, self.family.choices = settings, choices
         peak = memory.peak_memory_bytes(self.family.device if self.family else None)
         with distributed.lost_process_as_error():
             results = distributed.all_gather((predictions, peak))
@@ -249,25 +257,45 @@ class _Answerer:
         return Predictions(self.examples, all_predictions), max(peak for _, peak in results)
 
     def _answer(self, family: Family, dataset: Dataset, cache: ImageCache | None) -> list[Prediction]:
-        """Generate answers, except for closed questions with candidates."""
-        closed = [example for example in self.share if self.choices and example.kind == "closed"]
-        generated = [example for example in self.share if not (self.choices and example.kind == "closed")]
+        """Generate answers, choose among candidates of closed questions, and among the options of choices."""
+        closed = [example for example in self.share if self.candidates and example.kind == "closed"]
+        choices = [example for example in self.share if example.options]
+        other = {example.id for example in (*closed, *choices)}
+        generated = [example for example in self.share if example.id not in other]
         options: dict[str, Any] = {"batch_pairs": self.config.batch, "images": cache}
+        generation: dict[str, Any] = {"beams": self.config.beams, "max_new_tokens": self.max_new_tokens}
         answers = answer_all(
-            family,
-            dataset,
-            generated,
-            beams=self.config.beams,
-            max_new_tokens=self.max_new_tokens,
-            progress=self._progress_from(self.done),
-            **options,
+            family, dataset, generated, progress=self._progress_from(self.done), **generation, **options
         )
         self.done += len(generated)
-        from_candidates = score_closed_candidates(
-            family, dataset, closed, self.choices, progress=self._progress_from(self.done), **options
+        answers += score_closed_candidates(
+            family, dataset, closed, self.candidates, progress=self._progress_from(self.done), **options
         )
         self.done += len(closed)
-        return answers + from_candidates
+        answers += answer_choices(
+            family,
+            dataset,
+            choices,
+            self.ways,
+            # the position of an option does not depend on the image
+            rotations=self.config.choice_rotations and dataset is self.examples.dataset,
+            progress=self._progress_from(self.done),
+            **generation,
+            **options,
+        )
+        self.done += len(choices)
+        return answers
+
+    def choice_settings(self) -> dict[str, Any]:
+        """How options were written and chosen, for `metrics.json`; a baseline chooses without a prompt."""
+        if self.config.baseline is not None:
+            return {}
+        ways = list(self.ways)
+        return {
+            "choice_prompt": self.choices.prompt,
+            "choice_scoring": ways,
+            "choice_rotations": self.config.choice_rotations,
+        }
 
     def _progress_from(self, before: int) -> Progress | None:
         progress, total = self.progress, len(self.share) * self.rounds
@@ -285,13 +313,15 @@ def _compute_scores(
     Returns:
         `metrics`; `strata` (see `score_strata`); for reports that mention findings `findings`: labeller ->
         finding -> precision, recall, f1 and counts; with controls `reliance` (see `image_reliance`);
-        for answers `signs_ignored` (see `count_ignored_signs`); `limit_reached`: the share of the generated
-        answers that reached the token limit.
+        for answers `signs_ignored` (see `count_ignored_signs`); with options `choices` (see `choice_report`);
+        `limit_reached`: the share of the generated answers that reached the token limit.
     """
     table = metric_table(examples, predictions, normalisation)
     scores: dict[str, Any] = {"metrics": summarize_metrics(table, examples), "strata": score_strata(examples, table)}
     if isinstance(normalisation, str):
         scores["signs_ignored"] = count_ignored_signs(examples, predictions, normalisation)
+        if any(example.options for example in examples):
+            scores["choices"] = choice_report(examples, predictions)
     elif findings := clinical_table(text_pairs(examples, predictions))[1]:
         scores["findings"] = findings
     if controls:

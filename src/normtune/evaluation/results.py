@@ -15,6 +15,7 @@ from normtune.data.examples import Examples
 from normtune.data.records import Dataset, Example, Prediction, Split
 from normtune.data.splits import group_columns, patient_of_image
 from normtune.errors import InputError
+from normtune.evaluation.choices import choice_from_json, choice_text, choice_to_json
 from normtune.evaluation.config import CONTROLS
 from normtune.evaluation.image_reliance import reliance_text
 from normtune.metrics.answers import Metric, ignored_signs_text
@@ -67,6 +68,8 @@ class Predictions(list[Prediction]):
                 "finish_reason": prediction.finish_reason,
                 "strata": strata_of(example),
             }
+            | ({"options": list(example.options)} if example.options else {})
+            | ({} if prediction.choice is None else {"choice": choice_to_json(prediction.choice)})
             | ({"patient": patients[example.images[0]]} if patients and example.images else {})
             for example, prediction in zip(self.examples, self, strict=True)
         )
@@ -208,6 +211,7 @@ def metrics_text(result: Mapping[str, Any]) -> str:
         limit = result["settings"]["max_new_tokens"]
         lines.append(f"{100 * share:.1f}% of the generated answers end at the limit of {limit} tokens")
     lines += ignored_signs_text(result)
+    lines += ["", choice_text(result["choices"])] if result.get("choices") else []
     lines += ["", strata_text(result["strata"])] if result.get("strata") else []
     lines += ["", reliance_text(result["reliance"])] if result.get("reliance") else []
     speed = f"{result['seconds']:.1f} s, {result['pairs_per_second']:.1f} pairs/s"
@@ -237,9 +241,12 @@ def read_evaluation(directory: Path | str) -> Evaluation:
             row = json.loads(line)
             fields = row["question"], row["reference"], row["kind"]
             meta = row.get("strata", {}) | ({"patient": row["patient"]} if "patient" in row else {})
-            examples.append(Example(row["id"], tuple(row["images"]), *fields, "", meta))
-            predictions.append(Prediction(row["id"], row["prediction"], row.get("score"), row.get("finish_reason")))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            options = tuple(row.get("options", ()))
+            examples.append(Example(row["id"], tuple(row["images"]), *fields, "", meta, (), options))
+            choice = choice_from_json(row["choice"]) if "choice" in row else None
+            answer = row["prediction"], row.get("score"), row.get("finish_reason")
+            predictions.append(Prediction(row["id"], *answer, choice))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{path}, line {number}: not a prediction row. Evaluate again.") from error
     if split_hash([example.id for example in examples]) != record.get("split_hash"):
         raise InputError(f"{path} does not have the rows that metrics.json was computed from. Evaluate again.")

@@ -81,9 +81,14 @@ class Retrieval:
         ]
 
     def _nearest(self, example: Example, centred: Features) -> Prediction | None:
-        """Predict the text of the nearest training row with the same question, or None if there is none."""
-        rows = self.by_question.get(question_words(example.question))
-        if rows is None:
+        """Predict the text of the nearest training row with the same question, or None if there is none.
+
+        If the question has options, only rows with one of them as their answer count.
+        """
+        rows = self.by_question.get(question_words(example.question), [])
+        if example.options:
+            rows = [row for row in rows if self.train[row].answer in example.options]
+        if not rows:
             return None
         similarities = self.directions[rows] @ _direction(centred)  # [rows, width] @ [width] -> [rows]
         best = int(similarities.argmax())

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from normtune.data.examples import KINDS, check_options
 from normtune.data.reading.cells import is_yes_no
 from normtune.data.records import Example, Kind
 from normtune.errors import InputError, did_you_mean
@@ -24,7 +25,6 @@ TASKS: tuple[Task, ...] = ("report", "vqa")
 # Fields that may contain the text of a row; the first one that a row has is used.
 _PREDICTION = ("prediction",)
 _REFERENCE = ("reference", "answer", "report")  # in files of evaluations, of question datasets, of report datasets
-_KINDS: tuple[Kind, ...] = ("open", "closed", "report")
 _LIBRARIES = ("sacrebleu", "rouge-score", "nltk")  # their versions are recorded
 
 
@@ -37,6 +37,7 @@ class Row:
     images: tuple[str, ...]
     kind: Kind | None
     patient: str | None
+    options: tuple[str, ...] = ()
 
 
 def score_files(
@@ -57,8 +58,8 @@ def score_files(
         predictions: JSONL file of {"id", "prediction"}. Other fields are ignored, so that the
             `predictions.jsonl` of an evaluation can be both files.
         references: JSONL file of {"id", "reference"}; the text may also be in `answer` or `report`. Rows with
-            the same `image`, `images` or `patient` are one cluster of the intervals. `kind` (open, closed, report)
-            selects the metrics of a row.
+            the same `image`, `images` or `patient` are one cluster of the intervals. `kind` (open, closed, choice,
+            report) selects the metrics of a row. A row of kind choice has its `options`, a list of texts.
         task: vqa or report; by default report, unless rows have a `kind` of question.
         normalisations: applied to the texts; by default `none` and `r2gen-iu` for reports, `vqa` for answers.
         chexbert: folder of CheXbert's weights, for its label F1 of reports.
@@ -93,6 +94,8 @@ def score_files(
             _kind(row, task),
             "",
             {} if row.patient is None else {"patient": row.patient},
+            (),
+            row.options,
         )
         for id, row in reference_rows.items()
     ]
@@ -223,29 +226,35 @@ def _parse_row(line: bytes, number: int, fields: Sequence[str]) -> tuple[str, Ro
         raise InputError(f"field '{field}' is empty. Fill it in, or remove the row from both files.")
     patient = cells.get("patient")
     patient = None if patient is None else str(patient)
-    return str(id), Row(number, text, _parse_images(cells), _parse_kind(cells), patient)
+    kind, options = _parse_kind(cells), tuple(_parse_texts(cells, "options", "the texts of the options"))
+    if fields is _REFERENCE and (options or kind == "choice"):
+        kind = kind or "choice"
+        check_options(kind, options, text)
+    images = tuple(_parse_texts(cells, "images" if "images" in cells else "image", "the images' names"))
+    return str(id), Row(number, text, images, kind, patient, options)
 
 
 def _json_type(value: object) -> str:
     return {"NoneType": "null", "bool": "true or false", "list": "a list", "dict": "an object"}[type(value).__name__]
 
 
-def _parse_images(cells: Mapping[str, Any]) -> tuple[str, ...]:
-    value = cells.get("images", cells.get("image"))
+def _parse_texts(cells: Mapping[str, Any], field: str, what: str) -> Sequence[str]:
+    """Read a field with one text or a list of texts; `what` they are, for the message."""
+    value = cells.get(field)
     if value is None:
         return ()
-    names = value if isinstance(value, list) else [value]
-    if not all(isinstance(name, str) for name in names):
-        raise InputError("field 'images' is not a list of texts. Write the images' names, or remove the field.")
-    return tuple(names)
+    texts = value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str) for text in texts):
+        raise InputError(f"field '{field}' is not a list of texts. Write {what}, or remove the field.")
+    return texts
 
 
 def _parse_kind(cells: Mapping[str, Any]) -> Kind | None:
     kind = cells.get("kind")
     if kind in (None, ""):
         return None
-    if kind not in _KINDS:
-        raise InputError(f"field 'kind' is unknown. Known kinds: {', '.join(_KINDS)}.")
+    if kind not in KINDS:
+        raise InputError(f"field 'kind' is unknown. Known kinds: {', '.join(KINDS)}.")
     return cast(Kind, kind)
 
 
@@ -268,7 +277,7 @@ def _check_same_ids(
 
 def _infer_task(rows: Mapping[str, Row]) -> Task:
     """Infer the task from the kinds of the references: vqa if all are questions, report if none is."""
-    is_question = [row.kind in ("open", "closed") for row in rows.values()]
+    is_question = [bool(row.options) or row.kind in ("open", "closed") for row in rows.values()]
     if any(is_question) and not all(is_question):
         raise InputError("the references have questions and reports. Set --task, or score them separately.")
     return "vqa" if is_question[0] else "report"

@@ -83,7 +83,8 @@ def text_limits(
     """
 
     def tokenize(example: Example) -> tuple[Sequence[int], Sequence[int]]:
-        segment = family.tokenize_whole(example.id, example.question, example.answer, example.history)
+        texts = family.choices.question(example), family.choices.answer(example)
+        segment = family.tokenize_whole(example.id, *texts, example.history)
         return segment.prompt, segment.answer
 
     def is_right(prediction: str, reference: str) -> bool:
@@ -98,6 +99,7 @@ def text_limits(
         max_prompt=family.max_prompt_tokens,
         max_reference=family.max_reference_tokens(report) if training else None,
         max_answer=max_answer,
+        expected=family.choices.answer,
     )
 
 
@@ -140,7 +142,8 @@ def check_run(
     In a distributed run the main process opens the pictures; all processes return the same.
 
     Args:
-        options: `skip_bad` and `strict` decide what happens to bad rows; pictures are not opened with `text_only`.
+        options: `skip_bad` and `strict` decide what happens to bad rows; pictures are not opened with `text_only`;
+            questions with options are written as `choice_prompt` says.
         examples: the rows of the run.
         model: the base, by name or loaded; None without one: nothing is tokenised, and no picture opened.
         adapter: an adapter on the base; its recorded limits apply.
@@ -162,7 +165,8 @@ def check_run(
 
             family = load_without_weights(model) if isinstance(model, str) else model
             if adapter is not None:
-                family.use_limits((read_adapter_info(adapter).data or {}).get("limits"))
+                family.use_training_texts(read_adapter_info(adapter).data)
+            family.choices = family.choices.with_options(options)
             report = examples[0].kind == "report"
             limits = text_limits(
                 family,

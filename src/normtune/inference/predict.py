@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from normtune.data.batches import batches_of_pairs
 from normtune.data.examples import Examples
-from normtune.data.groups import Group, group_by_image
-from normtune.data.records import Dataset, Example, Prediction
+from normtune.data.groups import Group, Segment, group_by_image
+from normtune.data.records import ChoiceResult, Dataset, Example, Prediction
 from normtune.data.tasks import MAX_ANSWER_TOKENS
 from normtune.errors import InputError
+from normtune.metrics.choices import parse_choice
 
 if TYPE_CHECKING:
     from normtune.models.family import Family
@@ -50,7 +52,7 @@ def answer_all(
 
     Returns:
         One prediction per example, grouped by image. `score` is the mean log-probability of the answer's
-        tokens.
+        tokens. The prediction of a choice is the text of the option that the answer names, if it names one.
 
     Raises:
         InputError: an image cannot be read, or the device runs out of memory.
@@ -60,19 +62,20 @@ def answer_all(
         images or _image_reader(family, dataset), examples, batch_pairs, cap
     ):
         groups = [
-            Group(
-                group[0].images,
-                tuple(
-                    family.tokenize(e.id, e.question, None, report=e.kind == "report", history=e.history) for e in group
-                ),
-            )
+            Group(group[0].images, tuple(family.tokenize_example(example, None) for example in group))
             for group in example_groups
         ]
         with _OutOfMemoryAsError(batch_pairs):
             answers = family.generate_answers(groups, pixels, max_new_tokens=max_new_tokens, beams=beams)
         for group, group_answers in zip(example_groups, answers, strict=True):
             for example, answer in zip(group, group_answers, strict=True):
-                predictions.append(Prediction(example.id, answer.text, _finite(answer.score), answer.finish_reason))
+                text, choice = answer.text, None
+                if example.options:
+                    place = parse_choice(text, example.options)
+                    choice = ChoiceResult({"generated": (place,)}, generated=text)
+                    text = text if place is None else example.options[place]
+                score = finite(answer.score)
+                predictions.append(Prediction(example.id, text, score, answer.finish_reason, choice))
         if progress is not None:
             progress(len(predictions), len(examples))
     return predictions
@@ -105,37 +108,87 @@ def score_closed_candidates(
     Raises:
         InputError: an image cannot be read, or the device runs out of memory.
     """
-    import torch
-    from accelerate.utils import send_to_device
-
     predictions = []
-    # each example has a segment per candidate, so that fewer examples make a batch of the same size
-    pairs = max(1, batch_pairs // max(1, len(candidates)))
-    for example_groups, pixels in _iterate_batches(images or _image_reader(family, dataset), examples, pairs, cap):
-        groups = [
-            Group(
-                group[0].images,
-                tuple(
-                    family.tokenize(f"{e.id}={word}", e.question, word, history=e.history)
-                    for e in group
-                    for word in candidates
-                ),
-            )
-            for group in example_groups
-        ]
-        with _OutOfMemoryAsError(batch_pairs), torch.inference_mode():
-            batch = send_to_device(family.collate(groups, pixels), family.device)
-            sums = family.log_probs(batch).double().reshape(-1, len(candidates))  # [examples, candidates]
-            shares = torch.log_softmax(sums, dim=1).cpu()
-        for example, share in zip((e for group in example_groups for e in group), shares.tolist(), strict=True):
-            best = max(range(len(candidates)), key=share.__getitem__)
-            predictions.append(Prediction(example.id, candidates[best], _finite(share[best])))
-        if progress is not None:
-            progress(len(predictions), len(examples))
+
+    def tokenize(example: Example) -> list[Segment]:
+        texts = ((f"{example.id}={word}", example.question, word) for word in candidates)
+        return [family.tokenize(*text, history=example.history) for text in texts]
+
+    scored = candidate_log_probs(
+        family,
+        dataset,
+        examples,
+        tokenize,
+        len(candidates),
+        batch_pairs=batch_pairs,
+        cap=cap,
+        images=images,
+        progress=progress,
+    )
+    for example, log_probs in scored:
+        shares = log_shares(log_probs)
+        best = max(range(len(candidates)), key=shares.__getitem__)
+        predictions.append(Prediction(example.id, candidates[best], finite(shares[best])))
     return predictions
 
 
-def _finite(score: float) -> float | None:
+def candidate_log_probs(
+    family: Family,
+    dataset: Dataset,
+    examples: Sequence[Example],
+    tokenize: Callable[[Example], Sequence[Segment]],
+    candidates: int,
+    *,
+    batch_pairs: int,
+    cap: int | None = None,
+    images: ImageCache | None = None,
+    progress: Progress | None = None,
+) -> Iterator[tuple[Example, list[float]]]:
+    """Compute the log-probability of each candidate answer of each example.
+
+    The image and, as segments with one prompt, the question run once for all candidates.
+
+    Args:
+        tokenize: the segments of an example, one for each candidate.
+        candidates: number of candidates of an example, about.
+        batch_pairs: about how many candidates are scored at a time.
+        cap, images, progress: as for `answer_all`.
+
+    Yields:
+        Each example, grouped by image, with its candidates' log-probabilities: the sums over their tokens.
+    """
+    import torch
+    from accelerate.utils import send_to_device
+
+    # each example has a segment per candidate, so that fewer examples make a batch of the same size
+    pairs, done = max(1, batch_pairs // max(1, candidates)), 0
+    for example_groups, pixels in _iterate_batches(images or _image_reader(family, dataset), examples, pairs, cap):
+        tokenized = [[tokenize(example) for example in group] for group in example_groups]
+        groups = [
+            Group(members[0].images, tuple(chain.from_iterable(segments)))
+            for members, segments in zip(example_groups, tokenized, strict=True)
+        ]
+        with _OutOfMemoryAsError(batch_pairs), torch.inference_mode():
+            sums = family.log_probs(send_to_device(family.collate(groups, pixels), family.device)).double().tolist()
+        values = iter(sums)
+        for members, segments in zip(example_groups, tokenized, strict=True):
+            for example, of_example in zip(members, segments, strict=True):
+                yield example, list(islice(values, len(of_example)))
+        done += sum(map(len, tokenized))
+        if progress is not None:
+            progress(done, len(examples))
+
+
+def log_shares(log_probs: Sequence[float]) -> list[float]:
+    """log(p / sum of p) of log-probabilities."""
+    highest = max(log_probs)
+    if not math.isfinite(highest):
+        return [-math.inf] * len(log_probs)
+    total = highest + math.log(sum(math.exp(value - highest) for value in log_probs))
+    return [value - total for value in log_probs]
+
+
+def finite(score: float) -> float | None:
     """Return the score, or None for -inf or nan, which JSON cannot hold."""
     return score if math.isfinite(score) else None
 

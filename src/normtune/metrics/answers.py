@@ -7,16 +7,19 @@ differently. Here each metric states which rows it scores and how it scores a ro
 name                      rows                          score of one row
 ========================  ============================  =====================================================
 `closed_label`            labelled closed               exact match after normalisation
-`closed_yes_no`           reference is yes or no        exact match ("closed" of MISS and MILE)
+`closed_yes_no`           reference is yes or no, and   exact match ("closed" of MISS and MILE)
+                          there are no options
 `closed_substring`        labelled closed               reference is a substring of the prediction after
                                                         `llava-med` normalisation (so "no" is in "normal")
 `open_exact`              labelled open                 exact match
-`open_not_yes_no`         reference is not yes or no    exact match ("open" of MISS and MILE)
+`open_not_yes_no`         neither of these              exact match ("open" of MISS and MILE)
 `open_recall`             labelled open                 share of the reference's tokens that the prediction
                                                         contains, each at most as often as it contains it
 `open_f1`                 labelled open                 token F1 (Rajpurkar et al. 2016, SQuAD)
 `open_recall_llava_med`   labelled open                 LLaVA-Med's recall: see `llava_med_recall`
 `global_exact`            all                           exact match
+`choice_*`                with options                  whether the right option is chosen: see
+                                                        `normtune.metrics.choices`
 ========================  ============================  =====================================================
 
 LLaVA-Med's released script does not count a closed row if the prediction contains "yes" or "no" but not the
@@ -35,6 +38,7 @@ import numpy as np
 from normtune.data.reading.cells import is_yes_no
 from normtune.data.records import Example, Prediction
 from normtune.errors import InputError
+from normtune.metrics import choices
 from normtune.metrics.normalisation import differ_in_signs, normalise, normalise_pair, tokens
 from normtune.metrics.sum_metrics import cluster_rows, mean_metric, metric_intervals, sum_by_cluster
 
@@ -169,7 +173,7 @@ def ignored_signs_text(result: Mapping[str, Any]) -> list[str]:
 
 
 def _is_yes_no(example: Example) -> bool:
-    return is_yes_no(example.answer)
+    return is_yes_no(example.answer) and not example.options
 
 
 def _is_closed(example: Example) -> bool:
@@ -187,7 +191,7 @@ _NORMALISED: dict[str, tuple[_Filter, _Score]] = {
     "closed_label": (_is_closed, exact_match),
     "closed_yes_no": (_is_yes_no, exact_match),
     "open_exact": (_is_open, exact_match),
-    "open_not_yes_no": (lambda example: not _is_yes_no(example), exact_match),
+    "open_not_yes_no": (lambda example: not (example.options or _is_yes_no(example)), exact_match),
     "open_recall": (_is_open, token_recall),
     "open_f1": (_is_open, token_f1),
     "global_exact": (lambda example: True, exact_match),
@@ -221,6 +225,7 @@ def score_rows(
         for name, (applies_to, score) in _RAW.items():
             if applies_to(example):
                 table[name][example.id] = score(text, example.answer)
+    table |= choices.choice_scores(examples, predictions)
     return {name: rows for name, rows in table.items() if rows}
 
 

@@ -19,6 +19,7 @@ from normtune.runtime.text_table import text_table
 # Field -> keys of `Example.meta`; the first key that the example has gives the value.
 STRATUM_FIELDS: dict[str, tuple[str, ...]] = {
     "kind": (),
+    "options": (),
     "question_type": ("question_type", "content_type", "type"),
     "organ": ("organ",),
     "modality": ("modality",),
@@ -31,7 +32,7 @@ Strata = dict[str, dict[str, dict[str, Any]]]  # field -> value -> the stratum, 
 
 
 def strata_of(example: Example) -> dict[str, str]:
-    """Read a row's values of `STRATUM_FIELDS` except its kind, as the dataset spells them: field -> value.
+    """Read a row's values of `STRATUM_FIELDS` as the dataset spells them, without kind and options: field -> value.
 
     SLAKE's content_type and a phantom's type are question types. Fields without a value are omitted.
     """
@@ -47,6 +48,8 @@ def _values(example: Example, field: str) -> tuple[str, ...]:
     """Read the values of one field: several for a question of several types, else one."""
     if field == "kind":
         return (example.kind,)
+    if field == "options":
+        return (f"{len(example.options)} options" if example.options else "no options",)
     value = strata_of(example).get(field, "")
     if field == "question_type":
         return tuple(dict.fromkeys(word.strip() for word in value.split(",") if word.strip())) or (NOT_GIVEN,)

@@ -15,6 +15,7 @@ from normtune.metrics.sum_metrics import SumMetric, mean_metric
 # The metrics that are reported for strata and for control images.
 HEADLINE_METRICS = (
     "global_exact",
+    "choice_accuracy",
     "closed_label",
     "open_exact",
     "open_recall",
@@ -58,5 +59,12 @@ def summarize_metrics(table: Mapping[str, SumMetric], examples: Sequence[Example
 
 
 def headline_metrics(table: Mapping[str, SumMetric]) -> dict[str, SumMetric]:
-    """Select the `HEADLINE_METRICS` that the table has, in their order."""
-    return {name: table[name] for name in HEADLINE_METRICS if name in table}
+    """Select the `HEADLINE_METRICS` that the table has, in their order.
+
+    If all rows have options, `global_exact` is left out: it is `choice_accuracy` then.
+    """
+    headlines = {name: table[name] for name in HEADLINE_METRICS if name in table}
+    choice, exact = headlines.get("choice_accuracy"), headlines.get("global_exact")
+    if choice is not None and exact is not None and choice.row_statistics.keys() == exact.row_statistics.keys():
+        del headlines["global_exact"]
+    return headlines

@@ -17,8 +17,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from normtune.data import tasks
+from normtune.data.choices import ChoiceFormat
 from normtune.data.groups import Group, Segment
-from normtune.data.records import History
+from normtune.data.records import Example, History
 from normtune.errors import InputError
 from normtune.models.answer_loss import Head, answer_log_probs, answer_loss
 from normtune.models.generation import Generated, OnTokens
@@ -62,6 +63,7 @@ class Family(ABC):
     quantize: str | None = None  # int8 or nf4: the model was quantised when it was loaded
     _adapter: Any = None
     prompt_limit: int | None = None  # tokens of a question; lower than the model's own limit
+    choices: ChoiceFormat = ChoiceFormat()  # how questions with options are read and trained
     old_prompt_limit: ClassVar[int | None] = None  # of adapters that record no limits
 
     def refuse_history(self, id: str, history: History) -> None:
@@ -187,6 +189,11 @@ class Family(ABC):
             prompt = (*prompt[: longest - 1], prompt[-1])
         return Segment(id, prompt, whole.answer[: self.max_reference_tokens(report)])
 
+    def tokenize_example(self, example: Example, answer: str | None) -> Segment:
+        """Tokenise the question of an example with its options, earlier turns and an answer; see `tokenize`."""
+        question = self.choices.question(example)
+        return self.tokenize(example.id, question, answer, report=example.kind == "report", history=example.history)
+
     def question_tokens_cut(self, segment: Segment, question: str, history: History = ()) -> int:
         """The number of tokens at a question's end that `tokenize` left out of its segment."""
         if len(segment.prompt) != self.max_prompt_tokens:
@@ -200,6 +207,15 @@ class Family(ABC):
             limits: the limits that the adapter's file records; None if it is older than these.
         """
         self.prompt_limit = self.old_prompt_limit if limits is None else limits.get("prompt")
+
+    def use_training_texts(self, data: Mapping[str, Any] | None) -> None:
+        """Read texts as an adapter's training did: with its limits, and with its prompt of questions with options.
+
+        Args:
+            data: the field `data` of the adapter's file.
+        """
+        self.use_limits((data or {}).get("limits"))
+        self.choices = ChoiceFormat(**(data or {}).get("choices", {}))
 
     @property
     def max_prompt_tokens(self) -> int | None:

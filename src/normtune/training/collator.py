@@ -76,9 +76,7 @@ class Collator:
         """Return the tokens of an example: question and answer."""
         segment = self._segments.get(example.id)
         if segment is None:
-            segment = self.family.tokenize(
-                example.id, example.question, example.answer, report=example.kind == "report", history=example.history
-            )
+            segment = self.family.tokenize_example(example, self.family.choices.answer(example))
             if len(self._segments) >= MAX_SEGMENTS:
                 del self._segments[next(iter(self._segments))]
             self._segments[example.id] = segment

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
+from normtune.data.choices import ChoicePrompt, ChoiceTarget
 from normtune.data.examples import Example, Examples, as_examples
 from normtune.data.options import DataOptions
 from normtune.data.splits import share_of_images
@@ -40,6 +41,13 @@ class TrainConfig(DataOptions):
     limit: int | None = Field(None, gt=0, description="Train on the first LIMIT question-answer pairs only.")
     share: float | None = Field(
         None, gt=0, le=1, description="Train on a random share (0 to 1) of the images; --seed decides which."
+    )
+    choice_prompt: ChoicePrompt | None = Field(
+        None,
+        description="How questions with options are written: llava ('A. text' lines; the default), mmmu or inline.",
+    )
+    choice_target: ChoiceTarget | None = Field(
+        None, description="What is trained on questions with options: the letter (default) or the text of the answer."
     )
     # steps and batches
     lr: float | None = Field(None, gt=0, description="Learning rate; default: one rate per method.")

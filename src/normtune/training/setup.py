@@ -13,6 +13,7 @@ from typing import Any
 
 from normtune.adapters.fingerprint import fingerprint
 from normtune.adapters.training_rows import TrainingRows
+from normtune.data.choices import ChoiceFormat
 from normtune.data.preflight import Preflight
 from normtune.data.records import Dataset, Example, Split
 from normtune.data.registry import open_configured
@@ -122,6 +123,7 @@ def build_setup(
         # with FSDP the base may be larger than a device: it is loaded on the host, then sharded over the devices
         device = "cpu" if distributed.is_sharded() else config.device
         family = load(config.model, dtype=config.dtype, device=device, quantize=config.quantize)
+    family.choices = ChoiceFormat().with_options(config)
     # of the unchanged base, before `adapt`: the adapter is loaded only onto a base with the same fingerprint
     base_fingerprint = fingerprint(family.model)
     if len(set(distributed.all_gather(base_fingerprint))) > 1:

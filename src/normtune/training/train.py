@@ -8,6 +8,7 @@ save_run  writes the adapter, the options and the result, and deletes the checkp
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers.trainer_utils import set_seed
 from normtune.adapters import storage
 from normtune.adapters.training_rows import hash_rows
 from normtune.data.batches import EpochBatches
+from normtune.data.examples import Example, as_examples
 from normtune.data.records import Dataset
 from normtune.data.run_file import RUN_FILE as RUN_OPTIONS
 from normtune.data.run_file import run_file_text
@@ -96,7 +98,7 @@ def train(
             validation = checked
             validation_digest = distributed.broadcast_from_first(lambda: hash_rows(dataset, checked).digest)
         check_identity(config, options | {"rows_digest": rows.digest} | validation_identity(validation_digest))
-        keep_base = family is not None
+        keep_base, before = family is not None, family and family.choices
         setup = build_setup(config, dataset, examples, rows, preflight, family=family, keep_base=keep_base)
         setup.validation, setup.validation_digest = validation, validation_digest
         try:
@@ -104,6 +106,11 @@ def train(
         finally:
             if keep_base:
                 restore_base(setup.tuned)
+                setup.family.choices = before or setup.family.choices
+
+
+def _has_choices(examples: Sequence[Example]) -> bool:
+    return "choice" in as_examples(examples).codes("kind")[1]
 
 
 def _train_in_folder(setup: TrainingSetup, progress: TrainerCallback | None) -> TrainResult:
@@ -149,6 +156,7 @@ def save_run(setup: TrainingSetup, result: TrainResult, description: dict[str, A
             "task": config.task,
             "pairs": len(setup.examples),
             **setup.preflight.adapter_figures(),
+            **({"choices": asdict(setup.family.choices)} if _has_choices(setup.examples) else {}),
         },
         metrics={"training": description} | setup.family.self_test_record(),
         rows=setup.rows,

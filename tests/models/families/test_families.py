@@ -19,8 +19,11 @@ from PIL import Image
 from torch import Tensor
 from transformers.models.paligemma import modeling_paligemma
 
+from normtune.data.examples import Example, Examples
 from normtune.data.groups import Group
+from normtune.data.records import Dataset
 from normtune.errors import InputError
+from normtune.inference.choices import answer_choices
 from normtune.models import family as families
 from normtune.models.answer_loss import answer_loss
 from normtune.models.causal.family import CausalFamily
@@ -432,3 +435,36 @@ def write_golden_values() -> None:
 
 if __name__ == "__main__":
     write_golden_values()
+
+
+def test_options_share_their_question_and_have_the_likelihoods_of_single_forwards(
+    family: CausalFamily, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("MRI", "lung, liver and heart", "left lung")
+    example = Example("1", ("a",), PAIRS[1][1], "left lung", "choice", "test", options=options)
+    answers = [*"ABC", *options]
+    question = family.choices.question(example)
+    monkeypatch.setattr(f"{__name__}.PAIRS", [("a", question, answer) for answer in answers])
+    expected = []
+    for i in range(len(answers)):
+        inputs, tokens = conversation(family, i)
+        with torch.inference_mode():
+            log_probs = family.model(**inputs).logits[0].double().log_softmax(1)
+        labels = inputs["input_ids"][0, -tokens:-1]  # the last one is the end token
+        expected.append(log_probs[-tokens - 1 : -2].gather(1, labels[:, None]).sum())
+    batches = []
+    log_probs_of = family.log_probs
+    monkeypatch.setattr(family, "log_probs", lambda batch: batches.append(batch) or log_probs_of(batch))
+    (prediction,) = answer_choices(family, Dataset("made", Examples([example]), image), [example], ("letter", "text"))
+    assert prediction.choice is not None and prediction.choice.options_cut == 0
+    scores = torch.tensor([*prediction.choice.scores["letter"], *prediction.choice.scores["text"]])
+    assert_close(
+        scores,
+        torch.stack(expected).to(scores.dtype),
+        dtype=family.dtype,
+        terms=CHUNK_TERMS if family.dtype == torch.float64 else MODEL_TERMS,
+    )
+    if family.shares_prefix:  # the question runs once
+        segments = [family.tokenize_example(example, answer) for answer in answers]
+        tokens = family.prefix_tokens([family.preprocess_image(image("a"))]) + len(segments[0].prompt)
+        assert int((batches[0]["group_of"] >= 0).sum()) <= tokens + sum(len(s.answer) - 1 for s in segments)

@@ -1,0 +1,183 @@
+"""Results of questions with options: chance, rates of letters, position bias, and their form in result files."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from normtune.data.examples import Example, option_letter
+from normtune.data.records import ChoiceResult, Prediction
+from normtune.metrics.choices import chosen_positions, rotated_options
+from normtune.metrics.statistics import holm_correction
+from normtune.metrics.sum_metrics import cluster_rows, mean_metric, metric_intervals, paired_difference
+from normtune.runtime.number_format import format_interval
+from normtune.runtime.text_table import text_table
+
+
+def choice_report(examples: Sequence[Example], predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """Describe how the options of questions were chosen.
+
+    Returns:
+        A dict for JSON with these keys:
+
+        - `rows`, `images`, and `options`: number of options -> rows.
+        - `chance`: the accuracy of choosing at random. `constant_letter`: the letter that is right most often, and
+          the accuracy of always choosing it.
+        - `unparsed`: generated answers from which no option could be read; `options_cut`: options that are longer
+          than the model reads. Both may be missing.
+        - `ways`: way -> `positions`, `spread`, and after rotations `rotated`. `positions` are letter -> `rows` (in
+          which there is such an option), `right` (the share in which it is right), `chosen` (the share in which it
+          was chosen), `difference` of the two with its interval, `p` and `p_holm`, and `accuracy` where it is right.
+          `spread` is the highest minus the lowest of these accuracies. `rotated` has the accuracy over all rotations
+          (`accuracy`), the share of questions that are right in every rotation (`all_right`), and for which every
+          rotation chooses the same option (`same_option`).
+    """
+    by_id = {prediction.id: prediction for prediction in predictions}
+    choices = [example for example in examples if example.options]
+    letters = Counter(example.letter for example in choices)
+    letter, rows = min(letters.items(), key=lambda item: (-item[1], item[0]))
+    report: dict[str, Any] = {
+        "rows": len(choices),
+        "images": len({example.images for example in choices}),
+        "options": {str(n): rows for n, rows in sorted(Counter(len(e.options) for e in choices).items())},
+        "chance": sum(e.options.count(e.answer) / len(e.options) for e in choices) / len(choices),
+        "constant_letter": {"letter": letter, "accuracy": rows / len(choices)},
+    }
+    results = {e.id: _result(e, by_id[e.id]) for e in choices}
+    if generated := [result.chosen["generated"][0] for result in results.values() if "generated" in result.chosen]:
+        report["unparsed"] = generated.count(None)
+    if cut := sum(result.options_cut for result in results.values()):
+        report["options_cut"] = cut
+    cluster = cluster_rows(choices)
+    ways = dict.fromkeys(way for result in results.values() for way in result.chosen)
+    report["ways"] = {
+        way: _positions(choices, {id: result.chosen[way] for id, result in results.items()}, cluster) for way in ways
+    }
+    return report
+
+
+def _result(example: Example, prediction: Prediction) -> ChoiceResult:
+    """The result of a prediction; one that is only a text has chosen that option."""
+    if prediction.choice is not None:
+        return prediction.choice
+    text = prediction.text
+    return ChoiceResult({"prediction": (example.options.index(text) if text in example.options else None,)})
+
+
+def _positions(
+    choices: Sequence[Example], chosen: Mapping[str, Sequence[int | None]], cluster: Mapping[str, str]
+) -> dict[str, Any]:
+    """The rates and accuracies of each position, over all rotations; see `choice_report`."""
+    rows: dict[tuple[str, int], tuple[set[int], int | None]] = {}  # (id, rotation) -> right positions, chosen one
+    counts = {example.id: len(example.options) for example in choices}
+    for example in choices:
+        for rotation, row in enumerate(chosen_positions(example, chosen[example.id])):
+            rows[example.id, rotation] = row
+    names = {key: f"{key[0]}~{key[1]}" for key in rows}
+    clusters = {names[key]: cluster[key[0]] for key in rows}
+
+    def interval(scores: Mapping[str, float]) -> dict[str, float]:
+        result = metric_intervals({"": mean_metric(scores)}, clusters)[""]
+        return {"value": result.value, "low": result.low, "high": result.high}
+
+    positions: dict[str, Any] = {}
+    for position in range(max(counts.values())):
+        of_position = {names[key]: row for key, row in rows.items() if position < counts[key[0]]}
+        right = {name: (position in places) / len(places) for name, (places, _) in of_position.items()}
+        picked = {name: float(place == position) for name, (_, place) in of_position.items()}
+        pair = paired_difference(mean_metric(right), mean_metric(picked), clusters)
+        where = {name: float(place in places) for name, (places, place) in of_position.items() if position in places}
+        positions[option_letter(position)] = {
+            "rows": len(of_position),
+            "right": sum(right.values()) / len(right),
+            "chosen": sum(picked.values()) / len(picked),
+            "difference": {"value": pair.difference, "low": pair.low, "high": pair.high, "p": pair.p},
+            "accuracy": interval(where) if where else None,
+        }
+    corrected = holm_correction({name: row["difference"]["p"] for name, row in positions.items()})
+    for name, row in positions.items():
+        row["difference"]["p_holm"] = corrected[name]
+    accuracies = [row["accuracy"]["value"] for row in positions.values() if row["accuracy"] is not None]
+    result: dict[str, Any] = {"positions": positions, "spread": max(accuracies) - min(accuracies)}
+    if all(len(places) == counts[id] for id, places in chosen.items()):
+        right_rows = {names[key]: float(place in places) for key, (places, place) in rows.items()}
+        clusters |= {id: cluster[id] for id in counts}
+        result["rotated"] = {
+            "accuracy": interval(right_rows),
+            "all_right": interval(
+                {id: min(right_rows[names[id, rotation]] for rotation in range(count)) for id, count in counts.items()}
+            ),
+            "same_option": interval({example.id: _is_constant(example, chosen[example.id]) for example in choices}),
+        }
+    return result
+
+
+def _is_constant(example: Example, places: Sequence[int | None]) -> float:
+    """1 if every rotation of a question chose an option with the same text, else 0."""
+    texts = {
+        None if place is None else rotated_options(example.options, rotation)[place]
+        for rotation, place in enumerate(places)
+    }
+    return float(len(texts) == 1)
+
+
+def choice_text(report: Mapping[str, Any]) -> str:
+    """Format the result of `choice_report`, in %."""
+    constant = report["constant_letter"]
+    options = ", ".join(f"{rows} of {count} options" for count, rows in report["options"].items())
+    lines = [
+        f"choices: {options}; chance {100 * report['chance']:.1f}, always {constant['letter']} "
+        f"{100 * constant['accuracy']:.1f}"
+    ]
+    if report.get("unparsed"):
+        lines.append(f"{report['unparsed']} generated answers name no option, and count as wrong")
+    if report.get("options_cut"):
+        lines.append(f"{report['options_cut']} options are longer than the model reads; their likelihood is cut")
+    table = [["position of options", "right there", "chosen", "chosen - right", "p (Holm)", "accuracy where right"]]
+    for way, result in report["ways"].items():
+        for letter, row in result["positions"].items():
+            difference = row["difference"]
+            table.append(
+                [
+                    f"{way} {letter}",
+                    f"{100 * row['right']:.1f}",
+                    f"{100 * row['chosen']:.1f}",
+                    format_interval(difference, sign="+"),
+                    f"{difference['p_holm']:.4f}",
+                    "–" if row["accuracy"] is None else format_interval(row["accuracy"]),
+                ]
+            )
+    lines += text_table(table, "l")
+    for way, result in report["ways"].items():
+        line = f"{way}: accuracy differs by up to {100 * result['spread']:.1f} points between positions"
+        if rotated := result.get("rotated"):
+            line += (
+                f"; over all rotations {format_interval(rotated['accuracy'])}, right in every rotation "
+                f"{format_interval(rotated['all_right'])}, same option in every rotation "
+                f"{format_interval(rotated['same_option'])}"
+            )
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def choice_to_json(result: ChoiceResult) -> dict[str, Any]:
+    """The form in `predictions.jsonl`: letters in place of positions."""
+    chosen = {way: [None if p is None else option_letter(p) for p in places] for way, places in result.chosen.items()}
+    values: dict[str, Any] = {"chosen": chosen, "scores": {way: list(row) for way, row in result.scores.items()}}
+    values |= {} if result.generated is None else {"generated": result.generated}
+    return values | ({"options_cut": result.options_cut} if result.options_cut else {})
+
+
+def choice_from_json(values: Mapping[str, Any]) -> ChoiceResult:
+    """Read what `choice_to_json` wrote.
+
+    Raises:
+        KeyError, TypeError, AttributeError: it was changed.
+    """
+    chosen = {
+        way: tuple(None if letter is None else ord(letter) - ord("A") for letter in letters)
+        for way, letters in values["chosen"].items()
+    }
+    scores = {way: tuple(row) for way, row in values["scores"].items()}
+    return ChoiceResult(chosen, scores, values.get("generated"), values.get("options_cut", 0))

@@ -1,0 +1,152 @@
+"""Chooses among the options of questions: by the likelihood of letters or texts, or by the generated answer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from normtune.data.examples import option_letter
+from normtune.data.groups import Segment
+from normtune.data.records import ChoiceResult, Dataset, Example, Prediction
+from normtune.inference.predict import Progress, answer_all, candidate_log_probs, finite, log_shares
+from normtune.metrics.choices import rotated_options
+
+if TYPE_CHECKING:
+    from normtune.models.family import Family
+    from normtune.models.image_cache import ImageCache
+
+
+def answer_choices(
+    family: Family,
+    dataset: Dataset,
+    examples: Sequence[Example],
+    ways: Sequence[str] = ("letter",),
+    *,
+    rotations: bool = False,
+    batch_pairs: int = 64,
+    images: ImageCache | None = None,
+    progress: Progress | None = None,
+    **generation: Any,
+) -> list[Prediction]:
+    """Choose an option for every example, in one or several ways.
+
+    All candidates of an example continue one prompt, which is computed once, as is the image of several examples.
+
+    Args:
+        examples: questions with options.
+        ways: of `normtune.metrics.choices.WAYS`; the first decides the text of the prediction.
+        rotations: score each question again with its options in each cyclic order.
+        batch_pairs: about how many candidates are scored, or questions answered, at a time.
+        images, progress: as for `answer_all`.
+        generation: `beams` and `max_new_tokens` of `answer_all`, for generated answers.
+
+    Returns:
+        One prediction per example, grouped by image. `score` is log(p / sum of p over the options) of the chosen
+        option, where p of `text_normalized` is exp(log-likelihood / characters); of a generated answer that of
+        `answer_all`.
+
+    Raises:
+        InputError: an image cannot be read, or the device runs out of memory.
+    """
+    questions: list[Example] = []  # the examples, and each once more for every rotation
+    place_of: dict[str, tuple[Example, int]] = {}  # id of a question -> its example, and its rotation
+    for example in examples:
+        for rotation in range(len(example.options) if rotations else 1):
+            options = rotated_options(example.options, rotation)
+            question = replace(example, id=f"{example.id}~{rotation}" if rotation else example.id, options=options)
+            questions.append(question)
+            place_of[question.id] = example, rotation
+    scores: dict[str, dict[str, list[float]]] = {}  # id of a question -> way -> log-likelihood of each option
+    generated: dict[str, Prediction] = {}
+    cut: Counter[str] = Counter()  # id of a question -> options that are cut
+
+    def tick(done: int) -> None:
+        if progress is not None:
+            progress(len(examples) * done // (len(questions) * passes), len(examples))
+
+    likelihoods = [way for way in ("letter", "text") if any(name.startswith(way) for name in ways)]
+    passes = bool(likelihoods) + ("generated" in ways)
+    if likelihoods:
+        most = len(likelihoods) * max((len(question.options) for question in questions), default=1)
+        scored = candidate_log_probs(
+            family,
+            dataset,
+            questions,
+            lambda question: _candidates(family, question, likelihoods, cut),
+            most,
+            batch_pairs=batch_pairs,
+            cap=max(1, batch_pairs // most),
+            images=images,
+            progress=lambda done, _: tick(done),
+        )
+        for question, log_probs in scored:
+            count = len(question.options)
+            scores[question.id] = {way: log_probs[at * count :][:count] for at, way in enumerate(likelihoods)}
+            if "text_normalized" in ways:
+                sums = zip(scores[question.id]["text"], question.options, strict=True)
+                scores[question.id]["text_normalized"] = [value / len(text) for value, text in sums]
+    if "generated" in ways:
+        answers = answer_all(
+            family,
+            dataset,
+            questions,
+            batch_pairs=batch_pairs,
+            images=images,
+            progress=lambda done, _: tick(len(scores) + done),
+            **generation,
+        )
+        generated = {answer.id: answer for answer in answers}
+    by_example: dict[str, list[str]] = {}  # ids of the questions of each example, by rotation
+    for id, (example, _) in place_of.items():
+        by_example.setdefault(example.id, []).append(id)
+    return [
+        _prediction(
+            example, ways, [scores.get(id, {}) for id in ids], [generated.get(id) for id in ids], cut[example.id]
+        )
+        for example, ids in zip(examples, by_example.values(), strict=True)
+    ]
+
+
+def _candidates(family: Family, question: Example, likelihoods: Sequence[str], cut: Counter[str]) -> list[Segment]:
+    """The letters and the texts of the options as answers, without end tokens; `cut` counts those that are cut."""
+    letters = [option_letter(place) for place in range(len(question.options))]
+    segments = []
+    for answer in (text for way in likelihoods for text in (letters if way == "letter" else question.options)):
+        segment = family.tokenize_example(replace(question, id=f"{question.id}={answer}"), answer)
+        ended = segment.answer[-1] in family.end_tokens  # a text that is too long loses its end token
+        cut[question.id] += not ended
+        segments.append(replace(segment, answer=segment.answer[:-1]) if ended else segment)
+    return segments
+
+
+def _prediction(
+    example: Example,
+    ways: Sequence[str],
+    scores: list[dict[str, list[float]]],
+    generated: list[Prediction | None],
+    cut: int,
+) -> Prediction:
+    """The prediction of one example from the scores and generated answers of its rotations."""
+    chosen: dict[str, tuple[int | None, ...]] = {}
+    for way in ways:
+        if way == "generated":
+            results = [answer.choice for answer in generated if answer is not None and answer.choice is not None]
+            chosen[way] = tuple(result.chosen[way][0] for result in results)
+        else:
+            chosen[way] = tuple(max(range(len(row[way])), key=row[way].__getitem__) for row in scores)
+    answer, way = generated[0], ways[0]
+    place = chosen[way][0]
+    choice = ChoiceResult(
+        chosen,
+        {name: tuple(map(finite, scores[0][name])) for name in ways if name != "generated"},
+        None if answer is None or answer.choice is None else answer.choice.generated,
+        cut,
+    )
+    reason = None if answer is None else answer.finish_reason
+    if way == "generated":
+        assert answer is not None, "answers are generated"
+        return Prediction(example.id, answer.text, answer.score, reason, choice)
+    assert place is not None, "a likelihood always chooses"
+    return Prediction(example.id, example.options[place], finite(log_shares(scores[0][way])[place]), reason, choice)
