@@ -187,6 +187,7 @@ LINES = [
     '{"image": "a.png", "question": "Is it?", "answer": "yes", "id": 7, "site": "x"}',
     '{"image": "b.png", "question": " Where? ", "answer": "left", "patient_id": "p"}',
     '{"image": ["a.png", "b.png"], "question": "Why?", "answer": "1", "kind": "open", "split": "val", "n": 1.5}',
+    '{"image": "a.png", "question": "Which?", "answer": "b", "options": ["A. left", "B. right"]}',
 ]
 ODD = [
     "",
@@ -196,6 +197,10 @@ ODD = [
     '{"image": "a.png", "question": "Is it?", "answer": "yes", "id": "7"}',
     '{"image": "a.png", "question": "Is \\ud800 it?", "answer": "no"}',
     '{"image": "a.png", "question": "Is it?", "answer": 3, "id": "n"}',
+    '{"image": "b.png", "question": "Which?", "answer": "left", "options": "left|right"}',
+    '{"image": "b.png", "question": "Which?", "answer": 1, "options": {"A": "left", "B": "right"}}',
+    '{"image": "b.png", "question": "Which?", "answer": "C", "kind": "choice", "options": ["left", "right"]}',
+    '{"image": "b.png", "question": "Which?", "answer": "left", "kind": "choice"}',
 ]
 
 
@@ -231,6 +236,7 @@ def test_a_large_parquet_file_is_read_as_a_small_one(tmp_path: Path, monkeypatch
     grey("a").save(tmp_path / "a.png")
     row = {"image": "a.png", "question": " Is it?", "answer": "yes", "answer_type": "CLOSED", "q_lang": "EN", "age": 3}
     made = [row | {"question": f"Is it {number}?"} for number in range(9)]
+    made += [row | {"question": "Which?", "answer": n, "options": ["left", "right"]} for n in ("A", "B", "a")]
     pq.write_table(pa.Table.from_pylist(made), tmp_path / "test-0.parquet")
     expected = table.read(tmp_path, format="parquet")
     monkeypatch.setattr(large_table, "LARGE_BYTES", 0)

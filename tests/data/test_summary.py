@@ -31,6 +31,7 @@ def test_rows_and_kinds_are_counted_over_all_rows_and_images_over_usable_rows(tm
         "closed": 2,
         "report": 0,
         "choice": 0,
+        "options": {},
         "yes_no": 1,
         "questions_per_image": {"mean": 1.5, "median": 1.5, "max": 2},
         "longest_question_words": 6,

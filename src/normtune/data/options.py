@@ -69,7 +69,8 @@ class DataOptions(_Options):
     columns: str | None = Field(
         None,
         description="Columns of a table of your own, such as image=scan,answer=findings+impression; fields: image, "
-        "question, answer, id, kind, split, patient, language, modality, organ. Default: by their usual names.",
+        "question, answer, options, id, kind, split, patient, language, modality, organ. Default: by their usual "
+        "names.",
     )
     slices: int | None = Field(
         None,

@@ -44,8 +44,9 @@ def summarize(dataset: Dataset, leaks: Sequence[Leak] | None = None) -> DatasetS
         - `dataset`, `licence`.
         - `parts`: split (with the language if there are several) -> counts. Over all rows of the file, as
           published counts are: `rows`, `open`, `closed`, `report`, `choice`, `yes_no`. Over the usable rows: `usable`,
-          `images`, `questions_per_image` {`mean`, `median`, `max`}, `longest_question_words`,
-          `longest_answer_words`, `modalities` and `organs` (name -> rows, most frequent first).
+          `images`, `questions_per_image` {`mean`, `median`, `max`}, `options` (number of options of a choice ->
+          rows), `longest_question_words`, `longest_answer_words`, `modalities` and `organs` (name -> rows, most
+          frequent first).
         - `notes`: choices that the reader made.
         - `problems`: `count`, `by_kind` (what -> number) and the first 20 as `first`
           [{`file`, `row`, `what`, `mend`}], where `mend` is the fix.
@@ -108,6 +109,10 @@ def summary_text(summary: dict[str, Any]) -> str:
     for split, counts in summary["parts"].items():
         words = f"{counts['longest_question_words']} and {counts['longest_answer_words']} words"
         lines += ["", f"{split}: longest question and answer {words}"]
+        if counts["options"]:
+            lines.append(
+                "  options: " + ", ".join(f"{number} in {rows} rows" for number, rows in counts["options"].items())
+            )
         for field in ("modalities", "organs"):
             if counts[field]:
                 named = ", ".join(f"{name} {rows}" for name, rows in list(counts[field].items())[:_TOP])
@@ -141,6 +146,7 @@ def _counts(examples: Examples, skipped: Sequence[Example], columns: dict[str, N
         "closed": kinds["closed"],
         "report": kinds["report"],
         "choice": kinds["choice"],
+        "options": _option_counts(examples),
         "yes_no": int(columns["yes_no"].sum()) + sum(is_yes_no(row.answer) for row in skipped),
         "questions_per_image": {"mean": round(mean(per_image), 2), "median": median(per_image), "max": max(per_image)},
         "longest_question_words": int(columns["longest_question_words"].max()),
@@ -148,6 +154,13 @@ def _counts(examples: Examples, skipped: Sequence[Example], columns: dict[str, N
         "modalities": _frequent(examples, "modality"),
         "organs": _frequent(examples, "organ"),
     }
+
+
+def _option_counts(examples: Examples) -> dict[str, int]:
+    """Number of options -> rows, of choices."""
+    codes, options = examples.codes("options")
+    counts = np.bincount(np.array([*map(len, options)], np.int64)[codes])
+    return {str(number): int(counts[number]) for number in np.flatnonzero(counts) if number}
 
 
 def _count_words(text: str) -> int:

@@ -135,21 +135,25 @@ def test_an_empty_folder_and_an_empty_file_are_refused(root: Path) -> None:
         read_jsonl(write_jsonl(root / "none.jsonl"))
 
 
-def test_the_example_of_the_documentation_is_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_of_the_documentation_are_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).parents[3] / "docs" / "own-data.md").read_text(encoding="utf-8")
-    blocks = dict(re.findall(r"```(\w+)\n(.*?)```", page, flags=re.DOTALL))
+    blocks = re.findall(r"```(\w+)\n(.*?)```", page, flags=re.DOTALL)
     write_image(root / "scans" / "001.png")
-    (example,) = read_jsonl(write_jsonl(root / "docs.jsonl", blocks["json"].strip())).examples
-    assert (example.images, example.kind) == (("scans/001.png",), "closed")
+    lines = [text.strip() for language, text in blocks if language == "json"]
+    examples = read_jsonl(write_jsonl(root / "docs.jsonl", *lines)).examples
+    assert {example.images for example in examples} == {("scans/001.png",)}
+    assert [(example.kind, example.answer) for example in examples] == [("closed", "yes"), ("choice", "Heart")]
     monkeypatch.chdir(root)
-    exec(blocks["python"], {})
+    for language, text in blocks:
+        if language == "python":
+            exec(text, {})
     assert (root / "mydata" / "train.csv").is_file()
 
 
 values = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 rows = st.dictionaries(
-    st.sampled_from(["image", "question", "answer", "id", "kind", "split", "other"]),
-    values | st.lists(values, max_size=3) | st.just("a.png") | st.just("report"),
+    st.sampled_from(["image", "question", "answer", "id", "kind", "split", "options", "other"]),
+    values | st.lists(values, max_size=3) | st.sampled_from(["a.png", "report", "choice", "x|y"]),
 )
 
 

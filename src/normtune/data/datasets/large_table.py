@@ -29,12 +29,14 @@ from normtune.data.formats import FORMATS
 from normtune.data.images.files import ImageFolder
 from normtune.data.reading.blocks import Block, NotPlain, jsonl_blocks, parquet_blocks
 from normtune.data.reading.cells import clean_text, is_yes_no, language_tag
+from normtune.data.reading.choices import Style, read_options, right_options
 from normtune.data.reading.columns import Columns, letters
 from normtune.data.reading.image_names import find_image_keys
 from normtune.data.reading.row_reader import find_image_folder, known_kind, missing_images
 from normtune.data.reading.sources import Source
+from normtune.data.reading.tables import RowError
 from normtune.data.records import Dataset, Problem
-from normtune.data.row_table import SEPARATOR, RowTableWriter
+from normtune.data.row_table import OPTIONS, SEPARATOR, RowTableWriter
 from normtune.data.split_names import split_name
 from normtune.errors import InputError
 
@@ -101,6 +103,9 @@ class _BlockReader:
                 raise NotPlain from None
             self.places.append((self.writer.rows, block.source.name, None))
             self.rows.add(replace(block.source, rows=block.rows()), stated, task)
+            known = set(self.reader.styles)
+            self.rows.errors += self.reader.resolve_answers()
+            _check_styles(known, set(self.reader.styles))
             self.writer.add_examples(self.reader.examples)
             self.reader.examples = []
             return
@@ -175,7 +180,7 @@ def column_texts(block: Block, columns: Columns, rows: Rows, is_report: bool, fi
     cells = block.cells()
     count, source, format = cells.num_rows, block.source, rows.format
     of_role = {role: names[0] for role, names in columns.items()}
-    if any(len(names) > 1 for names in columns.values()):
+    if any(len(names) > 1 for role, names in columns.items() if role != "options"):
         raise KeyError("several columns of one role are joined row by row")
 
     def column(role: str) -> pa.Array | None:
@@ -218,6 +223,11 @@ def column_texts(block: Block, columns: Columns, rows: Rows, is_report: bool, fi
     kind = optional("kind", _stated_kind if lenient else lambda word: known_kind(word.lower()))
     split = pc.coalesce(optional("split", split_name), pa.scalar(source.split))
     numbers = pa.array(np.arange(block.first, block.first + count)).cast(pa.string())
+    options: pa.Array | None = None
+    if "options" in columns:
+        options, answer, kind = _choices(cells, columns["options"], answer, kind, lenient, rows)
+    elif pc.any(pc.equal(kind, "choice")).as_py():
+        raise ValueError("a choice has no options")
     id = optional("id", str)
     if format == "parquet":
         numbers = pa.array(np.arange(first_id, first_id + count)).cast(pa.string())
@@ -227,7 +237,8 @@ def column_texts(block: Block, columns: Columns, rows: Rows, is_report: bool, fi
         id = pc.coalesce(id, pc.binary_join_element_wise(pa.scalar(source.stem), numbers, "-"))
     texts = {"id": id, "images": _images(column("image"), source, rows), "question": question, "answer": answer}
     texts |= {"kind": pc.coalesce(kind, by_answer), "split": split}
-    roles = {name: role for role, name in of_role.items()}
+    texts |= {} if options is None else {OPTIONS: options}
+    roles = {name: role for role, names in columns.items() for name in names}
     for name in cells.column_names:
         role, array = roles.get(name), _combined(cells.column(name))
         if role not in FIELDS and _holds_texts(array):
@@ -235,6 +246,39 @@ def column_texts(block: Block, columns: Columns, rows: Rows, is_report: bool, fi
             make: Callable[[str], str] = language_tag if key == "language" else str
             texts[META + key] = mapped(array, partial(_meta_text, make=make))
     return texts
+
+
+def _choices(
+    cells: pa.Table, names: tuple[str, ...], answer: pa.Array, kind: pa.Array, lenient: bool, rows: Rows
+) -> tuple[pa.Array, pa.Array, pa.Array]:
+    """The joined options of each row (null: none), and the answers and kinds with those of choices replaced.
+
+    Raises:
+        NotPlain: the answers name options in another way than those of earlier blocks.
+        InputError, ValueError: a row has a fault, or a kind that contradicts its options.
+    """
+    options = [read_options(of_row) for of_row in zip(*(cells.column(name).to_pylist() for name in names), strict=True)]
+    texts, kinds = answer.to_pylist(), kind.to_pylist()
+    choices = [row for row, of_row in enumerate(options) if of_row]
+    answers, styles = right_options((options[row], texts[row]) for row in choices)
+    for row, right in zip(choices, answers, strict=True):
+        if isinstance(right, RowError):
+            raise right
+        if kinds[row] not in (None, "choice") and not lenient:
+            raise ValueError("kind")
+        texts[row], kinds[row] = right, "choice"
+    if any(kinds[row] == "choice" and not of_row for row, of_row in enumerate(options)):
+        raise ValueError("options")
+    _check_styles(set(rows.reader.styles), set(styles))
+    rows.reader.styles += styles
+    joined = [SEPARATOR.join(of_row) or None for of_row in options]
+    return pa.array(joined, pa.string()), pa.array(texts, pa.string()), pa.array(kinds, pa.string())
+
+
+def _check_styles(known: set[Style], new: set[Style]) -> None:
+    """Check that answers name options in one way in all blocks: which one it is follows from all rows of a file."""
+    if known and new and known != new:
+        raise NotPlain
 
 
 def mapped(array: pa.Array, function: Callable[[Any], str | None]) -> pa.Array:

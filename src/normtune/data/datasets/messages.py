@@ -11,6 +11,7 @@ from urllib.parse import unquote
 
 from normtune.data.images.files import ImageFolder
 from normtune.data.reading.cells import is_yes_no, split_of_file
+from normtune.data.reading.choices import read_options, without_options
 from normtune.data.reading.conversations import CONVERSATION_FIELDS, read_conversation
 from normtune.data.reading.embedded_images import EmbeddedImages, RowLocation, embedded_image
 from normtune.data.reading.row_reader import RowReader, check_image_path, find_image_folder, known_kind
@@ -22,7 +23,7 @@ from normtune.errors import InputError, did_you_mean
 from normtune.runtime.files import read_json
 
 # Columns with a meaning; all others become `meta`.
-_FIELDS = (*CONVERSATION_FIELDS, "id", "kind", "split", "domain")
+_FIELDS = (*CONVERSATION_FIELDS, "id", "kind", "split", "domain", "options")
 _IMAGE_FOLDERS = ("", "images", "image")  # searched below the file's folder
 
 
@@ -42,6 +43,9 @@ def read(
     answered without the turns before it. A later pair that refers back to earlier turns (see
     `conversations.refers_back`) is therefore skipped and listed; the notes count all pairs and the skipped ones.
     Rows without an image are skipped and listed.
+
+    A conversation of one question with a list `options` is a choice; its answer is a letter, a number or the text of
+    an option; options at the end of the question are removed from it. Questions without this field stay open.
 
     Optional fields: `id`; `kind` (open, closed or report; by default yes and no are closed); `split` (by
     default from the file's name, else train). LLaVA-Med's `domain` becomes the modality. All other fields of
@@ -75,6 +79,7 @@ def read(
                 )
                 bad_row = Example(f"{file.stem}-{source.number}", (), "", "", "open", split)
                 reader.skip(bad_row, error.what)
+    progress.errors += reader.resolve_answers()
     reader.report_bad_rows(progress.errors, "row", strict)
     names = (name for example in reader.examples for name in example.images if name not in progress.images)
     folder = image_root or find_image_folder(base, _IMAGE_FOLDERS, names)
@@ -148,6 +153,8 @@ def _read_row(reader: RowReader, progress: _Progress, file: Path, split: str, so
         raise RowError("not a JSON object", 'Write {"messages": [...], "images": [...]}.')
     conversation = read_conversation(cells)
     kind = None if cells.get("kind") in (None, "") else known_kind(str(cells["kind"]))
+    options = _options(cells, kind, len(conversation.pairs))
+    kind = None if kind == "choice" else kind
     split, id = _split(cells, split), _id(cells, file, number)
     column = "images" if cells.get("images") else "image"
     keys = [_key(progress, image, source.location, column, index) for index, image in enumerate(conversation.images)]
@@ -173,8 +180,11 @@ def _read_row(reader: RowReader, progress: _Progress, file: Path, split: str, so
         if reason:
             reader.skip(Example(row.id, tuple(images), question, pair.answer, kind_of_pair, split), reason)
         else:
+            if options and answer:
+                reader.answers[row.id] = answer
+                question, answer = without_options(question, options), options[0]
             history = tuple(earlier) if progress.history else ()
-            row.finish(images, question, answer, kind_of_pair, split, _meta(cells), history=history)
+            row.finish(images, question, answer, kind_of_pair, split, _meta(cells), history=history, options=options)
         earlier.append((question, answer))
 
 
@@ -195,6 +205,18 @@ def _key(progress: _Progress, image: Any, location: RowLocation | None, column: 
         what = f"the path of image {index + 1} is outside the image folder"
         raise RowError(what, "Write it relative to the file, or to images/ next to the file.")
     return key
+
+
+def _options(cells: dict[str, Any], kind: Kind | None, pairs: int) -> tuple[str, ...]:
+    """The options of a conversation with one question; empty if there are none."""
+    options = read_options([cells.get("options")])
+    if kind == "choice" and not options:
+        raise RowError("a choice has no options", "Add a list 'options'.")
+    if options and kind not in (None, "choice"):
+        raise RowError(f"a row of kind {kind} has options", "Give it the kind choice, or remove its options.")
+    if options and pairs > 1:
+        raise RowError(f"options for {pairs} questions", "Write a conversation for each question with options.")
+    return options
 
 
 def _split(cells: dict[str, Any], split: str) -> str:

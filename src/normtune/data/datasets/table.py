@@ -14,6 +14,7 @@ from typing import Any, Literal
 from normtune.data.formats import FORMATS
 from normtune.data.images.files import ImageFolder
 from normtune.data.reading.cells import clean_text, is_yes_no
+from normtune.data.reading.choices import read_options
 from normtune.data.reading.columns import Columns, columns_note, find_columns, holds_reports, letters, parse_columns
 from normtune.data.reading.embedded_images import EmbeddedImages, embedded_image
 from normtune.data.reading.image_names import find_image_keys, identifier_column, identifier_of, index_dicom
@@ -32,7 +33,7 @@ from normtune.data.split_names import split_name
 from normtune.errors import InputError, did_you_mean
 
 _NEEDED = {"image": "the image", "question": "the question", "answer": "the answer"}
-FIELDS = ("image", "question", "answer", "id", "kind", "split")  # all other columns become `meta`
+FIELDS = ("image", "question", "answer", "id", "kind", "split", "options")  # all other columns become `meta`
 
 
 def read(
@@ -54,7 +55,9 @@ def read(
     An image cell is a path, relative to the table or to `images/` beside it, or absolute; several paths as a list,
     as JSON or separated by `;` or `|`; or, in parquet and Arrow files, the encoded image. `kind` is open, closed or
     report; by default yes and no are closed and all other answers open. `split` is by default that of the file's
-    name, else train. A report needs no question. All other columns of text or numbers become `meta`.
+    name, else train. A report needs no question. A row with options is a choice: see
+    `normtune.data.reading.choices` for the forms of options and answers. All other columns of text or numbers become
+    `meta`.
 
     Args:
         root: a file, a folder, or for parquet a hub name owner/name.
@@ -179,6 +182,9 @@ class Rows:
             InputError: (strict) a row is bad or its image is missing; or no row can be used.
         """
         reader, images = self.reader, self.images
+        if without_option := reader.resolve_answers():
+            files = list(dict.fromkeys(file for file, _ in reader.locations.values()))
+            self.errors = sorted(self.errors + without_option, key=lambda e: (files.index(e.file), int(e.row)))
         names = dict.fromkeys(name for example in reader.examples for name in example.images if name not in images)
         folder = image_root or find_image_folder(self.base, self.IMAGE_FOLDERS, names)
         images.folder = ImageFolder(folder)
@@ -245,6 +251,7 @@ class Rows:
         kind: Kind | None = "report" if is_report else None
         if stated and not lenient:
             kind = known_kind(stated.lower())
+        options = self._options(cells, columns, kind)
         images = self._image_names(source, row, columns)
         needs_question = kind != "report" or _filled(cells, columns, "question")
         question = _text(cells, columns, "question") if needs_question else ""
@@ -256,10 +263,27 @@ class Rows:
         elif self.format == "jsonl" and id in self.reader.locations:
             raise RowError("its id is used by an earlier row", "Give each row its own id.")
         example = self.reader.start_row(source.name, str(row.number), id or f"{source.stem}-{row.number}")
-        if stated and lenient:
+        if options:
+            self.reader.answers[example.id] = answer
+            answer = options[0]  # until `RowReader.resolve_answers`
+        elif stated and lenient:
             kind = example.read_kind(stated, answer)
         kind = kind or ("closed" if is_yes_no(answer) else "open")
-        example.finish(images, question, answer, kind, split, self._meta(cells, columns))
+        example.finish(images, question, answer, kind, split, self._meta(cells, columns), options=options)
+
+    def _options(self, cells: dict[str, Any], columns: Columns, kind: Kind | None) -> tuple[str, ...]:
+        """The options of a choice; empty for a row of another kind.
+
+        Raises:
+            RowError: they cannot be read, or contradict the kind of the row.
+        """
+        names = columns.get("options", ())
+        options = read_options([cells.get(name) for name in names]) if names else ()
+        if options and kind not in (None, "choice"):
+            raise RowError(f"a row of kind {kind} has options", "Give it the kind choice, or remove its options.")
+        if kind == "choice" and not options:
+            raise RowError("a choice has no options", "Add a column 'options' with a list, or columns A, B, C, ...")
+        return options
 
     def _image_names(self, source: Source, row: SourceRow, columns: Columns) -> list[str]:
         """The row's images: keys of embedded ones, and normalised paths, so that one file has one key."""

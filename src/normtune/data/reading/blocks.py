@@ -122,4 +122,6 @@ def parquet_blocks(file: Path, name: str) -> Iterator[Block]:
 
 def holds_images(type: pa.DataType) -> bool:
     """Whether a column has images themselves, not their names."""
+    if pa.types.is_list(type) and pa.types.is_string(type.value_type):
+        return False  # options, or names of several images
     return pa.types.is_binary(type) or pa.types.is_large_binary(type) or pa.types.is_nested(type)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from string import ascii_lowercase
 
 from normtune.errors import InputError, did_you_mean
 
@@ -19,7 +21,8 @@ USUAL_NAMES: dict[str, tuple[str, ...]] = {
     "question": ("question", "prompt", "instruction", "query", "questiontext", "userprompt", "input"),
     "answer": (
         *("answer", "response", "output", "report", "reporttext", "caption", "answertext", "label", "target"),
-        *("completion", "description", "text"),
+        *("completion", "description", "text", "correctanswer", "correctoption", "gtanswer", "answerkey", "answeridx"),
+        *("answerindex", "correct", "cop"),
     ),
     "id": ("id", "qid", "questionid"),
     "kind": ("kind", "answertype"),
@@ -27,10 +30,12 @@ USUAL_NAMES: dict[str, tuple[str, ...]] = {
     "language": ("language", "qlang", "lang"),
     "modality": ("modality",),
     "organ": ("organ", "location", "imageorgan"),
+    "options": ("options", "choices", "answerchoices", "answeroptions"),
     "patient": (),  # the usual names are found among the other columns; see `normtune.data.splits.group_columns`
 }
 # Names of an answer that is a report: no question is needed.
 _REPORTS = frozenset(("report", "reporttext", "caption", "description", "findings", "impression"))
+_OPTION_PREFIXES = ("option", "choice", "opt", "op", "")  # before the letter or number of a column with one option
 _SECTIONS = ("findings", "impression")  # columns that together are a report
 
 
@@ -71,7 +76,7 @@ def find_columns(names: Sequence[str], stated: Columns, *, exact: bool = False) 
     Args:
         names: the table's columns.
         stated: from `parse_columns`.
-        exact: guess only image, question and answer; other roles have a column of exactly their name.
+        exact: guess only image, question, answer and options; other roles have a column of exactly their name.
 
     Raises:
         InputError: a stated column does not exist.
@@ -92,7 +97,7 @@ def find_columns(names: Sequence[str], stated: Columns, *, exact: bool = False) 
             continue
         if role in names and role not in used:
             columns[role] = (role,)
-        elif not exact or role in ("image", "question", "answer"):
+        elif not exact or role in ("image", "question", "answer", "options"):
             first = next((by_letters[name] for name in usual if name in by_letters), None)
             if first is not None:
                 columns[role] = (first,)
@@ -101,10 +106,25 @@ def find_columns(names: Sequence[str], stated: Columns, *, exact: bool = False) 
     if "image" not in columns:
         views = tuple(name for name in names if re.fullmatch(r"(image|img|view|filename)\d+", letters(name)))
         columns |= {"image": views} if views else {}
+    if "question" not in columns and "options" not in stated:
+        columns.pop("options", None)
+    elif "options" not in columns and (options := _option_columns(by_letters)):
+        columns["options"] = options
     sections = tuple(by_letters[name] for name in _SECTIONS if name in by_letters)
     if "answer" not in columns and sections:
         columns["answer"] = sections
     return columns
+
+
+def _option_columns(by_letters: Mapping[str, str]) -> tuple[str, ...]:
+    """The columns that hold one option each: option_a, option_b, ...; choice1, choice2, ...; or A, B, C, ..."""
+    for prefix in _OPTION_PREFIXES:
+        for names in (ascii_lowercase, [str(number) for number in range(1, 27)] if prefix else ""):
+            present = takewhile(by_letters.__contains__, (prefix + name for name in names))
+            columns = tuple(by_letters[name] for name in present)
+            if len(columns) > (1 if prefix else 2):  # two columns A and B may be anything
+                return columns
+    return ()
 
 
 def holds_reports(columns: Columns) -> bool:

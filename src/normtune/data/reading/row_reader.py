@@ -10,6 +10,7 @@ import os
 import posixpath
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from PIL import Image
 from normtune.data.examples import Examples
 from normtune.data.images.files import ImageFolder
 from normtune.data.reading.cells import clean_text, has_half_character, is_yes_no, language_tag
+from normtune.data.reading.choices import Style, read_options, right_option, right_options, style_note
 from normtune.data.reading.tables import RowError
 from normtune.data.records import KINDS, Dataset, Example, History, Kind, Problem
 from normtune.data.split_names import SPLITS, split_name
@@ -46,6 +48,8 @@ class RowReader:
         self.dropped: Counter[str] = Counter()  # reason -> rows that are not in `examples`
         self.problems: list[Problem] = []
         self.locations: dict[str, tuple[str, str]] = {}  # id -> (file, row)
+        self.answers: dict[str, str] = {}  # id of a choice -> its answer in the file, until `resolve_answers`
+        self.styles: Counter[Style] = Counter()  # of the answers that were resolved
 
     def skip(self, example: Example, reason: str) -> None:
         """Skip a row and count it; the caller lists the problem."""
@@ -68,6 +72,27 @@ class RowReader:
             more = [f"And {len(errors) - _MAX_SHOWN} more bad rows."] if len(errors) > _MAX_SHOWN else []
             raise InputError(" ".join([*first, *more]))
         self.problems += errors
+
+    def resolve_answers(self) -> list[Problem]:
+        """Replace the answers of choices by the texts of their options, and skip the rows without a right option.
+
+        Returns:
+            A problem for each skipped row.
+        """
+        choices = [example for example in self.examples if example.id in self.answers]
+        answers, styles = right_options((example.options, self.answers[example.id]) for example in choices)
+        resolved = {example.id: answer for example, answer in zip(choices, answers, strict=True)}
+        usable, problems = [], []
+        for example in self.examples if resolved else ():
+            answer = resolved.get(example.id, example.answer)
+            if isinstance(answer, RowError):
+                problems.append(Problem(*self.locations[example.id], answer.what, answer.fix))
+                self.skip(example, answer.what)
+            else:
+                usable.append(replace(example, answer=answer) if answer != example.answer else example)
+        self.examples, self.answers = usable if resolved else self.examples, {}
+        self.styles += styles
+        return problems
 
     def note_missing_split(self, file: str, split: str) -> None:
         """List the file of a split as missing."""
@@ -161,6 +186,8 @@ class RowReader:
             if any(problem.what == "image is missing" for problem in self.problems):
                 first += " To read the text without the images, add --text-only."
             raise InputError(f"dataset {self.name} has no usable rows.{first}")
+        if self.styles:
+            self.notes.append(style_note(self.styles))
         problems = sorted(self.problems, key=lambda problem: bool(problem.row))
         return Dataset(
             self.name,
@@ -179,6 +206,7 @@ class Row:
 
     def __init__(self, reader: RowReader, file: str, row: str, id: str) -> None:
         self._reader, self.file, self.row = reader, file, row
+        self._fault = ""  # of its options
         self.id, number = id, 2
         while self.id in reader.locations:  # id, id-2, id-3, ...
             self.id, number = f"{id}-{number}", number + 1
@@ -232,6 +260,22 @@ class Row:
         self.add_problem("answer_type is neither OPEN nor CLOSED", "Read as closed if yes/no, else open.")
         return "closed" if is_yes_no(answer) else "open"
 
+    def read_choice(self, options: Sequence[object], answer: object, style: Style) -> tuple[tuple[str, ...], str]:
+        """The options, and the text of the right one. A fault is listed, and `finish` skips the row.
+
+        Args:
+            options: see `read_options`.
+            answer: the right option.
+            style: whether the answer is a letter or the text of an option.
+        """
+        try:
+            texts = read_options(options)
+            return texts, right_option(texts, self.read_text("answer", answer), style) if texts else ""
+        except RowError as error:
+            self.add_problem(error.what, f"Row skipped. {error.fix}")
+            self._fault = error.what
+            return (), ""
+
     def finish(
         self,
         images: Sequence[str],
@@ -242,20 +286,22 @@ class Row:
         meta: dict[str, str],
         answer_name: str = "answer",
         history: History = (),
+        options: Sequence[str] = (),
     ) -> None:
         """Add the row to the reader's examples, or skip it if its image, answer or question is empty.
 
-        A report may have an empty question.
+        A report may have an empty question. A row with options is of kind choice.
 
         Args:
             images: image keys.
             question: the question; empty for a report.
             answer: the reference answer or report.
-            kind: open, closed or report.
+            kind: open, closed or report, of a row without options.
             split: the split's name.
             meta: further fields; empty values are dropped.
             answer_name: name of the answer's field, for the message about an empty answer.
             history: the turns before the question.
+            options: the options of a choice; `answer` is the text of one of them.
 
         Raises:
             InputError: the id, an image key or a field of `meta` contains half of a surrogate pair.
@@ -266,7 +312,12 @@ class Row:
         if has_half_character((self.id, self.row, images, meta)):
             what = "its id or a field contains half of a surrogate pair"
             raise InputError(f"{self.file}, row {self.row}: {what}. Write the whole character, or remove it.")
-        example = Example(self.id, tuple(images), question, answer, kind, split, meta, history)
+        kind = "choice" if options and answer else kind
+        of_choice = tuple(options) if answer else ()
+        example = Example(self.id, tuple(images), question, answer, kind, split, meta, history, of_choice)
+        if self._fault:
+            self._reader.skip(example, self._fault)
+            return
         empty = "image" if not all(images) or not images else answer_name if not answer else ""
         if not empty and not question and kind != "report":
             empty = "question"
