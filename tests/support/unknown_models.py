@@ -6,12 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from transformers import CONFIG_MAPPING
+
 from tests.support.tiny_models import (
     GLM_TEMPLATE,
     IMAGE_SIZE,
     TEXT_SIZES,
     VISION_SIZES,
     bpe_tokenizer,
+    qwen_parts,
     special_token_ids,
     write_checkpoint,
 )
@@ -90,7 +93,45 @@ def glm46v() -> tuple[Any, Any]:
     return config, ImageOnly(images, tokenizer, chat_template=GLM_TEMPLATE)
 
 
-UNKNOWN: dict[str, Callable[[], tuple[Any, Any]]] = {"aya_vision": aya_vision, "glm46v": glm46v}
+def qwen4_exp() -> tuple[Any, Any]:
+    """Gated DeltaNets, and attentions with an indexer, which is a kind of layer that nothing here knows."""
+    from transformers import Qwen3VLProcessor, Qwen4ExpConfig
+
+    processor, shared = qwen_parts(Qwen3VLProcessor, 8)
+    text = shared["text_config"]
+    text |= {
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_conv_kernel_dim": 4,
+        "head_dim": 16,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "hc_lowrank": 8,
+        "ngram_vocab_size_base": 100,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    }
+    text["rope_parameters"] |= {"mrope_interleaved": True, "partial_rotary_factor": 0.5}
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 8}
+    vision |= {"out_hidden_size": 32, "num_position_embeddings": 16}
+    return Qwen4ExpConfig(vision_config=vision, **shared), processor
+
+
+ALL = {"aya_vision": aya_vision, "glm46v": glm46v, "qwen4_exp": qwen4_exp}
+UNKNOWN: dict[str, Callable[[], tuple[Any, Any]]] = {
+    name: make
+    for name, make in ALL.items()
+    if name in CONFIG_MAPPING  # of the installed transformers
+}
 
 
 def make_unknown(name: str, directory: Path | str) -> Path:

@@ -96,7 +96,7 @@ def skip_layers(decoder: Any, layers: range, *, norm: bool = False) -> Iterator[
     The list of layers keeps its length, so that the other layers keep their numbers.
     """
     skipped = {index: decoder.layers[index] for index in layers}
-    last_norm = decoder.norm
+    last_norm = decoder.norm if norm else None  # not every language model's last norm has this name
     try:
         for index in skipped:
             decoder.layers[index] = SkippedLayer()
@@ -106,4 +106,5 @@ def skip_layers(decoder: Any, layers: range, *, norm: bool = False) -> Iterator[
     finally:
         for index, layer in skipped.items():
             decoder.layers[index] = layer
-        decoder.norm = last_norm
+        if norm:
+            decoder.norm = last_norm

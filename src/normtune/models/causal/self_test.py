@@ -175,7 +175,7 @@ def small_config(config: Any, *, narrow: bool) -> Any:
             if re.search("window|attention_chunk", name) and type(value) is int and part is text_values:
                 part[name] = min(value, WINDOW)
             elif re.fullmatch(r"(num_|n_routed_|num_local_)?experts", name) and type(value) is int:
-                part[name] = min(value, 2 * HEADS)
+                part[name] = min(value, max(2 * HEADS, part.get("num_experts_per_tok") or 0))
     width, heads = text_values.get("hidden_size"), text_values.get("num_attention_heads")
     if narrow and width and heads:
         key_heads = text_values.get("num_key_value_heads") or heads

@@ -149,11 +149,12 @@ class GenericFamily(CausalFamily):
         return {str(number): _values(image) for number, image in enumerate(images)}
 
     def features(self, images: dict[str, Any]) -> dict[str, Tensor]:
-        accepted = inspect.signature(self.model.get_image_features).parameters
+        encode = self.model.base_model.get_image_features
+        accepted = inspect.signature(encode).parameters
         parts = []
         for image in images.values():
             inputs = {name: self._as_input(value) for name, value in image.items() if name in accepted}
-            output = self.model.get_image_features(**inputs, return_dict=True)
+            output = encode(**inputs, return_dict=True)
             parts.append(flatten_features(getattr(output, "pooler_output", output)))
         return {FEATURES: torch.cat(parts)}
 
