@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from normtune.runtime.files import read_json
+from normtune.runtime.progress import terminal_bars
 from normtune.studies.cell import PROGRESS
 from normtune.studies.changes import RESULT
 from normtune.studies.plan import Cell
@@ -32,16 +33,9 @@ class ProgressBars(ProgressListener):
 
     def __init__(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.console = Console(stderr=True, force_jupyter=False)  # in Jupyter: a line for each finished cell
-        self.bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-        )
+        self.bars = terminal_bars(self.console)
         self.total: Any = None
         self.running: dict[Path, tuple[Cell, Any]] = {}
 
@@ -56,10 +50,10 @@ class ProgressBars(ProgressListener):
         if self.total is not None:
             self.bars.remove_task(self.total)
         self.console.print(f"{len(cells)} cells to run, {done} already done; {workers} at a time", highlight=False)
-        self.total = self.bars.add_task("cells", total=len(cells))
+        self.total = self.bars.add_task("cells", total=len(cells), note="")
 
     def started(self, cell: Cell, directory: Path) -> None:
-        self.running[directory] = cell, self.bars.add_task(f"  {cell}", total=None)
+        self.running[directory] = cell, self.bars.add_task(f"  {cell}", total=None, note="")
 
     def ended(self, cell: Cell, directory: Path, error: str | None) -> None:
         if directory in self.running:

@@ -13,7 +13,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any, Literal
 
-from normtune.runtime.files import write_json, write_text
+from normtune.runtime.files import atomic_write, write_json, write_text
 from normtune.runtime.number_format import format_interval
 from normtune.runtime.text_table import markdown_table
 from normtune.studies.console import ProgressBars
@@ -51,17 +51,8 @@ class DemoTask:
 QUESTIONS = DemoTask(
     task="vqa",
     recipes=(
-        "frozen",
-        "ln",
-        "ln-vision",
-        "ln-encoder+decoder",
-        "attention",
-        "ffn",
-        "full",
-        "lora-4",
-        "lora-8",
-        "prefix",
-        "ia3",
+        *("frozen", "ln", "ln-vision", "ln-encoder+decoder", "attention", "ffn", "full"),
+        *("lora-4", "lora-8", "prefix", "ia3"),
     ),
     columns=(("closed %", "closed_label", 100), ("open %", "open_exact", 100), ("global %", "global_exact", 100)),
     epochs=4,
@@ -105,7 +96,6 @@ def run_demo(
         epochs: passes over the training questions.
         report_epochs: the most passes over the training reports; each recipe is trained until its validation score
             rises no more.
-        quiet: show no progress bar.
 
     Returns:
         The results, and the text to print: both tables and the paths of the files.
@@ -133,8 +123,6 @@ def run_demo(
     write_json(out / "results.json", results)
     for name, table in tables.items():
         write_text(out / name, table)
-    from normtune.studies.demo_plot import plot_accuracy
-
     plot_accuracy(vqa_rows, out / "accuracy.png")
     paths = "\n".join(f"  {out / name}" for name in ("results.json", *tables, "accuracy.png"))
     return results, (
@@ -162,6 +150,39 @@ def _link(link: Path, target: str) -> None:
     link.unlink(missing_ok=True)
     link.parent.mkdir(parents=True, exist_ok=True)
     link.symlink_to(os.path.relpath(target, link.parent.absolute()))
+
+
+def plot_accuracy(rows: list[dict[str, Any]], path: Path) -> None:
+    """Plot accuracy with its 95% interval against the trainable share, one point for each recipe, as PNG.
+
+    The share has a log scale. The frozen base is a dashed line with its interval as a band.
+    """
+    from matplotlib.figure import Figure  # not pyplot, which would look for a display
+
+    figure = Figure(figsize=(7.2, 4.4), dpi=150)
+    axes = figure.subplots()
+    trained = sorted((row for row in rows if row["training"]), key=lambda row: row["training"]["share"])
+    # labels alternate above and below the points, so that neighbours do not overlap
+    labelled_below = {row["name"] for row in trained[1::2]}
+    for row in rows:
+        score = row["evaluation"]["metrics"]["global_exact"]
+        value, low, high = (100 * score[key] for key in ("value", "low", "high"))
+        if row["training"] is None:
+            axes.axhline(value, linestyle="--", color="0.45", label=row["name"])
+            axes.axhspan(low, high, color="0.9", zorder=0)
+            continue
+        share = 100 * row["training"]["share"]
+        axes.errorbar(share, value, yerr=[[value - low], [high - value]], fmt="o", capsize=3)
+        offset = (5, -11) if row["name"] in labelled_below else (5, 5)
+        axes.annotate(row["name"], (share, value), xytext=offset, textcoords="offset points", fontsize=8)
+    axes.set_xscale("log")
+    axes.set_xlabel("trained share of the model (%)")
+    axes.set_ylabel("answers exactly right (%)")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.tight_layout()
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def table_markdown(rows: list[dict[str, Any]], task: DemoTask = QUESTIONS) -> str:

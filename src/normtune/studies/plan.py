@@ -36,6 +36,7 @@ _PATH_FIELDS = {"out", "root", "adapter", "cache", "device", "splits"}
 _MEANS_FIELDS = {"resume", "overwrite", "tracker", "save_every", "memory", "compile", "workers"}
 # and options that are in the key already, as the cell's rates and budget.
 _LENGTH_FIELDS = {"lr", "epochs", "max_steps", "limit"}
+_LOADING_FIELDS = {"dtype", "quantize", "device"}  # options of a model that its cells share
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,6 @@ def plan(study: Study, search_rates: Mapping[str, float] | None = None) -> Plan:
     """The cells of a study.
 
     Args:
-        study: the study's file.
         search_rates: the learning rate that each finished search has chosen, by `RateSearch.id`.
 
     Raises:
@@ -267,9 +267,7 @@ def _training_cell(
         split=options.train_split,
         share=share / 100 if share < 100 else None,
         seed=seed,
-        dtype=base.dtype,
-        quantize=base.quantize,
-        device=base.device,
+        **base.model_dump(include=_LOADING_FIELDS),
         **fold_options(options, fold),
         **budget.train_options(options.validate_split),
         **train_options,
@@ -330,15 +328,8 @@ def _evaluation(study: Study, model: str, data: str, role: Role, fold: int | Non
         model=base.path,
         out=_UNSET_PATH,
         split=options.validate_split if role == "validate" else options.test_split,
-        limit=options.limit,
-        batch=options.batch,
-        beams=base.beams,
-        max_new_tokens=options.max_new_tokens,
-        candidates=options.candidates,
-        normalisation=options.normalisation,
-        dtype=base.dtype,
-        quantize=base.quantize,
-        device=base.device,
+        **options.model_dump(include={"limit", "batch", "max_new_tokens", "candidates", "normalisation"}),
+        **base.model_dump(include={"beams", *_LOADING_FIELDS}),
         **fold_options(options, fold),
     )
     return Evaluation(data, role, config, splits_identity(options))

@@ -30,10 +30,6 @@ def pool_folds(tables: Tables, out: Path) -> Tables:
 
     A run with a fold that is not finished is left out: its rows would be others than those of the other runs.
 
-    Args:
-        tables: the tables of a study's cells.
-        out: the study's folder.
-
     Returns:
         The tables; `evaluations` has a column `layers`, see `Layers`.
     """

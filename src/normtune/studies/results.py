@@ -1,16 +1,7 @@
-"""A study's results as tables in `results.sqlite` and `results.json`; docs/study.md has all columns.
+"""A study's results as tables in `results.sqlite` and `results.json`; docs/study.md describes all columns.
 
-The table `cells` has one row for each cell. What a cell has several of (evaluations, metrics, norms, losses)
+The table `cells` has one row for each cell. What a cell has several of (evaluations, metrics, norms, losses, curves)
 is in a table of its own, joined by `key`. `seeds` and `tests` are computed from the other tables.
-
-`curves` has the learning curve of each cell that validates while it trains (`budget: {until: plateau}`), one row for
-each validation: `step`, `pairs` and `passes` so far, `seconds` of training so far (without set-up and validation),
-`train_loss` and `validation_loss` (mean per answer token), `metric` (that chooses the best step) with its value
-`score` (a fraction; for the metric `loss` lower is better), `metrics` (name -> value, all of them), and `is_best` (1:
-the adapter has the values of this step). In `cells`, such a cell has `validation_metric`, `best_step`, `best_score`,
-`stopped_early` (1: the score rose no more; 0: the cap was reached) and `validation_seconds`; every
-trained cell has `passes` over its training pairs and `train_bytes_above_base` (peak of the training less the memory
-with the loaded base before it).
 """
 
 from __future__ import annotations

@@ -89,11 +89,8 @@ def run_study(
     """Run every cell that has no result yet. Several commands may run the same study in the same folder.
 
     Args:
-        study: the study, from `read_study`.
-        out: the study's folder.
         workers: the number of cells that run at once; by default as many as cores and memory allow.
         on: where cells run: local, ray or slurm.
-        listener: receives the progress.
 
     Raises:
         InputError: `on` is unknown, or a package that it needs is not installed; a data set that is to be divided
@@ -163,7 +160,6 @@ def run_cells(
         cells: from `single_cell`.
         out: the folder of their results. Cells that are finished there come first and are not run again.
         workers: the number of cells that run at once.
-        listener: receives the progress.
 
     Yields:
         `name` of the cell; `training`: the contents of train_result.json, or None; `evaluation`: the contents of

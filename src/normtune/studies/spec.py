@@ -209,7 +209,6 @@ def read_study(path: Path | str, roots: Sequence[str] = ()) -> Study:
     """Read and check a study's file.
 
     Args:
-        path: the YAML file.
         roots: NAME=DIR for each data set that is in another folder than the file says.
 
     Raises:

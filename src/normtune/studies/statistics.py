@@ -1,40 +1,8 @@
 """Statistics over a study's rows: means over seeds, and tests between recipes.
 
-Both take the tables of `pool_folds`: the rows of all folds of a seed count as one run.
-
-A row of the table `seeds` (`aggregate_seeds`) has these fields:
-
-`grid`, `model`, `trained_on`, `share`, `recipe`, `rate`, `dataset`, `role`, `metric`
-    What is measured.
-`seeds`, `rows`, `images`
-    Number of seeds, and of rows and images of the test set.
-`mean`, `low`, `high`
-    The mean over seeds with its 95% interval for new seeds and new images, inside 0 to 1 (CIDEr: 0 to 10) and never
-    empty (`recipe_mean`). With one seed, that run's own interval, for new images alone.
-`least`, `most`
-    The lowest and highest value of a seed.
-
-A row of the table `tests` (`paired_tests`) has these fields:
-
-`grid`, `model`, `trained_on`, `share`, `dataset`, `role`, `metric`, `recipe`, `against`
-    What is compared: `recipe` with the reference recipe `against`. The recipe `frozen` is the base without tuning.
-`first`, `second`
-    The mean of `against` and of `recipe`.
-`difference`, `low`, `high`
-    `second` minus `first`, with its 95% interval.
-`question`
-    What `p` answers. `recipes`: do the recipes differ, for new seeds and new images? (Three seeds or more of each.)
-    `trained models`: do these trained models, those of one recipe together, differ on images like these? (Fewer seeds:
-    there is no p-value of the recipes.)
-`p`, `p_holm`
-    The p-value, and corrected over the recipes of a group (Holm).
-`method`, `seeds`, `rows`, `images`
-    The test; the number of seeds, of the recipe that has fewer; the number of rows and images of the test set.
-`smallest_difference`
-    The true difference that is found in 80% of such comparisons.
-`margin`, `equivalent`, `no_worse`
-    The study's `compare: {margin: 2}` as a fraction (0.02); whether the difference is inside it (TOST at 5%); whether
-    `recipe` is worse than `against` by less than it (one-sided at 5%). All three are null without a margin.
+Both take the tables of `pool_folds`: the rows of all folds of a seed count as one run. docs/study.md describes the
+columns of the tables `seeds` and `tests`. The interval of a mean is for new seeds and new images, inside 0 to 1
+(CIDEr: 0 to 10) and never empty (`recipe_mean`); with one seed it is that run's own, for new images alone.
 """
 
 from __future__ import annotations

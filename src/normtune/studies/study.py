@@ -66,7 +66,6 @@ def run_study_and_report(
     Args:
         report_only: run nothing; write the tables and the page of the cells that are finished.
         examples: show some images and answers on the page, of data sets with a licence that permits it.
-        quiet: show no progress bars.
 
     Raises:
         InputError: see `run_study` and `write_tables`.

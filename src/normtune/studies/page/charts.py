@@ -93,7 +93,6 @@ def draw_lines(
 
     Args:
         label: the chart's `aria-label`.
-        level: a value drawn across the chart.
         label_solid: put each line's label at its first solid mark instead.
     """
     height = max(310.0, 90 + 15.0 * len(lines))  # high enough for the labels at the line ends
@@ -190,8 +189,6 @@ def draw_heat_map(
 
     Args:
         values: the value of each (row, column), in the order of the rows; other cells are left empty.
-        tooltips: the text of each cell.
-        columns: the order of the columns.
         title: the title below the columns.
     """
     from matplotlib.patches import Rectangle

@@ -90,11 +90,6 @@ def axis_limits(axis: Axis, centres: Iterable[float], ends: Iterable[float]) -> 
     An interval over two seeds may be ten times as wide as all differences between recipes; an axis that
     showed it whole would hide the differences. Linear axes are therefore extended by at most the span of the
     values on each side.
-
-    Args:
-        axis: what the axis must cover.
-        centres: the values of the marks.
-        ends: the ends of their intervals.
     """
     centres = [value for value in centres if math.isfinite(value) and (value > 0 or not axis.log)]
     assert centres, "an axis needs a value"
@@ -286,7 +281,6 @@ def _simplify(
     """matplotlib's SVG with short numbers, the page's colours and tooltips, without groups and references.
 
     Args:
-        element: an element of matplotlib's SVG.
         tooltips: the tooltip of each group with this id.
         shapes: the paths that marks refer to, by id.
     """

@@ -181,11 +181,7 @@ def _cost_panels(
     """Scores on the data set that a recipe was trained on, against a cost of training.
 
     Args:
-        x: the axis of the cost.
-        heading: the cost's name.
         column: its column in `cells`; a recipe without a value is left out.
-        format_value: the cost as text.
-        unit: the unit of the axis.
     """
     for dataset in results.datasets(setting, "in"):
         metric = results.primary_metric(dataset)

@@ -31,8 +31,6 @@ def norm_changes(results: Results, arm: Arm, kind: str) -> dict[tuple[str, str],
     """How far the norms of an arm moved, mean over its seeds, by row and column of its heat map.
 
     Args:
-        results: the study.
-        arm: a recipe of a setting.
         kind: "gain": the norm of the change divided by the norm of the start; "bias": the root mean square of
             the change.
     """

@@ -48,7 +48,7 @@ COLOURS = {name: (family.light, family.dark) for name, family in FAMILIES.items(
 # Methods that share a family; any other method is a family of its own.
 _FAMILY_OF = {"ptuning": "prefix", "ia3": "other", "adapter": "other", "bias": "other"}
 _FAMILY_OF |= dict.fromkeys((*PEFT_VECTORS, *OUTPUT_VECTORS), "other")
-_METHOD = re.compile(r"[a-z_0-9]+")
+_METHODS = re.compile(r"(?:^|\+) *([a-z_0-9]+)")  # the names of methods in a text such as `attention+lora(r=4)`
 
 
 def parts_of(resolved: str) -> dict[str, str]:
@@ -58,12 +58,7 @@ def parts_of(resolved: str) -> dict[str, str]:
 
 def recipe_family(resolved: str) -> str:
     """The family of a resolved recipe's method; `mixed` if it has methods of several families."""
-    methods = {
-        _METHOD.match(method.strip()).group()  # type: ignore[union-attr]
-        for text in parts_of(resolved).values()
-        for method in text.split("+")
-        if _METHOD.match(method.strip())
-    } - {"frozen"}
+    methods = {method for text in parts_of(resolved).values() for method in _METHODS.findall(text)} - {"frozen"}
     families = {_FAMILY_OF.get(method, method) for method in methods}
     if not families:
         return "frozen"
