@@ -23,15 +23,9 @@ from normtune.errors import InputError
 
 # The elements outside that group which are read; the first three hold pixels.
 _PIXEL_KEYWORDS = (
-    "PixelData",
-    "FloatPixelData",
-    "DoubleFloatPixelData",
-    "ExtendedOffsetTable",
-    "ExtendedOffsetTableLengths",
-    "SharedFunctionalGroupsSequence",
-    "PerFrameFunctionalGroupsSequence",
-    "PresentationLUTShape",
-)
+    "PixelData", "FloatPixelData", "DoubleFloatPixelData", "ExtendedOffsetTable", "ExtendedOffsetTableLengths",
+    "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "PresentationLUTShape",
+)  # fmt: skip
 _IMAGE_GROUP = 0x0028  # rows, columns, bit depths, rescale, windows, look-up tables; no patient data
 
 
@@ -72,7 +66,6 @@ def open_dicom(data: bytes, *, name: str, frame: int | None = None, window: Wind
     Source: DICOM PS3.3, C.7.6.3 (pixels), C.11.1 (modality table), C.11.2 (VOI table).
 
     Args:
-        data: the file's bytes.
         name: name of the file in errors. Errors contain nothing from inside the file.
         frame: index from 0; None is the middle frame.
         window: (centre, width), in Hounsfield units for CT.
@@ -144,11 +137,7 @@ def _tags_to_read() -> list[int | BaseTag]:
 
 
 def _read_pixel_elements(data: bytes, name: str) -> pydicom.Dataset:
-    """Read the elements that describe pixels, and check that the file's transfer syntax can be decoded.
-
-    Raises:
-        InputError: the file has no pixels, or no decoder for its compression is installed.
-    """
+    """Read the elements that describe pixels, and check that the file's transfer syntax can be decoded."""
     file = pydicom.dcmread(io.BytesIO(data), force=True, specific_tags=_tags_to_read())
     if not any(keyword in file for keyword in _PIXEL_KEYWORDS[:3]):
         raise InputError(f"{name}: a DICOM file without pixel data, or no image at all. Use one with an image.")

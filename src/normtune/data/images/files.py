@@ -114,8 +114,9 @@ def _open_picture(data: bytes, name: str, frame: int | None, window: Window | No
             check_size(*picture.size, name)
             picture.load()
             _check_depth(picture, data, name)
-            # Pillow inverts 8-bit pictures only
-            inverted = picture.format == "TIFF" and picture.mode not in ("1", "L") and _min_is_white(picture)
+            # Pillow inverts 8-bit pictures only; tag 262 is PhotometricInterpretation, 0 where the value 0 is white
+            is_deep_tiff = picture.format == "TIFF" and picture.mode not in ("1", "L")
+            inverted = is_deep_tiff and picture.tag_v2.get(262) == 0  # type: ignore[attr-defined]
             return _to_rgb(_upright(picture), window, inverted)
     except InputError:
         raise
@@ -132,17 +133,8 @@ def _open_picture(data: bytes, name: str, frame: int | None, window: Window | No
         raise InputError(f"{name}: the image is damaged or cut short. Replace the file.") from error
 
 
-def _min_is_white(picture: Image.Image) -> bool:
-    """Whether a TIFF file's PhotometricInterpretation says that 0 is white."""
-    return picture.tag_v2.get(262) == 0  # type: ignore[attr-defined,no-any-return]
-
-
 def _check_depth(picture: Image.Image, data: bytes, name: str) -> None:
-    """Refuse a 16-bit colour PNG that holds values of fewer bits: Pillow keeps the upper 8 of 16, so it would be black.
-
-    Raises:
-        InputError: the values have at most 14 bits.
-    """
+    """Refuse a 16-bit colour PNG with values of fewer bits: Pillow keeps the upper 8 of 16, so it would be black."""
     bit_depth, colour_type = data[24:26]
     if picture.format != "PNG" or bit_depth != 16 or colour_type == 0:  # grey is read with all of its bits
         return

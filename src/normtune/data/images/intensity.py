@@ -13,11 +13,7 @@ Window = tuple[float, float]  # (centre, width), in the units of the rescaled va
 
 
 def check_size(width: int, height: int, name: str) -> None:
-    """Refuse images with too many pixels.
-
-    Raises:
-        InputError: the image has more than `MAX_PIXELS` pixels, or none.
-    """
+    """Raise an `InputError` if an image has no pixels, or more than `MAX_PIXELS`."""
     if width * height > MAX_PIXELS:
         raise InputError(
             f"{name}: the image has {width} x {height} pixels, more than the limit of {MAX_PIXELS:,}. Make it smaller."
@@ -34,7 +30,6 @@ def apply_window(values: NDArray[np.floating], window: Window, function: str = "
     Source: DICOM PS3.3 C.11.2.1.2 (LINEAR, the default), C.11.2.1.3 (SIGMOID and LINEAR_EXACT).
 
     Args:
-        values: values in the window's units.
         window: (centre, width).
         function: LINEAR, LINEAR_EXACT or SIGMOID.
 

@@ -69,11 +69,7 @@ def expand_volumes(
 
 
 def open_volume(folder: Path, key: str, window: Window | None = None) -> Image.Image | None:
-    """Open the slices that a key names; None if it is no key of a volume.
-
-    Raises:
-        InputError: the volume cannot be read.
-    """
+    """Open the slices that a key names; None if it is no key of a volume, an `InputError` if it cannot be read."""
     match = _KEY.fullmatch(key)
     if match is None:
         return None
@@ -154,11 +150,7 @@ def _range(path: Path, name: str, modified: int) -> tuple[float, float]:
 
 @lru_cache(maxsize=64)
 def _series(folder: Path, modified: int) -> tuple[Path, ...]:
-    """The files of a DICOM series, ordered by their position along the normal of the slices; `modified` as above.
-
-    Raises:
-        InputError: there is no DICOM file, or several series.
-    """
+    """The files of a DICOM series, ordered by their position along the normal of the slices; `modified` as above."""
     files = sorted(p for p in folder.iterdir() if p.is_file() and (not p.suffix or p.suffix.lower() in DICOM_SUFFIXES))
     ordered = list(series_order(files, "SeriesInstanceUID"))
     if not ordered:

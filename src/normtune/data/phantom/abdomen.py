@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from normtune.data.phantom.canvas import Canvas, Plane2D
+from normtune.data.phantom.canvas import TISSUE, Canvas, Plane2D
 from normtune.data.phantom.chest import sign
 from normtune.data.phantom.scene import Finding, Scene
-from normtune.data.phantom.tissue import TISSUE
 
 
 def draw_axial(canvas: Canvas, scene: Scene) -> None:

@@ -82,7 +82,6 @@ def render(
 
     Args:
         scene: the scene; its seed determines the shapes of the anatomy.
-        hospital: "a" or "b".
         size: width and height in pixels.
         rng: source of the noise; None derives it from the scene's seed.
 

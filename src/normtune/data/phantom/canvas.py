@@ -1,4 +1,4 @@
-"""A canvas for soft shapes. Coordinates run from -1 to 1, x to the right and y down."""
+"""A canvas for soft shapes, and the grey values of tissues. Coordinates run from -1 to 1, x to the right and y down."""
 
 from __future__ import annotations
 
@@ -10,6 +10,42 @@ from PIL import Image
 
 Plane2D = NDArray[np.floating]  # [size, size]
 
+# Tissue -> its grey value in CT, T1 and T2, 0 (black) to 1 (white). Their order is that of textbooks; they are not
+# measured.
+_VALUES: dict[str, tuple[float, float, float]] = {
+    "air": (0.0, 0.02, 0.02),
+    "lung": (0.10, 0.05, 0.05),
+    "fat": (0.22, 0.90, 0.66),
+    "muscle": (0.47, 0.42, 0.22),
+    "soft": (0.42, 0.38, 0.34),
+    "liver": (0.60, 0.58, 0.34),
+    "spleen": (0.55, 0.40, 0.56),
+    "kidney": (0.72, 0.48, 0.86),
+    "stomach": (0.40, 0.30, 0.55),
+    "heart": (0.62, 0.40, 0.30),
+    "vessel": (0.76, 0.14, 0.08),
+    "cortex": (1.0, 0.06, 0.06),
+    "marrow": (0.86, 0.70, 0.48),
+    "disc": (0.50, 0.35, 0.30),
+    "fluid": (0.30, 0.12, 0.98),
+    "pleural fluid": (0.40, 0.12, 0.98),
+    "csf": (0.14, 0.10, 0.98),
+    "gray matter": (0.50, 0.40, 0.58),
+    "white matter": (0.42, 0.58, 0.40),
+    "hemorrhage": (0.92, 0.95, 0.12),
+    "edema": (0.24, 0.26, 0.84),
+    "infarct": (0.26, 0.28, 0.80),
+    "tumor rim": (0.74, 0.88, 0.80),
+    "tumor core": (0.34, 0.24, 0.62),
+    "mass": (0.36, 0.30, 0.70),
+    "lung lesion": (0.58, 0.5, 0.5),
+    "stone": (1.0, 0.05, 0.05),
+}
+# Look -> tissue -> grey value.
+TISSUE: dict[str, dict[str, float]] = {
+    look: {name: values[i] for name, values in _VALUES.items()} for i, look in enumerate(("ct", "t1", "t2"))
+}
+
 
 class Canvas:
     """A grey image, and the slightly bent coordinates in which shapes are drawn on it.
@@ -18,7 +54,6 @@ class Canvas:
         size: width and height in pixels.
         rng: source of textures, jitter and offsets.
         zoom: above 1 enlarges the anatomy.
-        rotation_deg: rotation of the anatomy.
         shift: (x, y) of the anatomy's centre.
     """
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from normtune.data.phantom.canvas import Canvas, Plane2D
+from normtune.data.phantom.canvas import TISSUE, Canvas, Plane2D
 from normtune.data.phantom.scene import Finding, Scene
-from normtune.data.phantom.tissue import TISSUE
 
 # y of the centre of each lung zone in frontal and coronal images.
 _ZONE_Y = {"upper": -0.42, "middle": -0.13, "lower": 0.14}
@@ -155,9 +154,9 @@ def draw_coronal(canvas: Canvas, scene: Scene) -> None:
     canvas.paint(ring * canvas.edge(np.cos(canvas.y * 34) * 0.03, 0.02) * body * (canvas.y < 0.6), tissue["marrow"])
     dome = {"left": 0.45, "right": 0.38}
     lungs = {}
-    for side in ("left", "right"):
+    for side, top in dome.items():
         cx = sign(side) * 0.41 * wide
-        floor = dome[side] + 0.9 * (canvas.x - cx) ** 2 - canvas.y
+        floor = top + 0.9 * (canvas.x - cx) ** 2 - canvas.y
         lungs[side] = canvas.ellipse(cx, -0.06, 0.32 * wide, 0.70, soft=0.02) * canvas.edge(floor, 0.02)
     liver = canvas.ellipse(-0.32, 0.66, 0.46, 0.34, soft=0.02) * body
     canvas.paint(liver, tissue["liver"] + canvas.texture(20, 0.015))

@@ -11,7 +11,7 @@ from normtune.data.examples import Examples
 from normtune.data.phantom.acquisition import render
 from normtune.data.phantom.questions import ask_questions
 from normtune.data.phantom.reports import write_report
-from normtune.data.phantom.scene import check_hospital, sample_scene
+from normtune.data.phantom.scene import Hospital, check_hospital, sample_scene
 from normtune.data.records import Dataset, Example
 from normtune.errors import InputError
 
@@ -75,16 +75,15 @@ def scene_seed(split: str, number: int, seed: int) -> int:
     return (seed * len(SPLIT_SIZES) + list(SPLIT_SIZES).index(split)) * _PER_SPLIT + number
 
 
-def _examples(key: str, seed: int, hospital: str, split: str, task: str) -> list[Example]:
+def _examples(key: str, seed: int, hospital: Hospital, split: str, task: str) -> list[Example]:
     """The examples of one image; `seed` is that of its scene."""
-    name = check_hospital(hospital)
-    scene = sample_scene(seed, name)
+    scene = sample_scene(seed, hospital)
     examples = []
     if task in ("vqa", "all"):
-        for number, item in enumerate(ask_questions(scene, name)):
+        for number, item in enumerate(ask_questions(scene, hospital)):
             id = f"{key}-{number:02d}"
             examples.append(Example(id, (key,), item.question, item.answer, item.kind, split, item.meta))
     if task in ("report", "all"):
         meta = {"type": "report", "modality": scene.modality, "organ": scene.region}
-        examples.append(Example(f"{key}-report", (key,), "", write_report(scene, name), "report", split, meta))
+        examples.append(Example(f"{key}-report", (key,), "", write_report(scene, hospital), "report", split, meta))
     return examples

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from normtune.data.phantom.canvas import Canvas, Plane2D
+from normtune.data.phantom.canvas import TISSUE, Canvas, Plane2D
 from normtune.data.phantom.chest import sign
 from normtune.data.phantom.scene import Finding, Scene
-from normtune.data.phantom.tissue import TISSUE
 
 # Centres of the lobes: y in axial images (the face is at the top), (x, y) in sagittal ones.
 _LOBE_Y = {"frontal": -0.42, "parietal": -0.02, "occipital": 0.42}

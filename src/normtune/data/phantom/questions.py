@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from normtune.data.phantom.acquisition import sample_acquisition
@@ -89,8 +90,17 @@ def ask_questions(scene: Scene, hospital: Hospital) -> list[Question]:
     return selected[:MAX_QUESTIONS]
 
 
-def _modality(asker: _Asker) -> Iterator[Question]:
-    yield asker.ask("modality", asker.term(asker.scene.modality))
+def _attribute(name: str, asker: _Asker) -> Iterator[Question]:
+    """Ask for an attribute of the scene; the family has its name. "frontal" is no plane of a section."""
+    if (value := getattr(asker.scene, name)) not in ("", "frontal"):
+        yield asker.ask(name, asker.term(value))
+
+
+def _finding_attribute(name: str, asker: _Asker) -> Iterator[Question]:
+    """Ask for an attribute of each finding that has it; the family has its name."""
+    for finding in asker.scene.findings:
+        if value := getattr(finding, name):
+            yield asker.ask(name, asker.term(value), finding=asker.name(finding))
 
 
 def _modality_is(asker: _Asker) -> Iterator[Question]:
@@ -104,23 +114,9 @@ def _true_or_other(asker: _Asker, truth: str, values: list[str]) -> str:
     return truth if asker.rng.random() < 0.5 else asker.rng.choice([value for value in values if value != truth])
 
 
-def _weighting(asker: _Asker) -> Iterator[Question]:
-    if asker.scene.weighting:
-        yield asker.ask("weighting", asker.term(asker.scene.weighting))
-
-
-def _region(asker: _Asker) -> Iterator[Question]:
-    yield asker.ask("region", asker.term(asker.scene.region))
-
-
 def _region_is(asker: _Asker) -> Iterator[Question]:
     region = _true_or_other(asker, asker.scene.region, ["chest", "abdomen", "head"])
     yield asker.ask("region_is", region == asker.scene.region, region=asker.term(region))
-
-
-def _plane(asker: _Asker) -> Iterator[Question]:
-    if asker.scene.plane != "frontal":
-        yield asker.ask("plane", asker.term(asker.scene.plane))
 
 
 def _plane_is(asker: _Asker) -> Iterator[Question]:
@@ -149,12 +145,6 @@ def _largest(asker: _Asker) -> Iterator[Question]:
 
 def _diseases(asker: _Asker) -> Iterator[Question]:
     yield asker.ask("diseases", ", ".join(map(asker.name, asker.scene.findings)) or asker.term("none"))
-
-
-def _sides(asker: _Asker) -> Iterator[Question]:
-    for finding in asker.scene.findings:
-        if finding.side:
-            yield asker.ask("side", asker.term(finding.side), finding=asker.name(finding))
 
 
 def _side_is(asker: _Asker) -> Iterator[Question]:
@@ -189,12 +179,6 @@ def _counts(asker: _Asker) -> Iterator[Question]:
         yield asker.ask("count_kidneys", asker.term("1" if asker.scene.missing_kidney else "2"))
     if asker.rng.random() < 0.4:
         yield asker.ask("count_kinds", asker.term(str(len(asker.scene.findings))))
-
-
-def _sizes(asker: _Asker) -> Iterator[Question]:
-    for finding in asker.scene.findings:
-        if finding.size:
-            yield asker.ask("size", asker.term(finding.size), finding=asker.name(finding))
 
 
 def _colors(asker: _Asker) -> Iterator[Question]:
@@ -299,22 +283,22 @@ def _balanced(asker: _Asker) -> Iterator[Question]:
 Family = Callable[[_Asker], Iterator[Question]]
 # Share of images for which each family is asked: A asks more about modality and organ, B more about findings.
 _FAMILY_SHARES: dict[Family, dict[Hospital, float]] = {
-    _modality: {"a": 0.55, "b": 0.40},
+    partial(_attribute, "modality"): {"a": 0.55, "b": 0.40},
     _modality_is: {"a": 0.55, "b": 0.35},
-    _weighting: {"a": 0.60, "b": 0.50},
-    _region: {"a": 0.45, "b": 0.35},
+    partial(_attribute, "weighting"): {"a": 0.60, "b": 0.50},
+    partial(_attribute, "region"): {"a": 0.45, "b": 0.35},
     _region_is: {"a": 0.45, "b": 0.30},
-    _plane: {"a": 0.55, "b": 0.40},
+    partial(_attribute, "plane"): {"a": 0.55, "b": 0.40},
     _plane_is: {"a": 0.50, "b": 0.30},
     _contains: {"a": 0.80, "b": 0.50},
     _largest: {"a": 0.40, "b": 0.30},
     _diseases: {"a": 0.85, "b": 0.95},
-    _sides: {"a": 0.70, "b": 0.85},
+    partial(_finding_attribute, "side"): {"a": 0.70, "b": 0.85},
     _side_is: {"a": 0.55, "b": 0.60},
     _locations: {"a": 0.80, "b": 0.95},
     _organ_abnormal: {"a": 0.40, "b": 0.50},
     _counts: {"a": 0.60, "b": 0.70},
-    _sizes: {"a": 0.60, "b": 0.80},
+    partial(_finding_attribute, "size"): {"a": 0.60, "b": 0.80},
     _colors: {"a": 0.50, "b": 0.60},
     _devices: {"a": 0.60, "b": 0.50},
     _function: {"a": 0.12, "b": 0.05},

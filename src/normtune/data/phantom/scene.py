@@ -147,11 +147,7 @@ LOBES = ("frontal", "parietal", "occipital")
 
 
 def check_hospital(hospital: str) -> Hospital:
-    """`hospital` in lower case.
-
-    Raises:
-        InputError: it is neither "a" nor "b".
-    """
+    """`hospital` in lower case; an `InputError` if it is neither "a" nor "b"."""
     known: tuple[Hospital, ...] = get_args(Hospital)
     for name in known:
         if hospital.lower() == name:

@@ -89,11 +89,8 @@ def finding_term(kind: str, organ: str, hospital: Hospital) -> str:
 
 def location_term(organ: str, side: str, zone: str, hospital: Hospital) -> str:
     """A location: "upper right lung" at A, "right lung, upper" at B; or only the organ."""
-    if organ == "brain":
-        organ = "lobe" if zone else organ
-        if hospital == "a":
-            return " ".join(word for word in (side, zone, organ) if word)
-        return ", ".join(word for word in (f"{zone} {organ}".strip(), side) if word)
+    near, far = (zone, side) if organ == "brain" else (side, zone)
+    organ = "lobe" if organ == "brain" and zone else organ
     if hospital == "a":
-        return " ".join(word for word in (zone, side, organ) if word)
-    return ", ".join(word for word in (f"{side} {organ}".strip(), zone) if word)
+        return " ".join(word for word in (far, near, organ) if word)
+    return ", ".join(word for word in (f"{near} {organ}".strip(), far) if word)
