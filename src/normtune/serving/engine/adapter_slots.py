@@ -42,25 +42,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class RegisteredAdapter:
-    """One registered adapter, or the base.
+    """One registered adapter, or the base."""
 
-    Attributes:
-        registered_info: its description, as read at registration; `info` adds the current state.
-        sha256: digest of its tensors at registration.
-        slot: its slot in the bank; None while it is not loaded.
-        pins: how many running requests use it; it is not evicted while there are any.
-        image_digest: "" if it encodes images as the base does, else a digest of its image parts' values.
-        removed: no longer registered; requests that were accepted before are still answered.
-        modified: the last seen modification time of its `adapter.json`, in ns.
-    """
-
-    registered_info: ServedAdapter
-    sha256: str
-    slot: int | None = None
-    pins: int = 0
-    image_digest: str = ""
-    removed: bool = False
-    modified: int = 0
+    registered_info: ServedAdapter  # its description, as read at registration; `info` adds the current state
+    sha256: str  # digest of its tensors at registration
+    slot: int | None = None  # its slot in the bank; None while it is not loaded
+    pins: int = 0  # how many running requests use it; it is not evicted while there are any
+    image_digest: str = ""  # "" if it encodes images as the base does, else a digest of its image parts' values
+    removed: bool = False  # no longer registered; requests that were accepted before are still answered
+    modified: int = 0  # the last seen modification time of its `adapter.json`, in ns
 
     @property
     def limits(self) -> Any:
@@ -94,11 +84,9 @@ class AdapterSlots:
         # Every slot has room for all norms and for LoRA of `lora_rank` on all parts, used or not.
         values = tuned.trainable + sum(matrix.shape[0] * matrix.shape[1] for matrix in matrices.values())
         self.bytes_per_adapter = values * torch.float32.itemsize
-        slots = (
-            min(MAX_SLOTS, DEFAULT_BANK_BYTES // self.bytes_per_adapter)
-            if memory is None
-            else memory // self.bytes_per_adapter
-        )
+        if memory is None:
+            memory = min(DEFAULT_BANK_BYTES, MAX_SLOTS * self.bytes_per_adapter)
+        slots = memory // self.bytes_per_adapter
         try:
             if slots < 2:
                 raise InputError(
@@ -173,11 +161,7 @@ class AdapterSlots:
         return adapter.info()
 
     def remove(self, name: str) -> None:
-        """Remove an adapter. Requests that were accepted before are still answered.
-
-        Raises:
-            UnknownAdapter: no adapter of that name is registered.
-        """
+        """Remove an adapter, or raise `UnknownAdapter`. Requests that were accepted before are still answered."""
         with self._lock:
             adapter = self.find(name)
             del self._registered[name]
@@ -185,11 +169,7 @@ class AdapterSlots:
             self._unload(adapter)
 
     def find(self, name: str | None) -> RegisteredAdapter:
-        """Return the adapter of that name, or the base for None.
-
-        Raises:
-            UnknownAdapter: no adapter of that name is registered.
-        """
+        """Return the adapter of that name, or the base for None; raise `UnknownAdapter` if there is none."""
         adapter = self.base if name is None else self._registered.get(name)
         if adapter is None:
             raise UnknownAdapter(f"no adapter '{str(name)[:80]}' is registered. Register it, or use one that is.")
@@ -210,11 +190,7 @@ class AdapterSlots:
             return len(self._registered), len(self._loaded)
 
     def _check(self, name: str, info: AdapterInfo) -> None:
-        """Check that an adapter belongs to this base and fits into a slot.
-
-        Raises:
-            InputError: it does not.
-        """
+        """Check that an adapter belongs to this base and fits into a slot."""
         # an adapter of PEFT records no fingerprint: its names and shapes are checked below
         if info.base_fingerprint and not same_base(info.base_fingerprint, self.fingerprint):
             raise InputError(
@@ -297,9 +273,6 @@ class AdapterSlots:
         Returns:
             [norm values], where norms that the adapter does not train have the base's values; and its LoRA
             values as `LoRABank.set_adapter` takes them.
-
-        Raises:
-            UnusableAdapter: see `pin`.
         """
         name, folder = adapter.registered_info.name, adapter.registered_info.folder
         try:

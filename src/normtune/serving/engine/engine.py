@@ -110,7 +110,6 @@ class Engine:
         """Preprocess a request's images and add it to the queue.
 
         Args:
-            request: the question, its images and its adapter.
             on_text: called in the worker thread with the text so far, each time it has grown. Characters
                 that were sent never change, and the last text is the reply's. With several beams it is
                 called once, at the end.

@@ -22,44 +22,29 @@ TextCallback = Callable[[str], None]  # receives the text so far; each text exte
 
 @dataclass(eq=False)
 class Job:
-    """A request in the queue or in a batch.
+    """A request in the queue or in a batch."""
 
-    Attributes:
-        number: counts the engine's requests.
-        images: its views, preprocessed for the model, or RGB if they were in the cache of encoded images.
-        image_digests: the `pixel_digest` of each view.
-        question: None for a report.
-        limit: the most tokens of its answer.
-        stop: texts before which the answer is cut.
-        on_text: receives the text of a streamed answer.
-        history: the turns before the question.
-        arrived: time of arrival, by `time.monotonic`.
-        segment: the tokenised question; set when its batch begins.
-        tokens_cut: see `Reply.question_tokens_cut`.
-        encoded_images: its views as the image encoder returns them; set before the batch is answered.
-        tokens: tokens of a streamed answer so far.
-        sent_text: the text that `on_text` received last.
-        callback_error: what `on_text` raised; it is not called again after that.
-    """
-
-    number: int
+    number: int  # counts the engine's requests
+    # its views, preprocessed for the model, or RGB if they were in the cache of encoded images
     images: tuple[Pixels | Image.Image, ...]
-    image_digests: tuple[str, ...]
-    question: str | None
+    image_digests: tuple[str, ...]  # the `pixel_digest` of each view
+    question: str | None  # None for a report
     adapter: RegisteredAdapter
-    limit: int
+    limit: int  # the most tokens of its answer
     beams: int
-    stop: tuple[str, ...]
-    on_text: TextCallback | None
-    history: History = ()
+    stop: tuple[str, ...]  # texts before which the answer is cut
+    on_text: TextCallback | None  # receives the text of a streamed answer
+    history: History = ()  # the turns before the question
     future: Future[Reply] = field(default_factory=Future)
-    arrived: float = field(default_factory=monotonic)
+    arrived: float = field(default_factory=monotonic)  # time of arrival, by `time.monotonic`
+    # the tokenised question; set when its batch begins
     segment: Segment = field(default_factory=lambda: Segment("", ()))
-    tokens_cut: int = 0
+    tokens_cut: int = 0  # see `Reply.question_tokens_cut`
+    # its views as the image encoder returns them; set before the batch is answered
     encoded_images: tuple[Pixels, ...] = ()
-    tokens: list[int] = field(default_factory=list)
-    sent_text: str = ""
-    callback_error: Exception | None = None
+    tokens: list[int] = field(default_factory=list)  # tokens of a streamed answer so far
+    sent_text: str = ""  # the text that `on_text` received last
+    callback_error: Exception | None = None  # what `on_text` raised; it is not called again after that
 
     @property
     def image_keys(self) -> list[ImageKey]:
@@ -81,7 +66,6 @@ def take_batch(queue: list[Job], max_jobs: int, max_adapters: int) -> list[Job]:
 
     Args:
         queue: waiting jobs, the oldest first; changed in place.
-        max_jobs: the most jobs of a batch.
         max_adapters: the most adapters of a batch, not counting the base.
     """
     first = queue[0]

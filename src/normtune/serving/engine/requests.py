@@ -49,26 +49,17 @@ class UnusableAdapter(InputError):
 
 @dataclass(frozen=True)
 class Request:
-    """One question about an image or study, or a request for its report.
+    """One question about an image or study, or a request for its report."""
 
-    Attributes:
-        images: the views of one study, in their order.
-        question: the question; None requests a report.
-        adapter: the name of a registered adapter; None uses the base model.
-        max_new_tokens: the most tokens of the answer; None is `tasks.MAX_ANSWER_TOKENS` for a question and
-            `tasks.MAX_REPORT_TOKENS` for a report.
-        beams: beams of the search; 1 is greedy decoding.
-        stop: texts that end the answer, which is cut before the first of them.
-        history: the turns of the conversation before the question.
-    """
-
-    images: tuple[Image.Image, ...]
-    question: str | None
-    adapter: str | None = None
+    images: tuple[Image.Image, ...]  # the views of one study, in their order
+    question: str | None  # the question; None requests a report
+    adapter: str | None = None  # the name of a registered adapter; None uses the base model
+    # the most tokens of the answer; None is `tasks.MAX_ANSWER_TOKENS` for a question and `tasks.MAX_REPORT_TOKENS` for
+    # a report
     max_new_tokens: int | None = None
-    beams: int = 1
-    stop: tuple[str, ...] = ()
-    history: History = ()
+    beams: int = 1  # beams of the search; 1 is greedy decoding
+    stop: tuple[str, ...] = ()  # texts that end the answer, which is cut before the first of them
+    history: History = ()  # the turns of the conversation before the question
 
     @property
     def token_limit(self) -> int:
@@ -89,90 +80,68 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """The answer to a request.
-
-    Attributes:
-        text: the answer.
-        score: mean log-probability of the answer's tokens, end token included; None if it is not finite, and
-            for an answer that a stop text cut, because it is that of the whole answer.
-        prompt_tokens: tokens of the question as the model reads it, and of its images.
-        completion_tokens: tokens of the answer, including the end token or those of the stop text.
-        seconds: time from `Engine.submit` to the answer.
-        finish_reason: "stop" if the answer ended with the end token or a stop text, "length" if it has as many
-            tokens as the request allows.
-        question_tokens_cut: tokens at the question's end that the model did not read, because it reads no longer
-            questions, or its adapter was trained on shorter ones.
-    """
+    """The answer to a request."""
 
     text: str
+    # mean log-probability of the answer's tokens, end token included; None if it is not finite, and for an answer that
+    # a stop text cut, because it is that of the whole answer
     score: float | None
-    prompt_tokens: int
-    completion_tokens: int
-    seconds: float
+    prompt_tokens: int  # tokens of the question as the model reads it, and of its images
+    completion_tokens: int  # tokens of the answer, including the end token or those of the stop text
+    seconds: float  # time from `Engine.submit` to the answer
+    # "stop" if the answer ended with the end token or a stop text, "length" if it has as many tokens as the request
+    # allows
     finish_reason: Literal["stop", "length"] = "stop"
+    # tokens at the question's end that the model did not read, because it reads no longer questions, or its adapter was
+    # trained on shorter ones
     question_tokens_cut: int = 0
 
 
 @dataclass(frozen=True)
 class ServedAdapter:
-    """A registered adapter, as its `adapter.json` describes it.
-
-    Attributes:
-        base: the base's name as recorded at training; it may be a path.
-        trainable, total: trained parameters, and all parameters of the base.
-        data: the dataset it was trained on; None if that is not recorded.
-        bytes: memory that its values take while it is loaded.
-        loaded: whether its values are in memory now.
-        running: how many of its requests are being answered; it is not evicted before they are done.
-    """
+    """A registered adapter, as its `adapter.json` describes it."""
 
     name: str
     folder: Path
     recipe: str
-    base: str
+    base: str  # the base's name as recorded at training; it may be a path
+    # trained parameters, and all parameters of the base
     trainable: int
     total: int
-    bytes: int
-    loaded: bool
-    running: int
-    data: dict[str, object] | None = None
+    bytes: int  # memory that its values take while it is loaded
+    loaded: bool  # whether its values are in memory now
+    running: int  # how many of its requests are being answered; it is not evicted before they are done
+    data: dict[str, object] | None = None  # the dataset it was trained on; None if that is not recorded
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """The engine's current state, and its counters since the start.
+    """The engine's current state, and its counters since the start."""
 
-    Attributes:
-        queued, running: requests in the queue, and requests of the current batch.
-        batches, requests, failed, cancelled, refused: counters. `requests` counts answered requests,
-            `refused` those rejected because the queue was full.
-        prompt_tokens, completion_tokens: tokens of the answered requests.
-        questions_cut: answered requests with a question that was cut.
-        images_computed, images_reused: images that were encoded, and encoded images found in the cache.
-        registered, loaded: number of adapters.
-        loads, evictions: adapters read from disk, and adapters evicted to free a slot.
-        adapter_bytes, image_bytes: memory of loaded adapters and of cached encoded images.
-        seconds_busy: time spent on batches.
-        seconds_loading: the part of it spent on reading adapters and copying them into the bank.
-    """
-
+    # requests in the queue, and requests of the current batch
     queued: int = 0
     running: int = 0
+    # counters. `requests` counts answered requests, `refused` those rejected because the queue was full
     batches: int = 0
     requests: int = 0
     failed: int = 0
     cancelled: int = 0
     refused: int = 0
+    # tokens of the answered requests
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    questions_cut: int = 0
+    questions_cut: int = 0  # answered requests with a question that was cut
+    # images that were encoded, and encoded images found in the cache
     images_computed: int = 0
     images_reused: int = 0
+    # number of adapters
     registered: int = 0
     loaded: int = 0
+    # adapters read from disk, and adapters evicted to free a slot
     loads: int = 0
     evictions: int = 0
+    # memory of loaded adapters and of cached encoded images
     adapter_bytes: int = 0
     image_bytes: int = 0
-    seconds_busy: float = 0
-    seconds_loading: float = 0
+    seconds_busy: float = 0  # time spent on batches
+    seconds_loading: float = 0  # the part of it spent on reading adapters and copying them into the bank
