@@ -12,7 +12,8 @@ from transformers import BlipConfig, BlipForImageTextRetrieval, BlipForQuestionA
 
 from normtune.errors import InputError
 from normtune.models.importers.miss.from_blip import convert_blip_config, read_blip_weights
-from normtune.models.importers.miss.importer import from_blip, import_miss
+from normtune.models.importers.miss.importer import import_miss
+from normtune.models.importers.miss.weights import build_model
 from tests.support.miss_batches import (
     ANSWERS,
     END,
@@ -52,7 +53,7 @@ def blip_logits(model: BlipForQuestionAnswering, images: Tensor, ids: Tensor, an
 
 
 def test_logits_of_unpadded_questions_equal_blips(blip: BlipForQuestionAnswering) -> None:
-    model, images = from_blip(blip), random_pixels(5)
+    model, images = build_model(read_blip_weights(blip)), random_pixels(5)
     for i, (question, answer) in enumerate(zip(QUESTIONS, ANSWERS, strict=True)):
         ids, decoded = torch.tensor([question]), torch.tensor([[START, *answer]])
         expected = blip_logits(blip, images[i : i + 1], ids, decoded)
@@ -62,14 +63,14 @@ def test_logits_of_unpadded_questions_equal_blips(blip: BlipForQuestionAnswering
 
 
 def test_the_epsilon_of_the_norms_is_blips(blip: BlipForQuestionAnswering) -> None:
-    model = from_blip(blip)
+    model = build_model(read_blip_weights(blip))
     assert model.visual_encoder.norm.eps == 1e-5 and model.config.vision().layer_norm_eps == 1e-5
     assert model.text_encoder.embeddings.LayerNorm.eps == 1e-12
 
 
 def test_padding_reaches_the_decoder_of_blip_but_not_of_miss(blip: BlipForQuestionAnswering) -> None:
     """transformers ignores the cross-attention mask in the decoder: its loss depends on the padding."""
-    model, images = from_blip(blip), random_pixels(1)
+    model, images = build_model(read_blip_weights(blip)), random_pixels(1)
     target = answer_batch(ANSWERS[1:2])
     labels = torch.tensor([[START, *ANSWERS[1], END]])
     blip_losses, losses = [], []
@@ -85,7 +86,7 @@ def test_padding_reaches_the_decoder_of_blip_but_not_of_miss(blip: BlipForQuesti
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_answers_equal_blips_token_by_token(blip: BlipForQuestionAnswering, beams: int) -> None:
-    model, images = from_blip(blip), random_pixels(12)
+    model, images = build_model(read_blip_weights(blip)), random_pixels(12)
     questions = torch.randint(4, START, (12, 6), generator=torch.Generator().manual_seed(0))
     blip_answers = blip.generate(questions, images, num_beams=beams, max_new_tokens=9, do_sample=False)
     answers = model.generate(questions, images, beams=beams)
@@ -98,7 +99,7 @@ def test_answers_equal_blips_token_by_token(blip: BlipForQuestionAnswering, beam
 def test_a_directory_can_be_imported(tmp_path: Path, blip: BlipForQuestionAnswering) -> None:
     blip.to(torch.bfloat16).save_pretrained(tmp_path / "blip")
     blip.float()
-    model = from_blip(tmp_path / "blip")
+    model = build_model(read_blip_weights(tmp_path / "blip"))
     assert model.dtype == torch.bfloat16
     report = import_miss(tmp_path / "blip", tmp_path / "miss")
     assert report.mapped == read_blip_weights(blip).names and not report.left_over and not report.processor
@@ -109,7 +110,7 @@ def test_a_directory_can_be_imported(tmp_path: Path, blip: BlipForQuestionAnswer
 
 def test_the_models_share_no_memory(blip: BlipForQuestionAnswering) -> None:
     before = blip.vision_model.post_layernorm.weight.clone()
-    model = from_blip(blip)
+    model = build_model(read_blip_weights(blip))
     with torch.no_grad():
         model.visual_encoder.norm.weight.zero_()
     assert torch.equal(blip.vision_model.post_layernorm.weight, before)
@@ -118,7 +119,7 @@ def test_the_models_share_no_memory(blip: BlipForQuestionAnswering) -> None:
 
 def test_every_tensor_of_blip_is_converted(blip: BlipForQuestionAnswering) -> None:
     weights = read_blip_weights(blip)
-    assert set(weights.names) == set(from_blip(blip).state_dict())
+    assert set(weights.names) == set(build_model(read_blip_weights(blip)).state_dict())
     assert weights.dropped == ("text_decoder.cls.predictions.bias",)
 
 
@@ -139,10 +140,10 @@ def test_a_directory_without_blip_is_refused(tmp_path: Path) -> None:
     from tests.support.miss_batches import tiny_miss
 
     with pytest.raises(InputError, match="cannot read a BLIP model from"):
-        from_blip(tmp_path)
+        build_model(read_blip_weights(tmp_path))
     tiny_miss().save_pretrained(tmp_path / "miss")
     with pytest.raises(InputError, match=r"'miss', not 'blip'|cannot read a BLIP model"):
-        from_blip(tmp_path / "miss")
+        read_blip_weights(tmp_path / "miss")
     BlipForImageTextRetrieval(blip_config()).save_pretrained(tmp_path / "retrieval")
     with pytest.raises(InputError, match="no BLIP that answers questions"):
-        from_blip(tmp_path / "retrieval")
+        read_blip_weights(tmp_path / "retrieval")

@@ -68,7 +68,6 @@ def padding_mask(attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor | 
 
     Args:
         attention_mask: [batch, keys], 1 for a token and 0 for padding; None: no padding.
-        dtype: dtype of the result.
 
     Returns:
         [batch, 1, 1, keys], 0 for a token and -inf for padding; None for None.
@@ -85,16 +84,11 @@ class QuerySlots:
 
     Each image has `width` slots, one for each of its segments; an image with fewer segments has empty slots.
     With images [0, 1, 1] of three segments, width is 2 and index is [0, 2, 3]: slot 1 is empty.
-
-    Attributes:
-        groups: the number of images.
-        width: slots per image, the number of segments of the image that has the most.
-        index: [segments], image * width + slot; None if every image has `width` segments, in order.
     """
 
-    groups: int
-    width: int
-    index: Tensor | None
+    groups: int  # the number of images
+    width: int  # slots per image, the number of segments of the image that has the most
+    index: Tensor | None  # [segments], image * width + slot; None if every image has `width` segments, in order
 
     @classmethod
     def from_image_index(
@@ -107,7 +101,6 @@ class QuerySlots:
                 number of segments, in order.
             segments: the number of segments.
             groups: the number of images.
-            device: where the index is used.
         """
         if image_index is None:
             assert segments % groups == 0, "without image_index every image has the same number of segments"

@@ -26,20 +26,13 @@ from normtune.models.miss.vision import VisionTransformer
 
 @dataclass
 class MissOutput(ModelOutput):
-    """The output of one forward pass.
+    """The output of one forward pass."""
 
-    Attributes:
-        loss: mean cross-entropy of the labelled tokens; None without labels.
-        logits: [segments, answer length, vocabulary], or [rows, vocabulary] with `logit_rows`; None without
-            `decoder_input_ids`.
-        image_states: [images, 1 + patches, width].
-        question_states: [segments, question length, width].
-    """
-
-    loss: Tensor | None = None
+    loss: Tensor | None = None  # mean cross-entropy of the labelled tokens; None without labels
+    # [segments, answer length, vocabulary], or [rows, vocabulary] with `logit_rows`; None without `decoder_input_ids`
     logits: Tensor | None = None
-    image_states: Tensor | None = None
-    question_states: Tensor | None = None
+    image_states: Tensor | None = None  # [images, 1 + patches, width]
+    question_states: Tensor | None = None  # [segments, question length, width]
 
 
 class MissForQuestionAnswering(PreTrainedModel):
@@ -83,6 +76,13 @@ class MissForQuestionAnswering(PreTrainedModel):
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.text_decoder.cls.predictions.decoder = new_embeddings  # type: ignore[assignment]
+
+    def _encode_images(self, pixel_values: Tensor | None, image_states: Tensor | None) -> Tensor:
+        """The states of images: as given, or of the image encoder for their pixels."""
+        if image_states is not None:
+            return image_states
+        assert pixel_values is not None, "pixel_values or image_states"
+        return self.visual_encoder(pixel_values)
 
     def encode_questions(
         self,
@@ -147,9 +147,7 @@ class MissForQuestionAnswering(PreTrainedModel):
             view_index: [groups, views], the images of each group, -1 if a group has fewer; None: every image
                 is a group.
         """
-        if image_states is None:
-            assert pixel_values is not None, "pixel_values or image_states"
-            image_states = self.visual_encoder(pixel_values)
+        image_states = self._encode_images(pixel_values, image_states)
         states = self.encode_questions(input_ids, attention_mask, image_states, image_index, view_index)
         logits = loss = None
         if decoder_input_ids is not None:
@@ -185,13 +183,10 @@ class MissForQuestionAnswering(PreTrainedModel):
         Returns:
             [segments, answer length, width].
         """
-        if question_states is not None:
-            return self._decode(decoder_input_ids, question_states, attention_mask)
-        if image_states is None:
-            assert pixel_values is not None, "pixel_values or image_states"
-            image_states = self.visual_encoder(pixel_values)
-        states = self.encode_questions(input_ids, attention_mask, image_states, image_index, view_index)
-        return self._decode(decoder_input_ids, states, attention_mask)
+        if question_states is None:
+            image_states = self._encode_images(pixel_values, image_states)
+            question_states = self.encode_questions(input_ids, attention_mask, image_states, image_index, view_index)
+        return self._decode(decoder_input_ids, question_states, attention_mask)
 
     def _decode(self, answers: Tensor, states: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Decoder states of the answers so far: [segments, answer length, width].
@@ -225,9 +220,7 @@ class MissForQuestionAnswering(PreTrainedModel):
 
         Other arguments as for `forward` and `normtune.models.generation.generate`.
         """
-        if image_states is None:
-            assert pixel_values is not None, "pixel_values or image_states"
-            image_states = self.visual_encoder(pixel_values)
+        image_states = self._encode_images(pixel_values, image_states)
         states = self.encode_questions(input_ids, attention_mask, image_states, image_index, view_index)
         mask = padding_mask(attention_mask, states.dtype)
         decoder = self.text_decoder

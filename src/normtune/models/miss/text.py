@@ -121,7 +121,6 @@ class SelfAttention(QueryKeyValue):
         beam is a separate row of the cache.
 
         Args:
-            hidden: the states.
             mask: additive, see `padding_mask`; None: nothing is padded.
             causal: each token attends only to the tokens before it and to itself.
             cache: of this layer; it is filled by the first call and extended by the next ones.
@@ -162,8 +161,6 @@ class CrossAttention(QueryKeyValue):
         equals that of separate calls.
 
         Args:
-            hidden: the states of the text.
-            memory: the states that the text attends to.
             mask: additive, hides padding of `memory`: [groups, 1, 1, keys]; None: nothing is padded.
             slots: the slot of each segment; None: one segment a group, in order.
             cache: of this layer; with one, keys and values are computed only in the first call.
@@ -293,8 +290,6 @@ class TextModel(nn.Module):
         With a filled cache, `input_ids` are the next tokens: [questions, beams], all at the same position.
 
         Args:
-            input_ids: tokens.
-            memory: the states that the text attends to.
             mask: additive, hides padding of `input_ids`: [rows, 1, 1, length].
             causal: each token attends only to the tokens before it and to itself.
             memory_mask: additive, hides padding of `memory`: [groups, 1, 1, keys].
