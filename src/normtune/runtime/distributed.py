@@ -173,11 +173,7 @@ def has_another_failed() -> bool:
 
 @contextmanager
 def lost_process_as_error() -> Iterator[None]:
-    """Convert the communication error after the loss of another process into an error with advice.
-
-    Raises:
-        InputError: another process has ended.
-    """
+    """Convert the communication error after the loss of another process into an `InputError` with advice."""
     try:
         yield
     except RuntimeError as error:

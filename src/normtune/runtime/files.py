@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -18,11 +19,7 @@ _log = logging.getLogger(__name__)
 
 
 def make_directory(path: Path) -> None:
-    """Create a directory and its parents if they are missing.
-
-    Raises:
-        InputError: it cannot be created.
-    """
+    """Create a directory and its parents if they are missing, or raise an `InputError`."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -67,6 +64,23 @@ def try_lock(path: Path, *, remove: bool = False) -> Iterator[bool]:
 
 
 @contextmanager
+def write_errors_as_input_errors(path: Path) -> Iterator[None]:
+    """Within the context, an OSError is raised as an `InputError` that names the file or directory `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"cannot write {path}: {error.strerror or error}. Free some space or choose another --out."
+        ) from error
+
+
+def check_new_directory(path: Path) -> None:
+    """Raise an `InputError` if `path` exists and is not an empty directory."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path} exists and is not an empty directory. Choose another --out, or remove it.")
+
+
+@contextmanager
 def atomic_write(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path in the same directory; rename it to `path` on success, remove it on failure.
 
@@ -76,14 +90,11 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        _flush(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(
-            f"cannot write {path}: {error.strerror or error}. Free some space or choose another --out."
-        ) from error
+        with write_errors_as_input_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            _flush(temporary)
+            os.replace(temporary, path)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -99,19 +110,15 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
     path = Path(path).absolute()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise InputError(f"{path} exists and is not an empty directory. Choose another --out, or remove it.")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _flush(file)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(
-            f"cannot write {path}: {error.strerror or error}. Free some space or choose another --out."
-        ) from error
+        with write_errors_as_input_errors(path):
+            check_new_directory(path)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _flush(file)
+            os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -120,6 +127,12 @@ def _flush(path: Path) -> None:
     """Write a file's cached pages to disk: without it, a crash after the rename could leave an empty file."""
     with open(path, "rb") as handle:
         os.fsync(handle.fileno())
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, as 64 hexadecimal digits."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -145,11 +158,7 @@ def write_jsonl(path: Path | str, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_json(path: Path | str) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        InputError: the file is missing or is not JSON; the message names the file and the line.
-    """
+    """Read a JSON file; the `InputError` for one that is missing or damaged names the file and the line."""
     path = Path(path)
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))  # a byte order mark is skipped

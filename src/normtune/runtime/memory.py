@@ -72,11 +72,7 @@ def available_bytes(device: Any) -> int | None:
     torch = sys.modules["torch"]
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    on_host = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    on_host = _read_kib(Path("/proc/meminfo"), "MemAvailable")
     in_group = _available_in_group(Path("/sys/fs/cgroup"))
     return in_group if on_host is None else min(on_host, in_group or on_host)
 
@@ -93,10 +89,13 @@ def _available_in_group(group: Path) -> int | None:
 
 def read_status_bytes(field: str, process: int | str = "self") -> int | None:
     """A memory field (VmRSS, VmHWM, RssAnon, ...) of /proc/PROCESS/status in bytes; None if there is none."""
-    try:
-        for line in Path(f"/proc/{process}/status").read_text().splitlines():
+    return _read_kib(Path(f"/proc/{process}/status"), field)
+
+
+def _read_kib(path: Path, field: str) -> int | None:
+    """A field of a file in /proc, where sizes are in KiB, in bytes; None if there is none."""
+    with suppress(OSError):
+        for line in path.read_text().splitlines():
             if line.startswith(f"{field}:"):
                 return int(line.split()[1]) * 1024
-    except OSError:
-        pass
     return None

@@ -26,8 +26,7 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values; paths become text."""
-        values: dict[str, Any] = loads(dumps(asdict(self), default=str))  # type: ignore[call-overload]
-        return values
+        return loads(dumps(asdict(self), default=str))  # type: ignore[call-overload]
 
     def _repr_html_(self) -> str:
         return html_text(str(self))
@@ -45,11 +44,7 @@ class Rows(list[dict[str, Any]]):
 
 
 def data_frame(rows: Iterable[Mapping[str, Any]]) -> pandas.DataFrame:
-    """Make a data frame with one row for each mapping.
-
-    Raises:
-        InputError: pandas is not installed.
-    """
+    """Make a data frame with one row for each mapping; an `InputError` if pandas is not installed."""
     try:
         import pandas
     except ModuleNotFoundError as error:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from normtune.runtime.notebook import in_notebook
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
 
 _UPDATE_S = 0.1  # least seconds between two updates in Jupyter
 
@@ -32,13 +36,19 @@ class ProgressBar:
         self._bar = None
 
 
+def terminal_bars(console: Console) -> Progress:
+    """Bars for a terminal, each with the field `note` behind it."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, TextColumn("{task.fields[note]}"), console=console)
+
+
 class _TerminalBar:
     def __init__(self, description: str) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.progress = Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True))
+        self.progress = terminal_bars(Console(stderr=True))
         self.progress.start()
         self.task = self.progress.add_task(description, total=None, note="")
 

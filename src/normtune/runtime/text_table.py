@@ -28,8 +28,6 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], align: 
     """The lines of a Markdown table; bars in cells are escaped and line ends are replaced by blanks.
 
     Args:
-        header: the headings of the columns.
-        rows: the cells of each row.
         align: l (left) or r (right) for each column; the last letter counts for all further columns.
     """
     sides = align.ljust(len(header), align[-1])

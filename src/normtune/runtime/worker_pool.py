@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess, parent_process
 from pathlib import Path
@@ -86,11 +87,7 @@ def run_in_processes(
     running: dict[Connection, tuple[BaseProcess, T]] = {}
     try:
         while True:
-            while len(running) < workers:
-                try:
-                    argument = next(remaining)
-                except StopIteration:
-                    break
+            for argument in islice(remaining, workers - len(running)):
                 receiver, sender = context.Pipe(duplex=False)
                 process = context.Process(target=_run, args=(call, argument, sender, threads), daemon=True)
                 process.start()

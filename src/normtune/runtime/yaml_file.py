@@ -35,7 +35,6 @@ def read_yaml(path: Path, name: str, fields: str) -> YamlFile:
     """Read a YAML file that has a mapping at its top level.
 
     Args:
-        path: the file.
         name: what the file is, in messages, such as "study".
         fields: the fields that the file must have, in messages.
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from normtune.errors import InputError
 from normtune.models.checkpoints.reader import OriginalCheckpoint
-from normtune.models.checkpoints.writer import PlannedTensor, plan_shards, write_shard
+from normtune.models.checkpoints.writer import PlannedTensor, plan_shards, write_safetensors
 from normtune.models.importers.llava_med.importer import import_llava_med
 from tests.support.llava_med_original import HEADS, OriginalModel, make_original, write_original
 
@@ -183,7 +183,7 @@ def test_a_shard_can_be_read_by_safetensors(tmp_path: Path) -> None:
         for name, tensor in tensors.items()
     ]
     (shard,) = plan_shards([planned], 10**6)
-    sha = write_shard(tmp_path / shard.file, shard.tensors)
+    sha = write_safetensors(tmp_path / shard.file, shard.tensors)
     loaded = load_file(tmp_path / shard.file)
     assert loaded.keys() == tensors.keys() and len(sha) == 64
     assert all(

@@ -45,20 +45,12 @@ _MAX_SPAN = 1 << 16  # bytes: `read_values` reads positions within such a span i
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor is stored, and its dtype and shape.
-
-    Attributes:
-        file: the file that holds it.
-        code: its dtype code in safetensors, a key of `DTYPES`.
-        shape: its shape.
-        start: offset of its first byte in the file; 0 in a `.bin`, which is not read by offset.
-        bytes: its size in bytes.
-    """
+    """Where one tensor is stored, and its dtype and shape."""
 
     file: Path
-    code: str
+    code: str  # its dtype code in safetensors, a key of `DTYPES`
     shape: tuple[int, ...]
-    start: int
+    start: int  # offset of its first byte in the file; 0 in a `.bin`, which is not read by offset
     bytes: int
 
     @property
@@ -75,7 +67,6 @@ class Checkpoint:
     """A safetensors checkpoint of one file or several shards; only the headers are kept in memory.
 
     Attributes:
-        directory: the checkpoint's directory.
         files: its weight files, sorted by name.
         entries: tensor name -> `TensorEntry`.
 
@@ -100,7 +91,6 @@ class Checkpoint:
         """Read only some values of a tensor.
 
         Args:
-            name: the tensor's name.
             positions: indices into the flattened tensor.
 
         Returns:
@@ -147,7 +137,6 @@ class OriginalCheckpoint:
     one such file at a time is kept whole.
 
     Attributes:
-        directory: the checkpoint's directory.
         files: its weight files, sorted by name.
         entries: tensor name -> `TensorEntry`, file by file.
 
@@ -225,11 +214,7 @@ class OriginalCheckpoint:
 
 
 def read_tensor(file: Path, name: str) -> Tensor:
-    """Read one tensor of a safetensors file; it is memory-mapped.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
+    """Read one tensor of a safetensors file, memory-mapped; an `InputError` if the file cannot be read."""
     try:
         with safe_open(file, "pt") as handle:
             return handle.get_tensor(name)
@@ -275,9 +260,6 @@ def _find_weight_files(
     Returns:
         The files, sorted by name (none if no format is present), and the index: tensor name -> file name
         (empty if there is a single file).
-
-    Raises:
-        InputError: the index is damaged or names a missing file.
     """
     for single, index in formats:
         if (directory / single).is_file():
@@ -293,6 +275,33 @@ def _find_weight_files(
                     raise InputError(f"{file} is missing, but {index} names it. Copy it to the other files.")
             return files, file_names
     return [], {}
+
+
+def find_or_download(name: str) -> Path:
+    """The directory of a checkpoint; that of a hub name is downloaded into the hub's cache.
+
+    Args:
+        name: a directory, or a hub name "owner/name".
+
+    Raises:
+        InputError: there is no such directory, or the download fails.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise InputError(f"{name} is no directory. Give a checkpoint's directory or a hub name owner/name.")
+    from huggingface_hub import list_repo_files, snapshot_download
+
+    try:
+        try:  # of the two formats only one is downloaded
+            weights = "*.safetensors" if any(f.endswith(".safetensors") for f in list_repo_files(name)) else "*.bin"
+        except (OSError, ValueError):  # no network: use what is in the cache
+            weights = "*.safetensors"
+        return Path(snapshot_download(name, allow_patterns=["*.json", "tokenizer.model", weights]))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise InputError(f"cannot get {name}: {reason}. Give a directory that holds it, or check the name.") from error
 
 
 def first_names(names: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from normtune.errors import InputError
 from normtune.models.checkpoints.reader import DTYPE_CODES, INDEX_FILE
-from normtune.runtime.files import atomic_write, read_json, write_json
+from normtune.runtime.files import atomic_write, file_sha256, read_json, write_json
 
 PROGRESS_FILE = "import_progress.json"  # next to the shards while they are being written
 _CHUNK_BYTES = 1 << 24  # hashed and written at a time
@@ -29,20 +29,14 @@ ProgressCallback = Callable[[int, int], None]  # (tensors written, tensors in al
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor that will be written.
-
-    Attributes:
-        name: its name in the file.
-        dtype, shape: what `make` must return.
-        origin: where its values come from, for `hash_plan`; never written to the file.
-        make: computes or reads the tensor, when it is written.
-    """
+    """A tensor that will be written."""
 
     name: str
+    # what `make` must return
     dtype: torch.dtype
     shape: tuple[int, ...]
-    origin: str
-    make: Callable[[], Tensor]
+    origin: str  # where its values come from, for `hash_plan`; never written to the file
+    make: Callable[[], Tensor]  # computes or reads the tensor, when it is written
 
     @property
     def numel(self) -> int:
@@ -69,7 +63,6 @@ class ImportProgress:
     """The complete shards of one plan, recorded in `PROGRESS_FILE` next to them.
 
     Attributes:
-        directory: the directory of the shards.
         plan_hash: the hash of the plan, see `hash_plan`.
         done: file name of each complete shard -> SHA-256.
 
@@ -89,19 +82,12 @@ class ImportProgress:
                     "Remove it to start again."
                 )
             # a shard that was damaged or removed since is written again
-            self.done = {file: sha for file, sha in content["shards"].items() if self._has(file, sha)}
+            shards = [(directory / file, sha) for file, sha in content["shards"].items()]
+            self.done = {path.name: sha for path, sha in shards if path.is_file() and file_sha256(path) == sha}
 
     def add(self, file: str, sha256: str) -> None:
         self.done[file] = sha256
         write_json(self.path, {"plan": self.plan_hash, "shards": self.done})
-
-    def _has(self, file: str, sha256: str) -> bool:
-        """Whether the file is present and has this SHA-256."""
-        path = self.directory / file
-        if not path.is_file():
-            return False
-        with open(path, "rb") as handle:
-            return hashlib.file_digest(handle, "sha256").hexdigest() == sha256
 
 
 def plan_shards(groups: Iterable[Sequence[PlannedTensor]], max_bytes: int) -> list[Shard]:
@@ -152,7 +138,9 @@ def write_shards(
     count = 0
     for shard in shards:
         if shard.file not in progress.done:
-            progress.add(shard.file, write_shard(progress.directory / shard.file, shard.tensors))
+            with atomic_write(progress.directory / shard.file) as temporary:
+                sha256 = write_safetensors(temporary, shard.tensors)
+            progress.add(shard.file, sha256)
         count += len(shard.tensors)
         if on_progress is not None:
             on_progress(count, total)
@@ -161,12 +149,6 @@ def write_shards(
     index: dict[str, Any] = {"metadata": {"total_size": size}, "weight_map": dict(sorted(file_names.items()))}
     write_json(progress.directory / INDEX_FILE, index)
     return {shard.file: progress.done[shard.file] for shard in shards}
-
-
-def write_shard(path: Path, tensors: Sequence[PlannedTensor]) -> str:
-    """Write one safetensors file, atomically; returns its SHA-256."""
-    with atomic_write(path) as temporary:
-        return write_safetensors(temporary, tensors)
 
 
 def write_safetensors(path: Path, tensors: Sequence[PlannedTensor]) -> str:

@@ -10,55 +10,32 @@ from typing import Any
 from transformers import CLIPVisionConfig
 
 from normtune.errors import InputError
-from normtune.models.checkpoints.reader import OriginalCheckpoint
-from normtune.models.importers.llava_med.hub import find_or_download
+from normtune.models.checkpoints.reader import OriginalCheckpoint, find_or_download
 from normtune.models.importers.llava_med.tensor_names import TOWER, convert_tower_name, has_no_weights
 from normtune.runtime.files import read_json
 
 HEAD_DIM = 64  # width of an attention head in every CLIP of OpenAI's
 _CONFIG_FIELDS = (  # taken over into `CLIPVisionConfig`
-    "hidden_size",
-    "intermediate_size",
-    "projection_dim",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_channels",
-    "image_size",
-    "patch_size",
-    "hidden_act",
-    "layer_norm_eps",
-    "attention_dropout",
-    "initializer_range",
+    "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads", "num_channels",
+    "image_size", "patch_size", "hidden_act", "layer_norm_eps", "attention_dropout", "initializer_range",
     "initializer_factor",
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class VisionTower:
-    """An image encoder that is stored separately from the LLaVA-Med checkpoint.
+    """An image encoder that is stored separately from the LLaVA-Med checkpoint."""
 
-    Attributes:
-        name: its directory or hub name, as the user gave it.
-        config: its config.
-        checkpoint: its files.
-        names: name in the imported model -> name in `checkpoint`, for the tensors of the image encoder.
-        dropped: names in `checkpoint` that belong to CLIP's text half or hold no weights.
-        preprocessor_config: its `preprocessor_config.json`; empty if there is none.
-    """
-
-    name: str
+    name: str  # its directory or hub name, as the user gave it
     config: CLIPVisionConfig
-    checkpoint: OriginalCheckpoint
-    names: dict[str, str]
-    dropped: tuple[str, ...]
-    preprocessor_config: dict[str, Any]
+    checkpoint: OriginalCheckpoint  # its files
+    names: dict[str, str]  # name in the imported model -> name in `checkpoint`, for the tensors of the image encoder
+    dropped: tuple[str, ...]  # names in `checkpoint` that belong to CLIP's text half or hold no weights
+    preprocessor_config: dict[str, Any]  # its `preprocessor_config.json`; empty if there is none
 
 
 def open_vision_tower(name: str) -> VisionTower:
     """Open a CLIP image encoder, or the image encoder of a complete CLIP.
-
-    Args:
-        name: its directory or hub name.
 
     Raises:
         InputError: it is missing, damaged or not a CLIP.
@@ -98,7 +75,6 @@ def infer_vision_config(
 
     Args:
         shapes: transformers' name -> shape.
-        source: the checkpoint, for messages.
         heads: attention heads; None: width / 64.
 
     Raises:

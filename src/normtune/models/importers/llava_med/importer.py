@@ -18,7 +18,7 @@ import torch
 from transformers import CLIPVisionConfig, GenerationConfig, LlavaConfig, LlavaProcessor
 
 from normtune.errors import InputError
-from normtune.models.checkpoints.reader import OriginalCheckpoint, first_names
+from normtune.models.checkpoints.reader import OriginalCheckpoint, find_or_download, first_names
 from normtune.models.checkpoints.writer import (
     PROGRESS_FILE,
     ImportProgress,
@@ -28,12 +28,11 @@ from normtune.models.checkpoints.writer import (
     write_shards,
 )
 from normtune.models.importers.llava_med.clip import VisionTower, infer_vision_config, open_vision_tower
-from normtune.models.importers.llava_med.hub import find_or_download
 from normtune.models.importers.llava_med.original_config import OriginalConfig, build_llava_config, read_original_config
 from normtune.models.importers.llava_med.processor import Vocabulary, build_processor, read_vocabulary
 from normtune.models.importers.llava_med.tensor_names import NORM, convert_name, has_tower
 from normtune.models.importers.llava_med.tensor_plan import TensorPlan
-from normtune.runtime.files import write_json
+from normtune.runtime.files import check_new_directory, write_errors_as_input_errors, write_json
 from normtune.runtime.notebook import Result
 
 REPORT_FILE = "import_report.json"  # the `ImportReport`, next to the imported weights
@@ -43,47 +42,29 @@ MAX_DELTA_GAIN = 0.1  # mean gain of the final norm: above 1 in LLaMA, below thi
 
 @dataclass(frozen=True)
 class ImportReport(Result):
-    """How the tensors of a checkpoint were imported.
+    """How the tensors of a checkpoint were imported."""
 
-    Attributes:
-        source, out: the checkpoint, and the directory that was written.
-        base: the LLaMA that a delta was added to, or None.
-        version: version of LLaVA-Med, "1.5" or "1.0".
-        tower: where the weights of the image encoder ("vision tower" in LLaVA) come from.
-        tower_differs: number of its tensors that differ between checkpoint and --vision; None if only one of
-            the two has an image encoder.
-        mapped: name in the model -> name in the checkpoint.
-        added: names in the model that are the sum of base and delta.
-        missing: name in the model that the checkpoint lacks -> how it was made.
-        dropped: names that hold no weights of the model -> the checkpoint or CLIP that has them.
-        left_over: names of weights that were not used.
-        vocabulary: rows of the embedding, before and after.
-        tokens: the tokens that were added.
-        dtypes: dtype -> number of tensors.
-        parameters: the model's number of parameters.
-        shards: file -> SHA-256.
-        bytes: size of all shards.
-        kept: number of shards that an earlier, interrupted run had written.
-    """
-
+    # the checkpoint, and the directory that was written
     source: str
     out: str
-    base: str | None
-    version: str
-    tower: str
+    base: str | None  # the LLaMA that a delta was added to, or None
+    version: str  # version of LLaVA-Med, "1.5" or "1.0"
+    tower: str  # where the weights of the image encoder ("vision tower" in LLaVA) come from
+    # number of its tensors that differ between checkpoint and --vision; None if only one of the two has an image
+    # encoder
     tower_differs: int | None
-    mapped: dict[str, str]
-    added: tuple[str, ...]
-    missing: dict[str, str]
-    dropped: dict[str, str]
-    left_over: tuple[str, ...]
-    vocabulary: tuple[int, int]
-    tokens: tuple[str, ...]
-    dtypes: dict[str, int]
-    parameters: int
-    shards: dict[str, str]
-    bytes: int
-    kept: int
+    mapped: dict[str, str]  # name in the model -> name in the checkpoint
+    added: tuple[str, ...]  # names in the model that are the sum of base and delta
+    missing: dict[str, str]  # name in the model that the checkpoint lacks -> how it was made
+    dropped: dict[str, str]  # names that hold no weights of the model -> the checkpoint or CLIP that has them
+    left_over: tuple[str, ...]  # names of weights that were not used
+    vocabulary: tuple[int, int]  # rows of the embedding, before and after
+    tokens: tuple[str, ...]  # the tokens that were added
+    dtypes: dict[str, int]  # dtype -> number of tensors
+    parameters: int  # the model's number of parameters
+    shards: dict[str, str]  # file -> SHA-256
+    bytes: int  # size of all shards
+    kept: int  # number of shards that an earlier, interrupted run had written
 
     def __str__(self) -> str:
         count = len(self.mapped)
@@ -144,8 +125,7 @@ def import_llava_med(
         InputError: `source` is not such a checkpoint; names, shapes or the image encoder are missing or
             unknown; or `out` cannot be written.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise InputError(f"{out} exists and is not an empty directory. Choose another one.")
+    check_new_directory(out)
     directory = find_or_download(source)
     original = read_original_config(directory)
     checkpoint = OriginalCheckpoint(directory)
@@ -203,11 +183,7 @@ def import_llava_med(
 def _open_tower(
     source: str, checkpoint: OriginalCheckpoint, original: OriginalConfig, vision: str | None, stock: bool
 ) -> VisionTower | None:
-    """The separate image encoder, or None if the checkpoint's own is to be used.
-
-    Raises:
-        InputError: a separate image encoder is needed, but `vision` is not given.
-    """
+    """The separate image encoder, or None if the checkpoint's own is to be used."""
     if vision is not None:
         return open_vision_tower(vision)
     if stock:
@@ -277,21 +253,13 @@ def _describe_tower(tower: VisionTower | None, inside: bool, stock: bool) -> str
 
 @contextmanager
 def _partial_directory(partial: Path) -> Iterator[None]:
-    """Create the directory that becomes the model; its files remain after an interruption.
-
-    Raises:
-        InputError: a file in it cannot be written.
-    """
-    try:
+    """Create the directory that becomes the model; its files remain after an interruption or an `InputError`."""
+    with write_errors_as_input_errors(partial):
         partial.mkdir(parents=True, exist_ok=True)
         for temporary in partial.glob(".*.tmp"):  # of a run that was killed while it wrote
             with suppress(OSError):
                 temporary.unlink()
         yield
-    except OSError as error:
-        raise InputError(
-            f"cannot write {partial}: {error.strerror or error}. Free some space or choose another one."
-        ) from error
 
 
 def _check_space(partial: Path, needed: int) -> None:

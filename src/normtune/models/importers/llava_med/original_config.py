@@ -12,67 +12,33 @@ from normtune.errors import InputError
 from normtune.runtime.files import read_json
 
 Kind = Literal["mistral", "llama"]  # architecture of the language model
-# the kind, by the config's "architectures" and by its "model_type"
-_KIND_OF_ARCHITECTURE: dict[str, Kind] = {"LlavaMistralForCausalLM": "mistral", "LlavaLlamaForCausalLM": "llama"}
-_KIND_OF_MODEL_TYPE: dict[str, Kind] = {"llava_mistral": "mistral", "llava_llama": "llama"}
+# the kind, by the config's "architectures", or else by its "model_type"
+_KINDS: dict[str, Kind] = {"LlavaMistralForCausalLM": "mistral", "LlavaLlamaForCausalLM": "llama"}
+_KINDS |= {"llava_mistral": "mistral", "llava_llama": "llama"}
 _TEXT_FIELDS = (  # of the language model; they have the same names in transformers
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "use_cache",
-    "bos_token_id",
-    "eos_token_id",
-    "tie_word_embeddings",
-    "rope_theta",
-    "rope_scaling",
-    "attention_dropout",
-    "attention_bias",
-    "mlp_bias",
-    "sliding_window",
-    "vocab_size",
-)
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "bos_token_id",
+    "eos_token_id", "tie_word_embeddings", "rope_theta", "rope_scaling", "attention_dropout", "attention_bias",
+    "mlp_bias", "sliding_window", "vocab_size",
+)  # fmt: skip
 _REQUIRED_FIELDS = (  # integers without which the model cannot be built
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "vocab_size",
-    "mm_hidden_size",
-)
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "mm_hidden_size",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class OriginalConfig:
-    """The fields of the original config that the import needs.
+    """The fields of the original config that the import needs."""
 
-    Attributes:
-        kind: the architecture of the language model.
-        text_config: the language model's config, under transformers' names.
-        vision_width: width of the image features.
-        tower_name: name of the image encoder ("vision tower" in LLaVA).
-        feature_layer: the layer of the image encoder that gives the image features, usually -2.
-        feature_strategy: "full" with the class token, "default" without it.
-        projector_layers: linear layers between image encoder and language model.
-        pad_images: whether images are padded to squares; otherwise they are cropped.
-        image_markers: whether an image is written between <im_start> and <im_end>.
-    """
-
-    kind: Kind
-    text_config: dict[str, Any]
-    vision_width: int
-    tower_name: str
-    feature_layer: int
-    feature_strategy: Literal["default", "full"]
-    projector_layers: Literal[1, 2]
-    pad_images: bool
-    image_markers: bool
+    kind: Kind  # the architecture of the language model
+    text_config: dict[str, Any]  # the language model's config, under transformers' names
+    vision_width: int  # width of the image features
+    tower_name: str  # name of the image encoder ("vision tower" in LLaVA)
+    feature_layer: int  # the layer of the image encoder that gives the image features, usually -2
+    feature_strategy: Literal["default", "full"]  # "full" with the class token, "default" without it
+    projector_layers: Literal[1, 2]  # linear layers between image encoder and language model
+    pad_images: bool  # whether images are padded to squares; otherwise they are cropped
+    image_markers: bool  # whether an image is written between <im_start> and <im_end>
 
     @property
     def version(self) -> Literal["1.5", "1.0"]:
@@ -125,24 +91,18 @@ def read_original_config(directory: Path) -> OriginalConfig:
 
 
 def _language_kind(values: Any, path: Path) -> Kind:
-    """The architecture of the language model.
-
-    Raises:
-        InputError: the config belongs to another model, or is in transformers' layout already.
-    """
+    """The architecture of the language model."""
     if not isinstance(values, dict):
         raise InputError(f"{path} is no model's config. Give the directory of LLaVA-Med's checkpoint.")
-    names = [name for name in values.get("architectures") or () if name in _KIND_OF_ARCHITECTURE]
-    if names:
-        return _KIND_OF_ARCHITECTURE[names[0]]
     model_type = str(values.get("model_type"))
-    if model_type in _KIND_OF_MODEL_TYPE:
-        return _KIND_OF_MODEL_TYPE[model_type]
+    for name in (*(values.get("architectures") or ()), model_type):
+        if name in _KINDS:
+            return _KINDS[name]
     if model_type == "llava" and "text_config" in values:
         raise InputError(f"{path} is in transformers' layout already: use its directory as a model.")
     raise InputError(
         f"{path} is of a model of type '{model_type}', not of LLaVA-Med's "
-        f"({', '.join(_KIND_OF_ARCHITECTURE)}). Give the directory of LLaVA-Med's checkpoint."
+        f"({', '.join(list(_KINDS)[:2])}). Give the directory of LLaVA-Med's checkpoint."
     )
 
 
@@ -156,11 +116,8 @@ def build_llava_config(
     equals that of the single layer to the last bit.
 
     Args:
-        original: the original config.
-        vision: the image encoder's config.
         vocab_size: rows of the imported embedding, see `read_vocabulary`.
         image_id: the image token, of which a prompt holds one per image feature.
-        pad_id: the padding token.
 
     Raises:
         InputError: the image encoder is not as wide as the projector expects.

@@ -41,21 +41,13 @@ SEPARATED_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokenizer of the imported model.
+    """The tokenizer of the imported model."""
 
-    Attributes:
-        tokenizer: the tokenizer, with an image token and a padding token.
-        image_token: the placeholder token, one for each image feature.
-        added_tokens: tokens that the original vocabulary does not have.
-        embedding_rows: rows of the embedding and the head.
-        end_ids: tokens that end an answer.
-    """
-
-    tokenizer: PreTrainedTokenizerFast
-    image_token: str
-    added_tokens: tuple[str, ...]
-    embedding_rows: int
-    end_ids: tuple[int, ...]
+    tokenizer: PreTrainedTokenizerFast  # the tokenizer, with an image token and a padding token
+    image_token: str  # the placeholder token, one for each image feature
+    added_tokens: tuple[str, ...]  # tokens that the original vocabulary does not have
+    embedding_rows: int  # rows of the embedding and the head
+    end_ids: tuple[int, ...]  # tokens that end an answer
 
     @property
     def image_id(self) -> int:
@@ -73,10 +65,6 @@ def read_vocabulary(directory: Path, original: OriginalConfig) -> Vocabulary:
     The original code of version 1.5 has no token for an image: it splits the text there and puts -200 between
     the pieces. Version 1.0 has <im_patch>. If the vocabulary grows beyond the embedding, the embedding grows
     to the next multiple of 64 rows.
-
-    Args:
-        directory: the directory that holds the tokenizer.
-        original: the config of the checkpoint.
 
     Raises:
         InputError: there is no tokenizer, it cannot be read, or it has more tokens than the model.
@@ -182,9 +170,6 @@ def build_processor(
     """Build the processor; it pads images to squares with CLIP's mean colour if the model was trained so.
 
     Args:
-        original: the config of the checkpoint.
-        vision: the config of the image encoder.
-        vocabulary: the tokenizer with its special tokens.
         preprocessor: the image encoder's own `preprocessor_config.json`, which gives mean and standard
             deviation of the pixels; without these, CLIP's.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,11 +30,8 @@ class TensorPlan:
 
     Args:
         source: the checkpoint's name, for messages and the report.
-        checkpoint: the checkpoint.
         tower: a separate image encoder, used in place of the checkpoint's; None: the checkpoint's.
         base_checkpoint: the LLaMA to which the checkpoint is a delta, or None.
-        config: the imported model's config.
-        base: the name of `base_checkpoint`.
         original_rows: vocabulary size of the checkpoint.
 
     Attributes:
@@ -112,7 +110,7 @@ class TensorPlan:
                 "Remove one of them."
             )
         self.mapped[name] = original_name
-        make: Callable[[], Tensor] = lambda: self.checkpoint.get_tensor(original_name)  # noqa: E731
+        make: Callable[[], Tensor] = partial(self.checkpoint.get_tensor, original_name)
         shape, origin = entry.shape, "checkpoint"
         if self.base_checkpoint is not None and original_name in self.base_checkpoint.entries:
             make, origin = self._add_base(original_name), "sum"
@@ -162,7 +160,7 @@ class TensorPlan:
             if entry.shape != self.shapes[name]:
                 raise InputError(_shape_error(tower.name, clip_name, entry.shape, self.shapes[name]))
             self.mapped[name] = clip_name
-            make = _reader(tower.checkpoint, clip_name)
+            make = partial(tower.checkpoint.get_tensor, clip_name)
             group.append(PlannedTensor(name, entry.dtype, entry.shape, f"{tower.name}: {clip_name}", make))
         self.groups.append(group)
 
@@ -220,11 +218,6 @@ def append_mean_rows(tensor: Tensor, rows: int) -> Tensor:
         total += tensor[start : start + _ROWS].double().sum(0)
     mean = (total / len(tensor)).to(tensor.dtype)
     return torch.cat([tensor, mean.expand(rows - len(tensor), -1)])
-
-
-def _reader(checkpoint: OriginalCheckpoint, name: str) -> Callable[[], Tensor]:
-    """A function that reads one tensor; a lambda in the caller's loop would read the loop's last name."""
-    return lambda: checkpoint.get_tensor(name)
 
 
 def _shape_error(source: str, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> str:

@@ -29,7 +29,11 @@ BLIP_NAMES = (
 
 
 def read_blip_weights(source: BlipForQuestionAnswering | str | Path) -> MissWeights:
-    """Copy the weights of a BLIP-VQA model.
+    """Copy the weights of a BLIP-VQA model; `build_model` makes a MISS of them.
+
+    On unpadded questions the logits equal BLIP's. Padding does not change MISS's logits, whereas the decoder
+    of transformers' BLIP attends to the padding. [ENC], which transformers' processor omits, is assumed to
+    follow [DEC] in the vocabulary, as in BLIP's own tokenizer.
 
     Args:
         source: the model, its directory or its hub name.

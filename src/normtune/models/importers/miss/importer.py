@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import BlipForQuestionAnswering, BlipProcessor
+from transformers import BlipProcessor
 
 from normtune.errors import InputError
 from normtune.models.checkpoints.reader import first_names
@@ -18,36 +17,28 @@ from normtune.models.importers.miss.weights import EMBEDDING, HEAD, POSITIONS, M
 from normtune.models.miss.config import VisionDims, validate_dims
 from normtune.models.miss.model import MissForQuestionAnswering
 from normtune.models.miss.vision import resize_positions
+from normtune.runtime.files import atomic_directory, check_new_directory
 from normtune.runtime.notebook import Result
 
 
 @dataclass(frozen=True)
 class ImportReport(Result):
-    """How the tensors of a checkpoint were imported.
+    """How the tensors of a checkpoint were imported."""
 
-    Attributes:
-        source, out: the checkpoint, and the directory that was written.
-        mapped: name in the model -> name in the checkpoint.
-        dropped: names in the checkpoint that the model does not need: those of pretraining, position ids,
-            and a second name of a tensor.
-        missing: names in the model that the checkpoint lacks and that were made from others (a tied head).
-        left_over: unknown names in the checkpoint; these tensors were not used.
-        config: the model's config.
-        parameters: the model's number of parameters.
-        resized_from: the checkpoint's image size if the position embeddings were resampled, else None.
-        processor: whether tokenizer and image processor were written.
-    """
-
+    # the checkpoint, and the directory that was written
     source: str
     out: str
-    mapped: dict[str, str]
+    mapped: dict[str, str]  # name in the model -> name in the checkpoint
+    # names in the checkpoint that the model does not need: those of pretraining, position ids, and a second name of a
+    # tensor
     dropped: tuple[str, ...]
+    # names in the model that the checkpoint lacks and that were made from others (a tied head)
     missing: tuple[str, ...]
-    left_over: tuple[str, ...]
-    config: dict[str, Any]
-    parameters: int
-    resized_from: int | None
-    processor: bool
+    left_over: tuple[str, ...]  # unknown names in the checkpoint; these tensors were not used
+    config: dict[str, Any]  # the model's config
+    parameters: int  # the model's number of parameters
+    resized_from: int | None  # the checkpoint's image size if the position embeddings were resampled, else None
+    processor: bool  # whether tokenizer and image processor were written
 
     def __str__(self) -> str:
         used, dropped, unknown = len(self.mapped), len(self.dropped), len(self.left_over)
@@ -65,22 +56,6 @@ class ImportReport(Result):
         if not self.processor:
             lines.append("no tokenizer was written: give --vocab with the vocab.txt of bert-base-uncased")
         return "\n".join(lines)
-
-
-def from_blip(source: BlipForQuestionAnswering | str | Path) -> MissForQuestionAnswering:
-    """Convert a BLIP-VQA model to MISS, in eval mode and in the same dtype.
-
-    On unpadded questions the logits equal BLIP's. Padding does not change MISS's logits, whereas the decoder
-    of transformers' BLIP attends to the padding. [ENC], which transformers' processor omits, is assumed to
-    follow [DEC] in the vocabulary, as in BLIP's own tokenizer.
-
-    Args:
-        source: the model, its directory or its hub name.
-
-    Raises:
-        InputError: the model cannot be loaded, or MISS does not support its sizes.
-    """
-    return build_model(read_blip_weights(source))
 
 
 def import_miss(
@@ -112,8 +87,7 @@ def import_miss(
         InputError: `source` is not such a checkpoint, tensors are missing or have wrong shapes, or `out`
             cannot be written.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise InputError(f"{out} exists and is not an empty directory. Choose another one.")
+    check_new_directory(out)
     if source.is_dir():
         weights = read_blip_weights(source)
         if vocab is None and (source / "vocab.txt").is_file():
@@ -127,7 +101,7 @@ def import_miss(
         resize_position_embeddings(weights, image_size)
     processor = None if vocab is None else _processor(vocab, weights, divide_twice)
     model = build_model(weights)
-    _write(model, processor, out.absolute())
+    _write(model, processor, out)
 
     model_names = model.state_dict()
     return ImportReport(
@@ -145,11 +119,7 @@ def import_miss(
 
 
 def resize_position_embeddings(weights: MissWeights, image_size: int) -> None:
-    """Resample the position embeddings for images of `image_size` pixels a side, in place.
-
-    Raises:
-        InputError: the image size is not a multiple of the patch size.
-    """
+    """Resample the position embeddings for images of `image_size` pixels a side, a multiple of a patch's, in place."""
     config = weights.config
     dims = validate_dims(VisionDims, {**config.vision_dims, "image_size": image_size}, "vision_dims")
     side = image_size // dims.patch_size
@@ -176,17 +146,11 @@ def _processor(vocab: Path, weights: MissWeights, divide_twice: bool) -> BlipPro
 
 
 def _write(model: MissForQuestionAnswering, processor: BlipProcessor | None, out: Path) -> None:
-    """Write to a temporary directory, then rename it: `out` is complete or absent."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
-            built = Path(temporary) / out.name
-            model.save_pretrained(built)
-            if processor is not None:
-                processor.save_pretrained(built)
-            if out.exists():
-                out.rmdir()  # it is empty
-            built.rename(out)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot write {out}: {reason}. Free some space or choose another one.") from error
+    """Write model and processor: `out` is complete or absent."""
+    with atomic_directory(out) as building:
+        try:
+            model.save_pretrained(building)
+        except SafetensorError as error:  # a full disk
+            raise OSError(str(error)) from error
+        if processor is not None:
+            processor.save_pretrained(building)

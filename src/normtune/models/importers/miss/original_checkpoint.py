@@ -32,7 +32,6 @@ def read_original_weights(
     """Read the weights of a `.pth`, and drop what only pretraining needs.
 
     Args:
-        source: the file.
         vision_heads, text_heads: attention heads; None: width / 64.
 
     Raises:
@@ -84,7 +83,6 @@ def infer_config(
 
     Args:
         tensors: MISS's name -> tensor.
-        source: the file, for messages.
         vision_heads, text_heads: attention heads, which shapes do not show; None: width / 64.
 
     Raises:

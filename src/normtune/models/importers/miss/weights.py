@@ -22,21 +22,13 @@ POSITIONS = "visual_encoder.pos_embed"
 
 @dataclass
 class MissWeights:
-    """The weights of a checkpoint, converted to MISS's names.
+    """The weights of a checkpoint, converted to MISS's names."""
 
-    Attributes:
-        source: the file or directory, for messages.
-        config: the config of the model that they belong to.
-        tensors: MISS's name -> tensor.
-        names: MISS's name -> name in the checkpoint.
-        dropped: names in the checkpoint that the model does not need.
-    """
-
-    source: str
-    config: MissConfig
-    tensors: dict[str, Tensor]
-    names: dict[str, str]
-    dropped: tuple[str, ...]
+    source: str  # the file or directory, for messages
+    config: MissConfig  # the config of the model that they belong to
+    tensors: dict[str, Tensor]  # MISS's name -> tensor
+    names: dict[str, str]  # MISS's name -> name in the checkpoint
+    dropped: tuple[str, ...]  # names in the checkpoint that the model does not need
 
 
 def build_model(weights: MissWeights) -> MissForQuestionAnswering:
