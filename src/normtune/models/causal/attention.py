@@ -68,7 +68,6 @@ def shared_attention(
         key: [batch, kv_heads, k, head_dim].
         value: [batch, kv_heads, k, head_dim].
         attention_mask: [batch, 1, q, k] in the states' dtype, or folded [batch, 1, heads / kv_heads * q, k].
-        dropout: probability of dropping an attention weight.
         scaling: what scores are multiplied by; None is 1 / sqrt(head_dim).
         options: for transformers' SDPA.
 
@@ -127,7 +126,6 @@ def additive_masks(masks: Mapping[str, Tensor], decoder: Any, dtype: torch.dtype
     Args:
         masks: kind of attention layer -> bool [B, 1, Q, K], true where the query sees the key.
         decoder: the language model; its heads decide whether masks are folded.
-        dtype: the states' dtype.
 
     Returns:
         Kind -> [B, 1, Q, K], or [B, 1, sharing * Q, K] where SDPA needs folded queries: everywhere except on

@@ -67,8 +67,6 @@ class ScoreProcessors:
 
     Args:
         model: has the generation config.
-        prompts: the tokens of each prompt.
-        end: the tokens that end an answer.
         max_new_tokens: the largest number of new tokens a prompt.
     """
 

@@ -109,7 +109,6 @@ class SharedCacheDecoder:
 
     Args:
         cache: B rows, of which the prompts' pass has written S columns.
-        decode: computes new tokens against the cache.
         head: hidden states [answers, width] -> logits [answers, vocabulary].
         windows: the kinds of attention layers, each with its window.
         steps: how often `step` will be called at most.

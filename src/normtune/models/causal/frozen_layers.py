@@ -87,10 +87,6 @@ class CausalTrunk(FrozenTrunk):
 def causal_trunk(family: CausalFamily, trained: Collection[nn.Parameter]) -> CausalTrunk | None:
     """The trunk of a model: its layers before the first trained one.
 
-    Args:
-        family: the model.
-        trained: all trained parameters.
-
     Returns:
         None if the first layer is trained, or anything before the layers, such as the vision tower.
     """

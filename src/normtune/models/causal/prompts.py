@@ -49,7 +49,6 @@ class ChatPrompt:
             image and the processor replaces by the image's tokens.
         marker: the last special token of these.
         trailing: text that the processor writes after the marker.
-        end_tokens: the tokens that end an answer.
 
     Raises:
         InputError: the processor has no chat template.
@@ -104,7 +103,6 @@ class ChatPrompt:
 
         Args:
             id: the example's id, for error messages.
-            question: the question.
             answer: the answer; None if the model is to write it.
             history: the turns between the image and the question.
 
@@ -189,11 +187,7 @@ class ChatPrompt:
         return tokens[1:]
 
     def _pieces(self, turns: Sequence[str], *, images: int) -> list[str]:
-        """The rendered conversation, split at its images: the text before each, and the rest.
-
-        Raises:
-            ValueError: it contains more image tokens than images.
-        """
+        """The rendered conversation, split at its images: the text before each, and the rest."""
         messages: list[dict[str, Any]] = [
             {"role": role, "content": [{"type": "text", "text": text}]}
             for role, text in zip(cycle(("user", "assistant")), turns, strict=False)

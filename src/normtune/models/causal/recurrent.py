@@ -43,7 +43,6 @@ def run_passes(sequence: SharedSequence, *, keep_states: bool = False) -> dict[s
     """Divide the runs of a layout into passes.
 
     Args:
-        sequence: the layout.
         keep_states: compute the state after every segment too, to generate from it.
 
     Returns:
@@ -155,9 +154,6 @@ Forward = Callable[[Tensor, State | None], tuple[Tensor, State]]  # (states, pas
 class RunTree:
     """Computes a recurrent layer over a layout; given in place of its attention mask.
 
-    Args:
-        passes: the result of `run_passes`.
-
     Attributes:
         last: with `keep_states`, layer -> its states after each segment.
     """
@@ -252,8 +248,7 @@ def _compute(
     """The forward of a recurrent layer."""
     stock: Any = type(module).forward
     if not isinstance(attention_mask, RunTree | AnswerStates):
-        output: Tensor = stock(module, hidden_states, attention_mask=attention_mask, **options)
-        return output
+        return stock(module, hidden_states, attention_mask=attention_mask, **options)
     options = {key: value for key, value in options.items() if key not in _CACHE_NAMES}
 
     def forward(states: Tensor, past: State | None) -> tuple[Tensor, State]:

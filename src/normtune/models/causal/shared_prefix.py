@@ -66,44 +66,26 @@ PAD = -1  # the group and run number of padding tokens
 
 
 class Run(NamedTuple):
-    """Consecutive tokens of a layout that one or more segments share.
+    """Consecutive tokens of a layout that one or more segments share."""
 
-    Attributes:
-        rows: the rows of its tokens in the flattened [B * S] tokens.
-        parent: the index of the run that it continues; -1 for a group's prefix.
-    """
-
-    rows: range
-    parent: int
+    rows: range  # the rows of its tokens in the flattened [B * S] tokens
+    parent: int  # the index of the run that it continues; -1 for a group's prefix
 
 
 @dataclass(frozen=True)
 class SharedSequence:
-    """Groups as rows of tokens: B rows of S tokens, N answer tokens in all. See the examples above.
+    """Groups as rows of tokens: B rows of S tokens, N answer tokens in all. See the examples above."""
 
-    Attributes:
-        input_ids: [B, S] long.
-        group_of: [B, S] long, the group of each token, -1 for padding.
-        segment_of: [B, S] long, the number of each token's run in its group, -1 for padding.
-        segment_end: [B, S] long, the largest number of a run that continues it, directly or not.
-        position_ids: [B, S] long; the positions of a run continue from the end of its parent.
-        answer_rows: [N] long, the row of the flattened [B * S] hidden states that predicts each label.
-        labels: [N] long, the answer tokens.
-        segment_index: [N] long, the segment of each label, counted over all groups in the order given.
-        runs: the runs of all groups, parents before their children.
-        last_runs: for each segment the index of the run with which it ends.
-    """
-
-    input_ids: Tensor
-    group_of: Tensor
-    segment_of: Tensor
-    segment_end: Tensor
-    position_ids: Tensor
-    answer_rows: Tensor
-    labels: Tensor
-    segment_index: Tensor
-    runs: Sequence[Run]
-    last_runs: Sequence[int]
+    input_ids: Tensor  # [B, S] long
+    group_of: Tensor  # [B, S] long, the group of each token, -1 for padding
+    segment_of: Tensor  # [B, S] long, the number of each token's run in its group, -1 for padding
+    segment_end: Tensor  # [B, S] long, the largest number of a run that continues it, directly or not
+    position_ids: Tensor  # [B, S] long; the positions of a run continue from the end of its parent
+    answer_rows: Tensor  # [N] long, the row of the flattened [B * S] hidden states that predicts each label
+    labels: Tensor  # [N] long, the answer tokens
+    segment_index: Tensor  # [N] long, the segment of each label, counted over all groups in the order given
+    runs: Sequence[Run]  # the runs of all groups, parents before their children
+    last_runs: Sequence[int]  # for each segment the index of the run with which it ends
 
     @property
     def segment_count(self) -> int:
@@ -215,7 +197,6 @@ def shared_sequence(
     Args:
         groups: the groups; each segment holds its prompt and answer tokens.
         prefixes: `prefixes[g]` are the tokens that all segments of group g share, including image tokens.
-        pad_id: the token id of padding.
         rows: one group a row, padded on the right ("pad"), or all groups in one row ("pack").
         multiple_of: the row length is rounded up to a multiple of this number.
     """

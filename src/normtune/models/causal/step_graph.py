@@ -52,9 +52,7 @@ class StepGraph:
         A step that cannot be captured runs as it is, which is reported.
 
         Args:
-            step: what is run.
             remaining: how often it will be run after this, at most.
-            device: that of its buffers.
         """
         if self.replay is None and self.is_warm and self.failure is None and remaining >= MIN_REPLAYS:
             try:
