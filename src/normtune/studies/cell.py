@@ -273,11 +273,7 @@ def _now() -> str:
 
 
 def validation_score(out: Path, cell: Cell, metric: str | None) -> tuple[float, float]:
-    """A trial's score on the validation split, and the standard error of the score.
-
-    Raises:
-        InputError: the evaluation has no such metric.
-    """
+    """A trial's score on the validation split, and its standard error; an `InputError` if it has no such metric."""
     evaluations = read_json(cell_directory(out, cell) / RESULT)["evaluations"]
     (evaluation,) = (evaluation for evaluation in evaluations if evaluation["role"] == "validate")
     name = metric or ("global_exact" if evaluation["task"] == "vqa" else "rouge_l/none")

@@ -44,11 +44,7 @@ def record_rows(directory: Path, name: str, config: TrainConfig | EvaluateConfig
 
 
 def read_result(directory: Path) -> dict[str, Any]:
-    """Read the result of a finished cell.
-
-    Raises:
-        InputError: it is damaged; the message says how the study continues.
-    """
+    """Read the result of a finished cell; the `InputError` of a damaged one says how the study continues."""
     path = directory / RESULT
     try:
         result: dict[str, Any] = read_json(path)

@@ -25,22 +25,16 @@ PATIENCE = 3  # validations without a better score after which the training of a
 
 @dataclass(frozen=True)
 class DemoTask:
-    """One task of the demo: what is trained for it, and the columns of its table.
-
-    Attributes:
-        columns: heading, the beginning of a metric's name, and the factor that the metric is multiplied by.
-        epochs: passes over the training examples; with `validation_images`, at most as many.
-        test_images: the number of images that are evaluated.
-        validation_images: the number of images on which a training is validated; 0: it has a fixed length.
-    """
+    """One task of the demo: what is trained for it, and the columns of its table."""
 
     task: Literal["vqa", "report"]
     recipes: tuple[str, ...]
+    # heading, the beginning of a metric's name, and the factor that the metric is multiplied by
     columns: tuple[tuple[str, str, float], ...]
-    epochs: float
+    epochs: float  # passes over the training examples; with `validation_images`, at most as many
     batch: int
-    test_images: int
-    validation_images: int = 0
+    test_images: int  # the number of images that are evaluated
+    validation_images: int = 0  # the number of images on which a training is validated; 0: it has a fixed length
     max_new_tokens: int | None = None
 
     def cell_name(self, recipe: str) -> str:

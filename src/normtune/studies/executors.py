@@ -145,11 +145,7 @@ def run_locally(call: Call, jobs: Iterable[CellJob], workers: int, tick: Tick, f
 
 
 def get_executor(on: str) -> Executor:
-    """The executor of a name: local, ray or slurm.
-
-    Raises:
-        InputError: the name is unknown, or the executor's package is not installed.
-    """
+    """The executor of a name: local, ray or slurm; an `InputError` for another name, or without its package."""
     if on == "local":
         return run_locally
     if on not in EXECUTOR_NAMES:

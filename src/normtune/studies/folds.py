@@ -16,7 +16,7 @@ from normtune.data.options import DataOptions
 from normtune.data.registry import open_configured
 from normtune.data.split_files import make_split_file, read_split_file, rows_digest, split_file_text
 from normtune.errors import InputError
-from normtune.runtime.files import write_text
+from normtune.runtime.files import file_sha256, write_text
 from normtune.studies.spec import Data, Study
 
 
@@ -46,7 +46,7 @@ def splits_identity(options: DataOptions) -> str | None:
     if options.splits is None:
         return None
     try:
-        return hashlib.sha256(options.splits.read_bytes()).hexdigest()[:16]
+        return file_sha256(options.splits)[:16]
     except OSError as error:
         raise InputError(f"cannot read {options.splits}: {error.strerror}. Write it with normtune split.") from error
 

@@ -56,37 +56,24 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Cell:
-    """One training, or the frozen base (`train` is None), and its evaluations.
+    """One training, or the frozen base (`train` is None), and its evaluations."""
 
-    Attributes:
-        key: the hash of everything that decides the trained values: 16 hexadecimal digits.
-        grids: the grids that contain the cell; trials of a learning rate belong to the grid `search`.
-        model: the model's name in the file; `model_path` is its directory or hub name.
-        recipe: the recipe's name in the file, or of a preset; `recipe_text` is its text as parsed.
-        trained_on: the data set's name in the file.
-        share: the share of the training images, 0 to 1.
-        rate_source: where the learning rates are from: the methods' defaults, the file, or a search.
-        rates: the learning rate of each method.
-        budget: the length of the training, in one of epochs, pairs and minutes, or the fields of `until: plateau`.
-        train: the options of the training, without output folder and length.
-        fold: the fold that is the test split of `trained_on`, if the data set has folds.
-    """
-
-    key: str
-    grids: tuple[str, ...]
-    model: str
+    key: str  # the hash of everything that decides the trained values: 16 hexadecimal digits
+    grids: tuple[str, ...]  # the grids that contain the cell; trials of a learning rate belong to the grid `search`
+    model: str  # the model's name in the file; `model_path` is its directory or hub name
     model_path: str
-    recipe: str
+    recipe: str  # the recipe's name in the file, or of a preset; `recipe_text` is its text as parsed
     recipe_text: str
-    trained_on: str | None
-    share: float
+    trained_on: str | None  # the data set's name in the file
+    share: float  # the share of the training images, 0 to 1
     seed: int | None
-    rate_source: Source
-    rates: dict[str, float]
+    rate_source: Source  # where the learning rates are from: the methods' defaults, the file, or a search
+    rates: dict[str, float]  # the learning rate of each method
+    # the length of the training, in one of epochs, pairs and minutes, or the fields of `until: plateau`
     budget: dict[str, Any] | None
-    train: TrainConfig | None
+    train: TrainConfig | None  # the options of the training, without output folder and length
     evaluations: tuple[Evaluation, ...]
-    fold: int | None = None
+    fold: int | None = None  # the fold that is the test split of `trained_on`, if the data set has folds
 
     @property
     def passes(self) -> float | None:
@@ -124,16 +111,11 @@ class RateSearch:
 
 @dataclass(frozen=True)
 class Plan:
-    """The cells that can be run now, the learning-rate searches, and how many cells wait for a search.
+    """The cells that can be run now, the learning-rate searches, and how many cells wait for a search."""
 
-    Attributes:
-        cells: all cells, with the trials of the searches.
-        waiting: the number of cells that are planned when their search has finished.
-    """
-
-    cells: tuple[Cell, ...]
+    cells: tuple[Cell, ...]  # all cells, with the trials of the searches
     searches: tuple[RateSearch, ...]
-    waiting: int
+    waiting: int  # the number of cells that are planned when their search has finished
 
 
 def plan(study: Study, search_rates: Mapping[str, float] | None = None) -> Plan:

@@ -97,21 +97,13 @@ def write_tables(study: Study, out: Path) -> list[Path]:
 
 
 def read_tables(out: Path) -> Tables:
-    """Read the tables of a study's folder; JSON columns are objects.
-
-    Raises:
-        InputError: the folder has no results.
-    """
+    """Read the tables of a study's folder, or raise an `InputError` if it has none; JSON columns are objects."""
     results = read_json(out / "results.json")
     return {name: results.get(name, []) for name in SCHEMA}  # files of version 0.1 have fewer tables
 
 
 def tabulate(study: Study, out: Path) -> Tables:
-    """All tables, from the cells that are finished or failed now.
-
-    Raises:
-        InputError: cells of one model have different bases.
-    """
+    """All tables of the cells that are finished or failed now; an `InputError` if a model has different bases."""
     tables: dict[str, list[Row]] = {name: [] for name in SCHEMA}
     for cell in current_plan(study, out).cells:
         _add_cell_rows(tables, cell, out)

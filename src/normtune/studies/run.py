@@ -14,6 +14,7 @@ from typing import Any
 
 from normtune.errors import InputError
 from normtune.runtime.files import read_json, try_lock
+from normtune.runtime.worker_pool import count_cores
 from normtune.studies.cell import (
     LOCK,
     RESULT,
@@ -31,8 +32,11 @@ from normtune.studies.executors import Executor, get_executor
 from normtune.studies.folds import with_split_files, write_split_files
 from normtune.studies.plan import Cell, Plan, RateSearch, plan
 from normtune.studies.spec import Study
+from normtune.training.inspection import inspect_model
 
 WAIT_S = 1.0  # seconds between two looks at the cells that other commands run
+# Share of the free memory that cells may use; evaluation and the C library need some too.
+USABLE_SHARE = 0.85
 
 
 class ProgressListener:
@@ -116,8 +120,6 @@ def run_study(
             trial_keys = {cell.key for search in current.searches for cell in search.cells}
             todo = sorted(todo, key=lambda cell: cell.key not in trial_keys)
         if workers is None:
-            from normtune.studies.worker_count import fitting_workers
-
             workers = fitting_workers(todo) if on == "local" else len(todo)
         listener.begin(todo, len(current.cells) - len(todo), workers)
         for cell, error in _run_cells(todo, out, workers, execute, listener):
@@ -261,3 +263,47 @@ def _is_unlocked(out: Path, cell: Cell) -> bool:
     """Whether no process is running the cell."""
     with try_lock(cell_directory(out, cell) / LOCK) as acquired:
         return acquired
+
+
+def fitting_workers(cells: Sequence[Cell]) -> int:
+    """The number of cells to run at once, at least one.
+
+    It is the number of cores, or fewer if the free memory holds fewer of the largest cells. For each model
+    and data set, the recipe that trains most parameters is planned. On CUDA all cells share the same device.
+    """
+    largest: dict[tuple[str, str | None], tuple[int, Cell]] = {}
+    trainable: dict[tuple[str, str], int] = {}
+    for cell in cells:
+        if cell.train is None:
+            continue
+        recipe_key = (cell.model_path, cell.recipe_text)
+        if recipe_key not in trainable:
+            trainable[recipe_key] = _count_trainable(cell)
+        data_key = (cell.model_path, cell.trained_on)
+        if data_key not in largest or trainable[recipe_key] > largest[data_key][0]:
+            largest[data_key] = (trainable[recipe_key], cell)
+    workers = min(count_cores(), len(cells))
+    for _, cell in largest.values():
+        workers = min(workers, _count_fitting(cell, workers))
+    return max(1, workers)
+
+
+def _count_trainable(cell: Cell) -> int:
+    """The number of parameters that the cell trains; 0 if its model or recipe is not valid."""
+    try:
+        return int(inspect_model(cell.model_path, cell.recipe_text)["recipe"]["trainable"])
+    except InputError:
+        return 0  # the run of the cell reports the error
+
+
+def _count_fitting(cell: Cell, limit: int) -> int:
+    """How many cells like this one fit into the free memory; `limit` if that is unknown."""
+    from normtune.training.memory_plan.plan import plan_memory
+
+    train = with_absolute_paths(cell).train
+    assert train is not None
+    try:
+        plan = plan_memory(train)
+    except InputError:
+        return limit
+    return limit if plan.free is None else int(USABLE_SHARE * plan.free // plan.requested.total)

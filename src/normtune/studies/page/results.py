@@ -87,18 +87,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Arm:
-    """The runs of one recipe in a setting, over seeds.
-
-    Attributes:
-        rate: the learning rate, if the setting has the recipe at several rates; else None.
-        cells: the rows of the table `cells`, one for each seed, or for each fold of each seed.
-    """
+    """The runs of one recipe in a setting, over seeds."""
 
     setting: Setting
     share: float
     recipe: str
-    rate: str | None
-    cells: tuple[Record, ...]
+    rate: str | None  # the learning rate, if the setting has the recipe at several rates; else None
+    cells: tuple[Record, ...]  # the rows of the table `cells`, one for each seed, or for each fold of each seed
 
     @property
     def name(self) -> str:

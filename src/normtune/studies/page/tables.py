@@ -40,40 +40,28 @@ Column = tuple[str, str]  # data set, metric
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table.
-
-    Attributes:
-        css: classes: "number": aligned right; "quiet": in a weaker colour; "code": in the font of recipes' names.
-        bold: whether the text is the highest score of its column.
-        mark: an arrow after the text, and what it means.
-        ends: the interval, below the text.
-        tooltip: the text that browsers show at the cell.
-    """
+    """A cell of a table."""
 
     text: str
+    # classes: "number": aligned right; "quiet": in a weaker colour; "code": in the font of recipes' names
     css: str = ""
-    bold: bool = False
-    mark: tuple[str, str] | None = None
-    ends: str = ""
-    tooltip: str = ""
+    bold: bool = False  # whether the text is the highest score of its column
+    mark: tuple[str, str] | None = None  # an arrow after the text, and what it means
+    ends: str = ""  # the interval, below the text
+    tooltip: str = ""  # the text that browsers show at the cell
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table; the first cell of each row is its heading.
+    """A table; the first cell of each row is its heading."""
 
-    Attributes:
-        label: what screen readers say.
-        groups: headings over several columns, with the number of columns; "" has no heading.
-        base: whether the first row is the frozen base.
-    """
-
-    label: str
+    label: str  # what screen readers say
     header: Sequence[Cell]
     rows: Sequence[Sequence[Cell]]
+    # headings over several columns, with the number of columns; "" has no heading
     groups: Sequence[tuple[str, int]] = ()
     caption: str = ""
-    base: bool = False
+    base: bool = False  # whether the first row is the frozen base
 
 
 # Columns of `cells` that a setting's table shows as means over seeds, with their headings and formats.
