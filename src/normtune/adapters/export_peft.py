@@ -14,8 +14,9 @@ passes a model's arguments through unchanged; MISS accepts none of those that PE
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig
@@ -71,13 +72,11 @@ def export_peft(adapter: Path, out: Path, *, model: str | None = None) -> Export
     """Write an adapter in PEFT's layout; no weights of the base are needed.
 
     Args:
-        adapter: directory of the adapter.
         out: directory to write; it must be new or empty.
         model: name of the base in the config; None: the name in `adapter.json`.
 
     Raises:
-        InputError: `out` is in use, the adapter is damaged, or PEFT has no equivalent for it (the message
-        names
+        InputError: `out` is in use, the adapter is damaged, or PEFT has no equivalent for it (the message names
             the part and the reason).
     """
     info = read_adapter_info(adapter)
@@ -110,11 +109,7 @@ def _card(info: AdapterInfo) -> str:
 
 
 def _peft_method(info: AdapterInfo) -> str:
-    """The PEFT method that can hold the whole adapter: a key of `_CONFIGS`.
-
-    Raises:
-        InputError: there is none.
-    """
+    """The PEFT method that can hold the whole adapter: a key of `_CONFIGS`."""
     parts: dict[str, dict[str, str]] = {}  # PEFT's method -> part -> method
     for tensor in info.tensors.values():
         if tensor.method in _REASONS:
@@ -125,7 +120,10 @@ def _peft_method(info: AdapterInfo) -> str:
         peft_method = _PEFT_METHODS.get(tensor.method, "LN tuning")
         parts.setdefault(peft_method, {}).setdefault(tensor.part, tensor.method)
     if len(parts) > 1:
-        needed = "; ".join(f"{name} for {_list_parts(methods)}" for name, methods in parts.items())
+        needed = "; ".join(
+            f"{name} for " + ", ".join(f"part '{part}' ({method})" for part, method in methods.items())
+            for name, methods in parts.items()
+        )
         raise InputError(
             f"a PEFT adapter holds one method and this adapter needs {len(parts)} ({needed}). "
             "Use normtune merge instead."
@@ -133,10 +131,6 @@ def _peft_method(info: AdapterInfo) -> str:
     if not parts:
         raise InputError("the adapter has no tensors: there is nothing to export.")
     return next(iter(parts))
-
-
-def _list_parts(methods: Mapping[str, str]) -> str:
-    return ", ".join(f"part '{part}' ({method})" for part, method in methods.items())
 
 
 def _module(name: str) -> str:
@@ -186,7 +180,7 @@ def _lora(info: AdapterInfo) -> tuple[PeftConfig, Callable[[str], str]]:
     dropouts = {float(method.option("dropout")) for method in methods.values()}
     first = next(iter(modules))
     config = LoraConfig(
-        target_modules=exact_name_pattern(_flatten(modules.values())),
+        target_modules=exact_name_pattern(list(chain(*modules.values()))),
         r=ranks[first],
         lora_alpha=alphas[first],  # type: ignore[arg-type]  # PEFT accepts any number
         use_dora=dora,
@@ -222,7 +216,3 @@ def _method_of(info: AdapterInfo, part: str, name: str) -> Method:
     if len(methods) != 1:
         raise InputError(f"the adapter's recipe '{info.recipe}' and its tensors differ about part '{part}'.")
     return methods[0]
-
-
-def _flatten(lists: Iterable[list[str]]) -> list[str]:
-    return [name for names in lists for name in names]

@@ -35,20 +35,14 @@ _FIGURES = (
 
 @dataclass(frozen=True)
 class Upload(Result):
-    """What was uploaded, or would be.
-
-    Attributes:
-        files: name -> bytes of each uploaded file.
-        left_out: files of the folder that are never uploaded.
-        url: the address of the commit; None in a dry run.
-    """
+    """What was uploaded, or would be."""
 
     repo: str
     private: bool
     base: str
-    files: dict[str, int]
-    left_out: list[str]
-    url: str | None = None
+    files: dict[str, int]  # name -> bytes of each uploaded file
+    left_out: list[str]  # files of the folder that are never uploaded
+    url: str | None = None  # the address of the commit; None in a dry run
 
     def __str__(self) -> str:
         lines = [f"{self.repo} ({'private' if self.private else 'public'}), adapter of {self.base}"]
@@ -88,11 +82,9 @@ def push(
     The hub is that of `HF_ENDPOINT`, with the token of `HF_TOKEN` or `hf auth login`.
 
     Args:
-        adapter: folder of the adapter.
         repo: owner/name.
         scores: folders that `normtune evaluate` wrote, for the model card and scores.json.
         public: let everybody read a new repository; without it an existing public repository is refused.
-        dry_run: upload nothing.
         announce: called with the `Upload` before anything is uploaded.
 
     Raises:

@@ -45,24 +45,17 @@ _PIECE = 1 << 20  # number of values compared at a time
 
 @dataclass(frozen=True)
 class Merged(Result):
-    """What merging wrote.
-
-    Attributes:
-        tensors: number of tensors in the new shard.
-        values: number of their values.
-        linked: how the base's shards were linked: "hard link", "reflink" (shared blocks) or "copy".
-        rounded_away: share of the changed values that a bf16 load rounds back to the base's; None if nothing
-            changed.
-    """
+    """What merging wrote."""
 
     out: str
     model: str
     recipe: str
-    tensors: int
-    values: int
+    tensors: int  # number of tensors in the new shard
+    values: int  # number of their values
     new_bytes: int
-    linked: str
+    linked: str  # how the base's shards were linked: "hard link", "reflink" (shared blocks) or "copy"
     linked_bytes: int
+    # share of the changed values that a bf16 load rounds back to the base's; None if nothing changed
     rounded_away: float | None
 
     def __str__(self) -> str:
@@ -88,12 +81,10 @@ def merge_to_disk(model: str, adapter: Path, out: Path) -> Merged:
 
     Args:
         model: directory or hub name of the base.
-        adapter: directory of the adapter.
         out: directory to write; it must be new or empty.
 
     Raises:
-        InputError: `out` is in use, the adapter belongs to another base, its method cannot be merged, the
-        base
+        InputError: `out` is in use, the adapter belongs to another base, its method cannot be merged, the base
             has no safetensors files, or a tensor that changes is not stored in them as it is.
     """
     info = read_adapter_info(adapter)
@@ -181,17 +172,12 @@ class _Base:
             return same_base(base_fingerprint, fingerprint(self.model))
         # Both must be tried: fp32 -> bf16 rounds once, fp32 -> fp16 -> bf16 twice, and the adapter may have
         # been trained on either.
-        for dtype in dict.fromkeys((torch.float32, self.checkpoint.dtype)):
-            if same_base(base_fingerprint, fingerprint(self.model, partial(self._values, dtype))):
-                return True
-        return False
+        dtypes = dict.fromkeys((torch.float32, self.checkpoint.dtype))
+        fingerprints = (fingerprint(self.model, partial(self._values, dtype)) for dtype in dtypes)
+        return any(same_base(base_fingerprint, of_dtype) for of_dtype in fingerprints)
 
     def keys(self, name: str) -> list[str]:
-        """The checkpoint's tensors that hold the base's parameter `name`.
-
-        Raises:
-            InputError: there are none.
-        """
+        """The checkpoint's tensors that hold the base's parameter `name`; an `InputError` if there are none."""
         keys = [key for key in self.keys_of.get(name, ()) if not self.loaded or self._is_equal(key, name)]
         if not keys and self.quantised:
             raise quantised_linear_error(name.rpartition(".")[0])
@@ -220,9 +206,12 @@ def _plan_tensors(
     Nothing is read or computed yet: each planned tensor has a function that makes it.
 
     Args:
-        trained: the adapter's tensors, by name.
         loss: counts the changes that bf16 cannot represent, while the tensors are written.
     """
+
+    def merge(linear: str, layer: Any, key: str, make_old: Callable[[], Tensor]) -> Tensor:
+        return merged_tensor(linear, layer, key, make_old(), trained)
+
     values: dict[str, Callable[[], Tensor]] = {}  # parameter of the base -> makes its new value
     for name, method in tuned.methods.items():
         if method in INTRINSIC:
@@ -234,7 +223,7 @@ def _plan_tensors(
                 # a LoRA on a weight that was also trained (attention+lora) changes the trained value
                 name = f"{linear}.{key}"
                 old = values.get(name) or partial(base.checkpoint.get_tensor, base.keys(name)[0])
-                values[name] = partial(_make_merged, linear, layer, key, old, trained)
+                values[name] = partial(merge, linear, layer, key, old)
 
     def make(key: str, make_value: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
         new = make_value()
@@ -248,12 +237,6 @@ def _plan_tensors(
             dtype = torch.float32 if name in fp32_names else entry.dtype
             planned.append(PlannedTensor(key, dtype, entry.shape, "", partial(make, key, make_value, dtype)))
     return sorted(planned, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
-
-
-def _make_merged(
-    linear: str, layer: Any, key: str, make_old: Callable[[], Tensor], trained: Mapping[str, Tensor]
-) -> Tensor:
-    return merged_tensor(linear, layer, key, make_old(), trained)
 
 
 class _RoundingLoss:

@@ -21,11 +21,7 @@ UNMERGEABLE = {  # method -> why it cannot be merged
 
 
 def check_mergeable(methods: Iterable[str]) -> None:
-    """Check that these methods can be merged into weights of the base.
-
-    Raises:
-        InputError: one of the methods cannot be merged.
-    """
+    """Raise an `InputError` if one of these methods cannot be merged into weights of the base."""
     for method in methods:
         if method in UNMERGEABLE:
             raise InputError(f"{method} cannot be merged: {UNMERGEABLE[method]}. Load it with --adapter instead.")
@@ -53,9 +49,7 @@ def merged_tensor(linear: str, layer: Any, key: str, old: Tensor, trained: Mappi
     (Liu et al. 2024, arXiv 2402.09353, section 4.1).
 
     Args:
-        linear: name of the linear in the base.
         layer: PEFT's layer around the linear; it provides the method and alpha / r.
-        key: "weight" or "bias".
         old: the tensor before merging: [out, in] or [out].
         trained: the adapter's tensors, by name; those of the layer itself are not used.
 

@@ -7,19 +7,15 @@ from two, is refused.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import safetensors
 import torch
-import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -33,7 +29,8 @@ from normtune.methods.recipe import parse
 from normtune.methods.registry import INTRINSIC
 from normtune.models.family import Family
 from normtune.models.parts import find_parts, unused_parameters
-from normtune.runtime.files import atomic_write, json_text, read_json
+from normtune.runtime.environment import versions
+from normtune.runtime.files import atomic_write, file_sha256, json_text, read_json
 from normtune.runtime.tensors import write_tensors
 
 TENSORS_FILE = "adapter.safetensors"
@@ -41,6 +38,7 @@ INFO_FILE = "adapter.json"
 CARD_FILE = "README.md"
 _log = logging.getLogger(__name__)
 _MAX_NAMED = 3  # an error names so many mismatches and counts the others
+_PACKAGES = ("python", "torch", "transformers", "peft")  # whose versions are recorded
 
 
 def save_adapter(
@@ -93,14 +91,9 @@ def save_adapter(
             total=tuned.total,
             data=dict(data) if data is not None else None,
             metrics=dict(metrics) if metrics is not None else None,
-            versions={
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "peft": version("peft"),
-            },
+            versions={name: version for name, version in versions().items() if name in _PACKAGES},
             notice=NOTICE,
-            sha256=_digest(tensors_file),
+            sha256=file_sha256(tensors_file),
             tensors={
                 name: TrainedTensor(list(tensor.shape), *tuned.part_and_role[name], tuned.methods[name])
                 for name, tensor in tensors.items()
@@ -131,7 +124,7 @@ def read_adapter_info(directory: Path | str, *, verify: bool = True) -> AdapterI
     info = parse_info(read_json(directory / INFO_FILE), directory / INFO_FILE)
     if not verify and (directory / TENSORS_FILE).is_file():
         return info
-    if not (directory / TENSORS_FILE).is_file() or _digest(directory / TENSORS_FILE) != info.sha256:
+    if not (directory / TENSORS_FILE).is_file() or file_sha256(directory / TENSORS_FILE) != info.sha256:
         raise InputError(
             f"{directory / TENSORS_FILE} is not the file that {INFO_FILE} describes "
             "(truncated, or from another run). Train again, or copy both files again."
@@ -251,7 +244,6 @@ def use_adapter(family: Family, adapter: Path | str | TunedModel | None) -> Iter
     """Answer with an adapter, in evaluation mode; an adapter that is loaded from a directory is removed afterwards.
 
     Args:
-        family: the model.
         adapter: a directory, or the adapter that is in the model already; None: the base.
 
     Raises:
@@ -300,11 +292,6 @@ def _check_shapes(directory: Path | str, info: AdapterInfo, mismatches: list[str
         )
 
 
-def _digest(path: Path) -> str:
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def load_model(
     model: str,
     adapter: Path | None = None,
@@ -317,7 +304,6 @@ def load_model(
 
     Args:
         model: directory or hub name of the base.
-        adapter: directory of the adapter.
         dtype, device, quantize: see `normtune.models.loading.load`.
 
     Raises:

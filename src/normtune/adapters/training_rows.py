@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -28,18 +29,13 @@ _TEXTS = 100_000  # texts that are remembered without case and blanks
 
 @dataclass(frozen=True, eq=False)
 class TrainingRows:
-    """Digests of training rows and of their pictures.
+    """Digests of training rows and of their pictures."""
 
-    Attributes:
-        digest: of all rows in their order, exactly as they are trained on; part of a run's identity.
-        rows: hashes of the rows (pictures, question and answer; case and blanks do not count), sorted; 64-bit
-            numbers, [different rows].
-        pictures: hashes of the pictures' pixels, sorted.
-    """
-
-    digest: str
+    digest: str  # of all rows in their order, exactly as they are trained on; part of a run's identity
+    # hashes of the rows (pictures, question and answer; case and blanks do not count), sorted; 64-bit numbers,
+    # [different rows]
     rows: NDArray[np.uint64]
-    pictures: tuple[str, ...]
+    pictures: tuple[str, ...]  # hashes of the pictures' pixels, sorted
 
     def write(self, path: Path) -> None:
         """Write `training_rows.json`: the hashes as hexadecimal text, without all of them in memory as text."""
@@ -75,20 +71,16 @@ def hash_rows(dataset: Dataset, examples: Sequence[Example]) -> TrainingRows:
     """
     examples = as_examples(examples)
     pictures = picture_hashes(dataset, examples)
-    order = {key: str(index) for index, key in enumerate(pictures)}  # rows of one image are trained as a group
-    codes, images = examples.codes("images")
-    history_codes, histories = examples.codes("history")
-    keys = ["".join(f"{order[key]}:{pictures[key]}\0" for key in of_row) for of_row in images]
-    exact = hashlib.sha256()
-    turns = ["".join(f"{text}\0" for turn in history for text in turn) for history in histories]
+    # rows of one image are trained as a group, so that the order of the images counts
+    order = {key: f"{index}:{digest}" for index, (key, digest) in enumerate(pictures.items())}
     option_codes, options_of = examples.codes("options")
     options = ["".join(f"{text}\0" for text in of_row) for of_row in options_of]
-    columns = zip(*map(examples.texts, ("kind", "question", "answer")), strict=True)
-    for start in range(0, len(codes), _ROWS_AT_ONCE):
-        part = slice(start, start + _ROWS_AT_ONCE)  # the codes as a list would be as large as the rows
-        rows = zip(*(of[part].tolist() for of in (codes, history_codes, option_codes)), columns, strict=False)
-        lines = (f"{k}\0{keys[code]}{turns[turn]}{q}\0{a}\0{options[o]}\n" for code, turn, o, (k, q, a) in rows)
-        exact.update("".join(lines).encode("utf-8", "surrogatepass"))
+    columns = map(examples.texts, ("kind", "question", "answer"))
+    rows = zip(_contexts(examples, order), _iterate(option_codes), *columns, strict=True)
+    lines = (f"{kind}\0{context}{q}\0{a}\0{options[code]}\n" for context, code, kind, q, a in rows)
+    exact = hashlib.sha256()
+    while text := "".join(islice(lines, _ROWS_AT_ONCE)):
+        exact.update(text.encode("utf-8", "surrogatepass"))
     hashes = np.unique(_row_hashes(examples, pictures))
     return TrainingRows(exact.hexdigest(), hashes, tuple(sorted({*pictures.values()})))
 
@@ -139,19 +131,30 @@ def _row_hashes(examples: Examples, pictures: dict[str, str]) -> NDArray[np.uint
     def plain(text: str) -> str:
         return " ".join(text.casefold().split())
 
+    hashes = bytearray()
+    columns = (map(plain, examples.texts(name)) for name in ("question", "answer"))
+    for context, question, answer in zip(_contexts(examples, pictures, plain), *columns, strict=True):
+        text = f"{context}{question}\0{answer}".encode("utf-8", "surrogatepass")
+        hashes += hashlib.blake2b(text, digest_size=DIGEST_BYTES).digest()
+    return np.frombuffer(hashes, ">u8").astype(np.uint64)
+
+
+def _contexts(
+    examples: Examples, pictures: dict[str, str], as_text: Callable[[str], str] = lambda text: text
+) -> Iterator[str]:
+    """The pictures of each row, by their texts in `pictures`, and its earlier turns, each text ended by a NUL."""
     codes, images = examples.codes("images")
     history_codes, histories = examples.codes("history")
     keys = ["".join(f"{pictures[key]}\0" for key in of_row) for of_row in images]
-    turns = ["".join(f"{plain(text)}\0" for turn in history for text in turn) for history in histories]
-    hashes = bytearray()
-    columns = zip(map(plain, examples.texts("question")), map(plain, examples.texts("answer")), strict=True)
+    turns = ["".join(f"{as_text(text)}\0" for turn in history for text in turn) for history in histories]
+    for code, turn in zip(_iterate(codes), _iterate(history_codes), strict=True):
+        yield keys[code] + turns[turn]
+
+
+def _iterate(codes: NDArray[np.int32]) -> Iterator[int]:
+    """The codes as integers, block by block: one list of all would be as large as the rows."""
     for start in range(0, len(codes), _ROWS_AT_ONCE):
-        part = slice(start, start + _ROWS_AT_ONCE)
-        rows = zip(codes[part].tolist(), history_codes[part].tolist(), columns, strict=False)
-        for code, turn, (question, answer) in rows:
-            text = f"{keys[code]}{turns[turn]}{question}\0{answer}"
-            hashes += hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()
-    return np.frombuffer(hashes, ">u8").astype(np.uint64)
+        yield from codes[start : start + _ROWS_AT_ONCE].tolist()
 
 
 def _hash(data: bytes) -> str:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from peft import IA3Config, LoraConfig, PeftConfig
+from peft import IA3Config, LoraConfig, PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -141,7 +141,7 @@ def inject(
         if isinstance(target.module, BaseTunerLayer) or isinstance(model.get_submodule(target.name), BaseTunerLayer):
             raise InputError(f"two added methods change {target.name}. Give each part only one of lora and ia3.")
     # as `inject_adapter_in_model` does, which refuses VeRA for its shared matrices
-    PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](model, config, adapter_name=PEFT_NAME)
+    PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)](model, config, adapter_name=PEFT_NAME)
     del model.peft_config  # PEFT's record on the model: with it, PEFT would treat the next part's as a second adapter
     layers: dict[str, Any] = {}  # PEFT's layers; Any: their tensors are not declared in their common type
     for target in targets:

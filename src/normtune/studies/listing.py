@@ -62,7 +62,7 @@ class PairCounts:
 
 def list_cells(plan: Plan, sizes: PairCounts, out: Path) -> dict[str, Any]:
     """What `--dry-run --json` prints: every cell, whether it is finished, and the pairs that it needs."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "key": cell.key,
             "state": "done" if is_finished(out, cell) else "failed" if failure_reason(out, cell) else "to run",

@@ -31,21 +31,13 @@ from normtune.models.part_names import IMAGE_PARTS
 
 @dataclass(frozen=True)
 class AdapterBank:
-    """A model with several adapters in its tuned norms.
+    """A model with several adapters in its tuned norms."""
 
-    Attributes:
-        tuned: the model; its trained parameters are the norms' banks, [adapters, width].
-        image_rows: the adapters of the rows in the norms of the image parts.
-        text_rows: the same for the text parts.
-        values: [adapters, trained values] fp32; every norm's gains and biases are views of it.
-        columns: trained name -> its columns in `values`.
-    """
-
-    tuned: TunedModel
-    image_rows: ActiveRows
-    text_rows: ActiveRows
-    values: Tensor
-    columns: Mapping[str, slice]
+    tuned: TunedModel  # the model; its trained parameters are the norms' banks, [adapters, width]
+    image_rows: ActiveRows  # the adapters of the rows in the norms of the image parts
+    text_rows: ActiveRows  # the same for the text parts
+    values: Tensor  # [adapters, trained values] fp32; every norm's gains and biases are views of it
+    columns: Mapping[str, slice]  # trained name -> its columns in `values`
 
     @torch.no_grad()
     def set_adapter(self, adapter: int, tensors: Mapping[str, Tensor]) -> None:
@@ -69,7 +61,6 @@ def build_bank(tuned: TunedModel, adapters: int) -> AdapterBank:
 
     Args:
         tuned: a model with a recipe that trains norms only.
-        adapters: number of adapters.
 
     Raises:
         InputError: the recipe trains something else than norms (the model is then unchanged).
@@ -109,11 +100,7 @@ def build_bank(tuned: TunedModel, adapters: int) -> AdapterBank:
 
 
 def check_only_norms(tuned: TunedModel) -> None:
-    """Check that a recipe trains norms by the method `ln` and nothing else.
-
-    Raises:
-        InputError: it has another method.
-    """
+    """Raise an `InputError` if a recipe trains anything but norms by the method `ln`."""
     other = sorted(set(tuned.methods.values()) - {"ln"})
     if other:
         raise InputError(

@@ -62,7 +62,6 @@ class MultiAdapterLoRA(nn.Module):
     """A frozen linear with the low-rank matrices of several adapters: each row uses those of its adapter.
 
     Attributes:
-        base_layer: the base's linear.
         down: A, [adapters, rank, in] fp32.
         up: B times alpha / r, [adapters, out, rank] fp32.
         active_rows: the adapter of each row; one object for all linears with the same units in their inputs.
@@ -111,23 +110,16 @@ class MultiAdapterLoRA(nn.Module):
 
 @dataclass(frozen=True)
 class LoRABank:
-    """A model with the matrices of several adapters in its query and value projections.
-
-    Attributes:
-        matrices: see `lora_matrices`; their ranks are the largest that an adapter may have.
-        values: [adapters, values] fp32; the matrices of every linear are views of it.
-        cross_attention_rows: the adapters of the images that a text encoder attends to. It computes keys and
-            values of an image once for all questions, so that these rows are images in a text part.
-        linears: the new layers, by name.
-        loaded: the adapters that have matrices.
-    """
+    """A model with the matrices of several adapters in its query and value projections."""
 
     model: nn.Module
-    matrices: Mapping[str, LoRAMatrix]
-    values: Tensor
+    matrices: Mapping[str, LoRAMatrix]  # see `lora_matrices`; their ranks are the largest that an adapter may have
+    values: Tensor  # [adapters, values] fp32; the matrices of every linear are views of it
+    # the adapters of the images that a text encoder attends to. It computes keys and values of an image once for all
+    # questions, so that these rows are images in a text part
     cross_attention_rows: ActiveRows
-    linears: Mapping[str, MultiAdapterLoRA]
-    loaded: set[int]
+    linears: Mapping[str, MultiAdapterLoRA]  # the new layers, by name
+    loaded: set[int]  # the adapters that have matrices
 
     @property
     def reads_images(self) -> bool:
@@ -139,8 +131,7 @@ class LoRABank:
         """Check that the bank has room for the LoRA matrices of an adapter.
 
         Raises:
-            InputError: it has not, or `adapter.json` contradicts itself. The message starts with "it" or
-            "its"
+            InputError: it has not, or `adapter.json` contradicts itself. The message starts with "it" or "its"
                 and completes a sentence about the adapter.
         """
         # the recipe gives each part's rank, the tensors' names and shapes must agree with it
@@ -184,10 +175,8 @@ class LoRABank:
             if name.endswith(UP):
                 # alpha / r is part of B from here on: adapters with different scales share one matmul
                 method = methods[matrix.part]
-                rank = int(method.option("r"))
-                values = values * (
-                    float(method.option("alpha")) / (math.sqrt(rank) if method.option("rslora") else rank)
-                )
+                rank, alpha = int(method.option("r")), float(method.option("alpha"))
+                values = values * (alpha / (math.sqrt(rank) if method.option("rslora") else rank))
             # into the upper left corner; the rest of the room stays zero
             row[matrix.columns].view(matrix.shape)[: values.shape[0], : values.shape[1]] = values
         return row
@@ -223,7 +212,6 @@ def add_lora_bank(
 
     Args:
         matrices: from `lora_matrices`.
-        adapters: number of adapters.
         image_rows, text_rows: those of the norms (`normtune.adapters.multi.bank.AdapterBank`).
     """
     linear_names: Sequence[str] = list(dict.fromkeys(name.rpartition(".")[0] for name in matrices))
@@ -264,9 +252,6 @@ def _unpadded_shape(matrix: LoRAMatrix, side: str, rank: int) -> list[int]:
 def _lora_methods(info: AdapterInfo) -> dict[str, Method]:
     """Part -> its LoRA, in the adapter's recipe; a part has at most one."""
     parts = [(part, method) for part, methods in parse(info.recipe).parts for method in methods]
-    # `all` is in the recipes that describe PEFT's adapters
-    return {name: method for part, method in parts if method.name == "lora" for name in _names(part)}
-
-
-def _names(part: str) -> Sequence[str]:
-    return PARTS if part == "all" else (part,)
+    loras = {part: method for part, method in parts if method.name == "lora"}
+    of_all = loras.pop("all", None)  # in the recipes that describe PEFT's adapters
+    return loras if of_all is None else dict.fromkeys(PARTS, of_all) | loras
