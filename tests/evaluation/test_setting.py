@@ -48,6 +48,8 @@ def test_results_record_the_training_dataset_and_the_setting(tmp_path: Path) -> 
         (None, "slake", "unknown"),
         ({"name": "jsonl"}, "jsonl", "unknown"),
         ({"name": "jsonl"}, "slake", "out-of-distribution"),
+        ({"name": "mixture of slake, rows", "mixture": {"slake": {"name": "slake"}}}, "slake", "in-distribution"),
+        ({"name": "mixture of slake, rows", "mixture": {"rows": {"name": "jsonl"}}}, "jsonl", "unknown"),
     ],
 )
 def test_a_dataset_named_by_its_file_format_has_an_unknown_setting(

@@ -452,6 +452,32 @@ def test_run_killed_after_its_last_step_makes_no_further_step(
     assert infos[0] == infos[1]
 
 
+@pytest.mark.parametrize("data", [DATA, "phantom-a:4:1,phantom-b:6:3"])
+def test_sampled_run_resumes_to_the_same_adapter(base: Path, tmp_path: Path, data: str) -> None:
+    """Interrupted in the second epoch, which begins where the first one stopped in the pass over a stratum."""
+    run: dict[str, Any] = {"save_every": 1, "epochs": 2, "batch": 16, "sample": "balanced", "cap": 4}
+
+    def options(name: str) -> TrainConfig:
+        return config(base, tmp_path / name, **run).model_copy(update={"data": data})
+
+    whole = train(options("whole"))
+    with pytest.raises(KeyboardInterrupt):
+        train(options("stopped"), progress=StopAfterStep(whole.steps - 1))
+    resumed = train(options("stopped"))
+    assert resumed.resumed_from_step == whole.steps - 2 and resumed.pairs == whole.pairs
+    assert equal_adapters(tmp_path / "stopped", tmp_path / "whole")
+    info = read_json(tmp_path / "whole" / "adapter.json")
+    counts = info["metrics"]["training"]["sampling"]
+    assert resumed.sampling == whole.sampling == counts and "sampling, first epoch: " in str(whole)
+    assert all(len(stratum["repeated"]) == 2 for stratum in counts.values())
+    assert 2 * sum(stratum["questions"] for stratum in counts.values()) == whole.pairs == 2 * info["data"]["pairs"]
+    assert "sample: balanced" in (tmp_path / "whole" / "run.yaml").read_text()
+    assert f"data: {data}" in (tmp_path / "whole" / "run.yaml").read_text()
+    if data != DATA:
+        assert info["data"]["mixture"]["phantom-b"] == {"name": "phantom-b", "weight": 3}
+        assert {name.partition(":")[0] for name in counts} == {"phantom-a", "phantom-b"}
+
+
 def test_checkpoint_of_another_run_is_refused(base: Path, tmp_path: Path) -> None:
     mark = tmp_path / "checkpoints" / "checkpoint-3"
     mark.mkdir(parents=True)

@@ -8,12 +8,14 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from normtune.data.examples import Example, Examples, as_examples
 from normtune.data.groups import group_by_image, group_rows
+from normtune.data.sampling import RowSampler, Strata
 from normtune.errors import InputError
 
 
@@ -149,7 +151,8 @@ class EpochBatches:
     """A batch sampler with an order that depends only on (seed, epoch), so that a resumed run repeats it.
 
     Iterating yields batches: lists of groups, each group the examples of one image. Every epoch yields every example
-    once, in `len(self)` batches. The Trainer calls `set_epoch` before each epoch.
+    once, or with `strata` as often as `normtune.data.sampling` describes, in `len(self)` batches. The Trainer calls
+    `set_epoch` before each epoch.
 
     With several processes, each step is first cut as one large batch and then distributed over the ranks. The
     batches of ranks 0, 1, ... of a step follow each other, as accelerate expects them: for two ranks, step 0
@@ -164,6 +167,11 @@ class EpochBatches:
         token_costs: if given, batches hold about the same number of tokens instead of pairs; the number of
             batches stays the same.
         ranks: number of processes.
+        strata: how often rows are taken; None: once an epoch. Groups then have at most `pairs` questions, so that
+            every epoch has enough groups for the same number of batches.
+
+    Attributes:
+        sampler: takes the rows of each epoch; None without `strata`.
 
     Raises:
         InputError: there are fewer groups than processes.
@@ -178,43 +186,58 @@ class EpochBatches:
         *,
         token_costs: TokenCosts | None = None,
         ranks: int = 1,
+        strata: Strata | None = None,
     ) -> None:
         self.examples = as_examples(examples)
         self.pairs, self.seed, self.epoch = pairs, seed, 0
         self.max_group_size, self.token_costs, self.ranks = max_group_size, token_costs, ranks
         self.groups = group_rows(self.examples, max_group_size)
-        sizes = self.groups.sizes
-        if 0 < len(sizes) < ranks:
+        group_count = len(self.groups.sizes)
+        self.sampler: RowSampler | None = None
+        if strata is not None:
+            self.sampler = RowSampler(self.examples, strata, seed)
+            self.max_group_size = min(max_group_size or pairs, pairs)
+            group_count = math.ceil(len(self.examples) / self.max_group_size)  # the fewest of an epoch
+        if 0 < group_count < ranks:
             raise InputError(
-                f"{ranks} processes cannot share {len(sizes)} groups of questions. "
+                f"{ranks} processes cannot share {group_count} groups of questions. "
                 "Start fewer processes, or lower --cap."
             )
-        self.steps = count_batches(sizes, pairs * ranks, min_groups=ranks)  # of one epoch
+        self.steps = min(group_count // ranks, math.ceil(len(self.examples) / (pairs * ranks)))  # of one epoch
 
     def _batches_of_epoch(self, epoch: int) -> Iterator[list[Examples]]:
         if not self.steps:
             return
         # Arrays of row numbers: of ten million rows the order of an epoch takes seconds and no object for a row.
         rng = random.Random(f"{self.seed}-{epoch}")
-        rows, ends = self.groups.shuffled(rng), self.groups.ends
+        rows, ends = self._groups_of_epoch(epoch, rng)
         shuffled = array("i", range(len(ends) - 1))
         rng.shuffle(shuffled)
         order = np.frombuffer(shuffled, np.int32)
-        costs = self._costs(rows)[order]
+        costs = self._costs(rows, ends)[order]
         for start, stop in pairwise(_even_cuts(costs, self.steps, self.ranks)):
             step = order[start:stop].tolist()  # groups of all processes
             # the ranks' indices count within the step
             for share in split_across_ranks(costs[start:stop].tolist(), self.ranks):
                 yield [self.examples.take(rows[ends[step[index]] : ends[step[index] + 1]]) for index in share]
 
-    def _costs(self, rows: NDArray[np.int32]) -> NDArray[np.int64]:
+    def _groups_of_epoch(self, epoch: int, rng: random.Random) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """The rows of an epoch group by group, and the ends of the groups."""
+        if self.sampler is None:
+            return self.groups.shuffled(rng), self.groups.ends
+        assert self.max_group_size is not None
+        return self.sampler.groups_of_epoch(epoch, self.max_group_size)
+
+    def _costs(self, rows: NDArray[Any], ends: NDArray[np.int64]) -> NDArray[np.int64]:
         """The cost of each group, [groups]; `rows` are the rows group by group."""
         if self.token_costs is None:
-            return self.groups.sizes
+            return np.diff(ends)
+        if self.examples.codes("history")[1] != [()]:  # a turn that several questions of a group share counts once
+            return np.array([self.token_costs.cost_of(self.examples.take(rows[a:b])) for a, b in pairwise(ends)])
         codes, images = self.examples.codes("images")
         prefixes = np.array([self.token_costs.prefixes[keys] for keys in images], np.int64)
         segments = self.examples.numbers("id", self.token_costs.segments.__getitem__)
-        starts = self.groups.ends[:-1]
+        starts = ends[:-1]
         return prefixes[codes[rows[starts]]] + np.add.reduceat(segments[rows], starts)
 
     def set_epoch(self, epoch: int) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from normtune.errors import InputError
@@ -45,6 +47,51 @@ _PEEK_BYTES = 65536
 _CONVERSATION = re.compile(r'"(messages|conversations)"\s*:\s*\[')
 # Columns of rows with one question that `messages` reads (ms-swift, Alpaca).
 _ONE_TURN = (("query", "response"), ("instruction", "output"))
+
+
+@dataclass(frozen=True)
+class MixtureEntry:
+    """One dataset of a mixture: its name or path, its root if it needs one, and its weight."""
+
+    data: str
+    root: Path | None
+    weight: float
+
+    def __str__(self) -> str:
+        name, root = name_and_root(self.data, self.root)
+        if root is not None and root.exists():  # a root that does not exist is a hub name
+            root = root.resolve()
+        return f"{name}{'' if root is None else f'={root}'}:{self.weight:g}"
+
+
+def parse_mixture(data: str) -> list[MixtureEntry]:
+    """Parse several datasets with weights, such as "slake=SLAKE:0.7,rows.csv:0.3"; empty for a single dataset.
+
+    Raises:
+        InputError: a dataset has no weight, or its weight is not above 0.
+    """
+    entries = [entry.strip().rpartition(":") for entry in data.split(",")]
+    if len(entries) < 2 or Path(data).exists() or not any(_weight(weight) for _, _, weight in entries):
+        return []
+    mixture = []
+    for name, _, weight in entries:
+        if not name or not _weight(weight):
+            raise InputError(
+                f"--data {data}: several datasets need a weight above 0 each, such as slake=FOLDER:0.7,rows.csv:0.3."
+            )
+        family, has_root, root = name.partition("=")
+        named = has_root and (family in PUBLISHED or family in FORMATS)
+        mixture.append(MixtureEntry(family if named else name, Path(root) if named else None, _weight(weight)))
+    return mixture
+
+
+def _weight(text: str) -> float:
+    """The number that a text states; 0 if it is not above 0."""
+    try:
+        weight = float(text)
+    except ValueError:
+        return 0.0
+    return weight if 0 < weight < math.inf else 0.0
 
 
 def name_and_root(data: str, root: Path | None) -> tuple[str, Path | None]:

@@ -94,9 +94,14 @@ def group_rows(examples: Examples, max_group_size: int | None = None) -> RowGrou
     codes, images = examples.codes("images")
     image_ends = np.concatenate([[0], np.cumsum(np.bincount(codes, minlength=len(images)))])
     order = np.argsort(codes, kind="stable").astype(np.int32)
+    return RowGroups(order, cut_groups(image_ends, max_group_size), image_ends)
+
+
+def cut_groups(image_ends: NDArray[np.int64], max_group_size: int | None) -> NDArray[np.int64]:
+    """The ends of the groups if those of the images are given: an image with more rows has several groups."""
     if max_group_size is None:
-        return RowGroups(order, image_ends, image_ends)
+        return image_ends
     groups = -(-np.diff(image_ends) // max_group_size)  # of each image
     first = np.repeat(np.cumsum(groups) - groups, groups)  # number of the image's first group, for each group
     starts = np.repeat(image_ends[:-1], groups) + (np.arange(groups.sum()) - first) * max_group_size
-    return RowGroups(order, np.append(starts, len(order)), image_ends)
+    return np.append(starts, image_ends[-1])

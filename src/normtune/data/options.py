@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from normtune.data.formats import name_and_root
+from normtune.data.formats import name_and_root, parse_mixture
 from normtune.data.split_names import standard_split
 from normtune.errors import InputError, did_you_mean
 
@@ -44,7 +44,8 @@ class DataOptions(_Options):
         description="Dataset: slake, vqa-rad, path-vqa, openi, mimic-cxr, medpix, roco, mimic-cxr-vqa, "
         "mimic-ext-cxr-qba, vindr-cxr-vqa, kvasir-vqa, gemex, phantom-a, phantom-b; or a "
         "file or folder of your own (its format is recognised); or, with --root, its format: csv, tsv, xlsx, json, "
-        "jsonl, parquet, messages (conversations), arrow (save_to_disk), imagefolder, dicom."
+        "jsonl, parquet, messages (conversations), arrow (save_to_disk), imagefolder, dicom; or several with weights "
+        "for training: slake=FOLDER:0.7,rows.csv:0.3."
     )
     root: Path | None = Field(None, description="Folder or file of the dataset; phantoms need none.")
     language: str = Field(
@@ -112,6 +113,8 @@ class DataOptions(_Options):
         """The options for a result file, with an absolute root: they open the same data from any folder."""
         options = self.model_dump(mode="json", include=set(DataOptions.model_fields))
         options["data"], root = name_and_root(self.data, self.root)
+        if mixture := parse_mixture(self.data):
+            options["data"] = ",".join(map(str, mixture))
         if root is not None and root.exists():  # a root that does not exist is a hub name
             options["root"] = str(root.resolve())
         if self.splits is not None:

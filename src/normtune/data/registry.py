@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from normtune.data.examples import META, Codes, Examples, compact, count_values
-from normtune.data.formats import FORMATS, PUBLISHED, SUFFIXES, name_and_root
+from normtune.data.formats import FORMATS, PUBLISHED, SUFFIXES, MixtureEntry, name_and_root, parse_mixture
 from normtune.data.options import DataOptions
 from normtune.data.reading.cells import language_tag
 from normtune.data.reading.columns import columns_option
@@ -74,7 +74,9 @@ def open_dataset(
         name: one of `NAMES`; or a file or folder, of which the format is recognised; or a pandas data frame, a
             `datasets.Dataset`, a list of dicts, a torch dataset of dicts, or a dict of these by split. For phantoms a
             number of images may follow: `phantom-b:240` has 240 training images, `phantom-b:240/60/120` gives the
-            images of train, validate and test.
+            images of train, validate and test. Or several datasets with weights for training, each with its root:
+            `slake=SLAKE:0.7,rows.csv:0.3`; the options of reading then hold for each of them, and those of splits for
+            all rows together.
         root: folder or file of the dataset; phantoms are drawn and need none.
         language: language of the questions, as a tag (en, zh, fr) or a name; `all` reads every language. Rows
             without a language are part of every language.
@@ -97,24 +99,25 @@ def open_dataset(
             has no examples of that task or language; or it does not separate sections.
     """
     table_options: dict[str, Any] = {"columns": columns, "slices": slices, "montage": montage, "task": task}
-    named = isinstance(name, str | Path)
-    if named:
-        given, (name, location) = name, name_and_root(str(name), None if root is None else Path(root))
-        if name == "messages" and columns is not None and location == Path(given):
-            name = SUFFIXES.get(location.suffix, name)  # the columns say that it is a table
-        if root is None and location is not None and not location.exists():
-            raise InputError(f"--data {given}: no such file or folder. {name} needs {ROOTS[name]}.")
-    if history and not (named and name in WITH_HISTORY):
-        raise InputError(
-            f"dataset {name if named else 'in memory'} has no conversations: --history works with "
-            f"{' and '.join(WITH_HISTORY)} only. Remove it."
-        )
-    if named:
-        reading = {"text_only": text_only, "skip_bad": skip_bad, "history": history}
-        dataset = _open_named(name, location, language, task, sections, reading, table_options)
+    reading = {"text_only": text_only, "skip_bad": skip_bad, "history": history}
+    named, mixture = isinstance(name, str | Path), parse_mixture(str(name)) if isinstance(name, str) else []
+    location = None if root is None else Path(root)
+    if mixture:
+        from normtune.data.mixtures import open_mixture
+
+        if root is not None:
+            raise InputError("--root: several datasets have a root each. Write for example --data slake=FOLDER:0.7,...")
+
+        def open_entry(entry: MixtureEntry) -> Dataset:
+            return _open_one(entry.data, entry.root, language, task, sections, reading, table_options)[0]
+
+        dataset, name = open_mixture(mixture, open_entry, group_by), ",".join(map(str, mixture))
+    elif named:
+        dataset, name, location = _open_one(name, location, language, task, sections, reading, table_options)
     else:
         from normtune.data.datasets.memory import read
 
+        _refuse_history(history, "in memory")
         dataset = read(name, text_only=text_only, strict=not skip_bad, **table_options)
         dataset = _select_task_and_language(dataset, language, task)
     if group_by is not None:
@@ -138,6 +141,33 @@ def open_dataset(
     options |= {"split_ratio": split_ratio, "split_seed": split_seed, "split_column": split_column}
     options |= {"splits": None if splits is None else Path(splits)} | ({"history": True} if history else {})
     return replace(dataset, options=options)
+
+
+def _open_one(
+    given: str | Path,
+    root: Path | None,
+    language: str,
+    task: Task,
+    sections: Sections,
+    reading: dict[str, bool],
+    table_options: dict[str, Any],
+) -> tuple[Dataset, str, Path | None]:
+    """Open a dataset by its name, or a file or folder; see `open_dataset`. Also return its name and root."""
+    name, location = name_and_root(str(given), root)
+    if name == "messages" and table_options["columns"] is not None and location == Path(given):
+        name = SUFFIXES.get(location.suffix, name)  # the columns say that it is a table
+    if root is None and location is not None and not location.exists():
+        raise InputError(f"--data {given}: no such file or folder. {name} needs {ROOTS[name]}.")
+    if name not in WITH_HISTORY:
+        _refuse_history(reading["history"], name)
+    return _open_named(name, location, language, task, sections, reading, table_options), name, location
+
+
+def _refuse_history(history: bool, name: str) -> None:
+    if history:
+        raise InputError(
+            f"dataset {name} has no conversations: --history works with {' and '.join(WITH_HISTORY)} only. Remove it."
+        )
 
 
 def _split_by_picture(dataset: Dataset, group_by: str | None) -> Dataset:

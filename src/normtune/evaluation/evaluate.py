@@ -378,8 +378,10 @@ def _setting(adapter: Path | None, dataset: str) -> dict[str, str | None]:
 
     if adapter is None:
         return {"trained_on": None, "setting": "zero-shot"}
-    name = (read_adapter_info(adapter).data or {}).get("name")
+    data = read_adapter_info(adapter).data or {}
+    name = data.get("name")
+    trained_on = {name, *(part["name"] for part in data.get("mixture", {}).values())}
     # Two datasets that are named by their file format may have different data.
-    if name is None or (name == dataset and name in FORMATS):
+    if name is None or (dataset in trained_on and dataset in FORMATS):
         return {"trained_on": name, "setting": "unknown"}
-    return {"trained_on": name, "setting": "in-distribution" if name == dataset else "out-of-distribution"}
+    return {"trained_on": name, "setting": "in-distribution" if dataset in trained_on else "out-of-distribution"}

@@ -101,6 +101,7 @@ class Training(_Section):
     group: bool | None = None
     cap: int | None = Field(None, gt=0)
     balance: Literal["pairs", "tokens"] | None = None
+    sample: Literal["balanced"] | None = None
     memory: Literal["fast", "balanced", "tight"] | None = None
     weight_decay: float | None = Field(None, ge=0)
     warmup: float | None = Field(None, ge=0, lt=1)

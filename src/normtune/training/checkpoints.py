@@ -36,6 +36,7 @@ class Checkpoint:
     logged_at: int  # step of that entry
     train_seconds: float = 0.0  # of training until then, without set-up and validation
     validation_seconds: float = 0.0
+    max_group_size: int | None = None  # most questions of one image in a group; None: no limit, or not recorded
 
     @classmethod
     def read(cls, folder: Path) -> Checkpoint:
@@ -49,8 +50,9 @@ class Checkpoint:
         stored = read_json(folder / RUN_FILE)
         names = ("pairs_seen", "pairs_a_step", "steps_an_epoch", "unlogged_loss", "logged_at")
         try:
-            times = {name: stored.get(name, 0.0) for name in ("train_seconds", "validation_seconds")}
-            return cls(folder, _step(folder), *(stored[name] for name in names), **times)
+            times = [stored.get(name, 0.0) for name in ("train_seconds", "validation_seconds")]
+            position = [stored[name] for name in names]
+            return cls(folder, _step(folder), *position, *times, stored.get("max_group_size"))
         except KeyError as error:
             raise InputError(
                 f"{folder / RUN_FILE} has no entry {error}. Start again with --no-resume, or choose another --out."
@@ -74,13 +76,20 @@ class Checkpoint:
         return self.pairs_a_step // ranks
 
     def check_steps(self, batches: EpochBatches) -> None:
-        """Check that an epoch has as many steps as in the run that wrote the checkpoint.
+        """Check that an epoch has as many steps as in the run that wrote the checkpoint, and the same groups.
 
-        Every process needs a group in every step, so that more processes can mean fewer steps.
+        Every process needs a group in every step, so that more processes can mean fewer steps. The groups of sampled
+        rows (`--sample`, weights of --data) depend on the batch of a process.
 
         Raises:
-            InputError: the numbers differ.
+            InputError: they differ.
         """
+        if batches.sampler is not None and self.max_group_size != batches.max_group_size:
+            raise InputError(
+                f"{self.folder} has groups of at most {self.max_group_size} sampled questions, and these processes "
+                f"would make groups of {batches.max_group_size}. Start as many processes as before, or start again "
+                "with --no-resume."
+            )
         if self.steps_an_epoch != batches.steps:
             raise InputError(
                 f"{self.folder} has {self.steps_an_epoch} steps per epoch, but {batches.ranks} processes need "

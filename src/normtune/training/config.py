@@ -63,6 +63,11 @@ class TrainConfig(DataOptions):
     balance: Literal["pairs", "tokens"] = Field(
         "pairs", description="Balance batches by pairs or by tokens; --batch is then the mean number of pairs."
     )
+    sample: Literal["balanced"] | None = Field(
+        None,
+        description="balanced: take open and closed questions, and yes and no, equally often in every epoch; default: "
+        "every pair once an epoch, or by the weights of --data.",
+    )
     # memory and speed
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from normtune.data.batches import EpochBatches
+from normtune.data.sampling import sampling_text
 from normtune.inference.limits import check_run
 from normtune.methods.recipe import parse
 from normtune.models.loading import resolve_device, resolve_dtype
@@ -14,7 +15,7 @@ from normtune.training.config import TrainConfig
 from normtune.training.identity import check_identity, option_identity
 from normtune.training.inspection import inspect_model, inspect_text
 from normtune.training.memory_plan.plan import plan_memory
-from normtune.training.setup import read_examples
+from normtune.training.setup import find_run_strata, read_examples
 
 _FOLDERS = {
     "new": "holds no run",
@@ -40,7 +41,9 @@ def plan_run(config: TrainConfig) -> tuple[dict[str, Any], str]:
     dataset, examples = read_examples(config)
     examples, preflight = check_run(config, examples, config.model, training=True)
     cap = config.cap if config.group else 1
-    batches = EpochBatches(examples, config.batch, cap, config.seed, ranks=distributed.world_size())
+    strata = find_run_strata(config, dataset, examples)
+    batches = EpochBatches(examples, config.batch, cap, config.seed, ranks=distributed.world_size(), strata=strata)
+    sampling = {} if batches.sampler is None else batches.sampler.counts(1)
     run = {
         "data": dataset.name,
         "split": config.split,
@@ -48,6 +51,7 @@ def plan_run(config: TrainConfig) -> tuple[dict[str, Any], str]:
         "images": examples.image_count,
         "steps_an_epoch": batches.steps,
         "steps": optimizer_steps(config, batches),
+        **({"sampling": sampling} if sampling else {}),
         "out": str(config.out),
         "folder": folder,
     }
@@ -55,6 +59,7 @@ def plan_run(config: TrainConfig) -> tuple[dict[str, Any], str]:
     lines = [
         f"{run['pairs']:,} pairs of {run['images']:,} images ({dataset.name}, {config.split}): {run['steps']:,} steps, "
         f"{batches.steps:,} batches an epoch",
+        *([sampling_text(sampling)] if sampling else []),
         f"--out {config.out}: {_FOLDERS[folder]}",
         f"\nPreflight\n{preflight.text()}",
         f"\n{inspect_text(inspection)}",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from normtune.data.sampling import sampling_text
 from normtune.errors import InputError
 from normtune.methods.adapt import TunedModel
 from normtune.runtime import distributed, memory
@@ -65,6 +66,7 @@ class TrainResult(Result):
     best_score: float | None = None  # this value; of `loss`, lower is better
     adapter_step: int | None = None  # the adapter has its values: the best step, or with keep=last the last one
     stopped_early: bool = False  # the score did not rise in `patience` validations
+    sampling: dict[str, dict[str, Any]] | None = None  # see `RowSampler.counts`; None: every pair once an epoch
 
     @property
     def adapter(self) -> Path:
@@ -128,6 +130,8 @@ class TrainResult(Result):
             lines.append(f"left out: {self.left_out:,} values of image encoder layers that the model never uses")
         if self.computed_once is not None:
             lines.append(f"computed once per image: {self.computed_once}")
+        if self.sampling:
+            lines.append(sampling_text(self.sampling))
         if self.final_loss is not None:
             lines.append(f"final loss {self.final_loss:.4f} per token")
         if self.best_step is not None and self.best_score is not None:
@@ -184,6 +188,7 @@ def build_result(
     metric: str | None,
     computed_once: str | None,
     device: torch.device,
+    sampling: dict[str, dict[str, Any]] | None,
 ) -> tuple[TrainResult, dict[str, Any]]:
     """Compare the trained values with those before training and collect the result of a run.
 
@@ -192,6 +197,7 @@ def build_result(
         losses: the loss log, (step, mean loss per answer token since the previous entry).
         device: where the base was trained.
         base_bytes: memory of the process, or of the device, before training.
+        sampling: what was repeated and left out in each epoch.
         curve: the validations, and `metric` what chose the best of them.
         resumed_pairs: pairs of `pairs` that were seen before the last start, to which `seconds` does not extend.
 
@@ -226,6 +232,7 @@ def build_result(
         peak_above_base_bytes=above_base,
         passes=passes,
         curve=curve,
+        sampling=sampling,
     )
     if metric is not None:
         best = best_point(curve, metric)
@@ -237,4 +244,5 @@ def build_result(
             adapter_step=steps if config.keep == "last" else best.step,
             stopped_early=is_stopped(curve, metric, config.patience),
         )
-    return result, {"loss": [*losses], "norms": norm_changes(before, tuned)}
+    description = {"loss": [*losses], "norms": norm_changes(before, tuned)}
+    return result, description | ({} if sampling is None else {"sampling": sampling})

@@ -14,9 +14,11 @@ from typing import Any
 from normtune.adapters.fingerprint import fingerprint
 from normtune.adapters.training_rows import TrainingRows
 from normtune.data.choices import ChoiceFormat
+from normtune.data.examples import as_examples
 from normtune.data.preflight import Preflight
 from normtune.data.records import Dataset, Example, Split
 from normtune.data.registry import open_configured
+from normtune.data.sampling import Strata, find_strata
 from normtune.errors import InputError
 from normtune.methods.adapt import TunedModel, adapt, restore_base
 from normtune.models.family import Family
@@ -96,6 +98,16 @@ def read_examples(config: TrainConfig, dataset: Dataset | None = None) -> tuple[
     """
     dataset = open_configured(config) if dataset is None else dataset
     return dataset, Split(dataset, config.select(dataset.split(config.split)), config.split)
+
+
+def find_run_strata(config: TrainConfig, dataset: Dataset, examples: Sequence[Example]) -> Strata | None:
+    """How often a run takes its rows, by the weights of `config.data` and `config.sample`; None: once an epoch.
+
+    Raises:
+        InputError: see `normtune.data.sampling.find_strata`.
+    """
+    weights = {name: part["weight"] for name, part in dataset.mixture.items()}
+    return find_strata(as_examples(examples), weights, config.sample == "balanced")
 
 
 def build_setup(

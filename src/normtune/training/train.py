@@ -7,6 +7,7 @@ save_run  writes the adapter, the options and the result, and deletes the checkp
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -24,6 +25,7 @@ from normtune.data.examples import Example, as_examples
 from normtune.data.records import Dataset
 from normtune.data.run_file import RUN_FILE as RUN_OPTIONS
 from normtune.data.run_file import run_file_text
+from normtune.data.sampling import sampling_text
 from normtune.errors import InputError
 from normtune.inference.limits import check_run
 from normtune.methods.adapt import restore_base
@@ -39,7 +41,7 @@ from normtune.training.layer_wrapping import checkpoint_activations, compile_lay
 from normtune.training.memory_plan.plan import estimate_memory
 from normtune.training.result import TrainResult, build_result, read_result
 from normtune.training.saved_activations import save_fewer_activations
-from normtune.training.setup import TrainingSetup, build_setup, read_examples, validation_identity
+from normtune.training.setup import TrainingSetup, build_setup, find_run_strata, read_examples, validation_identity
 from normtune.training.token_counts import count_tokens
 from normtune.training.trainer import AdapterTrainer
 from normtune.training.validation import curve, read_validation
@@ -88,6 +90,7 @@ def train(
     # before the base, which may take minutes to load
     with distributed.lost_process_as_error(), locked_folder(config.out):
         examples, preflight = check_run(config, examples, family or config.model, training=True)
+        find_run_strata(config, dataset, examples)  # refuses what cannot be sampled
         preflight.memory = distributed.broadcast_from_first(lambda: estimate_memory(config, dataset, examples, family))
         if distributed.is_main_process() and preflight.memory.get("fits") is False:
             print(f"preflight: too little memory, {preflight.memory_text()}", file=sys.stderr)
@@ -155,6 +158,7 @@ def save_run(setup: TrainingSetup, result: TrainResult, description: dict[str, A
             "licence": dataset.licence,
             "task": config.task,
             "pairs": len(setup.examples),
+            **({"mixture": dataset.mixture} if dataset.mixture else {}),
             **setup.preflight.adapter_figures(),
             **({"choices": asdict(setup.family.choices)} if _has_choices(setup.examples) else {}),
         },
@@ -197,7 +201,10 @@ def fit(setup: TrainingSetup, *, progress: TrainerCallback | None = None) -> tup
     folder = distributed.broadcast_from_first(lambda: last_checkpoint(config.out) if config.resume else None)
     checkpoint = None if folder is None else Checkpoint.read(folder)
     pairs = config.batch if checkpoint is None else checkpoint.batch_size()
-    batches = EpochBatches(examples, pairs, cap, config.seed, token_costs=tokens, ranks=distributed.world_size())
+    strata, ranks = find_run_strata(config, setup.dataset, examples), distributed.world_size()
+    batches = EpochBatches(examples, pairs, cap, config.seed, token_costs=tokens, ranks=ranks, strata=strata)
+    if batches.sampler is not None and distributed.is_main_process():
+        print(sampling_text(batches.sampler.counts(1)), file=sys.stderr)
     if checkpoint is not None:
         checkpoint.check_steps(batches)
     try:
@@ -248,4 +255,5 @@ def fit(setup: TrainingSetup, *, progress: TrainerCallback | None = None) -> tup
         metric=None if trainer.validation is None else trainer.validation.metric,
         computed_once=setup.collate.cached_states,
         device=trainer.args.device,
+        sampling=None if batches.sampler is None else batches.sampler.counts(math.ceil(trainer.state.epoch or 0)),
     )

@@ -304,6 +304,7 @@ class AdapterTrainer(Trainer):
                 "pairs_seen": pairs_seen,
                 "pairs_a_step": self.batches.pairs * self.batches.ranks,
                 "steps_an_epoch": self.batches.steps,
+                "max_group_size": self.batches.max_group_size,
                 "unlogged_loss": unlogged,
                 "logged_at": self._logged_at,
                 "train_seconds": self.train_seconds(),

@@ -48,7 +48,7 @@ from normtune.training.memory_plan.fake_model import BooleanIndexing, model_byte
 from normtune.training.memory_plan.live_bytes import LiveTensorBytes
 from normtune.training.memory_plan.quantized import insert_placeholders, linear_bytes
 from normtune.training.saved_activations import save_fewer_activations
-from normtune.training.setup import TrainingSetup, read_examples
+from normtune.training.setup import TrainingSetup, find_run_strata, read_examples
 from normtune.training.token_counts import count_tokens
 
 USABLE_SHARE = 0.95  # share of the free memory that a run may take; allocators need more than their tensors
@@ -330,6 +330,7 @@ class _BatchCosts:
         self, run: _WeightlessRun, dataset: Dataset, examples: Sequence[Example], images: int | None = None
     ) -> None:
         self.config, self.examples = run.config, examples
+        self.strata = find_run_strata(run.config, dataset, examples)
         self.shares_prefix = run.family.shares_prefix
         self.segment = run.collate.segment
         self.tokens: TokenCosts = count_tokens(run.family, dataset, examples, run.collate.segment, images)
@@ -343,7 +344,7 @@ class _BatchCosts:
         cap = self.config.cap if self.config.group else 1
         # the same batches as the run's: see `normtune.training.train.fit`
         tokens = self.tokens if self.config.balance == "tokens" else None
-        batches = EpochBatches(self.examples, pairs, cap, self.config.seed, token_costs=tokens)
+        batches = EpochBatches(self.examples, pairs, cap, self.config.seed, token_costs=tokens, strata=self.strata)
         largest: list[Groups] = [max(batches, key=self.padded_tokens), max(batches, key=self.answer_tokens)]
         return largest[: 1 if largest[0] == largest[1] else 2]
 
