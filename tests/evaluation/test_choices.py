@@ -84,7 +84,7 @@ def test_every_way_at_once_is_written_and_read_again(tmp_path: Path) -> None:
     assert metrics["choice_accuracy_text_normalized"] == 0.5
     row = json.loads((tmp_path / "predictions.jsonl").read_text().splitlines()[1])
     assert row["options"] == list(ORGANS) and row["prediction"] == "lung" and row["reference"] == "liver"
-    assert row["choice"]["chosen"]["generated"] == ["A"] and row["choice"]["generated"] == "The answer is A"
+    assert row["choice"]["selected"]["generated"] == ["A"] and row["choice"]["generated"] == "The answer is A"
     assert row["choice"]["scores"]["text"] == [-4.0, -5.0, -5.0, -5.0]
     assert row["choice"]["scores"]["text_normalized"] == [-1.0] * 4
     settings = evaluation.record["settings"]
@@ -110,7 +110,7 @@ def test_position_bias_is_reported_where_the_answer_is_always_a() -> None:
     assert "chance 25.0, always A 100.0" in str(plain)
     rotated = run(LikesLetter(), examples, choice_rotations=True)
     assert rotated.metrics["choice_accuracy"].value == 1.0  # that of the data's own order
-    result = rotated.record["choices"]["ways"]["letter"]
+    result = rotated.record["choices"]["scoring"]["letter"]
     assert {letter: row["accuracy"]["value"] for letter, row in result["positions"].items()} == {
         "A": 1,
         "B": 0,
@@ -118,7 +118,7 @@ def test_position_bias_is_reported_where_the_answer_is_always_a() -> None:
         "D": 0,
     }
     first = result["positions"]["A"]
-    assert (first["right"], first["chosen"], first["difference"]["value"]) == (0.25, 1.0, 0.75)
+    assert (first["right"], first["selected"], first["difference"]["value"]) == (0.25, 1.0, 0.75)
     assert first["difference"]["low"] > 0 and first["difference"]["p_holm"] < 0.01
     assert result["spread"] == 1.0 and result["rotated"]["accuracy"]["value"] == 0.25
     assert result["rotated"]["all_right"]["value"] == result["rotated"]["same_option"]["value"] == 0.0
@@ -127,7 +127,9 @@ def test_position_bias_is_reported_where_the_answer_is_always_a() -> None:
 
 def test_a_model_that_follows_the_options_has_no_position_bias() -> None:
     examples = choices(8, lambda n: n % 3)
-    result = run(KnowsAnswers(examples), examples, choice_rotations=True, batch=5).record["choices"]["ways"]["letter"]
+    result = run(KnowsAnswers(examples), examples, choice_rotations=True, batch=5).record["choices"]["scoring"][
+        "letter"
+    ]
     assert result["spread"] == 0.0 and result["rotated"]["same_option"]["value"] == 1.0
     assert all(row["difference"]["value"] == 0 for row in result["positions"].values())
 
@@ -173,7 +175,7 @@ def test_baselines_choose_an_option() -> None:
     config = EvaluateConfig.checked(model="fake", data="fake", out=None, baseline="question-only")
     evaluation = evaluate(None, dataset.split("test"), config)
     assert evaluation.metrics["choice_accuracy"].value == 0.0
-    assert evaluation.record["choices"]["ways"].keys() == {"prediction"}
+    assert evaluation.record["choices"]["scoring"].keys() == {"prediction"}
     assert evaluation.record["choices"]["chance"] == approx((1 / 3 + 1 / 2 + 1 / 3) / 3)
 
 

@@ -49,6 +49,8 @@ class FakeFamily:
     end_tokens = (0,)
     choices = ChoiceFormat()
     tokenize_example = Family.tokenize_example
+    self_test = None
+    self_test_record = Family.self_test_record
 
     def tokenize_whole(self, id: str, question: str, answer: str | None, history: History = ()) -> Segment:
         return Segment(id, tuple(question.encode()), (*map(len, (answer or "").split()), 0))  # a token a word

@@ -61,7 +61,7 @@ def test_an_evaluation_uses_the_prompt_of_the_training_or_the_one_that_is_given(
     given = config.model_copy(update={"choice_prompt": "mmmu", "choice_scoring": "all", "choice_rotations": True})
     evaluation = evaluate_config(given, dataset=choices())
     assert evaluation.record["settings"]["choice_prompt"] == "mmmu"
-    assert evaluation.record["choices"]["ways"].keys() == {"letter", "text", "text_normalized", "generated"}
+    assert evaluation.record["choices"]["scoring"].keys() == {"letter", "text", "text_normalized", "generated"}
 
 
 @pytest.mark.parametrize(("target", "answer"), [("letter", "B"), ("text", "right lung")])

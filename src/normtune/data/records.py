@@ -170,17 +170,18 @@ def _row(example: Example) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ChoiceResult:
-    """How a model chose among the options of a question. The ways are those of `normtune.metrics.choices`.
+    """How a model chose among the options of a question. The scorings are those of `normtune.metrics.choices`.
 
     Attributes:
-        chosen: way -> the position of the chosen option as the model saw it, first for the order of the example, then
-            for its rotations if they were scored; None if no option could be read from the generated answer.
-        scores: way -> the log-likelihood of each option, in the order of the example; None for -inf.
+        selected: scoring -> the position of the selected option as the model saw it, first for the order of the
+            example, then for its rotations if they were scored; None if no option could be read from the generated
+            answer.
+        scores: scoring -> the log-likelihood of each option, in the order of the example; None for -inf.
         generated: the generated answer, for the order of the example.
         options_cut: number of options of which the model could not read all tokens.
     """
 
-    chosen: dict[str, tuple[int | None, ...]]
+    selected: dict[str, tuple[int | None, ...]]
     scores: dict[str, tuple[float | None, ...]] = field(default_factory=dict)
     generated: str | None = None
     options_cut: int = 0
@@ -188,7 +189,7 @@ class ChoiceResult:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A model's answer to the example with the same id; of a choice, the text of the chosen option."""
+    """A model's answer to the example with the same id; of a choice, the text of the selected option."""
 
     id: str
     text: str

@@ -16,7 +16,7 @@ from normtune.runtime.text_table import text_table
 
 
 def choice_report(examples: Sequence[Example], predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """Describe how the options of questions were chosen.
+    """Describe how the options of questions were selected.
 
     Returns:
         A dict for JSON with these keys:
@@ -26,9 +26,10 @@ def choice_report(examples: Sequence[Example], predictions: Sequence[Prediction]
           the accuracy of always choosing it.
         - `unparsed`: generated answers from which no option could be read; `options_cut`: options that are longer
           than the model reads. Both may be missing.
-        - `ways`: way -> `positions`, `spread`, and after rotations `rotated`. `positions` are letter -> `rows` (in
-          which there is such an option), `right` (the share in which it is right), `chosen` (the share in which it
-          was chosen), `difference` of the two with its interval, `p` and `p_holm`, and `accuracy` where it is right.
+        - `scoring`: scoring -> `positions`, `spread`, and after rotations `rotated`. `positions` are letter -> `rows`
+          (in which there is such an option), `right` (the share in which it is right), `selected` (the share in which
+          it was selected), `difference` of the two with its interval, `p` and `p_holm`, and `accuracy` where it is
+          right.
           `spread` is the highest minus the lowest of these accuracies. `rotated` has the accuracy over all rotations
           (`accuracy`), the share of questions that are right in every rotation (`all_right`), and for which every
           rotation chooses the same option (`same_option`).
@@ -45,20 +46,21 @@ def choice_report(examples: Sequence[Example], predictions: Sequence[Prediction]
         "constant_letter": {"letter": letter, "accuracy": rows / len(choices)},
     }
     results = {e.id: _result(e, by_id[e.id]) for e in choices}
-    if generated := [result.chosen["generated"][0] for result in results.values() if "generated" in result.chosen]:
+    if generated := [result.selected["generated"][0] for result in results.values() if "generated" in result.selected]:
         report["unparsed"] = generated.count(None)
     if cut := sum(result.options_cut for result in results.values()):
         report["options_cut"] = cut
     cluster = cluster_rows(choices)
-    ways = dict.fromkeys(way for result in results.values() for way in result.chosen)
-    report["ways"] = {
-        way: _positions(choices, {id: result.chosen[way] for id, result in results.items()}, cluster) for way in ways
+    scorings = dict.fromkeys(scoring for result in results.values() for scoring in result.selected)
+    report["scoring"] = {
+        scoring: _positions(choices, {id: result.selected[scoring] for id, result in results.items()}, cluster)
+        for scoring in scorings
     }
     return report
 
 
 def _result(example: Example, prediction: Prediction) -> ChoiceResult:
-    """The result of a prediction; one that is only a text has chosen that option."""
+    """The result of a prediction; one that is only a text has selected that option."""
     if prediction.choice is not None:
         return prediction.choice
     text = prediction.text
@@ -66,13 +68,13 @@ def _result(example: Example, prediction: Prediction) -> ChoiceResult:
 
 
 def _positions(
-    choices: Sequence[Example], chosen: Mapping[str, Sequence[int | None]], cluster: Mapping[str, str]
+    choices: Sequence[Example], selected: Mapping[str, Sequence[int | None]], cluster: Mapping[str, str]
 ) -> dict[str, Any]:
     """The rates and accuracies of each position, over all rotations; see `choice_report`."""
-    rows: dict[tuple[str, int], tuple[set[int], int | None]] = {}  # (id, rotation) -> right positions, chosen one
+    rows: dict[tuple[str, int], tuple[set[int], int | None]] = {}  # (id, rotation) -> right positions, selected one
     counts = {example.id: len(example.options) for example in choices}
     for example in choices:
-        for rotation, row in enumerate(chosen_positions(example, chosen[example.id])):
+        for rotation, row in enumerate(chosen_positions(example, selected[example.id])):
             rows[example.id, rotation] = row
     names = {key: f"{key[0]}~{key[1]}" for key in rows}
     clusters = {names[key]: cluster[key[0]] for key in rows}
@@ -91,7 +93,7 @@ def _positions(
         positions[option_letter(position)] = {
             "rows": len(of_position),
             "right": sum(right.values()) / len(right),
-            "chosen": sum(picked.values()) / len(picked),
+            "selected": sum(picked.values()) / len(picked),
             "difference": {"value": pair.difference, "low": pair.low, "high": pair.high, "p": pair.p},
             "accuracy": interval(where) if where else None,
         }
@@ -100,7 +102,7 @@ def _positions(
         row["difference"]["p_holm"] = corrected[name]
     accuracies = [row["accuracy"]["value"] for row in positions.values() if row["accuracy"] is not None]
     result: dict[str, Any] = {"positions": positions, "spread": max(accuracies) - min(accuracies)}
-    if all(len(places) == counts[id] for id, places in chosen.items()):
+    if all(len(places) == counts[id] for id, places in selected.items()):
         right_rows = {names[key]: float(place in places) for key, (places, place) in rows.items()}
         clusters |= {id: cluster[id] for id in counts}
         result["rotated"] = {
@@ -108,7 +110,7 @@ def _positions(
             "all_right": interval(
                 {id: min(right_rows[names[id, rotation]] for rotation in range(count)) for id, count in counts.items()}
             ),
-            "same_option": interval({example.id: _is_constant(example, chosen[example.id]) for example in choices}),
+            "same_option": interval({example.id: _is_constant(example, selected[example.id]) for example in choices}),
         }
     return result
 
@@ -134,23 +136,23 @@ def choice_text(report: Mapping[str, Any]) -> str:
         lines.append(f"{report['unparsed']} generated answers name no option, and count as wrong")
     if report.get("options_cut"):
         lines.append(f"{report['options_cut']} options are longer than the model reads; their likelihood is cut")
-    table = [["position of options", "right there", "chosen", "chosen - right", "p (Holm)", "accuracy where right"]]
-    for way, result in report["ways"].items():
+    table = [["position of options", "right there", "selected", "selected - right", "p (Holm)", "accuracy where right"]]
+    for scoring, result in report["scoring"].items():
         for letter, row in result["positions"].items():
             difference = row["difference"]
             table.append(
                 [
-                    f"{way} {letter}",
+                    f"{scoring} {letter}",
                     f"{100 * row['right']:.1f}",
-                    f"{100 * row['chosen']:.1f}",
+                    f"{100 * row['selected']:.1f}",
                     format_interval(difference, sign="+"),
                     f"{difference['p_holm']:.4f}",
                     "–" if row["accuracy"] is None else format_interval(row["accuracy"]),
                 ]
             )
     lines += text_table(table, "l")
-    for way, result in report["ways"].items():
-        line = f"{way}: accuracy differs by up to {100 * result['spread']:.1f} points between positions"
+    for scoring, result in report["scoring"].items():
+        line = f"{scoring}: accuracy differs by up to {100 * result['spread']:.1f} points between positions"
         if rotated := result.get("rotated"):
             line += (
                 f"; over all rotations {format_interval(rotated['accuracy'])}, right in every rotation "
@@ -163,8 +165,14 @@ def choice_text(report: Mapping[str, Any]) -> str:
 
 def choice_to_json(result: ChoiceResult) -> dict[str, Any]:
     """The form in `predictions.jsonl`: letters in place of positions."""
-    chosen = {way: [None if p is None else option_letter(p) for p in places] for way, places in result.chosen.items()}
-    values: dict[str, Any] = {"chosen": chosen, "scores": {way: list(row) for way, row in result.scores.items()}}
+    selected = {
+        scoring: [None if p is None else option_letter(p) for p in places]
+        for scoring, places in result.selected.items()
+    }
+    values: dict[str, Any] = {
+        "selected": selected,
+        "scores": {scoring: list(row) for scoring, row in result.scores.items()},
+    }
     values |= {} if result.generated is None else {"generated": result.generated}
     return values | ({"options_cut": result.options_cut} if result.options_cut else {})
 
@@ -175,9 +183,9 @@ def choice_from_json(values: Mapping[str, Any]) -> ChoiceResult:
     Raises:
         KeyError, TypeError, AttributeError: it was changed.
     """
-    chosen = {
-        way: tuple(None if letter is None else ord(letter) - ord("A") for letter in letters)
-        for way, letters in values["chosen"].items()
+    selected = {
+        scoring: tuple(None if letter is None else ord(letter) - ord("A") for letter in letters)
+        for scoring, letters in values["selected"].items()
     }
-    scores = {way: tuple(row) for way, row in values["scores"].items()}
-    return ChoiceResult(chosen, scores, values.get("generated"), values.get("options_cut", 0))
+    scores = {scoring: tuple(row) for scoring, row in values["scores"].items()}
+    return ChoiceResult(selected, scores, values.get("generated"), values.get("options_cut", 0))

@@ -11,22 +11,22 @@ from normtune.data.choices import ChoicePrompt
 from normtune.data.options import DataOptions
 
 # Ways to choose an option -> their names in metrics; see `normtune.metrics.choices`.
-CHOICE_WAYS = {"letter": "letter", "text": "text", "text-normalized": "text_normalized", "generate": "generated"}
+CHOICE_SCORINGS = {"letter": "letter", "text": "text", "text-normalized": "text_normalized", "generate": "generated"}
 # Control images, which cannot answer a question: see `normtune.evaluation.image_reliance`.
 CONTROLS = ("blank", "noise", "other")
 
 
-def choice_ways(text: str | None) -> tuple[str, ...]:
-    """Parse a list of ways such as "letter,generate" into their names in metrics, without repetitions.
+def parse_scorings(text: str | None) -> tuple[str, ...]:
+    """Parse a list of scorings such as "letter,generate" into their names in metrics, without repetitions.
 
     Raises:
         ValueError: a name is unknown.
     """
     words = [word.strip() for word in (text or "letter").split(",") if word.strip()]
-    if unknown := [word for word in words if word not in (*CHOICE_WAYS, "all")]:
-        raise ValueError(f"'{unknown[0]}' is unknown; give one or several of {', '.join(CHOICE_WAYS)}, or all")
-    ways = [way for word in words for way in (CHOICE_WAYS if word == "all" else (word,))]
-    return tuple(dict.fromkeys(CHOICE_WAYS[way] for way in ways))
+    if unknown := [word for word in words if word not in (*CHOICE_SCORINGS, "all")]:
+        raise ValueError(f"'{unknown[0]}' is unknown; give one or several of {', '.join(CHOICE_SCORINGS)}, or all")
+    scorings = [scoring for word in words for scoring in (CHOICE_SCORINGS if word == "all" else (word,))]
+    return tuple(dict.fromkeys(CHOICE_SCORINGS[scoring] for scoring in scorings))
 
 
 class EvaluateConfig(DataOptions):
@@ -68,8 +68,8 @@ class EvaluateConfig(DataOptions):
     )
     choice_scoring: str | None = Field(
         None,
-        description="How an option is chosen: one or several of letter,text,text-normalized,generate, or all; default: "
-        "letter. The first decides the prediction.",
+        description="How an option is selected: one or several of letter,text,text-normalized,generate, or all; "
+        "default: letter. The first decides the prediction.",
     )
     choice_rotations: bool = Field(
         False, description="Score questions with options in each cyclic order of the options, to measure position bias."
@@ -96,5 +96,5 @@ class EvaluateConfig(DataOptions):
     @field_validator("choice_scoring")
     @classmethod
     def _check_choice_scoring(cls, text: str | None) -> str | None:
-        choice_ways(text)
+        parse_scorings(text)
         return text

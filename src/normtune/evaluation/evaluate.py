@@ -17,7 +17,7 @@ from normtune.data.run_file import RUN_FILE, run_file_text
 from normtune.errors import InputError
 from normtune.evaluation import image_reliance
 from normtune.evaluation.choices import choice_report
-from normtune.evaluation.config import choice_ways
+from normtune.evaluation.config import parse_scorings
 from normtune.evaluation.results import Evaluation, Predictions, make_record
 from normtune.evaluation.score_files import clinical_table
 from normtune.inference.choices import answer_choices
@@ -226,7 +226,7 @@ class _Answerer:
 
             self.max_new_tokens = answer_limit(family, examples)
         self.candidates = _parse_candidates(config.candidates) if config.candidates else ()
-        self.ways = choice_ways(config.choice_scoring)
+        self.scorings = parse_scorings(config.choice_scoring)
         self.choices = ChoiceFormat() if family is None else family.choices.with_options(config)
         self.share = examples_of_rank(examples, distributed.rank(), distributed.world_size())
         self.done = 0  # pairs answered so far
@@ -276,7 +276,7 @@ class _Answerer:
             family,
             dataset,
             choices,
-            self.ways,
+            self.scorings,
             # the position of an option does not depend on the image
             rotations=self.config.choice_rotations and dataset is self.examples.dataset,
             progress=self._progress_from(self.done),
@@ -287,13 +287,13 @@ class _Answerer:
         return answers
 
     def choice_settings(self) -> dict[str, Any]:
-        """How options were written and chosen, for `metrics.json`; a baseline chooses without a prompt."""
+        """How options were written and selected, for `metrics.json`; a baseline chooses without a prompt."""
         if self.config.baseline is not None:
             return {}
-        ways = list(self.ways)
+        scorings = list(self.scorings)
         return {
             "choice_prompt": self.choices.prompt,
-            "choice_scoring": ways,
+            "choice_scoring": scorings,
             "choice_rotations": self.config.choice_rotations,
         }
 

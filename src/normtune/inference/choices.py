@@ -22,7 +22,7 @@ def answer_choices(
     family: Family,
     dataset: Dataset,
     examples: Sequence[Example],
-    ways: Sequence[str] = ("letter",),
+    scorings: Sequence[str] = ("letter",),
     *,
     rotations: bool = False,
     batch_pairs: int = 64,
@@ -30,20 +30,20 @@ def answer_choices(
     progress: Progress | None = None,
     **generation: Any,
 ) -> list[Prediction]:
-    """Choose an option for every example, in one or several ways.
+    """Choose an option for every example, by one or several scorings.
 
     All candidates of an example continue one prompt, which is computed once, as is the image of several examples.
 
     Args:
         examples: questions with options.
-        ways: of `normtune.metrics.choices.WAYS`; the first decides the text of the prediction.
+        scorings: of `normtune.metrics.choices.SCORINGS`; the first decides the text of the prediction.
         rotations: score each question again with its options in each cyclic order.
         batch_pairs: about how many candidates are scored, or questions answered, at a time.
         images, progress: as for `answer_all`.
         generation: `beams` and `max_new_tokens` of `answer_all`, for generated answers.
 
     Returns:
-        One prediction per example, grouped by image. `score` is log(p / sum of p over the options) of the chosen
+        One prediction per example, grouped by image. `score` is log(p / sum of p over the options) of the selected
         option, where p of `text_normalized` is exp(log-likelihood / characters); of a generated answer that of
         `answer_all`.
 
@@ -58,7 +58,7 @@ def answer_choices(
             question = replace(example, id=f"{example.id}~{rotation}" if rotation else example.id, options=options)
             questions.append(question)
             place_of[question.id] = example, rotation
-    scores: dict[str, dict[str, list[float]]] = {}  # id of a question -> way -> log-likelihood of each option
+    scores: dict[str, dict[str, list[float]]] = {}  # id of a question -> scoring -> log-likelihood of each option
     generated: dict[str, Prediction] = {}
     cut: Counter[str] = Counter()  # id of a question -> options that are cut
 
@@ -66,8 +66,8 @@ def answer_choices(
         if progress is not None:
             progress(len(examples) * done // (len(questions) * passes), len(examples))
 
-    likelihoods = [way for way in ("letter", "text") if any(name.startswith(way) for name in ways)]
-    passes = bool(likelihoods) + ("generated" in ways)
+    likelihoods = [scoring for scoring in ("letter", "text") if any(name.startswith(scoring) for name in scorings)]
+    passes = bool(likelihoods) + ("generated" in scorings)
     if likelihoods:
         most = len(likelihoods) * max((len(question.options) for question in questions), default=1)
         scored = candidate_log_probs(
@@ -83,11 +83,11 @@ def answer_choices(
         )
         for question, log_probs in scored:
             count = len(question.options)
-            scores[question.id] = {way: log_probs[at * count :][:count] for at, way in enumerate(likelihoods)}
-            if "text_normalized" in ways:
+            scores[question.id] = {scoring: log_probs[at * count :][:count] for at, scoring in enumerate(likelihoods)}
+            if "text_normalized" in scorings:
                 sums = zip(scores[question.id]["text"], question.options, strict=True)
                 scores[question.id]["text_normalized"] = [value / len(text) for value, text in sums]
-    if "generated" in ways:
+    if "generated" in scorings:
         answers = answer_all(
             family,
             dataset,
@@ -103,7 +103,7 @@ def answer_choices(
         by_example.setdefault(example.id, []).append(id)
     return [
         _prediction(
-            example, ways, [scores.get(id, {}) for id in ids], [generated.get(id) for id in ids], cut[example.id]
+            example, scorings, [scores.get(id, {}) for id in ids], [generated.get(id) for id in ids], cut[example.id]
         )
         for example, ids in zip(examples, by_example.values(), strict=True)
     ]
@@ -113,7 +113,7 @@ def _candidates(family: Family, question: Example, likelihoods: Sequence[str], c
     """The letters and the texts of the options as answers, without end tokens; `cut` counts those that are cut."""
     letters = [option_letter(place) for place in range(len(question.options))]
     segments = []
-    for answer in (text for way in likelihoods for text in (letters if way == "letter" else question.options)):
+    for answer in (text for scoring in likelihoods for text in (letters if scoring == "letter" else question.options)):
         segment = family.tokenize_example(replace(question, id=f"{question.id}={answer}"), answer)
         ended = segment.answer[-1] in family.end_tokens  # a text that is too long loses its end token
         cut[question.id] += not ended
@@ -123,30 +123,30 @@ def _candidates(family: Family, question: Example, likelihoods: Sequence[str], c
 
 def _prediction(
     example: Example,
-    ways: Sequence[str],
+    scorings: Sequence[str],
     scores: list[dict[str, list[float]]],
     generated: list[Prediction | None],
     cut: int,
 ) -> Prediction:
     """The prediction of one example from the scores and generated answers of its rotations."""
-    chosen: dict[str, tuple[int | None, ...]] = {}
-    for way in ways:
-        if way == "generated":
+    selected: dict[str, tuple[int | None, ...]] = {}
+    for scoring in scorings:
+        if scoring == "generated":
             results = [answer.choice for answer in generated if answer is not None and answer.choice is not None]
-            chosen[way] = tuple(result.chosen[way][0] for result in results)
+            selected[scoring] = tuple(result.selected[scoring][0] for result in results)
         else:
-            chosen[way] = tuple(max(range(len(row[way])), key=row[way].__getitem__) for row in scores)
-    answer, way = generated[0], ways[0]
-    place = chosen[way][0]
+            selected[scoring] = tuple(max(range(len(row[scoring])), key=row[scoring].__getitem__) for row in scores)
+    answer, scoring = generated[0], scorings[0]
+    place = selected[scoring][0]
     choice = ChoiceResult(
-        chosen,
-        {name: tuple(map(finite, scores[0][name])) for name in ways if name != "generated"},
+        selected,
+        {name: tuple(map(finite, scores[0][name])) for name in scorings if name != "generated"},
         None if answer is None or answer.choice is None else answer.choice.generated,
         cut,
     )
     reason = None if answer is None else answer.finish_reason
-    if way == "generated":
+    if scoring == "generated":
         assert answer is not None, "answers are generated"
         return Prediction(example.id, answer.text, answer.score, reason, choice)
     assert place is not None, "a likelihood always chooses"
-    return Prediction(example.id, example.options[place], finite(log_shares(scores[0][way])[place]), reason, choice)
+    return Prediction(example.id, example.options[place], finite(log_shares(scores[0][scoring])[place]), reason, choice)

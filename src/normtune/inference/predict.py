@@ -103,7 +103,7 @@ def score_closed_candidates(
 
     Returns:
         One prediction per example, grouped by image. `score` is log(p / sum of p over the candidates) of the
-        chosen candidate.
+        selected candidate.
 
     Raises:
         InputError: an image cannot be read, or the device runs out of memory.

@@ -1,17 +1,17 @@
 """Scores of answers to questions with options, and the option that a generated text chooses.
 
 ========================================  ======================================================================
-name                                      the chosen option of a row
+name                                      the selected option of a row
 ========================================  ======================================================================
-`choice_accuracy`                         the one in `prediction`: by the first way of `--choice-scoring`
+`choice_accuracy`                         the one in `prediction`: by the first scoring of `--choice-scoring`
 `choice_accuracy_letter`                  the largest log-likelihood of the letter after the prompt
 `choice_accuracy_text`                    the largest log-likelihood of the option's text (lm-eval's `acc`)
 `choice_accuracy_text_normalized`         the same divided by the number of characters of the text (`acc_norm`)
 `choice_accuracy_generated`               the option that `parse_choice` reads in the generated answer
 ========================================  ======================================================================
 
-A row scores 1 if the text of the chosen option is the answer, else 0. The end token does not count in a likelihood.
-Of equal likelihoods the first option is chosen. An answer from which no option can be read is wrong.
+A row scores 1 if the text of the selected option is the answer, else 0. The end token does not count in a likelihood.
+Of equal likelihoods the first option is selected. An answer from which no option can be read is wrong.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from normtune.data.records import Example, Prediction
 
-WAYS = ("letter", "text", "text_normalized", "generated")
-METRICS = ("choice_accuracy", *(f"choice_accuracy_{way}" for way in WAYS))
+SCORINGS = ("letter", "text", "text_normalized", "generated")
+METRICS = ("choice_accuracy", *(f"choice_accuracy_{scoring}" for scoring in SCORINGS))
 
 # A single letter that names an option. "A" before a word is an article, unless the word begins a reason.
 _LETTER = r"(A(?!\s+(?!because\b|since\b|as\b|due\b)[a-z])|[B-Z])(?![\w'’])"
@@ -70,13 +70,13 @@ def _place(letter: str, count: int) -> int | None:
 
 
 def _letters(pattern: re.Pattern[str], text: str, options: Sequence[str]) -> set[int]:
-    """The options whose letters a pattern finds."""
+    """The options of the letters that a pattern finds."""
     places = (_place(match[1], len(options)) for match in pattern.finditer(text))
     return {place for place in places if place is not None}
 
 
 def _named(text: str, options: Sequence[str]) -> set[int]:
-    """The options whose whole texts occur in a text; not those within a longer one that occurs too."""
+    """The options with a whole text that occurs in a text; not those within a longer one that occurs too."""
     occurring = {option for option in options if option and re.search(rf"(?<!\w){re.escape(option)}(?!\w)", text)}
     longest = {option for option in occurring if not any(option in other for other in occurring - {option})}
     return {options.index(option) for option in longest}
@@ -104,9 +104,9 @@ def choice_scores(
         if example.options:
             right = chosen_text(texts[example.id], example.options) == example.answer
             scores["choice_accuracy"][example.id] = float(right)
-            for way, places in (results[example.id].chosen if example.id in results else {}).items():
-                chosen = None if places[0] is None else example.options[places[0]]
-                scores[f"choice_accuracy_{way}"][example.id] = float(chosen == example.answer)
+            for scoring, places in (results[example.id].selected if example.id in results else {}).items():
+                selected = None if places[0] is None else example.options[places[0]]
+                scores[f"choice_accuracy_{scoring}"][example.id] = float(selected == example.answer)
     return {name: rows for name, rows in scores.items() if rows}
 
 
@@ -117,7 +117,7 @@ def rotated_options(options: Sequence[str], rotation: int) -> tuple[str, ...]:
 
 
 def chosen_positions(example: Example, places: Sequence[int | None]) -> Iterator[tuple[set[int], int | None]]:
-    """For each rotation of a question: the positions of its right options, and that of the chosen one."""
+    """For each rotation of a question: the positions of its right options, and that of the selected one."""
     for rotation, place in enumerate(places):
         options = rotated_options(example.options, rotation)
         yield {at for at, text in enumerate(options) if text == example.answer}, place
