@@ -50,9 +50,9 @@ class Checkpoint:
         stored = read_json(folder / RUN_FILE)
         names = ("pairs_seen", "pairs_a_step", "steps_an_epoch", "unlogged_loss", "logged_at")
         try:
-            times = [stored.get(name, 0.0) for name in ("train_seconds", "validation_seconds")]
-            position = [stored[name] for name in names]
-            return cls(folder, _step(folder), *position, *times, stored.get("max_group_size"))
+            position = {name: stored[name] for name in names}
+            times = {name: stored.get(name, 0.0) for name in ("train_seconds", "validation_seconds")}
+            return cls(folder, _step(folder), **position, **times, max_group_size=stored.get("max_group_size"))
         except KeyError as error:
             raise InputError(
                 f"{folder / RUN_FILE} has no entry {error}. Start again with --no-resume, or choose another --out."
