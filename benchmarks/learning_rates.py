@@ -22,7 +22,8 @@ LOW, MIDDLE, HIGH = (1e-4, 3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2, 3e-2), (3e-3, 1
 HIGHEST = (1e-2, 3e-2, 1e-1, 3e-1)
 RATES = {"ln": HIGH, "bias": HIGHEST, "ia3": HIGHEST, "prefix": MIDDLE, "ptuning": HIGHEST, "lora": MIDDLE}
 RATES |= {"adapter": MIDDLE, "attention": LOW, "ffn": LOW, "full": LOW}
-RATES |= {"vera": HIGHEST, "road": HIGH, "miss": HIGH, "beft": HIGHEST, "ssf": HIGH, "gamma": HIGHEST}
+RATES |= {"vera": HIGHEST, "road": HIGHEST, "miss": LOW, "ssf": HIGH}
+RATES |= dict.fromkeys(("beft", "gamma"), (3e-2, 1e-1, 3e-1, 1.0))
 PRESETS_OF = {"lora": "lora-8", "vera": "vera(r=64)"}  # PEFT's default rank of VeRA is for wider models
 
 

@@ -51,6 +51,7 @@ class FakeFamily:
     tokenize_example = Family.tokenize_example
     self_test = None
     self_test_record = Family.self_test_record
+    prompt_template = "{question}"
 
     def tokenize_whole(self, id: str, question: str, answer: str | None, history: History = ()) -> Segment:
         return Segment(id, tuple(question.encode()), (*map(len, (answer or "").split()), 0))  # a token a word

@@ -150,6 +150,7 @@ def evaluate(
             data=config.data_options(),
             **({} if preflight is None else {"preflight": preflight.figures()}),
             normalisation=applied,
+            prompt=None if family is None or config.baseline else family.prompt_template,
             settings={
                 "batch_pairs": config.batch,
                 "cap": None,

@@ -66,6 +66,11 @@ class Family(ABC):
     choices: ChoiceFormat = ChoiceFormat()  # how questions with options are read and trained
     old_prompt_limit: ClassVar[int | None] = None  # of adapters that record no limits
 
+    @property
+    def prompt_template(self) -> str:
+        """The prompt of a question about one image as text, with `{question}` in the place of the question."""
+        return "{question}"
+
     def refuse_history(self, id: str, history: History) -> None:
         """Raise an `InputError` if there are earlier turns, for families that read one question."""
         if history:

@@ -10,7 +10,7 @@ from operator import itemgetter
 from statistics import mean
 from typing import Any
 
-from normtune.runtime.number_format import format_interval
+from normtune.runtime.number_format import format_interval, format_p_value
 from normtune.runtime.text_table import markdown_table
 from normtune.studies.pooling import Row, Tables, fold_note, group_by, group_runs
 from normtune.studies.spec import SEARCH, Study
@@ -50,21 +50,29 @@ def markdown(study: Study, tables: Tables) -> str:
 
 
 _LATEX_ESCAPES = {character: rf"\{character}" for character in "&%_#${}"}
-_LATEX_ESCAPES |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--"}
+_LATEX_ESCAPES |= {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "–": "--",
+    "<": "$<$",
+    ">": "$>$",
+}
+
+
+def escape_latex(text: str) -> str:
+    """The text with LaTeX's special characters escaped."""
+    return "".join(_LATEX_ESCAPES.get(character, character) for character in text)
 
 
 def latex(study: Study, tables: Tables) -> str:
     r"""All tables of a study in LaTeX; the document needs `\usepackage{booktabs}`."""
-
-    def escape(text: str) -> str:
-        return "".join(_LATEX_ESCAPES.get(character, character) for character in text)
-
     parts = [f"% study {study.study}; needs \\usepackage{{booktabs}}"]
     for table in all_tables(study, tables):
         columns = "l" * table.left + "r" * (len(table.head) - table.left)
-        lines = [" & ".join(map(escape, row)) + r" \\" for row in (table.head, *table.rows)]
+        lines = [" & ".join(map(escape_latex, row)) + r" \\" for row in (table.head, *table.rows)]
         body = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
-        caption = rf"\caption{{{escape(table.caption)}}}"
+        caption = rf"\caption{{{escape_latex(table.caption)}}}"
         parts.append("\n".join([r"\begin{table}", r"\centering", caption, *body, r"\end{tabular}", r"\end{table}"]))
     return "\n\n".join(parts) + "\n"
 
@@ -73,7 +81,9 @@ def all_tables(study: Study, tables: Tables) -> Iterator[Table]:
     """All tables: scores, costs and tests of each grid, then forgetting, then learning-rate searches."""
     tests = [row for row in tables["evaluations"] if row["role"] != "validate"]
     tasks = {row["dataset"]: row["task"] for row in tests}
-    images = {row["dataset"]: f"{row['images']:,} images" for row in (*tests, *tables["seeds"])}  # of all folds
+    by_dataset = group_by([*tests, *tables["seeds"]], itemgetter("dataset"))
+    # the most of a metric and of all folds: a metric of some kinds of questions has fewer images
+    images = {name: f"{max(row['images'] for row in rows):,} images" for name, rows in by_dataset.items()}
     for grid in study.grids:
         yield from _score_tables(grid, tasks, images, tables)
         yield from _cost_tables(grid, tables)
@@ -182,7 +192,10 @@ def _test_tables(grid: str, tables: Tables) -> Iterator[Table]:
             body.append(
                 [
                     *(row["recipe"], row["metric"], row.get("question") or "–"),
-                    *(format_interval({**row, "value": row["difference"]}, sign="+"), f"{row['p_holm']:.4f}"),
+                    *(
+                        format_interval({**row, "value": row["difference"]}, sign="+"),
+                        format_p_value(row["p_holm"]).removeprefix("p ").removeprefix("= "),
+                    ),
                     *("–" if value is None else f"{100 * value:.1f}" for value in points),
                     *("–" if answer is None else "yes" if answer else "no" for answer in answers),
                     *(str(row["images"]), str(row["seeds"])),

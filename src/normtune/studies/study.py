@@ -10,6 +10,7 @@ from typing import Any
 from normtune.errors import InputError
 from normtune.runtime.notebook import Result, Rows
 from normtune.studies.console import ProgressBars, format_summary
+from normtune.studies.manuscript import write_manuscript
 from normtune.studies.page.page import write_study_report
 from normtune.studies.results import read_tables, write_tables
 from normtune.studies.run import Summary, run_study, study_status
@@ -80,4 +81,5 @@ def run_study_and_report(
     tables = write_tables(study, out)
     roots = {name: data.root for name, data in study.datasets.items()} if examples else None
     tables.append(write_study_report(out, examples=roots))
+    tables += write_manuscript(out)
     return StudyResult(summary, out, tuple(tables))

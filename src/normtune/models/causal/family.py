@@ -129,6 +129,10 @@ class CausalFamily(Family):
         """
         return self.processor.image_token, ""
 
+    @property
+    def prompt_template(self) -> str:
+        return self.prompts.template
+
     def prompt_format(self) -> PromptFormat:
         """How questions are written and tokenised; by default with the model's chat template."""
         return ChatPrompt(self.processor, *self.image_end, self.end_tokens)

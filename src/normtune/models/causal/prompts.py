@@ -36,6 +36,9 @@ CACHED_PREFIXES = 1024  # prefixes that are kept, one for each list of image siz
 class PromptFormat(Protocol):
     """How a family writes the shared prefix of a group, and its segments; see `ChatPrompt`."""
 
+    @property
+    def template(self) -> str: ...
+
     def prefix(self, images: Sequence[str]) -> TokenIds: ...
 
     def segment(self, id: str, question: str, answer: str | None, history: Turns = ()) -> tuple[TokenIds, TokenIds]: ...
@@ -70,6 +73,11 @@ class ChatPrompt:
         )
         self._control = re.compile("|".join(map(re.escape, special)) or r"(?!)")
         self._head = self._pieces(["?"], images=1)[0]  # the text before the image
+
+    @property
+    def template(self) -> str:
+        """The prompt of a question about one image as text; see `Family.prompt_template`."""
+        return str(self.processor.image_token).join(self._pieces(["{question}"], images=1))
 
     def prefix(self, images: Sequence[str]) -> TokenIds:
         """The tokens that all questions of a group share.

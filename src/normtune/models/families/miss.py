@@ -68,6 +68,10 @@ class MissFamily(Family):
         """The number of image states: 1 + patches an image."""
         return len(images) * self.model.visual_encoder.pos_embed.shape[1]
 
+    @property
+    def prompt_template(self) -> str:
+        return f"{ENCODE} {{question}} [SEP]"
+
     def tokenize_whole(self, id: str, question: str, answer: str | None, history: History = ()) -> Segment:
         """Tokenise to [ENC] question [SEP] and answer [SEP]; an empty question is replaced by the report prompt."""
         self.refuse_history(id, history)

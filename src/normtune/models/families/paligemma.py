@@ -27,6 +27,11 @@ class PrefixAndSuffix:
     def __init__(self, processor: Any) -> None:
         self.tokenizer = processor.tokenizer
 
+    @property
+    def template(self) -> str:
+        """See `Family.prompt_template`; the image's tokens come first."""
+        return f"{self.tokenizer.bos_token}{{question}}\n"
+
     def prefix(self, images: Sequence[str]) -> TokenIds:
         """The tokens before the question: those of the images only."""
         return tuple(self.tokenizer("".join(images), add_special_tokens=False).input_ids)
