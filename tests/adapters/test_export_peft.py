@@ -11,8 +11,9 @@ import torch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 
-from normtune.adapters.export_peft import CONFIG_FILE, WEIGHTS_FILE, export_peft
+from normtune.adapters.export_peft import export_peft
 from normtune.adapters.fingerprint import fingerprint
+from normtune.adapters.info import CONFIG_FILE, WEIGHTS_FILE
 from normtune.adapters.storage import save_adapter
 from normtune.methods.adapt import TunedModel, adapt
 from tests.support.base_models import KINDS, compute_logits, input_error, perturb_trained, tiny_base

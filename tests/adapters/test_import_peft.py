@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
-from normtune.adapters.export_peft import CONFIG_FILE, WEIGHTS_FILE, export_peft
+from normtune.adapters.export_peft import export_peft
+from normtune.adapters.info import CONFIG_FILE, WEIGHTS_FILE
 from normtune.adapters.merge import merge_to_disk
 from normtune.adapters.storage import load_adapter, read_adapter_info, save_adapter
 from normtune.methods.adapt import restore_base
@@ -120,6 +121,77 @@ def test_a_merged_checkpoint_has_the_logits_of_peft(method: str, tmp_path: Path)
     assert_close(text_logits(merged), expected)
 
 
+OLD_NAMES = {  # name in a model -> name with transformers before 4.52
+    "llava": {
+        "model.language_model.": "language_model.model.",
+        "model.vision_tower.": "vision_tower.vision_model.",
+        "model.multi_modal_projector.": "multi_modal_projector.",
+    },
+    "qwen2_vl": {"model.language_model.": "model.", "model.visual.": "visual."},
+}
+
+
+def use_old_names(kind: str, directory: Path) -> None:
+    """Rename the tensors of an adapter, and the linears in its patterns, as older transformers did."""
+
+    def old_name(name: str) -> str:
+        for new, old in OLD_NAMES[kind].items():
+            if new in name:
+                return name.replace(new, old)
+        return name
+
+    weights = load_file(directory / WEIGHTS_FILE)
+    save_file({old_name(key): value for key, value in weights.items()}, directory / WEIGHTS_FILE)
+    config = json.loads((directory / CONFIG_FILE).read_text())
+    for key in ("rank_pattern", "alpha_pattern"):
+        if config.get(key):
+            config[key] = {old_name(name): value for name, value in config[key].items()}
+    (directory / CONFIG_FILE).write_text(json.dumps(config))
+
+
+ONE_LINEAR = "model.language_model.layers.0.mlp.up_proj"
+CONFIGS["lora with full names"] = lambda model: LoraConfig(
+    r=4, target_modules="all-linear", rank_pattern={ONE_LINEAR: 2}, alpha_pattern={ONE_LINEAR: 3}
+)
+
+
+@pytest.mark.parametrize("kind", OLD_NAMES)
+@pytest.mark.parametrize("method", ["lora", "lora with full names", "dora", "ia3", "ln", "lora and biases"])
+def test_names_of_older_transformers_are_those_of_the_model(method: str, kind: str, tmp_path: Path) -> None:
+    expected = peft_adapter(kind, method, tmp_path)
+    names = set(read_adapter_info(tmp_path).tensors)
+    use_old_names(kind, tmp_path)
+    assert names.isdisjoint(read_adapter_info(tmp_path).tensors)
+    model = base_model(kind)
+    assert set(load_adapter(model, tmp_path).trained) == names
+    assert_close(text_logits(model.eval()), expected)
+
+
+def test_an_adapter_with_older_names_is_merged_and_served(tmp_path: Path) -> None:
+    expected = peft_adapter("llava", "lora", tmp_path / "adapter")
+    use_old_names("llava", tmp_path / "adapter")
+    make_tiny("llava", tmp_path / "base")
+    merge_to_disk(str(tmp_path / "base"), tmp_path / "adapter", tmp_path / "merged")
+    assert_close(text_logits(AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()), expected)
+    slots = AdapterSlots(base_model("llava"), lora_rank=4)
+    slots.register("old", tmp_path / "adapter")
+    slot = slots.pin(slots.find("old"))
+    assert slots.lora is not None and slots.lora.values[slot].any()
+    slots.close()
+
+
+def test_new_tensors_of_a_served_adapter_of_peft_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    peft_adapter("llava", "ln", tmp_path)
+    slots = AdapterSlots(base_model("llava"))
+    slots.register("foreign", tmp_path)
+    slots.pin(slots.find("foreign"))
+    weights = load_file(tmp_path / WEIGHTS_FILE)
+    save_file({key: value + 1 for key, value in weights.items()}, tmp_path / WEIGHTS_FILE)
+    slots.pin(slots.find("foreign"))
+    assert "the files of adapter foreign changed: its tensors are others" in caplog.text
+    slots.close()
+
+
 @pytest.mark.parametrize(("method", "rank"), [("ln", 0), ("lora", 4)])
 def test_norms_and_lora_of_queries_and_values_can_be_served(method: str, rank: int, tmp_path: Path) -> None:
     peft_adapter("llava", method, tmp_path)
@@ -155,7 +227,8 @@ def test_tensors_without_a_place_are_named_and_the_model_is_unchanged(tmp_path: 
     save_file(other, tmp_path / WEIGHTS_FILE)
     model = base_model("llava")
     message = input_error(lambda: load_adapter(model, tmp_path))
-    assert "it has no place for model.other_model.layers.0.self_attn.q_proj.lora_A" in message and "more" in message
+    assert "model.other_model.layers.0.self_attn.q_proj.lora_A (adapter [2, 32], model absent)" in message
+    assert "more" in message
     assert [name for name, _ in model.named_modules()] == [name for name, _ in base_model("llava").named_modules()]
 
 
@@ -168,7 +241,7 @@ def test_wrong_shapes_and_tensors_that_are_missing_are_named(tmp_path: Path) -> 
     assert re.search(r"lora_B \(adapter \[\d+, 2\], model", input_error(lambda: load_adapter(model, tmp_path)))
     del weights[key]
     save_file(weights, tmp_path / WEIGHTS_FILE)
-    assert "lora_B (adapter None" in input_error(lambda: load_adapter(base_model("llava"), tmp_path))
+    assert "lora_B (adapter absent" in input_error(lambda: load_adapter(base_model("llava"), tmp_path))
     assert torch.equal(text_logits(model), text_logits(base_model("llava")))
 
 

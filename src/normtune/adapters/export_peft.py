@@ -22,7 +22,7 @@ from pathlib import Path
 from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig
 from torch import Tensor
 
-from normtune.adapters.info import AdapterInfo
+from normtune.adapters.info import CONFIG_FILE, WEIGHTS_FILE, AdapterInfo
 from normtune.adapters.model_card import model_card
 from normtune.adapters.storage import CARD_FILE, read_adapter_info, read_tensors
 from normtune.errors import InputError
@@ -32,9 +32,6 @@ from normtune.methods.registry import OUTPUT_VECTORS, PEFT_VECTORS, Method
 from normtune.runtime.files import atomic_directory, write_json, write_text
 from normtune.runtime.notebook import Result
 from normtune.runtime.tensors import write_tensors
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 
 PREFIX = "base_model.model."  # PEFT's wrappers, in the names of the tensors that it saves
 _PEFT_METHODS = {"lora": "LoRA", "ia3": "IA3"}  # method -> PEFT's method; all others use LN tuning

@@ -13,22 +13,22 @@ records no fingerprint of the base, so that shapes and names are compared, not v
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from normtune.adapters.export_peft import CONFIG_FILE, PREFIX, WEIGHTS_FILE
-from normtune.adapters.info import NOTICE, AdapterInfo, TrainedTensor
+from normtune.adapters.export_peft import PREFIX
+from normtune.adapters.info import CONFIG_FILE, NOTICE, WEIGHTS_FILE, AdapterInfo, TrainedTensor
+from normtune.adapters.storage import check_shapes, mismatch
 from normtune.errors import InputError
 from normtune.methods.adapt import TunedModel, adapt, restore_base
 from normtune.methods.lora import exact_name_pattern, ia3_config, inject
@@ -36,8 +36,10 @@ from normtune.methods.prefix import Prefix
 from normtune.methods.recipe import parse
 from normtune.methods.registry import INTRINSIC
 from normtune.methods.sites import AddedLayers, TargetLinear
+from normtune.models.checkpoints.parameter_map import find_renaming
+from normtune.models.checkpoints.reader import read_header, read_tensor
 from normtune.models.parts import find_parts
-from normtune.runtime.files import read_json
+from normtune.runtime.files import file_sha256, read_json
 
 _log = logging.getLogger(__name__)
 _LORA, _DORA = "lora", "dora"  # methods of tensors: a server can mix the rows of the first, not of the second
@@ -58,7 +60,6 @@ _OTHER_LORAS = (
 )
 # language models with rotary positions of one kind in every layer, and no sliding window
 _ROTARY_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-_MAX_NAMED = 3  # an error names so many tensors and counts the others
 
 
 def read_peft_info(directory: Path) -> AdapterInfo:
@@ -73,31 +74,59 @@ def read_peft_info(directory: Path) -> AdapterInfo:
         raise InputError(f"{directory} is a PEFT adapter of type {kind}. Supported: {', '.join(_METHODS)}.")
     if others := [name for name in _OTHER_LORAS if config.get(name)]:
         raise InputError(f"{directory / CONFIG_FILE}: {others[0]} is not supported. Merge the adapter with PEFT.")
-    path = directory / WEIGHTS_FILE
-    method = _DORA if config.get("use_dora") else _METHODS[kind]
+    recipe, method = _describe(config, kind)
     tensors = {
-        name: TrainedTensor(list(tensor.shape), "", "", method if is_added or kind == "LN_TUNING" else "full")
-        for name, (tensor, is_added) in _read_file(path, kind).items()
+        name: TrainedTensor(list(shape), "", "", method if is_added or kind == "LN_TUNING" else "full")
+        for name, (shape, is_added) in _read_shapes(directory, kind).items()
     }
     return AdapterInfo(
         base_name=str(config.get("base_model_name_or_path") or "not recorded"),
         base_fingerprint="",
-        recipe=_recipe(config, kind, tensors),
+        recipe=recipe,
         trainable=sum(math.prod(tensor.shape) for tensor in tensors.values()),
         total=0,
         data=None,
         metrics=None,
         versions={"peft": str(config.get("peft_version") or "not recorded")},
         notice=NOTICE,
-        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        sha256=file_sha256(directory / WEIGHTS_FILE),
         tensors=tensors,
     )
 
 
-def read_peft_tensors(directory: Path) -> dict[str, Tensor]:
-    """Read the tensors of an adapter of PEFT in fp32, under Normtune's names."""
-    kind = str(read_json(directory / CONFIG_FILE).get("peft_type"))
-    return {name: tensor.float() for name, (tensor, _) in _read_file(directory / WEIGHTS_FILE, kind).items()}
+def read_peft_tensors(directory: Path, info: AdapterInfo) -> dict[str, Tensor]:
+    """Read the tensors of an adapter of PEFT in fp32, under their names in `info`, which are in the file's order."""
+    path = directory / WEIGHTS_FILE
+    tensors = [read_tensor(path, key).float() for key in read_header(path)]
+    return dict(zip(info.tensors, tensors, strict=True))
+
+
+def fit_names(info: AdapterInfo, model: nn.Module, names: Collection[str]) -> AdapterInfo:
+    """Give the tensors of an adapter their names in a model, as transformers names those of a checkpoint.
+
+    Adapters that were made with transformers before 4.52 have the names of that time, such as
+    `language_model.model.layers.0.mlp.up_proj` for `model.language_model.layers.0.mlp.up_proj`.
+
+    Args:
+        names: of the model's parameters.
+    """
+    names = frozenset(names)
+    owners = {name: _owner(name, tensor) for name, tensor in info.tensors.items()}
+    if names.issuperset(owners.values()) or not isinstance(model, PreTrainedModel):
+        return info
+    rename = find_renaming(model, names)
+    tensors: dict[str, TrainedTensor] = {}
+    for name, tensor in info.tensors.items():
+        owner, _ = rename(owners[name])
+        if owners[name] not in names and owner in names:
+            name = owner if tensor.method in INTRINSIC else f"{owner.rpartition('.')[0]}.{name.rpartition('.')[2]}"
+        tensors[name] = tensor
+    return replace(info, tensors=tensors) if len(tensors) == len(info.tensors) else info
+
+
+def _owner(name: str, tensor: TrainedTensor) -> str:
+    """The parameter of the base that an adapter's tensor is, or the weight of the linear that it changes."""
+    return name if tensor.method in INTRINSIC else f"{name.rpartition('.')[0]}.weight"
 
 
 def attach_peft(model: nn.Module, directory: Path, info: AdapterInfo, *, keep_base: bool) -> TunedModel:
@@ -126,44 +155,47 @@ def prepare_values(tuned: TunedModel, tensors: Mapping[str, Tensor]) -> Mapping[
     return {_PREFIX_NAME: _rotate_keys(tuned, tensors[_PREFIX_NAME])}
 
 
-def _read_file(path: Path, kind: str) -> dict[str, tuple[Tensor, bool]]:
-    """Our name -> (tensor, whether it was added to the base)."""
+def _read_shapes(directory: Path, kind: str) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """Our name of each tensor in the file, in its order -> (shape, whether it was added to the base)."""
+    path = directory / WEIGHTS_FILE
     if not path.is_file():
         raise InputError(f"{path} is missing. Copy the adapter again, or save it with safe_serialization=True.")
-    try:
-        stored = load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"cannot read {path}: {error}. Copy the adapter again.") from error
-    return dict(_our_name(key, tensor, kind) for key, tensor in stored.items())
+    shapes = {}
+    for key, entry in read_header(path).items():
+        name, is_added = _our_name(key, kind)
+        shapes[name] = entry.shape, is_added
+    return shapes
 
 
-def _our_name(key: str, tensor: Tensor, kind: str) -> tuple[str, tuple[Tensor, bool]]:
+def _our_name(key: str, kind: str) -> tuple[str, bool]:
     if kind == "PREFIX_TUNING" and key == "prompt_embeddings":
-        return _PREFIX_NAME, (tensor, True)
+        return _PREFIX_NAME, True
     name = key.removeprefix(PREFIX)
     for end, our_end in _ADDED.items():
         if name.endswith(end):
-            return name.removesuffix(end) + our_end, (tensor, True)
+            return name.removesuffix(end) + our_end, True
     # a bias of a linear with a LoRA has the name of the linear inside PEFT's layer
-    return name.replace(_LN_LAYERS, ".").replace(".base_layer.", "."), (tensor, False)
+    return name.replace(_LN_LAYERS, ".").replace(".base_layer.", "."), False
 
 
-def _recipe(config: Mapping[str, Any], kind: str, tensors: Mapping[str, TrainedTensor]) -> str:
-    """The recipe that describes an adapter; a LoRA's options are those that a server needs to mix its rows."""
+def _describe(config: Mapping[str, Any], kind: str) -> tuple[str, str]:
+    """The recipe that describes an adapter, and the method of the tensors that it added.
+
+    A LoRA's options are those that a server needs to mix its rows; one with patterns has a method of its own, as its
+    rows cannot be mixed.
+    """
     if kind == "PREFIX_TUNING":
-        return f"{_PREFIX_PART}=ptuning(n={int(config['num_virtual_tokens'])})"
+        return f"{_PREFIX_PART}=ptuning(n={int(config['num_virtual_tokens'])})", _METHODS[kind]
     if kind != "LORA":
-        return f"all={_METHODS[kind]}"
+        return f"all={_METHODS[kind]}", _METHODS[kind]
     rank, alpha = int(config["r"]), float(config["lora_alpha"])
     if config.get("use_rslora"):
         alpha *= math.sqrt(rank)  # alpha / sqrt(r) = (alpha sqrt(r)) / r
-    plain = not config.get("use_dora") and not config.get("rank_pattern") and not config.get("alpha_pattern")
-    if plain and alpha == int(alpha):
-        return f"all=lora(r={rank},alpha={int(alpha)})"
-    for tensor in tensors.values():
-        if tensor.method == _LORA:  # frozen dataclass: it is described as one whose rows cannot be mixed
-            object.__setattr__(tensor, "method", "lora with patterns")
-    return "all=lora"
+    if config.get("use_dora"):
+        return "all=lora", _DORA
+    if config.get("rank_pattern") or config.get("alpha_pattern") or alpha != int(alpha):
+        return "all=lora", "lora with patterns"
+    return f"all=lora(r={rank},alpha={int(alpha)})", _LORA
 
 
 def _check_base_name(model: nn.Module, directory: Path, info: AdapterInfo) -> None:
@@ -182,24 +214,23 @@ def _attach_layers(model: nn.Module, directory: Path, info: AdapterInfo, *, keep
     linears: dict[str, TargetLinear] = {}  # those with added layers
     part_of: dict[str, str] = {}
     info_of = {parameter.name: parameter for parameter in find_parts(model).parameters}
-    unplaced = []
+    unplaced: list[str | None] = []
     for name, tensor in info.tensors.items():
-        owner = name if tensor.method in INTRINSIC else f"{name.rpartition('.')[0]}.weight"
+        owner = _owner(name, tensor)
         module: Any = None if owner not in parameters else model.get_submodule(owner.rpartition(".")[0])
         if owner not in parameters or (tensor.method not in INTRINSIC and not isinstance(module, nn.Linear)):
-            unplaced.append(name)
+            unplaced.append(mismatch(name, tensor.shape, None))
             continue
         if tensor.method in INTRINSIC and names_of[id(parameters[name])] > 1:  # PEFT's copies are not tied
             unplaced.append(f"{name} (tied to another tensor of this model)")
             continue
-        if tensor.method in INTRINSIC and tuple(tensor.shape) != tuple(parameters[name].shape):
-            unplaced.append(f"{name} (adapter {tensor.shape}, model {list(parameters[name].shape)})")
-            continue
+        if tensor.method in INTRINSIC:
+            unplaced.append(mismatch(name, tensor.shape, parameters[name].shape))
         part_of[name] = info_of[owner].part
         if tensor.method not in INTRINSIC:
             linear = owner.removesuffix(".weight")
             linears[linear] = TargetLinear(linear, info_of[owner].role, info_of[owner].layer or 0, module)
-    _check_placed(directory, info, unplaced)
+    check_shapes(directory, info, unplaced)
     intrinsic = {name for name, tensor in info.tensors.items() if tensor.method in INTRINSIC}
     tuned = adapt(
         model, "all=full" if intrinsic else "all=frozen", keep_base=keep_base, train_unused=True, names=intrinsic
@@ -220,36 +251,45 @@ def _attach_layers(model: nn.Module, directory: Path, info: AdapterInfo, *, keep
             parameter.requires_grad_(True)
             tuned.trained[name] = parameter
             in_file = info.tensors.get(name)
-            if in_file is None or list(parameter.shape) != in_file.shape:
-                unplaced.append(f"{name} (adapter {in_file and in_file.shape}, model {list(parameter.shape)})")
+            unplaced.append(mismatch(name, in_file.shape if in_file else None, parameter.shape))
             tuned.methods[name] = in_file.method if in_file else ""
             tuned.part_and_role[name] = (part_of.get(name, ""), tuned.methods[name])
-        _check_placed(directory, info, unplaced)
+        check_shapes(directory, info, unplaced)
     return tuned
 
 
 def _layer_config(directory: Path, info: AdapterInfo, linears: list[str]) -> Any:
     """PEFT's config of the added layers, on exactly these linears."""
     from peft import LoraConfig, PeftConfig
+    from peft.utils.other import get_pattern_key
 
     config = PeftConfig.from_pretrained(str(directory))
     if not isinstance(config, LoraConfig):
         inputs = [name.rpartition(".")[0] for name, tensor in info.tensors.items() if tensor.shape[:1] == [1]]
         return ia3_config([name for name in linears if name not in inputs], inputs)
+    # the patterns are of the names in the file, which may be older than those of the model
+    in_file = [name.rpartition(".")[0] for name in _read_shapes(directory, "LORA")]
+    linear_in_file = dict(zip((name.rpartition(".")[0] for name in info.tensors), in_file, strict=True))
+
+    def fit(pattern: dict[str, Any]) -> dict[str, Any]:
+        values = {name: pattern.get(get_pattern_key(pattern, linear_in_file[name])) for name in linears}
+        return {exact_name_pattern([name]): value for name, value in values.items() if value is not None}
+
     return LoraConfig(
         r=config.r,
         lora_alpha=config.lora_alpha,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
-        rank_pattern=config.rank_pattern,
-        alpha_pattern=config.alpha_pattern,
+        rank_pattern=fit(config.rank_pattern),
+        alpha_pattern=fit(config.alpha_pattern),
         target_modules=exact_name_pattern(linears),
     )
 
 
 def _attach_prefix(model: nn.Module, directory: Path, info: AdapterInfo, *, keep_base: bool) -> TunedModel:
     """Add a prefix to the language model."""
-    _check_placed(directory, info, [name for name in info.tensors if name != _PREFIX_NAME])
+    others = [name for name in info.tensors if name != _PREFIX_NAME]
+    check_shapes(directory, info, [mismatch(name, info.tensors[name].shape, None) for name in others])
     config: Any = getattr(model, "config", None)
     text: Any = None if config is None else config.get_text_config()
     kind = getattr(text, "model_type", "")
@@ -264,12 +304,9 @@ def _attach_prefix(model: nn.Module, directory: Path, info: AdapterInfo, *, keep
             f"positions of its tokens, which is supported for {', '.join(_ROTARY_TYPES)} without a sliding window."
         )
     tuned = adapt(model, info.recipe, keep_base=keep_base)
-    shape = list(tuned.trained[_PREFIX_NAME].shape)
-    if shape != info.tensors[_PREFIX_NAME].shape:
-        with _restored_on_error(tuned):
-            _check_placed(
-                directory, info, [f"{_PREFIX_NAME} (adapter {info.tensors[_PREFIX_NAME].shape}, model {shape})"]
-            )
+    shapes = info.tensors[_PREFIX_NAME].shape, tuned.trained[_PREFIX_NAME].shape
+    with _restored_on_error(tuned):
+        check_shapes(directory, info, [mismatch(_PREFIX_NAME, *shapes)])
     return tuned
 
 
@@ -293,16 +330,6 @@ def _rotate_keys(tuned: TunedModel, values: Tensor) -> Tensor:
     first, second = keys.chunk(2, dim=-1)
     both[:, :, 0, :, : len(angles)] = keys * angles.cos() - torch.cat([-second, first], -1) * angles.sin()
     return both.view(values.shape).to(values.dtype)
-
-
-def _check_placed(directory: Path, info: AdapterInfo, unplaced: list[str]) -> None:
-    """Raise InputError if tensors of an adapter have no place in the model."""
-    if unplaced:
-        more = f" and {len(unplaced) - _MAX_NAMED} more" if len(unplaced) > _MAX_NAMED else ""
-        raise InputError(
-            f"adapter {directory} of base '{info.base_name}' does not fit this model: it has no place for "
-            f"{', '.join(unplaced[:_MAX_NAMED])}{more}. Load the base that it was trained on."
-        )
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from normtune.errors import InputError
 
 FORMAT = 1  # of adapter.json; a change that older versions cannot read gets the next number
 NOTICE = "research use, not for diagnosis"
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"  # of an adapter of PEFT
 ROWS_FILE = "training_rows.json"  # beside it; see `normtune.adapters.training_rows`
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}-([0-9a-f]{32}|quantised)")
 

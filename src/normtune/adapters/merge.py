@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from normtune.adapters.fingerprint import fingerprint, same_base
 from normtune.adapters.merged_weights import changed_tensors, check_mergeable, merged_tensor, quantised_linear_error
-from normtune.adapters.storage import attach_adapter, read_adapter_info, read_tensors
+from normtune.adapters.storage import attach_adapter, fit_names, read_adapter_info, read_tensors
 from normtune.errors import InputError
 from normtune.methods.adapt import TunedModel
 from normtune.methods.registry import INTRINSIC
@@ -93,6 +93,7 @@ def merge_to_disk(model: str, adapter: Path, out: Path) -> Merged:
         structure: Any = meta_model(model)
         directory = _directory(model, structure.config.name_or_path)
         base = _Base(structure, Checkpoint(directory))
+        info = fit_names(info, base.model)
         tuned = attach_adapter(base.model, adapter, info, base.matches)
         loss = _RoundingLoss()
         planned = _plan_tensors(tuned, read_tensors(adapter, info), base, loss)

@@ -8,7 +8,7 @@ from two, is refused.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from normtune.adapters.fingerprint import QUANTISED, fingerprint, same_base
-from normtune.adapters.info import NOTICE, ROWS_FILE, AdapterInfo, TrainedTensor, parse_info
+from normtune.adapters.info import CONFIG_FILE, NOTICE, ROWS_FILE, AdapterInfo, TrainedTensor, parse_info
 from normtune.adapters.model_card import model_card
 from normtune.adapters.training_rows import TrainingRows
 from normtune.errors import InputError
@@ -139,7 +139,7 @@ def read_tensors(directory: Path | str, info: AdapterInfo) -> dict[str, Tensor]:
         InputError: the file cannot be read, or its names and shapes differ from those in `info`.
     """
     if import_peft := _import_peft(Path(directory)):
-        return import_peft.read_peft_tensors(Path(directory))
+        return import_peft.read_peft_tensors(Path(directory), info)
     path = Path(directory) / TENSORS_FILE
     try:
         tensors = load_file(path)
@@ -165,7 +165,7 @@ def load_adapter(
     Raises:
         InputError: the adapter is damaged or belongs to another base.
     """
-    info = read_adapter_info(directory)
+    info = fit_names(read_adapter_info(directory), model)
     tensors = read_tensors(directory, info)
 
     def is_base(base_fingerprint: str) -> bool:
@@ -206,8 +206,8 @@ def attach_adapter(
     # Shapes first: they explain a wrong base better than its fingerprint does.
     model_shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
     base_shapes = {name: tuple(tensor.shape) for name, tensor in info.tensors.items() if tensor.method in INTRINSIC}
-    _check_shapes(
-        directory, info, [_mismatch(name, shape, model_shapes.get(name)) for name, shape in base_shapes.items()]
+    check_shapes(
+        directory, info, [mismatch(name, shape, model_shapes.get(name)) for name, shape in base_shapes.items()]
     )
     if not is_base(info.base_fingerprint):
         raise InputError(
@@ -222,17 +222,32 @@ def attach_adapter(
     # Then all tensors, including the added ones, which exist only now.
     actual = {name: tuple(parameter.shape) for name, parameter in tuned.trained.items()}
     expected = {name: tuple(tensor.shape) for name, tensor in info.tensors.items()}
-    mismatches = [_mismatch(name, expected.get(name), actual.get(name)) for name in {**expected, **actual}]
+    mismatches = [mismatch(name, expected.get(name), actual.get(name)) for name in {**expected, **actual}]
     if any(mismatches):
         if keep_base or not any(tensor.method in INTRINSIC for tensor in info.tensors.values()):
             restore_base(tuned)
-        _check_shapes(directory, info, mismatches)
+        check_shapes(directory, info, mismatches)
     return tuned
+
+
+def fit_names(info: AdapterInfo, model: nn.Module, names: Collection[str] | None = None) -> AdapterInfo:
+    """Give the tensors of an adapter of PEFT their names in a model; those of Normtune's adapters have them.
+
+    Args:
+        names: of the model's parameters, if modules of it were replaced since; None: as they are.
+    """
+    if info.base_fingerprint:
+        return info
+    from normtune.adapters import import_peft
+
+    return import_peft.fit_names(
+        info, model, names or [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    )
 
 
 def _import_peft(directory: Path) -> ModuleType | None:
     """The module that reads PEFT's adapters, if the directory holds one and none of Normtune's."""
-    if (directory / INFO_FILE).is_file() or not (directory / "adapter_config.json").is_file():
+    if (directory / INFO_FILE).is_file() or not (directory / CONFIG_FILE).is_file():
         return None
     from normtune.adapters import import_peft  # PEFT takes a second to import
 
@@ -274,14 +289,15 @@ def use_adapter(family: Family, adapter: Path | str | TunedModel | None) -> Iter
         family.prompt_limit, family.choices = prompt_limit, choices
 
 
-def _mismatch(name: str, adapter_shape: tuple[int, ...] | None, model_shape: tuple[int, ...] | None) -> str | None:
-    if adapter_shape == model_shape:
-        return None
+def mismatch(name: str, adapter_shape: Sequence[int] | None, model_shape: Sequence[int] | None) -> str | None:
+    """How the shapes of a tensor differ; None: not at all. A shape is None if there is no such tensor."""
     texts = ["absent" if shape is None else str(list(shape)) for shape in (adapter_shape, model_shape)]
+    if texts[0] == texts[1]:
+        return None
     return f"{name} (adapter {texts[0]}, model {texts[1]})"
 
 
-def _check_shapes(directory: Path | str, info: AdapterInfo, mismatches: list[str | None]) -> None:
+def check_shapes(directory: Path | str, info: AdapterInfo, mismatches: list[str | None]) -> None:
     """Raise InputError if there are mismatches; None in the list is a tensor that fits."""
     texts = [mismatch for mismatch in mismatches if mismatch]
     if texts:

@@ -6,6 +6,8 @@ that is only renamed has the same values in the files as in the model.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -26,16 +28,11 @@ def map_parameters(model: PreTrainedModel, checkpoint: Checkpoint) -> ParameterM
         model: may be on the meta device.
         checkpoint: the files that the model is loaded from.
     """
-    state = model.state_dict()
-    transforms = get_model_conversion_mapping(model)
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    rename = find_renaming(model, model.state_dict())
     keys: dict[str, list[str]] = {}
     converted: set[str] = set()
     for key in checkpoint.entries:
-        name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
-        if name not in state and key in state:  # as in transformers: it should not have been renamed
-            name, converter = rename_source_key(key, [], [], model.base_model_prefix, state)
+        name, converter = rename(key)
         if converter is None:
             keys.setdefault(name, []).append(key)
         else:  # its values are reshaped, split or joined: a new value could not be written back
@@ -55,6 +52,26 @@ def map_parameters(model: PreTrainedModel, checkpoint: Checkpoint) -> ParameterM
         ]
         for name, parameter in parameters.items()
     }
+
+
+def find_renaming(model: PreTrainedModel, names: Iterable[str]) -> Callable[[str], tuple[str, str | None]]:
+    """Return a function from a tensor's name in a checkpoint to (its name in the model, its weight converter or None).
+
+    Args:
+        names: of the model's parameters and buffers, before modules were replaced.
+    """
+    state = dict.fromkeys(names, True)
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+
+    def rename(key: str) -> tuple[str, str | None]:
+        name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if name not in state and key in state:  # as in transformers: it should not have been renamed
+            name, converter = rename_source_key(key, [], [], model.base_model_prefix, state)
+        return name, converter
+
+    return rename
 
 
 def has_every_parameter(parameter_map: ParameterMap, checkpoint: Checkpoint) -> bool:

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from normtune.adapters.fingerprint import fingerprint, same_base
-from normtune.adapters.info import AdapterInfo
+from normtune.adapters.info import WEIGHTS_FILE, AdapterInfo
 from normtune.adapters.multi.bank import AdapterBank, build_bank
 from normtune.adapters.multi.lora import LoRABank, add_lora_bank, lora_matrices
 from normtune.adapters.multi.rows import RowAdapters
-from normtune.adapters.storage import INFO_FILE, read_adapter_info, read_tensors
+from normtune.adapters.storage import INFO_FILE, fit_names, read_adapter_info, read_tensors
 from normtune.errors import InputError
 from normtune.methods.adapt import adapt, restore_base
 from normtune.models.part_names import IMAGE_PARTS
@@ -79,6 +79,7 @@ class AdapterSlots:
 
     def __init__(self, model: nn.Module, memory: int | None = None, lora_rank: int = 0) -> None:
         self.fingerprint = fingerprint(model)
+        self._model, self._names = model, frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
         matrices = lora_matrices(model, lora_rank) if lora_rank else {}
         tuned = adapt(model, "ln", train_unused=True)  # adapters of version 0.1 hold them
         # Every slot has room for all norms and for LoRA of `lora_rank` on all parts, used or not.
@@ -135,7 +136,7 @@ class AdapterSlots:
         if not name.strip():
             raise InputError("an adapter needs a name. Give it one.")
         modified = _modified(folder)  # before reading, so that a later change is noticed
-        info = read_adapter_info(folder, verify=False)
+        info = fit_names(read_adapter_info(folder, verify=False), self._model, self._names)
         self._check(name, info)
         adapter = RegisteredAdapter(
             ServedAdapter(
@@ -276,7 +277,7 @@ class AdapterSlots:
         """
         name, folder = adapter.registered_info.name, adapter.registered_info.folder
         try:
-            info = read_adapter_info(folder)
+            info = fit_names(read_adapter_info(folder), self._model, self._names)
             if info.sha256 != adapter.sha256:
                 raise InputError("its tensors are not those that were registered")
             self._check(name, info)
@@ -346,8 +347,13 @@ class AdapterSlots:
 
 
 def _modified(folder: Path) -> int:
-    """Return when the description of a folder's adapter was modified, in ns; 0 if it cannot be read."""
-    try:
-        return (folder / INFO_FILE).stat().st_mtime_ns
-    except OSError:
-        return 0
+    """Return when an adapter's files were modified, in ns; 0 if they cannot be read.
+
+    Those are the description of one of Normtune's, which is written last, and the tensors of one of PEFT's.
+    """
+    for name in (INFO_FILE, WEIGHTS_FILE):
+        try:
+            return (folder / name).stat().st_mtime_ns
+        except OSError:
+            continue
+    return 0
