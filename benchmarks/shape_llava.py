@@ -129,7 +129,7 @@ class LlavaShape(Shape):
         return apply_peft(self._build_model(), method, ("q_proj", "v_proj"))
 
     def build_row(self, family: Any, example: Example, pixels: Pixels) -> Row:
-        segment = family.tokenize(example.id, example.question, example.answer)
+        segment = family.tokenize(example.id, example.question, example.answer, history=example.history)
         batch = family.collate([Group(example.images, (segment,))], [[pixels]])
         labels = torch.full_like(batch["input_ids"][0], IGNORED)
         labels[batch["answer_rows"] + 1] = batch["labels"]

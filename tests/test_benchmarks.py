@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from normtune.commands.bench import benchmark_record, find_benchmarks, run_benchmark
+from normtune.data.records import Example
 from normtune.methods.registry import LEARNING_RATES, METHODS
 from tests.support.dataset_samples import slake_row, write_slake
 from tests.support.tolerance import approx
@@ -191,6 +192,16 @@ def test_throughput_runs_all_methods_in_every_round(shape: str, slake: Path) -> 
     assert all(row["pairs_per_second"]["median"] > 0 for row in record["rows"])
     assert record["rows"][0]["faster"] == {"median": 1.0, "low": 1.0, "high": 1.0}
     assert record["shape"]["name"] == shape and record["questions_per_image"] == 6
+
+
+def test_conversations_are_trained_with_shared_history_and_as_separate_turns(slake: Path, script: Any) -> None:
+    questions = [Example(str(i), ("a",), f"q{i}", f"a{i}", "open", "train") for i in range(5)]
+    made = script("conversations").conversations(questions, 3)
+    assert [[turn for turn, _ in example.history] for example in made] == [[], ["q0"], ["q0", "q1"], [], ["q3"]]
+    options = ["--data", "slake", "--root", str(slake), "--pairs", "3", "--turns", "3", "--rounds", "1"]
+    rows = benchmark_record("conversations", options)["rows"]
+    assert [row["turns"] for row in rows] == [3, 3, 3]
+    assert all(row["pairs_per_second"]["median"] > 0 for row in rows)
 
 
 def test_the_operations_of_a_step_agree_with_the_formula(script: Any) -> None:

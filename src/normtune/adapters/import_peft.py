@@ -271,8 +271,10 @@ def _layer_config(directory: Path, info: AdapterInfo, linears: list[str]) -> Any
     in_file = [name.rpartition(".")[0] for name in _read_shapes(directory, "LORA")]
     linear_in_file = dict(zip((name.rpartition(".")[0] for name in info.tensors), in_file, strict=True))
 
-    def fit(pattern: dict[str, Any]) -> dict[str, Any]:
-        values = {name: pattern.get(get_pattern_key(pattern, linear_in_file[name])) for name in linears}
+    def fit(pattern: dict[str, Any] | None) -> dict[str, Any]:
+        values = {
+            name: (pattern or {}).get(get_pattern_key([*(pattern or {})], linear_in_file[name])) for name in linears
+        }
         return {exact_name_pattern([name]): value for name, value in values.items() if value is not None}
 
     return LoraConfig(
