@@ -148,6 +148,8 @@ def test_fsdp2_gives_the_result_of_one_process(base: Path, llava: Path, single: 
     half = {"dtype": "bfloat16", "memory": "balanced"}
     train(TrainConfig(**options(llava, folder / "llava", tune="language=ln+lora(r=2),vision=ln")))
     train(TrainConfig(**options(llava, folder / "half", **half)))
+    validates = {"validate_every": "4", "validation_split": "train", "validation_limit": 9, "metric_for_best": "loss"}
+    train(TrainConfig(**options(llava, folder / "validated", **validates)))
     with pytest.raises(Stop):
         train(TrainConfig(**options(base, folder / "resumed")), progress=Stopping())
     assert last_checkpoint(folder / "resumed") is not None
@@ -157,10 +159,17 @@ def test_fsdp2_gives_the_result_of_one_process(base: Path, llava: Path, single: 
         ("train", options(llava, folder / "sharded", batch=8, tune="language=ln+lora(r=2),vision=ln")),
         ("train", options(llava, folder / "sharded-half", batch=8, **half)),
         ("train", options(base, folder / "resumed", batch=8)),
+        ("train", options(llava, folder / "sharded-validated", batch=8, **validates)),
     )
     assert status == 0, stderr
     assert_same_adapter(folder / "sharded", folder / "llava")
     assert_same_adapter(folder / "resumed", single)
+    assert_same_adapter(folder / "sharded-validated", folder / "validated")
+    curves = [read_json(folder / out / "train_result.json")["curve"] for out in ("sharded-validated", "validated")]
+    assert [point["step"] for point in curves[0]] == [point["step"] for point in curves[1]] == [4, 8, 10]
+    for point, expected_point in zip(*curves, strict=True):
+        assert point["validation_loss"] == approx(expected_point["validation_loss"], terms=10 * MODEL_TERMS)
+        assert point["metrics"] == expected_point["metrics"]
     # each process rounds to bf16; the norms are fp32 and change as much
     assert_same_adapter(folder / "sharded-half", folder / "half", dtype=torch.bfloat16)
     results = [read_json(folder / out / "train_result.json") for out in ("sharded-half", "half")]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset as TorchDataset
 
 from normtune.data.batches import EpochBatches
@@ -29,8 +30,15 @@ class Objective(nn.Module):
         self._label_smoothing = label_smoothing
         self._dropout = dropout
 
-    def forward(self, **batch: Any) -> Tensor:
-        """Return the sum of the answer tokens' cross-entropies, a scalar."""
+    def forward(self, call: Callable[[], Any] | None = None, **batch: Any) -> Any:
+        """Return the sum of the answer tokens' cross-entropies, a scalar.
+
+        Args:
+            call: returns the result in place of the loss, such as answers: what FSDP2 shards outside of the layers is
+                gathered only within this function.
+        """
+        if call is not None:
+            return call()
         total, _ = self._family[0].loss(batch, label_smoothing=self._label_smoothing)
         return total
 

@@ -223,7 +223,11 @@ class AdapterTrainer(Trainer):
         seconds, started = self.train_seconds(), time.perf_counter()
         logged = [row["loss"] for row in self.state.log_history if "loss" in row]
         steps = self.state.global_step - self._logged_at  # since the last entry of the loss log
-        loss, scores = self.validation.run()
+        if distributed.is_sharded():
+            with torch.no_grad():
+                loss, scores = self.model_wrapped(call=self.validation.run)
+        else:
+            loss, scores = self.validation.run()
         point = CurvePoint(
             step=self.state.global_step,
             pairs=sum(distributed.all_gather(self.pairs_seen)),

@@ -17,7 +17,7 @@ from accelerate.utils import send_to_device
 
 from normtune.data.batches import batches_of_pairs, examples_of_rank
 from normtune.data.groups import group_by_image
-from normtune.data.records import Dataset, Prediction, Split
+from normtune.data.records import Dataset, Example, Prediction, Split
 from normtune.errors import InputError, did_you_mean
 from normtune.inference.limits import answer_limit
 from normtune.inference.predict import answer_all
@@ -66,14 +66,16 @@ class Validation:
         metric: the name of the metric that chooses the best step.
 
     Raises:
-        InputError: there is no row, tasks are mixed, the metric does not exist, or the run uses FSDP.
+        InputError: there is no row, tasks are mixed, or the metric does not exist.
     """
 
     def __init__(self, config: TrainConfig, family: Family, examples: Split, collate: Collator) -> None:
-        if distributed.is_sharded():
-            raise InputError("--validate-every: answers cannot be generated with FSDP. Leave out --validate-every.")
         self.config, self.family, self.examples, self._images = config, family, examples, collate.images
-        self._share = examples_of_rank(examples, distributed.rank(), distributed.world_size())
+        # with FSDP every forward pass is one of all processes: all compute all rows, in the same passes
+        self._shared = not distributed.is_sharded()
+        self._share: Sequence[Example] = (
+            examples_of_rank(examples, distributed.rank(), distributed.world_size()) if self._shared else examples
+        )
         self._collate = Collator(family, collate.images)  # without cached states: their questions are the training's
         self._max_new_tokens = answer_limit(family, examples)
         report = examples[0].kind == "report"
@@ -86,12 +88,18 @@ class Validation:
             )
 
     def run(self) -> tuple[float, dict[str, float]]:
-        """Return the loss per answer token and the scores; every process must call it, and gets the same."""
+        """Return the loss per answer token and the scores; every process must call it, and gets the same.
+
+        With FSDP, call it within the forward pass of the sharded module, which gathers what is outside of the layers.
+        """
         self.family.model.eval()
         predictions = answer_all(
             self.family, self.examples.dataset, self._share, max_new_tokens=self._max_new_tokens, images=self._images
         ) if self._share else []  # fmt: skip
-        results: list[tuple[list[Prediction], float, int]] = distributed.all_gather((predictions, *self._sum_losses()))
+        result = predictions, *self._sum_losses()
+        results: list[tuple[list[Prediction], float, int]] = (
+            distributed.all_gather(result) if self._shared else [result]
+        )
         loss = sum(loss for _, loss, _ in results) / sum(tokens for *_, tokens in results)
         return loss, self._score([prediction for share, *_ in results for prediction in share])
 
