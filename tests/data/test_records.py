@@ -42,6 +42,7 @@ def test_the_length_is_that_of_all_splits_and_the_repr_is_short(rows_file: Path)
     data = normtune.open_dataset(rows_file)
     assert len(data) == 301
     assert repr(data) == "<Dataset jsonl: train 300, test 1 examples>"
+    assert data[0] == data.examples[0] and data[-1].split == "test"
     assert repr(data.train) == "<Split train of jsonl: 300 examples>"
     assert repr(data.train[:3]) == "<Split train of jsonl: 3 examples>"
 

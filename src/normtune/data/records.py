@@ -120,6 +120,9 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.examples)
 
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[index]
+
     def __repr__(self) -> str:
         counts = count_values(*self.examples.codes("split"))
         return f"<Dataset {self.name}: {', '.join(f'{name} {count:,}' for name, count in counts.items())} examples>"
