@@ -101,3 +101,13 @@ def test_an_answer_counts_the_tokens_of_its_question_that_were_not_read(model: F
     cut, whole = normtune.ask(model, picture, [long, "Is there a fracture?"])
     assert cut.question_tokens_cut == len(model.tokenize_whole("0", long, None).prompt) - limit > 0
     assert whole.question_tokens_cut == 0
+
+
+def test_one_of_several_options_is_chosen_by_its_letter(model: Family, picture: Path) -> None:
+    options = ["left lung", "right lung", "heart"]
+    answers = normtune.ask(model, picture, ["Where is it?", "Which organ?"], options=options)
+    assert all(answer.text in options and answer.score <= 0 for answer in answers)
+    repeated = normtune.ask(model, picture, "Where is it?", options=["heart", "heart"])
+    assert repeated.text == "heart"
+    with pytest.raises(normtune.InputError, match="a choice has 1 options"):
+        normtune.ask(model, picture, "Where is it?", options=["heart"])

@@ -17,6 +17,7 @@ from normtune.evaluation.compare import compare
 from normtune.evaluation.config import EvaluateConfig
 from normtune.evaluation.evaluate import evaluate
 from normtune.evaluation.results import Evaluation, read_evaluation
+from normtune.evaluation.review.page import review
 from normtune.evaluation.score_files import score_files
 from normtune.models.family import Family
 from normtune.models.types import Answer
@@ -156,6 +157,13 @@ def test_strata_by_number_of_options() -> None:
     strata = run(LikesLetter(), [*choices(4, lambda n: 1), two]).record["strata"]["options"]
     values = {name: stratum["metrics"]["choice_accuracy"]["value"] for name, stratum in strata.items()}
     assert values == {"4 options": 0.0, "2 options": 1.0}
+
+
+def test_the_review_page_shows_the_options(tmp_path: Path) -> None:
+    run(LikesLetter(), choices(3, lambda n: 1), tmp_path / "run")
+    review([tmp_path / "run"], tmp_path / "page.html", images=False)
+    page = (tmp_path / "page.html").read_text()
+    assert page.count('<ol class="options" type="A"><li>lung</li><li class="answer">liver</li>') == 3
 
 
 def test_baselines_choose_an_option() -> None:

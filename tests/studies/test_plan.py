@@ -50,6 +50,8 @@ def test_keys_never_change_because_results_are_stored_under_them(tmp_path: Path)
         ("epochs: 1", "epochs: 2"),
         ("phantom-b:4/2/2", "phantom-b:5/2/2"),
         ("grids:", "train: {batch: 3}\ngrids:"),
+        ("grids:", "train: {choice_target: text}\ngrids:"),
+        ('"phantom-b:4/2/2"', '"phantom-b:4/2/2", choice_prompt: mmmu'),
         ("home: phantom-a", "home: phantom-a, dtype: bfloat16"),
         ("home: phantom-a", "home: phantom-a, path: other"),
     ],
@@ -185,3 +187,11 @@ def test_recipes_of_several_methods_use_the_default_rates(tmp_path: Path) -> Non
 
 
 KEYS = {"frozen": "a6067a69b77e8c1c", "ln": "cdb31673a081280c", "full": "261873d9c90d53d2"}
+
+
+def test_a_data_set_says_how_its_choices_are_read_and_scored(tmp_path: Path) -> None:
+    options = '"phantom-b:4/2/2", choice_prompt: mmmu, choice_scoring: all, choice_rotations: true'
+    cell = cells_by_recipe(make_plan(tmp_path, ('"phantom-b:4/2/2"', options)))["ln"]
+    assert cell.train is not None and cell.train.choice_prompt == "mmmu"
+    config = cell.evaluations[0].config
+    assert (config.choice_prompt, config.choice_scoring, config.choice_rotations) == ("mmmu", "all", True)

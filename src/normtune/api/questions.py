@@ -31,6 +31,7 @@ def ask(  # type: ignore[misc]  # the overloads leave the options to this signat
     adapter: Adapter | None = None,
     beams: int = 1,
     max_new_tokens: int | None = None,
+    options: Sequence[str] = (),
     device: str | None = None,
     quantize: str | None = None,
 ) -> Answer | list[Answer]:
@@ -48,6 +49,7 @@ def ask(  # type: ignore[misc]  # the overloads leave the options to this signat
         adapter: directory of an adapter, or the adapter that is in the loaded model; None: the base.
         beams: width of the beam search; 1: greedy decoding.
         max_new_tokens: maximum length of an answer in tokens; None: as the adapter's training recorded, else 16.
+        options: two or more texts to choose from; the answer is the one with the most likely letter.
         device: cpu or cuda; None: cuda if available.
         quantize: int8 or nf4; None: not quantised.
 
@@ -61,7 +63,7 @@ def ask(  # type: ignore[misc]  # the overloads leave the options to this signat
     questions = [question] if isinstance(question, str) else question
     with open_model(model, adapter, device=device, quantize=quantize) as family:
         limit = max_new_tokens or _recorded_limit(adapter)
-        answers = inference.ask(family, _images(image), questions, beams=beams, max_new_tokens=limit)
+        answers = inference.ask(family, _images(image), questions, beams=beams, max_new_tokens=limit, options=options)
     return answers[0] if isinstance(question, str) else answers
 
 

@@ -17,6 +17,9 @@ def ask(
     model: Model,
     image: Annotated[Path, typer.Option(help="Image file: PNG, JPEG, TIFF or DICOM.")],
     question: Annotated[list[str], typer.Option(help="A question about the image. Repeat for several.")],
+    option: Annotated[
+        list[str] | None, typer.Option(help="An option of the answer, for multiple choice. Repeat for each option.")
+    ] = None,
     adapter: Adapter = None,
     beams: Annotated[int, typer.Option(min=1, help="Width of the beam search; 1 is greedy decoding.")] = 1,
     max_new_tokens: Annotated[
@@ -40,6 +43,7 @@ def ask(
         adapter=adapter,
         beams=beams,
         max_new_tokens=max_new_tokens,
+        options=option or (),
         device=device,
         quantize=quantize,
     )

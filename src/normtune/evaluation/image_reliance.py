@@ -161,6 +161,8 @@ def image_reliance(
     """
     cluster = cluster_rows(examples)
     real_table = headline_metrics(real)
+    if all(example.options for example in examples):
+        del real_table["global_exact"]  # it is `choice_accuracy` then
     intervals = {"real": _summarize(real_table, examples)} | {
         control: _summarize(headline_metrics(table), examples) for control, table in replaced.items()
     }

@@ -59,12 +59,5 @@ def summarize_metrics(table: Mapping[str, SumMetric], examples: Sequence[Example
 
 
 def headline_metrics(table: Mapping[str, SumMetric]) -> dict[str, SumMetric]:
-    """Select the `HEADLINE_METRICS` that the table has, in their order.
-
-    If all rows have options, `global_exact` is left out: it is `choice_accuracy` then.
-    """
-    headlines = {name: table[name] for name in HEADLINE_METRICS if name in table}
-    choice, exact = headlines.get("choice_accuracy"), headlines.get("global_exact")
-    if choice is not None and exact is not None and choice.row_statistics.keys() == exact.row_statistics.keys():
-        del headlines["global_exact"]
-    return headlines
+    """Select the `HEADLINE_METRICS` that the table has, in their order."""
+    return {name: table[name] for name in HEADLINE_METRICS if name in table}

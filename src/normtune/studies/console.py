@@ -15,7 +15,7 @@ from normtune.studies.plan import Cell
 from normtune.studies.run import ProgressListener, Summary
 
 # Metrics that the line of a finished cell shows, if its evaluations have them.
-HEADLINE_METRICS = ("closed_label", "open_exact", "global_exact", "rouge_l/none", "bleu_4/none")
+HEADLINE_METRICS = ("choice_accuracy", "closed_label", "open_exact", "global_exact", "rouge_l/none", "bleu_4/none")
 
 
 def format_summary(summary: Summary, tables: Sequence[Path]) -> str:

@@ -18,7 +18,13 @@ from normtune.studies.statistics import format_rates
 
 # The metrics of a score table with their headings, for each task.
 COLUMNS = {
-    "vqa": {"closed_label": "closed", "open_exact": "open", "open_recall": "open recall", "global_exact": "global"},
+    "vqa": {
+        "choice_accuracy": "choice",
+        "closed_label": "closed",
+        "open_exact": "open",
+        "open_recall": "open recall",
+        "global_exact": "global",
+    },
     "report": {"bleu_1/none": "BLEU-1", "bleu_4/none": "BLEU-4", "rouge_l/none": "ROUGE-L", "cider_d/none": "CIDEr-D"},
 }
 # The end of a score table's caption, by the role of the evaluated data set (see `plan.Role`).

@@ -36,6 +36,11 @@ _PATH_FIELDS = {"out", "root", "adapter", "cache", "device", "splits"}
 _MEANS_FIELDS = {"resume", "overwrite", "tracker", "save_every", "memory", "compile", "workers"}
 # and options that are in the key already, as the cell's rates and budget.
 _LENGTH_FIELDS = {"lr", "epochs", "max_steps", "limit"}
+# Fields of a data set that are options of its evaluations.
+_EVALUATION_FIELDS = {
+    *("limit", "batch", "max_new_tokens", "candidates", "normalisation"),
+    *("choice_prompt", "choice_scoring", "choice_rotations"),
+}
 _LOADING_FIELDS = {"dtype", "quantize", "device"}  # options of a model that its cells share
 
 
@@ -247,6 +252,7 @@ def _training_cell(
         out=_UNSET_PATH,
         tune=run.text,
         split=options.train_split,
+        choice_prompt=options.choice_prompt,
         share=share / 100 if share < 100 else None,
         seed=seed,
         **base.model_dump(include=_LOADING_FIELDS),
@@ -310,7 +316,7 @@ def _evaluation(study: Study, model: str, data: str, role: Role, fold: int | Non
         model=base.path,
         out=_UNSET_PATH,
         split=options.validate_split if role == "validate" else options.test_split,
-        **options.model_dump(include={"limit", "batch", "max_new_tokens", "candidates", "normalisation"}),
+        **options.model_dump(include=_EVALUATION_FIELDS),
         **base.model_dump(include={"beams", *_LOADING_FIELDS}),
         **fold_options(options, fold),
     )

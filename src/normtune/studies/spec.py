@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from normtune.data.choices import ChoicePrompt, ChoiceTarget
 from normtune.data.options import DataOptions
 from normtune.errors import InputError, did_you_mean
 from normtune.methods.registry import LEARNING_RATES
@@ -82,6 +83,9 @@ class Data(DataOptions):
     batch: int = Field(128, gt=0, description="Questions answered at once.")
     max_new_tokens: int | None = Field(None, gt=0)
     candidates: str | None = None
+    choice_prompt: ChoicePrompt | None = Field(None, description="Wording of questions with options, in training too.")
+    choice_scoring: str | None = Field(None, description="How options are selected, as in normtune evaluate.")
+    choice_rotations: bool = False
     normalisation: Literal["vqa", "unicode", "none"] = "vqa"
     folds: int | None = Field(None, ge=3, description="Cross-validate: every fold in turn is the test split.")
 
@@ -108,6 +112,7 @@ class Training(_Section):
     schedule: Literal["cosine", "linear", "constant"] | None = None
     label_smoothing: float | None = Field(None, ge=0, lt=1)
     max_grad_norm: float | None = Field(None, gt=0)
+    choice_target: ChoiceTarget | None = None
 
 
 class Budget(_Section):

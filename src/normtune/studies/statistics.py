@@ -21,7 +21,15 @@ from normtune.studies.recipe_names import FROZEN
 from normtune.studies.spec import SEARCH, Study
 
 # The metrics that are tested if the study's file lists none.
-TESTED = ("closed_label", "open_exact", "global_exact", "bleu_4/none", "rouge_l/none", "cider_d/none")
+TESTED = (
+    "choice_accuracy",
+    "closed_label",
+    "open_exact",
+    "global_exact",
+    "bleu_4/none",
+    "rouge_l/none",
+    "cider_d/none",
+)
 # The reference recipe if the study's file names none: the first of these that a grid has.
 REFERENCES = ("ln", "full")
 

@@ -127,7 +127,7 @@ def _open_dataset(run: Evaluation, data: str | None, root: Path | None) -> Datas
 
 
 def _is_same(first: Example, second: Example) -> bool:
-    return (first.question, first.answer, first.images) == (second.question, second.answer, second.images)
+    return all(getattr(first, name) == getattr(second, name) for name in ("question", "answer", "images", "options"))
 
 
 def _render_page(

@@ -25,6 +25,11 @@ TABLES = ("cells", "evaluations", "metrics", "forgetting", "norms", "losses", "c
 # Names of metrics on the page; another metric is written as it is.
 _METRIC_LABELS = {
     "global_exact": "all answers exact",
+    "choice_accuracy": "choices right",
+    "choice_accuracy_letter": "choices right, by letter",
+    "choice_accuracy_text": "choices right, by text",
+    "choice_accuracy_text_normalized": "choices right, by text and its length",
+    "choice_accuracy_generated": "choices right, generated",
     "closed_label": "closed exact",
     "closed_yes_no": "yes/no exact",
     "closed_substring": "closed by substring",
@@ -50,7 +55,7 @@ _METRIC_LABELS = {
 _PRIMARY_VQA = ("global_exact",)
 _PRIMARY_REPORT = ("rouge_l/none", "rouge_l", "bleu_4/none", "bleu_4")
 # Metrics that the tables show for questions and for reports.
-_TABLE_VQA = ("closed_label", "open_exact", "open_recall", "global_exact")
+_TABLE_VQA = ("choice_accuracy", "closed_label", "open_exact", "open_recall", "global_exact")
 _TABLE_REPORT = ("bleu_1", "bleu_4", "rouge_l", "meteor_nltk", "meteor_exact_stem", "cider_d", "findings_f1")
 
 
