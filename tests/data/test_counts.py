@@ -17,6 +17,7 @@ from normtune.data.registry import ROOTS, open_dataset
 from normtune.errors import InputError
 from tests.support import own_data
 from tests.support.dataset_samples import (
+    png_bytes,
     slake_row,
     vqa_rad_row,
     write_image,
@@ -188,7 +189,92 @@ def gemex(root: Path, rows: list[Row]) -> str:
     return "gemex"
 
 
+# The answers of choices are options, letters or neither, by chance.
+OPTIONS = ["lung", "yes", "What is it?"]
+
+
+def pmc_vqa(root: Path, rows: list[Row]) -> str:
+    header = ("Figure_path", "Question", "Answer", *(f"Choice {letter}" for letter in "ABCD"), "Answer_label")
+    cells = [
+        (i, q, a, *(f" {letter}:{text} " for letter, text in zip("ABC", OPTIONS, strict=True)), "D: knee", a[:1] or "B")
+        for q, a, i in texts_of(rows)
+    ]
+    write_csv(root / "train.csv", header, *cells)
+    return "pmc-vqa"
+
+
+def omnimedvqa(root: Path, rows: list[Row]) -> str:
+    options = dict(zip(("option_A", "option_B", "option_C"), OPTIONS, strict=True))
+    cells = [{"question": q, "gt_answer": a, "image_path": i} | options for q, a, i in texts_of(rows)]
+    (root / "QA_information/Open-access").mkdir(parents=True)
+    (root / "QA_information/Open-access/A.json").write_text(json.dumps(cells))
+    return "omnimedvqa"
+
+
+def medxpertqa(root: Path, rows: list[Row]) -> str:
+    options = dict(zip("ABC", OPTIONS, strict=True))
+    (root / "MM").mkdir()
+    cells = [
+        {"id": f"MM-{n}", "question": q, "label": "ABCD"[n % 4] if a else a, "images": [i], "options": options}
+        for n, (q, a, i) in enumerate(texts_of(rows))
+    ]
+    write_jsonl(root / "MM/test.jsonl", *cells)
+    return "medxpertqa"
+
+
+def mmmu(root: Path, rows: list[Row]) -> str:
+    """Images are inside the file; rows with a missing one have none."""
+    picture = {"bytes": png_bytes(7), "path": None}
+    cells = [
+        {
+            "id": f"validation_{'Pharmacy' if language == 'en' else 'Art'}_{n}",
+            "question": "" if q is None else str(q),
+            "options": str(OPTIONS) if n % 2 else "[]",
+            "answer": "" if a is None else str(a)[:1] or "?",
+            "image_1": picture if image in ("a.png", "b.png") else None,
+        }
+        for n, (q, a, image, language) in enumerate(rows)
+    ]
+    write_parquet(root / "Pharmacy/validation-00000-of-00001.parquet", [*cells])
+    return "mmmu"
+
+
+def rexvqa(root: Path, rows: list[Row]) -> str:
+    options = [f"{letter}. {text}" for letter, text in zip("ABC", OPTIONS, strict=True)]
+    cells = {
+        f"q{n}": {"question": q, "options": options, "correct_answer": a[:1], "ImagePath": [f"../deid_png/{i}"]}
+        for n, (q, a, i) in enumerate(texts_of(rows))
+    }
+    (root / "metadata").mkdir()
+    (root / "metadata/test_vqa_data.json").write_text(json.dumps(cells))
+    return "rexvqa"
+
+
+def medpix_vqa(root: Path, rows: list[Row]) -> str:
+    cells = [
+        {"question": q, "answer": a, "image_id": i, "case_id": str(n)} for n, (q, a, i) in enumerate(texts_of(rows))
+    ]
+    write_parquet(root / "train.parquet", cells)
+    return "medpix-vqa"
+
+
+def pathmmu(root: Path, rows: list[Row]) -> str:
+    options = [f"{letter}) {text}" for letter, text in zip("ABC", OPTIONS, strict=True)]
+    cells = [{"No": 0, "img": i, "question": q, "options": options, "answer": f"C) {a}"} for q, a, i in texts_of(rows)]
+    (root / "data.json").write_text(json.dumps({"PubMed": {"val": cells[:2], "test_tiny": cells[2:]}}))
+    return "pathmmu"
+
+
+def vqa_med_2019(root: Path, rows: list[Row]) -> str:
+    lines = [f"{i.split('.')[0]}|{q}|{a}".replace("\n", " ") for q, a, i in texts_of(rows)]
+    (root / "All_QA_Pairs_train.txt").write_text("\n".join(lines))
+    for name in ("a", "b"):
+        write_image(root / f"Train_images/{name}.jpg")
+    return "vqa-med-2019"
+
+
 RELEASES = [mimic_cxr_vqa, mimic_ext_cxr_qba, vindr_cxr_vqa, kvasir_vqa, gemex]
+RELEASES += [pmc_vqa, omnimedvqa, medxpertqa, mmmu, rexvqa, medpix_vqa, pathmmu, vqa_med_2019]
 LAYOUTS = [*TABLES, *RELEASES, jsonl, messages, parquet, slake, vqa_rad, path_vqa, medpix, openi, mimic_cxr, roco]
 
 

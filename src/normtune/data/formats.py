@@ -25,6 +25,14 @@ PUBLISHED = {
     "vindr-cxr-vqa": "the JSON file of the release, or its folder with the images in train/",
     "kvasir-vqa": "the folder that holds parquet files, or the hub name SimulaMet-HOST/Kvasir-VQA",
     "gemex": "the folder that holds open_ended_question.jsonl and the others, and files/",
+    "pmc-vqa": "the folder that holds train_2.csv, test_2.csv and figures/, or train.csv and images/, or one CSV file",
+    "omnimedvqa": "the folder that holds QA_information/ and Images/",
+    "medxpertqa": "the folder that holds MM/test.jsonl and images/",
+    "mmmu": "the folder that holds Clinical_Medicine/ and the other subjects with their parquet files",
+    "rexvqa": "the folder that holds metadata/train_vqa_data.json and the others, and deid_png/",
+    "medpix-vqa": "the folder that holds parquet files, or the hub name mmoukouba/MedPix-VQA",
+    "pathmmu": "the folder that holds data.json and images/",
+    "vqa-med-2019": "the folder that holds ImageClef-2019-VQA-Med-Training/ and the others",
 }
 # Format of a user's own data -> what is expected, likewise.
 FORMATS = {

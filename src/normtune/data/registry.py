@@ -26,7 +26,7 @@ ROOTS = PUBLISHED | FORMATS  # dataset name -> what --root must point at; messag
 PHANTOMS = ("phantom-a", "phantom-b")  # drawn when they are opened, without files; no two are equal
 WITH_SECTIONS = ("openi", "mimic-cxr")  # datasets that separate findings and impression
 WITH_HISTORY = ("messages",)  # datasets of conversations
-_ON_THE_HUB = ("parquet", "path-vqa", "kvasir-vqa")  # --root may be a hub name, owner/name
+_ON_THE_HUB = ("parquet", "path-vqa", "kvasir-vqa", "medpix-vqa")  # --root may be a hub name, owner/name
 _TABLES = tuple(name for name in FORMATS if name != "messages")
 NAMES = (*ROOTS, *PHANTOMS)
 

@@ -110,19 +110,22 @@ def test_kvasir_vqa_reads_images_inside_the_file_and_beside_it(tmp_path: Path) -
     assert dataset.examples[0].meta["complexity"] == "2"
 
 
-def test_gemex_appends_the_choices_and_joins_letters(tmp_path: Path) -> None:
+def test_gemex_reads_single_choices_as_options_and_appends_several(tmp_path: Path) -> None:
     write_image(tmp_path / "files" / STUDY / "a.jpg")
     row = {"q_id": 1, "image_path": f"{STUDY}/a.jpg", "question": "Which?", "type": "disease", "ori_report": "secret"}
     choices = ["A: edema", "B: nodule"]
     write_jsonl(tmp_path / "multi_choice_question.jsonl", row | {"answer": ["A", "B"], "choices": choices})
+    write_jsonl(tmp_path / "single_choice_question.jsonl", row | {"answer": "B", "choices": choices})
     write_jsonl(tmp_path / "closed_ended_question.jsonl", row | {"answer": "No.", "choices": None})
     write_jsonl(tmp_path / "open_ended_question.jsonl", row | {"answer": "Edema of both lungs."})
     dataset = open_dataset("gemex", tmp_path)
     assert {e.id: (e.question, e.answer, e.kind) for e in dataset.examples} == {
+        "gemex-single_choice-1": ("Which?", "nodule", "choice"),
         "gemex-multi_choice-1": ("Which?\nA: edema\nB: nodule", "A, B", "closed"),
         "gemex-closed_ended-1": ("Which?", "No.", "closed"),
         "gemex-open_ended-1": ("Which?", "Edema of both lungs.", "open"),
     }
+    assert [e.options for e in dataset.examples if e.kind == "choice"] == [("edema", "nodule")]
     assert dataset.examples[0].meta == {
         "language": "en", "modality": "X-Ray", "patient_id": "p10000032", "study_id": "s50414267",
         "question_type": "disease",

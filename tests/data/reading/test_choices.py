@@ -130,6 +130,7 @@ def test_a_file_in_one_style_is_read_in_it_or_refused(indices: list[int], style:
 def test_the_list_of_options_at_the_end_of_a_question_is_removed() -> None:
     for listed in ("\nA. lung\nB. heart", " Answer Choices: (A) lung (B) heart", "\nOptions:\nA) lung, B) heart\n"):
         assert without_options(f"Which organ?{listed}", ("lung", "heart")) == "Which organ?"
+    assert without_options("Which? (A) left\nlung\n(B) heart", ("left lung", "heart")) == "Which?"
     for other in ("Which organ? A. lung B. liver", "A. lung B. heart: which organ?", "Which (a+b)?"):
         assert without_options(other, ("lung", "heart")) == other
 

@@ -30,8 +30,10 @@ def read(root: Path, *, text_only: bool = False) -> Dataset:
     multi_choice_question.jsonl, each line with q_id, image_path (p10/p10000032/s50414267/ID.jpg), question, answer (a
     text, or a list of letters), choices ("A: ..."), type, reason, visual_regions, visual_locations and ori_report.
 
-    Choices follow the question, one a line; several letters are joined by commas. The split is that of the folder,
-    as in test/, else train. `ori_report` is not read. Ids are `gemex-<type of question>-<q_id>`.
+    single_choice rows are of kind choice: their choices are options. In multi_choice, several choices can be right:
+    they follow the question, one a line, the letters of the answer are joined by commas, and the rows stay closed. The
+    split is that of the folder, as in test/, else train. `ori_report` is not read. Ids are
+    `gemex-<type of question>-<q_id>`.
 
     Raises:
         InputError: all files are missing, a line is not a JSON object, or no row can be used.
@@ -54,14 +56,20 @@ def _read_row(reader: RowReader, file: Path, name: str, line: int, cells: dict[s
     answers = cells.get("answer")
     texts = [row.read_text("answer", text) for text in (answers if isinstance(answers, list) else [answers])]
     choices = cells.get("choices")
-    lines = [cells.get("question"), *(choices if isinstance(choices, list) else [])]
+    choices = choices if isinstance(choices, list) else []
+    options: tuple[str, ...] = ()
+    answer = ", ".join(text for text in texts if text)
+    if name == "single_choice" and choices:
+        options, answer = row.read_choice([choices], answer, "letter")
+        choices = []
+    lines = [cells.get("question"), *choices]
     image = row.image_key(row.read_text("image_path", cells.get("image_path")))
     parts = image.split("/")
     is_study = len(parts) >= 3
     row.finish(
         images=(image,),
         question="\n".join(text for text in (row.read_text("question", text) for text in lines) if text),
-        answer=", ".join(text for text in texts if text),
+        answer=answer,
         kind=_KINDS[name],
         split=split_of_file(Path(file.parent.name) / "rows"),
         meta={
@@ -71,4 +79,5 @@ def _read_row(reader: RowReader, file: Path, name: str, line: int, cells: dict[s
             "study_id": parts[-2] if is_study else "",
             "question_type": row.read_text("type", cells.get("type")),
         },
+        options=options,
     )

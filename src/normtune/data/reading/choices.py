@@ -101,7 +101,8 @@ def right_options(rows: Iterable[tuple[Sequence[str], str]]) -> tuple[list[str |
 
 def without_options(question: str, options: Sequence[str]) -> str:
     """The question without the list of its options at its end, as in "Which? Answer choices: (A) Lung (B) Heart"."""
-    letters = (rf"\(?{option_letter(index)}[.):]\s*{re.escape(option)}" for index, option in enumerate(options))
+    texts = [r"\s+".join(map(re.escape, option.split())) for option in options]  # lines of a question may end anywhere
+    letters = (rf"\(?{option_letter(index)}[.):]\s*{text}" for index, text in enumerate(texts))
     heading = r"\s*((answer )?(choices|options)\s*:)?\s*"
     return re.sub(heading + r"[,;]?\s*".join(letters) + r"\s*$", "", question, flags=re.IGNORECASE)
 
