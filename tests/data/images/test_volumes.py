@@ -143,3 +143,38 @@ def test_many_files_of_one_study_are_a_volume(tmp_path: Path) -> None:
     (tmp_path / "one" / "more" / "000.dcm").rename(tmp_path / "one" / "x.dcm")
     with pytest.raises(InputError, match="the folder holds 2 DICOM series"):
         open_dataset(tmp_path)
+
+
+def write_frames(file: Path, frames: int) -> Path:
+    """A DICOM file of several frames; frame z has the value 10 z."""
+    pixels = np.repeat(10 * np.arange(frames, dtype=np.uint8), 24).reshape(frames, 4, 6)
+    file.write_bytes(dicom_bytes(make_dicom(pixels, WindowCenter=128, WindowWidth=256)))
+    return file
+
+
+def test_a_dicom_file_of_several_frames_is_a_volume(tmp_path: Path) -> None:
+    write_frames(tmp_path / "cine.dcm", 10)
+    write_frames(tmp_path / "one.dcm", 1)
+    dataset = open_dataset(report(tmp_path, image="cine.dcm"), slices=5)
+    assert dataset.examples[0].images == tuple(f"cine.dcm#slice {number}/5" for number in range(1, 6))
+    shades = [pixels(tmp_path, key)[0, 0] for key in dataset.examples[0].images]
+    write_series(tmp_path / "series", 10)
+    assert shades == [pixels(tmp_path, f"series#slice {number}/5")[0, 0] for number in range(1, 6)]
+    assert dataset.notes[-1] == "1 volumes: 5 evenly spaced slices each, one image a slice"
+    for name in ("cine.dcm", "cine"):  # also without its ending
+        montage = open_dataset(report(tmp_path, image=name))
+        assert montage.examples[0].images == ("cine.dcm#montage 9",)
+        assert montage.open_image("cine.dcm#montage 9").size == (18, 12)
+        assert montage.notes[-1].startswith("1 volumes: 9 evenly spaced slices each, as a montage")
+    single = open_dataset(report(tmp_path, image="one.dcm"))
+    assert single.examples[0].images == ("one.dcm",)
+    assert not any("volumes" in note for note in single.notes)
+
+
+def test_views_of_a_study_may_have_several_frames(tmp_path: Path) -> None:
+    for number, frames in enumerate((1, 4)):
+        pixels_of_file = np.zeros((frames, 4, 6), np.uint8)
+        file = make_dicom(pixels_of_file[0] if frames == 1 else pixels_of_file, AccessionNumber="A1")
+        (tmp_path / f"{number}.dcm").write_bytes(dicom_bytes(file))
+    write_delimited(tmp_path / "reports.csv", [{"accession": "A1", "report": "Clear."}])
+    assert open_dataset(tmp_path).examples[0].images == ("0.dcm", "1.dcm#montage 4")

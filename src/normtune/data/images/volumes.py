@@ -1,4 +1,5 @@
-"""Volumes as images: evenly spaced slices of a NIfTI file or of a folder with a DICOM series, or their montage.
+"""Volumes as images: evenly spaced slices of a NIfTI file, a DICOM series or a DICOM file of several frames, or their
+montage.
 
 The key of such an image is the path of the volume with what is shown of it: `ct.nii.gz#slice 3/9` is the third of nine
 evenly spaced slices, `ct.nii.gz#montage 9` all nine of them in one picture.
@@ -34,7 +35,7 @@ def expand_volumes(
 
     Args:
         folder: names are relative to it.
-        names: NIfTI files, and folders of one DICOM series each.
+        names: NIfTI files, folders of one DICOM series each, and DICOM files of several frames.
         slices: number of evenly spaced slices; None: 9 as a montage. A volume with fewer shows all that it has.
         montage: show the slices as one picture instead of one image each.
 
@@ -47,8 +48,8 @@ def expand_volumes(
     if not names:
         if slices is not None or montage:
             raise InputError(
-                f"--{'montage' if montage else 'slices'} needs volumes: no row names a .nii or .nii.gz file, or the "
-                "folder of a DICOM series. Remove it."
+                f"--{'montage' if montage else 'slices'} needs volumes: no row names a .nii or .nii.gz file, the "
+                "folder of a DICOM series or a DICOM file of several frames. Remove it."
             )
         return {}, []
     montage = montage or slices is None
@@ -83,6 +84,11 @@ def open_volume(folder: Path, key: str, window: Window | None = None) -> Image.I
     return pictures[0] if match["slice"] else _join(pictures, name)
 
 
+def has_frames(path: Path) -> bool:
+    """Whether a file is a DICOM file of several frames, by its ending and its header."""
+    return path.suffix.lower() in DICOM_SUFFIXES and _frames(path, path.stat().st_mtime_ns) > 1
+
+
 def series_order(files: Iterable[Path], keyword: str) -> Iterator[tuple[Path, str]]:
     """Yield (file, value of an element) of DICOM files in order of series and position; "" if there is no value.
 
@@ -99,15 +105,19 @@ def series_order(files: Iterable[Path], keyword: str) -> Iterator[tuple[Path, st
 
 def _depth(path: Path, name: str) -> int:
     modified = path.stat().st_mtime_ns
-    return len(_series(path, modified)) if path.is_dir() else _nifti(path, name, modified).shape[2]
+    if path.is_dir():
+        return len(_series(path, modified))
+    return _frames(path, modified) if path.suffix.lower() in DICOM_SUFFIXES else _nifti(path, name, modified).shape[2]
 
 
 def _open_slice(path: Path, name: str, index: int, window: Window | None) -> Image.Image:
-    if path.is_dir():
-        from normtune.data.images.files import open_image
+    from normtune.data.images.files import open_image
 
+    if path.is_dir():
         file = _series(path, path.stat().st_mtime_ns)[index]
         return open_image(file, name=f"{name}/{file.name}", window=window)
+    if path.suffix.lower() in DICOM_SUFFIXES:
+        return open_image(path, name=name, frame=index, window=window)
     volume = _nifti(path, name, path.stat().st_mtime_ns)
     if window is not None:
         values = apply_window(volume[:, :, index], window)
@@ -139,6 +149,16 @@ def _nifti(path: Path, name: str, modified: int) -> NDArray[np.float32]:
     if values.ndim != 3 or not values.shape[2]:
         raise InputError(f"{name}: the volume has no slices. Replace it.")
     return np.nan_to_num(values)
+
+
+@lru_cache(maxsize=64)
+def _frames(path: Path, modified: int) -> int:
+    """The number of frames of a DICOM file; `modified` as above."""
+    header = _read_header(path, ("NumberOfFrames",))
+    try:
+        return int(header.NumberOfFrames or 1)
+    except (AttributeError, TypeError, ValueError):  # no header, no such element, or a damaged one
+        return 1
 
 
 @lru_cache(maxsize=64)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from normtune.data.formats import dicom_files
-from normtune.data.images.volumes import VOLUME_SUFFIXES, expand_volumes, series_order
+from normtune.data.images.volumes import VOLUME_SUFFIXES, expand_volumes, has_frames, series_order
 from normtune.data.reading.columns import letters
 from normtune.data.reading.row_reader import missing_images
 from normtune.errors import InputError
@@ -96,6 +96,7 @@ def find_image_keys(
     missing = missing_images(folder, names)
     volumes = [name for name in names if name.lower().endswith(VOLUME_SUFFIXES) and name not in missing]
     volumes += [name for name in sorted(missing) if os.path.isdir(folder / name)]
+    volumes += [name for name in names if name not in missing and has_frames(folder / name)]
     without_ending = [name for name in missing if not name.lower().endswith(_IMAGE_SUFFIXES) and name not in volumes]
     completed: dict[str, tuple[str, ...]] = {}
     if without_ending:
@@ -107,7 +108,8 @@ def find_image_keys(
                     files.setdefault(stem, []).append(relative)
         completed = {name: (files[name][0],) for name in without_ending if len(files.get(name, ())) == 1}
     notes = [f"{len(completed)} images are named without their ending"] if completed else []
-    inside = [key for (key,) in completed.values() if key.lower().endswith(VOLUME_SUFFIXES)]
+    files_of_names = [key for (key,) in completed.values()]
+    inside = [key for key in files_of_names if key.lower().endswith(VOLUME_SUFFIXES) or has_frames(folder / key)]
     expanded, volume_notes = expand_volumes(folder, [*volumes, *inside], slices, montage)
     completed = {name: expanded.get(key, (key,)) for name, (key,) in completed.items()}
     return {name: keys for name, keys in expanded.items() if name not in inside} | completed, notes + volume_notes
