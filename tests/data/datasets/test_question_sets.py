@@ -12,6 +12,7 @@ import pytest
 from normtune.data.registry import open_dataset
 from normtune.errors import InputError
 from tests.support.dataset_samples import png_bytes, write_image, write_jsonl, write_parquet
+from tests.support.report_samples import write_csv
 
 STUDY = "p10/p10000032/s50414267"
 
@@ -77,6 +78,36 @@ def test_mimic_ext_cxr_qba_takes_images_and_splits_of_its_tables(tmp_path: Path,
         ("s50414267-B09_006", (f"{STUDY}/b.jpg",), "Clear. Normal.", "open", "test"),
     ]
     assert dataset.notes == []
+
+
+@pytest.mark.parametrize("form", ["lines", "list", "one object"])
+def test_mimic_ext_cxr_qba_reads_questions_outside_the_file_of_their_study(tmp_path: Path, form: str) -> None:
+    write_image(tmp_path / "files" / STUDY / "a.jpg")
+    keys = {"patient_id": "p10000032", "study_id": "s50414267"}
+    answers = [{"text": "No.", "sub_answers": [{"text": "Not read."}]}]
+    rows = [
+        keys
+        | {"question_id": f"D02_{number}", "question": "Is there edema?", "question_type": "has", "answers": answers}
+        for number in (1, 2)
+    ]
+    (tmp_path / "qa").mkdir()
+    if form == "lines":
+        write_jsonl(tmp_path / "qa" / "part.qa.jsonl", *rows)
+    elif form == "list":
+        (tmp_path / "qa" / "part.qa.json").write_text(json.dumps(rows))
+    else:
+        for row in rows:
+            (tmp_path / "qa" / f"{row['question_id']}.qa.json").write_text(json.dumps(row))
+    write_csv(
+        tmp_path / "metadata" / "question_image_metadata.csv",
+        ("patient_id", "study_id", "question_id", "image_id"),
+        ("p10000032", "s50414267", "D02_1", "a"),
+    )
+    dataset = open_dataset("mimic-ext-cxr-qba", tmp_path)
+    assert [(e.id, e.images, e.answer, e.kind, e.meta["question_type"]) for e in dataset.examples] == [
+        ("s50414267-D02_1", (f"{STUDY}/a.jpg",), "No.", "closed", "has"),
+        ("s50414267-D02_2", (f"{STUDY}/a.jpg",), "No.", "closed", "has"),
+    ]
 
 
 def test_vindr_cxr_vqa_flattens_the_questions_of_an_image(tmp_path: Path) -> None:
