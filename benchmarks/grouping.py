@@ -1,6 +1,7 @@
-"""Does grouping harm learning? The same pairs and steps, grouped with several caps or in random order.
+"""Does grouping harm learning, and how much time does it save? The same pairs, grouped or one by one.
 
     python benchmarks/grouping.py --slake DIR --work DIR --out benchmarks/grouping.json
+    python benchmarks/grouping.py --slake DIR --speed --out benchmarks/grouping_speed.json
 
 With a cap of 1 every question is a group, so that a batch is a random sample of pairs; larger caps put
 several questions of one image into one step. Everything else is the same: nano, the recipe, its learning
@@ -8,20 +9,30 @@ rate, the pairs, the steps, and the five seeds. (An arm such as 0x2 makes twice 
 more time than these cost.) Accuracy is the mean over seeds with Student's t interval. The difference from the
 random order is that of the questions' mean scores over the seeds, with an interval clustered by image.
 Runs are kept in --work, where an interrupted study resumes.
+
+With --speed, one step (loss and gradients of the norms) of SLAKE's questions is timed for each family of
+`family_models`: all questions of an image in one group, and every question with its own copy of the image.
+Both sides are interleaved and have the same pairs, pixels and tokens; time is that of the processor, in one thread.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from family_models import MODELS, TEXT, build_family
 from record import record
+from workload import format_range, median_and_range, ratio
 
+from normtune.data.groups import Group, group_by_image
+from normtune.data.registry import open_dataset
 from normtune.evaluation.results import read_evaluation
+from normtune.methods.adapt import adapt
 from normtune.metrics.answers import score_rows
 from normtune.metrics.statistics import holm_correction, mean_over_seeds
 from normtune.metrics.sum_metrics import mean_metric, paired_difference
@@ -39,7 +50,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--slake", type=Path, help="SLAKE's folder, to measure on it too")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--work", type=Path, required=True, help="folder of the finished runs")
+    parser.add_argument("--work", type=Path, help="folder of the finished runs")
+    parser.add_argument("--speed", action="store_true", help="time steps of several families, in place of learning")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS], help="families of --speed")
+    parser.add_argument("--speed-images", type=int, default=1, help="images of a step of --speed")
+    parser.add_argument("--rounds", type=int, default=4, help="how often --speed measures everything")
     parser.add_argument("--recipes", nargs="+", default=["ln"])
     parser.add_argument(
         "--arms", nargs="+", default=ARMS, help="caps; the first must be 1, the random order; 0 means no cap"
@@ -53,6 +68,15 @@ def main() -> None:
     parser.add_argument("--slake-epochs", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
+    if (options.speed and not options.slake) or not (options.speed or options.work):
+        parser.error("--speed needs --slake; without --speed, --work is needed")
+    if options.speed:
+        rows, about = measure_speed(options)
+        print("\n" + speed_table(rows))
+        if options.out:
+            record(options.out, "grouping_speed", rows, **about)
+            options.out.with_suffix(".md").write_text(speed_table(rows), encoding="utf-8")
+        return
     phantoms = {"data": f"phantom-b:{options.images}/0/120", "device": "cpu"}
     studies = [Study("phantom-b", phantoms, options.epochs, parse_arms(options.arms))]
     if options.slake:
@@ -167,6 +191,59 @@ def question_scores(results: Sequence[dict[str, Any]]) -> tuple[dict[str, float]
         for id, score in scores[METRIC].items():
             total[id] += score / len(results)
     return dict(total), images
+
+
+def measure_speed(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """One row for each family: CPU seconds of a step of each kind, and their ratio; and what was measured."""
+    dataset = open_dataset("slake", options.slake)
+    groups = group_by_image(dataset.split("train"))
+    mean = sum(map(len, groups)) / len(groups)
+    groups = sorted(groups, key=lambda group: abs(len(group) - mean))[: options.speed_images]
+    texts = [f"{example.question} {example.answer}" for example in dataset.examples]
+    rows = []
+    for name in options.models:
+        family: Any = build_family(name, texts)
+        adapt(family.model, "ln")
+        pixels = [[family.preprocess_image(dataset.open_image(group[0].images[0]))] for group in groups]
+        segments = [[family.tokenize(e.id, e.question, e.answer) for e in group] for group in groups]
+        grouped = [Group(("",), tuple(members)) for members in segments]
+        separate = [Group(("",), (segment,)) for members in segments for segment in members]
+        # every question has its own copy of the pixels: one object in several groups would be encoded once
+        copies = [[dict(images[0])] for images, members in zip(pixels, segments, strict=True) for _ in members]
+        batches = {"grouped": family.collate(grouped, pixels), "separate": family.collate(separate, copies)}
+        seconds: dict[str, list[float]] = {kind: [] for kind in batches}
+        losses = {}
+        for round_ in range(options.rounds + 1):  # the first is not counted
+            for kind, batch in batches.items():
+                started = time.process_time()
+                loss, _ = family.loss(batch)
+                loss.backward()
+                if round_:
+                    seconds[kind].append(time.process_time() - started)
+                losses[kind] = float(loss.detach())
+        row = {"model": name, "tokens": {kind: batch["input_ids"].numel() for kind, batch in batches.items()}}
+        row |= {"image_tokens": len(batches["grouped"]["image_places"]) / len(groups), "losses": losses}
+        row |= {f"{kind}_seconds": median_and_range(values) for kind, values in seconds.items()}
+        rows.append(row | {"faster": ratio(seconds["separate"], seconds["grouped"]), "rounds": seconds})
+        print(f"{name}: {format_range(rows[-1]['faster'], 1, 'x')}", flush=True)
+    questions = sum(map(len, groups))
+    return rows, {"data": "slake", "images": len(groups), "questions": questions, "recipe": "ln", "text": TEXT}
+
+
+def speed_table(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table of seconds and ratios, medians with ranges."""
+    lines = [
+        [
+            row["model"],
+            f"{row['image_tokens']:.0f}",
+            format_range(row["grouped_seconds"], 2),
+            format_range(row["separate_seconds"], 2),
+            format_range(row["faster"], 1, "x"),
+        ]
+        for row in rows
+    ]
+    header = ["model", "tokens of an image", "grouped, CPU s", "one by one, CPU s", "ratio"]
+    return "\n".join(markdown_table(header, lines, "lrrrr")) + "\n"
 
 
 def table(rows: list[dict[str, Any]]) -> str:

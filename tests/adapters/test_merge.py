@@ -29,7 +29,7 @@ from normtune.methods.registry import INTRINSIC
 from normtune.models.checkpoints.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
 from normtune.models.miss.model import MissForQuestionAnswering
 from tests.support.base_models import KINDS, compute_logits, input_error, perturb_trained, save_base, tiny_base
-from tests.support.tiny_models import TINY, make_tiny
+from tests.support.tiny_models import MORE, TINY, make_tiny
 from tests.support.tolerance import assert_close
 
 RECIPES = (
@@ -120,13 +120,15 @@ def expected_shard(base_model: nn.Module, directory: Path, tuned: TunedModel, dt
     return shard
 
 
+# the base is loaded for mixtures of experts, which transformers joins
+UNCHANGED = [name for name in (*TINY, *MORE) if not name.endswith("moe")]
 MIXTURES = ("ln+lora(r=2,alpha=5)", "full", "attention+ia3")
 
 
 @pytest.mark.parametrize(
     ("kind", "recipe", "dtype"),
     [("miss", recipe, torch.bfloat16) for recipe in MIXTURES]
-    + [(kind, MIXTURES[i % 3], (torch.bfloat16, torch.float32)[i % 2]) for i, kind in enumerate(TINY)],
+    + [(kind, MIXTURES[i % 3], (torch.bfloat16, torch.float32)[i % 2]) for i, kind in enumerate(UNCHANGED)],
 )
 def test_the_new_shard_equals_that_of_a_loaded_model_but_the_base_is_not_loaded(
     kind: str, recipe: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -28,7 +28,7 @@ from normtune.training.train import train
 from tests.models.families.test_families import grouped
 from tests.models.families.test_families import image as family_image
 from tests.support.tiny_miss import tiny_miss
-from tests.support.tiny_models import TINY, make_tiny
+from tests.support.tiny_models import MORE, TINY, make_tiny
 from tests.support.tolerance import approx
 from tests.training.test_train import DATA, config, equal_adapters
 
@@ -192,7 +192,7 @@ def test_evaluation_from_a_cache_gives_the_same_answers_and_separates_adapters(
             assert text == cold_text and score == approx(cold_score)
 
 
-@pytest.mark.parametrize("name", [*TINY, "miss"])
+@pytest.mark.parametrize("name", [*TINY, *MORE, "miss"])
 def test_images_in_the_dtype_of_the_base_give_equal_losses(name: str, tmp_path: Path) -> None:
     """Every model rounds pixels before it computes with them, so that half of their bytes are enough in bf16."""
     family: Any = tiny_miss() if name == "miss" else load(str(make_tiny(name, tmp_path)))

@@ -23,10 +23,10 @@ from normtune.models.loading import load
 from normtune.training.config import TrainConfig
 from normtune.training.train import train
 from tests.support.tiny_miss import save_tiny_miss
-from tests.support.tiny_models import TINY, make_tiny
+from tests.support.tiny_models import MORE, TINY, make_tiny
 from tests.support.tolerance import assert_close, differ
 
-FAMILIES = ("miss", *TINY)
+FAMILIES = ("miss", *TINY, *MORE)
 REPORT = "The heart is normal in size. A fracture of the left rib."
 
 

@@ -18,7 +18,7 @@ from normtune.training.layer_wrapping import MemoryTier, checkpoint_activations
 from normtune.training.memory_plan.live_bytes import LiveTensorBytes
 from tests.models.families.test_families import PAIRS, image
 from tests.support.miss_batches import IMAGE, tiny_miss
-from tests.support.tiny_models import TINY, make_tiny
+from tests.support.tiny_models import MORE, TINY, make_tiny
 from tests.support.tolerance import assert_close
 
 TIERS: list[MemoryTier] = ["fast", "balanced", "tight"]
@@ -52,7 +52,7 @@ def test_gradients_of_miss_are_bit_identical(recipe: str, tier: MemoryTier) -> N
     assert all(torch.equal(recomputed[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", [*TINY, *MORE])
 def test_gradients_of_every_family_are_equal(name: str, tmp_path: Path) -> None:
     family = load(str(make_tiny(name, tmp_path)))
     adapt(family.model, "all?=ln")

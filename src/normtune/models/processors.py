@@ -9,10 +9,12 @@ from normtune.errors import InputError
 
 
 def image_only(processor_class: Any, source: str) -> Any:
-    """Load a checkpoint's processor without its video processor.
+    """Load a checkpoint's processor without its video processor."""
+    return without_videos(processor_class).from_pretrained(source)
 
-    The class has the name of `processor_class`, so that saved files refer to transformers' class.
-    """
+
+def without_videos(processor_class: Any) -> Any:
+    """A subclass without video processor. It has the same name, so that saved files refer to transformers' class."""
 
     class ImageOnly(processor_class):  # type: ignore[misc]
         @classmethod
@@ -20,7 +22,7 @@ def image_only(processor_class: Any, source: str) -> Any:
             return [name for name in processor_class.get_attributes() if name != "video_processor"]
 
     ImageOnly.__name__ = processor_class.__name__
-    return ImageOnly.from_pretrained(source)
+    return ImageOnly
 
 
 def check_sentencepiece(directory: Path, advice: str) -> None:

@@ -19,7 +19,7 @@ from normtune.models.causal.family import CausalFamily
 from normtune.models.generation import Generated
 from normtune.models.loading import load
 from tests.models.families.test_families import GROUPINGS, grouped
-from tests.support.tiny_models import TINY, make_tiny
+from tests.support.tiny_models import MORE, TINY, make_tiny
 
 TOKENS = 14
 # operations that make the host wait for a GPU, or copy values of the host to it, so that a replay would
@@ -46,7 +46,7 @@ class NothingForbidden(TorchDispatchMode):
         return result
 
 
-@pytest.fixture(scope="module", params=tuple(TINY))
+@pytest.fixture(scope="module", params=(*TINY, *MORE))
 def family(request: Any, tmp_path_factory: pytest.TempPathFactory) -> CausalFamily:
     loaded = load(str(make_tiny(request.param, tmp_path_factory.mktemp(request.param))))
     assert isinstance(loaded, CausalFamily)

@@ -16,7 +16,7 @@ from normtune.models.checkpoints.parameter_map import has_every_parameter, map_p
 from normtune.models.checkpoints.reader import SINGLE_FILE, Checkpoint
 from normtune.models.loading import load, meta_model
 from tests.support.base_models import save_base
-from tests.support.tiny_models import TINY, make_tiny
+from tests.support.tiny_models import MORE, TINY, make_tiny
 
 WORDS = "text_decoder.bert.embeddings.word_embeddings.weight"
 HEAD = "text_decoder.cls.predictions.decoder.weight"
@@ -52,7 +52,8 @@ def loaded_fingerprint(kind: str, directory: Path, dtype: torch.dtype) -> str:
     return fingerprint(loader.from_pretrained(directory, dtype=dtype))
 
 
-@pytest.mark.parametrize("kind", ["miss", *TINY])
+# the experts of mixtures are joined when they are loaded, so that they are no tensors of the files
+@pytest.mark.parametrize("kind", ["miss", *TINY, *(name for name in MORE if not name.endswith("moe"))])
 def test_the_fingerprint_of_the_files_equals_that_of_the_loaded_model(kind: str, tmp_path: Path) -> None:
     if kind == "miss":
         save_base(kind, tmp_path)

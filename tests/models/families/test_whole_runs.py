@@ -25,7 +25,7 @@ from normtune.training.train import train
 from tests.models.families.test_families import image
 from tests.support.llava_med_original import HEADS, make_original, write_original
 from tests.support.tiny_miss import save_tiny_miss
-from tests.support.tiny_models import TINY, make_tiny
+from tests.support.tiny_models import MORE, TINY, make_tiny
 from tests.support.tolerance import assert_close, differ
 
 DATA = "phantom-b:2"
@@ -33,14 +33,14 @@ QUESTION = "Which organ is abnormal?"
 # LLaVA-Med's two versions are imported from their original layouts. The types left out are similar to others.
 KINDS = (
     *("miss", "llava-med-1.5", "llava-med-1.0"),
-    *(name for name in TINY if name not in ("qwen2_vl", "llava_med", "paligemma2")),
+    *(name for name in (*TINY, *MORE) if name not in ("qwen2_vl", "llava_med", "paligemma2")),
 )
 
 
 def write_base(kind: str, directory: Path) -> None:
     if kind == "miss":
         save_tiny_miss(directory)
-    elif kind in TINY:
+    elif kind in TINY | MORE:
         make_tiny(kind, directory)
     else:
         original = make_original("1.5" if kind.endswith("1.5") else "1.0")
@@ -72,6 +72,7 @@ def plain(kind: str, directory: Path) -> nn.Module:
 
 
 @pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")  # PEFT's own
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")  # GLM-4V's
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_family_is_trained_written_evaluated_merged_and_exported(kind: str, tmp_path: Path) -> None:
