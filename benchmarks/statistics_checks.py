@@ -2,11 +2,14 @@
 
     python benchmarks/statistics_checks.py --out benchmarks/statistics_checks.json
 
-Three experiments. *Coverage*: simulated answers of one model, how often the 95% interval contains the true accuracy.
+Five experiments. *Coverage*: simulated answers of one model, how often the 95% interval contains the true accuracy.
 *Recipes*: simulated scores of two recipes with several seeds each, how often the test rejects and TOST declares them
 equivalent. *Splits*: the real runs of `statistics_runs.json`; the seeds of one recipe are split into two groups in
 every way, and the groups compared: each rejection is wrong. "Before" is the percentile bootstrap, and the swap test of
-rows of all seeds together.
+rows of all seeds together. *Confidence*: simulated answers with their confidence, how often the intervals contain the
+true calibration error, overconfidence and area under the risk-coverage curve. *Conformal*: simulated probabilities of
+candidates, how often the sets contain the answer to a question about a new image; and how often they would if each
+question had the same weight.
 """
 
 from __future__ import annotations
@@ -19,8 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from record import record
 
+from normtune.metrics.calibration import ConfidentRows, area_under_risk_coverage, calibration_error, overconfidence
+from normtune.metrics.conformal import LEVELS, conformal_threshold
 from normtune.metrics.statistics import (
     Floats,
     SeedScores,
@@ -45,6 +51,10 @@ INTERACTIONS = {  # scenario: standard deviations of recipe x image and of seed 
 }
 DIFFERENCE = MARGIN = 0.05
 TARGET = 0.05  # the nominal rate of wrong rejections
+CONFIDENCE_IMAGES = (20, 50, 200)
+# share by which the probability of a right answer is below the confidence: calibrated, too sure, much too sure
+SHIFTS = {"calibrated": 0.0, "5 points too sure": 0.05, "20 points too sure": 0.2}
+POPULATION = 1_000_000  # questions that the true values are computed from
 
 
 def main() -> None:
@@ -53,11 +63,27 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=RUNS)
     parser.add_argument("--simulations", type=int, default=2000)
     parser.add_argument("--images", nargs="+", type=int, default=IMAGES)
+    parser.add_argument("--confidence-images", nargs="+", type=int, default=CONFIDENCE_IMAGES)
+    parser.add_argument("--confidence-simulations", type=int, default=400)
+    parser.add_argument(
+        "--only",
+        choices=["coverage", "recipes", "splits", "confidence", "conformal"],
+        help="keep the other rows of --out",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=(3, 5, 10))
     options = parser.parse_args()
-    rows = [*coverage(options.images, options.simulations)]
-    rows += [*recipes(options.seeds, options.simulations)]
-    rows += [*splits(json.loads(options.runs.read_text(encoding="utf-8")))]
+    experiments = {
+        "coverage": lambda: coverage(options.images, options.simulations),
+        "recipes": lambda: recipes(options.seeds, options.simulations),
+        "splits": lambda: splits(json.loads(options.runs.read_text(encoding="utf-8"))),
+        "confidence": lambda: confidence(options.confidence_images, options.confidence_simulations),
+        "conformal": lambda: conformal(options.confidence_images, 5 * options.confidence_simulations),
+    }
+    if options.only:
+        before = json.loads(options.out.read_text(encoding="utf-8"))["rows"] if options.out else []
+        rows = [row for row in before if row["experiment"] != options.only] + [*experiments[options.only]()]
+    else:
+        rows = [row for experiment in experiments.values() for row in experiment()]
     tables = table(rows)
     print(tables)
     if options.out:
@@ -207,8 +233,87 @@ def splits(runs: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"experiment": "pairing", "seeds": len(first), "correlation": float(np.corrcoef(first, second)[0, 1])}
 
 
+def draw_answers(
+    draw: np.random.Generator, images: int, shift: float, correlation: float
+) -> tuple[Floats, Floats, NDArray[np.int64]]:
+    """Confidence, right or wrong, and image of simulated answers; an image has 1 to 11 questions.
+
+    The confidence is uniform in 0.3 to 1, and its questions share a part of it. A right answer has a probability of
+    the confidence - `shift`; within an image, answers are right or wrong together with the given correlation.
+    """
+    image = np.repeat(np.arange(images), draw.integers(1, 12, images))
+    base = draw.random(images)[image]
+    level = 0.3 + 0.7 * np.where(draw.random(len(image)) < 0.5, base, draw.random(len(image)))
+    common = draw.random(images)[image]
+    chance = np.where(draw.random(len(image)) < correlation, common, draw.random(len(image)))
+    return level, (chance < level - shift).astype(float), image
+
+
+def confidence(image_counts: list[int], simulations: int) -> Iterator[dict[str, Any]]:
+    """One row for each miscalibration and number of images."""
+    measures = {"ece": calibration_error, "overconfidence": overconfidence, "aurc": area_under_risk_coverage}
+    for name, shift in SHIFTS.items():
+        level, right, _ = draw_answers(np.random.default_rng(0), POPULATION // 6, shift, 0.0)
+        everything = ConfidentRows(level, right, np.zeros(len(level), dtype=np.int64))
+        # the true gap of every bin is the shift, and a level of 0.3 to 1 is always above it
+        truth = {"ece": shift, "overconfidence": shift, "aurc": area_under_risk_coverage(everything).value}
+        for images in image_counts:
+            draw = np.random.default_rng([images, int(100 * shift)])
+            intervals: dict[str, list[Any]] = {measure: [] for measure in measures}
+            for _ in range(simulations):
+                rows = ConfidentRows(*draw_answers(draw, images, shift, 0.3))
+                for measure, compute in measures.items():
+                    intervals[measure].append(compute(rows))
+            yield {
+                "experiment": "confidence",
+                "answers": name,
+                "images": images,
+                **{
+                    f"{measure}_{key}": value
+                    for measure, found in intervals.items()
+                    for key, value in (
+                        ("true", truth[measure]),
+                        ("mean", float(np.mean([interval.value for interval in found]))),
+                        ("coverage", float(np.mean([i.low <= truth[measure] <= i.high for i in found]))),
+                        ("width", float(np.mean([interval.high - interval.low for interval in found]))),
+                    )
+                },
+            }
+
+
+def conformal(image_counts: list[int], simulations: int) -> Iterator[dict[str, Any]]:
+    """One row for each number of calibration images and level.
+
+    The score of a question is one minus the share of the right answer: the normal distribution function of a value
+    that half comes from the image. Images with many questions are harder, so that weights matter.
+    """
+    from scipy.special import ndtr
+
+    for images in image_counts:
+        draw = np.random.default_rng(images)
+        covered: dict[tuple[float, str], list[float]] = {}
+        for _ in range(simulations):
+            counts = draw.integers(1, 12, images + 1)
+            image = np.repeat(np.arange(images + 1), counts)
+            values = draw.standard_normal(images + 1)[image] + 0.1 * counts[image] + draw.standard_normal(len(image))
+            scores = ndtr(values / 2 - 1)
+            old = image < images
+            for level in LEVELS:
+                for name, clusters in (("image", image[old]), ("question", np.arange(old.sum()))):
+                    threshold = conformal_threshold(scores[old], clusters.astype(str).tolist(), level)
+                    covered.setdefault((level, name), []).append(float(np.mean(scores[~old] <= threshold)))
+        for level in LEVELS:
+            yield {
+                "experiment": "conformal",
+                "images": images,
+                "level": level,
+                "coverage": float(np.mean(covered[level, "image"])),
+                "coverage_by_question": float(np.mean(covered[level, "question"])),
+            }
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """Three Markdown tables, in %."""
+    """Markdown tables, in %."""
     percent = lambda row, *names: [f"{100 * row[name]:.1f}" for name in names]  # noqa: E731
     parts = []
     for experiment, head, cells in (
@@ -251,10 +356,25 @@ def table(rows: list[dict[str, Any]]) -> str:
                 *percent(row, "before_size", "after_size"),
             ],
         ),
+        (
+            "confidence",
+            ["answers", "images", "true ECE", "mean ECE", "covered", "width", "overconfidence covered", "AURC covered"],
+            lambda row: [
+                row["answers"],
+                str(row["images"]),
+                *percent(row, "ece_true", "ece_mean", "ece_coverage", "ece_width"),
+                *percent(row, "overconfidence_coverage", "aurc_coverage"),
+            ],
+        ),
+        (
+            "conformal",
+            ["calibration images", "level", "contain the answer", "with a weight for each question"],
+            lambda row: [str(row["images"]), *percent(row, "level", "coverage", "coverage_by_question")],
+        ),
     ):
         lines = [cells(row) for row in rows if row["experiment"] == experiment]
         if lines:
-            align = "r" if experiment == "coverage" else "lr"
+            align = "r" if experiment in ("coverage", "conformal") else "lr"
             parts.append("\n".join(markdown_table(head, lines, align)))
     return "\n\n".join(parts) + "\n"
 

@@ -252,3 +252,76 @@ def test_an_unwritable_folder_is_reported_before_anything_is_answered(tmp_path: 
     with pytest.raises(InputError, match="Choose another --out"):
         run(family, fake_dataset(EXAMPLES), tmp_path / "file" / "run")
     assert family.batches == []
+
+
+# --- Confidence ---------------------------------------------------------------------------------------------
+
+
+def test_the_confidence_of_answers_is_in_the_record_and_the_text(tmp_path: Path) -> None:
+    evaluation = run(FakeFamily(ANSWERS), fake_dataset(EXAMPLES), tmp_path)
+    report = evaluation.record["confidence"]
+    assert list(report) == ["all", "closed", "open"] and report["all"]["rows"] == 5
+    assert report["all"]["mean_confidence"] == approx(math.exp(-0.5))
+    assert "confidence (closed): mean 60.7, right 50.0, ECE 10.7 [" in str(evaluation)
+    assert "abstention" not in evaluation.record and "abstain_below" not in evaluation.record["settings"]
+    assert evaluation.plot_reliability().get_xlabel() == "confidence x 100"
+
+
+def test_answers_below_the_threshold_are_marked_and_counted_and_scores_stay(tmp_path: Path) -> None:
+    class Unsure(FakeFamily):
+        def generate_answers(self, groups: Any, *_: Any, **__: Any) -> list[list[Answer]]:
+            return [
+                [Answer(self.answers[s.id], -2.0 if s.id in ("q3", "q5") else -0.1) for s in g.segments] for g in groups
+            ]
+
+    dataset = fake_dataset(EXAMPLES)
+    evaluation = run(Unsure(ANSWERS), dataset, tmp_path, abstain_below=0.5)
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows if row.get("abstained")] == ["q3", "q5"]
+    assert read_evaluation(tmp_path).predictions == evaluation.predictions
+    abstention = evaluation.record["abstention"]
+    assert abstention["abstained"] == 2 and abstention["right_if_answered"]["value"] == approx(2 / 3)
+    assert evaluation.metrics == run(Unsure(ANSWERS), dataset).metrics
+    assert evaluation.record["settings"]["abstain_below"] == 0.5
+    assert "abstained from 2 answers with a confidence below 0.5; right among the others: 66.7 [" in str(evaluation)
+
+
+CLOSED = [example(f"c{n}", str(n), "yes" if n % 3 else "no", "closed") for n in range(40)]
+
+
+def closed_split(name: str, rows: list[Example]) -> Dataset:
+    return fake_dataset([Example(e.id, e.images, e.question, e.answer, e.kind, name) for e in rows])
+
+
+def test_sets_are_calibrated_on_another_evaluation(tmp_path: Path) -> None:
+    family = FakeFamily({}, lambda id, word: -0.2 if word == "yes" else -1.7)
+    run(family, closed_split("validate", CLOSED[:20]), tmp_path / "val", split="validate", candidates="yes/no")
+    evaluation = run(
+        family, closed_split("test", CLOSED[20:]), tmp_path / "test", candidates="yes/no", conformal=tmp_path / "val"
+    )
+    rows = [json.loads(line) for line in (tmp_path / "test/predictions.jsonl").read_text().splitlines()]
+    assert rows[0]["candidates"]["yes"] == approx(1 / (1 + math.exp(-1.5)))
+    sets = evaluation.record["conformal"]
+    assert (sets["calibration"]["images"], sets["test"]["images"]) == (20, 20)
+    assert sets["levels"]["0.9"]["coverage"]["value"] == 1.0 and sets["levels"]["0.9"]["mean_size"] == 2
+    assert "conformal sets at 90%: 100.0 [" in str(evaluation)
+    assert read_evaluation(tmp_path / "test").predictions == evaluation.predictions
+
+
+@pytest.mark.parametrize(
+    ("options", "rows", "message"),
+    [
+        ({"candidates": "no/yes"}, CLOSED[20:], "with the candidates yes/no, this evaluation has no/yes"),
+        ({"candidates": "yes/no"}, CLOSED[15:], "has 5 of the evaluated images, first '15'"),
+        ({"candidates": "yes/no", "adapter": Path("other")}, CLOSED[20:], "with the adapter None"),
+    ],
+)
+def test_calibration_of_another_model_or_the_same_images_is_refused(
+    options: dict[str, Any], rows: list[Example], message: str, tmp_path: Path
+) -> None:
+    family = FakeFamily({}, lambda id, word: 0.0)
+    run(family, closed_split("validate", CLOSED[:20]), tmp_path / "val", split="validate", candidates="yes/no")
+    before = len(family.batches)
+    with pytest.raises(InputError, match=message):
+        run(family, closed_split("test", rows), conformal=tmp_path / "val", **options)
+    assert len(family.batches) == before, "before the model answers"

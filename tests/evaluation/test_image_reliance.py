@@ -24,6 +24,7 @@ from normtune.evaluation.image_reliance import (
     image_reliance,
     noise_image,
     parse_controls,
+    reliance_text,
     swapped_images,
 )
 from normtune.evaluation.results import Evaluation, read_evaluation
@@ -171,6 +172,16 @@ def test_the_result_equals_values_computed_by_hand() -> None:
     assert image_reliance(rows, all_wrong, {"noise": all_right})["noise"]["metrics"]["global_exact"]["earned"] is None
 
 
+def test_patients_are_not_called_images() -> None:
+    rows = [Example(f"{i}", (f"{i}",), "?", "lung", "open", "test", {"patient": f"p{i // 2}"}) for i in range(8)]
+    right, wrong = (metric_table(rows, {row.id: text for row in rows}, "vqa") for text in ("lung", "heart"))
+    reliance = image_reliance(rows, right, {"blank": wrong})
+    metric = reliance["blank"]["metrics"]["global_exact"]
+    assert (metric["rows"], metric["images"], metric["patients"]) == (8, 8, 4)
+    assert metric["difference"]["method"] == "exact swaps of 4 patients"
+    assert "real - replaced, by patient" in reliance_text(reliance)
+
+
 def test_p_values_are_corrected_for_all_controls_and_metrics() -> None:
     rows = [Example(f"{i}", (f"{i}",), "?", "lung", "open", "test") for i in range(10)]
     right = metric_table(rows, {row.id: "lung" for row in rows}, "vqa")
@@ -208,6 +219,9 @@ def test_an_evaluation_answers_the_questions_with_every_control(tmp_path: Path) 
         metric = control["metrics"]["global_exact"]
         assert metric["real"]["value"] == metric["difference"]["value"] == metric["earned"]["value"] == 1.0
         assert metric["replaced"]["value"] == 0.0 and metric["difference"]["p_holm"] < 0.01
+    grounding = metrics["grounding"]
+    assert grounding["visual_reliance_score"]["value"] == grounding["image_sensitivity"]["value"] == 1.0
+    assert "Visual Reliance Score 100.0 [" in str(evaluation)
     rows = [json.loads(line) for line in (tmp_path / "predictions-other.jsonl").read_text().splitlines()]
     assert [row["prediction"] for row in rows] == [p.text for p in evaluation.controls["other"]]
     assert [row["images"] for row in rows] == [list(e.images) for e in EXAMPLES]
@@ -217,6 +231,8 @@ def test_an_evaluation_answers_the_questions_with_every_control(tmp_path: Path) 
 
 def test_a_model_that_ignores_images_has_no_contribution_and_old_files_are_deleted(tmp_path: Path) -> None:
     dataset = fake_dataset(EXAMPLES)
+    blind = run(Looking("level 50"), dataset, controls="other").record["grounding"]
+    assert blind["visual_reliance_score"]["value"] == blind["image_sensitivity"]["value"] == 0.0
     evaluation = run(Looking("level 50"), dataset, tmp_path, controls="noise,blank")
     for control in evaluation.record["reliance"].values():
         metric = control["metrics"]["global_exact"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -171,6 +172,16 @@ def _row(example: Example) -> dict[str, Any]:
     return row | {"question": example.question, "answer": example.answer}
 
 
+def confidence(score: float | None) -> float | None:
+    """Return exp of the mean log-probability of an answer's tokens, at most 1; None if it is unknown."""
+    return None if score is None or not math.isfinite(score) else math.exp(min(score, 0.0))
+
+
+def is_abstained(score: float | None, abstain_below: float | None) -> bool:
+    """Whether an answer is withheld: its confidence is below the threshold, or unknown."""
+    return abstain_below is not None and (confidence(score) or 0.0) < abstain_below
+
+
 @dataclass(frozen=True)
 class ChoiceResult:
     """How a model chose among the options of a question. The scorings are those of `normtune.metrics.choices`.
@@ -199,3 +210,10 @@ class Prediction:
     score: float | None = None  # mean log-probability of the answer's tokens
     finish_reason: str | None = None  # of a generated answer: "stop", or "length" if it reached the token limit
     choice: ChoiceResult | None = None  # of a question with options
+    shares: Mapping[str, float] | None = None  # candidate answer -> its share of the candidates' probabilities
+    abstained: bool = False  # its confidence is below the threshold of the evaluation
+
+    @property
+    def confidence(self) -> float | None:
+        """How sure the model is, from 0 to 1; None if it is unknown."""
+        return confidence(self.score)

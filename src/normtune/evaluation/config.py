@@ -79,6 +79,18 @@ class EvaluateConfig(DataOptions):
         description="Also answer the questions with control images, to measure how much the image matters: "
         "one or several of blank,noise,other.",
     )
+    abstain_below: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Abstain from answers with a confidence below this: they are marked in predictions.jsonl and "
+        "counted, and the others are scored by themselves too.",
+    )
+    conformal: Path | None = Field(
+        None,
+        description="Result folder of the same model on other images, usually --split validate: calibrates sets of "
+        "candidates that contain the answer with a probability of 90% and 95%.",
+    )
     normalisation: Literal["vqa", "unicode", "none"] = Field(
         "vqa", description="Normalisation of answers before they are compared."
     )

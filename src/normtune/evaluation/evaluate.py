@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,17 +12,20 @@ from normtune.data import tasks
 from normtune.data.batches import examples_of_rank
 from normtune.data.choices import ChoiceFormat
 from normtune.data.formats import FORMATS
-from normtune.data.records import Dataset, Example, Prediction, Split
+from normtune.data.records import Dataset, Example, Prediction, Split, is_abstained
 from normtune.data.run_file import RUN_FILE, run_file_text
 from normtune.errors import InputError
 from normtune.evaluation import image_reliance
 from normtune.evaluation.choices import choice_report
 from normtune.evaluation.config import parse_scorings
+from normtune.evaluation.conformal_sets import read_calibration
 from normtune.evaluation.results import Evaluation, Predictions, make_record
 from normtune.evaluation.score_files import clinical_table
 from normtune.inference.choices import answer_choices
 from normtune.inference.predict import Progress, answer_all, score_closed_candidates
-from normtune.metrics.answers import Metric, check_unique_ids, count_ignored_signs, summarise_scores
+from normtune.metrics.answers import Metric, check_unique_ids, count_ignored_signs, score_rows, summarise_scores
+from normtune.metrics.calibration import abstention_report, confidence_report
+from normtune.metrics.conformal import conformal_report
 from normtune.metrics.reports import normalisations_for, text_pairs
 from normtune.metrics.strata import score_strata
 from normtune.metrics.table import metric_table, summarize_metrics
@@ -124,6 +127,7 @@ def evaluate(
         name: image_reliance.control_dataset(dataset, examples, name)
         for name in image_reliance.parse_controls(config.controls)
     }
+    calibration = None if config.conformal is None else read_calibration(config.conformal, config, examples)
     limit = config.max_new_tokens
     if limit is None and preflight is not None:
         limit = preflight.limits.get("answers", {}).get("limit")
@@ -145,6 +149,7 @@ def evaluate(
         lambda: make_record(
             examples,
             **_compute_scores(examples, predictions, controls, applied),
+            **_describe_confidence(examples, predictions, applied, config.abstain_below, calibration),
             **_describe_model(family, config, examples),
             **({} if family is None else family.self_test_record()),
             data=config.data_options(),
@@ -160,6 +165,8 @@ def evaluate(
                 "candidates": config.candidates,
                 **(answerer.choice_settings() if any(example.options for example in examples) else {}),
                 "controls": list(controls),
+                **({} if config.abstain_below is None else {"abstain_below": config.abstain_below}),
+                **({} if config.conformal is None else {"conformal": str(config.conformal)}),
             },
             seconds=seconds,
             pairs_per_second=len(examples) / seconds,
@@ -254,7 +261,12 @@ class _Answerer:
         peak = memory.peak_memory_bytes(self.family.device if self.family else None)
         with distributed.lost_process_as_error():
             results = distributed.all_gather((predictions, peak))
-        all_predictions = [prediction for predictions, _ in results for prediction in predictions]
+        threshold = self.config.abstain_below
+        all_predictions = [
+            replace(prediction, abstained=is_abstained(prediction.score, threshold))
+            for predictions, _ in results
+            for prediction in predictions
+        ]
         return Predictions(self.examples, all_predictions), max(peak for _, peak in results)
 
     def _answer(self, family: Family, dataset: Dataset, cache: ImageCache | None) -> list[Prediction]:
@@ -314,7 +326,8 @@ def _compute_scores(
     Returns:
         `metrics`; `strata` (see `score_strata`); for reports that mention findings `findings`: labeller ->
         finding -> precision, recall, f1 and counts; with controls `reliance` (see `image_reliance`);
-        for answers `signs_ignored` (see `count_ignored_signs`); with options `choices` (see `choice_report`);
+        for answers `signs_ignored` (see `count_ignored_signs`), with options `choices` (see `choice_report`), with other
+        images `grounding` (see `grounding_scores`);
         `limit_reached`: the share of the generated answers that reached the token limit.
     """
     table = metric_table(examples, predictions, normalisation)
@@ -328,9 +341,41 @@ def _compute_scores(
     if controls:
         control_tables = {name: metric_table(examples, rows, normalisation) for name, rows in controls.items()}
         scores["reliance"] = image_reliance.image_reliance(examples, table, control_tables)
+        if isinstance(normalisation, str) and "other" in controls:
+            scores["grounding"] = image_reliance.grounding_scores(
+                examples, predictions, controls["other"], scores["reliance"]["other"], normalisation
+            )
     if limit_reached := _share_at_limit(examples, predictions):
         scores["limit_reached"] = asdict(limit_reached)
     return scores
+
+
+def _describe_confidence(
+    examples: Sequence[Example],
+    predictions: Sequence[Prediction],
+    normalisation: str | Sequence[str],
+    abstain_below: float | None,
+    calibration: Evaluation | None,
+) -> dict[str, Any]:
+    """Describe how sure the model is, as far as it applies.
+
+    Returns:
+        `confidence` of answers (see `confidence_report`), `abstention` with a threshold (see `abstention_report`), and
+        `conformal` with calibration rows (see `conformal_report`).
+    """
+    right = None
+    if isinstance(normalisation, str):
+        right = score_rows(examples, predictions, normalisation=normalisation)["global_exact"]
+    described: dict[str, Any] = {}
+    if right is not None and (report := confidence_report(examples, predictions, right)):
+        described["confidence"] = report
+    if abstain_below is not None:
+        described["abstention"] = abstention_report(examples, predictions, right, abstain_below)
+    if calibration is not None:
+        described["conformal"] = conformal_report(
+            (calibration.examples, calibration.predictions), (examples, predictions)
+        )
+    return described
 
 
 def _share_at_limit(examples: Sequence[Example], predictions: Sequence[Prediction]) -> Metric | None:

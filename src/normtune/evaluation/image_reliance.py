@@ -21,6 +21,11 @@ without them (SLAKE and VQA-RAD), each image counts as one patient.
 The image's contribution to a metric (the field `earned`) is (real - replaced) / real: the share of the score
 that is lost without the image. It is 0 for a model that ignores the image, 1 for a model that knows nothing
 without it, and negative if the image misleads the model. It is undefined if the real score is 0.
+
+With `other`, two scores of Zafar et al. (2026, arXiv 2603.03437, "shuffled images") follow under their names, by
+`grounding_scores`. Their third, the Hallucinated Visual Reasoning Rate, counts answers that do not change although
+their reasoning describes the image. It needs written reasoning and the authors' rule for what describes an image, so
+it is not computed; it is at most 1 - Image Sensitivity.
 """
 
 from __future__ import annotations
@@ -34,10 +39,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from normtune.data.records import Dataset, Example
-from normtune.data.splits import patient_of_image
+from normtune.data.examples import Examples
+from normtune.data.records import Dataset, Example, Prediction
+from normtune.data.splits import group_columns, patient_of_image
 from normtune.errors import InputError, did_you_mean
 from normtune.evaluation.config import CONTROLS
+from normtune.metrics.answers import is_exact, summarise_scores
 from normtune.metrics.statistics import holm_correction
 from normtune.metrics.sum_metrics import SumMetric, cluster_rows, highest_score, paired_difference, relative_drop
 from normtune.metrics.table import headline_metrics, summarize_metrics
@@ -150,16 +157,19 @@ def image_reliance(
         replaced: control -> `metric_table` of its predictions.
 
     Returns:
-        Control -> {image: description of the control, metrics: metric -> fields}. The fields are:
+        Control -> {image: description of the control, paired_by: "image", or "patient" where the data name patients,
+        metrics: metric -> fields}. The fields are:
 
         - `real`, `replaced`: {value, low, high} of the two scores.
-        - `difference`: real minus replaced, paired by image, with its interval, `p`, and `p_holm`, which is
-          corrected for all metrics and controls.
+        - `difference`: real minus replaced, paired by image or patient, with its interval, `p`, and `p_holm`, which
+          is corrected for all metrics and controls.
         - `earned`: the share of the real score that is lost without the image, {value, low, high};
-          None if the real score is 0, or there is one image.
-        - `rows`, `images`: what the metric is based on.
+          None if the real score is 0, or there is one image or patient.
+        - `rows`, `images`, `patients`: what the metric is based on; `patients` only where the data name them.
     """
     cluster = cluster_rows(examples)
+    images_of = {example.id: example.images for example in examples}
+    paired_by = "patient" if group_columns(Examples(examples)) else "image"
     real_table = headline_metrics(real)
     if all(example.options for example in examples):
         del real_table["global_exact"]  # it is `choice_accuracy` then
@@ -173,7 +183,7 @@ def image_reliance(
     }
     corrected = holm_correction({key: pair.p for key, pair in pairs.items()})
     result: dict[str, dict[str, Any]] = {
-        control: {"image": CONTROL_DESCRIPTIONS[control], "metrics": {}} for control in replaced
+        control: {"image": CONTROL_DESCRIPTIONS[control], "paired_by": paired_by, "metrics": {}} for control in replaced
     }
     for (control, name), pair in pairs.items():
         contribution = relative_drop(real_table[name], replaced[control][name], cluster, maximum=highest_score(name))
@@ -186,13 +196,50 @@ def image_reliance(
                 "high": pair.high,
                 "p": pair.p,
                 "p_holm": corrected[control, name],
-                "method": pair.method,
+                "method": pair.method.replace("image", paired_by),
             },
             "earned": contribution and asdict(contribution),
             "rows": pair.rows,
-            "images": pair.images,
+            "images": len({images_of[id] for id in real_table[name].row_statistics}),
+            **({"patients": pair.images} if paired_by == "patient" else {}),
         }
     return result
+
+
+def grounding_scores(
+    examples: Sequence[Example],
+    predictions: Sequence[Prediction],
+    shuffled: Sequence[Prediction],
+    reliance: Mapping[str, Any],
+    normalisation: str,
+) -> dict[str, Any]:
+    """Compute two scores of Zafar et al. (2026), for answers.
+
+    Args:
+        examples: the evaluated questions.
+        predictions: the answers, in the order of the examples.
+        shuffled: those with images of other patients.
+        reliance: the result of `image_reliance` for the control `other`.
+        normalisation: applied before two answers are compared.
+
+    Returns:
+        `visual_reliance_score`: exact match with the image minus exact match with the other image; and
+        `image_sensitivity`: the share of the answers that change with the image, right or wrong; with intervals.
+    """
+    pairs = zip(examples, predictions, shuffled, strict=True)
+    changed = {e.id: float(not is_exact(real.text, other.text, normalisation)) for e, real, other in pairs}
+    difference = reliance["metrics"]["global_exact"]["difference"]
+    return {
+        "visual_reliance_score": {end: difference[end] for end in ("value", "low", "high")},
+        "image_sensitivity": asdict(summarise_scores({"image_sensitivity": changed}, examples)["image_sensitivity"]),
+        "definition": "Zafar et al. 2026, arXiv 2603.03437, with the images of --controls other",
+    }
+
+
+def grounding_text(grounding: Mapping[str, Any]) -> list[str]:
+    """Format the result of `grounding_scores` as one line."""
+    score, sensitivity = (format_interval(grounding[name]) for name in ("visual_reliance_score", "image_sensitivity"))
+    return [f"Visual Reliance Score {score}, Image Sensitivity {sensitivity} (arXiv 2603.03437)"]
 
 
 def _summarize(table: Mapping[str, SumMetric], examples: Sequence[Example]) -> dict[str, dict[str, float]]:
@@ -203,7 +250,9 @@ def _summarize(table: Mapping[str, SumMetric], examples: Sequence[Example]) -> d
 
 def reliance_text(reliance: Mapping[str, Any]) -> str:
     """Format the result of `image_reliance` as an aligned table, in %."""
-    rows = [["control", "metric", "real", "replaced", "real - replaced", "p (Holm)", "image contribution %"]]
+    paired_by = next((result["paired_by"] for result in reliance.values() if "paired_by" in result), "image")
+    difference_by = f"real - replaced, by {paired_by}"
+    rows = [["control", "metric", "real", "replaced", difference_by, "p (Holm)", "image contribution %"]]
     for control, result in reliance.items():
         for name, metric in result["metrics"].items():
             difference = metric["difference"]

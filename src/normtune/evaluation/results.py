@@ -17,8 +17,10 @@ from normtune.data.splits import group_columns, patient_of_image
 from normtune.errors import InputError
 from normtune.evaluation.choices import choice_from_json, choice_text, choice_to_json
 from normtune.evaluation.config import CONTROLS
-from normtune.evaluation.image_reliance import reliance_text
+from normtune.evaluation.image_reliance import grounding_text, reliance_text
 from normtune.metrics.answers import Metric, ignored_signs_text
+from normtune.metrics.calibration import confidence_text
+from normtune.metrics.conformal import conformal_text
 from normtune.metrics.strata import strata_of, strata_text
 from normtune.metrics.sum_metrics import INTERVALS
 from normtune.runtime.environment import versions
@@ -70,6 +72,8 @@ class Predictions(list[Prediction]):
             }
             | ({"options": list(example.options)} if example.options else {})
             | ({} if prediction.choice is None else {"choice": choice_to_json(prediction.choice)})
+            | ({} if prediction.shares is None else {"candidates": dict(prediction.shares)})
+            | ({"abstained": True} if prediction.abstained else {})
             | ({"patient": patients[example.images[0]]} if patients and example.images else {})
             for example, prediction in zip(self.examples, self, strict=True)
         )
@@ -145,6 +149,29 @@ class Evaluation(Result):
         ax.grid(alpha=0.3)
         return ax
 
+    def plot_reliability(self, ax: Axes | None = None) -> Axes:
+        """Draw the reliability diagram: the share of right answers against the confidence, with 95% intervals.
+
+        Raises:
+            InputError: the answers have no confidence, or are reports.
+        """
+        if "confidence" not in self.record:
+            raise InputError("the answers have no confidence. Evaluate a model, not a baseline, on questions.")
+        ax = axes_or_new(ax)
+        bins = self.record["confidence"]["all"]["bins"]
+        right = [100 * row["right"]["value"] for row in bins]
+        ends = [
+            [100 * (row["right"]["value"] - row["right"]["low"]) for row in bins],
+            [100 * (row["right"]["high"] - row["right"]["value"]) for row in bins],
+        ]
+        ax.plot([0, 100], [0, 100], color="grey", linewidth=1)
+        ax.errorbar([100 * row["confidence"] for row in bins], right, yerr=ends, fmt="o", capsize=3)
+        ax.set_xlabel("confidence x 100")
+        ax.set_ylabel("right answers x 100, with 95% interval")
+        ax.set_title(f"{self.record['dataset']}: {self.record['confidence']['all']['rows']:,} answers")
+        ax.grid(alpha=0.3)
+        return ax
+
     def __str__(self) -> str:
         return metrics_text(self.to_dict())
 
@@ -211,9 +238,11 @@ def metrics_text(result: Mapping[str, Any]) -> str:
         limit = result["settings"]["max_new_tokens"]
         lines.append(f"{100 * share:.1f}% of the generated answers end at the limit of {limit} tokens")
     lines += ignored_signs_text(result)
+    lines += [*confidence_text(result), *conformal_text(result)]
     lines += ["", choice_text(result["choices"])] if result.get("choices") else []
     lines += ["", strata_text(result["strata"])] if result.get("strata") else []
     lines += ["", reliance_text(result["reliance"])] if result.get("reliance") else []
+    lines += grounding_text(result["grounding"]) if result.get("grounding") else []
     speed = f"{result['seconds']:.1f} s, {result['pairs_per_second']:.1f} pairs/s"
     written = f" Written: {result['out']}" if result["out"] else ""
     return "\n".join([*lines, f"{speed}; {result['notice']}.{written}"])
@@ -245,7 +274,8 @@ def read_evaluation(directory: Path | str) -> Evaluation:
             examples.append(Example(row["id"], tuple(row["images"]), *fields, "", meta, (), options))
             choice = choice_from_json(row["choice"]) if "choice" in row else None
             answer = row["prediction"], row.get("score"), row.get("finish_reason")
-            predictions.append(Prediction(row["id"], *answer, choice))
+            shares, abstained = row.get("candidates"), row.get("abstained", False)
+            predictions.append(Prediction(row["id"], *answer, choice, shares, abstained))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{path}, line {number}: not a prediction row. Evaluate again.") from error
     if split_hash([example.id for example in examples]) != record.get("split_hash"):

@@ -128,7 +128,8 @@ def score_closed_candidates(
     for example, log_probs in scored:
         shares = log_shares(log_probs)
         best = max(range(len(candidates)), key=shares.__getitem__)
-        predictions.append(Prediction(example.id, candidates[best], finite(shares[best])))
+        by_word = {word: math.exp(value) for word, value in zip(candidates, shares, strict=True)}
+        predictions.append(Prediction(example.id, candidates[best], finite(shares[best]), shares=by_word))
     return predictions
 
 

@@ -164,6 +164,23 @@ def test_reports_show_word_differences(tmp_path: Path) -> None:
     assert {"gain 1", "loss 1", "down gain 1", "up value 0"} <= {option["value"] for option in page.all("option")}
 
 
+def test_the_bins_of_the_confidence_are_a_table(tmp_path: Path) -> None:
+    interval = {"value": 0.25, "low": 0.1, "high": 0.5}
+    report = {
+        "mean_confidence": 0.62,
+        "right": interval,
+        "ece": {**interval, "bins": 10},
+        "aurc": interval,
+        "bins": [{"from": 0.6, "to": 0.7, "rows": 12, "confidence": 0.62, "right": interval}],
+        "risk_coverage": [{"coverage": 0.5, "risk": 0.5, "confidence": 0.61}],
+    }
+    run = write_vqa_run(tmp_path / "a", {0}, confidence={"all": report})
+    page, _ = write_page(tmp_path / "page.html", run, images=False)
+    assert {"60 to 70", "12", "25.0"} <= set(page.words)
+    assert any(line.startswith("confidence (all): mean 62.0, right 25.0, ECE 25.0 [10.0, 50.0]") for line in page.words)
+    assert any(mark["class"] == "mark" and mark["x"] == "62.0" for mark in page.all("rect"))
+
+
 def test_the_limit_applies_to_rows_and_not_to_tables(tmp_path: Path) -> None:
     run = write_vqa_run(tmp_path / "a", set(range(10)), TEST_QUESTIONS, data=DATA)
     page, result = write_page(tmp_path / "page.html", run, limit=8, pixels=32)

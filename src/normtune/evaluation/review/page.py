@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from normtune.adapters.info import NOTICE
 from normtune.data.options import DataOptions
-from normtune.data.records import Dataset, Example
+from normtune.data.records import Dataset, Example, confidence
 from normtune.data.registry import open_configured
 from normtune.errors import InputError
 from normtune.evaluation.compare import read_runs
@@ -28,6 +27,8 @@ from normtune.evaluation.review.rows import (
 )
 from normtune.evaluation.review.thumbnails import Progress, Thumbnail, thumbnails
 from normtune.evaluation.review.word_diff import word_difference
+from normtune.metrics.calibration import confidence_text
+from normtune.metrics.conformal import conformal_text
 from normtune.runtime.files import write_text
 from normtune.runtime.templates import render_template
 
@@ -156,6 +157,15 @@ def _render_page(
         sentence=sentence,
         everything=count_rows(rows, "all"),
         tables=[_table(field, values, by_id) for field, values in strata.items()],
+        confidence=[
+            (
+                run.name,
+                [*confidence_text(run.record), *conformal_text(run.record)],
+                run.record["confidence"]["all"]["bins"],
+            )
+            for run in runs
+            if run.record.get("confidence")
+        ],
         filters=[(field, field.replace("_", " "), list(values)) for field, values in strata.items()],
         sorts=_sort_options(runs, selected),
         outcomes=_outcome_options(runs),
@@ -274,6 +284,6 @@ def _prediction_data(prediction: RunPrediction, row: Row) -> dict[str, Any]:
         "value": prediction.value,
         "right": prediction.value == 1,
         "recall": prediction.recall,
-        "confidence": None if prediction.score is None else math.exp(min(0.0, prediction.score)),
+        "confidence": confidence(prediction.score),
         "pieces": word_difference(prediction.text, row.example.answer) if is_report else [],
     }

@@ -6,7 +6,6 @@ nothing. No parameter is ignored.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
@@ -14,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from normtune.data.records import confidence
 from normtune.serving.engine.requests import Reply, ServedAdapter
 from normtune.serving.http.paths import NAME_PATTERN
 
@@ -254,11 +254,6 @@ def validation_message(errors: Any, skip: int = 0) -> tuple[str, str]:
     else:
         sentence = error["msg"]
     return field, f"{field or 'the body'}: {sentence[:1].lower()}{sentence[1:]}."
-
-
-def confidence(score: float | None) -> float | None:
-    """Return exp of the mean log-probability of the answer's tokens, at most 1."""
-    return None if score is None else math.exp(min(score, 0.0))
 
 
 def _envelope(id: str, kind: str, model: str) -> dict[str, Any]:
