@@ -125,7 +125,8 @@ def test_stopped_run_resumes_to_the_same_curve_and_adapter(base: Path, tmp_path:
     assert scores(resumed) == scores(whole)
     assert (resumed.best_step, resumed.steps, resumed.stopped_early) == (whole.best_step, whole.steps, True)
     assert adapter_bytes(tmp_path / "resumed") == adapter_bytes(tmp_path / "whole")
-    assert (resumed.total_seconds or 0) > resumed.seconds
+    assert resumed.total_seconds is not None
+    assert (resumed.total_seconds > resumed.seconds) == (resumed.resumed_from_step is not None)
 
 
 def test_run_killed_after_its_early_stop_only_writes_its_files(

@@ -161,11 +161,7 @@ def open_model(model: Model, adapter: Adapter | None, **options: str | None) -> 
 
 
 def loaded_or_none(model: Any) -> Family | None:
-    """Return the model if it is loaded, None if it is a name.
-
-    Raises:
-        InputError: it is neither.
-    """
+    """Return the model if it is loaded, None if it is a name; raise an `InputError` if it is neither."""
     if isinstance(model, Family):
         return model
     if not isinstance(model, str | Path):
@@ -198,11 +194,7 @@ def refuse_options(names: Sequence[str], function: str) -> None:
 
 
 def check_is_base(model: object) -> None:
-    """Check that there is no adapter in a loaded model.
-
-    Raises:
-        InputError: there is one.
-    """
+    """Raise an `InputError` if there is an adapter in a loaded model."""
     if isinstance(model, Family) and model.adapter is not None:
         raise InputError(
             f"the model has an adapter in it ('{model.adapter.recipe}'). Remove it: normtune.restore_base(tuned)."

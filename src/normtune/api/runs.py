@@ -46,7 +46,7 @@ def train(
     """
     from normtune.api.models import check_is_base
     from normtune.training.config import TrainConfig
-    from normtune.training.progress import PrintProgress
+    from normtune.training.objective import PrintProgress
     from normtune.training.train import train
 
     config, family, dataset = _read_options(TrainConfig, model, data, {**options, "tune": tune, "out": out})

@@ -38,11 +38,7 @@ class Benchmark:
 
 
 def find_benchmarks() -> dict[str, Benchmark]:
-    """Return every benchmark by its name. The scripts are parsed, but not imported.
-
-    Raises:
-        InputError: the package was installed without its source.
-    """
+    """Return every benchmark of a source checkout by its name. The scripts are parsed, but not imported."""
     scripts = sorted(FOLDER.glob("*.py"))
     if not scripts:
         raise InputError(
@@ -65,11 +61,7 @@ def list_benchmarks(benchmarks: dict[str, Benchmark]) -> str:
 
 
 def run_benchmark(name: str, arguments: Sequence[str]) -> None:
-    """Run a benchmark in this process with its own options. It prints its table to stdout.
-
-    Raises:
-        InputError: there is no such benchmark, or its options are not valid.
-    """
+    """Run a benchmark in this process, which prints its table; an `InputError` for unknown names and options."""
     benchmarks = find_benchmarks()
     if name not in benchmarks:
         raise InputError(
@@ -90,11 +82,7 @@ def run_benchmark(name: str, arguments: Sequence[str]) -> None:
 
 
 def benchmark_record(name: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """Run a benchmark and return the JSON record that it writes. Its printed output goes to stderr.
-
-    Raises:
-        InputError: see `run_benchmark`; or the benchmark wrote no record.
-    """
+    """Run a benchmark and return the JSON record that it must write. Its printed output goes to stderr."""
     with TemporaryDirectory() as folder:
         out_option = _out_option(arguments)
         out = out_option or Path(folder) / "record.json"
@@ -103,8 +91,7 @@ def benchmark_record(name: str, arguments: Sequence[str]) -> dict[str, Any]:
         record_file = out / RECORD_FILE if out.is_dir() else out
         if not record_file.is_file():
             raise InputError(f"benchmark {name} wrote no record to {out}. Run it without --json.")
-        record: dict[str, Any] = read_json(record_file)
-        return record
+        return read_json(record_file)
 
 
 def _out_option(arguments: Sequence[str]) -> Path | None:

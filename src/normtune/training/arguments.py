@@ -17,8 +17,12 @@ def training_arguments(setup: TrainingSetup, batches: EpochBatches) -> TrainingA
     """Return the arguments of HF's Trainer for a run, on the device of its base."""
     config, family, validates = setup.config, setup.family, setup.validation is not None
     save_every, sharded = config.save_every, distributed.is_sharded()
+    of_epoch = steps_an_epoch(config, batches)
     if validates and save_every is None:
-        save_every = steps_an_epoch(config, batches)  # HF saves steps at their end, after the validation
+        save_every = of_epoch  # HF saves steps at their end, after the validation
+    eval_steps = None
+    if config.validate_every is not None:
+        eval_steps = of_epoch if config.validate_every == "epoch" else int(config.validate_every)
     on_gpu = family.device.type == "cuda"
     arguments = TrainingArguments(
         output_dir=str(config.out / "checkpoints"),
@@ -28,7 +32,8 @@ def training_arguments(setup: TrainingSetup, batches: EpochBatches) -> TrainingA
         max_steps=config.max_steps or -1,  # -1: as many as `num_train_epochs` needs
         # recorded by trackers only: the optimiser has one rate per method
         learning_rate=max(config.learning_rate(name) for name in set(setup.tuned.methods.values())),
-        lr_scheduler_type=scheduler_name(config),  # multiplies the rate of every parameter group
+        # it multiplies the rate of every parameter group; in transformers "constant" has no warmup, the others have
+        lr_scheduler_type="constant_with_warmup" if config.schedule == "constant" else config.schedule,
         warmup_steps=int(config.warmup * optimizer_steps(config, batches)),
         weight_decay=config.weight_decay,  # recorded by trackers only; see `create_optimizer`
         max_grad_norm=config.max_grad_norm,
@@ -37,9 +42,9 @@ def training_arguments(setup: TrainingSetup, batches: EpochBatches) -> TrainingA
         # the one that is written, and the last complete one; HF keeps the one of the best step besides
         save_total_limit=3 if validates else 2,
         eval_strategy="steps" if validates else "no",
-        eval_steps=validation_steps(config, batches),
+        eval_steps=eval_steps,
         logging_strategy="steps",
-        logging_steps=logging_steps(config, batches),
+        logging_steps=max(1, batches.steps // (4 * config.accumulate)),  # four entries per epoch
         report_to=config.tracker,
         seed=config.seed,
         data_seed=config.seed,
@@ -76,21 +81,3 @@ def steps_an_epoch(config: TrainConfig, batches: EpochBatches) -> int:
 def optimizer_steps(config: TrainConfig, batches: EpochBatches) -> int:
     """Return the number of optimiser steps of the whole run."""
     return config.max_steps or math.ceil(config.epochs * steps_an_epoch(config, batches))
-
-
-def validation_steps(config: TrainConfig, batches: EpochBatches) -> int | None:
-    """Return the optimiser steps between two validations; None without validation."""
-    if config.validate_every is None:
-        return None
-    return steps_an_epoch(config, batches) if config.validate_every == "epoch" else int(config.validate_every)
-
-
-def logging_steps(config: TrainConfig, batches: EpochBatches) -> int:
-    """Return the optimiser steps between two entries of the loss log: four entries per epoch."""
-    return max(1, batches.steps // (4 * config.accumulate))
-
-
-def scheduler_name(config: TrainConfig) -> str:
-    """Return transformers' name of the run's schedule."""
-    # cosine and linear have a warmup in transformers anyway, constant has it under another name
-    return {"constant": "constant_with_warmup"}.get(config.schedule, config.schedule)

@@ -121,7 +121,6 @@ def build_collator(
     Args:
         examples: all examples of the run. An image's hidden states are computed with all of its questions.
         use_caches: False under FSDP, where no process has a whole encoder to compute the outputs with.
-        limit_bytes: memory for each cache.
 
     Raises:
         InputError: the cache's folder cannot be made, or an image cannot be read.

@@ -150,11 +150,7 @@ class TrainConfig(DataOptions):
 
 
 def _part_rates(text: str | None) -> dict[str, float]:
-    """Parse `vision=1e-3,decoder=3e-4`.
-
-    Raises:
-        ValueError: a part is unknown or given twice, or a rate is not above 0.
-    """
+    """Parse `vision=1e-3,decoder=3e-4`."""
     rates: dict[str, float] = {}
     for entry in text.split(",") if text is not None else ():
         part, _, rate = (word.strip() for word in entry.partition("="))

@@ -13,7 +13,6 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -99,12 +98,15 @@ def full_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 def load_state(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None:
     """Load an unsharded state into the optimiser of a run with any number of processes."""
     # a state's key is the index of its parameter, counted over all parameter groups
-    parameters = _parameters(optimizer.param_groups)
+    parameters: list[Tensor] = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def shard(value: Any, parameter: Tensor) -> Any:
+        # AdamW's means are elementwise, its count of steps is not
+        is_elementwise = isinstance(value, Tensor) and value.shape == parameter.shape
+        return _shard_like(value, parameter) if is_elementwise else value
+
     state = {
-        index: {
-            key: _shard_like(value, parameters[index]) if _has_shape_of(value, parameters[index]) else value
-            for key, value in entry.items()
-        }
+        index: {key: shard(value, parameters[index]) for key, value in entry.items()}
         for index, entry in stored["state"].items()
     }
     # the kernel is this run's: a fused one needs all parameters on a GPU
@@ -113,12 +115,3 @@ def load_state(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None
         for stored_group, group in zip(stored["param_groups"], optimizer.param_groups, strict=True)
     ]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def _has_shape_of(value: Any, parameter: Tensor) -> bool:
-    """Whether a value of the state is elementwise (AdamW's means are, its count of steps is not)."""
-    return isinstance(value, Tensor) and value.shape == parameter.shape
-
-
-def _parameters(groups: Iterable[dict[str, Any]]) -> list[Tensor]:
-    return [parameter for group in groups for parameter in group["params"]]

@@ -98,8 +98,7 @@ def check_identity(
 def _finished_identity(out: Path) -> dict[str, Any]:
     """The identity of the run that wrote the adapter in `out`; adapters of version 0.1 do not record their rows."""
     if (out / RUN_FILE).is_file():
-        stored: dict[str, Any] = read_json(out / RUN_FILE)
-        return stored
+        return read_json(out / RUN_FILE)
     path = out / "train_config.json"
     options: dict[str, Any] = read_json(path) if path.is_file() else {}
     options.pop("device", None)  # as given, not as resolved

@@ -65,7 +65,6 @@ def add_memory_plan(model: str, tune: str | None, options: Mapping[str, Any], re
     Args:
         options: options of `TrainConfig` by name; those that are None are not set. Without `data` there is no
             plan.
-        report: the inspection, from `inspect_model`.
 
     Raises:
         InputError: there are options but no `data`, or planning fails; see `plan_memory`.

@@ -37,12 +37,7 @@ MAX_GRAPHS = 16
 
 @contextmanager
 def replace_forwards(model: nn.Module, replacements: Mapping[str, Forward]) -> Iterator[None]:
-    """Replace the `forward` of modules inside the block, and restore them afterwards.
-
-    Args:
-        replacements: module name -> the function that replaces its `forward`. Hooks of a module still run,
-            outside of the function.
-    """
+    """Replace the `forward` of modules by name inside the block; their hooks still run, outside of the function."""
     # an instance's `forward`, where there is one, hides the class's; None: the instance had none
     previous: list[tuple[nn.Module, Forward | None]] = []
     try:
@@ -106,10 +101,8 @@ def compile_layers(model: nn.Module, enabled: bool = True, *, backend: Any = "in
     if not enabled:
         yield []
         return
-    from torch._dynamo.exc import (  # importing the compiler takes a second
-        BackendCompilerFailed,
-        FailOnRecompileLimitHit,
-    )
+    # here, since importing the compiler takes a second
+    from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
 
     names = [name for name, (part, _) in layers(model).items() if part == "language"]
     # dynamic: the number and the length of rows differ from batch to batch; one graph serves all of them

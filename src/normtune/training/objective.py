@@ -1,4 +1,4 @@
-"""What the Trainer is given in place of a model and a dataset: the family's loss, and the groups of a batch."""
+"""What the Trainer is given: the family's loss as its model, the groups of a batch as its data, and a progress bar."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.utils.data import Dataset as TorchDataset
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from normtune.data.batches import EpochBatches
 from normtune.data.records import Example
 from normtune.models.family import Family
+from normtune.runtime.progress import ProgressBar
 
 
 class Objective(nn.Module):
@@ -82,3 +84,28 @@ class IdentityDataset(TorchDataset[list[list[Example]]]):
         here.
         """
         self.batches.set_epoch(epoch)
+
+
+class PrintProgress(TrainerCallback):
+    """Shows the step and the loss of a run; never texts, which may be patient data."""
+
+    def __init__(self) -> None:
+        self.bar = ProgressBar("training")
+        self.loss = ""
+        self.validation = ""
+
+    # the hooks of HF's TrainerCallback; a resumed run starts at its step
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.bar.update(state.global_step, state.max_steps, self.loss)
+
+    on_train_begin = on_step_end
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.loss = f"loss {logs['loss']:.4f}{self.validation}"
+        elif logs and "eval_validation_loss" in logs:
+            self.validation = f", validation {logs['eval_validation_loss']:.4f}"
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.bar.close()

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from normtune.data.sampling import sampling_text
 from normtune.errors import InputError
-from normtune.methods.adapt import TunedModel
 from normtune.runtime import distributed, memory
 from normtune.runtime.files import read_json
 from normtune.runtime.notebook import Result, axes_or_new
 from normtune.training.changes import Change, change_report, norm_changes
-from normtune.training.config import TrainConfig
-from normtune.training.validation import LOSS, CurvePoint, best_point, is_stopped
+from normtune.training.validation import LOSS, CurvePoint, best_point, curve, is_stopped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from normtune.training.setup import TrainingSetup
+    from normtune.training.trainer import AdapterTrainer
 
 
 @dataclass(frozen=True)
@@ -154,11 +155,7 @@ class TrainResult(Result):
 
 
 def read_result(out: Path) -> TrainResult:
-    """Read the result of the finished run in a folder.
-
-    Raises:
-        InputError: the file is missing or damaged.
-    """
+    """Read the result of the finished run in a folder; an `InputError` if it is missing or damaged."""
     stored = read_json(out / "train_result.json")
     names = {field.name for field in fields(TrainResult)}  # files of version 0.1 have an entry more
     try:
@@ -170,43 +167,31 @@ def read_result(out: Path) -> TrainResult:
 
 
 def build_result(
-    config: TrainConfig,
-    tuned: TunedModel,
-    before: Mapping[str, Tensor],
-    losses: Sequence[tuple[int, float]],
-    *,
-    pairs: int,
-    steps: int,
-    resumed_pairs: int,
-    resumed_from_step: int | None,
-    seconds: float,
-    total_seconds: float,
-    validation_seconds: float,
-    base_bytes: int,
-    passes: float | None,
-    curve: tuple[CurvePoint, ...],
-    metric: str | None,
-    computed_once: str | None,
-    device: torch.device,
-    sampling: dict[str, dict[str, Any]] | None,
+    setup: TrainingSetup, before: Mapping[str, Tensor], trainer: AdapterTrainer, base_bytes: int
 ) -> tuple[TrainResult, dict[str, Any]]:
     """Compare the trained values with those before training and collect the result of a run.
 
     Args:
         before: copies of `tuned.trained` from before training, by name.
-        losses: the loss log, (step, mean loss per answer token since the previous entry).
-        device: where the base was trained.
+        trainer: the run, which has ended.
         base_bytes: memory of the process, or of the device, before training.
-        sampling: what was repeated and left out in each epoch.
-        curve: the validations, and `metric` what chose the best of them.
-        resumed_pairs: pairs of `pairs` that were seen before the last start, to which `seconds` does not extend.
 
     Returns:
         The result, and a description for `adapter.json`: the loss log and one row per norm.
     """
+    config, tuned, checkpoint, device = setup.config, setup.tuned, trainer.checkpoint, trainer.args.device
+    # HF's log also has rows of other kinds, such as the summary at the end
+    losses = [(int(row["step"]), row["loss"]) for row in trainer.state.log_history if "loss" in row]
+    points, steps = curve(trainer.state.log_history), trainer.state.global_step
+    # what was repeated and left out in each epoch
+    sampler = trainer.batches.sampler
+    sampling = None if sampler is None else sampler.counts(math.ceil(trainer.state.epoch or 0))
     changes = change_report(before, tuned)
+    pairs = sum(distributed.all_gather(trainer.pairs_seen))
     peak = max(distributed.all_gather(memory.peak_memory_bytes(device)))
     above_base = max(distributed.all_gather(memory.peak_memory_bytes(device) - base_bytes))
+    total_seconds = trainer.train_seconds()
+    seconds = total_seconds - (0.0 if checkpoint is None else checkpoint.train_seconds)  # since the last start
     result = TrainResult(
         out=str(config.out),
         recipe=str(tuned.recipe),
@@ -216,33 +201,34 @@ def build_result(
         pairs=pairs,
         steps=steps,
         seconds=seconds,
-        pairs_per_second=(pairs - resumed_pairs) / seconds,
+        pairs_per_second=(pairs - (0 if checkpoint is None else checkpoint.pairs_seen)) / seconds,
         peak_memory_bytes=peak,
         device=str(device),
         dtype=config.dtype,
-        computed_once=computed_once,
+        computed_once=setup.collate.cached_states,
         final_loss=losses[-1][1] if losses else None,
         changed=changes.share,
         changes=changes.changes,
         warning=changes.warning,
-        resumed_from_step=resumed_from_step,
+        resumed_from_step=None if checkpoint is None else checkpoint.step,
         left_out=tuned.left_out,
         total_seconds=total_seconds,
-        validation_seconds=validation_seconds,
+        validation_seconds=trainer.validation_seconds,
         peak_above_base_bytes=above_base,
-        passes=passes,
-        curve=curve,
+        passes=trainer.state.epoch,
+        curve=points,
         sampling=sampling,
     )
-    if metric is not None:
-        best = best_point(curve, metric)
+    if trainer.validation is not None:
+        metric = trainer.validation.metric
+        best = best_point(points, metric)
         result = replace(
             result,
             validation_metric=metric,
             best_step=best.step,
             best_score=best.validation_loss if metric == LOSS else best.metrics[metric],
             adapter_step=steps if config.keep == "last" else best.step,
-            stopped_early=is_stopped(curve, metric, config.patience),
+            stopped_early=is_stopped(points, metric, config.patience),
         )
-    description = {"loss": [*losses], "norms": norm_changes(before, tuned)}
+    description = {"loss": losses, "norms": norm_changes(before, tuned)}
     return result, description | ({} if sampling is None else {"sampling": sampling})

@@ -31,28 +31,22 @@ from normtune.training.identity import option_identity
 
 @dataclass
 class TrainingSetup:
-    """Everything that a run needs besides a checkpoint to resume from.
-
-    Attributes:
-        tuned: `family.model`, adapted by the recipe.
-        rows: digests of the examples and their pictures; None in runs that are neither resumed nor saved.
-        base_fingerprint: identifies the base before it was adapted; see `normtune.adapters.fingerprint`.
-        preflight: the counts of the rows, with the limits of their texts.
-        validation: the validation rows; None: the run does not validate. `validation_digest` is their digest.
-        collate: builds batches, with the caches that the recipe allows.
-    """
+    """Everything that a run needs besides a checkpoint to resume from."""
 
     config: TrainConfig
     dataset: Dataset
     examples: Sequence[Example]
     family: Family
-    tuned: TunedModel
+    tuned: TunedModel  # `family.model`, adapted by the recipe
+    # digests of the examples and their pictures; None in runs that are neither resumed nor saved
     rows: TrainingRows | None = None
+    # identifies the base before it was adapted; see `normtune.adapters.fingerprint`
     base_fingerprint: str | None = None
-    preflight: Preflight | None = None
+    preflight: Preflight | None = None  # the counts of the rows, with the limits of their texts
+    # the validation rows; None: the run does not validate. `validation_digest` is their digest
     validation: Split | None = None
     validation_digest: str | None = None
-    collate: Collator = field(init=False)
+    collate: Collator = field(init=False)  # builds batches, with the caches that the recipe allows
 
     def __post_init__(self) -> None:
         if not self.tuned.trained:
@@ -89,9 +83,6 @@ def validation_identity(digest: str | None) -> dict[str, Any]:
 
 def read_examples(config: TrainConfig, dataset: Dataset | None = None) -> tuple[Dataset, Split]:
     """Open the dataset of a run and select the examples to train on.
-
-    Args:
-        dataset: the dataset if it is open already.
 
     Raises:
         InputError: the data cannot be read, or the split does not exist.

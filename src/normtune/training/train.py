@@ -7,7 +7,6 @@ save_run  writes the adapter, the options and the result, and deletes the checkp
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -44,7 +43,7 @@ from normtune.training.saved_activations import save_fewer_activations
 from normtune.training.setup import TrainingSetup, build_setup, find_run_strata, read_examples, validation_identity
 from normtune.training.token_counts import count_tokens
 from normtune.training.trainer import AdapterTrainer
-from normtune.training.validation import curve, read_validation
+from normtune.training.validation import read_validation
 
 
 def train(
@@ -61,7 +60,6 @@ def train(
     torchrun or accelerate launch every process calls this function, and the first process writes the files.
 
     Args:
-        config: the options of the run.
         family: the loaded base; it is the base again afterwards. None: `config.model` is loaded.
         dataset: the opened dataset; None: `config.data` is opened.
         progress: a callback that shows the progress, such as `PrintProgress`.
@@ -74,12 +72,8 @@ def train(
     distributed.init_processes(config.device)
     # resolved once: checkpoints and results name the dtype that was used, and a loaded base stays where it is
     device = resolve_device(config.device) if family is None else family.device
-    config = config.model_copy(
-        update={
-            "dtype": resolve_dtype(config.dtype, device),
-            "device": config.device if family is None else str(device),
-        }
-    )
+    updates = {"dtype": resolve_dtype(config.dtype, device)} | ({} if family is None else {"device": str(device)})
+    config = config.model_copy(update=updates)
     # tight is for machines with little memory: freed blocks return to the system at once
     if config.memory == "tight":
         memory.release_freed_memory()
@@ -236,24 +230,4 @@ def fit(setup: TrainingSetup, *, progress: TrainerCallback | None = None) -> tup
     # the shards in the model stay; files and reports need the full tensors
     if distributed.is_sharded():
         tuned.trained = {name: nn.Parameter(value) for name, value in trainer.trained_values().items()}
-    return build_result(
-        config,
-        tuned,
-        before,
-        # HF's log also has rows of other kinds, such as the summary at the end
-        [(int(row["step"]), row["loss"]) for row in trainer.state.log_history if "loss" in row],
-        pairs=sum(distributed.all_gather(trainer.pairs_seen)),
-        steps=trainer.state.global_step,
-        resumed_pairs=0 if checkpoint is None else checkpoint.pairs_seen,
-        resumed_from_step=None if checkpoint is None else checkpoint.step,
-        seconds=trainer.train_seconds() - (0.0 if checkpoint is None else checkpoint.train_seconds),
-        total_seconds=trainer.train_seconds(),
-        validation_seconds=trainer.validation_seconds,
-        base_bytes=base_bytes,
-        passes=trainer.state.epoch,
-        curve=curve(trainer.state.log_history),
-        metric=None if trainer.validation is None else trainer.validation.metric,
-        computed_once=setup.collate.cached_states,
-        device=trainer.args.device,
-        sampling=None if batches.sampler is None else batches.sampler.counts(math.ceil(trainer.state.epoch or 0)),
-    )
+    return build_result(setup, before, trainer, base_bytes)

@@ -209,13 +209,10 @@ class AdapterTrainer(Trainer):
 
     def train_seconds(self) -> float:
         """Seconds of training so far, those before a resume included; without set-up and validation."""
-        earlier, earlier_validation = (
-            (0.0, 0.0)
-            if self.checkpoint is None
-            else (self.checkpoint.train_seconds, self.checkpoint.validation_seconds)
-        )
+        start = self.checkpoint
+        earlier = 0.0 if start is None else start.train_seconds + start.validation_seconds
         since = 0.0 if self._started is None else time.perf_counter() - self._started
-        return earlier + since - (self.validation_seconds - earlier_validation)
+        return earlier + since - self.validation_seconds
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Validate, log the point of the curve, and have a checkpoint written of the best step and of the last one."""
@@ -287,11 +284,7 @@ class AdapterTrainer(Trainer):
         self.lr_scheduler.load_state_dict(scheduler)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint, then `run.json` with the run's identity and position, and last of all the mark.
-
-        Raises:
-            InputError: the files cannot be written.
-        """
+        """Write a checkpoint, then `run.json` with the run's identity and position, and last of all the mark."""
         try:
             super()._save_checkpoint(model, trial)
         except OSError as error:
@@ -328,11 +321,7 @@ class AdapterTrainer(Trainer):
             self.pairs_seen = checkpoint.pairs_seen
 
     def _load_values(self, folder: Path) -> None:
-        """Load the trained values of a checkpoint into the model.
-
-        Raises:
-            InputError: they are of other parameters.
-        """
+        """Load the trained values of a checkpoint into the model."""
         stored = load_file(folder / TRAINED_FILE)
         if stored.keys() != self._holders.keys():
             raise InputError(

@@ -101,8 +101,7 @@ class MemoryPlan:
                 return {keys.get(key, key): renamed(entry) for key, entry in value.items()}
             return [renamed(entry) for entry in value] if isinstance(value, tuple | list) else value
 
-        plan: dict[str, Any] = renamed(asdict(self))
-        return plan
+        return renamed(asdict(self))
 
 
 def plan_memory(config: TrainConfig) -> MemoryPlan:

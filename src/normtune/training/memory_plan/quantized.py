@@ -71,11 +71,7 @@ def insert_placeholders(linears: Iterable[nn.Linear], kind: str) -> None:
 
 
 def linear_bytes(sizes: Iterable[tuple[int, int]], kind: str | None, itemsize: int) -> int:
-    """Return the bytes of linear layers with these sizes (out, in).
-
-    Args:
-        kind: int8 or nf4; None: not quantised, with `itemsize` bytes per value.
-    """
+    """The bytes of linears with these sizes (out, in), quantised to a kind; None: with `itemsize` bytes per value."""
     total = 0
     for rows, columns in sizes:
         values = rows * columns
