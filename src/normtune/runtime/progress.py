@@ -83,11 +83,7 @@ class _NotebookBar:
 
 @contextmanager
 def progress_bar(description: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """Show a progress bar while the context is open.
-
-    Yields:
-        A function `tick(done, total)` that updates the bar; the first call draws it. None if `quiet`.
-    """
+    """Yield a function `tick(done, total)` that draws a progress bar while the context is open; None if `quiet`."""
     bar = ProgressBar(description)
     try:
         yield None if quiet else bar.update

@@ -25,11 +25,7 @@ def text_table(rows: Iterable[Sequence[str]], align: str = "lr") -> list[str]:
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], align: str = "lr") -> list[str]:
-    """The lines of a Markdown table; bars in cells are escaped and line ends are replaced by blanks.
-
-    Args:
-        align: l (left) or r (right) for each column; the last letter counts for all further columns.
-    """
+    """The lines of a Markdown table, aligned as in `text_table`; bars are escaped, line ends replaced by blanks."""
     sides = align.ljust(len(header), align[-1])
     lines = [
         "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in row) + " |" for row in (header, *rows)

@@ -62,11 +62,7 @@ def read_yaml(path: Path, name: str, fields: str) -> YamlFile:
 
 
 def field_errors(error: ValidationError, known_fields: Callable[[FieldPath], Sequence[str]]) -> list[FieldError]:
-    """Convert the errors of pydantic.
-
-    Args:
-        known_fields: returns the fields that the section of a path may have.
-    """
+    """Convert the errors of pydantic; `known_fields` returns the fields that the section of a path may have."""
     return [_convert_error(fault, known_fields) for fault in error.errors()]
 
 

@@ -162,11 +162,7 @@ def _base_fingerprint(job: CellJob) -> str | None:
 
 
 def _evaluate_or_read(job: CellJob, evaluation: Evaluation, adapted: bool) -> dict[str, Any]:
-    """Run one evaluation of the cell, or read the scores of a finished one.
-
-    Returns:
-        The fields of `metrics.json` that no other file holds, with the data set, role, task and split.
-    """
+    """Run or read one evaluation: the fields of `metrics.json` that no other file has, and what is evaluated."""
     from normtune.evaluation.evaluate import evaluate_config
 
     folder = job.directory / "evaluations" / evaluation.folder

@@ -125,11 +125,7 @@ class Changes:
 
 
 def move_aside(directory: Path, changed: Iterable[str]) -> list[Path]:
-    """Move what has changed aside, so that it runs again: the whole cell, or some of its evaluations.
-
-    Returns:
-        Where the former files are now.
-    """
+    """Move a whole cell, or some of its evaluations, aside, so that it runs again; return where the files are now."""
     changed = set(changed)
     sources = [directory] if TRAINING in changed else [directory / "evaluations" / name for name in sorted(changed)]
     if TRAINING not in changed:

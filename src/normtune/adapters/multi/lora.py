@@ -160,11 +160,7 @@ class LoRABank:
             raise InputError(f"of the LoRA at {incomplete[0]} one matrix is missing")
 
     def pack_values(self, info: AdapterInfo, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """Pack the LoRA matrices of an adapter, which `check_fits` has accepted, into one row.
-
-        Returns:
-            [values] fp32 on the CPU, a row of `values`; None if the adapter has no LoRA.
-        """
+        """Pack LoRA matrices, which `check_fits` has accepted, into a row of `values` on the CPU; None without any."""
         names = [name for name, tensor in info.tensors.items() if tensor.method == "lora"]
         if not names:
             return None

@@ -29,12 +29,7 @@ Run = tuple[int, int, int]  # (adapter, first row, one past the last row)
 
 
 class RowAdapters:
-    """The adapter of each unit of a batch.
-
-    Args:
-        adapters: the adapter of each unit, in the order of the units in the batch. All units have equally many
-            rows.
-    """
+    """The adapter of each unit of a batch, in the order of the units; all units have equally many rows."""
 
     def __init__(self, adapters: Sequence[int]) -> None:
         assert adapters, "at least one unit"
@@ -95,10 +90,6 @@ class ActiveRows:
             self.adapters = before
 
     def select(self, units: Tensor) -> None:
-        """Continue with these units only, in this order; in generation some answers end before others.
-
-        Args:
-            units: [units that remain] long, indices into the current units.
-        """
+        """Continue with these units only, in this order ([units]): in generation some answers end before others."""
         if self.adapters is not None:
             self.adapters = RowAdapters([self.adapters.adapters[unit] for unit in units.tolist()])

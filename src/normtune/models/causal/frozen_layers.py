@@ -85,11 +85,7 @@ class CausalTrunk(FrozenTrunk):
 
 
 def causal_trunk(family: CausalFamily, trained: Collection[nn.Parameter]) -> CausalTrunk | None:
-    """The trunk of a model: its layers before the first trained one.
-
-    Returns:
-        None if the first layer is trained, or anything before the layers, such as the vision tower.
-    """
+    """The layers of a model before the first trained one; None if that is layer 0, or something before the layers."""
     trained_ids = {id(parameter) for parameter in trained}
     decoder = family.decoder
     by_layer = [parameter_ids(layer) & trained_ids for layer in decoder.layers]

@@ -92,11 +92,7 @@ class MissForQuestionAnswering(PreTrainedModel):
         image_index: Sequence[int] | Tensor | None = None,
         view_index: Sequence[Sequence[int]] | None = None,
     ) -> Tensor:
-        """Encode questions with attention to their images; arguments as for `forward`.
-
-        Returns:
-            [segments, question length, width].
-        """
+        """Encode questions with attention to their images, as for `forward`: [segments, question length, width]."""
         image_mask = None
         if view_index is not None:
             views = torch.tensor(view_index)  # [groups, views], on the host

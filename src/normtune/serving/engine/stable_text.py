@@ -48,11 +48,7 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> str | None:
 
 
 def finish_answer(family: Family, answer: Answer, stop: Sequence[str]) -> tuple[str, int, FinishReason]:
-    """Cut an answer at its first stop text.
-
-    Returns:
-        Its text, the number of its tokens, including those of the stop text, and the finish reason.
-    """
+    """Cut an answer at its first stop text: its text, number of tokens (with the stop text) and finish reason."""
     if (text := cut_at_stop(answer.text, stop)) is not None:
 
         def is_cut(count: int) -> bool:

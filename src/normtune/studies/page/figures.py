@@ -178,11 +178,7 @@ def _cost_panels(
     format_value: Callable[[float], str],
     unit: float = 1,
 ) -> Iterator[Panel]:
-    """Scores on the data set that a recipe was trained on, against a cost of training.
-
-    Args:
-        column: its column in `cells`; a recipe without a value is left out.
-    """
+    """Scores on the data set that a recipe was trained on, against a cost of training: a column of `cells`."""
     for dataset in results.datasets(setting, "in"):
         metric = results.primary_metric(dataset)
         scores = [

@@ -166,11 +166,7 @@ class Results:
         return bool(((self.spec.get("datasets") or {}).get(dataset) or {}).get("folds"))
 
     def settings(self, *, curves: bool | None = None) -> list[Setting]:
-        """The settings of all trained cells, except the trials of searches, in the study's order.
-
-        Args:
-            curves: only those that compare shares of the data (True), or only the others (False).
-        """
+        """The settings of all cells but trials, in the study's order; `curves`: only those that (do not) compare shares."""
         settings: dict[Setting, None] = {}
         for cell in self.finished.values():
             for grid in cell.get("grids") or ():

@@ -17,11 +17,7 @@ FIELDS = [field for field in STRATUM_FIELDS if field != "kind"]  # closed and op
 
 
 def strata_tables(results: Results, setting: Setting, folder: Path) -> Iterator[Table]:
-    """For each data set and field, a table with a row for each value and a column for each recipe.
-
-    Args:
-        folder: the study's folder; without the evaluations in it there is no table.
-    """
+    """A table for each data set and field, from the evaluations in `folder`: a row a value, a column a recipe."""
     arms = results.full_data_arms(setting)
     cells = [cell for cell in results.finished.values() if cell["model"] == setting.model]
     keys_of = {"frozen base": {cell["key"] for cell in cells if cell.get("trained_on") is None}}
