@@ -166,7 +166,7 @@ class Results:
         return bool(((self.spec.get("datasets") or {}).get(dataset) or {}).get("folds"))
 
     def settings(self, *, curves: bool | None = None) -> list[Setting]:
-        """The settings of all cells but trials, in the study's order; `curves`: only those that (do not) compare shares."""
+        """The settings of all cells but trials, in the study's order; `curves`: those that (do not) compare shares."""
         settings: dict[Setting, None] = {}
         for cell in self.finished.values():
             for grid in cell.get("grids") or ():
