@@ -189,7 +189,7 @@ class CausalFamily(Family):
         return {FEATURES: flatten_features(output.pooler_output)}
 
     def input_embeddings(self, batch: Batch, features: dict[str, Tensor]) -> dict[str, Any]:
-        """The decoder's arguments: `inputs_embeds` [B, S, width] of tokens and features, and others in some families."""
+        """The decoder's arguments: `inputs_embeds` [B, S, width] of tokens and features; others in some families."""
         image = batch["input_ids"] == self.image_token_id  # [B, S]
         # the image token's id may be past the end of the embedding, hence token 0 in its place
         embeds = self.decoder.get_input_embeddings()(batch["input_ids"].masked_fill(image, 0))
