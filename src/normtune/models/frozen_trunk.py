@@ -25,17 +25,12 @@ TRUNK_DEPTH, TRUNK_STATES = "depth", "entering"
 
 
 class TrunkStates(NamedTuple):
-    """The trunk's output for one group; tensors on the CPU.
+    """The trunk's output for one group; tensors on the CPU."""
 
-    Attributes:
-        images: the values of each image that a batch still needs, such as its size or number of tokens.
-        prefix: states of the tokens that the segments share, [tokens, width]; no rows if they share none.
-        segments: states of each segment, [tokens, width].
-    """
-
+    # the values of each image that a batch still needs, such as its size or number of tokens
     images: tuple[Pixels, ...]
-    prefix: Tensor
-    segments: tuple[Tensor, ...]
+    prefix: Tensor  # states of the tokens that the segments share, [tokens, width]; no rows if they share none
+    segments: tuple[Tensor, ...]  # states of each segment, [tokens, width]
 
 
 class FrozenTrunk(ABC):

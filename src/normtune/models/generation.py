@@ -45,15 +45,10 @@ NEVER = -1.0e9  # added to a score that must not win, as in transformers
 
 @dataclass(frozen=True)
 class Generated:
-    """One answer.
+    """One answer."""
 
-    Attributes:
-        tokens: its tokens, including the end token if one was generated.
-        score: their mean log-probability.
-    """
-
-    tokens: tuple[int, ...]
-    score: float
+    tokens: tuple[int, ...]  # its tokens, including the end token if one was generated
+    score: float  # their mean log-probability
 
 
 def generate(

@@ -45,23 +45,14 @@ ParameterHolder = tuple[nn.Module, str]  # a module, and the name of its attribu
 
 @dataclass(frozen=True)
 class ParameterInfo:
-    """Part, role and layer of one parameter.
+    """Part, role and layer of one parameter."""
 
-    Attributes:
-        name: its name in `model.named_parameters()`; the first one if it is tied.
-        part: one of PARTS.
-        role: one of ROLES; "other" is what has no role of its own, such as a connector's projections.
-        layer: the number of its layer within the part, from 0; None outside the layers.
-        shape: its shape.
-        numel: how many values it has; of a quantised parameter, before quantisation.
-    """
-
-    name: str
-    part: str
-    role: str
-    layer: int | None
-    shape: tuple[int, ...]
-    numel: int
+    name: str  # its name in `model.named_parameters()`; the first one if it is tied
+    part: str  # one of PARTS
+    role: str  # one of ROLES; "other" is what has no role of its own, such as a connector's projections
+    layer: int | None  # the number of its layer within the part, from 0; None outside the layers
+    shape: tuple[int, ...]  # its shape
+    numel: int  # how many values it has; of a quantised parameter, before quantisation
 
     @property
     def is_bias(self) -> bool:

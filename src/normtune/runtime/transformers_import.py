@@ -45,7 +45,7 @@ def import_transformers() -> None:
 
 @contextmanager
 def without_scipy() -> Iterator[None]:
-    """Let what is imported of transformers inside the block believe that SciPy is not installed."""
+    """Inside the block, modules of transformers are imported as if SciPy were not installed."""
     import transformers.utils
 
     has_scipy = transformers.utils.is_scipy_available

@@ -148,8 +148,7 @@ def _train_or_read(job: CellJob) -> dict[str, Any]:
 
 def _read_training_result(adapter: Path) -> dict[str, Any]:
     """The contents of `train_result.json` without the adapter's path."""
-    result: dict[str, Any] = read_json(adapter / "train_result.json")
-    return {name: value for name, value in result.items() if name != "out"}
+    return {name: value for name, value in read_json(adapter / "train_result.json").items() if name != "out"}
 
 
 def _base_fingerprint(job: CellJob) -> str | None:

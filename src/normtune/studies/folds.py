@@ -21,7 +21,7 @@ from normtune.studies.spec import Data, Study
 
 
 def each_fold(options: Data) -> Sequence[int | None]:
-    """The folds of a data set that are its test split in turn; None alone if it has no folds."""
+    """The numbers of the folds of a data set, each of which is its test split in turn; [None] if it has no folds."""
     return range(options.folds) if options.folds else [None]
 
 

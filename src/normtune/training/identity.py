@@ -39,8 +39,7 @@ _log = logging.getLogger(__name__)
 
 def option_identity(config: TrainConfig) -> dict[str, Any]:
     """Return the options that decide the values of the adapter, with the resolved device."""
-    options = config.model_dump(mode="json", exclude=_NO_VALUES)
-    return options | {"device": resolve_device(config.device).type}
+    return config.model_dump(mode="json", exclude=_NO_VALUES) | {"device": resolve_device(config.device).type}
 
 
 def check_identity(

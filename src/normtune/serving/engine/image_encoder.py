@@ -74,7 +74,7 @@ class ImageEncoder:
         self.computed = self.reused = 0
 
     def encode(self, jobs: Sequence[Job]) -> dict[Job, Exception]:
-        """Set the encoded images of jobs with loaded adapters; return the errors of jobs with an image that fails."""
+        """Set the encoded images of jobs with loaded adapters; return the errors of images that cannot be encoded."""
         views = [(job, *view) for job in jobs for view in zip(job.image_keys, job.images, strict=True)]
         # One object for each image: families recognise a shared image by its identity.
         states: dict[ImageKey, Pixels | Exception] = {
