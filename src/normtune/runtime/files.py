@@ -70,14 +70,14 @@ def write_errors_as_input_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(
-            f"cannot write {path}: {error.strerror or error}. Free some space or choose another --out."
+            f"cannot write {path}: {error.strerror or error}. Free some space, or write to another place."
         ) from error
 
 
 def check_new_directory(path: Path) -> None:
     """Raise an `InputError` if `path` exists and is not an empty directory."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path} exists and is not an empty directory. Choose another --out, or remove it.")
+        raise InputError(f"{path} exists and is not an empty directory. Choose another one, or remove it.")
 
 
 @contextmanager

@@ -72,13 +72,10 @@ class ActiveRows:
     """The adapters of the rows that a group of layers currently processes.
 
     All layers that see the same units share one object: one for the image parts, one for the text parts.
-
-    Attributes:
-        adapters: set by the caller of the model (`use`); None: not set.
     """
 
     def __init__(self) -> None:
-        self.adapters: RowAdapters | None = None
+        self.adapters: RowAdapters | None = None  # set by the caller of the model (`use`); None: not set
 
     @contextmanager
     def use(self, row_adapters: RowAdapters | None) -> Iterator[None]:

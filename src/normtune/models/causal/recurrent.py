@@ -152,16 +152,12 @@ Forward = Callable[[Tensor, State | None], tuple[Tensor, State]]  # (states, pas
 
 
 class RunTree:
-    """Computes a recurrent layer over a layout; given in place of its attention mask.
-
-    Attributes:
-        last: with `keep_states`, layer -> its states after each segment.
-    """
+    """Computes a recurrent layer over a layout; given in place of its attention mask."""
 
     def __init__(self, passes: dict[str, Any]) -> None:
         self.passes = [step for name, step in passes.items() if name.startswith("pass_")]
         self.order, self.last_states = passes["order"], passes.get("last")
-        self.last: dict[int, State] = {}
+        self.last: dict[int, State] = {}  # with `keep_states`, layer -> its states after each segment
 
     def compute(self, layer: int, states: Tensor, forward: Forward) -> Tensor:
         """Compute a layer: states [B, S, width] -> outputs [B, S, width]."""
@@ -185,14 +181,11 @@ class AnswerStates:
 
     Args:
         last: layer -> its states, one an answer.
-
-    Attributes:
-        at: the row and the slot of each answer in the states of a step.
     """
 
     def __init__(self, last: dict[int, State]) -> None:
         self.last = last
-        self.at: tuple[Tensor, Tensor] | None = None
+        self.at: tuple[Tensor, Tensor] | None = None  # the row and the slot of each answer in the states of a step
 
     def select(self, answers: Tensor) -> None:
         """Continue answer r from answer `answers[r]`."""

@@ -31,14 +31,10 @@ fallbacks: Counter[str] = Counter()
 
 
 class StepGraph:
-    """Runs a step again and again: the first time as it is, the second time it is captured, then replayed.
-
-    Attributes:
-        failure: why a step could not be captured; None: none has failed.
-    """
+    """Runs a step again and again: the first time as it is, the second time it is captured, then replayed."""
 
     def __init__(self) -> None:
-        self.failure: str | None = None
+        self.failure: str | None = None  # why a step could not be captured; None: none has failed
         self.clear()
 
     def clear(self) -> None:
