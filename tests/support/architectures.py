@@ -31,6 +31,20 @@ SIGLIP_SO400M = {
 }
 
 
+def language(
+    vocabulary: int, width: int, feed_forward: int, layers: int, heads: int, key_heads: int, **others: Any
+) -> dict[str, Any]:
+    """The config of a language model."""
+    sizes = {"vocab_size": vocabulary, "hidden_size": width, "intermediate_size": feed_forward}
+    return {
+        **sizes,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
+        **others,
+    }
+
+
 def miss_base() -> nn.Module:
     return MissForQuestionAnswering(MissConfig())
 
@@ -42,17 +56,7 @@ def blip_vqa() -> nn.Module:
 
 def llava_med() -> nn.Module:
     """LLaVA-Med v1.5 in transformers' layout, with the vocabulary padded to 32064."""
-    text = {
-        "model_type": "mistral",
-        "vocab_size": 32064,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-5,
-        "sliding_window": None,
-    }
+    text = language(32064, 4096, 14336, 32, 32, 8, model_type="mistral", rms_norm_eps=1e-05, sliding_window=None)
     config = hf.LlavaConfig(vision_config={"model_type": "clip_vision_model", **CLIP_L_336}, text_config=text)
     return hf.LlavaForConditionalGeneration(config)
 
@@ -79,14 +83,7 @@ def llava_16() -> nn.Module:
 
 
 def qwen2_vl_2b() -> nn.Module:
-    text = {
-        "vocab_size": 151936,
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-    }
+    text = language(151936, 1536, 8960, 28, 12, 2)
     vision = {"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16, "mlp_ratio": 4}
     return hf.Qwen2VLForConditionalGeneration(
         hf.Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
@@ -94,14 +91,7 @@ def qwen2_vl_2b() -> nn.Module:
 
 
 def qwen25_vl_7b() -> nn.Module:
-    text = {
-        "vocab_size": 152064,
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-    }
+    text = language(152064, 3584, 18944, 28, 28, 4)
     vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584}
     return hf.Qwen2_5_VLForConditionalGeneration(
         hf.Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
@@ -109,15 +99,7 @@ def qwen25_vl_7b() -> nn.Module:
 
 
 def qwen3_vl_4b() -> nn.Module:
-    text = {
-        "vocab_size": 151936,
-        "hidden_size": 2560,
-        "intermediate_size": 9728,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-    }
+    text = language(151936, 2560, 9728, 36, 32, 8, head_dim=128)
     vision = {
         "depth": 24,
         "hidden_size": 1024,
@@ -133,31 +115,14 @@ def qwen3_vl_4b() -> nn.Module:
 
 def gemma3_4b() -> nn.Module:
     """Gemma 3 4B; MedGemma 4B has the same shape."""
-    text = {
-        "vocab_size": 262208,
-        "hidden_size": 2560,
-        "intermediate_size": 10240,
-        "num_hidden_layers": 34,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-    }
+    text = language(262208, 2560, 10240, 34, 8, 4, head_dim=256)
     return hf.Gemma3ForConditionalGeneration(
         hf.Gemma3Config(text_config=text, vision_config={**SIGLIP_SO400M, "image_size": 896})
     )
 
 
 def paligemma_3b() -> nn.Module:
-    text = {
-        "model_type": "gemma",
-        "vocab_size": 257216,
-        "hidden_size": 2048,
-        "intermediate_size": 16384,
-        "num_hidden_layers": 18,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 1,
-        "head_dim": 256,
-    }
+    text = language(257216, 2048, 16384, 18, 8, 1, model_type="gemma", head_dim=256)
     vision = {"model_type": "siglip_vision_model", **SIGLIP_SO400M, "image_size": 224}
     return hf.PaliGemmaForConditionalGeneration(
         hf.PaliGemmaConfig(text_config=text, vision_config=vision, projection_dim=2048, hidden_size=2048)
@@ -173,16 +138,7 @@ def paligemma2_3b() -> nn.Module:
 
 
 def smolvlm_500m() -> nn.Module:
-    text = {
-        "model_type": "llama",
-        "vocab_size": 49280,
-        "hidden_size": 960,
-        "intermediate_size": 2560,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 15,
-        "num_key_value_heads": 5,
-        "pad_token_id": 2,
-    }
+    text = language(49280, 960, 2560, 32, 15, 5, model_type="llama", pad_token_id=2)
     vision = {
         "hidden_size": 768,
         "intermediate_size": 3072,
@@ -197,40 +153,18 @@ def smolvlm_500m() -> nn.Module:
 
 
 def internvl3_1b() -> nn.Module:
-    text = {
-        "model_type": "qwen2",
-        "vocab_size": 151674,
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-    }
+    text = language(151674, 896, 4864, 24, 14, 2, model_type="qwen2")
     vision = {"image_size": [448, 448], "patch_size": [14, 14]}
     return hf.InternVLForConditionalGeneration(
         hf.InternVLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
     )
 
 
-ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
-    build.__name__: build
-    for build in (
-        miss_base,
-        blip_vqa,
-        llava_med,
-        llava_15,
-        llava_med_10,
-        llava_16,
-        qwen2_vl_2b,
-        qwen25_vl_7b,
-        qwen3_vl_4b,
-        gemma3_4b,
-        paligemma_3b,
-        paligemma2_3b,
-        smolvlm_500m,
-        internvl3_1b,
-    )
-}
+_BUILDERS = (
+    *(miss_base, blip_vqa, llava_med, llava_15, llava_med_10, llava_16, qwen2_vl_2b, qwen25_vl_7b, qwen3_vl_4b),
+    *(gemma3_4b, paligemma_3b, paligemma2_3b, smolvlm_500m, internvl3_1b),
+)
+ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {build.__name__: build for build in _BUILDERS}
 
 
 def build_on_meta(name: str) -> Any:
