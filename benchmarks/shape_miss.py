@@ -1,6 +1,6 @@
 """MISS's shape at a small width: 480 pixels and 900 patches.
 
-The peer is transformers' BLIP, which has the same architecture (`from_blip` converts its weights to MISS).
+The peer is transformers' BLIP, which has the same architecture (`read_blip_weights` converts its weights to MISS).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from transformers import BlipConfig, BlipForQuestionAnswering
 from normtune.data.groups import Group
 from normtune.data.records import Example
 from normtune.models.families.miss import MissFamily, miss_processor
-from normtune.models.importers.miss.importer import from_blip
+from normtune.models.importers.miss.from_blip import read_blip_weights
+from normtune.models.importers.miss.weights import build_model
 from normtune.models.miss.config import MissConfig
 from normtune.models.miss.model import MissForQuestionAnswering
 from normtune.models.miss.tokenizer import ENCODE, build_bert_tokenizer
@@ -78,7 +79,7 @@ class MissShape(Shape):
 
     def build_pair(self) -> tuple[MissFamily, nn.Module]:
         blip = self._blip()
-        model, tokenizer = from_blip(blip), self._tokenizer()
+        model, tokenizer = build_model(read_blip_weights(blip)), self._tokenizer()
         model.config.encode_token_id = tokenizer.convert_tokens_to_ids(ENCODE)
         end = model.config.eos_token_id
         with torch.no_grad():
