@@ -326,8 +326,8 @@ def _compute_scores(
     Returns:
         `metrics`; `strata` (see `score_strata`); for reports that mention findings `findings`: labeller ->
         finding -> precision, recall, f1 and counts; with controls `reliance` (see `image_reliance`);
-        for answers `signs_ignored` (see `count_ignored_signs`), with options `choices` (see `choice_report`), with other
-        images `grounding` (see `grounding_scores`);
+        for answers `signs_ignored` (see `count_ignored_signs`), with options `choices` (see `choice_report`), with
+        other images `grounding` (see `grounding_scores`);
         `limit_reached`: the share of the generated answers that reached the token limit.
     """
     table = metric_table(examples, predictions, normalisation)

@@ -62,12 +62,12 @@ class ConfidentRows:
 
     def sums(self, values: Floats) -> Floats:
         """Sum values of rows, [rows], over each cluster, [clusters]."""
-        sums: Floats = np.bincount(self.cluster, values, minlength=int(self.cluster.max()) + 1)
+        sums: Floats = np.bincount(self.cluster, values, minlength=int(self.cluster.max()) + 1).astype(np.float64)
         return sums
 
     def where(self, rows: NDArray[np.bool_]) -> ConfidentRows:
         """Select rows, and number their clusters anew."""
-        cluster = np.unique(self.cluster[rows], return_inverse=True)[1]
+        cluster: NDArray[np.int64] = np.unique(self.cluster[rows], return_inverse=True)[1]
         return ConfidentRows(self.confidence[rows], self.right[rows], cluster)
 
     def accuracy(self) -> Interval:
