@@ -60,6 +60,7 @@ TABLES_OF_PAGE = {  # page: the committed tables that it contains
         "large",
         "scaling",
         "grouping",
+        "grouping_speed",
     ],
 }
 

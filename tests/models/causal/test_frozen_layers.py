@@ -45,8 +45,9 @@ def base(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cau
 def adapted_copy(family: Family, recipe: str) -> tuple[Any, TunedModel]:
     """An adapted copy of the family; added parameters do not start at zero, so that all have gradients."""
     copied: Any = type(family)(copy.deepcopy(family.model), family.processor)
-    # two layers in all, or the only attention in the second
-    if isinstance(copied, CausalFamily) and (len(copied.decoder.layers) == 2 or copied.recurrent):
+    # two layers in all; or recurrent layers, where the only attention is in the second
+    attention = "lora" in recipe or "prefix" in recipe
+    if isinstance(copied, CausalFamily) and (len(copied.decoder.layers) == 2 or (copied.recurrent and attention)):
         recipe = recipe.replace("[2:]", "[1:]")
     tuned = adapt(copied.model, recipe)
     with torch.no_grad():

@@ -188,9 +188,9 @@ def _narrow(values: dict[str, Any]) -> None:
     """Leave two heads of their size in each part, and change the widths of other parts that equal a part's width."""
     widths: dict[int, int] = {}
     for part in _parts(values):
-        own = "embed_dim" if "embed_dim" in part else "hidden_size"
+        width_name = "embed_dim" if "embed_dim" in part else "hidden_size"
         heads_name = "num_heads" if "num_heads" in part else "num_attention_heads"
-        width, heads = part.get(own), part.get(heads_name)
+        width, heads = part.get(width_name), part.get(heads_name)
         if width and heads:
             widths[width] = HEADS * (part.get("head_dim") or width // heads)
             if key_heads := part.get("num_key_value_heads"):
