@@ -160,8 +160,8 @@ def test_an_empty_directory_is_replaced_and_a_full_one_is_refused(tmp_path: Path
             pass
 
     (tmp_path / "file").write_text("mine")
-    assert "--out" in input_error(lambda: enter(tmp_path / "empty"))
-    assert "--out" in input_error(lambda: enter(tmp_path / "file"))
+    assert "not an empty directory" in input_error(lambda: enter(tmp_path / "empty"))
+    assert "not an empty directory" in input_error(lambda: enter(tmp_path / "file"))
     assert (tmp_path / "file").read_text() == "mine"
 
 
