@@ -25,7 +25,7 @@ from normtune.data.records import Example
 from normtune.data.registry import open_configured
 from normtune.metrics.reports import report_table, text_pairs
 from normtune.metrics.sum_metrics import INTERVALS, cluster_rows, metric_intervals
-from normtune.runtime.number_format import format_interval
+from normtune.runtime.number_format import format_interval, join_names
 from normtune.runtime.text_table import markdown_table
 from normtune.studies.plan import Cell, single_cell
 from normtune.studies.run import run_cells
@@ -42,11 +42,12 @@ SHORT, LONG = 2, 6  # passes over the training images
 TOKENS = 190  # of the longest report that nano can generate
 SELECTION_METRIC = "rouge_l/none"
 BASELINES = ("most-frequent", "medoid", "retrieval")
-COLUMNS = (  # heading, the beginning of a metric's name, and the factor that it is multiplied by
+COLUMNS = (  # heading, the name of the metric, and the factor that it is multiplied by
     ("BLEU-1", "bleu_1/none", 100),
     ("BLEU-4", "bleu_4/none", 100),
     ("ROUGE-L", "rouge_l/none", 100),
-    ("METEOR (nltk)", "meteor_", 100),
+    ("METEOR (exact, stem)", "meteor_exact_stem/none", 100),
+    ("METEOR 1.5", "meteor15/none", 100),
     ("CIDEr-D", "cider_d/none", 1),
     ("findings F1", "findings_rules_f1_micro_14", 100),
 )
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=list(RATES))
     parser.add_argument("--limit", type=int, help="train on the first LIMIT images only")
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--meteor15", type=Path, help="path of meteor-1.5.jar, for METEOR 1.5; needs Java")
     options = parser.parse_args()
     runs = search(options)
     best_runs = {recipe: max(runs[recipe], key=validation_score) for recipe in options.recipes}
@@ -141,18 +143,18 @@ def test_runs(best_runs: dict[str, dict[str, Any]], options: argparse.Namespace)
             "rows": len(examples),
             "split_hash": results[cell.recipe]["evaluation"]["split_hash"],
             "seconds_test": results[cell.recipe]["evaluation"]["seconds"],
-            "metrics": by_case(examples, Path(results[cell.recipe]["evaluation"]["out"])),
+            "metrics": by_case(examples, Path(results[cell.recipe]["evaluation"]["out"]), options.meteor15),
         }
         for recipe, cell in zip(recipes, cells, strict=True)
     ]
 
 
-def by_case(examples: Sequence[Example], folder: Path) -> dict[str, Any]:
+def by_case(examples: Sequence[Example], folder: Path, meteor15: Path | None) -> dict[str, Any]:
     """Every metric of the predictions in `folder`, with intervals clustered by case."""
     lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     texts = {row["id"]: row["prediction"] for row in map(json.loads, lines)}
     cluster = cluster_rows(examples)
-    metrics = report_table(text_pairs(examples, texts))
+    metrics = report_table(text_pairs(examples, texts), meteor15=meteor15)
     intervals = {name: asdict(interval) for name, interval in metric_intervals(metrics, cluster).items()}
     return {name: {**values, "cases": len(set(cluster.values()))} for name, values in intervals.items()}
 
@@ -172,6 +174,7 @@ def search_row(row: dict[str, Any]) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """A Markdown table of the rows, with 95% intervals over cases."""
+    columns = [column for column in COLUMNS if all(column[1] in row["metrics"] for row in rows)]
     lines = []
     for row in rows:
         training = row["training"]
@@ -181,22 +184,42 @@ def table(rows: list[dict[str, Any]]) -> str:
                 f"{training['trainable']:,}",
                 f"{100 * training['share']:.3f}",
                 f"{training['lr']:g}",
-                str(training["passes"]),
+                f"{training['passes']:g}",
                 f"{training['seconds']:.0f}",
                 f"{training['peak_memory_bytes'] / 2**20:.0f}",
             )
         scores = [
-            format_interval(select_metric(row["metrics"], start), scale=factor, digits=1 if factor > 1 else 2)
-            for _, start, factor in COLUMNS
+            format_interval(row["metrics"][name], scale=factor, digits=1 if factor > 1 else 2)
+            for _, name, factor in columns
         ]
         lines.append([row["recipe"], *training_cells, *scores])
-    header = ["recipe", "trainable", "%", "rate", "passes", "seconds", "peak MB", *(column[0] for column in COLUMNS)]
+    header = ["recipe", "trainable", "%", "rate", "passes", "seconds", "peak MB", *(column[0] for column in columns)]
     return "\n".join(markdown_table(header, lines)) + "\n"
 
 
-def select_metric(metrics: dict[str, Any], start: str) -> dict[str, float]:
-    """The metric with a name that begins with `start`."""
-    return next(metric for name, metric in metrics.items() if name.startswith(start))
+def conclusion(rows: list[dict[str, Any]]) -> str:
+    """Which recipes score above the base by ROUGE-L, and how far all of them are from use, in %."""
+
+    def percent(recipe: str, metric: str) -> float:
+        value: float = 100 * metrics[recipe][metric]["value"]
+        return value
+
+    metrics = {row["recipe"]: row["metrics"] for row in rows}
+    recipes = [row["recipe"] for row in rows if row["training"]]
+    above = [name for name in recipes if percent(name, SELECTION_METRIC) > percent("frozen", SELECTION_METRIC)]
+    best = max(recipes, key=lambda name: percent(name, SELECTION_METRIC))
+    findings = "findings_rules_f1_micro_14"
+    fewer = [name for name in recipes if percent(name, findings) < percent("most-frequent", findings)]
+    meteor = [f"{percent(best, metric):.1f}" for metric in ("meteor_exact_stem/none", "meteor15/none")]
+    below = join_names([f"`{name}`" for name in recipes if name not in above])
+    bleu = max(percent(name, "bleu_4/none") for name in recipes)
+    return (
+        f"By ROUGE-L, {join_names([f'`{name}`' for name in above])} score above the base without tuning "
+        f"({percent('frozen', SELECTION_METRIC):.1f}), `{best}` highest ({percent(best, SELECTION_METRIC):.1f}), and "
+        f"{below} below it. No recipe is clinically useful: BLEU-4 is at most {bleu:.1f}, and the most frequent text has a "
+        f"findings F1 of {percent('most-frequent', findings):.1f}, above {len(fewer)} of the {len(recipes)} recipes. "
+        f"METEOR 1.5 of `{best}` is {meteor[1]} where `meteor_exact_stem` is {meteor[0]}."
+    )
 
 
 if __name__ == "__main__":

@@ -134,6 +134,12 @@ def test_the_table_of_image_reliance_agrees_with_its_record(script: Any) -> None
                 assert metric["earned"]["value"] == pytest.approx(drop / metric["real"]["value"])
 
 
+def test_the_conclusion_on_medpix_agrees_with_its_record(script: Any) -> None:
+    medpix, rows = script("medpix"), read_record("medpix.json")["rows"]
+    assert medpix.table(rows) == (BENCHMARKS / "medpix.md").read_text(encoding="utf-8")
+    assert medpix.conclusion(rows) in (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("shape", ["llava", "miss"])
 def test_answering_compares_every_answer_and_then_times_both(shape: str, slake: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
