@@ -29,30 +29,37 @@ from tests.support.dataset_samples import (
 from tests.support.report_samples import medpix_row, messages_row, r2gen_entry, write_csv, write_medpix
 
 # One row: (question, answer, whether its image exists, language). Some of them are faulty.
-texts = st.sampled_from(["What is it?", "lung", "yes", "", " ", "a\nb", 3, 2.5, float("nan"), None, "<|im_end|>"])
+texts = st.sampled_from(["What is it?", "lung", "yes", "B", "", " ", "a\nb", 3, 2.5, float("nan"), None, "<|im_end|>"])
 row = st.tuples(
     texts, texts, st.sampled_from(["a.png", "b.png", "missing.png", ""]), st.sampled_from(["en", "zh", "EN"])
 )
 rows = st.lists(row, min_size=1, max_size=8)
 Row = tuple[Any, Any, str, str]
+OPTIONS = ["lung", "yes", "What is it?"]  # an answer is one of them, their letter or number, or neither
+
+
+def options_of(question: Any) -> list[str] | None:
+    """The options of a row: choices and other rows are in one file."""
+    return OPTIONS if question == "What is it?" else None
 
 
 def jsonl(root: Path, rows: list[Row]) -> str:
     keys = ("question", "answer", "image", "language")
-    write_jsonl(root / "train.jsonl", *(dict(zip(keys, row, strict=True)) for row in rows))
+    lines = [dict(zip(keys, row, strict=True)) | {"options": options_of(row[0])} for row in rows]
+    write_jsonl(root / "train.jsonl", *lines)
     return "jsonl"
 
 
 def messages(root: Path, rows: list[Row]) -> str:
-    lines = [messages_row(q, a, image) | {"language": language} for q, a, image, language in rows]
+    lines = [messages_row(q, a, i) | {"language": tag, "options": options_of(q)} for q, a, i, tag in rows]
     write_jsonl(root / "train.jsonl", *lines)
     return "messages"
 
 
 def parquet(root: Path, rows: list[Row]) -> str:
     cells = [
-        {"question": str(q or ""), "answer": str(a or ""), "image": image, "language": language}
-        for q, a, image, language in rows
+        {"question": str(q or ""), "answer": str(a or ""), "image": image, "language": tag, "options": options_of(q)}
+        for q, a, image, tag in rows
     ]
     write_parquet(root / "train.parquet", cells)
     return "parquet"
@@ -131,7 +138,11 @@ def table(name: str, write: Callable[[Path, list[dict[str, Any]]], object]) -> C
 
     def layout(root: Path, rows: list[Row]) -> str:
         keys = ("question", "answer", "image", "language")
-        write(root, [{k: "" if v is None else str(v) for k, v in zip(keys, row, strict=True)} for row in rows])
+        cells = [{k: "" if v is None else str(v) for k, v in zip(keys, row, strict=True)} for row in rows]
+        write(
+            root,
+            [of_row | {"options": "|".join(options_of(row[0]) or [])} for of_row, row in zip(cells, rows, strict=True)],
+        )
         return name
 
     layout.__name__ = name
@@ -187,10 +198,6 @@ def gemex(root: Path, rows: list[Row]) -> str:
     cells = [{"q_id": n, "question": q, "answer": a, "image_path": i} for n, (q, a, i) in enumerate(texts_of(rows))]
     write_jsonl(root / "open_ended_question.jsonl", *cells)
     return "gemex"
-
-
-# The answers of choices are options, letters or neither, by chance.
-OPTIONS = ["lung", "yes", "What is it?"]
 
 
 def pmc_vqa(root: Path, rows: list[Row]) -> str:
