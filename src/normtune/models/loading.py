@@ -319,7 +319,7 @@ def _load_or_explain(model: str, read: Callable[[], Any]) -> Any:
         return read()
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError) as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's; this module does not import torch at the top
             raise InputError(
                 f"model {model} does not fit into the device's memory. Use --dtype bfloat16 or --quantize int8."

@@ -243,8 +243,12 @@ def test_an_encoder_decoder_and_a_model_without_an_image_token_are_refused() -> 
     class Model:
         config = AutoConfig.for_model("florence2")
 
-    with pytest.raises(InputError, match="type 'florence2' need a family of their own: they have an encoder-decoder"):
+    with pytest.raises(InputError, match="type 'florence2' needs a family of its own, since it has an encoder-decoder"):
         GenericFamily(Model(), None)  # type: ignore[arg-type]
     Model.config = AutoConfig.for_model("aya_vision")
-    with pytest.raises(InputError, match="they have no image token"):
+    with pytest.raises(InputError, match="it has no image token"):
         GenericFamily(Model(), object())  # type: ignore[arg-type]
+    processor = UNKNOWN["aya_vision"]()[1]
+    processor.chat_template = None
+    with pytest.raises(InputError, match="it has no chat template"):
+        GenericFamily(Model(), processor)  # type: ignore[arg-type]

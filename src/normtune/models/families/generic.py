@@ -13,7 +13,7 @@ import inspect
 import re
 from collections.abc import Collection, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import send_to_device
@@ -56,20 +56,20 @@ class GenericFamily(CausalFamily):
 
     def __init__(self, model: nn.Module, processor: Any, *, grouped: bool | None = None) -> None:
         self.config = model.config
-        kind = self.config.model_type
-        if getattr(self.config, "is_encoder_decoder", False) or getattr(processor, "image_token", None) is None:
-            raise InputError(
-                f"models of type '{kind}' need a family of their own: they have "
-                + ("an encoder-decoder." if getattr(self.config, "is_encoder_decoder", False) else "no image token.")
-                + " See CONTRIBUTING.md, 'Add a model family'."
-            )
+        if getattr(self.config, "is_encoder_decoder", False):
+            self._refuse("an encoder-decoder")
+        for name in ("image_token", "chat_template"):
+            if getattr(processor, name, None) is None:
+                self._refuse(f"no {name.replace('_', ' ')}")
         self.image_text_end: tuple[str, str] = processor.image_token, ""
         self.processor, self.end_tokens = processor, end_tokens(model, processor.tokenizer)
         text = bytes(self._process(PROBE)[0][TEXT].tolist()).decode()
         special = {*processor.tokenizer.all_special_tokens, processor.image_token}
         special |= {token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
-        *_, last = re.finditer("|".join(map(re.escape, sorted(special, key=len, reverse=True))), text)
-        self.image_text_end = last[0], text[last.end() :]
+        tokens = [*re.finditer("|".join(map(re.escape, sorted(special, key=len, reverse=True))), text)]
+        if not tokens:
+            self._refuse("no special token in the text of an image")
+        self.image_text_end = tokens[-1][0], text[tokens[-1].end() :]
         if grouped is None:
             self.self_test: SelfTest | None = run_self_test(type(self), model, processor)
             grouped = self.self_test.passed
@@ -81,6 +81,12 @@ class GenericFamily(CausalFamily):
             self.pad_id = self.end_tokens[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
             self.prompts = self.prompt_format()
         self.grouped = self.shares_prefix = self.computes_batches = grouped  # type: ignore[misc]
+
+    def _refuse(self, reason: str) -> NoReturn:
+        raise InputError(
+            f"model type '{self.config.model_type}' needs a family of its own, since it has {reason}. "
+            "See CONTRIBUTING.md, 'Add a model family'."
+        )
 
     @classmethod
     def load_processor(cls, source: str, model_type: str) -> Any:
