@@ -8,8 +8,7 @@ equivalent. *Splits*: the real runs of `statistics_runs.json`; the seeds of one 
 every way, and the groups compared: each rejection is wrong. "Before" is the percentile bootstrap, and the swap test of
 rows of all seeds together. *Confidence*: simulated answers with their confidence, how often the intervals contain the
 true calibration error, overconfidence and area under the risk-coverage curve. *Conformal*: simulated probabilities of
-candidates, how often the sets contain the answer to a question about a new image; and how often they would if each
-question had the same weight.
+candidates, how often the sets contain the answer to a question about a new image.
 """
 
 from __future__ import annotations
@@ -291,25 +290,19 @@ def conformal(image_counts: list[int], simulations: int) -> Iterator[dict[str, A
 
     for images in image_counts:
         draw = np.random.default_rng(images)
-        covered: dict[tuple[float, str], list[float]] = {}
+        covered: dict[float, list[float]] = {level: [] for level in LEVELS}
         for _ in range(simulations):
             counts = draw.integers(1, 12, images + 1)
             image = np.repeat(np.arange(images + 1), counts)
             values = draw.standard_normal(images + 1)[image] + 0.1 * counts[image] + draw.standard_normal(len(image))
-            scores = ndtr(values / 2 - 1)
-            old = image < images
+            scores, old = ndtr(values / 2 - 1), image < images
+            clusters = image[old].astype(str).tolist()
             for level in LEVELS:
-                for name, clusters in (("image", image[old]), ("question", np.arange(old.sum()))):
-                    threshold = conformal_threshold(scores[old], clusters.astype(str).tolist(), level)
-                    covered.setdefault((level, name), []).append(float(np.mean(scores[~old] <= threshold)))
+                threshold = conformal_threshold(scores[old], clusters, level)
+                covered[level].append(float(np.mean(scores[~old] <= threshold)))
         for level in LEVELS:
-            yield {
-                "experiment": "conformal",
-                "images": images,
-                "level": level,
-                "coverage": float(np.mean(covered[level, "image"])),
-                "coverage_by_question": float(np.mean(covered[level, "question"])),
-            }
+            coverage = float(np.mean(covered[level]))
+            yield {"experiment": "conformal", "images": images, "level": level, "coverage": coverage}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -368,8 +361,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         ),
         (
             "conformal",
-            ["calibration images", "level", "contain the answer", "with a weight for each question"],
-            lambda row: [str(row["images"]), *percent(row, "level", "coverage", "coverage_by_question")],
+            ["calibration images", "level", "contain the answer"],
+            lambda row: [str(row["images"]), *percent(row, "level", "coverage")],
         ),
     ):
         lines = [cells(row) for row in rows if row["experiment"] == experiment]

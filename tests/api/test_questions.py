@@ -39,6 +39,19 @@ def test_several_questions_have_a_list_of_answers(model: Family, picture: Path) 
     assert [answer.text for answer in answers] == [normtune.ask(model, picture, text).text for text in questions]
 
 
+def test_an_answer_below_the_threshold_has_no_text(model: Family, picture: Path) -> None:
+    answer = normtune.ask(model, picture, "Which organ is it?")
+    assert answer.confidence is not None and 0 < answer.confidence < 1 and not answer.abstained
+    below, above = (
+        normtune.ask(model, picture, "Which organ is it?", abstain_below=min(1.0, factor * answer.confidence))
+        for factor in (0.9, 1.1)
+    )
+    assert below == answer and (above.text, above.abstained, above.score) == ("", True, answer.score)
+    assert str(above) == f"(abstained: confidence {answer.confidence:.2f})"
+    with pytest.raises(normtune.InputError, match="from 0 to 1, got 50"):
+        normtune.ask(model, picture, "why?", abstain_below=50)
+
+
 def test_grey_images_of_16_bits_are_scaled_as_in_files(model: Family, tmp_path: Path) -> None:
     image = Image.new("I;16", (48, 48))
     image.putdata([64 * value for value in range(1024)] + [0] * 1280)

@@ -97,6 +97,8 @@ def test_train_evaluate_ask_and_describe_as_json(run: Run, base: Path, picture: 
     answers = json.loads(out)["answers"]
     assert (status, err) == (0, "") and [row["finish_reason"] for row in answers] == ["length", "length"]
     assert [row["question_tokens_cut"] for row in answers] == [0, 0]
+    status, out, err = run("ask", base, "--image", picture, "--question", "Why?", "--abstain-below", 1)
+    assert (status, err) == (0, "") and "Why?  (abstained: confidence 0." in out
     status, out, err = run("ask", base, "--image", picture, "--question", "Is it a mass? " * 200)
     assert status == 0 and re.search(r"\(the last \d+ tokens of the question were not read\)$", out.strip())
     status, out, err = run("describe", base, "--image", picture, "--json")

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import fields
 from pathlib import Path
+from typing import Literal
 
+from normtune.data.records import is_abstained
 from normtune.errors import InputError
 from normtune.serving.engine.requests import Busy, Closed, EngineStats, Reply, Request, ServedAdapter, UnknownAdapter
 
@@ -65,11 +67,14 @@ class FakeEngine:
                 continue
             text = answer_text(request)
             for step in range(1, self.text_callbacks + 1):
-                if on_text is not None:
+                if on_text is not None and not request.abstain_below:
                     on_text(text[: len(text) * step // self.text_callbacks])
+            abstained = is_abstained(-0.25, request.abstain_below)
             tokens = len(text.split()) + 1
             ended = request.max_new_tokens is None or tokens < request.max_new_tokens
-            future.set_result(Reply(text, -0.25, 12, tokens, 0.01, "stop" if ended else "length"))
+            reason: Literal["stop", "length"] = "stop" if ended else "length"
+            reply = Reply("" if abstained else text, -0.25, 12, tokens, 0.01, reason, abstained=abstained)
+            future.set_result(reply)
 
     def register(self, name: str, folder: Path) -> ServedAdapter:
         if not (folder / "adapter.json").is_file():

@@ -32,6 +32,7 @@ def ask(  # type: ignore[misc]  # the overloads leave the options to this signat
     beams: int = 1,
     max_new_tokens: int | None = None,
     options: Sequence[str] = (),
+    abstain_below: float | None = None,
     device: str | None = None,
     quantize: str | None = None,
 ) -> Answer | list[Answer]:
@@ -50,6 +51,7 @@ def ask(  # type: ignore[misc]  # the overloads leave the options to this signat
         beams: width of the beam search; 1: greedy decoding.
         max_new_tokens: maximum length of an answer in tokens; None: as the adapter's training recorded, else 16.
         options: two or more texts to choose from; the answer is the one with the most likely letter.
+        abstain_below: an answer with a lower confidence is abstained, without its text; from 0 to 1.
         device: cpu or cuda; None: cuda if available.
         quantize: int8 or nf4; None: not quantised.
 
@@ -63,7 +65,15 @@ def ask(  # type: ignore[misc]  # the overloads leave the options to this signat
     questions = [question] if isinstance(question, str) else question
     with open_model(model, adapter, device=device, quantize=quantize) as family:
         limit = max_new_tokens or _recorded_limit(adapter)
-        answers = inference.ask(family, _images(image), questions, beams=beams, max_new_tokens=limit, options=options)
+        answers = inference.ask(
+            family,
+            _images(image),
+            questions,
+            beams=beams,
+            max_new_tokens=limit,
+            options=options,
+            abstain_below=abstain_below,
+        )
     return answers[0] if isinstance(question, str) else answers
 
 

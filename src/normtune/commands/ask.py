@@ -25,6 +25,9 @@ def ask(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Maximum length of an answer, in tokens; default: as in training, or 16.")
     ] = None,
+    abstain_below: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Abstain from answers with a confidence below this.")
+    ] = None,
     device: Device = None,
     quantize: Quantize = None,
     json: Json = False,
@@ -44,6 +47,7 @@ def ask(
         beams=beams,
         max_new_tokens=max_new_tokens,
         options=option or (),
+        abstain_below=abstain_below,
         device=device,
         quantize=quantize,
     )
@@ -52,13 +56,15 @@ def ask(
             "question": text,
             "answer": answer.text,
             "score": answer.score,
+            "confidence": answer.confidence,
+            "abstained": answer.abstained,
             "finish_reason": answer.finish_reason,
             "question_tokens_cut": answer.question_tokens_cut,
         }
         for text, answer in zip(question, answers, strict=True)
     ]
     lines = [
-        f"{text}  {answer.text}{_cut_text(answer.question_tokens_cut)}"
+        f"{text}  {answer}{_cut_text(answer.question_tokens_cut)}"
         for text, answer in zip(question, answers, strict=True)
     ]
     emit(json, {"image": str(image), "answers": rows}, "\n".join(lines))

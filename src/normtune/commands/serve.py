@@ -42,6 +42,9 @@ def serve(
     ] = [],  # noqa: B006
     per_minute: Annotated[int, typer.Option(min=1, help="Maximum requests per minute and key.")] = 600,
     timeout: Annotated[float, typer.Option(min=1, help="Maximum time until an answer, in seconds.")] = 120.0,
+    abstain_below: Annotated[
+        float, typer.Option(min=0, max=1, help="Refuse answers with a confidence below this.")
+    ] = 0.0,
     max_batch: Annotated[int, typer.Option(min=1, help="Maximum requests per batch.")] = 32,
     max_wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for a batch to fill.")] = 0.01,
     queue_limit: Annotated[int, typer.Option(min=1, help="Maximum queue length; then status 429.")] = 256,
@@ -111,6 +114,7 @@ def serve(
                 reviews=reviews,
                 remote_hosts=frozenset(name.lower() for name in allow_remote_images),
                 hosts=None if keys or without_keys else server.allowed_hosts(host),
+                abstain_below=abstain_below,
             )
             url = server.server_url(listening)
             info = {"url": url, "model": base, "adapters": names, "left_out": skipped, "keys": bool(keys)}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from normtune.data import tasks
 from normtune.data.groups import Group
 from normtune.data.images.files import open_image
-from normtune.data.records import Dataset, Example, Examples
+from normtune.data.records import Dataset, Example, Examples, is_abstained
 from normtune.errors import InputError
 from normtune.inference.choices import answer_choices
 from normtune.models.family import Family
@@ -30,6 +30,7 @@ def ask(
     max_new_tokens: int = tasks.MAX_ANSWER_TOKENS,
     report: bool = False,
     options: Sequence[str] = (),
+    abstain_below: float | None = None,
 ) -> list[Answer]:
     """Answer questions about one image or one study with several views; its features are computed once.
 
@@ -42,17 +43,38 @@ def ask(
         report: whether the answers are reports; an empty question is then the report prompt.
         options: what every question is to be answered with; the answer is then the text of the option with the most
             likely letter, and its `score` log(p / sum of p over the letters).
+        abstain_below: an answer with a lower confidence is abstained, without its text.
 
     Returns:
         One answer per question, in their order, with the number of tokens that the model did not read of it.
 
     Raises:
-        InputError: there is no image, or one cannot be read.
+        InputError: there is no image, one cannot be read, or the threshold is not a confidence.
     """
     if not images:
         raise InputError("there is no image to ask about. Give an image file, or an opened image.")
+    if abstain_below is not None and not 0 <= abstain_below <= 1:
+        raise InputError(f"abstain_below is a confidence from 0 to 1, got {abstain_below:g}.")
     if options:
-        return _choose(family, images, questions, options)
+        answers = _choose(family, images, questions, options)
+    else:
+        answers = _generate(family, images, questions, beams=beams, max_new_tokens=max_new_tokens, report=report)
+    return [
+        replace(answer, text="", tokens=(), abstained=True) if is_abstained(answer.score, abstain_below) else answer
+        for answer in answers
+    ]
+
+
+def _generate(
+    family: Family,
+    images: Sequence[Path | str | Image],
+    questions: Sequence[str],
+    *,
+    beams: int,
+    max_new_tokens: int,
+    report: bool,
+) -> list[Answer]:
+    """The generated answer to each question."""
     pixels = [family.preprocess_image(open_image(image)) for image in images]
     segments = tuple(family.tokenize(str(i), text, None, report=report) for i, text in enumerate(questions))
     group = Group(tuple(str(i) for i in range(len(images))), segments)

@@ -7,6 +7,8 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
+from normtune.data.records import confidence
+
 Pixels = dict[str, Tensor]  # one preprocessed or encoded image, without a batch axis; keys depend on the family
 FinishReason = Literal["stop", "length"]
 Batch = dict[str, Any]  # tensors on any device; keys depend on the family
@@ -23,6 +25,7 @@ class Answer:
         tokens: its tokens, including the end token if one was generated.
         question_tokens_cut: tokens at the question's end that the model did not read, because it reads no longer
             questions.
+        abstained: its confidence is below the threshold of the request; `text` is empty.
     """
 
     text: str
@@ -30,8 +33,16 @@ class Answer:
     finish_reason: FinishReason = "stop"
     tokens: tuple[int, ...] = ()
     question_tokens_cut: int = 0
+    abstained: bool = False
+
+    @property
+    def confidence(self) -> float | None:
+        """How sure the model is, from 0 to 1; None if it is unknown."""
+        return confidence(self.score)
 
     def __str__(self) -> str:
+        if self.abstained:
+            return f"(abstained: confidence {self.confidence or 0:.2f})"
         return self.text
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -53,6 +54,19 @@ def test_streamed_and_other_requests_share_a_batch(kind: str, base: Path, tmp_pa
         assert reply.text == answer_with(family, number, max_new_tokens=MAX_TOKENS).text
     assert all(grows(texts, replies[number].text) for number, texts in sent_texts.items())
     assert max(map(len, sent_texts.values())) > 3, "several pieces"
+
+
+def test_an_answer_with_a_threshold_is_sent_whole_or_not_at_all(family: Family) -> None:
+    confidence = answer_with(family, 0, max_new_tokens=MAX_TOKENS).confidence
+    assert confidence is not None and 0 < confidence < 1
+    for factor in (0.9, 1.1):
+        texts: list[str] = []
+        with Engine(family, max_wait=0) as engine:
+            unsure = replace(request(0, None, max_new_tokens=MAX_TOKENS), abstain_below=min(1.0, factor * confidence))
+            reply = engine.submit(unsure, on_text=texts.append).result(WAIT)
+            assert engine.stats().abstained == int(reply.abstained) == int(factor > 1)
+        assert texts == ([] if reply.abstained else [reply.text]) and bool(reply.text) != reply.abstained
+        assert reply.score is not None
 
 
 def test_a_request_cannot_be_cancelled_during_its_batch(family: Family) -> None:

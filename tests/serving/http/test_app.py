@@ -93,6 +93,32 @@ def test_openai_client_streams(client: openai.OpenAI, engine: FakeEngine) -> Non
     assert chunks[-1].usage is not None and chunks[-1].usage.prompt_tokens == 12
 
 
+def test_an_answer_below_the_threshold_is_a_refusal(client: openai.OpenAI, engine: FakeEngine) -> None:
+    options: dict[str, Any] = {"model": "chest", "messages": chat_body("Why?")["messages"]}
+    refused = client.chat.completions.create(**options, extra_body={"abstain_below": 0.8})  # the confidence is 0.78
+    message = refused.choices[0].message
+    assert message.content is None and message.refusal == "The model's confidence in its answer is too low."
+    assert refused.model_extra is not None and refused.model_extra["normtune"]["abstained"] is True
+    answered = client.chat.completions.create(**options, extra_body={"abstain_below": 0.7})
+    assert answered.choices[0].message.content == "chest sees 24x16: Why?"
+    assert answered.choices[0].message.refusal is None and engine.requests[-1].abstain_below == 0.7
+    for threshold, content, refusal in ((0.8, "", message.refusal), (0.7, "chest sees 24x16: Why?", "")):
+        chunks = list(client.chat.completions.create(**options, stream=True, extra_body={"abstain_below": threshold}))
+        deltas = [chunk.choices[0].delta for chunk in chunks]
+        assert "".join(delta.content or "" for delta in deltas) == content
+        assert "".join(delta.refusal or "" for delta in deltas) == refusal
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(**options, extra_body={"abstain_below": 2})
+
+
+def test_a_client_cannot_lower_the_threshold_of_the_server() -> None:
+    engine = FakeEngine()
+    with serving(engine, Settings(base="nano", abstain_below=0.5)) as url:
+        for sent, used in ((0.2, 0.5), (0.9, 0.9)):
+            call(url, "POST", "/v1/chat/completions", chat_body("Why?", abstain_below=sent))
+            assert engine.requests[-1].abstain_below == used
+
+
 def test_openai_client_sends_stop_texts_and_gets_finish_reasons(client: openai.OpenAI, engine: FakeEngine) -> None:
     messages = chat_body()["messages"]
     options: dict[str, Any] = {"model": "chest", "messages": messages, "seed": 1, "response_format": {"type": "text"}}

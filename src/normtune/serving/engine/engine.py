@@ -28,6 +28,7 @@ import torch
 
 from normtune.adapters.multi.rows import RowAdapters
 from normtune.data.groups import Group
+from normtune.data.records import is_abstained
 from normtune.errors import InputError
 from normtune.models.causal.family import CausalFamily
 from normtune.models.family import Family
@@ -111,8 +112,8 @@ class Engine:
 
         Args:
             on_text: called in the worker thread with the text so far, each time it has grown. Characters
-                that were sent never change, and the last text is the reply's. With several beams it is
-                called once, at the end.
+                that were sent never change, and the last text is the reply's. With several beams, or with
+                `abstain_below`, it is called once, at the end.
 
         Returns:
             A future of the reply. If it is cancelled before its batch begins, the request leaves the queue.
@@ -145,6 +146,7 @@ class Engine:
             stop=request.stop,
             on_text=on_text,
             history=request.history,
+            abstain_below=request.abstain_below,
         )
         job.future.add_done_callback(self._drop_cancelled)
         with self._condition:
@@ -342,7 +344,7 @@ class Engine:
         """
         for prompt, token in zip(prompts, tokens, strict=True):
             job = jobs[prompt]
-            if job.on_text is None or job.callback_error is not None:
+            if job.on_text is None or job.abstain_below is not None or job.callback_error is not None:
                 continue
             job.tokens.append(token)
             try:
@@ -357,6 +359,8 @@ class Engine:
             text, tokens["completion_tokens"], finish_reason = finish_answer(self.family, answer, job.stop)
             # The score is that of the whole answer.
             score = answer.score if math.isfinite(answer.score) and text == answer.text else None
+            abstained = is_abstained(score, job.abstain_below)
+            text = "" if abstained else text
             if job.callback_error is not None:
                 raise job.callback_error
             job.send(text)
@@ -366,7 +370,7 @@ class Engine:
         except Exception as error:
             self._fail(job, error)
             return
-        self._count(requests=1, questions_cut=int(job.tokens_cut > 0), **tokens)
+        self._count(requests=1, questions_cut=int(job.tokens_cut > 0), abstained=int(abstained), **tokens)
         job.future.set_result(
             Reply(
                 text=text,
@@ -374,6 +378,7 @@ class Engine:
                 seconds=time.monotonic() - job.arrived,
                 finish_reason=finish_reason,
                 question_tokens_cut=job.tokens_cut,
+                abstained=abstained,
                 **tokens,
             )
         )

@@ -60,6 +60,8 @@ class Request:
     beams: int = 1  # beams of the search; 1 is greedy decoding
     stop: tuple[str, ...] = ()  # texts that end the answer, which is cut before the first of them
     history: History = ()  # the turns of the conversation before the question
+    # an answer with a lower confidence is abstained; its text is not streamed before the confidence is known
+    abstain_below: float | None = None
 
     @property
     def token_limit(self) -> int:
@@ -95,6 +97,7 @@ class Reply:
     # tokens at the question's end that the model did not read, because it reads no longer questions, or its adapter was
     # trained on shorter ones
     question_tokens_cut: int = 0
+    abstained: bool = False  # the confidence is below the threshold of the request, or unknown; `text` is empty
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,7 @@ class EngineStats:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     questions_cut: int = 0  # answered requests with a question that was cut
+    abstained: int = 0  # answered requests with an abstained answer
     # images that were encoded, and encoded images found in the cache
     images_computed: int = 0
     images_reused: int = 0

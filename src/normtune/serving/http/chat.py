@@ -84,7 +84,10 @@ async def submit_request(service: Service, owner: str, body: openai_api.ChatRequ
             service.budget.reserve(size)
             reserved += size
             images.append(image)
-        request = Request(tuple(images), question, adapter, limit, body.beams, tuple(body.stop or ()), history)
+        abstain_below = max(body.abstain_below, service.settings.abstain_below) or None
+        request = Request(
+            tuple(images), question, adapter, limit, body.beams, tuple(body.stop or ()), history, abstain_below
+        )
         reply = asyncio.wrap_future(await service.run_in_decoder(service.engine.submit, request, on_text=on_text))
         reply.add_done_callback(lambda _: texts.put_nowait(None))
         yield ChatJob(

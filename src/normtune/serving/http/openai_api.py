@@ -184,6 +184,15 @@ class ChatRequest(RequestModel):
         ]
         | None
     ) = None
+    abstain_below: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="Refuse answers with a confidence below this (not in OpenAI's API). The server may have a "
+            "higher threshold. The answer is then sent at once at the end.",
+        ),
+    ] = 0.0
     seed: Annotated[int, WholeNumber] | None = None
     # Names for OpenAI's records and caches, which have no influence on an answer.
     user: str | None = None
@@ -275,13 +284,19 @@ def _normtune_fields(reply: Reply, windows: Windows) -> dict[str, Any]:
         "confidence": confidence(reply.score),
         "seconds": round(reply.seconds, 4),
         "question_tokens_cut": reply.question_tokens_cut,
+        "abstained": reply.abstained,
         "windows": list(windows),
     }
 
 
+# The `refusal` of an abstained answer.
+ABSTAINED = "The model's confidence in its answer is too low."
+
+
 def completion(id: str, model: str, reply: Reply, windows: Windows) -> dict[str, Any]:
     """Return a `chat.completion`."""
-    message = {"role": "assistant", "content": reply.text, "refusal": None}
+    refusal = ABSTAINED if reply.abstained else None
+    message = {"role": "assistant", "content": None if reply.abstained else reply.text, "refusal": refusal}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reply.finish_reason}
     envelope = _envelope(id, "chat.completion", model)
     return envelope | {"choices": [choice], "usage": _usage(reply), "normtune": _normtune_fields(reply, windows)}
@@ -295,7 +310,8 @@ def chunk(id: str, model: str, delta: dict[str, Any]) -> dict[str, Any]:
 
 def last_chunks(id: str, model: str, reply: Reply, windows: Windows, usage: bool) -> list[dict[str, Any]]:
     """Return the chunk that ends the answer, and with `usage` the chunk with the token counts."""
-    last = chunk(id, model, {}) | {"normtune": _normtune_fields(reply, windows)}
+    delta = {"refusal": ABSTAINED} if reply.abstained else {}
+    last = chunk(id, model, delta) | {"normtune": _normtune_fields(reply, windows)}
     last["choices"][0]["finish_reason"] = reply.finish_reason
     usage_chunk = _envelope(id, "chat.completion.chunk", model) | {"choices": [], "usage": _usage(reply)}
     return [last, usage_chunk] if usage else [last]

@@ -122,8 +122,8 @@ class Health(BaseModel):
 
 class AnswerMessage(BaseModel):
     role: Literal["assistant"]
-    content: str
-    refusal: None
+    content: str | None
+    refusal: str | None
 
 
 class Choice(BaseModel):
@@ -141,12 +141,14 @@ class Usage(BaseModel):
 
 class Sureness(BaseModel):
     """Mean log-probability of the answer's tokens (score), its exp (confidence), the time taken, the number of tokens
-    at the question's end that the model did not read, and each image's window (null: as its file says)."""
+    at the question's end that the model did not read, whether the confidence is too low (abstained; the message then
+    has a refusal in place of the content), and each image's window (null: as its file says)."""
 
     score: float | None
     confidence: float | None
     seconds: float
     question_tokens_cut: int
+    abstained: bool
     windows: list[Window | None]
 
 

@@ -28,6 +28,7 @@ _VALUES = {
     "prompt_tokens": ("prompt_tokens_total", "Tokens of prompts and images."),
     "completion_tokens": ("completion_tokens_total", "Tokens of answers."),
     "questions_cut": ("questions_cut_total", "Requests answered with a question that was cut."),
+    "abstained": ("abstained_total", "Requests with an answer whose confidence was too low."),
     "images_computed": ("images_computed_total", "Images encoded."),
     "images_reused": ("images_reused_total", "Encoded images found in the cache."),
     "registered": ("adapters_registered", "Adapters registered."),

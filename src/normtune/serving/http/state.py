@@ -53,6 +53,7 @@ class Settings:
         reviews: a folder of `normtune review` pages; None serves none.
         remote_hosts: hosts from which images are fetched.
         hosts: the accepted Host headers; None accepts any.
+        abstain_below: answers with a lower confidence are refused; clients may send a higher threshold.
     """
 
     base: str
@@ -62,6 +63,7 @@ class Settings:
     reviews: Path | None = None
     remote_hosts: frozenset[str] = frozenset()
     hosts: frozenset[str] | None = None
+    abstain_below: float = 0.0
 
 
 class Service:

@@ -297,7 +297,7 @@ async function answer(model, question, card, signal) {
     const options = { method: "POST", headers, body: JSON.stringify(body), signal };
     for await (const event of events(await call("v1/chat/completions", options))) {
       if (event.error) throw new Error(event.error.message);
-      text += event.choices[0]?.delta.content ?? "";
+      text += event.choices[0]?.delta.content ?? event.choices[0]?.delta.refusal ?? "";
       card.text.textContent = text;
       if (event.normtune) {
         showFacts(card, event.normtune, event.choices[0].finish_reason);
