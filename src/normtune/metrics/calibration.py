@@ -168,8 +168,8 @@ def calibration_error(rows: ConfidentRows) -> Interval:
     is too high for few rows. The interval inverts a test instead. It contains the errors of all gaps that are a
     multiple of the observed ones and under which the observed error is within the central 95% of its distribution.
     This distribution is drawn: the gaps plus normal noise with their covariance over clusters, with Student's t in
-    place of the normal. Its lower end is 0 if the error could be chance. The upper end is at least the
-    overconfidence that the interval of the share of right answers allows.
+    place of the normal. Its lower end is 0 if the error could be chance. The error is at least the difference of mean
+    confidence and share of right answers, so that both ends are at least what the interval of that share allows.
     """
     counts = rows.sums(np.ones(len(rows.right)))
     index = _bin_of(rows.confidence)
@@ -179,7 +179,7 @@ def calibration_error(rows: ConfidentRows) -> Interval:
     if len(counts) < 2:
         return Interval(value, 0.0, 1.0)
     accuracy, sure = rows.accuracy(), rows.confidence.mean()
-    floor = max(abs(sure - accuracy.low), abs(sure - accuracy.high))
+    ends = sure - accuracy.high, sure - accuracy.low  # of the overconfidence
     draw, df = np.random.default_rng(0), satterthwaite_df(counts)
     spread = np.sqrt(df / draw.chisquare(df, (DRAWS, 1)))
     noise = draw.standard_normal((DRAWS, len(counts))) @ influence_of_mean(gaps, counts).T * spread  # [draws, bins]
@@ -190,7 +190,8 @@ def calibration_error(rows: ConfidentRows) -> Interval:
 
     low = _largest(lambda factor: float(np.mean(errors(factor) >= value)) < 0.025, 1.0)
     high = _largest(lambda factor: float(np.mean(errors(factor) <= value)) > 0.025, 1 / value if value else 0.0)
-    return Interval(value, min(value, low * value), min(1.0, max(value, high * value, floor)))
+    lowest, highest = max(low * value, ends[0], -ends[1]), max(high * value, ends[1], -ends[0])
+    return Interval(value, min(value, lowest), min(1.0, max(value, highest)))
 
 
 def _largest(holds: Any, end: float) -> float:
