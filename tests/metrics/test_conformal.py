@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from normtune.data.records import Example, Prediction
+from normtune.data.records import ChoiceResult, Example, Prediction
 from normtune.metrics.conformal import LEVELS, conformal_report, conformal_set, conformal_text, conformal_threshold
 from tests.support.tolerance import approx, sampling_error
 
@@ -63,3 +63,16 @@ def test_the_report_counts_sets_and_questions_without_a_candidate_as_answer() ->
     few = conformal_report((calibration[:10], fitted[:10]), (test[:3], answered[:3]))
     assert few is not None and few["levels"]["0.9"]["threshold"] is None and few["levels"]["0.9"]["mean_size"] == 2
     assert conformal_report((test[4:], [Prediction("q9", "lung")]), (test[:3], answered[:3])) is None
+
+
+def test_options_have_the_shares_of_their_likelihoods() -> None:
+    """The likelihoods 1, 1/2 and 0 are shares of 2/3, 1/3 and 0."""
+    scores = {"letter": (0.0, math.log(0.5), None), "text": (0.0, 0.0, 0.0)}
+    options = ("lung", "heart", "liver")
+    examples = [Example(f"q{n}", (str(n),), "?", options[n % 2], "choice", "test", options=options) for n in range(40)]
+    predictions = [Prediction(e.id, "lung", -0.4, None, ChoiceResult({"letter": (0,)}, scores)) for e in examples]
+    report = conformal_report((examples[:20], predictions[:20]), (examples[20:], predictions[20:]))
+    assert report is not None and report["levels"]["0.9"]["threshold"] == approx(2 / 3)
+    assert report["levels"]["0.9"]["sizes"] == {"2": 20} and report["levels"]["0.9"]["coverage"]["value"] == 1.0
+    none = ChoiceResult({"letter": (0,)}, {"letter": (None, None, None)})
+    assert conformal_report((examples[:1], [Prediction("q0", "lung", choice=none)]), (examples, predictions)) is None

@@ -228,7 +228,8 @@ def grounding_scores(
     """
     pairs = zip(examples, predictions, shuffled, strict=True)
     changed = {e.id: float(not is_exact(real.text, other.text, normalisation)) for e, real, other in pairs}
-    difference = reliance["metrics"]["global_exact"]["difference"]
+    metrics = reliance["metrics"]  # if all questions have options, it has their accuracy instead
+    difference = (metrics.get("global_exact") or metrics["choice_accuracy"])["difference"]
     return {
         "visual_reliance_score": {end: difference[end] for end in ("value", "low", "high")},
         "image_sensitivity": asdict(summarise_scores({"image_sensitivity": changed}, examples)["image_sensitivity"]),

@@ -49,18 +49,30 @@ class CandidateRows:
 
     @classmethod
     def of(cls, examples: Sequence[Example], predictions: Sequence[Prediction]) -> CandidateRows:
-        """Select the questions whose predictions have `shares`; both sequences have the same order."""
+        """Select the questions with probabilities of candidates or options; both sequences have the same order."""
         left_out, rows = 0, []
         for example, prediction in zip(examples, predictions, strict=True):
-            if prediction.shares is not None:
-                answer = _position(example.answer, list(prediction.shares))
+            if (shares := _shares(example, prediction)) is not None:
+                answer = _position(example.answer, shares[0])
                 left_out += answer is None
-                rows += [] if answer is None else [(example, list(prediction.shares.values()), answer)]
+                rows += [] if answer is None else [(example, shares[1], answer)]
         return cls([row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows], left_out)
 
     def scores(self) -> Floats:
         """One minus the share of the right answer, [rows]."""
         return np.array([1 - shares[answer] for shares, answer in zip(self.shares, self.answers, strict=True)])
+
+
+def _shares(example: Example, prediction: Prediction) -> tuple[list[str], list[float]] | None:
+    """The candidates or options of a question and their shares; of options, by the first scoring with likelihoods."""
+    if prediction.shares is not None:
+        return list(prediction.shares), list(prediction.shares.values())
+    likelihoods = next(iter(prediction.choice.scores.values()), None) if prediction.choice is not None else None
+    if likelihoods is None or all(value is None for value in likelihoods):
+        return None
+    logs = np.array([-math.inf if value is None else value for value in likelihoods])
+    shares = np.exp(logs - logs.max())
+    return list(example.options), (shares / shares.sum()).tolist()
 
 
 def _position(answer: str, candidates: Sequence[str]) -> int | None:
