@@ -65,15 +65,15 @@ def confidence_table(rows: list[dict[str, Any]]) -> str:
     sets = []
     for row in rows:
         for level in LEVELS if row["questions"] == "sets" else ():
-            found, size = row["levels"][level], row["test"]
-            one = found["sizes"].get("1", 0) / size["rows"]
+            sets_at_level, size = row["levels"][level], row["test"]
+            share = sets_at_level["sizes"].get("1", 0) / size["rows"]
             sets.append(
                 [
                     row["recipe"],
                     f"{100 * float(level):g}",
-                    format_interval(found["coverage"]),
-                    f"{found['mean_size']:.2f}",
-                    f"{100 * one:.1f}",
+                    format_interval(sets_at_level["coverage"]),
+                    f"{sets_at_level['mean_size']:.2f}",
+                    f"{100 * share:.1f}",
                 ]
             )
     set_head = ["recipe", "level", "contain the answer", "candidates in a set", "sets of one"]

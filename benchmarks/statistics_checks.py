@@ -53,7 +53,7 @@ TARGET = 0.05  # the nominal rate of wrong rejections
 CONFIDENCE_IMAGES = (20, 50, 200)
 # share by which the probability of a right answer is below the confidence: calibrated, too sure, much too sure
 SHIFTS = {"calibrated": 0.0, "5 points too sure": 0.05, "20 points too sure": 0.2}
-POPULATION = 1_000_000  # questions that the true values are computed from
+POPULATION = 400_000  # questions that the true values are computed from
 
 
 def main() -> None:
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--simulations", type=int, default=2000)
     parser.add_argument("--images", nargs="+", type=int, default=IMAGES)
     parser.add_argument("--confidence-images", nargs="+", type=int, default=CONFIDENCE_IMAGES)
-    parser.add_argument("--confidence-simulations", type=int, default=400)
+    parser.add_argument("--confidence-simulations", type=int, default=1000)
     parser.add_argument(
         "--only",
         choices=["coverage", "recipes", "splits", "confidence", "conformal"],
@@ -83,11 +83,13 @@ def main() -> None:
         rows = [row for row in before if row["experiment"] != options.only] + [*experiments[options.only]()]
     else:
         rows = [row for experiment in experiments.values() for row in experiment()]
-    tables = table(rows)
-    print(tables)
+    of_confidence = [row for row in rows if row["experiment"] in ("confidence", "conformal")]
+    tables = table([row for row in rows if row not in of_confidence]), table(of_confidence)
+    print("\n".join(tables))
     if options.out:
         record(options.out, "statistics_checks", rows, simulations=options.simulations)
-        options.out.with_suffix(".md").write_text(tables, encoding="utf-8")
+        options.out.with_suffix(".md").write_text(tables[0], encoding="utf-8")
+        options.out.with_name(f"{options.out.stem}_confidence.md").write_text(tables[1], encoding="utf-8")
 
 
 def coverage(image_counts: list[int], simulations: int) -> Iterator[dict[str, Any]]:
@@ -269,12 +271,12 @@ def confidence(image_counts: list[int], simulations: int) -> Iterator[dict[str, 
                 "images": images,
                 **{
                     f"{measure}_{key}": value
-                    for measure, found in intervals.items()
+                    for measure, computed in intervals.items()
                     for key, value in (
                         ("true", truth[measure]),
-                        ("mean", float(np.mean([interval.value for interval in found]))),
-                        ("coverage", float(np.mean([i.low <= truth[measure] <= i.high for i in found]))),
-                        ("width", float(np.mean([interval.high - interval.low for interval in found]))),
+                        ("mean", float(np.mean([interval.value for interval in computed]))),
+                        ("coverage", float(np.mean([i.low <= truth[measure] <= i.high for i in computed]))),
+                        ("width", float(np.mean([interval.high - interval.low for interval in computed]))),
                     )
                 },
             }

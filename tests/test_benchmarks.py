@@ -49,7 +49,7 @@ TABLES_OF_PAGE = {  # page: the committed tables that it contains
     "docs/study.md": ["seeds"],
     "docs/method.md": ["quantised"],
     "docs/serving.md": ["load", "serving_llava_slake", "serving_miss_slake"],
-    "docs/metrics.md": ["reliance", "medpix", "statistics_checks"],
+    "docs/metrics.md": ["reliance", "medpix", "statistics_checks", "statistics_checks_confidence", "confidence"],
     "docs/speed.md": [
         "throughput_llava_slake",
         "throughput_llava_vqa-rad",
@@ -229,16 +229,17 @@ def test_the_operations_of_a_step_agree_with_the_formula(script: Any) -> None:
 def test_the_statistics_are_checked_on_simulations_and_on_the_committed_runs(tmp_path: Path) -> None:
     out = tmp_path / "checks.json"
     options = ["--simulations", "4", "--images", "10", "--seeds", "3", "--out", str(out)]
+    options += ["--confidence-images", "20", "--confidence-simulations", "2"]
     rows = benchmark_record("statistics_checks", options)["rows"]
     counts = Counter(row["experiment"] for row in rows)
-    assert counts == {"coverage": 3, "recipes": 2, "splits": 4, "pairing": 1}
+    assert counts == {"coverage": 3, "recipes": 2, "splits": 4, "pairing": 1, "confidence": 3, "conformal": 2}
     committed = [row for row in read_record("statistics_checks.json")["rows"] if row["experiment"] == "splits"]
     assert [row for row in rows if row["experiment"] == "splits"] == committed, "seeded, from the committed runs"
     assert out.with_suffix(".md").read_text(encoding="utf-8").count("| ") > 10
 
 
 def test_the_committed_checks_hold_what_the_statistics_promise() -> None:
-    """Limits of the rates over 2,000 simulations."""
+    """Limits of the rates over 2,000 simulations, and of the coverage of confidence over 1,000."""
     rows = read_record("statistics_checks.json")["rows"]
     for row in rows:
         if row["experiment"] == "coverage":
@@ -248,6 +249,10 @@ def test_the_committed_checks_hold_what_the_statistics_promise() -> None:
             assert row["seeds"] < 5 or row["after_power"] >= 0.8
         elif row["experiment"] == "splits":
             assert row["splits"] >= 30 and row["after_size"] <= 0.07 < row["before_size"]
+        elif row["experiment"] == "confidence":
+            assert min(row[f"{measure}_coverage"] for measure in ("ece", "overconfidence", "aurc")) >= 0.91
+        elif row["experiment"] == "conformal":
+            assert row["coverage"] >= row["level"] - 0.01
 
 
 def test_the_runs_of_the_statistics_record_right_answers_and_no_text(slake: Path) -> None:

@@ -25,14 +25,14 @@ def read_calibration(folder: Path, config: EvaluateConfig, examples: Sequence[Ex
     evaluation = read_evaluation(folder)
     record, settings = evaluation.record, evaluation.record["settings"]
     adapter = None if config.adapter is None else str(config.adapter)
-    for name, expected, found in (
+    for name, expected, recorded in (
         ("model", config.model, record.get("base")),
         ("adapter", adapter, record.get("adapter")),
         ("candidates", config.candidates, settings.get("candidates")),
     ):
-        if expected != found:
+        if expected != recorded:
             raise InputError(
-                f"--conformal {folder} was evaluated with the {name} {found}, this evaluation has {expected}. "
+                f"--conformal {folder} was evaluated with the {name} {recorded}, this evaluation has {expected}. "
                 "Evaluate the same model with the same candidates on other images, for example with --split validate."
             )
     images = {key for example in evaluation.examples for key in example.images}

@@ -107,7 +107,7 @@ def confidence_report(
     if len(set(kinds)) > 1:
         groups |= {kind: kinds == kind for kind in sorted(set(kinds))}
     report = {
-        name: {"images": len(set(images[chosen])), **_describe(rows.where(chosen))} for name, chosen in groups.items()
+        name: {"images": len(set(images[inside])), **_describe(rows.where(inside))} for name, inside in groups.items()
     }
     report["all"]["without_confidence"] = len(examples) - len(confident)
     return report
@@ -219,7 +219,7 @@ def _mean_risk(confidence: Floats, right: Floats) -> float:
 
 
 def area_under_risk_coverage(rows: ConfidentRows) -> Interval:
-    """Compute AURC with its interval, whose variance is the jackknife's over clusters (blocks of them if many)."""
+    """Compute AURC with its interval, by the jackknife over clusters (blocks of them if many)."""
     order = np.argsort(-rows.confidence, kind="stable")
     confidence, right, cluster = rows.confidence[order], rows.right[order], rows.cluster[order]
     value, clusters = _mean_risk(confidence, right), int(cluster.max()) + 1
@@ -266,8 +266,8 @@ def abstention_report(
     """
     answered = {p.id: float(not is_abstained(p.score, abstain_below)) for p in predictions}
     tables = {"coverage": answered}
-    for name, kept in (("right_if_answered", 1.0), ("right_if_abstained", 0.0)):
-        tables[name] = {id: right[id] for id, value in answered.items() if value == kept} if right else {}
+    for name, group in (("right_if_answered", 1.0), ("right_if_abstained", 0.0)):
+        tables[name] = {id: right[id] for id, value in answered.items() if value == group} if right else {}
     metrics: dict[str, Metric] = summarise_scores({name: rows for name, rows in tables.items() if rows}, examples)
     return {
         "abstain_below": abstain_below,

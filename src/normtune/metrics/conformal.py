@@ -33,7 +33,7 @@ LEVELS = (0.9, 0.95)
 
 @dataclass(frozen=True)
 class CandidateRows:
-    """Questions whose answer is one of the candidates.
+    """Questions of which a candidate is the answer.
 
     Attributes:
         examples: the questions.
