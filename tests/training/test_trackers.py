@@ -35,9 +35,11 @@ def expected_values(result: TrainResult) -> dict[str, dict[int, float]]:
     }
 
 
-def check_no_rows(*folders: Path) -> None:
+def check_no_rows(*directories: Path) -> None:
     """No file of a tracker contains a question or an answer of several words."""
-    written = b"".join(path.read_bytes() for folder in folders for path in folder.rglob("*") if path.is_file())
+    written = b"".join(
+        path.read_bytes() for directory in directories for path in directory.rglob("*") if path.is_file()
+    )
     assert written
     for example in open_dataset(DATA).examples:
         assert example.question.encode() not in written

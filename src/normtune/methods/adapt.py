@@ -273,7 +273,7 @@ def _linears_of(tuned: TunedModel, part: str, method: Method, unused: frozenset[
 def _check_target_names(targets: Sequence[tuple[str, Method, list[TargetLinear]]]) -> None:
     """Raise RecipeError if a name of a LoRA's targets is that of no linear in the parts that have this LoRA."""
     for method in dict.fromkeys(method for _, method, _ in targets if "targets" in METHODS[method.name]):
-        linears = [linear for _, other, found in targets if other == method for linear in found]
+        linears = [linear for _, other, of_part in targets if other == method for linear in of_part]
         for name in filter(None, str(method.option("targets")).split("+")):
             if name != ALL_LINEAR and not linears_of_names(linears, name):
                 names = sorted({linear.leaf for linear in linears if not linear.leaf.isdigit()})

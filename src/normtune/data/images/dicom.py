@@ -124,9 +124,9 @@ def _open_frame(
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
     full_range = (low + high + 1) / 2, high - low + 1  # maps `low` to 0 and `high` to 1
-    own = full_range if settings.table("VOILUTSequence") else (settings.window() or full_range)
+    file_window = full_range if settings.table("VOILUTSequence") else (settings.window() or full_range)
     picture = grey_to_rgb(1 - grey if inverted else grey)
-    return picture, GreyFrame(pixels, to_units, inverted, own, (low, high))
+    return picture, GreyFrame(pixels, to_units, inverted, file_window, (low, high))
 
 
 @cache
@@ -260,8 +260,8 @@ def _grey_values(
     voi = settings.table("VOILUTSequence")
     if voi is not None:
         return np.clip(_look_up(values, voi[0], voi[1]) / (2 ** voi[2] - 1), 0, 1)
-    if (own := settings.window()) is not None:
-        return apply_window(values, own, settings.function())
+    if (file_window := settings.window()) is not None:
+        return apply_window(values, file_window, settings.function())
     padding = settings.number("", "PixelPaddingValue")  # pixels outside the scanned field
     if padding is None:
         return stretch_full_range(values)
