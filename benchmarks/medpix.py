@@ -217,7 +217,7 @@ def conclusion(rows: list[dict[str, Any]]) -> str:
         f"By ROUGE-L, {join_names([f'`{name}`' for name in above])} score above the base without tuning "
         f"({percent('frozen', SELECTION_METRIC):.1f}), `{best}` highest ({percent(best, SELECTION_METRIC):.1f}), and "
         f"{below} below it. No recipe is clinically useful: BLEU-4 is at most {bleu:.1f}, and the most frequent text "
-        f"has a findings F1 of {percent('most-frequent', findings):.1f}, above {len(fewer)} of the {len(recipes)} recipes. "
+        f"has a findings F1 of {percent('most-frequent', findings):.1f}, above {len(fewer)} of {len(recipes)} recipes. "
         f"METEOR 1.5 of `{best}` is {meteor[1]} where `meteor_exact_stem` is {meteor[0]}."
     )
 
