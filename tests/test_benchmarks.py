@@ -56,6 +56,7 @@ TABLES_OF_PAGE = {  # page: the committed tables that it contains
         "throughput_miss_slake",
         "answering_llava_slake",
         "answering_miss_slake",
+        "choices",
         "memory",
         "large",
         "scaling",
@@ -151,6 +152,15 @@ def test_answering_compares_every_answer_and_then_times_both(shape: str, slake: 
     for row in record["rows"]:
         assert row["ratio"]["low"] <= row["ratio"]["median"] <= row["ratio"]["high"]
         assert len(row["rounds"]["normtune"]) == len(row["rounds"]["generate()"]) == 2
+    assert out.with_suffix(".md").read_text(encoding="utf-8").count("\n") == 4
+
+
+def test_choices_compares_every_likelihood_and_then_times_all_sides(tmp_path: Path) -> None:
+    out = tmp_path / "record.json"
+    options = ["--questions", "4", "--rounds", "2", "--pixels", "28", "--batch", "8", "--out", str(out)]
+    record = benchmark_record("choices", options)
+    assert [(row["set"], row["questions"]) for row in record["rows"]] == [("pmc-vqa", 4), ("rexvqa", 4)]
+    assert all(len(row["rounds"][side]) == 2 for row in record["rows"] for side in ("normtune", "one by one"))
     assert out.with_suffix(".md").read_text(encoding="utf-8").count("\n") == 4
 
 

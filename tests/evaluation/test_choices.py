@@ -191,7 +191,14 @@ def test_runs_are_compared_by_the_metrics_that_both_have(tmp_path: Path) -> None
     examples = choices(6, lambda n: n % 2)
     run(LikesLetter(), examples, tmp_path / "biased", choice_scoring="letter,text")
     run(KnowsAnswers(examples), examples, tmp_path / "right")
-    (differences,) = compare([tmp_path / "biased", tmp_path / "right"]).differences.values()
+    comparison = compare([tmp_path / "biased", tmp_path / "right"])
+    assert comparison.to_dict()["not_compared"] == ["choice_accuracy_text"]
+    assert "only some of the runs have them: choice_accuracy_text." in str(comparison)
+    assert "differently" not in str(comparison)
+    run(KnowsAnswers(examples), examples, tmp_path / "mmmu", choice_prompt="mmmu")
+    text = "biased: prompt llava, by letter; mmmu: prompt mmmu, by letter"
+    assert text in str(compare([tmp_path / "biased", tmp_path / "mmmu"]))
+    (differences,) = comparison.differences.values()
     assert differences["choice_accuracy"].difference == 0.5 and "choice_accuracy_text" not in differences
 
 

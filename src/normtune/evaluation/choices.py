@@ -76,7 +76,7 @@ def _positions(
     for example in choices:
         for rotation, row in enumerate(chosen_positions(example, selected[example.id])):
             rows[example.id, rotation] = row
-    names = {key: f"{key[0]}~{key[1]}" for key in rows}
+    names = {key: f"{key[0]}\0{key[1]}" for key in rows}
     clusters = {names[key]: cluster[key[0]] for key in rows}
 
     def interval(scores: Mapping[str, float]) -> dict[str, float]:

@@ -47,12 +47,14 @@ class Comparison(Result):
         others: the same of the others.
         differences: run -> metric -> difference from the baseline.
         seeds: name -> the evaluations of all seeds, for recipes.
+        not_compared: metrics that only some of the runs have.
     """
 
     baseline: Evaluation
     others: list[Evaluation]
     differences: dict[str, dict[str, MetricDifference]]
     seeds: dict[str, list[Evaluation]] = field(default_factory=dict)
+    not_compared: tuple[str, ...] = ()
 
     @property
     def comparisons(self) -> int:
@@ -71,6 +73,7 @@ class Comparison(Result):
             },
             "trained_rows": {run.name: run.record.get("trained_rows") for run in (self.baseline, *self.others)},
             "comparisons": self.comparisons,
+            "not_compared": list(self.not_compared),
             "differences": {
                 run: {name: asdict(difference) for name, difference in metrics.items()}
                 for run, metrics in self.differences.items()
@@ -164,8 +167,15 @@ class Comparison(Result):
                 f"Margin of {100 * metrics[0].margin:g} points, each at 5% and not corrected: equivalent (TOST), "
                 "or no worse than the baseline by more than the margin."
             )
-        for run in (self.baseline, *self.others):
+        runs = (self.baseline, *self.others)
+        for run in runs:
             lines += [f"{run.name}: {text}." for text in trained_rows_text(run.record)]
+        if self.not_compared:
+            lines.append(f"Not compared, since only some of the runs have them: {', '.join(self.not_compared)}.")
+        choices = {run.name: _choice_settings(run) for run in runs}
+        if len({*choices.values()}) > 1:
+            texts = "; ".join(f"{name}: {text}" for name, text in choices.items())
+            lines.append(f"The runs read and select options differently: {texts}.")
         title = f"{about['dataset']}: {about['rows']} rows, {about['images']} images; baseline: {self.baseline.name}"
         if self.seeds:
             title += "; seeds: " + ", ".join(f"{name} {len(runs)}" for name, runs in self.seeds.items())
@@ -174,6 +184,14 @@ class Comparison(Result):
 
 _HEAD = ["run", "metric", "baseline", "value", "difference", "p", "p (Holm)", "rows", "can show"]
 _ALIGN = "llr"  # the first two columns are text and aligned left; the others are numbers
+
+
+def _choice_settings(run: Evaluation) -> str:
+    """How a run reads options, and how it selects the one of its prediction."""
+    settings = run.record.get("settings") or {}
+    if "choice_prompt" not in settings:
+        return "no prompt"
+    return f"prompt {settings['choice_prompt']}, by {settings['choice_scoring'][0]}"
 
 
 def compare(runs: Runs | Mapping[str, Sequence[Run]], *, margin: float | None = None) -> Comparison:
@@ -203,6 +221,9 @@ def compare(runs: Runs | Mapping[str, Sequence[Run]], *, margin: float | None = 
         name: Group([compute_metrics(run) for run in seeds], fixed=has_seeds and _is_untrained(seeds))
         for name, seeds in groups.items()
     }
+    all_metrics = [table for group in tables.values() for table in group.metrics]
+    metrics = list(dict.fromkeys(name for table in all_metrics for name in table))
+    partial = tuple(name for name in metrics if not all(name in table for table in all_metrics))
     baseline, *others = [replace(seeds[0], name=name) for name, seeds in groups.items()]
     corrected = correct_p_values(
         {
@@ -210,14 +231,14 @@ def compare(runs: Runs | Mapping[str, Sequence[Run]], *, margin: float | None = 
                 metric, tables[baseline.name], tables[run.name], baseline.examples, margin=margin
             )
             for run in others
-            for metric in tables[baseline.name].metrics[0]
-            if all(metric in table for group in tables.values() for table in group.metrics)
+            for metric in metrics
+            if metric not in partial
         }
     )
     differences: dict[str, dict[str, MetricDifference]] = {run.name: {} for run in others}
     for (name, metric), difference in corrected.items():
         differences[name][metric] = difference
-    return Comparison(baseline, others, differences, dict(groups) if has_seeds else {})
+    return Comparison(baseline, others, differences, dict(groups) if has_seeds else {}, partial)
 
 
 def _read_groups(runs: Runs | Mapping[str, Sequence[Run]]) -> tuple[dict[str, list[Evaluation]], bool]:

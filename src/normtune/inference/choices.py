@@ -43,7 +43,7 @@ def answer_choices(
         generation: `beams` and `max_new_tokens` of `answer_all`, for generated answers.
 
     Returns:
-        One prediction per example, grouped by image. `score` is log(p / sum of p over the options) of the selected
+        One prediction per example, in their order. `score` is log(p / sum of p over the options) of the selected
         option, where p of `text_normalized` is exp(log-likelihood / characters); of a generated answer that of
         `answer_all`.
 
@@ -51,13 +51,16 @@ def answer_choices(
         InputError: an image cannot be read, or the device runs out of memory.
     """
     questions: list[Example] = []  # the examples, and each once more for every rotation
-    place_of: dict[str, tuple[Example, int]] = {}  # id of a question -> its example, and its rotation
+    ids: dict[str, list[str]] = {}  # example -> the ids of its questions, by rotation
+    used = {example.id for example in examples}
     for example in examples:
         for rotation in range(len(example.options) if rotations else 1):
-            options = rotated_options(example.options, rotation)
-            question = replace(example, id=f"{example.id}~{rotation}" if rotation else example.id, options=options)
-            questions.append(question)
-            place_of[question.id] = example, rotation
+            id = f"{example.id}~{rotation}" if rotation else example.id
+            while rotation and id in used:
+                id += "~"
+            used.add(id)
+            ids.setdefault(example.id, []).append(id)
+            questions.append(replace(example, id=id, options=rotated_options(example.options, rotation)))
     scores: dict[str, dict[str, list[float]]] = {}  # id of a question -> scoring -> log-likelihood of each option
     generated: dict[str, Prediction] = {}
     cut: Counter[str] = Counter()  # id of a question -> options that are cut
@@ -98,14 +101,15 @@ def answer_choices(
             **generation,
         )
         generated = {answer.id: answer for answer in answers}
-    by_example: dict[str, list[str]] = {}  # ids of the questions of each example, by rotation
-    for id, (example, _) in place_of.items():
-        by_example.setdefault(example.id, []).append(id)
     return [
         _prediction(
-            example, scorings, [scores.get(id, {}) for id in ids], [generated.get(id) for id in ids], cut[example.id]
+            example,
+            scorings,
+            [scores.get(id, {}) for id in ids[example.id]],
+            [generated.get(id) for id in ids[example.id]],
+            cut[example.id],
         )
-        for example, ids in zip(examples, by_example.values(), strict=True)
+        for example in examples
     ]
 
 
