@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
-from normtune.data.datasets.table import read_rows
+from normtune.data.datasets.table import Rows
+from normtune.data.reading.columns import parse_columns
+from normtune.data.reading.row_reader import RowReader
+from normtune.data.reading.sources import python_source
 from normtune.data.records import Dataset
 from normtune.data.split_names import split_name
 from normtune.errors import InputError
@@ -24,7 +28,7 @@ def read(data: Any, **options: Any) -> Dataset:
         data: the rows, or a dict of them by split, such as a `datasets.DatasetDict`. A row is a dict, or a tuple
             (image, question, answer). Images are paths, opened images or encoded bytes. The rows of a torch dataset are
             read once for their texts; its images are read again when they are used.
-        options: those of `normtune.data.datasets.table.read_rows`.
+        options: those of `read_rows`.
 
     Raises:
         InputError: the object holds no rows, or see `read_rows`.
@@ -32,6 +36,49 @@ def read(data: Any, **options: Any) -> Dataset:
     if isinstance(data, Mapping):
         return read_rows({split_name(str(split)): _rows(rows) for split, rows in data.items()}, **options)
     return read_rows({"train": _rows(data)}, **options)
+
+
+def read_rows(
+    rows: Mapping[str, Sequence[Mapping[str, Any]]],
+    *,
+    strict: bool = True,
+    columns: str | Mapping[str, str] | None = None,
+    task: Literal["vqa", "report"] = "vqa",
+    slices: int | None = None,
+    montage: bool = False,
+    text_only: bool = False,
+) -> Dataset:
+    """Read rows that are Python objects: split -> rows. Images may also be opened images; see `read`.
+
+    Raises:
+        InputError: a column is missing, or (strict) a row is bad.
+    """
+    reader, stated = RowReader("data", text_only), parse_columns(columns)
+    # one split is not copied: its rows may be decoded each time that they are read
+    members = next(iter(rows.values())) if len(rows) == 1 else _Joined(list(rows.values()))
+    table = Rows(reader, "data", Path(), strict, rows=members)
+    first = 0
+    for split, members in rows.items():
+        table.add(python_source(members, split, first), stated, task)
+        first += len(members)
+    return table.finish(None, slices, montage)
+
+
+@dataclass(frozen=True)
+class _Joined(Sequence[Mapping[str, Any]]):
+    """Several sequences one after the other."""
+
+    parts: list[Sequence[Mapping[str, Any]]]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __getitem__(self, index: Any) -> Any:
+        for part in self.parts:
+            if index < len(part):
+                return part[index]
+            index -= len(part)
+        raise IndexError(index)
 
 
 def _rows(data: Any) -> Sequence[Mapping[str, Any]]:

@@ -14,7 +14,8 @@ from normtune.data.reading.cells import is_yes_no, split_of_file
 from normtune.data.reading.choices import read_options, without_options
 from normtune.data.reading.conversations import CONVERSATION_FIELDS, read_conversation
 from normtune.data.reading.embedded_images import EmbeddedImages, RowLocation, embedded_image
-from normtune.data.reading.row_reader import RowReader, check_image_path, find_image_folder, known_kind
+from normtune.data.reading.image_paths import check_image_path, find_image_folder
+from normtune.data.reading.row_reader import RowReader, known_kind
 from normtune.data.reading.sources import SourceRow, arrow_files, arrow_rows, parquet_rows
 from normtune.data.reading.tables import RowError, check_characters, json_lines
 from normtune.data.records import Dataset, Example, Kind, Problem

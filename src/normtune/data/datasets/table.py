@@ -18,15 +18,9 @@ from normtune.data.reading.choices import read_options
 from normtune.data.reading.columns import Columns, columns_note, find_columns, holds_reports, letters, parse_columns
 from normtune.data.reading.embedded_images import EmbeddedImages, embedded_image
 from normtune.data.reading.image_names import find_image_keys, identifier_column, identifier_of, index_dicom
-from normtune.data.reading.row_reader import (
-    RowReader,
-    check_image_path,
-    find_image_folder,
-    image_key,
-    known_kind,
-    missing_images,
-)
-from normtune.data.reading.sources import Source, SourceRow, open_sources, python_source
+from normtune.data.reading.image_paths import check_image_path, find_image_folder, image_key, missing_images
+from normtune.data.reading.row_reader import RowReader, known_kind
+from normtune.data.reading.sources import Source, SourceRow, open_sources
 from normtune.data.reading.tables import RowError
 from normtune.data.records import Dataset, Example, Kind, Problem
 from normtune.data.split_names import split_name
@@ -96,49 +90,6 @@ def read(
     except InputError as error:
         raise InputError(f"{error} (Read as {format}: {FORMATS[format]}.)") from error
     return table.finish(image_root, slices, montage)
-
-
-def read_rows(
-    rows: Mapping[str, Sequence[Mapping[str, Any]]],
-    *,
-    strict: bool = True,
-    columns: str | Mapping[str, str] | None = None,
-    task: Literal["vqa", "report"] = "vqa",
-    slices: int | None = None,
-    montage: bool = False,
-    text_only: bool = False,
-) -> Dataset:
-    """Read rows that are Python objects: split -> rows. Images may also be opened images; see `read`.
-
-    Raises:
-        InputError: a column is missing, or (strict) a row is bad.
-    """
-    reader, stated = RowReader("data", text_only), parse_columns(columns)
-    # one split is not copied: its rows may be decoded each time that they are read
-    members = next(iter(rows.values())) if len(rows) == 1 else _Joined(list(rows.values()))
-    table = Rows(reader, "data", Path(), strict, rows=members)
-    first = 0
-    for split, members in rows.items():
-        table.add(python_source(members, split, first), stated, task)
-        first += len(members)
-    return table.finish(None, slices, montage)
-
-
-@dataclass(frozen=True)
-class _Joined(Sequence[Mapping[str, Any]]):
-    """Several sequences one after the other."""
-
-    parts: list[Sequence[Mapping[str, Any]]]
-
-    def __len__(self) -> int:
-        return sum(map(len, self.parts))
-
-    def __getitem__(self, index: Any) -> Any:
-        for part in self.parts:
-            if index < len(part):
-                return part[index]
-            index -= len(part)
-        raise IndexError(index)
 
 
 class Rows:

@@ -6,12 +6,9 @@ with `Row.finish`. After the last row it calls `check_images`, `check_repeats` a
 
 from __future__ import annotations
 
-import os
-import posixpath
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 from PIL import Image
@@ -20,14 +17,15 @@ from normtune.data.examples import Examples
 from normtune.data.images.files import ImageFolder
 from normtune.data.reading.cells import clean_text, has_half_character, is_yes_no, language_tag
 from normtune.data.reading.choices import Style, read_options, right_option, right_options, style_note
+from normtune.data.reading.image_paths import find_image_folder as find_image_folder
+from normtune.data.reading.image_paths import image_key
+from normtune.data.reading.image_paths import missing_images as missing_images
 from normtune.data.reading.tables import RowError
 from normtune.data.records import KINDS, Dataset, Example, History, Kind, Problem
 from normtune.data.split_names import SPLITS, split_name
 from normtune.errors import InputError, did_you_mean
 
-_URLS = ("http://", "https://", "s3://", "gs://")
 _MAX_SHOWN = 5  # number of bad rows that one error names
-_MAX_PATH = 1000  # characters; a longer text is the image itself, such as base64 without "data:"
 
 
 class RowReader:
@@ -328,27 +326,6 @@ class Row:
             self._reader.examples.append(example)
 
 
-def image_key(file: str, row: str, name: str) -> str:
-    """An image's key: its path relative to the image folder, normalised so that one file has one key.
-
-    Args:
-        file, row: the place, for messages.
-        name: the path in the file.
-
-    Raises:
-        InputError: the path is absolute or outside the folder, or the text is no path.
-    """
-    try:
-        check_image_path("the image", name)
-    except RowError as error:
-        raise InputError(f"{file}, row {row}: {error.what}. {error.fix}") from error
-    key = posixpath.normpath(name.replace("\\", "/")) if name else ""
-    if key.startswith(("/", "../")) or key == ".." or ":" in key.split("/")[0]:
-        what = "the image's path is outside the dataset's folder"
-        raise InputError(f"{file}, row {row}: {what}. Write it relative to that folder.")
-    return key
-
-
 def known_kind(word: str) -> Kind:
     """Check that a word is a kind of example.
 
@@ -359,53 +336,3 @@ def known_kind(word: str) -> Kind:
         if kind == word:
             return kind
     raise RowError(f"kind is unknown{did_you_mean(word, KINDS)}", f"Known kinds: {', '.join(KINDS)}.")
-
-
-def check_image_path(image: str, path: str) -> None:
-    """Check that a text can be the path of an image file. Messages do not contain it: it may be the image.
-
-    Args:
-        image: name of the image in messages, such as "image 1".
-        path: the text.
-
-    Raises:
-        RowError: the text is a URL, or too long for a path.
-    """
-    if path[:5].lower() == "data:":
-        raise RowError(f"{image} is a data URL, not a file", "Save it as a file and write its path.")
-    if path.lower().startswith(_URLS):
-        raise RowError(f"{image} is a URL, not a file", "Download it and write its path.")
-    if len(path) > _MAX_PATH:
-        raise RowError(f"{image} is not a path", "Save it as a file and write its path.")
-
-
-def find_image_folder(root: Path, subfolders: Sequence[str], names: Iterable[str]) -> Path:
-    """Find the image folder: the first subfolder of root ("" is root itself) with one of the first 50 images.
-
-    If no subfolder has any of them, the first subfolder.
-    """
-    first_names = list(islice(names, 50))
-    for folder in (root / name for name in subfolders):
-        if any((folder / name).is_file() for name in first_names):
-            return folder
-    return root / subfolders[0]
-
-
-def missing_images(folder: Path, names: Iterable[str]) -> set[str]:
-    """The names that are not files. Names are relative to `folder`, or absolute.
-
-    Each directory is listed once, instead of a check file by file.
-    """
-    listings: dict[str, set[str]] = {}  # directory -> names of its files
-    missing = set()
-    for name in set(names):
-        parent, file = os.path.split(os.path.normpath(os.path.join(folder, name)))
-        if parent not in listings:
-            try:
-                with os.scandir(parent or ".") as entries:
-                    listings[parent] = {entry.name for entry in entries if entry.is_file()}
-            except (OSError, ValueError):  # ValueError: a NUL in the path
-                listings[parent] = set()
-        if file not in listings[parent]:
-            missing.add(name)
-    return missing
