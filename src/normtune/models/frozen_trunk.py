@@ -77,6 +77,11 @@ def parameter_ids(module: nn.Module) -> set[int]:
     return ids
 
 
+def last_norm_name(decoder: Any) -> str:
+    """The name of the norm after a language model's layers."""
+    return "norm" if hasattr(decoder, "norm") else "embedding_norm"  # the latter in LFM2
+
+
 class SkippedLayer(nn.Module):
     """Replaces a layer: its output is its input."""
 
@@ -91,15 +96,16 @@ def skip_layers(decoder: Any, layers: range, *, norm: bool = False) -> Iterator[
     The list of layers keeps its length, so that the other layers keep their numbers.
     """
     skipped = {index: decoder.layers[index] for index in layers}
-    last_norm = decoder.norm if norm else None  # not every language model's last norm has this name
+    norm_name = last_norm_name(decoder)
+    last_norm = getattr(decoder, norm_name) if norm else None  # not every model's last norm has a known name
     try:
         for index in skipped:
             decoder.layers[index] = SkippedLayer()
         if norm:
-            decoder.norm = SkippedLayer()
+            setattr(decoder, norm_name, SkippedLayer())
         yield
     finally:
         for index, layer in skipped.items():
             decoder.layers[index] = layer
         if norm:
-            decoder.norm = last_norm
+            setattr(decoder, norm_name, last_norm)

@@ -25,6 +25,15 @@ def without_videos(processor_class: Any) -> Any:
     return ImageOnly
 
 
+def with_image_processor(processor_class: Any, image_processor_class: Any, source: str) -> Any:
+    """Load a checkpoint's tokenizer and settings, and its image processor as this class, which needs no torchvision."""
+    from transformers import AutoTokenizer
+
+    settings, _ = processor_class.get_processor_dict(source)
+    parts = [image_processor_class.from_pretrained(source), AutoTokenizer.from_pretrained(source)]
+    return processor_class.from_args_and_dict(parts, settings)
+
+
 def check_sentencepiece(directory: Path, advice: str) -> None:
     """Check that transformers can read a tokenizer that consists of sentencepiece's file only.
 

@@ -121,8 +121,8 @@ def test_a_step_can_be_captured(family: CausalFamily, monkeypatch: pytest.Monkey
     places: set[tuple[int, ...]] = set()
     make_cache = answering.ColumnCache
 
-    def remember(capacity: int) -> ColumnCache:
-        caches.append(make_cache(capacity))
+    def remember(*options: Any) -> ColumnCache:
+        caches.append(make_cache(*options))
         return caches[-1]
 
     def checked(step: Any) -> Callable[[], Tensor]:

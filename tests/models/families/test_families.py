@@ -29,8 +29,9 @@ from normtune.models.answer_loss import answer_loss
 from normtune.models.causal.family import CausalFamily
 from normtune.models.loading import load
 from normtune.models.types import Pixels
+from normtune.training.layer_wrapping import checkpoint_activations
 from tests.support.base_models import CACHE_ARGUMENT
-from tests.support.tiny_models import HYBRIDS, MORE, TINY, make_tiny
+from tests.support.tiny_models import IN_FP64, MORE, TINY, make_tiny
 from tests.support.tolerance import MODEL_TERMS, approx, assert_close, assert_gradients_close
 
 FAMILIES = (*TINY, *MORE)
@@ -67,12 +68,10 @@ def image(name: str) -> Image.Image:
 def family(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CausalFamily]:
     if request.param == "paligemma2" and "softcapping" not in inspect.getsource(modeling_paligemma):
         pytest.skip("these transformers leave out the cap of PaliGemma 2's logits: they are no reference")
-    source = str(make_tiny(request.param, tmp_path_factory.mktemp(request.param)))
-    loaded = load(source, dtype=torch.float64 if request.param in HYBRIDS else torch.float32)
-    assert isinstance(loaded, CausalFamily)
+    loaded = load_tiny(request.param, tmp_path_factory.mktemp(request.param))
     single = torch.get_default_dtype()
     with pytest.MonkeyPatch.context() as patch:
-        if request.param in HYBRIDS:  # transformers' gated DeltaNet computes in torch.float32 whatever its inputs
+        if request.param in IN_FP64:  # their norms and states are computed in torch.float32 whatever the inputs
             for place, name in ((torch, "float32"), (torch, "float")):
                 patch.setattr(place, name, torch.float64)
             patch.setattr(Tensor, "float", Tensor.double)
@@ -81,6 +80,14 @@ def family(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
         patch.setattr(loaded, "preprocess_image", lambda opened: as_dtype(preprocess(opened), loaded.dtype))
         yield loaded
         torch.set_default_dtype(single)
+
+
+def load_tiny(name: str, folder: str | Path) -> CausalFamily:
+    loaded = load(str(make_tiny(name, folder)), dtype=torch.float64 if name in IN_FP64 else torch.float32)
+    assert isinstance(loaded, CausalFamily)
+    if name in IN_FP64 and hasattr(loaded.decoder.config, "num_experts"):
+        loaded.model.set_experts_implementation("eager")  # torch multiplies no grouped matrices in float64
+    return loaded
 
 
 def as_dtype(values: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -100,20 +107,28 @@ def grouped(
     return groups, pixels
 
 
-def conversation(family: CausalFamily, i: int, history: tuple[tuple[str, str], ...] = ()) -> tuple[dict[str, Any], int]:
-    """Pair i, after earlier turns, from transformers' own processor, and how many of its last tokens are the answer."""
+def conversation(
+    family: CausalFamily, i: int, history: tuple[tuple[str, str], ...] = (), images: str = ""
+) -> tuple[dict[str, Any], int]:
+    """Pair i, after earlier turns, from transformers' own processor, and how many of its last tokens are the answer.
+
+    `images` are the names of its images, if they are not that of the pair.
+    """
     name, question, answer = PAIRS[i]
+    images = images or name
+    opened = [image(name) for name in images]
     processor = family.processor
     if processor.chat_template is None:  # PaliGemma
-        made = processor(images=[image(name)], text=["<image>" + question], suffix=[answer])
+        made = processor(images=[opened], text=["<image>" * len(images) + question], suffix=[answer])
         inputs_by_name = {key: torch.as_tensor(value) for key, value in made.items() if key != "pixel_values"}
-        inputs_by_name["pixel_values"] = family.preprocess_image(image(name))["pixel_values"][None]
+        pixels = [family.preprocess_image(view)["pixel_values"] for view in opened]
+        inputs_by_name["pixel_values"] = torch.stack(pixels)
         return inputs_by_name, int((inputs_by_name.pop("labels") != -100).sum())
     messages: list[dict[str, Any]] = []
     for turn in (*history, (question, answer)):
         for role, text in zip(("user", "assistant"), turn, strict=True):
             messages.append({"role": role, "content": [{"type": "text", "text": text}]})
-    messages[0]["content"].insert(0, {"type": "image"})
+    messages[0]["content"][:0] = [{"type": "image"}] * len(images)
     prompt = processor.apply_chat_template(messages[:-1], add_generation_prompt=True)
     whole = processor.apply_chat_template(messages).rstrip()
     tokenizer = processor.tokenizer
@@ -122,16 +137,16 @@ def conversation(family: CausalFamily, i: int, history: tuple[tuple[str, str], .
     first = not (tokenizer.bos_token and prompt.startswith(tokenizer.bos_token))
 
     def processed(text: str) -> dict[str, Any]:
-        inputs = processor(images=[image(name)], text=[text], return_tensors="pt", add_special_tokens=first)
+        inputs = processor(images=[opened], text=[text], return_tensors="pt", add_special_tokens=first)
         return as_dtype(dict(inputs), family.dtype)
 
     inputs = processed(whole)
     return inputs, inputs["input_ids"].shape[1] - processed(prompt)["input_ids"].shape[1]
 
 
-def plain_loss(family: CausalFamily, i: int, history: tuple[tuple[str, str], ...] = ()) -> Tensor:
+def plain_loss(family: CausalFamily, i: int, history: tuple[tuple[str, str], ...] = (), images: str = "") -> Tensor:
     """Transformers' own loss of one conversation, summed over the last answer's tokens."""
-    inputs, tokens = conversation(family, i, history)
+    inputs, tokens = conversation(family, i, history, images)
     labels = torch.full_like(inputs["input_ids"], -100)
     labels[:, -tokens:] = inputs["input_ids"][:, -tokens:]
     return family.model(**inputs, labels=labels).loss * tokens
@@ -308,7 +323,7 @@ def transformers_answer(
     """The tokens that transformers' `generate` writes for one question, and their mean log-probability."""
     inputs, answered = conversation(family, i, history)
     prompt = inputs["input_ids"].shape[1] - answered
-    for name in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids", "cross_attention_mask"):
         if name in inputs:
             inputs[name] = inputs[name][:, :prompt]
     written = family.model.generate(
@@ -383,7 +398,11 @@ def test_encoded_images_give_the_same_loss_and_answers(family: CausalFamily) -> 
         loss, encoded_loss = (family.loss(family.collate(groups, inputs))[0] for inputs in (pixels, features))
     assert_close(encoded_loss, loss)
     open_groups, _ = grouped(family, GROUPINGS["cap of two"], answered=False)
-    assert family.generate_answers(open_groups, features) == family.generate_answers(open_groups, pixels)
+    answers, encoded_answers = (
+        list(chain(*family.generate_answers(open_groups, inputs))) for inputs in (pixels, features)
+    )
+    assert [answer.tokens for answer in encoded_answers] == [answer.tokens for answer in answers]
+    assert [answer.score for answer in encoded_answers] == approx([answer.score for answer in answers])
     assert all(not name.startswith("pixel") for image_pixels in encoded.values() for name in image_pixels)
 
 
@@ -399,26 +418,31 @@ def test_bf16_answers_and_learns(family: CausalFamily, plain: tuple[list[float],
 
 
 def test_a_question_sees_all_views_of_a_study(family: CausalFamily) -> None:
-    """Two images before one question, as transformers' processor writes them."""
+    """Two images before each of two questions, as transformers' processor writes them."""
     if family.config.model_type == "llava_onevision":
         pytest.skip("transformers reads several images without tiles, we with tiles")
-    question, answer = "Describe the findings.", "The heart is normal in size."
-    views = [image("a"), image("b")]
-    segment = family.tokenize("r", question, answer, report=True)
-    batch = family.collate([Group(("a", "b"), (segment,))], [[family.preprocess_image(view) for view in views]])
-    processor = family.processor
-    if processor.chat_template is None:
-        text = ["<image><image>" + question]
-        ids = processor(images=[views], text=text, suffix=[answer])["input_ids"]
-    else:
-        content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": question}]
-        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        first = not (processor.tokenizer.bos_token and prompt.startswith(processor.tokenizer.bos_token))
-        made = processor(images=[views], text=[prompt], return_tensors="pt", add_special_tokens=first)
-        ids = [made["input_ids"][0].tolist() + list(segment.answer)]
-    assert batch["input_ids"].tolist() == [list(row) for row in ids]
-    with torch.inference_mode():
-        assert family.log_probs(batch).isfinite().all()
+    expected = plain_loss(family, 0, images="ab") + plain_loss(family, 3, images="ab")
+    segments = tuple(family.tokenize(str(i), *PAIRS[i][1:]) for i in (0, 3))
+    batch = family.collate([Group(("a", "b"), segments)], [[family.preprocess_image(image(name)) for name in "ab"]])
+    loss, _ = family.loss(batch)
+    assert float(loss.detach()) == approx(float(expected.detach()))
+    assert_same_gradients(gradients(family, loss), gradients(family, expected))
+
+
+def test_recomputed_layers_and_accumulated_batches_give_the_same_gradients(
+    family: CausalFamily, plain: tuple[list[float], dict[str, Tensor]]
+) -> None:
+    losses = []
+    family.model.zero_grad()
+    with checkpoint_activations(family.model, "tight") as names:
+        assert len(names) >= 4
+        for grouping in (GROUPINGS["by image"][:1], GROUPINGS["by image"][1:]):
+            loss, _ = family.loss(family.collate(*grouped(family, grouping)))
+            loss.backward()
+            losses.append(float(loss.detach()))
+    assert sum(losses) == approx(sum(plain[0]))
+    accumulated = {name: p.grad for name, p in family.model.named_parameters() if p.grad is not None}
+    assert_same_gradients(accumulated, plain[1])
 
 
 def write_golden_values() -> None:
@@ -426,9 +450,7 @@ def write_golden_values() -> None:
     values: dict[str, Any] = {}
     for name in FAMILIES:
         with TemporaryDirectory() as folder:
-            dtype = torch.float64 if name in HYBRIDS else torch.float32
-            loaded: Any = load(str(make_tiny(name, folder)), dtype=dtype)
-            values[name] = golden_values(loaded)
+            values[name] = golden_values(load_tiny(name, folder))
     lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in values.items())
     GOLDEN.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 

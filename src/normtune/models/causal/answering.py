@@ -55,7 +55,7 @@ def generate_tokens(
         )
     answers = beams * max(len(group.segments) for group in groups)  # of a row
     steps = max_new_tokens - 1  # the last token is not fed
-    cache = ColumnCache(batch["input_ids"].shape[1] + answers * min(steps, FIXED_STEPS))
+    cache = ColumnCache(batch["input_ids"].shape[1] + answers * min(steps, FIXED_STEPS), family.fixed_layers)
     states = family.hidden_states(batch, use_cache=True, **{_cache_argument(family): cache})  # [B, S, width]
     if cuda_graphs is None:
         cuda_graphs = family.device.type == "cuda" and beams == 1
@@ -112,13 +112,13 @@ def _shared_cache_decoder(
     answer_states = AnswerStates(batch[PASSES].last) if family.recurrent else None
 
     def decode(input_ids: Tensor, position_ids: Tensor, masks: Masks) -> Tensor:
-        embeds = family.decoder.get_input_embeddings()(input_ids)
-        by_kind: dict[str, Any] = additive_masks(masks, family.decoder, embeds.dtype)
+        arguments = family.token_arguments(input_ids, cache)
+        by_kind: dict[str, Any] = additive_masks(masks, family.decoder, arguments["inputs_embeds"].dtype)
         if answer_states is not None:
             answer_states.at = decoder.at
             by_kind |= dict.fromkeys(family.recurrent, answer_states)
         return family.decoder(
-            inputs_embeds=embeds,
+            **arguments,
             attention_mask=mask_argument(by_kind),
             position_ids=family.step_positions(position_ids),
             use_cache=True,

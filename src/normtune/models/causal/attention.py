@@ -131,15 +131,27 @@ def additive_masks(masks: Mapping[str, Tensor], decoder: Any, dtype: torch.dtype
         Kind -> [B, 1, Q, K], or [B, 1, sharing * Q, K] where SDPA needs folded queries: everywhere except on
         the CPU, if `sharing` (query heads a key head) is above 1.
     """
-    sharing = 1
-    # a language model with a learned prefix has another attention, which folds nothing
-    if decoder.config._attn_implementation == ATTENTION_NAME:
-        heads = decoder.config.num_attention_heads
-        sharing = heads // (getattr(decoder.config, "num_key_value_heads", None) or heads)
     return {
-        kind: _additive_mask(mask, dtype, 1 if _supports_grouped_heads(mask.device) else sharing)
+        kind: _additive_mask(
+            mask, dtype, 1 if _supports_grouped_heads(mask.device) else heads_per_key_head(decoder, kind)
+        )
         for kind, mask in masks.items()
     }
+
+
+def heads_per_key_head(decoder: Any, kind: str) -> int:
+    """The number of query heads that share a key head in the attention layers of a kind.
+
+    1 in a language model with a learned prefix, which has another attention, for which masks are not folded.
+    """
+    config = decoder.config
+    if config._attn_implementation != ATTENTION_NAME:
+        return 1
+    if kind != ONE_KIND and hasattr(config, "per_layer_config"):  # Gemma 4's kinds of layers differ in key heads
+        layer: int = list(config.layer_types).index(kind)
+        return config.num_attention_heads // int(config.per_layer_config[layer].num_key_value_heads)
+    heads: int = config.num_attention_heads
+    return heads // (getattr(config, "num_key_value_heads", None) or heads)
 
 
 def _additive_mask(mask: Tensor, dtype: torch.dtype, sharing: int) -> Tensor:

@@ -12,7 +12,8 @@ step reads nothing back and its shapes stay the same, so that it can be captured
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -69,18 +70,31 @@ class ColumnCache(Cache):
         columns: [Q] long, the columns that the next pass writes; None during the prompts' pass, which writes
             the first columns.
         width: how many columns the layers read.
+        fixed_layers: layers whose keys and values the prompts' pass writes and no step adds to: cross-attention.
+        row_values: further values of the rows, [B, ...] each.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, fixed_layers: Collection[int] = ()) -> None:
         super().__init__(layers=[])
         self.layer_states: dict[int, tuple[Tensor, Tensor]] = {}
         self.capacity, self.width = capacity, 0
         self.columns: Tensor | None = None
+        self.fixed_layers = frozenset(fixed_layers)
+        self.row_values: dict[str, Tensor] = {}
+        if fixed_layers:
+            self.layers = _FixedLayers(self)  # type: ignore[assignment]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """More than 0 in a step: transformers before 5.24 then reads the keys of cross-attention."""
+        return self.width
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write new keys and values [B, key heads, Q, head_dim]; returns those of `width` columns."""
+        if layer_idx in self.fixed_layers:
+            self.layer_states[layer_idx] = key_states, value_states
+            return key_states, value_states
         if self.columns is None:
             assert layer_idx not in self.layer_states, "every layer writes once in the prompts' pass"
             self.layer_states[layer_idx] = _widen(key_states, self.capacity, 2), _widen(value_states, self.capacity, 2)
@@ -92,16 +106,35 @@ class ColumnCache(Cache):
 
     def reserve(self, capacity: int) -> None:
         """Make room for so many columns in all."""
-        self._replace(lambda states: _widen(states, capacity, 2))
+        self._replace(lambda states: _widen(states, capacity, 2), self.layer_states.keys() - self.fixed_layers)
         self.capacity = capacity
 
     def select(self, rows: Tensor) -> None:
         """Continue with these rows only: [rows that remain] long."""
-        self._replace(lambda states: states.index_select(0, rows))
+        self._replace(lambda states: states.index_select(0, rows), [*self.layer_states])
+        self.row_values = {name: values.index_select(0, rows) for name, values in self.row_values.items()}
 
-    def _replace(self, change: Callable[[Tensor], Tensor]) -> None:
-        for layer, (keys, values) in self.layer_states.items():  # one by one, which limits the peak of memory
+    def _replace(self, change: Callable[[Tensor], Tensor], layers: Iterable[int]) -> None:
+        for layer in layers:  # one by one, which limits the peak of memory
+            keys, values = self.layer_states[layer]
             self.layer_states[layer] = change(keys), change(values)
+
+
+class _FixedLayers:
+    """The layers of a cache as transformers reads those of cross-attention, by number only."""
+
+    def __init__(self, cache: ColumnCache) -> None:
+        self.cache = cache
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 1 + max(self.cache.layer_states, default=-1)
+
+    def __getitem__(self, layer: int) -> Any:
+        keys, values = self.cache.layer_states[layer]
+        return SimpleNamespace(is_initialized=True, keys=keys, values=values)
 
 
 class SharedCacheDecoder:

@@ -33,6 +33,7 @@ from normtune.models.causal.attention import (
     uses_block_masks,
 )
 from normtune.models.causal.checkpoint_settings import active_settings, end_tokens
+from normtune.models.causal.decoding import ColumnCache
 from normtune.models.causal.frozen_layers import causal_trunk
 from normtune.models.causal.prompts import ChatPrompt, PromptFormat, TokenIds
 from normtune.models.causal.recurrent import PASSES, RunTree, recurrent_kinds, run_passes, use_run_passes
@@ -85,6 +86,8 @@ class CausalFamily(Family):
     config: Any
     image_layers: int = 0  # how many of the first layers read image features besides their input (Qwen3-VL)
     whole_blocks: ClassVar[bool] = False  # whether the tokens of a block see each other past a window
+    block_kinds: ClassVar[Collection[str] | None] = None  # kinds of layers with such blocks; None: all
+    fixed_layers: Sequence[int] = ()  # layers whose keys and values are those of images (cross-attention)
     image_options: ClassVar[dict[str, Any]] = {}  # arguments of the image processor
     image_keys: ClassVar[tuple[str, ...]] = ("pixel_values",)  # the image processor's results that are used
 
@@ -188,15 +191,29 @@ class CausalFamily(Family):
         output = self.model.model.get_image_features(**images, return_dict=True)
         return {FEATURES: flatten_features(output.pooler_output)}
 
+    def token_arguments(self, input_ids: Tensor, cache: ColumnCache | None = None) -> dict[str, Any]:
+        """The decoder's arguments for tokens of text.
+
+        Args:
+            input_ids: [B, Q] long.
+            cache: the cache of the tokens before them, in a step of generation.
+
+        Returns:
+            `inputs_embeds` [B, Q, width], and others in some families.
+        """
+        return {"inputs_embeds": self.decoder.get_input_embeddings()(input_ids)}
+
     def input_embeddings(self, batch: Batch, features: dict[str, Tensor]) -> dict[str, Any]:
         """The decoder's arguments: `inputs_embeds` [B, S, width] of tokens and features; others in some families."""
         image = batch["input_ids"] == self.image_token_id  # [B, S]
-        # the image token's id may be past the end of the embedding, hence token 0 in its place
-        embeds = self.decoder.get_input_embeddings()(batch["input_ids"].masked_fill(image, 0))
+        # the image token's id may be past the end of the embedding, hence a token in its place
+        text_config = self.config.get_text_config()
+        arguments = self.token_arguments(batch["input_ids"].masked_fill(image, text_config.pad_token_id or 0))
+        embeds = arguments["inputs_embeds"]
         # Features fill the image tokens in reading order: row by row, from left to right. Their places are counted on
         # the host: with a mask in their place, the backward pass would wait for the device.
         places = batch["image_places"].unbind(1)
-        return {"inputs_embeds": embeds.index_put(places, features[FEATURES].to(embeds.dtype))}
+        return arguments | {"inputs_embeds": embeds.index_put(places, features[FEATURES].to(embeds.dtype))}
 
     # --- images and questions to tensors --------------------------------------------------------------------
 
@@ -353,7 +370,10 @@ class CausalFamily(Family):
             position_ids=batch["token_index"],  # windows count tokens, not rotary positions
         )
         make: Any = block_mask if self._uses_block_masks(batch["input_ids"]) else dense_mask
-        masks = {kind: make(tokens, window, self.whole_blocks) for kind, window in self.windows.items()}
+        masks = {}
+        for kind, window in self.windows.items():
+            has_blocks = self.block_kinds is None or kind in self.block_kinds
+            masks[kind] = make(tokens if has_blocks else tokens._replace(block=None), window, self.whole_blocks)
         masks = masks if make is block_mask else additive_masks(masks, self.decoder, dtype)
         if self.recurrent:
             masks |= dict.fromkeys(self.recurrent, batch[PASSES])

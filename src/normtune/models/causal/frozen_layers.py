@@ -15,7 +15,15 @@ from accelerate.utils import send_to_device
 from torch import nn
 
 from normtune.data.groups import Group, Segment
-from normtune.models.frozen_trunk import TRUNK_DEPTH, TRUNK_STATES, FrozenTrunk, TrunkStates, parameter_ids, skip_layers
+from normtune.models.frozen_trunk import (
+    TRUNK_DEPTH,
+    TRUNK_STATES,
+    FrozenTrunk,
+    TrunkStates,
+    last_norm_name,
+    parameter_ids,
+    skip_layers,
+)
 from normtune.models.types import Batch, Pixels
 
 if TYPE_CHECKING:
@@ -42,7 +50,8 @@ class CausalTrunk(FrozenTrunk):
         self.description = f"hidden states below layer {depth} of {layers}"
         names = {id(module): name for name, module in family.model.named_modules()}
         # what is computed after the trunk, so that a change of these modules keeps cached states valid
-        excluded_modules = [*family.decoder.layers[depth:], family.decoder.norm, family.model.lm_head]
+        last_norm = getattr(family.decoder, last_norm_name(family.decoder))
+        excluded_modules = [*family.decoder.layers[depth:], last_norm, family.model.lm_head]
         self.excluded_modules = tuple(names[id(module)] for module in excluded_modules)
 
     def tokens_of(self, segment: Segment) -> tuple[int, ...]:
@@ -90,7 +99,7 @@ def causal_trunk(family: CausalFamily, trained: Collection[nn.Parameter]) -> Cau
     decoder = family.decoder
     by_layer = [parameter_ids(layer) & trained_ids for layer in decoder.layers]
     depth = next((index for index, layer_ids in enumerate(by_layer) if layer_ids), len(by_layer))
-    after_layers = parameter_ids(decoder.norm) | parameter_ids(family.model.lm_head)
+    after_layers = parameter_ids(getattr(decoder, last_norm_name(decoder))) | parameter_ids(family.model.lm_head)
     allowed = set().union(*by_layer) | after_layers
     # a head that shares its weight with the embedding is allowed, but its training changes the embedding
     embedding = parameter_ids(decoder.get_input_embeddings())

@@ -9,11 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoTokenizer, Idefics3Processor
+from transformers import Idefics3Processor
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from normtune.models.causal.family import CausalFamily
+from normtune.models.processors import with_image_processor
 from normtune.models.types import Pixels
 
 # Imported from their modules, since transformers 5.17 finds them by name only if torchvision is installed.
@@ -29,9 +30,7 @@ class Idefics3Family(CausalFamily):
 
         SmolVLM's own needs packages for videos, and writes the same for images.
         """
-        images = _IMAGE_PROCESSORS[model_type].from_pretrained(source)
-        settings, _ = Idefics3Processor.get_processor_dict(source)
-        return Idefics3Processor.from_args_and_dict([images, AutoTokenizer.from_pretrained(source)], settings)
+        return with_image_processor(Idefics3Processor, _IMAGE_PROCESSORS[model_type], source)
 
     @property
     def decoder(self) -> Any:

@@ -1,0 +1,105 @@
+"""Gemma 4: windows in most layers, shared keys, embeddings of tokens in every layer, or mixtures of experts.
+
+The last layers of the small models read keys and values of earlier layers, and every layer reads an embedding of each
+token besides the states. In the large models the tokens of an image see each other both ways, in layers with a window
+only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Gemma4Processor, ProcessorMixin
+from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
+
+from normtune.errors import InputError
+from normtune.models.answer_loss import Head
+from normtune.models.causal.attention import SLIDING
+from normtune.models.causal.decoding import ColumnCache
+from normtune.models.causal.family import CausalFamily
+from normtune.models.causal.shared_prefix import image_blocks
+from normtune.models.frozen_trunk import FrozenTrunk
+from normtune.models.processors import with_image_processor
+from normtune.models.types import Batch, Pixels
+
+
+class ImagesAndText(Gemma4Processor):  # type: ignore[misc]
+    """Transformers' processor without its parts for sound and video, which need torchvision."""
+
+    def __init__(
+        self, image_processor: Any, tokenizer: Any, chat_template: str | None = None, image_seq_length: int = 280
+    ) -> None:
+        self.image_seq_length, self.image_token_id = image_seq_length, tokenizer.image_token_id
+        self.image_token, self.boi_token, self.eoi_token = (
+            getattr(tokenizer, name) for name in ("image_token", "boi_token", "eoi_token")
+        )
+        self.audio_token = self.video_token = None  # type: ignore[assignment]
+        self.audio_token_id = self.video_token_id = None
+        self.boa_token = self.eoa_token = ""  # None would be an error in transformers' check
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+ImagesAndText.__name__ = Gemma4Processor.__name__  # saved files refer to transformers' class
+
+
+class Gemma4Family(CausalFamily):
+    """Gemma 4 E2B and E4B without their sound encoder, and the dense and the mixture-of-experts models."""
+
+    block_kinds = (SLIDING,)
+    image_keys = ("pixel_values", "image_position_ids", "num_soft_tokens_per_image")
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.text_config = model.config.get_text_config()
+        if self.text_config.use_bidirectional_attention == "all":
+            raise InputError(
+                "the checkpoint is an encoder: all of its tokens see each other (use_bidirectional_attention: all). "
+                "Choose a Gemma 4 model that generates text."
+            )
+        super().__init__(model, processor)
+
+    @classmethod
+    def load_processor(cls, source: str, model_type: str) -> Any:
+        return with_image_processor(ImagesAndText, Gemma4ImageProcessorPil, source)
+
+    @property
+    def head(self) -> Head:
+        """See `CausalFamily.head`; logits are limited to (-cap, cap) if the config has a cap."""
+        plain, cap = super().head, self.text_config.final_logit_softcapping
+        return plain if cap is None else lambda states: cap * torch.tanh(plain(states) / cap)
+
+    @property
+    def image_end(self) -> tuple[str, str]:
+        return self.processor.eoi_token, ""
+
+    def image_text(self, pixels: Pixels) -> str:
+        return self.processor.replace_image_token(
+            {"num_soft_tokens_per_image": [int(pixels["num_soft_tokens_per_image"])]}, 0
+        )
+
+    def image_inputs(self, images: Any) -> dict[str, Tensor]:
+        """Batch images: pixel_values [images, patches, patch width], image_position_ids [images, patches, 2].
+
+        All images have the same number of patches; the positions of padding are -1.
+        """
+        return {name: torch.stack([image[name] for image in images]) for name in self.image_keys[:2]}
+
+    def bidirectional_blocks(self, batch: Batch) -> Tensor | None:
+        if self.text_config.use_bidirectional_attention is None:
+            return None
+        return image_blocks(batch["input_ids"], self.image_token_id)
+
+    def token_arguments(self, input_ids: Tensor, cache: ColumnCache | None = None) -> dict[str, Any]:
+        """See `CausalFamily.token_arguments`; in the small models also the tokens' embeddings for each layer."""
+        arguments = super().token_arguments(input_ids, cache)
+        if self.text_config.hidden_size_per_layer_input:
+            arguments["per_layer_inputs"] = self.decoder.get_per_layer_inputs(input_ids, None)
+        return arguments
+
+    def frozen_trunk(self, trained: Collection[nn.Parameter]) -> FrozenTrunk | None:
+        """None in the small models: layers read more than the states of the layer below."""
+        if self.text_config.hidden_size_per_layer_input or self.text_config.num_kv_shared_layers:
+            return None
+        return super().frozen_trunk(trained)
