@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Gemma4Processor, ProcessorMixin
+from transformers import ProcessorMixin
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
 from normtune.errors import InputError
@@ -23,26 +23,25 @@ from normtune.models.causal.family import CausalFamily
 from normtune.models.causal.shared_prefix import image_blocks
 from normtune.models.frozen_trunk import FrozenTrunk
 from normtune.models.processors import with_image_processor
-from normtune.models.types import Batch, Pixels
+from normtune.models.types import Batch
 
 
-class ImagesAndText(Gemma4Processor):  # type: ignore[misc]
-    """Transformers' processor without its parts for sound and video, which need torchvision."""
+class Gemma4Processor(ProcessorMixin):
+    """In place of transformers' processor of this name: its parts for sound and video need torchvision."""
 
-    def __init__(
-        self, image_processor: Any, tokenizer: Any, chat_template: str | None = None, image_seq_length: int = 280
-    ) -> None:
-        self.image_seq_length, self.image_token_id = image_seq_length, tokenizer.image_token_id
-        self.image_token, self.boi_token, self.eoi_token = (
-            getattr(tokenizer, name) for name in ("image_token", "boi_token", "eoi_token")
-        )
-        self.audio_token = self.video_token = None  # type: ignore[assignment]
-        self.audio_token_id = self.video_token_id = None
-        self.boa_token = self.eoa_token = ""  # None would be an error in transformers' check
-        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+    def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str | None = None) -> None:
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        for name in ("image_token", "image_token_id", "boi_token", "eoi_token"):
+            setattr(self, name, getattr(tokenizer, name))
 
+    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **_: Any) -> str:
+        """The tokens of one image."""
+        image = self.image_token * int(image_inputs["num_soft_tokens_per_image"][image_idx])
+        return f"{self.boi_token}{image}{self.eoi_token}"
 
-ImagesAndText.__name__ = Gemma4Processor.__name__  # saved files refer to transformers' class
+    @property
+    def unused_input_names(self) -> list[str]:
+        return ["num_soft_tokens_per_image"]
 
 
 class Gemma4Family(CausalFamily):
@@ -62,7 +61,7 @@ class Gemma4Family(CausalFamily):
 
     @classmethod
     def load_processor(cls, source: str, model_type: str) -> Any:
-        return with_image_processor(ImagesAndText, Gemma4ImageProcessorPil, source)
+        return with_image_processor(Gemma4Processor, Gemma4ImageProcessorPil, source)
 
     @property
     def head(self) -> Head:
@@ -73,11 +72,6 @@ class Gemma4Family(CausalFamily):
     @property
     def image_end(self) -> tuple[str, str]:
         return self.processor.eoi_token, ""
-
-    def image_text(self, pixels: Pixels) -> str:
-        return self.processor.replace_image_token(
-            {"num_soft_tokens_per_image": [int(pixels["num_soft_tokens_per_image"])]}, 0
-        )
 
     def image_inputs(self, images: Any) -> dict[str, Tensor]:
         """Batch images: pixel_values [images, patches, patch width], image_position_ids [images, patches, 2].
