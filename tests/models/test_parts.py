@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
+from transformers import AutoModelForImageTextToText
 
 from normtune.errors import InputError
+from normtune.models.loading import meta_model
 from normtune.models.norm_kinds import norm_kind, norms
 from normtune.models.part_names import ROLES
-from normtune.models.parts import find_parts
+from normtune.models.parts import find_parts, unused_parameters
 from tests.support.architectures import ARCHITECTURES, build_on_meta
 from tests.support.base_models import tiny_base
+from tests.support.tiny_models import MORE
 
 # parameters of each, tied ones once: the hub's published counts, and the papers' for MISS and LLaVA-Med
 TOTALS = {
@@ -180,3 +184,63 @@ def test_finding_parts_does_not_change_the_model() -> None:
 def test_a_model_without_parameters_is_refused() -> None:
     with pytest.raises(InputError, match="Identity has no parameters"):
         find_parts(nn.Identity())
+
+
+# the hub's published counts, and the norms of the language model by hand
+SHAPES = [
+    ("llama-3.2-vision-11b", 10_642_941_475, 40 * 2 + 8 * 2 + 1),
+    ("mistral-small-3.1-24b", 24_011_361_280, 40 * 2 + 1),
+]
+
+
+@pytest.mark.parametrize(("name", "total", "norms_of_language"), SHAPES)
+def test_shapes_in_the_package_have_the_published_counts(name: str, total: int, norms_of_language: int) -> None:
+    model_parts = find_parts(meta_model(name))
+    assert model_parts.total == total and model_parts.parts == ("vision", "connector", "language")
+    roles = [info for info in model_parts.parameters if info.part == "language" and info.role == "norm"]
+    # in cross-attention also the norms of queries and keys
+    assert len(roles) == norms_of_language
+    assert model_parts.count("language", "head") == model_parts.count("language", "embedding") - (
+        8 * 4096 if "llama" in name else 0  # the image token and padding have no logit
+    )
+
+
+def test_gemma_4_has_its_parts_also_where_layers_share_keys() -> None:
+    model = meta_model("gemma4-e2b")
+    model_parts = find_parts(model)
+    assert model_parts.parts == ("vision", "connector", "language")
+    assert (model_parts.depth("vision"), model_parts.depth("language")) == (16, 35)
+    own_keys, width = 15, 1536
+    full = [layer % 5 == 4 for layer in range(35)]
+    heads = sum(2 * width * 8 * (512 if is_full else 256) for is_full in full)  # queries and outputs
+    keys = sum(2 * width * (512 if is_full else 256) for is_full in full[:own_keys])
+    assert model_parts.count("language", "attention") == heads + keys
+    unused = unused_parameters(model, model_parts)
+    assert unused == {info.name for info in model_parts.parameters if "audio" in info.name} != set()
+    assert all(info.part == "connector" for info in model_parts.parameters if info.name in unused)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "qwen3_5_moe", "gemma4_moe"])
+def test_mixtures_of_experts_have_the_roles_of_dense_models(name: str) -> None:
+    """Routers and experts belong to the feed-forward, and every norm that has a gain is a norm."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(MORE[name]()[0])
+    roles = {info.name: info.role for info in find_parts(model).parameters if info.layer is not None}
+    language = {name: role for name, role in roles.items() if "language_model.layers" in name}
+    for parameter, role in language.items():
+        if "norm" in parameter:
+            assert role == "norm", parameter
+        elif "self_attn" in parameter or "linear_attn" in parameter:
+            assert role == "attention", parameter
+        elif parameter.endswith(("router.scale", "per_expert_scale")):
+            assert role == "other", parameter
+        else:
+            assert role == "ffn", parameter
+    assert any("expert" in parameter for parameter in language) and any("gate" in p or "router" in p for p in language)
+
+
+def test_a_short_convolution_has_the_place_of_an_attention() -> None:
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(MORE["lfm2_vl"]()[0])
+    roles = {info.name: info.role for info in find_parts(model).parameters if ".conv." in info.name}
+    assert len(roles) == 2 * 3 and set(roles.values()) == {"attention"}

@@ -38,6 +38,8 @@ SPLIT_PROJECTIONS = (
     frozenset(("wq", "wk", "wv")),
     frozenset(("to_q", "to_k", "to_v")),
     frozenset(("kv_a_proj_with_mqa", "kv_b_proj")),  # DeepSeek's latent attention
+    frozenset(("q_proj", "o_proj")),  # Gemma 4's layers that read the keys of an earlier layer
+    frozenset(("in_proj", "conv", "out_proj")),  # LFM2's short convolution, which has the place of an attention
 )
 
 ParameterHolder = tuple[nn.Module, str]  # a module, and the name of its attribute that is a parameter
@@ -147,22 +149,24 @@ def find_parts(model: nn.Module) -> ModelParts:
 
 
 def unused_parameters(model: nn.Module, base: ModelParts) -> frozenset[str]:
-    """Names of the vision parameters that no image feature depends on, so that they can never train.
+    """Names of the parameters that nothing depends on, so that they can never train.
 
-    LLaVA takes the features from the states at `config.vision_feature_layer`, usually -2: the last layer and what
-    follows it run for nothing.
+    These are an encoder for sound, and the last layers of some image encoders: LLaVA takes the features from the
+    states at `config.vision_feature_layer`, usually -2, so that the last layer and what follows it run for nothing.
     """
+    audio = tuple(f"{name}." for name in _audio_modules(model))
+    unused = [info.name for info in base.parameters if info.name.startswith(audio)]
     setting = getattr(getattr(model, "config", None), "vision_feature_layer", None)
     if setting is None:
-        return frozenset()
+        return frozenset(unused)
     depth = base.depth("vision")
     # states 0 are the embeddings, states n the output of layer n - 1; -1 is the output of the last layer
     last = max(
         index if index >= 0 else depth + 1 + index for index in ([setting] if isinstance(setting, int) else setting)
     )
     if last >= depth:
-        return frozenset()
-    unused, after_layers = [], False
+        return frozenset(unused)
+    after_layers = False
     for info in base.parameters:
         if info.part == "vision":
             after_layers = after_layers or info.layer is not None
@@ -182,6 +186,13 @@ class _PartFinder:
 
     def __init__(self, model: nn.Module) -> None:
         self.tokens = _token_embedding(model)
+        # Llama 3.2 Vision embeds more tokens than its head predicts
+        find_head = getattr(model, "get_output_embeddings", lambda: None)
+        self.head = find_head() if hasattr(model, "lm_head") else None
+        self.audio = _audio_modules(model)
+        config: Any = getattr(model, "config", None)
+        vision_type = getattr(getattr(config, "vision_config", None), "model_type", None)
+        self.vision_type = None if vision_type == getattr(config, "model_type", None) else vision_type
         self.roots: dict[str, str] = {}  # module name -> part
         self.texts: list[str] = []  # names of the text parts' roots, in the model's order
         self.heads: list[str] = []  # names of heads outside the text parts
@@ -203,9 +214,14 @@ class _PartFinder:
             name = name.rpartition(".")[0]
         return self.roots.get("", "connector")
 
+    def _is_vision(self, module: nn.Module) -> bool:
+        """Whether a module takes images, by its kind or by its config: Gemma 4's encoder has no convolution."""
+        kind = getattr(getattr(module, "config", None), "model_type", None)
+        return _takes_images(module) or (kind is not None and kind == self.vision_type)
+
     def _split(self, name: str, module: nn.Module) -> None:
         """Make a module a root, or split it into its children if it contains both images and text."""
-        has_vision = any(_takes_images(child) for child in module.modules())
+        has_vision = name not in self.audio and any(map(self._is_vision, module.modules()))
         has_embedding = any(isinstance(child, nn.Embedding) for child in module.modules())
         if getattr(module, "of_part", None) in PARTS:  # a learned prefix, which a recipe has added
             self.roots[name] = module.of_part  # type: ignore[assignment]
@@ -218,7 +234,7 @@ class _PartFinder:
             self.texts.append(name)
         elif self.tokens is None:  # a model without token embeddings: everything is one part
             self.roots[name] = "language"
-        elif getattr(module, "out_features", None) == self.tokens.num_embeddings:
+        elif module is self.head or getattr(module, "out_features", None) == self.tokens.num_embeddings:
             self.heads.append(name)
         else:
             self.roots[name] = "connector"
@@ -239,6 +255,12 @@ def _takes_images(module: nn.Module) -> bool:
     modalities = getattr(module, "input_modalities", ())
     modalities = (modalities,) if isinstance(modalities, str) else modalities
     return isinstance(module, (nn.Conv2d, nn.Conv3d)) or ("image" in modalities and "text" not in modalities)
+
+
+def _audio_modules(model: nn.Module) -> list[str]:
+    """Names of the outermost modules for sound, which no task here uses (Gemma 4 E2B)."""
+    names = [name for name, _ in model.named_modules() if "audio" in name.rpartition(".")[2]]
+    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
 
 
 def part_of(model: nn.Module) -> Callable[[str], str]:

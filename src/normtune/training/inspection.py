@@ -114,7 +114,9 @@ def inspect_text(report: dict[str, Any]) -> str:
             counts = ", ".join(f"{name} ({count})" for name, count in recipe["linears"].items())
             lines.append(f"changes {sum(recipe['linears'].values())} linears: {counts}")
         if recipe["left_out"]:
-            lines.append(f"left out: {recipe['left_out']:,} values of image encoder layers that the model never uses")
+            lines.append(
+                f"left out: {recipe['left_out']:,} values that the model never uses (image encoder layers, sound)"
+            )
     if tested := report.get("self_test"):
         lines += ["", tested["text"]]
     if memory := report.get("plan"):

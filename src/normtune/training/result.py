@@ -128,7 +128,7 @@ class TrainResult(Result):
                 f"resumed from step {self.resumed_from_step:,}; time, pairs/s and memory are of the steps since"
             )
         if self.left_out:
-            lines.append(f"left out: {self.left_out:,} values of image encoder layers that the model never uses")
+            lines.append(f"left out: {self.left_out:,} values that the model never uses (image encoder layers, sound)")
         if self.computed_once is not None:
             lines.append(f"computed once per image: {self.computed_once}")
         if self.sampling:
