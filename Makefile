@@ -9,10 +9,11 @@ PIP := $(BIN)/$(INSTALL) -c constraints.txt
 PYTEST := python -m pytest -n logical --maxprocesses 4 --dist loadfile
 unexport PYTHONDONTWRITEBYTECODE
 OLDEST := .venv-oldest
+NEWEST := .venv-newest
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 
-.PHONY: demo test test-oldest check bench docs clean
+.PHONY: demo test test-oldest upgrade-check check bench docs clean
 
 demo: $(READY)
 	$(BIN)/normtune demo --out demo
@@ -26,6 +27,14 @@ test-oldest:
 	grep -vE '^(torch|transformers|huggingface_hub)==' constraints.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/$(INSTALL) -c $(OLDEST)/constraints.txt 'torch==2.11.*' 'transformers==5.17.*' -e '.[dev]'
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/$(PYTEST)
+
+# every family against the newest transformers on the index: losses, first tokens, gradients and answers
+upgrade-check:
+	$(PYTHON) -m venv $(NEWEST)
+	grep -vE '^(transformers|huggingface_hub|tokenizers|accelerate|peft)==' constraints.txt > $(NEWEST)/constraints.txt
+	$(NEWEST)/bin/$(INSTALL) -c $(NEWEST)/constraints.txt torch
+	$(NEWEST)/bin/$(INSTALL) --upgrade -c $(NEWEST)/constraints.txt transformers -e '.[dev]'
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/$(PYTEST) tests/models/families/test_families.py
 
 check: $(READY_DEV)
 	$(BIN)/ruff check src tests benchmarks scripts
@@ -55,7 +64,7 @@ docs: $(READY)
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(OLDEST) demo site
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) demo site
 
 # torch first and alone, so that the pinned (CPU-friendly) version is what everything else resolves against
 $(READY): pyproject.toml constraints.txt

@@ -17,7 +17,7 @@ from normtune.models.types import Pixels
 
 
 class LlavaOnevisionFamily(LlavaNextFamily):
-    """LLaVA-OneVision in transformers' layout; also HuatuoGPT-Vision and others that were converted to it."""
+    """LLaVA-OneVision in transformers' layout."""
 
     @classmethod
     def load_processor(cls, source: str, model_type: str) -> Any:
