@@ -29,6 +29,10 @@ from normtune.models.types import Batch
 class Gemma4Processor(ProcessorMixin):
     """In place of transformers' processor of this name: its parts for sound and video need torchvision."""
 
+    image_token: str
+    boi_token: str  # begins an image
+    eoi_token: str  # ends an image
+
     def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str | None = None) -> None:
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         for name in ("image_token", "image_token_id", "boi_token", "eoi_token"):
