@@ -10,9 +10,10 @@ from typing import Any, cast
 import pytest
 
 from normtune.data.examples import Example
+from normtune.data.records import ChoiceResult, Prediction
 from normtune.errors import InputError
 from normtune.evaluation.baselines import ConstantText, QuestionOnly
-from normtune.evaluation.choices import choice_text
+from normtune.evaluation.choices import choice_report, choice_text
 from normtune.evaluation.compare import compare
 from normtune.evaluation.config import EvaluateConfig
 from normtune.evaluation.evaluate import evaluate
@@ -150,6 +151,15 @@ def test_answers_without_an_option_are_counted_and_wrong() -> None:
     assert evaluation.record["choices"]["unparsed"] == 2
     assert [prediction.text for prediction in evaluation.predictions] == ["liver", "a tumour", "no idea"]
     assert "2 generated answers name no option" in str(evaluation)
+
+
+def test_no_option_in_any_rotation_is_not_the_same_option() -> None:
+    (example,) = choices(1, lambda n: 0)
+    unread = ChoiceResult({"letter": (0, 1, 2, 3), "generated": (None,) * 4}, generated="?")
+    report = choice_report([example], [Prediction("q0", "?", choice=unread)])
+    rotated = {scoring: result["rotated"] for scoring, result in report["scoring"].items()}
+    assert rotated["letter"]["same_option"]["value"] == rotated["letter"]["all_right"]["value"] == 1.0
+    assert rotated["generated"]["same_option"]["value"] == rotated["generated"]["accuracy"]["value"] == 0.0
 
 
 def test_strata_by_number_of_options() -> None:

@@ -116,12 +116,12 @@ def _positions(
 
 
 def _is_constant(example: Example, places: Sequence[int | None]) -> float:
-    """1 if every rotation of a question chose an option with the same text, else 0."""
+    """1 if every rotation of a question selected an option, and always one with the same text; else 0."""
     texts = {
         None if place is None else rotated_options(example.options, rotation)[place]
         for rotation, place in enumerate(places)
     }
-    return float(len(texts) == 1)
+    return float(len(texts) == 1 and None not in texts)
 
 
 def choice_text(report: Mapping[str, Any]) -> str:
