@@ -159,9 +159,10 @@ def test_it_is_trained_evaluated_asked_and_merged(
 def test_a_mask_under_which_questions_see_each_other_is_noticed(
     family: GenericFamily, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def causal(group_of: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-        length = group_of.shape[1]
-        return torch.ones(len(group_of), 1, length, length, dtype=torch.bool).tril()
+    dense_mask = causal_family.dense_mask
+
+    def causal(*args: Any, **options: Any) -> torch.Tensor:
+        return torch.ones_like(dense_mask(*args, **options)).tril()
 
     if not family.grouped:
         pytest.skip("it is not grouped with the right mask either")
