@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,34 @@ def test_rows_pictures_and_texts_are_counted() -> None:
     assert counts.losses == {"answer is empty": 2, "picture cannot be decoded": 1}
     assert counts.bad_rows == {"5": "bad: the image is damaged."}
     assert "12 read, 7 used, 5 not used" in counts.text()
+
+
+def test_tokens_of_images_are_counted_by_their_sizes() -> None:
+    tried: list[tuple[int, int]] = []
+
+    def image_tokens(size: tuple[int, int]) -> int:
+        tried.append(size)
+        return size[0] * size[1]
+
+    def open_image(key: str) -> Image.Image:
+        if key == "bad":
+            raise InputError("bad: damaged")
+        return Image.new("RGB", (int(key), 2))
+
+    examples = [row(str(i), key, "yes") for i, key in enumerate(["3", "3", "5", "9", "bad"])]
+    data = Dataset("made", examples, open_image)  # type: ignore[arg-type]
+    counts = preflight(data, limits=replace(words(), image_tokens=image_tokens, max_pixels=90))
+    assert sorted(tried) == [(3, 2), (5, 2), (9, 2)]  # each size once
+    # of the pictures: three of them, with 6, 10 and 18 tokens
+    assert counts.limits["images"] | {"p95": 0, "p99": 0} == {
+        "sizes": 3, "sizes_tried": 3, "median": 10, "p95": 0, "p99": 0, "longest": 18
+    }  # fmt: skip
+    assert "images          median 10, 95% 17.2, longest 18 tokens; --max-pixels 90" in counts.text()
+    assert counts.adapter_figures()["limits"]["max_pixels"] == 90
+    tried.clear()
+    many = Dataset("made", [row(str(i), str(i), "yes") for i in range(1, 202)], open_image)  # type: ignore[arg-type]
+    counts = preflight(many, limits=replace(words(), image_tokens=image_tokens))
+    assert len(tried) == 50 and counts.limits["images"]["longest"] == 402 and "(50 sizes tried)" in counts.text()
 
 
 def test_what_limits_cut_is_counted_with_the_score_ceiling(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ def ask(  # type: ignore[misc]  # the overloads leave the options to this signat
     abstain_below: float | None = None,
     device: str | None = None,
     quantize: str | None = None,
+    max_pixels: int | None = None,
 ) -> Answer | list[Answer]:
     """Ask a model about an image. For research use, not for diagnosis.
 
@@ -54,6 +55,7 @@ def ask(  # type: ignore[misc]  # the overloads leave the options to this signat
         abstain_below: an answer with a lower confidence is abstained, without its text; from 0 to 1.
         device: cpu or cuda; None: cuda if available.
         quantize: int8 or nf4; None: not quantised.
+        max_pixels: the most pixels of an image that the model reads; None: as in the adapter's training.
 
     Returns:
         The answer, or the answers in the order of the questions.
@@ -63,7 +65,7 @@ def ask(  # type: ignore[misc]  # the overloads leave the options to this signat
     """
     adapter = local_adapter(adapter)
     questions = [question] if isinstance(question, str) else question
-    with open_model(model, adapter, device=device, quantize=quantize) as family:
+    with open_model(model, adapter, device=device, quantize=quantize) as family, family.pixel_limit(max_pixels):
         limit = max_new_tokens or _recorded_limit(adapter)
         answers = inference.ask(
             family,
@@ -86,6 +88,7 @@ def describe(
     max_new_tokens: int = tasks.MAX_REPORT_TOKENS,
     device: str | None = None,
     quantize: str | None = None,
+    max_pixels: int | None = None,
 ) -> Answer:
     """Write a report about an image or the views of one study. For research use, not for diagnosis.
 
@@ -94,7 +97,7 @@ def describe(
     Raises:
         InputError: the model, the adapter or an image is not valid.
     """
-    with open_model(model, adapter, device=device, quantize=quantize) as family:
+    with open_model(model, adapter, device=device, quantize=quantize) as family, family.pixel_limit(max_pixels):
         return inference.ask(family, _images(image), [""], beams=beams, max_new_tokens=max_new_tokens, report=True)[0]
 
 

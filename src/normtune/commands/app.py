@@ -71,6 +71,11 @@ Adapter = Annotated[
 Quantize = Annotated[str | None, typer.Option(help="Quantise the base to 8 or 4 bits: int8 or nf4.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if available.")]
 
+MaxPixels = Annotated[
+    int | None,
+    typer.Option(min=1, help="Most pixels of an image that the model reads; default: as in the adapter's training."),
+]
+
 
 def options_from(
     config: type[DataOptions], positional: str, *, run_file: bool = False

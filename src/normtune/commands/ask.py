@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from normtune.commands.app import Adapter, Device, Json, Model, Quantize, app, emit
+from normtune.commands.app import Adapter, Device, Json, MaxPixels, Model, Quantize, app, emit
 from normtune.data import tasks
 from normtune.runtime.transformers_import import import_transformers
 
@@ -30,6 +30,7 @@ def ask(
     ] = None,
     device: Device = None,
     quantize: Quantize = None,
+    max_pixels: MaxPixels = None,
     json: Json = False,
 ) -> None:
     """Ask a model questions about an image.
@@ -50,6 +51,7 @@ def ask(
         abstain_below=abstain_below,
         device=device,
         quantize=quantize,
+        max_pixels=max_pixels,
     )
     rows = [
         {
@@ -85,6 +87,7 @@ def describe(
     ] = tasks.MAX_REPORT_TOKENS,
     device: Device = None,
     quantize: Quantize = None,
+    max_pixels: MaxPixels = None,
     json: Json = False,
 ) -> None:
     """Write a report about an image or study.
@@ -95,7 +98,14 @@ def describe(
     from normtune.api.questions import describe
 
     answer = describe(
-        model, image, adapter=adapter, beams=beams, max_new_tokens=max_new_tokens, device=device, quantize=quantize
+        model,
+        image,
+        adapter=adapter,
+        beams=beams,
+        max_new_tokens=max_new_tokens,
+        device=device,
+        quantize=quantize,
+        max_pixels=max_pixels,
     )
     result = {"report": answer.text, "score": answer.score, "finish_reason": answer.finish_reason}
     emit(json, {"images": [str(path) for path in image], **result}, answer.text)

@@ -53,6 +53,9 @@ def serve(
     dtype: Annotated[str, typer.Option(help="Dtype of the base: float32, bfloat16 or auto (by the device).")] = "auto",
     device: Device = None,
     quantize: Quantize = None,
+    max_pixels: Annotated[
+        int | None, typer.Option(min=1, help="Most pixels of an image, for the base and all adapters.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Log errors only, not every request.")] = False,
     json: Json = False,
 ) -> None:
@@ -88,8 +91,10 @@ def serve(
         from normtune.models.loading import load
         from normtune.serving.engine.engine import Engine
 
+        family = load(model, dtype=dtype, device=device, quantize=quantize)
+        family.use_max_pixels(max_pixels)
         engine = Engine(
-            load(model, dtype=dtype, device=device, quantize=quantize),
+            family,
             max_batch=max_batch,
             max_wait=max_wait,
             queue_limit=queue_limit,

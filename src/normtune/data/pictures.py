@@ -66,7 +66,7 @@ def _read(dataset: Dataset, key: str) -> Picture:
     grid = np.asarray(grey.resize((9, 8), Image.Resampling.BOX))
     bits = np.packbits(grid[:, :-1] < grid[:, 1:])
     thumbnail = grey.resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BOX)
-    return Picture(digest, int.from_bytes(bits.tobytes(), "big"), thumbnail.tobytes())
+    return Picture(digest, int.from_bytes(bits.tobytes(), "big"), thumbnail.tobytes(), size=image.size)
 
 
 def equal_pictures(pictures: Mapping[str, Picture]) -> list[tuple[str, ...]]:

@@ -35,6 +35,7 @@ from normtune.errors import InputError
 from normtune.runtime.files import write_json
 
 Rows = TypeVar("Rows", bound=Examples)
+_MAX_SIZES = 50  # sizes of images of which the tokens are counted
 _FIRST = 5  # number of rows, pictures and messages that are quoted
 # Reasons of dropped rows that a choice of the user explains: another language or task.
 _CHOSEN = ("language ", "is a question", "is a report")
@@ -54,6 +55,8 @@ class TextLimits:
         max_reference: tokens of a reference in training, end token included; None also without training.
         max_answer: tokens that are generated.
         expected: the text of an example's reference as the model is to write it.
+        max_pixels: of an image.
+        image_tokens: (width, height) of an image -> tokens that it takes, with the frame of the prompt.
     """
 
     model: str
@@ -64,6 +67,8 @@ class TextLimits:
     max_reference: int | None = None
     max_answer: int | None = None
     expected: Callable[[Example], str] = attrgetter("answer")
+    max_pixels: int | None = None
+    image_tokens: Callable[[tuple[int, int]], int] | None = None
 
 
 @dataclass
@@ -116,6 +121,8 @@ class Preflight:
         names = {"prompt": "prompts", "reference": "references", "answer": "answers"}
         limits = {name: self.limits[key]["limit"] for name, key in names.items() if key in self.limits}
         ceiling = {name: self.limits[name] for name in ("score_ceiling",) if name in self.limits}
+        if "max_pixels" in self.limits:
+            limits["max_pixels"] = self.limits["max_pixels"]
         # without `program` and `free`, which differ from run to run: equal runs write equal files
         parts = ("batch", "weights", "optimiser", "cached", "step")
         memory = {"memory": {name: self.memory[name] for name in parts}} if "peak" in self.memory else {}
@@ -137,6 +144,8 @@ class Preflight:
         for name, what in (("prompts", "questions"), ("references", "references"), ("answers", "answers")):
             if name in self.limits:
                 lines.append(f"{what:<15} {_limit_text(self.limits[name])}")
+        if "images" in self.limits:
+            lines.append(f"{'images':<15} {_image_text(self.limits)}")
         if "score_ceiling" in self.limits:
             ceiling = ", ".join(f"{name} {100 * value:.2f}" for name, value in self.limits["score_ceiling"].items())
             lines.append(f"score ceiling   {ceiling} (a model that knows every reference, within the limit)")
@@ -205,6 +214,10 @@ def preflight(
         result.losses["picture cannot be decoded"] = len(bad_rows)
     if limits is not None:
         _count_tokens(result, rows, limits)
+        if limits.max_pixels is not None:
+            result.limits["max_pixels"] = limits.max_pixels
+        if limits.image_tokens is not None:
+            result.limits |= _count_image_tokens(pictures, limits)
     result.seconds = time.perf_counter() - started
     return result
 
@@ -318,6 +331,28 @@ def _count_tokens(result: Preflight, rows: Examples, limits: TextLimits) -> None
     for name, loss in losses.items():
         if result.limits.get(name, {}).get("cut"):
             result.losses[loss] = result.limits[name]["cut"]
+
+
+def _count_image_tokens(pictures: dict[str, Picture], limits: TextLimits) -> dict[str, Any]:
+    """Percentiles of the tokens of an image. Of many different sizes, some are tried: others count as the next one."""
+    assert limits.image_tokens is not None
+    counts = Counter(picture.size for picture in pictures.values() if not picture.error)
+    sizes = sorted(counts, key=lambda size: (size[0] * size[1], size))
+    if not sizes:
+        return {}
+    tried = np.unique(np.linspace(len(sizes) - 1, 0, min(_MAX_SIZES, len(sizes))).round().astype(int))
+    tokens = [limits.image_tokens(sizes[index]) for index in tried.tolist()]
+    of_size = [tokens[place] for place in np.searchsorted(tried, np.arange(len(sizes))).tolist()]
+    lengths = np.repeat(np.array(of_size, np.int64), [counts[size] for size in sizes])
+    shares = {name: value for name, value in _cut(lengths, None).items() if name not in ("limit", "cut", "rows")}
+    return {"images": {"sizes": len(sizes), "sizes_tried": len(tried), **shares}}
+
+
+def _image_text(limits: dict[str, Any]) -> str:
+    counts = limits["images"]
+    limit = f"; --max-pixels {limits['max_pixels']}" if "max_pixels" in limits else ""
+    tried = "" if counts["sizes"] == counts["sizes_tried"] else f" ({counts['sizes_tried']} sizes tried)"
+    return f"median {counts['median']:g}, 95% {counts['p95']:g}, longest {counts['longest']} tokens{tried}{limit}"
 
 
 def _cut(lengths: NDArray[np.int64], limit: int | None) -> dict[str, Any]:

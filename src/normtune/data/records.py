@@ -50,6 +50,7 @@ class Picture:
     perceptual_hash: int = 0  # 64 bits: whether each cell of an 8 x 9 grid is darker than the one to its right
     thumbnail: bytes = b""  # 16 x 16 grey values
     error: str = ""  # why it cannot be decoded
+    size: tuple[int, int] = (0, 0)  # width and height
 
 
 @dataclass(repr=False)

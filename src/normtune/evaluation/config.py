@@ -100,6 +100,9 @@ class EvaluateConfig(DataOptions):
     quantize: Literal["int8", "nf4"] | None = Field(
         None, description="Quantise the language model's linear layers to 8 bits (torchao) or 4 (bitsandbytes)."
     )
+    max_pixels: int | None = Field(
+        None, gt=0, description="Most pixels of an image that the model reads; default: as in the adapter's training."
+    )
     cache: Path | None = Field(
         None, description="Folder for a cache of image encoder outputs; several runs may share it."
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,7 +88,8 @@ def evaluate_config(
         family = load_model(
             config.model, config.adapter, dtype=config.dtype, device=config.device, quantize=config.quantize
         )
-    return evaluate(family, examples, config, preflight=preflight, progress=progress)
+    with nullcontext() if family is None else family.pixel_limit(config.max_pixels):
+        return evaluate(family, examples, config, preflight=preflight, progress=progress)
 
 
 def evaluate(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
 
 from normtune.data import tasks
 from normtune.data.examples import Example, Examples
@@ -91,6 +92,9 @@ def text_limits(
         # of reports, it counts those that are whole: tokenizers change case and blanks
         return is_exact(prediction, reference, "vqa" if report else normalisation)
 
+    def image_tokens(size: tuple[int, int]) -> int:
+        return family.prefix_tokens([family.preprocess_image(Image.new("RGB", size))])
+
     return TextLimits(
         model=name,
         tokenize=tokenize,
@@ -100,6 +104,8 @@ def text_limits(
         max_reference=family.max_reference_tokens(report) if training else None,
         max_answer=max_answer,
         expected=family.choices.answer,
+        max_pixels=family.max_pixels,
+        image_tokens=image_tokens,
     )
 
 
@@ -158,15 +164,23 @@ def check_run(
     dataset = examples.dataset
 
     def attempt() -> Preflight | InputError:
+        with ExitStack() as stack:
+            return check_in(stack)
+
+    def check_in(stack: ExitStack) -> Preflight | InputError:
         limits = None
         if model is not None:
             from normtune.adapters.storage import read_adapter_info
             from normtune.models.loading import load_without_weights
 
             family = load_without_weights(model) if isinstance(model, str) else model
+            max_pixels = getattr(options, "max_pixels", None)
             if adapter is not None:
-                family.use_training_texts(read_adapter_info(adapter).data)
+                data = read_adapter_info(adapter).data or {}
+                family.use_training_texts(data)
+                max_pixels = max_pixels or (data.get("limits") or {}).get("max_pixels")
             family.choices = family.choices.with_options(options)
+            stack.enter_context(family.pixel_limit(max_pixels))
             report = examples[0].kind == "report"
             limits = text_limits(
                 family,

@@ -7,7 +7,8 @@ of the checkpoint's config.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
@@ -23,6 +24,7 @@ from normtune.data.records import Example, History
 from normtune.errors import InputError
 from normtune.models.answer_loss import Head, answer_log_probs, answer_loss
 from normtune.models.generation import Generated, OnTokens
+from normtune.models.image_budget import limited_settings
 from normtune.models.quantization import loading_options
 from normtune.models.types import Answer, AnswerStates, Batch, FinishReason, Pixels, SelfTest
 
@@ -64,6 +66,8 @@ class Family(ABC):
     _adapter: Any = None
     prompt_limit: int | None = None  # tokens of a question; lower than the model's own limit
     choices: ChoiceFormat = ChoiceFormat()  # how questions with options are read and trained
+    max_pixels: int | None = None  # of an image; None: the model's own limit (see `use_max_pixels`)
+    _image_settings: dict[str, Any] | None = None  # of the image processor, before `use_max_pixels` changed them
     old_prompt_limit: ClassVar[int | None] = None  # of adapters that record no limits
 
     @property
@@ -221,6 +225,42 @@ class Family(ABC):
         """
         self.use_limits((data or {}).get("limits"))
         self.choices = ChoiceFormat(**(data or {}).get("choices", {}))
+
+    def use_max_pixels(self, max_pixels: int | None) -> None:
+        """Read at most this many pixels of an image, which takes fewer tokens; None: as the model does by itself.
+
+        Raises:
+            InputError: see `normtune.models.image_budget.limited_settings`.
+        """
+        if max_pixels == self.max_pixels:
+            return
+        config, images = self.model.config, self.processor.image_processor
+        model_type = str(config.model_type)  # type: ignore[union-attr]
+        if self._image_settings is None:
+            self._image_settings = limited_settings(images, model_type, None)
+        for name, value in self._image_settings.items():  # the limit counts from the model's own settings
+            setattr(images, name, value)
+        settings = self._image_settings if max_pixels is None else limited_settings(images, model_type, max_pixels)
+        for name, value in settings.items():
+            setattr(images, name, value)
+            if name in config.to_dict():  # type: ignore[operator,union-attr]  # the model reads the grids of tiles too
+                setattr(config, name, value)
+        self.max_pixels = max_pixels
+
+    @contextmanager
+    def pixel_limit(self, max_pixels: int | None) -> Iterator[None]:
+        """Use a limit of pixels inside the block, and the present one afterwards; None changes nothing.
+
+        Raises:
+            InputError: see `use_max_pixels`.
+        """
+        before = self.max_pixels
+        if max_pixels is not None:
+            self.use_max_pixels(max_pixels)
+        try:
+            yield
+        finally:
+            self.use_max_pixels(before)
 
     @property
     def max_prompt_tokens(self) -> int | None:

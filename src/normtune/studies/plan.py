@@ -41,7 +41,7 @@ _EVALUATION_FIELDS = {
     *("limit", "batch", "max_new_tokens", "candidates", "normalisation"),
     *("choice_prompt", "choice_scoring", "choice_rotations"),
 }
-_LOADING_FIELDS = {"dtype", "quantize", "device"}  # options of a model that its cells share
+_LOADING_FIELDS = {"dtype", "quantize", "max_pixels", "device"}  # options of a model that its cells share
 
 
 @dataclass(frozen=True)
@@ -281,6 +281,8 @@ def _base_cell(study: Study, model: str, grids: tuple[str, ...], targets: Sequen
     """The frozen base, evaluated on the test splits of `targets` and of its own task."""
     base = study.model(model)
     identity = {"format": FORMAT, "base": base.path, "dtype": base.dtype, "quantize": base.quantize}
+    if base.max_pixels is not None:
+        identity["max_pixels"] = base.max_pixels
     evaluations = [
         _evaluation(study, model, target, "home" if target == base.home else "zero-shot", fold)
         for target in dict.fromkeys((*targets, *([base.home] if base.home else [])))

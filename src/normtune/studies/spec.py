@@ -68,6 +68,7 @@ class Model(_Section):
     home: str | None = Field(None, description="The data set of the base's own task, to measure forgetting.")
     dtype: Literal["float32", "bfloat16"] = "float32"
     quantize: Literal["int8", "nf4"] | None = None
+    max_pixels: int | None = Field(None, gt=0, description="Most pixels of an image that the model reads.")
     device: str | None = None
     beams: int = Field(1, gt=0)
     train: Training | None = Field(None, description="Options of training for this model only.")

@@ -89,6 +89,12 @@ class TrainConfig(DataOptions):
         None, ge=0, description="Threads that read the images of the next batches; default: 2 on a GPU, 0 on a CPU."
     )
     compile: bool = Field(False, description="Compile the language model's layers with torch.compile.")
+    max_pixels: int | None = Field(
+        None,
+        gt=0,
+        description="Most pixels of an image that the model reads: fewer image tokens, for families with tokens "
+        "that depend on the size of an image. The adapter records it. Default: the model's own.",
+    )
     device: str | None = Field(None, description="cpu or cuda; default: cuda if available.")
     # AdamW: the learning rate rises linearly during the warmup, then follows the schedule
     weight_decay: float = Field(0.0, ge=0, description="Weight decay of AdamW, for matrices only.")

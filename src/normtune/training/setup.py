@@ -126,6 +126,7 @@ def build_setup(
         # with FSDP the base may be larger than a device: it is loaded on the host, then sharded over the devices
         device = "cpu" if distributed.is_sharded() else config.device
         family = load(config.model, dtype=config.dtype, device=device, quantize=config.quantize)
+        family.use_max_pixels(config.max_pixels)
     family.choices = ChoiceFormat().with_options(config)
     # of the unchanged base, before `adapt`: the adapter is loaded only onto a base with the same fingerprint
     base_fingerprint = fingerprint(family.model)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -82,7 +83,8 @@ def train(
     dataset, examples = read_examples(config, dataset)
     validation = read_validation(config, dataset)
     # before the base, which may take minutes to load
-    with distributed.lost_process_as_error(), locked_folder(config.out):
+    pixels = nullcontext() if family is None else family.pixel_limit(config.max_pixels)
+    with distributed.lost_process_as_error(), locked_folder(config.out), pixels:
         examples, preflight = check_run(config, examples, family or config.model, training=True)
         find_run_strata(config, dataset, examples)  # refuses what cannot be sampled
         preflight.memory = distributed.broadcast_from_first(lambda: estimate_memory(config, dataset, examples, family))

@@ -71,14 +71,17 @@ class AdapterSlots:
             modules that read the bank, until `close`.
         memory: size of the bank in bytes; None is `DEFAULT_BANK_BYTES` and at most `MAX_SLOTS` slots.
         lora_rank: the largest LoRA rank that a slot can hold; 0 supports adapters of norms only.
+        max_pixels: of an image, for all adapters, which share its features; None: the model's own limit.
 
     Raises:
         InputError: the memory is too small for one adapter besides the base, or the model has a norm that
             cannot hold several adapters.
     """
 
-    def __init__(self, model: nn.Module, memory: int | None = None, lora_rank: int = 0) -> None:
-        self.fingerprint = fingerprint(model)
+    def __init__(
+        self, model: nn.Module, memory: int | None = None, lora_rank: int = 0, max_pixels: int | None = None
+    ) -> None:
+        self.fingerprint, self.max_pixels = fingerprint(model), max_pixels
         self._model, self._names = model, frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
         matrices = lora_matrices(model, lora_rank) if lora_rank else {}
         tuned = adapt(model, "ln", train_unused=True)  # adapters of version 0.1 hold them
@@ -197,6 +200,12 @@ class AdapterSlots:
             raise InputError(
                 f"adapter '{name}' was trained on '{info.base_name}', but the served base has other values "
                 "or parts. Register adapters of the served base."
+            )
+        trained_with = ((info.data or {}).get("limits") or {}).get("max_pixels")
+        if trained_with is not None and trained_with != self.max_pixels:
+            raise InputError(
+                f"adapter '{name}' was trained with --max-pixels {trained_with}, and this server reads images with "
+                f"{self.max_pixels or 'the limit of the model'}. Start a server with --max-pixels {trained_with}."
             )
         for tensor_name, tensor in info.tensors.items():
             if tensor.method == "lora" and self.lora is not None:

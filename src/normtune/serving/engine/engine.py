@@ -84,7 +84,7 @@ class Engine:
                 "computed one by one and cannot be batched. Use normtune ask or evaluate, or another model."
             )
         self.family, self.max_batch, self.max_wait, self.queue_limit = family, max_batch, max_wait, queue_limit
-        self._adapters = adapters = AdapterSlots(family.model, adapter_memory, lora_rank)
+        self._adapters = adapters = AdapterSlots(family.model, adapter_memory, lora_rank, family.max_pixels)
         self.register, self.remove = adapters.register, adapters.remove
         self.adapters, self.has_adapter = adapters.infos, adapters.has_adapter
         self._images = ImageEncoder(family, self._adapters.bank, image_memory)

@@ -200,6 +200,7 @@ class _WeightlessRun:
         config = config.model_copy(update={"dtype": resolve_dtype(config.dtype, device)})
         self.config, self.device = config, device
         self.family: Family = load_without_weights(config.model)
+        self.family.use_max_pixels(config.max_pixels)
         # parameters are on the meta device: shapes and dtypes only
         model = self.family.model.to(getattr(torch, config.dtype))
         names = quantised_linears(model)
