@@ -8,16 +8,21 @@ batch; the methods are LoRA (r=8, query and value), LoRA on all linears, LN tuni
 read the same pixels and tokens from memory, and use the same number of pairs per step and AdamW. The first
 step of every run is not counted. Normtune's runs have three times as many steps as a peer's, since its steps
 are short.
+
+With `--per-image N`, every image has N questions, which are drawn from the training split: the shape of datasets with
+many questions about an image. Normtune is then measured with several `--cap`, beside LoRA on query and value. Without a
+cap, one of its steps has all N questions of an image.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +43,21 @@ from normtune.training.train import fit
 
 RECIPES = ("ln", "lora-8", "full")
 REFERENCE = "normtune ln"  # the method that the others are compared with
+CAPS = (24, 4)  # with --per-image
 STEPS_PER_PEER = 3  # steps of Normtune for each step of a peer
 
 
 def main() -> None:
     parser = build_parser(__doc__.splitlines()[0], pairs=24, rounds=3)
     parser.add_argument("--steps", type=int, default=2, help="timed steps of a peer in one round (default %(default)s)")
+    parser.add_argument("--per-image", type=int, metavar="N", help="N questions an image, and several --cap")
     options = parser.parse_args()
-    workload = load_workload(options, options.pairs * (options.steps * STEPS_PER_PEER + 1))
-    runs = make_methods(workload, options)
+    if options.per_image:
+        workload = give_questions(load_workload(options, options.pairs), options)
+        runs = make_capped_methods(workload, options)
+    else:
+        workload = load_workload(options, options.pairs * (options.steps * STEPS_PER_PEER + 1))
+        runs = make_methods(workload, options)
     speeds: dict[str, list[float]] = {name: [] for name in runs}
     for round_ in range(options.rounds):
         for name, run in runs.items():
@@ -65,7 +76,10 @@ def main() -> None:
     ]
     print("\n" + table(rows))
     if options.out:
-        record(options.out, "throughput", rows, **workload.describe(), pairs_a_step=options.pairs, steps=options.steps)
+        fields = {**workload.describe(), "pairs_a_step": options.pairs, "steps": options.steps}
+        if options.per_image:
+            fields["sharing_limit"] = sharing_limit(workload, options)
+        record(options.out, "throughput", rows, **fields)
         options.out.with_suffix(".md").write_text(table(rows), encoding="utf-8")
 
 
@@ -123,14 +137,55 @@ def make_methods(workload: Workload, options: argparse.Namespace) -> dict[str, C
     return runs
 
 
-def time_normtune(workload: Workload, recipe: str, group: bool, options: argparse.Namespace) -> TimedRun:
+def make_capped_methods(workload: Workload, options: argparse.Namespace) -> dict[str, Callable[[], TimedRun]]:
+    """The functions that are timed with `--per-image`: LN tuning with several caps, and one method of PEFT."""
+    runs: dict[str, Callable[[], TimedRun]] = {REFERENCE: lambda: time_normtune(workload, "ln", True, options)}
+    for cap in CAPS:
+        runs[f"{REFERENCE}, --cap {cap}"] = lambda cap=cap: time_normtune(workload, "ln", True, options, cap)
+    runs[f"{REFERENCE}, not grouped"] = lambda: time_normtune(workload, "ln", False, options)
+    runs["PEFT LoRA r8 q,v"] = lambda: time_peft(workload, "LoRA r8 q,v", options)
+    return runs
+
+
+def give_questions(workload: Workload, options: argparse.Namespace) -> Workload:
+    """The workload with `options.per_image` random questions of the training split about each of some images."""
+    rng = random.Random(0)
+    rows = list(workload.dataset.split("train"))
+    images = list(dict.fromkeys(row.images for row in rows))[: options.steps * STEPS_PER_PEER + 1]
+    examples = [
+        replace(row, id=f"{number}-{row.id}", images=image)
+        for number, image in enumerate(images)
+        for row in rng.sample(rows, options.per_image)
+    ]
+    return replace(workload, examples=examples)
+
+
+def sharing_limit(workload: Workload, options: argparse.Namespace) -> float:
+    """Tokens of the separate rows, divided by those of the rows that share an image: what sharing alone can give."""
+    family = workload.shape.build_family()
+    rows = [family.tokenize(row.id, row.question, row.answer) for row in workload.examples]
+    segment = sum(map(len, rows)) / len(rows)
+    image = workload.dataset.open_image(workload.examples[0].images[0])
+    prefix = family.prefix_tokens([family.preprocess_image(image)])
+    return (prefix + segment) * options.per_image / (prefix + segment * options.per_image)
+
+
+def time_normtune(
+    workload: Workload, recipe: str, group: bool, options: argparse.Namespace, cap: int | None = None
+) -> TimedRun:
     """Time Normtune's training run on a new random model."""
     family = workload.shape.build_family()
-    return train_normtune(family, workload, workload.cache_images(family), recipe, group, options)
+    return train_normtune(family, workload, workload.cache_images(family), recipe, group, options, cap)
 
 
 def train_normtune(
-    family: Family, workload: Workload, dataset: Dataset, recipe: str, group: bool, options: argparse.Namespace
+    family: Family,
+    workload: Workload,
+    dataset: Dataset,
+    recipe: str,
+    group: bool,
+    options: argparse.Namespace,
+    cap: int | None = None,
 ) -> TimedRun:
     """Time Normtune's training run of `family`; `options` has the pairs per step and a peer's steps."""
     clock, counter = Clock(), PairCounter()
@@ -147,6 +202,7 @@ def train_normtune(
             batch=options.pairs,
             max_steps=1 + steps,
             group=group,
+            cap=cap,
             save_every=10_000,
             device="cpu",
         )

@@ -52,6 +52,7 @@ TABLES_OF_PAGE = {  # page: the committed tables that it contains
     "docs/metrics.md": ["reliance", "medpix", "statistics_checks", "statistics_checks_confidence", "confidence"],
     "docs/speed.md": [
         "throughput_llava_slake",
+        "throughput_llava_111",
         "throughput_llava_vqa-rad",
         "throughput_miss_slake",
         "answering_llava_slake",
