@@ -229,6 +229,60 @@ def test_a_large_file_is_read_as_a_small_one(lines: list[str], block: int) -> No
         assert actual == expected
 
 
+CSV_LINES = [
+    "a.png,Is it?,yes,x",
+    'b.png, Where? ,"left, or right",',
+    "./a.png,Why?,1,p",
+    '"b.png","Two\nlines",No.,"é"',
+    "a.png;b.png,Both?,yes,p",
+    '"[""a.png""]",A list?,yes,p',
+    "",
+    ",,,",
+    "a.png,,no,x",
+    "missing.png,Is it?,no,x",
+    "a.png,too few",
+]
+
+
+@given(st.lists(st.sampled_from(CSV_LINES), min_size=1, max_size=12), st.integers(1, 5), st.sampled_from([",", "\t"]))
+@settings(deadline=None, max_examples=60)
+def test_a_large_csv_file_is_read_as_a_small_one(lines: list[str], block: int, delimiter: str) -> None:
+    import tempfile
+
+    format = "csv" if delimiter == "," else "tsv"
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        root = Path(folder)
+        for name in ("a.png", "b.png"):
+            grey("a").save(root / name)
+        text = "\n".join(["image,question,answer,site", *lines]).replace(",", delimiter)
+        (root / f"rows.{format}").write_text(text, encoding="utf-8-sig")
+        expected, actual = [], []
+        for results, size in ((expected, 1 << 40), (actual, 0)):
+            patch.setattr(large_table, "LARGE_BYTES", size)
+            patch.setattr(blocks, "_BLOCK_ROWS", block)
+            for strict in (True, False):
+                try:
+                    data = table.read(root / f"rows.{format}", format=format, strict=strict)
+                except InputError as error:
+                    results.append(str(error).split(":")[0] if strict else str(error))
+                else:
+                    metas = [e.meta for e in data.examples]
+                    found = sorted(map(str, data.problems)), data.dropped, data.notes
+                    results.append((list(data.examples), metas, *found))
+        assert actual == expected
+
+
+def test_plain_blocks_of_csv_files_make_no_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grey("a").save(tmp_path / "a.png")
+    rows = "".join(f"a.png,Is it {n}?,yes\n" for n in range(9))
+    (tmp_path / "rows.csv").write_text("image,question,answer\n" + rows)
+    monkeypatch.setattr(large_table, "LARGE_BYTES", 0)
+    monkeypatch.setattr(blocks, "_BLOCK_ROWS", 4)
+    monkeypatch.setattr(table.Rows, "add", None)  # a call would fail
+    examples = table.read(tmp_path / "rows.csv", format="csv").examples
+    assert repr(examples) == "<Examples: 9>" and examples[8].id == "rows-10"
+
+
 def test_a_large_parquet_file_is_read_as_a_small_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -268,7 +322,7 @@ def test_images_inside_a_large_parquet_file_are_not_read_in_blocks(
     pq.write_table(pa.Table.from_pylist([{"image": image, "question": "Is it?"}]), tmp_path / "train.parquet")
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", None)  # a call would fail
     with pytest.raises(large_table.NotPlain):
-        next(blocks.parquet_blocks(tmp_path / "train.parquet", "train.parquet"))
+        next(blocks.parquet_blocks(tmp_path / "train.parquet", "train.parquet", []))
 
 
 @given(st.lists(st.integers(0, 9)), st.lists(st.integers(0, 9)))

@@ -70,6 +70,42 @@ def test_rows_pictures_and_texts_are_counted() -> None:
     assert "12 read, 7 used, 5 not used" in counts.text()
 
 
+def test_of_very_many_texts_a_sample_is_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("normtune.data.preflight._MAX_TEXTS", 40)
+    texts = ["x " * (i % 7 + 1) + str(i) for i in range(200)]
+    texts[5], texts[150] = "a <b> c", "long " * 90
+    data = made(*(row(str(i), "a", text) for i, text in enumerate(texts)), *(row("r", "a", texts[1]) for _ in range(3)))
+    tokenized: list[str] = []
+
+    def limits(**fields: int) -> TextLimits:
+        plain = words(**fields)
+        return replace(plain, tokenize=lambda example: (tokenized.append(example.answer), plain.tokenize(example))[1])
+
+    estimated = preflight(data, limits=limits(max_answer=50, max_prompt=9))
+    assert len(tokenized) <= 21 and texts[5] in tokenized and texts[150] in tokenized
+    assert estimated.limits["texts"] == 200 and estimated.limits["texts_tried"] == len(tokenized)
+    assert estimated.limits["answers"]["cut"] == 1 and estimated.losses == {"answer is cut": 1}
+    assert estimated.limits["prompts"]["rows"] == estimated.limits["answers"]["rows"] == 203
+    assert "estimated from 21 of 200 different texts (--strict: from all)" in estimated.text()
+    tokenized.clear()
+    exact = preflight(data, limits=limits(max_answer=50), exact=True)
+    assert len(tokenized) == 200 and "texts" not in exact.limits
+    assert exact.limits["answers"]["longest"] == estimated.limits["answers"]["longest"] == 90
+
+
+def test_a_text_of_the_sample_that_fails_is_counted_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("normtune.data.preflight._MAX_TEXTS", 40)
+
+    def tokenize(example: Example) -> tuple[list[str], list[str]]:
+        if int(example.answer) % 5 == 0:
+            raise InputError("no")
+        return ["a"], ["b", "</s>"]
+
+    data = made(*(row(str(i), "a", str(1000 + i)) for i in range(200)))
+    counts = preflight(data, limits=replace(words(), tokenize=tokenize))
+    assert len(counts.bad_rows) == 40 and counts.losses == {"text cannot be tokenised": 40}
+
+
 def test_tokens_of_images_are_counted_by_their_sizes() -> None:
     tried: list[tuple[int, int]] = []
 

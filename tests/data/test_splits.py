@@ -10,7 +10,7 @@ from PIL import Image
 from normtune.data.reading.cells import clean_text, is_yes_no
 from normtune.data.records import Dataset, Example, Problem
 from normtune.data.split_names import split_name
-from normtune.data.splits import examples_by_split, find_identical_images, find_leaks, image_disjoint
+from normtune.data.splits import find_identical_images, find_leaks, image_disjoint, rows_by_split
 from normtune.errors import InputError
 
 
@@ -70,7 +70,7 @@ def test_languages_are_listed_separately_and_leak_only_across_splits() -> None:
         example("2", "a", language="zh"),
         example("3", "a", language="zh", split="test"),
     )
-    assert list(examples_by_split(data)) == ["train (en)", "train (zh)", "test (zh)"]
+    assert list(rows_by_split(data.examples)) == ["train (en)", "train (zh)", "test (zh)"]
     assert [(leak.split, leak.earlier_split) for leak in find_leaks(data) if leak.what == "image"] == [
         ("test (zh)", "train (en)"),
         ("test (zh)", "train (zh)"),
@@ -95,7 +95,9 @@ def test_no_image_is_in_two_splits_and_no_row_is_lost(images: list[list[str]], s
 
 def test_new_splits_have_the_fractions_of_images_and_depend_on_the_seed() -> None:
     data = dataset(*(example(f"{i}-{j}", f"i{i}") for i in range(50) for j in range(1 + i % 3)))
-    sizes = {name: len({e.images[0] for e in part}) for name, part in examples_by_split(image_disjoint(data)).items()}
+    examples = image_disjoint(data).examples
+    images = {name: {e.images[0] for e in examples.take(rows)} for name, rows in rows_by_split(examples).items()}
+    sizes = {name: len(of_split) for name, of_split in images.items()}
     assert sizes == {"train": 35, "validate": 5, "test": 10}
     assert image_disjoint(data, seed=1).examples != image_disjoint(data, seed=0).examples
     whole = image_disjoint(data, fractions=(0, 0, 1))

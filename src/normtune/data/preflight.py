@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -35,6 +36,8 @@ from normtune.errors import InputError
 from normtune.runtime.files import write_json
 
 Rows = TypeVar("Rows", bound=Examples)
+_MAX_TEXTS = 40_000  # different texts that are all tokenised; of more of them, a sample is
+_SPECIAL = re.compile(r"[<>\[\]|]")  # what the texts of control tokens contain, which a model may refuse
 _MAX_SIZES = 50  # sizes of images of which the tokens are counted
 _FIRST = 5  # number of rows, pictures and messages that are quoted
 # Reasons of dropped rows that a choice of the user explains: another language or task.
@@ -144,6 +147,9 @@ class Preflight:
         for name, what in (("prompts", "questions"), ("references", "references"), ("answers", "answers")):
             if name in self.limits:
                 lines.append(f"{what:<15} {_limit_text(self.limits[name])}")
+        if "texts_tried" in self.limits:
+            tried, texts = self.limits["texts_tried"], self.limits["texts"]
+            lines.append(f"{'':16}estimated from {tried:,} of {texts:,} different texts (--strict: from all)")
         if "images" in self.limits:
             lines.append(f"{'images':<15} {_image_text(self.limits)}")
         if "score_ceiling" in self.limits:
@@ -175,6 +181,7 @@ def preflight(
     limits: TextLimits | None = None,
     *,
     open_pictures: bool = True,
+    exact: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Preflight:
     """Count what a dataset holds and what will be lost of it. Nothing is changed.
@@ -184,6 +191,7 @@ def preflight(
         examples: the rows that will be used, such as one split; by default all.
         limits: how the model cuts texts; without it nothing is counted in tokens.
         open_pictures: whether every picture of `examples` is opened once; False for pictures that are drawn.
+        exact: tokenise every text; otherwise, if they are very many, only a sample of the shorter ones.
         progress: called with (pictures opened, pictures in all).
     """
     started = time.perf_counter()
@@ -200,20 +208,22 @@ def preflight(
     dropped = dict(dataset.dropped)
     if len(dataset.examples) > len(rows):
         dropped["in another split, or not selected"] = len(dataset.examples) - len(rows)
+    columns, alike = group_columns(dataset.examples), near_duplicates(pictures)
+    of_all = alike if len(pictures) == len(dataset.pictures) else None
     result = Preflight(
         dataset=dataset.name,
         rows={"read": len(rows) + sum(dropped.values()), "used": len(rows), "dropped": dropped},
-        pictures=_count_pictures(pictures, equal, bad_rows),
+        pictures=_count_pictures(pictures, equal, alike, bad_rows),
         texts=count_texts(dataset, rows, cluster(equal)),
-        grouped_by=list(group_columns(dataset.examples)),
-        leaks=find_leaks(dataset),
+        grouped_by=list(columns),
+        leaks=find_leaks(dataset, columns, of_all),
         losses={reason: n for reason, n in dataset.dropped.items() if not reason.startswith(_CHOSEN)},
         bad_rows=bad_rows,
     )
     if bad_rows:
         result.losses["picture cannot be decoded"] = len(bad_rows)
     if limits is not None:
-        _count_tokens(result, rows, limits)
+        _count_tokens(result, rows, limits, exact=exact)
         if limits.max_pixels is not None:
             result.limits["max_pixels"] = limits.max_pixels
         if limits.image_tokens is not None:
@@ -242,7 +252,7 @@ def check(
     Raises:
         InputError: rows cannot be used, and `skip_bad` is off; nothing is left; or, with `strict`, there is a loss.
     """
-    result = preflight(dataset, examples, limits, open_pictures=open_pictures, progress=progress)
+    result = preflight(dataset, examples, limits, open_pictures=open_pictures, exact=strict, progress=progress)
     if strict:
         result.require_no_loss()
     if result.bad_rows and not skip_bad:
@@ -270,10 +280,12 @@ def usable_rows(examples: Rows, result: Preflight) -> Rows:
 
 
 def _count_pictures(
-    pictures: dict[str, Picture], equal: Sequence[tuple[str, ...]], bad_rows: dict[str, str]
+    pictures: dict[str, Picture],
+    equal: Sequence[tuple[str, ...]],
+    alike: Sequence[tuple[str, str]],
+    bad_rows: dict[str, str],
 ) -> dict[str, Any]:
     unreadable = [picture.error for picture in pictures.values() if picture.error]
-    alike = near_duplicates(pictures)
     return {
         "opened": len(pictures),
         "unreadable": len(unreadable),
@@ -286,20 +298,27 @@ def _count_pictures(
     }
 
 
-def _count_tokens(result: Preflight, rows: Examples, limits: TextLimits) -> None:
+def _count_tokens(result: Preflight, rows: Examples, limits: TextLimits, exact: bool) -> None:
     """Add what the limits cut to `result`: `limits`, `losses`, and the rows that cannot be tokenised.
 
-    Rows with the same question and answer are tokenised once.
+    Rows with the same question and answer are tokenised once. Of more than `_MAX_TEXTS` such texts, the longest ones
+    are tokenised, those that may contain a control token, and a random sample of the others, which then count for all
+    of these; unless one without such characters cannot be tokenised, or the count must be exact.
     """
     columns = history_hashes(rows), option_hashes(rows), rows.hashes("question"), rows.hashes("answer")
     texts = combine_hashes(rows.codes("kind")[0], *columns)
     _, first, counts = np.unique(texts, return_index=True, return_counts=True)
     order = np.argsort(first)
+    first, counts, distinct = first[order], counts[order], len(first)
+    ordinary = np.zeros(0, np.int64)  # the first rows of texts without special characters, if not all are tried
+    if len(first) > _MAX_TEXTS and not exact:
+        tried, special, counts = _sample_texts(rows, first, counts)
+        first, ordinary = first[tried], first[tried & ~special]
     lengths: list[tuple[int, int, int]] = []  # tokens of the prompt, of the reference, number of rows
     right: Counter[str] = Counter()
     totals: Counter[str] = Counter()
     failed: list[int] = []
-    for row, example, count in zip(first[order].tolist(), rows.take(first[order]), counts[order].tolist(), strict=True):
+    for row, example, count in zip(first.tolist(), rows.take(first), counts.tolist(), strict=True):
         try:
             prompt, reference = limits.tokenize(example)
         except InputError:
@@ -314,6 +333,9 @@ def _count_tokens(result: Preflight, rows: Examples, limits: TextLimits) -> None
             for name in ("all", example.kind):
                 totals[name] += count
                 right[name] += count * correct
+    if np.isin(failed, ordinary).any():  # others may fail too
+        _count_tokens(result, rows, limits, exact=True)
+        return
     for example in rows.where(is_in(texts, texts[failed])) if failed else ():
         try:
             limits.tokenize(example)
@@ -321,7 +343,8 @@ def _count_tokens(result: Preflight, rows: Examples, limits: TextLimits) -> None
             result.bad_rows.setdefault(example.id, str(error))
             result.losses["text cannot be tokenised"] = result.losses.get("text cannot be tokenised", 0) + 1
     prompts, references, weights = np.array(lengths, np.int64).reshape(-1, 3).T
-    result.limits = {"model": limits.model, "prompts": _cut(np.repeat(prompts, weights), limits.max_prompt)}
+    of_texts = {"texts": distinct, "texts_tried": len(first)} if len(first) < distinct else {}
+    result.limits = {"model": limits.model, **of_texts, "prompts": _cut(np.repeat(prompts, weights), limits.max_prompt)}
     if limits.max_reference is not None:
         result.limits["references"] = _cut(np.repeat(references, weights), limits.max_reference)
     if limits.max_answer is not None:
@@ -331,6 +354,40 @@ def _count_tokens(result: Preflight, rows: Examples, limits: TextLimits) -> None
     for name, loss in losses.items():
         if result.limits.get(name, {}).get("cut"):
             result.losses[loss] = result.limits[name]["cut"]
+
+
+def _sample_texts(
+    rows: Examples, first: NDArray[np.int64], counts: NDArray[np.int64]
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.int64]]:
+    """Select the texts that are tokenised.
+
+    Args:
+        first: the first row of each text.
+        counts: the number of its rows.
+
+    Returns:
+        Which texts are tokenised, and which have special characters, both [texts]; and for how many rows each of the
+        tokenised ones counts.
+    """
+    special = rows.flags("question", _has_special) | rows.flags("answer", _has_special)
+    lengths = rows.numbers("question", len, np.int32) + rows.numbers("answer", len, np.int32)
+    selected = special[first]
+    others = np.flatnonzero(~selected)
+    others = others[np.argsort(-lengths[first[others]], kind="stable")]
+    longest, others = others[: _MAX_TEXTS // 4], others[_MAX_TEXTS // 4 :]
+    selected[longest] = True
+    sample = np.random.default_rng(0).permutation(others)[: _MAX_TEXTS // 4]
+    weights = counts.copy()
+    if len(sample):
+        # shares of the rows of all others, rounded so that the sum is theirs
+        ends = np.cumsum(counts[sample]) * int(counts[others].sum()) // int(counts[sample].sum())
+        weights[sample] = np.diff(ends, prepend=0)
+    selected[sample] = True
+    return selected, special[first], weights[selected]
+
+
+def _has_special(text: str) -> bool:
+    return _SPECIAL.search(text) is not None
 
 
 def _count_image_tokens(pictures: dict[str, Picture], limits: TextLimits) -> dict[str, Any]:

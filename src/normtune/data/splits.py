@@ -73,15 +73,8 @@ def split_label(dataset: Dataset) -> Callable[[Example], str]:
     return lambda example: _label(example.split, example.meta.get("language"))
 
 
-def examples_by_split(dataset: Dataset) -> dict[str, Examples]:
-    """Split label -> its usable examples; train, validate and test come first, in this order."""
-    examples = dataset.examples
-    of_split = rows_by_split(examples).items()
-    return {name: examples if len(rows) == len(examples) else examples.take(rows) for name, rows in of_split}
-
-
 def rows_by_split(rows: Examples) -> dict[str, NDArray[np.int32]]:
-    """Split label -> the positions of its examples, in the order of `examples_by_split`."""
+    """Split label -> the positions of its examples; train, validate and test come first, in this order."""
     codes, splits = rows.codes("split")
     names = list(splits)
     languages, tags = rows.codes(f"{META}language")
@@ -102,28 +95,37 @@ def _label(split: str, language: str | None) -> str:
     return f"{split} ({'no language' if language is None else language})"
 
 
-def find_leaks(dataset: Dataset) -> list[Leak]:
+def find_leaks(
+    dataset: Dataset, columns: Sequence[str] | None = None, alike: Sequence[tuple[str, str]] | None = None
+) -> list[Leak]:
     """Find the images, patients and rows that a later split shares with an earlier one.
 
     Pictures with the same pixels under another name, and near-duplicates, are found among `dataset.pictures`; see
     `read_pictures`. Patients are those that the columns of `group_columns` name. Two rows are the same if image,
     question and answer are the same; case and blanks do not count. The languages of one split may share images:
     that is no leak. Languages of different splits may not.
+
+    Args:
+        dataset: the dataset.
+        columns, alike: `group_columns` of its examples and `near_duplicates` of its pictures, if these are known.
     """
     leaks: list[Leak] = []
-    splits = list(examples_by_split(dataset).items())
+    positions_of = rows_by_split(dataset.examples)
+    splits = [(name, dataset.examples.take(positions)) for name, positions in positions_of.items()]
     if len(splits) < 2:
         return leaks
-    columns = group_columns(dataset.examples)
+    columns = group_columns(dataset.examples) if columns is None else columns
+    alike = near_duplicates(dataset.pictures) if alike is None else alike
     images = {name: dict.fromkeys(image_keys(members)) for name, members in splits}
     hashes = _row_hashes(dataset.examples)
-    rows = {name: hashes[positions] for name, positions in rows_by_split(dataset.examples).items()}
+    rows = {name: hashes[positions] for name, positions in positions_of.items()}
+    del hashes  # as large as the rows
     patients = {name: {column: _by_patient(members, column) for column in columns} for name, members in splits}
     equal = cluster(equal_pictures(dataset.pictures))
-    alike: dict[str, set[str]] = {}
-    for pair in near_duplicates(dataset.pictures):
+    similar: dict[str, set[str]] = {}
+    for pair in alike:
         for key, other in (pair, pair[::-1]):
-            alike.setdefault(equal.get(key, key), set()).add(equal.get(other, other))
+            similar.setdefault(equal.get(key, key), set()).add(equal.get(other, other))
     for later, (name, members) in enumerate(splits):
         for earlier, earlier_members in splits[:later]:
             if earlier_members[0].split == members[0].split:
@@ -134,7 +136,7 @@ def find_leaks(dataset: Dataset) -> list[Leak]:
             close = [
                 key
                 for key in images[name]
-                if equal.get(key, key) not in names and alike.get(equal.get(key, key), set()) & names
+                if equal.get(key, key) not in names and similar.get(equal.get(key, key), set()) & names
             ]
             repeated = np.flatnonzero(is_in(rows[name], rows[earlier]))
             for what, items, count, total in (

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from normtune.data.examples import META, Example, Examples, count_values, image_keys
 from normtune.data.reading.cells import is_yes_no
 from normtune.data.records import Dataset
-from normtune.data.splits import Leak, examples_by_split, find_leaks, rows_by_split, split_label
+from normtune.data.splits import Leak, find_leaks, rows_by_split, split_label
 from normtune.runtime.notebook import html_text
 from normtune.runtime.text_table import text_table
 
@@ -54,12 +54,12 @@ def summarize(dataset: Dataset, leaks: Sequence[Leak] | None = None) -> DatasetS
           `other` the earlier one.
     """
     label, rows = split_label(dataset), dataset.examples
+    leaks = find_leaks(dataset) if leaks is None else leaks  # first: it takes the most memory
     columns = {  # of all rows, not split by split: each of these reads all texts of a column
         "yes_no": rows.flags("answer", is_yes_no),
         "longest_question_words": rows.numbers("question", _count_words, np.int32),
         "longest_answer_words": rows.numbers("answer", _count_words, np.int32),
     }
-    splits = zip(examples_by_split(dataset).items(), rows_by_split(rows).values(), strict=True)
     skipped: dict[str, list[Example]] = {}
     for example in dataset.skipped:
         skipped.setdefault(label(example), []).append(example)
@@ -68,8 +68,10 @@ def summarize(dataset: Dataset, leaks: Sequence[Leak] | None = None) -> DatasetS
             "dataset": dataset.name,
             "licence": dataset.licence,
             "parts": {
-                split: _counts(usable, skipped.get(split, []), {name: of[positions] for name, of in columns.items()})
-                for (split, usable), positions in splits
+                split: _counts(
+                    rows.take(positions), skipped.get(split, []), {name: of[positions] for name, of in columns.items()}
+                )
+                for split, positions in rows_by_split(rows).items()
             },
             "notes": dataset.notes,
             "problems": {
@@ -88,7 +90,7 @@ def summarize(dataset: Dataset, leaks: Sequence[Leak] | None = None) -> DatasetS
                     "total": leak.total,
                     "text": str(leak),
                 }
-                for leak in (find_leaks(dataset) if leaks is None else leaks)
+                for leak in leaks
             ],
         }
     )

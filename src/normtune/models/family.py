@@ -227,7 +227,7 @@ class Family(ABC):
         self.choices = ChoiceFormat(**(data or {}).get("choices", {}))
 
     def use_max_pixels(self, max_pixels: int | None) -> None:
-        """Read at most this many pixels of an image, which takes fewer tokens; None: as the model does by itself.
+        """Read at most this many pixels of an image, which takes fewer tokens; None: the limit of the model.
 
         Raises:
             InputError: see `normtune.models.image_budget.limited_settings`.

@@ -1,4 +1,4 @@
-"""Reads large JSONL and parquet files of rows in blocks of columns, into a memory-mapped table.
+"""Reads large JSONL, CSV, TSV and parquet files of rows in blocks of columns, into a memory-mapped table.
 
 `normtune.data.datasets.table` defines what a row means. This module applies the same functions to each distinct value
 of a column of a block, in place of each cell: the examples are the same. A block with a row that is not plain (an
@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 
 from normtune.data.datasets.table import FIELDS, Rows, meta_name
 from normtune.data.examples import META, Examples, combine_hashes, image_keys, repeated_rows
-from normtune.data.formats import FORMATS
+from normtune.data.formats import FORMATS, SUFFIXES, table_files
 from normtune.data.images.files import ImageFolder
-from normtune.data.reading.blocks import Block, NotPlain, jsonl_blocks, parquet_blocks
+from normtune.data.reading.blocks import Block, NotPlain, delimited_blocks, jsonl_blocks, parquet_blocks
 from normtune.data.reading.cells import clean_text, is_yes_no, language_tag
 from normtune.data.reading.choices import Style, read_options, right_options
 from normtune.data.reading.columns import Columns, letters
@@ -43,6 +43,7 @@ from normtune.errors import InputError
 LARGE_BYTES = 64 * 2**20  # smaller files are read row by row, as lists
 _LARGE_ROWS = 300_000  # of parquet files, which are compressed: a row may take ten bytes
 _MAX_LISTED = 10_000  # repeated rows that are listed one by one; the others are counted
+_SEVERAL = r"[;|]|^\s*\["  # a cell of CSV files that may have several paths
 _NUMBERS = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)
 _ERRORS = (
     InputError,
@@ -77,7 +78,7 @@ def read_large(rows: Rows, root: Path, format: str, task: str, stated: Columns, 
         try:
             for file in _files(root, format):
                 name = file.relative_to(root).as_posix() if root.is_dir() else file.name
-                for block in _BLOCKS[format](file, name):
+                for block in _BLOCKS[format](file, name, rows.reader.notes):
                     reader.add(block, stated, task)
         except InputError as error:
             raise InputError(f"{error} (Read as {format}: {FORMATS[format]}.)") from error
@@ -119,14 +120,14 @@ class _BlockReader:
         keys = image_keys(examples)
         folder = image_root or find_image_folder(self.rows.base, self.rows.IMAGE_FOLDERS, keys)
         images.folder = ImageFolder(folder)
-        if find_image_keys(folder, keys, None, False)[0]:  # volumes, or names without their ending
+        missing = missing_images(folder, keys)
+        if find_image_keys(folder, keys, None, False, missing)[0]:  # volumes, or names without their ending
             raise NotPlain
         repeated_ids = _later_ones(examples.hashes("id"))
         if len(repeated_ids) and self.rows.format != "jsonl":  # they get new ids
             raise NotPlain
         what, fix = "its id is used by an earlier row", "Give each row its own id."
         bad = dict.fromkeys(repeated_ids.tolist(), (what, what, fix))
-        missing = missing_images(folder, keys)
         if missing and (self.rows.format == "parquet" or reader.text_only):
             raise NotPlain  # listed by file
         for row in np.flatnonzero(examples.flags("images", lambda of_row: not missing.isdisjoint(of_row))).tolist():
@@ -315,6 +316,8 @@ def _images(array: pa.Array | None, source: Source, rows: Rows) -> pa.Array:
         return rows.path_key(source, "0", value, 1)
 
     if array is not None and pa.types.is_string(array.type):
+        if rows.format not in ("jsonl", "parquet") and pc.any(pc.match_substring_regex(array, _SEVERAL)).as_py():
+            raise KeyError("several images in a cell")
         return _filled(mapped(array, key))
     if array is None or not pa.types.is_list(array.type) or rows.format != "jsonl":
         raise NotPlain  # images inside the file
@@ -351,8 +354,11 @@ def _later_ones(hashes: NDArray[np.int64]) -> NDArray[np.int64]:
 def _files(root: Path, format: str) -> list[Path]:
     if root.is_file():
         return [root]
-    files = root.rglob("*.parquet") if format == "parquet" else root.glob("*.jsonl")
-    return sorted(file for file in files if file.is_file())
+    if format in ("csv", "tsv"):
+        files = table_files(root)
+        return [file for file in files if SUFFIXES.get(Path(file.name.removesuffix(".gz")).suffix.lower()) == format]
+    paths = root.rglob("*.parquet") if format == "parquet" else root.glob("*.jsonl")
+    return sorted(file for file in paths if file.is_file())
 
 
 def _parquet_rows(file: Path) -> int:
@@ -362,4 +368,9 @@ def _parquet_rows(file: Path) -> int:
         return 0
 
 
-_BLOCKS: dict[str, Callable[[Path, str], Iterator[Block]]] = {"jsonl": jsonl_blocks, "parquet": parquet_blocks}
+_BLOCKS: dict[str, Callable[[Path, str, list[str]], Iterator[Block]]] = {
+    "jsonl": jsonl_blocks,
+    "parquet": parquet_blocks,
+    "csv": delimited_blocks("csv"),
+    "tsv": delimited_blocks("tsv"),
+}

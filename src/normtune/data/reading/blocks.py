@@ -1,10 +1,10 @@
-"""Reads JSONL and parquet files in blocks of some 10,000 rows, as columns."""
+"""Reads JSONL, CSV, TSV and parquet files in blocks of some 10,000 rows, as columns."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice, repeat
 from pathlib import Path
@@ -21,6 +21,7 @@ from normtune.data.reading.sources import (
     check_characters,
     fields_of,
     iter_rows,
+    open_delimited,
     split_of_jsonl,
     stem_of,
 )
@@ -28,7 +29,7 @@ from normtune.data.reading.tables import parse_json_lines
 from normtune.errors import InputError
 
 _BLOCK_BYTES = 8 * 2**20  # of a JSONL file
-_BLOCK_ROWS = 50_000  # of a parquet file
+_BLOCK_ROWS = 50_000  # of a parquet, CSV or TSV file
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _SCAN: Callable[[str, int], tuple[Any, int]] = getattr(json.JSONDecoder(), "scan_once")  # noqa: B009 (not in stubs)
 
@@ -47,7 +48,7 @@ class Block:
     rows: Callable[[], Iterator[SourceRow]]  # the same rows one by one
 
 
-def jsonl_blocks(file: Path, name: str) -> Iterator[Block]:
+def jsonl_blocks(file: Path, name: str, notes: list[str]) -> Iterator[Block]:
     """The blocks of a file of JSON lines."""
     with file.open("rb") as lines:
         first = b"".join(islice(lines, PEEK_ROWS)).removeprefix(_BYTE_ORDER_MARK)
@@ -96,7 +97,30 @@ def _json_table(data: bytes) -> pa.Table:
     return pa.table(columns)
 
 
-def parquet_blocks(file: Path, name: str) -> Iterator[Block]:
+def delimited_blocks(format: str) -> Callable[[Path, str, list[str]], Iterator[Block]]:
+    """The function that reads the blocks of a CSV or TSV file."""
+
+    def read_blocks(file: Path, name: str, notes: list[str]) -> Iterator[Block]:
+        source = open_delimited(file, format, notes)
+        rows = iter(source.rows)
+        while block := list(islice(rows, _BLOCK_ROWS)):
+            yield Block(replace(source, rows=()), block[0].number, partial(_text_table, source, block), block.__iter__)
+
+    return read_blocks
+
+
+def _text_table(source: Source, rows: Sequence[SourceRow]) -> pa.Table:
+    """The columns of some rows of text.
+
+    Raises:
+        ValueError: a row is bad, or a blank one was left out between them.
+    """
+    if rows[-1].number - rows[0].number != len(rows) - 1 or not all(isinstance(row.cells, dict) for row in rows):
+        raise ValueError("rows of another number or kind")
+    return pa.table({name: pa.array([row.cells[name] for row in rows], pa.string()) for name in source.columns})
+
+
+def parquet_blocks(file: Path, name: str, notes: list[str]) -> Iterator[Block]:
     """The blocks of a parquet file; `name` is its name in messages."""
     try:
         with pq.ParquetFile(file) as parquet:

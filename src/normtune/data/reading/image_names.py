@@ -77,7 +77,7 @@ def index_dicom(folder: Path, column: str) -> dict[str, tuple[str, ...]]:
 
 
 def find_image_keys(
-    folder: Path, names: Iterable[str], slices: int | None, montage: bool
+    folder: Path, names: Iterable[str], slices: int | None, montage: bool, missing: set[str] | None = None
 ) -> tuple[dict[str, tuple[str, ...]], list[str]]:
     """Find volumes, and files that are named without their ending.
 
@@ -85,6 +85,7 @@ def find_image_keys(
         folder: names are relative to it.
         names: the names in the table.
         slices, montage: see `expand_volumes`.
+        missing: the names that are not files, if this is known.
 
     Returns:
         Name -> keys of its images, for each name that is not simply a file; and notes.
@@ -93,7 +94,7 @@ def find_image_keys(
         InputError: `slices` or `montage` is set, and there is no volume.
     """
     names = list(names)
-    missing = missing_images(folder, names)
+    missing = missing_images(folder, names) if missing is None else missing
     volumes = [name for name in names if name.lower().endswith(VOLUME_SUFFIXES) and name not in missing]
     volumes += [name for name in sorted(missing) if os.path.isdir(folder / name)]
     volumes += [name for name in names if name not in missing and has_frames(folder / name)]

@@ -86,6 +86,11 @@ def open_sources(root: Path, format: str, notes: list[str]) -> tuple[Path, list[
     return root, [source for file in files for source in _OPENERS[format](file, notes)]
 
 
+def open_delimited(file: Path, format: str, notes: list[str]) -> Source:
+    """A CSV or TSV file; see `open_sources`."""
+    return _OPENERS[format](file, notes)[0]
+
+
 def python_source(rows: Sequence[Mapping[str, Any]], split: str, first: int) -> Source:
     """Rows that are Python objects; the first has the number `first`."""
     columns = list(dict.fromkeys(str(column) for cells in islice(iter(rows), PEEK_ROWS) for column in cells))

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from normtune.data.reading.cells import has_half_character
 from normtune.errors import InputError
 from normtune.runtime.files import read_json
 
+_PEEK_LINES = 16  # that show the delimiter of a CSV file
+_LARGE_BYTES = 64 * 2**20  # smaller files are read at once
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -147,15 +150,14 @@ def delimited_rows(
         InputError: the file cannot be read, is empty or is not UTF-8 text. Quotes that do not match raise it while
             rows are read.
     """
-    try:
-        text = file_bytes(file).removeprefix(_BYTE_ORDER_MARK).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file.name} is not UTF-8 text. Save it as UTF-8.") from error
-    if "\0" in text[:4096]:
+    lines = _text_lines(file)
+    first = "".join(islice(lines, _PEEK_LINES))
+    if "\0" in first[:4096]:
         raise InputError(f"{file.name} is not a text file: it holds zero bytes. Save it as CSV in UTF-8.")
-    first_line = text.lstrip("\r\n").partition("\n")[0]
+    first_line = first.lstrip("\r\n").partition("\n")[0]
     delimiter = delimiter or max(",;\t", key=first_line.count)
-    rows = _parsed_rows(file, csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+    text = chain(io.StringIO(first, newline=""), lines)
+    rows = _parsed_rows(file, csv.reader(text, delimiter=delimiter, strict=True))
     _, header = next(rows, (0, []))
     if not header:
         raise InputError(f"{file.name} is empty. Fill it, or fetch it again.")
@@ -169,6 +171,24 @@ def delimited_rows(
                 yield number, RowError(what, "Quote cells that contain the separator.")
 
     return header, as_cells()
+
+
+def _text_lines(file: Path) -> Iterator[str]:
+    """The lines of a text file, with their ends; a large file that is not compressed is never in memory as a whole.
+
+    Raises:
+        InputError: the file cannot be read, or is not UTF-8 text.
+    """
+    try:
+        if file.suffix == ".gz" or not file.is_file() or file.stat().st_size < _LARGE_BYTES:
+            yield from io.StringIO(file_bytes(file).removeprefix(_BYTE_ORDER_MARK).decode("utf-8"), newline="")
+            return
+        with open(file, encoding="utf-8-sig", newline="") as lines:
+            yield from lines
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file.name} is not UTF-8 text. Save it as UTF-8.") from error
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}. Check --root.") from error
 
 
 def _parsed_rows(file: Path, reader: Iterator[list[str]]) -> Iterator[tuple[int, list[str]]]:
