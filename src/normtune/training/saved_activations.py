@@ -146,7 +146,8 @@ def _gated_activation(module: Any) -> str | None:
     The module's own output for one row is compared bit for bit with that of `_gated_forward(kind)`.
     """
     kind = identify_activation(module.act_fn)
-    if kind is None:
+    # not every projection is a linear: Gemma 4's image encoder limits the values before and after it
+    if kind is None or not hasattr(module.gate_proj, "in_features"):
         return None
     weight = next(module.parameters())
     if weight.is_meta:  # a memory plan: there are no values to compute with

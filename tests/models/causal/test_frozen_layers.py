@@ -24,7 +24,9 @@ from tests.support import tiny_models
 from tests.support.tiny_miss import tiny_miss
 from tests.support.tolerance import MODEL_TERMS, approx, relative_bound, relative_error
 
-SHARING = tuple(name for name in (*tiny_models.TINY, *tiny_models.MORE) if not name.startswith("paligemma"))
+SHARING = tuple(
+    name for name in (*tiny_models.TINY, *tiny_models.MORE) if not name.startswith("paligemma") and name != "gemma4"
+)
 UPPER = {  # of three layers; Gemma 3 has two
     "norms": "language=ln[2:]",
     "lora": "language=lora(r=2)[2:]",
@@ -45,6 +47,8 @@ def base(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cau
 def adapted_copy(family: Family, recipe: str) -> tuple[Any, TunedModel]:
     """An adapted copy of the family; added parameters do not start at zero, so that all have gradients."""
     copied: Any = type(family)(copy.deepcopy(family.model), family.processor)
+    if "prefix" in recipe and getattr(copied.model.config, "model_type", "") == "gemma4":
+        pytest.skip("the keys of its layers differ in shape, so that no prefix fits")
     # two layers in all; or recurrent layers, where the only attention is in the second
     attention = "lora" in recipe or "prefix" in recipe
     if isinstance(copied, CausalFamily) and (len(copied.decoder.layers) == 2 or (copied.recurrent and attention)):
