@@ -65,7 +65,7 @@ class TrainConfig(DataOptions):
     )
     sample: Literal["balanced"] | None = Field(
         None,
-        description="balanced: take open and closed questions, and yes and no, equally often in every epoch; default: "
+        description="With balanced, an epoch has as many open as closed questions, and as many yes as no; default: "
         "every pair once an epoch, or by the weights of --data.",
     )
     # memory and speed
