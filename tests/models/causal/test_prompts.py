@@ -126,6 +126,18 @@ def test_a_template_that_rewrites_answered_questions_is_refused() -> None:
         make_chat(make_processor(template=template)).segment("1", "Is it?", "no")
 
 
+@pytest.mark.parametrize("answer", ["no", "<b>no</b>"])
+def test_an_empty_thought_of_the_generation_prompt_is_before_the_answer_too(answer: str) -> None:
+    end = "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}"
+    thought = "{% if enable_thinking %}{{ 'now think' }}{% else %}{{ '<pad>' }}{% endif %}"
+    assert end in VICUNA_TEMPLATE
+    processor = make_processor(template=VICUNA_TEMPLATE.replace(end, end + thought))
+    prompt, tokens = make_chat(processor).segment("1", "Is it?", answer)
+    assert decode(processor, prompt).replace(" ", "") == "Isit?ASSISTANT:<pad>".replace("Isit", "\nIsit")
+    assert decode(processor, tokens).replace(" ", "") == f"{answer}</s>"
+    assert prompt == make_chat(processor).segment("1", "Is it?", None)[0]
+
+
 def test_a_tokenizer_that_joins_prompt_and_answer_is_refused() -> None:
     template = (
         "{% for message in messages %}{% for part in message['content'] %}"

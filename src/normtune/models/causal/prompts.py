@@ -30,6 +30,8 @@ Turns = Sequence[tuple[str, str]]  # questions with their answers
 # Private characters around a control token in a user's text, which is then tokenised as plain text.
 _ESCAPE, _UNESCAPE = "\ue000", "\ue001"
 _ESCAPED = re.compile(f"{_ESCAPE}([^{_UNESCAPE}]*){_UNESCAPE}")
+# answers without a thought, in the templates of models that can think (Qwen3.5, Gemma 4); other templates ignore it
+TEMPLATE_OPTIONS = {"enable_thinking": False}
 CACHED_PREFIXES = 1024  # prefixes that are kept, one for each list of image sizes
 
 
@@ -127,7 +129,7 @@ class ChatPrompt:
         prompt = self._segment_tokens(id, open_text)
         if answer is None:
             return prompt, ()
-        answered_text = self._after_image(id, [*turns, self._escape(answer)])
+        answered_text = self._with_empty_thought(open_text, self._after_image(id, [*turns, self._escape(answer)]))
         if not answered_text.startswith(open_text):
             raise InputError(
                 f"example {id}: the chat template writes the question differently when it has an answer. "
@@ -149,6 +151,18 @@ class ChatPrompt:
     def _escape(self, text: str) -> str:
         """Mark the control tokens in a user's text, so that they stay text: they could end the user's turn."""
         return self._control.sub(lambda token: f"{_ESCAPE}{token[0]}{_UNESCAPE}", text)
+
+    def _with_empty_thought(self, open_text: str, answered_text: str) -> str:
+        """Put the empty thought at the end of a generation prompt before the answer, where a template leaves it out.
+
+        The large Gemma 4 models: `<|turn>model\\n<|channel>thought\\n<channel|>` and `<|turn>model\\nyes<turn|>`.
+        """
+        pairs = enumerate(zip(open_text, answered_text, strict=False))
+        difference = next((place for place, (first, second) in pairs if first != second), -1)
+        for token in self._control.finditer(open_text):
+            if token.start() <= difference < token.end():
+                return open_text + answered_text[token.start() :]
+        return answered_text
 
     def _answer_tokens(self, prompt: TokenIds, whole: TokenIds, end: int | None = None) -> TokenIds | None:
         """The answer's tokens, from the end of `prompt` in `whole` up to and including the end token.
@@ -202,7 +216,7 @@ class ChatPrompt:
         ]
         messages[0]["content"][:0] = [{"type": "image"}] * images
         text: str = self.processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=len(turns) % 2 == 1
+            messages, tokenize=False, add_generation_prompt=len(turns) % 2 == 1, **TEMPLATE_OPTIONS
         )
         pieces = text.split(self.processor.image_token)
         if len(pieces) != images + 1:
