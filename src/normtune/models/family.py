@@ -218,7 +218,7 @@ class Family(ABC):
         self.prompt_limit = self.old_prompt_limit if limits is None else limits.get("prompt")
 
     def use_training_texts(self, data: Mapping[str, Any] | None) -> None:
-        """Read texts as an adapter's training did: with its limits, and with its prompt of questions with options.
+        """Read texts and images as an adapter's training did: with its limits and its prompt of options.
 
         Args:
             data: the field `data` of the adapter's file.
