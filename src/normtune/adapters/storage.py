@@ -280,7 +280,7 @@ def use_adapter(family: Family, adapter: Path | str | TunedModel | None) -> Iter
     loaded = load_adapter(family.model, adapter, keep_base=True) if isinstance(adapter, Path | str) else None
     family.adapter = tuned or loaded
     if isinstance(adapter, Path | str):
-        _use_training_inputs(family, adapter)
+        family.use_training_texts(read_adapter_info(adapter, verify=False).data)
     try:
         yield
     finally:
@@ -288,18 +288,6 @@ def use_adapter(family: Family, adapter: Path | str | TunedModel | None) -> Iter
             restore_base(loaded)
         family.model.train(is_training)
         family.prompt_limit, family.choices = prompt_limit, choices
-        family.use_max_pixels(max_pixels)
-
-
-def _use_training_inputs(family: Family, adapter: Path | str) -> None:
-    """Read texts and images as in the adapter's training; a limit of pixels that the family has stays if it has none.
-
-    Raises:
-        InputError: the adapter records a limit of pixels that this family does not take.
-    """
-    data = read_adapter_info(adapter, verify=False).data or {}
-    family.use_training_texts(data)
-    if (max_pixels := (data.get("limits") or {}).get("max_pixels")) is not None:
         family.use_max_pixels(max_pixels)
 
 
@@ -344,6 +332,6 @@ def load_model(
     family = load(model, dtype=dtype, device=device, quantize=quantize)
     if adapter is not None:
         family.adapter = load_adapter(family.model, adapter)
-        _use_training_inputs(family, adapter)
+        family.use_training_texts(read_adapter_info(adapter, verify=False).data)
     family.model.eval()
     return family

@@ -176,9 +176,7 @@ def check_run(
             family = load_without_weights(model) if isinstance(model, str) else model
             max_pixels = getattr(options, "max_pixels", None)
             if adapter is not None:
-                data = read_adapter_info(adapter).data or {}
-                family.use_training_texts(data)
-                max_pixels = max_pixels or (data.get("limits") or {}).get("max_pixels")
+                family.use_training_texts(read_adapter_info(adapter).data)
             family.choices = family.choices.with_options(options)
             stack.enter_context(family.pixel_limit(max_pixels))
             report = examples[0].kind == "report"

@@ -223,8 +223,11 @@ class Family(ABC):
         Args:
             data: the field `data` of the adapter's file.
         """
-        self.use_limits((data or {}).get("limits"))
+        limits = (data or {}).get("limits")
+        self.use_limits(limits)
         self.choices = ChoiceFormat(**(data or {}).get("choices", {}))
+        if limits and limits.get("max_pixels") is not None:  # otherwise a limit that the family has stays
+            self.use_max_pixels(limits["max_pixels"])
 
     def use_max_pixels(self, max_pixels: int | None) -> None:
         """Read at most this many pixels of an image, which takes fewer tokens; None: the limit of the model.
