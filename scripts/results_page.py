@@ -205,11 +205,45 @@ def page(study: dict[str, Any], questions_only: dict[str, Row]) -> str:
     ]  # fmt: skip
     tables = [score_table(results, name, name, questions_only.get(name)) for name in GRIDS]
     tables += [score_table(results, trained_on, dataset) for trained_on, dataset in (*outside, *home)]
-    template = Path(__file__).with_name("results.md.j2").read_text(encoding="utf-8")
-    text: str = Template(template, keep_trailing_newline=True, undefined=StrictUndefined).render(
-        line=study_line(results), cap=cap_line(results), claims="\n".join(claims), tables="\n".join(tables)
+    return _render(
+        "results.md.j2",
+        line=study_line(results),
+        cap=cap_line(results),
+        claims="\n".join(claims),
+        tables="\n".join(tables),
     )
-    return text
+
+
+def small_methods_page(study: dict[str, Any]) -> str:
+    """The Markdown of docs/small-methods.md, from the results.json of studies/tiny-budget.yaml."""
+    results, dataset = Results(study), "phantom-b"
+    tests = sorted(results.tests(dataset, dataset).values(), key=lambda test: -test["difference"])
+    return _render(
+        "small_methods.md.j2",
+        line=study_line(results),
+        table=score_table(results, dataset, dataset),
+        comparisons="\n".join(f"- {_capital(sentence(test, dataset))}." for test in tests),
+        other_rates=other_rates(results, dataset),
+    )
+
+
+def other_rates(results: Results, dataset: str) -> str:
+    """The scores of `lora-1` at each learning rate, and that of `ln`."""
+    main = [row for row in results.tables["seeds"] if (row["metric"], row["dataset"]) == (MAIN_METRIC, dataset)]
+    rows = {row["rate"]: row for row in main if row["recipe"] == "lora-1"}
+    texts = [
+        f"{format_interval({**row, 'value': row['mean']})} at {rate.removeprefix('lora ')}"
+        for rate, row in sorted(rows.items(), key=lambda item: float(item[0].split()[1]))
+    ]
+    ln = results.scores(dataset, dataset)["ln"][MAIN_METRIC]
+    of_ln = format_interval({**ln, "value": ln["mean"]})
+    return f"global accuracy of `lora-1` is {', '.join(texts)}, and that of `ln` {of_ln}"
+
+
+def _render(template: str, **values: str) -> str:
+    """Fill a template of this folder."""
+    text = Path(__file__).with_name(template).read_text(encoding="utf-8")
+    return Template(text, keep_trailing_newline=True, undefined=StrictUndefined).render(**values)
 
 
 def _capital(text: str) -> str:

@@ -100,6 +100,11 @@ def results() -> str:
     return results_page.page(study, {row["dataset"]: row["metrics"] for row in baseline["rows"]})
 
 
+def small_methods() -> str:
+    """docs/small-methods.md, from the study of methods as small as norms."""
+    return results_page.small_methods_page(read_json(ROOT / "docs" / "results" / "tiny-budget" / "results.json"))
+
+
 def demo_tables(page: str) -> str:
     """docs/demo.md with the tables of the demo brought up to date."""
     for name in ("table", "reports"):
@@ -149,6 +154,7 @@ PAGES: dict[str, Callable[[str], str]] = {
     "docs/demo.md": demo_tables,
     "docs/commands.md": lambda page: commands_page(),
     "docs/results.md": lambda page: results(),
+    "docs/small-methods.md": lambda page: small_methods(),
 }
 
 

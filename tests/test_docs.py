@@ -118,6 +118,7 @@ def test_plans_agree_with_the_measurements_on_a_gpu(write_docs: ModuleType) -> N
 def test_the_results_page_is_written_from_the_study(write_docs: ModuleType) -> None:
     """Every table and every conclusion. Run scripts/write_docs.py after a new study."""
     assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == write_docs.results()
+    assert (ROOT / "docs" / "small-methods.md").read_text(encoding="utf-8") == write_docs.small_methods()
 
 
 @pytest.mark.parametrize(
