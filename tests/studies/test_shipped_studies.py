@@ -32,7 +32,13 @@ def cells_per_grid(planned: Plan) -> Counter[str]:
 
 
 def test_every_shipped_study_is_tested_here() -> None:
-    assert {path.stem for path in STUDIES.glob("*.yaml")} == {"quick", "real-nano", "paper-small", "paper-large"}
+    assert {path.stem for path in STUDIES.glob("*.yaml")} == {
+        "quick",
+        "real-nano",
+        "tiny-budget",
+        "paper-small",
+        "paper-large",
+    }
 
 
 def test_quick_needs_no_data_and_few_pairs() -> None:
