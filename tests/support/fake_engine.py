@@ -12,6 +12,7 @@ from typing import Literal
 
 from normtune.data.records import is_abstained
 from normtune.errors import InputError
+from normtune.metrics.choices import chosen_letter
 from normtune.serving.engine.requests import Busy, Closed, EngineStats, Reply, Request, ServedAdapter, UnknownAdapter
 
 Job = tuple[Request, Future[Reply], Callable[[str], None] | None]
@@ -73,7 +74,10 @@ class FakeEngine:
             tokens = len(text.split()) + 1
             ended = request.max_new_tokens is None or tokens < request.max_new_tokens
             reason: Literal["stop", "length"] = "stop" if ended else "length"
-            reply = Reply("" if abstained else text, -0.25, 12, tokens, 0.01, reason, abstained=abstained)
+            letter = chosen_letter(text, request.options)
+            reply = Reply(
+                "" if abstained else text, -0.25, 12, tokens, 0.01, reason, abstained=abstained, choice=letter
+            )
             future.set_result(reply)
 
     def register(self, name: str, folder: Path) -> ServedAdapter:

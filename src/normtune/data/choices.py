@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -40,17 +41,21 @@ class ChoiceFormat:
         return replace(self, **{name: value for name, value in values.items() if value is not None})
 
     def question(self, example: Example) -> str:
-        """The question as the model reads it, with its options if it has any."""
-        if not example.options:
-            return example.question
-        lettered = [(option_letter(place), text) for place, text in enumerate(example.options)]
+        """The question of an example as the model reads it, with its options if it has any."""
+        return self.write(example.question, example.options)
+
+    def write(self, question: str, options: Sequence[str]) -> str:
+        """A question as the model reads it, with its options if there are any."""
+        if not options:
+            return question
+        lettered = [(option_letter(place), text) for place, text in enumerate(options)]
         if self.prompt == "inline":
-            return f"{example.question} Options: {', '.join(f'{letter}: {text}' for letter, text in lettered)}"
+            return f"{question} Options: {', '.join(f'{letter}: {text}' for letter, text in lettered)}"
         if self.prompt == "mmmu":
             lines = "".join(f"({letter}) {text}\n" for letter, text in lettered)
         else:
             lines = "\n".join(f"{letter}. {text}" for letter, text in lettered)
-        return f"{example.question}\n{lines}\n{DIRECTLY}"
+        return f"{question}\n{lines}\n{DIRECTLY}"
 
     def answer(self, example: Example) -> str:
         """The answer that the model is trained on."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
+from normtune.data.examples import option_letter
 from normtune.data.records import Example, Prediction
 
 SCORINGS = ("letter", "text", "text_normalized", "generated")
@@ -88,6 +89,12 @@ def chosen_text(text: str, options: Sequence[str]) -> str | None:
         return text
     place = parse_choice(text, options)
     return None if place is None else options[place]
+
+
+def chosen_letter(text: str, options: Sequence[str]) -> str | None:
+    """The letter of the option that a text names, as `parse_choice` reads it; None: none."""
+    place = parse_choice(text, options)
+    return None if place is None else option_letter(place)
 
 
 def choice_scores(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from functools import partial
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from normtune.adapters import storage as delta_module
 from normtune.adapters.fingerprint import fingerprint
 from normtune.adapters.storage import INFO_FILE, TENSORS_FILE, load_adapter, load_model, save_adapter
+from normtune.data.choices import ChoiceFormat
 from normtune.data.groups import Group
 from normtune.methods.adapt import TunedModel, adapt, restore_base
 from normtune.models.causal.family import FEATURES, CausalFamily
@@ -259,6 +262,37 @@ def test_views_beams_and_reports_are_answered_as_by_the_family(family: Family, a
     pixels = [family.preprocess_image(view.convert("RGB")) for view in views]
     answer = family.generate_answers([Group(("1", "2"), (segment,))], [pixels], max_new_tokens=9, beams=2)[0][0]
     assert texts == [reply.text] == [answer.text] and reply.score == approx(answer.score)
+
+
+def test_options_are_written_as_in_the_adapters_training(
+    family: Family, adapter_folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "inline"
+    shutil.copytree(adapter_folders[0], folder)
+    info = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
+    info["data"] = {"choices": {"prompt": "inline"}}
+    (folder / "adapter.json").write_text(json.dumps(info), encoding="utf-8")
+    questions: list[str] = []
+    tokenize = family.tokenize
+
+    def recording(id: str, question: str, *args: Any, **options: Any) -> Any:
+        questions.append(question)
+        return tokenize(id, question, *args, **options)
+
+    monkeypatch.setattr(family, "tokenize", recording)
+    monkeypatch.setattr(engine_module, "finish_answer", lambda *args: ("The answer is B.", 1, "stop"))
+    with Engine(family, max_wait=0) as engine:
+        engine.register("inline", folder)
+        replies = [
+            engine.submit(Request((image("a"),), "Where?", adapter, options=("lung", "liver"))).result(WAIT)
+            for adapter in (None, "inline")
+        ]
+        plain = engine.submit(Request((image("a"),), "Where?")).result(WAIT)
+        message = input_error(lambda: engine.submit(Request((image("a"),), "Where?", options=("lung",))))
+    expected = [ChoiceFormat(prompt).write("Where?", ("lung", "liver")) for prompt in ("llava", "inline")]
+    assert questions == [*expected, "Where?"]
+    assert [reply.choice for reply in replies] == ["B", "B"] and plain.choice is None
+    assert "two or more" in message
 
 
 @pytest.mark.parametrize("beams", [1, 2])

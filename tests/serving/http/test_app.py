@@ -111,6 +111,18 @@ def test_an_answer_below_the_threshold_is_a_refusal(client: openai.OpenAI, engin
         client.chat.completions.create(**options, extra_body={"abstain_below": 2})
 
 
+def test_options_have_the_letter_of_the_answer(client: openai.OpenAI, engine: FakeEngine) -> None:
+    options: dict[str, Any] = {"model": "chest", "messages": chat_body("Where?")["messages"]}
+    answered = client.chat.completions.create(**options, extra_body={"options": ["brain", "chest"]})
+    assert engine.requests[-1].options == ("brain", "chest")
+    assert answered.model_extra is not None and answered.model_extra["normtune"]["choice"] == "B"  # "chest sees ..."
+    plain = client.chat.completions.create(**options)
+    assert plain.model_extra is not None and plain.model_extra["normtune"]["choice"] is None
+    for wrong in (["chest"], ["chest"] * 27, ["chest", ""]):
+        with pytest.raises(openai.BadRequestError):
+            client.chat.completions.create(**options, extra_body={"options": wrong})
+
+
 def test_a_client_cannot_lower_the_threshold_of_the_server() -> None:
     engine = FakeEngine()
     with serving(engine, Settings(base="nano", abstain_below=0.5)) as url:

@@ -27,6 +27,7 @@ from normtune.adapters.multi.bank import AdapterBank, build_bank
 from normtune.adapters.multi.lora import LoRABank, add_lora_bank, lora_matrices
 from normtune.adapters.multi.rows import RowAdapters
 from normtune.adapters.storage import INFO_FILE, fit_names, read_adapter_info, read_tensors
+from normtune.data.choices import ChoiceFormat
 from normtune.errors import InputError
 from normtune.methods.adapt import adapt, restore_base
 from normtune.models.part_names import IMAGE_PARTS
@@ -51,6 +52,12 @@ class RegisteredAdapter:
     image_digest: str = ""  # "" if it encodes images as the base does, else a digest of its image parts' values
     removed: bool = False  # no longer registered; requests that were accepted before are still answered
     modified: int = 0  # the last seen modification time of its `adapter.json`, in ns
+
+    @property
+    def choices(self) -> ChoiceFormat:
+        """How questions with options were written in its training."""
+        data: dict[str, Any] = self.registered_info.data or {}
+        return ChoiceFormat(**data.get("choices", {}))
 
     @property
     def limits(self) -> Any:

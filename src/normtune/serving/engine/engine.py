@@ -30,6 +30,7 @@ from normtune.adapters.multi.rows import RowAdapters
 from normtune.data.groups import Group
 from normtune.data.records import is_abstained
 from normtune.errors import InputError
+from normtune.metrics.choices import chosen_letter
 from normtune.models.causal.family import CausalFamily
 from normtune.models.family import Family
 from normtune.models.types import Answer
@@ -147,6 +148,7 @@ class Engine:
             on_text=on_text,
             history=request.history,
             abstain_below=request.abstain_below,
+            options=request.options,
         )
         job.future.add_done_callback(self._drop_cancelled)
         with self._condition:
@@ -280,7 +282,7 @@ class Engine:
 
     def _tokenize(self, job: Job) -> None:
         """Set a job's segment, cut as in its adapter's training, and count the tokens that are cut."""
-        family, question = self.family, job.question or ""
+        family, question = self.family, job.adapter.choices.write(job.question or "", job.options)
         family.use_limits(job.adapter.limits)
         job.segment = family.tokenize(str(job.number), question, None, report=job.question is None, history=job.history)
         job.tokens_cut = family.question_tokens_cut(job.segment, question, job.history)
@@ -379,6 +381,7 @@ class Engine:
                 finish_reason=finish_reason,
                 question_tokens_cut=job.tokens_cut,
                 abstained=abstained,
+                choice=chosen_letter(text, job.options),
                 **tokens,
             )
         )

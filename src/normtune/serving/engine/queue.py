@@ -36,6 +36,7 @@ class Job:
     on_text: TextCallback | None  # receives the text of a streamed answer
     history: History = ()  # the turns before the question
     abstain_below: float | None = None  # see `Request.abstain_below`
+    options: tuple[str, ...] = ()  # see `Request.options`
     future: Future[Reply] = field(default_factory=Future)
     arrived: float = field(default_factory=monotonic)  # time of arrival, by `time.monotonic`
     # the tokenised question; set when its batch begins

@@ -62,6 +62,8 @@ class Request:
     history: History = ()  # the turns of the conversation before the question
     # an answer with a lower confidence is abstained; its text is not streamed before the confidence is known
     abstain_below: float | None = None
+    # the options of a multiple-choice question, without letters; they are written as in the adapter's training
+    options: tuple[str, ...] = ()
 
     @property
     def token_limit(self) -> int:
@@ -71,13 +73,20 @@ class Request:
         return tasks.MAX_REPORT_TOKENS if self.question is None else tasks.MAX_ANSWER_TOKENS
 
     def check(self) -> None:
-        """Raise `InputError` if there is no image, a limit of less than one token or beam, or an empty stop text."""
+        """Raise `InputError` if it cannot be answered.
+
+        Raises:
+            InputError: there is no image, a limit of less than one token or beam, an empty stop text, or a single
+                option or one without a question.
+        """
         if not self.images:
             raise InputError("the request has no image. Send one, or the views of one study.")
         if self.token_limit < 1 or self.beams < 1:
             raise InputError("the answer needs at least one token and one beam. Raise the limit.")
         if "" in self.stop:
             raise InputError("a stop text is empty. Remove it.")
+        if self.options and (self.question is None or len(self.options) < 2):
+            raise InputError("options need a question, and there are two or more of them.")
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,9 @@ class Reply:
     # trained on shorter ones
     question_tokens_cut: int = 0
     abstained: bool = False  # the confidence is below the threshold of the request, or unknown; `text` is empty
+    choice: str | None = (
+        None  # the letter of the option that the answer names; None: the request has none, or it names none
+    )
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,8 @@ async def submit_request(service: Service, owner: str, body: openai_api.ChatRequ
     question, history, references = read_messages(body.messages)
     if len(references) > service.limits.images:
         raise RequestRefused(400, f"more than {service.limits.images} images. Send the views of one study only.")
-    texts_sent = "".join([*chain(*history), question or ""])
+    options = tuple(body.options or ())
+    texts_sent = "".join([*chain(*history), question or "", *options])
     if len(texts_sent) > service.limits.question_characters:
         what = "the conversation has" if history else "the question has"
         raise RequestRefused(400, f"{what} more than {service.limits.question_characters:,} characters.")
@@ -86,7 +87,8 @@ async def submit_request(service: Service, owner: str, body: openai_api.ChatRequ
             images.append(image)
         abstain_below = max(body.abstain_below, service.settings.abstain_below) or None
         request = Request(
-            tuple(images), question, adapter, limit, body.beams, tuple(body.stop or ()), history, abstain_below
+            *(tuple(images), question, adapter, limit, body.beams, tuple(body.stop or ()), history, abstain_below),
+            options=options,
         )
         reply = asyncio.wrap_future(await service.run_in_decoder(service.engine.submit, request, on_text=on_text))
         reply.add_done_callback(lambda _: texts.put_nowait(None))

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from normtune.data.examples import MAX_OPTIONS
 from normtune.data.records import confidence
 from normtune.serving.engine.requests import Reply, ServedAdapter
 from normtune.serving.http.paths import NAME_PATTERN
@@ -31,6 +32,7 @@ Count = Annotated[int, Field(ge=1), WholeNumber]
 Windows = Sequence[list[float] | None]
 # [centre, width], in Hounsfield units for CT
 Window = Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=2, max_length=2)]
+OptionText = Annotated[str, Field(min_length=1, max_length=1024)]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -193,6 +195,18 @@ class ChatRequest(RequestModel):
             "higher threshold. The answer is then sent at once at the end.",
         ),
     ] = 0.0
+    options: (
+        Annotated[
+            list[OptionText],
+            Field(
+                min_length=2,
+                max_length=MAX_OPTIONS,
+                description="Options of a multiple-choice question, without letters (not in OpenAI's API). They are "
+                "written as in the adapter's training. `normtune.choice` is the letter that the answer names.",
+            ),
+        ]
+        | None
+    ) = None
     seed: Annotated[int, WholeNumber] | None = None
     # Names for OpenAI's records and caches, which have no influence on an answer.
     user: str | None = None
@@ -285,6 +299,7 @@ def _normtune_fields(reply: Reply, windows: Windows) -> dict[str, Any]:
         "seconds": round(reply.seconds, 4),
         "question_tokens_cut": reply.question_tokens_cut,
         "abstained": reply.abstained,
+        "choice": reply.choice,
         "windows": list(windows),
     }
 

@@ -142,13 +142,15 @@ class Usage(BaseModel):
 class Sureness(BaseModel):
     """Mean log-probability of the answer's tokens (score), its exp (confidence), the time taken, the number of tokens
     at the question's end that the model did not read, whether the confidence is too low (abstained; the message then
-    has a refusal in place of the content), and each image's window (null: as its file says)."""
+    has a refusal in place of the content), the letter of the option that the answer names (choice; null without
+    options), and each image's window (null: as its file says)."""
 
     score: float | None
     confidence: float | None
     seconds: float
     question_tokens_cut: int
     abstained: bool
+    choice: str | None
     windows: list[Window | None]
 
 
