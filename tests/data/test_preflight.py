@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from normtune.data.preflight import TextLimits, check, preflight
+from normtune.data.preflight import check, preflight
 from normtune.data.records import Dataset, Example, Kind
+from normtune.data.token_limits import TextLimits
 from normtune.errors import InputError
 from normtune.metrics.answers import is_exact, score_vqa
 
@@ -71,7 +72,7 @@ def test_rows_pictures_and_texts_are_counted() -> None:
 
 
 def test_of_very_many_texts_a_sample_is_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("normtune.data.preflight._MAX_TEXTS", 40)
+    monkeypatch.setattr("normtune.data.token_limits._MAX_TEXTS", 40)
     texts = ["x " * (i % 7 + 1) + str(i) for i in range(200)]
     texts[5], texts[150] = "a <b> c", "long " * 90
     data = made(*(row(str(i), "a", text) for i, text in enumerate(texts)), *(row("r", "a", texts[1]) for _ in range(3)))
@@ -94,7 +95,7 @@ def test_of_very_many_texts_a_sample_is_tokenised(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_text_of_the_sample_that_fails_is_counted_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("normtune.data.preflight._MAX_TEXTS", 40)
+    monkeypatch.setattr("normtune.data.token_limits._MAX_TEXTS", 40)
 
     def tokenize(example: Example) -> tuple[list[str], list[str]]:
         if int(example.answer) % 5 == 0:

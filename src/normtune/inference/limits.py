@@ -14,9 +14,10 @@ from PIL import Image
 from normtune.data import tasks
 from normtune.data.examples import Example, Examples
 from normtune.data.options import DataOptions
-from normtune.data.preflight import Preflight, TextLimits, check, preflight, usable_rows
+from normtune.data.preflight import Preflight, check, preflight, usable_rows
 from normtune.data.records import Dataset, Split
 from normtune.data.registry import PHANTOMS
+from normtune.data.token_limits import TextLimits
 from normtune.errors import InputError
 from normtune.metrics.answers import is_exact
 from normtune.runtime import distributed

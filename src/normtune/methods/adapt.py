@@ -17,18 +17,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from normtune.errors import InputError, did_you_mean
+from normtune.methods.add_layers import add_layers
 from normtune.methods.norms import TunedNorm
 from normtune.methods.recipe import Recipe, parse, resolve
-from normtune.methods.registry import (
-    ADDED,
-    ALL_LINEAR,
-    INTRINSIC,
-    METHODS,
-    OUTPUT_VECTORS,
-    PEFT_VECTORS,
-    Method,
-    RecipeError,
-)
+from normtune.methods.registry import ADDED, ALL_LINEAR, INTRINSIC, METHODS, Method, RecipeError
 from normtune.methods.sites import AddedLayers, NoTarget, TargetLinear, linears_of_names
 from normtune.models.norm_kinds import norms
 from normtune.models.parts import (
@@ -379,40 +371,3 @@ def _nothing_to_train(base: ModelParts, part: str, method: Method) -> str:
         f"'{method}' finds nothing in part '{part}'; {hint}. "
         f"Change the recipe, write '{part}?' to skip it, or run normtune inspect"
     )
-
-
-def add_layers(model: nn.Module, part: str, method: Method, linears: Sequence[TargetLinear]) -> AddedLayers:
-    """Add the layers of one added method to one part.
-
-    Args:
-        linears: the part's linears; the method chooses among them.
-
-    Raises:
-        NoTarget: the part has no layer to which the method applies.
-        InputError: another method already changes a linear, or the part's layers differ too much.
-    """
-    # LoRA, IA3 and prefixes are PEFT's: its import takes a second that the tuning of norms does not need
-    if method.name == "lora":
-        from normtune.methods.lora import add_lora
-
-        return add_lora(model, part, method, linears)
-    if method.name == "ia3":
-        from normtune.methods.lora import add_ia3
-
-        return add_ia3(model, part, linears)
-    if method.name in PEFT_VECTORS:
-        from normtune.methods.peft_vectors import add_peft_vectors
-
-        return add_peft_vectors(model, part, method, linears)
-    if method.name in OUTPUT_VECTORS:
-        from normtune.methods.output_vectors import add_output_vectors
-
-        return add_output_vectors(part, method, linears)
-    if method.name == "adapter":
-        from normtune.methods.bottleneck import add_bottleneck
-
-        return add_bottleneck(part, int(method.option("width")), linears)
-    assert method.name in ("prefix", "ptuning"), method.name
-    from normtune.methods.prefix import add_prefix
-
-    return add_prefix(model, part, int(method.option("n")), method.name == "prefix", linears)
