@@ -62,6 +62,7 @@ TABLES_OF_PAGE = {  # page: the committed tables that it contains
         "large",
         "scaling",
         "grouping",
+        "conversations",
         "grouping_speed",
     ],
 }
@@ -177,7 +178,8 @@ def test_the_rows_of_a_made_file_are_measured_stage_by_stage(
     stages = [*benchmark.data_stages(file), *(benchmark.training_stages(file) if form == "parquet" else ())]
     assert [stage["stage"] for stage in stages][:3] == ["open", "preflight without decoding", "summary"]
     assert all(stage["seconds"] >= 0 and stage["processor_seconds"] >= 0 for stage in stages)
-    assert all(before["peak_mb"] <= after["peak_mb"] for before, after in pairwise(stages))
+    of_data = [stage for stage in stages if not stage["stage"].startswith("training")]
+    assert all(before["peak_mb"] <= after["peak_mb"] for before, after in pairwise(of_data))
     lines = benchmark.table([{"rows": 1000, "format": form, **stage} for stage in stages]).splitlines()
     assert len(lines) == 2 + len(stages) and "1,000 rows" in lines[0]
 

@@ -24,7 +24,7 @@ from normtune.training.config import TrainConfig
 from normtune.training.train import train
 from tests.support.tiny_miss import save_tiny_miss
 from tests.support.tiny_models import MORE, TINY, make_tiny
-from tests.support.tolerance import assert_close, differ
+from tests.support.tolerance import MODEL_TERMS, assert_close, differ
 
 FAMILIES = ("miss", *TINY, *MORE)
 REPORT = "The heart is normal in size. A fracture of the left rib."
@@ -67,9 +67,14 @@ def written(family: Family, *studies: tuple[str, ...]) -> list[str]:
 
 
 def test_every_view_of_a_study_is_seen(family: Family) -> None:
+    terms = MODEL_TERMS
+    if family.model.config.model_type == "mllama":  # a gate of one value lets little of an image through
+        family.model.double()
+        terms = 1  # the result alone is rounded to fp32
     both = log_prob(family, ("frontal", "lateral"))
     for other in (("frontal", "another"), ("another", "lateral"), ("frontal",)):
-        assert differ(both, log_prob(family, other)), other
+        assert differ(both, log_prob(family, other), terms=terms), other
+    family.model.float()
 
 
 def test_studies_of_one_and_of_two_views_share_a_batch(family: Family) -> None:

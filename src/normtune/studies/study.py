@@ -80,6 +80,6 @@ def run_study_and_report(
             summary = run_study(study, out, workers=workers, on=on, listener=bars)
     tables = write_tables(study, out)
     roots = {name: data.root for name, data in study.datasets.items()} if examples else None
-    tables.append(write_study_report(out, examples=roots))
     tables += write_manuscript(out)
+    tables.append(write_study_report(out, examples=roots))
     return StudyResult(summary, out, tuple(tables))

@@ -30,9 +30,13 @@ Turns = Sequence[tuple[str, str]]  # questions with their answers
 # Private characters around a control token in a user's text, which is then tokenised as plain text.
 _ESCAPE, _UNESCAPE = "\ue000", "\ue001"
 _ESCAPED = re.compile(f"{_ESCAPE}([^{_UNESCAPE}]*){_UNESCAPE}")
-# answers without a thought, in the templates of models that can think (Qwen3.5, Gemma 4); other templates ignore it
-TEMPLATE_OPTIONS = {"enable_thinking": False}
 CACHED_PREFIXES = 1024  # prefixes that are kept, one for each list of image sizes
+
+
+def template_options(processor: Any) -> dict[str, Any]:
+    """Options of a chat template for answers without a thought, for models that can think (Qwen3.5, Gemma 4)."""
+    # transformers warns about an option that the template does not read
+    return {"enable_thinking": False} if "enable_thinking" in str(processor.chat_template) else {}
 
 
 class PromptFormat(Protocol):
@@ -216,7 +220,7 @@ class ChatPrompt:
         ]
         messages[0]["content"][:0] = [{"type": "image"}] * images
         text: str = self.processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=len(turns) % 2 == 1, **TEMPLATE_OPTIONS
+            messages, tokenize=False, add_generation_prompt=len(turns) % 2 == 1, **template_options(self.processor)
         )
         pieces = text.split(self.processor.image_token)
         if len(pieces) != images + 1:

@@ -28,7 +28,7 @@ from normtune.errors import InputError
 from normtune.models.answer_loss import Head
 from normtune.models.causal.checkpoint_settings import SETTINGS, end_tokens
 from normtune.models.causal.family import FEATURES, CausalFamily, flatten_features
-from normtune.models.causal.prompts import TEMPLATE_OPTIONS, TokenIds
+from normtune.models.causal.prompts import TokenIds, template_options
 from normtune.models.causal.self_test import run_self_test
 from normtune.models.family import Family
 from normtune.models.generation import Generated, OnTokens
@@ -124,7 +124,7 @@ class GenericFamily(CausalFamily):
         processor.tokenizer = recorder = _Recorder(processor.tokenizer)
         messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
         text: str = self.processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **TEMPLATE_OPTIONS
+            messages, tokenize=False, add_generation_prompt=True, **template_options(self.processor)
         )
         before, _, after = text.partition(processor.image_token)
         first = self.processor.tokenizer.bos_token
