@@ -40,13 +40,22 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000])
     parser.add_argument("--format", choices=FORMATS, nargs="+", default=FORMATS)
     parser.add_argument("--skip-training", action="store_true")
+    parser.add_argument("--trainer", action="store_true", help="measure `datasets` and the Trainer too (parquet)")
     parser.add_argument("--out", type=Path, help="JSON file; the table is written next to it")
-    parser.add_argument("--stages", choices=("data", "training"), help=argparse.SUPPRESS)  # in a process of its own
+    parser.add_argument(
+        "--stages", choices=("data", "training", "trainer"), help=argparse.SUPPRESS
+    )  # in a process of its own
     options = parser.parse_args()
     if options.stages:
         [rows], [form] = options.rows, options.format
+        path = options.folder / str(rows) / f"train.{form}"
+        if options.stages == "trainer":
+            from rows_trainer import trainer_stages
+
+            print(json.dumps(list(trainer_stages(path, STEPS, seconds, stage_row))))
+            return
         stages = data_stages if options.stages == "data" else training_stages
-        print(json.dumps(list(stages(options.folder / str(rows) / f"train.{form}"))))
+        print(json.dumps(list(stages(path))))
         return
     from record import write_record
 
@@ -54,7 +63,8 @@ def main() -> None:
     for rows in options.rows:
         make_files(options.folder / str(rows), rows, options.format)
         for form in options.format:
-            for stages in ("data",) if options.skip_training else ("data", "training"):
+            with_trainer = options.trainer and form == "parquet"
+            for stages in ("data",) if options.skip_training else ("data", "training", *["trainer"] * with_trainer):
                 command = [sys.executable, __file__, "--folder", options.folder, "--rows", rows, "--format", form]
                 done = subprocess.run([*map(str, command), "--stages", stages], stdout=subprocess.PIPE, check=True)
                 for stage in json.loads(done.stdout):
@@ -217,6 +227,11 @@ def training_stages(path: Path) -> Iterator[dict[str, Any]]:
         strict=False,
     ):
         yield {"stage": stage, **_elapsed(before, after), "peak_mb": peak}
+
+
+def stage_row(stage: str, before: tuple[float, float], after: tuple[float, float]) -> dict[str, Any]:
+    """The record of a stage between two results of `seconds`."""
+    return {"stage": stage, **_elapsed(before, after), "peak_mb": peak_mb()}
 
 
 def measure(stage: str, call: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
