@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALL := pip install --quiet --disable-pip-version-check --no-compile
 PIP := $(BIN)/$(INSTALL) -c constraints.txt
 # a process a core, up to four, each with one thread and whole files of tests
-PYTEST := python -m pytest -n logical --maxprocesses 4 --dist loadfile
+PYTEST := python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 unexport PYTHONDONTWRITEBYTECODE
 OLDEST := .venv-oldest
 NEWEST := .venv-newest

@@ -7,8 +7,10 @@ file of the rows once, which later runs find: the first run is measured.
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,8 @@ def trainer_stages(
             output_dir=str(Path(folder) / "run"), per_device_train_batch_size=8, max_steps=steps, use_cpu=True,
             report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, remove_unused_columns=False,
         )  # fmt: skip
-        RowTrainer(family.model, arguments, data_collator=collate, train_dataset=rows, callbacks=[Clock()]).train()
+        trainer = RowTrainer(family.model, arguments, data_collator=collate, train_dataset=rows, callbacks=[Clock()])
+        with redirect_stdout(sys.stderr):  # it prints its metrics, and `rows` reads this process's output
+            trainer.train()
         yield stage("training: until the first step has ended (Trainer)", started, ends[0])
         yield stage(f"training: {steps - 1} further steps (Trainer)", ends[0], ends[-1])
