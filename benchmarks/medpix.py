@@ -206,17 +206,17 @@ def conclusion(rows: list[dict[str, Any]]) -> str:
 
     metrics = {row["recipe"]: row["metrics"] for row in rows}
     recipes = [row["recipe"] for row in rows if row["training"]]
-    above = [name for name in recipes if percent(name, SELECTION_METRIC) > percent("frozen", SELECTION_METRIC)]
+    better = [name for name in recipes if percent(name, SELECTION_METRIC) > percent("frozen", SELECTION_METRIC)]
     best = max(recipes, key=lambda name: percent(name, SELECTION_METRIC))
     findings = "findings_rules_f1_micro_14"
     fewer = [name for name in recipes if percent(name, findings) < percent("most-frequent", findings)]
     meteor = [f"{percent(best, metric):.1f}" for metric in ("meteor_exact_stem/none", "meteor15/none")]
-    below = join_names([f"`{name}`" for name in recipes if name not in above])
+    others = join_names([f"`{name}`" for name in recipes if name not in better])
     bleu = max(percent(name, "bleu_4/none") for name in recipes)
     return (
-        f"By ROUGE-L, {join_names([f'`{name}`' for name in above])} score above the base without tuning "
+        f"By ROUGE-L, {join_names([f'`{name}`' for name in better])} score above the base without tuning "
         f"({percent('frozen', SELECTION_METRIC):.1f}), `{best}` highest ({percent(best, SELECTION_METRIC):.1f}), and "
-        f"{below} below it. No recipe is clinically useful: BLEU-4 is at most {bleu:.1f}, and the most frequent text "
+        f"{others} below it. No recipe is clinically useful: BLEU-4 is at most {bleu:.1f}, and the most frequent text "
         f"has a findings F1 of {percent('most-frequent', findings):.1f}, above {len(fewer)} of {len(recipes)} recipes. "
         f"METEOR 1.5 of `{best}` is {meteor[1]} where `meteor_exact_stem` is {meteor[0]}."
     )

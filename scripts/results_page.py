@@ -90,10 +90,7 @@ def score_table(results: Results, trained_on: str, dataset: str, baseline: Row |
                 str(metrics[MAIN_METRIC]["seeds"]) if trained else "–",
                 f"{sum(cell['passes'] for cell in trained) / len(trained):.1f}" if trained else "–",
                 format_duration(sum(cell["train_seconds"] for cell in trained) / len(trained)) if trained else "–",
-                *(
-                    format_interval({"value": row["mean"], "low": row["low"], "high": row["high"]})
-                    for row in (metrics[metric] for metric in METRICS)
-                ),
+                *(format_mean(row) for row in (metrics[metric] for metric in METRICS)),
             ]
         )
     images, questions = (next(iter(frozen.values()))[MAIN_METRIC][name] for name in ("images", "rows"))
@@ -104,6 +101,11 @@ def score_table(results: Results, trained_on: str, dataset: str, baseline: Row |
         + "\n".join(markdown_table(head, rows, "lllr"))
         + "\n"
     )
+
+
+def format_mean(row: Row) -> str:
+    """A mean over seeds with its interval, in %."""
+    return format_interval({**row, "value": row["mean"]})
 
 
 def sentence(test: Row, dataset: str) -> str:
@@ -232,12 +234,11 @@ def other_rates(results: Results, dataset: str) -> str:
     main = [row for row in results.tables["seeds"] if (row["metric"], row["dataset"]) == (MAIN_METRIC, dataset)]
     rows = {row["rate"]: row for row in main if row["recipe"] == "lora-1"}
     texts = [
-        f"{format_interval({**row, 'value': row['mean']})} at {rate.removeprefix('lora ')}"
+        f"{format_mean(row)} at {rate.removeprefix('lora ')}"
         for rate, row in sorted(rows.items(), key=lambda item: float(item[0].split()[1]))
     ]
     ln = results.scores(dataset, dataset)["ln"][MAIN_METRIC]
-    of_ln = format_interval({**ln, "value": ln["mean"]})
-    return f"global accuracy of `lora-1` is {', '.join(texts)}, and that of `ln` {of_ln}"
+    return f"global accuracy of `lora-1` is {', '.join(texts)}, and that of `ln` {format_mean(ln)}"
 
 
 def _render(template: str, **values: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from inspect import unwrap
 from typing import Any
 
@@ -148,6 +149,15 @@ def test_vectors_behind_linears_are_rows_of_the_weights_and_biases() -> None:
             linear.weight.mul_(scale[:, None])
             linear.bias.mul_(scale).add_(shift)
     assert_close(compute_logits(model), compute_logits(expected))
+
+
+@pytest.mark.parametrize("method", ["adapter", "ssf", "gamma"])
+def test_a_copy_of_the_model_has_vectors_of_its_own(method: str) -> None:
+    tuned = adapt(tiny_base("miss"), method)
+    expected, copied = compute_logits(tuned.model), copy.deepcopy(tuned.model)
+    perturb_trained(tuned)
+    assert differ(compute_logits(tuned.model), expected)
+    assert torch.equal(compute_logits(copied), expected)
 
 
 def test_difffit_scales_what_each_block_adds_to_the_residual_stream() -> None:

@@ -38,7 +38,7 @@ INFO_FILE = "adapter.json"
 CARD_FILE = "README.md"
 _log = logging.getLogger(__name__)
 _MAX_NAMED = 3  # an error names so many mismatches and counts the others
-_PACKAGES = ("python", "torch", "transformers", "peft")  # whose versions are recorded
+_PACKAGES = ("python", "torch", "transformers", "peft")  # their versions are recorded
 
 
 def save_adapter(

@@ -55,7 +55,7 @@ def check_options(kind: str, options: Sequence[str], answer: str) -> None:
     Several options may have the same text: each of them is right if it equals the answer.
 
     Raises:
-        InputError: the message says what is wrong and how to fix it, without the text of the row.
+        InputError: the message names the problem and how to fix it, without the text of the row.
     """
     if kind != "choice":
         raise InputError(f"a row of kind {kind} has options. Give it the kind 'choice', or remove its options.")
@@ -71,6 +71,16 @@ def check_options(kind: str, options: Sequence[str], answer: str) -> None:
 def option_letter(index: int) -> str:
     """The letter of the option at this position: A for 0."""
     return chr(ord("A") + index)
+
+
+def option_index(letter: str) -> int:
+    """The position of the option with a letter, in upper or lower case."""
+    return ord(letter.upper()) - ord("A")
+
+
+def plain_option(text: str) -> str:
+    """A text as options and answers are compared: case, blanks and a final full stop do not count."""
+    return " ".join(text.casefold().split()).rstrip(".")
 
 
 class Table(Protocol):

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from normtune.data.examples import Example, option_letter
+from normtune.data.examples import Example, option_index, option_letter
 from normtune.data.records import ChoiceResult, Prediction
 from normtune.metrics.choices import chosen_positions, rotated_options
 from normtune.metrics.statistics import holm_correction
@@ -184,7 +184,7 @@ def choice_from_json(values: Mapping[str, Any]) -> ChoiceResult:
         KeyError, TypeError, AttributeError: it was changed.
     """
     selected = {
-        scoring: tuple(None if letter is None else ord(letter) - ord("A") for letter in letters)
+        scoring: tuple(None if letter is None else option_index(letter) for letter in letters)
         for scoring, letters in values["selected"].items()
     }
     scores = {scoring: tuple(row) for scoring, row in values["scores"].items()}

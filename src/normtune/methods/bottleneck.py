@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normtune.methods.sites import AddedLayers, NoTarget, TargetLinear, ffn_outputs
+from normtune.methods.sites import AddedLayers, NoTarget, TargetLinear, add_behind, ffn_outputs
 
 
 class Bottleneck(nn.Module):
@@ -35,13 +35,6 @@ class Bottleneck(nn.Module):
         return x + F.linear(inner, self.up.weight.to(x.dtype), self.up.bias.to(x.dtype))
 
 
-def _adapt_output(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """Forward hook of a feed-forward's last linear: pass its output through its bottleneck."""
-    adapter = module.adapter
-    assert isinstance(adapter, Bottleneck)
-    return adapter(output)
-
-
 def add_bottleneck(part: str, width: int, linears: Sequence[TargetLinear]) -> AddedLayers:
     """Add a bottleneck of `width` hidden units behind each feed-forward of a part.
 
@@ -51,18 +44,4 @@ def add_bottleneck(part: str, width: int, linears: Sequence[TargetLinear]) -> Ad
     targets = ffn_outputs(linears)
     if not targets:
         raise NoTarget(f"adapter finds no feed-forward in part '{part}'. Choose another method.")
-    parameters: dict[str, nn.Parameter] = {}
-    hooks = []
-    for target in targets:
-        adapter = Bottleneck(target.module.out_features, width, target.module.weight.device)
-        # A submodule and a forward hook: the linear keeps its class and its name in the model.
-        target.module.adapter = adapter
-        hooks.append(target.module.register_forward_hook(_adapt_output))
-        parameters |= {f"{target.name}.adapter.{name}": p for name, p in adapter.named_parameters()}
-
-    def remove() -> None:
-        for hook, target in zip(hooks, targets, strict=True):
-            hook.remove()
-            del target.module.adapter
-
-    return AddedLayers(parameters, remove)
+    return add_behind(targets, "adapter", lambda linear: Bottleneck(linear.out_features, width, linear.weight.device))

@@ -16,6 +16,7 @@ from normtune.methods.sites import (
     AddedLayers,
     NoTarget,
     TargetLinear,
+    add_behind,
     ffn_outputs,
     layer_linears,
 )
@@ -62,18 +63,6 @@ def add_output_vectors(part: str, method: Method, linears: Sequence[TargetLinear
     targets = layer_linears(linears) if has_shift else block_outputs(linears)
     if not targets:
         raise NoTarget(f"{method.name} finds no linear in part '{part}'. Choose another method there.")
-    parameters: dict[str, nn.Parameter] = {}
-    hooks = []
-    for target in targets:
-        vectors = OutputVectors(target.module.out_features, has_shift, target.module.weight.device)
-        # A submodule and a forward hook: the linear keeps its class and its name in the model.
-        setattr(target.module, method.name, vectors)
-        hooks.append(target.module.register_forward_hook(lambda _, args, output, vectors=vectors: vectors(output)))
-        parameters |= {f"{target.name}.{method.name}.{name}": p for name, p in vectors.named_parameters()}
-
-    def remove() -> None:
-        for hook, target in zip(hooks, targets, strict=True):
-            hook.remove()
-            delattr(target.module, method.name)
-
-    return AddedLayers(parameters, remove)
+    return add_behind(
+        targets, method.name, lambda linear: OutputVectors(linear.out_features, has_shift, linear.weight.device)
+    )

@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from normtune.data.examples import option_letter
+from normtune.data.examples import option_index, option_letter, plain_option
 from normtune.data.records import Example, Prediction
 
 SCORINGS = ("letter", "text", "text_normalized", "generated")
@@ -47,7 +47,7 @@ def parse_choice(text: str, options: Sequence[str]) -> int | None:
         The position of the option; of several options with that text, the first. None if no rule reads exactly one.
     """
     text = text.strip()
-    plain, plain_options = _plain(text), [_plain(option) for option in options]
+    plain, plain_options = plain_option(text), [plain_option(option) for option in options]
     if (match := _ALONE.fullmatch(text)) and (place := _place(match[1], len(options))) is not None:
         return place
     if plain and plain in plain_options:
@@ -60,13 +60,9 @@ def parse_choice(text: str, options: Sequence[str]) -> int | None:
     return None
 
 
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split()).rstrip(".")
-
-
 def _place(letter: str, count: int) -> int | None:
     """The position of the option with a letter; None if there are fewer options."""
-    place = ord(letter.upper()) - ord("A")
+    place = option_index(letter)
     return place if place < count else None
 
 

@@ -72,9 +72,15 @@ def format_duration(seconds: float | None) -> str:
 
 def format_p_value(p: float | None) -> str:
     """A p-value as it is written in a sentence: "p = 0.03", "p < 0.001"."""
+    number = format_p_number(p)
+    return f"p {number}" if p is None or p < 0.001 else f"p = {number}"
+
+
+def format_p_number(p: float | None) -> str:
+    """A p-value as it is written in a table: "0.03", "< 0.001"."""
     if p is None:
-        return f"p {NONE}"
-    return "p < 0.001" if p < 0.001 else f"p = {format_significant(p, 1 if p < 0.01 else 2)}"
+        return NONE
+    return "< 0.001" if p < 0.001 else format_significant(p, 1 if p < 0.01 else 2)
 
 
 def join_names(names: list[str]) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from normtune.runtime.files import read_json, write_text
 from normtune.runtime.number_format import format_share, join_names
 from normtune.runtime.templates import render_template
-from normtune.studies.page.about import facts, licence, notice
+from normtune.studies.page.about import facts, notice
 from normtune.studies.page.results import Record, Results, distinct_values
 from normtune.studies.paper_tables import escape_latex
 from normtune.studies.pooling import group_by
@@ -66,19 +66,18 @@ def manuscript_sections(study: Results, out: Path) -> Iterator[Section]:
         out: the study's folder, for the files of its evaluations and adapters.
     """
     records = list(_evaluations(study, out))
-    prompts = _prompts(records)
-    yield Section("Methods", tuple(("", " ".join(text)) for text in _methods(study, records) if text))
+    prompts, about, models = _prompts(records), dict(facts(study)), _models(study)
+    yield Section("Methods", tuple(("", " ".join(text)) for text in _methods(study, records, about, models) if text))
     yield Section("Prompts", tuple(prompts) or (("", f"{TODO}: the exact prompts; the records have none."),))
     yield Section("Data", tuple(_data(study, out, records)))
-    yield Section("MI-CLEAR-LLM", tuple(_mi_clear(study, records, bool(prompts))))
-    yield Section("TRIPOD-LLM, topics that the records cover", tuple(_tripod(study)))
+    yield Section("MI-CLEAR-LLM", tuple(_mi_clear(records, bool(prompts), about, models)))
+    yield Section("TRIPOD-LLM, topics that the records cover", tuple(_tripod(about, models)))
     yield Section("Statement", (("", notice()),))
 
 
-def _methods(study: Results, records: Sequence[Record]) -> Iterator[list[str]]:
+def _methods(study: Results, records: Sequence[Record], about: dict[str, str], models: str) -> Iterator[list[str]]:
     """The paragraphs of the methods: models and recipes, training, answers, statistics, software."""
-    about = dict(facts(study))
-    yield [f"Base models: {_models(study)}.", f"Recipes (which parameters are trained): {'; '.join(_recipes(study))}."]
+    yield [f"Base models: {models}.", f"Recipes (which parameters are trained): {'; '.join(_recipes(study))}."]
     yield list(_training(study, about))
     yield list(_answering(records))
     yield list(_statistics(study, records))
@@ -180,7 +179,7 @@ def _data(study: Results, out: Path, records: Sequence[Record]) -> Iterator[tupl
     first = {record["dataset_name"]: record for record in reversed(records)}
     pairs = {cell["trained_on"]: cell.get("pairs_available") for cell in study.finished.values() if cell["trained_on"]}
     for name, record in first.items():
-        texts = [f"licence {licence(study, out, name)}"]
+        texts = [f"licence {record.get('licence') or 'unknown'}"]
         texts += [f"{pairs[name]:,} training pairs"] if pairs.get(name) else []
         texts.append(f"{record['rows']:,} test rows on {record['images']:,} images (hash {record['split_hash'][:12]})")
         options = (study.spec.get("datasets") or {}).get(name) or {}
@@ -204,16 +203,17 @@ def _leaks(study: Results, out: Path, dataset: str) -> list[str]:
     return list(texts)
 
 
-def _mi_clear(study: Results, records: Sequence[Record], has_prompts: bool) -> Iterator[tuple[str, str]]:
+def _mi_clear(
+    records: Sequence[Record], has_prompts: bool, about: dict[str, str], models: str
+) -> Iterator[tuple[str, str]]:
     """The six items of MI-CLEAR-LLM."""
-    about = dict(facts(study))
     seeds = about.get("seeds")
     overlaps = [record["trained_rows"] for record in records if record.get("trained_rows")]
     rows = sum(overlap["rows"] for overlap in overlaps)
     yield (
         "1. Model",
         (
-            f"{_models(study)}; run locally without access to the web, on {about.get('date', TODO)}. "
+            f"{models}; run locally without access to the web, on {about.get('date', TODO)}. "
             f"Manufacturer and date of the base's training data: {TODO}"
         ),
     )
@@ -241,10 +241,9 @@ def _mi_clear(study: Results, records: Sequence[Record], has_prompts: bool) -> I
     )
 
 
-def _tripod(study: Results) -> Iterator[tuple[str, str]]:
+def _tripod(about: dict[str, str], models: str) -> Iterator[tuple[str, str]]:
     """Topics of TRIPOD-LLM that the records say something about, and the others by name."""
-    about = dict(facts(study))
-    yield "Model name and version", _models(study)
+    yield "Model name and version", models
     yield "Fine-tuning", f"see Methods; commit {about.get('commit', TODO)}"
     yield "Inference settings", "see Methods and Prompts"
     yield "Data sources and preparation", "see Data"

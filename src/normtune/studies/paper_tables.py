@@ -10,7 +10,7 @@ from operator import itemgetter
 from statistics import mean
 from typing import Any
 
-from normtune.runtime.number_format import format_interval, format_p_value
+from normtune.runtime.number_format import format_interval, format_p_number
 from normtune.runtime.text_table import markdown_table
 from normtune.studies.pooling import Row, Tables, fold_note, group_by, group_runs
 from normtune.studies.spec import SEARCH, Study
@@ -198,10 +198,7 @@ def _test_tables(grid: str, tables: Tables) -> Iterator[Table]:
             body.append(
                 [
                     *(row["recipe"], row["metric"], row.get("question") or "–"),
-                    *(
-                        format_interval({**row, "value": row["difference"]}, sign="+"),
-                        format_p_value(row["p_holm"]).removeprefix("p ").removeprefix("= "),
-                    ),
+                    *(format_interval({**row, "value": row["difference"]}, sign="+"), format_p_number(row["p_holm"])),
                     *("–" if value is None else f"{100 * value:.1f}" for value in points),
                     *("–" if answer is None else "yes" if answer else "no" for answer in answers),
                     *(str(row["images"]), str(row["seeds"])),

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from normtune.data.examples import check_options, option_letter
+from normtune.data.examples import check_options, option_index, option_letter, plain_option
 from normtune.data.reading.cells import clean_text
 from normtune.data.reading.tables import RowError
 from normtune.errors import InputError
@@ -161,11 +161,11 @@ def _readings(options: Sequence[str], answer: str) -> dict[Style, int]:
     """Style -> index of the option that the answer names if it is read in this style."""
     meanings: dict[Style, int] = {}
     if letter := _LETTER.fullmatch(answer):
-        index = ord(letter[1].upper()) - ord("A")
-        if index < len(options) and (not letter[2] or _plain(letter[2]) == _plain(options[index])):
+        index = option_index(letter[1])
+        if index < len(options) and (not letter[2] or plain_option(letter[2]) == plain_option(options[index])):
             meanings["letter"] = index
     equal = [index for index, option in enumerate(options) if option == answer]
-    equal = equal or [index for index, option in enumerate(options) if _plain(option) == _plain(answer)]
+    equal = equal or [index for index, option in enumerate(options) if plain_option(option) == plain_option(answer)]
     if len({options[index] for index in equal}) == 1:
         meanings["text"] = equal[0]
     if number := _NUMBER.fullmatch(answer):
@@ -173,11 +173,6 @@ def _readings(options: Sequence[str], answer: str) -> dict[Style, int]:
         meanings |= {"from 0": value} if value < len(options) else {}
         meanings |= {"from 1": value - 1} if 1 <= value <= len(options) else {}
     return meanings
-
-
-def _plain(text: str) -> str:
-    """A text as answers are compared: case, blanks and a final full stop do not count."""
-    return " ".join(text.casefold().split()).rstrip(".")
 
 
 def _no_option(answer: str) -> RowError:

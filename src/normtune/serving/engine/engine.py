@@ -381,7 +381,7 @@ class Engine:
                 finish_reason=finish_reason,
                 question_tokens_cut=job.tokens_cut,
                 abstained=abstained,
-                choice=chosen_letter(text, job.options),
+                choice=chosen_letter(text, job.options) if job.options else None,
                 **tokens,
             )
         )
