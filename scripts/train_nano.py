@@ -2,8 +2,13 @@
 
     python scripts/train_nano.py --out src/normtune/models/nano
 
-It takes about 45 minutes on two cores. Every parameter is trained from random weights, on images of hospital
-A's training split only. An interrupted run resumes from its last checkpoint.
+    python scripts/train_nano.py --out runs/bases/nano --stop 1950 --save-at 195,650,1950
+    python scripts/train_nano.py --out runs/bases/pico --width 64 --layers 3,2,1 --save-at 195,650,1950
+
+The first command takes about 45 minutes on two cores. The others write the weaker bases of
+`studies/when-norms.yaml`: `nano-195` and so on after 3, 10 and 30% of the steps, and smaller ones. Every parameter
+is trained from random weights, on images of hospital A's training split only. An interrupted run resumes from its
+last checkpoint.
 """
 
 from __future__ import annotations
@@ -35,9 +40,8 @@ from normtune.runtime.files import write_json
 
 SIZE = 96
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-WIDTH = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 512}
-VISION = {**WIDTH, "image_size": SIZE, "patch_size": 12, "num_hidden_layers": 6, "drop_path_rate": 0.0}
-TEXT = {**WIDTH, "max_position_embeddings": 192, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+VISION = {"image_size": SIZE, "patch_size": 12, "drop_path_rate": 0.0}
+TEXT = {"max_position_embeddings": 192, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 @dataclass(frozen=True)
@@ -61,12 +65,19 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=6, help="questions per image in a step")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--width", type=int, default=128, help="of all parts")
+    parser.add_argument("--layers", default="6,3,2", help="of the image encoder, the question encoder and the decoder")
+    parser.add_argument("--save-at", default="", help="steps at which the base is also written, to OUT-STEP: 195,650")
+    parser.add_argument("--stop", type=int, help="end after this step of the schedule, without the finished base")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     images = render_images(options.images, options.work / f"images-{options.images}.npy")
-    family = build_family(build_vocabulary(images))
+    layers = [int(number) for number in options.layers.split(",")]
+    family = build_family(build_vocabulary(images), options.width, layers)
     print(f"{sum(p.numel() for p in family.model.parameters()):,} parameters")
     fit(family, images, options)
+    if options.stop:
+        return
     family.model.eval()
     family.save(options.out)
     scores = {}
@@ -134,13 +145,14 @@ def build_vocabulary(images: Images) -> dict[str, int]:
     return {piece: index for index, piece in enumerate(pieces)}
 
 
-def build_family(pieces: dict[str, int]) -> MissFamily:
-    """A MISS with random weights for this vocabulary."""
+def build_family(pieces: dict[str, int], width: int, layers: list[int]) -> MissFamily:
+    """A MISS with random weights for this vocabulary; `layers` of image encoder, question encoder and decoder."""
+    widths = {"hidden_size": width, "num_attention_heads": 4, "intermediate_size": 4 * width}
     tokenizer = build_bert_tokenizer(pieces)
     config = MissConfig(
-        vision_dims=VISION,
-        encoder_dims={**TEXT, "num_hidden_layers": 3},
-        decoder_dims={**TEXT, "num_hidden_layers": 2},
+        vision_dims={**widths, **VISION, "num_hidden_layers": layers[0]},
+        encoder_dims={**widths, **TEXT, "num_hidden_layers": layers[1]},
+        decoder_dims={**widths, **TEXT, "num_hidden_layers": layers[2]},
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.sep_token_id,
@@ -182,7 +194,7 @@ def fit(family: MissFamily, images: Images, options: argparse.Namespace) -> None
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / 300) * 0.5 * (1 + math.cos(math.pi * step / steps))
     )
-    head = TraitHead(WIDTH["hidden_size"], images.traits.shape[1])
+    head = TraitHead(options.width, images.traits.shape[1])
     head_optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3)
     checkpoint, first_step = options.work / "checkpoint.pt", 0
     if checkpoint.is_file():
@@ -240,6 +252,10 @@ def fit(family: MissFamily, images: Images, options: argparse.Namespace) -> None
             partial = checkpoint.with_suffix(".tmp")
             torch.save(state, partial)
             partial.replace(checkpoint)
+        if str(step + 1) in options.save_at.split(","):
+            family.save(Path(f"{options.out}-{step + 1}"))
+        if step + 1 == options.stop:
+            return
 
 
 if __name__ == "__main__":

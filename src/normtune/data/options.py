@@ -43,10 +43,10 @@ class DataOptions(_Options):
     data: str = Field(
         description="Dataset: slake, vqa-rad, path-vqa, openi, mimic-cxr, medpix, roco, mimic-cxr-vqa, "
         "mimic-ext-cxr-qba, vindr-cxr-vqa, kvasir-vqa, gemex, pmc-vqa, omnimedvqa, medxpertqa, mmmu, rexvqa, "
-        "medpix-vqa, pathmmu, vqa-med-2019, phantom-a, phantom-b; or a "
-        "file or folder of your own (its format is recognised); or, with --root, its format: csv, tsv, xlsx, json, "
-        "jsonl, parquet, messages (conversations), arrow (save_to_disk), imagefolder, dicom; or several with weights "
-        "for training: slake=FOLDER:0.7,rows.csv:0.3."
+        "medpix-vqa, pathmmu, vqa-med-2019, phantom-a, phantom-b, phantom-acquisition, "
+        "phantom-wording, phantom-knowledge; or a file or folder of your own (its format is recognised); or, with "
+        "--root, its format: csv, tsv, xlsx, json, jsonl, parquet, messages (conversations), arrow (save_to_disk), "
+        "imagefolder, dicom; or several with weights for training: slake=FOLDER:0.7,rows.csv:0.3."
     )
     root: Path | None = Field(None, description="Folder or file of the dataset; phantoms need none.")
     language: str = Field(

@@ -23,7 +23,8 @@ from normtune.errors import InputError, did_you_mean
 
 Task = Literal["vqa", "report"]
 ROOTS = PUBLISHED | FORMATS  # dataset name -> what --root must point at; messages quote it
-PHANTOMS = ("phantom-a", "phantom-b")  # drawn when they are opened, without files; no two are equal
+# Drawn when they are opened, without files; no two images are equal.
+PHANTOMS = ("phantom-a", "phantom-b", "phantom-acquisition", "phantom-wording", "phantom-knowledge")
 WITH_SECTIONS = ("openi", "mimic-cxr")  # datasets that separate findings and impression
 WITH_HISTORY = ("messages",)  # datasets of conversations
 _ON_THE_HUB = ("parquet", "path-vqa", "kvasir-vqa", "medpix-vqa")  # --root may be a hub name, owner/name
@@ -216,7 +217,9 @@ def _open_named(
     if family in PHANTOMS:
         from normtune.data.phantom import phantom_dataset as phantom
 
-        return phantom(family[-1], images=_image_counts(name, images) if colon else None, task=task)
+        return phantom(
+            family.removeprefix("phantom-"), images=_image_counts(name, images) if colon else None, task=task
+        )
     if colon:
         raise InputError(f"dataset '{name}': only phantoms take a number of images. Write --data {family}.")
     if root is None:

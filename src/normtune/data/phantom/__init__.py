@@ -6,12 +6,15 @@ from normtune.data.phantom.acquisition import Acquisition, render, sample_acquis
 from normtune.data.phantom.dataset import phantom_dataset
 from normtune.data.phantom.questions import Question, ask_questions
 from normtune.data.phantom.reports import write_report
-from normtune.data.phantom.scene import Finding, Hospital, Scene, sample_scene
+from normtune.data.phantom.scene import PROFILES, Finding, Hospital, HospitalName, Profile, Scene, sample_scene
 
 __all__ = [
+    "PROFILES",
     "Acquisition",
     "Finding",
     "Hospital",
+    "HospitalName",
+    "Profile",
     "Question",
     "Scene",
     "ask_questions",

@@ -114,6 +114,10 @@ def _lesion(
     tissue = TISSUE[look]
     if finding.kind in ("splenomegaly", "ascites"):
         return  # drawn with the anatomy
+    if finding.kind == "liver hemorrhage":  # a crescent along the outline of the liver
+        outside = canvas.ellipse(liver[0] - 0.06, liver[1], 0.33, 0.36)
+        canvas.paint(outside * (1 - canvas.ellipse(liver[0] + 0.08, liver[1], 0.33, 0.40)), tissue["hemorrhage"])
+        return
     if finding.organ == "liver":
         cx, cy = liver[0] + canvas.offset(0.12), liver[1] + canvas.offset(0.12)
         if finding.kind == "mass":
@@ -131,6 +135,11 @@ def _lesion(
     if finding.kind == "cyst":
         radius = 0.105 * canvas.jitter(0.1)
         canvas.paint(canvas.ellipse(cx + sign(finding.side) * 0.10, cy + 0.05, radius, radius), tissue["fluid"])
+    elif finding.kind == "kidney tumor":
+        radius = 0.17 * canvas.jitter(0.1)
+        x, y = cx + sign(finding.side) * 0.10, cy + 0.02
+        canvas.paint(canvas.ellipse(x, y, radius, radius * canvas.jitter(0.1)), tissue["tumor rim"])
+        canvas.paint(canvas.ellipse(x, y, radius * 0.62, radius * 0.58), tissue["tumor core"])
     else:
         assert finding.kind == "stone", finding
         canvas.paint(canvas.ellipse(cx - sign(finding.side) * 0.06, cy, 0.055, 0.05), tissue["stone"])

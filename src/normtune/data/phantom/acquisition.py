@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter
 
 from normtune.data.phantom import abdomen, chest, head
 from normtune.data.phantom.canvas import Canvas
-from normtune.data.phantom.scene import Hospital, Scene
+from normtune.data.phantom.scene import PROFILES, Hospital, HospitalName, Scene
 
 _DRAW = {  # (region, plane) -> drawing function
     ("chest", "frontal"): chest.draw_radiograph,
@@ -42,13 +42,14 @@ class Acquisition:
     marker: bool  # the side marker, a letter L
 
 
-def sample_acquisition(scene: Scene, hospital: Hospital) -> Acquisition:
+def sample_acquisition(scene: Scene, hospital: HospitalName) -> Acquisition:
     """Sample the acquisition of a scene at a hospital; it depends only on these two.
 
     B has a wider field of view, flatter contrast, more noise and blur. A third of its images is inverted.
     """
-    rng = random.Random(f"acquisition-{hospital}-{scene.seed}")
-    if hospital == "a":
+    scanners = PROFILES[hospital].acquisition
+    rng = random.Random(f"acquisition-{scanners}-{scene.seed}")
+    if scanners == "a":
         return Acquisition(
             zoom=rng.uniform(0.95, 1.05),
             rotation_deg=rng.uniform(-4, 4),
@@ -76,7 +77,7 @@ def sample_acquisition(scene: Scene, hospital: Hospital) -> Acquisition:
 
 
 def render(
-    scene: Scene, hospital: Hospital, size: int = 96, rng: np.random.Generator | None = None
+    scene: Scene, hospital: HospitalName, size: int = 96, rng: np.random.Generator | None = None
 ) -> NDArray[np.uint8]:
     """Draw a scene as a grey image.
 
@@ -101,7 +102,7 @@ def render(
     if scene.modality == "mri":
         value *= 1 + canvas.texture(3, 0.06)  # uneven brightness of the receiver coil
     if settings.marker:
-        _paint_marker(value, hospital)
+        _paint_marker(value, PROFILES[hospital].acquisition)
     if settings.blur * size / 2 > 0.3:
         # Blur in 8 bits, as PIL cannot filter floats; the noise that is added next hides the rounding.
         grey = Image.fromarray((np.clip(value, 0, 1) * 255).astype(np.uint8))

@@ -102,6 +102,9 @@ def _radiograph_finding(canvas: Canvas, finding: Finding, lungs: dict[str, Plane
     """Draw a finding of a lung. The findings of heart and clavicle are drawn with the anatomy."""
     if finding.organ != "lung":
         return
+    if finding.kind == "lung edema":
+        _lung_edema(canvas, lungs, value=0.60)
+        return
     s, lung = sign(finding.side), lungs[finding.side]
     if finding.kind == "effusion":
         # Fluid up to `level`, with a surface that rises to the side.
@@ -131,13 +134,29 @@ def _lung_opacities(canvas: Canvas, finding: Finding, lung: Plane2D, value: floa
             canvas.paint(canvas.ellipse(cx, cy, radius, radius * canvas.jitter(0.1), soft=0.03), value + 0.08)
         return
     cx, cy = s * (0.45 + canvas.offset(0.04)), _ZONE_Y[finding.zone] + canvas.offset(0.04)
-    if finding.kind == "mass":
+    if finding.kind == "lung cyst":
+        _lung_cyst(canvas, cx, cy, value + 0.1)
+    elif finding.kind == "mass":
         radius = 0.18 * canvas.jitter(0.1)
         canvas.paint(canvas.ellipse(cx, cy, radius, radius * canvas.jitter(0.15), soft=0.04), value + 0.04)
     else:
         assert finding.kind == "pneumonia", finding.kind
         patch = canvas.ellipse(cx, cy, 0.26, 0.21, canvas.offset(40), soft=0.16) * lung
         canvas.paint(np.clip(patch * (0.78 + canvas.texture(16, 0.28)), 0, 1), value - 0.10)
+
+
+def _lung_cyst(canvas: Canvas, cx: float, cy: float, value: float) -> None:
+    """Draw a cavity: a thin bright wall around air."""
+    radius = 0.18 * canvas.jitter(0.1)
+    canvas.paint(canvas.ellipse(cx, cy, radius, radius * canvas.jitter(0.1)), value)
+    canvas.paint(canvas.ellipse(cx, cy, radius - 0.05, radius - 0.05), 0.0)
+
+
+def _lung_edema(canvas: Canvas, lungs: dict[str, Plane2D], value: float) -> None:
+    """Draw haze that spreads from the midline over both lungs, in the shape of a butterfly."""
+    for side, lung in lungs.items():
+        haze = canvas.ellipse(sign(side) * 0.26, -0.05, 0.27, 0.36, soft=0.2) * lung
+        canvas.paint(np.clip(haze * (0.95 + canvas.texture(14, 0.15)), 0, 1), value)
 
 
 def draw_coronal(canvas: Canvas, scene: Scene) -> None:
@@ -168,6 +187,9 @@ def draw_coronal(canvas: Canvas, scene: Scene) -> None:
     canvas.paint(canvas.ellipse(0.08, -0.22, 0.08, 0.16), tissue["vessel"])
     canvas.paint(canvas.ellipse(-0.02, -0.62, 0.045, 0.28), tissue["air"])
     for finding in scene.findings:
+        if finding.kind == "lung edema":
+            _lung_edema(canvas, lungs, value=tissue["lung lesion"])
+            continue
         lung = lungs[finding.side]
         if finding.kind == "effusion":
             level = dome[finding.side] - (0.20 if finding.size == "small" else 0.58)
@@ -202,8 +224,13 @@ def draw_axial(canvas: Canvas, scene: Scene) -> None:
     canvas.paint(canvas.ellipse(0.13, 0.24, 0.075, 0.075), tissue["vessel"])
     _spine(canvas, 0.36)
     for finding in scene.findings:
+        if finding.kind == "lung edema":
+            _lung_edema(canvas, lungs, value=0.5)
+            continue
         s, lung = sign(finding.side), lungs[finding.side]
-        if finding.kind == "effusion":
+        if finding.kind == "lung cyst":
+            _lung_cyst(canvas, s * 0.46, canvas.offset(0.2), 0.75)
+        elif finding.kind == "effusion":
             level = 0.24 if finding.size == "small" else 0.0
             canvas.paint(
                 lung * canvas.edge(canvas.y - level + 0.2 * (s * canvas.x - 0.4), 0.02), tissue["pleural fluid"]

@@ -11,7 +11,7 @@ from normtune.data.examples import Examples
 from normtune.data.phantom.acquisition import render
 from normtune.data.phantom.questions import ask_questions
 from normtune.data.phantom.reports import write_report
-from normtune.data.phantom.scene import Hospital, check_hospital, sample_scene
+from normtune.data.phantom.scene import HospitalName, check_hospital, sample_scene
 from normtune.data.records import Dataset, Example
 from normtune.errors import InputError
 
@@ -27,12 +27,13 @@ def phantom_dataset(
     size: int = 96,
     task: Literal["vqa", "report", "all"] = "vqa",
 ) -> Dataset:
-    """Make the phantom dataset of hospital "a" or "b". Splits share no image.
+    """Make the phantom dataset of a hospital. Splits share no image.
 
     Yes/no questions are closed, all others open. Image keys are such as "b-000123".
 
     Args:
-        hospital: "a" or "b".
+        hospital: "a", "b", or a hospital that differs from A in one thing: "acquisition" (images of B), "wording"
+            (questions and answers of B) or "knowledge" (findings that A never has).
         images: number of images of each split (default 300 / 60 / 120). A single number is that of train, and
             validate and test have a fifth of it each. A larger split begins with the images of a smaller one.
         seed: the same seed makes the same dataset.
@@ -75,7 +76,7 @@ def scene_seed(split: str, number: int, seed: int) -> int:
     return (seed * len(SPLIT_SIZES) + list(SPLIT_SIZES).index(split)) * _PER_SPLIT + number
 
 
-def _examples(key: str, seed: int, hospital: Hospital, split: str, task: str) -> list[Example]:
+def _examples(key: str, seed: int, hospital: HospitalName, split: str, task: str) -> list[Example]:
     """The examples of one image; `seed` is that of its scene."""
     scene = sample_scene(seed, hospital)
     examples = []

@@ -42,7 +42,10 @@ def draw_axial(canvas: Canvas, scene: Scene) -> None:
         canvas.paint(canvas.ellipse(s * offset, -0.17, width, length * 0.75, s * 14), tissue["csf"])
         canvas.paint(canvas.ellipse(s * (offset + 0.05), 0.22, width, length * 0.8, s * -22), tissue["csf"])
     for finding in scene.findings:
-        if finding.kind != "hydrocephalus":
+        if finding.kind == "skull tumor":
+            cx, cy = sign(finding.side) * (wide - 0.17), canvas.offset(0.3)
+            canvas.paint(canvas.ellipse(cx, cy, 0.13, 0.22), tissue["tumor rim"])
+        elif finding.kind != "hydrocephalus":
             centre = (sign(finding.side) * (0.33 + canvas.offset(0.03)), _LOBE_Y[finding.zone] + canvas.offset(0.03))
             _lesion(canvas, finding, scene.look, brain, *centre)
 
@@ -83,6 +86,9 @@ def draw_sagittal(canvas: Canvas, scene: Scene) -> None:
     leaves = 0.10 * np.cos(np.arctan2(canvas.y - 0.28, canvas.x - 0.20) * 26).astype(np.float32)
     canvas.paint(cerebellum, tissue["gray matter"] + leaves)
     for finding in scene.findings:
+        if finding.kind == "skull tumor":
+            canvas.paint(canvas.ellipse(canvas.offset(0.2), -0.70, 0.24, 0.13), tissue["tumor rim"])
+            continue
         cx, cy = _LOBE_XY[finding.zone]
         _lesion(canvas, finding, scene.look, brain, cx + canvas.offset(0.03), cy + canvas.offset(0.03))
 
@@ -98,6 +104,10 @@ def _lesion(canvas: Canvas, finding: Finding, look: str, brain: Plane2D, cx: flo
     elif finding.kind == "edema":
         ragged = canvas.ellipse(cx, cy, 0.24, 0.21, canvas.offset(60), soft=0.12)
         canvas.paint(np.clip(ragged * (0.9 + canvas.texture(12, 0.2)), 0, 1) * brain, tissue["edema"])
+    elif finding.kind == "brain cyst":
+        canvas.paint(
+            canvas.ellipse(cx, cy, 0.20 * canvas.jitter(0.1), 0.17 * canvas.jitter(0.1)) * brain, tissue["csf"]
+        )
     elif finding.kind == "tumor":
         radius = 0.165 * canvas.jitter(0.1)
         canvas.paint(canvas.ellipse(cx, cy, radius + 0.05, radius + 0.04, soft=0.08) * brain * 0.8, tissue["edema"])

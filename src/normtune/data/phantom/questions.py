@@ -15,7 +15,17 @@ from functools import partial
 from typing import NamedTuple
 
 from normtune.data.phantom.acquisition import sample_acquisition
-from normtune.data.phantom.scene import ORGANS, Finding, FindingKind, Hospital, Scene, possible_kinds
+from normtune.data.phantom.scene import (
+    NEW_FINDINGS,
+    ORGANS,
+    PROFILES,
+    Finding,
+    FindingKind,
+    Hospital,
+    HospitalName,
+    Scene,
+    possible_kinds,
+)
 from normtune.data.phantom.wording import (
     FUNCTIONS,
     INSIDE,
@@ -45,13 +55,17 @@ class _Asker:
     """Writes questions about one scene in the wording of one hospital; `rng` selects among wordings."""
 
     scene: Scene
-    hospital: Hospital
+    hospital: HospitalName
     rng: random.Random
+
+    @property
+    def wording(self) -> Hospital:
+        return PROFILES[self.hospital].wording
 
     def ask(self, family: str, answer: str | bool, **words: str) -> Question:
         """Write a question of a family, with `words` in its template; a bool answer becomes yes or no."""
-        words.setdefault("noun", self.rng.choice(NOUNS[self.hospital][self.scene.modality]))
-        question = self.rng.choice(TEMPLATES[family][self.hospital]).format(**words)
+        words.setdefault("noun", self.rng.choice(NOUNS[self.wording][self.scene.modality]))
+        question = self.rng.choice(TEMPLATES[family][self.wording]).format(**words)
         closed = isinstance(answer, bool)
         text = ("yes" if answer else "no") if closed else str(answer)
         meta = {"type": family, "modality": self.scene.modality, "organ": self.scene.region}
@@ -59,25 +73,26 @@ class _Asker:
 
     def term(self, concept: str) -> str:
         """The hospital's word for a concept."""
-        return TERMS[self.hospital][concept]
+        return TERMS[self.wording][concept]
 
     def name(self, finding: Finding | FindingKind) -> str:
         """The hospital's word for a finding."""
         organ = finding.organ if isinstance(finding, Finding) else finding.organs[0]
-        return finding_term(finding.kind, organ, self.hospital)
+        return finding_term(finding.kind, organ, self.wording)
 
     def has(self, *kinds: str) -> bool:
         return any(finding.kind in kinds for finding in self.scene.findings)
 
 
-def ask_questions(scene: Scene, hospital: Hospital) -> list[Question]:
+def ask_questions(scene: Scene, hospital: HospitalName) -> list[Question]:
     """Write 8 to 14 different questions about one scene; they depend only on the scene and the hospital."""
-    asker = _Asker(scene, hospital, random.Random(f"questions-{hospital}-{scene.seed}"))
+    wording = PROFILES[hospital].wording
+    asker = _Asker(scene, hospital, random.Random(f"questions-{wording}-{scene.seed}"))
     questions: dict[str, Question] = {}
     reserve: dict[str, Question] = {}  # not selected; used if there are fewer than MIN_QUESTIONS
     for family, share in _FAMILY_SHARES.items():
         for question in family(asker):
-            target = questions if asker.rng.random() < share[hospital] else reserve
+            target = questions if asker.rng.random() < share[wording] else reserve
             target.setdefault(question.question, question)
     for family in (_presence, _balanced):  # always called: they select at random themselves
         for question in family(asker):
@@ -158,7 +173,7 @@ def _side_is(asker: _Asker) -> Iterator[Question]:
 def _locations(asker: _Asker) -> Iterator[Question]:
     findings = [f for f in asker.scene.findings if f.side or f.zone or f.kind in ("mass", "cyst")]
     for finding in findings:
-        where = location_term(finding.organ, finding.side, finding.zone, asker.hospital)
+        where = location_term(finding.organ, finding.side, finding.zone, asker.wording)
         if len(asker.scene.findings) == 1 and asker.rng.random() < 0.6:
             yield asker.ask("location_only", where)
         else:
@@ -216,8 +231,8 @@ def _presence(asker: _Asker) -> Iterator[Question]:
     present = {finding.kind: finding for finding in asker.scene.findings}
     for finding in present.values():
         yield _is_there(asker, finding, True)
-    absent = [kind for kind in possible_kinds(asker.scene) if kind.kind not in present]
-    weights = [kind.weight[asker.hospital] for kind in absent]
+    absent = [kind for kind in possible_kinds(asker.scene, asker.hospital) if kind.kind not in present]
+    weights = [kind.frequency(asker.hospital) for kind in absent]
     if absent:
         yield _is_there(asker, asker.rng.choices(absent, weights)[0], False)
 
@@ -235,15 +250,15 @@ _FAMILY_OF_SIGN = {
 
 def _is_there(asker: _Asker, finding: Finding | FindingKind, truth: bool) -> Question:
     """Ask whether a finding is present, by its name or (only A) by its sign: "Is the heart enlarged?"."""
-    if asker.hospital == "a" and finding.kind in _FAMILY_OF_SIGN and asker.rng.random() < 0.4:
+    if asker.wording == "a" and finding.kind in _FAMILY_OF_SIGN and asker.rng.random() < 0.4:
         return asker.ask(_FAMILY_OF_SIGN[finding.kind], truth)
-    return asker.ask("presence", truth, finding=_with_article(asker.name(finding), asker.hospital))
+    return asker.ask("presence", truth, finding=_with_article(asker.name(finding), asker.wording))
 
 
 def _with_article(name: str, hospital: Hospital) -> str:
     """A writes "a nodule" and "pneumonia"; B writes no articles."""
-    counted = ("nodule", "mass", "fracture", "cyst", "stone", "infarct", "pleural effusion", "brain tumor")
-    if hospital == "b" or name not in counted:
+    counted = ("nodule", "mass", "fracture", "cyst", "stone", "infarct", "pleural effusion", "tumor")
+    if hospital == "b" or not name.endswith(counted):
         return name
     return f"an {name}" if name == "infarct" else f"a {name}"
 
@@ -263,7 +278,7 @@ def _balanced(asker: _Asker) -> Iterator[Question]:
         if not is_common_answer or asker.rng.random() < (0.25 if organ == "heart" else 0.7):
             family = asker.rng.choice(("healthy", "unhealthy"))
             yield asker.ask(family, healthy == (family == "healthy"), organ=organ)
-    if asker.hospital == "b" or asker.rng.random() < 0.6:
+    if asker.wording == "b" or asker.has(*NEW_FINDINGS) or asker.rng.random() < 0.6:
         return
     if asker.scene.region == "chest":
         if asker.rng.random() < 0.5:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import random
 
-from normtune.data.phantom.scene import Finding, Hospital, Scene
+from normtune.data.phantom.scene import PROFILES, Finding, HospitalName, Scene
 from normtune.data.phantom.wording import NUMBER_WORDS, finding_term, location_term
 
 
-def write_report(scene: Scene, hospital: Hospital) -> str:
+def write_report(scene: Scene, hospital: HospitalName) -> str:
     """Write two to five sentences, all true for the scene; they depend only on the scene and the hospital."""
-    rng = random.Random(f"report-{hospital}-{scene.seed}")
-    return _report_a(scene, rng) if hospital == "a" else _report_b(scene, rng)
+    wording = PROFILES[hospital].wording
+    rng = random.Random(f"report-{wording}-{scene.seed}")
+    return _report_a(scene, rng) if wording == "a" else _report_b(scene, rng)
 
 
 def _report_a(scene: Scene, rng: random.Random) -> str:
@@ -68,7 +69,7 @@ def _finding_sentence(finding: Finding, rng: random.Random) -> str:
         "splenomegaly": ("The spleen is enlarged.", "Enlarged spleen."),
         "ascites": ("Free fluid surrounds the organs.", "There is free fluid."),
     }
-    return rng.choice(choices[finding.kind])
+    return rng.choice(choices.get(finding.kind, (f"There is a {finding.kind} in the {where}.",)))
 
 
 def _negative_sentences(scene: Scene) -> list[str]:
@@ -79,8 +80,11 @@ def _negative_sentences(scene: Scene) -> list[str]:
         "chest": {
             "The heart is not enlarged.": {"cardiomegaly"},
             "No pleural fluid.": {"effusion"},
-            "No consolidation or tumor.": {"pneumonia", "mass"},
-            "The lungs are clear.": {"nodule", "mass", "pneumonia", "effusion", "pneumothorax"},
+            "No consolidation or tumor.": {"pneumonia", "mass", "lung edema"},
+            "The lungs are clear.": {
+                *("nodule", "mass", "pneumonia", "effusion", "pneumothorax"),
+                *("lung cyst", "lung edema"),
+            },
         },
         "abdomen": {
             "The spleen is not enlarged.": {"splenomegaly"},
@@ -90,7 +94,7 @@ def _negative_sentences(scene: Scene) -> list[str]:
         "head": {
             "The ventricles are normal.": {"hydrocephalus"},
             "No bleeding.": {"hemorrhage"},
-            "No mass or swelling.": {"tumor", "edema"},
+            "No mass or swelling.": {"tumor", "edema", "brain cyst", "skull tumor"},
         },
     }
     return [sentence for sentence, excluded in choices[scene.region].items() if not excluded & kinds] or [

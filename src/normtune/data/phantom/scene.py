@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from normtune.errors import InputError, did_you_mean
 
 Hospital = Literal["a", "b"]
+HospitalName = Literal["a", "b", "acquisition", "wording", "knowledge"]
 Region = Literal["chest", "abdomen", "head"]
 Modality = Literal["x-ray", "ct", "mri"]
 Plane = Literal["frontal", "axial", "coronal", "sagittal"]
@@ -16,6 +17,25 @@ Weighting = Literal["", "t1", "t2"]
 Device = Literal["", "pacemaker", "catheter"]
 Side = Literal["", "left", "right"]  # the patient's; the patient's right is at the left of the image
 
+
+@dataclass(frozen=True)
+class Profile:
+    """Which hospital's scenes, images and words a hospital has. `new_findings` adds findings that A never has."""
+
+    scenes: Hospital = "a"
+    acquisition: Hospital = "a"
+    wording: Hospital = "a"
+    new_findings: bool = False
+
+
+# Hospital A; hospital B, which differs in everything; and hospitals that differ from A in one thing each.
+PROFILES: dict[HospitalName, Profile] = {
+    "a": Profile(),
+    "b": Profile("b", "b", "b"),
+    "acquisition": Profile(acquisition="b"),
+    "wording": Profile(wording="b"),
+    "knowledge": Profile(new_findings=True),
+}
 # The organs that each view shows. Other organs are not drawn.
 ORGANS: dict[tuple[Region, Plane], tuple[str, ...]] = {
     ("chest", "frontal"): ("lung", "heart"),
@@ -66,7 +86,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class FindingKind:
-    """One kind of finding: its frequency at the two hospitals, and the attributes that it has."""
+    """One kind of finding: its frequency at the hospitals, and the attributes that it has."""
 
     kind: str
     organs: tuple[str, ...]  # in which it can occur
@@ -75,6 +95,12 @@ class FindingKind:
     zoned: bool = False
     sized: bool = False
     counted: bool = False
+
+    def frequency(self, hospital: HospitalName) -> float:
+        """The relative frequency at a hospital; where there are new findings, the others have a fifth of it."""
+        profile = PROFILES[hospital]
+        weight = self.weight[profile.scenes]
+        return weight / 5 if profile.new_findings and self.kind not in NEW_FINDINGS else weight
 
 
 def _make_kind(kind: str, organs: str, a: float, b: float, **traits: bool) -> FindingKind:
@@ -129,6 +155,30 @@ KINDS: dict[tuple[Region, Plane], tuple[FindingKind, ...]] = {
 }
 _STONE = _make_kind("stone", "kidney", 2, 2)
 
+# Findings of the profile `knowledge`, which a model trained on A has never seen. Each is named in words of A.
+_LUNG_CYST = _make_kind("lung cyst", "lung", 3.5, 3.5, zoned=True)
+_LUNG_EDEMA = _make_kind("lung edema", "lung", 3.5, 3.5, sided=False)
+_NEW_IN_ABDOMEN = (
+    _make_kind("kidney tumor", "kidney", 3.5, 3.5),
+    _make_kind("liver hemorrhage", "liver", 3.5, 3.5, sided=False),
+)
+_NEW_KINDS: dict[tuple[Region, Plane], tuple[FindingKind, ...]] = {
+    ("chest", "frontal"): (_LUNG_CYST, _LUNG_EDEMA),
+    ("chest", "axial"): (_make_kind("lung cyst", "lung", 3.5, 3.5), _LUNG_EDEMA),
+    ("chest", "coronal"): (_LUNG_CYST, _LUNG_EDEMA),
+    ("abdomen", "axial"): _NEW_IN_ABDOMEN,
+    ("abdomen", "coronal"): _NEW_IN_ABDOMEN,
+    ("head", "axial"): (
+        _make_kind("brain cyst", "brain", 3.5, 3.5, zoned=True),
+        _make_kind("skull tumor", "skull", 3.5, 3.5),
+    ),
+    ("head", "sagittal"): (
+        _make_kind("brain cyst", "brain", 3.5, 3.5, sided=False, zoned=True),
+        _make_kind("skull tumor", "skull", 3.5, 3.5, sided=False),
+    ),
+}
+NEW_FINDINGS = frozenset(kind.kind for kinds in _NEW_KINDS.values() for kind in kinds)
+
 # The views, with their share of the images of each hospital.
 _VIEWS: tuple[tuple[Region, Modality, Plane, dict[Hospital, float]], ...] = (
     ("chest", "x-ray", "frontal", {"a": 0.27, "b": 0.27}),
@@ -146,25 +196,32 @@ LUNG_ZONES = ("upper", "middle", "lower")
 LOBES = ("frontal", "parietal", "occipital")
 
 
-def check_hospital(hospital: str) -> Hospital:
-    """`hospital` in lower case; an `InputError` if it is neither "a" nor "b"."""
-    known: tuple[Hospital, ...] = get_args(Hospital)
-    for name in known:
+def check_hospital(hospital: str) -> HospitalName:
+    """`hospital` in lower case; an `InputError` if there is none with this name."""
+    for name in PROFILES:
         if hospital.lower() == name:
             return name
-    raise InputError(f"no phantom hospital '{hospital}'{did_you_mean(hospital, known)} Choose a or b.")
+    choices = ", ".join(PROFILES)
+    raise InputError(f"no phantom hospital '{hospital}'{did_you_mean(hospital, PROFILES)} Choose one of {choices}.")
 
 
-def possible_kinds(scene: Scene) -> tuple[FindingKind, ...]:
+def possible_kinds(scene: Scene, hospital: HospitalName) -> tuple[FindingKind, ...]:
     """The findings that this scene's view can show, present or not. Only abdominal CT can show stones."""
     kinds = KINDS[scene.region, scene.plane]
-    return (*kinds, _STONE) if scene.region == "abdomen" and scene.modality == "ct" else kinds
+    if scene.region == "abdomen" and scene.modality == "ct":
+        kinds = (*kinds, _STONE)
+    return (*kinds, *_NEW_KINDS[scene.region, scene.plane]) if PROFILES[hospital].new_findings else kinds
 
 
-def sample_scene(seed: int, hospital: Hospital) -> Scene:
-    """Sample a scene: 30% are normal, 45% have one finding, 25% have two of different kinds."""
-    rng = random.Random(f"scene-{hospital}-{seed}")
-    region, modality, plane, _ = rng.choices(_VIEWS, [view[3][hospital] for view in _VIEWS])[0]
+def sample_scene(seed: int, hospital: HospitalName) -> Scene:
+    """Sample a scene: 30% are normal, 45% have one finding, 25% have two of different kinds.
+
+    The scenes of the hospitals "acquisition" and "wording" are those of A. Those of "knowledge" have other findings
+    in the same number; the rest is equal, because findings are sampled last.
+    """
+    like = PROFILES[hospital].scenes
+    rng = random.Random(f"scene-{like}-{seed}")
+    region, modality, plane, _ = rng.choices(_VIEWS, [view[3][like] for view in _VIEWS])[0]
     weightings: tuple[Weighting, ...] = ("t1", "t2")
     weighting: Weighting = rng.choice(weightings) if modality == "mri" else ""
     missing: Side = rng.choice(("left", "right")) if region == "abdomen" and rng.random() < 0.35 else ""
@@ -174,10 +231,10 @@ def sample_scene(seed: int, hospital: Hospital) -> Scene:
     findings: list[Finding] = []
     for _ in range(rng.choices((0, 1, 2), (0.30, 0.45, 0.25))[0]):
         used_kinds = {finding.kind for finding in findings}
-        kinds = [kind for kind in possible_kinds(empty) if kind.kind not in used_kinds]
-        kind = rng.choices(kinds, [kind.weight[hospital] for kind in kinds])[0]
+        kinds = [kind for kind in possible_kinds(empty, hospital) if kind.kind not in used_kinds]
+        kind = rng.choices(kinds, [kind.frequency(hospital) for kind in kinds])[0]
         findings.append(_sample_finding(kind, findings, missing, rng))
-    order = [kind.kind for kind in possible_kinds(empty)]
+    order = [kind.kind for kind in possible_kinds(empty, hospital)]
     findings.sort(key=lambda finding: order.index(finding.kind))
     return Scene(seed, region, modality, weighting, plane, empty.organs, tuple(findings), missing, device)
 

@@ -1,8 +1,8 @@
 """The words of each hospital, and its question templates from questions.yaml.
 
 B's questions use only words that also occur in A's questions, and B's answers and reports only words of A's
-answers and reports, but with other meanings. The reason: tuning norms cannot create the embedding of a word
-that was never trained.
+answers and reports, but with other meanings. The names of findings that A never has are made of such words too.
+The reason: tuning norms cannot create the embedding of a word that was never trained.
 """
 
 from __future__ import annotations
@@ -45,6 +45,12 @@ _TERMS = {
     "stone": ("stone", "stone"),
     "splenomegaly": ("splenomegaly", "enlarged spleen"),
     "ascites": ("ascites", "free fluid"),
+    "lung cyst": ("lung cyst", "lung cyst"),
+    "lung edema": ("lung edema", "lung edema"),
+    "kidney tumor": ("kidney tumor", "kidney tumor"),
+    "liver hemorrhage": ("liver hemorrhage", "liver hemorrhage"),
+    "brain cyst": ("brain cyst", "brain cyst"),
+    "skull tumor": ("skull tumor", "skull tumor"),
     "none": ("none", "normal"),
     "left": ("left", "left side"),
     "right": ("right", "right side"),
