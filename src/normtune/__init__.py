@@ -28,6 +28,7 @@ _MODULES = {  # public name -> the module that defines it
     "load": "normtune.api.models",
     "load_adapter": "normtune.api.models",
     "merge": "normtune.api.models",
+    "mix_adapters": "normtune.adapters.mixing",
     "open_dataset": "normtune.data.registry",
     "parse": "normtune.methods.recipe",
     "read_evaluation": "normtune.evaluation.results",

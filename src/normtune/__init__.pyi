@@ -1,3 +1,4 @@
+from normtune.adapters.mixing import mix_adapters as mix_adapters
 from normtune.adapters.storage import save_adapter as save_adapter
 from normtune.api.models import adapt as adapt
 from normtune.api.models import export_peft as export_peft

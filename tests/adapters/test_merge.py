@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
-from normtune.adapters import merge
+from normtune.adapters import base_files, merge
 from normtune.adapters.fingerprint import fingerprint
 from normtune.adapters.merge import NEW_SHARD, ORIGIN_FILE, merge_to_disk
 from normtune.adapters.storage import TENSORS_FILE, save_adapter
@@ -171,7 +171,7 @@ def one_tensor_in_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]
         return tensor
 
     with monkeypatch.context() as patch:
-        patch.setattr(merge, "_load", refuse)
+        patch.setattr(base_files, "_load", refuse)
         patch.setattr(Checkpoint, "get_tensor", get_single_tensor)
         yield names
     assert not alive
@@ -351,7 +351,7 @@ def test_norms_but_no_lora_merge_into_a_quantised_base(tmp_path: Path, monkeypat
                 module.weight = nn.Parameter(module.weight.to(torch.int8), False)
         return model
 
-    monkeypatch.setattr(merge, "_load", quantised)
+    monkeypatch.setattr(base_files, "_load", quantised)
     tuned = trained_adapter(quantised(), "ln", tmp_path / "ln")
     merge_to_disk(str(directory), tmp_path / "ln", tmp_path / "out")
     assert len(load_file(tmp_path / "out" / NEW_SHARD)) == len(tuned.trained)

@@ -50,7 +50,7 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "command",
     [
-        *("demo", "inspect", "data", "train", "evaluate", "ask", "describe", "merge", "export"),
+        *("demo", "inspect", "data", "train", "evaluate", "ask", "describe", "merge", "mix", "export"),
         *("import-miss", "import-llava-med", "bench", "compare", "review", "export-predictions"),
     ],
 )
@@ -135,6 +135,20 @@ def test_merge_and_export_write_a_model_and_an_adapter(run: Run, base: Path, ada
     assert (status, err) == (0, "") and (tmp_path / "merged" / "config.json").is_file() and json.loads(out)
     status, out, err = run("export", "--adapter", adapter, "--out", tmp_path / "peft", "--json")
     assert (status, err) == (0, "") and (tmp_path / "peft" / "adapter_config.json").is_file() and json.loads(out)
+
+
+def test_mix_writes_an_adapter_with_its_parents(run: Run, base: Path, adapter: Path, tmp_path: Path) -> None:
+    status, out, err = run("mix", f"{adapter}:0.5", "-o", tmp_path / "half", "--json")
+    assert (status, err) == (0, "") and json.loads(out)["base_weight"] == 0.5
+    status, out, err = run("mix", f"{adapter}:0.25", f"{tmp_path / 'half'}:0.75", "--out", tmp_path / "both")
+    assert (status, err) == (0, "") and f"0.25 x {adapter} + 0.75 x" in out
+    card = (tmp_path / "both" / "README.md").read_text()
+    assert f"adapter {adapter.name}, weight 0.2500" in card and "adapter half, weight 0.7500" in card
+    for wrong in ("ln", "ln:", ":0.5", "ln:half", "ln:nan"):
+        status, out, err = run("mix", wrong, "--out", tmp_path / "none")
+        assert (status, out) == (2, "") and f"'{wrong}' has no weight" in err and err.count("\n") == 1
+    status, out, err = run("mix", "ln:0.5", "ln:0.5", "--out", tmp_path / "none")
+    assert status == 2 and "ln is given twice" in err
 
 
 def jsonl(folder: Path, *rows: dict[str, Any] | str) -> Path:

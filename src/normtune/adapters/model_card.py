@@ -31,6 +31,8 @@ def model_card(info: AdapterInfo) -> str:
 
 def _as_text(value: Any) -> str:
     """A value of `adapter.json`; a mapping, such as the rows of the preflight, as "read 12, used 10"."""
+    if isinstance(value, list):
+        return "; ".join(map(_as_text, value))
     if isinstance(value, Mapping):
         inner = ((name, f"({_as_text(v)})" if isinstance(v, Mapping) else _as_text(v)) for name, v in value.items())
         return ", ".join(f"{name.replace('_', ' ')} {text}" for name, text in inner) or "none"

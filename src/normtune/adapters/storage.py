@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -75,6 +76,40 @@ def save_adapter(
         data = {**(data or {}), "rows_digest": rows.digest}
         rows.write(directory / ROWS_FILE)
     tensors = {name: parameter.detach().cpu().contiguous().clone() for name, parameter in tuned.trained.items()}
+    info = AdapterInfo(
+        base_name=base_name,
+        base_fingerprint=base_fingerprint,
+        recipe=str(tuned.recipe),
+        trainable=tuned.trainable,
+        total=tuned.total,
+        data=dict(data) if data is not None else None,
+        metrics=dict(metrics) if metrics is not None else None,
+        versions=library_versions(),
+        notice=NOTICE,
+        sha256="",
+        tensors={
+            name: TrainedTensor(list(tensor.shape), *tuned.part_and_role[name], tuned.methods[name])
+            for name, tensor in tensors.items()
+        },
+    )
+    write_adapter(directory, info, tensors)
+
+
+def library_versions() -> dict[str, str]:
+    """The versions that an adapter records."""
+    return {name: version for name, version in versions().items() if name in _PACKAGES}
+
+
+def write_adapter(directory: Path, info: AdapterInfo, tensors: Mapping[str, Tensor]) -> None:
+    """Write the three files of an adapter.
+
+    Args:
+        info: its description; `sha256` is replaced by the digest of the tensors' file.
+        tensors: name -> fp32 values.
+
+    Raises:
+        InputError: the files cannot be written.
+    """
     with (
         # The files get their names when the blocks end, in reverse order: the JSON, which vouches for the
         # tensors by their digest, is the last.
@@ -83,22 +118,7 @@ def save_adapter(
         atomic_write(directory / CARD_FILE) as card_file,
     ):
         write_tensors(tensors_file, tensors)
-        info = AdapterInfo(
-            base_name=base_name,
-            base_fingerprint=base_fingerprint,
-            recipe=str(tuned.recipe),
-            trainable=tuned.trainable,
-            total=tuned.total,
-            data=dict(data) if data is not None else None,
-            metrics=dict(metrics) if metrics is not None else None,
-            versions={name: version for name, version in versions().items() if name in _PACKAGES},
-            notice=NOTICE,
-            sha256=file_sha256(tensors_file),
-            tensors={
-                name: TrainedTensor(list(tensor.shape), *tuned.part_and_role[name], tuned.methods[name])
-                for name, tensor in tensors.items()
-            },
-        )
+        info = replace(info, sha256=file_sha256(tensors_file))
         info_file.write_text(json_text(info.to_json()), encoding="utf-8", errors="backslashreplace")
         card_file.write_text(model_card(info), encoding="utf-8", errors="backslashreplace")
 

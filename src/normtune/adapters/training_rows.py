@@ -95,11 +95,8 @@ def picture_hashes(dataset: Dataset, examples: Sequence[Example]) -> dict[str, s
     }
 
 
-def overlap(adapter: Path, dataset: Dataset, examples: Sequence[Example]) -> Overlap | None:
-    """Count the examples, and their pictures, that an adapter was trained on.
-
-    Returns:
-        The counts, or None if the adapter's folder does not record its training rows (adapters of version 0.1).
+def read_rows(adapter: Path) -> TrainingRows | None:
+    """Read the digests of an adapter's training rows; None if its folder does not record them (version 0.1).
 
     Raises:
         InputError: a file of the adapter is damaged.
@@ -113,13 +110,25 @@ def overlap(adapter: Path, dataset: Dataset, examples: Sequence[Example]) -> Ove
     stored = read_json(path)
     if not isinstance(stored, dict) or stored.get("digest") != recorded:
         raise InputError(f"{path} does not belong to the adapter beside it. Copy both again, or remove the file.")
+    rows = np.array([int(text, 16) for text in stored["rows"]], np.uint64)
+    return TrainingRows(recorded, rows, tuple(stored["pictures"]))
+
+
+def overlap(adapter: Path, dataset: Dataset, examples: Sequence[Example]) -> Overlap | None:
+    """Count the examples, and their pictures, that an adapter was trained on; None if it does not record its rows.
+
+    Raises:
+        InputError: a file of the adapter is damaged.
+    """
+    trained = read_rows(adapter)
+    if trained is None:
+        return None
     pictures = picture_hashes(dataset, examples)
-    trained_rows = np.array([int(text, 16) for text in stored["rows"]], np.uint64)
-    trained_pictures, evaluated_pictures = set(stored["pictures"]), {*pictures.values()}
+    evaluated_pictures = {*pictures.values()}
     return Overlap(
-        rows=int(np.isin(_row_hashes(as_examples(examples), pictures), trained_rows).sum()),
+        rows=int(np.isin(_row_hashes(as_examples(examples), pictures), trained.rows).sum()),
         rows_evaluated=len(examples),
-        pictures=len(evaluated_pictures & trained_pictures),
+        pictures=len(evaluated_pictures.intersection(trained.pictures)),
         pictures_evaluated=len(evaluated_pictures),
     )
 

@@ -1,8 +1,9 @@
-"""Commands that merge, export or upload an adapter."""
+"""Commands that merge, mix, export or upload adapters."""
 
 from __future__ import annotations
 
 import sys
+from math import isfinite, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,6 +30,36 @@ def merge(
     from normtune.api.models import merge
 
     emit(json, merge(model, adapter=adapter, out=out))
+
+
+@app.command()
+def mix(
+    adapters: Annotated[
+        list[str], typer.Argument(help="Folder of each adapter, or its name on the hub, with its weight: runs/ln:0.5")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the mixed adapter.")],
+    model: Annotated[str | None, typer.Option(help="Base model; default: as the first adapter names it.")] = None,
+    json: Json = False,
+) -> None:
+    """Mix adapters of one base and recipe: a weighted sum of what each has changed.
+
+    One adapter with a weight below 1 keeps part of its change. The base is read only if the weights do not sum to 1.
+    """
+    from normtune.adapters.mixing import mix_adapters
+
+    weights: dict[str | Path, float] = {}
+    for adapter in adapters:
+        name, _, weight = adapter.rpartition(":")
+        try:
+            number = float(weight)
+        except ValueError:
+            number = nan
+        if not name or not isfinite(number):
+            raise InputError(f"'{adapter}' has no weight. Give ADAPTER:WEIGHT, such as runs/ln:0.5.")
+        if name in weights:
+            raise InputError(f"{name} is given twice. Give it once, with the sum of the weights.")
+        weights[name] = number
+    emit(json, mix_adapters(weights, out=out, model=model))
 
 
 @app.command()
