@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from normtune.data.registry import open_configured
+from normtune.errors import InputError
 from normtune.studies.folds import with_split_files, write_split_files
 from normtune.studies.listing import PairCounts
 from normtune.studies.plan import Cell, Plan, plan
@@ -174,16 +175,26 @@ def test_a_search_uses_the_validation_split_and_runs_before_its_cells(tmp_path: 
                 ("validate", "validate")
             ]
     study = read_study(tmp_path / "study.yaml")
-    second_plan = plan(study, {planned.searches[0].id: 0.1, planned.searches[1].id: 1e-3})
+    second_plan = plan(study, {planned.searches[0].id: {"ln": 0.1}, planned.searches[1].id: {"full": 1e-3}})
     ln_cells = [cell for cell in second_plan.cells if cell.recipe == "ln" and "main" in cell.grids]
     assert second_plan.waiting == 0 and [cell.rates["ln"] for cell in ln_cells] == [0.1, 0.1]
     assert ln_cells[0].grids == ("main", "search")  # the winning trial is also the grid's cell of the same seed
     assert ln_cells[0].rate_source == "search"
 
 
-def test_recipes_of_several_methods_use_the_default_rates(tmp_path: Path) -> None:
+def test_a_search_raises_the_rates_of_several_methods_together(tmp_path: Path) -> None:
     planned = make_plan(tmp_path, ("full]", "ln-bias]\n    learning_rates: search"))
-    assert cells_by_recipe(planned)["ln-bias"].rates == {"ln": 0.03, "bias": 0.1}
+    trials = [cell.rates for search in planned.searches for cell in search.cells if cell.recipe == "ln-bias"]
+    assert trials == [{"ln": 0.01, "bias": 0.03}, {"ln": 0.03, "bias": 0.1}, {"ln": 0.1, "bias": 0.3}]
+
+
+def test_a_search_of_several_methods_needs_as_many_rates_of_each(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="recipe 'ln-bias' searches the rates of ln, bias together"):
+        make_plan(
+            tmp_path,
+            ("full]", "ln-bias]\n    learning_rates: search"),
+            ("grids:", "search: {rates: {ln: [0.01, 0.03]}}\ngrids:"),
+        )
 
 
 KEYS = {"frozen": "a6067a69b77e8c1c", "ln": "cdb31673a081280c", "full": "261873d9c90d53d2"}

@@ -22,7 +22,7 @@ def read_shipped(name: str) -> tuple[Study, Plan]:
     """A shipped study and its plan, with the middle trial of each search as the chosen rate."""
     study = read_study(STUDIES / f"{name}.yaml")
     unsearched = plan(study)
-    search_rates = {search.id: next(iter(search.cells[1].rates.values())) for search in unsearched.searches}
+    search_rates = {search.id: search.cells[1].rates for search in unsearched.searches}
     return study, plan(study, search_rates)
 
 

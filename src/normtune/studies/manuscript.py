@@ -137,9 +137,11 @@ def _training(study: Results, about: dict[str, str]) -> Iterator[str]:
         elif budget:
             yield f"Budget of a training: {', '.join(f'{value} {name}' for name, value in budget.items() if value)}."
     if any(cell.get("rate_source") == "search" for cell in trained):
+        is_best = (study.spec.get("search") or {}).get("choose") == "best"
+        rule = "that of the best trial" if is_best else "the lowest within one standard error of the best trial"
         yield (
-            "The learning rate of each recipe is the lowest within one standard error of the best of a search with one "
-            "seed on the validation split; the test split was not used."
+            f"The learning rate of each recipe is {rule} of a search with one seed on the validation split; the test "
+            "split was not used."
         )
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
+from normtune.errors import InputError
 from normtune.evaluation.config import EvaluateConfig
 from normtune.methods.recipe import parse
 from normtune.studies.folds import each_fold, fold_options, splits_identity
@@ -59,6 +60,9 @@ class Evaluation:
         return f"{self.dataset}-{_digest(_identity(self.config, self.splits), 8)}"
 
 
+Rates = dict[str, float]  # the learning rate of each method
+
+
 @dataclass(frozen=True)
 class Cell:
     """One training, or the frozen base (`train` is None), and its evaluations."""
@@ -73,7 +77,7 @@ class Cell:
     share: float  # the share of the training images, 0 to 1
     seed: int | None
     rate_source: Source  # where the learning rates are from: the methods' defaults, the file, or a search
-    rates: dict[str, float]  # the learning rate of each method
+    rates: Rates
     # the length of the training, in one of epochs, pairs and minutes, or the fields of `until: plateau`
     budget: dict[str, Any] | None
     train: TrainConfig | None  # the options of the training, without output folder and length
@@ -123,11 +127,11 @@ class Plan:
     waiting: int  # the number of cells that are planned when their search has finished
 
 
-def plan(study: Study, search_rates: Mapping[str, float] | None = None) -> Plan:
+def plan(study: Study, search_rates: Mapping[str, Rates] | None = None) -> Plan:
     """The cells of a study.
 
     Args:
-        search_rates: the learning rate that each finished search has chosen, by `RateSearch.id`.
+        search_rates: the learning rate of each method that a finished search has chosen, by `RateSearch.id`.
 
     Raises:
         InputError: options contradict each other.
@@ -179,7 +183,7 @@ class _Run:
 
 
 def _grid_cells(
-    study: Study, name: str, grid: Grid, search_rates: Mapping[str, float], searches: dict[str, RateSearch]
+    study: Study, name: str, grid: Grid, search_rates: Mapping[str, Rates], searches: dict[str, RateSearch]
 ) -> Iterator[Cell | None]:
     """The cells of a grid; None for a cell with an unfinished learning-rate search. Adds to `searches`."""
     recipes = study.recipes_of(grid)
@@ -198,8 +202,8 @@ def _grid_cells(
 
 
 def _grid_rates(
-    run: _Run, grid: Grid, search_rates: Mapping[str, float], searches: dict[str, RateSearch]
-) -> Iterator[tuple[Source, dict[str, float] | None]]:
+    run: _Run, grid: Grid, search_rates: Mapping[str, Rates], searches: dict[str, RateSearch]
+) -> Iterator[tuple[Source, Rates | None]]:
     """The learning rates of a recipe by method, with their source; None if the search is unfinished.
 
     The recipe is trained once with each. A search that the grid needs is added to `searches`.
@@ -207,19 +211,25 @@ def _grid_rates(
     defaults = default_rates(run.text)
     if isinstance(grid.learning_rates, list):
         yield from (("given", dict.fromkeys(defaults, rate)) for rate in grid.learning_rates)
-    elif grid.learning_rates == "default" or len(defaults) > 1:
+    elif grid.learning_rates == "default":
         yield "default", defaults
     else:
-        (method,) = defaults  # only recipes with a single method are searched
         options = run.study.search
-        rates = sorted(options.rates.get(method) or _neighbouring_rates(defaults[method]))
+        rates = {
+            method: sorted(options.rates.get(method) or _neighbouring_rates(defaults[method])) for method in defaults
+        }
+        if len({len(values) for values in rates.values()}) > 1:
+            raise InputError(
+                f"search.rates: recipe '{run.recipe}' searches the rates of {', '.join(rates)} together: "
+                "list the same number of rates for each."
+            )
         budget = options.budget or grid.budget
-        cells = [
-            _training_cell(run, SEARCH, 100.0, options.seed, "given", {method: rate}, budget, None) for rate in rates
-        ]
+        # Several methods go up together: ln 0.01 with bias 0.03, then ln 0.03 with bias 0.1, then ln 0.1 with bias 0.3.
+        trials = [dict(zip(rates, values, strict=True)) for values in zip(*rates.values(), strict=True)]
+        cells = [_training_cell(run, SEARCH, 100.0, options.seed, "given", trial, budget, None) for trial in trials]
         search = RateSearch(tuple(cells))
         searches[search.id] = search
-        yield "search", {method: search_rates[search.id]} if search.id in search_rates else None
+        yield "search", search_rates.get(search.id)
 
 
 def _neighbouring_rates(rate: float) -> list[float]:

@@ -30,7 +30,7 @@ from normtune.studies.cell import (
 from normtune.studies.changes import Changes, move_aside
 from normtune.studies.executors import Executor, get_executor
 from normtune.studies.folds import with_split_files, write_split_files
-from normtune.studies.plan import Cell, Plan, RateSearch, plan
+from normtune.studies.plan import Cell, Plan, Rates, RateSearch, plan
 from normtune.studies.spec import Study
 from normtune.training.inspection import inspect_model
 
@@ -61,23 +61,26 @@ class Summary:
     changed: dict[str, str] = field(default_factory=dict)  # the cell as text -> what has changed since it ran
 
 
-def choose_rates(study: Study, out: Path, searches: Iterable[RateSearch]) -> dict[str, float]:
-    """The learning rate that each finished search chooses: the lowest within one standard error of the best.
+def choose_rates(study: Study, out: Path, searches: Iterable[RateSearch]) -> dict[str, Rates]:
+    """The learning rates that each finished search chooses.
 
-    Trials are short and validation splits small, so the best trial often has a rate that is too high for the
-    whole run (Breiman et al., 1984: the one-standard-error rule; here the lower rate is the simpler choice).
+    By default the lowest rate within one standard error of the best: trials are short and validation splits small,
+    so the best trial often has a rate that is too high for the whole run (Breiman et al., 1984: the
+    one-standard-error rule; here the lower rate is the simpler choice). `choose: best` takes the best trial.
 
     Returns:
-        Rates by `RateSearch.id`; a search with an unfinished trial is left out.
+        The rate of each method by `RateSearch.id`; a search with an unfinished trial is left out.
     """
     rates = {}
     for search in searches:
         if all(is_finished(out, cell) for cell in search.cells):
             scores = [validation_score(out, cell, study.search.metric) for cell in search.cells]
             best, error = max(scores)
-            # cells are in ascending order of their rates, so the first one within the error is the lowest
-            lowest = next(cell for cell, (score, _) in zip(search.cells, scores, strict=True) if score >= best - error)
-            (rates[search.id],) = lowest.rates.values()
+            lowest_score = best if study.search.choose == "best" else best - error
+            # cells are in ascending order of their rates, so the first one is that with the lowest rate
+            rates[search.id] = next(
+                cell.rates for cell, (score, _) in zip(search.cells, scores, strict=True) if score >= lowest_score
+            )
     return rates
 
 

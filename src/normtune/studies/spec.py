@@ -164,6 +164,9 @@ class Search(_Section):
     metric: str | None = Field(
         None, description="Higher must be better; by default global_exact, or rouge_l for reports."
     )
+    choose: Literal["within-error", "best"] = Field(
+        "within-error", description="The lowest rate within one standard error of the best trial, or that of the best."
+    )
 
 
 class Grid(_Section):
