@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from normtune.data.registry import open_configured
-from normtune.errors import InputError
 from normtune.studies.folds import with_split_files, write_split_files
 from normtune.studies.listing import PairCounts
 from normtune.studies.plan import Cell, Plan, plan
@@ -182,19 +181,10 @@ def test_a_search_uses_the_validation_split_and_runs_before_its_cells(tmp_path: 
     assert ln_cells[0].rate_source == "search"
 
 
-def test_a_search_raises_the_rates_of_several_methods_together(tmp_path: Path) -> None:
+def test_a_search_gives_mixed_methods_the_same_rate(tmp_path: Path) -> None:
     planned = make_plan(tmp_path, ("full]", "ln-bias]\n    learning_rates: search"))
     trials = [cell.rates for search in planned.searches for cell in search.cells if cell.recipe == "ln-bias"]
-    assert trials == [{"ln": 0.01, "bias": 0.03}, {"ln": 0.03, "bias": 0.1}, {"ln": 0.1, "bias": 0.3}]
-
-
-def test_a_search_of_several_methods_needs_as_many_rates_of_each(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="recipe 'ln-bias' searches the rates of ln, bias together"):
-        make_plan(
-            tmp_path,
-            ("full]", "ln-bias]\n    learning_rates: search"),
-            ("grids:", "search: {rates: {ln: [0.01, 0.03]}}\ngrids:"),
-        )
+    assert trials == [{"ln": rate, "bias": rate} for rate in (0.01, 0.03, 0.1)]
 
 
 KEYS = {"frozen": "a6067a69b77e8c1c", "ln": "cdb31673a081280c", "full": "261873d9c90d53d2"}

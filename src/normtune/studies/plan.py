@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
-from normtune.errors import InputError
 from normtune.evaluation.config import EvaluateConfig
 from normtune.methods.recipe import parse
 from normtune.studies.folds import each_fold, fold_options, splits_identity
@@ -215,17 +214,11 @@ def _grid_rates(
         yield "default", defaults
     else:
         options = run.study.search
-        rates = {
-            method: sorted(options.rates.get(method) or _neighbouring_rates(defaults[method])) for method in defaults
-        }
-        if len({len(values) for values in rates.values()}) > 1:
-            raise InputError(
-                f"search.rates: recipe '{run.recipe}' searches the rates of {', '.join(rates)} together: "
-                "list the same number of rates for each."
-            )
+        # Methods that are mixed get the same rate, near the lowest of their defaults, as with --lr.
+        method = min(defaults, key=lambda name: defaults[name])
+        values = sorted(options.rates.get(method) or _neighbouring_rates(defaults[method]))
         budget = options.budget or grid.budget
-        # Several methods go up together: ln 0.01 with bias 0.03, then ln 0.03 with bias 0.1, then ln 0.1 with bias 0.3.
-        trials = [dict(zip(rates, values, strict=True)) for values in zip(*rates.values(), strict=True)]
+        trials = [dict.fromkeys(defaults, value) for value in values]
         cells = [_training_cell(run, SEARCH, 100.0, options.seed, "given", trial, budget, None) for trial in trials]
         search = RateSearch(tuple(cells))
         searches[search.id] = search
