@@ -129,7 +129,7 @@ def rate_curves(results: Results, setting: Setting) -> Iterator[Panel]:
         trials_of: dict[str, list[Record]] = {}
         for cell in results.finished.values():
             is_same = (cell["model"], cell["trained_on"]) == (setting.model, setting.trained_on)
-            is_trial = SEARCH in (cell.get("grids") or ()) and len(cell.get("rates") or {}) == 1
+            is_trial = SEARCH in (cell.get("grids") or ()) and len(set((cell.get("rates") or {}).values())) == 1
             if is_same and is_trial and cell["recipe"] in searched and (cell["key"], metric, dataset) in metric_rows:
                 trials_of.setdefault(cell["recipe"], []).append(cell)
         lines, table, arms = [], [], []
@@ -176,7 +176,7 @@ def _chosen_rates(results: Results, trial: Record) -> set[float]:
 
 
 def _rate(cell: Record) -> float:
-    """The learning rate of a trial, which has a single method."""
+    """The learning rate of a trial, the same for all of its methods."""
     return float(next(iter(cell["rates"].values())))
 
 
