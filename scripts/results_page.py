@@ -6,7 +6,7 @@ tests that were corrected for multiple comparisons; the rule is the docstring of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from normtune.runtime.number_format import (
 )
 from normtune.runtime.text_table import markdown_table
 from normtune.studies.page.results import is_about_recipes, is_significant
+from normtune.studies.spec import SEARCH
 from normtune.studies.statistics import format_rates
 
 Row = dict[str, Any]
@@ -32,6 +33,8 @@ NAMES = {"slake": "SLAKE", "vqa-rad": "VQA-RAD", "phantom-a": "the phantoms that
 NAMES |= {"phantom-b": "the phantoms of another hospital"}
 REAL = ("slake", "vqa-rad")  # the sets of real images
 GRIDS = (*REAL, "phantom-b")  # each grid has the name of its training set
+SMALL_GRIDS = ("vqa-rad", "slake", "phantom-b")
+SMALL_SHARE = 0.012  # a recipe that trains less is small
 
 
 @dataclass(frozen=True)
@@ -111,10 +114,7 @@ def format_mean(row: Row) -> str:
 def sentence(test: Row, dataset: str) -> str:
     """One comparison with LN as a sentence, with its interval."""
     name = "the frozen base" if test["recipe"] == "frozen" else f"`{test['recipe']}`"
-    interval = (
-        f"{format_points(test['difference'])} points "
-        f"[{format_points(test['low'])}, {format_points(test['high'])}], {format_p_value(test['p_holm'])}"
-    )
+    interval = _interval(test)
     if is_significant(test):
         side = "above" if test["difference"] > 0 else "below"
         return f"{name} is {side} `ln` on {NAMES[dataset]} ({interval})"
@@ -125,6 +125,14 @@ def sentence(test: Row, dataset: str) -> str:
     return (
         f"{name} and `ln` do not differ significantly on {NAMES[dataset]} ({interval}; a true difference of {power} "
         "points is found in four of five such comparisons)"
+    )
+
+
+def _interval(test: Row) -> str:
+    """The difference of a test with its interval and p-value."""
+    return (
+        f"{format_points(test['difference'])} points "
+        f"[{format_points(test['low'])}, {format_points(test['high'])}], {format_p_value(test['p_holm'])}"
     )
 
 
@@ -218,27 +226,59 @@ def page(study: dict[str, Any], questions_only: dict[str, Row]) -> str:
 
 def small_methods_page(study: dict[str, Any]) -> str:
     """The Markdown of docs/small-methods.md, from the results.json of studies/tiny-budget.yaml."""
-    results, dataset = Results(study), "phantom-b"
-    tests = sorted(results.tests(dataset, dataset).values(), key=lambda test: -test["difference"])
+    results = Results(study)
+    grids = [grid for grid in SMALL_GRIDS if results.tests(grid, grid)]
+    sections = []
+    for grid in grids:
+        tests = sorted(results.tests(grid, grid).values(), key=lambda test: -test["difference"])
+        comparisons = "\n".join(f"- {_capital(sentence(test, grid))}." for test in tests)
+        sections.append(f"{score_table(results, grid, grid)}\n{comparisons}\n")
     return _render(
         "small_methods.md.j2",
         line=study_line(results),
-        table=score_table(results, dataset, dataset),
-        comparisons="\n".join(f"- {_capital(sentence(test, dataset))}." for test in tests),
-        other_rates=other_rates(results, dataset),
+        findings="\n".join(_small_findings(results, grids)),
+        sections="\n".join(sections),
+        rates="\n".join(rate_table(results, grids)),
     )
 
 
-def other_rates(results: Results, dataset: str) -> str:
-    """The scores of `lora-1` at each learning rate, and that of `ln`."""
-    main = [row for row in results.tables["seeds"] if (row["metric"], row["dataset"]) == (MAIN_METRIC, dataset)]
-    rows = {row["rate"]: row for row in main if row["recipe"] == "lora-1"}
-    texts = [
-        f"{format_mean(row)} at {rate.removeprefix('lora ')}"
-        for rate, row in sorted(rows.items(), key=lambda item: float(item[0].split()[1]))
-    ]
-    ln = results.scores(dataset, dataset)["ln"][MAIN_METRIC]
-    return f"global accuracy of `lora-1` is {', '.join(texts)}, and that of `ln` {format_mean(ln)}"
+def _small_findings(results: Results, grids: Sequence[str]) -> Iterator[str]:
+    """What the study of small methods shows, each sentence with its comparisons."""
+    for recipe, text in (
+        ("lora-1", "LoRA with as many parameters as `ln`"),
+        ("lora-8", "LoRA with eight times as many"),
+        ("full", "Full tuning"),
+    ):
+        comparisons = "; ".join(sentence(results.tests(grid, grid)[recipe], grid) for grid in grids)
+        yield f"- **{text}:** {comparisons}."
+    for grid in grids:
+        shares = {recipe: results.cells(recipe, grid)[0]["trainable_share"] for recipe in results.scores(grid, grid)}
+        small = [test for recipe, test in results.tests(grid, grid).items() if 0 < shares.get(recipe, 0) < SMALL_SHARE]
+        better = [test for test in small if is_significant(test) and test["difference"] > 0]
+        best = max(small, key=lambda test: test["difference"])
+        text = "; ".join(sentence(test, grid) for test in better) or (
+            f"none is significantly above `ln`; the highest is `{best['recipe']}` ({_interval(best)})"
+        )
+        yield f"- **The {len(small)} other recipes that train less than {SMALL_SHARE:.1%}, on {NAMES[grid]}:** {text}."
+
+
+def rate_table(results: Results, grids: Sequence[str]) -> list[str]:
+    """The learning rate that the search chose for each recipe; bold if it is the lowest or highest that was tried."""
+    tried: dict[tuple[str, str], set[float]] = {}
+    for cell in results.tables["cells"]:
+        if SEARCH in cell["grids"] and cell["rates"]:
+            tried.setdefault((cell["recipe"], cell["trained_on"]), set()).update(cell["rates"].values())
+    rows = []
+    for recipe in dict.fromkeys(recipe for recipe, _ in tried):
+        row = [f"`{recipe}`"]
+        for grid in grids:
+            cells = results.cells(recipe, grid)
+            rates, known = (cells[0]["rates"] if cells else {}), tried.get((recipe, grid), set())
+            is_edge = bool(known) and set(rates.values()) <= {min(known), max(known)}
+            text = format_rates(rates).split()[-1] if rates else "–"
+            row.append(f"**{text}**" if is_edge else text)
+        rows.append(row)
+    return markdown_table(["recipe", *(NAMES[grid] for grid in grids)], rows, "l")
 
 
 def _render(template: str, **values: str) -> str:
