@@ -38,6 +38,7 @@ def test_every_shipped_study_is_tested_here() -> None:
         "tiny-budget",
         "paper-small",
         "paper-large",
+        "when-norms",
     }
 
 
@@ -64,6 +65,27 @@ def test_real_nano_has_five_seeds_transfer_and_home_and_trains_until_a_plateau()
             assert {(cell.trained_on, "in"), (other, "out"), ("phantom-a", "home")} <= roles
         if cell.trained_on == "vqa-rad":
             assert cell.train is not None and cell.train.image_disjoint
+
+
+def test_when_norms_compares_ln_and_full_at_each_strength_shift_and_number_of_images() -> None:
+    study, planned = read_shipped("when-norms")
+    shifts, seeds = 3, 3
+    cells = cells_per_grid(planned)
+    # each base once; ln and full on each shift with each seed
+    assert cells["strength"] == 4 + 4 * 2 * shifts * seeds
+    assert cells["size"] == 2 + 2 * 2 * shifts * seeds
+    assert cells["images-20"] == cells["images-320"] == 1 + 2 * shifts * seeds
+    assert cells["recipes"] == 1 + 6 * shifts * seeds
+    assert {cell.share * 320 for cell in planned.cells if cell.train is not None and set(cell.grids) != {SEARCH}} == {
+        20.0,
+        80.0,
+        320.0,
+    }
+    for cell in planned.cells:
+        if "recipes" in cell.grids and cell.train is not None:
+            roles = {(evaluation.dataset, evaluation.role) for evaluation in cell.evaluations}
+            others = {(name, "in" if name == cell.trained_on else "out") for name in study.grids["recipes"].train}
+            assert roles == others | {("phantom-a", "home")}
 
 
 @pytest.mark.parametrize(

@@ -211,7 +211,7 @@ def draw_axial(canvas: Canvas, scene: Scene) -> None:
     ribs = canvas.edge(np.cos(angle * 9 + canvas.offset(3.0)) * 0.05, 0.05)
     inner = canvas.ellipse(0, 0, 0.76 * wide, 0.545 * deep)
     canvas.paint(wall * (1 - inner) * ribs, tissue["cortex"])
-    lungs = {
+    lungs: dict[str, Plane2D] = {
         side: canvas.ellipse(sign(side) * 0.42 * wide, -0.02, 0.32 * wide, 0.47 * deep, sign(side) * -6)
         for side in ("left", "right")
     }

@@ -39,6 +39,11 @@ from normtune.data.phantom.wording import (
 from normtune.data.records import Kind
 
 MIN_QUESTIONS, MAX_QUESTIONS = 8, 14  # of one image
+# Families whose answers do not depend on the findings; a hospital with new findings does not ask them.
+_NOT_ABOUT_FINDINGS = {
+    *("modality", "modality_is", "weighting", "region", "region_is", "plane", "plane_is", "contains", "largest"),
+    *("color", "device", "device_is", "function", "count_kidneys"),
+}
 
 
 class Question(NamedTuple):
@@ -85,13 +90,18 @@ class _Asker:
 
 
 def ask_questions(scene: Scene, hospital: HospitalName) -> list[Question]:
-    """Write 8 to 14 different questions about one scene; they depend only on the scene and the hospital."""
+    """Write 8 to 14 different questions about one scene; they depend only on the scene and the hospital.
+
+    The hospital "knowledge" asks about findings only, fewer questions if the scene has none.
+    """
     wording = PROFILES[hospital].wording
     asker = _Asker(scene, hospital, random.Random(f"questions-{wording}-{scene.seed}"))
     questions: dict[str, Question] = {}
     reserve: dict[str, Question] = {}  # not selected; used if there are fewer than MIN_QUESTIONS
     for family, share in _FAMILY_SHARES.items():
         for question in family(asker):
+            if PROFILES[hospital].new_findings and question.meta["type"] in _NOT_ABOUT_FINDINGS:
+                continue
             target = questions if asker.rng.random() < share[wording] else reserve
             target.setdefault(question.question, question)
     for family in (_presence, _balanced):  # always called: they select at random themselves
