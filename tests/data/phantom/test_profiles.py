@@ -76,20 +76,16 @@ def test_the_hospital_wording_has_scenes_and_images_of_a_and_texts_of_b() -> Non
 
 
 def test_the_hospital_knowledge_has_new_findings_in_the_scenes_and_images_of_a() -> None:
-    kinds, with_finding, with_new = set(), 0, 0
+    kinds = set()
     for seed in SEEDS:
         scene, of_a = sample_scene(seed, "knowledge"), sample_scene(seed, "a")
         assert replace(scene, findings=()) == replace(of_a, findings=())
         assert len(scene.findings) == len(of_a.findings)
         assert sample_acquisition(scene, "knowledge") == sample_acquisition(of_a, "a")
-        new = {finding.kind for finding in scene.findings} & NEW_FINDINGS
-        kinds |= new
-        with_finding += bool(scene.findings)
-        with_new += bool(new)
+        kinds |= {finding.kind for finding in scene.findings}
         assert not {finding.kind for finding in of_a.findings} & NEW_FINDINGS
     assert kinds == NEW_FINDINGS
     assert len(kinds) == 6
-    assert with_new > 0.7 * with_finding
 
 
 def test_new_findings_are_named_in_words_of_a_and_asked_about_by_no_other_hospital() -> None:

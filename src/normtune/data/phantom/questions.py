@@ -242,7 +242,7 @@ def _presence(asker: _Asker) -> Iterator[Question]:
     for finding in present.values():
         yield _is_there(asker, finding, True)
     absent = [kind for kind in possible_kinds(asker.scene, asker.hospital) if kind.kind not in present]
-    weights = [kind.frequency(asker.hospital) for kind in absent]
+    weights = [kind.weight[PROFILES[asker.hospital].scenes] for kind in absent]
     if absent:
         yield _is_there(asker, asker.rng.choices(absent, weights)[0], False)
 

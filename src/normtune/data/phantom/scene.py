@@ -20,7 +20,7 @@ Side = Literal["", "left", "right"]  # the patient's; the patient's right is at 
 
 @dataclass(frozen=True)
 class Profile:
-    """Which hospital's scenes, images and words a hospital has. `new_findings` adds findings that A never has."""
+    """Which hospital's scenes, images and words a hospital has; with `new_findings`, A has none of its findings."""
 
     scenes: Hospital = "a"
     acquisition: Hospital = "a"
@@ -86,7 +86,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class FindingKind:
-    """One kind of finding: its frequency at the hospitals, and the attributes that it has."""
+    """One kind of finding: its frequency at the two hospitals, and the attributes that it has."""
 
     kind: str
     organs: tuple[str, ...]  # in which it can occur
@@ -95,12 +95,6 @@ class FindingKind:
     zoned: bool = False
     sized: bool = False
     counted: bool = False
-
-    def frequency(self, hospital: HospitalName) -> float:
-        """The relative frequency at a hospital; where there are new findings, the others have a fifth of it."""
-        profile = PROFILES[hospital]
-        weight = self.weight[profile.scenes]
-        return weight / 5 if profile.new_findings and self.kind not in NEW_FINDINGS else weight
 
 
 def _make_kind(kind: str, organs: str, a: float, b: float, **traits: bool) -> FindingKind:
@@ -156,25 +150,22 @@ KINDS: dict[tuple[Region, Plane], tuple[FindingKind, ...]] = {
 _STONE = _make_kind("stone", "kidney", 2, 2)
 
 # Findings of the profile `knowledge`, which a model trained on A has never seen. Each is named in words of A.
-_LUNG_CYST = _make_kind("lung cyst", "lung", 3.5, 3.5, zoned=True)
-_LUNG_EDEMA = _make_kind("lung edema", "lung", 3.5, 3.5, sided=False)
+_LUNG_CYST = _make_kind("lung cyst", "lung", 1, 1, zoned=True)
+_LUNG_EDEMA = _make_kind("lung edema", "lung", 1, 1, sided=False)
 _NEW_IN_ABDOMEN = (
-    _make_kind("kidney tumor", "kidney", 3.5, 3.5),
-    _make_kind("liver hemorrhage", "liver", 3.5, 3.5, sided=False),
+    _make_kind("kidney tumor", "kidney", 1, 1),
+    _make_kind("liver hemorrhage", "liver", 1, 1, sided=False),
 )
 _NEW_KINDS: dict[tuple[Region, Plane], tuple[FindingKind, ...]] = {
     ("chest", "frontal"): (_LUNG_CYST, _LUNG_EDEMA),
-    ("chest", "axial"): (_make_kind("lung cyst", "lung", 3.5, 3.5), _LUNG_EDEMA),
+    ("chest", "axial"): (_make_kind("lung cyst", "lung", 1, 1), _LUNG_EDEMA),
     ("chest", "coronal"): (_LUNG_CYST, _LUNG_EDEMA),
     ("abdomen", "axial"): _NEW_IN_ABDOMEN,
     ("abdomen", "coronal"): _NEW_IN_ABDOMEN,
-    ("head", "axial"): (
-        _make_kind("brain cyst", "brain", 3.5, 3.5, zoned=True),
-        _make_kind("skull tumor", "skull", 3.5, 3.5),
-    ),
+    ("head", "axial"): (_make_kind("brain cyst", "brain", 1, 1, zoned=True), _make_kind("skull tumor", "skull", 1, 1)),
     ("head", "sagittal"): (
-        _make_kind("brain cyst", "brain", 3.5, 3.5, sided=False, zoned=True),
-        _make_kind("skull tumor", "skull", 3.5, 3.5, sided=False),
+        _make_kind("brain cyst", "brain", 1, 1, sided=False, zoned=True),
+        _make_kind("skull tumor", "skull", 1, 1, sided=False),
     ),
 }
 NEW_FINDINGS = frozenset(kind.kind for kinds in _NEW_KINDS.values() for kind in kinds)
@@ -207,10 +198,10 @@ def check_hospital(hospital: str) -> HospitalName:
 
 def possible_kinds(scene: Scene, hospital: HospitalName) -> tuple[FindingKind, ...]:
     """The findings that this scene's view can show, present or not. Only abdominal CT can show stones."""
+    if PROFILES[hospital].new_findings:
+        return _NEW_KINDS[scene.region, scene.plane]
     kinds = KINDS[scene.region, scene.plane]
-    if scene.region == "abdomen" and scene.modality == "ct":
-        kinds = (*kinds, _STONE)
-    return (*kinds, *_NEW_KINDS[scene.region, scene.plane]) if PROFILES[hospital].new_findings else kinds
+    return (*kinds, _STONE) if scene.region == "abdomen" and scene.modality == "ct" else kinds
 
 
 def sample_scene(seed: int, hospital: HospitalName) -> Scene:
@@ -232,7 +223,7 @@ def sample_scene(seed: int, hospital: HospitalName) -> Scene:
     for _ in range(rng.choices((0, 1, 2), (0.30, 0.45, 0.25))[0]):
         used_kinds = {finding.kind for finding in findings}
         kinds = [kind for kind in possible_kinds(empty, hospital) if kind.kind not in used_kinds]
-        kind = rng.choices(kinds, [kind.frequency(hospital) for kind in kinds])[0]
+        kind = rng.choices(kinds, [kind.weight[like] for kind in kinds])[0]
         findings.append(_sample_finding(kind, findings, missing, rng))
     order = [kind.kind for kind in possible_kinds(empty, hospital)]
     findings.sort(key=lambda finding: order.index(finding.kind))
