@@ -24,15 +24,10 @@ DIRECTLY = "Answer with the option's letter from the given choices directly."
 
 @dataclass(frozen=True)
 class ChoiceFormat:
-    """How a model reads and answers questions with options. The field names are JSON keys of adapters.
+    """How a model reads and answers questions with options. The field names are JSON keys of adapters."""
 
-    Attributes:
-        prompt: how the question is written; see the top of this module.
-        target: what a model is trained to answer: the letter of the right option, or its text.
-    """
-
-    prompt: ChoicePrompt = "llava"
-    target: ChoiceTarget = "letter"
+    prompt: ChoicePrompt = "llava"  # how the question is written; see the top of this module
+    target: ChoiceTarget = "letter"  # what a model is trained to answer: the letter of the right option, or its text
 
     def with_options(self, options: Any) -> ChoiceFormat:
         """The format with the options `choice_prompt` and `choice_target` of a run, where they are set."""

@@ -27,15 +27,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class Group:
-    """One image (or a study of several views) and the segments that share it.
+    """One image (or a study of several views) and the segments that share it."""
 
-    Attributes:
-        images: image keys of the group.
-        segments: one segment a question.
-    """
-
-    images: tuple[str, ...]
-    segments: tuple[Segment, ...]
+    images: tuple[str, ...]  # image keys of the group
+    segments: tuple[Segment, ...]  # one segment a question
 
 
 def group_by_image(
@@ -61,16 +56,11 @@ def group_by_image(
 
 @dataclass(frozen=True)
 class RowGroups:
-    """The rows of each group as arrays.
+    """The rows of each group as arrays."""
 
-    Attributes:
-        order: the rows, group by group; int32 [rows]. The groups of one image follow each other.
-        ends: group g has the rows `order[ends[g]:ends[g + 1]]`; int64 [groups + 1], from 0.
-        image_ends: image i has the rows `order[image_ends[i]:image_ends[i + 1]]`; int64 [images + 1], from 0.
-    """
-
-    order: NDArray[np.int32]
-    ends: NDArray[np.int64]
+    order: NDArray[np.int32]  # the rows, group by group; int32 [rows]. The groups of one image follow each other
+    ends: NDArray[np.int64]  # group g has the rows `order[ends[g]:ends[g + 1]]`; int64 [groups + 1], from 0
+    # image i has the rows `order[image_ends[i]:image_ends[i + 1]]`; int64 [images + 1], from 0
     image_ends: NDArray[np.int64]
 
     @property

@@ -185,21 +185,15 @@ def is_abstained(score: float | None, abstain_below: float | None) -> bool:
 
 @dataclass(frozen=True)
 class ChoiceResult:
-    """How a model chose among the options of a question. The scorings are those of `normtune.metrics.choices`.
+    """How a model chose among the options of a question. The scorings are those of `normtune.metrics.choices`."""
 
-    Attributes:
-        selected: scoring -> the position of the selected option as the model saw it, first for the order of the
-            example, then for its rotations if they were scored; None if no option could be read from the generated
-            answer.
-        scores: scoring -> the log-likelihood of each option, in the order of the example; None for -inf.
-        generated: the generated answer, for the order of the example.
-        options_cut: number of options of which the model could not read all tokens.
-    """
-
+    # scoring -> the position of the selected option as the model saw it, first for the order of the example, then for
+    # its rotations if they were scored; None if no option could be read from the generated answer
     selected: dict[str, tuple[int | None, ...]]
+    # scoring -> the log-likelihood of each option, in the order of the example; None for -inf
     scores: dict[str, tuple[float | None, ...]] = field(default_factory=dict)
-    generated: str | None = None
-    options_cut: int = 0
+    generated: str | None = None  # the generated answer, for the order of the example
+    options_cut: int = 0  # number of options of which the model could not read all tokens
 
 
 @dataclass(frozen=True)

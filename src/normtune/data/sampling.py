@@ -30,17 +30,11 @@ DATASET = f"{META}dataset"  # the column that names the dataset of a mixture's r
 
 @dataclass(frozen=True)
 class Strata:
-    """Rows in strata, with the share of each stratum.
+    """Rows in strata, with the share of each stratum."""
 
-    Attributes:
-        names: of the strata.
-        codes: the stratum of each row, [rows].
-        shares: the part of the questions that each stratum has, [strata]; their sum is 1.
-    """
-
-    names: list[str]
-    codes: NDArray[np.int32]
-    shares: list[float]
+    names: list[str]  # of the strata
+    codes: NDArray[np.int32]  # the stratum of each row, [rows]
+    shares: list[float]  # the part of the questions that each stratum has, [strata]; their sum is 1
 
 
 def find_strata(examples: Examples, weights: Mapping[str, float], balanced: bool) -> Strata | None:

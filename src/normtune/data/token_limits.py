@@ -23,48 +23,34 @@ _MAX_SIZES = 50  # sizes of images of which the tokens are counted
 
 @dataclass(frozen=True)
 class TextLimits:
-    """How a model tokenises a row, and the most tokens that it takes. None: no limit.
+    """How a model tokenises a row, and the most tokens that it takes. None: no limit."""
 
-    Attributes:
-        model: its name, for messages.
-        tokenize: example -> (tokens of the prompt, tokens of the reference with its end token), both uncut.
-            Raises InputError for a row that the model cannot use.
-        decode: tokens -> text.
-        is_right: (prediction, reference) -> whether the exact match counts it.
-        max_prompt: tokens of a question with its frame.
-        max_reference: tokens of a reference in training, end token included; None also without training.
-        max_answer: tokens that are generated.
-        expected: the text of an example's reference as the model is to write it.
-        max_pixels: of an image.
-        image_tokens: (width, height) of an image -> tokens that it takes, with the frame of the prompt.
-    """
-
-    model: str
+    model: str  # its name, for messages
+    # example -> (tokens of the prompt, tokens of the reference with its end token), both uncut. Raises InputError for a
+    # row that the model cannot use
     tokenize: Callable[[Example], tuple[Sequence[int], Sequence[int]]]
-    decode: Callable[[Sequence[int]], str]
-    is_right: Callable[[str, str], bool]
-    max_prompt: int | None = None
+    decode: Callable[[Sequence[int]], str]  # tokens -> text
+    is_right: Callable[[str, str], bool]  # (prediction, reference) -> whether the exact match counts it
+    max_prompt: int | None = None  # tokens of a question with its frame
+    # tokens of a reference in training, end token included; None also without training
     max_reference: int | None = None
-    max_answer: int | None = None
+    max_answer: int | None = None  # tokens that are generated
+    # the text of an example's reference as the model is to write it
     expected: Callable[[Example], str] = attrgetter("answer")
-    max_pixels: int | None = None
+    max_pixels: int | None = None  # of an image
+    # (width, height) of an image -> tokens that it takes, with the frame of the prompt
     image_tokens: Callable[[tuple[int, int]], int] | None = None
 
 
 @dataclass
 class TokenCounts:
-    """What the limits of a model cut.
+    """What the limits of a model cut."""
 
-    Attributes:
-        limits: `model`, and for `prompts`, `references` and `answers` the lengths in tokens and how many are cut; of
-            answers also the `score_ceiling`; `texts` and `texts_tried` if only a sample was tokenised.
-        losses: reason -> number of rows.
-        bad_rows: id of a row that cannot be tokenised -> why.
-    """
-
+    # `model`, and for `prompts`, `references` and `answers` the lengths in tokens and how many are cut; of answers also
+    # the `score_ceiling`; `texts` and `texts_tried` if only a sample was tokenised
     limits: dict[str, Any]
-    losses: dict[str, int]
-    bad_rows: dict[str, str]
+    losses: dict[str, int]  # reason -> number of rows
+    bad_rows: dict[str, str]  # id of a row that cannot be tokenised -> why
 
 
 def count_tokens(rows: Examples, limits: TextLimits, *, exact: bool) -> TokenCounts:

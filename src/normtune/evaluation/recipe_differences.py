@@ -42,55 +42,33 @@ QUESTIONS: dict[Question, str] = {
 
 @dataclass(frozen=True)
 class MetricDifference:
-    """One metric of two runs or recipes on the same rows. `difference` is the second minus the first.
+    """One metric of two runs or recipes on the same rows. `difference` is the second minus the first."""
 
-    Attributes:
-        first: the metric of the first; the mean of several seeds.
-        second: the same of the second.
-        low: lower end of the 95% interval of the difference.
-        high: its upper end.
-        p: of the test that answers `question`.
-        p_holm: corrected for all metrics of all compared runs (Holm 1979).
-        rows: number of rows.
-        images: number of images.
-        method: the test.
-        question: `recipes` with three seeds or more of each, else `trained models`.
-        seeds: the number of seeds, of the recipe that has fewer.
-        smallest_difference: the true difference that is found in 80% of such comparisons.
-        margin: the largest difference that does not matter, if the user states one.
-        equivalent: whether the difference is inside the margin (TOST at 5%); None without a margin.
-        no_worse: whether the second is worse by less than the margin (one-sided test at 5%); None without a margin.
-    """
-
-    first: float
-    second: float
+    first: float  # the metric of the first; the mean of several seeds
+    second: float  # the same of the second
     difference: float
-    low: float
-    high: float
-    p: float
-    p_holm: float
-    rows: int
-    images: int
-    method: str
-    question: Question
-    seeds: int
-    smallest_difference: float
-    margin: float | None
-    equivalent: bool | None
+    low: float  # lower end of the 95% interval of the difference
+    high: float  # its upper end
+    p: float  # of the test that answers `question`
+    p_holm: float  # corrected for all metrics of all compared runs (Holm 1979)
+    rows: int  # number of rows
+    images: int  # number of images
+    method: str  # the test
+    question: Question  # `recipes` with three seeds or more of each, else `trained models`
+    seeds: int  # the number of seeds, of the recipe that has fewer
+    smallest_difference: float  # the true difference that is found in 80% of such comparisons
+    margin: float | None  # the largest difference that does not matter, if the user states one
+    equivalent: bool | None  # whether the difference is inside the margin (TOST at 5%); None without a margin
+    # whether the second is worse by less than the margin (one-sided test at 5%); None without a margin
     no_worse: bool | None
 
 
 @dataclass(frozen=True)
 class Group:
-    """The evaluated models of one recipe.
+    """The evaluated models of one recipe."""
 
-    Attributes:
-        metrics: every metric of each model (seed).
-        fixed: no seed decides the model: a base without tuning, or a baseline.
-    """
-
-    metrics: Sequence[Mapping[str, SumMetric]]
-    fixed: bool = False
+    metrics: Sequence[Mapping[str, SumMetric]]  # every metric of each model (seed)
+    fixed: bool = False  # no seed decides the model: a base without tuning, or a baseline
 
 
 def check_margin(points: float | None) -> None:

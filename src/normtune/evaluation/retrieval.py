@@ -30,22 +30,14 @@ class Retrieval:
     cosine similarity of their mean image features, after subtraction of the training studies' mean. The
     similarity is the `score` of the prediction. Of equally near studies, the first is taken. A question that
     training does not have gets the answer of `QuestionOnly`.
-
-    Attributes:
-        family: its image encoder computes the features, without changes to it.
-        train: the training rows.
-        mean: mean of the training studies' features, [width].
-        directions: centred features of unit length, [training rows, width].
-        by_question: words of a question -> rows of `directions`.
-        fallback: answers questions that training does not have.
     """
 
-    family: Family
-    train: tuple[Example, ...]
-    mean: Features
-    directions: Features
-    by_question: dict[tuple[str, ...], list[int]]
-    fallback: QuestionOnly
+    family: Family  # its image encoder computes the features, without changes to it
+    train: tuple[Example, ...]  # the training rows
+    mean: Features  # mean of the training studies' features, [width]
+    directions: Features  # centred features of unit length, [training rows, width]
+    by_question: dict[tuple[str, ...], list[int]]  # words of a question -> rows of `directions`
+    fallback: QuestionOnly  # answers questions that training does not have
 
     @classmethod
     def fit(

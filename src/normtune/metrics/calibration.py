@@ -48,17 +48,11 @@ MAX_BLOCKS = 500  # of clusters that the jackknife of the area leaves out togeth
 
 @dataclass(frozen=True)
 class ConfidentRows:
-    """Answers with their confidence.
+    """Answers with their confidence."""
 
-    Attributes:
-        confidence: from 0 to 1, [rows].
-        right: 1 for a right answer, 0 for a wrong one, [rows].
-        cluster: the index of the row's image or patient, [rows].
-    """
-
-    confidence: Floats
-    right: Floats
-    cluster: NDArray[np.int64]
+    confidence: Floats  # from 0 to 1, [rows]
+    right: Floats  # 1 for a right answer, 0 for a wrong one, [rows]
+    cluster: NDArray[np.int64]  # the index of the row's image or patient, [rows]
 
     def sums(self, values: Floats) -> Floats:
         """Sum values of rows, [rows], over each cluster, [clusters]."""

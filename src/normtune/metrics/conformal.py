@@ -33,19 +33,12 @@ LEVELS = (0.9, 0.95)
 
 @dataclass(frozen=True)
 class CandidateRows:
-    """Questions of which a candidate is the answer.
+    """Questions of which a candidate is the answer."""
 
-    Attributes:
-        examples: the questions.
-        shares: the probability share of each candidate, one list for each question.
-        answers: the position of the right answer among the candidates.
-        left_out: number of questions with candidates, none of which is the answer.
-    """
-
-    examples: list[Example]
-    shares: list[list[float]]
-    answers: list[int]
-    left_out: int
+    examples: list[Example]  # the questions
+    shares: list[list[float]]  # the probability share of each candidate, one list for each question
+    answers: list[int]  # the position of the right answer among the candidates
+    left_out: int  # number of questions with candidates, none of which is the answer
 
     @classmethod
     def of(cls, examples: Sequence[Example], predictions: Sequence[Prediction]) -> CandidateRows:

@@ -106,17 +106,11 @@ def highest_score(name: str) -> float:
 
 @dataclass(frozen=True)
 class ClusterScores:
-    """One metric of one run, by cluster.
+    """One metric of one run, by cluster."""
 
-    Attributes:
-        value: the metric over all rows.
-        influence: what each cluster adds to its error, [clusters].
-        counts: rows of each cluster, [clusters].
-    """
-
-    value: float
-    influence: Floats
-    counts: Floats
+    value: float  # the metric over all rows
+    influence: Floats  # what each cluster adds to its error, [clusters]
+    counts: Floats  # rows of each cluster, [clusters]
 
 
 def score_clusters(metric: SumMetric, cluster: Mapping[str, Hashable]) -> ClusterScores:

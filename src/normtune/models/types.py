@@ -16,24 +16,16 @@ Batch = dict[str, Any]  # tensors on any device; keys depend on the family
 
 @dataclass(frozen=True)
 class Answer:
-    """A generated answer.
+    """A generated answer."""
 
-    Attributes:
-        text: the decoded answer.
-        score: the mean log-probability of its tokens, end token included.
-        finish_reason: "stop" if the model ended it, "length" if it reached the largest number of tokens.
-        tokens: its tokens, including the end token if one was generated.
-        question_tokens_cut: tokens at the question's end that the model did not read, because it reads no longer
-            questions.
-        abstained: its confidence is below the threshold of the request; `text` is empty.
-    """
-
-    text: str
-    score: float
+    text: str  # the decoded answer
+    score: float  # the mean log-probability of its tokens, end token included
+    # "stop" if the model ended it, "length" if it reached the largest number of tokens
     finish_reason: FinishReason = "stop"
-    tokens: tuple[int, ...] = ()
+    tokens: tuple[int, ...] = ()  # its tokens, including the end token if one was generated
+    # tokens at the question's end that the model did not read, because it reads no longer questions
     question_tokens_cut: int = 0
-    abstained: bool = False
+    abstained: bool = False  # its confidence is below the threshold of the request; `text` is empty
 
     @property
     def confidence(self) -> float | None:
@@ -47,36 +39,22 @@ class Answer:
 
 
 class AnswerStates(NamedTuple):
-    """The head's input for a batch of N answer tokens, in the order of their segments.
+    """The head's input for a batch of N answer tokens, in the order of their segments."""
 
-    Attributes:
-        states: [N, width], the hidden states that predict the tokens.
-        labels: [N] long, the tokens.
-        segments: [N] long, the segment of each token, counted over all groups in the order given.
-    """
-
-    states: Tensor
-    labels: Tensor
-    segments: Tensor
+    states: Tensor  # [N, width], the hidden states that predict the tokens
+    labels: Tensor  # [N] long, the tokens
+    segments: Tensor  # [N] long, the segment of each token, counted over all groups in the order given
 
 
 @dataclass(frozen=True)
 class SelfTest:
-    """The result of the self-test of grouping; see `normtune.models.causal.self_test`.
+    """The result of the self-test of grouping; see `normtune.models.causal.self_test`."""
 
-    Attributes:
-        model_type: transformers' name of the type of model.
-        passed: whether questions of one image may be grouped.
-        reason: why it failed; None if it passed.
-        loss_error: the largest relative error of a loss; None if it was not computed.
-        gradient_error: the largest relative error of a gradient, by its norm.
-    """
-
-    model_type: str
-    passed: bool
-    reason: str | None = None
-    loss_error: float | None = None
-    gradient_error: float | None = None
+    model_type: str  # transformers' name of the type of model
+    passed: bool  # whether questions of one image may be grouped
+    reason: str | None = None  # why it failed; None if it passed
+    loss_error: float | None = None  # the largest relative error of a loss; None if it was not computed
+    gradient_error: float | None = None  # the largest relative error of a gradient, by its norm
 
     def text(self) -> str:
         """One line for people."""

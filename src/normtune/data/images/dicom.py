@@ -31,21 +31,14 @@ _IMAGE_GROUP = 0x0028  # rows, columns, bit depths, rescale, windows, look-up ta
 
 @dataclass(frozen=True)
 class GreyFrame:
-    """The stored grey values of one DICOM frame, for windows that are chosen later.
+    """The stored grey values of one DICOM frame, for windows that are chosen later."""
 
-    Attributes:
-        pixels: [rows, columns], as stored.
-        to_units: converts them to physical units, Hounsfield units for CT.
-        inverted: the smallest value is white.
-        window: the file's, else the one from the smallest to the largest value.
-        range: smallest and largest value in physical units.
-    """
-
-    pixels: NDArray[np.generic]
+    pixels: NDArray[np.generic]  # [rows, columns], as stored
+    # converts them to physical units, Hounsfield units for CT
     to_units: Callable[[NDArray[np.generic]], NDArray[np.floating]]
-    inverted: bool
-    window: Window
-    range: tuple[float, float]
+    inverted: bool  # the smallest value is white
+    window: Window  # the file's, else the one from the smallest to the largest value
+    range: tuple[float, float]  # smallest and largest value in physical units
 
     def render(self, window: Window) -> Image.Image:
         """The frame as 8-bit RGB, as `open_dicom` renders it with this window."""

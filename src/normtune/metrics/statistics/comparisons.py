@@ -32,17 +32,11 @@ SEED_DEVIATION = 0.015  # standard deviation of the score over seeds
 
 @dataclass(frozen=True)
 class SeedScores:
-    """The scores of one recipe: one trained model for each seed.
+    """The scores of one recipe: one trained model for each seed."""
 
-    Attributes:
-        values: score of each seed over all rows, [seeds].
-        influence: of each seed and cluster, [seeds, clusters]; see `influence_of_mean`.
-        fixed: the one model is the whole recipe, such as a base without tuning: no seed decides it.
-    """
-
-    values: Floats
-    influence: Floats
-    fixed: bool = False
+    values: Floats  # score of each seed over all rows, [seeds]
+    influence: Floats  # of each seed and cluster, [seeds, clusters]; see `influence_of_mean`
+    fixed: bool = False  # the one model is the whole recipe, such as a base without tuning: no seed decides it
 
 
 @dataclass(frozen=True)

@@ -30,21 +30,13 @@ _HEARTBEAT_S = 10.0  # interval of comments that keep proxies from closing a str
 
 @dataclass(frozen=True)
 class ChatJob:
-    """A submitted question.
+    """A submitted question."""
 
-    Attributes:
-        id: the completion's id.
-        model: the model's name in the request.
-        reply: the engine's reply.
-        windows: the window of each image in the request; None: the file's own.
-        texts: the text so far, each time it has grown; None once the reply is done.
-    """
-
-    id: str
-    model: str
-    reply: asyncio.Future[Reply]
-    windows: openai_api.Windows
-    texts: asyncio.Queue[str | None]
+    id: str  # the completion's id
+    model: str  # the model's name in the request
+    reply: asyncio.Future[Reply]  # the engine's reply
+    windows: openai_api.Windows  # the window of each image in the request; None: the file's own
+    texts: asyncio.Queue[str | None]  # the text so far, each time it has grown; None once the reply is done
 
 
 @asynccontextmanager

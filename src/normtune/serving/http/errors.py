@@ -26,21 +26,15 @@ _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 
 @dataclass(eq=False)
 class RequestRefused(Exception):
-    """A request that is answered with an error.
+    """A request that is answered with an error."""
 
-    Attributes:
-        status: the HTTP status.
-        message: one sentence for the client.
-        code, param: fields of OpenAI's error object.
-        retry_after: seconds after which to try again, for 429 and 503.
-    """
-
-    status: int
-    message: str
+    status: int  # the HTTP status
+    message: str  # one sentence for the client
     _: KW_ONLY
+    # fields of OpenAI's error object
     code: str | None = None
     param: str | None = None
-    retry_after: int | None = None
+    retry_after: int | None = None  # seconds after which to try again, for 429 and 503
 
     def body(self) -> dict[str, Any]:
         """Return OpenAI's error object."""

@@ -22,39 +22,28 @@ _MAX_CLIENTS = 10_000  # clients of a rate limiter; beyond that the least recent
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a server. Names that end in `_s` are in seconds.
+    """Limits of a server. Names that end in `_s` are in seconds."""
 
-    Attributes:
-        body_bytes, batch_bytes: size of a request's body, and of the body of `/v1/batch`.
-        pixels: pixels of one image.
-        images: images of one question.
-        question_characters: length of one question.
-        new_tokens: tokens of one answer.
-        batch_rows: rows of one batch.
-        questions: questions in the queue or being answered; more are refused before their bodies are read.
-        per_minute, burst: requests of one key (without keys: of one address) a minute, and at once.
-        request_s, body_s: time until the answer, and time for a body to arrive.
-        shared_bytes: memory for the bodies and decoded images of all requests together.
-        upload_bytes, uploads: memory and number of all uploaded images; the oldest are dropped.
-        upload_s: time after which an uploaded image expires.
-    """
-
+    # size of a request's body, and of the body of `/v1/batch`
     body_bytes: int = 32 << 20
     batch_bytes: int = 128 << 20
-    pixels: int = 25_000_000
-    images: int = 8
-    question_characters: int = 4_000
-    new_tokens: int = 1_024
-    batch_rows: int = 5_000
-    questions: int = 288
+    pixels: int = 25_000_000  # pixels of one image
+    images: int = 8  # images of one question
+    question_characters: int = 4_000  # length of one question
+    new_tokens: int = 1_024  # tokens of one answer
+    batch_rows: int = 5_000  # rows of one batch
+    questions: int = 288  # questions in the queue or being answered; more are refused before their bodies are read
+    # requests of one key (without keys: of one address) a minute, and at once
     per_minute: int = 600
     burst: int = 128
+    # time until the answer, and time for a body to arrive
     request_s: float = 120.0
     body_s: float = 60.0
-    shared_bytes: int = 2 << 30
+    shared_bytes: int = 2 << 30  # memory for the bodies and decoded images of all requests together
+    # memory and number of all uploaded images; the oldest are dropped
     upload_bytes: int = 512 << 20
     uploads: int = 2_000
-    upload_s: float = 3_600.0
+    upload_s: float = 3_600.0  # time after which an uploaded image expires
 
 
 class ApiKeys:

@@ -43,27 +43,16 @@ class EngineProtocol(Protocol):
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a server.
+    """The settings of a server."""
 
-    Attributes:
-        base: the model name of the base in requests.
-        limits: size, time and rate limits.
-        keys: API keys; without any, every request is accepted.
-        adapter_root: clients may register adapters from folders below it; None forbids registration.
-        reviews: a folder of `normtune review` pages; None serves none.
-        remote_hosts: hosts from which images are fetched.
-        hosts: the accepted Host headers; None accepts any.
-        abstain_below: answers with a lower confidence are refused; clients may send a higher threshold.
-    """
-
-    base: str
-    limits: Limits = field(default_factory=Limits)
-    keys: ApiKeys = field(default_factory=ApiKeys)
-    adapter_root: Path | None = None
-    reviews: Path | None = None
-    remote_hosts: frozenset[str] = frozenset()
-    hosts: frozenset[str] | None = None
-    abstain_below: float = 0.0
+    base: str  # the model name of the base in requests
+    limits: Limits = field(default_factory=Limits)  # size, time and rate limits
+    keys: ApiKeys = field(default_factory=ApiKeys)  # API keys; without any, every request is accepted
+    adapter_root: Path | None = None  # clients may register adapters from folders below it; None forbids registration
+    reviews: Path | None = None  # a folder of `normtune review` pages; None serves none
+    remote_hosts: frozenset[str] = frozenset()  # hosts from which images are fetched
+    hosts: frozenset[str] | None = None  # the accepted Host headers; None accepts any
+    abstain_below: float = 0.0  # answers with a lower confidence are refused; clients may send a higher threshold
 
 
 class Service:
