@@ -50,11 +50,7 @@ class Preflight:
         return counts | {"bad_rows": {"count": len(self.bad_rows), "first": first}}
 
     def require_no_loss(self) -> None:
-        """Apply `--strict`.
-
-        Raises:
-            InputError: there is a loss; the message counts all of them.
-        """
+        """Apply `--strict`. Raises `InputError` if there is a loss; the message counts all of them."""
         if self.losses:
             raise InputError(f"--strict: {_joined(self.losses)}. Correct the data, or leave out --strict.")
 

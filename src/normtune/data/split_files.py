@@ -235,11 +235,7 @@ def write_split_file(file: Path, made: Mapping[str, Any]) -> None:
 
 
 def read_split_file(file: Path) -> dict[str, Any]:
-    """Read a file of splits, JSON or CSV.
-
-    Raises:
-        InputError: it cannot be read, or holds no splits.
-    """
+    """Read a file of splits, JSON or CSV. Raises `InputError` if it cannot be read, or holds no splits."""
     made: Any
     if file.suffix == ".csv":
         made = _read_csv(file)

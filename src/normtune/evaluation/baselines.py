@@ -53,11 +53,7 @@ class QuestionOnly:
 
     @classmethod
     def fit(cls, train: Sequence[Example]) -> QuestionOnly:
-        """Count the answers of the training rows.
-
-        Raises:
-            InputError: if there are no rows.
-        """
+        """Count the answers of the training rows. Raises `InputError` if there are no rows."""
         if not train:
             raise InputError("the question-only baseline needs training rows and got none.")
         questions: dict[tuple[str, ...], list[str]] = defaultdict(list)

@@ -72,11 +72,7 @@ class Group:
 
 
 def check_margin(points: float | None) -> None:
-    """Check that a margin is above 0.
-
-    Raises:
-        InputError: if it is not.
-    """
+    """Check that a margin is above 0. Raises `InputError` if it is not."""
     if points is not None and not points > 0:
         raise InputError(f"--margin {points:g}: the margin must be above 0, in points such as 2.")
 

@@ -68,11 +68,7 @@ class ImageCache:
         self._digests: dict[str, str] = {}  # image key -> digest of the preprocessed image
 
     def __call__(self, key: str) -> Pixels:
-        """Get one image, from memory if possible.
-
-        Raises:
-            InputError: the image cannot be read.
-        """
+        """Get one image, from memory if possible. Raises `InputError` if the image cannot be read."""
         if key in self.entries:
             return self.entries[key]
         pixels = self._encode(key) if self.frozen else _in_dtype(self._read(key), self.family.dtype)
@@ -133,11 +129,7 @@ class ImageCache:
 
 
 def read_pixels(family: Family, dataset: Dataset, key: str) -> Pixels:
-    """Open and preprocess one image.
-
-    Raises:
-        InputError: the image cannot be read.
-    """
+    """Open and preprocess one image. Raises `InputError` if the image cannot be read."""
     try:
         return family.preprocess_image(dataset.open_image(key))
     except (OSError, SyntaxError) as error:  # PIL raises these for a damaged file

@@ -138,11 +138,7 @@ def _with_generation_config(body: Any, source: str) -> Any:
 
 
 def family_type(model: str) -> type[Family]:
-    """The family class that loads a model.
-
-    Raises:
-        InputError: there is no such model, or no family for its type.
-    """
+    """The family class that loads a model. Raises `InputError` if there is no such model, or no family for its type."""
     config = _read_config(_source(model))
     model_type = str(config.get("model_type"))
     if model_type not in _FAMILIES:
@@ -264,11 +260,7 @@ def known_architectures() -> list[str]:
 
 
 def _source(model: str) -> str:
-    """The directory or hub name from which transformers loads `model`.
-
-    Raises:
-        InputError: `model` is neither.
-    """
+    """The directory or hub name from which transformers loads `model`. Raises `InputError` if `model` is neither."""
     if model in BUILT_IN:
         return str(files("normtune.models").joinpath(model))
     path = Path(model)

@@ -112,11 +112,7 @@ class Rows:
         self.identified: dict[str, tuple[str, ...]] | None = None  # identifier of a DICOM file -> its image names
 
     def add(self, source: Source, stated: Columns, task: str) -> None:
-        """Read the rows of a source.
-
-        Raises:
-            InputError: a column is missing.
-        """
+        """Read the rows of a source. Raises `InputError` if a column is missing."""
         columns, is_report = self.columns_of(source, stated, task)
         for row in source.rows:
             try:
@@ -187,11 +183,7 @@ class Rows:
         return columns
 
     def _read_row(self, source: Source, row: SourceRow, columns: Columns, is_report: bool) -> None:
-        """Add a row to the examples.
-
-        Raises:
-            RowError: it cannot be used.
-        """
+        """Add a row to the examples. Raises `RowError` if it cannot be used."""
         cells = row.cells
         if isinstance(cells, RowError):
             raise cells

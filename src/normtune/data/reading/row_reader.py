@@ -327,11 +327,7 @@ class Row:
 
 
 def known_kind(word: str) -> Kind:
-    """Check that a word is a kind of example.
-
-    Raises:
-        RowError: it is none.
-    """
+    """Check that a word is a kind of example. Raises `RowError` if it is none."""
     for kind in KINDS:
         if kind == word:
             return kind

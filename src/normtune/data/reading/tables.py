@@ -192,11 +192,7 @@ def _text_lines(file: Path) -> Iterator[str]:
 
 
 def _parsed_rows(file: Path, reader: Iterator[list[str]]) -> Iterator[tuple[int, list[str]]]:
-    """Yield (row number from 1, cells) of the rows that are not blank.
-
-    Raises:
-        InputError: a quote is not closed.
-    """
+    """Yield (row number from 1, cells) of the rows that are not blank. Raises `InputError` if a quote is not closed."""
     number = 0
     try:
         for number, cells in enumerate(reader, start=1):

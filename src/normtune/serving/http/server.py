@@ -29,11 +29,7 @@ def allowed_hosts(host: str) -> frozenset[str] | None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Open a listening socket. Port 0 chooses a free port.
-
-    Raises:
-        InputError: the address is not available.
-    """
+    """Open a listening socket. Port 0 chooses a free port. Raises `InputError` if the address is not available."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listening = socket.create_server((host, port), family=family, backlog=2048)

@@ -75,11 +75,7 @@ def read_upload(data: bytes, *, max_pixels: int, name: str = "the image") -> tup
 
 
 def render(grey: GreyFrame | None, window: Window, name: str = "the image") -> Image.Image:
-    """Return an image with this window.
-
-    Raises:
-        InputError: it has no grey values, or the window is too small.
-    """
+    """Return an image with this window. Raises `InputError` if it has no grey values, or the window is too small."""
     if grey is None:
         raise InputError(f"{name}: a window applies to DICOM files with grey values. Leave it out.")
     return grey.render(window)
