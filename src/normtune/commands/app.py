@@ -159,7 +159,6 @@ def emit(as_json: bool, result: Any, text: str | None = None) -> None:
     """Print a result, as JSON or as text. In a distributed run only the main process prints.
 
     Args:
-        as_json: whether the user gave --json.
         result: JSON values, or a result with `to_dict`.
         text: the result as text; None: `str(result)`.
     """

@@ -252,7 +252,6 @@ class Examples(Sequence[Example]):
         Args:
             column: split or "meta:NAME".
             codes: the index of each row's value, [rows]; -1 leaves out the field of `meta`.
-            values: the values.
         """
         if self._table is not None:
             names = list(dict.fromkeys(values))  # a table has each value once, and only values that rows have

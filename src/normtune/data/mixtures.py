@@ -36,8 +36,6 @@ def open_mixture(
     `group_by`, which names the patients of all datasets.
 
     Args:
-        entries: the datasets with their weights.
-        open_entry: opens one of them.
         group_by: the column of --group-by.
 
     Raises:

@@ -136,7 +136,6 @@ def preflight(
     """Count what a dataset holds and what will be lost of it. Nothing is changed.
 
     Args:
-        dataset: the dataset.
         examples: the rows that will be used, such as one split; by default all.
         limits: how the model cuts texts; without it nothing is counted in tokens.
         open_pictures: whether every picture of `examples` is opened once; False for pictures that are drawn.

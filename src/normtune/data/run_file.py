@@ -26,7 +26,6 @@ def read_run_file(path: Path, config: type[DataOptions]) -> dict[str, Any]:
     """Read the options of a run. Required options may be missing: the command line can give them.
 
     Args:
-        path: the YAML file.
         config: its fields are those that the file may have.
 
     Raises:
@@ -46,8 +45,6 @@ def run_file_text(command: str, options: DataOptions, *, resolved: Mapping[str, 
     """The file of a run that has been done, with every option that has a value.
 
     Args:
-        command: train or evaluate.
-        options: the options of the run.
         resolved: values that replace those of the options, such as the device that was used.
     """
     values = options.model_dump(mode="json", exclude=set(_FOLDER_OPTIONS)) | dict(resolved or {})
@@ -63,8 +60,6 @@ def commented_run_file(command: str, options: DataOptions, set_fields: Collectio
     """The file of a run to be edited: every option with its description; options that are not set are comments.
 
     Args:
-        command: train or evaluate.
-        options: the options of the run.
         set_fields: the names of the options that are set in the file.
     """
     values = options.model_dump(mode="json")

@@ -106,7 +106,6 @@ def find_leaks(
     that is no leak. Languages of different splits may not.
 
     Args:
-        dataset: the dataset.
         columns, alike: `group_columns` of its examples and `near_duplicates` of its pictures, if these are known.
     """
     leaks: list[Leak] = []

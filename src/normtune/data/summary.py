@@ -35,7 +35,6 @@ def summarize(dataset: Dataset, leaks: Sequence[Leak] | None = None) -> DatasetS
     """Count a dataset's rows, images, problems and leaks.
 
     Args:
-        dataset: the dataset.
         leaks: its leaks, if they are known already, as from `preflight`.
 
     Returns:

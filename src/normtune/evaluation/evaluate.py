@@ -45,7 +45,6 @@ def evaluate_config(
     """Load the model, adapter and data that `config` names, and evaluate.
 
     Args:
-        config: the options of the evaluation.
         family: the loaded model, with its adapter; None: it is loaded.
         dataset: the opened dataset; None: it is opened.
         progress: called with (pairs done, pairs in all) after each batch.

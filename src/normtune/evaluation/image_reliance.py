@@ -216,7 +216,6 @@ def grounding_scores(
     """Compute two scores of Zafar et al. (2026), for answers.
 
     Args:
-        examples: the evaluated questions.
         predictions: the answers, in the order of the examples.
         shuffled: those with images of other patients.
         reliance: the result of `image_reliance` for the control `other`.

@@ -86,9 +86,7 @@ def compare_metric(
     those of one recipe together: each row has the mean of their scores.
 
     Args:
-        name: the metric.
         first, second: the groups.
-        examples: the evaluated examples.
         margin: the largest difference that does not matter, in points (2 is 0.02).
 
     Raises:

@@ -203,7 +203,6 @@ def make_record(examples: Split, metrics: Mapping[str, Metric], **fields: Any) -
 
     Args:
         examples: the evaluated rows; the name and licence of their dataset are recorded.
-        metrics: the scores.
         fields: further fields: base, adapter, settings, seconds, ...
     """
     return {

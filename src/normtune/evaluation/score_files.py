@@ -170,7 +170,6 @@ def read_texts(path: Path | str, fields: Sequence[str]) -> dict[str, Row]:
     """Read a JSONL file as id -> row, in the order of the file.
 
     Args:
-        path: the file.
         fields: fields that may contain the text; the first one that a row has is used.
 
     Raises:

@@ -35,9 +35,7 @@ def ask(
     """Answer questions about one image or one study with several views; its features are computed once.
 
     Args:
-        family: the model, in evaluation mode.
         images: image files or opened images, in their order.
-        questions: the questions.
         beams: width of the beam search; 1: greedy decoding.
         max_new_tokens: maximum length of an answer in tokens.
         report: whether the answers are reports; an empty question is then the report prompt.

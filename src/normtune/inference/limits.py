@@ -114,7 +114,6 @@ def inspect_data(dataset: Dataset, model: str | None = None, *, text_only: bool 
     """Count what all splits of a dataset hold and what would be lost of them, as `normtune data` prints it.
 
     Args:
-        dataset: the dataset.
         model: the model that sets the limits of the texts; None: tokens are not counted.
         text_only: do not open the pictures.
 

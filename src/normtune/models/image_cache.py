@@ -154,7 +154,6 @@ def image_store(folder: Path | None, family: Family) -> TensorCache | None:
 
     Args:
         folder: where caches are; None gives no cache.
-        family: the model.
 
     Raises:
         InputError: the folder cannot be created.
@@ -171,7 +170,6 @@ def values_key(family: Family, include: Callable[[str], bool], *extra: str) -> s
     All values are read, about a second for each gigabyte, since samples could miss a tuned norm.
 
     Args:
-        family: the model.
         include: whether a parameter or buffer of this name is part of the digest.
         extra: further texts to include.
     """

@@ -39,7 +39,6 @@ def read(root: Path, *, sections: Sections = "findings", text_only: bool = False
     `text_only`, those with missing image files. Messages contain no text and no name of a patient.
 
     Args:
-        root: the dataset's folder.
         sections: sections that a report consists of.
         text_only: keep studies with missing image files.
 

@@ -42,7 +42,6 @@ def read(root: Path, *, sections: Sections = "findings", text_only: bool = False
     missing image files are kept.
 
     Args:
-        root: the dataset's folder.
         sections: sections that a report consists of.
         text_only: keep studies with missing image files.
 

@@ -29,8 +29,6 @@ def read(root: Path, *, language: Literal["en", "zh", "all"] = "en", text_only: 
     the other is listed too.
 
     Args:
-        root: SLAKE's folder.
-        language: language of the questions.
         text_only: keep rows with missing image files.
 
     Raises:

@@ -41,7 +41,6 @@ def check_image_path(image: str, path: str) -> None:
 
     Args:
         image: name of the image in messages, such as "image 1".
-        path: the text.
 
     Raises:
         RowError: the text is a URL, or too long for a path.

@@ -39,7 +39,6 @@ def read_entries(reader: RowReader, root: Path, sections: Sections, **meta: str)
     An entry has one or two images (`image_path`), with paths relative to the image folder.
 
     Args:
-        reader: collects the rows.
         root: folder of annotation.json.
         sections: must be "findings", as the file has no other section.
         **meta: further `meta` fields of each example.

@@ -60,7 +60,6 @@ class RowReader:
         Args:
             errors: one for each row.
             row: what messages call a row, such as "line".
-            strict: raise an error.
 
         Raises:
             InputError: strict, and there are errors.
@@ -293,9 +292,7 @@ class Row:
         Args:
             images: image keys.
             question: the question; empty for a report.
-            answer: the reference answer or report.
             kind: open, closed or report, of a row without options.
-            split: the split's name.
             meta: further fields; empty values are dropped.
             answer_name: name of the answer's field, for the message about an empty answer.
             history: the turns before the question.

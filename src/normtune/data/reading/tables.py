@@ -81,7 +81,6 @@ def json_rows(file: Path, name: str, dataset: str) -> Iterator[tuple[int, dict[s
     """Yield (number from 1, row) of a published file that holds a JSON list; a row that is no object is empty.
 
     Args:
-        file: the file.
         name: the file's name in messages.
         dataset: the dataset's name in messages.
 
@@ -114,7 +113,6 @@ def csv_rows(file: Path, needed: Sequence[str]) -> Iterator[tuple[int, dict[str,
     """Yield (row number, column -> cell) for the rows of a published .csv or .csv.gz file.
 
     Args:
-        file: the file.
         needed: columns that the file must have.
 
     Yields:

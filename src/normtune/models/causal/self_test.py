@@ -53,7 +53,6 @@ def run_self_test(family_class: Callable[..., CausalFamily], model: Any, process
     Args:
         family_class: called with a model, its processor and `grouped`.
         model: the model, of which only config and generation config are used; it may be on the meta device.
-        processor: its processor.
     """
     key = f"{model.config.to_json_string()} {type(processor).__name__} {processor.chat_template}"
     if key not in _results:
@@ -160,7 +159,6 @@ def small_config(config: Any, *, narrow: bool) -> Any:
     """A copy of a model's config with `LAYERS` layers in each part (one of each kind at least) and short windows.
 
     Args:
-        config: the config.
         narrow: make the parts narrow too; see `_narrow`.
     """
     values = copy.deepcopy(config.to_dict())

@@ -195,8 +195,6 @@ class StreamedResponse(StreamingResponse):
     """Sends the texts of a generator, which it closes when all are sent or the client disconnects.
 
     Args:
-        chunks: the texts.
-        media_type: the Content-Type.
         stack: contexts that are left at the same time.
     """
 
@@ -215,7 +213,6 @@ async def completion_events(question: ChatJob, *, usage: bool, seconds: float) -
     """Yield the answer as server-sent events in OpenAI's format.
 
     Args:
-        question: the submitted question.
         usage: add a last chunk with the token counts.
         seconds: the most time until the reply.
     """

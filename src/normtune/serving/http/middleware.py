@@ -40,11 +40,9 @@ class RequestGate:
     """An ASGI application that checks requests and passes accepted ones to another application.
 
     Args:
-        app: the application.
         service: the limits, keys, accepted hosts and memory budget. A server on loopback without keys accepts
             only loopback names as Host, so that a web page cannot reach it through its own domain (DNS
             rebinding).
-        metrics: counts the requests.
     """
 
     def __init__(self, app: ASGIApp, service: Service, metrics: ServerMetrics) -> None:

@@ -41,7 +41,6 @@ def check_adapter_name(name: str, where: str) -> None:
     """Check that a name is valid for an adapter.
 
     Args:
-        name: the name.
         where: its source, for the error message.
 
     Raises:

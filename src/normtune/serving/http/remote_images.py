@@ -26,7 +26,6 @@ def fetch_image(url: str, hosts: Collection[str], max_bytes: int, name: str = "t
     """Return the bytes of an image at an http(s) URL.
 
     Args:
-        url: the URL.
         hosts: the allowed hosts, as `name` or `name:port`.
         max_bytes: the most bytes to read.
         name: the image's name in error messages.

@@ -50,7 +50,6 @@ def open_upload(data: bytes, *, max_pixels: int, name: str = "the image", window
     """Decode an untrusted image file to 8-bit RGB.
 
     Args:
-        data: the file.
         max_pixels: the most pixels; a larger image is refused before it is decoded.
         name: the image's name in error messages, which quote nothing from the file.
         window: (centre, width) for grey values of DICOM; None: the file's own.
