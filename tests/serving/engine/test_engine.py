@@ -22,7 +22,8 @@ from normtune.adapters.storage import INFO_FILE, TENSORS_FILE, load_adapter, loa
 from normtune.data.choices import ChoiceFormat
 from normtune.data.groups import Group
 from normtune.methods.adapt import TunedModel, adapt, restore_base
-from normtune.models.causal.family import FEATURES, CausalFamily
+from normtune.models.causal.family import CausalFamily
+from normtune.models.causal.image_features import FEATURES
 from normtune.models.family import Family
 from normtune.models.generation import generate
 from normtune.models.loading import load

@@ -9,7 +9,6 @@ its masks and positions.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -35,6 +34,13 @@ from normtune.models.causal.attention import (
 from normtune.models.causal.checkpoint_settings import active_settings, end_tokens
 from normtune.models.causal.decoding import ColumnCache
 from normtune.models.causal.frozen_layers import causal_trunk
+from normtune.models.causal.image_features import (
+    FEATURES,
+    distinct_images,
+    encoded_features,
+    feature_rows,
+    flatten_features,
+)
 from normtune.models.causal.prompts import ChatPrompt, PromptFormat, TokenIds
 from normtune.models.causal.recurrent import PASSES, RunTree, recurrent_kinds, run_passes, use_run_passes
 from normtune.models.causal.shared_prefix import (
@@ -63,8 +69,6 @@ from normtune.models.types import AnswerStates, Batch, Pixels
 #
 # Generation runs the same pass over the prompts with a key-value cache, then one token an answer in each step
 # (`normtune.models.causal.answering`).
-
-FEATURES = "features"  # key of an encoded image's features; keys of further features begin with it
 
 
 class CausalFamily(Family):
@@ -301,8 +305,7 @@ class CausalFamily(Family):
         # whether block masks are used depends on the length, which they then require to be rounded up
         if self._uses_block_masks(sequence.input_ids):
             sequence = shared_sequence(groups, prefixes, self.pad_id, rows=rows, multiple_of=BLOCK_SIZE)
-        # the same object in several groups (a study in two groups) is encoded once
-        distinct = list({id(image): image for image in chain.from_iterable(pixels)}.values())
+        distinct = distinct_images(pixels)
         batch: Batch = {
             "input_ids": sequence.input_ids,
             "group_of": sequence.group_of,
@@ -311,25 +314,12 @@ class CausalFamily(Family):
             "token_index": sequence.position_ids,
             "position_ids": self.positions(sequence, prefixes, pixels),
             "image_places": (sequence.input_ids == self.image_token_id).nonzero(),
-            "images": _precomputed_features(distinct) or self.image_inputs(distinct),
-            "feature_rows": self._feature_rows(distinct, pixels),
+            "images": encoded_features(distinct) or self.image_inputs(distinct),
+            "feature_rows": feature_rows(pixels, distinct, self._image_tokens),
         }
         if self.recurrent:
             batch[PASSES] = run_passes(sequence, keep_states=keep_states)
         return batch, sequence, groups
-
-    def _feature_rows(self, distinct: Sequence[Pixels], pixels: Sequence[Sequence[Pixels]]) -> Tensor | None:
-        """The feature of each image token: [image tokens] long, rows of the distinct images' features.
-
-        None if every image occurs once, since features and image tokens then have the same order. Example:
-        images a (2 tokens) and b (1 token) in the order a, b, a give `[0, 1, 2, 0, 1]`.
-        """
-        image_ids = [id(image) for image in chain.from_iterable(pixels)]
-        if len(image_ids) == len(distinct):
-            return None
-        counts = self._image_tokens(distinct)
-        rows_of = dict(zip(map(id, distinct), torch.arange(sum(counts)).split(counts), strict=True))
-        return torch.cat([rows_of[image_id] for image_id in image_ids])
 
     # --- the forward pass -----------------------------------------------------------------------------------
 
@@ -404,15 +394,3 @@ class CausalFamily(Family):
     ) -> list[Generated]:
         """See `normtune.models.causal.answering.generate_tokens`."""
         return generate_tokens(self, groups, pixels, **options)
-
-
-def flatten_features(features: Tensor | Sequence[Tensor]) -> Tensor:
-    """Join features, [tokens, width], [images, tokens, width] or one tensor an image, to [image tokens, width]."""
-    whole = features if isinstance(features, Tensor) else torch.cat([*features])
-    return whole.flatten(0, -2)
-
-
-def _precomputed_features(images: Sequence[Pixels]) -> dict[str, Tensor]:
-    """The features that `encode_image` has computed; empty if images are still pixels."""
-    names = [name for name in images[0] if name.startswith(FEATURES)]
-    return {name: torch.cat([image[name] for image in images]) for name in names}

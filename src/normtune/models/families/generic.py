@@ -27,7 +27,8 @@ from normtune.data.groups import Group, Segment
 from normtune.errors import InputError
 from normtune.models.answer_loss import Head
 from normtune.models.causal.checkpoint_settings import SETTINGS, end_tokens
-from normtune.models.causal.family import FEATURES, CausalFamily, flatten_features
+from normtune.models.causal.family import CausalFamily
+from normtune.models.causal.image_features import FEATURES, flatten_features
 from normtune.models.causal.prompts import TokenIds, template_options
 from normtune.models.causal.self_test import run_self_test
 from normtune.models.family import Family

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from normtune.models.causal.family import FEATURES, CausalFamily
+from normtune.models.causal.family import CausalFamily
+from normtune.models.causal.image_features import FEATURES
 from normtune.models.types import Pixels
 
 # Chat templates for checkpoints without one: LLaVA 1.5 uses Vicuna's prompts, LLaVA-Med 1.5 Mistral's.

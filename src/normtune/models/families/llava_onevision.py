@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import LlavaOnevisionProcessor
 
-from normtune.models.causal.family import FEATURES
+from normtune.models.causal.image_features import FEATURES
 from normtune.models.families.llava_next import LlavaNextFamily
 from normtune.models.processors import image_only
 from normtune.models.types import Pixels

@@ -17,7 +17,8 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 from normtune.data.groups import Group
 from normtune.models.causal.attention import ONE_KIND, additive_masks
 from normtune.models.causal.decoding import ColumnCache
-from normtune.models.causal.family import FEATURES, CausalFamily
+from normtune.models.causal.family import CausalFamily
+from normtune.models.causal.image_features import FEATURES
 from normtune.models.causal.shared_prefix import PAD
 from normtune.models.frozen_trunk import TRUNK_STATES
 from normtune.models.processors import with_image_processor

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import Glm4vProcessor, Qwen2_5_VLProcessor, Qwen2VLProcessor, Qwen3VLProcessor
 
-from normtune.models.causal.family import FEATURES, CausalFamily, flatten_features
+from normtune.models.causal.family import CausalFamily
+from normtune.models.causal.image_features import FEATURES, flatten_features
 from normtune.models.causal.prompts import TokenIds
 from normtune.models.causal.shared_prefix import PREFIX, SharedSequence
 from normtune.models.processors import image_only

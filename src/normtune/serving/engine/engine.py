@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from threading import Condition, Thread
 from typing import Self
@@ -120,11 +121,8 @@ class Engine:
             A future of the reply. If it is cancelled before its batch begins, the request leaves the queue.
 
         Raises:
-            Busy: the queue is full.
-            Closed: the engine is closing or closed.
-            UnknownAdapter: no adapter of that name is registered.
-            DeviceFailed: the accelerator failed before.
-            InputError: the request has no image, a limit of less than one token or beam, or an empty stop text.
+            Busy, Closed, DeviceFailed, UnknownAdapter: see their docstrings.
+            InputError: the request cannot be answered; see `Request.check`.
         """
         adapter = self._adapters.find(request.adapter)
         request.check()
@@ -134,21 +132,15 @@ class Engine:
         family, digests = self.family, tuple(map(pixel_digest, images))
         job = Job(
             number=next(self._numbers),
+            request=replace(request, images=()),  # the queue bounds the memory of images, so it keeps one copy of each
             images=tuple(
                 # An image that is in the cache will probably not be encoded again.
                 image if (adapter.image_digest, digest) in self._images.cache else family.preprocess_image(image)
                 for image, digest in zip(images, digests, strict=True)
             ),
             image_digests=digests,
-            question=request.question,
             adapter=adapter,
-            limit=request.token_limit,
-            beams=request.beams,
-            stop=request.stop,
             on_text=on_text,
-            history=request.history,
-            abstain_below=request.abstain_below,
-            options=request.options,
         )
         job.future.add_done_callback(self._drop_cancelled)
         with self._condition:
@@ -199,7 +191,7 @@ class Engine:
             self._adapters.close()
 
     def _check_accepting(self) -> None:
-        """Raise `DeviceFailed`, `Closed` or `Busy` if no request can be accepted. The caller holds the lock."""
+        """Raise an error if no request can be accepted. The caller holds the lock."""
         if self.failed:
             raise DeviceFailed()
         if self._closing:
@@ -244,10 +236,7 @@ class Engine:
             self._reject_queued()
 
     def _next_batch(self) -> list[Job]:
-        """Wait until a batch is full or its oldest job has waited `max_wait` seconds, and return it.
-
-        An empty list means that the engine is closed and its queue is empty.
-        """
+        """Wait until a batch is full or its oldest job has waited `max_wait` seconds; empty when the engine closes."""
         with self._condition:
             while True:
                 if not self._queue:
@@ -282,10 +271,12 @@ class Engine:
 
     def _tokenize(self, job: Job) -> None:
         """Set a job's segment, cut as in its adapter's training, and count the tokens that are cut."""
-        family, question = self.family, job.adapter.choices.write(job.question or "", job.options)
+        family, request = self.family, job.request
+        question = job.adapter.choices.write(request.question or "", request.options)
         family.use_limits(job.adapter.limits)
-        job.segment = family.tokenize(str(job.number), question, None, report=job.question is None, history=job.history)
-        job.tokens_cut = family.question_tokens_cut(job.segment, question, job.history)
+        is_report = request.question is None
+        job.segment = family.tokenize(str(job.number), question, None, report=is_report, history=request.history)
+        job.tokens_cut = family.question_tokens_cut(job.segment, question, request.history)
 
     def _answer(self, jobs: list[Job]) -> None:
         """Answer prepared jobs in one batch. If that fails, for example for memory, retry it in halves."""
@@ -309,7 +300,7 @@ class Engine:
 
     def _generate(self, groups: Sequence[Sequence[Job]]) -> list[list[Answer]]:
         """Generate the answers of one batch; `result[g][j]` is for job j of group g."""
-        first = groups[0][0]
+        request = groups[0][0].request  # all jobs of a batch have its limit and beams
         questions = [Group(jobs[0].image_digests, tuple(job.segment for job in jobs)) for jobs in groups]
         # A causal model computes a group in one row, unless the image's states depend on the question; other
         # models have a row for each job.
@@ -318,7 +309,7 @@ class Engine:
         row_slots = [slot for slot, jobs in zip(slots, groups, strict=True) for _ in jobs[:row_limit]]
         jobs_in_order = [job for jobs in groups for job in jobs]
         for job in jobs_in_order:
-            job.tokens.clear()  # of a failed batch; `sent_text` stays, because the client has that text
+            job.tokens.clear()  # of a failed batch; the client has `sent_text`
         streams = any(job.on_text is not None for job in jobs_in_order)
         images, studies = [jobs[0].encoded_images for jobs in groups], None
         if (lora := self._adapters.lora) is not None and lora.reads_images:
@@ -334,34 +325,31 @@ class Engine:
             return self.family.generate_answers(
                 questions,
                 images,
-                max_new_tokens=first.limit,
-                beams=first.beams,
+                max_new_tokens=request.token_limit,
+                beams=request.beams,
                 on_tokens=partial(self._stream, jobs_in_order) if streams else None,
             )
 
     def _stream(self, jobs: Sequence[Job], prompts: Sequence[int], tokens: Sequence[int]) -> None:
-        """Send the new text of streamed answers. A callback that fails does not affect other jobs.
-
-        `prompts` has the index in `jobs` of each of the new `tokens`.
-        """
+        """Send the new text of streamed answers; `prompts` has the index in `jobs` of each of the new `tokens`."""
         for prompt, token in zip(prompts, tokens, strict=True):
             job = jobs[prompt]
-            if job.on_text is None or job.abstain_below is not None or job.callback_error is not None:
+            if job.on_text is None or job.request.abstain_below is not None or job.callback_error is not None:
                 continue
             job.tokens.append(token)
             try:
-                job.send(before_stop(stable_text(self.family, job.tokens), job.stop))
-            except Exception as error:
+                job.send(before_stop(stable_text(self.family, job.tokens), job.request.stop))
+            except Exception as error:  # of this job's callback alone
                 job.callback_error = error
 
     def _reply(self, job: Job, answer: Answer) -> None:
         """Send the rest of a streamed answer, and complete the job's future."""
         try:
             tokens = {"prompt_tokens": self.family.prefix_tokens(job.encoded_images) + len(job.segment.prompt)}
-            text, tokens["completion_tokens"], finish_reason = finish_answer(self.family, answer, job.stop)
+            text, tokens["completion_tokens"], finish_reason = finish_answer(self.family, answer, job.request.stop)
             # The score is that of the whole answer.
             score = answer.score if math.isfinite(answer.score) and text == answer.text else None
-            abstained = is_abstained(score, job.abstain_below)
+            abstained = is_abstained(score, job.request.abstain_below)
             text = "" if abstained else text
             if job.callback_error is not None:
                 raise job.callback_error
@@ -381,7 +369,7 @@ class Engine:
                 finish_reason=finish_reason,
                 question_tokens_cut=job.tokens_cut,
                 abstained=abstained,
-                choice=chosen_letter(text, job.options) if job.options else None,
+                choice=chosen_letter(text, job.request.options) if job.request.options else None,
                 **tokens,
             )
         )
@@ -407,6 +395,5 @@ class Engine:
 
 
 def _select_device(device: torch.device) -> None:
-    """Make a CUDA device the current one of this thread, which a new thread does not inherit."""
-    if device.type == "cuda":
+    if device.type == "cuda":  # a new thread does not inherit the current device
         torch.cuda.set_device(device)

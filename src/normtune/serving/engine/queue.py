@@ -10,10 +10,9 @@ from time import monotonic
 from PIL import Image
 
 from normtune.data.groups import Segment
-from normtune.data.records import History
 from normtune.models.types import Pixels
 from normtune.serving.engine.adapter_slots import BASE_SLOT, RegisteredAdapter
-from normtune.serving.engine.requests import Reply
+from normtune.serving.engine.requests import Reply, Request
 
 # (`RegisteredAdapter.image_digest`: which image encoder, `pixel_digest` of the image)
 ImageKey = tuple[str, str]
@@ -25,18 +24,12 @@ class Job:
     """A request in the queue or in a batch."""
 
     number: int  # counts the engine's requests
+    request: Request  # without its images
     # its views, preprocessed for the model, or RGB if they were in the cache of encoded images
     images: tuple[Pixels | Image.Image, ...]
     image_digests: tuple[str, ...]  # the `pixel_digest` of each view
-    question: str | None  # None for a report
     adapter: RegisteredAdapter
-    limit: int  # the most tokens of its answer
-    beams: int
-    stop: tuple[str, ...]  # texts before which the answer is cut
     on_text: TextCallback | None  # receives the text of a streamed answer
-    history: History = ()  # the turns before the question
-    abstain_below: float | None = None  # see `Request.abstain_below`
-    options: tuple[str, ...] = ()  # see `Request.options`
     future: Future[Reply] = field(default_factory=Future)
     arrived: float = field(default_factory=monotonic)  # time of arrival, by `time.monotonic`
     # the tokenised question; set when its batch begins
@@ -70,12 +63,13 @@ def take_batch(queue: list[Job], max_jobs: int, max_adapters: int) -> list[Job]:
         queue: waiting jobs, the oldest first; changed in place.
         max_adapters: the most adapters of a batch, not counting the base.
     """
-    first = queue[0]
+    first = queue[0].request
     batch: list[Job] = []
     remaining: list[Job] = []
     adapters: set[RegisteredAdapter] = set()
     for job in queue:
-        same_options = (job.limit, job.beams) == (first.limit, first.beams)
+        request = job.request
+        same_options = (request.token_limit, request.beams) == (first.token_limit, first.beams)
         needed = set() if job.adapter.slot == BASE_SLOT else {job.adapter}
         if len(batch) < max_jobs and same_options and len(adapters | needed) <= max_adapters:
             batch.append(job)

@@ -73,12 +73,7 @@ class Request:
         return tasks.MAX_REPORT_TOKENS if self.question is None else tasks.MAX_ANSWER_TOKENS
 
     def check(self) -> None:
-        """Raise `InputError` if it cannot be answered.
-
-        Raises:
-            InputError: there is no image, a limit of less than one token or beam, an empty stop text, or a single
-                option or one without a question.
-        """
+        """Raise an `InputError` if it cannot be answered."""
         if not self.images:
             raise InputError("the request has no image. Send one, or the views of one study.")
         if self.token_limit < 1 or self.beams < 1:
@@ -107,9 +102,7 @@ class Reply:
     # trained on shorter ones
     question_tokens_cut: int = 0
     abstained: bool = False  # the confidence is below the threshold of the request, or unknown; `text` is empty
-    choice: str | None = (
-        None  # the letter of the option that the answer names; None: the request has none, or it names none
-    )
+    choice: str | None = None  # the letter of the option that the answer names; None: no options, or it names none
 
 
 @dataclass(frozen=True)
