@@ -9,12 +9,12 @@ from typing import Any
 from transformers import CONFIG_MAPPING
 
 from tests.support.tiny_models import (
-    GLM_TEMPLATE,
     IMAGE_SIZE,
     TEXT_SIZES,
     VISION_SIZES,
     bpe_tokenizer,
-    qwen_parts,
+    glm_parts,
+    qwen_linear_parts,
     special_token_ids,
     write_checkpoint,
 )
@@ -63,51 +63,17 @@ def glm46v() -> tuple[Any, Any]:
     from transformers import Glm46VConfig, Glm46VProcessor
     from transformers.models.glm46v.image_processing_pil_glm46v import Glm46VImageProcessorPil
 
-    class ImageOnly(Glm46VProcessor):
-        @classmethod
-        def get_attributes(cls) -> list[str]:
-            return ["image_processor", "tokenizer"]
-
-    ImageOnly.__name__ = Glm46VProcessor.__name__
-    special = ["<|endoftext|>", "<|user|>", "<|assistant|>", "[gMASK]", "<sop>", "<|image|>", "<|video|>"]
-    special += ["<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>"]
-    tokenizer = bpe_tokenizer(special, sentencepiece=False, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
-    images = Glm46VImageProcessorPil(
-        patch_size=8, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 1024, "longest_edge": 6144}
-    )
-    text = {**TEXT_SIZES, "vocab_size": len(tokenizer), **special_token_ids(tokenizer), "model_type": "glm4v_text"}
-    del text["head_dim"]
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2], "partial_rotary_factor": 1.0}
-    vision = {**VISION_SIZES, "depth": 2, "num_heads": 2, "spatial_merge_size": 2, "out_hidden_size": 32}
-    known = tokenizer.get_vocab()
-    config = Glm46VConfig(
-        text_config=text | {"rope_parameters": rope},
-        vision_config=vision | {"model_type": "glm4v_vision"},
-        image_token_id=known["<|image|>"],
-        video_token_id=known["<|video|>"],
-        image_start_token_id=known["<|begin_of_image|>"],
-        image_end_token_id=known["<|end_of_image|>"],
-        video_start_token_id=known["<|begin_of_video|>"],
-        video_end_token_id=known["<|end_of_video|>"],
-    )
-    return config, ImageOnly(images, tokenizer, chat_template=GLM_TEMPLATE)
+    processor, shared = glm_parts(Glm46VProcessor, Glm46VImageProcessorPil)
+    shared["vision_config"]["model_type"] = "glm4v_vision"
+    return Glm46VConfig(**shared), processor
 
 
 def qwen4_exp() -> tuple[Any, Any]:
     """Gated DeltaNets, and attentions with an indexer, which is a kind of layer that nothing here knows."""
-    from transformers import Qwen3VLProcessor, Qwen4ExpConfig
+    from transformers import Qwen4ExpConfig
 
-    processor, shared = qwen_parts(Qwen3VLProcessor, 8)
-    text = shared["text_config"]
-    text |= {
-        "num_hidden_layers": 3,
-        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_conv_kernel_dim": 4,
-        "head_dim": 16,
+    processor, shared = qwen_linear_parts()
+    shared["text_config"] |= {
         "moe_intermediate_size": 16,
         "shared_expert_intermediate_size": 16,
         "num_experts": 4,
@@ -120,10 +86,7 @@ def qwen4_exp() -> tuple[Any, Any]:
         "indexer_budget": 8,
         "indexer_compress_ratio": 2,
     }
-    text["rope_parameters"] |= {"mrope_interleaved": True, "partial_rotary_factor": 0.5}
-    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 8}
-    vision |= {"out_hidden_size": 32, "num_position_embeddings": 16}
-    return Qwen4ExpConfig(vision_config=vision, **shared), processor
+    return Qwen4ExpConfig(**shared), processor
 
 
 ALL = {"aya_vision": aya_vision, "glm46v": glm46v, "qwen4_exp": qwen4_exp}
