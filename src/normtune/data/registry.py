@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,25 @@ WITH_HISTORY = ("messages",)  # datasets of conversations
 _ON_THE_HUB = ("parquet", "path-vqa", "kvasir-vqa", "medpix-vqa")  # --root may be a hub name, owner/name
 _TABLES = tuple(name for name in FORMATS if name != "messages")
 NAMES = (*ROOTS, *PHANTOMS)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How rows are read; the fields are options of `open_dataset`."""
+
+    language: str
+    task: Task
+    sections: Sections
+    text_only: bool
+    skip_bad: bool
+    history: bool
+    columns: str | Mapping[str, str] | None
+    slices: int | None
+    montage: bool
+
+    def table_options(self) -> dict[str, Any]:
+        """The options of tables of the user's own."""
+        return {name: getattr(self, name) for name in ("columns", "slices", "montage", "task", "text_only")}
 
 
 def open_configured(options: DataOptions) -> Dataset:
@@ -99,8 +118,7 @@ def open_dataset(
         InputError: the name is unknown; the root is needed but missing, or is not this dataset; the dataset
             has no examples of that task or language; or it does not separate sections.
     """
-    table_options: dict[str, Any] = {"columns": columns, "slices": slices, "montage": montage, "task": task}
-    reading = {"text_only": text_only, "skip_bad": skip_bad, "history": history}
+    reading = _Reading(language, task, sections, text_only, skip_bad, history, columns, slices, montage)
     named, mixture = isinstance(name, str | Path), parse_mixture(str(name)) if isinstance(name, str) else []
     location = None if root is None else Path(root)
     if mixture:
@@ -110,16 +128,16 @@ def open_dataset(
             raise InputError("--root: several datasets have a root each. Write for example --data slake=FOLDER:0.7,...")
 
         def open_entry(entry: MixtureEntry) -> Dataset:
-            return _open_one(entry.data, entry.root, language, task, sections, reading, table_options)[0]
+            return _open_one(entry.data, entry.root, reading)[0]
 
         dataset, name = open_mixture(mixture, open_entry, group_by), ",".join(map(str, mixture))
     elif named:
-        dataset, name, location = _open_one(name, location, language, task, sections, reading, table_options)
+        dataset, name, location = _open_one(name, location, reading)
     else:
         from normtune.data.datasets.memory import read
 
         _refuse_history(history, "in memory")
-        dataset = read(name, text_only=text_only, strict=not skip_bad, **table_options)
+        dataset = read(name, strict=not skip_bad, **reading.table_options())
         dataset = _select_task_and_language(dataset, language, task)
     if group_by is not None:
         from normtune.data.splits import with_groups
@@ -144,24 +162,16 @@ def open_dataset(
     return replace(dataset, options=options)
 
 
-def _open_one(
-    given: str | Path,
-    root: Path | None,
-    language: str,
-    task: Task,
-    sections: Sections,
-    reading: dict[str, bool],
-    table_options: dict[str, Any],
-) -> tuple[Dataset, str, Path | None]:
+def _open_one(given: str | Path, root: Path | None, reading: _Reading) -> tuple[Dataset, str, Path | None]:
     """Open a dataset by its name, or a file or folder; see `open_dataset`. Also return its name and root."""
     name, location = name_and_root(str(given), root)
-    if name == "messages" and table_options["columns"] is not None and location == Path(given):
+    if name == "messages" and reading.columns is not None and location == Path(given):
         name = SUFFIXES.get(location.suffix, name)  # the columns say that it is a table
     if root is None and location is not None and not location.exists():
         raise InputError(f"--data {given}: no such file or folder. {name} needs {ROOTS[name]}.")
     if name not in WITH_HISTORY:
-        _refuse_history(reading["history"], name)
-    return _open_named(name, location, language, task, sections, reading, table_options), name, location
+        _refuse_history(reading.history, name)
+    return _open_named(name, location, reading), name, location
 
 
 def _refuse_history(history: bool, name: str) -> None:
@@ -183,21 +193,8 @@ def _split_by_picture(dataset: Dataset, group_by: str | None) -> Dataset:
     return replace(image_disjoint(dataset, seed=0, identical=identical), notes=[*dataset.notes, note])
 
 
-def _open_named(
-    name: str,
-    root: Path | None,
-    language: str,
-    task: Task,
-    sections: Sections,
-    reading: dict[str, bool],
-    table_options: dict[str, Any],
-) -> Dataset:
-    """Open a dataset with its own splits; see `open_dataset`.
-
-    Args:
-        reading: text_only, skip_bad and history.
-        table_options: the options of tables of the user's own.
-    """
+def _open_named(name: str, root: Path | None, reading: _Reading) -> Dataset:
+    """Open a dataset with its own splits; see `open_dataset`."""
     family, colon, images = name.partition(":")
     if family not in NAMES:
         if "/" in name or Path(name).suffix:
@@ -206,10 +203,10 @@ def _open_named(
             f"no dataset '{name}'{did_you_mean(family, NAMES) or '.'} "
             f"Known datasets: {', '.join(NAMES)} (phantom-b:240 has 240 training images); or a file or folder."
         )
-    unused = [option for option in ("columns", "slices", "montage") if table_options[option] and family not in _TABLES]
-    if unused:
-        raise InputError(f"dataset {family} does not take --{unused[0]}: it is for tables of your own. Remove it.")
-    if sections != "findings" and family not in WITH_SECTIONS:
+    given = [option for option in ("columns", "slices", "montage") if getattr(reading, option)]
+    if given and family not in _TABLES:
+        raise InputError(f"dataset {family} does not take --{given[0]}: it is for tables of your own. Remove it.")
+    if reading.sections != "findings" and family not in WITH_SECTIONS:
         raise InputError(
             f"dataset {family} does not separate the sections of a report: --sections works with "
             f"{' and '.join(WITH_SECTIONS)} only. Remove it."
@@ -217,15 +214,13 @@ def _open_named(
     if family in PHANTOMS:
         from normtune.data.phantom import phantom_dataset as phantom
 
-        return phantom(
-            family.removeprefix("phantom-"), images=_image_counts(name, images) if colon else None, task=task
-        )
+        counts = _image_counts(name, images) if colon else None
+        return phantom(family.removeprefix("phantom-"), images=counts, task=reading.task)
     if colon:
         raise InputError(f"dataset '{name}': only phantoms take a number of images. Write --data {family}.")
     if root is None:
         raise InputError(f"dataset {family} needs --root: {ROOTS[family]}.")
-    dataset = _open_files(family, root, language, sections, reading, table_options)
-    return _select_task_and_language(dataset, language, task)
+    return _select_task_and_language(_open_files(family, root, reading), reading.language, reading.task)
 
 
 def _image_counts(name: str, numbers: str) -> int | dict[str, int]:
@@ -244,26 +239,24 @@ def _image_counts(name: str, numbers: str) -> int | dict[str, int]:
     return dict(zip(SPLITS, counts, strict=True)) if len(counts) > 1 else counts[0]
 
 
-def _open_files(
-    family: str, root: Path, language: str, sections: Sections, reading: dict[str, bool], table_options: dict[str, Any]
-) -> Dataset:
+def _open_files(family: str, root: Path, reading: _Reading) -> Dataset:
     """Call `read` of the module named after the dataset.
 
     The module is imported only here, as pyarrow takes half a second to import.
     """
     if not root.exists() and family not in _ON_THE_HUB:
         raise InputError(f"--root {root}: no such file or folder. {family} needs {ROOTS[family]}.")
-    options: dict[str, Any] = {"text_only": reading["text_only"]}
+    options: dict[str, Any] = {"text_only": reading.text_only}
     if family in FORMATS:
-        options["strict"] = not reading["skip_bad"]
+        options["strict"] = not reading.skip_bad
     if family in WITH_HISTORY:
-        options["history"] = reading["history"]
+        options["history"] = reading.history
     if family in _TABLES:
-        options |= table_options | {"format": family}
+        options |= reading.table_options() | {"format": family}
     if family == "slake":
-        options["language"] = language_tag(language)
+        options["language"] = language_tag(reading.language)
     if family in WITH_SECTIONS:
-        options["sections"] = sections
+        options["sections"] = reading.sections
     module = "table" if family in _TABLES else family.replace("-", "_")
     read: Callable[..., Dataset] = import_module(f"normtune.data.datasets.{module}").read
     return read(root, **options)
