@@ -45,9 +45,7 @@ def read(root: Path, *, text_only: bool = False) -> Dataset:
     for file, name in files:
         for line, cells in json_objects(file):
             _read_row(reader, file.relative_to(root), name, line, cells)
-    images = reader.find_images(root, _IMAGES)
-    reader.check_repeats()
-    return reader.build_dataset(images, LICENCE)
+    return reader.finish(root, _IMAGES, LICENCE)
 
 
 def _read_row(reader: RowReader, file: Path, name: str, line: int, cells: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from normtune.data.images.files import ImageFolder
 from normtune.data.reading.row_reader import RowReader
 from normtune.data.reading.tables import json_objects
 from normtune.data.records import Dataset, Problem
@@ -50,9 +49,7 @@ def read(root: Path, *, text_only: bool = False) -> Dataset:
                 fix = "Kept. Use --image-disjoint, or move the case to one split."
                 what = "its case is in another split too"
                 reader.problems.append(Problem(file, str(line), what, fix))
-    reader.check_images(root)
-    reader.check_repeats()
-    return reader.build_dataset(ImageFolder(root), LICENCE)
+    return reader.finish(root, ("",), LICENCE)
 
 
 def _read_row(reader: RowReader, file: str, line: int, cells: dict[str, Any], split: str) -> None:

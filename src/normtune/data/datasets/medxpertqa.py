@@ -38,9 +38,7 @@ def read(root: Path, *, text_only: bool = False) -> Dataset:
     for file, split in files:
         for line, cells in json_objects(file):
             _read_row(reader, file.relative_to(root).as_posix(), line, cells, split)
-    images = reader.find_images(root, ("images", ""))
-    reader.check_repeats()
-    return reader.build_dataset(images, LICENCE)
+    return reader.finish(root, ("images", ""), LICENCE)
 
 
 def _read_row(reader: RowReader, file: str, line: int, cells: dict[str, Any], split: str) -> None:

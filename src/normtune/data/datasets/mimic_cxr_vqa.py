@@ -43,9 +43,7 @@ def read(root: Path, *, text_only: bool = False) -> Dataset:
             continue
         for number, cells in json_rows(folder / file, file, "MIMIC-CXR-VQA"):
             _read_row(reader, file, number, cells, split)
-    images = reader.find_images(root, _IMAGES)
-    reader.check_repeats()
-    return reader.build_dataset(images, LICENCE)
+    return reader.finish(root, _IMAGES, LICENCE)
 
 
 def _read_row(reader: RowReader, file: str, number: int, cells: dict[str, Any], split: str) -> None:

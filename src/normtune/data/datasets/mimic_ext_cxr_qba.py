@@ -74,9 +74,7 @@ def read(root: Path, *, text_only: bool = False) -> Dataset:
                     "question_type": row.read_text("question_type", cells.get("question_type")),
                 },
             )
-    opener = reader.find_images(root, _IMAGES)
-    reader.check_repeats()
-    return reader.build_dataset(opener, LICENCE)
+    return reader.finish(root, _IMAGES, LICENCE)
 
 
 def _documents(root: Path) -> Iterator[tuple[str, Any]]:

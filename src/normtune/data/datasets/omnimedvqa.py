@@ -51,6 +51,4 @@ def read(root: Path, *, text_only: bool = False) -> Dataset:
                 },
                 options=options,
             )
-    images = reader.find_images(root, ("",))
-    reader.check_repeats()
-    return reader.build_dataset(images, LICENCE)
+    return reader.finish(root, ("",), LICENCE)

@@ -7,7 +7,6 @@ import pickle
 from pathlib import Path
 from typing import Any, NoReturn
 
-from normtune.data.images.files import ImageFolder
 from normtune.data.reading.cells import is_yes_no
 from normtune.data.reading.row_reader import RowReader
 from normtune.data.reading.tables import file_bytes
@@ -52,9 +51,7 @@ def read(root: Path, *, text_only: bool = False) -> Dataset:
         file_name = file.relative_to(root).as_posix()
         for number, cells in enumerate(_rows(file, file_name), start=1):
             _read_row(reader, file_name, number, cells, split)
-    reader.check_images(root / _IMAGES, _IMAGES)
-    reader.check_repeats()
-    return reader.build_dataset(ImageFolder(root / _IMAGES), LICENCE)
+    return reader.finish(root, (_IMAGES,), LICENCE)
 
 
 def load_plain(data: bytes, name: str) -> Any:

@@ -43,9 +43,7 @@ def read(root: Path, *, text_only: bool = False) -> Dataset:
                 raise InputError(f"{_FILE}: '{subset}' in '{source}' is no split. Known: val, test, test_tiny.")
             for number, cells in enumerate(rows, start=1):
                 _read_row(reader, source, subset, split, number, cells if isinstance(cells, dict) else {})
-    images = reader.find_images(root, ("images", ""))
-    reader.check_repeats()
-    return reader.build_dataset(images, LICENCE)
+    return reader.finish(root, ("images", ""), LICENCE)
 
 
 def _read_row(reader: RowReader, source: str, subset: str, split: str, number: int, cells: dict[str, Any]) -> None:

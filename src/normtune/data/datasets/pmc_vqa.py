@@ -50,9 +50,7 @@ def read(root: Path, *, text_only: bool = False) -> Dataset:
                 meta={"language": "en"},
                 options=options,
             )
-    images = reader.find_images(files[0].parent, _IMAGES)
-    reader.check_repeats()
-    return reader.build_dataset(images, LICENCE)
+    return reader.finish(files[0].parent, _IMAGES, LICENCE)
 
 
 def _files(root: Path) -> list[Path]:

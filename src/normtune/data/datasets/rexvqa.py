@@ -43,9 +43,7 @@ def read(root: Path, *, text_only: bool = False) -> Dataset:
             raise InputError(f"{name} holds no object of question id and row. Use ReXVQA's original file.")
         for id, cells in rows.items():
             _read_row(reader, name, id, cells if isinstance(cells, dict) else {}, split)
-    images = reader.find_images(root, _IMAGES)
-    reader.check_repeats()
-    return reader.build_dataset(images, LICENCE)
+    return reader.finish(root, _IMAGES, LICENCE)
 
 
 def _read_row(reader: RowReader, file: str, id: str, cells: dict[str, Any], split: str) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from normtune.data.images.files import ImageFolder
 from normtune.data.reading.row_reader import RowReader
 from normtune.data.reading.tables import csv_rows, file_bytes, find_table
 from normtune.data.records import Dataset, Problem
@@ -59,9 +58,7 @@ def read(root: Path, *, text_only: bool = False) -> Dataset:
             "train/radiologytraindata.csv (Kaggle's copy), nor train_captions.csv (ROCOv2). "
             "Point --root at the folder with one of them."
         )
-    reader.check_images(root)
-    reader.check_repeats()
-    return reader.build_dataset(ImageFolder(root), LICENCE)
+    return reader.finish(root, ("",), LICENCE)
 
 
 _SplitFiles = tuple[Iterator[_Caption], dict[str, str]]  # captions; id -> licence

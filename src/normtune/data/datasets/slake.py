@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from normtune.data.images.files import ImageFolder
 from normtune.data.reading.row_reader import RowReader
 from normtune.data.reading.tables import json_rows
 from normtune.data.records import Dataset, Problem
@@ -62,9 +61,7 @@ def read(root: Path, *, language: Literal["en", "zh", "all"] = "en", text_only: 
                 reader.dropped[f"language {_language(cells)}"] += 1
     if language != "all":
         reader.problems += _language_leaks(images)
-    reader.check_images(root / _IMAGES, _IMAGES)
-    reader.check_repeats()
-    return reader.build_dataset(ImageFolder(root / _IMAGES), LICENCE)
+    return reader.finish(root, (_IMAGES,), LICENCE)
 
 
 _Images = dict[tuple[str, str], set[str]]  # (split, language) -> image names

@@ -68,9 +68,7 @@ def read(root: Path, *, text_only: bool = False) -> Dataset:
     if not reader.locations:
         names = ", ".join(name for name, _ in _FILES.values())
         raise InputError(f"{root} holds no {names}. Point --root at the unpacked release.")
-    opener = reader.find_images(root, ("",))
-    reader.check_repeats()
-    return reader.build_dataset(opener, LICENCE)
+    return reader.finish(root, ("",), LICENCE)
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:

@@ -1,7 +1,7 @@
 """Collects the rows of a dataset's files into a `Dataset`, and lists what is wrong with them.
 
 A dataset's reader calls `start_row` for each row of a file, passes the cells through the `Row`, and ends it
-with `Row.finish`. After the last row it calls `check_images`, `check_repeats` and `build_dataset`.
+with `Row.finish`. After the last row it calls `finish`, or the methods that this calls.
 """
 
 from __future__ import annotations
@@ -158,6 +158,12 @@ class RowReader:
         subfolder = folder.relative_to(root).as_posix()
         self.check_images(folder, "" if subfolder == "." else subfolder)
         return ImageFolder(folder)
+
+    def finish(self, root: Path, subfolders: Sequence[str], licence: str) -> Dataset:
+        """Find and check the images below `root` (see `find_images`), list repeated rows, and build the dataset."""
+        images = self.find_images(root, subfolders)
+        self.check_repeats()
+        return self.build_dataset(images, licence)
 
     def check_repeats(self) -> None:
         """List each row with the same image, question and answer as an earlier row of its split."""
