@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,7 @@ OTHER_VALUES: dict[str, Any] = {
     "max_grad_norm": 0.1, "seed": 1, "split": "test", "device": "cuda", "model": "nano",
     "validate_every": "epoch", "validation_split": "test", "validation_limit": 3, "metric_for_best": "loss",
     "patience": 2, "keep": "last", "sample": "balanced", "max_pixels": 4096,
+    "dp_epsilon": math.inf, "dp_delta": 0.01, "dp_clip": 2.0,
     "choice_prompt": "mmmu", "choice_target": "text",
 }  # fmt: skip
 

@@ -19,12 +19,15 @@ def model_card(info: AdapterInfo) -> str:
         ("recipe", f"`{info.recipe}`"),
         ("trained", f"{info.trainable:,} of {info.total:,} parameters ({share:.4%})"),
     ]
-    rows += [(f"data: {name}", _as_text(value)) for name, value in (info.data or {"": "not recorded"}).items()]
+    data = dict(info.data or {"": "not recorded"})
+    privacy = data.pop("privacy", None)
+    rows += [(f"data: {name}", _as_text(value)) for name, value in data.items()]
     metrics = list(_metric_rows(info.metrics or {}))
     return render_template(
         "adapters/model_card.md.j2",
         notice=info.notice,
         facts=markdown_table(("", ""), rows, "l"),
+        privacy=privacy,
         metrics=markdown_table(("metric", "value"), metrics, "l") if metrics else [],
     )
 

@@ -23,6 +23,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "clinical": (("radgraph",), "RadGraph F1 of reports: --radgraph"),
     "sentencepiece": (("sentencepiece", "protobuf"), "models without tokenizer.json: tokenizer.model"),
     "liger": (("liger-kernel",), "a fused loss kernel on CUDA"),
+    "privacy": (("opacus",), "differential privacy: --dp-epsilon"),
     "ray": (("ray",), "studies on a Ray cluster: --on ray"),
     "slurm": (("submitit",), "studies on a Slurm cluster: --on slurm"),
 }

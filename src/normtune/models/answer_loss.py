@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,9 @@ def answer_loss(
     vocabulary: int,
     label_smoothing: float = 0.0,
     limit_bytes: int = LIMIT_BYTES,
+    reduction: Literal["sum", "none"] = "sum",
 ) -> Tensor:
-    """The summed cross-entropy of answer tokens: a scalar, fp32.
+    """The summed cross-entropy of answer tokens: a scalar, fp32; with `reduction="none"` that of each token, [N].
 
     If the fp32 logits exceed `limit_bytes`, they are computed in chunks of rows, and once more in the
     backward pass. If Liger is installed, a frozen linear head on CUDA uses its fused kernel instead.
@@ -40,22 +41,24 @@ def answer_loss(
         vocabulary: the number of tokens, which with N determines the number of chunks.
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
         limit_bytes: the most bytes of fp32 logits in memory at once.
+        reduction: as in `torch.nn.functional.cross_entropy`.
     """
-    if states.is_cuda and _is_frozen_linear(head) and (fused := _liger()) is not None:
+    if reduction == "sum" and states.is_cuda and _is_frozen_linear(head) and (fused := _liger()) is not None:
         weight, bias = head.weight, head.bias  # type: ignore[attr-defined]
         return fused(states, weight, labels, bias=bias, label_smoothing=label_smoothing, reduction="sum")
 
     def chunk_loss(rows: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(head(rows).float(), targets, reduction="sum", label_smoothing=label_smoothing)
+        return F.cross_entropy(head(rows).float(), targets, reduction=reduction, label_smoothing=label_smoothing)
 
     count = chunk_count(len(labels), vocabulary, limit_bytes)
     if count == 1:
         return chunk_loss(states, labels)
     parts = zip(states.tensor_split(count), labels.tensor_split(count), strict=True)
     if not torch.is_grad_enabled():
-        return torch.stack([chunk_loss(*part) for part in parts]).sum()
-    # without checkpointing autograd would save every chunk's logits
-    return torch.stack([checkpoint(chunk_loss, *part, use_reentrant=False) for part in parts]).sum()
+        losses = [chunk_loss(*part) for part in parts]
+    else:  # without checkpointing autograd would save every chunk's logits
+        losses = [checkpoint(chunk_loss, *part, use_reentrant=False) for part in parts]
+    return torch.stack(losses).sum() if reduction == "sum" else torch.cat(losses)
 
 
 def answer_log_probs(

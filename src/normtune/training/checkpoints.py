@@ -36,6 +36,7 @@ class Checkpoint:
     logged_at: int  # step of that entry
     train_seconds: float = 0.0  # of training until then, without set-up and validation
     validation_seconds: float = 0.0
+    noise_multiplier: float | None = None  # of a private run
     max_group_size: int | None = None  # most questions of one image in a group; None: no limit, or not recorded
 
     @classmethod
@@ -52,7 +53,8 @@ class Checkpoint:
         try:
             position = {name: stored[name] for name in names}
             times = {name: stored.get(name, 0.0) for name in ("train_seconds", "validation_seconds")}
-            return cls(folder, _step(folder), **position, **times, max_group_size=stored.get("max_group_size"))
+            others = {name: stored.get(name) for name in ("max_group_size", "noise_multiplier")}
+            return cls(folder, _step(folder), **position, **times, **others)
         except KeyError as error:
             raise InputError(
                 f"{folder / RUN_FILE} has no entry {error}. Start again with --no-resume, or choose another --out."

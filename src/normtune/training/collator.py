@@ -53,7 +53,10 @@ class Collator:
 
     def __call__(self, groups: Sequence[Sequence[Example]]) -> Batch:
         """Build a batch. Each group lists examples with the same images."""
-        tokenized = self.tokenize_groups(groups)
+        return self.collate(self.tokenize_groups(groups))
+
+    def collate(self, tokenized: Sequence[Group]) -> Batch:
+        """Build a batch of tokenised groups."""
         # hidden states at the lowest trained layer, or images (pixels, or the frozen encoder's output)
         if self.states is not None:
             return self.states.collate(tokenized)

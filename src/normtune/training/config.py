@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, field_serializer, field_validator
 
 from normtune.data.choices import ChoicePrompt, ChoiceTarget
 from normtune.data.examples import Example, Examples, as_examples
@@ -104,6 +104,19 @@ class TrainConfig(DataOptions):
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing of the answer tokens.")
     max_grad_norm: float = Field(1.0, gt=0, description="Maximum gradient norm; larger gradients are scaled down.")
+    # differential privacy
+    dp_epsilon: float | None = Field(
+        None,
+        gt=0,
+        description="Train with differential privacy for each patient (each image, where the data name no patients): "
+        "the epsilon that the whole run may spend. inf: no noise. Needs opacus.",
+    )
+    dp_delta: float | None = Field(
+        None, gt=0, lt=1, description="The delta of --dp-epsilon; default: 1 / (10 x number of patients)."
+    )
+    dp_clip: float | None = Field(
+        None, gt=0, description="Largest L2 norm of the gradient of a patient; larger ones are scaled down. Default: 1."
+    )
     # validation
     validate_every: Interval = Field(
         None, description="Validate after every N steps, or after every 'epoch'; default: never."
@@ -129,6 +142,10 @@ class TrainConfig(DataOptions):
     )
     tracker: str = Field("none", description="Experiment tracker: none, tensorboard, wandb, mlflow, ...")
     seed: int = Field(0, description="Seed of initial values, data order and dropout.")
+
+    @field_serializer("dp_epsilon", "dp_clip", when_used="json")
+    def _infinity(self, value: float | None) -> float | str | None:
+        return "inf" if value == math.inf else value  # JSON has no infinity
 
     @field_validator("part_lr")
     @classmethod

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
-from normtune.data.batches import EpochBatches
 from normtune.data.sampling import sampling_text
 from normtune.inference.limits import check_run
 from normtune.methods.recipe import parse
 from normtune.models.loading import resolve_device, resolve_dtype
-from normtune.runtime import distributed
 from normtune.training.arguments import optimizer_steps
 from normtune.training.config import TrainConfig
 from normtune.training.identity import check_identity, option_identity
 from normtune.training.inspection import inspect_model, inspect_text
 from normtune.training.memory_plan.plan import plan_memory
-from normtune.training.setup import find_run_strata, read_examples
+from normtune.training.privacy import PoissonBatches, check_private_options, plan_privacy, spent
+from normtune.training.setup import build_batches, read_examples
 
 _FOLDERS = {
     "new": "holds no run",
@@ -35,14 +35,15 @@ def plan_run(config: TrainConfig) -> tuple[dict[str, Any], str]:
     Raises:
         InputError: training would refuse the run.
     """
+    check_private_options(config)
     parse(config.tune)
     config = config.model_copy(update={"dtype": resolve_dtype(config.dtype, resolve_device(config.device))})
     folder = check_identity(config, option_identity(config))
     dataset, examples = read_examples(config)
     examples, preflight = check_run(config, examples, config.model, training=True)
-    cap = config.cap if config.group else 1
-    strata = find_run_strata(config, dataset, examples)
-    batches = EpochBatches(examples, config.batch, cap, config.seed, ranks=distributed.world_size(), strata=strata)
+    batches = build_batches(config, dataset, examples)
+    steps = optimizer_steps(config, batches)
+    privacy = plan_privacy(config, batches, steps) if isinstance(batches, PoissonBatches) else None
     sampling = {} if batches.sampler is None else batches.sampler.counts(1)
     run = {
         "data": dataset.name,
@@ -50,8 +51,9 @@ def plan_run(config: TrainConfig) -> tuple[dict[str, Any], str]:
         "pairs": len(examples),
         "images": examples.image_count,
         "steps_an_epoch": batches.steps,
-        "steps": optimizer_steps(config, batches),
+        "steps": steps,
         **({"sampling": sampling} if sampling else {}),
+        **({"privacy": asdict(privacy)} if privacy else {}),
         "out": str(config.out),
         "folder": folder,
     }
@@ -60,6 +62,7 @@ def plan_run(config: TrainConfig) -> tuple[dict[str, Any], str]:
         f"{run['pairs']:,} pairs of {run['images']:,} images ({dataset.name}, {config.split}): {run['steps']:,} steps, "
         f"{batches.steps:,} batches an epoch",
         *([sampling_text(sampling)] if sampling else []),
+        *([str(spent(privacy, steps))] if privacy else []),
         f"--out {config.out}: {_FOLDERS[folder]}",
         f"\nPreflight\n{preflight.text()}",
         f"\n{inspect_text(inspection)}",

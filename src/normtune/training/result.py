@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from normtune.runtime import distributed, memory
 from normtune.runtime.files import read_json
 from normtune.runtime.notebook import Result, axes_or_new
 from normtune.training.changes import Change, change_report, norm_changes
+from normtune.training.privacy import Privacy, spent
 from normtune.training.validation import LOSS, CurvePoint, best_point, curve, is_stopped
 
 if TYPE_CHECKING:
@@ -68,6 +70,7 @@ class TrainResult(Result):
     adapter_step: int | None = None  # the adapter has its values: the best step, or with keep=last the last one
     stopped_early: bool = False  # the score did not rise in `patience` validations
     sampling: dict[str, dict[str, Any]] | None = None  # see `RowSampler.counts`; None: every pair once an epoch
+    privacy: dict[str, Any] | None = None  # of a private run: see `normtune.training.privacy.Privacy`
 
     @property
     def adapter(self) -> Path:
@@ -133,6 +136,8 @@ class TrainResult(Result):
             lines.append(f"computed once per image: {self.computed_once}")
         if self.sampling:
             lines.append(sampling_text(self.sampling))
+        if self.privacy:
+            lines += [str(Privacy(**self.privacy)), "the training loss is not recorded: nothing protects it"]
         if self.final_loss is not None:
             lines.append(f"final loss {self.final_loss:.4f} per token")
         if self.best_step is not None and self.best_score is not None:
@@ -183,6 +188,11 @@ def build_result(
     # HF's log also has rows of other kinds, such as the summary at the end
     losses = [(int(row["step"]), row["loss"]) for row in trainer.state.log_history if "loss" in row]
     points, steps = curve(trainer.state.log_history), trainer.state.global_step
+    private = trainer.private
+    if private is not None:
+        losses = []  # losses of training rows, without noise
+        if private.dropped:
+            print(f"{private.dropped} gradients of patients were not finite and counted as zero", file=sys.stderr)
     # what was repeated and left out in each epoch
     sampler = trainer.batches.sampler
     sampling = None if sampler is None else sampler.counts(math.ceil(trainer.state.epoch or 0))
@@ -218,6 +228,7 @@ def build_result(
         passes=trainer.state.epoch,
         curve=points,
         sampling=sampling,
+        privacy=None if private is None else asdict(spent(private.privacy, steps)),
     )
     if trainer.validation is not None:
         metric = trainer.validation.metric

@@ -13,6 +13,7 @@ from typing import Any
 
 from normtune.adapters.fingerprint import fingerprint
 from normtune.adapters.training_rows import TrainingRows
+from normtune.data.batches import EpochBatches, TokenCosts
 from normtune.data.choices import ChoiceFormat
 from normtune.data.examples import as_examples
 from normtune.data.preflight import Preflight
@@ -27,6 +28,7 @@ from normtune.runtime import distributed
 from normtune.training.collator import Collator, build_collator
 from normtune.training.config import TrainConfig
 from normtune.training.identity import option_identity
+from normtune.training.privacy import PoissonBatches
 
 
 @dataclass
@@ -97,8 +99,35 @@ def find_run_strata(config: TrainConfig, dataset: Dataset, examples: Sequence[Ex
     Raises:
         InputError: see `normtune.data.sampling.find_strata`.
     """
+    if config.dp_epsilon is not None and dataset.mixture:
+        raise InputError(
+            "--dp-epsilon: the weights of --data change how often a patient is taken. Join the rows in one."
+        )
     weights = {name: part["weight"] for name, part in dataset.mixture.items()}
     return find_strata(as_examples(examples), weights, config.sample == "balanced")
+
+
+def build_batches(
+    config: TrainConfig,
+    dataset: Dataset,
+    examples: Sequence[Example],
+    pairs: int | None = None,
+    token_costs: TokenCosts | None = None,
+) -> EpochBatches:
+    """The batches of a run.
+
+    Args:
+        pairs: pairs per batch; None: as `config` says.
+        token_costs: of the groups, if batches are to hold about the same number of tokens.
+
+    Raises:
+        InputError: rows cannot be taken as the options say, or there are too few.
+    """
+    pairs, cap = pairs or config.batch, config.cap if config.group else 1  # groups of one question: no sharing
+    strata, ranks = find_run_strata(config, dataset, examples), distributed.world_size()
+    if config.dp_epsilon is not None:
+        return PoissonBatches(examples, pairs, cap, config.accumulate)
+    return EpochBatches(examples, pairs, cap, config.seed, token_costs=token_costs, ranks=ranks, strata=strata)
 
 
 def build_setup(

@@ -20,7 +20,6 @@ from transformers.trainer_utils import set_seed
 
 from normtune.adapters import storage
 from normtune.adapters.training_rows import hash_rows
-from normtune.data.batches import EpochBatches
 from normtune.data.examples import Example, as_examples
 from normtune.data.records import Dataset
 from normtune.data.run_file import RUN_FILE as RUN_OPTIONS
@@ -39,9 +38,17 @@ from normtune.training.config import TrainConfig
 from normtune.training.identity import check_identity, locked_folder, move_earlier_run, option_identity
 from normtune.training.layer_wrapping import checkpoint_activations, compile_layers
 from normtune.training.memory_plan.plan import estimate_memory
+from normtune.training.privacy import check_private_options
 from normtune.training.result import TrainResult, build_result, read_result
 from normtune.training.saved_activations import save_fewer_activations
-from normtune.training.setup import TrainingSetup, build_setup, find_run_strata, read_examples, validation_identity
+from normtune.training.setup import (
+    TrainingSetup,
+    build_batches,
+    build_setup,
+    find_run_strata,
+    read_examples,
+    validation_identity,
+)
 from normtune.training.token_counts import count_tokens
 from normtune.training.trainer import AdapterTrainer
 from normtune.training.validation import read_validation
@@ -80,6 +87,7 @@ def train(
         memory.release_freed_memory()
     options = option_identity(config)
     check_identity(config, options)
+    check_private_options(config)
     dataset, examples = read_examples(config, dataset)
     validation = read_validation(config, dataset)
     # before the base, which may take minutes to load
@@ -143,6 +151,7 @@ def save_run(setup: TrainingSetup, result: TrainResult, description: dict[str, A
     config, dataset = setup.config, setup.dataset
     assert setup.rows is not None and setup.base_fingerprint is not None and setup.preflight is not None
     write_json(config.out / RUN_FILE, setup.identity)
+    figures = setup.preflight.adapter_figures()
     storage.save_adapter(
         setup.tuned,
         config.out,
@@ -155,11 +164,12 @@ def save_run(setup: TrainingSetup, result: TrainResult, description: dict[str, A
             "task": config.task,
             "pairs": len(setup.examples),
             **({"mixture": dataset.mixture} if dataset.mixture else {}),
-            **setup.preflight.adapter_figures(),
+            # of a private run no counts of the texts of rows
+            **({"limits": figures["limits"], "privacy": result.privacy} if result.privacy else figures),
             **({"choices": asdict(setup.family.choices)} if _has_choices(setup.examples) else {}),
         },
         metrics={"training": description} | setup.family.self_test_record(),
-        rows=setup.rows,
+        rows=None if result.privacy else setup.rows,  # hashes would tell whether a row is in the training data
     )
     setup.preflight.save(config.out)
     # the resolved options, twice: in JSON as written by version 0.1, and as a file that `normtune train` reads
@@ -192,13 +202,11 @@ def fit(setup: TrainingSetup, *, progress: TrainerCallback | None = None) -> tup
     # batches of equal token counts need the tokens of every group, counted from image sizes
     by_tokens = config.balance == "tokens"
     tokens = count_tokens(family, setup.dataset, examples, setup.collate.segment) if by_tokens else None
-    cap = config.cap if config.group else 1  # groups of one question: no sharing
     # the first process decides, so that all resume from the same checkpoint even if a shared disk lags
     folder = distributed.broadcast_from_first(lambda: last_checkpoint(config.out) if config.resume else None)
     checkpoint = None if folder is None else Checkpoint.read(folder)
     pairs = config.batch if checkpoint is None else checkpoint.batch_size()
-    strata, ranks = find_run_strata(config, setup.dataset, examples), distributed.world_size()
-    batches = EpochBatches(examples, pairs, cap, config.seed, token_costs=tokens, ranks=ranks, strata=strata)
+    batches = build_batches(config, setup.dataset, examples, pairs, tokens)
     if batches.sampler is not None and distributed.is_main_process():
         print(sampling_text(batches.sampler.counts(1)), file=sys.stderr)
     if checkpoint is not None:

@@ -8,6 +8,7 @@ the rest:
 |-------------------------|-------------------------------------------------------------------------------|
 | `get_train_dataloader`  | `EpochBatches` yields whole batches of groups, a function of (seed, epoch)    |
 | `create_optimizer`      | one learning rate per method; weight decay on matrices only                   |
+| `training_step`         | private training: one clipped gradient for each patient; see `privacy`        |
 | `compute_loss`          | mean over the answer tokens of a whole step: all batches, all processes       |
 | `log`                   | a loss entry that a resume cuts in two still covers all of its steps          |
 | `evaluate`              | answers and loss of the validation rows; best step and early stopping         |
@@ -52,6 +53,7 @@ from normtune.training.checkpoints import (
 from normtune.training.fsdp import copy_into, full_state, gather_full, load_state, shard_by_layers
 from normtune.training.objective import IdentityDataset, Objective
 from normtune.training.prefetch import LookaheadBatches, worker_count
+from normtune.training.privacy import PoissonBatches, PrivateGradients, plan_privacy
 from normtune.training.setup import TrainingSetup
 from normtune.training.validation import CurvePoint, Validation, best_point, curve, is_stopped, log_entry
 
@@ -66,6 +68,7 @@ class AdapterTrainer(Trainer):
         pairs_seen: question-answer pairs that this process trained on, resumed ones included.
         validation: computes loss and scores of the validation rows; None without validation.
         validation_seconds: time of the validations, those before a resume included.
+        private: computes the gradients of a private run; None in an ordinary one.
     """
 
     def __init__(
@@ -91,6 +94,11 @@ class AdapterTrainer(Trainer):
         self.validation_seconds = 0.0 if checkpoint is None else checkpoint.validation_seconds
         # `train_seconds` is the time since this moment, less the time of the validations
         self._started: float | None = None
+        self.private: PrivateGradients | None = None
+        if isinstance(batches, PoissonBatches):
+            noise = None if checkpoint is None else checkpoint.noise_multiplier
+            privacy = plan_privacy(config, batches, optimizer_steps(config, batches), noise)
+            self.private = PrivateGradients(config, family, tuned.trained, setup.collate, batches, privacy)
         arguments = training_arguments(setup, batches)
         objective = Objective(family, config.label_smoothing, dropout=not config.group)
         # DDP broadcasts parameters and buffers at the start. Frozen ones are equal in all processes already,
@@ -133,7 +141,7 @@ class AdapterTrainer(Trainer):
         loader: DataLoader[Any] = DataLoader(
             cast(Any, self.train_dataset),
             batch_sampler=batches,
-            collate_fn=self.data_collator,
+            collate_fn=self.private.collate if self.private is not None else self.data_collator,
             pin_memory=self.args.dataloader_pin_memory,
         )
         return cast(DataLoader[Any], self.accelerator.prepare(loader))
@@ -183,9 +191,19 @@ class AdapterTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Run HF's step (forward, backward) and add up pairs and loss."""
         self.pairs_seen += int(inputs["pairs"])
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.private is not None:
+            loss = self._private_step(model, inputs, *args, **kwargs)
+        else:
+            loss = super().training_step(model, inputs, *args, **kwargs)
         self._unlogged = self._unlogged.to(loss.device) + loss  # on the device: no synchronisation per step
         return loss
+
+    def _private_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Add the clipped gradients of a batch, and with the last one of the step the noise."""
+        assert self.private is not None
+        model.train()
+        last = self.accelerator.gradient_state.sync_gradients
+        return self.private.add(inputs["batch"].groups, int(num_items_in_batch or 0), last)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with the mean loss per step since the previous entry in place of HF's.
@@ -307,6 +325,8 @@ class AdapterTrainer(Trainer):
                 "train_seconds": self.train_seconds(),
                 "validation_seconds": self.validation_seconds,
             }
+            if self.private is not None:
+                position["noise_multiplier"] = self.private.privacy.noise_multiplier
             write_json(directory / RUN_FILE, self.setup.identity | position)
             (directory / CHECKPOINT_MARK).touch()
 
