@@ -181,6 +181,15 @@ def test_a_search_uses_the_validation_split_and_runs_before_its_cells(tmp_path: 
     assert ln_cells[0].rate_source == "search"
 
 
+def test_a_grid_may_have_trials_of_its_own_length(tmp_path: Path) -> None:
+    planned = make_plan(
+        tmp_path,
+        ("    budget", "    learning_rates: search\n    search_budget: {pairs: 7}\n    budget"),
+        ("grids:", "search: {budget: {pairs: 5}}\ngrids:"),
+    )
+    assert {cell.budget["pairs"] for search in planned.searches for cell in search.cells if cell.budget} == {7}
+
+
 def test_a_search_gives_mixed_methods_the_same_rate(tmp_path: Path) -> None:
     planned = make_plan(tmp_path, ("full]", "ln-bias]\n    learning_rates: search"))
     trials = [cell.rates for search in planned.searches for cell in search.cells if cell.recipe == "ln-bias"]

@@ -217,7 +217,7 @@ def _grid_rates(
         # Methods that are mixed get the same rate, near the lowest of their defaults, as with --lr.
         method = min(defaults, key=lambda name: defaults[name])
         values = sorted(options.rates.get(method) or _neighbouring_rates(defaults[method]))
-        budget = options.budget or grid.budget
+        budget = grid.search_budget or options.budget or grid.budget
         trials = [dict.fromkeys(defaults, value) for value in values]
         cells = [_training_cell(run, SEARCH, 100.0, options.seed, "given", trial, budget, None) for trial in trials]
         search = RateSearch(tuple(cells))

@@ -180,6 +180,7 @@ class Grid(_Section):
     shares: OneOrMore[Annotated[float, Field(gt=0, le=100)]] = Field([100.0], description="% of the images.")
     learning_rates: Literal["default", "search"] | OneOrMore[Rate] = "default"
     budget: Budget = Budget(epochs=10)
+    search_budget: Budget | None = Field(None, description="The length of a trial, if not that of the search.")
 
 
 class Compare(_Section):
@@ -237,7 +238,13 @@ def read_study(path: Path | str, roots: Sequence[str] = ()) -> Study:
 
 
 _NAMED_SECTIONS: dict[str, type[BaseModel]] = {"models": Model, "datasets": Data, "grids": Grid}
-_SECTIONS: dict[str, type[BaseModel]] = {"train": Training, "search": Search, "compare": Compare, "budget": Budget}
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "train": Training,
+    "search": Search,
+    "compare": Compare,
+    "budget": Budget,
+    "search_budget": Budget,
+}
 
 
 def _known_fields(path: FieldPath) -> list[str]:
