@@ -3,10 +3,10 @@
     python scripts/train_nano.py --out src/normtune/models/nano
 
     python scripts/train_nano.py --out runs/bases/nano --stop 1950 --save-at 195,650,1950
-    python scripts/train_nano.py --out runs/bases/pico --width 64 --layers 3,2,1 --save-at 195,650,1950
+    python scripts/train_nano.py --out runs/bases/pico --width 64 --layers 3,2,1
 
 The first command takes about 45 minutes on two cores. The others write the weaker bases of
-`studies/when-norms.yaml`: `nano-195` and so on after 3, 10 and 30% of the steps, and smaller ones. Every parameter
+`studies/when-norms.yaml`: `nano-195` and so on after 3, 10 and 30% of the steps, and a smaller one. Every parameter
 is trained from random weights, on images of hospital A's training split only. An interrupted run resumes from its
 last checkpoint.
 """

@@ -73,7 +73,7 @@ def test_when_norms_compares_ln_and_full_at_each_strength_shift_and_number_of_im
     cells = cells_per_grid(planned)
     # each base once; ln and full on each shift with each seed
     assert cells["strength"] == 4 + 4 * 2 * shifts * seeds
-    assert cells["size"] == 2 + 2 * 2 * shifts * seeds
+    assert cells["size"] == 1 + 2 * shifts * seeds
     assert cells["images-20"] == cells["images-320"] == 1 + 2 * shifts * seeds
     assert cells["recipes"] == 1 + 6 * shifts * seeds
     assert {cell.share * 320 for cell in planned.cells if cell.train is not None and set(cell.grids) != {SEARCH}} == {
