@@ -16,7 +16,7 @@ from normtune.adapters.storage import save_adapter
 from normtune.methods.adapt import adapt
 from normtune.models.loading import load
 from normtune.serving.http import server
-from normtune.serving.http.state import EngineProtocol, Settings
+from normtune.serving.http.state import Settings
 from tests.support.test_server import call, chat_body, serving
 
 
@@ -66,7 +66,7 @@ def test_a_base_and_its_adapters_are_served(
 ) -> None:
     responses: list[Any] = []
 
-    def serve_and_stop(engine: EngineProtocol, settings: Settings, listening: Any, *, ready: Any, quiet: bool) -> None:
+    def serve_and_stop(engine: Any, settings: Settings, listening: Any, *, ready: Any, quiet: bool) -> None:
         ready()
         listening.close()
         with serving(engine, settings) as url:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from normtune.serving.http.app import make_app
 from normtune.serving.http.server import listen, server_url, uvicorn_config
-from normtune.serving.http.state import EngineProtocol, Settings
+from normtune.serving.http.state import Settings
 
 
 class Response(NamedTuple):
@@ -37,7 +37,7 @@ class Response(NamedTuple):
 
 
 @contextmanager
-def serving(engine: EngineProtocol, settings: Settings | None = None) -> Iterator[str]:
+def serving(engine: Any, settings: Settings | None = None) -> Iterator[str]:
     """The URL of a running server."""
     settings = settings or Settings(base="nano")
     listening = listen("127.0.0.1", 0)

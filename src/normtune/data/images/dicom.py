@@ -74,7 +74,7 @@ def read_dicom(
     data: bytes, *, name: str, frame: int | None = None, window: Window | None = None
 ) -> tuple[Image.Image, GreyFrame | None]:
     """The image of `open_dicom`, and its grey values; None for colour."""
-    _silence_pydicom()
+    silence_pydicom()
     try:
         return _open_frame(data, name, frame, window)
     except InputError:
@@ -87,7 +87,7 @@ def read_dicom(
         ) from None
 
 
-def _silence_pydicom() -> None:
+def silence_pydicom() -> None:
     """Silence pydicom's warnings, as they may quote values of a file; repeated calls have no effect."""
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module=r"(pydicom|normtune\.data\.images\.dicom)")

@@ -31,11 +31,12 @@ from normtune.serving.http.errors import RequestRefused, remove_paths, to_refusa
 from normtune.serving.http.middleware import COOKIE, RequestGate
 from normtune.serving.http.openapi import error_responses
 from normtune.serving.http.prometheus import CONTENT_TYPE, ServerMetrics
-from normtune.serving.http.state import EngineProtocol, Service, Settings
+from normtune.serving.http.state import Service, Settings
 from normtune.serving.http.uploads import Upload, png_bytes, read_upload, render
 
 if TYPE_CHECKING:
     from normtune.data.images.dicom import GreyFrame
+    from normtune.serving.engine.engine import Engine
 
 _PURPOSES = ("vision", "user_data", "assistants")  # OpenAI's upload purposes that are accepted
 _HTTP_MESSAGES = {404: "this URL does not exist.", 405: "this URL does not support that method."}
@@ -59,7 +60,7 @@ _FILES = {
 }
 
 
-def make_app(engine: EngineProtocol, settings: Settings) -> RequestGate:
+def make_app(engine: Engine, settings: Settings) -> RequestGate:
     """Return the ASGI application of an engine.
 
     At shutdown it answers all accepted requests and closes the engine.

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -15,7 +16,10 @@ from normtune.errors import InputError
 from normtune.serving.http.app import make_app
 from normtune.serving.http.errors import LOG
 from normtune.serving.http.middleware import RequestGate
-from normtune.serving.http.state import EngineProtocol, Settings
+from normtune.serving.http.state import Settings
+
+if TYPE_CHECKING:
+    from normtune.serving.engine.engine import Engine
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _HEAD_BYTES = 64 << 10  # the most bytes of a request's first line and headers
@@ -64,7 +68,7 @@ def uvicorn_config(app: RequestGate, settings: Settings) -> uvicorn.Config:
 
 
 def run(
-    engine: EngineProtocol,
+    engine: Engine,
     settings: Settings,
     listening: socket.socket,
     *,

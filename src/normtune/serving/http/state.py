@@ -5,40 +5,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from normtune.serving.engine.requests import EngineStats, Reply, Request, ServedAdapter
 from normtune.serving.http.limits import ApiKeys, Budget, Limits
 from normtune.serving.http.uploads import Uploads
 
+if TYPE_CHECKING:
+    from normtune.serving.engine.engine import Engine  # it imports torch
+
 Value = TypeVar("Value")
 _DECODER_THREADS = 4  # limits the images decoded at once, and so the memory that decoding takes
-
-
-class EngineProtocol(Protocol):
-    """The methods of `normtune.serving.engine.engine.Engine` that the server uses."""
-
-    def submit(
-        self, request: Request, *, on_text: Callable[[str], None] | None = None
-    ) -> Future[Reply]: ...  # pragma: no cover
-
-    def register(self, name: str, folder: Path) -> ServedAdapter: ...  # pragma: no cover
-
-    def remove(self, name: str) -> None: ...  # pragma: no cover
-
-    def adapters(self) -> list[ServedAdapter]: ...  # pragma: no cover
-
-    def has_adapter(self, name: str) -> bool: ...  # pragma: no cover
-
-    @property
-    def failed(self) -> bool: ...  # pragma: no cover
-
-    def stats(self) -> EngineStats: ...  # pragma: no cover
-
-    def close(self, *, drain: bool = True, timeout: float | None = None) -> None: ...  # pragma: no cover
 
 
 @dataclass(frozen=True)
@@ -58,7 +37,7 @@ class Settings:
 class Service:
     """The engine, settings and shared state of a running server."""
 
-    def __init__(self, engine: EngineProtocol, settings: Settings) -> None:
+    def __init__(self, engine: Engine, settings: Settings) -> None:
         limits = settings.limits
         self.engine, self.settings, self.limits = engine, settings, limits
         self.uploads = Uploads(limits.uploads, limits.upload_bytes, limits.upload_s)

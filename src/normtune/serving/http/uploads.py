@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-import logging
 import re
 import secrets
 import struct
@@ -117,8 +116,9 @@ def _check_dicom(data: bytes, max_pixels: int, name: str) -> None:
         raise InputError(f"{name}: a DICOM file with more than {_MAX_ITEMS:,} items. Send one frame of it.")
     import pydicom  # the import takes 0.2 s
 
-    logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its warnings quote values of the file
-    warnings.filterwarnings("ignore", module="pydicom")
+    from normtune.data.images.dicom import silence_pydicom
+
+    silence_pydicom()
     try:
         tags = ["Rows", "Columns"]
         file = pydicom.dcmread(io.BytesIO(data), specific_tags=tags, stop_before_pixels=True)
