@@ -14,6 +14,7 @@ from normtune.commands import (  # noqa: F401
     bench,
     doctor,
     evaluate,
+    federate,
     import_models,
     init,
     inspect,

@@ -100,6 +100,7 @@ OTHER_VALUES: dict[str, Any] = {
     "patience": 2, "keep": "last", "sample": "balanced", "max_pixels": 4096,
     "dp_epsilon": math.inf, "dp_delta": 0.01, "dp_clip": 2.0,
     "choice_prompt": "mmmu", "choice_target": "text",
+    "optimizer": "sgd",
 }  # fmt: skip
 
 

@@ -17,14 +17,14 @@ from pydantic.fields import FieldInfo
 from typer.core import TyperGroup
 
 import normtune
-from normtune.data.options import DataOptions
+from normtune.data.options import DataOptions, Options
 from normtune.data.run_file import SUFFIXES, read_run_file
 from normtune.runtime import distributed
 
 # The order of the commands in `normtune --help`: the main job first.
 _COMMANDS = (
     *("demo", "inspect", "data", "train", "evaluate", "ask", "describe", "compare", "review", "score"),
-    *("init", "schema", "split", "study", "serve", "merge", "mix", "export", "push", "export-predictions"),
+    *("init", "schema", "split", "study", "federate", "serve", "merge", "mix", "export", "push", "export-predictions"),
     *("import-miss", "import-llava-med", "bench", "doctor"),
 )
 
@@ -78,7 +78,7 @@ MaxPixels = Annotated[
 
 
 def options_from(
-    config: type[DataOptions], positional: str, *, run_file: bool = False
+    config: type[Options], positional: str, *, run_file: bool = False
 ) -> Callable[[Callable[..., None]], Any]:
     """Decorate a command so that its options are the fields of a pydantic config.
 
@@ -106,6 +106,7 @@ def options_from(
                 path = str(values[positional])
                 given = {name: value for name, value in values.items() if _is_given(context, name)}
                 if path.endswith(SUFFIXES):
+                    assert issubclass(config, DataOptions)
                     del given[positional]
                     values = _replace_options(path, read_run_file(Path(path), config), given)
                 else:

@@ -12,7 +12,9 @@ from normtune.data.split_names import standard_split
 from normtune.errors import InputError, did_you_mean
 
 
-class _Options(BaseModel):
+class Options(BaseModel):
+    """Options that are checked when they are set; a field that does not exist is an error."""
+
     model_config = ConfigDict(extra="forbid")
 
     @classmethod
@@ -37,7 +39,7 @@ class _Options(BaseModel):
             raise InputError("; ".join(messages)) from error
 
 
-class DataOptions(_Options):
+class DataOptions(Options):
     """The dataset and the selection of its examples. The descriptions are what `--help` prints."""
 
     data: str = Field(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -210,7 +210,26 @@ def share_of_images(examples: Examples, share: float, seed: int) -> Examples:
     """
     clusters = cluster_pictures(examples, ())
     names = _shuffled(clusters.values(), seed)
-    selected = set(names[: max(1, round(share * len(names)))])
+    return _with_clusters(examples, clusters, names[: max(1, round(share * len(names)))])
+
+
+def part_of_images(examples: Examples, part: int, parts: int, seed: int = 0) -> Examples:
+    """The examples of one of several parts of the images, in their order; the parts have no image in common.
+
+    Images of one example, patient or case stay together.
+
+    Args:
+        part: number of the part, from 1.
+        parts: number of parts.
+        seed: of the order from which images are dealt to the parts.
+    """
+    clusters = cluster_pictures(examples, ())
+    return _with_clusters(examples, clusters, _shuffled(clusters.values(), seed)[part - 1 :: parts])
+
+
+def _with_clusters(examples: Examples, clusters: Mapping[str, str], names: Iterable[str]) -> Examples:
+    """The examples whose images belong to the named clusters."""
+    selected = set(names)
     return examples.where(examples.flags("images", lambda keys: bool(keys) and clusters[keys[0]] in selected))
 
 

@@ -96,7 +96,8 @@ class TrainConfig(DataOptions):
         "that depend on the size of an image. The adapter records it. Default: the model's own.",
     )
     device: str | None = Field(None, description="cpu or cuda; default: cuda if available.")
-    # AdamW: the learning rate rises linearly during the warmup, then follows the schedule
+    # the optimiser: the learning rate rises linearly during the warmup, then follows the schedule
+    optimizer: Literal["sgd"] | None = Field(None, description="Optimiser: sgd, without momentum; default: AdamW.")
     weight_decay: float = Field(0.0, ge=0, description="Weight decay of AdamW, for matrices only.")
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which the learning rate rises from 0.")
     schedule: Literal["cosine", "linear", "constant"] = Field(

@@ -147,7 +147,7 @@ class AdapterTrainer(Trainer):
         return cast(DataLoader[Any], self.accelerator.prepare(loader))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create AdamW with one parameter group for each method, learning rate and dimensionality.
+        """Create the optimiser with one parameter group for each method, learning rate and dimensionality.
 
         Each method has its own learning rate, or each part (`part_lr`), and only matrices have weight decay: decaying
         norm gains towards 0 would shrink the layer's output.
@@ -159,7 +159,8 @@ class AdapterTrainer(Trainer):
                 method = self.tuned.methods[name]
                 rate = self.config.learning_rate(method, self.tuned.part_and_role[name][0])
                 groups.setdefault((method, rate, parameter.ndim > 1), []).append(parameter)
-            self.optimizer = torch.optim.AdamW(
+            optimizer: Any = torch.optim.SGD if self.config.optimizer == "sgd" else torch.optim.AdamW
+            self.optimizer = optimizer(
                 [
                     {"params": parameters, "lr": rate, "weight_decay": self.config.weight_decay if is_matrix else 0.0}
                     for (_, rate, is_matrix), parameters in groups.items()

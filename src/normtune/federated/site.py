@@ -1,0 +1,141 @@
+"""One site of a federation: it trains on its own data from the values of the server.
+
+Everything that a site writes is in its own folder: values that stay there (`local.safetensors`) and the final
+adapter (`adapter/`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.numpy import load_file
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from normtune.adapters.info import AdapterInfo
+from normtune.adapters.storage import write_adapter
+from normtune.data.records import Split
+from normtune.data.splits import part_of_images
+from normtune.errors import InputError
+from normtune.federated.config import FederateConfig, SiteOptions
+from normtune.federated.rules import SiteUpdate, Values
+from normtune.inference.limits import check_run
+from normtune.methods.adapt import TunedModel, restore_base
+from normtune.models.family import Family
+from normtune.models.loading import resolve_device, resolve_dtype
+from normtune.runtime.files import atomic_write
+from normtune.runtime.tensors import write_tensors
+from normtune.training.checkpoints import delete_checkpoints
+from normtune.training.config import TrainConfig
+from normtune.training.setup import TrainingSetup, build_setup, read_examples
+from normtune.training.train import fit
+
+LOCAL_FILE = "local.safetensors"
+
+
+@dataclass(frozen=True)
+class RoundTask:
+    """What the server sends to every site in a round."""
+
+    config: FederateConfig
+    round: int  # from 1
+    values: Values  # of the averaged adapter, without those that stay at the sites
+
+
+def train_at_site(task: RoundTask, site: SiteOptions, folder: Path, family: Family | None = None) -> SiteUpdate:
+    """Train one round at a site.
+
+    Args:
+        site: the data of the site.
+        folder: of the site, for its local values.
+        family: the loaded base, which is the base again afterwards; None: it is loaded.
+
+    Raises:
+        InputError: the data, the model or the recipe is not valid, or the server's values do not fit the recipe.
+    """
+    with _prepared(task.config.train_config(site, folder), site, family) as setup:
+        # another order of the data and other dropout masks in each round
+        setup.config = setup.config.model_copy(update={"seed": task.config.seed + task.round})
+        tuned = setup.tuned
+        local = {name for name, (part, _) in tuned.part_and_role.items() if part in task.config.local_parts}
+        path = folder / LOCAL_FILE
+        stored = load_file(path) if local and task.round > 1 and path.is_file() else {}
+        _set_values(tuned, {**task.values, **stored}, local)
+        start = {name: parameter.detach().clone() for name, parameter in tuned.trained.items()}
+        strength = task.config.proximal
+        result, _ = fit(setup, progress=Proximal(tuned.trained, start, strength) if strength else None)
+        trained = {name: parameter.detach().cpu().numpy().copy() for name, parameter in tuned.trained.items()}
+        if local:
+            with atomic_write(path) as temporary:
+                write_tensors(temporary, {name: torch.from_numpy(trained[name]) for name in local})
+        assert setup.base_fingerprint is not None
+        return SiteUpdate(
+            values={name: value for name, value in trained.items() if name not in local},
+            pairs=len(setup.examples),
+            steps=result.steps,
+            seconds=result.seconds,
+            loss=result.final_loss,
+            base_fingerprint=setup.base_fingerprint,
+        )
+
+
+@contextmanager
+def _prepared(config: TrainConfig, site: SiteOptions, family: Family | None) -> Iterator[TrainingSetup]:
+    """The data and the adapted base of a site; a base that was loaded before is restored at the end."""
+    device = resolve_device(config.device) if family is None else family.device
+    config = config.model_copy(update={"dtype": resolve_dtype(config.dtype, device)})
+    dataset, examples = read_examples(config)
+    if site.part is not None:
+        part, parts = map(int, site.part.split("/"))
+        examples = Split(dataset, part_of_images(examples, part, parts), config.split)
+    examples, preflight = check_run(config, examples, family or config.model, training=True)
+    setup = build_setup(config, dataset, examples, preflight=preflight, family=family, keep_base=family is not None)
+    try:
+        yield setup
+    finally:
+        delete_checkpoints(config.out)  # the one that HF's Trainer writes at the end
+        if family is not None:
+            restore_base(setup.tuned)
+
+
+def _set_values(tuned: TunedModel, values: Mapping[str, Any], local: set[str]) -> None:
+    """Set the trained values; local ones may be missing in the first round, and then keep their initial values."""
+    differing = sorted((tuned.trained.keys() - local) ^ (values.keys() - local))
+    if differing:
+        raise InputError(
+            f"the server's adapter and the recipe '{tuned.recipe}' differ about {differing[0]}. Give all sites the "
+            "base and the version of Normtune that the server has."
+        )
+    with torch.no_grad():
+        for name, value in values.items():
+            tuned.trained[name].copy_(torch.from_numpy(value))
+
+
+class Proximal(TrainerCallback):
+    """FedProx (Li et al. 2020): adds the gradient of `strength / 2 * |values - start|^2` before each optimiser step.
+
+    It is added after clipping, which therefore sees the gradient of the data alone.
+    """
+
+    def __init__(self, trained: Mapping[str, nn.Parameter], start: Mapping[str, Tensor], strength: float) -> None:
+        self.trained, self.start, self.strength = trained, start, strength
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        for name, parameter in self.trained.items():
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - self.start[name], alpha=self.strength)
+
+
+def write_site_adapter(folder: Path, info: AdapterInfo, values: Values) -> None:
+    """Write the final adapter of a site: the averaged values, and its own where they stayed at the site."""
+    path = folder / LOCAL_FILE
+    local = load_file(path) if path.is_file() else {}
+    tensors = {name: torch.from_numpy(local.get(name, value)) for name, value in values.items()}
+    if local:
+        info = replace(info, data={**(info.data or {}), "local_tensors": len(local)})
+    write_adapter(folder / "adapter", info, tensors)
