@@ -8,6 +8,17 @@ from typing import Any
 from normtune.errors import InputError
 
 
+def load_processor(source: str, processor_class: Any, image_processor_class: Any) -> Any:
+    """Load a checkpoint's processor: transformers' own for None, else of these classes, without videos."""
+    if processor_class is None:
+        from transformers import AutoProcessor
+
+        return AutoProcessor.from_pretrained(source)
+    if image_processor_class is None:
+        return image_only(processor_class, source)
+    return with_image_processor(processor_class, image_processor_class, source)
+
+
 def image_only(processor_class: Any, source: str) -> Any:
     """Load a checkpoint's processor without its video processor."""
     return without_videos(processor_class).from_pretrained(source)

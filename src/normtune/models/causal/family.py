@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import send_to_device
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
 from normtune.data import tasks
 from normtune.data.groups import Group, Segment
@@ -55,6 +55,7 @@ from normtune.models.causal.step_graph import StepGraph
 from normtune.models.family import Family
 from normtune.models.frozen_trunk import TRUNK_DEPTH, TRUNK_STATES, FrozenTrunk, skip_layers
 from normtune.models.generation import Generated
+from normtune.models.processors import load_processor
 from normtune.models.types import AnswerStates, Batch, Pixels
 
 # The forward pass, with B rows of S tokens, W the language model's width and N answer tokens:
@@ -88,6 +89,9 @@ class CausalFamily(Family):
     model_class = AutoModelForImageTextToText
     model: Any
     config: Any
+    processor_class: ClassVar[Any] = None  # of a processor that is loaded without its video part; None: transformers'
+    image_processor_class: ClassVar[Any] = None  # in place of the processor's own; needs `processor_class`
+    image_end_token: ClassVar[str] = "image_token"  # the processor's attribute with the last special token of an image
     image_layers: int = 0  # how many of the first layers read image features besides their input (Qwen3-VL)
     whole_blocks: ClassVar[bool] = False  # whether the tokens of a block see each other past a window
     block_kinds: ClassVar[Collection[str] | None] = None  # kinds of layers with such blocks; None: all
@@ -114,7 +118,7 @@ class CausalFamily(Family):
 
     @classmethod
     def load_processor(cls, source: str, model_type: str) -> Any:
-        return AutoProcessor.from_pretrained(source)
+        return load_processor(source, cls.processor_class, cls.image_processor_class)
 
     # --- what a family may override -------------------------------------------------------------------------
 
@@ -134,7 +138,7 @@ class CausalFamily(Family):
 
         Conversations are cut after this token: see `normtune.models.causal.prompts`.
         """
-        return self.processor.image_token, ""
+        return getattr(self.processor, self.image_end_token), ""
 
     @property
     def prompt_template(self) -> str:

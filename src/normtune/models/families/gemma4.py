@@ -22,7 +22,6 @@ from normtune.models.causal.decoding import ColumnCache
 from normtune.models.causal.family import CausalFamily
 from normtune.models.causal.shared_prefix import image_blocks
 from normtune.models.frozen_trunk import FrozenTrunk
-from normtune.models.processors import with_image_processor
 from normtune.models.types import Batch
 
 
@@ -51,6 +50,8 @@ class Gemma4Processor(ProcessorMixin):
 class Gemma4Family(CausalFamily):
     """Gemma 4 E2B and E4B without their sound encoder, and the dense and the mixture-of-experts models."""
 
+    processor_class, image_processor_class = Gemma4Processor, Gemma4ImageProcessorPil
+    image_end_token = "eoi_token"
     block_kinds = (SLIDING,)
     image_keys = ("pixel_values", "image_position_ids", "num_soft_tokens_per_image")
 
@@ -63,19 +64,11 @@ class Gemma4Family(CausalFamily):
             )
         super().__init__(model, processor)
 
-    @classmethod
-    def load_processor(cls, source: str, model_type: str) -> Any:
-        return with_image_processor(Gemma4Processor, Gemma4ImageProcessorPil, source)
-
     @property
     def head(self) -> Head:
         """See `CausalFamily.head`; logits are limited to (-cap, cap) if the config has a cap."""
         plain, cap = super().head, self.text_config.final_logit_softcapping
         return plain if cap is None else lambda states: cap * torch.tanh(plain(states) / cap)
-
-    @property
-    def image_end(self) -> tuple[str, str]:
-        return self.processor.eoi_token, ""
 
     def image_inputs(self, images: Any) -> dict[str, Tensor]:
         """Batch images: pixel_values [images, patches, patch width], image_position_ids [images, patches, 2].

@@ -19,7 +19,7 @@ import torch
 from accelerate.utils import send_to_device
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig
 from transformers.generation.streamers import BaseStreamer
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
@@ -33,7 +33,7 @@ from normtune.models.causal.prompts import TokenIds, template_options
 from normtune.models.causal.self_test import run_self_test
 from normtune.models.family import Family
 from normtune.models.generation import Generated, OnTokens
-from normtune.models.processors import image_only
+from normtune.models.processors import load_processor
 from normtune.models.types import AnswerStates, Batch, Pixels, SelfTest
 
 TEXT = "text"  # key of an image's text, as bytes
@@ -92,8 +92,7 @@ class GenericFamily(CausalFamily):
     @classmethod
     def load_processor(cls, source: str, model_type: str) -> Any:
         # a video processor needs torchvision, and is not used
-        processor_class = PROCESSOR_MAPPING.get(type(AutoConfig.for_model(model_type)), None)
-        return AutoProcessor.from_pretrained(source) if processor_class is None else image_only(processor_class, source)
+        return load_processor(source, PROCESSOR_MAPPING.get(type(AutoConfig.for_model(model_type)), None), None)
 
     # --- one image, as the processor writes it ---------------------------------------------------------------
 

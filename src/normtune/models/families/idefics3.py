@@ -24,6 +24,8 @@ _IMAGE_PROCESSORS: dict[str, Any] = {"idefics3": Idefics3ImageProcessorPil, "smo
 class Idefics3Family(CausalFamily):
     """Idefics3 and SmolVLM; the prompt contains each tile with its row and column, then the whole image."""
 
+    image_end_token = "fake_image_token"
+
     @classmethod
     def load_processor(cls, source: str, model_type: str) -> Any:
         """Load Idefics3's processor for both types.
@@ -35,10 +37,6 @@ class Idefics3Family(CausalFamily):
     @property
     def decoder(self) -> Any:
         return self.model.model.text_model
-
-    @property
-    def image_end(self) -> tuple[str, str]:
-        return self.processor.fake_image_token, ""
 
     def preprocess_image(self, image: Image.Image) -> Pixels:
         """Cut one image into tiles.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from PIL import Image
@@ -11,20 +10,14 @@ from torch import Tensor
 from transformers import InternVLProcessor
 
 from normtune.models.causal.family import CausalFamily
-from normtune.models.processors import image_only
 from normtune.models.types import Pixels
 
 
 class InternVLFamily(CausalFamily):
     """InternVL 2.5, 3 and 3.5."""
 
-    @classmethod
-    def load_processor(cls, source: str, model_type: str) -> Any:
-        return image_only(InternVLProcessor, source)
-
-    @property
-    def image_end(self) -> tuple[str, str]:
-        return self.processor.end_image_token, ""
+    processor_class = InternVLProcessor
+    image_end_token = "end_image_token"
 
     def preprocess_image(self, image: Image.Image) -> Pixels:
         """Cut one image into square patches: pixel_values [patches, 3, size, size]; patches, their number."""

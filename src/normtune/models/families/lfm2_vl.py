@@ -20,7 +20,6 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import convert_ima
 from transformers.processing_utils import ImagesKwargs
 
 from normtune.models.causal.family import CausalFamily
-from normtune.models.processors import with_image_processor
 from normtune.models.types import Pixels
 
 
@@ -125,13 +124,8 @@ def _grid(height: int, width: int, use: Any) -> tuple[int, int]:
 class Lfm2VlFamily(CausalFamily):
     """LFM2-VL and LFM2.5-VL; their convolutions carry the last inputs from token to token."""
 
-    @classmethod
-    def load_processor(cls, source: str, model_type: str) -> Any:
-        return with_image_processor(Lfm2VlProcessor, Lfm2VlImageProcessor, source)
-
-    @property
-    def image_end(self) -> tuple[str, str]:
-        return self.processor.image_end_token, ""
+    processor_class, image_processor_class = Lfm2VlProcessor, Lfm2VlImageProcessor
+    image_end_token = "image_end_token"
 
     def preprocess_image(self, image: Any) -> Pixels:
         """One image in tiles, as in `Lfm2VlImageProcessor`, and the sizes [4]: rows, columns, height, width."""

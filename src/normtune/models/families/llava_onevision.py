@@ -6,22 +6,17 @@ images without tiles.
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers import LlavaOnevisionProcessor
 
 from normtune.models.causal.image_features import FEATURES
 from normtune.models.families.llava_next import LlavaNextFamily
-from normtune.models.processors import image_only
 from normtune.models.types import Pixels
 
 
 class LlavaOnevisionFamily(LlavaNextFamily):
     """LLaVA-OneVision in transformers' layout."""
 
-    @classmethod
-    def load_processor(cls, source: str, model_type: str) -> Any:
-        return image_only(LlavaOnevisionProcessor, source)
+    processor_class = LlavaOnevisionProcessor
 
     def image_text(self, pixels: Pixels) -> str:
         if FEATURES in pixels:

@@ -15,7 +15,6 @@ from transformers import ProcessorMixin
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
 from normtune.models.causal.family import CausalFamily
-from normtune.models.processors import with_image_processor
 from normtune.models.types import Pixels
 
 
@@ -57,18 +56,12 @@ class Mistral3Family(CausalFamily):
     """Mistral Small 3.1 and 3.2, and Ministral 3, in transformers' layout."""
 
     image_keys = ("pixel_values", "image_sizes")
-
-    @classmethod
-    def load_processor(cls, source: str, model_type: str) -> Any:
-        return with_image_processor(PixtralProcessor, PixtralImageProcessorPil, source)
+    processor_class, image_processor_class = PixtralProcessor, PixtralImageProcessorPil
+    image_end_token = "image_end_token"
 
     @property
     def image_options(self) -> dict[str, Any]:  # type: ignore[override]
         return {"patch_size": self.processor.token_edge}
-
-    @property
-    def image_end(self) -> tuple[str, str]:
-        return self.processor.image_end_token, ""
 
     def image_inputs(self, images: Sequence[Pixels]) -> dict[str, Tensor]:
         """Batch images: pixel_values [images, 3, height, width] of the largest, image_sizes [images, 2].

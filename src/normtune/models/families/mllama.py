@@ -21,7 +21,6 @@ from normtune.models.causal.family import CausalFamily
 from normtune.models.causal.image_features import FEATURES
 from normtune.models.causal.shared_prefix import PAD
 from normtune.models.frozen_trunk import TRUNK_STATES
-from normtune.models.processors import with_image_processor
 from normtune.models.types import Batch, Pixels
 
 # Example: a row with two groups, one image each (the token m; T tiles, P patches a tile), and a prefix that begins
@@ -41,10 +40,7 @@ class MllamaFamily(CausalFamily):
     """Llama 3.2 Vision 11B and 90B. A feature of an image token is the whole image: [T * P, width]."""
 
     image_keys = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
-
-    @classmethod
-    def load_processor(cls, source: str, model_type: str) -> Any:
-        return with_image_processor(MllamaProcessor, MllamaImageProcessorPil, source)
+    processor_class, image_processor_class = MllamaProcessor, MllamaImageProcessorPil
 
     @property
     def image_layers(self) -> int:  # type: ignore[override]
