@@ -100,23 +100,22 @@ def test_new_splits_have_the_fractions_of_images_and_depend_on_the_seed() -> Non
     sizes = {name: len(of_split) for name, of_split in images.items()}
     assert sizes == {"train": 35, "validate": 5, "test": 10}
     assert image_disjoint(data, seed=1).examples != image_disjoint(data, seed=0).examples
-    whole = image_disjoint(data, fractions=(0, 0, 1))
-    assert {e.split for e in whole.examples} == {"test"}
-    with pytest.raises(InputError, match="must be at least 0 and add up to 1"):
-        image_disjoint(data, fractions=(0.5, 0.1, 0.1))
 
 
 def test_skipped_rows_get_the_split_of_their_image() -> None:
-    skipped = [example("x", "a", answer=""), Example("y", (), "", "", "open", "train")]
-    data = image_disjoint(dataset(example("1", "a"), skipped=skipped), fractions=(0, 0, 1))
-    assert [e.split for e in data.skipped] == ["test", "train"]
+    images = [f"i{number}" for number in range(20)]
+    skipped = [example(f"x-{name}", name, answer="") for name in images]
+    without_image = Example("y", (), "", "", "open", "train")
+    data = image_disjoint(dataset(*(example(name, name) for name in images), skipped=[*skipped, without_image]))
+    assert [e.split for e in data.skipped] == [*(e.split for e in data.examples), "train"]
+    assert {e.split for e in data.skipped} == {"train", "validate", "test"}
 
 
 def test_identical_images_under_two_names_stay_together() -> None:
     data = dataset(*(example(name, name) for name in ("black", "dark", "white")))
     assert find_identical_images(data) == [("black", "dark")]
     for seed in range(8):
-        examples = image_disjoint(data, (0.5, 0.0, 0.5), seed, find_identical_images(data)).examples
+        examples = image_disjoint(data, seed, find_identical_images(data)).examples
         assert examples[0].split == examples[1].split != examples[2].split
 
 

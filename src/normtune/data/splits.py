@@ -155,13 +155,8 @@ def find_leaks(
     return leaks
 
 
-def image_disjoint(
-    dataset: Dataset,
-    fractions: tuple[float, float, float] = (0.7, 0.1, 0.2),
-    seed: int = 0,
-    identical: Iterable[Sequence[str]] = (),
-) -> Dataset:
-    """Make new splits train, validate and test that share no image.
+def image_disjoint(dataset: Dataset, seed: int = 0, identical: Iterable[Sequence[str]] = ()) -> Dataset:
+    """Make new splits train, validate and test that share no image: 70, 10 and 20% of the images.
 
     Every image goes to one split, with all its examples. Images of one study (one example) stay together, as
     do those of one patient, case or study that `meta` names (see `group_columns`), and those of one item of
@@ -169,23 +164,15 @@ def image_disjoint(
 
     Args:
         dataset: the dataset; its own splits are ignored.
-        fractions: shares of train, validate and test, of the number of images (those that stay together
-            count as one).
         seed: another seed gives other splits.
         identical: keys of the same picture, from `find_identical_images`.
 
     Returns:
         The dataset with the new splits, also for its skipped rows.
-
-    Raises:
-        InputError: the fractions are negative or do not add up to 1.
     """
-    if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise InputError(f"fractions {fractions} must be at least 0 and add up to 1.")
     clusters = cluster_pictures(dataset.examples, identical)
     names = _shuffled(clusters.values(), seed)
-    train_end = round(fractions[0] * len(names))
-    validate_end = round((fractions[0] + fractions[1]) * len(names))
+    train_end, validate_end = round(0.7 * len(names)), round(0.8 * len(names))  # images that stay together count as one
     split = {
         name: SPLITS[0] if index < train_end else SPLITS[1] if index < validate_end else SPLITS[2]
         for index, name in enumerate(names)
