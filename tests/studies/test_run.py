@@ -413,3 +413,16 @@ def test_the_rows_of_all_folds_are_one_evaluation(base: Path, tmp_path: Path, in
     assert "1 of 2 runs miss a fold" in (moved / "tables.md").read_text()
     page = (write_study_report(moved)).read_text()
     assert "Cross-validation with 3 folds" in page and "Score of each fold" in page and "3 folds" in page
+
+
+def test_a_base_in_a_relative_folder_has_the_folders_that_were_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run makes the paths absolute: a finished cell would else look unfinished, and the study would never end."""
+    monkeypatch.chdir(tmp_path)
+    Path("bases/mine").mkdir(parents=True)
+    planned = single_cell("mine", None, {"model": "bases/mine", "data": "phantom-b:4"})
+    (evaluation,) = planned.evaluations
+    (run_evaluation,) = cells.with_absolute_paths(planned).evaluations
+    assert run_evaluation.config.model == str(tmp_path / "bases/mine")
+    assert run_evaluation.folder == evaluation.folder

@@ -253,7 +253,10 @@ def with_absolute_paths(cell: Cell) -> Cell:
     return replace(
         cell,
         train=cell.train and absolute(cell.train),
-        evaluations=tuple(replace(evaluation, config=absolute(evaluation.config)) for evaluation in cell.evaluations),
+        evaluations=tuple(
+            replace(evaluation, config=absolute(evaluation.config), planned_folder=evaluation.folder)
+            for evaluation in cell.evaluations
+        ),
     )
 
 

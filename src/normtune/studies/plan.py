@@ -52,11 +52,12 @@ class Evaluation:
     role: Role
     config: EvaluateConfig
     splits: str | None = None  # from `splits_identity`
+    planned_folder: str | None = None  # the folder's name, where a run has changed the paths in `config`
 
     @property
     def folder(self) -> str:
         """The folder's name, unique among the evaluations of the cell."""
-        return f"{self.dataset}-{_digest(_identity(self.config, self.splits), 8)}"
+        return self.planned_folder or f"{self.dataset}-{_digest(_identity(self.config, self.splits), 8)}"
 
 
 Rates = dict[str, float]  # the learning rate of each method
