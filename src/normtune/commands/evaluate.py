@@ -26,6 +26,9 @@ def score(
     bertscore: Annotated[Path | None, typer.Option(help="Folder of a model for BERTScore.")] = None,
     radgraph: Annotated[bool, typer.Option("--radgraph", help="Add RadGraph F1.")] = False,
     meteor15: Annotated[Path | None, typer.Option(help="Path of meteor-1.5.jar, for METEOR 1.5; needs Java.")] = None,
+    metric_model: Annotated[
+        str | None, typer.Option(help="Metrics that need a model, as of normtune evaluate: green=DIR:PYTHON,...")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")] = None,
     json: Json = False,
 ) -> None:
@@ -44,6 +47,7 @@ def score(
         bertscore=bertscore,
         radgraph=radgraph,
         meteor15=meteor15,
+        metric_model=metric_model,
         out=out,
     )
     emit(json, scores, score_text(scores))

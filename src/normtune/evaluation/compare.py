@@ -23,7 +23,7 @@ from normtune.evaluation.recipe_differences import (
 )
 from normtune.evaluation.results import Evaluation, read_evaluation, trained_rows_text
 from normtune.metrics.statistics import MIN_SEEDS
-from normtune.metrics.sum_metrics import SumMetric
+from normtune.metrics.sum_metrics import SumMetric, mean_metric
 from normtune.metrics.table import metric_table
 from normtune.runtime.files import write_text
 from normtune.runtime.notebook import Result, axes_or_new, data_frame
@@ -47,7 +47,7 @@ class Comparison(Result):
         others: the same of the others.
         differences: run -> metric -> difference from the baseline.
         seeds: name -> the evaluations of all seeds, for recipes.
-        not_compared: metrics that only some of the runs have.
+        not_compared: metrics that only some of the runs have, or for other rows.
     """
 
     baseline: Evaluation
@@ -171,7 +171,9 @@ class Comparison(Result):
         for run in runs:
             lines += [f"{run.name}: {text}." for text in trained_rows_text(run.record)]
         if self.not_compared:
-            lines.append(f"Not compared, since only some of the runs have them: {', '.join(self.not_compared)}.")
+            lines.append(
+                f"Not compared, since only some of the runs have them, or other rows: {', '.join(self.not_compared)}."
+            )
         choices = {run.name: _choice_settings(run) for run in runs}
         if len({*choices.values()}) > 1:
             texts = "; ".join(f"{name}: {text}" for name, text in choices.items())
@@ -223,7 +225,7 @@ def compare(runs: Runs | Mapping[str, Sequence[Run]], *, margin: float | None = 
     }
     all_metrics = [table for group in tables.values() for table in group.metrics]
     metrics = list(dict.fromkeys(name for table in all_metrics for name in table))
-    partial = tuple(name for name in metrics if not all(name in table for table in all_metrics))
+    partial = tuple(name for name in metrics if not _have_same_rows(name, all_metrics))
     baseline, *others = [replace(seeds[0], name=name) for name, seeds in groups.items()]
     corrected = correct_p_values(
         {
@@ -239,6 +241,12 @@ def compare(runs: Runs | Mapping[str, Sequence[Run]], *, margin: float | None = 
     for (name, metric), difference in corrected.items():
         differences[name][metric] = difference
     return Comparison(baseline, others, differences, dict(groups) if has_seeds else {}, partial)
+
+
+def _have_same_rows(name: str, tables: Sequence[Mapping[str, SumMetric]]) -> bool:
+    """Whether all runs have the metric, for the same rows."""
+    rows = [frozenset(table[name].row_statistics) if name in table else None for table in tables]
+    return None not in rows and len(set(rows)) == 1
 
 
 def _read_groups(runs: Runs | Mapping[str, Sequence[Run]]) -> tuple[dict[str, list[Evaluation]], bool]:
@@ -370,5 +378,6 @@ def _normalisation_text(run: Evaluation) -> str:
 
 
 def compute_metrics(run: Evaluation) -> dict[str, SumMetric]:
-    """Compute every metric of the run's task, row by row."""
-    return metric_table(run.examples, run.predictions, run.record["normalisation"])
+    """Compute every metric of the run's task, row by row, except for those that needed a model: these are recorded."""
+    recorded = {name: mean_metric(scores) for name, scores in run.row_scores.items()}
+    return metric_table(run.examples, run.predictions, run.record["normalisation"]) | recorded

@@ -91,6 +91,12 @@ class EvaluateConfig(DataOptions):
         description="Result folder of the same model on other images, usually --split validate: calibrates sets of "
         "candidates that contain the answer with a probability of 90% and 95%.",
     )
+    metric_model: str | None = Field(
+        None,
+        description="Also score reports with metrics that need a model, NAME=DIR or NAME=DIR:PYTHON (the Python of "
+        "another environment, with RadEval), separated by commas; names: bertscore, chexbert, radgraph, ratescore, "
+        "radcliq, green, crimson.",
+    )
     normalisation: Literal["vqa", "unicode", "none"] = Field(
         "vqa", description="Normalisation of answers before they are compared."
     )

@@ -23,6 +23,7 @@ from normtune.evaluation.results import Evaluation, Predictions, make_record
 from normtune.inference.choices import answer_choices
 from normtune.inference.predict import Progress, answer_all, score_closed_candidates
 from normtune.metrics.answers import check_unique_ids
+from normtune.metrics.metric_models import MetricModel, parse_metric_models
 from normtune.metrics.reports import normalisations_for
 from normtune.runtime import distributed, memory
 from normtune.runtime.files import make_directory, write_text
@@ -77,6 +78,7 @@ def evaluate_config(
         max_answer=config.max_new_tokens,
         normalisation=config.normalisation,
     )
+    _metric_models(config, examples)  # checked before the model is loaded
     if needs_model and family is None:
         family = load_model(
             config.model, config.adapter, dtype=config.dtype, device=config.device, quantize=config.quantize
@@ -123,6 +125,7 @@ def evaluate(
         for name in image_reliance.parse_controls(config.controls)
     }
     calibration = None if config.conformal is None else read_calibration(config.conformal, config, examples)
+    models = _metric_models(config, examples)
     limit = config.max_new_tokens
     if limit is None and preflight is not None:
         limit = preflight.limits.get("answers", {}).get("limit")
@@ -143,7 +146,7 @@ def evaluate(
     record: dict[str, Any] = distributed.broadcast_from_first(
         lambda: make_record(
             examples,
-            **compute_scores(examples, predictions, controls, applied),
+            **compute_scores(examples, predictions, controls, applied, models),
             **describe_confidence(examples, predictions, applied, config.abstain_below, calibration),
             **_describe_model(family, config, examples),
             **({} if family is None else family.self_test_record()),
@@ -162,6 +165,7 @@ def evaluate(
                 "controls": list(controls),
                 **({} if config.abstain_below is None else {"abstain_below": config.abstain_below}),
                 **({} if config.conformal is None else {"conformal": str(config.conformal)}),
+                **({} if config.metric_model is None else {"metric_model": config.metric_model}),
             },
             seconds=seconds,
             pairs_per_second=len(examples) / seconds,
@@ -172,7 +176,8 @@ def evaluate(
             dtype=None if family is None else str(family.dtype).removeprefix("torch."),
         )
     )
-    evaluation = Evaluation(examples, predictions, record, controls, config.out)
+    row_scores = record.pop("row_scores", {})
+    evaluation = Evaluation(examples, predictions, record, controls, config.out, row_scores=row_scores)
     if config.out is not None and distributed.is_main_process():
         if preflight is not None:
             preflight.save(config.out)
@@ -180,6 +185,17 @@ def evaluate(
         write_text(config.out / RUN_FILE, run_file_text("evaluate", config, resolved=resolved))
         evaluation.save(config.out)
     return evaluation
+
+
+def _metric_models(config: EvaluateConfig, examples: Split) -> dict[str, MetricModel]:
+    """Check and return the metrics that need a model.
+
+    Raises:
+        InputError: as `parse_metric_models`, or the examples are questions.
+    """
+    if config.metric_model and any(example.kind != "report" for example in examples):
+        raise InputError("--metric-model scores reports, not answers. Remove it, or evaluate reports: --task report.")
+    return parse_metric_models(config.metric_model)
 
 
 def _baseline_and_cache(

@@ -46,7 +46,7 @@ from normtune.errors import InputError, did_you_mean
 from normtune.evaluation.config import CONTROLS
 from normtune.metrics.answers import is_exact, summarise_scores
 from normtune.metrics.statistics import holm_correction
-from normtune.metrics.sum_metrics import SumMetric, cluster_rows, highest_score, paired_difference, relative_drop
+from normtune.metrics.sum_metrics import SumMetric, cluster_rows, paired_difference, relative_drop, score_span
 from normtune.metrics.table import headline_metrics, summarize_metrics
 from normtune.runtime.number_format import format_interval
 from normtune.runtime.text_table import text_table
@@ -177,7 +177,7 @@ def image_reliance(
         control: _summarize(headline_metrics(table), examples) for control, table in replaced.items()
     }
     pairs = {
-        (control, name): paired_difference(table[name], metric, cluster, maximum=highest_score(name))
+        (control, name): paired_difference(table[name], metric, cluster, maximum=score_span(name))
         for control, table in replaced.items()
         for name, metric in real_table.items()
     }
@@ -186,7 +186,7 @@ def image_reliance(
         control: {"image": CONTROL_DESCRIPTIONS[control], "paired_by": paired_by, "metrics": {}} for control in replaced
     }
     for (control, name), pair in pairs.items():
-        contribution = relative_drop(real_table[name], replaced[control][name], cluster, maximum=highest_score(name))
+        contribution = relative_drop(real_table[name], replaced[control][name], cluster, maximum=score_span(name))
         result[control]["metrics"][name] = {
             "real": intervals["real"][name],
             "replaced": intervals[control][name],

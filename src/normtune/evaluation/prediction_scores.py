@@ -14,6 +14,7 @@ from normtune.evaluation.score_files import clinical_table
 from normtune.metrics.answers import Metric, count_ignored_signs, score_rows, summarise_scores
 from normtune.metrics.calibration import abstention_report, confidence_report
 from normtune.metrics.conformal import conformal_report
+from normtune.metrics.metric_models import MetricModel, model_folder
 from normtune.metrics.reports import text_pairs
 from normtune.metrics.strata import score_strata
 from normtune.metrics.table import metric_table, summarize_metrics
@@ -24,24 +25,34 @@ def compute_scores(
     predictions: Sequence[Prediction],
     controls: Mapping[str, Sequence[Prediction]],
     normalisation: str | Sequence[str],
+    models: Mapping[str, MetricModel],
 ) -> dict[str, Any]:
     """Compute all scores of the predictions, and those of the control images if there are any.
 
+    The metrics that need a model do not score the control images.
+
     Returns:
-        `metrics`; `strata` (see `score_strata`); for reports that mention findings `findings`: labeller ->
-        finding -> precision, recall, f1 and counts; with controls `reliance` (see `image_reliance`);
+        `metrics`; with metric models `metric_models` (see `score_with_models`) and `row_scores`, the scores of each
+        row: metric -> row id -> score; `strata` (see `score_strata`); for reports that mention findings `findings`:
+        labeller -> finding -> precision, recall, f1 and counts; with controls `reliance` (see `image_reliance`);
         for answers `signs_ignored` (see `count_ignored_signs`), with options `choices` (see `choice_report`), with
         other images `grounding` (see `grounding_scores`);
         `limit_reached`: the share of the generated answers that reached the token limit.
     """
-    table = metric_table(examples, predictions, normalisation)
+    table = metric_table(examples, predictions, normalisation, bertscore=model_folder(models, "bertscore"))
+    clinical, recorded = {}, {}
+    if not isinstance(normalisation, str):
+        clinical, recorded = clinical_table(text_pairs(examples, predictions), models)
+    table |= clinical
     scores: dict[str, Any] = {"metrics": summarize_metrics(table, examples), "strata": score_strata(examples, table)}
+    scores |= {name: values for name, values in recorded.items() if values}
+    if models:
+        of_models = {name: metric for name, metric in table.items() if name in clinical or name.startswith("bertscore")}
+        scores["row_scores"] = {name: metric.by_row() for name, metric in of_models.items() if metric.is_mean}
     if isinstance(normalisation, str):
         scores["signs_ignored"] = count_ignored_signs(examples, predictions, normalisation)
         if any(example.options for example in examples):
             scores["choices"] = choice_report(examples, predictions)
-    elif findings := clinical_table(text_pairs(examples, predictions))[1]:
-        scores["findings"] = findings
     if controls:
         control_tables = {name: metric_table(examples, rows, normalisation) for name, rows in controls.items()}
         scores["reliance"] = image_reliance.image_reliance(examples, table, control_tables)

@@ -23,12 +23,13 @@ from normtune.metrics.statistics import (
 )
 from normtune.metrics.statistics.comparisons import DISAGREEMENT, SEED_DEVIATION
 from normtune.metrics.sum_metrics import (
+    LOWER_IS_BETTER,
     SumMetric,
     average_metric,
     cluster_rows,
-    highest_score,
     paired_difference,
     score_clusters,
+    score_span,
 )
 
 Key = TypeVar("Key", bound=Hashable)
@@ -92,7 +93,7 @@ def compare_metric(
     Raises:
         InputError: the models did not answer the same rows.
     """
-    groups, cluster, maximum = (first, second), cluster_rows(examples), highest_score(name)
+    groups, cluster, maximum = (first, second), cluster_rows(examples), score_span(name)
     metrics = [[table[name] for table in group.metrics] for group in groups]
     random = [len(group.metrics) for group in groups if not group.fixed]
     question: Question
@@ -119,6 +120,7 @@ def compare_metric(
         error, df = pair.error, pair.df
         means = reference.overall(), other.overall()
     difference, low, high, p = values
+    sign = -1 if name in LOWER_IS_BETTER else 1
     limit = None if margin is None else margin / 100
     rows = metrics[0][0].row_statistics.keys()
     return MetricDifference(
@@ -137,7 +139,7 @@ def compare_metric(
         smallest_difference=min(maximum, smallest_difference(error, df)),
         margin=limit,
         equivalent=None if limit is None else equivalence(difference, error, df, limit) <= 0.05,
-        no_worse=None if limit is None else is_no_worse(difference, error, df, limit),
+        no_worse=None if limit is None else is_no_worse(sign * difference, error, df, limit),
     )
 
 

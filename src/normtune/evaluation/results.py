@@ -21,6 +21,7 @@ from normtune.evaluation.image_reliance import grounding_text, reliance_text
 from normtune.metrics.answers import Metric, ignored_signs_text
 from normtune.metrics.calibration import confidence_text
 from normtune.metrics.conformal import conformal_text
+from normtune.metrics.metric_models import metric_models_text
 from normtune.metrics.strata import strata_of, strata_text
 from normtune.metrics.sum_metrics import INTERVALS
 from normtune.runtime.environment import versions
@@ -98,6 +99,7 @@ class Evaluation(Result):
         record: the contents of `metrics.json`: scores, settings, time and memory.
         controls: name of a control of `normtune.evaluation.image_reliance` -> its predictions.
         out: the folder with the files of the evaluation; None if it was not written.
+        row_scores: metric that needed a model -> row id -> its score; other metrics are computed again from the texts.
         name: in a comparison: given by the caller, or the shortest end of the folder that no other run has.
     """
 
@@ -107,6 +109,7 @@ class Evaluation(Result):
     controls: dict[str, Predictions] = field(default_factory=dict)
     out: Path | None = None
     name: str = ""
+    row_scores: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def is_report(self) -> bool:
@@ -192,7 +195,13 @@ class Evaluation(Result):
                 write_jsonl(path, self.controls[name].rows())
             else:
                 path.unlink(missing_ok=True)
-        write_jsonl(directory / "predictions.jsonl", self.predictions.rows())
+        rows = self.predictions.rows()
+        if self.row_scores:
+            for row in rows:
+                row["metrics"] = {
+                    name: scores[row["id"]] for name, scores in self.row_scores.items() if row["id"] in scores
+                }
+        write_jsonl(directory / "predictions.jsonl", rows)
         ids = sorted(example.id for example in self.examples)
         write_json(directory / "manifest.json", {"split_hash": split_hash(ids), "ids": ids})
         write_json(directory / "metrics.json", self.record)
@@ -236,7 +245,7 @@ def metrics_text(result: Mapping[str, Any]) -> str:
     if share := (result.get("limit_reached") or {}).get("value"):
         limit = result["settings"]["max_new_tokens"]
         lines.append(f"{100 * share:.1f}% of the generated answers end at the limit of {limit} tokens")
-    lines += ignored_signs_text(result)
+    lines += [*ignored_signs_text(result), *metric_models_text(result)]
     lines += [*confidence_text(result), *conformal_text(result)]
     lines += ["", choice_text(result["choices"])] if result.get("choices") else []
     lines += ["", strata_text(result["strata"])] if result.get("strata") else []
@@ -264,6 +273,7 @@ def read_evaluation(directory: Path | str) -> Evaluation:
     if not path.is_file():
         raise InputError(f"{path} is missing. Evaluate again.")
     examples, predictions = [], []
+    row_scores: dict[str, dict[str, float]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
         try:
             row = json.loads(line)
@@ -275,6 +285,8 @@ def read_evaluation(directory: Path | str) -> Evaluation:
             answer = row["prediction"], row.get("score"), row.get("finish_reason")
             shares, abstained = row.get("candidates"), row.get("abstained", False)
             predictions.append(Prediction(row["id"], *answer, choice, shares, abstained))
+            for name, score in row.get("metrics", {}).items():
+                row_scores.setdefault(name, {})[row["id"]] = float(score)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{path}, line {number}: not a prediction row. Evaluate again.") from error
     if split_hash([example.id for example in examples]) != record.get("split_hash"):
@@ -286,7 +298,8 @@ def read_evaluation(directory: Path | str) -> Evaluation:
     if split_hash([str(id) for id in ids]) != record["split_hash"]:
         raise InputError(f"{directory / 'manifest.json'}: its ids do not match its hash. Evaluate again.")
     dataset = Dataset(record["dataset"], Examples(examples), _no_image, licence=record["licence"])
-    return Evaluation(Split(dataset, examples), Predictions(examples, predictions), record, out=directory)
+    split, texts = Split(dataset, examples), Predictions(examples, predictions)
+    return Evaluation(split, texts, record, out=directory, row_scores=row_scores)
 
 
 def _no_image(key: str) -> Image.Image:

@@ -14,8 +14,15 @@ from normtune.data.reading.cells import is_yes_no
 from normtune.data.records import Example, Kind
 from normtune.errors import InputError, did_you_mean
 from normtune.metrics.answers import count_ignored_signs, ignored_signs_text, score_rows, score_vqa
+from normtune.metrics.metric_models import (
+    MetricModel,
+    metric_models_text,
+    model_folder,
+    parse_metric_models,
+    score_with_models,
+)
 from normtune.metrics.reports import report_table, summarise_reports
-from normtune.metrics.sum_metrics import INTERVALS
+from normtune.metrics.sum_metrics import INTERVALS, SumMetric
 from normtune.runtime.files import write_json
 from normtune.runtime.number_format import format_interval
 from normtune.runtime.text_table import text_table
@@ -50,6 +57,7 @@ def score_files(
     bertscore: Path | None = None,
     radgraph: bool = False,
     meteor15: Path | None = None,
+    metric_model: str | None = None,
     out: Path | None = None,
 ) -> dict[str, Any]:
     """Score a file of predictions against a file of references. Rows are joined by id, in any order.
@@ -66,11 +74,13 @@ def score_files(
         bertscore: folder of a model, for BERTScore of reports.
         radgraph: adds RadGraph F1 of reports.
         meteor15: the path of `meteor-1.5.jar`, for METEOR 1.5 of reports.
+        metric_model: further metrics of reports, as for `parse_metric_models`: "green=DIR,radgraph=DIR:PYTHON".
         out: a file to write the result to as JSON.
 
     Returns:
         task, rows, images, normalisations, metrics (name -> value, low, high, rows, images), versions; for
-        reports also `findings`, the table of every labeller, and for answers `signs_ignored` (see
+        reports also `findings`, the table of every labeller, and with metric models `metric_models` (see
+        `score_with_models`); for answers `signs_ignored` (see
         `normtune.metrics.answers.count_ignored_signs`).
 
     Raises:
@@ -102,9 +112,10 @@ def score_files(
     texts = {id: row.text for id, row in prediction_rows.items()}
     extra: dict[str, Any]
     if task == "vqa":
-        if chexbert or bertscore or radgraph or meteor15:
+        if chexbert or bertscore or radgraph or meteor15 or metric_model:
             raise InputError(
-                "CheXbert, BERTScore, RadGraph and METEOR score reports. Remove their options, or set --task report."
+                "CheXbert, BERTScore, RadGraph, METEOR and metric models score reports. Remove their options, or set "
+                "--task report."
             )
         used = tuple(normalisations or ("vqa",))
         if len(used) > 1:
@@ -114,10 +125,12 @@ def score_files(
     else:
         used = tuple(normalisations or ("none", "r2gen-iu"))
         pairs = {example.id: (texts[example.id], example.answer) for example in examples}
-        clinical_metrics, findings = clinical_table(pairs, chexbert=chexbert, radgraph=radgraph)
-        table = report_table(pairs, normalisations=used, bertscore=bertscore, meteor15=meteor15)
+        models = parse_metric_models(metric_model, chexbert=chexbert, bertscore=bertscore)
+        if radgraph and "radgraph" in models:
+            raise InputError("--radgraph and --metric-model radgraph compute the same scores. Give one of them.")
+        clinical_metrics, extra = clinical_table(pairs, models, radgraph=radgraph)
+        table = report_table(pairs, normalisations=used, bertscore=model_folder(models, "bertscore"), meteor15=meteor15)
         metrics = summarise_reports({**table, **clinical_metrics}, examples)
-        extra = {"findings": findings}
     result = {
         "task": task,
         "rows": len(examples),
@@ -134,36 +147,38 @@ def score_files(
 
 
 def clinical_table(
-    pairs: Mapping[str, tuple[str, str]], *, chexbert: Path | None = None, radgraph: bool = False
-) -> tuple[dict[str, Any], dict[str, Any]]:
+    pairs: Mapping[str, tuple[str, str]], models: Mapping[str, MetricModel], *, radgraph: bool = False
+) -> tuple[dict[str, SumMetric], dict[str, Any]]:
     """Compute the clinical metrics of reports.
 
     Args:
         pairs: row id -> (prediction, reference).
-        chexbert: folder of CheXbert's weights; None omits its labels.
-        radgraph: computes RadGraph F1.
+        models: the metric models of CheXbert and of the metrics of RadEval, if any.
+        radgraph: computes RadGraph F1 with the package radgraph.
 
     Returns:
-        The metrics of CheXbert and RadGraph (those of `findings_rules` are in `report_table`), and labeller
-        -> finding -> precision, recall, f1 and counts.
+        The metrics (those of `findings_rules` and BERTScore are in `report_table`), and what else is recorded:
+        `findings`, labeller -> finding -> precision, recall, f1 and counts; with models of RadEval `metric_models`
+        (see `score_with_models`).
 
     Raises:
         InputError: if weights or a package are missing.
     """
     from normtune.metrics import clinical
 
-    metrics: dict[str, Any] = {}
+    # The other processes first: they may fail.
+    metrics, records = score_with_models(pairs, models)
     tables: dict[str, Any] = {}
     predictions, references = clinical.label_with_rules(pairs)
     if clinical.mentions_any_finding(references):
         tables["findings_rules"] = clinical.finding_table(predictions, references)
-    if chexbert is not None:
+    if chexbert := model_folder(models, "chexbert"):
         predictions, references = clinical.label_with_chexbert(pairs, chexbert)
         metrics.update(clinical.label_metrics(predictions, references, "chexbert"))
         tables["chexbert"] = clinical.finding_table(predictions, references)
     if radgraph:
         metrics.update(clinical.radgraph_metrics(pairs))
-    return metrics, tables
+    return metrics, {"findings": tables, **({"metric_models": records} if records else {})}
 
 
 def read_texts(path: Path | str, fields: Sequence[str]) -> dict[str, Row]:
@@ -333,7 +348,7 @@ def score_text(result: Mapping[str, Any]) -> str:
             for name, metric in result["metrics"].items()
         ]
     )
-    lines += ignored_signs_text(result)
+    lines += [*ignored_signs_text(result), *metric_models_text(result)]
     for labeller, table in result.get("findings", {}).items():
         rows = [[labeller, "precision", "recall", "F1", "predictions", "references"]]
         for name, row in table.items():

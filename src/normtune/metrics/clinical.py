@@ -155,8 +155,8 @@ def radgraph_metrics(texts: Texts) -> dict[str, SumMetric]:
         scorer: Any = F1RadGraph(reward_level="all", model_type=model)
     except Exception as error:  # the package raises a bare Exception if the download fails
         raise InputError(
-            f"cannot load RadGraph's model {model} ({type(error).__name__}). "
-            "Download it once with a network connection."
+            f"cannot load RadGraph's model {model} ({type(error).__name__}). Download it once with a network "
+            "connection; with transformers 5, use --metric-model radgraph=DIR, since radgraph 0.1.18 fails there."
         ) from error
     _, rewards, _, _ = scorer(
         refs=[reference for _, reference in texts.values()], hyps=[prediction for prediction, _ in texts.values()]

@@ -250,6 +250,8 @@ def report_table(
 
 def summarise_reports(table: Mapping[str, SumMetric], examples: Sequence[Example]) -> dict[str, Metric]:
     """Compute each metric over all rows, with its interval clustered by image or patient."""
-    rows, images = len(examples), len({example.images for example in examples})
-    intervals = metric_intervals(table, cluster_rows(examples))
-    return {name: Metric(i.value, i.low, i.high, rows, images) for name, i in intervals.items()}
+    results = {}
+    for name, interval in metric_intervals(table, cluster_rows(examples)).items():
+        scored = [example.images for example in examples if example.id in table[name].row_statistics]
+        results[name] = Metric(interval.value, interval.low, interval.high, len(scored), len(set(scored)))
+    return results

@@ -29,6 +29,10 @@ from normtune.metrics.statistics import (
 )
 
 MAX_EXACT_CLUSTERS = 12  # up to this number of clusters, a paired test tries every pattern of swaps
+# Start of a metric's name -> its lowest and highest score, if they are not 0 and 1. RadCliQ-v1 is a weighted sum of
+# other scores; equal reports have the lowest.
+_RANGES = {"cider": (0.0, 10.0), "crimson": (-1.0, 1.0), "radcliq": (-1.45, 5.1)}
+LOWER_IS_BETTER = ("radcliq_v1",)
 # Describes the intervals in metrics.json.
 INTERVALS = "95%, Wilson's at the effective number of rows, by image (by patient where the data name patients)"
 
@@ -39,6 +43,11 @@ class SumMetric:
 
     row_statistics: Mapping[str, Floats]  # row id -> [columns]
     from_sums: Callable[[Floats], Floats]  # sums of statistics, [n, columns] -> values of the metric, [n]
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether the metric is the mean of its rows' scores."""
+        return self.from_sums is _mean
 
     def overall(self) -> float:
         """Compute the metric over all rows."""
@@ -99,9 +108,15 @@ def cluster_rows(examples: Sequence[Example]) -> dict[str, str]:
     return {e.id: patient[e.images[0]] if e.images else f"row {e.id}" for e in examples}
 
 
-def highest_score(name: str) -> float:
-    """Return the maximum of the metric of that name: 10 for CIDEr, else 1."""
-    return 10.0 if name.startswith("cider") else 1.0
+def score_range(name: str) -> tuple[float, float]:
+    """Return the lowest and the highest score of the metric of that name: 0 and 10 for CIDEr, usually 0 and 1."""
+    return next((ends for start, ends in _RANGES.items() if name.startswith(start)), (0.0, 1.0))
+
+
+def score_span(name: str) -> float:
+    """Return the largest possible difference between two scores of the metric of that name."""
+    lowest, highest = score_range(name)
+    return highest - lowest
 
 
 @dataclass(frozen=True)
@@ -120,7 +135,7 @@ def score_clusters(metric: SumMetric, cluster: Mapping[str, Hashable]) -> Cluste
     sums = sum_by_cluster(metric.row_statistics, cluster)
     if len(counts) < 2:
         influence = np.zeros(len(counts))
-    elif metric.from_sums is _mean:
+    elif metric.is_mean:
         influence = influence_of_mean(sums[:, 0], counts)
     else:
         influence = influence_of_metric(metric.from_sums, sums)
@@ -141,14 +156,15 @@ def metric_intervals(metrics: Mapping[str, SumMetric], cluster: Mapping[str, Has
         raise InputError("there are no rows to score. Choose a split that has rows.")
     intervals = {}
     for name, metric in metrics.items():
-        maximum, scores = highest_score(name), score_clusters(metric, cluster)
-        if metric.from_sums is _mean:
-            rows = {id: np.array([row[0], row[0] ** 2]) for id, row in metric.row_statistics.items()}
+        lowest, scores = score_range(name)[0], score_clusters(metric, cluster)
+        if metric.is_mean:
+            above = {id: row[0] - lowest for id, row in metric.row_statistics.items()}
+            rows = {id: np.array([score, score**2]) for id, score in above.items()}
             sums, squares = sum_by_cluster(rows, {id: cluster[id] for id in rows}).T
-            interval = mean_interval(sums, squares, scores.counts, maximum=maximum)
+            interval = mean_interval(sums, squares, scores.counts, maximum=score_span(name))
         else:
-            interval = ratio_interval(scores.value, scores.influence, scores.counts, maximum=maximum)
-        low, high = min(scores.value, interval.low), max(scores.value, interval.high)  # in spite of rounding
+            interval = ratio_interval(scores.value, scores.influence, scores.counts, maximum=score_span(name))
+        low, high = min(scores.value, interval.low + lowest), max(scores.value, interval.high + lowest)  # rounding
         intervals[name] = Interval(scores.value, low, high)
     return intervals
 

@@ -6,6 +6,7 @@ The result can be summarised over all rows or over a stratum, or paired with ano
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from normtune.data.records import Example, Prediction
 from normtune.metrics import answers, reports
@@ -30,6 +31,8 @@ def metric_table(
     examples: Sequence[Example],
     predictions: Mapping[str, str] | Sequence[Prediction],
     normalisation: str | Sequence[str],
+    *,
+    bertscore: Path | None = None,
 ) -> dict[str, SumMetric]:
     """Compute every metric of answers (one normalisation) or of reports (several normalisations).
 
@@ -37,6 +40,7 @@ def metric_table(
         examples: the rows with their references; all questions, or all report requests.
         predictions: id -> text, or `Prediction`s in any order; joined to the examples by id.
         normalisation: one name for answers, several names for reports.
+        bertscore: local directory of the model for BERTScore of reports; None omits it.
 
     Returns:
         Metric name -> metric.
@@ -47,7 +51,8 @@ def metric_table(
     if isinstance(normalisation, str):
         scores = answers.score_rows(examples, predictions, normalisation=normalisation)
         return {name: mean_metric(rows) for name, rows in scores.items()}
-    return reports.report_table(reports.text_pairs(examples, predictions), normalisations=normalisation)
+    pairs = reports.text_pairs(examples, predictions)
+    return reports.report_table(pairs, normalisations=normalisation, bertscore=bertscore)
 
 
 def summarize_metrics(table: Mapping[str, SumMetric], examples: Sequence[Example]) -> dict[str, Metric]:

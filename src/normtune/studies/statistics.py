@@ -15,7 +15,7 @@ from typing import Any
 from normtune.data.records import Example
 from normtune.evaluation.recipe_differences import Group, compare_metric, correct_p_values
 from normtune.metrics.statistics import Interval, recipe_mean
-from normtune.metrics.sum_metrics import highest_score
+from normtune.metrics.sum_metrics import score_span
 from normtune.studies.pooling import EvaluationRows, Layers, Row, Tables, read_layers
 from normtune.studies.recipe_names import FROZEN
 from normtune.studies.spec import SEARCH, Study
@@ -52,7 +52,7 @@ def aggregate_seeds(tables: Tables) -> list[Row]:
     for group, rows in groups.items():
         values = [row["value"] for row in rows]
         runs = [Interval(row["value"], row["low"], row["high"]) for row in rows]
-        interval = recipe_mean(runs, rows[0]["images"], maximum=highest_score(rows[0]["metric"]))
+        interval = recipe_mean(runs, rows[0]["images"], maximum=score_span(rows[0]["metric"]))
         aggregated.append(
             {
                 **dict(zip(names, group, strict=True)),
