@@ -52,7 +52,11 @@ def test_a_hostile_update_is_refused_and_named(hostile: SiteUpdate, reason: str)
 def test_honest_updates_are_accepted() -> None:
     assert refusals() == {}
     # between two sites there is no majority
-    assert find_refusals({"a": update(), "b": update(100.0)}, START, FINGERPRINT, max_update=10) == {}
+    two = {"a": update(), "b": update(100.0)}
+    assert find_refusals(two, START, FINGERPRINT, max_update=10) == {}
+    # but the updates of the round before are one
+    earlier = [update_norm(update(), START)] * 2
+    assert find_refusals(two, START, FINGERPRINT, 10, earlier).keys() == {"b"}
 
 
 def test_sites_weigh_as_many_pairs_as_they_have() -> None:

@@ -13,8 +13,6 @@ from safetensors.torch import load_file
 from normtune.adapters.storage import read_adapter_info
 from normtune.federated.rounds import federate
 from normtune.federated.rules import average
-from normtune.federated.site import RoundTask, train_at_site
-from normtune.models.loading import load
 from normtune.training.config import TrainConfig
 from normtune.training.train import train
 from tests.support.federated_sites import InProcess, federation, write_site
@@ -134,17 +132,3 @@ def test_local_norms_stay_at_their_site_and_go_on(base: Path, roots: dict[str, P
     assert all(torch.equal(server[name], a[name]) and torch.equal(a[name], b[name]) for name in shared)
     # two steps of AdamW move a value by up to twice the rate: the second round started from the first one's values
     assert max(float((a[name] - start[name]).abs().max()) for name in vision) > 1.2 * 0.1
-
-
-def test_a_loaded_base_is_the_base_again(base: Path, roots: dict[str, Path], tmp_path: Path) -> None:
-    config = federation(base, tmp_path / "out", tune="decoder=lora")
-    engine = InProcess(config, {"a": roots["a"]})
-    federate(config, ["a"], engine, quiet=True)
-    family = load(str(base), device="cpu")
-    names = [name for name, _ in family.model.named_parameters()]
-    start = load_file(tmp_path / "out" / "start" / "adapter.safetensors")
-    task = RoundTask(config, 1, {name: value.numpy() for name, value in start.items()})
-    update = train_at_site(task, engine.sites["a"], tmp_path / "site", family)
-    assert [name for name, _ in family.model.named_parameters()] == names
-    for name, value in engine.updates["a"].values.items():
-        assert np.array_equal(update.values[name], value)

@@ -48,6 +48,11 @@ class FederateConfig(Options):
         "for one of two parts of the images; or NAME=FILE.yaml with the options of its data. Repeat it for each site."
     )
     out: Path = Field(description="Folder for the averaged adapter, federation.json and a folder for each site.")
+    kit: Path | None = Field(
+        None,
+        description="Startup kit of an administrator (normtune federate-kits): runs on the sites of NVFlare instead of "
+        "simulating them; --site is then a name alone.",
+    )
     tune: str = _shared("tune")
     rounds: int = Field(10, gt=0, description="Number of rounds.")
     local_epochs: float = Field(1, gt=0, description="Passes of a site over its pairs in each round.")
@@ -71,7 +76,9 @@ class FederateConfig(Options):
     )
     # which answers the server takes
     quorum: int | None = Field(None, gt=0, description="Sites that a round needs; default: more than half of them.")
-    deadline: float = Field(3600, gt=0, description="Seconds after which a site is late, and the round ends without it.")
+    deadline: float = Field(
+        3600, gt=0, description="Seconds after which a site is late, and the round ends without it."
+    )
     max_update: float = Field(
         10, gt=1, description="Refuse an update that is this many times as large as the median of the sites."
     )
@@ -149,10 +156,11 @@ def parse_sites(entries: list[str]) -> dict[str, SiteOptions]:
         InputError: an entry has no name, a name occurs twice, or its data or file is not valid.
     """
     sites: dict[str, SiteOptions] = {}
-    for entry in entries:
-        name, _, data = entry.partition("=")
-        if not data or not name.replace("-", "").replace("_", "").isalnum() or name in sites:
-            raise InputError(f"--site {entry}: give each site once, as NAME=DATA or NAME=DATA:ROOT.")
+    names = site_names([entry.partition("=")[0] for entry in entries])
+    for name, entry in zip(names, entries, strict=True):
+        data = entry.partition("=")[2]
+        if not data:
+            raise InputError(f"--site {entry}: give the site's data, as NAME=DATA or NAME=DATA:ROOT.")
         if data.endswith((".yaml", ".yml")):
             sites[name] = read_site(Path(data))
             continue
@@ -163,6 +171,18 @@ def parse_sites(entries: list[str]) -> dict[str, SiteOptions]:
             data=family if has_root else data, root=root if has_root else None, part=part or None
         )
     return sites
+
+
+def site_names(names: list[str]) -> list[str]:
+    """Check the names of sites: letters, digits, - and _, each once.
+
+    Raises:
+        InputError: they are not.
+    """
+    for index, name in enumerate(names):
+        if not name.replace("-", "").replace("_", "").isalnum() or name in names[:index]:
+            raise InputError(f"--site {name}: a site needs a name of letters, digits, - and _, each name once.")
+    return names
 
 
 def read_site(path: Path) -> SiteOptions:

@@ -35,7 +35,7 @@ from normtune.runtime.text_table import text_table
 
 RECORD_FILE, STATE_FILE, START_FOLDER = "federation.json", "state.safetensors", "start"
 # options that a continued federation may change: they do not change what a finished round has computed
-_MAY_CHANGE = {"out", "site", "rounds", "quorum", "deadline", "max_update", "workers", "device", "memory"}
+_MAY_CHANGE = {"out", "site", "kit", "rounds", "quorum", "deadline", "max_update", "workers", "device", "memory"}
 
 
 class Engine(Protocol):
@@ -59,6 +59,17 @@ class Federation(Result):
     bytes_a_round: int  # to one site and back
     resumed_after: int  # rounds that an earlier start had finished
     seconds: float  # of this start
+
+    @classmethod
+    def from_rounds(
+        cls, config: FederateConfig, recipe: str, rounds: list[dict[str, Any]], size: int, resumed: int, seconds: float
+    ) -> Federation:
+        """The result of these rounds, with the refusals by site."""
+        refused: dict[str, list[str]] = {}
+        for entry in rounds:
+            for site, reason in entry["refused"].items():
+                refused.setdefault(site, []).append(f"round {entry['round']}: {reason}")
+        return cls(str(config.out), recipe, rounds, refused, size, resumed, seconds)
 
     def __str__(self) -> str:
         header = ("round", "sites", "pairs", "change", "loss", "seconds")
@@ -167,19 +178,8 @@ def federate(config: FederateConfig, sites: Sequence[str], engine: Engine, *, qu
         write_adapter(config.out, info, {name: torch.from_numpy(value) for name, value in values.items()})
         _write_record(config, options, state)
         engine.finish(info, values)
-    refused: dict[str, list[str]] = {}
-    for entry in state.rounds:
-        for site, reason in entry["refused"].items():
-            refused.setdefault(site, []).append(f"round {entry['round']}: {reason}")
-    return Federation(
-        out=str(config.out),
-        recipe=info.recipe,
-        rounds=state.rounds,
-        refused=refused,
-        bytes_a_round=2 * sum(value.nbytes for value in state.values.values()),
-        resumed_after=resumed_after,
-        seconds=perf_counter() - started,
-    )
+    size = 2 * sum(value.nbytes for value in state.values.values())
+    return Federation.from_rounds(config, info.recipe, state.rounds, size, resumed_after, perf_counter() - started)
 
 
 def run_round(
@@ -198,7 +198,8 @@ def run_round(
     updates = {site: answer for site, answer in sorted(answers.items()) if isinstance(answer, SiteUpdate)}
     refused = {site: "no answer" for site in sites if site not in answers}
     refused |= {site: answer for site, answer in answers.items() if isinstance(answer, str)}
-    refused |= find_refusals(updates, state.values, base_fingerprint, config.max_update)
+    earlier = [site["update_norm"] for entry in state.rounds[-1:] for site in entry["accepted"].values()]
+    refused |= find_refusals(updates, state.values, base_fingerprint, config.max_update, earlier)
     accepted = {site: update for site, update in updates.items() if site not in refused}
     if len(accepted) < config.needed(len(sites)):
         reasons = "; ".join(f"{site}: {reason}" for site, reason in refused.items())
@@ -279,7 +280,9 @@ def _final_info(config: FederateConfig, info: AdapterInfo, state: ServerState, s
 
 
 def _write_record(config: FederateConfig, options: dict[str, Any], state: ServerState) -> None:
-    write_json(config.out / RECORD_FILE, {"options": options, "rounds": state.rounds})
+    size = 2 * sum(value.nbytes for value in state.values.values())
+    record = {"options": options, "rounds": state.rounds, "bytes_a_round": size}
+    write_json(config.out / RECORD_FILE, record)
 
 
 def _round_line(entry: dict[str, Any], rounds: int) -> str:

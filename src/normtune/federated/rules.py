@@ -19,7 +19,7 @@ from normtune.adapters.mixing import sum_products, sum_values
 
 Values = dict[str, NDArray[Any]]  # name of a trained tensor -> its values
 
-_MANY = 3  # from so many updates on, one of them can be compared with the median
+_MANY = 3  # from so many norms on, one of them can be compared with the median
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,11 @@ class SiteUpdate:
 
 
 def find_refusals(
-    updates: Mapping[str, SiteUpdate], start: Values, base_fingerprint: str, max_update: float
+    updates: Mapping[str, SiteUpdate],
+    start: Values,
+    base_fingerprint: str,
+    max_update: float,
+    earlier_norms: Sequence[float] = (),
 ) -> dict[str, str]:
     """Find the updates that must not be averaged.
 
@@ -43,8 +47,9 @@ def find_refusals(
         updates: site -> its update.
         start: the values that the round started with.
         base_fingerprint: of the base that the server's adapter belongs to.
-        max_update: the largest norm of an update, as a multiple of the median of all valid ones. With fewer than
-            three updates there is no majority, and the norms are not compared.
+        max_update: the largest norm of an update, as a multiple of the median of all valid ones and of the earlier
+            ones. With fewer than three norms there is no majority, and they are not compared.
+        earlier_norms: of the updates that were accepted in the round before.
 
     Returns:
         Site -> the reason, for every update that is refused.
@@ -52,7 +57,8 @@ def find_refusals(
     reasons = {site: _invalid(update, start, base_fingerprint) for site, update in updates.items()}
     refused = {site: reason for site, reason in reasons.items() if reason is not None}
     norms = {site: update_norm(update, start) for site, update in updates.items() if site not in refused}
-    median = float(np.median(list(norms.values()))) if len(norms) >= _MANY else 0.0
+    compared = [*norms.values(), *earlier_norms]
+    median = float(np.median(compared)) if len(compared) >= _MANY else 0.0
     for site, norm in norms.items():
         if median and norm > max_update * median:
             refused[site] = f"its update is {norm / median:.3g} times as large as the median (limit {max_update:g})"

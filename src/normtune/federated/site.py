@@ -6,8 +6,7 @@ adapter (`adapter/`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,7 @@ from normtune.errors import InputError
 from normtune.federated.config import FederateConfig, SiteOptions
 from normtune.federated.rules import SiteUpdate, Values
 from normtune.inference.limits import check_run
-from normtune.methods.adapt import TunedModel, restore_base
-from normtune.models.family import Family
+from normtune.methods.adapt import TunedModel
 from normtune.models.loading import resolve_device, resolve_dtype
 from normtune.runtime.files import atomic_write
 from normtune.runtime.tensors import write_tensors
@@ -47,60 +45,52 @@ class RoundTask:
     values: Values  # of the averaged adapter, without those that stay at the sites
 
 
-def train_at_site(task: RoundTask, site: SiteOptions, folder: Path, family: Family | None = None) -> SiteUpdate:
-    """Train one round at a site.
+def train_at_site(task: RoundTask, site: SiteOptions, folder: Path) -> SiteUpdate:
+    """Load the base and train one round at a site.
 
     Args:
         site: the data of the site.
         folder: of the site, for its local values.
-        family: the loaded base, which is the base again afterwards; None: it is loaded.
 
     Raises:
         InputError: the data, the model or the recipe is not valid, or the server's values do not fit the recipe.
     """
-    with _prepared(task.config.train_config(site, folder), site, family) as setup:
-        # another order of the data and other dropout masks in each round
-        setup.config = setup.config.model_copy(update={"seed": task.config.seed + task.round})
-        tuned = setup.tuned
-        local = {name for name, (part, _) in tuned.part_and_role.items() if part in task.config.local_parts}
-        path = folder / LOCAL_FILE
-        stored = load_file(path) if local and task.round > 1 and path.is_file() else {}
-        _set_values(tuned, {**task.values, **stored}, local)
-        start = {name: parameter.detach().clone() for name, parameter in tuned.trained.items()}
-        strength = task.config.proximal
-        result, _ = fit(setup, progress=Proximal(tuned.trained, start, strength) if strength else None)
-        trained = {name: parameter.detach().cpu().numpy().copy() for name, parameter in tuned.trained.items()}
-        if local:
-            with atomic_write(path) as temporary:
-                write_tensors(temporary, {name: torch.from_numpy(trained[name]) for name in local})
-        assert setup.base_fingerprint is not None
-        return SiteUpdate(
-            values={name: value for name, value in trained.items() if name not in local},
-            pairs=len(setup.examples),
-            steps=result.steps,
-            seconds=result.seconds,
-            loss=result.final_loss,
-            base_fingerprint=setup.base_fingerprint,
-        )
+    setup = _prepare(task.config.train_config(site, folder), site)
+    # another order of the data and other dropout masks in each round
+    setup.config = setup.config.model_copy(update={"seed": task.config.seed + task.round})
+    tuned = setup.tuned
+    local = {name for name, (part, _) in tuned.part_and_role.items() if part in task.config.local_parts}
+    path = folder / LOCAL_FILE
+    stored = load_file(path) if local and task.round > 1 and path.is_file() else {}
+    _set_values(tuned, {**task.values, **stored}, local)
+    start = {name: parameter.detach().clone() for name, parameter in tuned.trained.items()}
+    strength = task.config.proximal
+    result, _ = fit(setup, progress=Proximal(tuned.trained, start, strength) if strength else None)
+    delete_checkpoints(folder)  # the one that HF's Trainer writes at the end
+    trained = {name: parameter.detach().cpu().numpy().copy() for name, parameter in tuned.trained.items()}
+    if local:
+        with atomic_write(path) as temporary:
+            write_tensors(temporary, {name: torch.from_numpy(trained[name]) for name in local})
+    assert setup.base_fingerprint is not None
+    return SiteUpdate(
+        values={name: value for name, value in trained.items() if name not in local},
+        pairs=len(setup.examples),
+        steps=result.steps,
+        seconds=result.seconds,
+        loss=result.final_loss,
+        base_fingerprint=setup.base_fingerprint,
+    )
 
 
-@contextmanager
-def _prepared(config: TrainConfig, site: SiteOptions, family: Family | None) -> Iterator[TrainingSetup]:
-    """The data and the adapted base of a site; a base that was loaded before is restored at the end."""
-    device = resolve_device(config.device) if family is None else family.device
-    config = config.model_copy(update={"dtype": resolve_dtype(config.dtype, device)})
+def _prepare(config: TrainConfig, site: SiteOptions) -> TrainingSetup:
+    """The data and the adapted base of a site."""
+    config = config.model_copy(update={"dtype": resolve_dtype(config.dtype, resolve_device(config.device))})
     dataset, examples = read_examples(config)
     if site.part is not None:
         part, parts = map(int, site.part.split("/"))
         examples = Split(dataset, part_of_images(examples, part, parts), config.split)
-    examples, preflight = check_run(config, examples, family or config.model, training=True)
-    setup = build_setup(config, dataset, examples, preflight=preflight, family=family, keep_base=family is not None)
-    try:
-        yield setup
-    finally:
-        delete_checkpoints(config.out)  # the one that HF's Trainer writes at the end
-        if family is not None:
-            restore_base(setup.tuned)
+    examples, preflight = check_run(config, examples, config.model, training=True)
+    return build_setup(config, dataset, examples, preflight=preflight)
 
 
 def _set_values(tuned: TunedModel, values: Mapping[str, Any], local: set[str]) -> None:
