@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
+import random
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +19,7 @@ from normtune.commands.bench import benchmark_record, find_benchmarks, run_bench
 from normtune.data.records import Example
 from normtune.methods.registry import LEARNING_RATES, METHODS
 from tests.support.dataset_samples import slake_row, write_slake
-from tests.support.tolerance import approx
+from tests.support.tolerance import approx, sampling_error
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -333,3 +335,34 @@ def test_an_answer_in_the_servers_log_that_no_client_received_is_lost(script: An
     assert load.compare_logs([client_log], server_log + line.format("/v1/chat/completions", 503))["lost"] == 1
     cut_log = load.RequestLog(load.Counter({"200": 2, "429": 2, load.CUT: 1}))
     assert load.compare_logs([cut_log], server_log)["lost"] == 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of opacus
+def test_private_gradients_are_compared_with_those_of_opacus() -> None:
+    pytest.importorskip("opacus", exc_type=ImportError)
+    options = ["--images", "2", "--questions", "2", "--rounds", "1"]
+    (row,) = benchmark_record("private", options)["rows"]  # it compares the gradients before it times them
+    assert set(row["peak_bytes"]) == {"together", "one by one", "opacus", "not private"}
+    assert row["times_opacus"]["opacus"]["median"] == 1.0
+
+
+def test_the_audit_bounds_epsilon_from_below(script: Any) -> None:
+    audit = script("private_audit")
+    # all of 100 guesses right: Clopper and Pearson's bound is 0.05^(1/100)
+    probability = 0.05**0.01
+    expected = math.log(probability / (1 - probability))
+    assert audit.epsilon_lower_bound(100, 100, 200, 0.0) == approx(expected, magnitude=expected)
+    assert audit.epsilon_lower_bound(100, 100, 200, 1e-5) < expected
+    assert audit.epsilon_lower_bound(52, 100, 200, 0.0) == 0.0 == audit.epsilon_lower_bound(100, 100, 200, 1e-3)
+    # guesses of an ideal attack on a mechanism of epsilon 1 exceed the bound in about 5% of the cases
+    rng = random.Random(0)
+    share = math.e / (1 + math.e)
+    above = [
+        audit.epsilon_lower_bound(sum(rng.random() < share for _ in range(50)), 50, 100, 0.0) > 1 for _ in range(400)
+    ]
+    assert sum(above) / 400 < 0.05 + sampling_error(math.sqrt(0.05 * 0.95), 400)
+    right, guesses = audit.count_correct([4.0, 3.0, 2.0, 1.0, 0.0, -1.0, -2.0, -3.0], [True] * 4 + [False] * 4)
+    assert (right, guesses) == (4, 4)
+    dataset, canaries, included = audit.with_canaries(4, 10)
+    assert len(canaries) == 10 and len(dataset.train) == 4 + sum(included)
+    assert dataset.open_image("canary-0").size == (64, 64)

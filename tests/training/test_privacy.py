@@ -41,14 +41,17 @@ def rows() -> Examples:
 
 
 def private(base: Path, options: TrainConfig, noise: float = 0.0, clip: float | None = 0.01) -> PrivateGradients:
-    """The gradients of a run whose mechanism is given; no accountant is needed."""
+    """The gradients of a run with this mechanism; no accountant is needed. Norms share their passes, as on a GPU."""
     family, examples = load(str(base), dtype="float32"), rows()
     tuned = adapt(family.model, options.tune)
     collator = build_collator(options, family, tuned, open_dataset(DATA), examples)
     batches = PoissonBatches(examples, options.batch, options.cap, options.accumulate)
     family.model.eval()
     mechanism = Privacy(None, 1e-3, batches.unit, len(batches.unit_groups), clip, noise, batches.rate, 1, None)
-    return PrivateGradients(options, family, tuned.trained, collator, batches, mechanism)
+    gradients = PrivateGradients(options, family, tuned.trained, collator, batches, mechanism)
+    assert not gradients.together
+    gradients.together = gradients.gradients.many
+    return gradients
 
 
 def clipped_sum(gradients: PrivateGradients, units: list[int]) -> torch.Tensor:
@@ -65,7 +68,7 @@ def test_adding_or_replacing_a_unit_changes_the_sum_by_at_most_the_clip(
 ) -> None:
     clip = 0.01
     gradients = private(base, config(base, tmp_path, **options), clip=clip)
-    assert gradients.gradients.many == (options.get("tune") != "lora-4")
+    assert gradients.together == (options.get("tune") != "lora-4")
     both, first = clipped_sum(gradients, [3, 5]), clipped_sum(gradients, [3])
     second, third = clipped_sum(gradients, [5]), clipped_sum(gradients, [7])
     # these gradients are larger than the clip, so that the bound is reached
@@ -165,11 +168,15 @@ class Recorded(EpochBatches):
         yield from self.recorded[self.epoch]
 
 
-@pytest.mark.parametrize("options", [{}, {"accumulate": 2, "batch": 30}, {"tune": "decoder=ln"}])
+@pytest.mark.parametrize(
+    ("together", "options"),
+    [(False, {}), (True, {"accumulate": 2, "batch": 30}), (True, {"tune": "decoder=ln", "memory": "tight"})],
+)
 def test_without_noise_and_clip_training_is_the_ordinary_one(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool, options: dict[str, Any]
 ) -> None:
     same_generators(monkeypatch)
+    monkeypatch.setattr(module, "ONE_BY_ONE", () if together else ("cpu",))
     run = config(base, tmp_path / "private", dp_clip=math.inf, lr=1e-3, **options)
     result = train(run)
     assert result.privacy is not None and result.privacy["epsilon"] is None and result.privacy["clip"] is None

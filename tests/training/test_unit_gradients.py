@@ -95,6 +95,23 @@ def test_the_gradient_of_one_unit_is_autograds(family: Family) -> None:
     assert torch.equal(gradients.of_one(losses)[0], one_by_one(family)[0])
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
+def test_a_bf16_base_gives_the_gradients_of_the_same_forward_pass(name: str, tmp_path: Path) -> None:
+    family = load(str(make_tiny(name, tmp_path)), dtype=torch.bfloat16)
+    gradients = UnitGradients(family.model, adapt(family.model, "ln").trained)
+    family.model.eval()
+    with gradients.watch():
+        losses, unit_of = row_losses(family, make_groups(family))
+        expected = torch.stack([
+            torch.cat([g.flatten() for g in torch.autograd.grad(
+                losses[unit_of == unit].sum(), gradients.parameters, retain_graph=True, materialize_grads=True)])
+            for unit in (0, 1)
+        ])  # fmt: skip
+        actual = gradients.of_many(losses, unit_of, 2)
+    assert actual.dtype == torch.float32
+    assert_close(actual, expected, terms=4 * MODEL_TERMS)
+
+
 def test_tokens_of_several_units_are_an_error(base: Path) -> None:
     family = load(str(base), dtype=torch.float32)
     family.trained = adapt(family.model, "ln").trained  # type: ignore[attr-defined]

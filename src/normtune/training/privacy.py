@@ -20,7 +20,9 @@ import math
 import secrets
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import chain, pairwise
 from typing import Any
 
@@ -42,6 +44,9 @@ from normtune.training.config import TrainConfig
 from normtune.training.unit_gradients import MAX_UNITS, UnitGradients
 
 DEFAULT_CLIP = 1.0
+# Devices on which each unit has passes of its own, also for norms: on a CPU that is about as fast as all units of a
+# batch together, and takes less memory (benchmarks/private.json).
+ONE_BY_ONE = ("cpu",)
 GENERATOR = "torch.Generator, seeded by the operating system"
 Members = list[Examples]  # the groups of a unit
 
@@ -167,17 +172,7 @@ def plan_privacy(config: TrainConfig, batches: PoissonBatches, steps: int, noise
     if math.isinf(config.dp_epsilon):
         noise = 0.0
     elif noise is None:
-        find, _ = _opacus()
-        try:
-            noise = find(
-                target_epsilon=config.dp_epsilon, target_delta=delta, sample_rate=batches.rate, steps=steps,
-                accountant="prv",
-            )  # fmt: skip
-        except (ValueError, RuntimeError) as error:
-            raise InputError(
-                f"--dp-epsilon {config.dp_epsilon:g} cannot be reached in {steps:,} steps ({error}). Raise it, or "
-                "lower --epochs or --batch."
-            ) from error
+        noise = _noise_multiplier(config.dp_epsilon, delta, batches.rate, steps)
     clip = config.dp_clip or DEFAULT_CLIP
     return Privacy(
         epsilon=None, delta=delta, unit=batches.unit, units=len(batches.unit_groups),
@@ -196,6 +191,18 @@ def spent(privacy: Privacy, steps: int) -> Privacy:
     return Privacy(**asdict(privacy) | {"steps": steps, "epsilon": float(accountant.get_epsilon(privacy.delta))})
 
 
+@cache
+def _noise_multiplier(epsilon: float, delta: float, rate: float, steps: int) -> float:
+    find, _ = _opacus()
+    try:
+        return float(find(target_epsilon=epsilon, target_delta=delta, sample_rate=rate, steps=steps, accountant="prv"))
+    except (ValueError, RuntimeError) as error:
+        raise InputError(
+            f"--dp-epsilon {epsilon:g} cannot be reached in {steps:,} steps ({error}). Raise it, or lower --epochs or "
+            "--batch."
+        ) from error
+
+
 def _opacus() -> tuple[Any, Any]:
     """Opacus' search for the noise multiplier, and a PRV accountant."""
     try:
@@ -212,6 +219,7 @@ class PrivateGradients:
     """Adds up the clipped gradients of the units of a step, and replaces `.grad` by their noisy mean.
 
     Attributes:
+        together: whether the units of a chunk share their passes; otherwise each has passes of its own.
         dropped: how often the gradient of a unit was not finite and counted as zero.
     """
 
@@ -229,6 +237,7 @@ class PrivateGradients:
         self.family, self.collator, self.batches, self.privacy = family, collator, batches, privacy
         self.smoothing, self.pairs = config.label_smoothing, config.batch
         self.gradients = UnitGradients(family.model, trained)
+        self.together = self.gradients.many and self.gradients.device.type not in ONE_BY_ONE
         self.generator = seeded_generator(self.gradients.device)
         self.dropped = 0
         self._sum = torch.zeros(self.gradients.values, dtype=self.gradients.dtype, device=self.gradients.device)
@@ -256,7 +265,7 @@ class PrivateGradients:
         """
         clip = math.inf if self.privacy.clip is None else self.privacy.clip
         total = torch.zeros((), device=self.gradients.device)
-        with self.gradients.watch():
+        with self.gradients.watch() if self.together else nullcontext():
             for chunk in self._chunks(self.batches.units_of(groups)):
                 matrix, loss = self._chunk_gradients(chunk, step_tokens)  # [units, values]
                 total = total + loss
@@ -275,7 +284,7 @@ class PrivateGradients:
         pairs = 0
         for unit in units:
             size = sum(map(len, unit))
-            if chunk and (not self.gradients.many or len(chunk) == MAX_UNITS or pairs + size > self.pairs):
+            if chunk and (not self.together or len(chunk) == MAX_UNITS or pairs + size > self.pairs):
                 yield chunk
                 chunk, pairs = [], 0
             chunk.append(unit)
