@@ -38,10 +38,6 @@ def read(root: Path, *, sections: Sections = "findings", text_only: bool = False
     Studies without the section are skipped and listed. So are studies with a missing report file and, without
     `text_only`, those with missing image files. Messages contain no text and no name of a patient.
 
-    Args:
-        sections: sections that a report consists of.
-        text_only: keep studies with missing image files.
-
     Raises:
         InputError: neither layout is present, there are no reports, a file is damaged or lacks a column, an
             id has another form than MIMIC-CXR's, or a study is in two splits.

@@ -41,10 +41,6 @@ def read(root: Path, *, sections: Sections = "findings", text_only: bool = False
     Studies without the section or without an image are skipped and listed; with `text_only`, those with
     missing image files are kept.
 
-    Args:
-        sections: sections that a report consists of.
-        text_only: keep studies with missing image files.
-
     Raises:
         InputError: none of the layouts is present, a file is damaged or lacks a column, or an id is repeated.
     """

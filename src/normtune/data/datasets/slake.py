@@ -27,9 +27,6 @@ def read(root: Path, *, language: Literal["en", "zh", "all"] = "en", text_only: 
     were drawn independently, so the number of test images of one language that are in the training split of
     the other is listed too.
 
-    Args:
-        text_only: keep rows with missing image files.
-
     Raises:
         InputError: the image folder or all files are missing, a file has another layout, the path of an image
             is outside the image folder, or the language is unknown.
