@@ -28,11 +28,9 @@ _FAMILIES = {
     "miss": ("normtune.models.families.miss", "MissFamily"),
     "llava": ("normtune.models.families.llava", "LlavaFamily"),
     "llava_next": ("normtune.models.families.llava_next", "LlavaNextFamily"),
-    "qwen2_vl": ("normtune.models.families.qwen_vl", "QwenVLFamily"),
-    "qwen2_5_vl": ("normtune.models.families.qwen_vl", "QwenVLFamily"),
-    "qwen3_vl": ("normtune.models.families.qwen_vl", "QwenVLFamily"),
     **dict.fromkeys(
-        ("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v"), ("normtune.models.families.qwen_vl", "QwenVLFamily")
+        ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v"),
+        ("normtune.models.families.qwen_vl", "QwenVLFamily"),
     ),
     "llava_onevision": ("normtune.models.families.llava_onevision", "LlavaOnevisionFamily"),
     "gemma3": ("normtune.models.families.gemma3", "Gemma3Family"),

@@ -252,11 +252,16 @@ def _workbook(file: Path, notes: list[str]) -> list[Source]:
             raise InputError(f"{file.name}: sheet '{sheet.title}' is empty. Fill it, or delete it.")
         columns = ["" if value is None else str(value).strip() for value in header]
         _check_header(file, columns)
-        split = split_name(sheet.title) if split_name(sheet.title) in SPLITS else _split(file)
-        stem = f"{stem_of(file)}-{sheet.title}" if len(sheets) > 1 else stem_of(file)
-        name = f"{file.name} ({sheet.title})" if len(sheets) > 1 else file.name
-        sources.append(Source(name, stem, [c for c in columns if c], _sheet_rows(columns, rows), split))
+        named = [column for column in columns if column]
+        sources.append(_part(file, sheet.title, len(sheets) > 1, named, _sheet_rows(columns, rows)))
     return sources
+
+
+def _part(file: Path, part: str, several: bool, columns: list[str], rows: Iterable[SourceRow]) -> Source:
+    """One of `several` sheets or lists of a file; its name may be that of its split."""
+    split = split_name(part) if split_name(part) in SPLITS else _split(file)
+    name, stem = (f"{file.name} ({part})", f"{stem_of(file)}-{part}") if several else (file.name, stem_of(file))
+    return Source(name, stem, columns, rows, split)
 
 
 def _filled_rows(file: Path, sheet: Any) -> Iterator[tuple[int, Sequence[Any]]]:
@@ -314,11 +319,8 @@ def _json(file: Path, notes: list[str]) -> list[Source]:
         raise InputError(f"{file} holds no list of rows. Write [{{...}}, {{...}}].")
     sources = []
     for name, rows in lists.items():
-        split = split_name(name) if split_name(name) in SPLITS else _split(file)
         numbered = [SourceRow(number, check_characters(cells)) for number, cells in enumerate(rows, start=1)]
-        several = len(lists) > 1
-        stem, label = (f"{stem_of(file)}-{name}", f"{file.name} ({name})") if several else (stem_of(file), file.name)
-        sources.append(Source(label, stem, fields_of(numbered), numbered, split))
+        sources.append(_part(file, name, len(lists) > 1, fields_of(numbered), numbered))
     return sources
 
 
