@@ -154,9 +154,7 @@ def measure(options: argparse.Namespace, names: dict[str, str], sites: dict[str,
             "arm": name,
             "sites": {site: interval(arm.mean_scores(site), images) for site in sites},
             "mean": interval(arm.mean_scores(), images),
-            "from_pooled": asdict(
-                paired_difference(mean_metric(pooled.mean_scores()), mean_metric(arm.mean_scores()), images)
-            ),
+            "from_pooled": difference(pooled.mean_scores(), arm.mean_scores(), images),
             "seconds": arm.seconds, "bytes_a_round": arm.bytes_a_round, "lost": arm.lost,
         })  # fmt: skip
     return rows
@@ -187,6 +185,14 @@ def pool(datasets: list[Dataset]) -> Dataset:
 def interval(scores: dict[str, float], images: dict[str, tuple[str, ...]]) -> dict[str, float]:
     """Mean score and its 95% interval, clustered by image."""
     return asdict(metric_intervals({METRIC: mean_metric(scores)}, images)[METRIC])
+
+
+def difference(
+    first: dict[str, float], second: dict[str, float], images: dict[str, tuple[str, ...]]
+) -> dict[str, float]:
+    """`second` minus `first` with its 95% interval and p-value, clustered by image."""
+    paired = paired_difference(mean_metric(first), mean_metric(second), images)
+    return {"value": paired.difference, "low": paired.low, "high": paired.high, "p": paired.p}
 
 
 def accuracy_table(rows: list[dict[str, Any]], sites: list[str], seeds: int) -> str:
