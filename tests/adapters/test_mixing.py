@@ -193,4 +193,5 @@ def test_what_cannot_be_mixed_is_refused(tmp_path: Path) -> None:
     assert "is not the one that the adapters were trained on" in message
     assert "finite weights" in input_error(lambda: mix_adapters({first: float("nan")}, out=tmp_path / "out"))
     assert "finite weights" in input_error(lambda: mix_adapters({}, out=tmp_path / "out"))
+    assert "not an empty directory" in input_error(lambda: mix_adapters({first: 1.0}, out=first))
     assert not (tmp_path / "out").exists()

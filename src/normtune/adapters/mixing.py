@@ -30,7 +30,7 @@ from normtune.adapters.training_rows import TrainingRows, read_rows
 from normtune.errors import InputError
 from normtune.methods.lora import MAGNITUDE
 from normtune.methods.registry import INTRINSIC
-from normtune.runtime.files import atomic_directory
+from normtune.runtime.files import atomic_directory, check_new_directory
 from normtune.runtime.notebook import Result
 
 _A, _B = ".lora_A", ".lora_B"  # endings of a LoRA's factors: [rank, in] and [out, rank]
@@ -86,17 +86,18 @@ def mix_adapters(weights: Mapping[str | Path, float], *, out: str | Path, model:
     """
     if not weights or not all(map(math.isfinite, weights.values())):
         raise InputError("mixing needs one or more adapters with finite weights, such as runs/ln:0.5.")
-    names, numbers = [str(name) for name in weights], list(weights.values())
+    check_new_directory(Path(out))
+    names, numbers = [str(name) for name in weights], [float(weight) for weight in weights.values()]
     directories = [local_folder(name) for name in names]
     infos = [read_adapter_info(directory) for directory in directories]
     check_mixable(names, infos)
-    info, total = infos[0], math.fsum(numbers)
+    info, data = infos[0], _data(names, numbers, infos)
+    total = math.fsum(numbers)
     base_weight = 0.0 if math.isclose(total, 1) else 1 - total
+    # the base is one more term of the sum
+    base = [_read_base(model or info.base_name, info)] if base_weight else []
     states = [read_tensors(directory, info) for directory in directories]
-    if base_weight:
-        states, numbers = [*states, _read_base(model or info.base_name, info)], [*numbers, base_weight]
-    tensors, lost = sum_products(states, numbers)
-    data = _data(names, list(weights.values()), infos)
+    tensors, lost = sum_products([*states, *base], [*numbers, *([base_weight] if base else [])])
     rows = [read_rows(directory) for directory in directories]
     without_rows = [name for name, recorded in zip(names, rows, strict=True) if recorded is None]
     with atomic_directory(out) as building:
@@ -111,7 +112,7 @@ def mix_adapters(weights: Mapping[str | Path, float], *, out: str | Path, model:
     return MixedAdapter(
         out=str(out),
         recipe=info.recipe,
-        weights=dict(zip(names, weights.values(), strict=True)),
+        weights=dict(zip(names, numbers, strict=True)),
         base_weight=base_weight,
         tensors=len(tensors),
         values=sum(tensor.numel() for tensor in tensors.values()),
