@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from normtune.runtime.files import write_json, write_text
+from normtune.runtime.files import read_json, write_json, write_text
+from normtune.studies import manuscript
 from normtune.studies.manuscript import write_manuscript
 from tests.support.study_results import FakeStudy
 
@@ -65,6 +66,17 @@ def test_the_text_has_what_the_records_say_and_marks_the_rest(folder: Path) -> N
         "Research use, not for diagnosis.",
     ):
         assert part in text, part
+
+
+def test_conversations_are_not_said_to_be_single_questions(folder: Path) -> None:
+    alone = "every question was asked in a conversation of its own"
+    assert alone in write_manuscript(folder)[0].read_text(encoding="utf-8")
+    for path in folder.glob("cells/*/evaluations/*/metrics.json"):
+        write_json(path, read_json(path) | {"data": {"history": True}})
+    text = write_manuscript(folder)[0].read_text(encoding="utf-8")
+    assert "was asked after its earlier turns, with the answers of the data (slake)" in text and alone not in text
+    mixed = manuscript._conversations([{"dataset_name": "chat", "data": {"history": True}}, {"dataset_name": "slake"}])
+    assert f"with the answers of the data (chat); of the other data sets, {alone}" in mixed
 
 
 def test_a_study_without_evaluations_has_a_text_too(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from normtune.data.examples import Example, option_index, option_letter
@@ -80,8 +81,7 @@ def _positions(
     clusters = {names[key]: cluster[key[0]] for key in rows}
 
     def interval(scores: Mapping[str, float]) -> dict[str, float]:
-        result = metric_intervals({"": mean_metric(scores)}, clusters)[""]
-        return {"value": result.value, "low": result.low, "high": result.high}
+        return asdict(metric_intervals({"": mean_metric(scores)}, clusters)[""])
 
     positions: dict[str, Any] = {}
     for position in range(max(counts.values())):

@@ -171,9 +171,7 @@ class Comparison(Result):
         for run in runs:
             lines += [f"{run.name}: {text}." for text in trained_rows_text(run.record)]
         if self.not_compared:
-            lines.append(
-                f"Not compared, since only some of the runs have them, or other rows: {', '.join(self.not_compared)}."
-            )
+            lines.append(f"Not compared, since only some of the runs have them: {', '.join(self.not_compared)}.")
         choices = {run.name: _choice_settings(run) for run in runs}
         if len({*choices.values()}) > 1:
             texts = "; ".join(f"{name}: {text}" for name, text in choices.items())

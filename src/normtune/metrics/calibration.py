@@ -19,7 +19,7 @@ Intervals are by image, or by patient where the data name patients.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -188,7 +188,7 @@ def calibration_error(rows: ConfidentRows) -> Interval:
     return Interval(value, min(value, lowest), min(1.0, max(value, highest)))
 
 
-def _largest(holds: Any, end: float) -> float:
+def _largest(holds: Callable[[float], bool], end: float) -> float:
     """The largest number from 0 to `end` for which a condition holds that only smaller numbers fulfil, by bisection."""
     low, high = 0.0, end
     if not holds(low):

@@ -226,13 +226,7 @@ def _mi_clear(
         + " Scores are means over seeds with 95% intervals.",
     )
     yield "3. Prompt wording", "see Prompts" if has_prompts else f"{TODO}: the exact prompts"
-    yield (
-        "4. Prompt structure",
-        (
-            "every question was asked in a conversation of its own; questions about one image share its encoding "
-            "and nothing else"
-        ),
-    )
+    yield "4. Prompt structure", _conversations(records)
     yield "5. Prompt testing", f"all recipes had the same prompts. How they were chosen: {TODO}"
     yield (
         "6. Independence of test data",
@@ -241,6 +235,20 @@ def _mi_clear(
             f"trained on the test data, and addresses of public data: {TODO}"
         ),
     )
+
+
+def _conversations(records: Sequence[Record]) -> str:
+    """What the model saw besides a question: nothing, or the turns before it (`--history`)."""
+    alone = (
+        "every question was asked in a conversation of its own; questions about one image share its encoding and "
+        "nothing else"
+    )
+    names = _distinct(record["dataset_name"] for record in records if (record.get("data") or {}).get("history"))
+    if not names:
+        return alone
+    others = any(record["dataset_name"] not in names for record in records)
+    turns = "each later question of a conversation was asked after its earlier turns, with the answers of the data "
+    return f"{turns}({join_names(names)})" + (f"; of the other data sets, {alone}" if others else "")
 
 
 def _tripod(about: dict[str, str], models: str) -> Iterator[tuple[str, str]]:
