@@ -20,6 +20,7 @@ _MODULES = {  # public name -> the module that defines it
     "TrainConfig": "normtune.training.config",
     "TunedModel": "normtune.methods.adapt",
     "adapt": "normtune.api.models",
+    "advise": "normtune.api.runs",
     "ask": "normtune.api.questions",
     "compare": "normtune.evaluation.compare",
     "describe": "normtune.api.questions",

@@ -7,6 +7,7 @@ from normtune.api.models import load_adapter as load_adapter
 from normtune.api.models import merge as merge
 from normtune.api.questions import ask as ask
 from normtune.api.questions import describe as describe
+from normtune.api.runs import advise as advise
 from normtune.api.runs import evaluate as evaluate
 from normtune.api.runs import study as study
 from normtune.api.runs import train as train

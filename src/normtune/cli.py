@@ -10,6 +10,7 @@ import typer
 # Importing these modules registers their commands.
 from normtune.commands import (  # noqa: F401
     adapters,
+    advise,
     ask,
     bench,
     doctor,

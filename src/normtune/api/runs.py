@@ -1,4 +1,4 @@
-"""Runs that take a while: train, evaluate, study."""
+"""Runs that take a while: train, evaluate, advise, study."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from normtune.runtime import distributed
 from normtune.runtime.progress import progress_bar
 
 if TYPE_CHECKING:
+    from normtune.advice.advice import Advice
     from normtune.api.models import Adapter, Model
     from normtune.evaluation.results import Evaluation
     from normtune.models.family import Family
@@ -98,6 +99,40 @@ def evaluate(
             return evaluate_config(config, dataset=dataset, progress=tick)
         with use_adapter(family, adapter):
             return evaluate_config(config, family=family, dataset=dataset, progress=tick)
+
+
+def advise(
+    model: Model, data: str | Dataset, *, out: str | Path = "advice", progress: bool = True, **options: Any
+) -> Advice:
+    """Search which recipe fits a model and data, at which learning rate, within a budget.
+
+    ```python
+    advice = normtune.advise(model, data, minutes=15, max_trained="1%")
+    advice.recommended, advice.command, advice.candidate.estimate
+    ```
+
+    If a search is interrupted, the same call continues it and gives the same advice. A loaded model is the base again
+    afterwards.
+
+    Args:
+        model: a name, or a loaded model.
+        data: the name of a dataset, or an opened dataset; its validation split must have several images.
+        out: folder for the trials, the advice and its page.
+        progress: show a progress bar.
+        options: the other fields of `AdviseConfig`, such as minutes, pairs, recipes, max_trained and max_memory.
+
+    Raises:
+        InputError: an option, the data, the model or a recipe is not valid, the budget is too small, or `out` holds
+            another search.
+    """
+    from normtune.advice.config import AdviseConfig
+    from normtune.advice.search import search
+    from normtune.api.models import check_is_base
+
+    config, family, dataset = _read_options(AdviseConfig, model, data, {**options, "out": out})
+    check_is_base(family)
+    with progress_bar("searching", quiet=not progress) as tick:
+        return search(config, family=family, dataset=dataset, progress=tick)
 
 
 def study(

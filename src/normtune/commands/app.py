@@ -24,7 +24,7 @@ from normtune.runtime import distributed
 # The order of the commands in `normtune --help`: the main job first.
 _COMMANDS = (
     *("demo", "inspect", "data", "train", "evaluate", "ask", "describe", "compare", "review", "score"),
-    *("init", "schema", "split", "study", "federate", "federate-kits", "serve"),
+    *("init", "schema", "split", "advise", "study", "federate", "federate-kits", "serve"),
     *("merge", "mix", "export", "push", "export-predictions"),
     *("import-miss", "import-llava-med", "bench", "doctor"),
 )

@@ -60,6 +60,7 @@ def train(
     family: Family | None = None,
     dataset: Dataset | None = None,
     progress: TrainerCallback | None = None,
+    memory_plan: dict[str, Any] | None = None,
 ) -> TrainResult:
     """Train the recipe `config.tune` on `config.data` and write the adapter to `config.out`.
 
@@ -71,6 +72,7 @@ def train(
         family: the loaded base; it is the base again afterwards. None: `config.model` is loaded.
         dataset: the opened dataset; None: `config.data` is opened.
         progress: a callback that shows the progress, such as `PrintProgress`.
+        memory_plan: what `estimate_memory` returned for such a run; None: the memory is planned.
 
     Raises:
         InputError: an option, the data, the model or the recipe is invalid, `config.out` cannot be written, or
@@ -95,7 +97,9 @@ def train(
     with distributed.lost_process_as_error(), locked_folder(config.out), pixels:
         examples, preflight = check_run(config, examples, family or config.model, training=True)
         find_run_strata(config, dataset, examples)  # refuses what cannot be sampled
-        preflight.memory = distributed.broadcast_from_first(lambda: estimate_memory(config, dataset, examples, family))
+        preflight.memory = memory_plan or distributed.broadcast_from_first(
+            lambda: estimate_memory(config, dataset, examples, family)
+        )
         if distributed.is_main_process() and preflight.memory.get("fits") is False:
             print(f"preflight: too little memory, {preflight.memory_text()}", file=sys.stderr)
         rows = distributed.broadcast_from_first(lambda: hash_rows(dataset, examples))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +52,39 @@ def render_study_report(results: Mapping[str, Any], folder: Path, *, examples: R
         InputError: examples are requested and an evaluation's files are damaged.
     """
     study = Results(results)
+    return render_page(
+        title=study.study,
+        about=study.about,
+        kind="study report",
+        warnings=warnings(study),
+        sections=[section for section in _sections(study, folder, examples) if section[2]],
+        source="normtune study from results.json",
+    )
+
+
+def render_page(
+    *, title: str, about: str, sections: list[Section], warnings: Sequence[str], source: str, kind: str = ""
+) -> str:
+    """A page as HTML: one file without scripts that loads no other file.
+
+    Args:
+        title: the heading.
+        about: the text below it; "" for none.
+        sections: id, heading and content of each section.
+        warnings: sentences in a box before the first section.
+        source: what made the page, from which file.
+        kind: what the browser's title says after the heading.
+    """
     style = render_template("studies/page/page.css", light=palette.css_variables(0), dark=palette.css_variables(1))
     return render_template(
         "studies/page/page.html.j2",
-        study=study,
+        title=title,
+        about=about,
+        kind=kind,
         notice=notice(),
-        warnings=warnings(study),
-        sections=[section for section in _sections(study, folder, examples) if section[2]],
+        warnings=warnings,
+        sections=sections,
+        source=source,
         style=re.sub(r"\n\s*", "\n", style),
     )
 
@@ -89,7 +115,7 @@ def _sections(study: Results, folder: Path, examples: Roots | None) -> Iterator[
         makers = CURVE_FIGURES if study.is_curve(setting) else FIGURES
         panels = [panel for make in makers for panel in make(study, setting)]
         figure_count += len(panels)
-        drawn = [_legend(study), _panels(panels)] if panels else []
+        drawn = [_legend(study), panel_block(panels)] if panels else []
         if figure_count > OPEN_FIGURES and number > 1:
             drawn = _fold(f"{len(panels)} figures: {', '.join(panel.title for panel in panels)}", drawn)
         norms = list(heat_maps(study, setting))
@@ -100,7 +126,7 @@ def _sections(study: Results, folder: Path, examples: Roots | None) -> Iterator[
             *_fold(
                 f"Scores by {join_names([table.header[0].text for table in strata])}", [("table", t) for t in strata]
             ),
-            *_fold("How far each norm moved", [_panels(norms)] if norms else []),
+            *_fold("How far each norm moved", [panel_block(norms)] if norms else []),
         ]
         yield f"setting-{number}", study.title(setting), blocks
     if examples is not None:
@@ -145,7 +171,7 @@ def _legend(study: Results) -> Block:
     return "legend", [(name, item.character, item.label) for name, item in palette.FAMILIES.items() if name in families]
 
 
-def _panels(panels: list[Panel]) -> Block:
+def panel_block(panels: list[Panel]) -> Block:
     """Charts with their titles and their folded tables of numbers."""
     numbers = []
     for panel in panels:
