@@ -79,8 +79,11 @@ def test_an_interrupted_search_gives_the_same_advice(
             normtune.advise(str(base), DATA, **arguments)
     model = normtune.load(base, device="cpu")
     del arguments["device"]
-    resumed = normtune.advise(model, normtune.open_dataset(DATA), **arguments)
-    assert without_clock(resumed.to_dict()) == without_clock(advice.to_dict())
+    resumed = normtune.advise(model, normtune.open_dataset(DATA), **arguments).to_dict()
+    expected = advice.to_dict()
+    # of a loaded model the command names the dtype
+    assert resumed.pop("command").replace(" --dtype float32", "") == expected.pop("command")
+    assert without_clock(resumed) == without_clock(expected)
 
 
 def test_other_options_are_refused_in_the_folder_of_a_search(advice: Any, base: Path) -> None:
