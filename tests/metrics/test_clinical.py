@@ -171,6 +171,13 @@ def test_bertscore_matches_words_by_their_best_cosine(encoder: Path) -> None:
     assert scores == approx([expected, 1.0, 0.0])
 
 
+def test_bertscore_equals_the_package_of_its_authors(encoder: Path) -> None:
+    scorer = pytest.importorskip("bert_score").BERTScorer(model_type=str(encoder), num_layers=2, device="cpu")
+    pairs = [("no effusion", "large heart effusion"), ("clear lungs", "lungs clear"), ("heart", "no effusion heart")]
+    _, _, expected = scorer.score([prediction for prediction, _ in pairs], [reference for _, reference in pairs])
+    assert bertscore_f1(pairs, encoder, layer=2, device="cpu") == approx(expected.tolist())
+
+
 def test_bertscore_without_a_local_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Give a local one"):
         bertscore_f1([("a", "b")], tmp_path / "nowhere")
