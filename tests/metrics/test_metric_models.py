@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -90,8 +91,21 @@ def save_models(folder: Path, repositories: Sequence[str], config: str = "{}") -
     return folder
 
 
+def save_radgraph(folder: Path) -> None:
+    """Write the archives of RadGraph, with the part of their config that names the encoder, and the encoder."""
+    config = folder / "archive-config.json"
+    config.write_text('{"model": {"embedder": {"token_embedders": {"bert": {"model_name": "tiny/encoder"}}}}}')
+    for name in ("radgraph-xl", "radgraph"):
+        scorers = folder / "models--StanfordAIMI--RRG_scorers/snapshots/f00"
+        with tarfile.open(scorers / f"{name}.tar.gz", "w:gz") as archive:
+            archive.add(config, "config.json")
+    save_models(folder, ["tiny/encoder"])
+
+
 def option(radeval: Path, metric: str, config: str = "{}") -> str:
     folder = save_models(radeval.with_name(f"{metric} models"), RADEVAL_MODELS[metric], config)
+    if metric in ("radgraph", "radcliq"):
+        save_radgraph(folder)
     return f"{metric}={folder}:{radeval}"
 
 
@@ -169,18 +183,23 @@ def test_damaged_models_and_missing_scores_are_reported(radeval: Path, monkeypat
 
 
 def test_what_is_missing_is_reported_at_the_start(radeval: Path, tmp_path: Path) -> None:
+    encoder = tmp_path / "encoder"
+    encoder.mkdir()
+    (encoder / "config.json").write_text("{}")
     for text, message in (
         ("gren=models", r"did you mean 'green'\? Known names: bertscore, chexbert, radgraph"),
         ("green", "not NAME=DIR or NAME=DIR:PYTHON"),
         (f"green={tmp_path}/nowhere", "nowhere is no folder"),
         (f"green={tmp_path}:{radeval}", f"has no {GREEN}. .*hf download --cache-dir {tmp_path} {GREEN}"),
-        (f"chexbert={tmp_path}:{radeval}", "Normtune computes it itself"),
-        (f"bertscore={tmp_path},bertscore={tmp_path}", "is named twice"),
+        (f"chexbert={tmp_path}", r"has no chexbert\.pth"),
+        (f"bertscore={encoder}:{radeval}", "Normtune computes it itself"),
+        (f"bertscore={encoder},bertscore={encoder}", "is named twice"),
+        (f"radgraph={save_models(tmp_path / 'r', RADEVAL_MODELS['radgraph'])}:{radeval}", r"xl\.tar\.gz is missing or"),
     ):
         with pytest.raises(InputError, match=message):
             parse_metric_models(text)
     with pytest.raises(InputError, match="is named twice"):
-        parse_metric_models(f"bertscore={tmp_path}", bertscore=tmp_path)
+        parse_metric_models(f"bertscore={encoder}", bertscore=tmp_path)
     folder = option(radeval, "green").rpartition(":")[0]
     empty = tmp_path / "empty-python"
     empty.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')

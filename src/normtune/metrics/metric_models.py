@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -18,7 +17,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,9 @@ RADEVAL_MODELS: dict[str, tuple[str, ...]] = {
     "green": ("StanfordAIMI/GREEN-radllama2-7b",),
     "crimson": ("rajpurkarlab/medgemma-4b-it-crimson",),
 }
-METRIC_MODELS = ("bertscore", "chexbert", *RADEVAL_MODELS)  # Normtune computes the first two itself
+# Metric that Normtune computes itself -> the files that it needs.
+_FILES = {"bertscore": ("config.json",), "chexbert": ("chexbert.pth", "vocab.txt")}
+METRIC_MODELS = (*_FILES, *RADEVAL_MODELS)
 _RADGRAPH = {"radgraph": "radgraph-xl.tar.gz", "radcliq": "radgraph.tar.gz"}  # the archive that a metric loads
 # RadEval's names that differ from those of Normtune
 _NAMES = {f"radgraph_{level}": f"radgraph_f1_{level}" for level in ("simple", "partial", "complete")}
@@ -93,18 +94,17 @@ def _error(metric: str, problem: str) -> InputError:
 def _check(model: MetricModel) -> None:
     if not model.directory.is_dir():
         raise _error(model.metric, f"{model.directory} is no folder. Give the local folder of its models")
-    if model.metric not in RADEVAL_MODELS:
+    for name in _FILES.get(model.metric, ()):
+        if not (model.directory / name).is_file():
+            raise _error(model.metric, f"{model.directory} has no {name}. Give the local folder of its model")
+    if model.metric in _FILES:
         if model.python:
             raise _error(model.metric, "Normtune computes it itself. Remove the Python after the folder")
         return
     snapshots = find_models(model)
-    missing = [repository for repository in RADEVAL_MODELS[model.metric] if repository not in snapshots]
-    if missing := missing or [encoder for encoder in _radgraph_encoders(model, snapshots) if encoder not in snapshots]:
-        raise _error(
-            model.metric,
-            f"{model.directory} has no {missing[0]}. With a network connection, run: "
-            f"hf download --cache-dir {model.directory} {missing[0]}",
-        )
+    _require(model, snapshots, *RADEVAL_MODELS[model.metric])
+    if model.metric in _RADGRAPH:
+        _require(model, snapshots, _radgraph_encoder(model, snapshots[_SCORERS] / _RADGRAPH[model.metric]))
     python = _python(model)
     try:
         _run(model, [], "", Path(tempfile.gettempdir()), 120)
@@ -114,6 +114,26 @@ def _check(model: MetricModel) -> None:
             f"{python} has no package {metric_worker.PACKAGE}. Run: {python} -m pip install {metric_worker.PACKAGE}, "
             f"or name another Python that has it: {model.metric}={model.directory}:PYTHON",
         ) from error
+
+
+def _require(model: MetricModel, snapshots: Mapping[str, Path], *repositories: str) -> None:
+    if missing := [repository for repository in repositories if repository not in snapshots]:
+        raise _error(
+            model.metric,
+            f"{model.directory} has no {missing[0]}. With a network connection, run: "
+            f"hf download --cache-dir {model.directory} {missing[0]}",
+        )
+
+
+def _radgraph_encoder(model: MetricModel, archive: Path) -> str:
+    """Read which encoder RadGraph needs from its archive."""
+    try:
+        with tarfile.open(archive) as files:
+            config = next(files.extractfile(member) for member in files if Path(member.name).name == "config.json")
+            assert config is not None, "a file of the archive"
+            return str(json.load(config)["model"]["embedder"]["token_embedders"]["bert"]["model_name"])
+    except (OSError, tarfile.TarError, StopIteration, KeyError, ValueError) as error:
+        raise _error(model.metric, f"{archive} is missing or damaged. Download {_SCORERS} again") from error
 
 
 def _python(model: MetricModel) -> str:
@@ -138,18 +158,6 @@ def find_models(model: MetricModel) -> dict[str, Path]:
     if (model.directory / "config.json").is_file() and len(RADEVAL_MODELS[model.metric]) == 1:
         snapshots[RADEVAL_MODELS[model.metric][0]] = model.directory
     return snapshots
-
-
-def _radgraph_encoders(model: MetricModel, snapshots: Mapping[str, Path]) -> Iterator[str]:
-    """Read which encoder RadGraph needs from its archive, if the metric uses RadGraph."""
-    archive = snapshots.get(_SCORERS, Path()) / _RADGRAPH.get(model.metric, "")
-    if archive.is_file():
-        with tarfile.open(archive) as files:
-            config = next(
-                (files.extractfile(member) for member in files if Path(member.name).name == "config.json"), None
-            )
-            if config is not None:
-                yield json.load(config)["model"]["embedder"]["token_embedders"]["bert"]["model_name"]
 
 
 def _describe(files: Path) -> dict[str, Any]:
@@ -201,7 +209,7 @@ def score_with_models(texts: Texts, models: Mapping[str, MetricModel]) -> tuple[
         for name, rows in scores.items():
             if len(rows) != len(texts):
                 raise _error(model.metric, f"{len(rows)} scores for {len(texts)} rows. Remove rows with almost no text")
-            valid = {id: score for id, score in zip(texts, rows, strict=True) if _is_score(score)}
+            valid = {id: score for id, score in zip(texts, rows, strict=True) if score is not None}
             if not valid:
                 raise _error(model.metric, "it has no score for any row. Check that the folder has its own model")
             unscored = max(unscored, len(texts) - len(valid))
@@ -224,10 +232,6 @@ def metric_models_text(result: Mapping[str, Any]) -> list[str]:
         missing = f"; {record['unscored']} rows have no score" if record["unscored"] else ""
         lines.append(f"{metric}: {record['package']} {record['version']}, {', '.join(licences)}{missing}")
     return lines
-
-
-def _is_score(score: object) -> bool:
-    return isinstance(score, int | float) and math.isfinite(score)
 
 
 def _link_model(repository: str, files: Path, cache: Path) -> None:
@@ -254,14 +258,14 @@ def _run(model: MetricModel, arguments: list[str], lines: str, cache: Path, time
     command = [python, "-c", Path(metric_worker.__file__).read_text(encoding="utf-8"), *arguments]
     try:
         done = subprocess.run(
-            command, input=lines, capture_output=True, text=True, timeout=timeout, env=environment, cwd=cache
+            command, input=lines.encode(), capture_output=True, timeout=timeout, env=environment, cwd=cache
         )
     except OSError as error:
         raise _error(model.metric, f"cannot start {python} ({error.strerror}). Give the path of a Python") from error
     except subprocess.TimeoutExpired as error:
         raise _error(model.metric, f"it was stopped after {timeout:.0f} s. Score fewer rows, or use a GPU") from error
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
         raise _error(model.metric, f"{metric_worker.PACKAGE} failed (exit status {done.returncode}): {last}")
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer

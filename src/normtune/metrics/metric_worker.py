@@ -71,7 +71,8 @@ def main(arguments: list[str]) -> None:
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = f" in {os.path.basename(place.filename)}, line {place.lineno}"
-        errors.write(f"\n{type(error).__name__}{f': {error}' if pairs is None else where}".replace("\n", " "))
+        line = f"{type(error).__name__}{f': {error}' if pairs is None else where}"
+        errors.write("\n" + " ".join(line.split()))
         errors.flush()
         sys.exit(1)
     output.write(json.dumps(answer, allow_nan=False))
