@@ -97,8 +97,8 @@ def make_step(side: str, images: int, questions: int) -> Callable[[], Tensor]:
     torch.manual_seed(0)
     family = load("nano", dtype="float32", device="cpu")
     dataset = open_dataset(f"phantom-b:{4 * images}")
-    chosen = [g for g in group_by_image(dataset.train, questions) if len(g) == questions]
-    first = list({g[0].images: g for g in chosen}.values())[:images]
+    large_enough = [g for g in group_by_image(dataset.train, questions) if len(g) == questions]
+    first = list({g[0].images: g for g in large_enough}.values())[:images]
     assert len(first) == images, "too few images with so many questions"
     groups = [Group(g[0].images, tuple(family.tokenize(e.id, e.question, e.answer) for e in g)) for g in first]
     pixels = {g[0].images[0]: family.preprocess_image(dataset.open_image(g[0].images[0])) for g in first}
@@ -109,11 +109,11 @@ def make_step(side: str, images: int, questions: int) -> Callable[[], Tensor]:
     gradients = UnitGradients(family.model, trained)
     family.model.eval()
 
-    def losses_of(chosen_groups: list[Group]) -> tuple[Tensor, Tensor]:
-        batch = family.collate(chosen_groups, [[pixels[group.images[0]]] for group in chosen_groups])
+    def losses_of(of_batch: list[Group]) -> tuple[Tensor, Tensor]:
+        batch = family.collate(of_batch, [[pixels[group.images[0]]] for group in of_batch])
         states, labels, segments = family.answer_states(batch)
         losses = answer_loss(family.head, states, labels, vocabulary=family.vocabulary, reduction="none")
-        units = torch.tensor([groups.index(group) for group in chosen_groups for _ in group.segments])[segments]
+        units = torch.tensor([groups.index(group) for group in of_batch for _ in group.segments])[segments]
         return losses / tokens[units], units
 
     def together() -> Tensor:

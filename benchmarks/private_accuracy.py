@@ -4,7 +4,7 @@
 
 Each image with three of its questions is a unit. Every recipe trains with two learning rates, its default and a third
 of it; the better one at seed 0 is repeated with the other seeds. The choice of the rate is not part of epsilon here: it
-is made with test rows of a public dataset. A stopped run goes on where it stopped, if --out is the same.
+is made with test rows of a public dataset. A stopped run continues after its last row, if --out is the same.
 """
 
 from __future__ import annotations

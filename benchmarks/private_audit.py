@@ -2,12 +2,12 @@
 
     python benchmarks/private_audit.py --out FILE.json
 
-Canaries are pictures of noise with a random answer, each a unit. A random half of them is added to the training rows.
-The canaries that lose most of their loss by training are guessed to be in, those that lose least to be out; the others
-are not guessed. A run of (epsilon, delta) can be right about each guess with probability e^epsilon / (1 + e^epsilon) at
-most, so that many right guesses give a lower bound of epsilon (Steinke, Nasr and Jagielski 2023, arXiv 2305.08846, one
-training run, theorem 5.2). A bound above the stated epsilon would be an error in the implementation; one below it
-proves nothing, since the attack may be weak.
+Canaries are pictures of noise with a question of random words and a random answer, each a unit. A random half of them
+is added to the training rows. The quarter of the canaries with the smallest losses is guessed to be in, that with the
+largest to be out. A run of (epsilon, delta) can be right about each guess with probability e^epsilon / (1 +
+e^epsilon) at most, so that many right guesses give a lower bound of epsilon (Steinke, Nasr and Jagielski 2023, arXiv
+2305.08846, one training run, theorem 5.2). A bound above the stated epsilon would be an error in the implementation;
+one below it proves nothing, since the attack may be weak.
 """
 
 from __future__ import annotations
@@ -34,14 +34,13 @@ from normtune.data.records import Dataset
 from normtune.inference.predict import candidate_log_probs
 from normtune.runtime.text_table import markdown_table
 
-QUESTION = "What main organ does the study show?"
 LEVEL = 0.95
 # name -> options of the training; without dp_epsilon it is the ordinary one
 RUNS: dict[str, dict[str, Any]] = {
     "not private": {},
-    "epsilon inf, clip 0.1": {"dp_epsilon": math.inf, "dp_clip": 0.1},
     "epsilon 8": {"dp_epsilon": 8.0, "dp_clip": 0.1},
     "epsilon 1": {"dp_epsilon": 1.0, "dp_clip": 0.1},
+    "epsilon inf, clip 0.1": {"dp_epsilon": math.inf, "dp_clip": 0.1},
 }
 DELTA = 1e-5
 
@@ -58,7 +57,6 @@ def main() -> None:
     torch.set_num_threads(1)
     dataset, canaries, included = with_canaries(options.images, options.canaries)
     model = normtune.load("nano", dtype="float32", device="cpu")
-    before = answer_losses(model, dataset, canaries)
     rows = []
     for name, privacy in RUNS.items():
         with TemporaryDirectory() as folder:
@@ -68,17 +66,16 @@ def main() -> None:
                 out=Path(folder) / "out", progress=False, **private,
             )  # fmt: skip
             with use_adapter(model, result.out):
-                after = answer_losses(model, dataset, canaries)
-        scores = [first - last for first, last in zip(before, after, strict=True)]
-        correct, guesses = count_correct(scores, included)
+                losses = answer_losses(model, dataset, canaries)
+        correct, guesses = count_correct(losses, included)
         stated = result.privacy and result.privacy["epsilon"]
         bound = epsilon_lower_bound(correct, guesses, len(canaries), DELTA if stated else 0.0)
-        gains = {  # mean fall of the loss
-            name: float(np.mean([score for score, value in zip(scores, included, strict=True) if value == group]))
+        means = {
+            name: float(np.mean([loss for loss, value in zip(losses, included, strict=True) if value == group]))
             for name, group in (("in", True), ("out", False))
         }
         rows.append(
-            {"run": name, "epsilon": stated, "correct": correct, "guesses": guesses, "bound": bound, "fall": gains}
+            {"run": name, "epsilon": stated, "correct": correct, "guesses": guesses, "bound": bound, "loss": means}
         )
         print(rows[-1], flush=True)
     print("\n" + table(rows))
@@ -94,8 +91,12 @@ def with_canaries(images: int, count: int, seed: int = 0) -> tuple[Dataset, list
     phantom = normtune.open_dataset(f"phantom-b:{images}")
     others = list({example.images: example for example in phantom.train}.values())
     answers = sorted({example.answer for example in phantom.train if example.kind == "open"})
+    words = sorted({word for example in phantom.train for word in example.question.split()})
     canaries = [
-        Example(f"canary-{n}", (f"canary-{n}",), QUESTION, rng.choice(answers), "open", "train") for n in range(count)
+        Example(
+            f"canary-{n}", (f"canary-{n}",), " ".join(rng.choices(words, k=5)), rng.choice(answers), "open", "train"
+        )
+        for n in range(count)
     ]
     included = [rng.random() < 0.5 for _ in canaries]
 
@@ -120,10 +121,10 @@ def answer_losses(model: Any, dataset: Dataset, canaries: Sequence[Example]) -> 
     return [losses[canary.id] for canary in canaries]
 
 
-def count_correct(scores: Sequence[float], included: Sequence[bool]) -> tuple[int, int]:
-    """(right guesses, guesses): in for the quarter with the largest scores, out for the quarter with the smallest."""
-    order = sorted(range(len(scores)), key=lambda index: -scores[index])
-    quarter = len(scores) // 4
+def count_correct(losses: Sequence[float], included: Sequence[bool]) -> tuple[int, int]:
+    """(right guesses, guesses): in for the quarter with the smallest losses, out for the quarter with the largest."""
+    order = sorted(range(len(losses)), key=losses.__getitem__)
+    quarter = len(losses) // 4
     right = sum(included[index] for index in order[:quarter])
     right += sum(not included[index] for index in order[-quarter:])
     return right, 2 * quarter
@@ -149,11 +150,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             "–" if row["epsilon"] is None else f"{row['epsilon']:.2f}",
             f"{row['correct']} of {row['guesses']}",
             f"{row['bound']:.2f}",
-            f"{row['fall']['in']:.2f} / {row['fall']['out']:.2f}",
+            f"{row['loss']['in']:.2f} / {row['loss']['out']:.2f}",
         )
         for row in rows
     ]
-    header = ("run", "epsilon", "right guesses", "lower bound of epsilon", "fall of the loss, in / out")
+    header = ("run", "epsilon", "right guesses", "lower bound of epsilon", "mean loss, in / out")
     return "\n".join(markdown_table(header, lines, "lrrrr")) + "\n"
 
 

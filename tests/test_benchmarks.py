@@ -361,7 +361,7 @@ def test_the_audit_bounds_epsilon_from_below(script: Any) -> None:
         audit.epsilon_lower_bound(sum(rng.random() < share for _ in range(50)), 50, 100, 0.0) > 1 for _ in range(400)
     ]
     assert sum(above) / 400 < 0.05 + sampling_error(math.sqrt(0.05 * 0.95), 400)
-    right, guesses = audit.count_correct([4.0, 3.0, 2.0, 1.0, 0.0, -1.0, -2.0, -3.0], [True] * 4 + [False] * 4)
+    right, guesses = audit.count_correct([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0], [True] * 4 + [False] * 4)
     assert (right, guesses) == (4, 4)
     dataset, canaries, included = audit.with_canaries(4, 10)
     assert len(canaries) == 10 and len(dataset.train) == 4 + sum(included)

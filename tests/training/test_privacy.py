@@ -49,8 +49,8 @@ def private(base: Path, options: TrainConfig, noise: float = 0.0, clip: float | 
     family.model.eval()
     mechanism = Privacy(None, 1e-3, batches.unit, len(batches.unit_groups), clip, noise, batches.rate, 1, None)
     gradients = PrivateGradients(options, family, tuned.trained, collator, batches, mechanism)
-    assert not gradients.together
-    gradients.together = gradients.gradients.many
+    assert not gradients.shares_passes
+    gradients.shares_passes = gradients.gradients.many
     return gradients
 
 
@@ -68,7 +68,7 @@ def test_adding_or_replacing_a_unit_changes_the_sum_by_at_most_the_clip(
 ) -> None:
     clip = 0.01
     gradients = private(base, config(base, tmp_path, **options), clip=clip)
-    assert gradients.together == (options.get("tune") != "lora-4")
+    assert gradients.shares_passes == (options.get("tune") != "lora-4")
     both, first = clipped_sum(gradients, [3, 5]), clipped_sum(gradients, [3])
     second, third = clipped_sum(gradients, [5]), clipped_sum(gradients, [7])
     # these gradients are larger than the clip, so that the bound is reached
@@ -169,14 +169,14 @@ class Recorded(EpochBatches):
 
 
 @pytest.mark.parametrize(
-    ("together", "options"),
+    ("shared", "options"),
     [(False, {}), (True, {"accumulate": 2, "batch": 30}), (True, {"tune": "decoder=ln", "memory": "tight"})],
 )
 def test_without_noise_and_clip_training_is_the_ordinary_one(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool, options: dict[str, Any]
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool, options: dict[str, Any]
 ) -> None:
     same_generators(monkeypatch)
-    monkeypatch.setattr(module, "ONE_BY_ONE", () if together else ("cpu",))
+    monkeypatch.setattr(module, "ONE_BY_ONE", () if shared else ("cpu",))
     run = config(base, tmp_path / "private", dp_clip=math.inf, lr=1e-3, **options)
     result = train(run)
     assert result.privacy is not None and result.privacy["epsilon"] is None and result.privacy["clip"] is None

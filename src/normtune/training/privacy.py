@@ -219,7 +219,7 @@ class PrivateGradients:
     """Adds up the clipped gradients of the units of a step, and replaces `.grad` by their noisy mean.
 
     Attributes:
-        together: whether the units of a chunk share their passes; otherwise each has passes of its own.
+        shares_passes: whether the units of a chunk share their passes; otherwise each has passes of its own.
         dropped: how often the gradient of a unit was not finite and counted as zero.
     """
 
@@ -237,7 +237,7 @@ class PrivateGradients:
         self.family, self.collator, self.batches, self.privacy = family, collator, batches, privacy
         self.smoothing, self.pairs = config.label_smoothing, config.batch
         self.gradients = UnitGradients(family.model, trained)
-        self.together = self.gradients.many and self.gradients.device.type not in ONE_BY_ONE
+        self.shares_passes = self.gradients.many and self.gradients.device.type not in ONE_BY_ONE
         self.generator = seeded_generator(self.gradients.device)
         self.dropped = 0
         self._sum = torch.zeros(self.gradients.values, dtype=self.gradients.dtype, device=self.gradients.device)
@@ -265,7 +265,7 @@ class PrivateGradients:
         """
         clip = math.inf if self.privacy.clip is None else self.privacy.clip
         total = torch.zeros((), device=self.gradients.device)
-        with self.gradients.watch() if self.together else nullcontext():
+        with self.gradients.watch() if self.shares_passes else nullcontext():
             for chunk in self._chunks(self.batches.units_of(groups)):
                 matrix, loss = self._chunk_gradients(chunk, step_tokens)  # [units, values]
                 total = total + loss
@@ -284,7 +284,7 @@ class PrivateGradients:
         pairs = 0
         for unit in units:
             size = sum(map(len, unit))
-            if chunk and (not self.together or len(chunk) == MAX_UNITS or pairs + size > self.pairs):
+            if chunk and (not self.shares_passes or len(chunk) == MAX_UNITS or pairs + size > self.pairs):
                 yield chunk
                 chunk, pairs = [], 0
             chunk.append(unit)
