@@ -22,7 +22,7 @@ from normtune.data.splits import share_of_images
 from normtune.errors import InputError
 from normtune.evaluation.evaluate import evaluate
 from normtune.evaluation.results import Evaluation, read_evaluation
-from normtune.metrics.sum_metrics import PairedDifference, cluster_rows, highest_score, paired_difference
+from normtune.metrics.sum_metrics import PairedDifference, cluster_rows, paired_difference, score_span
 from normtune.metrics.table import metric_table
 from normtune.models.family import Family
 from normtune.runtime.files import read_json, write_json
@@ -152,8 +152,8 @@ def paired(first: Evaluation, second: Evaluation, name: str | None) -> PairedDif
     """The score of the second minus that of the first, on the same images."""
     name = metric_name(first, name)
     normalisation = first.record["normalisation"]
-    tables = [metric_table(item.examples, item.predictions, normalisation)[name] for item in (first, second)]
-    return paired_difference(*tables, cluster_rows(first.examples), maximum=highest_score(name))
+    before, after = (metric_table(item.examples, item.predictions, normalisation)[name] for item in (first, second))
+    return paired_difference(before, after, cluster_rows(first.examples), maximum=score_span(name))
 
 
 def split_in_halves(examples: Split, limit: int | None, seed: int) -> dict[str, Split]:
