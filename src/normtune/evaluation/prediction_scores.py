@@ -17,6 +17,7 @@ from normtune.metrics.conformal import conformal_report
 from normtune.metrics.metric_models import MetricModel, model_folder
 from normtune.metrics.reports import text_pairs
 from normtune.metrics.strata import score_strata
+from normtune.metrics.sum_metrics import SumMetric
 from normtune.metrics.table import metric_table, summarize_metrics
 
 
@@ -40,7 +41,8 @@ def compute_scores(
         `limit_reached`: the share of the generated answers that reached the token limit.
     """
     table = metric_table(examples, predictions, normalisation, bertscore=model_folder(models, "bertscore"))
-    clinical, recorded = {}, {}
+    clinical: dict[str, SumMetric] = {}
+    recorded: dict[str, Any] = {}
     if not isinstance(normalisation, str):
         clinical, recorded = clinical_table(text_pairs(examples, predictions), models)
     table |= clinical

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from normtune.data.phantom.canvas import TISSUE, Canvas, Plane2D
@@ -152,7 +154,7 @@ def _lung_cyst(canvas: Canvas, cx: float, cy: float, value: float) -> None:
     canvas.paint(canvas.ellipse(cx, cy, radius - 0.05, radius - 0.05), 0.0)
 
 
-def _lung_edema(canvas: Canvas, lungs: dict[str, Plane2D], value: float) -> None:
+def _lung_edema(canvas: Canvas, lungs: Mapping[str, Plane2D], value: float) -> None:
     """Draw haze that spreads from the midline over both lungs, in the shape of a butterfly."""
     for side, lung in lungs.items():
         haze = canvas.ellipse(sign(side) * 0.26, -0.05, 0.27, 0.36, soft=0.2) * lung
