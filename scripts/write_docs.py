@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
 
 import results_page  # noqa: E402
+import when_norms_page  # noqa: E402
 import which_gpu as plans  # noqa: E402
 from gpu import table  # noqa: E402
 
@@ -105,6 +106,11 @@ def small_methods() -> str:
     return results_page.small_methods_page(read_json(ROOT / "docs" / "results" / "tiny-budget" / "results.json"))
 
 
+def when_norms() -> str:
+    """docs/when-norms.md, from its benchmark."""
+    return when_norms_page.page(read_json(ROOT / "benchmarks" / "when_norms.json"))
+
+
 def demo_tables(page: str) -> str:
     """docs/demo.md with the tables of the demo brought up to date."""
     for name in ("table", "reports"):
@@ -155,6 +161,7 @@ PAGES: dict[str, Callable[[str], str]] = {
     "docs/commands.md": lambda page: commands_page(),
     "docs/results.md": lambda page: results(),
     "docs/small-methods.md": lambda page: small_methods(),
+    "docs/when-norms.md": lambda page: when_norms(),
 }
 
 

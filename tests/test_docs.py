@@ -119,6 +119,7 @@ def test_the_results_page_is_written_from_the_study(write_docs: ModuleType) -> N
     """Every table and every conclusion. Run scripts/write_docs.py after a new study."""
     assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == write_docs.results()
     assert (ROOT / "docs" / "small-methods.md").read_text(encoding="utf-8") == write_docs.small_methods()
+    assert (ROOT / "docs" / "when-norms.md").read_text(encoding="utf-8") == write_docs.when_norms()
 
 
 @pytest.mark.parametrize(
