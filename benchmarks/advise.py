@@ -237,7 +237,24 @@ def table(rows: list[dict[str, Any]]) -> str:
     of_kind: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         of_kind[row["kind"]].append(row)
-    (search,), (repeat,) = of_kind["search"], of_kind["repeated"]
+    searched = search_parts(of_kind["search"][0], of_kind["test"]) if of_kind["search"] else []
+    (repeat,) = of_kind["repeated"]
+    yes = {True: "the same advice", False: "other advice"}
+    curves = [[row["way"], f"{row['points']:.1f}"] for row in of_kind["rates"]]
+    paragraphs = [
+        *searched,
+        f"A small search on phantoms ({repeat['trials']} trials): the same seed in another folder gave "
+        f"{yes[repeat['same_seed_same_advice']]}; killed (SIGKILL) {len(repeat['killed_after_trials'])} times and run "
+        f"again, it gave {yes[repeat['killed_and_resumed_same_advice']]}.",
+        "How far the score of the selected rate is below that of the best rate, in points: known curves of 16 methods, "
+        "with noise of 1.5 points and a default that is off by up to half a power of ten. TPE is Optuna's sampler.",
+        markdown_table(["rates tried", "points below the best"], curves),
+    ]
+    return "\n\n".join(item if isinstance(item, str) else "\n".join(item) for item in paragraphs) + "\n"
+
+
+def search_parts(search: dict[str, Any], tests: list[dict[str, Any]]) -> list[str | list[str]]:
+    """The search on SLAKE and its test, as paragraphs and tables."""
     about, recommended = search["search"], search["recommended"]
     candidates = [
         [
@@ -254,15 +271,13 @@ def table(rows: list[dict[str, Any]]) -> str:
             *(f"{row['lr']:g}", f"{row['epochs']:g}", format_interval(row)),
             format_interval(row["from_winner"], sign="+"),
         ]
-        for row in of_kind["test"]
+        for row in tests
     ]
-    winner = of_kind["test"][-1]
+    winner = tests[-1]
     rounds = ", then ".join(f"{item['trials']} of {item['epochs']:g} passes" for item in about["rounds"])
     estimate = next(item for item in search["candidates"] if item["recipe"] == recommended)["estimate"]
-    test = next(row for row in of_kind["test"] if row["recommended"])
-    yes = {True: "the same advice", False: "other advice"}
-    curves = [[row["way"], f"{row['points']:.1f}"] for row in of_kind["rates"]]
-    paragraphs = [
+    test = next(row for row in tests if row["recommended"])
+    return [
         f"A search with nano on SLAKE (English): {about['pairs_trained']:,} pairs in {rounds}. It took "
         f"{search['processor_seconds'] / 60:.0f} min of processor time of one core, on a machine that was shared. "
         f"It recommends `{recommended}`. Its score on validation rows that were not used for the choice is "
@@ -274,14 +289,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"[the results](results.md), `{winner['recipe']}` at a rate of {winner['lr']:g}, trained for as many passes. "
         f"With the 10 passes of the grid it has {100 * winner['grid_score']:.1f}.",
         markdown_table(["recipe", "rate", "passes", METRIC, "minus the grid's winner"], tested),
-        f"A small search on phantoms ({repeat['trials']} trials): the same seed in another folder gave "
-        f"{yes[repeat['same_seed_same_advice']]}; killed (SIGKILL) {len(repeat['killed_after_trials'])} times and run "
-        f"again, it gave {yes[repeat['killed_and_resumed_same_advice']]}.",
-        "How far the score of the selected rate is below that of the best rate, in points: known curves of 16 methods, "
-        "with noise of 1.5 points and a default that is off by up to half a power of ten. TPE is Optuna's sampler.",
-        markdown_table(["rates tried", "points below the best"], curves),
     ]
-    return "\n\n".join(item if isinstance(item, str) else "\n".join(item) for item in paragraphs) + "\n"
 
 
 if __name__ == "__main__":
