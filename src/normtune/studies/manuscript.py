@@ -239,16 +239,16 @@ def _mi_clear(
 
 def _conversations(records: Sequence[Record]) -> str:
     """What the model saw besides a question: nothing, or the turns before it (`--history`)."""
-    alone = (
+    single = (
         "every question was asked in a conversation of its own; questions about one image share its encoding and "
         "nothing else"
     )
     names = _distinct(record["dataset_name"] for record in records if (record.get("data") or {}).get("history"))
     if not names:
-        return alone
+        return single
     others = any(record["dataset_name"] not in names for record in records)
     turns = "each later question of a conversation was asked after its earlier turns, with the answers of the data "
-    return f"{turns}({join_names(names)})" + (f"; of the other data sets, {alone}" if others else "")
+    return f"{turns}({join_names(names)})" + (f"; of the other data sets, {single}" if others else "")
 
 
 def _tripod(about: dict[str, str], models: str) -> Iterator[tuple[str, str]]:
