@@ -17,6 +17,7 @@ from normtune.metrics.metric_models import parse_metric_models, score_with_model
 from normtune.metrics.sum_metrics import SumMetric
 from tests.support import tiny_radeval_models
 
+pytestmark = pytest.mark.timeout(1800)  # each metric imports torch, transformers and spaCy in a new process
 TEXTS = {
     "same": ("the heart is large .", "the heart is large ."),
     "other": ("clear lungs .", "no pneumonia . small left effusion"),
