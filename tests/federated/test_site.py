@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from safetensors.torch import load_file
 from normtune.adapters.storage import read_adapter_info
 from normtune.federated.rounds import federate
 from normtune.federated.rules import average
+from normtune.runtime.files import read_json
 from normtune.training.config import TrainConfig
 from normtune.training.train import train
+from tests.support.base_models import input_error
 from tests.support.federated_sites import InProcess, federation, write_site
 from tests.support.tolerance import DISTINCT, assert_close, differ, relative_bound, relative_error
 
@@ -132,3 +135,19 @@ def test_local_norms_stay_at_their_site_and_go_on(base: Path, roots: dict[str, P
     assert all(torch.equal(server[name], a[name]) and torch.equal(a[name], b[name]) for name in shared)
     # two steps of AdamW move a value by up to twice the rate: the second round started from the first one's values
     assert max(float((a[name] - start[name]).abs().max()) for name in vision) > 1.2 * 0.1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("opacus") is None, reason="opacus is not installed")
+def test_a_private_site_spends_its_budget_over_all_rounds_and_no_more(
+    base: Path, roots: dict[str, Path], tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"dp_epsilon": 4.0, "dp_delta": 1e-2, "batch": 2, "rounds": 2}
+    run_sites(base, roots, tmp_path / "out", **options)
+    record = read_json(tmp_path / "out" / "federation.json")["rounds"]
+    first, second = (entry["accepted"]["a"]["epsilon"] for entry in record)
+    assert first < second <= 1.01 * 4.0 and second > 0.9 * 4.0
+    info = read_adapter_info(tmp_path / "out" / "sites" / "a" / "adapter")
+    assert info.data is not None and info.data["privacy"]["epsilon"] == second and info.data["privacy"]["steps"] == 2
+    # more rounds would need more noise in those that are over: the sites refuse
+    message = input_error(lambda: run_sites(base, roots, tmp_path / "out", **{**options, "rounds": 3}))
+    assert "of 3 updates is above --dp-epsilon 4" in message

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from copy import copy
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_serializer, field_validator
 
 from normtune.data.formats import FORMATS, PUBLISHED
 from normtune.data.options import DataOptions, Options
@@ -37,6 +38,10 @@ class SiteOptions(DataOptions):
     )
     model: str | None = Field(None, description="The base at this site; default: the name that the federation gives.")
     device: str | None = Field(None, description="cpu or cuda at this site; default: that of the federation.")
+    # in place of the federation's: a site decides about its own patients
+    dp_epsilon: float | None = _shared("dp_epsilon")
+    dp_delta: float | None = _shared("dp_delta")
+    dp_clip: float | None = _shared("dp_clip")
 
 
 class FederateConfig(Options):
@@ -102,6 +107,14 @@ class FederateConfig(Options):
     max_pixels: int | None = _shared("max_pixels")
     device: str | None = _shared("device")
     seed: int = _shared("seed")
+    # differential privacy at each site; epsilon is that of all rounds
+    dp_epsilon: float | None = _shared("dp_epsilon")
+    dp_delta: float | None = _shared("dp_delta")
+    dp_clip: float | None = _shared("dp_clip")
+
+    @field_serializer("dp_epsilon", "dp_clip", when_used="json")
+    def _infinity(self, value: float | None) -> float | str | None:
+        return "inf" if value == math.inf else value  # JSON has no infinity
 
     @field_validator("local")
     @classmethod
@@ -130,6 +143,8 @@ class FederateConfig(Options):
     def train_config(self, site: SiteOptions, out: Path) -> TrainConfig:
         """The options of one round's training at a site: a constant learning rate, no checkpoints."""
         options = {name: getattr(self, name) for name in _SHARED} | {name: getattr(site, name) for name in _OF_DATA}
+        private = site if site.dp_epsilon is not None else self
+        options |= {name: getattr(private, name) for name in ("dp_epsilon", "dp_delta", "dp_clip")}
         return TrainConfig.checked(
             **options | {"device": site.device or self.device},
             model=site.model or self.model,

@@ -222,6 +222,7 @@ def run_round(
                 "seconds": update.seconds,
                 "loss": update.loss,
                 "update_norm": update_norm(update, state.values),
+                **({} if update.epsilon is None else {"epsilon": update.epsilon, "delta": update.delta}),
             }
             for site, update in accepted.items()
         },
@@ -276,6 +277,9 @@ def _final_info(config: FederateConfig, info: AdapterInfo, state: ServerState, s
         "sites": {site: figures["pairs"] for site, figures in last.items()},
         **({"local": sorted(config.local_parts)} if config.local_parts else {}),
     }
+    private = {site: {k: f[k] for k in ("epsilon", "delta")} for site, f in last.items() if "epsilon" in f}
+    if private:
+        data["private_sites"] = private
     return replace(info, data=data)
 
 

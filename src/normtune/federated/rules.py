@@ -32,6 +32,9 @@ class SiteUpdate:
     seconds: float  # of training
     loss: float | None  # last entry of its loss log
     base_fingerprint: str
+    # of a private site: the guarantee for its patients, after all updates that it has sent
+    epsilon: float | None = None
+    delta: float | None = None
 
 
 def find_refusals(

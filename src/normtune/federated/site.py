@@ -1,13 +1,13 @@
 """One site of a federation: it trains on its own data from the values of the server.
 
-Everything that a site writes is in its own folder: values that stay there (`local.safetensors`) and the final
-adapter (`adapter/`).
+Everything that a site writes is in its own folder: values that stay there (`local.safetensors`), its account of
+privacy (`privacy.json`) and the final adapter (`adapter/`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,16 @@ from normtune.federated.rules import SiteUpdate, Values
 from normtune.inference.limits import check_run
 from normtune.methods.adapt import TunedModel
 from normtune.models.loading import resolve_device, resolve_dtype
-from normtune.runtime.files import atomic_write
+from normtune.runtime.files import atomic_write, read_json, write_json
 from normtune.runtime.tensors import write_tensors
 from normtune.training.checkpoints import delete_checkpoints
 from normtune.training.config import TrainConfig
+from normtune.training.privacy import Privacy, check_private_options, total_epsilon
 from normtune.training.setup import TrainingSetup, build_setup, read_examples
 from normtune.training.train import fit
 
-LOCAL_FILE = "local.safetensors"
+LOCAL_FILE, PRIVACY_FILE = "local.safetensors", "privacy.json"
+_ACCOUNTING_ERROR = 0.01  # relative: of the noise multiplier that Opacus finds for a budget
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ def train_at_site(task: RoundTask, site: SiteOptions, folder: Path) -> SiteUpdat
     _set_values(tuned, {**task.values, **stored}, local)
     start = {name: parameter.detach().clone() for name, parameter in tuned.trained.items()}
     strength = task.config.proximal
+    setup.rounds = task.config.rounds
     result, _ = fit(setup, progress=Proximal(tuned.trained, start, strength) if strength else None)
     delete_checkpoints(folder)  # the one that HF's Trainer writes at the end
     trained = {name: parameter.detach().cpu().numpy().copy() for name, parameter in tuned.trained.items()}
@@ -72,18 +75,43 @@ def train_at_site(task: RoundTask, site: SiteOptions, folder: Path) -> SiteUpdat
         with atomic_write(path) as temporary:
             write_tensors(temporary, {name: torch.from_numpy(trained[name]) for name in local})
     assert setup.base_fingerprint is not None
+    privacy = None if result.privacy is None else _spend(folder, Privacy(**result.privacy), setup.config.dp_epsilon)
     return SiteUpdate(
         values={name: value for name, value in trained.items() if name not in local},
         pairs=len(setup.examples),
         steps=result.steps,
         seconds=result.seconds,
-        loss=result.final_loss,
+        loss=None if privacy else result.final_loss,  # nothing would protect it
         base_fingerprint=setup.base_fingerprint,
+        epsilon=privacy and privacy.epsilon,
+        delta=privacy and privacy.delta,
     )
+
+
+def _spend(folder: Path, this_round: Privacy, budget: float | None) -> Privacy:
+    """Add a round to the site's account, before its update is sent.
+
+    A server could ask for more rounds than it has announced, or for a round again: the site counts what it sends.
+
+    Raises:
+        InputError: the update would spend more than the budget. It is not sent.
+    """
+    path = folder / PRIVACY_FILE
+    history = read_json(path)["history"] if path.is_file() else []
+    history.append([this_round.noise_multiplier, this_round.sampling_rate, this_round.steps])
+    total = replace(this_round, steps=sum(steps for *_, steps in history))
+    if this_round.noise_multiplier:
+        total = replace(total, epsilon=total_epsilon([tuple(entry) for entry in history], total.delta))
+        assert budget is not None and total.epsilon is not None
+        if total.epsilon > budget * (1 + _ACCOUNTING_ERROR):
+            raise InputError(f"epsilon {total.epsilon:.3g} of {len(history)} updates is above --dp-epsilon {budget:g}.")
+    write_json(path, {"history": history, "privacy": asdict(total)})
+    return total
 
 
 def _prepare(config: TrainConfig, site: SiteOptions) -> TrainingSetup:
     """The data and the adapted base of a site."""
+    check_private_options(config)
     config = config.model_copy(update={"dtype": resolve_dtype(config.dtype, resolve_device(config.device))})
     dataset, examples = read_examples(config)
     if site.part is not None:
@@ -128,4 +156,6 @@ def write_site_adapter(folder: Path, info: AdapterInfo, values: Values) -> None:
     tensors = {name: torch.from_numpy(local.get(name, value)) for name, value in values.items()}
     if local:
         info = replace(info, data={**(info.data or {}), "local_tensors": len(local)})
+    if (folder / PRIVACY_FILE).is_file():
+        info = replace(info, data={**(info.data or {}), "privacy": read_json(folder / PRIVACY_FILE)["privacy"]})
     write_adapter(folder / "adapter", info, tensors)

@@ -186,9 +186,15 @@ def spent(privacy: Privacy, steps: int) -> Privacy:
     """The guarantee after so many steps."""
     if not privacy.noise_multiplier:
         return Privacy(**asdict(privacy) | {"steps": steps})
+    history = [(privacy.noise_multiplier, privacy.sampling_rate, steps)]
+    return Privacy(**asdict(privacy) | {"steps": steps, "epsilon": total_epsilon(history, privacy.delta)})
+
+
+def total_epsilon(history: Sequence[tuple[float, float, int]], delta: float) -> float:
+    """The epsilon of several runs on the same units: (noise multiplier, sampling rate, steps) of each."""
     _, accountant = _opacus()
-    accountant.history = [(privacy.noise_multiplier, privacy.sampling_rate, steps)]
-    return Privacy(**asdict(privacy) | {"steps": steps, "epsilon": float(accountant.get_epsilon(privacy.delta))})
+    accountant.history = list(history)
+    return float(accountant.get_epsilon(delta))
 
 
 @cache

@@ -48,6 +48,7 @@ class TrainingSetup:
     # the validation rows; None: the run does not validate. `validation_digest` is their digest
     validation: Split | None = None
     validation_digest: str | None = None
+    rounds: int = 1  # runs on the same patients, this one included, that share the privacy budget of the options
     collate: Collator = field(init=False)  # builds batches, with the caches that the recipe allows
 
     def __post_init__(self) -> None:

@@ -97,7 +97,7 @@ class AdapterTrainer(Trainer):
         self.private: PrivateGradients | None = None
         if isinstance(batches, PoissonBatches):
             noise = None if checkpoint is None else checkpoint.noise_multiplier
-            privacy = plan_privacy(config, batches, optimizer_steps(config, batches), noise)
+            privacy = plan_privacy(config, batches, setup.rounds * optimizer_steps(config, batches), noise)
             self.private = PrivateGradients(config, family, tuned.trained, setup.collate, batches, privacy)
         arguments = training_arguments(setup, batches)
         objective = Objective(family, config.label_smoothing, dropout=not config.group)
