@@ -83,8 +83,8 @@ def train_at_site(task: RoundTask, site: SiteOptions, folder: Path) -> SiteUpdat
         seconds=result.seconds,
         loss=None if privacy else result.final_loss,  # nothing would protect it
         base_fingerprint=setup.base_fingerprint,
-        epsilon=privacy and privacy.epsilon,
-        delta=privacy and privacy.delta,
+        epsilon=None if privacy is None else privacy.epsilon,
+        delta=None if privacy is None else privacy.delta,
     )
 
 
