@@ -476,8 +476,8 @@ def draw_figures(rows: Sequence[Row], folder: Path) -> None:
     by_images = {str(images): ("nano", images) for images in IMAGES}
     _draw_shares(axes[0][0], rows, colors, by_base)
     axes[0][0].set(title="80 images", xlabel="base: steps of its pretraining")
-    axes[0][1].legend(frameon=False, loc="upper left")
     _draw_shares(axes[0][1], rows, colors, by_images)
+    axes[0][1].legend(frameon=False, loc="upper left")
     axes[0][1].set(title="nano", xlabel="training images")
     _draw_scaled(axes[1][0], rows, colors)
     mixtures = [row for row in rows if row["experiment"] == "mixture" and row["dataset"] == "b"]
