@@ -84,6 +84,7 @@ def search(options: argparse.Namespace) -> dict[str, Any]:
         "threads": int(os.environ.get("OMP_NUM_THREADS", 0)) or None,
         **budget,
         **plain(advice.to_dict(), PLACES),
+        "command": advice.command.replace(str(options.root), "SLAKE"),
     }
 
 
