@@ -12,4 +12,5 @@ def test_a_variable_that_is_missing_is_an_error() -> None:
 
 
 def test_only_html_is_escaped() -> None:
-    assert "For a & b." in render_template("adapters/model_card.md.j2", notice="a & b", facts=[], metrics=[])
+    card = render_template("adapters/model_card.md.j2", notice="a & b", facts=[], metrics=[], privacy=None)
+    assert "For a & b." in card

@@ -24,6 +24,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "sentencepiece": (("sentencepiece", "protobuf"), "models without tokenizer.json: tokenizer.model"),
     "liger": (("liger-kernel",), "a fused loss kernel on CUDA"),
     "privacy": (("opacus",), "differential privacy: --dp-epsilon"),
+    "federate": (("nvflare",), "federations over a network: normtune federate --kit"),
     "ray": (("ray",), "studies on a Ray cluster: --on ray"),
     "slurm": (("submitit",), "studies on a Slurm cluster: --on slurm"),
 }
