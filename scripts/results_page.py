@@ -6,7 +6,7 @@ tests that were corrected for multiple comparisons; the rule is the docstring of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ def format_mean(row: Row) -> str:
 def sentence(test: Row, dataset: str) -> str:
     """One comparison with LN as a sentence, with its interval."""
     name = "the frozen base" if test["recipe"] == "frozen" else f"`{test['recipe']}`"
-    interval = _interval(test)
+    interval = difference_text(test)
     if is_significant(test):
         side = "above" if test["difference"] > 0 else "below"
         return f"{name} is {side} `ln` on {NAMES[dataset]} ({interval})"
@@ -128,12 +128,14 @@ def sentence(test: Row, dataset: str) -> str:
     )
 
 
-def _interval(test: Row) -> str:
-    """The difference of a test with its interval and p-value."""
-    return (
-        f"{format_points(test['difference'])} points "
-        f"[{format_points(test['low'])}, {format_points(test['high'])}], {format_p_value(test['p_holm'])}"
-    )
+def difference_text(test: Row) -> str:
+    """The difference of a test with its interval and corrected p-value."""
+    return f"{points(test)}, {format_p_value(test['p_holm'])}"
+
+
+def points(row: Mapping[str, Any]) -> str:
+    """A difference as `+3.1 points [+1.0, +5.2]`."""
+    return f"{format_points(row['difference'])} points [{format_points(row['low'])}, {format_points(row['high'])}]"
 
 
 def verdict(tests: list[Row], supports: str) -> str:
@@ -227,42 +229,41 @@ def page(study: dict[str, Any], questions_only: dict[str, Row]) -> str:
 def small_methods_page(study: dict[str, Any]) -> str:
     """The Markdown of docs/small-methods.md, from the results.json of studies/tiny-budget.yaml."""
     results = Results(study)
-    grids = [grid for grid in SMALL_GRIDS if results.tests(grid, grid)]
     sections = []
-    for grid in grids:
+    for grid in SMALL_GRIDS:
         tests = sorted(results.tests(grid, grid).values(), key=lambda test: -test["difference"])
         comparisons = "\n".join(f"- {_capital(sentence(test, grid))}." for test in tests)
         sections.append(f"{score_table(results, grid, grid)}\n{comparisons}\n")
     return _render(
         "small_methods.md.j2",
         line=study_line(results),
-        findings="\n".join(_small_findings(results, grids)),
+        findings="\n".join(_small_findings(results)),
         sections="\n".join(sections),
-        rates="\n".join(rate_table(results, grids)),
+        rates="\n".join(rate_table(results)),
     )
 
 
-def _small_findings(results: Results, grids: Sequence[str]) -> Iterator[str]:
+def _small_findings(results: Results) -> Iterator[str]:
     """What the study of small methods shows, each sentence with its comparisons."""
     for recipe, text in (
         ("lora-1", "LoRA with as many parameters as `ln`"),
         ("lora-8", "LoRA with eight times as many"),
         ("full", "Full tuning"),
     ):
-        comparisons = "; ".join(sentence(results.tests(grid, grid)[recipe], grid) for grid in grids)
+        comparisons = "; ".join(sentence(results.tests(grid, grid)[recipe], grid) for grid in SMALL_GRIDS)
         yield f"- **{text}:** {comparisons}."
-    for grid in grids:
+    for grid in SMALL_GRIDS:
         shares = {recipe: results.cells(recipe, grid)[0]["trainable_share"] for recipe in results.scores(grid, grid)}
         small = [test for recipe, test in results.tests(grid, grid).items() if 0 < shares.get(recipe, 0) < SMALL_SHARE]
         better = [test for test in small if is_significant(test) and test["difference"] > 0]
         best = max(small, key=lambda test: test["difference"])
         text = "; ".join(sentence(test, grid) for test in better) or (
-            f"none is significantly above `ln`; the highest is `{best['recipe']}` ({_interval(best)})"
+            f"none is significantly above `ln`; the highest is `{best['recipe']}` ({difference_text(best)})"
         )
         yield f"- **The {len(small)} other recipes that train less than {SMALL_SHARE:.1%}, on {NAMES[grid]}:** {text}."
 
 
-def rate_table(results: Results, grids: Sequence[str]) -> list[str]:
+def rate_table(results: Results) -> list[str]:
     """The learning rate that the search chose for each recipe; bold if it is the lowest or highest that was tried."""
     tried: dict[tuple[str, str], set[float]] = {}
     for cell in results.tables["cells"]:
@@ -271,14 +272,14 @@ def rate_table(results: Results, grids: Sequence[str]) -> list[str]:
     rows = []
     for recipe in dict.fromkeys(recipe for recipe, _ in tried):
         row = [f"`{recipe}`"]
-        for grid in grids:
+        for grid in SMALL_GRIDS:
             cells = results.cells(recipe, grid)
             rates, known = (cells[0]["rates"] if cells else {}), tried.get((recipe, grid), set())
             is_edge = bool(known) and set(rates.values()) <= {min(known), max(known)}
             text = format_rates(rates).split()[-1] if rates else "–"
             row.append(f"**{text}**" if is_edge else text)
         rows.append(row)
-    return markdown_table(["recipe", *(NAMES[grid] for grid in grids)], rows, "l")
+    return markdown_table(["recipe", *(NAMES[grid] for grid in SMALL_GRIDS)], rows, "l")
 
 
 def _render(template: str, **values: str) -> str:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import StrictUndefined, Template
+from results_page import difference_text, points
 
 from normtune.metrics.statistics import holm_correction
-from normtune.runtime.number_format import format_duration, format_p_value, format_percent, format_points, join_names
+from normtune.runtime.number_format import format_duration, format_interval, format_percent, format_points, join_names
 from normtune.runtime.text_table import markdown_table
 
 Row = dict[str, Any]
@@ -26,18 +27,6 @@ BASES = {
 METRICS = {"closed_label": "closed", "open_exact": "open", "global_exact": "global"}
 NAMES = {"frozen": "no tuning", "both": "LN trained on hospital B", "sum": "their sum", "average": "their average"}
 NAMES |= {"acquisition": "norms of acquisition", "wording": "norms of wording"}
-
-
-def interval(row: Mapping[str, Any]) -> str:
-    """A score as `value [low, high]`, in %."""
-    value, low, high = (format_percent(row[end]) for end in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
-
-
-def points(row: Mapping[str, Any], p: bool = False) -> str:
-    """A difference as `+3.1 points [+1.0, +5.2]`, with its corrected p-value on request."""
-    text = f"{format_points(row['difference'])} points [{format_points(row['low'])}, {format_points(row['high'])}]"
-    return f"{text}, {format_p_value(row['p_holm'])}" if p else text
 
 
 def share(row: Mapping[str, Any]) -> str:
@@ -88,9 +77,9 @@ class Record:
         return self.of("contrast", claim=claim, **values)
 
 
-def by_shift(rows: Iterable[Row], p: bool = True) -> str:
+def by_shift(rows: Iterable[Row]) -> str:
     """Differences by shift, as a part of a sentence."""
-    return join_names([f"{points(row, p)} ({row['shift']})" for row in rows])
+    return join_names([f"{difference_text(row)} ({row['shift']})" for row in rows])
 
 
 def enough(record: Record) -> str:
@@ -110,7 +99,7 @@ def enough(record: Record) -> str:
         largest = min(worse, key=lambda row: row["against_full"]["difference"])
         lines.append(
             f"    - LN is significantly below full tuning in {len(worse)} of {len(rows)} settings, the most with "
-            f"{setting(largest)}: {points(largest['against_full'], True)}."
+            f"{setting(largest)}: {difference_text(largest['against_full'])}."
         )
     if equal:
         texts = [f"{setting(row)} ({points(row['against_full'])})" for row in equal]
@@ -197,7 +186,7 @@ def feed_forward(record: Record) -> str:
         lines.append(f"    - `ffn` less `ln`, {name}: {by_shift(of_metric)}.")
     ruling = "does not hold" if wins else "holds" if len(losses) == len(across) else "undecided"
     lines.append(f"- **Feed-forward tuning loses to LN in transfer to another shift: {ruling}.**")
-    texts = [f"{points(row, True)} ({row['shift']} to {row['dataset']})" for row in across]
+    texts = [f"{difference_text(row)} ({row['shift']} to {row['dataset']})" for row in across]
     lines.append(f"    - `ffn` less `ln`: {join_names(texts)}.")
     return "\n".join(lines)
 
@@ -284,7 +273,7 @@ def share_table(record: Record) -> str:
         )
         reached = share(row) if row["share"] is not None else "–"
         gain = f"{format_points(row['gain'])} [{format_points(row['gain_low'])}, {format_points(row['gain_high'])}]"
-        scores = [interval(row[name]) for name in ("frozen", "ln", "full")]
+        scores = [format_interval(row[name]) for name in ("frozen", "ln", "full")]
         rows.append([BASES[row["model"]], str(row["images"]), row["shift"], rates, *scores, gain, reached])
     head = ["base", "images", "shift", "rate of `ln` / `full`", "`frozen`", "`ln`", "`full`", "gain of `full`", "share"]
     return "\n".join(markdown_table(head, rows, "llllr"))
@@ -292,7 +281,7 @@ def share_table(record: Record) -> str:
 
 def recipe_table(record: Record) -> str:
     """The scores of the recipes on all shifts."""
-    cells = {(row["recipe"], row["shift"], row["dataset"]): interval(row) for row in record.of("recipe")}
+    cells = {(row["recipe"], row["shift"], row["dataset"]): format_interval(row) for row in record.of("recipe")}
     places = (*SHIFTS, "phantom-a")
     rows = [
         [f"`{recipe}`", shift or "–", *(cells.get((recipe, shift, dataset), "–") for dataset in places)]
@@ -304,14 +293,15 @@ def recipe_table(record: Record) -> str:
 def scaled_table(record: Record) -> str:
     """Accuracy for each lambda."""
     rows = [
-        [row["shift"], f"{row['lambda']:g}", interval(row["new"]), interval(row["old"])] for row in record.of("lambda")
+        [row["shift"], f"{row['lambda']:g}", format_interval(row["new"]), format_interval(row["old"])]
+        for row in record.of("lambda")
     ]
     return "\n".join(markdown_table(["shift", "λ", "new task", "the base's own task"], rows, "llr"))
 
 
 def mixture_table(record: Record) -> str:
     """Accuracy of mixed norms."""
-    cells = {(row["recipe"], row["dataset"]): interval(row["mean"]) for row in record.of("mixture")}
+    cells = {(row["recipe"], row["dataset"]): format_interval(row["mean"]) for row in record.of("mixture")}
     places = list(dict.fromkeys(dataset for _, dataset in cells))
     rows = [
         [NAMES[recipe], *(cells[recipe, place] for place in places)] for recipe in dict.fromkeys(r for r, _ in cells)

@@ -210,8 +210,7 @@ def build_advice(
     candidates.sort(key=lambda item: (-item.round, -item.score["value"], item.trainable))
     of_recommended = next(item for item in candidates if item.recipe == recommended.recipe)
     assert of_recommended.estimate is not None
-    frozen = config.out / "frozen"
-    base = {half: workplace.evaluate(half, frozen, None) for half in (SELECT, ESTIMATE)}
+    base = {half: workplace.answers_of_base(half) for half in (SELECT, ESTIMATE)}
     gain = paired(base[ESTIMATE], workplace.answers_of(recommended, ESTIMATE), config.metric)
     return Advice(
         model=config.model,

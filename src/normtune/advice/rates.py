@@ -9,8 +9,7 @@ from __future__ import annotations
 from math import log10
 from statistics import fmean
 
-from normtune.methods.recipe import parse
-from normtune.methods.registry import LEARNING_RATES
+from normtune.studies.recipe_names import default_rates
 
 # Quarters of a power of ten from the default, in the order of the trials: 3 times above and below it, 10 times, others.
 STEPS = (0, 2, -2, 4, -4, 1, -1, 3, -3)
@@ -21,6 +20,5 @@ def rates_of(recipe: str) -> list[float]:
 
     A recipe of several methods has one rate for all of them; its default is the geometric mean of theirs.
     """
-    methods = {method.name for _, methods in parse(recipe).parts for method in methods}
-    default = fmean(log10(LEARNING_RATES[name]) for name in sorted(methods))
+    default = fmean(log10(rate) for rate in default_rates(recipe).values())
     return [float(f"{10 ** (default + step / 4):.1e}") for step in STEPS]

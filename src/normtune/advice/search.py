@@ -131,7 +131,7 @@ def _run_rounds(workplace: Workplace, plan: Plan, progress: Callable[[int, int],
     for index in range(plan.rounds[0].trials):
         recipe = recipes[index % len(recipes)]
         run(1, recipe, rates_of(recipe)[index // len(recipes)])
-    base_score = metric_of(workplace.evaluate(SELECT, config.out / "frozen", None), config.metric)["value"]
+    base_score = metric_of(workplace.answers_of_base(SELECT), config.metric)["value"]
     for number, item in enumerate(plan.rounds[1:], 2):
         before = [trial for trial in trials if trial.round == number - 1]
         promoted = promote(before, item.trials, base_score, last=number == len(plan.rounds))
@@ -166,10 +166,9 @@ def _read_or_make_plan(workplace: Workplace, started: float) -> Plan:
                 "choose another --out."
             )
         return plan
-    frozen = config.out / "frozen"
-    base = workplace.evaluate(SELECT, frozen, None)
+    base = workplace.answers_of_base(SELECT)
     metric_of(base, config.metric)  # an unknown metric is an error before the first training
-    workplace.evaluate(ESTIMATE, frozen, None)
+    workplace.answers_of_base(ESTIMATE)
     speeds, left_out = _measure(workplace)
     count, answer_seconds = len(examples), base.seconds
 

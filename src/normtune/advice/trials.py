@@ -124,6 +124,10 @@ class Workplace:
         with self.family.pixel_limit(config.max_pixels), use_adapter(self.family, adapter):
             return evaluate(self.family, self.halves[half], config)
 
+    def answers_of_base(self, half: str) -> Evaluation:
+        """The frozen base's answers to half of the validation rows."""
+        return self.evaluate(half, self.config.out / "frozen", None)
+
     def answers_of(self, trial: Trial, half: str) -> Evaluation:
         """A trial's answers to half of the validation rows."""
         folder = self.folder(trial.round, trial.number, trial.recipe)

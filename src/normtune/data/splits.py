@@ -208,7 +208,7 @@ def part_of_images(examples: Examples, part: int, parts: int, seed: int = 0) -> 
     Args:
         part: number of the part, from 1.
         parts: number of parts.
-        seed: of the order from which images are dealt to the parts.
+        seed: of the order in which images are distributed over the parts.
     """
     clusters = cluster_pictures(examples, ())
     return _with_clusters(examples, clusters, _shuffled(clusters.values(), seed)[part - 1 :: parts])

@@ -15,13 +15,6 @@ from normtune.errors import InputError
 from normtune.models.part_names import PARTS
 from normtune.training.config import TrainConfig
 
-# options of a training run that all sites share
-_SHARED = (
-    *("tune", "lr", "part_lr", "batch", "accumulate", "group", "cap", "optimizer", "weight_decay", "max_grad_norm"),
-    *("label_smoothing", "choice_prompt", "choice_target", "dtype", "quantize", "memory", "max_pixels", "device"),
-    "seed",
-)
-
 
 def _shared(name: str) -> Any:
     """The field of an option that `normtune train` has too."""
@@ -142,7 +135,9 @@ class FederateConfig(Options):
 
     def train_config(self, site: SiteOptions, out: Path) -> TrainConfig:
         """The options of one round's training at a site: a constant learning rate, no checkpoints."""
-        options = {name: getattr(self, name) for name in _SHARED} | {name: getattr(site, name) for name in _OF_DATA}
+        options = {name: getattr(self, name) for name in _OF_TRAINING} | {
+            name: getattr(site, name) for name in _OF_DATA
+        }
         private = site if site.dp_epsilon is not None else self
         options |= {name: getattr(private, name) for name in ("dp_epsilon", "dp_delta", "dp_clip")}
         return TrainConfig.checked(
@@ -159,6 +154,8 @@ class FederateConfig(Options):
 
 
 _OF_DATA = (*DataOptions.model_fields, "split", "limit")
+# the options of `normtune train`; the other three have another meaning here
+_OF_TRAINING = (FederateConfig.model_fields.keys() & TrainConfig.model_fields.keys()) - {"model", "out", "workers"}
 
 
 def parse_sites(entries: list[str]) -> dict[str, SiteOptions]:

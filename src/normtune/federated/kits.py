@@ -21,7 +21,7 @@ ADMIN = "admin@normtune.org"
 _PROJECT = "federation"
 _CLASSES = [f"normtune.federated.flare.{name}" for name in ("FederationController", "SiteExecutor")]
 _SITE_TEMPLATE = """\
-# The data of this site. The server never receives this file. The options are those of the options of a dataset in
+# The data of this site. The server never receives this file. Its options are those of a dataset in
 # `normtune train --help`, and: part, model, device.
 data: csv
 root: /path/to/rows.csv

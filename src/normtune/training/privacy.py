@@ -21,7 +21,7 @@ import secrets
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain, pairwise
 from typing import Any
@@ -185,9 +185,9 @@ def plan_privacy(config: TrainConfig, batches: PoissonBatches, steps: int, noise
 def spent(privacy: Privacy, steps: int) -> Privacy:
     """The guarantee after so many steps."""
     if not privacy.noise_multiplier:
-        return Privacy(**asdict(privacy) | {"steps": steps})
+        return replace(privacy, steps=steps)
     history = [(privacy.noise_multiplier, privacy.sampling_rate, steps)]
-    return Privacy(**asdict(privacy) | {"steps": steps, "epsilon": total_epsilon(history, privacy.delta)})
+    return replace(privacy, steps=steps, epsilon=total_epsilon(history, privacy.delta))
 
 
 def total_epsilon(history: Sequence[tuple[float, float, int]], delta: float) -> float:
@@ -301,13 +301,13 @@ class PrivateGradients:
     def _chunk_gradients(self, units: Sequence[Members], step_tokens: int) -> tuple[Tensor, Tensor]:
         """(gradients [units, values], the sum of the row losses)."""
         if len(units) > 1:
-            groups = [(number, group) for number, unit in enumerate(units) for group in self._tokenize(unit)]
-            losses, unit_of = self._row_losses(groups)
-            weights = self._weights([[group for u, group in groups if u == n] for n in range(len(units))], step_tokens)
+            tokenized = [self.collator.tokenize_groups(unit) for unit in units]
+            losses, unit_of = self._row_losses([(u, group) for u, groups in enumerate(tokenized) for group in groups])
+            weights = self._weights(tokenized, step_tokens)
             matrix = self.gradients.of_many(losses * losses.new_tensor(weights)[unit_of], unit_of, len(units))
             return matrix, losses.detach().sum()
         (unit,) = units
-        groups = [(0, group) for group in self._tokenize(unit)]
+        groups = [(0, group) for group in self.collator.tokenize_groups(unit)]
         weight = self._weights([[group for _, group in groups]], step_tokens)[0]
         matrix = torch.zeros(1, self.gradients.values, dtype=self._sum.dtype, device=self._sum.device)
         total = torch.zeros((), device=self._sum.device)
@@ -319,9 +319,6 @@ class PrivateGradients:
             matrix += self.gradients.of_one(losses * weight)
             total = total + losses.detach().sum()
         return matrix, total
-
-    def _tokenize(self, unit: Members) -> list[Group]:
-        return self.collator.tokenize_groups(unit)
 
     def _weights(self, units: Sequence[Sequence[Group]], step_tokens: int) -> list[float]:
         """The weight of each unit's row losses: its loss is the mean over its answer tokens.
