@@ -163,7 +163,7 @@ def test_a_recipe_selects_by_part_role_and_layer() -> None:
     parts = find_parts(tiny_base("miss"))
 
     def selected(text: str) -> list[str]:
-        return select_parameters(parts, resolve(parse(text), parts.parts))
+        return list(select_parameters(parts, resolve(parse(text), parts.parts)))
 
     roles = {info.name: (info.part, info.role, info.layer) for info in parts.parameters}
     assert {roles[name][:2] for name in selected("encoder=ln")} == {("encoder", "norm")}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from normtune.errors import InputError
 from normtune.methods.adapt import adapt, restore_base
-from normtune.methods.bottleneck import Bottleneck
+from normtune.methods.output_modules import Bottleneck
 from tests.support.base_models import CACHE_ARGUMENT, KINDS, compute_logits, perturb_trained, tiny_base
 from tests.support.tolerance import assert_close, differ
 

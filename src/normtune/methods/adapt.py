@@ -8,16 +8,15 @@ base's dtype at each use. All other parameters are frozen and keep their values 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from normtune.errors import InputError, did_you_mean
-from normtune.methods.add_layers import add_layers
 from normtune.methods.norms import TunedNorm
 from normtune.methods.recipe import Recipe, parse, resolve
 from normtune.methods.registry import ADDED, ALL_LINEAR, INTRINSIC, METHODS, Method, RecipeError
@@ -118,14 +117,19 @@ def adapt(
     #    stay the same.
     base = find_parts(model)
     resolved = resolve(parse(recipe) if isinstance(recipe, str) else recipe, base.parts)
-    method_of = _assign_methods(base, resolved)
+    method_of = select_parameters(base, resolved)
     unused = frozenset() if train_unused else unused_parameters(model, base)
     left_out = sum(info.numel for info in base.parameters if info.name in method_of and info.name in unused)
     method_of = {name: m for name, m in method_of.items() if name not in unused and (names is None or name in names)}
     trained_of_base = {name: parameter for name, parameter in model.named_parameters() if name in method_of}
     holders_of = parameter_holders(model, trained_of_base)
-    for name in method_of:
-        _check_not_quantized(name, holders_of[name])
+    for name, holders in holders_of.items():
+        parameter = getattr(*holders[0])
+        if is_quantized(parameter):
+            raise InputError(
+                f"{name} is quantised ({type(parameter.data).__name__}, {parameter.dtype}), it can't be trained: "
+                "choose ln or lora there, or load the base without --quantize."
+            )
     # filled by the steps below
     tuned = TunedModel(model, resolved, base, {}, {}, {}, base.total, left_out=left_out)
     if keep_base:
@@ -133,8 +137,11 @@ def adapt(
     model.requires_grad_(False)
     # 2. Add layers (LoRA, prefixes, ...). This step may fail, so it comes before the steps that replace
     #    tensors of the base: added layers can be removed again, replaced values cannot be restored.
+    # The caller's random state is restored afterwards: fork_rng does so for the CPU and for the GPUs that it is given.
+    gpus = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     try:
-        with _seeded(model, seed):
+        with torch.random.fork_rng(sorted(gpus, key=str)):
+            torch.manual_seed(seed)
             _add_all_layers(tuned, unused)
         if not method_of and not tuned.additions and any(methods for _, methods in resolved.parts):
             raise RecipeError(f"recipe '{resolved}' finds nothing to train in this model. Change the recipe.")
@@ -156,9 +163,8 @@ def adapt(
         tuned.part_and_role[name] = (info_of[name].part, info_of[name].role)
     for addition in tuned.additions:
         tuned.trained |= addition.parameters
-    # 5. Set requires_grad last: PEFT and the new modules switch it on for parameters of their own choice.
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    # 5. Set requires_grad last: PEFT and the new modules switch it on for some parameters, which need not be trained.
+    model.requires_grad_(False)
     for parameter in tuned.trained.values():
         assert parameter.dtype in (torch.float32, torch.float64), "trained parameters are fp32"
         parameter.requires_grad_(True)
@@ -192,43 +198,22 @@ def restore_base(tuned: TunedModel) -> nn.Module:
     return tuned.model
 
 
-def _assign_methods(base: ModelParts, recipe: Recipe) -> dict[str, str]:
-    """Map each trained parameter of the base to its method, in the base's order.
-
-    A parameter that several methods of its part select (`ln+full`) belongs to the first of them.
-    """
-    method_of: dict[str, str] = {}
-    for part, methods in recipe.parts:
-        for method in methods:
-            if method.name in ADDED:
-                continue
-            # one method at a time, to know which of them selects a parameter
-            single = Recipe(((part, (method,)),), recipe.optional & {part})
-            for name in select_parameters(base, single):
-                method_of.setdefault(name, method.name)
-    return {info.name: method_of[info.name] for info in base.parameters if info.name in method_of}
-
-
-def _check_not_quantized(name: str, holders: list[ParameterHolder]) -> None:
-    module, attribute = holders[0]
-    parameter = getattr(module, attribute)
-    if is_quantized(parameter):
-        raise InputError(
-            f"{name} is quantised ({type(parameter.data).__name__}, {parameter.dtype}), it can't be trained: "
-            "choose ln or lora there, or load the base without --quantize."
-        )
-
-
 def _add_all_layers(tuned: TunedModel, unused: frozenset[str]) -> None:
     """Add the layers of the recipe's added methods."""
     # Find the linears of all methods first: they are looked up by the base's names, which additions change.
     targets = [
-        (part, method, _linears_of(tuned, part, method, unused)) for part, method in _added_methods(tuned.recipe)
+        (part, method, _linears_of(tuned, part, method, unused))
+        for part, methods in tuned.recipe.parts
+        for method in methods
+        if method.name in ADDED
     ]
     _check_target_names(targets)
     for part, method, linears in targets:
+        # imported by name: PEFT takes a second to import, which the tuning of norms does not need
+        module_name, function_name = ADDED[method.name]
+        add_layers = getattr(import_module(f"normtune.methods.{module_name}"), function_name)
         try:
-            addition = add_layers(tuned.model, part, method, linears)
+            addition: AddedLayers = add_layers(tuned.model, part, method, linears)
         except NoTarget:
             if part in tuned.recipe.optional:
                 continue
@@ -237,10 +222,6 @@ def _add_all_layers(tuned: TunedModel, unused: frozenset[str]) -> None:
         for name in addition.parameters:
             tuned.methods[name] = method.name
             tuned.part_and_role[name] = (part, method.name)
-
-
-def _added_methods(recipe: Recipe) -> list[tuple[str, Method]]:
-    return [(part, method) for part, methods in recipe.parts for method in methods if method.name in ADDED]
 
 
 def _linears_of(tuned: TunedModel, part: str, method: Method, unused: frozenset[str]) -> list[TargetLinear]:
@@ -263,7 +244,7 @@ def _linears_of(tuned: TunedModel, part: str, method: Method, unused: frozenset[
 
 
 def _check_target_names(targets: Sequence[tuple[str, Method, list[TargetLinear]]]) -> None:
-    """Raise RecipeError if a name of a LoRA's targets is that of no linear in the parts that have this LoRA."""
+    """Raise RecipeError if `lora(targets=NAME)` names no linear in any of the parts that have this LoRA."""
     for method in dict.fromkeys(method for _, method, _ in targets if "targets" in METHODS[method.name]):
         linears = [linear for _, other, of_part in targets if other == method for linear in of_part]
         for name in filter(None, str(method.option("targets")).split("+")):
@@ -296,8 +277,11 @@ def _replace_norms(tuned: TunedModel, holders_of: Mapping[str, list[ParameterHol
 
 
 def _train_in_fp32(holders: list[ParameterHolder], *, copy: bool) -> nn.Parameter:
-    """Return the parameter that trains for a tensor of the base: the tensor itself (or a copy) if it is fp32 or
-    wider, else an fp32 copy that its modules cast to the old dtype at each use."""
+    """Return the fp32 parameter that trains for a tensor of the base.
+
+    It is the tensor itself (with `copy` a copy of it) if the tensor is fp32 or wider. Otherwise it is an fp32 copy,
+    which the modules cast to the old dtype at each use.
+    """
     module, attribute = holders[0]
     old = getattr(module, attribute)
     if old.dtype.itemsize >= torch.float32.itemsize:
@@ -316,23 +300,15 @@ def _train_in_fp32(holders: list[ParameterHolder], *, copy: bool) -> nn.Paramete
     return wide
 
 
-@contextmanager
-def _seeded(model: nn.Module, seed: int) -> Iterator[None]:
-    """Draw random numbers from `seed` inside, and restore the caller's random state afterwards."""
-    # fork_rng restores the CPU's state and that of the devices named; each must be named once
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(sorted(devices, key=str)):
-        torch.manual_seed(seed)
-        yield
+def select_parameters(base: ModelParts, recipe: Recipe) -> dict[str, str]:
+    """The parameters of the base that a resolved recipe trains: name -> method, in the model's order.
 
-
-def select_parameters(base: ModelParts, recipe: Recipe) -> list[str]:
-    """Names of the parameters that the intrinsic methods of a resolved recipe train, in the model's order.
+    A parameter that several methods of its part select (`ln+full`) belongs to the first of them.
 
     Raises:
         RecipeError: a method finds nothing in a part that is not optional.
     """
-    selected: set[str] = set()
+    method_of: dict[str, str] = {}
     for part, methods in recipe.parts:
         for method in methods:
             if method.name not in INTRINSIC:
@@ -340,8 +316,9 @@ def select_parameters(base: ModelParts, recipe: Recipe) -> list[str]:
             names = [info.name for info in base.parameters if info.part == part and _selects(method, info, base)]
             if not names and part not in recipe.optional:
                 raise RecipeError(_nothing_to_train(base, part, method))
-            selected.update(names)
-    return [info.name for info in base.parameters if info.name in selected]
+            for name in names:
+                method_of.setdefault(name, method.name)
+    return {info.name: method_of[info.name] for info in base.parameters if info.name in method_of}
 
 
 def _selects(method: Method, info: ParameterInfo, base: ModelParts) -> bool:

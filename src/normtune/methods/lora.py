@@ -36,45 +36,14 @@ MAGNITUDE = "lora_magnitude_vector"  # last component of the name of DoRA's norm
 PEFT_NAME = "normtune"  # the adapter's name inside PEFT's layers
 
 
-def lora_targets(method: Method, linears: Sequence[TargetLinear]) -> list[TargetLinear]:
-    """The linears that `targets` names, or query and value projections of self- and cross-attention (Hu et al. 2021,
-    section 7.1).
+def _lora_targets(method: Method, linears: Sequence[TargetLinear]) -> list[TargetLinear]:
+    """The linears that the option `targets` names; by default query and value projections of self- and cross-attention.
 
-    A fused query-key-value linear is a target as a whole.
+    The default is from Hu et al. 2021, section 7.1. A fused query-key-value linear is a target as a whole.
     """
     if targets := str(method.option("targets")):
         return linears_of_names(linears, targets)
     return [linear for linear in linears if linear.role == "attention" and linear.leaf in QUERY + VALUE + FUSED]
-
-
-def ia3_targets(linears: Sequence[TargetLinear]) -> tuple[list[TargetLinear], list[TargetLinear]]:
-    """The targets of IA3 (Liu et al. 2022, section 3.3).
-
-    As in MISS and MILE, the output projections of BERT-like attentions are scaled too. A fused
-    query-key-value linear is scaled as a whole.
-
-    Returns:
-        (linears with a scaled output: key and value projections; linears with a scaled input: the last linear
-        of each feed-forward).
-    """
-    outputs = [
-        linear
-        for linear in linears
-        if linear.role == "attention" and (linear.leaf in KEY + VALUE + FUSED or linear.leaf == BERT_OUTPUT)
-    ]
-    return outputs, ffn_outputs(linears)
-
-
-def lora_config(method: Method, targets: Sequence[str]) -> LoraConfig:
-    """PEFT's config for a LoRA on exactly these modules."""
-    return LoraConfig(
-        r=int(method.option("r")),
-        lora_alpha=int(method.option("alpha")),
-        lora_dropout=float(method.option("dropout")),
-        use_dora=bool(method.option("dora")),
-        use_rslora=bool(method.option("rslora")),
-        target_modules=exact_name_pattern(targets),
-    )
 
 
 def ia3_config(outputs: Sequence[str], inputs: Sequence[str]) -> IA3Config:
@@ -100,13 +69,21 @@ def add_lora(model: nn.Module, part: str, method: Method, linears: Sequence[Targ
         NoTarget: the part has no such linear.
         InputError: another added method already changes one of them, or DoRA would have to scale a quantised one.
     """
-    targets = lora_targets(method, linears)
+    targets = _lora_targets(method, linears)
     if not targets:
         what = f"linear of '{method}'" if method.option("targets") else "query or value projection"
         raise NoTarget(f"lora finds no {what} in part '{part}'. Choose another method there.")
     if method.option("dora") and any(is_quantized(target.module.weight) for target in targets):
         raise InputError(f"part '{part}' is quantised, and DoRA needs the norms of its weights. Use lora without dora.")
-    layers, remove = inject(model, lora_config(method, [target.name for target in targets]), targets)
+    config = LoraConfig(
+        r=int(method.option("r")),
+        lora_alpha=int(method.option("alpha")),
+        lora_dropout=float(method.option("dropout")),
+        use_dora=bool(method.option("dora")),
+        use_rslora=bool(method.option("rslora")),
+        target_modules=exact_name_pattern([target.name for target in targets]),
+    )
+    layers, remove = inject(model, config, targets)
     parameters: dict[str, nn.Parameter] = {}
     for name, layer in layers.items():
         parameters[f"{name}.lora_A"] = layer.lora_A[PEFT_NAME].weight  # [rank, in]
@@ -116,14 +93,20 @@ def add_lora(model: nn.Module, part: str, method: Method, linears: Sequence[Targ
     return AddedLayers(parameters, remove, layers)
 
 
-def add_ia3(model: nn.Module, part: str, linears: Sequence[TargetLinear]) -> AddedLayers:
-    """Add IA3 vectors to the key and value projections and the feed-forwards of a part.
+def add_ia3(model: nn.Module, part: str, method: Method, linears: Sequence[TargetLinear]) -> AddedLayers:
+    """Add IA3 vectors to a part (Liu et al. 2022, section 3.3).
+
+    They scale the outputs of key and value projections, and the inputs of the last linear of each feed-forward. As in
+    MISS and MILE, the output projections of BERT-like attentions are scaled too. A fused query-key-value linear is
+    scaled as a whole.
 
     Raises:
         NoTarget: the part has no key or value projection.
         InputError: another added method already changes one of the linears.
     """
-    outputs, inputs = ia3_targets(linears)
+    scaled_outputs = (*KEY, *VALUE, *FUSED, BERT_OUTPUT)
+    outputs = [linear for linear in linears if linear.role == "attention" and linear.leaf in scaled_outputs]
+    inputs = ffn_outputs(linears)
     if not outputs:
         raise NoTarget(f"ia3 finds no key or value projection in part '{part}'. Choose another method there.")
     config = ia3_config([target.name for target in outputs], [target.name for target in inputs])
@@ -155,8 +138,6 @@ def inject(
         for name, parameter in layer.named_parameters():
             if not name.startswith("base_layer."):
                 parameter.data = parameter.data.float()
-    wrapped = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-    assert wrapped >= set(layers)
 
     def remove() -> None:
         for name, layer in layers.items():

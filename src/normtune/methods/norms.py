@@ -14,7 +14,6 @@ avg(v) = sum(v) / d.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -69,30 +68,6 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tu
     return out.to(x.dtype), mean, rstd
 
 
-def layer_norm_backward(
-    grad: Tensor, saved: Sequence[Tensor], weight: Tensor, bias: Tensor | None, output_mask: list[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of layer normalisation.
-
-    Args:
-        grad: [..., width], the gradient of the result.
-        saved: the input x and what `layer_norm` returned: mean and rstd.
-        output_mask: which gradients to compute, of (input, gain, bias).
-
-    Returns:
-        (dx [..., width] in x's dtype, dg [width] fp32, db [width] fp32); None for those not requested.
-    """
-    # du = dy * g
-    # dx = rstd * (du - avg(du) - unit * avg(du * unit))
-    # dg = sum over all rows of dy * unit
-    # db = sum over all rows of dy
-    x, mean, rstd = saved
-    grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
-        grad.float(), x.float(), weight.shape, mean, rstd, weight, bias, output_mask
-    )
-    return None if grad_x is None else grad_x.to(x.dtype), grad_weight, grad_bias
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: bool, round_before_gain: bool) -> tuple[Tensor, Tensor]:
     """Root-mean-square normalisation in fp32 (Zhang and Sennrich 2019, arXiv 1910.07467).
 
@@ -139,44 +114,8 @@ def scale_and_shift(
     return (unit if bias is None else unit.add_(bias)).to(dtype)
 
 
-def rms_norm_backward(
-    grad: Tensor, saved: Sequence[Tensor], weight: Tensor, offset: bool, output_mask: list[bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of root-mean-square normalisation.
-
-    Args:
-        grad: [..., width], the gradient of the result.
-        saved: the input x and what `rms_norm` returned: rstd.
-        output_mask: which gradients to compute, of (input, gain).
-
-    Returns:
-        (dx [..., width] in x's dtype, dg [width] fp32); None for those not requested. The gradient of
-        1 + weight is that of weight.
-    """
-    # du = dy * g
-    # dx = rstd * (du - unit * avg(du * unit))
-    # dg = sum over all rows of dy * unit
-    x, rstd = saved
-    gain = 1.0 + weight if offset else weight
-    wide = grad.float()
-    if x.is_cuda:
-        grad_x, grad_weight = torch.ops.aten._fused_rms_norm_backward(
-            wide.contiguous(), x.float(), weight.shape, rstd, gain, output_mask[:2]
-        )
-        return None if grad_x is None else grad_x.to(x.dtype), grad_weight
-    # A CPU has no such kernel, but that of layer norm computes this too, if it is given a mean of 0: then its
-    # unit is x * rstd, and its dg is right. Its dx has one more term, -rstd * avg(du), which is added back below.
-    grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
-        wide, x.float(), weight.shape, torch.zeros_like(rstd), rstd, gain, None, [*output_mask[:2], False]
-    )
-    if grad_x is not None:
-        mean = (wide @ gain).unsqueeze(-1) / gain.numel()  # avg(du), [..., 1]
-        grad_x = grad_x.addcmul_(rstd, mean).to(x.dtype)
-    return grad_x, grad_weight
-
-
 class _LayerNorm(torch.autograd.Function):
-    """Layer normalisation that saves x, mean and 1/std and recomputes the rest."""
+    """Layer normalisation that saves x, mean and 1/std for its backward pass, and recomputes the rest."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -188,13 +127,20 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, weight, bias = ctx.saved_tensors
-        # one gradient for each argument of forward: x, weight, bias, eps (none)
-        return *layer_norm_backward(grad, saved, weight, bias, [*ctx.needs_input_grad[:3]]), None
+        # du = dy * g
+        # dx = rstd * (du - avg(du) - unit * avg(du * unit))
+        # dg = sum over all rows of dy * unit
+        # db = sum over all rows of dy
+        x, mean, rstd, weight, bias = ctx.saved_tensors
+        grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+            grad.float(), x.float(), weight.shape, mean, rstd, weight, bias, [*ctx.needs_input_grad[:3]]
+        )
+        # one gradient for each argument of forward: x (in its dtype), weight and bias (fp32), eps (none)
+        return None if grad_x is None else grad_x.to(x.dtype), grad_weight, grad_bias, None
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Root-mean-square normalisation that saves x and 1/rms and recomputes the rest."""
+    """Root-mean-square normalisation that saves x and 1/rms for its backward pass, and recomputes the rest."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: bool, round_before_gain: bool) -> Tensor:
@@ -206,10 +152,27 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, weight = ctx.saved_tensors
-        grads = rms_norm_backward(grad, saved, weight, ctx.offset, [*ctx.needs_input_grad[:2]])
-        # Rounding has no gradient of its own: like autograd through .to(bf16), it passes gradients unchanged.
-        return *grads, None, None, None
+        # du = dy * g
+        # dx = rstd * (du - unit * avg(du * unit))
+        # dg = sum over all rows of dy * unit; it is the gradient of the weight, also where g is 1 + weight
+        # Rounding x/rms before the gain passes gradients unchanged, as autograd does through .to(bf16).
+        x, rstd, weight = ctx.saved_tensors
+        gain = 1.0 + weight if ctx.offset else weight
+        wide, output_mask = grad.float(), [*ctx.needs_input_grad[:2]]
+        if x.is_cuda:
+            grad_x, grad_weight = torch.ops.aten._fused_rms_norm_backward(
+                wide.contiguous(), x.float(), weight.shape, rstd, gain, output_mask
+            )
+        else:
+            # A CPU has no such kernel. Layer norm's kernel with a mean of 0 has the same unit, x * rstd, and so the
+            # same dg. Its dx has one more term, -rstd * avg(du), which is added back.
+            grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
+                wide, x.float(), weight.shape, torch.zeros_like(rstd), rstd, gain, None, [*output_mask, False]
+            )
+            if grad_x is not None:
+                mean = (wide @ gain).unsqueeze(-1) / gain.numel()  # avg(du), [..., 1]
+                grad_x = grad_x.addcmul_(rstd, mean)
+        return None if grad_x is None else grad_x.to(x.dtype), grad_weight, None, None, None
 
 
 class TunedNorm(nn.Module):

@@ -1,4 +1,4 @@
-"""Prefix tuning and P-Tuning v2: learned keys and values in front of those of each self-attention."""
+"""Prefix tuning and P-Tuning v2: learned keys and values that every self-attention reads before the tokens' keys."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from normtune.errors import InputError
+from normtune.methods.registry import Method
 from normtune.methods.sites import CROSS, FUSED, KEY, AddedLayers, NoTarget, TargetLinear
 
 PREFIX_ATTENTION = "normtune_prefix"  # name of `prefix_attention` in transformers' AttentionInterface
@@ -74,18 +75,13 @@ class LayerPrefix(nn.Module):
         self._prefix = (prefix,)
         self.layer = layer
 
-    @property
-    def part_prefix(self) -> Prefix:
-        """The part's prefix, which holds the parameters."""
-        return self._prefix[0]
-
     def shared_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of the part's prefix, which all layers of the part share."""
-        return self.part_prefix.parameters()
+        return self._prefix[0].parameters()
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Keys and values of this layer, each [heads, n, head_dim] fp32."""
-        return self.part_prefix(self.layer)
+        return self._prefix[0](self.layer)
 
 
 def prefix_attention(
@@ -131,8 +127,8 @@ def _uses_attention_interface(attention: nn.Module) -> bool:
     return "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(type(attention).forward).__code__.co_names
 
 
-def add_prefix(model: nn.Module, part: str, n: int, projection: bool, linears: Sequence[TargetLinear]) -> AddedLayers:
-    """Add a prefix of n keys and values to every self-attention of a part.
+def add_prefix(model: nn.Module, part: str, method: Method, linears: Sequence[TargetLinear]) -> AddedLayers:
+    """Add n learned keys and values to every self-attention of a part (`prefix(n=10)`, `ptuning(n=10)`).
 
     Raises:
         NoTarget: the part has no self-attention that supports a prefix.
@@ -147,7 +143,8 @@ def add_prefix(model: nn.Module, part: str, n: int, projection: bool, linears: S
         )
     width, heads = _key_shape(part, attentions)
     device = attentions[0][0].module.weight.device
-    prefix = Prefix(part, n, width, heads, len(attentions), projection).to(device)
+    n, has_projection = int(method.option("n")), method.name == "prefix"
+    prefix = Prefix(part, n, width, heads, len(attentions), has_projection).to(device)
     module_name = f"normtune_prefix_{part}"
     model.add_module(module_name, prefix)
     configs: dict[int, tuple[Any, str | None]] = {}  # id -> (config, its attention implementation)

@@ -14,14 +14,22 @@ eight. An optional part (`part?`) is skipped if the model has no such part, or i
 train there; without `?` both are errors. A part without an entry is frozen. An entry for a part overrides the
 entry `language`, which overrides `all`.
 
-Methods that train parameters of the base: full, ln (`ln(bias=0)`: only the norms' gains, `ln(gain=0)`: only
-their biases), attention, ffn, bias (the biases outside norms). Methods that add parameters: lora (on the
-query and value projections of every self- and cross-attention, as in MISS and MILE; `lora(targets=q_proj+o_proj)`:
-on the linears of these names, `lora(targets=all-linear)`: on every linear but the head, `lora(dora=1)`: DoRA,
-`lora(rslora=1)`: scaled by alpha / sqrt(r)),
-prefix (with the two-layer projection, Li & Liang 2021), ptuning (P-Tuning v2: without it), ia3 (key, value and
-feed-forward output), adapter, and methods with about as few parameters as norms have: vera, road, miss, beft (as in
-PEFT), ssf and gamma (vectors behind linears).
+Methods that train parameters of the base:
+
+    full             every parameter
+    ln               the norms; ln(bias=0) only their gains, ln(gain=0) only their biases
+    attention, ffn   every parameter of the attentions, of the feed-forwards
+    bias             the biases of everything but the norms
+
+Methods that add parameters:
+
+    lora             on the query and value projections of every self- and cross-attention, as in MISS and MILE;
+                     lora(targets=q_proj+o_proj) on the linears of these names, lora(targets=all-linear) on every linear
+                     but the head; lora(dora=1) is DoRA, lora(rslora=1) is scaled by alpha / sqrt(r)
+    prefix, ptuning  learned keys and values: with the two-layer projection (Li & Liang 2021), without it (P-Tuning v2)
+    ia3              scales of keys, values and feed-forward outputs
+    adapter          a bottleneck behind each feed-forward
+    vera, road, miss, beft (as in PEFT), ssf, gamma (vectors behind linears): about as few parameters as norms have
 """
 
 from __future__ import annotations

@@ -31,8 +31,17 @@ METHODS: dict[str, dict[str, Value]] = {  # method -> its options with their def
 INTRINSIC = ("full", "ln", "attention", "ffn", "bias")  # train parameters of the base
 PEFT_VECTORS = ("vera", "road", "miss", "beft")  # PEFT's methods with about as few parameters as norms
 OUTPUT_VECTORS = ("ssf", "gamma")  # vectors behind linears
-# methods that add parameters to a frozen base
-ADDED = ("lora", "prefix", "ptuning", "ia3", "adapter", *PEFT_VECTORS, *OUTPUT_VECTORS)
+# methods that add parameters to a frozen base -> (module of `normtune.methods`, function). The function
+# (model, part, method, linears of the part) -> AddedLayers chooses among the linears and adds the layers
+ADDED = {
+    "lora": ("lora", "add_lora"),
+    "prefix": ("prefix", "add_prefix"),
+    "ptuning": ("prefix", "add_prefix"),
+    "ia3": ("lora", "add_ia3"),
+    "adapter": ("output_modules", "add_bottleneck"),
+    **dict.fromkeys(PEFT_VECTORS, ("peft_vectors", "add_peft_vectors")),
+    **dict.fromkeys(OUTPUT_VECTORS, ("output_modules", "add_output_vectors")),
+}
 TEXT_ONLY = ("prefix", "ptuning")  # `all` gives these to the text parts only
 ALL_LINEAR = "all-linear"  # the value of `targets` for every linear, as in PEFT
 _LARGEST = 1_000_000  # upper bound for ranks, widths and layer indices

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import nn
 
 from normtune.errors import InputError
 from normtune.methods.registry import ALL_LINEAR
@@ -53,40 +52,10 @@ class AddedLayers:
     layers: dict[str, BaseTunerLayer] = field(default_factory=dict)  # PEFT's, by the base module's name
 
 
-def _through_submodule(linear: nn.Module, args: tuple[Tensor, ...], output: Tensor, *, name: str) -> Any:
-    """Forward hook: pass the output through a submodule of the linear that is called, so that copies have their own."""
-    return getattr(linear, name)(output)
-
-
-def add_behind(targets: Sequence[TargetLinear], name: str, make: Callable[[nn.Linear], nn.Module]) -> AddedLayers:
-    """Pass the output of each linear through a new module, its submodule `name`.
-
-    The linear keeps its class and its name in the model.
-
-    Args:
-        make: makes the module for a linear.
-    """
-
-    parameters: dict[str, nn.Parameter] = {}
-    hooks = []
-    for target in targets:
-        module = make(target.module)
-        setattr(target.module, name, module)
-        hooks.append(target.module.register_forward_hook(partial(_through_submodule, name=name)))
-        parameters |= {f"{target.name}.{name}.{key}": parameter for key, parameter in module.named_parameters()}
-
-    def remove() -> None:
-        for hook, target in zip(hooks, targets, strict=True):
-            hook.remove()
-            delattr(target.module, name)
-
-    return AddedLayers(parameters, remove)
-
-
 def linears_of_names(linears: Sequence[TargetLinear], targets: str) -> list[TargetLinear]:
     """The linears that the option `targets` names, such as `q_proj+mlp.down_proj`, or all of them.
 
-    As in PEFT, a name is that of the module or the end of its dotted name.
+    As in PEFT, a name may be the module's whole dotted name or its end: `down_proj`, `mlp.down_proj`.
     """
     if targets == ALL_LINEAR:
         return list(linears)
