@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from normtune.models.parts import is_quantized
-from normtune.models.quantization import sampled_indices, unquantised_samples
+from normtune.models.quantization import UnquantisedSamples, sampled_indices
 
 QUANTISED = "quantised"  # second half of a quantised base's fingerprint
 ReadValues = Callable[[str, range], Tensor]  # (parameter, indices into the flattened parameter) -> values
@@ -37,7 +37,7 @@ def fingerprint(model: nn.Module, values: ReadValues | None = None) -> str:
             if isinstance(module, nn.Linear) and attribute == "weight":
                 digest = linear
                 if is_quantized(parameter):
-                    sampled = unquantised_samples(module)
+                    sampled: UnquantisedSamples | None = getattr(module, "unquantised_samples", None)
                     if sampled is None:
                         quantised = True
                     else:

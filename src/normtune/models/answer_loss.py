@@ -29,7 +29,7 @@ def answer_loss(
     limit_bytes: int = LIMIT_BYTES,
     reduction: Literal["sum", "none"] = "sum",
 ) -> Tensor:
-    """The summed cross-entropy of answer tokens: a scalar, fp32; with `reduction="none"` that of each token, [N].
+    """The summed cross-entropy of answer tokens, a scalar fp32; with `reduction="none"` one value a token, [N].
 
     If the fp32 logits exceed `limit_bytes`, they are computed in chunks of rows, and once more in the
     backward pass. If Liger is installed, a frozen linear head on CUDA uses its fused kernel instead.
@@ -59,15 +59,6 @@ def answer_loss(
     else:  # without checkpointing autograd would save every chunk's logits
         losses = [checkpoint(chunk_loss, *part, use_reentrant=False) for part in parts]
     return torch.stack(losses).sum() if reduction == "sum" else torch.cat(losses)
-
-
-def answer_log_probs(
-    head: Head, states: Tensor, labels: Tensor, *, vocabulary: int, limit_bytes: int = LIMIT_BYTES
-) -> Tensor:
-    """The log-probability of each label: [N] fp32. Arguments as for `answer_loss`."""
-    count = chunk_count(len(labels), vocabulary, limit_bytes)
-    parts = zip(states.tensor_split(count), labels.tensor_split(count), strict=True)
-    return torch.cat([-F.cross_entropy(head(rows).float(), targets, reduction="none") for rows, targets in parts])
 
 
 def chunk_count(rows: int, vocabulary: int, limit_bytes: int) -> int:

@@ -22,10 +22,9 @@ from normtune.data.choices import ChoiceFormat
 from normtune.data.groups import Group, Segment
 from normtune.data.records import Example, History
 from normtune.errors import InputError
-from normtune.models.answer_loss import Head, answer_log_probs, answer_loss
+from normtune.models.answer_loss import Head, answer_loss
 from normtune.models.generation import Generated, OnTokens
 from normtune.models.image_budget import limited_settings
-from normtune.models.quantization import loading_options
 from normtune.models.types import Answer, AnswerStates, Batch, FinishReason, Pixels, SelfTest
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ class Family(ABC):
     shares_prefix: ClassVar[bool] = True
     # whether the text rows of a batch are computed together; otherwise each question is computed alone
     computes_batches: bool = True
-    self_test: SelfTest | None = None  # of grouping, in models without a family of their own
+    self_test: SelfTest | None = None  # of grouping; only the generic family has one
     end_tokens: tuple[int, ...]  # the tokens that end an answer
     source: str = ""  # the directory or hub name that the model was loaded from
     quantize: str | None = None  # int8 or nf4: the model was quantised when it was loaded
@@ -127,7 +126,10 @@ class Family(ABC):
             device: where the model is put.
             quantization: a quantisation config of transformers; linears are quantised while they are read.
         """
-        model = cls.model_class.from_pretrained(str(source), dtype=dtype, **loading_options(quantization, device))
+        options: dict[str, Any] = {}
+        if quantization is not None:
+            options = {"quantization_config": quantization, "device_map": {"": torch.device(device)}}
+        model = cls.model_class.from_pretrained(str(source), dtype=dtype, **options)
         model = model.to(device) if quantization is None else model
         return cls(model.eval(), cls.load_processor(str(source), model.config.model_type))
 
@@ -190,7 +192,7 @@ class Family(ABC):
 
         Args:
             id, question, answer, history: as for `tokenize_whole`.
-            report: whether the answer is a report, which has a length limit of its own.
+            report: whether the answer is a report; reports and answers have different length limits.
         """
         whole = self.tokenize_whole(id, question, answer, history)
         longest, prompt = self.max_prompt_tokens, whole.prompt
@@ -319,9 +321,9 @@ class Family(ABC):
     def log_probs(self, batch: Batch) -> Tensor:
         """The log-probability of each segment's answer, in the order given: [segments]."""
         states, labels, segments = self.answer_states(batch)
-        token_log_probs = answer_log_probs(self.head, states, labels, vocabulary=self.vocabulary)  # [N]
+        losses = answer_loss(self.head, states, labels, vocabulary=self.vocabulary, reduction="none")  # [N]
         # sum over the tokens of each segment; a segment without an answer has 0
-        return token_log_probs.new_zeros(batch["pairs"]).index_add(0, segments, token_log_probs)
+        return losses.new_zeros(batch["pairs"]).index_add(0, segments, -losses)
 
     def generate_answers(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from normtune.errors import InputError
@@ -36,21 +37,17 @@ def limited_settings(processor: Any, model_type: str, max_pixels: int | None) ->
     return settings
 
 
-def _any_size(processor: Any, max_pixels: float) -> tuple[int, Settings]:
-    """Qwen-VL: an image is scaled to whole patches, within an area."""
+def _any_size(processor: Any, max_pixels: float, *, counts_frames: bool = False) -> tuple[int, Settings]:
+    """Qwen-VL: an image is scaled to whole patches, within an area.
+
+    Args:
+        counts_frames: an image counts as `temporal_patch_size` frames of a video (GLM-4.1V).
+    """
     smallest = (processor.patch_size * processor.merge_size) ** 2
-    return smallest, {"size": _resized(processor.size, min(max_pixels, processor.size["longest_edge"]))}
-
-
-def _any_size_twice(processor: Any, max_pixels: float) -> tuple[int, Settings]:
-    """GLM-4.1V: as Qwen-VL, but an image counts as `temporal_patch_size` frames of a video."""
-    smallest, frames = (processor.patch_size * processor.merge_size) ** 2, processor.temporal_patch_size
-    return smallest, {"size": _resized(processor.size, min(frames * max_pixels, processor.size["longest_edge"]))}
-
-
-def _resized(size: Any, area: float) -> Any:
-    limits = {"longest_edge": int(area), "shortest_edge": min(size["shortest_edge"], int(area))}
-    return type(size)(**dict(size) | limits)
+    frames = processor.temporal_patch_size if counts_frames else 1
+    area = int(min(frames * max_pixels, processor.size["longest_edge"]))
+    limits = {"longest_edge": area, "shortest_edge": min(processor.size["shortest_edge"], area)}
+    return smallest, {"size": type(processor.size)(**dict(processor.size) | limits)}
 
 
 def _tile_grids(processor: Any, max_pixels: float) -> tuple[int, Settings]:
@@ -76,7 +73,7 @@ def _square_of_tiles(processor: Any, max_pixels: float) -> tuple[int, Settings]:
 
 _BY_TYPE: dict[str, Callable[[Any, float], tuple[int, Settings]]] = {
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), _any_size),
-    "glm4v": _any_size_twice,
+    "glm4v": partial(_any_size, counts_frames=True),
     **dict.fromkeys(("llava_next", "llava_onevision"), _tile_grids),
     "internvl": _tiles,
     **dict.fromkeys(("idefics3", "smolvlm"), _square_of_tiles),

@@ -71,7 +71,11 @@ class ImageCache:
         """Get one image, from memory if possible. Raises `InputError` if the image cannot be read."""
         if key in self.entries:
             return self.entries[key]
-        pixels = self._encode(key) if self.frozen else _in_dtype(self._read(key), self.family.dtype)
+        if self.frozen:
+            pixels = self._encode(key)
+        else:  # rounded to the model's dtype, as the model would do first: half the memory on a bf16 base
+            dtype, read = self.family.dtype, self._read(key)
+            pixels = {name: value.to(dtype) if name == "pixel_values" else value for name, value in read.items()}
         size = tensor_bytes(pixels)
         if self.bytes + size <= self.limit_bytes:
             self.entries[key] = pixels
@@ -106,26 +110,26 @@ class ImageCache:
     def digest(self, key: str) -> str:
         """The digest of the preprocessed image; the first call opens it."""
         if key not in self._digests:
-            self._set_digest(key, read_pixels(self.family, self.dataset, key))
+            self._digests[key] = _pixels_digest(self._read(key))
         return self._digests[key]
-
-    def _set_digest(self, key: str, pixels: Pixels) -> None:
-        self._digests[key] = digest(dict(sorted(pixels.items())))
 
     def _encode(self, key: str) -> Pixels:
         """The encoded image, from the store if it is there."""
+        if self.store is None:
+            return self.family.encode_image(self._read(key))
         pixels = None
-        if self.store is not None:
-            if key not in self._digests:
-                pixels = read_pixels(self.family, self.dataset, key)
-                self._set_digest(key, pixels)
-            if (stored := self.store.read(self._digests[key])) is not None:
-                return stored
-        pixels = pixels or self._read(key)
-        encoded = self.family.encode_image(pixels)
-        if self.store is not None:
-            self.store.write(self._digests[key], encoded)
+        if key not in self._digests:  # the image is read once for its digest and for the encoder
+            pixels = self._read(key)
+            self._digests[key] = _pixels_digest(pixels)
+        if (stored := self.store.read(self._digests[key])) is not None:
+            return stored
+        encoded = self.family.encode_image(self._read(key) if pixels is None else pixels)
+        self.store.write(self._digests[key], encoded)
         return encoded
+
+
+def _pixels_digest(pixels: Pixels) -> str:
+    return digest(dict(sorted(pixels.items())))
 
 
 def read_pixels(family: Family, dataset: Dataset, key: str) -> Pixels:
@@ -137,11 +141,6 @@ def read_pixels(family: Family, dataset: Dataset, key: str) -> Pixels:
             f"cannot read image {key} of dataset {dataset.name} ({type(error).__name__}). "
             "Replace the file or remove its rows."
         ) from error
-
-
-def _in_dtype(pixels: Pixels, dtype: torch.dtype) -> Pixels:
-    """Pixels rounded to the dtype of the model, which rounds them first of all: half the memory on a bf16 base."""
-    return {name: value.to(dtype) if name == "pixel_values" else value for name, value in pixels.items()}
 
 
 def tensor_bytes(tensors: dict[str, Tensor]) -> int:
@@ -187,6 +186,6 @@ def values_key(family: Family, include: Callable[[str], bool], *extra: str) -> s
 
 
 def _values(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, including those of quantisation and buffers that are not saved."""
+    """Parameters and buffers by name; also the buffers that are not saved, and the tensors of quantised weights."""
     values = {**dict(model.named_buffers(remove_duplicate=False)), **model.state_dict()}
     return {name: value for name, value in values.items() if isinstance(value, Tensor)}

@@ -114,6 +114,8 @@ def load_without_weights(model: str) -> Family:
     Raises:
         InputError: there is no such model, it has no processor, or no family loads it.
     """
+    from transformers import GenerationConfig
+
     if model in known_architectures():
         raise InputError(f"'{model}' is a shape without a processor. Give a model: a directory or hub name.")
     family = family_type(model)
@@ -122,17 +124,14 @@ def load_without_weights(model: str) -> Family:
     body: Any = meta_model(model)
     with quiet_loading(source):
         processor = _load_or_explain(model, lambda: family.load_processor(source, str(body.config.model_type)))
-    loaded: Family = _load_or_explain(model, lambda: family(_with_generation_config(body.eval(), source), processor))
+
+    def build() -> Family:
+        with suppress(OSError):  # not every checkpoint has this config; it names the tokens that end an answer
+            body.generation_config = GenerationConfig.from_pretrained(source)
+        return family(body.eval(), processor)
+
+    loaded: Family = _load_or_explain(model, build)
     return loaded
-
-
-def _with_generation_config(body: Any, source: str) -> Any:
-    """Give a model its checkpoint's generation config, which names the tokens that end an answer."""
-    from transformers import GenerationConfig
-
-    with suppress(OSError):  # not every checkpoint has one
-        body.generation_config = GenerationConfig.from_pretrained(source)
-    return body
 
 
 def family_type(model: str) -> type[Family]:
@@ -147,7 +146,7 @@ def family_type(model: str) -> type[Family]:
 
 
 def self_test_report(model: str) -> dict[str, Any]:
-    """For `normtune inspect`: the self-test of a model without a family of its own; empty for others.
+    """For `normtune inspect`: the self-test of a model that the generic family loads; empty for other models.
 
     Returns:
         `self_test`: the fields of `SelfTest`, and its text. Of a model that cannot be loaded: `passed` and `text`.

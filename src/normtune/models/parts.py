@@ -18,7 +18,8 @@ embedding or a convolution or precedes the part's first layer, and belongs to th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,14 +52,14 @@ class ParameterInfo:
 
     name: str  # its name in `model.named_parameters()`; the first one if it is tied
     part: str  # one of PARTS
-    role: str  # one of ROLES; "other" is what has no role of its own, such as a connector's projections
+    role: str  # one of ROLES; "other" for all that is none of the others, such as a connector's projections
     layer: int | None  # the number of its layer within the part, from 0; None outside the layers
     shape: tuple[int, ...]  # its shape
     numel: int  # how many values it has; of a quantised parameter, before quantisation
 
     @property
     def is_bias(self) -> bool:
-        """Whether it is a bias, but not that of a norm."""
+        """Whether it is a bias outside norms."""
         return self.role != "norm" and self.name.rpartition(".")[2].endswith("bias")
 
 
@@ -117,7 +118,7 @@ def find_parts(model: nn.Module) -> ModelParts:
     """
     parts = _PartFinder(model)
     norm_ids = {id(module) for module in model.modules() if is_norm(module)}
-    layers = _layers_by_part(model, parts)
+    layers = _number_layers(model, parts)
     modules = dict(model.named_modules())
     parameters = []
     parts_with_layers: set[str] = set()  # parts with layers before the current parameter
@@ -125,23 +126,21 @@ def find_parts(model: nn.Module) -> ModelParts:
         module_name, _, attribute = name.rpartition(".")
         module = modules[module_name]
         part = parts.part_of(module_name)
-        layer = _layer_of(module_name, layers)
+        layer = _enclosing(module_name, layers)
         if layer is not None:
             parts_with_layers.add(part)
         if id(module) in norm_ids:
             role = "norm"
         elif layer is not None:
-            role = _role_in_layer(modules, layer.name, module_name, attribute, parameter)
+            role = _role_in_layer(modules, layer, module_name, attribute, parameter)
         elif isinstance(module, (nn.Embedding, nn.Conv2d, nn.Conv3d)):
             role = "embedding"
         elif part == "connector":
             role = "other"
         else:  # class tokens, position tables and so on precede the layers; heads and poolers follow them
             role = "head" if part in parts_with_layers else "embedding"
-        shape = tuple(parameter.shape)
-        parameters.append(
-            ParameterInfo(name, part, role, None if layer is None else layer.index, shape, _numel(parameter))
-        )
+        index = None if layer is None else layers[layer]
+        parameters.append(ParameterInfo(name, part, role, index, tuple(parameter.shape), _numel(parameter)))
     if not parameters:
         raise InputError(f"{type(model).__name__} has no parameters. Give a vision-language model.")
     present = {parameter.part for parameter in parameters}
@@ -186,7 +185,7 @@ class _PartFinder:
 
     def __init__(self, model: nn.Module) -> None:
         self.tokens = _token_embedding(model)
-        # Llama 3.2 Vision embeds more tokens than its head predicts
+        # a head is also recognised by its object: Llama 3.2 Vision's has fewer outputs than its embedding has tokens
         find_head = getattr(model, "get_output_embeddings", lambda: None)
         self.head = find_head() if hasattr(model, "lm_head") else None
         self.audio = _audio_modules(model)
@@ -208,20 +207,26 @@ class _PartFinder:
 
     def part_of(self, name: str) -> str:
         """The part of a module, by its name; a module under no root belongs to the connector."""
-        while name:
-            if name in self.roots:
-                return self.roots[name]
-            name = name.rpartition(".")[0]
-        return self.roots.get("", "connector")
+        root = _enclosing(name, self.roots)
+        return "connector" if root is None else self.roots[root]
 
-    def _is_vision(self, module: nn.Module) -> bool:
-        """Whether a module takes images, by its kind or by its config: Gemma 4's encoder has no convolution."""
-        kind = getattr(getattr(module, "config", None), "model_type", None)
-        return _takes_images(module) or (kind is not None and kind == self.vision_type)
+    def _takes_images(self, module: nn.Module) -> bool:
+        """Whether a module is a convolution over pixels, or a transformers model of images without text.
+
+        The type in a model's config is compared too: Gemma 4's image encoder has no convolution.
+        """
+        modalities = getattr(module, "input_modalities", ())
+        modalities = (modalities,) if isinstance(modalities, str) else modalities
+        model_type = getattr(getattr(module, "config", None), "model_type", None)
+        return (
+            isinstance(module, (nn.Conv2d, nn.Conv3d))
+            or ("image" in modalities and "text" not in modalities)
+            or (model_type is not None and model_type == self.vision_type)
+        )
 
     def _split(self, name: str, module: nn.Module) -> None:
         """Make a module a root, or split it into its children if it contains both images and text."""
-        has_vision = name not in self.audio and any(map(self._is_vision, module.modules()))
+        has_vision = name not in self.audio and any(map(self._takes_images, module.modules()))
         has_embedding = any(isinstance(child, nn.Embedding) for child in module.modules())
         if getattr(module, "of_part", None) in PARTS:  # a learned prefix, which a recipe has added
             self.roots[name] = module.of_part  # type: ignore[assignment]
@@ -250,13 +255,6 @@ def _token_embedding(model: nn.Module) -> nn.Embedding | None:
     return embedding if isinstance(embedding, nn.Embedding) else None
 
 
-def _takes_images(module: nn.Module) -> bool:
-    """Whether a module is a convolution over pixels, or a transformers model of images without text."""
-    modalities = getattr(module, "input_modalities", ())
-    modalities = (modalities,) if isinstance(modalities, str) else modalities
-    return isinstance(module, (nn.Conv2d, nn.Conv3d)) or ("image" in modalities and "text" not in modalities)
-
-
 def _audio_modules(model: nn.Module) -> list[str]:
     """Names of the outermost modules for sound, which no task here uses (Gemma 4 E2B)."""
     names = [name for name, _ in model.named_modules() if "audio" in name.rpartition(".")[2]]
@@ -269,12 +267,6 @@ def part_of(model: nn.Module) -> Callable[[str], str]:
     The model may contain modules that a recipe has added.
     """
     return _PartFinder(model).part_of
-
-
-@dataclass(frozen=True)
-class _Layer:
-    name: str  # of its module
-    index: int  # in its part
 
 
 def is_attention(module: nn.Module) -> bool:
@@ -294,18 +286,18 @@ def _holds_attention(module: nn.Module) -> bool:
 def layers(model: nn.Module) -> dict[str, tuple[str, int]]:
     """Name of every layer -> (part, index in the part), in the model's order."""
     parts = _PartFinder(model)
-    return {name: (parts.part_of(name), layer.index) for name, layer in _layers_by_part(model, parts).items()}
+    return {name: (parts.part_of(name), index) for name, index in _number_layers(model, parts).items()}
 
 
-def _layers_by_part(model: nn.Module, parts: _PartFinder) -> dict[str, _Layer]:
-    """Module name of a layer -> layer; each part counts from 0."""
-    layers: dict[str, _Layer] = {}
-    counts: dict[str, int] = {}
+def _number_layers(model: nn.Module, parts: _PartFinder) -> dict[str, int]:
+    """Module name of every layer -> its number; each part counts from 0."""
+    numbers: dict[str, int] = {}
+    counts: Counter[str] = Counter()  # layers of each part so far
     for name in _layer_names("", model):
         part = parts.part_of(name)
-        layers[name] = _Layer(name, counts.get(part, 0))
-        counts[part] = counts.get(part, 0) + 1
-    return layers
+        numbers[name] = counts[part]
+        counts[part] += 1
+    return numbers
 
 
 def _layer_names(name: str, module: nn.Module) -> Iterator[str]:
@@ -339,13 +331,14 @@ def _is_stack(module: nn.Module) -> bool:
     )
 
 
-def _layer_of(name: str, layers: dict[str, _Layer]) -> _Layer | None:
-    """The layer that contains the module of this name."""
-    while name:
-        if name in layers:
-            return layers[name]
+def _enclosing(name: str, modules: Container[str]) -> str | None:
+    """The innermost of some modules that contains the module `name` or is it; None if none does.
+
+    For example, of the modules "vision" and "vision.layers.0", the second contains "vision.layers.0.mlp".
+    """
+    while name and name not in modules:
         name = name.rpartition(".")[0]
-    return None
+    return name if name in modules else None
 
 
 def _role_in_layer(

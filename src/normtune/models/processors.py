@@ -9,19 +9,22 @@ from normtune.errors import InputError
 
 
 def load_processor(source: str, processor_class: Any, image_processor_class: Any) -> Any:
-    """Load a checkpoint's processor: transformers' own for None, else of these classes, without videos."""
-    if processor_class is None:
-        from transformers import AutoProcessor
+    """Load a checkpoint's processor without its video part.
 
+    Args:
+        source: a local directory or a hub name.
+        processor_class: the class of the processor; None: transformers chooses it, with its video part.
+        image_processor_class: a class that needs no torchvision, in place of the processor's own; None: its own.
+    """
+    from transformers import AutoProcessor, AutoTokenizer
+
+    if processor_class is None:
         return AutoProcessor.from_pretrained(source)
     if image_processor_class is None:
-        return image_only(processor_class, source)
-    return with_image_processor(processor_class, image_processor_class, source)
-
-
-def image_only(processor_class: Any, source: str) -> Any:
-    """Load a checkpoint's processor without its video processor."""
-    return without_videos(processor_class).from_pretrained(source)
+        return without_videos(processor_class).from_pretrained(source)
+    settings, _ = processor_class.get_processor_dict(source)
+    parts = [image_processor_class.from_pretrained(source), AutoTokenizer.from_pretrained(source)]
+    return processor_class.from_args_and_dict(parts, settings)
 
 
 def without_videos(processor_class: Any) -> Any:
@@ -34,15 +37,6 @@ def without_videos(processor_class: Any) -> Any:
 
     ImageOnly.__name__ = processor_class.__name__
     return ImageOnly
-
-
-def with_image_processor(processor_class: Any, image_processor_class: Any, source: str) -> Any:
-    """Load a checkpoint's tokenizer and settings, and its image processor as this class, which needs no torchvision."""
-    from transformers import AutoTokenizer
-
-    settings, _ = processor_class.get_processor_dict(source)
-    parts = [image_processor_class.from_pretrained(source), AutoTokenizer.from_pretrained(source)]
-    return processor_class.from_args_and_dict(parts, settings)
 
 
 def check_sentencepiece(directory: Path, advice: str) -> None:

@@ -47,7 +47,7 @@ def check_installed(kind: str) -> None:
 
 
 def quantised_linears(model: nn.Module) -> list[str]:
-    """Names of the linears to quantise: those of attentions and feed-forwards in the text parts."""
+    """Names of the linears to quantise: the linears of attentions and feed-forwards in the text parts."""
     names = []
     for parameter in find_parts(model).parameters:
         name, _, attribute = parameter.name.rpartition(".")
@@ -60,33 +60,33 @@ def quantised_linears(model: nn.Module) -> list[str]:
 def quantization_config(model: nn.Module, kind: str, dtype: torch.dtype) -> Any:
     """The config with which transformers' `from_pretrained` quantises a model while reading it.
 
+    Call `check_installed` first.
+
     Args:
         model: the model's modules, on any device, including meta.
         kind: "int8" or "nf4".
         dtype: the dtype in which nf4 computes.
 
     Raises:
-        InputError: the package is not installed, or the model has no linear to quantise.
+        InputError: the model has no linear to quantise.
     """
-    check_installed(kind)
     linears = quantised_linears(model)
     if not linears:
         raise InputError("--quantize finds no linear layer in the model's text parts. Leave it out.")
     skipped = _modules_to_skip(model, set(linears))
-    with quiet_quantization():
-        if kind == "int8":
-            from torchao.quantization import Int8WeightOnlyConfig
-            from transformers import TorchAoConfig
+    if kind == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
 
-            return TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False), modules_to_not_convert=skipped)
-        from transformers import BitsAndBytesConfig
+        return TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False), modules_to_not_convert=skipped)
+    from transformers import BitsAndBytesConfig
 
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=skipped,  # despite its name also for 4 bits
-        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=skipped,  # despite its name also for 4 bits
+    )
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ def sampled_indices(count: int) -> range:
 def keep_unquantised_samples(model: nn.Module, structure: Any, source: str, dtype: torch.dtype) -> None:
     """Read some values of each quantised linear from the checkpoint's files, for the fingerprint of the base.
 
-    Nothing is kept of a checkpoint without safetensors, or of tensors that loading makes from others.
+    They become the attribute `unquantised_samples` of the linear, an `UnquantisedSamples`. Nothing is kept of a
+    checkpoint without safetensors, or of tensors that loading makes from others.
 
     Args:
         model: the quantised model.
@@ -131,18 +132,6 @@ def keep_unquantised_samples(model: nn.Module, structure: Any, source: str, dtyp
             values = checkpoint.read_values(keys[f"{name}.weight"][0], sampled_indices(math.prod(shape)))
             linear: Any = model.get_submodule(name)
             linear.unquantised_samples = UnquantisedSamples(shape, values.to(dtype))
-
-
-def unquantised_samples(linear: nn.Module) -> UnquantisedSamples | None:
-    """The values that were kept of a quantised linear; None if there are none."""
-    return getattr(linear, "unquantised_samples", None)
-
-
-def loading_options(quantization: Any, device: str | torch.device) -> dict[str, Any]:
-    """The arguments of `from_pretrained` for a quantisation config; none if it is None."""
-    if quantization is None:
-        return {}
-    return {"quantization_config": quantization, "device_map": {"": torch.device(device)}}
 
 
 def _modules_to_skip(model: nn.Module, quantised: set[str]) -> list[str]:

@@ -93,6 +93,7 @@ class CausalFamily(Family):
     image_processor_class: ClassVar[Any] = None  # in place of the processor's own; needs `processor_class`
     image_end_token: ClassVar[str] = "image_token"  # the processor's attribute with the last special token of an image
     image_layers: int = 0  # how many of the first layers read image features besides their input (Qwen3-VL)
+    caps_logits: ClassVar[bool] = False  # whether logits are limited to (-cap, cap) where the config has a cap
     whole_blocks: ClassVar[bool] = False  # whether the tokens of a block see each other past a window
     block_kinds: ClassVar[Collection[str] | None] = None  # kinds of layers with such blocks; None: all
     fixed_layers: Sequence[int] = ()  # layers whose keys and values are those of images (cross-attention)
@@ -130,7 +131,9 @@ class CausalFamily(Family):
     @property
     def head(self) -> Head:
         """The language model's head: hidden states [N, width] -> logits [N, vocabulary]."""
-        return self.model.lm_head
+        head: Head = self.model.lm_head
+        cap = getattr(self.config.get_text_config(), "final_logit_softcapping", None) if self.caps_logits else None
+        return head if cap is None else lambda states: cap * torch.tanh(head(states) / cap)
 
     @property
     def image_end(self) -> tuple[str, str]:

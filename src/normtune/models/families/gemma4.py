@@ -16,7 +16,6 @@ from transformers import ProcessorMixin
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
 from normtune.errors import InputError
-from normtune.models.answer_loss import Head
 from normtune.models.causal.attention import SLIDING
 from normtune.models.causal.decoding import ColumnCache
 from normtune.models.causal.family import CausalFamily
@@ -53,6 +52,7 @@ class Gemma4Family(CausalFamily):
     processor_class, image_processor_class = Gemma4Processor, Gemma4ImageProcessorPil
     image_end_token = "eoi_token"
     block_kinds = (SLIDING,)
+    caps_logits = True
     image_keys = ("pixel_values", "image_position_ids", "num_soft_tokens_per_image")
 
     def __init__(self, model: Any, processor: Any) -> None:
@@ -63,12 +63,6 @@ class Gemma4Family(CausalFamily):
                 "Choose a Gemma 4 model that generates text."
             )
         super().__init__(model, processor)
-
-    @property
-    def head(self) -> Head:
-        """See `CausalFamily.head`; logits are limited to (-cap, cap) if the config has a cap."""
-        plain, cap = super().head, self.text_config.final_logit_softcapping
-        return plain if cap is None else lambda states: cap * torch.tanh(plain(states) / cap)
 
     def image_inputs(self, images: Any) -> dict[str, Tensor]:
         """Batch images: pixel_values [images, patches, patch width], image_position_ids [images, patches, 2].

@@ -14,7 +14,7 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from normtune.models.causal.family import CausalFamily
-from normtune.models.processors import with_image_processor
+from normtune.models.processors import load_processor
 from normtune.models.types import Pixels
 
 # Imported from their modules, since transformers 5.17 finds them by name only if torchvision is installed.
@@ -32,7 +32,7 @@ class Idefics3Family(CausalFamily):
 
         SmolVLM's own needs packages for videos, and writes the same for images.
         """
-        return with_image_processor(Idefics3Processor, _IMAGE_PROCESSORS[model_type], source)
+        return load_processor(source, Idefics3Processor, _IMAGE_PROCESSORS[model_type])
 
     @property
     def decoder(self) -> Any:

@@ -1,7 +1,7 @@
 """PaliGemma: a prefix language model, in which image tokens attend to the question (arXiv 2407.07726).
 
 The hidden states of an image therefore differ from question to question. Only the output of the vision tower
-and the projector is shared, and every question is a sequence of its own.
+and the projector is shared; every question has its own sequence.
 """
 
 from __future__ import annotations
@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from normtune.data.groups import Group, Segment
 from normtune.data.records import History
-from normtune.models.answer_loss import Head
 from normtune.models.causal.family import CausalFamily
 from normtune.models.causal.prompts import TokenIds
 from normtune.models.causal.shared_prefix import PAD, PREFIX, SharedSequence
@@ -57,19 +55,12 @@ class PaliGemmaFamily(CausalFamily):
 
     shares_prefix = False
     whole_blocks = True
+    caps_logits = True
 
     def __init__(self, model: nn.Module, processor: Any) -> None:
         super().__init__(model, processor)
-        text = self.config.get_text_config()
-        self.cap: float | None = getattr(text, "final_logit_softcapping", None)
-        if getattr(text, "attn_logit_softcapping", None) is not None:
+        if getattr(self.config.get_text_config(), "attn_logit_softcapping", None) is not None:
             self.decoder.set_attn_implementation("eager")
-
-    @property
-    def head(self) -> Head:
-        """See `CausalFamily.head`; logits are limited to (-cap, cap) if the config has a cap."""
-        plain, cap = super().head, self.cap
-        return plain if cap is None else lambda states: cap * torch.tanh(plain(states) / cap)
 
     def frozen_trunk(self, trained: Collection[nn.Parameter]) -> None:
         """None: an image's states differ from question to question, so none are cached."""

@@ -18,7 +18,7 @@ from normtune.models.causal.family import CausalFamily
 from normtune.models.causal.image_features import FEATURES, flatten_features
 from normtune.models.causal.prompts import TokenIds
 from normtune.models.causal.shared_prefix import PREFIX, SharedSequence
-from normtune.models.processors import image_only
+from normtune.models.processors import load_processor
 from normtune.models.types import Batch, Pixels
 
 _PROCESSORS = {
@@ -38,7 +38,7 @@ class QwenVLFamily(CausalFamily):
 
     @classmethod
     def load_processor(cls, source: str, model_type: str) -> Any:
-        return image_only(_PROCESSORS[model_type], source)
+        return load_processor(source, _PROCESSORS[model_type], None)
 
     @property
     def image_layers(self) -> int:  # type: ignore[override]
