@@ -34,7 +34,8 @@ from normtune.data.registry import open_dataset
 from normtune.evaluation.results import read_evaluation
 from normtune.methods.adapt import adapt
 from normtune.metrics.answers import score_rows
-from normtune.metrics.statistics import holm_correction, mean_over_seeds
+from normtune.metrics.statistics.comparisons import holm_correction
+from normtune.metrics.statistics.intervals import mean_over_seeds
 from normtune.metrics.sum_metrics import mean_metric, paired_difference
 from normtune.runtime.number_format import format_interval
 from normtune.runtime.text_table import markdown_table

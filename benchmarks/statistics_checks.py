@@ -26,15 +26,8 @@ from record import record
 
 from normtune.metrics.calibration import ConfidentRows, area_under_risk_coverage, calibration_error, overconfidence
 from normtune.metrics.conformal import LEVELS, conformal_threshold
-from normtune.metrics.statistics import (
-    Floats,
-    SeedScores,
-    compare_recipes,
-    equivalence,
-    influence_of_mean,
-    mean_interval,
-    smallest_difference,
-)
+from normtune.metrics.statistics.comparisons import SeedScores, compare_recipes, equivalence, smallest_difference
+from normtune.metrics.statistics.intervals import Floats, influence_of_mean, mean_interval
 from normtune.runtime.text_table import markdown_table
 
 RUNS = Path(__file__).with_name("statistics_runs.json")

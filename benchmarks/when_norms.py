@@ -31,18 +31,14 @@ from normtune.evaluation.compare import compute_metrics
 from normtune.evaluation.config import EvaluateConfig
 from normtune.evaluation.evaluate import evaluate_config
 from normtune.evaluation.results import read_evaluation
-from normtune.metrics.statistics import (
+from normtune.metrics.statistics.comparisons import MIN_SEEDS, SeedScores, equivalence, holm_correction, recipe_mean
+from normtune.metrics.statistics.intervals import (
     Floats,
     Interval,
-    SeedScores,
-    equivalence,
-    holm_correction,
+    difference_interval,
     influence_of_mean,
-    recipe_mean,
     satterthwaite_df,
 )
-from normtune.metrics.statistics.comparisons import MIN_SEEDS
-from normtune.metrics.statistics.intervals import difference_interval
 from normtune.metrics.sum_metrics import cluster_rows, score_clusters
 from normtune.runtime.files import read_json
 from normtune.studies.plan import single_cell

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import StrictUndefined, Template
 from results_page import difference_text, points
 
-from normtune.metrics.statistics import holm_correction
+from normtune.metrics.statistics.comparisons import holm_correction
 from normtune.runtime.number_format import format_duration, format_interval, format_percent, format_points, join_names
 from normtune.runtime.text_table import markdown_table
 

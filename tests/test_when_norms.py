@@ -11,7 +11,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from normtune.metrics.statistics import SeedScores, compare_recipes, influence_of_mean
+from normtune.metrics.statistics.comparisons import SeedScores, compare_recipes
+from normtune.metrics.statistics.intervals import influence_of_mean
 from tests.support.tolerance import approx
 
 ROOT = Path(__file__).parent.parent

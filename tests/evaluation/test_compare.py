@@ -13,7 +13,7 @@ from normtune.errors import InputError
 from normtune.evaluation.compare import MetricDifference, compare, parse_groups
 from normtune.evaluation.results import Evaluation, Predictions, make_record
 from normtune.metrics.answers import score_vqa
-from normtune.metrics.statistics import holm_correction
+from normtune.metrics.statistics.comparisons import holm_correction
 from tests.support.evaluation_runs import QUESTIONS, make_question, write_report_run, write_vqa_run
 from tests.support.fake_family import fake_dataset
 

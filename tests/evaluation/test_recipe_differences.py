@@ -13,7 +13,7 @@ from normtune.evaluation.recipe_differences import (
     plan_comparison,
     plan_text,
 )
-from normtune.metrics.statistics import SeedScores, compare_recipes
+from normtune.metrics.statistics.comparisons import SeedScores, compare_recipes
 from normtune.metrics.sum_metrics import mean_metric, paired_difference, score_clusters
 
 EXAMPLES = [Example(f"{i}{n}", (f"{i}",), "?", "yes", "closed", "test") for i in range(12) for n in "ab"]

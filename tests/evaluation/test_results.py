@@ -12,7 +12,7 @@ from normtune.errors import InputError
 from normtune.evaluation.results import Predictions, read_evaluation, split_hash
 from normtune.evaluation.score_files import score_files
 from normtune.metrics.answers import score_vqa
-from normtune.metrics.statistics import mean_interval
+from normtune.metrics.statistics.intervals import mean_interval
 from tests.support.evaluation_runs import write_run
 
 

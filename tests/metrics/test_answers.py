@@ -22,7 +22,7 @@ from normtune.metrics.answers import (
     token_recall,
 )
 from normtune.metrics.normalisation import normalise, tokens
-from normtune.metrics.statistics import mean_interval
+from normtune.metrics.statistics.intervals import mean_interval
 
 WORDS = ["left", "lung", "right", "kidney", "no", "yes", "normal", "the", "a", "2", "two", "x-ray", "1,000", "dont."]
 texts = st.lists(st.sampled_from(WORDS), max_size=6).map(" ".join)

@@ -12,7 +12,7 @@ from normtune.data.records import Example, Kind
 from normtune.data.registry import open_dataset
 from normtune.metrics.answers import score_vqa
 from normtune.metrics.reports import report_table, summarise_reports, text_pairs
-from normtune.metrics.statistics import mean_interval
+from normtune.metrics.statistics.intervals import mean_interval
 from normtune.metrics.strata import NOT_GIVEN, STRATUM_FIELDS, group_by_stratum, score_strata, strata_of, strata_text
 from normtune.metrics.table import HEADLINE_METRICS, metric_table, summarize_metrics
 from tests.support.dataset_samples import slake_row, vqa_rad_row, write_image, write_jsonl, write_slake, write_vqa_rad

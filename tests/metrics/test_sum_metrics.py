@@ -8,7 +8,7 @@ import torch
 
 from normtune.data.records import Example
 from normtune.errors import InputError
-from normtune.metrics.statistics import Floats, Interval, influence_of_mean, mean_interval
+from normtune.metrics.statistics.intervals import Floats, Interval, influence_of_mean, mean_interval
 from normtune.metrics.sum_metrics import (
     PairedDifference,
     SumMetric,

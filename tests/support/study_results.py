@@ -8,7 +8,7 @@ from typing import Any
 
 from normtune.methods.presets import PRESETS
 from normtune.methods.recipe import parse, resolve
-from normtune.metrics.statistics import mean_over_seeds
+from normtune.metrics.statistics.intervals import mean_over_seeds
 
 NANO = ("vision", "encoder", "decoder")
 LARGE = ("vision", "connector", "language")

@@ -10,7 +10,7 @@ from typing import Any
 from normtune.data.examples import Example, option_index, option_letter
 from normtune.data.records import ChoiceResult, Prediction
 from normtune.metrics.choices import chosen_positions, rotated_options
-from normtune.metrics.statistics import holm_correction
+from normtune.metrics.statistics.comparisons import holm_correction
 from normtune.metrics.sum_metrics import cluster_rows, mean_metric, metric_intervals, paired_difference
 from normtune.runtime.number_format import format_interval
 from normtune.runtime.text_table import text_table

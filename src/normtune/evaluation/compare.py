@@ -22,7 +22,7 @@ from normtune.evaluation.recipe_differences import (
     correct_p_values,
 )
 from normtune.evaluation.results import Evaluation, read_evaluation, trained_rows_text
-from normtune.metrics.statistics import MIN_SEEDS
+from normtune.metrics.statistics.comparisons import MIN_SEEDS
 from normtune.metrics.sum_metrics import SumMetric, mean_metric
 from normtune.metrics.table import metric_table
 from normtune.runtime.files import write_text
@@ -218,7 +218,11 @@ def compare(runs: Runs | Mapping[str, Sequence[Run]], *, margin: float | None = 
     if len(groups) < 2:
         raise InputError("a comparison needs at least two runs. Name two or more result folders.")
     tables = {
-        name: Group([compute_metrics(run) for run in seeds], fixed=has_seeds and _is_untrained(seeds))
+        # no seed decides a group of one base without an adapter, or of one baseline
+        name: Group(
+            [compute_metrics(run) for run in seeds],
+            fixed=has_seeds and len(seeds) == 1 and not seeds[0].record.get("adapter"),
+        )
         for name, seeds in groups.items()
     }
     all_metrics = [table for group in tables.values() for table in group.metrics]
@@ -262,11 +266,6 @@ def _read_groups(runs: Runs | Mapping[str, Sequence[Run]]) -> tuple[dict[str, li
 
 def _is_list(group: object) -> TypeGuard[Sequence[Run]]:
     return isinstance(group, Sequence) and not isinstance(group, str)
-
-
-def _is_untrained(seeds: Sequence[Evaluation]) -> bool:
-    """Whether a group is a base without an adapter, or a baseline: no seed decides it."""
-    return len(seeds) == 1 and not seeds[0].record.get("adapter")
 
 
 def parse_groups(texts: Sequence[str]) -> list[str] | dict[str, list[Run]]:

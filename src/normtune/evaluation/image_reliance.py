@@ -45,7 +45,7 @@ from normtune.data.splits import group_columns, patient_of_image
 from normtune.errors import InputError, did_you_mean
 from normtune.evaluation.config import CONTROLS
 from normtune.metrics.answers import is_exact, summarise_scores
-from normtune.metrics.statistics import holm_correction
+from normtune.metrics.statistics.comparisons import holm_correction
 from normtune.metrics.sum_metrics import SumMetric, cluster_rows, paired_difference, relative_drop, score_span
 from normtune.metrics.table import headline_metrics, summarize_metrics
 from normtune.runtime.number_format import format_interval

@@ -11,8 +11,10 @@ import numpy as np
 
 from normtune.data.records import Example
 from normtune.errors import InputError
-from normtune.metrics.statistics import (
+from normtune.metrics.statistics.comparisons import (
+    DISAGREEMENT,
     MIN_SEEDS,
+    SEED_DEVIATION,
     SeedScores,
     compare_recipes,
     equivalence,
@@ -21,7 +23,6 @@ from normtune.metrics.statistics import (
     planned_difference,
     smallest_difference,
 )
-from normtune.metrics.statistics.comparisons import DISAGREEMENT, SEED_DEVIATION
 from normtune.metrics.sum_metrics import (
     LOWER_IS_BETTER,
     SumMetric,

@@ -18,7 +18,6 @@ from normtune.models.types import Pixels
 
 # Predicts one text per example; the dataset opens the images.
 Predictor = Callable[[Dataset, Sequence[Example]], list[Prediction]]
-ImageProgress = Callable[[int, int], None]  # (images done, images in all)
 Features = NDArray[np.float64]
 
 
@@ -40,16 +39,14 @@ class Retrieval:
     fallback: QuestionOnly  # answers questions that training does not have
 
     @classmethod
-    def fit(
-        cls, family: Family, dataset: Dataset, train: Sequence[Example], progress: ImageProgress | None = None
-    ) -> Retrieval:
+    def fit(cls, family: Family, dataset: Dataset, train: Sequence[Example]) -> Retrieval:
         """Compute the features of the training images, each once.
 
         Raises:
             InputError: if there are no rows, an image cannot be read, or the family provides no features.
         """
         fallback = QuestionOnly.fit(train)
-        features = study_features(family, dataset, train, progress)
+        features = study_features(family, dataset, train)
         mean = np.mean(list(features.values()), axis=0)
         by_question = defaultdict(list)
         for row, example in enumerate(train):
@@ -57,15 +54,13 @@ class Retrieval:
         directions = np.stack([_direction(features[example.images] - mean) for example in train])
         return cls(family, tuple(train), mean, directions, dict(by_question), fallback)
 
-    def predict(
-        self, dataset: Dataset, examples: Sequence[Example], progress: ImageProgress | None = None
-    ) -> list[Prediction]:
+    def predict(self, dataset: Dataset, examples: Sequence[Example]) -> list[Prediction]:
         """Predict one text per example, in order. References are not used.
 
         Raises:
             InputError: if an image cannot be read.
         """
-        features = study_features(self.family, dataset, examples, progress)
+        features = study_features(self.family, dataset, examples)
         fallbacks = self.fallback.predict(examples)
         return [
             self._nearest(example, features[example.images] - self.mean) or fallback
@@ -87,9 +82,7 @@ class Retrieval:
         return Prediction(example.id, self.train[rows[best]].answer, float(similarities[best]))
 
 
-def study_features(
-    family: Family, dataset: Dataset, examples: Sequence[Example], progress: ImageProgress | None = None
-) -> dict[tuple[str, ...], Features]:
+def study_features(family: Family, dataset: Dataset, examples: Sequence[Example]) -> dict[tuple[str, ...], Features]:
     """Compute the mean features of the views of each study. Every image is opened once.
 
     Returns:
@@ -98,12 +91,8 @@ def study_features(
     Raises:
         InputError: if an image cannot be read, or the family provides no features.
     """
-    keys = list(dict.fromkeys(key for example in examples for key in example.images))
-    pooled = {}
-    for done, key in enumerate(keys, start=1):
-        pooled[key] = pooled_features(family, read_pixels(family, dataset, key))
-        if progress is not None:
-            progress(done, len(keys))
+    keys = dict.fromkeys(key for example in examples for key in example.images)
+    pooled = {key: pooled_features(family, read_pixels(family, dataset, key)) for key in keys}
     studies = dict.fromkeys(example.images for example in examples)
     return {images: np.mean([pooled[key] for key in images], axis=0) for images in studies}
 

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from normtune.data.records import Example, Prediction, is_abstained
 from normtune.metrics.answers import Metric, summarise_scores
-from normtune.metrics.statistics import (
+from normtune.metrics.statistics.intervals import (
     Floats,
     Interval,
     difference_interval,

@@ -35,6 +35,7 @@ def load_chexbert(directory: Path | str, *, device: str | None = None) -> Labell
         InputError: if a file is missing, or the checkpoint is not one of CheXbert.
     """
     import torch
+    from transformers import BertTokenizer
 
     directory = Path(directory)
     checkpoint, vocab = directory / "chexbert.pth", directory / "vocab.txt"
@@ -55,7 +56,7 @@ def load_chexbert(directory: Path | str, *, device: str | None = None) -> Labell
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     bert.to(target).eval()
     heads.to(target)
-    tokenizer = _load_tokenizer(vocab)
+    tokenizer: Any = BertTokenizer(vocab=str(vocab), do_lower_case=True)
 
     @torch.inference_mode()
     def label(reports: Sequence[str]) -> list[dict[str, Status]]:
@@ -101,9 +102,3 @@ def _build_model(state: Mapping[str, Tensor]) -> tuple[Any, Any]:
         {n.removeprefix("linear_heads."): t for n, t in state.items() if n.startswith("linear_heads.")}
     )
     return bert, heads
-
-
-def _load_tokenizer(vocab: Path) -> Any:
-    from transformers import BertTokenizer
-
-    return BertTokenizer(vocab=str(vocab), do_lower_case=True)

@@ -22,7 +22,7 @@ import numpy as np
 
 from normtune.errors import InputError
 from normtune.metrics.finding_rules import FINDINGS, FIVE_FINDINGS, Status, extract_findings
-from normtune.metrics.statistics import Floats
+from normtune.metrics.statistics.intervals import Floats
 from normtune.metrics.sum_metrics import SumMetric, mean_metric
 
 Texts = Mapping[str, tuple[str, str]]  # row id -> (prediction, reference)

@@ -25,7 +25,7 @@ import numpy as np
 from normtune.data.records import Example, Prediction
 from normtune.metrics.answers import summarise_scores
 from normtune.metrics.normalisation import normalise
-from normtune.metrics.statistics import Floats
+from normtune.metrics.statistics.intervals import Floats
 from normtune.metrics.sum_metrics import cluster_rows
 
 LEVELS = (0.9, 0.95)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from normtune.errors import InputError
-from normtune.metrics.statistics import Floats
+from normtune.metrics.statistics.intervals import Floats
 from normtune.metrics.sum_metrics import SumMetric
 
 ALPHA, BETA, GAMMA, DELTA = 0.85, 0.2, 0.6, 0.75

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from normtune.metrics.statistics import Floats
+from normtune.metrics.statistics.intervals import Floats
 
 MAX_ORDER = 4  # the longest n-gram, in words
 _SMALL, _TINY = 1e-9, 1e-15  # coco-caption adds these to denominators and to numerators

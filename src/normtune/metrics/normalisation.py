@@ -74,27 +74,15 @@ def _vqa_words(text: str) -> str:
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
-def _none(text: str) -> str:
-    return text
-
-
 def _vqa(text: str) -> str:
     return _vqa_words(text.replace("\n", " ").replace("\t", " ").strip())
 
 
-def _unicode(text: str) -> str:
-    return _vqa(unicodedata.normalize("NFKC", text).translate(_STRAIGHT))
-
-
-def _llava_med(text: str) -> str:
-    return _vqa_words(text.lower()).replace(",", "")
-
-
 NORMALISATIONS: dict[str, Callable[[str], str]] = {
-    "none": _none,
+    "none": str,  # the text itself
     "vqa": _vqa,
-    "unicode": _unicode,
-    "llava-med": _llava_med,
+    "unicode": lambda text: _vqa(unicodedata.normalize("NFKC", text).translate(_STRAIGHT)),
+    "llava-med": lambda text: _vqa_words(text.lower()).replace(",", ""),
 }
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 
 # Punctuation tokens that coco-caption removes.
-DROPPED = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
+DROPPED = frozenset(['"', "''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 # Words that keep their full stop.
 _ABBREVIATIONS = (
@@ -48,9 +48,5 @@ def ptb_words(text: str) -> list[str]:
     for sign, plain in _PLAIN.items():
         text = text.replace(sign, plain)
     words = _TOKEN.findall(text.lower())
-    return [_BRACKETS.get(word, word) for word in words if word not in DROPPED and not _is_mark(word)]
-
-
-def _is_mark(word: str) -> bool:
-    """Whether a token consists of a double quote, of dashes, or of full stops only."""
-    return word == '"' or not word.strip("-") or not word.strip(".")
+    # a word is left out if it is in DROPPED, or only dashes, or only full stops
+    return [_BRACKETS.get(w, w) for w in words if w not in DROPPED and w.strip("-") and w.strip(".")]

@@ -37,7 +37,7 @@ import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -46,7 +46,7 @@ from normtune.metrics.answers import Metric, pair_with_predictions
 from normtune.metrics.ngrams import bleu, bleu_statistics, cider, rouge_l
 from normtune.metrics.normalisation import IDEOGRAPH, find_normalisation, separate_ideographs
 from normtune.metrics.ptb_words import ptb_words
-from normtune.metrics.statistics import Floats
+from normtune.metrics.statistics.intervals import Floats
 from normtune.metrics.sum_metrics import SumMetric, cluster_rows, mean_metric, metric_intervals
 
 Texts = Mapping[str, tuple[str, str]]  # row id -> (prediction, reference)
@@ -55,10 +55,6 @@ _ROUGE_WORD = re.compile(rf"[a-z0-9]+|{IDEOGRAPH}")
 # Characters that R2Gen removes, and (list number, replacement) in its order.
 _R2GEN_MARKS = re.compile(r"[.,?;*!%^&_+():-\[\]{}\"/\\']")
 _R2GEN_NUMBERS = (("1. ", ""), *((f". {n}. ", ". ") for n in "2345"), *((f" {n}. ", ". ") for n in "2345"))
-
-
-def _none(text: str) -> str:
-    return text
 
 
 def _r2gen_iu(text: str) -> str:
@@ -78,7 +74,7 @@ def _r2gen_mimic(text: str) -> str:
     return _r2gen_iu(text)
 
 
-NORMALISATIONS: dict[str, Callable[[str], str]] = {"none": _none, "r2gen-iu": _r2gen_iu, "r2gen-mimic": _r2gen_mimic}
+NORMALISATIONS: dict[str, Callable[[str], str]] = {"none": str, "r2gen-iu": _r2gen_iu, "r2gen-mimic": _r2gen_mimic}
 
 
 def normalise_report(text: str, name: str) -> str:
@@ -163,13 +159,6 @@ def _sacrebleu(texts: Texts) -> SumMetric:
     return SumMetric(rows, from_sums)
 
 
-class _RougeWords:
-    """Splits a text as rouge-score's default tokenizer does, and keeps Chinese characters."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return _ROUGE_WORD.findall(text.lower())
-
-
 def _rouge_score(texts: Texts) -> dict[str, float]:
     """Compute rougeL F1 of each row with the package rouge-score: row id -> F1.
 
@@ -177,18 +166,12 @@ def _rouge_score(texts: Texts) -> dict[str, float]:
     """
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rougeL"], tokenizer=_RougeWords())
+    tokenizer = SimpleNamespace(tokenize=lambda text: _ROUGE_WORD.findall(text.lower()))
+    scorer = RougeScorer(["rougeL"], tokenizer=tokenizer)
     return {
         id: float(scorer.score(reference, prediction)["rougeL"].fmeasure)
         for id, (prediction, reference) in texts.items()
     }
-
-
-class _NoWordNet:
-    """Replaces WordNet in nltk's METEOR if its data are missing: words have no synonyms."""
-
-    def synsets(self, word: str) -> list[Any]:
-        return []
 
 
 def _load_meteor() -> tuple[str, Callable[[Sequence[str], Sequence[str]], float]]:
@@ -199,8 +182,8 @@ def _load_meteor() -> tuple[str, Callable[[Sequence[str], Sequence[str]], float]
     try:
         wordnet.ensure_loaded()
         name, synonyms = "meteor_nltk", wordnet
-    except LookupError:
-        name, synonyms = "meteor_exact_stem", _NoWordNet()
+    except LookupError:  # the data of WordNet are missing: words have no synonyms
+        name, synonyms = "meteor_exact_stem", SimpleNamespace(synsets=lambda word: [])
 
     def score(prediction: Sequence[str], reference: Sequence[str]) -> float:
         return float(single_meteor_score(reference, prediction, wordnet=synonyms))

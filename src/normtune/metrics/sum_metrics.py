@@ -17,7 +17,7 @@ import numpy as np
 from normtune.data.records import Example
 from normtune.data.splits import patient_of_image
 from normtune.errors import InputError
-from normtune.metrics.statistics import (
+from normtune.metrics.statistics.intervals import (
     Floats,
     Interval,
     difference_interval,

@@ -14,7 +14,8 @@ from typing import Any
 
 from normtune.data.records import Example
 from normtune.evaluation.recipe_differences import Group, compare_metric, correct_p_values
-from normtune.metrics.statistics import Interval, recipe_mean
+from normtune.metrics.statistics.comparisons import recipe_mean
+from normtune.metrics.statistics.intervals import Interval
 from normtune.metrics.sum_metrics import score_span
 from normtune.studies.pooling import EvaluationRows, Layers, Row, Tables, read_layers
 from normtune.studies.recipe_names import FROZEN

@@ -9,19 +9,17 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from normtune.metrics.statistics import (
-    Interval,
+from normtune.metrics.statistics.comparisons import (
     SeedScores,
     compare_recipes,
     equivalence,
     holm_correction,
-    influence_of_mean,
     is_no_worse,
     planned_difference,
     recipe_mean,
     smallest_difference,
 )
-from normtune.metrics.statistics.intervals import t_quantile
+from normtune.metrics.statistics.intervals import Interval, influence_of_mean, t_quantile
 from tests.support.tolerance import approx
 
 T4, T4_80 = 2.7764451051977987, 0.9409645846580168  # scipy.stats.t.ppf((0.975, 0.8), 4)

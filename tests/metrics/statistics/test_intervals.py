@@ -9,16 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from normtune.errors import InputError
-from normtune.metrics.statistics import (
+from normtune.metrics.statistics.intervals import (
     Interval,
+    difference_interval,
     influence_of_mean,
     influence_of_metric,
     mean_interval,
     mean_over_seeds,
     ratio_interval,
     satterthwaite_df,
+    t_quantile,
+    wilson,
 )
-from normtune.metrics.statistics.intervals import difference_interval, t_quantile, wilson
 from tests.support.tolerance import approx
 
 T3 = 3.182446305284263  # scipy.stats.t.ppf(0.975, 3)

@@ -6,12 +6,13 @@ import base64
 import hashlib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from normtune.adapters.info import NOTICE
 from normtune.data.options import DataOptions
-from normtune.data.records import Dataset, Example, confidence
+from normtune.data.records import Dataset, confidence
 from normtune.data.registry import open_configured
 from normtune.errors import InputError
 from normtune.evaluation.compare import read_runs
@@ -117,7 +118,8 @@ def _open_dataset(run: Evaluation, data: str | None, root: Path | None) -> Datas
         raise InputError(f"{error} To omit the images: --no-images.") from error
     # The rows must be those of the evaluation, otherwise the page would show wrong images.
     by_id = {example.id: example for example in dataset.examples}
-    changed = [e.id for e in run.examples if e.id in by_id and not _is_same(e, by_id[e.id])]
+    content = attrgetter("question", "answer", "images", "options")
+    changed = [e.id for e in run.examples if e.id in by_id and content(e) != content(by_id[e.id])]
     if changed or not any(example.id in by_id for example in run.examples):
         which = f"{len(changed)} of the rows, first '{changed[0]}'," if changed else "the rows"
         raise InputError(
@@ -125,10 +127,6 @@ def _open_dataset(run: Evaluation, data: str | None, root: Path | None) -> Datas
             "Give the --data and --root that were evaluated, or --no-images."
         )
     return dataset
-
-
-def _is_same(first: Example, second: Example) -> bool:
-    return all(getattr(first, name) == getattr(second, name) for name in ("question", "answer", "images", "options"))
 
 
 def _render_page(

@@ -7,7 +7,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from normtune.adapters.info import NOTICE
-from normtune.metrics.statistics import MIN_SEEDS
+from normtune.metrics.statistics.comparisons import MIN_SEEDS
 from normtune.runtime.files import read_json
 from normtune.runtime.number_format import format_bytes, format_duration, join_names
 from normtune.studies.page.results import Record, Results, counted, distinct_values

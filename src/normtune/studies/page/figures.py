@@ -13,7 +13,8 @@ from statistics import fmean
 
 from markupsafe import Markup
 
-from normtune.metrics.statistics import MIN_SEEDS, mean_over_seeds
+from normtune.metrics.statistics.comparisons import MIN_SEEDS
+from normtune.metrics.statistics.intervals import mean_over_seeds
 from normtune.runtime.number_format import (
     format_bytes,
     format_duration,
