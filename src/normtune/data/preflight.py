@@ -207,7 +207,7 @@ def check(
     if strict:
         result.require_no_loss()
     if result.bad_rows and not skip_bad:
-        first = " ".join(f"{id}: {_sentence(why)}" for id, why in list(result.bad_rows.items())[:_FIRST])
+        first = " ".join(f"{id}: {why.removesuffix('.')}." for id, why in list(result.bad_rows.items())[:_FIRST])
         raise InputError(
             f"{len(result.bad_rows)} of {len(examples)} rows cannot be used. {first} Correct them, or leave them out "
             "with --skip-bad."
@@ -257,10 +257,6 @@ def _pictures_text(pictures: dict[str, Any]) -> str:
         f"{pictures['opened']} opened, {unreadable}; {pictures['equal'] or 'none'} under several names; "
         f"{pictures['near_duplicates'] or 'no'} pairs look alike"
     )
-
-
-def _sentence(text: str) -> str:
-    return text if text.endswith(".") else f"{text}."
 
 
 def _joined(counts: dict[str, int] | Iterable[str]) -> str:

@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from normtune.data.examples import META, Codes, Example
+from normtune.data.examples import META, Codes, Example, compact
 
 COLUMNS = ("id", "images", "question", "answer", "kind", "split")
 OPTIONS = "options"
@@ -101,14 +101,13 @@ class RowTable:
             )
         )
         self._codes: dict[str, Codes] = {}  # of the columns in `_CACHED`
-        self._replaced: dict[str, Codes] = {}  # columns that `with_column` replaced
         self._reads = 0
 
     def __len__(self) -> int:
         return self._starts[-1]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (self.blocks, self._replaced, self.meta_columns)  # the blocks are copied into the pickle
+        return RowTable, (self.blocks,)  # the blocks are copied into the pickle
 
     def release(self) -> None:
         """Give the pages of the file back: they are read again when they are needed."""
@@ -125,9 +124,6 @@ class RowTable:
 
     def texts(self, column: str, rows: NDArray[np.int32] | None) -> Iterator[str]:
         """See `Examples.texts`."""
-        if column in self._replaced:
-            codes, values = self._replaced[column]
-            return (values[code] for code in (codes if rows is None else codes[rows]))
         if rows is not None and (np.diff(rows) <= 0).any():
             return (getattr(example, column) for example in self.read_examples(rows))
         return self._ascending_texts(column, rows)
@@ -142,8 +138,6 @@ class RowTable:
 
     def codes(self, column: str) -> Codes:
         """See `Examples.codes`."""
-        if column in self._replaced:
-            return self._replaced[column]
         if column == "history":  # rows with earlier turns are not written to a table
             return np.zeros(len(self), np.int32), [()]
         if column not in self._codes:
@@ -164,9 +158,6 @@ class RowTable:
 
     def numbers(self, column: str, function: Callable[[str], int], dtype: Any) -> NDArray[Any]:
         """See `Examples.numbers`; equal texts of different blocks are computed once a block."""
-        if column in self._replaced:
-            codes, values = self._replaced[column]
-            return np.array([*map(function, values), function("")], dtype)[codes]
         numbers = np.empty(len(self), dtype)
         for start, texts in self._column(column):
             encoded = texts.dictionary_encode()
@@ -175,13 +166,19 @@ class RowTable:
         return numbers
 
     def with_column(self, column: str, codes: NDArray[np.int32], values: list[str]) -> RowTable:
-        """The same rows with other values in one column; see `Examples.with_column`."""
-        table = RowTable.__new__(RowTable)
-        table.__dict__.update(self.__dict__)
-        table._codes = {name: of_column for name, of_column in self._codes.items() if name != column}
-        table._replaced = self._replaced | {column: (codes, values)}
+        """The same rows with other values in one column; see `Examples.with_column`. The other columns are shared."""
+        blocks = []
+        for start, block in zip(self._starts, self.blocks, strict=False):
+            columns = dict(zip(block.schema.names, block.columns, strict=True))
+            # only the values of the block: other methods look at each value of a block
+            numbers, names = compact(codes[start : start + block.num_rows], values)
+            texts = pa.DictionaryArray.from_arrays(pa.array(numbers, mask=numbers < 0), pa.array(names, pa.string()))
+            columns[column] = texts
+            blocks.append(pa.record_batch([*columns.values()], names=[*columns]))
+        table = RowTable(blocks, self._mapped)
         if column.startswith(META):
             table.meta_columns = list(dict.fromkeys([*self.meta_columns, column.removeprefix(META)]))
+        table._codes = {name: of_column for name, of_column in self._codes.items() if name != column}
         return table
 
     def read_example(self, row: int) -> Example:
@@ -190,15 +187,14 @@ class RowTable:
         if self._reads % _READS == 0:
             self.release()
         number = bisect_right(self._starts, row) - 1
-        return self._examples(self.blocks[number].slice(row - self._starts[number], 1), np.array([row]))[0]
+        return self._examples(self.blocks[number].slice(row - self._starts[number], 1))[0]
 
     def read_examples(self, rows: NDArray[np.int32] | None) -> Iterator[Example]:
         """The rows in this order; None: all."""
         if rows is None:
-            for start, block in zip(self._starts, self.blocks, strict=False):
+            for block in self.blocks:
                 for first in range(0, block.num_rows, _READ_AT_ONCE):
-                    part = block.slice(first, _READ_AT_ONCE)
-                    yield from self._examples(part, np.arange(start + first, start + first + part.num_rows))
+                    yield from self._examples(block.slice(first, _READ_AT_ONCE))
                 self.release()
             return
         for first in range(0, len(rows), _READ_AT_ONCE):
@@ -213,19 +209,15 @@ class RowTable:
         examples: list[Any] = [None] * len(rows)
         for number in np.unique(numbers).tolist():
             positions = np.flatnonzero(numbers == number)
-            of_block = rows[positions]
-            block = self.blocks[number].take(pa.array(of_block - self._starts[number]))
-            for position, example in zip(positions.tolist(), self._examples(block, of_block), strict=True):
+            block = self.blocks[number].take(pa.array(rows[positions] - self._starts[number]))
+            for position, example in zip(positions.tolist(), self._examples(block), strict=True):
                 examples[position] = example
         return examples
 
-    def _examples(self, block: pa.RecordBatch, rows: NDArray[Any]) -> list[Example]:
-        """The examples of a part of a block; `rows` are their numbers in the table."""
+    def _examples(self, block: pa.RecordBatch) -> list[Example]:
+        """The examples of a part of a block."""
 
         def column(name: str) -> list[Any]:
-            if name in self._replaced:
-                codes, values = self._replaced[name]
-                return [values[code] if code >= 0 else None for code in codes[rows].tolist()]
             return block.column(name).to_pylist() if name in block.schema.names else [None] * block.num_rows
 
         id, images, question, answer, kind, split = map(column, COLUMNS)
@@ -233,12 +225,6 @@ class RowTable:
         metas = [(name, column(META + name)) for name in self.meta_columns]
         fields = ({name: texts[i] for name, texts in metas if texts[i] is not None} for i in range(block.num_rows))
         return list(map(Example, id, keys, question, answer, kind, split, fields, repeat(()), options))
-
-
-def _restore(blocks: list[pa.RecordBatch], replaced: dict[str, Codes], meta_columns: list[str]) -> RowTable:
-    table = RowTable(blocks)
-    table._replaced, table.meta_columns = replaced, meta_columns
-    return table
 
 
 def _split(joined: str | None) -> tuple[str, ...]:

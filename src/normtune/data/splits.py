@@ -83,7 +83,8 @@ def rows_by_split(rows: Examples) -> dict[str, NDArray[np.int32]]:
         labels = [(split, tag) for split in splits for tag in (None, *tags)]
         codes, pairs = compact(both.astype(np.int32), labels)
         splits, names = [split for split, _ in pairs], [_label(split, tag) for split, tag in pairs]
-    order = sorted(range(len(names)), key=lambda number: _split_order(splits[number]))
+    usual_place = {split: place for place, split in enumerate(SPLITS)}
+    order = sorted(range(len(names)), key=lambda number: usual_place.get(splits[number], len(SPLITS)))
     return {names[number]: np.flatnonzero(codes == number).astype(np.int32) for number in order}
 
 
@@ -200,7 +201,7 @@ def share_of_images(examples: Examples, share: float, seed: int) -> Examples:
     return _with_clusters(examples, clusters, names[: max(1, round(share * len(names)))])
 
 
-def part_of_images(examples: Examples, part: int, parts: int, seed: int = 0) -> Examples:
+def part_of_images(examples: Examples, part: int, parts: int) -> Examples:
     """The examples of one of several parts of the images, in their order; the parts have no image in common.
 
     Images of one example, patient or case stay together.
@@ -208,10 +209,9 @@ def part_of_images(examples: Examples, part: int, parts: int, seed: int = 0) -> 
     Args:
         part: number of the part, from 1.
         parts: number of parts.
-        seed: of the order in which images are distributed over the parts.
     """
     clusters = cluster_pictures(examples, ())
-    return _with_clusters(examples, clusters, _shuffled(clusters.values(), seed)[part - 1 :: parts])
+    return _with_clusters(examples, clusters, _shuffled(clusters.values(), seed=0)[part - 1 :: parts])
 
 
 def _with_clusters(examples: Examples, clusters: Mapping[str, str], names: Iterable[str]) -> Examples:
@@ -339,10 +339,6 @@ def _images_together(examples: Examples) -> list[Sequence[str]]:
     """Groups of images that belong together: those of one example, and those of one patient, case or study."""
     patients = (_by_patient(examples, column) for column in group_columns(examples))
     return [*examples.codes("images")[1], *(keys for values in patients for keys in values.values() if keys)]
-
-
-def _split_order(split: str) -> int:
-    return SPLITS.index(split) if split in SPLITS else len(SPLITS)
 
 
 def _row_hashes(examples: Examples) -> NDArray[np.int64]:

@@ -139,6 +139,8 @@ def _counts(examples: Examples, skipped: Sequence[Example], columns: dict[str, N
     kinds = Counter(count_values(*examples.codes("kind"))) + Counter(example.kind for example in skipped)
     codes, images = examples.codes("images")
     per_image = np.bincount(codes, minlength=len(images)).tolist()
+    option_codes, options = examples.codes("options")
+    of_number = np.bincount(np.array([*map(len, options)], np.int64)[option_codes])  # rows with 0, 1, 2, ... options
     return {
         "rows": len(examples) + len(skipped),
         "usable": len(examples),
@@ -147,7 +149,7 @@ def _counts(examples: Examples, skipped: Sequence[Example], columns: dict[str, N
         "closed": kinds["closed"],
         "report": kinds["report"],
         "choice": kinds["choice"],
-        "options": _option_counts(examples),
+        "options": {str(number): int(of_number[number]) for number in np.flatnonzero(of_number) if number},
         "yes_no": int(columns["yes_no"].sum()) + sum(is_yes_no(row.answer) for row in skipped),
         "questions_per_image": {"mean": round(mean(per_image), 2), "median": median(per_image), "max": max(per_image)},
         "longest_question_words": int(columns["longest_question_words"].max()),
@@ -155,13 +157,6 @@ def _counts(examples: Examples, skipped: Sequence[Example], columns: dict[str, N
         "modalities": _frequent(examples, "modality"),
         "organs": _frequent(examples, "organ"),
     }
-
-
-def _option_counts(examples: Examples) -> dict[str, int]:
-    """Number of options -> rows, of choices."""
-    codes, options = examples.codes("options")
-    counts = np.bincount(np.array([*map(len, options)], np.int64)[codes])
-    return {str(number): int(counts[number]) for number in np.flatnonzero(counts) if number}
 
 
 def _count_words(text: str) -> int:

@@ -32,7 +32,8 @@ from normtune.data.reading.cells import clean_text, is_yes_no, language_tag
 from normtune.data.reading.choices import Style, read_options, right_options
 from normtune.data.reading.columns import Columns, letters
 from normtune.data.reading.image_names import find_image_keys
-from normtune.data.reading.row_reader import find_image_folder, known_kind, missing_images
+from normtune.data.reading.image_paths import find_image_folder, missing_images
+from normtune.data.reading.row_reader import known_kind
 from normtune.data.reading.sources import Source
 from normtune.data.reading.tables import RowError
 from normtune.data.records import Dataset, Problem

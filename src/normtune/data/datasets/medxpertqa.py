@@ -43,7 +43,9 @@ def read(root: Path, *, text_only: bool = False) -> Dataset:
 
 def _read_row(reader: RowReader, file: str, line: int, cells: dict[str, Any], split: str) -> None:
     row = reader.start_row(file, str(line), f"medxpertqa-{cells.get('id') or line}")
-    options, answer = row.read_choice([_field(cells.get("options"), "content")], _first(cells.get("label")), "letter")
+    label = cells.get("label")
+    label = label[0] if isinstance(label, list) and len(label) == 1 else label
+    options, answer = row.read_choice([_field(cells.get("options"), "content")], label, "letter")
     names = _field(cells.get("images"), "image_path")
     names = names if isinstance(names, list) else [names]
     question = row.read_text("question", cells.get("question"), lines=True)
@@ -64,8 +66,3 @@ def _field(items: Any, name: str) -> Any:
     if not isinstance(items, list):
         return items
     return [item.get(name) if isinstance(item, dict) else item for item in items]
-
-
-def _first(label: Any) -> Any:
-    """The only item of a list."""
-    return label[0] if isinstance(label, list) and len(label) == 1 else label

@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 from normtune.data.images.files import ImageFolder
 from normtune.data.reading.cells import is_yes_no, split_of_file
-from normtune.data.reading.choices import read_options, without_options
+from normtune.data.reading.choices import options_of_kind, without_options
 from normtune.data.reading.conversations import CONVERSATION_FIELDS, read_conversation
 from normtune.data.reading.embedded_images import EmbeddedImages, RowLocation, embedded_image
 from normtune.data.reading.image_paths import check_image_path, find_image_folder
@@ -78,8 +78,7 @@ def read(
                 (reader.problems if error.harmless else progress.errors).append(
                     Problem(file.name, str(source.number), error.what, error.fix)
                 )
-                bad_row = Example(f"{file.stem}-{source.number}", (), "", "", "open", split)
-                reader.skip(bad_row, error.what)
+                reader.skip_unread(f"{file.stem}-{source.number}", split, error.what)
     progress.errors += reader.resolve_answers()
     reader.report_bad_rows(progress.errors, "row", strict)
     names = (name for example in reader.examples for name in example.images if name not in progress.images)
@@ -154,7 +153,10 @@ def _read_row(reader: RowReader, progress: _Progress, file: Path, split: str, so
         raise RowError("not a JSON object", 'Write {"messages": [...], "images": [...]}.')
     conversation = read_conversation(cells)
     kind = None if cells.get("kind") in (None, "") else known_kind(str(cells["kind"]))
-    options = _options(cells, kind, len(conversation.pairs))
+    options = options_of_kind([cells.get("options")], kind)
+    if options and len(conversation.pairs) > 1:
+        what = f"options for {len(conversation.pairs)} questions"
+        raise RowError(what, "Write a conversation for each question with options.")
     kind = None if kind == "choice" else kind
     split, id = _split(cells, split), _id(cells, file, number)
     column = "images" if cells.get("images") else "image"
@@ -206,18 +208,6 @@ def _key(progress: _Progress, image: Any, location: RowLocation | None, column: 
         what = f"the path of image {index + 1} is outside the image folder"
         raise RowError(what, "Write it relative to the file, or to images/ next to the file.")
     return key
-
-
-def _options(cells: dict[str, Any], kind: Kind | None, pairs: int) -> tuple[str, ...]:
-    """The options of a conversation with one question; empty if there are none."""
-    options = read_options([cells.get("options")])
-    if kind == "choice" and not options:
-        raise RowError("a choice has no options", "Add a list 'options'.")
-    if options and kind not in (None, "choice"):
-        raise RowError(f"a row of kind {kind} has options", "Give it the kind choice, or remove its options.")
-    if options and pairs > 1:
-        raise RowError(f"options for {pairs} questions", "Write a conversation for each question with options.")
-    return options
 
 
 def _split(cells: dict[str, Any], split: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from normtune.data.reading.embedded_images import EmbeddedImages, embedded_image
 from normtune.data.reading.row_reader import RowReader
 from normtune.data.reading.sources import SourceRow, find_parquet_files, parquet_rows
-from normtune.data.records import Dataset, Example
+from normtune.data.records import Dataset
 from normtune.errors import InputError
 
 LICENCE = "Apache-2.0 (its card); the images are from textbooks and exams"
@@ -65,7 +65,7 @@ def _read_row(reader: RowReader, file: str, source: SourceRow, images: EmbeddedI
     row = reader.start_row(file, str(source.number), f"mmmu-{cells['id']}")
     reason = _OTHER if subject not in SUBJECTS else _HIDDEN if cells["answer"] in ("?", "") else ""
     if reason:
-        reader.skip(Example(row.id, (), "", "", "open", split), reason)
+        reader.skip_unread(row.id, split, reason)
         return
     question = row.read_text("question", cells["question"], lines=True)
     cell = cells["options"]

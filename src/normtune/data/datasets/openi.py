@@ -46,7 +46,8 @@ def read(root: Path, *, sections: Sections = "findings", text_only: bool = False
     """
     reader = RowReader("openi", text_only)
     subfolders: tuple[str, ...]
-    has_csv, xml = (root / _REPORTS).is_file(), _xml_folder(root)
+    has_csv = (root / _REPORTS).is_file()
+    xml = next((folder for folder in (root / _XML, root) if any(folder.glob("*.xml"))), None)
     if (root / R2GEN_FILE).is_file() and (sections == "findings" or not (has_csv or xml)):
         read_entries(reader, root, sections)
         reader.notes.append("R2Gen's annotation.json: its findings, its split, its two views")
@@ -143,14 +144,6 @@ def _csv_studies(root: Path) -> Iterator[_Study]:
         yield _Study(
             _REPORTS, str(number), uid, cells["findings"], cells["impression"], views.get(uid, []), cells["Problems"]
         )
-
-
-def _xml_folder(root: Path) -> Path | None:
-    """The folder of the XML reports: ecgen-radiology/, or root itself."""
-    for folder in (root / _XML, root):
-        if any(folder.glob("*.xml")):
-            return folder
-    return None
 
 
 def _xml_studies(folder: Path) -> Iterator[_Study]:

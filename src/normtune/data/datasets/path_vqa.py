@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from normtune.data.reading.cells import is_yes_no
 from normtune.data.reading.row_reader import RowReader
-from normtune.data.reading.tables import file_bytes
+from normtune.data.reading.tables import file_bytes, find_table
 from normtune.data.records import Dataset
 from normtune.errors import InputError
 
@@ -38,7 +38,7 @@ def read(root: Path, *, text_only: bool = False) -> Dataset:
     Raises:
         InputError: neither layout is present, or a file is damaged, holds anything else or lacks a field.
     """
-    files = {split: _find_pickle(root, name) for split, name in _SPLITS.items()}
+    files = {split: find_table(root, _PLAIN.format(name), _TYPED.format(name)) for split, name in _SPLITS.items()}
     if not any(files.values()):
         return _parquet(root, text_only)
     if not text_only and not (root / _IMAGES).is_dir():
@@ -90,14 +90,6 @@ def _parquet(root: Path, text_only: bool) -> Dataset:
             f"PathVQA's folder. Point --root at it, or write --root {HUB_NAME}."
         )
     return table.read(root, format="parquet", name="path-vqa", licence=LICENCE, text_only=text_only)
-
-
-def _find_pickle(root: Path, split: str) -> Path | None:
-    """The pickle of a split, if there is one; `split` is the release's name."""
-    for pattern in (_PLAIN, _TYPED):
-        if (root / pattern.format(split)).is_file():
-            return root / pattern.format(split)
-    return None
 
 
 def _rows(file: Path, file_name: str) -> list[Any]:

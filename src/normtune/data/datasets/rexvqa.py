@@ -30,7 +30,10 @@ def read(root: Path, *, text_only: bool = False) -> Dataset:
     Raises:
         InputError: all files are missing, a file holds no object of rows, or no row can be used.
     """
-    files = {split: _find(root, name) for split, name in _FILES.items()}
+    files = {
+        split: next((file for folder in _FOLDERS if (file := root / folder / name).is_file()), None)
+        for split, name in _FILES.items()
+    }
     if not any(files.values()):
         raise InputError(f"{root} holds no metadata/{', '.join(_FILES.values())}. Check --root.")
     reader = RowReader("rexvqa", text_only)
@@ -63,7 +66,3 @@ def _read_row(reader: RowReader, file: str, id: str, cells: dict[str, Any], spli
         | {field: row.read_text(name, cells.get(name)) for field, name in fields.items()},
         options=options,
     )
-
-
-def _find(root: Path, name: str) -> Path | None:
-    return next((root / folder / name for folder in _FOLDERS if (root / folder / name).is_file()), None)

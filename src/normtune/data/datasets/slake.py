@@ -51,7 +51,8 @@ def read(root: Path, *, language: Literal["en", "zh", "all"] = "en", text_only: 
             reader.note_missing_split(file, split)
             continue
         for number, cells in json_rows(root / file, file, "SLAKE"):
-            _note_image(images, split, cells)
+            if isinstance(cells.get("img_name"), str):
+                images.setdefault((split, _language(cells)), set()).add(cells["img_name"])
             if language == "all" or _language(cells) == language:
                 _read_row(reader, file, number, cells, split)
             else:
@@ -67,11 +68,6 @@ _Images = dict[tuple[str, str], set[str]]  # (split, language) -> image names
 def _language(cells: dict[str, Any]) -> str:
     """The row's language; English if it names none."""
     return str(cells.get("q_lang") or "en")
-
-
-def _note_image(images: _Images, split: str, cells: dict[str, Any]) -> None:
-    if isinstance(cells.get("img_name"), str):
-        images.setdefault((split, _language(cells)), set()).add(cells["img_name"])
 
 
 def _read_row(reader: RowReader, file: str, number: int, cells: dict[str, Any], split: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from normtune.data.formats import FORMATS
 from normtune.data.images.files import ImageFolder
 from normtune.data.reading.cells import clean_text, is_yes_no
-from normtune.data.reading.choices import read_options
+from normtune.data.reading.choices import options_of_kind
 from normtune.data.reading.columns import Columns, columns_note, find_columns, holds_reports, letters, parse_columns
 from normtune.data.reading.embedded_images import EmbeddedImages, embedded_image
 from normtune.data.reading.image_names import find_image_keys, identifier_column, identifier_of, index_dicom
@@ -22,7 +22,7 @@ from normtune.data.reading.image_paths import check_image_path, find_image_folde
 from normtune.data.reading.row_reader import RowReader, known_kind
 from normtune.data.reading.sources import Source, SourceRow, open_sources
 from normtune.data.reading.tables import RowError
-from normtune.data.records import Dataset, Example, Kind, Problem
+from normtune.data.records import Dataset, Kind, Problem
 from normtune.data.split_names import split_name
 from normtune.errors import InputError, did_you_mean
 
@@ -119,8 +119,7 @@ class Rows:
                 self._read_row(source, row, columns, is_report)
             except RowError as error:
                 self.errors.append(Problem(source.name, str(row.number), error.what, error.fix))
-                bad_row = Example(f"{source.stem}-{row.number}", (), "", "", "open", source.split)
-                self.reader.skip(bad_row, error.what)
+                self.reader.skip_unread(f"{source.stem}-{row.number}", source.split, error.what)
 
     def finish(self, image_root: Path | None, slices: int | None, montage: bool) -> Dataset:
         """Find the image files, and build the dataset.
@@ -194,7 +193,7 @@ class Rows:
         kind: Kind | None = "report" if is_report else None
         if stated and not lenient:
             kind = known_kind(stated.lower())
-        options = self._options(cells, columns, kind)
+        options = options_of_kind([cells.get(name) for name in columns.get("options", ())], kind)
         images = self._image_names(source, row, columns)
         needs_question = kind != "report" or _filled(cells, columns, "question")
         question = _text(cells, columns, "question") if needs_question else ""
@@ -213,20 +212,6 @@ class Rows:
             kind = example.read_kind(stated, answer)
         kind = kind or ("closed" if is_yes_no(answer) else "open")
         example.finish(images, question, answer, kind, split, self._meta(cells, columns), options=options)
-
-    def _options(self, cells: dict[str, Any], columns: Columns, kind: Kind | None) -> tuple[str, ...]:
-        """The options of a choice; empty for a row of another kind.
-
-        Raises:
-            RowError: they cannot be read, or contradict the kind of the row.
-        """
-        names = columns.get("options", ())
-        options = read_options([cells.get(name) for name in names]) if names else ()
-        if options and kind not in (None, "choice"):
-            raise RowError(f"a row of kind {kind} has options", "Give it the kind choice, or remove its options.")
-        if kind == "choice" and not options:
-            raise RowError("a choice has no options", "Add a column 'options' with a list, or columns A, B, C, ...")
-        return options
 
     def _image_names(self, source: Source, row: SourceRow, columns: Columns) -> list[str]:
         """The row's images: keys of embedded ones, and normalised paths, so that one file has one key."""

@@ -53,6 +53,20 @@ def read_options(cells: Sequence[Any]) -> tuple[str, ...]:
     return tuple(texts)
 
 
+def options_of_kind(cells: Sequence[Any], kind: str | None) -> tuple[str, ...]:
+    """The options of a row that states its kind, or None; see `read_options`.
+
+    Raises:
+        RowError: they cannot be read, a row of another kind has options, or a choice has none.
+    """
+    options = read_options(cells) if cells else ()
+    if options and kind not in (None, "choice"):
+        raise RowError(f"a row of kind {kind} has options", "Give it the kind choice, or remove its options.")
+    if kind == "choice" and not options:
+        raise RowError("a choice has no options", "Add a list 'options'; a table may have columns A, B, C, ... instead.")
+    return options
+
+
 def right_option(options: Sequence[str], answer: str, style: Style) -> str:
     """The text of the option that an answer of a known style names.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from normtune.data.formats import dicom_files
 from normtune.data.images.volumes import VOLUME_SUFFIXES, expand_volumes, has_frames, series_order
 from normtune.data.reading.columns import letters
-from normtune.data.reading.row_reader import missing_images
+from normtune.data.reading.image_paths import missing_images
 from normtune.errors import InputError
 
 # Column of a table, letters only -> element of a DICOM file that it holds; the most specific first.

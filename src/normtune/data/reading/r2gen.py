@@ -26,7 +26,8 @@ def load_entries(root: Path) -> dict[str, list[dict[str, Any]]]:
         raise InputError(f"{file} has no lists train, val and test. Use R2Gen's annotation.json.")
     for split, rows in lists.items():
         for number, cells in enumerate(rows, start=1):
-            missing = [key for key in ("id", "report", "image_path") if key not in _object(cells)]
+            keys = cells if isinstance(cells, dict) else {}
+            missing = [key for key in ("id", "report", "image_path") if key not in keys]
             if missing:
                 where = f"{R2GEN_FILE}, row {split} {number}"
                 raise InputError(f"{where}: no {', '.join(missing)}. Use R2Gen's annotation.json.")
@@ -78,8 +79,3 @@ def _id(cells: dict[str, Any], row_name: str) -> str:
 def _text(value: Any) -> str:
     """A string or an integer as text, everything else as ""."""
     return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
-
-
-def _object(cells: Any) -> dict[str, Any]:
-    """The row if it is a JSON object, else an empty one."""
-    return cells if isinstance(cells, dict) else {}

@@ -17,9 +17,7 @@ from normtune.data.examples import Examples
 from normtune.data.images.files import ImageFolder
 from normtune.data.reading.cells import clean_text, has_half_character, is_yes_no, language_tag
 from normtune.data.reading.choices import Style, read_options, right_option, right_options, style_note
-from normtune.data.reading.image_paths import find_image_folder as find_image_folder
-from normtune.data.reading.image_paths import image_key
-from normtune.data.reading.image_paths import missing_images as missing_images
+from normtune.data.reading.image_paths import find_image_folder, image_key, missing_images
 from normtune.data.reading.tables import RowError
 from normtune.data.records import KINDS, Dataset, Example, History, Kind, Problem
 from normtune.data.split_names import SPLITS, split_name
@@ -53,6 +51,10 @@ class RowReader:
         """Skip a row and count it; the caller lists the problem."""
         self.skipped.append(example)
         self.dropped[reason] += 1
+
+    def skip_unread(self, id: str, split: str, reason: str) -> None:
+        """Skip a row of which nothing was read, as `skip` does."""
+        self.skip(Example(id, (), "", "", "open", split), reason)
 
     def report_bad_rows(self, errors: Sequence[Problem], row: str, strict: bool) -> None:
         """List the rows that cannot be used; with `strict`, refuse them.
