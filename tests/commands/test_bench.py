@@ -71,8 +71,7 @@ def test_all_benchmarks_of_the_checkout_have_a_summary() -> None:
     benchmarks = bench.find_benchmarks()
     assert {"throughput", "answering", "scaling", "gpu", "demo"} <= set(benchmarks)
     assert "record" not in benchmarks and "workload" not in benchmarks
-    assert all(item.summary.endswith((".", "?", ":")) for item in benchmarks.values())
-    assert all(name in bench.list_benchmarks(benchmarks) for name in benchmarks)
+    assert all(summary.endswith((".", "?", ":")) for summary in benchmarks.values())
 
 
 def test_a_benchmark_takes_its_own_options_and_prints_its_table(folder: Path, capsys: Captured) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from normtune.adapters.training_rows import hash_rows
-from normtune.data.batches import EpochBatches, count_batches
+from normtune.data.batches import EpochBatches, batches_of_pairs
 from normtune.data.datasets import large_table, table
 from normtune.data.examples import Example, Examples, is_in, repeated_rows
 from normtune.data.groups import group_by_image
@@ -95,7 +95,7 @@ def batches_on_objects(examples: list[Example], pairs: int, cap: int | None, see
     rng = random.Random(f"{seed}-{epoch}")
     groups = grouped(rng)
     rng.shuffle(groups)
-    count = count_batches([len(group) for group in grouped(None)], pairs)
+    count = len(batches_of_pairs([len(group) for group in grouped(None)], pairs))
     ends = [end * count for end in accumulate(map(len, groups))]
     cuts = [0]
     for batch in range(1, count):

@@ -36,7 +36,7 @@ def test_reports_show_the_available_meteor_and_cider_from_0_to_10() -> None:
 
 
 def test_reports_are_trained_until_a_plateau_and_questions_for_fixed_passes() -> None:
-    cells = [demo._make_cell(task, "ln", 10, task.epochs, 0).train for task in (REPORTS, QUESTIONS)]
+    cells = [demo._make_cell(task, "ln", 10, 0).train for task in (REPORTS, QUESTIONS)]
     assert all(cells)
     assert [(cell.validate_every, cell.patience) for cell in cells if cell] == [("6", 3), (None, None)]
 

@@ -65,15 +65,11 @@ def ask(
         }
         for text, answer in zip(question, answers, strict=True)
     ]
-    lines = [
-        f"{text}  {answer}{_cut_text(answer.question_tokens_cut)}"
-        for text, answer in zip(question, answers, strict=True)
-    ]
+    lines = [f"{text}  {answer}" for text, answer in zip(question, answers, strict=True)]
+    for number, answer in enumerate(answers):
+        if tokens := answer.question_tokens_cut:
+            lines[number] += f"  (the last {tokens} tokens of the question were not read)"
     emit(json, {"image": str(image), "answers": rows}, "\n".join(lines))
-
-
-def _cut_text(tokens: int) -> str:
-    return f"  (the last {tokens} tokens of the question were not read)" if tokens else ""
 
 
 @app.command()

@@ -12,7 +12,6 @@ import runpy
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, NoReturn
@@ -28,17 +27,11 @@ FOLDER = Path(__file__).resolve().parents[3] / "benchmarks"  # of a source check
 RECORD_FILE = "results.json"  # the record of a benchmark with a folder as its --out
 
 
-@dataclass(frozen=True)
-class Benchmark:
-    """A benchmark script; `summary` is the first line of its docstring."""
+def find_benchmarks() -> dict[str, str]:
+    """Return the name of every benchmark of a source checkout, with the first line of its docstring.
 
-    name: str
-    summary: str
-    path: Path
-
-
-def find_benchmarks() -> dict[str, Benchmark]:
-    """Return every benchmark of a source checkout by its name. The scripts are parsed, but not imported."""
+    The scripts are parsed, but not imported.
+    """
     scripts = sorted(FOLDER.glob("*.py"))
     if not scripts:
         raise InputError(
@@ -50,14 +43,8 @@ def find_benchmarks() -> dict[str, Benchmark]:
     for path in scripts:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
-            summary = (ast.get_docstring(tree) or path.stem).splitlines()[0]
-            benchmarks[path.stem] = Benchmark(path.stem, summary, path)
+            benchmarks[path.stem] = (ast.get_docstring(tree) or path.stem).splitlines()[0]
     return benchmarks
-
-
-def list_benchmarks(benchmarks: dict[str, Benchmark]) -> str:
-    """Return the names and summaries as text, one line for each benchmark."""
-    return "\n".join(text_table([[item.name, item.summary] for item in benchmarks.values()], "l"))
 
 
 def run_benchmark(name: str, arguments: Sequence[str]) -> None:
@@ -67,7 +54,7 @@ def run_benchmark(name: str, arguments: Sequence[str]) -> None:
         raise InputError(
             f"no benchmark '{name}'{did_you_mean(name, benchmarks) or '.'} Known are {', '.join(benchmarks)}."
         )
-    path, argv = benchmarks[name].path, sys.argv
+    path, argv = FOLDER / f"{name}.py", sys.argv
     sys.path.insert(0, str(path.parent))  # scripts import other modules of their folder
     sys.argv = [str(path), *arguments]
     try:
@@ -130,8 +117,8 @@ def bench(
     own_options = [option for option in options or () if option != "--json"]
     if name is None:
         benchmarks = find_benchmarks()
-        rows = [{"name": item.name, "summary": item.summary} for item in benchmarks.values()]
-        emit(json, {"benchmarks": rows}, list_benchmarks(benchmarks))
+        rows = [{"name": name, "summary": summary} for name, summary in benchmarks.items()]
+        emit(json, {"benchmarks": rows}, "\n".join(text_table(benchmarks.items(), "l")))
     elif json or len(own_options) < len(options or ()):  # --json before or after NAME
         emit(True, benchmark_record(name, own_options), "")
     else:

@@ -43,19 +43,7 @@ class TokenCosts:
         return self.prefixes[group[0].images] + sum(segments)
 
 
-def count_batches(sizes: Sequence[int] | NDArray[np.integer], pairs: int, min_groups: int = 1) -> int:
-    """The number of batches for these groups; it does not depend on their order.
-
-    Args:
-        sizes: number of question-answer pairs in each group.
-        pairs: pairs that a batch should hold, about.
-        min_groups: fewest groups that a batch may hold.
-    """
-    assert pairs >= 1 and np.min(sizes, initial=1) >= 1, "batches and groups hold at least one pair"
-    return min(len(sizes) // min_groups, math.ceil(int(np.sum(sizes)) / pairs))
-
-
-def even_batches(costs: Sequence[int], count: int, min_groups: int = 1) -> list[list[int]]:
+def even_cuts(costs: NDArray[np.integer], count: int, min_groups: int = 1) -> list[int]:
     """Cut a sequence of groups into `count` consecutive batches of about the same cost.
 
     Every group is in exactly one batch, and groups are never divided. Each cut is made at the boundary
@@ -63,25 +51,18 @@ def even_batches(costs: Sequence[int], count: int, min_groups: int = 1) -> list[
     most the mean cost of a batch plus the cost of the most expensive group.
 
     Example: costs [4, 4, 1, 3], two batches. The ideal cut is at half of 12, that is 6. Groups end at 4, 8, 9
-    and 12; 4 and 8 are equally near and the later boundary wins, so the batches are [0, 1] (cost 8) and
-    [2, 3] (cost 4).
+    and 12; 4 and 8 are equally near and the later boundary wins, so the cuts are [0, 2, 4]: the batches have the
+    groups [0, 1] (cost 8) and [2, 3] (cost 4).
 
     Args:
         costs: cost of each group, in tokens or pairs.
-        count: number of batches.
+        count: number of batches, at least one.
         min_groups: fewest groups that a batch may hold.
 
     Returns:
-        For each batch the indices of its groups, in order.
+        The index of the first group of each batch, and the number of groups.
     """
-    assert len(costs) >= count * min_groups and (count or not costs), "each batch needs `min_groups` groups"
-    if not count:
-        return []
-    return [list(range(start, stop)) for start, stop in pairwise(_even_cuts(np.asarray(costs), count, min_groups))]
-
-
-def _even_cuts(costs: NDArray[np.integer], count: int, min_groups: int) -> list[int]:
-    """Index of the first group of each batch of `even_batches`, and the number of groups."""
+    assert 1 <= count * min_groups <= len(costs), "each batch needs `min_groups` groups"
     # ends[i]: summed cost of groups 0 to i, times `count`. In this unit the ideal cuts total, 2 * total, ...
     # are whole numbers, so that no rounding of floats decides where a cut is made.
     ends = np.cumsum(costs, dtype=np.int64) * count
@@ -109,7 +90,9 @@ def batches_of_pairs(sizes: Sequence[int], pairs: int) -> list[list[int]]:
     Returns:
         For each batch the indices of its groups, in order.
     """
-    return even_batches(sizes, count_batches(sizes, pairs))
+    assert pairs >= 1 and min(sizes, default=1) >= 1, "batches and groups hold at least one pair"
+    count = min(len(sizes), math.ceil(sum(sizes) / pairs))
+    return [list(range(*cut)) for cut in pairwise(even_cuts(np.asarray(sizes), count))] if count else []
 
 
 def split_across_ranks(costs: Sequence[int], ranks: int) -> list[list[int]]:
@@ -215,7 +198,7 @@ class EpochBatches:
         rng.shuffle(shuffled)
         order = np.frombuffer(shuffled, np.int32)
         costs = self._costs(rows, ends)[order]
-        for start, stop in pairwise(_even_cuts(costs, self.steps, self.ranks)):
+        for start, stop in pairwise(even_cuts(costs, self.steps, self.ranks)):
             step = order[start:stop].tolist()  # groups of all processes
             # the ranks' indices count within the step
             for share in split_across_ranks(costs[start:stop].tolist(), self.ranks):

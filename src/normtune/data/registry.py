@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
-from normtune.data.examples import META, Codes, Examples, compact, count_values
+from normtune.data.examples import META, Examples, count_values
 from normtune.data.formats import FORMATS, PUBLISHED, SUFFIXES, MixtureEntry, name_and_root, parse_mixture
 from normtune.data.options import DataOptions
 from normtune.data.reading.cells import language_tag
@@ -30,25 +28,6 @@ WITH_HISTORY = ("messages",)  # datasets of conversations
 _ON_THE_HUB = ("parquet", "path-vqa", "kvasir-vqa", "medpix-vqa")  # --root may be a hub name, owner/name
 _TABLES = tuple(name for name in FORMATS if name != "messages")
 NAMES = (*ROOTS, *PHANTOMS)
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """How rows are read; the fields are options of `open_dataset`."""
-
-    language: str
-    task: Task
-    sections: Sections
-    text_only: bool
-    skip_bad: bool
-    history: bool
-    columns: str | Mapping[str, str] | None
-    slices: int | None
-    montage: bool
-
-    def table_options(self) -> dict[str, Any]:
-        """The options of tables of the user's own."""
-        return {name: getattr(self, name) for name in ("columns", "slices", "montage", "task", "text_only")}
 
 
 def open_configured(options: DataOptions) -> Dataset:
@@ -118,7 +97,25 @@ def open_dataset(
         InputError: the name is unknown; the root is needed but missing, or is not this dataset; the dataset
             has no examples of that task or language; or it does not separate sections.
     """
-    reading = _Reading(language, task, sections, text_only, skip_bad, history, columns, slices, montage)
+    # not checked again: the functions below check what they use
+    options = DataOptions.model_construct(
+        language=language,
+        image_disjoint=image_disjoint,
+        group_by=group_by,
+        task=task,
+        columns=columns_option(columns),
+        slices=slices,
+        montage=montage,
+        split_ratio=split_ratio,
+        split_seed=split_seed,
+        split_column=split_column,
+        splits=None if splits is None else Path(splits),
+        fold=fold,
+        sections=sections,
+        text_only=text_only,
+        skip_bad=skip_bad,
+        history=history,
+    )
     named, mixture = isinstance(name, str | Path), parse_mixture(str(name)) if isinstance(name, str) else []
     location = None if root is None else Path(root)
     if mixture:
@@ -128,16 +125,16 @@ def open_dataset(
             raise InputError("--root: several datasets have a root each. Write for example --data slake=FOLDER:0.7,...")
 
         def open_entry(entry: MixtureEntry) -> Dataset:
-            return _open_one(entry.data, entry.root, reading)[0]
+            return _open_one(entry.data, entry.root, options)[0]
 
         dataset, name = open_mixture(mixture, open_entry, group_by), ",".join(map(str, mixture))
     elif named:
-        dataset, name, location = _open_one(name, location, reading)
+        dataset, name, location = _open_one(name, location, options)
     else:
         from normtune.data.datasets.memory import read
 
         _refuse_history(history, "in memory")
-        dataset = read(name, strict=not skip_bad, **reading.table_options())
+        dataset = read(name, strict=not skip_bad, **_table_options(options))
         dataset = _select_task_and_language(dataset, language, task)
     if group_by is not None:
         from normtune.data.splits import with_groups
@@ -150,19 +147,19 @@ def open_dataset(
 
         if image_disjoint:
             raise InputError("--image-disjoint makes splits of its own. Remove it, or the other options of splits.")
-        file = None if splits is None else Path(splits)
-        dataset = apply_splits(dataset, split_ratio, split_seed, split_column, file, fold)
+        dataset = apply_splits(dataset, split_ratio, split_seed, split_column, options.splits, fold)
     if not named:
         return dataset
-    options = {"data": name, "root": location, "language": language, "image_disjoint": image_disjoint, "task": task}
-    options |= {"group_by": group_by, "sections": sections, "text_only": text_only, "skip_bad": skip_bad}
-    options |= {"columns": columns_option(columns), "slices": slices, "montage": montage, "fold": fold}
-    options |= {"split_ratio": split_ratio, "split_seed": split_seed, "split_column": split_column}
-    options |= {"splits": None if splits is None else Path(splits)} | ({"history": True} if history else {})
-    return replace(dataset, options=options)
+    recorded = options.model_dump(exclude={"strict"} if history else {"strict", "history"})
+    return replace(dataset, options=recorded | {"data": name, "root": location})
 
 
-def _open_one(given: str | Path, root: Path | None, reading: _Reading) -> tuple[Dataset, str, Path | None]:
+def _table_options(options: DataOptions) -> dict[str, Any]:
+    """The options of tables of the user's own."""
+    return options.model_dump(include={"columns", "slices", "montage", "task", "text_only"})
+
+
+def _open_one(given: str | Path, root: Path | None, reading: DataOptions) -> tuple[Dataset, str, Path | None]:
     """Open a dataset by its name, or a file or folder; see `open_dataset`. Also return its name and root."""
     name, location = name_and_root(str(given), root)
     if name == "messages" and reading.columns is not None and location == Path(given):
@@ -193,7 +190,7 @@ def _split_by_picture(dataset: Dataset, group_by: str | None) -> Dataset:
     return replace(image_disjoint(dataset, seed=0, identical=identical), notes=[*dataset.notes, note])
 
 
-def _open_named(name: str, root: Path | None, reading: _Reading) -> Dataset:
+def _open_named(name: str, root: Path | None, reading: DataOptions) -> Dataset:
     """Open a dataset with its own splits; see `open_dataset`."""
     family, colon, images = name.partition(":")
     if family not in NAMES:
@@ -239,7 +236,7 @@ def _image_counts(name: str, numbers: str) -> int | dict[str, int]:
     return dict(zip(SPLITS, counts, strict=True)) if len(counts) > 1 else counts[0]
 
 
-def _open_files(family: str, root: Path, reading: _Reading) -> Dataset:
+def _open_files(family: str, root: Path, reading: DataOptions) -> Dataset:
     """Call `read` of the module named after the dataset.
 
     The module is imported only here, as pyarrow takes half a second to import.
@@ -252,7 +249,7 @@ def _open_files(family: str, root: Path, reading: _Reading) -> Dataset:
     if family in WITH_HISTORY:
         options["history"] = reading.history
     if family in _TABLES:
-        options |= reading.table_options() | {"format": family}
+        options |= _table_options(reading) | {"format": family}
     if family == "slake":
         options["language"] = language_tag(reading.language)
     if family in WITH_SECTIONS:
@@ -268,31 +265,26 @@ def _select_task_and_language(dataset: Dataset, language: str, task: Task) -> Da
     if {*dataset.examples.codes("kind")[1]} <= {"report"}:
         task = "report"
 
-    def other_task(examples: Examples) -> Codes:
-        codes, kinds = examples.codes("kind")
-        other = "is a question (--task vqa)" if task == "report" else "is a report (--task report)"
-        return np.array([(kind == "report") != (task == "report") for kind in kinds], np.int32)[codes] - 1, [other]
+    def is_other_task(kind: str) -> bool:
+        return (kind == "report") != (task == "report")
 
-    def other_language(examples: Examples) -> Codes:
-        codes, named = examples.codes(f"{META}language")
-        others = [tag for tag in named if language not in ("all", tag)]
-        numbers = [others.index(tag) if tag in others else -1 for tag in named]
-        return np.array([*numbers, -1], np.int32)[codes], [f"language {tag}" for tag in others]
+    def is_other_language(tag: str) -> bool:
+        return bool(tag) and language not in ("all", tag)
 
-    what = "reports" if task == "report" else "questions"
-    for reasons, needed in ((other_task, what), (other_language, f"rows of language '{language}'")):
-        codes, reason_names = reasons(dataset.examples)
-        dropped = Counter(count_values(*compact(codes, reason_names)))
-        examples = dataset.examples.where(codes < 0)
-        if not examples:
-            present = f" Its languages: {', '.join(sorted(r.split()[-1] for r in dropped))}." if needed != what else ""
-            raise InputError(f"dataset {dataset.name} has no {needed}.{present} Check --task and --language.")
-        skipped = Examples(dataset.skipped)
-        dataset = replace(
-            dataset,
-            examples=examples,
-            skipped=list(skipped.where(reasons(skipped)[0] < 0)),
-            dropped=dataset.dropped + dropped,
+    kinds = count_values(*dataset.examples.codes("kind"))
+    reason = "is a question (--task vqa)" if task == "report" else "is a report (--task report)"
+    dropped = Counter({reason: sum(rows for kind, rows in kinds.items() if is_other_task(kind))})
+    dataset = _without(dataset, "kind", is_other_task, dropped)
+    if not dataset.examples:
+        needed = "reports" if task == "report" else "questions"
+        raise InputError(f"dataset {dataset.name} has no {needed}. Check --task and --language.")
+    tags = count_values(*dataset.examples.codes(f"{META}language"))
+    dropped = Counter({f"language {tag}": rows for tag, rows in tags.items() if is_other_language(tag)})
+    dataset = _without(dataset, f"{META}language", is_other_language, dropped)
+    if not dataset.examples:
+        raise InputError(
+            f"dataset {dataset.name} has no rows of language '{language}'. Its languages: {', '.join(sorted(tags))}. "
+            "Check --task and --language."
         )
     others = {reason: rows for reason, rows in dataset.dropped.items() if reason.startswith(("language ", "is a "))}
     if others:
@@ -301,3 +293,13 @@ def _select_task_and_language(dataset: Dataset, language: str, task: Task) -> Da
             dataset, notes=[*dataset.notes, f"{sum(others.values())} rows are of another language or task ({names})"]
         )
     return dataset
+
+
+def _without(dataset: Dataset, column: str, is_other: Callable[[str], bool], dropped: Counter[str]) -> Dataset:
+    """The dataset without the rows in which a condition holds for a column; `dropped` counts them by reason."""
+
+    def select(examples: Examples) -> Examples:
+        return examples.where(~examples.flags(column, is_other))
+
+    skipped = list(select(Examples(dataset.skipped)))
+    return replace(dataset, examples=select(dataset.examples), skipped=skipped, dropped=dataset.dropped + dropped)

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from normtune.data.examples import KINDS, META, count_values, image_keys
 from normtune.data.records import Dataset
 from normtune.data.split_names import SPLITS, split_name
-from normtune.data.splits import cluster_pictures, find_identical_images, group_columns
-from normtune.errors import InputError, did_you_mean
+from normtune.data.splits import check_column, cluster_pictures, find_identical_images, group_columns
+from normtune.errors import InputError
 from normtune.runtime.files import read_json, write_text
 
 FORMAT = 1
@@ -236,11 +236,7 @@ def write_split_file(file: Path, made: Mapping[str, Any]) -> None:
 
 def read_split_file(file: Path) -> dict[str, Any]:
     """Read a file of splits, JSON or CSV. Raises `InputError` if it cannot be read, or holds no splits."""
-    made: Any
-    if file.suffix == ".csv":
-        made = _read_csv(file)
-    else:
-        made = read_json(file)
+    made: Any = _read_csv(file) if file.suffix == ".csv" else read_json(file)
     splits = made.get("splits") if isinstance(made, dict) else None
     if not isinstance(splits, dict) or not splits or not all(isinstance(v, str | int) for v in splits.values()):
         raise InputError(f"{file} holds no splits: it needs ids with a split or a fold. Write it with normtune split.")
@@ -268,12 +264,8 @@ def _split_or_fold(value: str | int) -> str | int:
 
 def _by_column(dataset: Dataset, column: str) -> tuple[NDArray[np.int32], list[str | int]]:
     """The index of each example's split in a column of its table, and the splits."""
+    check_column(dataset.examples, column, "--split-column")
     codes, values = dataset.examples.codes(META + column)
-    if not any(values):
-        columns = sorted(dataset.examples.meta_columns)
-        hint = did_you_mean(column, columns) or "."
-        known = ", ".join(columns) or "none"
-        raise InputError(f"--split-column: no row has a column '{column}'{hint} Columns: {known}.")
     if empty := int((codes < 0).sum()):
         what = f"{empty} of {len(codes)} rows have no value in column '{column}'"
         raise InputError(f"--split-column: {what}. Fill it in.")

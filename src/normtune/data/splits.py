@@ -299,16 +299,21 @@ def is_group_column(column: str) -> bool:
     return column == GROUP_BY or _letters(column) in _PATIENTS or _letters(column) in _STUDIES
 
 
+def check_column(examples: Examples, column: str, option: str) -> None:
+    """Check that a row has a field of `meta`, which an option names. Raises `InputError` if none has."""
+    if not any(examples.codes(META + column)[1]):
+        columns = sorted(examples.meta_columns)
+        hint = did_you_mean(column, columns) or "."
+        raise InputError(f"{option}: no row has a column '{column}'{hint} Columns: {', '.join(columns) or 'none'}.")
+
+
 def with_groups(dataset: Dataset, column: str) -> Dataset:
     """The dataset with its images grouped by a column of the files (`--group-by`), and by nothing else.
 
     Raises:
         InputError: no row has that column.
     """
-    if not _filled(dataset.examples, column)[1]:
-        columns = sorted(dataset.examples.meta_columns)
-        hint = did_you_mean(column, columns) or "."
-        raise InputError(f"--group-by: no row has a column '{column}'{hint} Columns: {', '.join(columns) or 'none'}.")
+    check_column(dataset.examples, column, "--group-by")
 
     def name_groups(examples: Examples) -> Examples:
         return examples.with_column(META + GROUP_BY, *_filled(examples, column))

@@ -30,11 +30,6 @@ def peak_memory_bytes(device: torch.device | None = None) -> int:
     """Peak bytes since `reset_peak`: allocated on a CUDA device, resident on the host for any other and for None."""
     if device is not None and device.type == "cuda":
         return int(sys.modules["torch"].cuda.max_memory_allocated(device))
-    return host_peak_bytes()
-
-
-def host_peak_bytes() -> int:
-    """Peak resident bytes of this process since `reset_peak` (else since its start)."""
     if (high_water_mark := read_status_bytes("VmHWM")) is not None:
         return high_water_mark
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, KiB elsewhere

@@ -50,14 +50,9 @@ def call_safely(call: Callable[[T], Any], argument: T) -> CallResult:
 
 
 def run_in_processes(
-    call: Callable[[T], Any],
-    arguments: Iterable[T],
-    workers: int,
-    *,
-    threads: int = 1,
-    tick: Callable[[], None] | None = None,
+    call: Callable[[T], Any], arguments: Iterable[T], workers: int, *, tick: Callable[[], None] | None = None
 ) -> Iterator[tuple[T, CallResult]]:
-    """Call a function with each argument, in up to `workers` processes at a time.
+    """Call a function with each argument, in up to `workers` processes at a time, each with one thread.
 
     Each call gets a new process, forked from a server process that has only imported the libraries. So it
     starts quickly, and its peak memory does not include that of other calls. The processes end with this one,
@@ -67,7 +62,6 @@ def run_in_processes(
         call: a function at the top level of a module, so that it can be pickled.
         arguments: consumed as processes become free.
         workers: maximum number of processes at a time.
-        threads: torch's threads in each process; fewer if OMP_NUM_THREADS is smaller.
         tick: called about every second while calls run.
 
     Yields:
@@ -89,7 +83,7 @@ def run_in_processes(
         while True:
             for argument in islice(remaining, workers - len(running)):
                 receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=_run, args=(call, argument, sender, threads), daemon=True)
+                process = context.Process(target=_run, args=(call, argument, sender), daemon=True)
                 process.start()
                 sender.close()  # only the child's copy stays open: its end is then noticed here
                 running[receiver] = (process, argument)
@@ -122,7 +116,7 @@ def _receive_result(receiver: Connection, process: BaseProcess) -> CallResult:
     return result
 
 
-def _run(call: Callable[[T], Any], argument: T, sender: Connection, threads: int) -> None:
+def _run(call: Callable[[T], Any], argument: T, sender: Connection) -> None:
     """The main function of a worker process."""
     parent = parent_process()
     assert parent is not None
@@ -130,7 +124,7 @@ def _run(call: Callable[[T], Any], argument: T, sender: Connection, threads: int
     distributed.clear_launcher_env()
     import torch
 
-    torch.set_num_threads(min(threads, torch.get_num_threads()))
+    torch.set_num_threads(1)  # sums of floats then do not depend on the number of cores
     result = call_safely(call, argument)
     with suppress(BrokenPipeError):  # the parent has ended
         sender.send(result)

@@ -102,7 +102,9 @@ def _describe_position(path: FieldPath, lines: dict[FieldPath, int]) -> str:
 
 def _convert_error(error: Any, known_fields: Callable[[FieldPath], Sequence[str]]) -> FieldError:
     """One of pydantic's errors as the field's path and a message."""
-    path = tuple(part for part in error["loc"] if not _is_internal(part))
+    # the other parts of pydantic's path are members of a union, or a mapping's key
+    internal = ("literal[", "function-", "list[", "[key]")
+    path = tuple(part for part in error["loc"] if not str(part).startswith(internal))
     if error["type"] == "extra_forbidden":
         fields = known_fields(path[:-1])
         return path, f"unknown{did_you_mean(str(path[-1]), fields)} (known: {', '.join(fields)})"
@@ -112,8 +114,3 @@ def _convert_error(error: Any, known_fields: Callable[[FieldPath], Sequence[str]
     value = error["input"]
     show_value = isinstance(value, str | int | float) and not isinstance(error.get("ctx", {}).get("error"), ValueError)
     return path, f"{message[:1].lower()}{message[1:]}" + (f" (got {value!r})" if show_value else "")
-
-
-def _is_internal(part: str | int) -> bool:
-    """Whether a part of pydantic's path is not a field of the file but a union member or a mapping's key."""
-    return isinstance(part, str) and (part == "[key]" or part.startswith(("literal[", "function-", "list[")))

@@ -72,30 +72,19 @@ REPORTS = DemoTask(
 )
 
 
-def run_demo(
-    out: Path,
-    *,
-    images: int = 160,
-    epochs: float = QUESTIONS.epochs,
-    report_epochs: float = REPORTS.epochs,
-    seed: int = 0,
-    quiet: bool = False,
-) -> tuple[dict[str, Any], str]:
+def run_demo(out: Path, *, images: int = 160, seed: int = 0, quiet: bool = False) -> tuple[dict[str, Any], str]:
     """Train and evaluate every recipe; write results.json, table.md, reports.md and accuracy.png to `out`.
 
     A recipe that is finished in `out`/cells is not trained again; `adapters` and `evaluations` have links by recipe.
 
     Args:
         images: the number of training images of hospital B.
-        epochs: passes over the training questions.
-        report_epochs: the most passes over the training reports; each recipe is trained until its validation score
-            rises no more.
 
     Returns:
         The results, and the text to print: both tables and the paths of the files.
     """
-    epochs_of = {QUESTIONS: epochs, REPORTS: report_epochs}
-    cells = [_make_cell(task, recipe, images, epochs_of[task], seed) for task in epochs_of for recipe in task.recipes]
+    tasks = (QUESTIONS, REPORTS)
+    cells = [_make_cell(task, recipe, images, seed) for task in tasks for recipe in task.recipes]
     cells.reverse()  # short runs last, so that both processes finish at about the same time
     with nullcontext() if quiet else ProgressBars() as bars:
         rows = {row["name"]: row for row in run_cells(cells, out, workers=min(2, os.cpu_count() or 1), listener=bars)}
@@ -103,12 +92,12 @@ def run_demo(
         _link(out / "evaluations" / name, row["evaluation"]["out"])
         if row["training"]:
             _link(out / "adapters" / name, row["training"]["out"])
-    vqa_rows, report_rows = ([rows[task.cell_name(recipe)] for recipe in task.recipes] for task in epochs_of)
+    vqa_rows, report_rows = ([rows[task.cell_name(recipe)] for recipe in task.recipes] for task in tasks)
     base = "base 'nano' (hospital A) adapted to hospital B with"
     results = {
-        "task": f"{base} {images} images, {epochs:g} passes over their questions",
+        "task": f"{base} {images} images, {QUESTIONS.epochs:g} passes over their questions",
         "report_task": f"{base} the reports of {images} images, until the validation score rises no more "
-        f"(at most {report_epochs:g} passes)",
+        f"(at most {REPORTS.epochs:g} passes)",
         "note": "synthetic phantoms; seconds and peak memory with two cells side by side, one thread each",
         "rows": vqa_rows,
         "reports": report_rows,
@@ -125,11 +114,11 @@ def run_demo(
     )
 
 
-def _make_cell(task: DemoTask, recipe: str, images: int, epochs: float, seed: int) -> Cell:
+def _make_cell(task: DemoTask, recipe: str, images: int, seed: int) -> Cell:
     """The cell that trains a recipe on hospital B and evaluates it there; `frozen` trains nothing."""
     data = f"phantom-b:{images}/{task.validation_images}/{task.test_images}"
     shared = {"model": "nano", "data": data, "task": task.task, "device": "cpu"}
-    train = {**shared, "tune": recipe, "epochs": epochs, "batch": task.batch, "seed": seed}
+    train = {**shared, "tune": recipe, "epochs": task.epochs, "batch": task.batch, "seed": seed}
     if task.validation_images:
         # every second pass: a validation takes about a quarter of a pass
         train |= {"validate_every": 2 * ceil(images / task.batch), "patience": PATIENCE}
@@ -199,15 +188,15 @@ def table_markdown(rows: list[dict[str, Any]], task: DemoTask = QUESTIONS) -> st
             )
         metrics = row["evaluation"]["metrics"]
         scores = [
-            format_interval(_metric_starting_with(metrics, start), scale=factor, digits=1 if factor > 1 else 2)
+            # the first metric whose name begins as the column says
+            format_interval(
+                next(metric for name, metric in metrics.items() if name.startswith(start)),
+                scale=factor,
+                digits=1 if factor > 1 else 2,
+            )
             for _, start, factor in task.columns
         ]
         lines.append([row["name"].removeprefix("report-"), *costs, *scores])
     costs_header = ["trainable", "%", "passes", "seconds", "peak MiB", "above base MiB"]
     header = ["recipe", *costs_header, *(heading for heading, _, _ in task.columns)]
     return "\n".join(markdown_table(header, lines)) + "\n"
-
-
-def _metric_starting_with(metrics: dict[str, dict[str, float]], start: str) -> dict[str, float]:
-    """The first metric with a name that begins with `start`."""
-    return next(metric for name, metric in metrics.items() if name.startswith(start))

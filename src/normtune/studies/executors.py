@@ -136,18 +136,10 @@ def _run_remotely(
             tick()
 
 
-def run_locally(call: Call, jobs: Iterable[CellJob], workers: int, tick: Tick, folder: Path) -> JobOutcomes:
-    """Run the cells on this machine, each in its own process with one thread.
-
-    With one thread, sums of floats do not depend on the number of cores.
-    """
-    return run_in_processes(call, jobs, workers, tick=tick)
-
-
 def get_executor(on: str) -> Executor:
     """The executor of a name: local, ray or slurm; an `InputError` for another name, or without its package."""
     if on == "local":
-        return run_locally
+        return lambda call, jobs, workers, tick, folder: run_in_processes(call, jobs, workers, tick=tick)
     if on not in EXECUTOR_NAMES:
         hint = did_you_mean(on, EXECUTOR_NAMES) or "."
         raise InputError(f"--on {on}: unknown{hint} Known: {', '.join(EXECUTOR_NAMES)}.")

@@ -295,19 +295,13 @@ def _cross_field_errors(study: Study) -> Iterator[FieldError]:
             for index, recipe in enumerate(grid.recipes)
             for error in _recipe_errors((*grid_path, "recipes", index), [recipe], study.recipes)
         ]
-        yield from recipe_errors or _recipe_errors((*grid_path, "recipes"), grid.recipes, study.recipes)
+        # each recipe alone is valid, but two of them may be the same
+        recipe_errors = recipe_errors or [*_recipe_errors((*grid_path, "recipes"), grid.recipes, study.recipes)]
+        yield from recipe_errors
         if not recipe_errors:
-            all_recipes.update(_grid_recipe_names(study, grid))
+            all_recipes.update(study.recipes_of(grid))
     if study.compare.against is not None and all_recipes:
         yield from unknown(("compare", "against"), study.compare.against, sorted(all_recipes), "recipe")
-
-
-def _grid_recipe_names(study: Study, grid: Grid) -> list[str]:
-    """The names of a grid's recipes; none if a recipe is not valid."""
-    try:
-        return list(study.recipes_of(grid))
-    except InputError:
-        return []
 
 
 def _recipe_errors(path: FieldPath, names: Sequence[str], study_recipes: Mapping[str, str]) -> Iterator[FieldError]:

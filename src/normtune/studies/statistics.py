@@ -7,12 +7,12 @@ columns of the tables `seeds` and `tests`. The interval of a mean is for new see
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from normtune.data.records import Example
 from normtune.evaluation.recipe_differences import Group, compare_metric, correct_p_values
 from normtune.metrics.statistics.comparisons import recipe_mean
 from normtune.metrics.statistics.intervals import Interval
@@ -97,7 +97,14 @@ def paired_tests(study: Study, tables: Tables, out: Path) -> list[Row]:
         group = (grid, cell["model"], cell["trained_on"], cell["share"], row["dataset"], row["role"])
         runs = groups.setdefault(group, {}).setdefault(cell["recipe"], {})
         runs.setdefault(cell["seed"], []).append(row["layers"])
-    reader = _EvaluationReader(out, study.compare.metrics or TESTED)
+    tested = study.compare.metrics or TESTED
+
+    @cache
+    def read_run(layers: Layers) -> EvaluationRows:
+        """The tested metrics of a run, and its examples; a run is part of the tests of several grids."""
+        table, examples = read_layers(out, layers)
+        return {name: table[name] for name in table if name in tested}, examples
+
     tests: list[Row] = []
     for group, recipes in groups.items():
         # the evaluations of each seed, for recipes that are tried at a single rate
@@ -111,12 +118,12 @@ def paired_tests(study: Study, tables: Tables, out: Path) -> list[Row]:
             continue
         if (base_layers := frozen.get((group[0], group[1], group[4]))) is not None:
             single_rate[FROZEN] = {None: base_layers}
-        tests += _test_recipes(reader, group, against, single_rate, study.compare.margin)
+        tests += _test_recipes(read_run, group, against, single_rate, study.compare.margin)
     return tests
 
 
 def _test_recipes(
-    reader: _EvaluationReader,
+    read_run: Callable[[Layers], EvaluationRows],
     group: tuple[Any, ...],
     against: str,
     recipes: Mapping[str, Mapping[int | None, Layers]],
@@ -124,44 +131,23 @@ def _test_recipes(
 ) -> Iterator[Row]:
     """The tests within one grid, model and pair of data sets; p-values are corrected for each metric."""
     names = ("grid", "model", "trained_on", "share", "dataset", "role")
-    reference, examples = reader.read_seeds(list(recipes[against].values()))
-    others = {
-        recipe: reader.read_seeds(list(runs.values()), fixed=recipe == FROZEN)[0]
+    groups = {
+        recipe: Group([read_run(layers)[0] for layers in runs.values()], fixed=recipe == FROZEN)
         for recipe, runs in recipes.items()
-        if recipe != against
     }
+    reference, examples = groups.pop(against), read_run(next(iter(recipes[against].values())))[1]
     differences = {
         metric: correct_p_values(
             {
                 recipe: compare_metric(metric, reference, seeds, examples, margin=margin)
-                for recipe, seeds in others.items()
+                for recipe, seeds in groups.items()
                 if all(metric in table for table in seeds.metrics)
             }
         )
         for metric in reference.metrics[0]
     }
-    for recipe in others:
+    for recipe in groups:
         for metric in differences:
             if recipe in differences[metric]:
                 about = {"metric": metric, "recipe": recipe, "against": against}
                 yield {**dict(zip(names, group, strict=True)), **about, **asdict(differences[metric][recipe])}
-
-
-class _EvaluationReader:
-    """Reads evaluations row by row, each file once."""
-
-    def __init__(self, out: Path, metrics: Sequence[str]) -> None:
-        self.out, self.metrics = out, metrics
-        self._cache: dict[Layers, EvaluationRows] = {}
-
-    def read_seeds(self, runs: Sequence[Layers], *, fixed: bool = False) -> tuple[Group, Sequence[Example]]:
-        """The metrics of each seed of a recipe, and the evaluated examples."""
-        seeds = [self._read_one(layers) for layers in runs]
-        return Group([metrics for metrics, _ in seeds], fixed), seeds[0][1]
-
-    def _read_one(self, layers: Layers) -> EvaluationRows:
-        """The metrics of one run, and its examples."""
-        if layers not in self._cache:
-            table, examples = read_layers(self.out, layers)
-            self._cache[layers] = {name: table[name] for name in table if name in self.metrics}, examples
-        return self._cache[layers]

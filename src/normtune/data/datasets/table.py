@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from normtune.data.reading.choices import options_of_kind
 from normtune.data.reading.columns import Columns, columns_note, find_columns, holds_reports, letters, parse_columns
 from normtune.data.reading.embedded_images import EmbeddedImages, embedded_image
 from normtune.data.reading.image_names import find_image_keys, identifier_column, identifier_of, index_dicom
-from normtune.data.reading.image_paths import check_image_path, find_image_folder, image_key, missing_images
+from normtune.data.reading.image_paths import check_image_path, find_image_folder, image_key
 from normtune.data.reading.row_reader import RowReader, known_kind
 from normtune.data.reading.sources import Source, SourceRow, open_sources
 from normtune.data.reading.tables import RowError
@@ -145,7 +145,12 @@ class Rows:
         if self.format == "parquet" or reader.text_only:
             reader.check_images(folder, embedded=present)
         else:
-            self.errors += _skip_missing_images(reader, folder, present)
+            self.errors += [
+                Problem(
+                    *reader.locations[example.id], f"image '{absent[0]}' is missing", f"Paths are relative to {folder}."
+                )
+                for example, absent in reader.skip_missing_images(folder, present)
+            ]
         reader.report_bad_rows(self.errors, "line" if self.format == "jsonl" else "row", self.strict)
         reader.check_repeats()
         return reader.build_dataset(images, self.licence)
@@ -332,20 +337,3 @@ def _text(cells: Mapping[str, Any], columns: Columns, role: str) -> str:
         what = f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} empty"
         raise RowError(what, "Fill it in, or remove the row.")
     return ("\n" if role == "question" else " ").join(texts)
-
-
-def _skip_missing_images(reader: RowReader, folder: Path, present: Container[str]) -> list[Problem]:
-    """Skip the rows with missing image files; return one problem for each of them."""
-    names = {name for example in reader.examples for name in example.images if name not in present}
-    missing = missing_images(folder, names)
-    usable, errors = [], []
-    for example in reader.examples:
-        missing_here = [name for name in example.images if name in missing]
-        if not missing_here:
-            usable.append(example)
-            continue
-        reader.skip(example, "image is missing")
-        what = f"image '{missing_here[0]}' is missing"
-        errors.append(Problem(*reader.locations[example.id], what, f"Paths are relative to {folder}."))
-    reader.examples = usable
-    return errors

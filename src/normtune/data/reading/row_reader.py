@@ -121,6 +121,25 @@ class RowReader:
             raise InputError(f"{file}, row {row}: {what}. Give each row its own id.")
         return Row(self, file, row, id)
 
+    def skip_missing_images(self, folder: Path, embedded: Container[str] = ()) -> list[tuple[Example, list[str]]]:
+        """Skip the rows with missing image files, unless `text_only` is set; see `check_images`.
+
+        Returns:
+            Each row with missing files, and their names.
+        """
+        names = {name for example in self.examples for name in example.images if name not in embedded}
+        missing = missing_images(folder, names)
+        incomplete = [
+            (example, absent)
+            for example in self.examples
+            if (absent := [name for name in example.images if name in missing])
+        ]
+        if incomplete and not self.text_only:
+            self.examples = [example for example in self.examples if missing.isdisjoint(example.images)]
+            for example, _ in incomplete:
+                self.skip(example, "image is missing")
+        return incomplete
+
     def check_images(self, folder: Path, prefix: str = "", embedded: Container[str] = ()) -> None:
         """List each missing image file and, unless `text_only` is set, skip its rows.
 
@@ -129,19 +148,7 @@ class RowReader:
             prefix: folder that messages put before image names.
             embedded: image keys that are not files, as the image is inside a parquet file.
         """
-        names = {name for example in self.examples for name in example.images}
-        missing = missing_images(folder, (name for name in names if name not in embedded))
-        usable: list[Example] = []
-        row_counts: dict[str, int] = {}  # missing image -> number of rows that use it
-        for example in self.examples:
-            missing_here = [name for name in example.images if name in missing]
-            if missing_here and not self.text_only:
-                self.skip(example, "image is missing")
-            else:
-                usable.append(example)
-            for name in missing_here:
-                row_counts[name] = row_counts.get(name, 0) + 1
-        self.examples = usable
+        row_counts = Counter(name for _, names in self.skip_missing_images(folder, embedded) for name in names)
         for name, count in row_counts.items():
             file = f"{prefix}/{name}" if prefix else name
             action = "kept for their text" if self.text_only else "skipped"

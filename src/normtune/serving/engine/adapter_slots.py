@@ -12,7 +12,6 @@ import hashlib
 import logging
 import time
 from collections import OrderedDict
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
@@ -25,7 +24,6 @@ from normtune.adapters.fingerprint import fingerprint, same_base
 from normtune.adapters.info import WEIGHTS_FILE, AdapterInfo
 from normtune.adapters.multi.bank import AdapterBank, build_bank
 from normtune.adapters.multi.lora import LoRABank, add_lora_bank, lora_matrices
-from normtune.adapters.multi.rows import RowAdapters
 from normtune.adapters.storage import INFO_FILE, fit_names, read_adapter_info, read_tensors
 from normtune.data.choices import ChoiceFormat
 from normtune.errors import InputError
@@ -279,10 +277,6 @@ class AdapterSlots:
             adapter.pins -= 1
             if adapter.removed:
                 self._unload(adapter)
-
-    def use_image_lora(self, studies: RowAdapters | None) -> AbstractContextManager[None]:
-        """Within the context, text layers that attend to images use the LoRA of each study's adapter."""
-        return nullcontext() if self.lora is None else self.lora.cross_attention_rows.use(studies)
 
     def _read_values(self, adapter: RegisteredAdapter) -> tuple[Tensor, Tensor | None]:
         """Read an adapter's tensors as the values of a slot.

@@ -19,7 +19,7 @@ import traceback
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from threading import Condition, Thread
@@ -320,7 +320,8 @@ class Engine:
         with (
             # None: the images are already encoded, so the norms of the image parts do not run.
             self._adapters.bank.use(None, RowAdapters(row_slots)),
-            self._adapters.use_image_lora(studies),
+            # Text layers that attend to images use the LoRA of each study's adapter.
+            nullcontext() if lora is None else lora.cross_attention_rows.use(studies),
         ):
             return self.family.generate_answers(
                 questions,

@@ -17,6 +17,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from normtune.data import tasks
+from normtune.data.reading.cells import has_half_character
 from normtune.data.records import History
 from normtune.serving.engine.requests import Closed, Reply, Request
 from normtune.serving.http import openai_api
@@ -57,7 +58,7 @@ async def submit_request(service: Service, owner: str, body: openai_api.ChatRequ
     if len(texts_sent) > service.limits.question_characters:
         what = "the conversation has" if history else "the question has"
         raise RequestRefused(400, f"{what} more than {service.limits.question_characters:,} characters.")
-    if not _is_unicode(texts_sent):
+    if has_half_character(texts_sent):
         raise RequestRefused(400, "the question contains an invalid character (a lone surrogate).", param="messages")
     default = tasks.MAX_REPORT_TOKENS if question is None else tasks.MAX_ANSWER_TOKENS
     limit = min(body.max_completion_tokens or body.max_tokens or default, service.limits.new_tokens)
@@ -91,14 +92,6 @@ async def submit_request(service: Service, owner: str, body: openai_api.ChatRequ
         if reply is not None and not reply.cancel() and not reply.cancelled():
             reply.exception()  # retrieved, so that asyncio does not log it as unhandled
         service.budget.release(reserved)
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def read_messages(

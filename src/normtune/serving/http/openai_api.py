@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -98,6 +98,8 @@ class FileReference(RequestModel):
 
 
 class FilePart(RequestModel):
+    window: ClassVar[None] = None  # a file part has no window
+
     type: Literal["file"]
     file: FileReference
 
@@ -105,11 +107,6 @@ class FilePart(RequestModel):
     def reference(self) -> str:
         """See `ImagePart.reference`."""
         return self.file.file_id or self.file.file_data or ""
-
-    @property
-    def window(self) -> None:
-        """A file part has no window."""
-        return None
 
 
 Part = Annotated[TextPart | ImagePart | FilePart, Field(discriminator="type")]

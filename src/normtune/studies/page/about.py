@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from operator import itemgetter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from normtune.adapters.info import NOTICE
@@ -12,7 +11,6 @@ from normtune.runtime.files import read_json
 from normtune.runtime.number_format import format_bytes, format_duration, join_names
 from normtune.studies.page.results import Record, Results, counted, distinct_values
 from normtune.studies.page.tables import Cell, Table, text_cells
-from normtune.studies.pooling import group_by
 
 MIN_IMAGES = 20  # below this, a warning
 RECOMMENDED_SEEDS = 5
@@ -51,7 +49,12 @@ def facts(study: Results) -> list[tuple[str, str]]:
     states = [f"{number} {state}" for state, number in counts.items() if number or state == "done"]
     dates = sorted(str(cell[end])[:10] for cell in cells for end in ("started", "finished") if cell.get(end))
     days = " to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else ""
-    versions = [f"{name} {value}" for name, value in _merge_column(cells, "versions")]
+    versions: dict[str, dict[str, None]] = {}  # package -> its versions over the cells
+    for cell in cells:
+        for name, version in (cell.get("versions") or {}).items():
+            versions.setdefault(name, {})[str(version)] = None
+    # each model with the first digits of its base's fingerprint
+    bases = (f"{cell['model']} {cell['base_fingerprint'][:12]}" for cell in cells if cell.get("base_fingerprint"))
     seconds = sum(cell.get("train_seconds") or 0 for cell in trained)
     seeds = sorted({cell["seed"] for cell in trained if cell.get("seed") is not None})
     entries: list[tuple[str, str]] = [
@@ -64,21 +67,14 @@ def facts(study: Results) -> list[tuple[str, str]]:
         ("training time", f"{format_duration(seconds)} in all"),
         ("date", days),
         ("hardware", "; ".join(_format_machines(cells))),
-        ("versions", ", ".join(versions)),
+        ("versions", ", ".join(f"{name} {join_names(list(numbers))}" for name, numbers in versions.items())),
         (  # a commit with uncommitted changes ends with +
             "commit",
             join_names([commit[:12] + "+" * commit.endswith("+") for commit in distinct_values(cells, "commit")]),
         ),
-        ("bases", join_names(_format_bases(cells))),
+        ("bases", join_names(list(dict.fromkeys(bases)))),
     ]
     return [(name, text) for name, text in entries if text not in ("", "none")]
-
-
-def _merge_column(cells: Iterable[Record], column: str) -> Iterator[tuple[str, str]]:
-    """Each key of a JSON column with all of its values over the cells."""
-    entries = [entry for cell in cells if isinstance(cell.get(column), Mapping) for entry in cell[column].items()]
-    for name, same in group_by(entries, itemgetter(0)).items():
-        yield name, join_names(list(dict.fromkeys(str(value) for _, value in same)))
 
 
 def _format_machines(cells: Iterable[Record]) -> list[str]:
@@ -102,12 +98,6 @@ def _format_machines(cells: Iterable[Record]) -> list[str]:
     return list(machines)
 
 
-def _format_bases(cells: Iterable[Record]) -> list[str]:
-    """Each model with the first digits of its base's fingerprint."""
-    trained = [cell for cell in cells if cell.get("base_fingerprint")]
-    return list(dict.fromkeys(f"{cell['model']} {str(cell['base_fingerprint'])[:12]}" for cell in trained))
-
-
 def datasets_table(study: Results, folder: Path) -> Table | None:
     """The data sets with their licences and test splits; None if there is no evaluation."""
     first_rows: dict[str, Record] = {}
@@ -116,7 +106,9 @@ def datasets_table(study: Results, folder: Path) -> Table | None:
             first_rows.setdefault(row["dataset"], row)
     rows = [
         [
-            *text_cells([dataset, _split_text(row)], [f"{row['rows']:,}", f"{row['images']:,}"]),
+            Cell(dataset),
+            Cell(row["split"] if row.get("fold") is None else f"{row['split']} (fold {row['fold']})"),
+            *text_cells([], [f"{row['rows']:,}", f"{row['images']:,}"]),
             *text_cells([licence(study, folder, dataset)]),
             Cell(str(row.get("split_hash") or "")[:12], "code"),
         ]
@@ -124,11 +116,6 @@ def datasets_table(study: Results, folder: Path) -> Table | None:
     ]
     header = [*text_cells(["data set", "split"], ["rows", "images"]), *text_cells(["licence", "rows' hash"])]
     return Table("data sets and licences", header, rows) if rows else None
-
-
-def _split_text(row: Record) -> str:
-    """The split of an evaluation, with its fold."""
-    return row["split"] if row.get("fold") is None else f"{row['split']} (fold {row['fold']})"
 
 
 def licence(study: Results, folder: Path, dataset: str) -> str:

@@ -107,7 +107,10 @@ def _sections(study: Results, folder: Path, examples: Roots | None) -> Iterator[
     rest = [entry for entry in entries if entry[0] in FOLDED_FACTS]
     yield "run", "What was run", [("facts", first), *_fold("Machine and versions", [("facts", rest)] if rest else [])]
     yield "failed", "Cells that failed", _failed(study)
-    yield "short", "In short", _findings(study)
+    short: list[Block] = []
+    for name, sentences in findings(study):
+        short += [("heading", name), ("findings", sentences)]
+    yield "short", "In short", short
     if table := models_table(study):
         yield "models", "All models", [("table", table)]
     figure_count = 0
@@ -155,14 +158,6 @@ def _describe_failure(cell: Record) -> str:
     fold = f"fold {cell['fold']}" if cell.get("fold") is not None else None
     names = [cell["model"], cell["recipe"], cell.get("trained_on"), seed, fold]
     return f"{', '.join(filter(None, names))}: {cell.get('error') or 'no reason is recorded'}"
-
-
-def _findings(study: Results) -> list[Block]:
-    """The findings of each setting as sentences."""
-    blocks: list[Block] = []
-    for name, sentences in findings(study):
-        blocks += [("heading", name), ("findings", sentences)]
-    return blocks
 
 
 def _legend(study: Results) -> Block:
