@@ -136,7 +136,7 @@ def _is_given(context: typer.Context, name: str) -> bool:
 
 
 def _replace_options(path: str, in_file: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a run's file with those of the command line, and a line on stderr for each that is replaced."""
+    """The options of a run's file, replaced by the command line's; a line on stderr names each replaced one."""
     for name, value in given.items():
         if name in in_file and str(in_file[name]) != str(value) and distributed.is_main_process():
             print(f"{path}: --{name.replace('_', '-')} {value} replaces {in_file[name]}", file=sys.stderr)

@@ -273,7 +273,7 @@ class Examples(Sequence[Example]):
 
 
 def as_examples(examples: Iterable[Example]) -> Examples:
-    """`examples` themselves, or those of a list."""
+    """Wrap a list of examples; `Examples` are returned as they are."""
     return examples if isinstance(examples, Examples) else Examples(examples)
 
 

@@ -39,7 +39,7 @@ def group_by_image(
     """Split examples into groups of one image (or study) each.
 
     Args:
-        examples: the examples, in any order; those of one image need not be adjacent.
+        examples: the examples, in any order; the examples of one image need not be adjacent.
         max_group_size: most questions in a group (--cap). 1 puts each question into a group of its own; None
             sets no limit.
         rng: shuffles the questions of each image before they are cut into groups, so that the groups differ
@@ -88,7 +88,7 @@ def group_rows(examples: Examples, max_group_size: int | None = None) -> RowGrou
 
 
 def cut_groups(image_ends: NDArray[np.int64], max_group_size: int | None) -> NDArray[np.int64]:
-    """The ends of the groups if those of the images are given: an image with more rows has several groups."""
+    """The ends of the groups, from the ends of the images: an image with more rows has several groups."""
     if max_group_size is None:
         return image_ends
     groups = -(-np.diff(image_ends) // max_group_size)  # of each image

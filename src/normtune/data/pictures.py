@@ -36,7 +36,7 @@ def read_pictures(
 
     Args:
         dataset: opens the pictures; `dataset.pictures` receives them.
-        keys: image keys; by default those of all examples.
+        keys: image keys; None: the images of all examples.
         progress: called with (pictures opened, pictures in all).
 
     Returns:

@@ -73,7 +73,7 @@ class Dataset:
     # Reason -> number of rows of the files that are not in `examples`. It covers `skipped`, and also the rows of
     # other languages and tasks: len(examples) + sum(dropped.values()) is the number of rows that were read.
     dropped: Counter[str] = field(default_factory=Counter)
-    # Of a mixture: name -> {"name": that of the dataset alone, "weight"}; see `normtune.data.mixtures`.
+    # For a mixture: label of each dataset -> {"name": its name, "weight"}; see `normtune.data.mixtures`.
     mixture: dict[str, dict[str, Any]] = field(default_factory=dict)
     # Image key -> picture, for the pictures that were opened; see `normtune.data.pictures.read_pictures`.
     pictures: dict[str, Picture] = field(default_factory=dict, repr=False, compare=False)

@@ -1,4 +1,4 @@
-"""A table of rows in a memory-mapped file: what `Examples` reads in place of a list when a dataset is large.
+"""A table of rows in a memory-mapped file. `Examples` reads it instead of a list when a dataset is large.
 
 A table has the columns id, images, question, answer, kind and split, one for each field of `meta`, and options if a row
 is a choice, all of text; the keys of several images and the texts of options are joined by a NUL character. A reader
@@ -233,5 +233,5 @@ def _split(joined: str | None) -> tuple[str, ...]:
 
 
 def _spread(of_text: NDArray[Any], encoded: pa.DictionaryArray) -> NDArray[Any]:
-    """The value of each row from those of the distinct texts; the last value is that of a null."""
+    """The value of each row: `of_text` has one value for each distinct text, and a last one for rows without a text."""
     return of_text[encoded.indices.fill_null(len(of_text) - 1).to_numpy(zero_copy_only=False)]

@@ -45,7 +45,7 @@ def run_file_text(command: str, options: DataOptions, *, resolved: Mapping[str, 
     """The file of a run that has been done, with every option that has a value.
 
     Args:
-        resolved: values that replace those of the options, such as the device that was used.
+        resolved: option -> the value that was used in its place, such as the device.
     """
     values = options.model_dump(mode="json", exclude=set(_FOLDER_OPTIONS)) | dict(resolved or {})
     lines = [

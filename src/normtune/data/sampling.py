@@ -92,7 +92,7 @@ def _yes_or_no(answer: str) -> int:
 
 
 def _share(type: str, counts: Mapping[str, int]) -> float:
-    """The share of an answer type among those of its dataset; see `find_strata`."""
+    """The share of the questions that an answer type gets among all types of its dataset; see `find_strata`."""
     closed = [name for name in ("yes", "no", "closed") if name in counts]
     of_kind = 1 / (len(counts.keys() - set(closed)) + bool(closed))
     if type not in closed:
@@ -119,7 +119,7 @@ class RowSampler:
         self.quotas = _whole_numbers([share * self.size for share in strata.shares], self.size)
 
     def rows_of_epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The rows of an epoch, and for each the number of its pass among those of the epoch."""
+        """The rows of an epoch, and for each row the number of its pass, counted from the first pass of the epoch."""
         rows, passes = [], []
         for number, (members, quota) in enumerate(zip(self._rows, self.quotas, strict=True)):
             first, start = divmod(epoch * quota, len(members))

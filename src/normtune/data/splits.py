@@ -159,8 +159,8 @@ def find_leaks(
 def image_disjoint(dataset: Dataset, seed: int = 0, identical: Iterable[Sequence[str]] = ()) -> Dataset:
     """Make new splits train, validate and test that share no image: 70, 10 and 20% of the images.
 
-    Every image goes to one split, with all its examples. Images of one study (one example) stay together, as
-    do those of one patient, case or study that `meta` names (see `group_columns`), and those of one item of
+    Every image goes to one split, with all its examples. These images stay together: the images of one example, the
+    images of one patient, case or study that `meta` names (see `group_columns`), and those in one item of
     `identical`. The split of an image depends on the seed and on the image keys, not on the order of the rows.
 
     Args:
@@ -231,7 +231,7 @@ def find_identical_images(dataset: Dataset) -> list[tuple[str, ...]]:
 
 
 def cluster_pictures(examples: Iterable[Example], identical: Iterable[Sequence[str]]) -> dict[str, str]:
-    """Image key -> a name for the images that must stay in one split: those of one example, patient or picture.
+    """Image key -> the name of its cluster: the images of one example, patient or picture, which stay in one split.
 
     Args:
         examples: name the images and, in `meta`, their patients.
@@ -341,7 +341,7 @@ def _by_patient(examples: Examples, column: str) -> dict[str, list[str]]:
 
 
 def _images_together(examples: Examples) -> list[Sequence[str]]:
-    """Groups of images that belong together: those of one example, and those of one patient, case or study."""
+    """Groups of images that stay in one split: the images of each example, and of each patient, case or study."""
     patients = (_by_patient(examples, column) for column in group_columns(examples))
     return [*examples.codes("images")[1], *(keys for values in patients for keys in values.values() if keys)]
 

@@ -16,7 +16,7 @@ from normtune.data.examples import Example, Examples, combine_hashes, history_ha
 from normtune.data.pictures import Picture
 from normtune.errors import InputError
 
-_MAX_TEXTS = 40_000  # different texts that are all tokenised; of more of them, a sample is
+_MAX_TEXTS = 40_000  # up to this number of different texts, all are tokenised; of more, a sample
 _SPECIAL = re.compile(r"[<>\[\]|]")  # what the texts of control tokens contain, which a model may refuse
 _MAX_SIZES = 50  # sizes of images of which the tokens are counted
 
@@ -56,9 +56,10 @@ class TokenCounts:
 def count_tokens(rows: Examples, limits: TextLimits, *, exact: bool) -> TokenCounts:
     """Count the tokens of rows and what the limits cut of them.
 
-    Rows with the same question and answer are tokenised once. Of more than `_MAX_TEXTS` such texts, the longest ones
-    are tokenised, those that may contain a control token, and a random sample of the others, which then count for all
-    of these; unless one without such characters cannot be tokenised, or the count must be exact.
+    Rows with the same question and answer are tokenised once. If there are more than `_MAX_TEXTS` different texts,
+    three groups are tokenised: the longest texts, texts that may contain a control token, and a random sample of the
+    rest, which counts for the whole rest. All texts are tokenised if the count must be exact, or if a text of the
+    sample cannot be tokenised.
     """
     columns = history_hashes(rows), option_hashes(rows), rows.hashes("question"), rows.hashes("answer")
     texts = combine_hashes(rows.codes("kind")[0], *columns)
@@ -149,7 +150,7 @@ def _has_special(text: str) -> bool:
 
 
 def count_image_tokens(pictures: dict[str, Picture], limits: TextLimits) -> dict[str, Any]:
-    """Percentiles of the tokens of an image. Of many different sizes, some are tried: others count as the next one."""
+    """Percentiles of the tokens of an image. Only some sizes are tried; another size counts as the next larger one."""
     assert limits.image_tokens is not None
     counts = Counter(picture.size for picture in pictures.values() if not picture.error)
     sizes = sorted(counts, key=lambda size: (size[0] * size[1], size))

@@ -23,8 +23,8 @@ def question_words(question: str) -> tuple[str, ...]:
 def _most_common(answers: Sequence[str]) -> str:
     """Return the most common answer. Spellings with the same normalised form are counted together.
 
-    Of equally common forms, the alphabetically first is taken. Of a form's spellings, the most common is
-    returned, or the first of equally common ones.
+    If forms are equally common, the alphabetically first one wins. The result is the most common spelling of that
+    form, or the first of equally common spellings.
     """
     forms: dict[str, Counter[str]] = defaultdict(Counter)
     for answer in answers:
@@ -40,9 +40,9 @@ class QuestionOnly:
     If training has no such question, it predicts the most common answer to questions with the same first two
     words, else the most common answer of all rows. Case and punctuation of questions are ignored.
 
-    Of a question with options, it predicts the option that is the most common answer in the same order: of the same
-    question, of the same first two words, of all rows. If no row has any of the options as its answer, it predicts
-    the option at the position that is right most often.
+    For a question with options, it looks at the training answers to the same question, then to questions with the same
+    first two words, then to all questions, and predicts the option that is the most common answer in the first of these
+    groups that has any of the options. If none has, it predicts the position that is right most often.
     """
 
     by_question: dict[tuple[str, ...], str]  # words of a question -> answer
@@ -122,8 +122,8 @@ class ConstantText:
         """Take the report (or answer) that the most patients have.
 
         Texts with the same normalised form are counted together. A text counts once per patient, per case or,
-        if the data name neither, per study, because the slices of a case often share one caption. Of equally
-        frequent texts, the one with the highest mean similarity to all texts is taken, as in `medoid`.
+        if the data name neither, per study, because the slices of a case often share one caption. If texts
+        are equally frequent, the one with the highest mean similarity to all texts is taken, as in `medoid`.
 
         Raises:
             InputError: if there are no training rows.
@@ -142,7 +142,7 @@ class ConstantText:
     def medoid(cls, train: Sequence[Example]) -> ConstantText:
         """Take the text with the highest mean cosine similarity of word counts to all training rows.
 
-        Of equally similar texts, the first is taken.
+        If texts are equally similar, the first one is taken.
 
         Raises:
             InputError: if there are no training rows.

@@ -233,7 +233,7 @@ class _Answerer:
         """Choose the examples of this process; they are answered `rounds` times, with other images each.
 
         Args:
-            limit: `max_new_tokens` if it is known; None: that of the model and the data.
+            limit: `max_new_tokens` if it is known; None: it is derived from the model and the data.
         """
         self.family, self.examples, self.config = family, examples, config
         self.progress, self.rounds = progress, rounds

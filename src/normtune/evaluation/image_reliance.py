@@ -78,7 +78,7 @@ def parse_controls(text: str | None) -> tuple[str, ...]:
 
 
 def control_dataset(dataset: Dataset, examples: Sequence[Example], name: str) -> Dataset:
-    """Replace the images of a dataset by those of a control; the image keys stay the same.
+    """Replace the images of a dataset by control images; the image keys stay the same.
 
     Raises:
         InputError: if `other` has no image to show, because all examples are of one patient.

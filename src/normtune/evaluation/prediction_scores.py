@@ -28,7 +28,7 @@ def compute_scores(
     normalisation: str | Sequence[str],
     models: Mapping[str, MetricModel],
 ) -> dict[str, Any]:
-    """Compute all scores of the predictions, and those of the control images if there are any.
+    """Compute all scores of the predictions, and the scores with control images if there are any.
 
     The metrics that need a model do not score the control images.
 

@@ -57,7 +57,7 @@ class MetricDifference:
     images: int  # number of images
     method: str  # the test
     question: Question  # `recipes` with three seeds or more of each, else `trained models`
-    seeds: int  # the number of seeds, of the recipe that has fewer
+    seeds: int  # the smaller number of seeds of the two recipes
     smallest_difference: float  # the true difference that is found in 80% of such comparisons
     margin: float | None  # the largest difference that does not matter, if the user states one
     equivalent: bool | None  # whether the difference is inside the margin (TOST at 5%); None without a margin
@@ -84,8 +84,8 @@ def compare_metric(
 ) -> MetricDifference:
     """Compare one metric of two groups that answered the same examples; `p_holm` is p.
 
-    With `MIN_SEEDS` seeds or more of each recipe, the recipes are compared. With fewer, it is their trained models,
-    those of one recipe together: each row has the mean of their scores.
+    With `MIN_SEEDS` seeds or more of each recipe, the recipes are compared. With fewer seeds, the trained models are
+    compared: the score of a row is then the mean over the models of a recipe.
 
     Args:
         first, second: the groups.

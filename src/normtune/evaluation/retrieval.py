@@ -27,7 +27,7 @@ class Retrieval:
 
     Reports have the empty question, so every training study is a candidate. Studies are compared by the
     cosine similarity of their mean image features, after subtraction of the training studies' mean. The
-    similarity is the `score` of the prediction. Of equally near studies, the first is taken. A question that
+    similarity is the `score` of the prediction. If studies are equally near, the first is taken. A question that
     training does not have gets the answer of `QuestionOnly`.
     """
 

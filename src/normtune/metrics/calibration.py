@@ -40,10 +40,10 @@ from normtune.metrics.statistics.intervals import (
 from normtune.metrics.sum_metrics import cluster_rows
 from normtune.runtime.number_format import format_interval
 
-BINS = 10  # of the calibration error, of equal width
+BINS = 10  # bins of equal width, for the calibration error
 COVERAGES = tuple(share / 10 for share in range(1, 11))  # points of the risk-coverage curve
-DRAWS = 2_000  # of the calibration error's distribution
-MAX_BLOCKS = 500  # of clusters that the jackknife of the area leaves out together
+DRAWS = 2_000  # random draws of the calibration error
+MAX_BLOCKS = 500  # the jackknife of the area leaves out one cluster at a time, or one of at most this many blocks
 
 
 @dataclass(frozen=True)

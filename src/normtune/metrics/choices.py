@@ -120,7 +120,7 @@ def rotated_options(options: Sequence[str], rotation: int) -> tuple[str, ...]:
 
 
 def chosen_positions(example: Example, places: Sequence[int | None]) -> Iterator[tuple[set[int], int | None]]:
-    """For each rotation of a question: the positions of its right options, and that of the selected one."""
+    """For each rotation of a question: the positions of its right options, and the position of the selected option."""
     for rotation, place in enumerate(places):
         options = rotated_options(example.options, rotation)
         yield {at for at, text in enumerate(options) if text == example.answer}, place

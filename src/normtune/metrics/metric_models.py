@@ -1,4 +1,4 @@
-"""Metrics of reports that need a model: which there are, and how to run those of RadEval in a process of their own.
+"""Metrics of reports that need a model: their names, and how the metrics of RadEval run in a separate process.
 
 A metric and its models are named as NAME=DIR, or NAME=DIR:PYTHON if RadEval is installed in another environment than
 Normtune. DIR is the folder of the model, or a folder to which `hf download --cache-dir DIR` has saved the models.
@@ -40,9 +40,9 @@ RADEVAL_MODELS: dict[str, tuple[str, ...]] = {
 _FILES = {"bertscore": ("config.json",), "chexbert": ("chexbert.pth", "vocab.txt")}
 METRIC_MODELS = (*_FILES, *RADEVAL_MODELS)
 _RADGRAPH = {"radgraph": "radgraph-xl.tar.gz", "radcliq": "radgraph.tar.gz"}  # the archive that a metric loads
-# RadEval's names that differ from those of Normtune
+# Name of a metric in RadEval -> in Normtune, if they differ
 _NAMES = {f"radgraph_{level}": f"radgraph_f1_{level}" for level in ("simple", "partial", "complete")}
-# Folders in which RadEval looks for models: that of the hub, and those of two metrics.
+# Folders in which RadEval looks for models: the cache of the hub, and the folders of two metrics.
 _CACHES = ("hub", "radgraph/0.1.18", "chexbert")
 _SETTINGS = re.compile(r"HF_|HUGGINGFACE_|TRANSFORMERS_")  # of the hub and of transformers, in the environment
 _TIMEOUT, _TIMEOUT_ROW = 3600, 600  # seconds for loading, and for each pair: many times what a CPU needs

@@ -76,7 +76,7 @@ def score_strata(examples: Sequence[Example], table: Mapping[str, SumMetric]) ->
     """Score each stratum with the `HEADLINE_METRICS`.
 
     The interval is clustered by the stratum's images or patients. A stratum of one image has no variance, so its
-    `low` and `high` are None. CIDEr's n-gram weights are those of all rows.
+    `low` and `high` are None. CIDEr takes its n-gram weights from all rows.
 
     Args:
         examples: all rows of the evaluation.

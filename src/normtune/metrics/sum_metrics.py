@@ -174,7 +174,7 @@ def paired_difference(
 ) -> PairedDifference:
     """Test whether two trained models differ on images like these: `second` minus `first` on the same rows.
 
-    It says nothing about other seeds of the same recipes; `compare_recipes` does. The p-value is that of swapping the
+    It says nothing about other seeds of the same recipes; `compare_recipes` does. The p-value comes from swapping the
     models image by image. If they differ in at most 12 clusters, the test tries every pattern of swaps. Otherwise it
     draws `swaps` random patterns and counts the observed one among them, so that p is never 0 (Phipson and Smyth
     2010). The interval is `difference_interval` with the variance of the clusters' influences.
@@ -234,7 +234,7 @@ def relative_drop(
         return None
     variance = float((influence_of_metric(drop, both) ** 2).sum())
     value = 1 - second.overall() / before
-    # Divided by `first`, the bound of the variance of a difference is that of a drop.
+    # Divided by `first`, the interval of a difference becomes the interval of a relative drop.
     low, high, _ = difference_interval(0.0, variance * before**2, clusters - 1, clusters=clusters, maximum=maximum)
     return Interval(value, value + low / before, min(1.0, value + high / before))
 

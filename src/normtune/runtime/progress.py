@@ -17,7 +17,7 @@ _UPDATE_S = 0.1  # least seconds between two updates in Jupyter
 
 
 class ProgressBar:
-    """A progress bar, which the first call of `update` draws."""
+    """A progress bar. It appears with the first call of `update`."""
 
     def __init__(self, description: str) -> None:
         self.description = description

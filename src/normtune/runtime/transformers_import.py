@@ -1,6 +1,6 @@
 """Imports transformers without torch's compiler, distributed tensors and SciPy, for commands that use none of them.
 
-`import transformers.modeling_utils` takes 2.3 s. Of these, 1.6 s go into two imports: `torch._dynamo`, with which
+`import transformers.modeling_utils` takes 2.3 s. Two imports take 1.6 s of it: `torch._dynamo`, with which
 transformers marks kernels for the compiler, and `torch.distributed.tensor`. SciPy, where it is installed, takes
 0.6 s more, for losses of object detection. Only the command line calls `import_transformers`; the library leaves
 transformers as it is.

@@ -118,7 +118,7 @@ def _train_or_read(job: CellJob) -> dict[str, Any]:
     config, budget = job.cell.train, job.cell.budget
     assert config is not None and budget is not None
     record_rows(job.directory, TRAINING, config)
-    # The length of the run in passes over its data, from whichever unit the budget is given in.
+    # The budget is in minutes, passes or pairs: convert it to passes over the data.
     pairs = len(read_examples(config)[1])
     if "minutes" in budget:
         pairs_to_see = _pairs_within(job, config, 60 * budget["minutes"])

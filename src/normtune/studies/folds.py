@@ -21,7 +21,7 @@ from normtune.studies.spec import Data, Study
 
 
 def each_fold(options: Data) -> Sequence[int | None]:
-    """The numbers of the folds of a data set, each of which is its test split in turn; [None] if it has no folds."""
+    """The number of each fold that is a test split: 0, 1, ... for a data set with folds, [None] for any other."""
     return range(options.folds) if options.folds else [None]
 
 

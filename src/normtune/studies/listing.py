@@ -19,7 +19,7 @@ from normtune.studies.spec import Study
 class PairCounts:
     """Counts the pairs that cells train on and answer; opens each data set once.
 
-    With folds, a count is that of folds of equal size. A count is None if the data set cannot be opened on this
+    With folds, a count assumes folds of equal size. A count is None if the data set cannot be opened on this
     machine, or if the budget is in minutes.
     """
 

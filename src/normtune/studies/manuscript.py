@@ -2,7 +2,7 @@
 
 `write_manuscript` writes `manuscript.md`, and `manuscript.tex` with the same text and all tables. What the records do
 not contain is marked TODO. The checklists are MI-CLEAR-LLM (Park et al. 2024, Korean J Radiol 25(10)) and TRIPOD-LLM
-(Gallifant et al. 2025, Nat Med 31), of which only the topics are listed that a study's records say something about.
+(Gallifant et al. 2025, Nat Med 31). The topics that a study's records say nothing about are TODO.
 """
 
 from __future__ import annotations

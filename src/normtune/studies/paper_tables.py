@@ -169,7 +169,7 @@ def _cost_tables(grid: str, tables: Tables) -> Iterator[Table]:
         yield Table(f"{grid}: {model} on {trained_on}, what training takes (means over {over})", head, body, 1)
 
 
-# Costs in a cost table: column of `cells` -> heading and format. The bytes are divided by those of a MiB.
+# Costs in a cost table: column of `cells` -> heading and format. Columns in bytes are shown in MiB.
 _COSTS = {
     "train_bytes_above_base": ("above base MiB", "{:,.0f}"),
     "train_peak_bytes": ("peak MiB", "{:,.0f}"),

@@ -1,4 +1,4 @@
-"""Pools the folds of a run: its scores are those of all rows, each answered by the model that did not train on it."""
+"""Pools the folds of a run: it is scored on all rows, each answered by the model that did not train on it."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ T = TypeVar("T")
 Row = dict[str, Any]
 Tables = Mapping[str, list[Row]]
 EvaluationRows = tuple[dict[str, SumMetric], Sequence[Example]]  # metrics by name, and the evaluated examples
-# The folders of the evaluations of one run, in a study's folder. The models of a layer answered different rows, once
-# each; those of different layers answered the same rows. Without folds: one layer with one folder.
+# The folders of the evaluations of one run, in a study's folder. The models of one layer answered different rows, each
+# row once; two layers answered the same rows. Without folds, there is one layer with one folder.
+# Example: the test rows of 3 folds are one layer, (("a/fold0", "a/fold1", "a/fold2"),); another data set, which each of
+# the 3 models answers as a whole, has three layers: (("b/fold0",), ("b/fold1",), ("b/fold2",)).
 Layers = tuple[tuple[str, ...], ...]
 # Columns of `cells` that are the same in all folds of a run.
 _RUN = ("grids", "model", "recipe", "recipe_text", "trained_on", "share", "seed", "rate_source", "rates", "budget")
 
 
 def pool_folds(tables: Tables, out: Path) -> Tables:
-    """The tables `cells`, `evaluations` and `metrics` with one row for a run in place of one for each of its folds.
+    """The tables `cells`, `evaluations` and `metrics` with a row for each run, from tables with a row for each fold.
 
-    A run with a fold that is not finished is left out: its rows would be others than those of the other runs.
+    A run with a fold that is not finished is left out: it would be scored on fewer rows than the other runs.
 
     Returns:
         The tables; `evaluations` has a column `layers`, see `Layers`.

@@ -1,8 +1,8 @@
 """Reads large JSONL, CSV, TSV and parquet files of rows in blocks of columns, into a memory-mapped table.
 
-`normtune.data.datasets.table` defines what a row means. This module applies the same functions to each distinct value
-of a column of a block, in place of each cell: the examples are the same. A block with a row that is not plain (an
-empty cell, an unknown kind, text that is not JSON ...) is read row by row with the functions of `table`, which list
+`normtune.data.datasets.table` defines what a row means. This module applies the same functions once to each distinct
+value of a column of a block, and not to each cell: the examples are the same. If a block has a row that is not plain
+(an empty cell, an unknown kind, text that is not JSON ...), the functions of `table` read its rows one by one and list
 what is wrong. To read another format in blocks, add it to `_BLOCKS`: a function that yields a `Block` for some
 100,000 rows; `column_texts` does the rest.
 """
@@ -115,7 +115,7 @@ class _BlockReader:
         self.writer.add(texts)
 
     def finish(self, image_root: Path | None) -> Dataset:
-        """Check the rows and build the dataset; the steps are those of `table.Rows.finish`."""
+        """Check the rows and build the dataset, in the same steps as `table.Rows.finish`."""
         examples = Examples(self.writer.finish())
         reader, images = self.reader, self.rows.images
         keys = image_keys(examples)
@@ -253,10 +253,10 @@ def column_texts(block: Block, columns: Columns, rows: Rows, is_report: bool, fi
 def _choices(
     cells: pa.Table, names: tuple[str, ...], answer: pa.Array, kind: pa.Array, lenient: bool, rows: Rows
 ) -> tuple[pa.Array, pa.Array, pa.Array]:
-    """The joined options of each row (null: none), and the answers and kinds with those of choices replaced.
+    """The joined options of each row (null: none), its answer (for a choice, the text of an option) and its kind.
 
     Raises:
-        NotPlain: the answers name options in another way than those of earlier blocks.
+        NotPlain: the answers name options in another way than in earlier blocks.
         InputError, ValueError: a row has a fault, or a kind that contradicts its options.
     """
     options = [read_options(of_row) for of_row in zip(*(cells.column(name).to_pylist() for name in names), strict=True)]

@@ -33,7 +33,7 @@ def read(root: Path, *, text_only: bool = False) -> Dataset:
     image_id. Without that table, each question is about all images of its study in files/, at most two.
 
     Questions that were taken out of these files are read too: *.qa.jsonl with one object in a line, a *.qa.json file
-    with one object or a list of them. The study is then that of the fields patient_id and study_id of the object.
+    with one object or a list of them. The fields patient_id and study_id of the object then name the study.
 
     The texts of the answers are joined by blanks; their `sub_answers` are not read. The splits are those of MIMIC-CXR
     (mimic-cxr-2.0.0-split.csv); without that file all rows are of train. Ids are `<study>-<question_id>`. Each question
@@ -109,7 +109,7 @@ def _value(name: str, data: bytes) -> Any:
 
 
 def _questions(name: str, document: Any) -> list[dict[str, Any]]:
-    """The questions of a file, each with patient_id and study_id: its own, those of the file, or those of the path."""
+    """The questions of a file, each with the patient_id and study_id of the question, else of the file or its path."""
     if isinstance(document, dict) and "questions" not in document and "question" in document:
         document = [document]  # a file with one question
     questions = document.get("questions") if isinstance(document, dict) else document

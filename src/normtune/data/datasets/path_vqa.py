@@ -122,7 +122,7 @@ def _read_row(reader: RowReader, file: str, number: int, cells: Any, split: str)
 
 
 def _image_folder(image: str, split: str) -> str:
-    """The image's subfolder of images/: train for train_0422, in whichever split the row is."""
+    """The image's subfolder of images/: train for train_0422, also if the row is in another split."""
     prefix = image.split("_")[0]
     return prefix if prefix in _SPLITS.values() else _SPLITS[split]
 

@@ -65,7 +65,7 @@ _SplitFiles = tuple[Iterator[_Caption], dict[str, str]]  # captions; id -> licen
 
 
 def _find_split(root: Path, name: str) -> _SplitFiles | None:
-    """The captions and licences of the split named `name`, from whichever layout is present, or None."""
+    """The captions and licences of the split named `name`, from the layout that is present; None if none is."""
     short = {"validation": "val", "valid": "val"}.get(name, name)
     for base in (root / "data", root):
         folder = base / name / "radiology"

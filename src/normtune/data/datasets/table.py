@@ -261,7 +261,7 @@ class Rows:
         return parts if len(parts) > 1 and not (self.base / value).is_file() else [value]
 
     def path_key(self, source: Source, row: str, path: str, number: int) -> str:
-        """The key of an image file: its normalised path; `number` is that of the image in its row.
+        """The key of an image file: its normalised path; `number` is the position of the image in its row.
 
         Raises:
             RowError, InputError: it is no path.
@@ -287,7 +287,7 @@ class Rows:
 
 
 def meta_name(role: str | None, column: str) -> str:
-    """The name in `meta` of a column that is not one of `FIELDS`: that of its role, if it has one."""
+    """The name in `meta` of a column that is not one of `FIELDS`: the name of its role, if it has one."""
     return {"patient": "patient_id"}.get(role, role) if role else column
 
 

@@ -37,7 +37,7 @@ class GreyFrame:
     # converts them to physical units, Hounsfield units for CT
     to_units: Callable[[NDArray[np.generic]], NDArray[np.floating]]
     inverted: bool  # the smallest value is white
-    window: Window  # the file's, else the one from the smallest to the largest value
+    window: Window  # the window in the file, else a window from the smallest to the largest value
     range: tuple[float, float]  # smallest and largest value in physical units
 
     def render(self, window: Window) -> Image.Image:

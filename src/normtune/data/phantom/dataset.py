@@ -34,7 +34,7 @@ def phantom_dataset(
     Args:
         hospital: "a", "b", or a hospital that differs from A in one thing: "acquisition" (images of B), "wording"
             (questions and answers of B) or "knowledge" (findings that A never has).
-        images: number of images of each split (default 300 / 60 / 120). A single number is that of train, and
+        images: number of images of each split (default 300 / 60 / 120). A single number is for train, and
             validate and test have a fifth of it each. A larger split begins with the images of a smaller one.
         seed: the same seed makes the same dataset.
         size: width and height of the images in pixels, 32 to 480.
@@ -77,7 +77,7 @@ def scene_seed(split: str, number: int, seed: int) -> int:
 
 
 def _examples(key: str, seed: int, hospital: HospitalName, split: str, task: str) -> list[Example]:
-    """The examples of one image; `seed` is that of its scene."""
+    """The examples of the image with this key and this seed of its scene."""
     scene = sample_scene(seed, hospital)
     examples = []
     if task in ("vqa", "all"):

@@ -207,8 +207,8 @@ def possible_kinds(scene: Scene, hospital: HospitalName) -> tuple[FindingKind, .
 def sample_scene(seed: int, hospital: HospitalName) -> Scene:
     """Sample a scene: 30% are normal, 45% have one finding, 25% have two of different kinds.
 
-    The scenes of the hospitals "acquisition" and "wording" are those of A. Those of "knowledge" have other findings
-    in the same number; the rest is equal, because findings are sampled last.
+    The hospitals "acquisition" and "wording" have the scenes of A. The scenes of "knowledge" have as many findings, but
+    other ones; the rest is equal, because findings are sampled last.
     """
     like = PROFILES[hospital].scenes
     rng = random.Random(f"scene-{like}-{seed}")

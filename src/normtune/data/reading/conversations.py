@@ -203,7 +203,7 @@ def _pairs(turns: list[tuple[str, str, int, bool]], images: int) -> tuple[Pair, 
     roles = [role for role, *_ in turns]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         raise RowError("questions and answers do not alternate", "Write user and assistant in turn.")
-    # Images shown so far: all from the start without marks, else as many as there were marks.
+    # Images shown so far: without marks all images from the start, else one for each mark so far.
     image_count = 0 if marks else images
     pairs = []
     for turn, (user, assistant) in enumerate(zip(turns[::2], turns[1::2], strict=True), 1):

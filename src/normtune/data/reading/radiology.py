@@ -104,7 +104,7 @@ def split_sections(text: str) -> list[tuple[str, str]]:
 
 
 def report_sections(text: str) -> dict[str, str]:
-    """Standard name -> text of each section on one line. Of several with one name, the last one counts."""
+    """Standard name -> text of each section on one line. If a name occurs several times, its last section counts."""
     return {name: " ".join(body.split()) for name, body in split_sections(text)}
 
 
@@ -138,7 +138,7 @@ def select_views(images: Sequence[tuple[str, str]]) -> tuple[str, ...]:
             LATERAL, LL), possibly followed by more words.
 
     Returns:
-        The keys, frontal first. Of several images of a view, the first one.
+        The keys, frontal first; the first image of each view.
     """
     frontal = next((key for name in _FRONTAL for view, key in images if _is_view(view, name)), None)
     lateral = next((key for name in _LATERAL for view, key in images if _is_view(view, name)), None)

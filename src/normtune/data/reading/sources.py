@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
-PEEK_ROWS = 1000  # the fields of so many rows of a JSON-lines file are its columns
+PEEK_ROWS = 1000  # the fields of the first rows of a JSON-lines file are its columns
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ def _workbook(file: Path, notes: list[str]) -> list[Source]:
 
 
 def _part(file: Path, part: str, several: bool, columns: list[str], rows: Iterable[SourceRow]) -> Source:
-    """One of `several` sheets or lists of a file; its name may be that of its split."""
+    """One of `several` sheets or lists of a file. A part that is named "test" has the rows of the test split."""
     split = split_name(part) if split_name(part) in SPLITS else _split(file)
     name, stem = (f"{file.name} ({part})", f"{stem_of(file)}-{part}") if several else (file.name, stem_of(file))
     return Source(name, stem, columns, rows, split)

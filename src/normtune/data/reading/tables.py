@@ -57,7 +57,7 @@ def json_lines(file: Path) -> Iterator[tuple[int, Any]]:
 
 
 def parse_json_lines(data: bytes, first: int) -> Iterator[tuple[int, Any]]:
-    """Yield (line number, JSON value or `RowError`) for every line that is not blank; `first` is that of the first."""
+    """Yield (line number, JSON value or `RowError`) for every line that is not blank; the first line is `first`."""
     for number, line in enumerate(data.split(b"\n"), start=first):
         if not line.strip():
             continue
@@ -142,7 +142,7 @@ def delimited_rows(
 
     Args:
         file: the file, which may end in .gz.
-        delimiter: the character between cells; None: a comma, semicolon or tab, whichever the header has most of.
+        delimiter: the character between cells; None: the most frequent of comma, semicolon and tab in the header.
 
     Raises:
         InputError: the file cannot be read, is empty or is not UTF-8 text. Quotes that do not match raise it while

@@ -116,7 +116,7 @@ def _open_dataset(run: Evaluation, data: str | None, root: Path | None) -> Datas
         dataset = open_configured(DataOptions.checked(**known))
     except InputError as error:
         raise InputError(f"{error} To omit the images: --no-images.") from error
-    # The rows must be those of the evaluation, otherwise the page would show wrong images.
+    # If the dataset has changed since the evaluation, the page would show wrong images.
     by_id = {example.id: example for example in dataset.examples}
     content = attrgetter("question", "answer", "images", "options")
     changed = [e.id for e in run.examples if e.id in by_id and content(e) != content(by_id[e.id])]

@@ -22,7 +22,7 @@ class RunPrediction:
     """The prediction of one run for one row, with its scores."""
 
     text: str
-    value: float  # of an answer: 1 if it is right, else 0; of a report: its ROUGE-L
+    value: float  # 1 for a right answer, 0 for a wrong one; for a report its ROUGE-L
     recall: float | None  # of an open answer: the share of the reference's words that it contains
     score: float | None  # mean log-probability of its tokens
 
@@ -54,7 +54,7 @@ def read_rows(runs: Sequence[Evaluation], metas: Mapping[str, Mapping[str, str]]
 
     Args:
         runs: evaluations of the same rows.
-        metas: example id -> metadata of the dataset, which adds strata to those of the runs.
+        metas: example id -> metadata of the dataset: further strata, besides the recorded ones.
     """
     first = runs[0]
     columns = [_read_predictions(run) for run in runs]

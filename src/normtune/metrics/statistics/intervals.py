@@ -159,8 +159,8 @@ def difference_interval(
 ) -> tuple[float, float, float]:
     """Compute the interval of a difference between two scores of the same rows, with t.
 
-    Its variance is at least that of the pseudo-rows of Agresti and Min (2005): half a cluster in which only the first
-    is right, and half a cluster in which only the second is right.
+    The variance has a lower bound: the variance of the pseudo-rows of Agresti and Min (2005), which are half a cluster
+    in which only the first is right, and half a cluster in which only the second is right.
 
     Args:
         difference: the estimate.

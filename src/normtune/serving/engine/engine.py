@@ -348,7 +348,7 @@ class Engine:
         try:
             tokens = {"prompt_tokens": self.family.prefix_tokens(job.encoded_images) + len(job.segment.prompt)}
             text, tokens["completion_tokens"], finish_reason = finish_answer(self.family, answer, job.request.stop)
-            # The score is that of the whole answer.
+            # The score describes the whole answer, so an answer that was cut has none.
             score = answer.score if math.isfinite(answer.score) and text == answer.text else None
             abstained = is_abstained(score, job.request.abstain_below)
             text = "" if abstained else text

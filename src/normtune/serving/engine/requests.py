@@ -89,11 +89,11 @@ class Reply:
     """The answer to a request."""
 
     text: str
-    # mean log-probability of the answer's tokens, end token included; None if it is not finite, and for an answer that
-    # a stop text cut, because it is that of the whole answer
+    # mean log-probability of the answer's tokens, end token included; None if it is not finite, or if a stop text cut
+    # the answer: the value would describe the whole answer
     score: float | None
     prompt_tokens: int  # tokens of the question as the model reads it, and of its images
-    completion_tokens: int  # tokens of the answer, including the end token or those of the stop text
+    completion_tokens: int  # tokens of the answer, with the end token or the stop text
     seconds: float  # time from `Engine.submit` to the answer
     # "stop" if the answer ended with the end token or a stop text, "length" if it has as many tokens as the request
     # allows

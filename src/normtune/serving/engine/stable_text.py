@@ -41,7 +41,7 @@ def stable_text(family: Family, tokens: Sequence[int]) -> str:
 def cut_at_stop(text: str, stop: Sequence[str]) -> str | None:
     """Return the text before the stop text that is complete first; None if it contains none.
 
-    Of two that are complete at the same character, the longer one counts.
+    If two are complete at the same character, the longer one counts.
     """
     spans = [(start + len(sequence), start) for sequence in stop if (start := text.find(sequence)) >= 0]
     return text[: min(spans)[1]] if spans else None

@@ -97,7 +97,7 @@ def _owner(request: HttpRequest) -> str:
 
 
 def _allowed_methods(app: FastAPI, scope: Scope) -> list[str]:
-    """Return the methods of all routes that match a path; Starlette returns those of the first route only."""
+    """Return the methods of all routes that match a path; Starlette returns the methods of the first route only."""
     routes = [route for route in app.routes if isinstance(route, Route)]
     partial = [route for route in routes if route.matches(scope)[0] is Match.PARTIAL]
     methods = {method for route in partial for method in route.methods or ()}

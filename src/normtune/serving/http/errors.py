@@ -42,7 +42,7 @@ class RequestRefused(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self, **headers: str) -> JSONResponse:
-        """Return the response, with the headers given and those of its status."""
+        """Return the response; it has these headers, and the headers that its status needs."""
         if self.retry_after is not None:
             headers["Retry-After"] = str(self.retry_after)
         if self.status == 401:

@@ -22,7 +22,7 @@ from normtune.serving.http.state import Service
 COOKIE = "normtune"  # lets a browser follow links to review pages
 BATCH = "/v1/batch"
 CHAT = "/v1/chat/completions"
-# Of a refused body, at most this many times the limit are read and discarded: most clients read the response
+# The server reads and discards a refused body up to this many times the limit: most clients read the response
 # only after they have sent the whole body.
 _DISCARD_FACTOR = 4
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
@@ -145,7 +145,7 @@ class RequestGate:
     async def _body(self, scope: Scope, receive: Receive, refused: RequestRefused | None) -> bytes:
         """Read the whole body, and reserve its size in the budget.
 
-        Of the body of a refused request, a few times the limit are read and discarded: a client that is still
+        The body of a refused request is read and discarded, up to a few times the limit: a client that is still
         sending would not read the response.
 
         Args:

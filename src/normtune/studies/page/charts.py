@@ -150,7 +150,7 @@ def _label_ends(chart: Drawing, lines: Sequence[Series], colours: Sequence[str])
 def draw_dot_rows(label: str, rows: Sequence[Series], axis: Axis, level: Level | None = None) -> Markup:
     """A row of marks for each recipe along the x axis; a level is a vertical line through all rows.
 
-    The intervals are those of `x`; the `y` of the points is not used. Small marks are below their row's others.
+    `low` and `high` of a point are the interval of its `x`; its `y` is not used. Small marks are below the others.
     """
     dots = [dot for row in rows for dot in row.points]
     centres = [dot.x for dot in dots] + ([level.value] if level else [])

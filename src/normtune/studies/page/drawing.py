@@ -114,7 +114,7 @@ def axis_limits(axis: Axis, centres: Iterable[float], ends: Iterable[float]) -> 
 def new_drawing(
     label: str, height: float, *, left: float = 40, right: float = 14, top: float = 30, width: float = WIDTH
 ) -> Iterator[Drawing]:
-    """An empty drawing with margins in pixels, while matplotlib's settings are those of charts."""
+    """An empty drawing with margins in pixels. Inside the block, matplotlib has the settings of the page's charts."""
     import matplotlib
     from matplotlib.figure import Figure
 

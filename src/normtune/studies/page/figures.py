@@ -206,7 +206,7 @@ def _cost_panels(
 
 
 def transfer(results: Results, setting: Setting) -> Iterator[Panel]:
-    """Scores on data that the setting did not train on, beside those of recipes that did."""
+    """Scores on data that the setting did not train on, beside the scores of recipes that trained on it."""
     for dataset in results.datasets(setting, "out"):
         metric = results.primary_metric(dataset)
         rows: dict[str, tuple[str, list[Point]]] = {}

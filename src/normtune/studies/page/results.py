@@ -154,7 +154,7 @@ class Results:
         self._tests = {_seed_key(row): row for row in self.tables["tests"]}
         self.tasks = {row["dataset"]: row["task"] for row in self.tables["evaluations"]}
         self.images = {row["dataset"]: row["images"] for row in self.tables["evaluations"] if row["role"] != "validate"}
-        # a row of `evaluations` has the images of one fold, a row of `seeds` those of all folds
+        # a row of `evaluations` counts the images of one fold, a row of `seeds` the images of all folds
         self.images |= {row["dataset"]: row["images"] for row in self.tables["seeds"] if self.has_folds(row["dataset"])}
         rows_of = group_by(self.tables["metrics"], itemgetter("dataset"))
         self.metrics_of = {name: distinct_values(rows, "metric") for name, rows in rows_of.items()}

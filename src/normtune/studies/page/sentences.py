@@ -21,7 +21,7 @@ from normtune.studies.page.results import (
 )
 from normtune.studies.recipe_names import FROZEN
 
-FULL = "full"  # its score is beside that of the reference
+FULL = "full"  # the sentence about the reference names the score of this recipe too
 _WHERE = {"in": "On {}", "out": "On {}, not trained on it", "home": "On {}, the base's own task"}
 
 
@@ -37,7 +37,7 @@ def findings(results: Results) -> Iterator[tuple[str, list[str]]]:
 
 
 def _scores(results: Results, setting: Setting) -> Iterator[str]:
-    """What the reference recipe trains, its score, and those of the frozen base and of full tuning."""
+    """What the reference recipe trains, and the scores of this recipe, the frozen base and full tuning."""
     arms = {arm.name: arm for arm in results.full_data_arms(setting)}
     reference = results.reference_recipe(setting) or ""
     if reference not in arms:
