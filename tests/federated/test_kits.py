@@ -34,6 +34,23 @@ def test_kits_allow_our_classes_alone_and_stream_no_logs(tmp_path: Path) -> None
     assert "is not an empty directory" in input_error(lambda: prepare_kits(tmp_path / "kits", ["b"], "localhost", 1))
 
 
+@pytest.mark.skipif(not HAS_NVFLARE, reason="NVFlare is not installed")
+def test_the_secret_key_is_in_the_kits_of_sites_alone(tmp_path: Path) -> None:
+    tenseal = pytest.importorskip("tenseal")
+    from normtune.federated.kits import prepare_kits
+
+    kits = prepare_kits(tmp_path / "kits", ["north", "south"], "localhost", 8002, secure=True)
+    contexts = [
+        Path(kit, "startup", "client_context.tenseal") for name, kit in kits.items() if name in ("north", "south")
+    ]
+    assert contexts[0].read_bytes() == contexts[1].read_bytes()  # sites can decrypt the same average
+    assert tenseal.context_from(contexts[0].read_bytes()).has_secret_key()
+    server = Path(kits["localhost"], "startup", "server_context.tenseal")
+    assert not tenseal.context_from(server.read_bytes()).has_secret_key()
+    keys = sorted(path.parents[1].name for path in (tmp_path / "kits").rglob("*.tenseal"))
+    assert keys == ["localhost", "north", "south"]
+
+
 @pytest.mark.skipif(HAS_NVFLARE, reason="NVFlare is installed")
 def test_a_deployment_says_how_to_install_nvflare(
     tmp_path: Path, run_command: Callable[..., tuple[int, str, str]]

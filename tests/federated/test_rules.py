@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ def refusals(**others: SiteUpdate) -> dict[str, str]:
     return find_refusals(updates, START, FINGERPRINT, max_update=10)
 
 
-def with_values(**values: np.ndarray) -> SiteUpdate:
+def with_values(**values: Any) -> SiteUpdate:
     return replace(update(), values={**update().values, **{f"norm.{name}": value for name, value in values.items()}})
 
 
@@ -37,10 +38,12 @@ def with_values(**values: np.ndarray) -> SiteUpdate:
         (with_values(bias=np.full(4, np.inf, np.float32)), "norm.bias has values that are not finite"),
         (with_values(bias=np.zeros((4, 1), np.float32)), "norm.bias has shape (4, 1) float32, not (4,) float32"),
         (with_values(bias=np.zeros(4)), "norm.bias has shape (4,) float64, not (4,) float32"),
+        (with_values(bias="0 0 0 0"), "norm.bias is no array"),
         (with_values(gate=np.zeros(4, np.float32)), "1 tensors are missing or unknown, the first is norm.gate"),
         (replace(update(), values={"norm.bias": START["norm.bias"]}), "1 tensors are missing or unknown"),
         (replace(update(), pairs=0), "its number of pairs is not above 0"),
         (replace(update(), base_fingerprint="2" * 32 + "-" + "1" * 32), "its base has other values"),
+        (replace(update(), base_fingerprint="x"), "its base has other values"),
         (update(100.0), "times as large as the median (limit 10)"),
     ],
 )
@@ -55,7 +58,7 @@ def test_honest_updates_are_accepted() -> None:
     two = {"a": update(), "b": update(100.0)}
     assert find_refusals(two, START, FINGERPRINT, max_update=10) == {}
     # but the updates of the round before are one
-    earlier = [update_norm(update(), START)] * 2
+    earlier = [update_norm(update().values, START)] * 2
     assert find_refusals(two, START, FINGERPRINT, 10, earlier).keys() == {"b"}
 
 
@@ -70,7 +73,7 @@ def test_norms_average_by_weight() -> None:
     assert lost is None
     expected = torch.from_numpy(update(0.2).values["norm.weight"])
     assert_close(torch.from_numpy(averaged["norm.weight"]), expected, terms=2)
-    assert update_norm(update(0.5), START) == approx(0.5 * 8**0.5)
+    assert update_norm(update(0.5).values, START) == approx(0.5 * 8**0.5)
 
 
 def test_the_exact_average_of_lora_is_the_average_of_its_products() -> None:

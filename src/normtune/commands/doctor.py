@@ -25,6 +25,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "liger": (("liger-kernel",), "a fused loss kernel on CUDA"),
     "privacy": (("opacus",), "differential privacy: --dp-epsilon"),
     "federate": (("nvflare",), "federations over a network: normtune federate --kit"),
+    "secure": (("tenseal",), "encrypted updates: normtune federate --secure"),
     "ray": (("ray",), "studies on a Ray cluster: --on ray"),
     "slurm": (("submitit",), "studies on a Slurm cluster: --on slurm"),
 }

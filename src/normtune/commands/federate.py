@@ -25,7 +25,7 @@ def federate(*, as_json: bool, **options: Any) -> None:
     """
     config = FederateConfig.checked(**options)
     if config.kit is not None:
-        with _nvflare():
+        with _packages():
             from normtune.federated.flare import run_deployed
         emit(as_json, run_deployed(config, site_names(config.site), config.kit, quiet=as_json))
         return
@@ -42,26 +42,34 @@ def federate_kits(
     server: Annotated[str, typer.Option(help="Host name of the server, as the sites reach it.")],
     out: Annotated[Path, typer.Option(help="Folder for the startup kits.")],
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the server.")] = 8002,
+    secure: Annotated[
+        bool, typer.Option("--secure", help="Add keys with which sites encrypt their updates; the server has none.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Write the startup kits of a federation's server, sites and administrator, with NVFlare.
 
     Each kit is a folder for its owner. A site names its data in local/site.yaml, and starts with startup/start.sh.
     """
-    with _nvflare():
+    with _packages():
         import nvflare  # noqa: F401
+
+        if secure:
+            import tenseal  # noqa: F401
     from normtune.federated.kits import prepare_kits
 
-    kits = prepare_kits(out, site_names(site), server, port)
+    kits = prepare_kits(out, site_names(site), server, port, secure=secure)
     emit(json, kits, "\n".join(f"{owner}: {kit}" for owner, kit in kits.items()))
 
 
 @contextmanager
-def _nvflare() -> Iterator[None]:
-    """Import NVFlare inside the block, or say how to install it."""
+def _packages() -> Iterator[None]:
+    """Import NVFlare and TenSEAL inside the block, or say how to install them."""
     try:
         yield
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "nvflare":
+        extras = {"nvflare": "federate", "tenseal": "secure"}
+        if (package := (error.name or "").partition(".")[0]) not in extras:
             raise
-        raise InputError("this needs NVFlare, which is not installed: pip install normtune[federate].") from error
+        message = f"this needs {package}, which is not installed: pip install normtune[{extras[package]}]."
+        raise InputError(message) from error

@@ -69,6 +69,11 @@ class FederateConfig(Options):
     )
     server_lr: float = Field(1e-2, gt=0, description="Learning rate of --server adam.")
     proximal: float = Field(0.0, ge=0, description="Strength of FedProx's pull towards the round's start; 0: none.")
+    secure: bool = Field(
+        False,
+        description="Sites encrypt their updates, and the server averages what it cannot read; needs --kit, and kits "
+        "of normtune federate-kits --secure.",
+    )
     local: str | None = Field(
         None, description="Parts of the model that are trained for each site alone (as in FedBN), such as vision."
     )
@@ -123,6 +128,14 @@ class FederateConfig(Options):
         if server == "adam" and info.data.get("average") == "exact":
             raise ValueError("adam takes steps on the factors of a LoRA, which --average exact replaces; choose one")
         return server
+
+    @field_validator("secure")
+    @classmethod
+    def _check_secure(cls, secure: bool, info: ValidationInfo) -> bool:
+        for name in ("average", "server"):
+            if secure and info.data.get(name) in ("exact", "adam"):
+                raise ValueError(f"a server that sees only encrypted values cannot compute --{name} {info.data[name]}")
+        return secure
 
     @property
     def local_parts(self) -> set[str]:

@@ -28,7 +28,7 @@ from nvflare.app_common.workflows.model_controller import ModelController
 from nvflare.fuel.flare_api.flare_api import new_secure_session
 
 from normtune.adapters.info import AdapterInfo, parse_info
-from normtune.adapters.storage import INFO_FILE, read_adapter_info
+from normtune.adapters.storage import INFO_FILE
 from normtune.errors import InputError
 from normtune.federated.config import FederateConfig, read_site
 from normtune.federated.rounds import RECORD_FILE, Federation, federate
@@ -65,7 +65,9 @@ class FederationController(ModelController):
         out = Path(workspace.get_root_dir()) / FOLDER / self.federation
         (out / ERROR_FILE).unlink(missing_ok=True)
         try:
-            federate(FederateConfig.checked(**self.options, site=[], out=out), self.sites, self)
+            config = FederateConfig.checked(**self.options, site=[], out=out)
+            context = load_context("server_context.tenseal", config, Path(workspace.get_root_dir()), self.fl_ctx)
+            federate(config, self.sites, self, context=context)
         except _SiteMissing:
             self.info(f"the job ends because {', '.join(sorted(self.missing))} did not answer")
         except InputError as error:
@@ -99,7 +101,7 @@ class FederationController(ModelController):
 
     def finish(self, info: AdapterInfo, values: Values) -> None:
         """Send the final adapter to all sites that are connected."""
-        meta = {"name": self.federation, "info": json.dumps(info.to_json())}
+        meta = {"name": self.federation, "options": json.dumps(self.options), "info": json.dumps(info.to_json())}
         targets = sorted({client.name for client in self.engine.get_clients()} & set(self.sites))
         replies = self._ask(FINISH, values, meta, targets, 300)
         if absent := [site for site in self.sites if site not in replies]:
@@ -125,23 +127,55 @@ class SiteExecutor(Executor):
         folder = root / FOLDER / Path(str(model.meta["name"])).name
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            reply = _write_final(model, folder) if task_name == FINISH else _train(model, root, folder)
+            config = FederateConfig.checked(**json.loads(model.meta["options"]), site=[], out=folder)
+            context = load_context("client_context.tenseal", config, root, fl_ctx)
+            if task_name == FINISH:
+                reply = _write_final(model, folder, context)
+            else:
+                task = RoundTask(config, model.meta["round"], model.params)
+                reply = _train(task, root / "local" / SITE_FILE, folder, context)
         except Exception as error:  # its message may hold text of the data, which stays in the log of the site
             self.log_exception(fl_ctx, f"{task_name} failed: {error}")
             reply = FLModel(params={}, meta={"error": type(error).__name__})
         return FLModelUtils.to_shareable(reply)
 
 
-def _train(model: FLModel, root: Path, folder: Path) -> FLModel:
-    config = FederateConfig.checked(**json.loads(model.meta["options"]), site=[], out=folder)
-    site = read_site(root / "local" / SITE_FILE)
-    update = train_at_site(RoundTask(config, model.meta["round"], model.params), site, folder)
+def _train(task: RoundTask, site: Path, folder: Path, context: Any) -> FLModel:
+    if context is None:
+        update = train_at_site(task, read_site(site), folder)
+    else:
+        from normtune.federated.secure import train_encrypted
+
+        update = train_encrypted(task, read_site(site), folder, context)
     return FLModel(params=update.values, meta={name: getattr(update, name) for name in _FIGURES})
 
 
-def _write_final(model: FLModel, folder: Path) -> FLModel:
-    write_site_adapter(folder, parse_info(json.loads(model.meta["info"]), folder / INFO_FILE), model.params)
+def _write_final(model: FLModel, folder: Path, context: Any) -> FLModel:
+    info, values = parse_info(json.loads(model.meta["info"]), folder / INFO_FILE), model.params
+    if context is not None:
+        from normtune.federated.secure import decrypt
+
+        local = (info.data or {}).get("local", [])
+        values = decrypt(values, [name for name, tensor in info.tensors.items() if tensor.part not in local], context)
+    write_site_adapter(folder, info, values)
     return FLModel(params={}, meta={})
+
+
+def load_context(name: str, config: FederateConfig, root: Path, fl_ctx: FLContext) -> Any:
+    """Read the keys of encryption from a kit, and check their signature; None without --secure.
+
+    Raises:
+        InputError: the kit has keys and the federation does not use them, or the other way round. So an
+            administrator cannot switch off the encryption that a site expects.
+    """
+    if config.secure != (root / "startup" / name).is_file():
+        kits = "were written without --secure" if config.secure else "encrypt updates; the federation needs --secure"
+        raise InputError(f"the startup kits {kits}.")
+    if not config.secure:
+        return None
+    from nvflare.app_opt.he.homomorphic_encrypt import load_tenseal_context_from_workspace
+
+    return load_tenseal_context_from_workspace(name, fl_ctx)
 
 
 def write_job(folder: Path, config: FederateConfig, sites: Sequence[str]) -> None:
@@ -175,11 +209,10 @@ def run_deployed(config: FederateConfig, sites: Sequence[str], kit: Path, *, qui
             result = _run_job(Path(temporary) / "job", kit, Path(temporary), sites)
             record = read_json(result / RECORD_FILE) if result and (result / RECORD_FILE).is_file() else {"rounds": []}
             rounds = len(record["rounds"])
-            if result and (result / INFO_FILE).is_file() and rounds >= config.rounds:
+            if result and rounds >= config.rounds and record["finished"]:
                 config.out.mkdir(parents=True, exist_ok=True)
                 shutil.copytree(result, config.out, dirs_exist_ok=True)
-                recipe, size = read_adapter_info(config.out).recipe, record["bytes_a_round"]
-                seconds = time.monotonic() - started
+                recipe, size, seconds = record["recipe"], record["bytes_a_round"], time.monotonic() - started
                 return Federation.from_rounds(config, recipe, record["rounds"], size, 0, seconds)
             if result is not None and (result / ERROR_FILE).is_file():
                 raise InputError((result / ERROR_FILE).read_text(encoding="utf-8"))

@@ -28,7 +28,7 @@ root: /path/to/rows.csv
 """
 
 
-def prepare_kits(out: Path, sites: Sequence[str], server: str, port: int) -> dict[str, str]:
+def prepare_kits(out: Path, sites: Sequence[str], server: str, port: int, *, secure: bool = False) -> dict[str, str]:
     """Write the startup kits of a federation.
 
     Args:
@@ -36,6 +36,7 @@ def prepare_kits(out: Path, sites: Sequence[str], server: str, port: int) -> dic
         sites: names of the sites.
         server: host name of the server, as the sites reach it.
         port: of the server, for sites and administrator.
+        secure: add the keys with which sites encrypt their updates; the server's kit gets no secret key.
 
     Returns:
         Owner of a kit -> its folder.
@@ -58,6 +59,7 @@ def prepare_kits(out: Path, sites: Sequence[str], server: str, port: int) -> dic
         "builders": [
             {"path": f"{builders}workspace.WorkspaceBuilder", "args": {"template_file": ["master_template.yml"]}},
             {"path": f"{builders}static_file.StaticFileBuilder", "args": {"config_folder": "config", "scheme": "grpc"}},
+            *([{"path": f"{builders}he.HEBuilder", "args": {}}] if secure else []),
             {"path": f"{builders}cert.CertBuilder"},
             {"path": f"{builders}signature.SignatureBuilder"},
         ],

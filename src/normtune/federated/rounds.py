@@ -59,6 +59,7 @@ class Federation(Result):
     bytes_a_round: int  # to one site and back
     resumed_after: int  # rounds that an earlier start had finished
     seconds: float  # of this start
+    secure: bool = False  # updates were encrypted, and `out` has no adapter
 
     @classmethod
     def from_rounds(
@@ -69,7 +70,7 @@ class Federation(Result):
         for entry in rounds:
             for site, reason in entry["refused"].items():
                 refused.setdefault(site, []).append(f"round {entry['round']}: {reason}")
-        return cls(str(config.out), recipe, rounds, refused, size, resumed, seconds)
+        return cls(str(config.out), recipe, rounds, refused, size, resumed, seconds, config.secure)
 
     def __str__(self) -> str:
         header = ("round", "sites", "pairs", "change", "loss", "seconds")
@@ -82,17 +83,18 @@ class Federation(Result):
         if lost:
             lines.append(f"LoRA: the rank loses at most {max(lost):.2%} of the squared size of the averaged products")
         lines.append(f"{self.recipe}: {self.bytes_a_round:,} bytes to each site and back in a round")
-        return "\n".join([*lines, f"Written: {self.out}"])
+        where = "; the adapter is at the sites" if self.secure else ""
+        return "\n".join([*lines, f"Written: {self.out}{where}"])
 
 
 def _round_row(entry: dict[str, Any]) -> tuple[str, ...]:
-    accepted = entry["accepted"].values()
+    accepted, change = entry["accepted"].values(), entry["change"]
     losses = [site["loss"] for site in accepted if site["loss"] is not None]
     return (
         str(entry["round"]),
         f"{len(accepted)} of {len(accepted) + len(entry['refused'])}",
         f"{sum(site['pairs'] for site in accepted):,}",
-        f"{entry['change']:.3g}",
+        "-" if change is None else f"{change:.3g}",
         f"{sum(losses) / len(losses):.4f}" if losses else "-",
         f"{entry['seconds']:.1f}",
     )
@@ -138,7 +140,9 @@ class ServerState:
         return cls(values, ServerAdam(rate, record["adam_steps"], moments), record["rounds"])
 
 
-def federate(config: FederateConfig, sites: Sequence[str], engine: Engine, *, quiet: bool = False) -> Federation:
+def federate(
+    config: FederateConfig, sites: Sequence[str], engine: Engine, *, quiet: bool = False, context: Any = None
+) -> Federation:
     """Run all rounds of a federation and write the averaged adapter to `config.out`.
 
     A killed federation continues after its last finished round when this function is called again.
@@ -147,6 +151,7 @@ def federate(config: FederateConfig, sites: Sequence[str], engine: Engine, *, qu
         sites: names of the sites.
         engine: trains at the sites.
         quiet: print no line for each round.
+        context: TenSEAL's context without a secret key, if updates are encrypted. The sites then write the adapter.
 
     Raises:
         InputError: the model or the recipe is not valid, the folder holds another federation, or too few sites
@@ -154,6 +159,8 @@ def federate(config: FederateConfig, sites: Sequence[str], engine: Engine, *, qu
     """
     if len(sites) < config.needed(len(sites)):
         raise InputError(f"--quorum {config.quorum}: there are only {len(sites)} sites.")
+    if config.secure and context is None:
+        raise InputError("--secure needs --kit: a simulation hides nothing from its server.")
     started = perf_counter()
     with try_lock(config.out / "lock", remove=True) as acquired:
         if not acquired:
@@ -168,22 +175,29 @@ def federate(config: FederateConfig, sites: Sequence[str], engine: Engine, *, qu
             state = ServerState({name: initial[name] for name in shared}, ServerAdam(config.server_lr))
         resumed_after = len(state.rounds)
         for number in range(resumed_after + 1, config.rounds + 1):
-            entry = run_round(config, number, state, engine, sites, info.base_fingerprint)
+            entry = run_round(config, number, state, engine, sites, info.base_fingerprint, context)
             state.write(path, options)
-            _write_record(config, options, state)
+            _write_record(config, options, info.recipe, state)
             if not quiet:
                 print(_round_line(entry, config.rounds), file=sys.stderr, flush=True)
         values = {**initial, **state.values}
         info = _final_info(config, info, state, sites)
-        write_adapter(config.out, info, {name: torch.from_numpy(value) for name, value in values.items()})
-        _write_record(config, options, state)
+        if context is None:
+            write_adapter(config.out, info, {name: torch.from_numpy(value) for name, value in values.items()})
         engine.finish(info, values)
-    size = 2 * sum(value.nbytes for value in state.values.values())
-    return Federation.from_rounds(config, info.recipe, state.rounds, size, resumed_after, perf_counter() - started)
+        _write_record(config, options, info.recipe, state, finished=True)
+    seconds, size = perf_counter() - started, _bytes_a_round(state)
+    return Federation.from_rounds(config, info.recipe, state.rounds, size, resumed_after, seconds)
 
 
 def run_round(
-    config: FederateConfig, number: int, state: ServerState, engine: Engine, sites: Sequence[str], base_fingerprint: str
+    config: FederateConfig,
+    number: int,
+    state: ServerState,
+    engine: Engine,
+    sites: Sequence[str],
+    base_fingerprint: str,
+    context: Any = None,
 ) -> dict[str, Any]:
     """Run one round and set the values of the next one in `state`.
 
@@ -198,8 +212,14 @@ def run_round(
     updates = {site: answer for site, answer in sorted(answers.items()) if isinstance(answer, SiteUpdate)}
     refused = {site: "no answer" for site in sites if site not in answers}
     refused |= {site: answer for site, answer in answers.items() if isinstance(answer, str)}
-    earlier = [site["update_norm"] for entry in state.rounds[-1:] for site in entry["accepted"].values()]
-    refused |= find_refusals(updates, state.values, base_fingerprint, config.max_update, earlier)
+    if context is None:
+        earlier = [site["update_norm"] for entry in state.rounds[-1:] for site in entry["accepted"].values()]
+        refused |= find_refusals(updates, state.values, base_fingerprint, config.max_update, earlier)
+    else:
+        from normtune.federated import secure
+
+        start, _ = secure.split(state.values)
+        refused |= secure.find_refusals(updates, start, base_fingerprint, context)
     accepted = {site: update for site, update in updates.items() if site not in refused}
     if len(accepted) < config.needed(len(sites)):
         reasons = "; ".join(f"{site}: {reason}" for site, reason in refused.items())
@@ -209,9 +229,13 @@ def run_round(
             "the same command again, or lower --quorum."
         )
     weights = site_weights(accepted, config.weights)
-    averaged, lost = average([u.values for u in accepted.values()], list(weights.values()), config.average)
-    after = state.adam.step(state.values, averaged) if config.server == "adam" else averaged
-    changed = SiteUpdate(after, 0, 0, 0.0, None, "")
+    values, shares, lost = [update.values for update in accepted.values()], list(weights.values()), None
+    if context is not None:
+        after = start | secure.average(values, shares, context)
+    else:
+        after, lost = average(values, shares, config.average)
+        if config.server == "adam":
+            after = state.adam.step(state.values, after)
     entry = {
         "round": number,
         "accepted": {
@@ -221,15 +245,16 @@ def run_round(
                 "steps": update.steps,
                 "seconds": update.seconds,
                 "loss": update.loss,
-                "update_norm": update_norm(update, state.values),
+                "bytes": _size(update.values),
+                "update_norm": None if context is not None else update_norm(update.values, state.values),
                 **({} if update.epsilon is None else {"epsilon": update.epsilon, "delta": update.delta}),
             }
             for site, update in accepted.items()
         },
         "refused": dict(sorted(refused.items())),
-        "change": update_norm(changed, state.values),
+        "change": None if context is not None else update_norm(after, state.values),
         "lost": lost,
-        "bytes": sum(value.nbytes for value in state.values.values()) * (len(sites) + len(updates)),
+        "bytes": _size(state.values) * len(sites) + sum(_size(update.values) for update in updates.values()),
         "seconds": perf_counter() - started,
     }
     state.values = after
@@ -283,13 +308,24 @@ def _final_info(config: FederateConfig, info: AdapterInfo, state: ServerState, s
     return replace(info, data=data)
 
 
-def _write_record(config: FederateConfig, options: dict[str, Any], state: ServerState) -> None:
-    size = 2 * sum(value.nbytes for value in state.values.values())
-    record = {"options": options, "rounds": state.rounds, "bytes_a_round": size}
-    write_json(config.out / RECORD_FILE, record)
+def _write_record(
+    config: FederateConfig, options: dict[str, Any], recipe: str, state: ServerState, *, finished: bool = False
+) -> None:
+    record = {"options": options, "rounds": state.rounds, "bytes_a_round": _bytes_a_round(state), "recipe": recipe}
+    write_json(config.out / RECORD_FILE, record | {"finished": finished})
+
+
+def _bytes_a_round(state: ServerState) -> int:
+    """Bytes of the values to one site, and of its update."""
+    sent = [site["bytes"] for site in state.rounds[-1]["accepted"].values()] if state.rounds else [0]
+    return _size(state.values) + max(sent)
+
+
+def _size(values: Values) -> int:
+    return sum(value.nbytes for value in values.values())
 
 
 def _round_line(entry: dict[str, Any], rounds: int) -> str:
     refused = "".join(f"; refused {site}: {reason}" for site, reason in entry["refused"].items())
-    sites = len(entry["accepted"])
-    return f"round {entry['round']} of {rounds}: {sites} sites, change {entry['change']:.3g}{refused}"
+    _, sites, _, change, *_ = _round_row(entry)
+    return f"round {entry['round']} of {rounds}: {sites} sites, change {change}{refused}"

@@ -59,7 +59,7 @@ def find_refusals(
     """
     reasons = {site: _invalid(update, start, base_fingerprint) for site, update in updates.items()}
     refused = {site: reason for site, reason in reasons.items() if reason is not None}
-    norms = {site: update_norm(update, start) for site, update in updates.items() if site not in refused}
+    norms = {site: update_norm(update.values, start) for site, update in updates.items() if site not in refused}
     compared = [*norms.values(), *earlier_norms]
     median = float(np.median(compared)) if len(compared) >= _MANY else 0.0
     for site, norm in norms.items():
@@ -70,14 +70,14 @@ def find_refusals(
 
 def _invalid(update: SiteUpdate, start: Values, base_fingerprint: str) -> str | None:
     """Why an update cannot be used, whatever the others are; None if it can."""
-    if not same_base(update.base_fingerprint, base_fingerprint):
-        return "its base has other values"
-    if not isinstance(update.pairs, int) or update.pairs <= 0:
-        return "its number of pairs is not above 0"
+    if reason := check_figures(update, base_fingerprint):
+        return reason
     if differing := sorted(update.values.keys() ^ start.keys()):
         return f"{len(differing)} tensors are missing or unknown, the first is {differing[0][:200]}"
     for name, expected in start.items():
         actual = update.values[name]
+        if not isinstance(actual, np.ndarray):
+            return f"{name} is no array"
         if actual.shape != expected.shape or actual.dtype != expected.dtype:
             return f"{name} has shape {actual.shape} {actual.dtype}, not {expected.shape} {expected.dtype}"
         if not np.isfinite(actual).all():
@@ -85,9 +85,18 @@ def _invalid(update: SiteUpdate, start: Values, base_fingerprint: str) -> str | 
     return None
 
 
-def update_norm(update: SiteUpdate, start: Values) -> float:
-    """The Euclidean norm of what a site changed."""
-    squares = (np.square(update.values[name] - value, dtype=np.float64).sum() for name, value in start.items())
+def check_figures(update: SiteUpdate, base_fingerprint: str) -> str | None:
+    """Why an update cannot be used, by what came with its values; None if it can."""
+    if str(update.base_fingerprint).count("-") != 1 or not same_base(update.base_fingerprint, base_fingerprint):
+        return "its base has other values"
+    if not isinstance(update.pairs, int) or update.pairs <= 0:
+        return "its number of pairs is not above 0"
+    return None
+
+
+def update_norm(values: Values, start: Values) -> float:
+    """The Euclidean norm of a change."""
+    squares = (np.square(values[name] - value, dtype=np.float64).sum() for name, value in start.items())
     return math.sqrt(sum(squares))
 
 
