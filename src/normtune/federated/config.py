@@ -167,7 +167,7 @@ class FederateConfig(Options):
 
 
 _OF_DATA = (*DataOptions.model_fields, "split", "limit")
-# the options of `normtune train`; the other three have another meaning here
+# the options of `normtune train`, without three that mean something else in a federation
 _OF_TRAINING = (FederateConfig.model_fields.keys() & TrainConfig.model_fields.keys()) - {"model", "out", "workers"}
 
 

@@ -40,11 +40,11 @@ FOLDER = "normtune"  # in the folder of the server or of a site: a folder for ea
 SITE_FILE = "site.yaml"  # in the `local` folder of a site: its data
 ERROR_FILE = "error.txt"  # why a job has stopped, beside its record
 TRAIN, FINISH = "train", "finish"
-_FIGURES = [field.name for field in fields(SiteUpdate) if field.name != "values"]
+_FIGURES = [field.name for field in fields(SiteUpdate) if field.name != "values"]  # sent beside the values
 _POLL_S = 2.0
-_RESTART_S = 600.0  # the server may be away for so long,
-_ATTEMPTS = 10  # and so often in a row
-_GATHER_S = 60.0  # so long a job waits for sites that are not connected
+_RESTART_S = 600.0  # how long the administrator waits for a server that is away
+_ATTEMPTS = 10  # jobs in a row that may end because the server was away
+_GATHER_S = 60.0  # how long a new job waits for sites that are not connected
 
 
 class _SiteMissing(Exception):
@@ -118,7 +118,7 @@ class FederationController(ModelController):
 
 
 class SiteExecutor(Executor):
-    """A site's part of a job. What it sends: trained values and figures; of an error only the type."""
+    """A site's part of a job. It sends trained values and figures, and of an error only the type."""
 
     def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
         """Train a round, or write the final adapter."""

@@ -201,8 +201,16 @@ def run_round(
 ) -> dict[str, Any]:
     """Run one round and set the values of the next one in `state`.
 
+    Args:
+        context: as for `federate`.
+
     Returns:
         The round's entry in `federation.json`: accepted sites with their figures, refused ones with the reason.
+        An example, shortened:
+
+            {"round": 2, "accepted": {"a": {"weight": 0.75, "pairs": 90, "loss": 1.2, "update_norm": 0.31},
+                                      "b": {"weight": 0.25, "pairs": 30, "loss": 1.4, "update_norm": 0.44}},
+             "refused": {"c": "norm.bias has values that are not finite"}, "change": 0.29}
 
     Raises:
         InputError: fewer sites than the quorum sent a usable update. The state is then unchanged.

@@ -99,7 +99,7 @@ def split(values: Values) -> tuple[Values, Values]:
 def find_refusals(
     updates: Mapping[str, SiteUpdate], start: Values, base_fingerprint: str, context: Any
 ) -> dict[str, str]:
-    """Find the updates that the server cannot average; it sees neither values that are not finite nor their size.
+    """Find the updates that the server cannot average. It cannot see whether the values are finite or scaled.
 
     Returns:
         Site -> the reason, for every update that is refused.

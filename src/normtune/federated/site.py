@@ -98,6 +98,7 @@ def _spend(folder: Path, this_round: Privacy, budget: float | None) -> Privacy:
     """
     path = folder / PRIVACY_FILE
     history = read_json(path)["history"] if path.is_file() else []
+    # an entry for each update: [noise multiplier, sampling rate, steps], such as [1.1, 0.02, 50]
     history.append([this_round.noise_multiplier, this_round.sampling_rate, this_round.steps])
     total = replace(this_round, steps=sum(steps for *_, steps in history))
     if this_round.noise_multiplier:
