@@ -1,7 +1,7 @@
 """The interface of a frozen trunk: the part of a model before everything that a recipe trains.
 
-Its output states are computed once, not once a step. The states of an image's tokens depend only on the
-image, those of a question on the image and the question, never on the group's other questions: they can be
+Its output states are computed once, not once a step. The states of an image's tokens depend on the image only. The
+states of a question depend on the image and the question, never on the group's other questions. So states can be
 computed in any group and used in any batch.
 """
 
@@ -67,7 +67,7 @@ class FrozenTrunk(ABC):
 
 
 def parameter_ids(module: nn.Module) -> set[int]:
-    """The ids (`id()`) of a module's parameters, including those of the prefixes of its attentions."""
+    """The ids (`id()`) of a module's parameters, and of the learned prefixes that its attentions read."""
     ids = {id(parameter) for parameter in module.parameters()}
     for submodule in module.modules():
         # such as the prefix that all layers of a part share: it is registered elsewhere in the model

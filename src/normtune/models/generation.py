@@ -38,7 +38,7 @@ Process = Callable[[Sequence[int], Tensor, Tensor], Tensor]
 the next tokens; `prompts[r]` is the prompt of row r. Scores are logits in greedy search and log-probabilities in
 beam search, as for the logits processors of transformers."""
 
-# batches keep their shape for so many steps on CUDA, so that a captured step can be replayed
+# on CUDA batches keep their shape for this number of steps, so that a captured step can be replayed
 FIXED_STEPS = 32
 NEVER = -1.0e9  # added to a score that must not win, as in transformers
 
@@ -66,7 +66,7 @@ def generate(
     """Continue prompts until an end token or `max_new_tokens`.
 
     Args:
-        logits: those of the first new token, one row a prompt: [prompts, vocabulary].
+        logits: the logits of the first new token, one row a prompt: [prompts, vocabulary].
         step: computes the logits of the next token; see `Step`.
         end: the tokens that end an answer.
         max_new_tokens: the largest number of new tokens a prompt.
@@ -113,7 +113,7 @@ def greedy(
     answers: list[list[int]] = [[] for _ in prompts]
     totals = [0.0 for _ in prompts]  # summed log-probabilities
     done = [False for _ in prompts]
-    tokens = torch.empty(len(prompts), 0, dtype=torch.long, device=logits.device)  # those of `prompts` so far
+    tokens = torch.empty(len(prompts), 0, dtype=torch.long, device=logits.device)  # written so far
     copies = _HostCopies(max_new_tokens, len(prompts), logits.device)
     for position in range(max_new_tokens):
         wide = logits.float()
@@ -200,7 +200,7 @@ def beam_search(
     """Find the best of `beams` running answers a prompt; arguments as for `generate`."""
     device, prompts, vocabulary = logits.device, logits.shape[0], logits.shape[1]
     ends = torch.tensor(list(end), device=device)
-    # so many that `beams` candidates remain even if every beam's best ones are end tokens
+    # enough candidates that `beams` remain even if every beam's best ones are end tokens
     candidates = max(2, 1 + len(end)) * beams
     among_best = torch.arange(candidates, device=device) < beams  # candidates are sorted by score
 

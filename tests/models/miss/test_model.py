@@ -41,20 +41,6 @@ def test_loss_is_the_mean_over_answer_tokens() -> None:
     torch.testing.assert_close(output.loss, torch.stack(losses).mean())
 
 
-def test_logit_rows_select_rows_of_logits_and_labels() -> None:
-    model, images = tiny_miss(), random_pixels(5)
-    complete = model(pixel_values=images, **BATCH)
-    rows = (BATCH["labels"].flatten() != -100).nonzero()[:, 0]
-    selected = model(pixel_values=images, logit_rows=rows, **BATCH)
-    torch.testing.assert_close(selected.logits, complete.logits.flatten(0, 1)[rows])
-    torch.testing.assert_close(selected.loss, complete.loss)
-    few = rows[[3, 0]]
-    torch.testing.assert_close(
-        model(pixel_values=images, logit_rows=few, **BATCH).loss,
-        F.cross_entropy(complete.logits.flatten(0, 1)[few], BATCH["labels"].flatten()[few]),
-    )
-
-
 def test_answer_tokens_do_not_attend_to_later_tokens() -> None:
     model, images = tiny_miss(), random_pixels(1)
     question = question_batch(QUESTIONS[:1])

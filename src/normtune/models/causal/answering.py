@@ -149,7 +149,7 @@ def _cache_argument(family: CausalFamily) -> str:
 
 
 def _prompts(sequence: SharedSequence) -> list[list[int]]:
-    """The tokens of each segment's conversation: those of its group's prefix, then its own."""
+    """The tokens of each segment's conversation: the prefix of its group, then the segment."""
     ids = sequence.input_ids.flatten()
     rows = (chain(*sequence.rows_of(segment)) for segment in range(sequence.segment_count))
     return [ids[list(tokens)].tolist() for tokens in rows]

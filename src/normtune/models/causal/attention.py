@@ -3,8 +3,8 @@
 `shared_attention` is registered among transformers' attention functions; a language model that uses it is
 configured as "normtune_shared". For the backward pass a layer then saves queries, keys and values as they
 are, its output, and one logarithm a row and head: in bf16, for width d, key/value width k and H heads,
-4d + 4k + 4H bytes a token. Transformers' SDPA with a bool mask saves a mask of its own in every layer as
-well, and copies keys and values once for each query head.
+4d + 4k + 4H bytes a token. Transformers' SDPA with a bool mask also saves a mask in every layer, and copies
+keys and values once for each query head.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ Backend = Literal["auto", "dense", "block"]  # masks as tensors, or as FlexAtten
 
 ATTENTION_NAME = "normtune_shared"  # what configs call this attention
 BLOCK_SIZE = 128  # FlexAttention's block; lengths are multiples of it, so that no new kernel is compiled
-# rows of at least so many tokens use block masks on CUDA under "auto". Dense masks are faster at the lengths that
-# were measured, up to 1,721 tokens; at this length a mask folded for 4 query heads a key head takes 512 MiB
+# Under "auto", rows of this length or longer use block masks on CUDA. Dense masks were faster at all measured lengths,
+# up to 1,721 tokens; at 8,192 tokens a mask folded for 4 query heads a key head takes 512 MiB.
 MIN_BLOCK_MASK_TOKENS = 8192
 MASK_ALIGNMENT = 8  # values; CUDA's memory-efficient kernel copies a mask with rows that start elsewhere
 
@@ -131,12 +131,15 @@ def additive_masks(masks: Mapping[str, Tensor], decoder: Any, dtype: torch.dtype
         Kind -> [B, 1, Q, K], or [B, 1, sharing * Q, K] where SDPA needs folded queries: everywhere except on
         the CPU, if `sharing` (query heads a key head) is above 1.
     """
-    return {
-        kind: _additive_mask(
-            mask, dtype, 1 if _supports_grouped_heads(mask.device) else heads_per_key_head(decoder, kind)
-        )
-        for kind, mask in masks.items()
-    }
+    additive = {}
+    for kind, mask in masks.items():
+        sharing = 1 if _supports_grouped_heads(mask.device) else heads_per_key_head(decoder, kind)
+        rows, heads, queries, keys = mask.shape
+        width = keys + -keys % MASK_ALIGNMENT  # allocated columns; the view at the end cuts off those past `keys`
+        buffer = torch.zeros(rows, heads, sharing, queries, width, dtype=dtype, device=mask.device)
+        buffer[..., :keys].masked_fill_(~mask[:, :, None], -torch.inf)
+        additive[kind] = buffer.view(rows, heads, sharing * queries, width)[..., :keys]
+    return additive
 
 
 def heads_per_key_head(decoder: Any, kind: str) -> int:
@@ -152,15 +155,6 @@ def heads_per_key_head(decoder: Any, kind: str) -> int:
         return config.num_attention_heads // int(config.per_layer_config[layer].num_key_value_heads)
     heads: int = config.num_attention_heads
     return heads // (getattr(config, "num_key_value_heads", None) or heads)
-
-
-def _additive_mask(mask: Tensor, dtype: torch.dtype, sharing: int) -> Tensor:
-    """[B, 1, Q, K] bool -> [B, 1, sharing * Q, K] of `dtype`, a view with rows that are aligned in memory."""
-    rows, heads, queries, keys = mask.shape
-    width = keys + -keys % MASK_ALIGNMENT  # allocated columns; those past `keys` are cut off by the view
-    buffer = torch.zeros(rows, heads, sharing, queries, width, dtype=dtype, device=mask.device)
-    buffer[..., :keys].masked_fill_(~mask[:, :, None], -torch.inf)
-    return buffer.view(rows, heads, sharing * queries, width)[..., :keys]
 
 
 def mask_argument(masks: dict[str, Any]) -> Any:

@@ -63,7 +63,7 @@ def _warn_ignored(name: str) -> None:
 
 
 class ScoreProcessors:
-    """Transformers' logits processors for a batch of answers, each with the tokens of its own conversation.
+    """Transformers' logits processors for a batch of answers; each answer is processed with its own conversation.
 
     Args:
         model: has the generation config.

@@ -91,7 +91,7 @@ class ColumnCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write new keys and values [B, key heads, Q, head_dim]; returns those of `width` columns."""
+        """Write new keys and values [B, key heads, Q, head_dim]; returns the first `width` columns of all."""
         if layer_idx in self.fixed_layers:
             self.layer_states[layer_idx] = key_states, value_states
             return key_states, value_states
@@ -121,7 +121,7 @@ class ColumnCache(Cache):
 
 
 class _FixedLayers:
-    """The layers of a cache as transformers reads those of cross-attention, by number only."""
+    """The layers of a cache in the form in which transformers reads the keys and values of cross-attention."""
 
     def __init__(self, cache: ColumnCache) -> None:
         self.cache = cache
@@ -247,7 +247,7 @@ class SharedCacheDecoder:
                 self.on_select(index)
             self.column_token_index = self.column_token_index[index]
         self.cache_row = [needed.index(row) for row in cache_row]
-        # slot of an answer: its number minus that of the first answer of its cache row
+        # slot of an answer: its number minus the number of the first answer in its cache row
         slot = [number - self.cache_row.index(row) for number, row in enumerate(self.cache_row)]
         self.slots = max(Counter(self.cache_row).values())
         # indexes [B, slots] with one entry an answer

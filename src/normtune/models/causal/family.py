@@ -96,7 +96,7 @@ class CausalFamily(Family):
     caps_logits: ClassVar[bool] = False  # whether logits are limited to (-cap, cap) where the config has a cap
     whole_blocks: ClassVar[bool] = False  # whether the tokens of a block see each other past a window
     block_kinds: ClassVar[Collection[str] | None] = None  # kinds of layers with such blocks; None: all
-    fixed_layers: Sequence[int] = ()  # layers whose keys and values are those of images (cross-attention)
+    fixed_layers: Sequence[int] = ()  # layers that take keys and values from images only (cross-attention)
     image_options: ClassVar[dict[str, Any]] = {}  # arguments of the image processor
     image_keys: ClassVar[tuple[str, ...]] = ("pixel_values",)  # the image processor's results that are used
 

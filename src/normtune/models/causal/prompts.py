@@ -200,7 +200,7 @@ class ChatPrompt:
         return self.trailing + rest
 
     def _segment_tokens(self, id: str, text: str) -> TokenIds:
-        """Tokens of a text that follows the marker; checks that they are those of the whole conversation."""
+        """Tokens of a text that follows the marker; checks that the whole conversation has the same tokens there."""
         # The marker is tokenised with the text and then dropped, since some tokenizers write the beginning of
         # a text differently from its middle.
         tokens = self._tokens(self.marker + text)

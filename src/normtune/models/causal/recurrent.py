@@ -42,46 +42,53 @@ State = tuple[Tensor, Tensor | None]
 def run_passes(sequence: SharedSequence, *, keep_states: bool = False) -> dict[str, Any]:
     """Divide the runs of a layout into passes.
 
+    For the example above, with the row `i i i q q a s r r r b` (rows 0 to 10 of the flattened tokens):
+
+        pass_0   tokens [[0, 1, 2]]                        leaves state 0
+        pass_1   tokens [[3, 4, 5]]                        parents [0], leaves state 1
+        pass_2   tokens [[6, 6, 6, 6], [7, 8, 9, 10]]      parents [1, 0]; s is padded by itself
+        order    [0, 1, 2, 3, 4, 5, 6, 10, 11, 12, 13]     the outputs of the padding, 7 to 9, are not used
+
     Args:
         keep_states: compute the state after every segment too, to generate from it.
 
     Returns:
         order: [B * S] long, for each token its row in the outputs of all passes; padding has the row after the last.
-        last: [segments] long, the state after each segment, among those of all runs without padding.
+        last: [segments] long, the state after each segment: its index among the states after all unpadded runs.
         pass_0, pass_1, ...: `tokens` [runs, L] long, the rows of the flattened [B * S] tokens; `parents` [runs] long,
             the state from which each run starts (missing in the first passes); `is_continued`, if states are left.
     """
     runs = sequence.runs
     continued = set(range(len(runs))) if keep_states else {run.parent for run in runs}
-    depths: list[int] = []
-    passes: dict[tuple[int, int], list[int]] = {}
-    last_pass = (len(runs), 0)
+    depths: list[int] = []  # of each run: how many runs it continues
+    passes: dict[tuple[int, int], list[int]] = {}  # (depth, length) -> runs; sorted, parents come first
+    last_pass = (len(runs), 0)  # the key of the padded pass, larger than all others
     for index, run in enumerate(runs):
         depths.append(depths[run.parent] + 1 if run.parent >= 0 else 0)
         # a prefix without segments is the start of nothing, but has no parent either
         is_inner = index in continued or run.parent < 0
         passes.setdefault((depths[index], len(run.rows)) if is_inner else last_pass, []).append(index)
-    states: dict[int, int] = {}
+    state_of: dict[int, int] = {}  # run -> the number of the state that it leaves
     result: dict[str, Any] = {}
-    order = torch.zeros(sequence.input_ids.numel(), dtype=torch.long)
-    offset = 0
+    order = torch.full((sequence.input_ids.numel(),), -1)
+    offset = 0  # outputs of the passes so far, padding included
     for number, (key, members) in enumerate(sorted(passes.items())):
         length = max(len(runs[index].rows) for index in members)
         length = max(length, MIN_TOKENS) if key == last_pass else length
         rows = [[*runs[index].rows] + [runs[index].rows[0]] * (length - len(runs[index].rows)) for index in members]
         step: dict[str, Any] = {"tokens": torch.tensor(rows), "is_continued": key != last_pass}
         if runs[members[0]].parent >= 0:
-            step["parents"] = torch.tensor([states[runs[index].parent] for index in members])
+            step["parents"] = torch.tensor([state_of[runs[index].parent] for index in members])
         for place, index in enumerate(members):
             first = offset + place * length
-            order[torch.tensor(runs[index].rows)] = torch.arange(first, first + len(runs[index].rows)) + 1
+            order[torch.tensor(runs[index].rows)] = torch.arange(first, first + len(runs[index].rows))
             if key != last_pass:
-                states[index] = len(states)
+                state_of[index] = len(state_of)
         offset += len(members) * length
         result[f"pass_{number}"] = step
-    result["order"] = torch.where(order > 0, order - 1, offset)
+    result["order"] = torch.where(order >= 0, order, offset)
     if keep_states:
-        result["last"] = torch.tensor([states[run] for run in sequence.last_runs])
+        result["last"] = torch.tensor([state_of[run] for run in sequence.last_runs])
     return result
 
 

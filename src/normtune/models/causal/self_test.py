@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from normtune.models.types import Pixels
 
 TOLERANCE = 1e-5  # of losses, in fp32
-GRADIENT_TOLERANCE = 1e-4  # of each gradient, relative to its norm; its sums are longer than those of a loss
+GRADIENT_TOLERANCE = 1e-4  # of each gradient, relative to its norm; gradients are sums of more numbers than losses
 LAYERS = 3  # of each part, in the small model
 WINDOW = 8  # tokens; shorter than the rows of the test, so that windows take part in it
 HEADS = 2

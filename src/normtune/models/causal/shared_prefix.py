@@ -2,16 +2,17 @@
 
 A group is one image (or study) with its questions. Its tokens form a tree of runs: the root is the prefix, which
 holds the image; a question with its answer (a segment) continues it; a later turn of a conversation continues the
-turn before it, and two candidate answers continue one question. A token attends to the runs that its own continues
-and, causally, to its own run, but never to another branch. Positions continue where the parent ends. Each segment
-therefore computes exactly what it would compute in a sequence of its own, but what segments share is computed once.
+turn before it, and two candidate answers continue one question. A token attends to the tokens before it in its own
+run, and to all runs that its run continues, but never to another branch. Positions continue where the parent ends.
+Each segment therefore computes exactly what it would compute in a separate sequence, and shared tokens are computed
+once.
 Prefix Grouper uses the same idea for text trees (Liu et al., 2025, arXiv 2506.05433).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -93,7 +94,7 @@ class SharedSequence:
         return len(self.last_runs)
 
     def rows_of(self, segment: int) -> tuple[range, list[int]]:
-        """The rows of a segment's prefix, and those of its own tokens, in the flattened [B * S] tokens."""
+        """(rows of a segment's prefix, rows of its own tokens) in the flattened [B * S] tokens."""
         return _trace(self.runs, self.last_runs[segment])
 
     def targets(self) -> dict[str, Any]:
@@ -107,7 +108,7 @@ class SharedSequence:
 
 
 def _trace(runs: Sequence[Run], last: int) -> tuple[range, list[int]]:
-    """The tokens of the root of a run's branch, and those of the runs from the root to the run."""
+    """(rows of the prefix, rows of all other runs from the prefix to run `last`), in the flattened [B * S] tokens."""
     ranges = []
     while runs[last].parent >= 0:
         ranges.append(runs[last].rows)
@@ -163,25 +164,17 @@ def segment_tree(segments: Sequence[Segment]) -> tuple[list[_Part], list[int]]:
     return parts, last
 
 
-@dataclass
-class _RowBuilder:
-    """A row under construction: five lists of the same length."""
+class _PlacedRun(NamedTuple):
+    """A run at its place in a row; its fields besides the place are as in `SharedSequence`."""
 
-    ids: list[int] = field(default_factory=list)
-    groups: list[int] = field(default_factory=list)
-    segments: list[int] = field(default_factory=list)
-    ends: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-
-    def add(self, ids: Sequence[int], group: int, segment: int, end: int, position: int) -> range:
-        """Append the tokens of one run, the first of them at `position`; returns their columns."""
-        columns = range(len(self.ids), len(self.ids) + len(ids))
-        self.ids += ids
-        self.groups += [group] * len(ids)
-        self.segments += [segment] * len(ids)
-        self.ends += [end] * len(ids)
-        self.positions += range(position, position + len(ids))
-        return columns
+    row: int
+    column: int  # of its first token
+    tokens: Sequence[int]
+    group: int
+    number: int
+    end: int
+    position: int  # of its first token
+    parent: int
 
 
 def shared_sequence(
@@ -201,30 +194,42 @@ def shared_sequence(
         multiple_of: the row length is rounded up to a multiple of this number.
     """
     assert len(groups) == len(prefixes) and groups, "one prefix a group, at least one group"
-    layout: list[_RowBuilder] = []
-    placed: list[tuple[int, range, int]] = []  # row, columns and parent of each run
+    placed: list[_PlacedRun] = []
+    lengths: list[int] = []  # tokens in each row so far
     last_runs: list[int] = []
     for g, (group, prefix) in enumerate(zip(groups, prefixes, strict=True)):
         assert prefix, "a prefix holds at least the image"
-        if rows == "pad" or not layout:
-            layout.append(_RowBuilder())
-        row, index, root = layout[-1], len(layout) - 1, len(placed)
+        if rows == "pad" or not lengths:
+            lengths.append(0)
         parts, last = segment_tree(group.segments)
         ends = [*range(len(parts))]  # the last part of each part's branch
         for number in reversed(range(len(parts))):
             if (parent := parts[number].parent) >= 0:
                 ends[parent] = max(ends[parent], ends[number])
-        placed.append((index, row.add(prefix, g, PREFIX, PREFIX + len(parts), 0), -1))
-        for number, (ids, start, parent) in enumerate(parts):
-            columns = row.add(ids, g, PREFIX + 1 + number, PREFIX + 1 + ends[number], len(prefix) + start)
-            placed.append((index, columns, root + 1 + parent))
+        root = len(placed)  # the index of the prefix; part n of the group has index root + 1 + n
+        runs_of_group = [(prefix, PREFIX, PREFIX + len(parts), 0, -1)]
+        for number, (ids, start, parent) in enumerate(parts, PREFIX + 1):
+            end = ends[number - PREFIX - 1] + PREFIX + 1
+            runs_of_group.append((ids, number, end, len(prefix) + start, root + 1 + parent))
+        for tokens, number, end, position, parent in runs_of_group:
+            placed.append(_PlacedRun(len(lengths) - 1, lengths[-1], tokens, g, number, end, position, parent))
+            lengths[-1] += len(tokens)
         last_runs += [root + 1 + part for part in last]
 
-    length = max(len(row.ids) for row in layout)
+    length = max(lengths)
     length += -length % multiple_of
-    runs = [
-        Run(range(row * length + columns.start, row * length + columns.stop), parent) for row, columns, parent in placed
-    ]
+    shape = len(lengths), length  # [B, S]
+    input_ids, position_ids = torch.full(shape, pad_id), torch.zeros(shape, dtype=torch.long)
+    group_of, segment_of, segment_end = (torch.full(shape, PAD) for _ in range(3))
+    runs: list[Run] = []
+    for run in placed:
+        place = run.row, slice(run.column, run.column + len(run.tokens))
+        input_ids[place] = torch.tensor(run.tokens)
+        position_ids[place] = torch.arange(run.position, run.position + len(run.tokens))
+        group_of[place], segment_of[place], segment_end[place] = run.group, run.number, run.end
+        first = run.row * length + run.column
+        runs.append(Run(range(first, first + len(run.tokens)), run.parent))
+
     targets: list[tuple[int, int, int]] = []  # flat row of the predicting token, label, segment
     for number, segment in enumerate(segment for group in groups for segment in group.segments):
         if segment.answer:
@@ -234,16 +239,12 @@ def shared_sequence(
             predicting = [prefix_rows[-1], *rows_after][len(segment.prompt) :]
             targets += [(row, label, number) for row, label in zip(predicting, segment.answer, strict=False)]
 
-    def pad(columns: list[list[int]], value: int) -> Tensor:
-        """Lists of one value a token, one list a row -> [B, S] long."""
-        return torch.tensor([values + [value] * (length - len(values)) for values in columns])
-
     return SharedSequence(
-        input_ids=pad([row.ids for row in layout], pad_id),
-        group_of=pad([row.groups for row in layout], PAD),
-        segment_of=pad([row.segments for row in layout], PAD),
-        segment_end=pad([row.ends for row in layout], PAD),
-        position_ids=pad([row.positions for row in layout], 0),
+        input_ids=input_ids,
+        group_of=group_of,
+        segment_of=segment_of,
+        segment_end=segment_end,
+        position_ids=position_ids,
         answer_rows=torch.tensor([row for row, _, _ in targets], dtype=torch.long),
         labels=torch.tensor([label for _, label, _ in targets], dtype=torch.long),
         segment_index=torch.tensor([segment for *_, segment in targets], dtype=torch.long),
@@ -293,7 +294,7 @@ def _visible(q: MaskTokens, k: MaskTokens, window: int | None, whole_blocks: boo
     """
     # same group, and the query's run is the key's or continues it
     related = (q.group == k.group) & (k.segment <= q.segment) & (q.segment <= k.end)
-    # Columns of a run follow those of its parent, so causal order in the row is causal order in the conversation.
+    # A run stands to the right of its parent, so that causal order in the row is causal order in the conversation.
     ordered = k.column <= q.column
     near = None
     if window is not None:

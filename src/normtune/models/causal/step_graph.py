@@ -94,7 +94,7 @@ def capture(step: Step, device: torch.device) -> Step:
     graph = torch.cuda.CUDAGraph()
 
     def record() -> Tensor:
-        # other threads, such as those of a server, may allocate memory meanwhile
+        # other threads, such as a server's, may allocate memory meanwhile
         graph.capture_begin(pool=_empty_graph(device).pool(), capture_error_mode="thread_local")
         try:
             return step()
@@ -132,7 +132,7 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 @cache
 def _empty_graph(device: torch.device) -> torch.cuda.CUDAGraph:
-    """A graph that keeps the memory of captures: without it, each capture would allocate memory of its own."""
+    """A graph that keeps the memory of captures: without it, each capture would allocate new memory."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(_capture_stream(device)), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the graph is empty

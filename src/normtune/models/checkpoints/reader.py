@@ -55,7 +55,7 @@ class TensorEntry:
 
     @property
     def is_floating(self) -> bool:
-        """Whether its values are plain floats, which those of a quantised tensor are not."""
+        """Whether its values are plain floats; the values of a quantised tensor are not."""
         return self.code in _FLOAT_CODES
 
     @property
@@ -278,7 +278,7 @@ def _find_weight_files(
 
 
 def find_or_download(name: str) -> Path:
-    """The directory of a checkpoint; that of a hub name is downloaded into the hub's cache.
+    """The directory of a checkpoint; a hub name is downloaded into the hub's cache.
 
     Args:
         name: a directory, or a hub name "owner/name".

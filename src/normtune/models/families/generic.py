@@ -1,4 +1,4 @@
-"""Any vision-language model of transformers that has no family of its own.
+"""Any vision-language model of transformers that has no file here.
 
 A conversation is what the model's own processor and chat template make of it. Questions of one image share its forward
 pass only if `normtune.models.causal.self_test` has shown on a small copy of the model that this changes nothing.
@@ -43,7 +43,7 @@ PROBE = Image.new("RGB", (64, 48), (128, 128, 128))
 
 
 class GenericFamily(CausalFamily):
-    """A model without a family of its own.
+    """A model of a type that no other family loads.
 
     Args:
         grouped: whether questions of one image share its forward pass; None: the self-test decides.
@@ -104,7 +104,7 @@ class GenericFamily(CausalFamily):
         """What the processor makes of one image with a question, with the batch axis, and the text of the image.
 
         Raises:
-            InputError: the tokens are not those of the prefix and the question.
+            InputError: the processor's tokens are other ones than those of `prompts`.
         """
         pixels, ids = self._process(image)
         prefix = self.prompts.prefix([self.image_text(pixels)])

@@ -1,7 +1,7 @@
 """LLaVA 1.6 (LLaVA-NeXT): the whole image and tiles of it (Liu et al. 2024).
 
 An image is encoded twice: as a whole at the encoder's size, and in tiles of that size. The features of the
-tiles are arranged like the image, without those of padding, and a learned `image_newline` ends each row. The
+tiles are arranged like the image. Features of padding are left out, and a learned `image_newline` ends each row. The
 number of image tokens therefore depends on the image's size.
 """
 

@@ -1,6 +1,6 @@
 """Mistral Small 3 and Ministral 3: Pixtral's image encoder, for images of any size (arXiv 2410.07073).
 
-Every row of an image ends with a token of its own, and the last one with another.
+Every row of an image ends with the token [IMG_BREAK], and the last row with [IMG_END].
 """
 
 from __future__ import annotations

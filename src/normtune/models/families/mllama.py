@@ -112,7 +112,7 @@ class MllamaFamily(CausalFamily):
         return arguments
 
     def _in_slots(self, batch: Batch, values: Tensor) -> Tensor:
-        """Values of each image [images, ...] -> those of each slot [B, K, ...], 0 in slots without an image."""
+        """Values of each image [images, ...] -> values of each slot [B, K, ...], 0 in slots without an image."""
         places = batch["image_places"][:, 0], batch["image_slots"]
         slots = values.new_zeros(len(batch["input_ids"]), batch["slots"], *values.shape[1:])
         return slots.index_put(places, values)

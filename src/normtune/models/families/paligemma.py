@@ -31,7 +31,7 @@ class PrefixAndSuffix:
         return f"{self.tokenizer.bos_token}{{question}}\n"
 
     def prefix(self, images: Sequence[str]) -> TokenIds:
-        """The tokens before the question: those of the images only."""
+        """The tokens before the question, which are the images' tokens only."""
         return tuple(self.tokenizer("".join(images), add_special_tokens=False).input_ids)
 
     def segment(

@@ -68,7 +68,7 @@ class QwenVLFamily(CausalFamily):
     def positions(
         self, sequence: SharedSequence, prefixes: Sequence[TokenIds], pixels: Sequence[Sequence[Pixels]]
     ) -> Tensor:
-        """Positions in time, height and width: [3, B, S]; in a segment as in a conversation of its own."""
+        """Positions in time, height and width: [3, B, S]; a segment has the positions of a separate conversation."""
         # text has the same position on all axes; only image tokens, which are in prefixes, differ
         positions = sequence.position_ids.expand(3, -1, -1).clone()
         for group, (prefix, images) in enumerate(zip(prefixes, pixels, strict=True)):

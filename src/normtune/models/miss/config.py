@@ -1,4 +1,4 @@
-"""The configuration of a MISS model; the defaults are those of MISS-base."""
+"""The configuration of a MISS model; by default MISS-base."""
 
 from __future__ import annotations
 

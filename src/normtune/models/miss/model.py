@@ -1,7 +1,7 @@
 """MISS: image encoder, question encoder with attention to the image ("JTM"), and answer decoder.
 
 One forward pass handles many questions of one image: the image is encoded once, and every layer of the
-question encoder computes the image's keys and values once. Loss and gradients equal those of separate
+question encoder computes the image's keys and values once. Loss and gradients are the same as for separate
 questions. In shapes, a segment is one question with its answer, and a group is the image that segments ask
 about, or all images of one study.
 """
@@ -29,8 +29,7 @@ class MissOutput(ModelOutput):
     """The output of one forward pass."""
 
     loss: Tensor | None = None  # mean cross-entropy of the labelled tokens; None without labels
-    # [segments, answer length, vocabulary], or [rows, vocabulary] with `logit_rows`; None without `decoder_input_ids`
-    logits: Tensor | None = None
+    logits: Tensor | None = None  # [segments, answer length, vocabulary]; None without `decoder_input_ids`
     image_states: Tensor | None = None  # [images, 1 + patches, width]
     question_states: Tensor | None = None  # [segments, question length, width]
 
@@ -122,7 +121,6 @@ class MissForQuestionAnswering(PreTrainedModel):
         image_index: Sequence[int] | Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
         labels: Tensor | None = None,
-        logit_rows: Tensor | None = None,
         image_states: Tensor | None = None,
         view_index: Sequence[Sequence[int]] | None = None,
     ) -> MissOutput:
@@ -137,8 +135,6 @@ class MissForQuestionAnswering(PreTrainedModel):
             decoder_input_ids: [DEC] and the answer so far, padded on the right: [segments, answer length].
             labels: the token that follows each of `decoder_input_ids` (aligned, not shifted), -100 for
                 padding: [segments, answer length].
-            logit_rows: indices into the flattened [segments * answer length] of the logits to compute; None:
-                all of them.
             image_states: [images, 1 + patches, width], output of the image encoder; replaces `pixel_values`.
             view_index: [groups, views], the images of each group, -1 if a group has fewer; None: every image
                 is a group.
@@ -147,16 +143,10 @@ class MissForQuestionAnswering(PreTrainedModel):
         states = self.encode_questions(input_ids, attention_mask, image_states, image_index, view_index)
         logits = loss = None
         if decoder_input_ids is not None:
-            hidden = self._decode(decoder_input_ids, states, attention_mask)
-            if logit_rows is not None:  # [rows, width]
-                hidden = hidden.flatten(0, 1).index_select(0, logit_rows)
-            logits = self.text_decoder.cls(hidden)
+            logits = self.text_decoder.cls(self._decode(decoder_input_ids, states, attention_mask))
             if labels is not None:
-                targets = labels.flatten()
-                if logit_rows is not None:
-                    targets = targets.index_select(0, logit_rows)
                 # in fp32: the log-sum-exp over the vocabulary is inaccurate in half precision
-                loss = nn.functional.cross_entropy(logits.flatten(0, -2).float(), targets)
+                loss = nn.functional.cross_entropy(logits.flatten(0, -2).float(), labels.flatten())
         return MissOutput(loss=loss, logits=logits, image_states=image_states, question_states=states)
 
     def answer_states(

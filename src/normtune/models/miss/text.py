@@ -6,6 +6,8 @@ have BERT's names, as in the checkpoints of MISS and BLIP.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,17 +27,14 @@ from normtune.models.miss.config import TextDims
 KeysValues = tuple[Tensor, Tensor]  # each [batch, heads, length, head_dim]
 
 
+@dataclass
 class LayerCache:
-    """Keys and values that one decoder layer reuses in every decoding step.
+    """Keys and values that one decoder layer reuses in every decoding step; None before the first step."""
 
-    Attributes:
-        self_attention: of the tokens so far, learned prefix included: each [rows, heads, length, head_dim].
-        cross_attention: of the question: each [questions, heads, length, head_dim].
-    """
-
-    def __init__(self) -> None:
-        self.self_attention: KeysValues | None = None
-        self.cross_attention: KeysValues | None = None
+    self_attention: KeysValues | None = (
+        None  # of the tokens so far, learned prefix included: [rows, heads, length, ...]
+    )
+    cross_attention: KeysValues | None = None  # of the question: [questions, heads, length, head_dim]
 
 
 class DecoderCache:
@@ -105,7 +104,7 @@ class SelfAttention(QueryKeyValue):
 
     Attributes:
         prefix: None, or a module that returns a learned (key, value) when called, each [heads, n, head_dim].
-            They are prepended to those of the text, and every query attends to them.
+            They are prepended to the keys and values of the text, and every query attends to them.
     """
 
     prefix: nn.Module | None
@@ -158,7 +157,7 @@ class CrossAttention(QueryKeyValue):
 
         Keys and values are computed once a group. `slots` puts the queries of a group's segments one after
         another into one sequence. Queries do not attend to each other in cross-attention, so the result
-        equals that of separate calls.
+        is the same as in separate calls.
 
         Args:
             mask: additive, hides padding of `memory`: [groups, 1, 1, keys]; None: nothing is padded.
@@ -244,7 +243,7 @@ class TextEmbeddings(nn.Module):
 
     def __init__(self, dims: TextDims, vocab_size: int, pad_token_id: int) -> None:
         super().__init__()
-        # the weights are set by `post_init`; those of nn.Embedding itself take 0.4 s on the meta device (sympy)
+        # `post_init` sets the weights; nn.Embedding's own initialisation takes 0.4 s on the meta device (sympy)
         words = torch.empty(vocab_size, dims.hidden_size)
         positions = torch.empty(dims.max_position_embeddings, dims.hidden_size)
         self.word_embeddings = nn.Embedding.from_pretrained(words, freeze=False, padding_idx=pad_token_id)

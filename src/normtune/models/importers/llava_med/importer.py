@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -145,12 +144,21 @@ def import_llava_med(
 
     shards = plan_shards(plan.groups, shard_bytes)
     partial = out.absolute().with_name(out.name + ".partial")
-    with _partial_directory(partial):
+    with write_errors_as_input_errors(partial):
+        partial.mkdir(parents=True, exist_ok=True)
+        for temporary in partial.glob(".*.tmp"):  # of a run that was killed while it wrote
+            with suppress(OSError):
+                temporary.unlink()
         checkpoints = [checkpoint, tower.checkpoint if tower else None, base_checkpoint]
         sources = [file for item in checkpoints if item for file in item.files]
         progress = ImportProgress(partial, hash_plan(shards, sources))
         kept_shards = len(progress.done)
-        _check_space(partial, sum(shard.bytes for shard in shards if shard.file not in progress.done))
+        needed = sum(shard.bytes for shard in shards if shard.file not in progress.done)
+        if needed > (free := shutil.disk_usage(partial).free):
+            raise InputError(
+                f"{partial} needs {needed / 1e9:,.1f} GB, but only {free / 1e9:,.1f} GB are free. "
+                "Free some space or choose another directory."
+            )
         digests = write_shards(progress, shards, on_progress)
         tensors = [tensor for shard in shards for tensor in shard.tensors]
         report = ImportReport(
@@ -249,26 +257,6 @@ def _describe_tower(tower: VisionTower | None, inside: bool, stock: bool) -> str
         return f"{tower.name}, as LLaVA-Med's loader uses it; the checkpoint's own was not used"
     config = f"its config is that of {tower.name}" if tower else "its config was inferred from its tensors"
     return f"the checkpoint's own, which LLaVA-Med's loader would replace; {config}"
-
-
-@contextmanager
-def _partial_directory(partial: Path) -> Iterator[None]:
-    """Create the directory that becomes the model; its files remain after an interruption or an `InputError`."""
-    with write_errors_as_input_errors(partial):
-        partial.mkdir(parents=True, exist_ok=True)
-        for temporary in partial.glob(".*.tmp"):  # of a run that was killed while it wrote
-            with suppress(OSError):
-                temporary.unlink()
-        yield
-
-
-def _check_space(partial: Path, needed: int) -> None:
-    free = shutil.disk_usage(partial).free
-    if needed > free:
-        raise InputError(
-            f"{partial} needs {needed / 1e9:,.1f} GB, but only {free / 1e9:,.1f} GB are free. "
-            "Free some space or choose another directory."
-        )
 
 
 def _write_configs(

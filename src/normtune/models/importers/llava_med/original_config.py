@@ -113,7 +113,7 @@ def build_llava_config(
 
     Transformers' projector always has two layers. A projector of one layer is written as that layer and an
     identity without an activation between them. The identity computes x + 0 + 0 + ..., so that the result
-    equals that of the single layer to the last bit.
+    equals the single layer's to the last bit.
 
     Args:
         vocab_size: rows of the imported embedding, see `read_vocabulary`.

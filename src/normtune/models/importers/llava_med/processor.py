@@ -114,7 +114,15 @@ def _read_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
         if (directory / "tokenizer.json").is_file():
             tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(directory)
         elif (directory / "tokenizer.model").is_file():
-            tokenizer = _from_sentencepiece(directory)
+            check_sentencepiece(
+                directory, "Or give --tokenizer with a directory that holds the same tokenizer as tokenizer.json."
+            )
+            path = directory / "tokenizer_config.json"
+            config = read_json(path) if path.is_file() else {}
+            # LLaMA was trained on texts that begin with <s>; old releases do not say so in their config, and
+            # transformers 5 then omits <s>
+            with_start = config.get("add_bos_token", True)
+            tokenizer = LlamaTokenizer.from_pretrained(directory, legacy=True, add_bos_token=with_start)
         else:
             raise InputError(
                 f"{directory} holds no tokenizer (tokenizer.json or tokenizer.model). "
@@ -127,27 +135,14 @@ def _read_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
         raise InputError(f"cannot read the tokenizer in {directory}: {reason}. Copy it again.") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer in {directory} has no eos_token. Copy tokenizer_config.json with it.")
-    backend = _prepend_always(tokenizer.backend_tokenizer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **_tokenizer_options(tokenizer))
-
-
-def _from_sentencepiece(directory: Path) -> Any:
-    """Convert a `tokenizer.model`."""
-    check_sentencepiece(
-        directory, "Or give --tokenizer with a directory that holds the same tokenizer as tokenizer.json."
-    )
-    path = directory / "tokenizer_config.json"
-    config = read_json(path) if path.is_file() else {}
-    # LLaMA was trained on texts that begin with <s>; old releases do not say so in their config, and
-    # transformers 5 then omits <s>
-    return LlamaTokenizer.from_pretrained(directory, legacy=True, add_bos_token=config.get("add_bos_token", True))
-
-
-def _tokenizer_options(tokenizer: Any) -> dict[str, Any]:
-    """Special tokens, and options that generation needs."""
     names = ("bos_token", "eos_token", "unk_token", "pad_token")
     tokens = {name: getattr(tokenizer, name) for name in names if getattr(tokenizer, name) is not None}
-    return {**tokens, "padding_side": "left", "clean_up_tokenization_spaces": False}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_prepend_always(tokenizer.backend_tokenizer),
+        **tokens,
+        padding_side="left",  # as generation needs it
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def _prepend_always(tokenizer: Tokenizer) -> Tokenizer:
@@ -182,6 +177,9 @@ def build_processor(
         **statistics,
     )
     image = vocabulary.image_token
+    template = MISTRAL_TEMPLATE if original.kind == "mistral" else VICUNA_TEMPLATE
+    if original.version == "1.0":
+        template = SEPARATED_TEMPLATE
     return LlavaProcessor(
         images,
         vocabulary.tokenizer,
@@ -189,11 +187,5 @@ def build_processor(
         vision_feature_select_strategy=original.feature_strategy,
         num_additional_image_tokens=1,  # the class token, which the strategy "default" subtracts again
         image_token=image,
-        chat_template=_chat_template(original).replace(IMAGE, START + image + END if original.image_markers else image),
+        chat_template=template.replace(IMAGE, START + image + END if original.image_markers else image),
     )
-
-
-def _chat_template(original: OriginalConfig) -> str:
-    if original.version == "1.0":
-        return SEPARATED_TEMPLATE
-    return MISTRAL_TEMPLATE if original.kind == "mistral" else VICUNA_TEMPLATE

@@ -38,7 +38,7 @@ class TensorPlan:
         shapes: name in the model -> shape.
         mapped, added, missing, dropped, left_over: as in `ImportReport`.
         groups: the tensors to write, one list per source file.
-        dtype: that of the embedding.
+        dtype: the dtype of the embedding.
 
     Raises:
         InputError: a name is unknown, or a tensor is missing or has a wrong shape.

@@ -15,7 +15,6 @@ from normtune.models.importers.miss.from_blip import read_blip_weights
 from normtune.models.importers.miss.original_checkpoint import read_original_weights
 from normtune.models.importers.miss.weights import EMBEDDING, HEAD, POSITIONS, MissWeights, build_model
 from normtune.models.miss.config import VisionDims, validate_dims
-from normtune.models.miss.model import MissForQuestionAnswering
 from normtune.models.miss.vision import resize_positions
 from normtune.runtime.files import atomic_directory, check_new_directory
 from normtune.runtime.notebook import Result
@@ -29,8 +28,7 @@ class ImportReport(Result):
     source: str
     out: str
     mapped: dict[str, str]  # name in the model -> name in the checkpoint
-    # names in the checkpoint that the model does not need: those of pretraining, position ids, and a second name of a
-    # tensor
+    # names in the checkpoint that the model does not need: of pretraining, of position ids, a second name of a tensor
     dropped: tuple[str, ...]
     # names in the model that the checkpoint lacks and that were made from others (a tied head)
     missing: tuple[str, ...]
@@ -77,8 +75,8 @@ def import_miss(
         source: a `.pth` file of MISS or BLIP, loaded with `weights_only`, so that it cannot run code; or a
             BLIP-VQA directory.
         out: a new or empty directory; it is written completely or not at all.
-        vocab: BERT's `vocab.txt`, by default that of a BLIP directory; with it, tokenizer and image processor
-            are written too.
+        vocab: BERT's `vocab.txt`; with it, tokenizer and image processor are written too. None: the `vocab.txt` of
+            a BLIP directory, if it has one.
         image_size: resample the position embeddings to this size (bicubic, as BLIP does); None: keep them.
         vision_heads, text_heads: attention heads of a `.pth`; None: width / 64.
         divide_twice: prepare images as MISS's released code does; see `miss_processor`.
@@ -98,10 +96,20 @@ def import_miss(
     weights.tensors.setdefault(HEAD, weights.tensors[EMBEDDING])
     original_size = weights.config.vision().image_size
     if image_size is not None and image_size != original_size:
-        resize_position_embeddings(weights, image_size)
+        dims = {**weights.config.vision_dims, "image_size": image_size}
+        vision = validate_dims(VisionDims, dims, "vision_dims")
+        side = image_size // vision.patch_size
+        weights.tensors[POSITIONS] = resize_positions(weights.tensors[POSITIONS], side, side)
+        weights.config.vision_dims = asdict(vision)
     processor = None if vocab is None else _processor(vocab, weights, divide_twice)
     model = build_model(weights)
-    _write(model, processor, out)
+    with atomic_directory(out) as building:
+        try:
+            model.save_pretrained(building)
+        except SafetensorError as error:  # a full disk
+            raise OSError(str(error)) from error
+        if processor is not None:
+            processor.save_pretrained(building)
 
     model_names = model.state_dict()
     return ImportReport(
@@ -116,15 +124,6 @@ def import_miss(
         resized_from=original_size if weights.config.vision().image_size != original_size else None,
         processor=processor is not None,
     )
-
-
-def resize_position_embeddings(weights: MissWeights, image_size: int) -> None:
-    """Resample the position embeddings for images of `image_size` pixels a side, a multiple of a patch's, in place."""
-    config = weights.config
-    dims = validate_dims(VisionDims, {**config.vision_dims, "image_size": image_size}, "vision_dims")
-    side = image_size // dims.patch_size
-    weights.tensors[POSITIONS] = resize_positions(weights.tensors[POSITIONS], side, side)
-    config.vision_dims = asdict(dims)
 
 
 def _processor(vocab: Path, weights: MissWeights, divide_twice: bool) -> BlipProcessor:
@@ -143,14 +142,3 @@ def _processor(vocab: Path, weights: MissWeights, divide_twice: bool) -> BlipPro
     config.bos_token_id = tokenizer.bos_token_id
     config.encode_token_id = tokenizer.convert_tokens_to_ids(ENCODE)
     return miss_processor(tokenizer, config.vision().image_size, divide_twice=divide_twice)
-
-
-def _write(model: MissForQuestionAnswering, processor: BlipProcessor | None, out: Path) -> None:
-    """Write model and processor: `out` is complete or absent."""
-    with atomic_directory(out) as building:
-        try:
-            model.save_pretrained(building)
-        except SafetensorError as error:  # a full disk
-            raise OSError(str(error)) from error
-        if processor is not None:
-            processor.save_pretrained(building)
