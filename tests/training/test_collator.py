@@ -4,7 +4,7 @@ from PIL import Image
 
 from normtune.data.records import Dataset, Example
 from normtune.models.types import Pixels
-from normtune.training.token_counts import count_tokens
+from normtune.training.collator import count_tokens
 from tests.support.tiny_miss import SIZE, tiny_miss
 
 

@@ -18,7 +18,7 @@ from normtune.errors import InputError
 from normtune.models import image_cache
 from normtune.models.image_cache import ImageCache
 from normtune.runtime import distributed
-from normtune.training.prefetch import LookaheadBatches, worker_count
+from normtune.training.objective import LookaheadBatches, worker_count
 from normtune.training.train import train
 from tests.training.test_train import config, equal_adapters
 

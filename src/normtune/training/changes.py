@@ -84,9 +84,9 @@ def norm_changes(before: Mapping[str, Tensor], tuned: TunedModel) -> list[dict[s
         before: copies of `tuned.trained` from before training, by name.
 
     Returns:
-        Rows with the parameter's name, part, layer, kind (gain or bias) and count of values, and of its
-        change: `relative`, its L2 norm / that of the old values (None if these are zero), and `rms`, its root
-        mean square.
+        Rows with the parameter's name, part, layer, kind (gain or bias) and count of values. Of its change
+        `relative` is the L2 norm divided by the old values' L2 norm (None if they are zero), and `rms` the root mean
+        square.
     """
     rows = []
     for info in tuned.parts.parameters:

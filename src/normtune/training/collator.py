@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from normtune.data.batches import TokenCosts
 from normtune.data.examples import Example, Examples, as_examples
 from normtune.data.groups import Group, Segment, group_rows
 from normtune.data.records import Dataset
@@ -86,8 +87,8 @@ class Collator:
         return segment
 
 
-class _Questions(Mapping[tuple[str, ...], Sequence[Segment]]):
-    """The segments of all questions about some images, tokenised when they are asked for."""
+class _SegmentsOfImages(Mapping[tuple[str, ...], Sequence[Segment]]):
+    """Keys of a group's images -> the segments of all questions about them, tokenised at each look-up."""
 
     def __init__(self, examples: Examples, segment: Callable[[Example], Segment]) -> None:
         self._examples, self._segment, self._groups = examples, segment, group_rows(examples)
@@ -119,7 +120,7 @@ def build_collator(
 
     An encoder's output for an image is constant if none of its parameters is trained and no dropout is active
     (grouped training turns off the base's dropout). The same holds for the hidden states before the lowest
-    trained layer. These are cached if `config.cache` names a folder, or if those of all images fit in memory.
+    trained layer. Hidden states are cached if `config.cache` names a folder, or if all of them fit in memory.
 
     Args:
         examples: all examples of the run. An image's hidden states are computed with all of its questions.
@@ -140,7 +141,7 @@ def build_collator(
     # row 3: hidden states, if there are frozen layers between the encoder and the lowest trained layer
     if trunk is None:
         return collator
-    questions = _Questions(as_examples(examples), collator.segment)
+    questions = _SegmentsOfImages(as_examples(examples), collator.segment)
     # each image's encoder output is needed once, for its hidden states: no memory for it
     uncached_images = ImageCache(family, dataset, frozen=True, store=store, limit_bytes=0)
     state_folder = state_store(config.cache, family, trunk)
@@ -149,3 +150,48 @@ def build_collator(
     if config.cache is not None or states.fits():
         collator.states = states
     return collator
+
+
+def count_tokens(
+    family: Family,
+    dataset: Dataset,
+    examples: Sequence[Example],
+    segment: Callable[[Example], Segment],
+    opened: int | None = None,
+) -> TokenCosts:
+    """Count the tokens of every image and of every question with its answer.
+
+    Images are opened, but only one of each size is processed, since its size alone determines the number
+    of tokens that a processor makes of it. No features are computed.
+
+    Args:
+        segment: gives the tokens of an example. Pass `Collator.segment`, which tokenises each example once.
+        opened: number of groups of images that are opened; the others get the most tokens of these. None: all.
+
+    Returns:
+        Tokens per group of images and per example. Families that do not share the prefix among questions
+        repeat it in every sequence: its tokens are then added to each example's.
+
+    Raises:
+        InputError: an image cannot be read, or an example cannot be tokenised.
+    """
+    by_size: dict[tuple[tuple[int, int], ...], int] = {}  # sizes of a study's images -> tokens
+    prefixes: dict[tuple[str, ...], int] = {}
+    # groups of images in the order of their first example, each once
+    groups = list(dict.fromkeys(example.images for example in examples))
+    for keys in groups[:opened]:
+        images = [dataset.open_image(key) for key in keys]
+        sizes = tuple(image.size for image in images)
+        # processing resizes and tiles an image: only one of each size is needed
+        if sizes not in by_size:
+            by_size[sizes] = family.prefix_tokens([family.preprocess_image(image) for image in images])
+        prefixes[keys] = by_size[sizes]
+    prefixes |= dict.fromkeys(groups[len(prefixes) :], max(prefixes.values(), default=0))
+    segments = {example.id: len(segment(example)) for example in examples}
+    # a group: prefix + all segments; or, without sharing, every question: prefix + segment
+    if family.shares_prefix:
+        return TokenCosts(prefixes, segments)
+    return TokenCosts(
+        dict.fromkeys(prefixes, 0),
+        {example.id: prefixes[example.images] + segments[example.id] for example in examples},
+    )

@@ -160,7 +160,7 @@ class TrainConfig(DataOptions):
         return _part_rates(self.part_lr)
 
     def learning_rate(self, method: str, part: str = "") -> float:
-        """Return the learning rate of a method in a part: that of `part_lr`, else `lr`, else the method's default."""
+        """Return the learning rate of a method in a part: from `part_lr`, else `lr`, else the method's default."""
         if part in self.part_rates:
             return self.part_rates[part]
         return self.lr if self.lr is not None else LEARNING_RATES[method]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def shard_by_layers(accelerator: Accelerator, model: nn.Module) -> None:
-    """Configure accelerate to shard `model` layer by layer, whatever --fsdp_auto_wrap_policy says.
+    """Configure accelerate to shard `model` layer by layer; it overrides --fsdp_auto_wrap_policy.
 
     Each layer is one FSDP unit with its frozen weights and its trained ones, which are all fp32. The modules
     outside the layers (embeddings, head) form one more unit, which stays gathered for a whole step.
@@ -48,7 +48,7 @@ def shard_by_layers(accelerator: Accelerator, model: nn.Module) -> None:
     if plugin.activation_checkpointing:
         raise InputError("--fsdp_activation_checkpointing: use --memory balanced or --memory tight instead.")
     plugin.cpu_ram_efficient_loading = False  # every process has read the base already
-    # wrap by class name: the classes of the layers that `find_parts` knows, not those of a family's defaults
+    # wrap by class name: the classes of the layers that `find_parts` finds, in place of transformers' defaults
     plugin.auto_wrap_policy = transformer_auto_wrap_policy
     class_names = {type(model.get_submodule(name)).__name__ for name in layers(model)}
     plugin.transformer_cls_names_to_wrap = sorted(class_names)

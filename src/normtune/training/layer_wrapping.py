@@ -77,7 +77,7 @@ def _with_checkpoint(forward: Forward, *args: Any, **kwargs: Any) -> Any:
     # without gradients nothing is saved, so that there is nothing to recompute (evaluation, generation)
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    # the non-reentrant kind allows inputs that need no gradient, such as those of the first trained layer
+    # the non-reentrant kind allows inputs that need no gradient, such as the input of the first trained layer
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 

@@ -1,8 +1,9 @@
-"""What the Trainer is given: the family's loss as its model, the groups of a batch as its data, and a progress bar."""
+"""What the Trainer receives: the family's loss as its model, groups of examples as its data, and a progress bar."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
@@ -13,7 +14,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from normtune.data.batches import EpochBatches
 from normtune.data.records import Example
 from normtune.models.family import Family
+from normtune.runtime import distributed
 from normtune.runtime.progress import ProgressBar
+
+BATCHES_AHEAD = 2
+GPU_WORKERS = 2  # threads by default where the model is on a GPU; on a CPU the model needs all cores
+
+Groups = Sequence[Sequence[Example]]  # a batch: the examples of each group
 
 
 class Objective(nn.Module):
@@ -84,6 +91,37 @@ class IdentityDataset(TorchDataset[list[list[Example]]]):
         here.
         """
         self.batches.set_epoch(epoch)
+
+
+class LookaheadBatches:
+    """Yields the same batches as `EpochBatches`, and passes each to `prepare` two batches before it yields it.
+
+    Only the batches of this process are passed. All other attributes (epoch, number of processes) are the batches'.
+    """
+
+    def __init__(self, batches: EpochBatches, prepare: Callable[[Groups], None]) -> None:
+        self.batches, self.prepare = batches, prepare
+
+    def __iter__(self) -> Iterator[Groups]:
+        waiting: deque[Groups] = deque()
+        for number, groups in enumerate(self.batches):
+            if number % self.batches.ranks == distributed.rank():  # batches go to the processes in turn
+                self.prepare(groups)
+            waiting.append(groups)
+            if len(waiting) > BATCHES_AHEAD * self.batches.ranks:
+                yield waiting.popleft()
+        yield from waiting
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.batches, name)
+
+
+def worker_count(workers: int | None, device_type: str) -> int:
+    """The number of threads that read images: `workers`, or the default for the device."""
+    return workers if workers is not None else GPU_WORKERS if device_type == "cuda" else 0
 
 
 class PrintProgress(TrainerCallback):

@@ -44,7 +44,7 @@ from normtune.training.config import TrainConfig
 from normtune.training.unit_gradients import MAX_UNITS, UnitGradients
 
 DEFAULT_CLIP = 1.0
-# Devices on which each unit has passes of its own, also for norms: on a CPU that is about as fast as all units of a
+# Devices on which one unit at a time is computed, also for norms: on a CPU that is about as fast as all units of a
 # batch together, and takes less memory (benchmarks/private.json).
 ONE_BY_ONE = ("cpu",)
 GENERATOR = "torch.Generator, seeded by the operating system"
@@ -90,19 +90,17 @@ def check_private_options(config: TrainConfig) -> None:
             if getattr(config, name) is not None:
                 raise InputError(f"--{name.replace('_', '-')} has no effect without --dp-epsilon.")
         return
-    refused = {
-        "--sample: private training takes every unit with the same probability": config.sample is not None,
-        "--balance tokens: private batches are random": config.balance == "tokens",
-        "--validate-every: the choice of a step depends on the validation rows, which nothing protects. Evaluate the "
-        "finished adapter": config.validate_every is not None,
-        "--compile: compiled layers hide the gradients of single patients": config.compile,
-        "several processes: private training runs in one": distributed.launched_count() > 1,
-        "--dp-clip inf: without a limit no noise is enough. Give --dp-epsilon inf too": math.isinf(
-            config.dp_clip or DEFAULT_CLIP
-        )
-        and not math.isinf(config.dp_epsilon),
-    }
-    for reason, applies in refused.items():
+    is_unbounded = math.isinf(config.dp_clip or DEFAULT_CLIP) and not math.isinf(config.dp_epsilon)
+    refused = [
+        (config.sample is not None, "--sample: private training takes every unit with the same probability"),
+        (config.balance == "tokens", "--balance tokens: private batches are random"),
+        (config.validate_every is not None, "--validate-every: the choice of a step depends on the validation rows, "
+         "which nothing protects. Evaluate the finished adapter"),
+        (config.compile, "--compile: compiled layers hide the gradients of single patients"),
+        (distributed.launched_count() > 1, "several processes: private training runs in one"),
+        (is_unbounded, "--dp-clip inf: without a limit no noise is enough. Give --dp-epsilon inf too"),
+    ]  # fmt: skip
+    for applies, reason in refused:
         if applies:
             raise InputError(f"--dp-epsilon does not allow {reason}.")
 
@@ -183,7 +181,7 @@ def plan_privacy(config: TrainConfig, batches: PoissonBatches, steps: int, noise
 
 
 def spent(privacy: Privacy, steps: int) -> Privacy:
-    """The guarantee after so many steps."""
+    """The guarantee after `steps` steps: the planned mechanism, with the epsilon that these steps have spent."""
     if not privacy.noise_multiplier:
         return replace(privacy, steps=steps)
     history = [(privacy.noise_multiplier, privacy.sampling_rate, steps)]
@@ -225,7 +223,7 @@ class PrivateGradients:
     """Adds up the clipped gradients of the units of a step, and replaces `.grad` by their noisy mean.
 
     Attributes:
-        shares_passes: whether the units of a chunk share their passes; otherwise each has passes of its own.
+        shares_passes: whether all units of a chunk are computed in the same passes; otherwise one after the other.
         dropped: how often the gradient of a unit was not finite and counted as zero.
     """
 
@@ -262,7 +260,7 @@ class PrivateGradients:
         """Add the clipped gradients of a batch; after the last one of a step set `.grad`.
 
         Args:
-            groups: those of all units of the batch; none is allowed.
+            groups: the groups of all units of the batch; there may be none.
             step_tokens: answer tokens of the whole step.
             last: whether the step ends with this batch.
 

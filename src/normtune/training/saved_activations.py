@@ -98,11 +98,6 @@ class _QuickGelu(torch.autograd.Function):
         return _quick_gelu_backward(grad, x)
 
 
-def _quick_gelu_forward(module: Any, x: Tensor) -> Tensor:
-    """The `forward` of a quick GELU."""
-    return _QuickGelu.apply(x)
-
-
 class _GatedActivation(torch.autograd.Function):
     """act(gate) * up, saving gate and up; act(gate) is recomputed in the backward pass.
 
@@ -143,7 +138,7 @@ def _gated_forward(kind: str) -> Forward:
 def _gated_activation(module: Any) -> str | None:
     """Return the activation of a module that looks like a gated MLP, or None if it computes something else.
 
-    The module's own output for one row is compared bit for bit with that of `_gated_forward(kind)`.
+    The module's output for one row is compared bit for bit with the output of `_gated_forward(kind)`.
     """
     kind = identify_activation(module.act_fn)
     # not every projection is a linear: Gemma 4's image encoder limits the values before and after it
@@ -208,7 +203,7 @@ def _reduced_forwards(model: nn.Module) -> dict[str, Forward]:
     forwards: dict[str, Forward] = {}
     activations: dict[type, str | None] = {}  # of each class: one comparison serves all layers
     for name, module in model.named_modules():
-        # a gated MLP by its submodules, whatever its class; then confirmed by what it computes
+        # the submodules suggest a gated MLP, in a class of any name; a comparison of outputs then confirms it
         if set(module._modules) >= GATED_MLP:
             if type(module) not in activations:
                 activations[type(module)] = _gated_activation(module)
@@ -216,5 +211,5 @@ def _reduced_forwards(model: nn.Module) -> dict[str, Forward]:
                 forwards[name] = MethodType(_gated_forward(kind), module)
         # an activation has neither submodules nor parameters
         elif not module._modules and not module._parameters and identify_activation(module) == "quick_gelu":
-            forwards[name] = MethodType(_quick_gelu_forward, module)
+            forwards[name] = _QuickGelu.apply
     return forwards

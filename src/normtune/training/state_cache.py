@@ -37,8 +37,8 @@ Images = tuple[str, ...]  # the keys of a group's images
 class StateCache:
     """Hidden states by image: in memory up to `limit_bytes`, and on disk if there is a `store`.
 
-    An image's questions are always computed in the same forward passes, whatever the batches of the run. Sums
-    of floating-point numbers depend on a batch's shape; this way the states are equal bit for bit after a
+    An image's questions are always computed in the same forward passes, which do not depend on the batches of the
+    run. Sums of floating-point numbers depend on a batch's shape; this way the states are equal bit for bit after a
     resume, and when read from disk.
 
     Args:

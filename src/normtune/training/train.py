@@ -8,7 +8,6 @@ save_run  writes the adapter, the options and the result, and deletes the checkp
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
@@ -20,7 +19,7 @@ from transformers.trainer_utils import set_seed
 
 from normtune.adapters import storage
 from normtune.adapters.training_rows import hash_rows
-from normtune.data.examples import Example, as_examples
+from normtune.data.examples import as_examples
 from normtune.data.records import Dataset
 from normtune.data.run_file import RUN_FILE as RUN_OPTIONS
 from normtune.data.run_file import run_file_text
@@ -34,6 +33,7 @@ from normtune.models.loading import resolve_device, resolve_dtype
 from normtune.runtime import distributed, memory
 from normtune.runtime.files import write_json, write_text
 from normtune.training.checkpoints import RUN_FILE, Checkpoint, delete_checkpoints, last_checkpoint
+from normtune.training.collator import count_tokens
 from normtune.training.config import TrainConfig
 from normtune.training.identity import check_identity, locked_folder, move_earlier_run, option_identity
 from normtune.training.layer_wrapping import checkpoint_activations, compile_layers
@@ -49,7 +49,6 @@ from normtune.training.setup import (
     read_examples,
     validation_identity,
 )
-from normtune.training.token_counts import count_tokens
 from normtune.training.trainer import AdapterTrainer
 from normtune.training.validation import read_validation
 
@@ -120,10 +119,6 @@ def train(
                 setup.family.choices = before or setup.family.choices
 
 
-def _has_choices(examples: Sequence[Example]) -> bool:
-    return "choice" in as_examples(examples).codes("kind")[1]
-
-
 def _train_in_folder(setup: TrainingSetup, progress: TrainerCallback | None) -> TrainResult:
     """Train and write the adapter, unless the output folder has the adapter of the same run already."""
     config = setup.config
@@ -156,6 +151,7 @@ def save_run(setup: TrainingSetup, result: TrainResult, description: dict[str, A
     assert setup.rows is not None and setup.base_fingerprint is not None and setup.preflight is not None
     write_json(config.out / RUN_FILE, setup.identity)
     figures = setup.preflight.adapter_figures()
+    has_choices = "choice" in as_examples(setup.examples).codes("kind")[1]
     storage.save_adapter(
         setup.tuned,
         config.out,
@@ -170,7 +166,7 @@ def save_run(setup: TrainingSetup, result: TrainResult, description: dict[str, A
             **({"mixture": dataset.mixture} if dataset.mixture else {}),
             # of a private run no counts of the texts of rows
             **({"limits": figures["limits"], "privacy": result.privacy} if result.privacy else figures),
-            **({"choices": asdict(setup.family.choices)} if _has_choices(setup.examples) else {}),
+            **({"choices": asdict(setup.family.choices)} if has_choices else {}),
         },
         metrics={"training": description} | setup.family.self_test_record(),
         rows=None if result.privacy else setup.rows,  # hashes would tell whether a row is in the training data

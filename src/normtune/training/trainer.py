@@ -51,8 +51,7 @@ from normtune.training.checkpoints import (
     log_folder,
 )
 from normtune.training.fsdp import copy_into, full_state, gather_full, load_state, shard_by_layers
-from normtune.training.objective import IdentityDataset, Objective
-from normtune.training.prefetch import LookaheadBatches, worker_count
+from normtune.training.objective import IdentityDataset, LookaheadBatches, Objective, worker_count
 from normtune.training.privacy import PoissonBatches, PrivateGradients, plan_privacy
 from normtune.training.setup import TrainingSetup
 from normtune.training.validation import CurvePoint, Validation, best_point, curve, is_stopped, log_entry
@@ -180,7 +179,7 @@ class AdapterTrainer(Trainer):
         """Return a batch's part of the step's loss: its summed cross-entropy / tokens of the whole step.
 
         A mean per batch would weigh a token of a batch with few tokens more. With batches b of one step, on
-        all processes, the step's loss is sum_b(loss_b) / sum_b(tokens_b), whatever the accumulation.
+        all processes, the step's loss is sum_b(loss_b) / sum_b(tokens_b), for any number of accumulated batches.
 
         Args:
             num_items_in_batch: answer tokens of all accumulated batches of the step, on all processes.
@@ -189,22 +188,17 @@ class AdapterTrainer(Trainer):
         # DDP and FSDP2 average gradients over processes: the factor turns that mean into a sum
         return model(**inputs) * self.accelerator.num_processes / num_items_in_batch
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Run HF's step (forward, backward) and add up pairs and loss."""
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Run HF's step (forward, backward), or that of a private run, and add up pairs and loss."""
         self.pairs_seen += int(inputs["pairs"])
-        if self.private is not None:
-            loss = self._private_step(model, inputs, *args, **kwargs)
+        if self.private is None:
+            loss = super().training_step(model, inputs, num_items_in_batch)
         else:
-            loss = super().training_step(model, inputs, *args, **kwargs)
+            model.train()  # as HF's step does
+            is_last = self.accelerator.gradient_state.sync_gradients  # of the batches of an optimiser step
+            loss = self.private.add(inputs["batch"].groups, int(num_items_in_batch or 0), is_last)
         self._unlogged = self._unlogged.to(loss.device) + loss  # on the device: no synchronisation per step
         return loss
-
-    def _private_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Add the clipped gradients of a batch, and with the last one of the step the noise."""
-        assert self.private is not None
-        model.train()
-        last = self.accelerator.gradient_state.sync_gradients
-        return self.private.add(inputs["batch"].groups, int(num_items_in_batch or 0), last)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with the mean loss per step since the previous entry in place of HF's.
@@ -333,7 +327,6 @@ class AdapterTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load trained values into the model, and the run's position."""
-        # into the parameters in place: the optimiser, DDP and FSDP2 refer to these objects
         checkpoint = self.checkpoint
         assert checkpoint is not None
         self._load_values(checkpoint.folder)
@@ -342,7 +335,10 @@ class AdapterTrainer(Trainer):
             self.pairs_seen = checkpoint.pairs_seen
 
     def _load_values(self, folder: Path) -> None:
-        """Load the trained values of a checkpoint into the model."""
+        """Load the trained values of a checkpoint into the model.
+
+        They are copied into the parameters in place, since the optimiser, DDP and FSDP2 refer to these objects.
+        """
         stored = load_file(folder / TRAINED_FILE)
         if stored.keys() != self._holders.keys():
             raise InputError(
@@ -355,7 +351,7 @@ class AdapterTrainer(Trainer):
     def run(self) -> None:
         """Train to the end, from the checkpoint if there is one; the model then has the values of the best step.
 
-        Without validation, or with `keep="last"`, it has those of the last step.
+        Without validation, or with `keep="last"`, it has the values of the last step.
         """
         checkpoint = self.checkpoint
         self._started = time.perf_counter()

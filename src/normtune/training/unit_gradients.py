@@ -5,17 +5,25 @@ The loss is a sum over answer tokens, and a token belongs to one unit. With row 
     gradient of unit u = sum over the rows r with u(r) = u of w_r * d l_r / d parameters
 
 For a chunk of one unit that is an ordinary backward pass. For norms, the gradients of many units come from one forward
-pass and two backward passes, whatever the number of units. With dy the gradient of a norm's output at one token, and
+pass and two backward passes for any number of units. With dy the gradient of a norm's output at one token, and
 unit(x) the normalised input:
 
     gradient of the gain of unit u = sum over its tokens of dy * unit(x)
     gradient of the bias of unit u = sum over its tokens of dy
 
 Which tokens of a norm belong to which unit depends on the family: rows of groups, tiles, packed patches, answer rows.
-The first backward pass finds it out, whatever the layout. It multiplies the loss of unit u by 2^(u - c), which is exact
-in floating point, so that dy of each of its tokens is multiplied by exactly that power; the second pass is the ordinary
-one. The ratio of both is the token's unit. A ratio that is no such power means that a token depends on several units,
-as with batch statistics, so that the effect of one unit cannot be bounded; that is an error.
+The two backward passes find it out for any layout. The first one multiplies the loss of unit u by 2^(u - c). Products
+with powers of two are exact in floating point, so that dy of each token of the unit is multiplied by this very power.
+The second pass is the ordinary one. The ratio of both passes is the power, and so names the unit. Example with three
+units and c = 1:
+
+    token        dy, first pass    dy, second pass    ratio       unit
+    t0           0.15              0.3                1/2         0
+    t1           -0.2              -0.2               1           1
+    t2           0.8               0.4                2           2
+    t3           0.7               0.5                1.4         none: the token depends on several units
+
+A token that depends on several units, as with batch statistics, is an error: the effect of one unit cannot be bounded.
 """
 
 from __future__ import annotations
@@ -156,8 +164,8 @@ class UnitGradients:
             )
         unit = (unit.long() + units // 2).clamp(0, units - 1)
         wide = rows[counted].to(self.dtype)
-        for parameter, values in ((norm.weight, wide * _normalise(norm, x.flatten(0, -2)[counted].to(self.dtype))),
-                                  (norm.bias, wide)):  # fmt: skip
+        unit_x = _normalise(norm, x.flatten(0, -2)[counted].to(self.dtype))
+        for parameter, values in ((norm.weight, wide * unit_x), (norm.bias, wide)):
             if parameter is not None and id(parameter) in self._columns:
                 self._gradients[:, self._columns[id(parameter)]].index_add_(0, unit, values)
 

@@ -72,10 +72,10 @@ class Validation:
     def __init__(self, config: TrainConfig, family: Family, examples: Split, collate: Collator) -> None:
         self.config, self.family, self.examples, self._images = config, family, examples, collate.images
         # with FSDP every forward pass is one of all processes: all compute all rows, in the same passes
-        self._shared = not distributed.is_sharded()
-        self._share: Sequence[Example] = (
-            examples_of_rank(examples, distributed.rank(), distributed.world_size()) if self._shared else examples
-        )
+        self._divides_rows = not distributed.is_sharded()
+        self._rows: Sequence[Example] = examples  # the rows that this process answers
+        if self._divides_rows:
+            self._rows = examples_of_rank(examples, distributed.rank(), distributed.world_size())
         self._collate = Collator(family, collate.images)  # without cached states: their questions are the training's
         self._max_new_tokens = answer_limit(family, examples)
         report = examples[0].kind == "report"
@@ -93,21 +93,21 @@ class Validation:
         With FSDP, call it within the forward pass of the sharded module, which gathers what is outside of the layers.
         """
         self.family.model.eval()
-        predictions = answer_all(
-            self.family, self.examples.dataset, self._share, max_new_tokens=self._max_new_tokens, images=self._images
-        ) if self._share else []  # fmt: skip
+        dataset, limit = self.examples.dataset, self._max_new_tokens
+        predictions: list[Prediction] = []
+        if self._rows:
+            predictions = answer_all(self.family, dataset, self._rows, max_new_tokens=limit, images=self._images)
         result = predictions, *self._sum_losses()
-        results: list[tuple[list[Prediction], float, int]] = (
-            distributed.all_gather(result) if self._shared else [result]
-        )
+        # (predictions, sum of losses, answer tokens) of each process
+        results = distributed.all_gather(result) if self._divides_rows else [result]
         loss = sum(loss for _, loss, _ in results) / sum(tokens for *_, tokens in results)
-        return loss, self._score([prediction for share, *_ in results for prediction in share])
+        return loss, self._score([prediction for of_process, *_ in results for prediction in of_process])
 
     @torch.no_grad()
     def _sum_losses(self) -> tuple[float, int]:
         """The sum of this process's losses, and its number of answer tokens."""
         total, tokens = 0.0, 0
-        groups = group_by_image(self._share, self.config.cap if self.config.group else 1)
+        groups = group_by_image(self._rows, self.config.cap if self.config.group else 1)
         for batch in batches_of_pairs([len(group) for group in groups], self.config.batch) if groups else ():
             inputs = send_to_device(self._collate([groups[index] for index in batch]), self.family.device)
             loss, count = self.family.loss(inputs)

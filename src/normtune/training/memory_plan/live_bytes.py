@@ -24,7 +24,7 @@ from normtune.runtime.memory import LARGEST_HEAP_BLOCK
 class LiveTensorBytes(TorchDispatchMode):
     """Counts every storage that an operation creates inside the block, until the storage is freed.
 
-    Storages are counted, not tensors: a view has no bytes of its own, and keeps all bytes of its base.
+    Storages are counted, not tensors: a view shares the storage of its base, and keeps all of it alive.
 
     Attributes:
         now: bytes of the storages that were created inside and still exist.

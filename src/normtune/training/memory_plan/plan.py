@@ -9,7 +9,7 @@ How the peak is counted:
 4. Run forward and backward. Every operation computes only the shape of its result, and `LiveTensorBytes`
    counts the bytes of all tensors that exist at a time. The highest count is the step's peak.
 
-There is no formula per family: whatever a family, a memory tier or a kernel saves is counted.
+There is no formula per family: everything that a family, a memory tier or a kernel saves is counted.
 The peak of the run is
 
     weights + optimiser + step + cached (host memory only) + program (host memory only) + allocator (glibc only)
@@ -41,7 +41,7 @@ from normtune.models.quantization import PACKAGES, quantised_linears
 from normtune.runtime import distributed
 from normtune.runtime.memory import available_bytes, keeps_freed_memory, resident_bytes
 from normtune.runtime.text_table import text_table
-from normtune.training.collator import Collator
+from normtune.training.collator import Collator, count_tokens
 from normtune.training.config import TrainConfig
 from normtune.training.layer_wrapping import CHECKPOINT_EVERY, MemoryTier, checkpoint_activations
 from normtune.training.memory_plan.fake_model import BooleanIndexing, model_bytes, use_fake_tensors
@@ -49,12 +49,11 @@ from normtune.training.memory_plan.live_bytes import LiveTensorBytes
 from normtune.training.memory_plan.quantized import insert_placeholders, linear_bytes
 from normtune.training.saved_activations import save_fewer_activations
 from normtune.training.setup import TrainingSetup, find_run_strata, read_examples
-from normtune.training.token_counts import count_tokens
 
 USABLE_SHARE = 0.95  # share of the free memory that a run may take; allocators need more than their tensors
 _COPIES = 3  # copies of the trained values: AdamW's two means, and the values before training
 _ESTIMATED_ROWS, _ESTIMATED_IMAGES = 10_000, 200  # rows and groups of images that `estimate_memory` reads
-_FP32_BYTES = 4  # trained values and AdamW's means are fp32, whatever the dtype of the base
+_FP32_BYTES = 4  # trained values and AdamW's means are fp32 on a base of any dtype
 
 Groups = Sequence[Sequence[Example]]  # a batch: the examples of each group
 
@@ -165,7 +164,7 @@ def estimate_memory(
         costs = _BatchCosts(run, dataset, examples[:_ESTIMATED_ROWS], images=_ESTIMATED_IMAGES)
         steps = [(run.step_bytes(groups, config.memory), groups) for groups in costs.candidates(config.batch)]
         (step, groups), free = max(steps, key=lambda pair: pair[0]), available_bytes(run.device)
-    except Exception as error:  # whatever a model's code does with tensors that have no values
+    except Exception as error:  # a model's code may raise any error for tensors without values
         return {"not_planned": str(error).split("\n")[0] or type(error).__name__}
     plan = run.memory_option(config.memory, config.quantize, step, step / _pairs(groups), _pairs(groups), free)
     names = ("weights", "optimiser", "cached", "step", "allocator", "program", "fits")
@@ -241,9 +240,8 @@ class _WeightlessRun:
     def step_bytes(self, groups: Groups, tier: MemoryTier) -> int:
         """Return the peak of a step, on top of what exists before and after it.
 
-        Two peaks are compared: that of building the batch, when the image encoder may run, and that of the
-        forward and backward pass. What the caches hold afterwards stays for the whole run, and is counted as
-        `cached`.
+        It is the larger of two peaks: while the batch is built, when the image encoder may run, and during the
+        forward and backward pass. Entries of the caches stay for the whole run, and are counted as `cached`.
         """
         with BooleanIndexing(), LiveTensorBytes() as counter:
             # building the batch: images are processed, frozen encoders run, results go to the caches
@@ -370,7 +368,7 @@ def plan_text(plan: Mapping[str, Any]) -> str:
     """Format a plan, as `MemoryPlan.to_json` returns it, as text."""
     requested = plan["asked"]
     parts = [
-        # (name, bytes); those of 0 bytes are left out
+        # (name, bytes); entries of 0 bytes are not printed
         ("weights", requested["weights"]),
         ("a step of the largest batch", requested["step"]),
         ("optimiser", requested["optimiser"]),
