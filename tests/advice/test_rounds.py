@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from normtune.advice.rounds import Round, Speed, estimate_seconds, plan_rounds, promote
+from normtune.advice.rounds import STEPS, Round, Speed, estimate_seconds, plan_rounds, promote, rates_of
 from normtune.advice.trials import Trial
 from normtune.errors import InputError
+from normtune.methods.registry import LEARNING_RATES
 from tests.support.tolerance import approx
 
 
@@ -84,3 +85,20 @@ def test_the_best_rate_of_each_recipe_is_promoted_first() -> None:
 def test_the_last_round_has_a_place_for_the_smallest_recipe_above_the_base() -> None:
     assert [item.number for item in promote(TRIALS, 2, 0.2, last=True)] == [4, 3]
     assert [item.number for item in promote(TRIALS, 2, 0.9, last=True)] == [4, 5]  # none is above
+
+
+def test_the_first_rates_are_the_default_and_three_times_above_and_below() -> None:
+    assert rates_of("ln")[:3] == [LEARNING_RATES["ln"], 0.095, 0.0095]
+
+
+@pytest.mark.parametrize("recipe", ["full", "lora-8", "all=ln+bias"])
+def test_rates_differ_and_reach_ten_times_above_and_below(recipe: str) -> None:
+    rates = rates_of(recipe)
+    assert len({*rates}) == len(STEPS)
+    assert sorted(rates)[0] < rates[0] < sorted(rates)[-1]
+    assert float(f"{100 * min(rates):.1e}") == approx(max(rates))
+
+
+def test_a_recipe_of_several_methods_has_one_rate_between_theirs() -> None:
+    low, high = sorted([LEARNING_RATES["ln"], LEARNING_RATES["bias"]])
+    assert low < rates_of("all=ln+bias")[0] < high

@@ -1,4 +1,4 @@
-"""What a search found: a recommendation, the fronts of score against costs, and the command to run."""
+"""The result of a search: a recommendation, the fronts of score against costs, and the command to run."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Advice(Result):
         base: the frozen base's score on both halves of the validation rows.
         command: trains the recommended recipe, as the search has trained it.
         gain: the recommended recipe's score minus the frozen base's, on the rows that were not used for the choice.
-        optimism: by how much the recommended recipe's score is higher on the rows that it was selected on.
+        optimism: the recommended recipe's score on the rows that it was selected on, minus its score on the others.
         search: budget and rounds; `estimated_seconds` and `training_seconds` are times.
         left_out: recipe -> why it was not tried.
     """
@@ -265,15 +265,14 @@ def _candidate(
 
 def _fronts(item: Candidate, candidates: Sequence[Candidate], last: int) -> tuple[str, ...]:
     """The costs for which no other recipe of the last round scores at least as high and costs at most as much."""
-
-    def is_beaten(cost: str, other: Candidate) -> bool:
-        mine, theirs = (getattr(item, cost), -item.score["value"]), (getattr(other, cost), -other.score["value"])
-        return theirs[0] <= mine[0] and theirs[1] <= mine[1] and theirs != mine
-
     others = [other for other in candidates if other.round == last]
-    if item.round != last:
-        return ()
-    return tuple(cost for cost in COSTS if not any(is_beaten(cost, other) for other in others))
+
+    def is_beaten(cost: str) -> bool:
+        mine = getattr(item, cost), -item.score["value"]  # of both numbers, lower is better
+        theirs = [(getattr(other, cost), -other.score["value"]) for other in others]
+        return any(numbers[0] <= mine[0] and numbers[1] <= mine[1] and numbers != mine for numbers in theirs)
+
+    return tuple(cost for cost in COSTS if item.round == last and not is_beaten(cost))
 
 
 def train_command(config: AdviseConfig, trial: Trial) -> str:

@@ -1,4 +1,4 @@
-"""The page of an advice, `report.html`: the recommendation, the recipes, and charts of scores."""
+"""The HTML page of an advice, `report.html`: the recommendation, the recipes, and charts of scores."""
 
 from __future__ import annotations
 

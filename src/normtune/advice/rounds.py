@@ -1,21 +1,31 @@
-"""How a budget is divided: three rounds of trials, each round fewer and three times as long as the one before.
+"""How a budget is divided into three rounds of trials, and the learning rates that the first round tries.
+
+    round 1    many short trials: several rates for each recipe
+    round 2    a third as many, three times as long: each recipe at its best rate
+    round 3    again a third as many, three times as long: the best recipes
 
 This is successive halving with a factor of three, the bracket of Hyperband (Li et al. 2018) that starts with the most
-trials. Its rounds are synchronous: a round starts when the one before is finished. So the trials of a search follow
-from its number of pairs and its seed, never from a clock.
+trials. A round starts when the round before it is finished. So the trials of a search follow from its number of pairs
+and its seed, never from a clock.
+
+The rates are fixed. Optuna's sampler (TPE) was no closer to the best rate on known curves, with three rates or with
+five (`benchmarks/advise.json`), and fixed rates make all recipes' searches alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import log10
 from statistics import fmean
 from typing import Any
 
-from normtune.advice.rates import STEPS
 from normtune.advice.trials import Trial
 from normtune.errors import InputError
+from normtune.studies.recipe_names import default_rates
 
+# Quarters of a power of ten from the default, in the order of the trials: 3 times above and below it, 10 times, others.
+STEPS = (0, 2, -2, 4, -4, 1, -1, 3, -3)
 FACTOR = 3  # a round has a third of the trials of the one before, each of three times its length
 MIN_STEPS = 10  # of a trial in the first round; a shorter training says nothing
 LAST_TRIALS = 3  # least trials of the last round, so that it has a front
@@ -37,9 +47,18 @@ class Speed:
     trainable: int
     total: int  # parameters of the adapted model
     pairs_per_second: float
-    overhead_seconds: float  # of a training besides its steps
+    overhead_seconds: float  # of a training, without its steps
     memory: dict[str, Any]  # the plan of `estimate_memory`
     memory_bytes: int  # planned, without the Python program; measured where planning fails
+
+
+def rates_of(recipe: str) -> list[float]:
+    """The rates to try, in their order: the default of the recipe's methods first, with two significant digits.
+
+    A recipe of several methods has one rate for all of them; its default is the geometric mean of theirs.
+    """
+    default = fmean(log10(rate) for rate in default_rates(recipe).values())
+    return [float(f"{10 ** (default + step / 4):.1e}") for step in STEPS]
 
 
 def plan_rounds(pairs: int, recipes: int, pairs_per_pass: int, epochs: float, batch: int) -> tuple[Round, ...]:

@@ -18,8 +18,7 @@ from normtune.adapters.fingerprint import fingerprint
 from normtune.advice.advice import Advice, build_advice
 from normtune.advice.config import DEFAULT_MINUTES, RECIPES, AdviseConfig
 from normtune.advice.page import write_page
-from normtune.advice.rates import STEPS, rates_of
-from normtune.advice.rounds import Round, Speed, estimate_seconds, plan_rounds, promote
+from normtune.advice.rounds import STEPS, Round, Speed, estimate_seconds, plan_rounds, promote, rates_of
 from normtune.advice.trials import ESTIMATE, SELECT, Trial, Workplace, metric_of, split_in_halves
 from normtune.data.records import Dataset, Split
 from normtune.data.registry import open_configured
@@ -34,7 +33,7 @@ from normtune.runtime.number_format import format_bytes
 from normtune.training.setup import read_examples
 
 TIMED_STEPS = 12
-_NO_RESULT = {"out", "root", "device"}  # options that change where a search runs, not what it finds
+_NO_RESULT = {"out", "root", "device"}  # options that change where a search runs, not its results
 _PLAN, _ADVICE = "plan.json", "advice.json"
 _GIB = 2**30
 

@@ -95,7 +95,7 @@ class Workplace:
         if (folder / _RESULT).is_file():
             return Trial(**read_json(folder / _RESULT))
         config = self.config.train_config(tune=recipe, lr=lr, out=folder / "adapter", epochs=epochs)
-        with redirect_stderr(io.StringIO()):  # the first training of a recipe has printed what this one would
+        with redirect_stderr(io.StringIO()):  # the first training of a recipe has printed the same messages
             result = self.train(config, memory_plan)
         evaluation = self.evaluate(SELECT, folder, config.out)
         trial = Trial(
@@ -153,7 +153,7 @@ def metric_name(evaluation: Evaluation, name: str | None) -> str:
 
 
 def paired(first: Evaluation, second: Evaluation, name: str | None) -> PairedDifference:
-    """The score of the second minus that of the first, on the same images."""
+    """The score of the second minus the score of the first, on the same images."""
     name = metric_name(first, name)
     normalisation = first.record["normalisation"]
     before, after = (metric_table(item.examples, item.predictions, normalisation)[name] for item in (first, second))
