@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from normtune.adapters.fingerprint import fingerprint, same_base
-from normtune.adapters.merged_weights import quantised_linear_error
 from normtune.errors import InputError
 from normtune.models.checkpoints.parameter_map import has_every_parameter, map_parameters
 from normtune.models.checkpoints.reader import Checkpoint
@@ -60,7 +59,7 @@ class BaseFiles:
             self.loaded = dict(self.model.named_parameters(remove_duplicate=False))
 
     def matches(self, base_fingerprint: str) -> bool:
-        """Whether a fingerprint is that of this base, loaded in fp32 or in its own precision."""
+        """Whether this base, loaded in fp32 or in its own precision, has the fingerprint."""
         if self.loaded:
             return same_base(base_fingerprint, fingerprint(self.model))
         # Both must be tried: fp32 -> bf16 rounds once, fp32 -> fp16 -> bf16 twice, and the adapter may have
@@ -73,7 +72,10 @@ class BaseFiles:
         """The checkpoint's tensors that hold the base's parameter `name`; an `InputError` if there are none."""
         keys = [key for key in self.keys_of.get(name, ()) if not self.loaded or self._is_equal(key, name)]
         if not keys and self.quantised:
-            raise quantised_linear_error(name.rpartition(".")[0])
+            linear = name.rpartition(".")[0]
+            raise InputError(
+                f"{linear} is quantised: nothing can be merged into it. Load the base without quantisation."
+            )
         if not keys:
             raise InputError(
                 f"{name} has no tensor of its own in the checkpoint {self.checkpoint.directory} (loading "

@@ -28,7 +28,7 @@ from normtune.adapters.storage import CARD_FILE, read_adapter_info, read_tensors
 from normtune.errors import InputError
 from normtune.methods.lora import MAGNITUDE, exact_name_pattern
 from normtune.methods.recipe import parse
-from normtune.methods.registry import OUTPUT_VECTORS, PEFT_VECTORS, Method
+from normtune.methods.registry import OUTPUT_VECTORS, PEFT_VECTORS, TEXT_ONLY, Method
 from normtune.runtime.files import atomic_directory, write_json, write_text
 from normtune.runtime.notebook import Result
 from normtune.runtime.tensors import write_tensors
@@ -36,10 +36,10 @@ from normtune.runtime.tensors import write_tensors
 PREFIX = "base_model.model."  # PEFT's wrappers, in the names of the tensors that it saves
 _PEFT_METHODS = {"lora": "LoRA", "ia3": "IA3"}  # method -> PEFT's method; all others use LN tuning
 _LEAVES = ("weight", "bias")  # parameters of modules that have no submodules
-_PREFIX_REASON = "PEFT passes a prefix as a cache, which moves every token's position, and Normtune's moves none"
 _REASONS = {  # method -> why PEFT cannot hold it
-    "prefix": _PREFIX_REASON,
-    "ptuning": _PREFIX_REASON,
+    **dict.fromkeys(
+        TEXT_ONLY, "PEFT passes a prefix as a cache, which moves every token's position, and Normtune's moves none"
+    ),
     "adapter": "PEFT has no bottleneck adapters",
     **dict.fromkeys(OUTPUT_VECTORS, "PEFT has no such vectors"),
     **dict.fromkeys(PEFT_VECTORS, "the export supports LoRA, IA3 and LN tuning"),
@@ -148,12 +148,8 @@ def _ln_tuning(info: AdapterInfo) -> tuple[PeftConfig, Callable[[str], str]]:
             f"{name} (part '{tensor.part}', {tensor.method}) can't be exported: {reason}. Use normtune merge instead."
         )
     modules = list(dict.fromkeys(_module(name) for name in info.tensors))
-    return LNTuningConfig(target_modules=exact_name_pattern(modules)), _ln_key
-
-
-def _ln_key(name: str) -> str:
-    module, _, leaf = name.rpartition(".")
-    return f"{module}.ln_tuning_layers.{leaf}"
+    config = LNTuningConfig(target_modules=exact_name_pattern(modules))
+    return config, lambda name: f"{_module(name)}.ln_tuning_layers.{name.rpartition('.')[2]}"
 
 
 def _lora(info: AdapterInfo) -> tuple[PeftConfig, Callable[[str], str]]:
@@ -165,7 +161,13 @@ def _lora(info: AdapterInfo) -> tuple[PeftConfig, Callable[[str], str]]:
     for name, tensor in info.tensors.items():
         if name.endswith(".lora_A"):
             modules.setdefault(tensor.part, []).append(_module(name))
-    methods = {part: _method_of(info, part, "lora") for part in modules}
+    recipe = parse(info.recipe)  # resolved: each part has an entry
+    methods: dict[str, Method] = {}
+    for part in modules:
+        loras = [method for method in recipe.methods_of(part) if method.name == "lora"]
+        if len(loras) != 1:
+            raise InputError(f"the adapter's recipe '{info.recipe}' and its tensors differ about part '{part}'.")
+        methods[part] = loras[0]
     ranks = {part: int(method.option("r")) for part, method in methods.items()}
     alphas = {part: method.option("alpha") for part, method in methods.items()}
     variants = {(bool(method.option("dora")), bool(method.option("rslora"))) for method in methods.values()}
@@ -205,11 +207,3 @@ def _ia3(info: AdapterInfo) -> tuple[PeftConfig, Callable[[str], str]]:
 
 
 _CONFIGS = {"LN tuning": _ln_tuning, "LoRA": _lora, "IA3": _ia3}
-
-
-def _method_of(info: AdapterInfo, part: str, name: str) -> Method:
-    """The part's method of this name. An adapter's recipe is resolved: every part has its own entry."""
-    methods = [method for method in parse(info.recipe).methods_of(part) if method.name == name]
-    if len(methods) != 1:
-        raise InputError(f"the adapter's recipe '{info.recipe}' and its tensors differ about part '{part}'.")
-    return methods[0]

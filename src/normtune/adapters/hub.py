@@ -79,7 +79,7 @@ def push(
 ) -> Upload:
     """Upload an adapter to a repository of the hub, which is made if it does not exist.
 
-    The hub is that of `HF_ENDPOINT`, with the token of `HF_TOKEN` or `hf auth login`.
+    `HF_ENDPOINT` is the hub's address; the token comes from `HF_TOKEN` or `hf auth login`.
 
     Args:
         repo: owner/name.
@@ -165,7 +165,7 @@ def _figures(run: Path) -> dict[str, Any]:
 @contextmanager
 def _hub_errors(problem: str) -> Iterator[None]:
     """Turn the many kinds of errors of the hub's client into an InputError of one line."""
-    # HTTPError is that of the client's own HTTP library, whichever it is
+    # HTTPError is the error of the HTTP library that the client uses
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError  # type: ignore[attr-defined]
 
     try:

@@ -102,7 +102,7 @@ def read_peft_tensors(directory: Path, info: AdapterInfo) -> dict[str, Tensor]:
 
 
 def fit_names(info: AdapterInfo, model: nn.Module, names: Collection[str]) -> AdapterInfo:
-    """Give the tensors of an adapter their names in a model, as transformers names those of a checkpoint.
+    """Give the tensors of an adapter their names in a model, by the rules that transformers has for checkpoints.
 
     Adapters that were made with transformers before 4.52 have the names of that time, such as
     `language_model.model.layers.0.mlp.up_proj` for `model.language_model.layers.0.mlp.up_proj`.
@@ -149,7 +149,7 @@ def attach_peft(model: nn.Module, directory: Path, info: AdapterInfo, *, keep_ba
 
 
 def prepare_values(tuned: TunedModel, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The values of the trained parameters: those of the file, with the keys of a prefix rotated."""
+    """The values of the trained parameters: the tensors of the file, with the keys of a prefix rotated."""
     if _PREFIX_NAME not in tensors:
         return tensors
     return {_PREFIX_NAME: _rotate_keys(tuned, tensors[_PREFIX_NAME])}
@@ -181,8 +181,8 @@ def _our_name(key: str, kind: str) -> tuple[str, bool]:
 def _describe(config: Mapping[str, Any], kind: str) -> tuple[str, str]:
     """The recipe that describes an adapter, and the method of the tensors that it added.
 
-    A LoRA's options are those that a server needs to mix its rows; one with patterns has a method of its own, as its
-    rows cannot be mixed.
+    A LoRA's options are the ones that a server needs to mix its rows. The rows of a LoRA with patterns cannot be mixed,
+    so that it has another method.
     """
     if kind == "PREFIX_TUNING":
         return f"{_PREFIX_PART}=ptuning(n={int(config['num_virtual_tokens'])})", _METHODS[kind]
@@ -267,7 +267,7 @@ def _layer_config(directory: Path, info: AdapterInfo, linears: list[str]) -> Any
     if not isinstance(config, LoraConfig):
         inputs = [name.rpartition(".")[0] for name, tensor in info.tensors.items() if tensor.shape[:1] == [1]]
         return ia3_config([name for name in linears if name not in inputs], inputs)
-    # the patterns are of the names in the file, which may be older than those of the model
+    # the patterns are for the names in the file; the model may have newer names
     in_file = [name.rpartition(".")[0] for name in _read_shapes(directory, "LORA")]
     linear_in_file = dict(zip((name.rpartition(".")[0] for name in info.tensors), in_file, strict=True))
 

@@ -70,8 +70,8 @@ def merge_to_disk(model: str, adapter: Path, out: Path) -> Merged:
 
     The base is not loaded. Its structure comes from its config. From its files the values that the
     fingerprint samples are read, and the tensors that change, one at a time. In the new file trained tensors
-    are fp32, whatever the base's precision, so that small changes of a gain survive; weights that a LoRA or
-    IA3 changes have the base's dtype.
+    are always fp32, so that small changes of a gain survive; weights that a LoRA or IA3 changes have the base's
+    dtype.
 
     Args:
         model: directory or hub name of the base.
@@ -150,7 +150,7 @@ def _plan_tensors(
 
 
 class _RoundingLoss:
-    """Counts the values that change, and those of them that bf16 rounds back to the old value."""
+    """Counts the values that change, and how many of these changes bf16 rounds away."""
 
     def __init__(self) -> None:
         self.changed = 0

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from normtune.errors import InputError
 from normtune.methods.lora import MAGNITUDE
-from normtune.methods.registry import OUTPUT_VECTORS, PEFT_VECTORS
+from normtune.methods.registry import OUTPUT_VECTORS, PEFT_VECTORS, TEXT_ONLY
 
 UNMERGEABLE = {  # method -> why it cannot be merged
-    "prefix": "it adds keys and values in front of those of the tokens, which no weight can do",
-    "ptuning": "it adds keys and values in front of those of the tokens, which no weight can do",
+    **dict.fromkeys(TEXT_ONLY, "it adds keys and values in front of those of the tokens, which no weight can do"),
     "adapter": "it has a nonlinearity, which no weight can replace",
     **dict.fromkeys((*PEFT_VECTORS, *OUTPUT_VECTORS), "the merge supports LoRA, IA3 and trained values of the base"),
 }
@@ -25,11 +24,6 @@ def check_mergeable(methods: Iterable[str]) -> None:
     for method in methods:
         if method in UNMERGEABLE:
             raise InputError(f"{method} cannot be merged: {UNMERGEABLE[method]}. Load it with --adapter instead.")
-
-
-def quantised_linear_error(linear: str) -> InputError:
-    """The error for a linear with quantised values."""
-    return InputError(f"{linear} is quantised: nothing can be merged into it. Load the base without quantisation.")
 
 
 def changed_tensors(layer: Any) -> list[str]:
@@ -51,7 +45,7 @@ def merged_tensor(linear: str, layer: Any, key: str, old: Tensor, trained: Mappi
     Args:
         layer: PEFT's layer around the linear; it provides the method and alpha / r.
         old: the tensor before merging: [out, in] or [out].
-        trained: the adapter's tensors, by name; those of the layer itself are not used.
+        trained: the adapter's tensors, by name; they are used in place of the layer's.
 
     Returns:
         A new fp32 tensor of `old`'s shape, the only one of that size that is created.

@@ -81,8 +81,8 @@ def mix_adapters(weights: Mapping[str | Path, float], *, out: str | Path, model:
         model: the base; None: as the first adapter names it.
 
     Raises:
-        InputError: the adapters are of different bases or recipes, a method cannot be mixed, or the base is not
-            that of the adapters.
+        InputError: the adapters are of different bases or recipes, a method cannot be mixed, or `model` is another
+            base than theirs.
     """
     if not weights or not all(map(math.isfinite, weights.values())):
         raise InputError("mixing needs one or more adapters with finite weights, such as runs/ln:0.5.")
@@ -186,7 +186,7 @@ def sum_products(
     truncated singular value decomposition.
 
     Args:
-        states: name -> tensor. A state without a LoRA's factors, such as that of the base, adds nothing to it.
+        states: name -> tensor. A state without a LoRA's factors, such as the base's, adds nothing to it.
         weights: one for each state.
 
     Returns:

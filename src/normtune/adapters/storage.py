@@ -38,7 +38,7 @@ TENSORS_FILE = "adapter.safetensors"
 INFO_FILE = "adapter.json"
 CARD_FILE = "README.md"
 _log = logging.getLogger(__name__)
-_MAX_NAMED = 3  # an error names so many mismatches and counts the others
+_MAX_NAMED = 3  # mismatches that an error names; it counts the others
 _PACKAGES = ("python", "torch", "transformers", "peft")  # their versions are recorded
 
 
@@ -56,7 +56,7 @@ def save_adapter(
 
     Args:
         tuned: the adapted model, from `normtune.adapt`.
-        directory: where the files are written; those of an earlier adapter are replaced.
+        directory: where the files are written; they replace the files of an earlier adapter.
         base_name: directory or hub name of the base; None: as `normtune.adapt` recorded it.
         base_fingerprint: `fingerprint` of the base, before it was adapted; None: as recorded.
         data: the training data: name, split, licence ...
@@ -215,7 +215,7 @@ def attach_adapter(
     Args:
         model: the base; it may be on the meta device.
         directory: the adapter's, for error messages.
-        is_base: whether a fingerprint (the adapter's base) is that of `model`.
+        is_base: called with the fingerprint of the adapter's base; returns whether `model` is this base.
         keep_base: see `normtune.methods.adapt.adapt`.
 
     Raises:
@@ -251,7 +251,7 @@ def attach_adapter(
 
 
 def fit_names(info: AdapterInfo, model: nn.Module, names: Collection[str] | None = None) -> AdapterInfo:
-    """Give the tensors of an adapter of PEFT their names in a model; those of Normtune's adapters have them.
+    """Give the tensors of an adapter of PEFT their names in a model; Normtune's adapters have these names already.
 
     Args:
         names: of the model's parameters, if modules of it were replaced since; None: as they are.

@@ -24,7 +24,7 @@ from normtune.errors import InputError
 from normtune.runtime.files import atomic_write, read_json
 
 _ROWS_AT_ONCE = 10_000  # that are hashed or written together
-_TEXTS = 100_000  # texts that are remembered without case and blanks
+_TEXTS = 100_000  # texts in the cache of `plain`
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,10 +89,7 @@ def picture_hashes(dataset: Dataset, examples: Sequence[Example]) -> dict[str, s
     """Image key -> hash of the picture's size and pixels, in the order of the examples."""
     pictures = read_pictures(dataset, image_keys(as_examples(examples)))
     # a damaged file, or one that --text-only allows to be missing, is hashed by its name
-    return {
-        key: picture.digest or _hash(f"cannot be read: {key}".encode("utf-8", "surrogatepass"))
-        for key, picture in pictures.items()
-    }
+    return {key: picture.digest or _hash(f"cannot be read: {key}").hex() for key, picture in pictures.items()}
 
 
 def read_rows(adapter: Path) -> TrainingRows | None:
@@ -143,15 +140,19 @@ def _row_hashes(examples: Examples, pictures: dict[str, str]) -> NDArray[np.uint
     hashes = bytearray()
     columns = (map(plain, examples.texts(name)) for name in ("question", "answer"))
     for context, question, answer in zip(_contexts(examples, pictures, plain), *columns, strict=True):
-        text = f"{context}{question}\0{answer}".encode("utf-8", "surrogatepass")
-        hashes += hashlib.blake2b(text, digest_size=DIGEST_BYTES).digest()
+        hashes += _hash(f"{context}{question}\0{answer}")
     return np.frombuffer(hashes, ">u8").astype(np.uint64)
 
 
 def _contexts(
     examples: Examples, pictures: dict[str, str], as_text: Callable[[str], str] = lambda text: text
 ) -> Iterator[str]:
-    """The pictures of each row, by their texts in `pictures`, and its earlier turns, each text ended by a NUL."""
+    """The beginning of each row's text: a text for each picture, then the earlier turns, each ended by a NUL.
+
+    Args:
+        pictures: image key -> its text.
+        as_text: changes the texts of the turns.
+    """
     codes, images = examples.codes("images")
     history_codes, histories = examples.codes("history")
     keys = ["".join(f"{pictures[key]}\0" for key in of_row) for of_row in images]
@@ -161,10 +162,10 @@ def _contexts(
 
 
 def _iterate(codes: NDArray[np.int32]) -> Iterator[int]:
-    """The codes as integers, block by block: one list of all would be as large as the rows."""
+    """The codes as integers, in blocks: a list of all codes would take as much memory as the rows."""
     for start in range(0, len(codes), _ROWS_AT_ONCE):
         yield from codes[start : start + _ROWS_AT_ONCE].tolist()
 
 
-def _hash(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=DIGEST_BYTES).hexdigest()
+def _hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()

@@ -1,7 +1,7 @@
 """Several norm adapters over one base, to answer with them.
 
 Every tuned norm holds the gains and biases of all adapters (`MultiAdapterNorm`), and each row of a batch uses
-those of its adapter. Everything between the norms is the base, so that one pass serves all adapters.
+its adapter's. Everything between the norms is the base, so that one pass serves all adapters.
 
 The values of all adapters are one tensor, with a row per adapter:
 

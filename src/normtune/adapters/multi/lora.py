@@ -10,7 +10,7 @@ not change, is padded with zeros, which add nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,7 @@ from normtune.methods.sites import CROSS, KEY, VALUE
 from normtune.models.part_names import IMAGE_PARTS, PARTS
 
 DOWN, UP = "lora_A", "lora_B"  # last component of the matrices' names in an adapter, after the linear's name
-# From so many rows per unit on, one matmul per run is faster than one batched matmul over gathered matrices.
+# With this many rows per unit or more, one matmul per run is faster than one batched matmul over gathered matrices.
 MIN_ROWS_FOR_RUNS = 16
 
 
@@ -65,7 +65,7 @@ class MultiAdapterLoRA(nn.Module):
         down: A, [adapters, rank, in] fp32.
         up: B times alpha / r, [adapters, out, rank] fp32.
         active_rows: the adapter of each row; one object for all linears with the same units in their inputs.
-        loaded: the adapters that have matrices; those of all others are zeros.
+        loaded: the adapters that have matrices; the matrices of all others are zeros.
     """
 
     def __init__(
@@ -123,8 +123,10 @@ class LoRABank:
 
     @property
     def reads_images(self) -> bool:
-        """Whether linears of text layers that read image states have a LoRA: keys and values of an image then
-        depend on the adapter."""
+        """Whether text layers have a LoRA on linears that read image states.
+
+        Keys and values of an image then depend on the adapter.
+        """
         return any(linear.active_rows is self.cross_attention_rows for linear in self.linears.values())
 
     def check_fits(self, info: AdapterInfo) -> None:
@@ -154,7 +156,8 @@ class LoRABank:
             rank = int(methods[matrix.part].option("r"))
             if rank > room:
                 raise InputError(f"its LoRA has rank {rank}, and there is room for {room}")
-            if tensor.shape != _unpadded_shape(matrix, side, rank):
+            # the shape in the file, without the padding to the room of the bank
+            if tensor.shape != ([rank, matrix.shape[1]] if side == DOWN else [matrix.shape[0], rank]):
                 raise InputError(f"it has a {name} of another shape than this base and its recipe require")
         if incomplete := sorted(linears[DOWN] ^ linears[UP]):
             raise InputError(f"of the LoRA at {incomplete[0]} one matrix is missing")
@@ -208,9 +211,9 @@ def add_lora_bank(
 
     Args:
         matrices: from `lora_matrices`.
-        image_rows, text_rows: those of the norms (`normtune.adapters.multi.bank.AdapterBank`).
+        image_rows, text_rows: as in `normtune.adapters.multi.bank.AdapterBank`, which the norms use.
     """
-    linear_names: Sequence[str] = list(dict.fromkeys(name.rpartition(".")[0] for name in matrices))
+    linear_names = list(dict.fromkeys(name.rpartition(".")[0] for name in matrices))
     device = next(model.parameters()).device
     size = max(matrix.columns.stop for matrix in matrices.values())
     values = torch.zeros((adapters, size), device=device)
@@ -221,28 +224,19 @@ def add_lora_bank(
         # The input decides: rows of image parts are images, cross-attention reads images from a text part.
         active_rows = image_rows if part in IMAGE_PARTS else text_rows
         active_rows = cross_attention_rows if _reads_images(part, name) else active_rows
-        # [adapters, rank, in] and [adapters, out, rank]
-        down, up = (_view(values, matrices[f"{name}.{side}"]) for side in (DOWN, UP))
+        # views of the columns of `values`: [adapters, rank, in] and [adapters, out, rank]
+        sides = (matrices[f"{name}.{side}"] for side in (DOWN, UP))
+        down, up = (values[:, matrix.columns].unflatten(1, matrix.shape) for matrix in sides)
         linears[name] = MultiAdapterLoRA(model.get_submodule(name), down, up, active_rows, loaded)
     for name, linear in linears.items():  # after all look-ups
         model.set_submodule(name, linear)
     return LoRABank(model, matrices, values, cross_attention_rows, linears, loaded)
 
 
-def _view(values: Tensor, matrix: LoRAMatrix) -> Tensor:
-    """[adapters, values] -> [adapters, *shape]: one matrix of all adapters, as a view."""
-    return values[:, matrix.columns].unflatten(1, matrix.shape)
-
-
 def _reads_images(part: str, linear: str) -> bool:
     """Whether the inputs of a text part's linear are states of images (the encoder of MISS)."""
     *outer, leaf = linear.split(".")
     return part == "encoder" and bool(set(outer) & set(CROSS)) and leaf in KEY + VALUE
-
-
-def _unpadded_shape(matrix: LoRAMatrix, side: str, rank: int) -> list[int]:
-    """The shape of a matrix in the file of an adapter of this rank."""
-    return [rank, matrix.shape[1]] if side == DOWN else [matrix.shape[0], rank]
 
 
 def _lora_methods(info: AdapterInfo) -> dict[str, Method]:

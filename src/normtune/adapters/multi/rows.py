@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 # Norms have two ways to compute a batch: one kernel per run, or one kernel for all rows with gathered gains.
-MAX_RUNS = 16  # up to so many runs one kernel per run is faster
+MAX_RUNS = 16  # with this many runs or fewer, one kernel per run is faster
 Run = tuple[int, int, int]  # (adapter, first row, one past the last row)
 
 
