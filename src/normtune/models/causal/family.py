@@ -99,6 +99,10 @@ class CausalFamily(Family):
     fixed_layers: Sequence[int] = ()  # layers that take keys and values from images only (cross-attention)
     image_options: ClassVar[dict[str, Any]] = {}  # arguments of the image processor
     image_keys: ClassVar[tuple[str, ...]] = ("pixel_values",)  # the image processor's results that are used
+    # how `image_inputs` batches the values of images: joined along their first axis (tiles, patches), or not at all;
+    # all others are stacked
+    concatenated_keys: ClassVar[Collection[str]] = ()
+    unbatched_keys: ClassVar[Collection[str]] = ()
 
     def __init__(self, model: nn.Module, processor: Any) -> None:
         super().__init__(model, processor)
@@ -176,8 +180,16 @@ class CausalFamily(Family):
         return self.processor.replace_image_token(values, 0)
 
     def image_inputs(self, images: Sequence[Pixels]) -> dict[str, Tensor]:
-        """Batch images as the arguments of the model's `get_image_features`."""
-        return {name: torch.stack([image[name] for image in images]) for name in images[0]}
+        """Batch images as the arguments of the model's `get_image_features`.
+
+        For example, images of 2 and 3 tiles give pixel_values [5, 3, height, width] if this key is concatenated.
+        """
+        batch = {}
+        for name in images[0]:
+            if name not in self.unbatched_keys:
+                join = torch.cat if name in self.concatenated_keys else torch.stack
+                batch[name] = join([image[name] for image in images])
+        return batch
 
     def positions(
         self, sequence: SharedSequence, prefixes: Sequence[TokenIds], pixels: Sequence[Sequence[Pixels]]

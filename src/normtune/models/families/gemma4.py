@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
@@ -53,7 +52,10 @@ class Gemma4Family(CausalFamily):
     image_end_token = "eoi_token"
     block_kinds = (SLIDING,)
     caps_logits = True
+    # of an image: [patches, patch width], [patches, 2] and a number; all images have the same number of patches, and
+    # the positions of padding are -1
     image_keys = ("pixel_values", "image_position_ids", "num_soft_tokens_per_image")
+    unbatched_keys = ("num_soft_tokens_per_image",)
 
     def __init__(self, model: Any, processor: Any) -> None:
         self.text_config = model.config.get_text_config()
@@ -63,13 +65,6 @@ class Gemma4Family(CausalFamily):
                 "Choose a Gemma 4 model that generates text."
             )
         super().__init__(model, processor)
-
-    def image_inputs(self, images: Any) -> dict[str, Tensor]:
-        """Batch images: pixel_values [images, patches, patch width], image_position_ids [images, patches, 2].
-
-        All images have the same number of patches; the positions of padding are -1.
-        """
-        return {name: torch.stack([image[name] for image in images]) for name in self.image_keys[:2]}
 
     def bidirectional_blocks(self, batch: Batch) -> Tensor | None:
         if self.text_config.use_bidirectional_attention is None:

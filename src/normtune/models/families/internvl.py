@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from PIL import Image
-from torch import Tensor
 from transformers import InternVLProcessor
 
 from normtune.models.causal.family import CausalFamily
@@ -18,6 +15,7 @@ class InternVLFamily(CausalFamily):
 
     processor_class = InternVLProcessor
     image_end_token = "end_image_token"
+    concatenated_keys, unbatched_keys = ("pixel_values",), ("patches",)
 
     def preprocess_image(self, image: Image.Image) -> Pixels:
         """Cut one image into square patches: pixel_values [patches, 3, size, size]; patches, their number."""
@@ -27,6 +25,3 @@ class InternVLFamily(CausalFamily):
 
     def image_text(self, pixels: Pixels) -> str:
         return self.processor.replace_image_token({"num_patches": [int(pixels["patches"])]}, 0)
-
-    def image_inputs(self, images: Sequence[Pixels]) -> dict[str, Tensor]:
-        return {"pixel_values": torch.cat([image["pixel_values"] for image in images])}

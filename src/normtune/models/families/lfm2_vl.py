@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL.Image import Resampling
-from torch import Tensor
 from transformers import BatchFeature, Lfm2VlProcessor
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import SizeDict
@@ -126,6 +125,7 @@ class Lfm2VlFamily(CausalFamily):
 
     processor_class, image_processor_class = Lfm2VlProcessor, Lfm2VlImageProcessor
     image_end_token = "image_end_token"
+    concatenated_keys, unbatched_keys = ("pixel_values", "pixel_attention_mask", "spatial_shapes"), ("sizes",)
 
     def preprocess_image(self, image: Any) -> Pixels:
         """One image in tiles, as in `Lfm2VlImageProcessor`, and the sizes [4]: rows, columns, height, width."""
@@ -139,6 +139,3 @@ class Lfm2VlFamily(CausalFamily):
         values = {"image_rows": [rows], "image_cols": [cols], "image_sizes": [size]}
         special = getattr(self.processor, "use_image_special_tokens", True)
         return self.processor.replace_image_token(values, 0, use_image_special_tokens=special)
-
-    def image_inputs(self, images: Sequence[Pixels]) -> dict[str, Tensor]:
-        return {name: torch.cat([image[name] for image in images]) for name in images[0] if name != "sizes"}

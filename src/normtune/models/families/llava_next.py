@@ -7,14 +7,9 @@ number of image tokens therefore depends on the image's size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from normtune.models.families.llava import LlavaFamily
-from normtune.models.types import Pixels
 
 _MISSPELT_END = r"'<\s> '"  # the template of llava-v1.6-mistral writes this instead of the end token
 
@@ -22,20 +17,12 @@ _MISSPELT_END = r"'<\s> '"  # the template of llava-v1.6-mistral writes this ins
 class LlavaNextFamily(LlavaFamily):
     """LLaVA 1.6 and LLaVA-NeXT, in transformers' layout."""
 
+    # of an image: [tiles, 3, size, size], and [2], its height and width in pixels
     image_keys = ("pixel_values", "image_sizes")
+    concatenated_keys = ("pixel_values",)
 
     def __init__(self, model: Any, processor: Any) -> None:
         # without this, the model would be trained to end its answers with these letters
         if isinstance(processor.chat_template, str):
             processor.chat_template = processor.chat_template.replace(_MISSPELT_END, "eos_token")
         super().__init__(model, processor)
-
-    def image_inputs(self, images: Sequence[Pixels]) -> dict[str, Tensor]:
-        """Batch images: pixel_values [tiles of all images, 3, size, size], image_sizes [images, 2].
-
-        An image's size is its height and width in pixels.
-        """
-        return {
-            "pixel_values": torch.cat([image["pixel_values"] for image in images]),
-            "image_sizes": torch.stack([image["image_sizes"] for image in images]),
-        }

@@ -36,6 +36,8 @@ TEXT, IMAGE = 0, 1  # types of tokens in transformers' `get_rope_index`
 class QwenVLFamily(CausalFamily):
     """Qwen-VL and GLM-4.1V. Image tokens have row and column as positions; text continues after the larger one."""
 
+    concatenated_keys = ("pixel_values",)
+
     @classmethod
     def load_processor(cls, source: str, model_type: str) -> Any:
         return load_processor(source, _PROCESSORS[model_type], None)
@@ -44,13 +46,6 @@ class QwenVLFamily(CausalFamily):
     def image_layers(self) -> int:  # type: ignore[override]
         """How many of the first layers add image features to their states (Qwen3-VL)."""
         return len(getattr(self.config.vision_config, "deepstack_visual_indexes", ()))
-
-    def image_inputs(self, images: Sequence[Pixels]) -> dict[str, Tensor]:
-        """Batch images: pixel_values [patches of all images, patch width], image_grid_thw [images, 3]."""
-        return {
-            "pixel_values": torch.cat([image["pixel_values"] for image in images]),
-            "image_grid_thw": torch.stack([image["image_grid_thw"] for image in images]),
-        }
 
     def preprocess_image(self, image: Any) -> Pixels:
         """Cut one image into patches: pixel_values [patches, patch width], and their grid.
