@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 from collections import Counter
@@ -340,3 +341,12 @@ def test_texts_that_are_taken_over_unchanged(text: str) -> None:
     if large_table._is_clean(pa.array([text, None, "plain"])):
         assert clean_text(text)[0] == text
     assert large_table._is_clean(pa.array(["plain", None, "", "a  b"]))
+
+
+def test_compressed_lines_are_read_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grey("a").save(tmp_path / "a.png")
+    lines = b"".join(b'{"image": "a.png", "question": "Is it %d?", "answer": "yes"}\n' % n for n in range(9))
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(lines))
+    monkeypatch.setattr(large_table, "LARGE_BYTES", 0)
+    assert len(table.read(tmp_path / "rows.jsonl.gz", format="jsonl").examples) == 9
+    assert len(table.read(tmp_path, format="jsonl").examples) == 9

@@ -23,7 +23,7 @@ from normtune.errors import InputError, did_you_mean
 from normtune.runtime.files import read_json
 from normtune.runtime.text_table import text_table
 
-FOLDER = Path(__file__).resolve().parents[3] / "benchmarks"  # of a source checkout
+FOLDER = Path(__file__).resolve().parents[3] / "benchmarks"  # only a source checkout has it
 RECORD_FILE = "results.json"  # the record of a benchmark with a folder as its --out
 
 

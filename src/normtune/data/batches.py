@@ -186,7 +186,7 @@ class EpochBatches:
                 f"{ranks} processes cannot share {group_count} groups of questions. "
                 "Start fewer processes, or lower --cap."
             )
-        self.steps = min(group_count // ranks, math.ceil(len(self.examples) / (pairs * ranks)))  # of one epoch
+        self.steps = min(group_count // ranks, math.ceil(len(self.examples) / (pairs * ranks)))  # steps of one epoch
 
     def _batches_of_epoch(self, epoch: int) -> Iterator[list[Examples]]:
         if not self.steps:

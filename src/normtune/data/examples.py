@@ -102,7 +102,7 @@ class Examples(Sequence[Example]):
 
     _items: list[Example]  # empty if there is a table
     _table: Table | None
-    _rows: NDArray[np.int32] | None  # of the table, in order; None: all
+    _rows: NDArray[np.int32] | None  # row numbers of the table, in order; None: all rows
 
     def __init__(self, source: Iterable[Example] | Table, rows: NDArray[Any] | None = None) -> None:
         """Hold a list of examples, other `Examples`, or rows of a table.
@@ -226,8 +226,8 @@ class Examples(Sequence[Example]):
         items = self._as_list()
         if items is not None:
             texts = [_value(example, column) or "" for example in items]
-            of_text = {text: function(text) for text in dict.fromkeys(texts)}
-            return np.array([of_text[text] for text in texts], dtype)
+            number_of_text = {text: function(text) for text in dict.fromkeys(texts)}
+            return np.array([number_of_text[text] for text in texts], dtype)
         assert self._table is not None
         numbers = self._table.numbers(column, function, dtype)
         return numbers if self._rows is None else numbers[self._rows]
@@ -297,7 +297,7 @@ def history_hashes(examples: Examples, normalize: Callable[[str], str] = str) ->
 def option_hashes(examples: Examples) -> NDArray[np.int64]:
     """A hash of the options of each row, [rows]; their order does not count."""
     codes, options = examples.codes("options")
-    return np.array([hash(tuple(sorted(of_row))) for of_row in options], np.int64)[codes]
+    return np.array([hash(tuple(sorted(texts))) for texts in options], np.int64)[codes]
 
 
 def combine_hashes(*columns: NDArray[Any]) -> NDArray[np.int64]:
@@ -333,9 +333,12 @@ def _value(example: Example, column: str) -> Any:
 
 
 def compact(codes: NDArray[np.int32], values: Sequence[Any]) -> Codes:
-    """Codes of only those values that occur, which are then in the order of their first occurrence."""
-    first = np.full(len(values) + 1, len(codes), np.int64)  # the last entry is for -1
-    first[codes[::-1]] = np.arange(len(codes))[::-1]  # of equal indices the last assignment counts: the first row
+    """Codes of only those values that occur, which are then in the order of their first occurrence.
+
+    Example: the codes [2, -1, 0, 2] of the values [a, b, c] become [0, -1, 1, 0] of the values [c, a].
+    """
+    first = np.full(len(values) + 1, len(codes), np.int64)  # first row of each value; the last entry is for -1
+    first[codes[::-1]] = np.arange(len(codes))[::-1]  # backwards: the first row of a value is assigned last
     used = np.argsort(first[:-1], kind="stable")[: int((first[:-1] < len(codes)).sum())]
     new = np.full(len(values) + 1, -1, np.int32)
     new[used] = np.arange(len(used))

@@ -144,6 +144,11 @@ def table_files(folder: Path) -> list[Path]:
     ]
 
 
+def files_of_format(folder: Path, format: str) -> list[Path]:
+    """The data files directly in a folder that have the ending of this format."""
+    return [file for file in table_files(folder) if SUFFIXES[_suffix(file)] == format]
+
+
 def dicom_files(folder: Path) -> list[Path]:
     """The DICOM files in a folder and its subfolders, by their endings."""
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in DICOM_SUFFIXES and path.is_file())

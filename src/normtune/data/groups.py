@@ -91,7 +91,7 @@ def cut_groups(image_ends: NDArray[np.int64], max_group_size: int | None) -> NDA
     """The ends of the groups, from the ends of the images: an image with more rows has several groups."""
     if max_group_size is None:
         return image_ends
-    groups = -(-np.diff(image_ends) // max_group_size)  # of each image
+    groups = -(-np.diff(image_ends) // max_group_size)  # number of groups of each image
     first = np.repeat(np.cumsum(groups) - groups, groups)  # number of the image's first group, for each group
     starts = np.repeat(image_ends[:-1], groups) + (np.arange(groups.sum()) - first) * max_group_size
     return np.append(starts, image_ends[-1])

@@ -21,8 +21,8 @@ from normtune.runtime.worker_pool import count_cores
 
 DIGEST_BYTES = 8  # two of a million pictures share a digest with a probability of 3e-8
 _THUMBNAIL = 16  # width and height of the grey thumbnail
-_MAX_BIT_DISTANCE = 8  # of the 64 bits of two perceptual hashes
-_MIN_CORRELATION = 0.998  # of two thumbnails; adjacent slices of one scan stay below it, JPEG copies above
+_MAX_BIT_DISTANCE = 8  # near-duplicates differ in at most this many of the 64 bits
+_MIN_CORRELATION = 0.998  # correlation of thumbnails: adjacent slices of a scan are below it, JPEG copies above
 _MAX_PAIRWISE = 50_000  # with more pictures, only those with equal perceptual hashes are compared
 _ROWS = 512  # hashes that are compared with all others at once
 

@@ -37,9 +37,9 @@ class Preflight:
     texts: dict[str, Any]  # languages, control_tokens, not_a_number, constant, repeated, contradictions, unseen
     grouped_by: list[str]  # columns that name patients, cases or studies
     leaks: list[Leak]
-    limits: dict[str, Any] = field(default_factory=dict)  # of prompts, references and answers; the score ceiling
+    limits: dict[str, Any] = field(default_factory=dict)  # lengths of texts, and the score ceiling
     losses: dict[str, int] = field(default_factory=dict)  # what is lost -> rows; empty if nothing is
-    memory: dict[str, Any] = field(default_factory=dict)  # of training; see `memory_plan.plan.estimate_memory`
+    memory: dict[str, Any] = field(default_factory=dict)  # memory of training; see `memory_plan.plan.estimate_memory`
     bad_rows: dict[str, str] = field(default_factory=dict)  # id of an example that cannot be used -> why
     seconds: float = 0.0
 
@@ -157,14 +157,14 @@ def preflight(
     if len(dataset.examples) > len(rows):
         dropped["in another split, or not selected"] = len(dataset.examples) - len(rows)
     columns, alike = group_columns(dataset.examples), near_duplicates(pictures)
-    of_all = alike if len(pictures) == len(dataset.pictures) else None
+    all_alike = alike if len(pictures) == len(dataset.pictures) else None
     result = Preflight(
         dataset=dataset.name,
         rows={"read": len(rows) + sum(dropped.values()), "used": len(rows), "dropped": dropped},
         pictures=_count_pictures(pictures, equal, alike, bad_rows),
         texts=count_texts(dataset, rows, cluster(equal)),
         grouped_by=list(columns),
-        leaks=find_leaks(dataset, columns, of_all),
+        leaks=find_leaks(dataset, columns, all_alike),
         losses={reason: n for reason, n in dataset.dropped.items() if not reason.startswith(_CHOSEN)},
         bad_rows=bad_rows,
     )

@@ -203,8 +203,8 @@ class Prediction:
     id: str
     text: str
     score: float | None = None  # mean log-probability of the answer's tokens
-    finish_reason: str | None = None  # of a generated answer: "stop", or "length" if it reached the token limit
-    choice: ChoiceResult | None = None  # of a question with options
+    finish_reason: str | None = None  # "stop", or "length" if a generated answer reached the token limit
+    choice: ChoiceResult | None = None  # for a question with options
     shares: Mapping[str, float] | None = None  # candidate answer -> its share of the candidates' probabilities
     abstained: bool = False  # its confidence is below the threshold of the evaluation
 

@@ -99,6 +99,7 @@ def open_dataset(
     """
     # not checked again: the functions below check what they use
     options = DataOptions.model_construct(
+        data="",  # below, with the root
         language=language,
         image_disjoint=image_disjoint,
         group_by=group_by,

@@ -41,7 +41,7 @@ class RowTableWriter:
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(prefix="normtune-rows-")  # noqa: SIM115  `finish` closes it
-        self._ends = [0]  # of the blocks, in bytes
+        self._ends = [0]  # where each block ends in the file, in bytes
         self.rows = 0
 
     def add(self, columns: Mapping[str, pa.Array]) -> None:
@@ -93,14 +93,15 @@ class RowTable:
 
     def __init__(self, blocks: Sequence[pa.RecordBatch], mapped: mmap.mmap | None = None) -> None:
         self.blocks, self._mapped = list(blocks), mapped
-        self.starts = np.cumsum([0, *(block.num_rows for block in self.blocks)])  # of the blocks, and the end
+        # the first row of each block, and the number of all rows
+        self.starts = np.cumsum([0, *(block.num_rows for block in self.blocks)])
         self._starts: list[int] = self.starts.tolist()  # for single rows
         self.meta_columns = list(
             dict.fromkeys(
                 name.removeprefix(META) for block in self.blocks for name in block.schema.names if name.startswith(META)
             )
         )
-        self._codes: dict[str, Codes] = {}  # of the columns in `_CACHED`
+        self._codes: dict[str, Codes] = {}  # the codes of the columns in `_CACHED`
         self._reads = 0
 
     def __len__(self) -> int:
@@ -146,8 +147,8 @@ class RowTable:
             for start, texts in self._column(column):
                 texts = texts.fill_null("") if column == OPTIONS else texts
                 encoded = texts.dictionary_encode()
-                of_text = [index.setdefault(text, len(index)) for text in encoded.dictionary.to_pylist()]
-                codes[start : start + len(texts)] = _spread(np.array([*of_text, -1], np.int32), encoded)
+                text_codes = [index.setdefault(text, len(index)) for text in encoded.dictionary.to_pylist()]
+                codes[start : start + len(texts)] = _spread(np.array([*text_codes, -1], np.int32), encoded)
             values: list[Any] = list(index)
             if column in ("images", OPTIONS):
                 values = [_split(joined) for joined in values]
@@ -161,8 +162,8 @@ class RowTable:
         numbers = np.empty(len(self), dtype)
         for start, texts in self._column(column):
             encoded = texts.dictionary_encode()
-            of_text = [*map(function, encoded.dictionary.to_pylist()), function("")]
-            numbers[start : start + len(texts)] = _spread(np.array(of_text, dtype), encoded)
+            text_numbers = [*map(function, encoded.dictionary.to_pylist()), function("")]
+            numbers[start : start + len(texts)] = _spread(np.array(text_numbers, dtype), encoded)
         return numbers
 
     def with_column(self, column: str, codes: NDArray[np.int32], values: list[str]) -> RowTable:
@@ -178,7 +179,7 @@ class RowTable:
         table = RowTable(blocks, self._mapped)
         if column.startswith(META):
             table.meta_columns = list(dict.fromkeys([*self.meta_columns, column.removeprefix(META)]))
-        table._codes = {name: of_column for name, of_column in self._codes.items() if name != column}
+        table._codes = {name: cached for name, cached in self._codes.items() if name != column}
         return table
 
     def read_example(self, row: int) -> Example:
@@ -232,6 +233,6 @@ def _split(joined: str | None) -> tuple[str, ...]:
     return tuple(joined.split(SEPARATOR)) if joined else ()
 
 
-def _spread(of_text: NDArray[Any], encoded: pa.DictionaryArray) -> NDArray[Any]:
-    """The value of each row: `of_text` has one value for each distinct text, and a last one for rows without a text."""
-    return of_text[encoded.indices.fill_null(len(of_text) - 1).to_numpy(zero_copy_only=False)]
+def _spread(text_values: NDArray[Any], encoded: pa.DictionaryArray) -> NDArray[Any]:
+    """The value of each row, from the value of each distinct text and, last, of a missing text."""
+    return text_values[encoded.indices.fill_null(len(text_values) - 1).to_numpy(zero_copy_only=False)]

@@ -32,7 +32,7 @@ DATASET = f"{META}dataset"  # the column that names the dataset of a mixture's r
 class Strata:
     """Rows in strata, with the share of each stratum."""
 
-    names: list[str]  # of the strata
+    names: list[str]  # the name of each stratum
     codes: NDArray[np.int32]  # the stratum of each row, [rows]
     shares: list[float]  # the part of the questions that each stratum has, [strata]; their sum is 1
 
@@ -66,13 +66,15 @@ def find_strata(examples: Examples, weights: Mapping[str, float], balanced: bool
         raise InputError(f"--sample balanced: all answers are of one type ({types[0]}). Leave it out.")
     both = codes.astype(np.int64) * len(types) + kinds
     numbers, strata, counts = np.unique(both, return_inverse=True, return_counts=True)
+    pairs = [divmod(number, len(types)) for number in numbers.tolist()]  # (dataset, answer type) of each stratum
+    rows_by_type: dict[int, dict[str, int]] = {}  # dataset -> answer type -> rows
+    for (part, type), count in zip(pairs, counts.tolist(), strict=True):
+        rows_by_type.setdefault(part, {})[types[type]] = count
     names, shares = [], []
-    for part, type in (divmod(number, len(types)) for number in numbers.tolist()):
-        of_part = {types[n % len(types)]: c for n, c in zip(numbers.tolist(), counts.tolist(), strict=True)
-                   if n // len(types) == part}  # fmt: skip
+    for part, type in pairs:
         weight = weights[parts[part]] / sum(weights[name] for name in parts) if weights else 1.0
         names.append(f"{parts[part]}: {types[type]}" if weights else types[type])
-        shares.append(weight * _share(types[type], of_part))
+        shares.append(weight * _share(types[type], rows_by_type[part]))
     return Strata(names, strata.astype(np.int32), shares)
 
 
@@ -94,12 +96,12 @@ def _yes_or_no(answer: str) -> int:
 def _share(type: str, counts: Mapping[str, int]) -> float:
     """The share of the questions that an answer type gets among all types of its dataset; see `find_strata`."""
     closed = [name for name in ("yes", "no", "closed") if name in counts]
-    of_kind = 1 / (len(counts.keys() - set(closed)) + bool(closed))
+    kind_share = 1 / (len(counts.keys() - set(closed)) + bool(closed))
     if type not in closed:
-        return of_kind
+        return kind_share
     words = [name for name in closed if name != "closed"]
     rows = [type] if type == "closed" else words
-    return of_kind * sum(counts[n] for n in rows) / sum(counts[n] for n in closed) / len(rows)
+    return kind_share * sum(counts[n] for n in rows) / sum(counts[n] for n in closed) / len(rows)
 
 
 class RowSampler:

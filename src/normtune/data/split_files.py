@@ -69,7 +69,7 @@ def divide(dataset: Dataset, shares: Sequence[float], seed: int) -> NDArray[np.i
     image_codes, images = examples.codes("images")
     group_of_row = np.array([numbers[cluster_of[keys[0]]] for keys in images], np.int32)[image_codes]
     kind_codes, kinds = examples.codes("kind")
-    counts = np.zeros((len(numbers), 1 + len(kinds)))  # of each group: its pictures, and its examples of each kind
+    counts = np.zeros((len(numbers), 1 + len(kinds)))  # group -> its pictures, and its examples of each kind
     np.add.at(counts[:, 0], [numbers[name] for name in cluster_of.values()], 1)
     np.add.at(counts, (group_of_row, kind_codes + 1), 1)
     counts /= counts.sum(axis=0)

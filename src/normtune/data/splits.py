@@ -130,14 +130,16 @@ def find_leaks(
         for earlier, earlier_members in splits[:later]:
             if earlier_members[0].split == members[0].split:
                 continue  # the same split in another language
-            names = {equal.get(key, key) for key in images[earlier]}
-            shared = [key for key in images[name] if key in images[earlier]]
-            same = [key for key in images[name] if key not in images[earlier] and equal.get(key, key) in names]
-            close = [
-                key
-                for key in images[name]
-                if equal.get(key, key) not in names and similar.get(equal.get(key, key), set()) & names
-            ]
+            pictures = {equal.get(key, key) for key in images[earlier]}
+            shared, same, close = [], [], []  # image keys of the later split, by what the earlier one has of them
+            for key in images[name]:
+                picture = equal.get(key, key)
+                if key in images[earlier]:
+                    shared.append(key)
+                elif picture in pictures:
+                    same.append(key)
+                elif not pictures.isdisjoint(similar.get(picture, ())):
+                    close.append(key)
             repeated = np.flatnonzero(is_in(rows[name], rows[earlier]))
             for what, items, count, total in (
                 ("image", sorted(shared), len(shared), len(images[name])),
@@ -184,8 +186,9 @@ def image_disjoint(dataset: Dataset, seed: int = 0, identical: Iterable[Sequence
         old, old_names = examples.codes("split")
         moved = {name: number for number, name in enumerate(SPLITS)}
         new = [moved[split[clusters[keys[0]]]] if keys and keys[0] in clusters else -1 for keys in images]
-        of_rows = np.array(new, np.int32)[codes]
-        return examples.with_column("split", np.where(of_rows >= 0, of_rows, old + len(SPLITS)), [*SPLITS, *old_names])
+        new_codes = np.array(new, np.int32)[codes]
+        all_codes = np.where(new_codes >= 0, new_codes, old + len(SPLITS))  # a row without an image keeps its split
+        return examples.with_column("split", all_codes, [*SPLITS, *old_names])
 
     return replace(dataset, examples=move(dataset.examples), skipped=list(move(Examples(dataset.skipped))))
 
@@ -337,7 +340,7 @@ def _by_patient(examples: Examples, column: str) -> dict[str, list[str]]:
     distinct, first = np.unique(pairs, return_index=True)
     for pair in distinct[np.argsort(first)].tolist():
         keys[pair // len(images)].update(dict.fromkeys(images[pair % len(images)]))
-    return {value: list(of_value) for value, of_value in zip(values, keys, strict=True)}
+    return {value: list(value_keys) for value, value_keys in zip(values, keys, strict=True)}
 
 
 def _images_together(examples: Examples) -> list[Sequence[str]]:

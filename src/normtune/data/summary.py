@@ -54,7 +54,7 @@ def summarize(dataset: Dataset, leaks: Sequence[Leak] | None = None) -> DatasetS
     """
     label, rows = split_label(dataset), dataset.examples
     leaks = find_leaks(dataset) if leaks is None else leaks  # first: it takes the most memory
-    columns = {  # of all rows, not split by split: each of these reads all texts of a column
+    columns = {  # for all rows at once, not split by split: each entry reads all texts of a column
         "yes_no": rows.flags("answer", is_yes_no),
         "longest_question_words": rows.numbers("question", _count_words, np.int32),
         "longest_answer_words": rows.numbers("answer", _count_words, np.int32),
@@ -140,7 +140,8 @@ def _counts(examples: Examples, skipped: Sequence[Example], columns: dict[str, N
     codes, images = examples.codes("images")
     per_image = np.bincount(codes, minlength=len(images)).tolist()
     option_codes, options = examples.codes("options")
-    of_number = np.bincount(np.array([*map(len, options)], np.int64)[option_codes])  # rows with 0, 1, 2, ... options
+    # number of rows with 0, 1, 2, ... options
+    rows_by_number = np.bincount(np.array([*map(len, options)], np.int64)[option_codes])
     return {
         "rows": len(examples) + len(skipped),
         "usable": len(examples),
@@ -149,7 +150,7 @@ def _counts(examples: Examples, skipped: Sequence[Example], columns: dict[str, N
         "closed": kinds["closed"],
         "report": kinds["report"],
         "choice": kinds["choice"],
-        "options": {str(number): int(of_number[number]) for number in np.flatnonzero(of_number) if number},
+        "options": {str(number): int(rows_by_number[number]) for number in np.flatnonzero(rows_by_number) if number},
         "yes_no": int(columns["yes_no"].sum()) + sum(is_yes_no(row.answer) for row in skipped),
         "questions_per_image": {"mean": round(mean(per_image), 2), "median": median(per_image), "max": max(per_image)},
         "longest_question_words": int(columns["longest_question_words"].max()),

@@ -43,21 +43,20 @@ def count_texts(dataset: Dataset, rows: Examples, equal: dict[str, str]) -> dict
     trained = all_answers[training]
     unseen = rows.flags("kind", lambda kind: kind == "closed" and len(trained) > 0)
     unseen[unseen] = ~is_in(answers[unseen], trained)
-    one_answer = [len(of_split) > 1 and of_split.min() == of_split.max() for of_split in _parts(answers, split_codes)]
+    constant = []
+    for code, split in enumerate(splits):
+        split_answers = answers[split_codes == code]
+        if len(split_answers) > 1 and split_answers.min() == split_answers.max():
+            constant.append(split)
     return {
         "languages": _most_common(*rows.codes(f"{META}language")),
         "control_tokens": _count_controls(rows),
         "not_a_number": int(rows.flags("answer", lambda text: _plain(text) in NOT_A_NUMBER).sum()),
-        "constant": [split for split, constant in zip(splits, one_answer, strict=True) if constant],
+        "constant": constant,
         "repeated": repeated,
         "contradictions": contradictions,
         "unseen": count_values(*compact(split_codes[unseen], splits)),
     }
-
-
-def _parts(values: NDArray[Any], codes: NDArray[np.int32]) -> list[NDArray[Any]]:
-    """The values of each code, from 0 on."""
-    return [values[codes == code] for code in range(codes.max(initial=-1) + 1)]
 
 
 def _count_repeats(questions: NDArray[np.int64], answers: NDArray[np.int64]) -> tuple[int, int]:
@@ -83,12 +82,12 @@ def _count_controls(rows: Examples) -> dict[str, int]:
         return sets.setdefault(frozenset(_CONTROL.findall(text)), len(sets))
 
     questions, answers = rows.numbers("question", number, np.int32), rows.numbers("answer", number, np.int32)
-    of_number = list(sets)
+    token_sets = list(sets)
     counts: Counter[str] = Counter()
     with_tokens = (questions > 0) | (answers > 0)
     pairs = Counter(zip(questions[with_tokens].tolist(), answers[with_tokens].tolist(), strict=True))
     for (question, answer), count in pairs.items():
-        counts.update(dict.fromkeys(of_number[question] | of_number[answer], count))
+        counts.update(dict.fromkeys(token_sets[question] | token_sets[answer], count))
     return dict(counts.most_common())
 
 

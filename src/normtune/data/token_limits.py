@@ -37,7 +37,7 @@ class TextLimits:
     max_answer: int | None = None  # tokens that are generated
     # the text of an example's reference as the model is to write it
     expected: Callable[[Example], str] = attrgetter("answer")
-    max_pixels: int | None = None  # of an image
+    max_pixels: int | None = None  # most pixels of an image
     # (width, height) of an image -> tokens that it takes, with the frame of the prompt
     image_tokens: Callable[[tuple[int, int]], int] | None = None
 
@@ -99,10 +99,10 @@ def count_tokens(rows: Examples, limits: TextLimits, *, exact: bool) -> TokenCou
             bad_rows[example.id] = str(error)
     losses = {"text cannot be tokenised": len(bad_rows)} if bad_rows else {}
     prompts, references, weights = np.array(lengths, np.int64).reshape(-1, 3).T
-    of_texts = {"texts": distinct, "texts_tried": len(first)} if len(first) < distinct else {}
+    sample_sizes = {"texts": distinct, "texts_tried": len(first)} if len(first) < distinct else {}
     counted: dict[str, Any] = {
         "model": limits.model,
-        **of_texts,
+        **sample_sizes,
         "prompts": _cut(np.repeat(prompts, weights), limits.max_prompt),
     }
     if limits.max_reference is not None:
@@ -158,8 +158,8 @@ def count_image_tokens(pictures: dict[str, Picture], limits: TextLimits) -> dict
         return {}
     tried = np.unique(np.linspace(len(sizes) - 1, 0, min(_MAX_SIZES, len(sizes))).round().astype(int))
     tokens = [limits.image_tokens(sizes[index]) for index in tried.tolist()]
-    of_size = [tokens[place] for place in np.searchsorted(tried, np.arange(len(sizes))).tolist()]
-    lengths = np.repeat(np.array(of_size, np.int64), [counts[size] for size in sizes])
+    size_tokens = [tokens[place] for place in np.searchsorted(tried, np.arange(len(sizes))).tolist()]
+    lengths = np.repeat(np.array(size_tokens, np.int64), [counts[size] for size in sizes])
     shares = {name: value for name, value in _cut(lengths, None).items() if name not in ("limit", "cut", "rows")}
     return {"images": {"sizes": len(sizes), "sizes_tried": len(tried), **shares}}
 

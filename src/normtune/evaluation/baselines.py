@@ -48,8 +48,8 @@ class QuestionOnly:
     by_question: dict[tuple[str, ...], str]  # words of a question -> answer
     by_start: dict[tuple[str, ...], str]  # first two words of a question -> answer
     overall: str
-    answers: dict[tuple[str, tuple[str, ...]], Counter[str]]  # of questions, starts and all rows -> normalised answers
-    position: int  # of the right option, most often
+    answers: dict[tuple[str, tuple[str, ...]], Counter[str]]  # question, its start or "all" -> normalised answers
+    position: int  # the most frequent position of the right option
 
     @classmethod
     def fit(cls, train: Sequence[Example]) -> QuestionOnly:

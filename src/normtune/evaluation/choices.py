@@ -85,13 +85,13 @@ def _positions(
 
     positions: dict[str, Any] = {}
     for position in range(max(counts.values())):
-        of_position = {names[key]: row for key, row in rows.items() if position < counts[key[0]]}
-        right = {name: (position in places) / len(places) for name, (places, _) in of_position.items()}
-        picked = {name: float(place == position) for name, (_, place) in of_position.items()}
+        position_rows = {names[key]: row for key, row in rows.items() if position < counts[key[0]]}
+        right = {name: (position in places) / len(places) for name, (places, _) in position_rows.items()}
+        picked = {name: float(place == position) for name, (_, place) in position_rows.items()}
         pair = paired_difference(mean_metric(right), mean_metric(picked), clusters)
-        where = {name: float(place in places) for name, (places, place) in of_position.items() if position in places}
+        where = {name: float(place in places) for name, (places, place) in position_rows.items() if position in places}
         positions[option_letter(position)] = {
-            "rows": len(of_position),
+            "rows": len(position_rows),
             "right": sum(right.values()) / len(right),
             "selected": sum(picked.values()) / len(picked),
             "difference": {"value": pair.difference, "low": pair.low, "high": pair.high, "p": pair.p},

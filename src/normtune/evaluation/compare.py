@@ -154,8 +154,8 @@ class Comparison(Result):
             'comparisons (Holm). "can show": the true difference that is found in 80% of such comparisons.'
         ]
         for question in dict.fromkeys(metric.question for metric in metrics):
-            of_question = [metric for metric in metrics if metric.question == question]
-            methods = "; ".join(dict.fromkeys(metric.method for metric in of_question))
+            same_question = [metric for metric in metrics if metric.question == question]
+            methods = "; ".join(dict.fromkeys(metric.method for metric in same_question))
             lines.append(f"A small p says: {QUESTIONS[question]} ({methods}).")
         if self.seeds and any(metric.question != "recipes" for metric in metrics):
             lines.append(

@@ -169,7 +169,7 @@ def evaluate(
             },
             seconds=seconds,
             pairs_per_second=len(examples) / seconds,
-            # of reading the images and answering, the model included: memory allocated on the CUDA device,
+            # while reading images and answering, with the model: memory allocated on the CUDA device,
             # else resident memory of the process
             peak_memory_bytes=peak,
             device="cpu" if family is None else str(family.device),

@@ -134,8 +134,8 @@ def swapped_images(examples: Sequence[Example]) -> dict[str, str]:
     for at, images in enumerate(studies):
         target = (at + step) % len(studies)
         if patients[target] == patients[at]:
-            of_others = [index for index, name in enumerate(patients) if name != patients[at]]
-            target = of_others[at % len(of_others)]
+            other_studies = [index for index, name in enumerate(patients) if name != patients[at]]
+            target = other_studies[at % len(other_studies)]
         for view, key in enumerate(images):
             # A study with fewer views repeats its last view.
             swapped.setdefault(key, studies[target][min(view, len(studies[target]) - 1)])

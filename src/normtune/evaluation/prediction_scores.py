@@ -49,8 +49,8 @@ def compute_scores(
     scores: dict[str, Any] = {"metrics": summarize_metrics(table, examples), "strata": score_strata(examples, table)}
     scores |= {name: values for name, values in recorded.items() if values}
     if models:
-        of_models = {name: metric for name, metric in table.items() if name in clinical or name.startswith("bertscore")}
-        scores["row_scores"] = {name: metric.by_row() for name, metric in of_models.items() if metric.is_mean}
+        names = [name for name in table if name in clinical or name.startswith("bertscore")]
+        scores["row_scores"] = {name: table[name].by_row() for name in names if table[name].is_mean}
     if isinstance(normalisation, str):
         scores["signs_ignored"] = count_ignored_signs(examples, predictions, normalisation)
         if any(example.options for example in examples):

@@ -51,7 +51,7 @@ class MetricDifference:
     difference: float
     low: float  # lower end of the 95% interval of the difference
     high: float  # its upper end
-    p: float  # of the test that answers `question`
+    p: float  # p-value of the test that answers `question`
     p_holm: float  # corrected for all metrics of all compared runs (Holm 1979)
     rows: int  # number of rows
     images: int  # number of images

@@ -95,17 +95,15 @@ def score_files(
     _check_same_ids(Path(predictions), prediction_rows, Path(references), reference_rows)
     task = task or _infer_task(reference_rows)
     examples = [
-        # A row without images is a cluster of its own.
         Example(
             id,
-            row.images or (f"row {id}",),
-            "",
-            row.text,
-            _kind(row, task),
-            "",
-            {} if row.patient is None else {"patient": row.patient},
-            (),
-            row.options,
+            images=row.images or (f"row {id}",),  # a row without images is a cluster by itself
+            question="",
+            answer=row.text,
+            kind=_kind(row, task),
+            split="",
+            meta={} if row.patient is None else {"patient": row.patient},
+            options=row.options,
         )
         for id, row in reference_rows.items()
     ]

@@ -173,7 +173,7 @@ def calibration_error(rows: ConfidentRows) -> Interval:
     if len(counts) < 2:
         return Interval(value, 0.0, 1.0)
     accuracy, sure = rows.accuracy(), rows.confidence.mean()
-    ends = sure - accuracy.high, sure - accuracy.low  # of the overconfidence
+    ends = sure - accuracy.high, sure - accuracy.low  # the interval of the overconfidence
     draw, df = np.random.default_rng(0), satterthwaite_df(counts)
     spread = np.sqrt(df / draw.chisquare(df, (DRAWS, 1)))
     noise = draw.standard_normal((DRAWS, len(counts))) @ influence_of_mean(gaps, counts).T * spread  # [draws, bins]

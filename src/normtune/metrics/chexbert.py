@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _STATUS: tuple[Status, ...] = ("absent", "positive", "negative", "uncertain")  # classes of a head, in order
-_MAX_TOKENS = 512  # of a report; the rest is truncated
+_MAX_TOKENS = 512  # most tokens of a report; the rest is truncated
 _BATCH = 16  # reports per forward pass
 # Reports -> for each report, finding -> status.
 Labeller = Callable[[Sequence[str]], list[dict[str, Status]]]

@@ -111,7 +111,7 @@ def rules_metrics(texts: Texts) -> dict[str, SumMetric]:
 
     The result is empty if no reference mentions any finding, for example in reports of other organs.
     """
-    labels = label_with_rules(texts)  # of predictions and of references
+    labels = label_with_rules(texts)  # labels of predictions, and labels of references
     return label_metrics(*labels, "findings_rules") if mentions_any_finding(labels[1]) else {}
 
 

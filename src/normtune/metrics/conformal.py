@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,38 +31,38 @@ from normtune.metrics.sum_metrics import cluster_rows
 LEVELS = (0.9, 0.95)
 
 
-@dataclass(frozen=True)
+@dataclass
 class CandidateRows:
-    """Questions of which a candidate is the answer."""
+    """Questions with probabilities of candidates or options, if one of these is the answer."""
 
-    examples: list[Example]  # the questions
-    shares: list[list[float]]  # the probability share of each candidate, one list for each question
-    answers: list[int]  # the position of the right answer among the candidates
-    left_out: int  # number of questions with candidates, none of which is the answer
+    examples: list[Example] = field(default_factory=list)  # the questions
+    shares: list[list[float]] = field(default_factory=list)  # each question's shares of the candidates
+    scores: list[float] = field(default_factory=list)  # one minus the share of the right answer
+    left_out: int = 0  # number of questions for which no candidate is the answer
 
     @classmethod
-    def of(cls, examples: Sequence[Example], predictions: Sequence[Prediction]) -> CandidateRows:
-        """Select the questions with probabilities of candidates or options; both sequences have the same order."""
-        left_out, rows = 0, []
+    def select(cls, examples: Sequence[Example], predictions: Sequence[Prediction]) -> CandidateRows:
+        """Select these questions; both sequences have the same order."""
+        rows = cls()
         for example, prediction in zip(examples, predictions, strict=True):
-            if (shares := _shares(example, prediction)) is not None:
-                answer = _position(example.answer, shares[0])
-                left_out += answer is None
-                rows += [] if answer is None else [(example, shares[1], answer)]
-        return cls([row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows], left_out)
+            candidates, shares = _shares(example, prediction)
+            position = _position(example.answer, candidates)
+            if position is not None:
+                rows.examples.append(example)
+                rows.shares.append(shares)
+                rows.scores.append(1 - shares[position])
+            elif candidates:
+                rows.left_out += 1
+        return rows
 
-    def scores(self) -> Floats:
-        """One minus the share of the right answer, [rows]."""
-        return np.array([1 - shares[answer] for shares, answer in zip(self.shares, self.answers, strict=True)])
 
-
-def _shares(example: Example, prediction: Prediction) -> tuple[list[str], list[float]] | None:
-    """The candidates or options of a question and their shares; of options, by the first scoring with likelihoods."""
+def _shares(example: Example, prediction: Prediction) -> tuple[list[str], list[float]]:
+    """The candidates or options of a question, and their shares by the first scoring; empty without probabilities."""
     if prediction.shares is not None:
         return list(prediction.shares), list(prediction.shares.values())
     likelihoods = next(iter(prediction.choice.scores.values()), None) if prediction.choice is not None else None
     if likelihoods is None or all(value is None for value in likelihoods):
-        return None
+        return [], []
     logs = np.array([-math.inf if value is None else value for value in likelihoods])
     shares = np.exp(logs - logs.max())
     return list(example.options), (shares / shares.sum()).tolist()
@@ -113,11 +113,12 @@ def conformal_report(
         is the answer). `levels`: "0.9" and "0.95" -> `threshold` (None: infinity), `coverage` with its interval,
         `mean_size`, and `sizes`: number of candidates -> rows. None if either has no questions with candidates.
     """
-    fitted, tested = CandidateRows.of(*calibration), CandidateRows.of(*test)
+    fitted, tested = CandidateRows.select(*calibration), CandidateRows.select(*test)
     if not fitted.examples or not tested.examples:
         return None
     cluster = cluster_rows(fitted.examples)
     clusters = [cluster[example.id] for example in fitted.examples]
+    fitted_scores, tested_scores = np.array(fitted.scores), np.array(tested.scores)
     report: dict[str, Any] = {
         name: {
             "rows": len(rows.examples),
@@ -128,9 +129,9 @@ def conformal_report(
     }
     report["levels"] = {}
     for level in LEVELS:
-        threshold = conformal_threshold(fitted.scores(), clusters, level)
+        threshold = conformal_threshold(fitted_scores, clusters, level)
         sizes = [sum(1 - share <= threshold for share in shares) for shares in tested.shares]
-        covered = dict(zip((e.id for e in tested.examples), (tested.scores() <= threshold).astype(float), strict=True))
+        covered = dict(zip((e.id for e in tested.examples), (tested_scores <= threshold).astype(float), strict=True))
         report["levels"][str(level)] = {
             "threshold": threshold if math.isfinite(threshold) else None,
             "coverage": asdict(summarise_scores({"coverage": covered}, tested.examples)["coverage"]),

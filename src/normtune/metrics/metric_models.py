@@ -44,7 +44,7 @@ _RADGRAPH = {"radgraph": "radgraph-xl.tar.gz", "radcliq": "radgraph.tar.gz"}  # 
 _NAMES = {f"radgraph_{level}": f"radgraph_f1_{level}" for level in ("simple", "partial", "complete")}
 # Folders in which RadEval looks for models: the cache of the hub, and the folders of two metrics.
 _CACHES = ("hub", "radgraph/0.1.18", "chexbert")
-_SETTINGS = re.compile(r"HF_|HUGGINGFACE_|TRANSFORMERS_")  # of the hub and of transformers, in the environment
+_SETTINGS = re.compile(r"HF_|HUGGINGFACE_|TRANSFORMERS_")  # variables of the hub and of transformers in the environment
 _TIMEOUT, _TIMEOUT_ROW = 3600, 600  # seconds for loading, and for each pair: many times what a CPU needs
 
 

@@ -106,7 +106,7 @@ def cider(pairs: Sequence[tuple[Words, Words]], *, variant_d: bool) -> list[floa
     references = [count_ngrams(words) for _, words in pairs]
     reference_count = Counter(gram for row in references for counts in row for gram in counts)
     rarity = {gram: math.log(len(pairs)) - math.log(rows) for gram, rows in reference_count.items()}
-    rarity_of_unknown = math.log(len(pairs)) if pairs else 0.0  # of an n-gram that no reference has
+    rarity_of_unknown = math.log(len(pairs)) if pairs else 0.0  # the rarity of an n-gram that no reference has
 
     def weigh(counts: Counter[tuple[str, ...]]) -> dict[tuple[str, ...], float]:
         return {gram: times * rarity.get(gram, rarity_of_unknown) for gram, times in counts.items()}

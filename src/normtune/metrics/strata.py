@@ -27,7 +27,7 @@ STRATUM_FIELDS: dict[str, tuple[str, ...]] = {
     "language": ("language",),
 }
 NOT_GIVEN = "not given"
-MAX_PRINTED_VALUES = 8  # of a field in the printed table
+MAX_PRINTED_VALUES = 8  # most values of a field in the printed table
 Strata = dict[str, dict[str, dict[str, Any]]]  # field -> value -> the stratum, as `score_strata` describes it
 
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from normtune.errors import InputError
 
 Value = TypeVar("Value")
-TIMEOUT = timedelta(hours=1)  # of a collective operation: one process may answer or write longer than others
+TIMEOUT = timedelta(hours=1)  # for a collective operation: one process may answer or write longer than others
 REPORT_DELAY = timedelta(seconds=2)  # the time that other processes give the main process to report
 # environment variables that a launcher sets: prefixes and whole names
 LAUNCHER_PREFIXES = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "TORCHELASTIC_", "GROUP_", "ROLE_")

@@ -41,17 +41,12 @@ class CellJob:
     @property
     def directory(self) -> Path:
         """The cell's folder."""
-        return cell_directory(self.out, self.cell)
-
-
-def cell_directory(out: Path, cell: Cell) -> Path:
-    """The folder that holds a cell's files."""
-    return out / "cells" / cell.key
+        return self.cell.directory(self.out)
 
 
 def is_finished(out: Path, cell: Cell) -> bool:
     """Whether the cell has a result file with all of its evaluations."""
-    result_file = cell_directory(out, cell) / RESULT
+    result_file = cell.directory(out) / RESULT
     if not result_file.is_file():
         return False
     finished_folders = {evaluation["folder"] for evaluation in read_result(result_file.parent)["evaluations"]}
@@ -224,7 +219,7 @@ def _pairs_within(job: CellJob, config: TrainConfig, seconds: float) -> int:
     if not path.is_file():
         times: list[float] = []
         out = job.directory / "timing"
-        shutil.rmtree(out, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(out, ignore_errors=True)  # a run that was killed left it
         timed_config = config.model_copy(
             update={"out": out, "max_steps": TIMED_STEPS, "resume": False, "save_every": 1000}
         )
@@ -262,7 +257,7 @@ def with_absolute_paths(cell: Cell) -> Cell:
 
 def failure_reason(out: Path, cell: Cell) -> str | None:
     """Why the cell failed on its last attempt; None if it did not."""
-    path = cell_directory(out, cell) / ERROR
+    path = cell.directory(out) / ERROR
     return read_json(path)["error"] if path.is_file() else None
 
 
@@ -272,7 +267,7 @@ def _now() -> str:
 
 def validation_score(out: Path, cell: Cell, metric: str | None) -> tuple[float, float]:
     """A trial's score on the validation split, and its standard error; an `InputError` if it has no such metric."""
-    evaluations = read_json(cell_directory(out, cell) / RESULT)["evaluations"]
+    evaluations = read_json(cell.directory(out) / RESULT)["evaluations"]
     (evaluation,) = (evaluation for evaluation in evaluations if evaluation["role"] == "validate")
     name = metric or ("global_exact" if evaluation["task"] == "vqa" else "rouge_l/none")
     if name not in evaluation["metrics"]:

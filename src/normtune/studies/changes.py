@@ -79,7 +79,7 @@ class Changes:
         other_bases = {cell.model_path for cell in cells if self._has_other_base(cell)}
         changes: dict[str, dict[str, str]] = {}
         for cell in cells:
-            recorded = _recorded(self._directory(cell))
+            recorded = _recorded(cell.directory(self.out))
             configs: list[tuple[str, str, Any]] = [(e.folder, e.dataset, e.config) for e in cell.evaluations]
             configs += [(TRAINING, str(cell.trained_on), cell.train)] if cell.train else []
             for name, dataset, config in configs:
@@ -88,9 +88,6 @@ class Changes:
             if cell.model_path in other_bases and self._is_older_than_base(cell):
                 changes.setdefault(cell.key, {})[TRAINING] = f"the base {cell.model_path}"
         return changes
-
-    def _directory(self, cell: Cell) -> Path:
-        return self.out / "cells" / cell.key
 
     def _digest(self, config: TrainConfig | EvaluateConfig) -> str | None:
         options = [config.data_options(), config.split, getattr(config, "limit", None)]
@@ -105,7 +102,7 @@ class Changes:
 
     def _is_older_than_base(self, cell: Cell) -> bool:
         """Whether a finished cell began before a file of its base in a local folder was written."""
-        directory, base = self._directory(cell), Path(cell.model_path)
+        directory, base = cell.directory(self.out), Path(cell.model_path)
         if cell.model_path == "nano" or not base.is_dir() or not (directory / RESULT).is_file():
             return False
         started = datetime.fromisoformat(read_result(directory)["started"]).timestamp()
@@ -121,7 +118,7 @@ class Changes:
         key = (cell.model_path, cell.train.dtype)
         if key not in self._fingerprints:
             self._fingerprints[key] = fingerprint(load(cell.model_path, dtype=cell.train.dtype).model)
-        return not same_base(read_result(self._directory(cell))["base_fingerprint"], self._fingerprints[key])
+        return not same_base(read_result(cell.directory(self.out))["base_fingerprint"], self._fingerprints[key])
 
 
 def move_aside(directory: Path, changed: Iterable[str]) -> list[Path]:

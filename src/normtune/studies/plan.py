@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -73,22 +73,27 @@ class Cell:
     model_path: str
     recipe: str  # the recipe's name in the file, or of a preset; `recipe_text` is its text as parsed
     recipe_text: str
-    trained_on: str | None  # the data set's name in the file
-    share: float  # the share of the training images, 0 to 1
-    seed: int | None
-    rate_source: Source  # where the learning rates are from: the methods' defaults, the file, or a search
-    rates: Rates
-    # the length of the training, in one of epochs, pairs and minutes, or the fields of `until: plateau`
-    budget: dict[str, Any] | None
-    train: TrainConfig | None  # the options of the training, without output folder and length
     evaluations: tuple[Evaluation, ...]
+    # the training; the frozen base has the default of each field
+    trained_on: str | None = None  # the data set's name in the file
+    share: float = 1.0  # the share of the training images, 0 to 1
+    seed: int | None = None
     fold: int | None = None  # the fold that is the test split of `trained_on`, if the data set has folds
+    rate_source: Source = "default"  # where the learning rates are from: the methods' defaults, the file, or a search
+    rates: Rates = field(default_factory=dict)
+    # the length of the training, in one of epochs, pairs and minutes, or the fields of `until: plateau`
+    budget: dict[str, Any] | None = None
+    train: TrainConfig | None = None  # the options of the training, without output folder and length
 
     @property
     def passes(self) -> float | None:
         """The passes over its training data, or the most for a plateau; None: its budget is in pairs or minutes."""
         budget = self.budget or {}
         return budget.get("epochs") or budget.get("max_epochs")
+
+    def directory(self, out: Path) -> Path:
+        """The folder of the cell's files, in a study's folder."""
+        return out / "cells" / self.key
 
     def __str__(self) -> str:
         if self.train is None:
@@ -276,9 +281,22 @@ def _training_cell(
             for k in ([fold] if target == data else each_fold(study.datasets[target]))
         ]
     return Cell(
-        _digest(identity, 16), (grid,), model, base.path, run.recipe, run.text, data, share / 100, seed, source, rates,
-        length, train, tuple(evaluations), fold,
-    )  # fmt: skip
+        key=_digest(identity, 16),
+        grids=(grid,),
+        model=model,
+        model_path=base.path,
+        recipe=run.recipe,
+        recipe_text=run.text,
+        evaluations=tuple(evaluations),
+        trained_on=data,
+        share=share / 100,
+        seed=seed,
+        fold=fold,
+        rate_source=source,
+        rates=rates,
+        budget=length,
+        train=train,
+    )
 
 
 def _base_cell(study: Study, model: str, grids: tuple[str, ...], targets: Sequence[str] | dict[str, None]) -> Cell:
@@ -293,9 +311,14 @@ def _base_cell(study: Study, model: str, grids: tuple[str, ...], targets: Sequen
         for fold in each_fold(study.datasets[target])
     ]
     return Cell(
-        _digest(identity, 16), grids, model, base.path, FROZEN, str(parse(FROZEN)), None, 1.0, None,
-        "default", {}, None, None, tuple(evaluations),
-    )  # fmt: skip
+        key=_digest(identity, 16),
+        grids=grids,
+        model=model,
+        model_path=base.path,
+        recipe=FROZEN,
+        recipe_text=str(parse(FROZEN)),
+        evaluations=tuple(evaluations),
+    )
 
 
 def _home_base_cells(study: Study, cells: Any) -> Iterator[Cell]:
@@ -355,7 +378,6 @@ def single_cell(name: str, train: Mapping[str, Any] | None, *evaluations: Mappin
         recipe=name,
         recipe_text=str(parse(config.tune if config else FROZEN)),
         trained_on=config.data.partition(":")[0] if config else None,
-        share=1.0,
         seed=config.seed if config else None,
         rate_source="given" if config and config.lr else "default",
         rates=rates,

@@ -15,7 +15,7 @@ from typing import Any
 from normtune.adapters.fingerprint import same_base
 from normtune.errors import InputError
 from normtune.runtime.files import atomic_write, read_json, write_json, write_text
-from normtune.studies.cell import RESULT, cell_directory, failure_reason, is_finished
+from normtune.studies.cell import RESULT, failure_reason, is_finished
 from normtune.studies.paper_tables import latex, markdown
 from normtune.studies.plan import Cell
 from normtune.studies.pooling import Row, Tables, pool_folds
@@ -117,7 +117,7 @@ def tabulate(study: Study, out: Path) -> Tables:
 
 def _add_cell_rows(tables: dict[str, list[Row]], cell: Cell, out: Path) -> None:
     """Add the rows of one cell to the tables that are read from its files."""
-    directory = cell_directory(out, cell)
+    directory = cell.directory(out)
     done = is_finished(out, cell)
     error = None if done else failure_reason(out, cell)
     result = read_json(directory / RESULT) if done else {}
@@ -153,7 +153,7 @@ def _add_cell_rows(tables: dict[str, list[Row]], cell: Cell, out: Path) -> None:
     roles = {evaluation.folder: evaluation for evaluation in cell.evaluations}
     for evaluation in result["evaluations"]:
         if evaluation["folder"] not in roles:
-            continue  # of an evaluation that the study's file no longer asks for
+            continue  # the study's file no longer asks for this evaluation
         role, fold = roles[evaluation["folder"]].role, roles[evaluation["folder"]].config.fold
         dataset, split = evaluation["dataset"], evaluation["split"]
         shared_columns = {"key": cell.key, "dataset": dataset, "role": role, "split": split, "fold": fold}

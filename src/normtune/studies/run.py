@@ -19,7 +19,6 @@ from normtune.studies.cell import (
     LOCK,
     RESULT,
     CellJob,
-    cell_directory,
     failure_reason,
     is_finished,
     record_failure,
@@ -147,7 +146,7 @@ def _move_changed_cells(cells: Sequence[Cell], out: Path, changes: Changes) -> d
     changed = {}
     outdated = changes.find(cells)
     for cell in (cell for cell in cells if cell.key in outdated):
-        directory = cell_directory(out, cell)
+        directory = cell.directory(out)
         with try_lock(directory / LOCK) as acquired:
             # looked at again: another command may have moved them meanwhile
             if acquired and (reasons := changes.find(cells).get(cell.key)):
@@ -188,7 +187,7 @@ def run_cells(
 
 def _read_row(out: Path, cell: Cell) -> dict[str, Any]:
     """The row of a finished cell; see `run_cells`."""
-    directory = cell_directory(out, cell)
+    directory = cell.directory(out)
     training = read_json(directory / RESULT)["training"]
     folder = directory / "evaluations" / cell.evaluations[-1].folder
     return {
@@ -232,7 +231,7 @@ def _run_cells(
         def jobs(cells: Sequence[Cell] = unlocked) -> Iterator[CellJob]:
             for cell in cells:
                 if not is_finished(out, cell):
-                    listener.started(cell, cell_directory(out, cell))
+                    listener.started(cell, cell.directory(out))
                     yield CellJob(with_absolute_paths(cell), out)
 
         # A cell can be locked between this look and its start; `run_cell` then returns "busy".
@@ -252,10 +251,10 @@ def _run_cells(
         for cell in list(remaining.values()):
             if is_finished(out, cell):
                 del remaining[cell.key]
-                listener.ended(cell, cell_directory(out, cell), None)
+                listener.ended(cell, cell.directory(out), None)
             elif cell not in unlocked and _is_unlocked(out, cell) and (error := failure_reason(out, cell)):
                 del remaining[cell.key]
-                listener.ended(cell, cell_directory(out, cell), error)
+                listener.ended(cell, cell.directory(out), error)
                 yield cell, error
         if locked_elsewhere and remaining:
             listener.tick()
@@ -264,7 +263,7 @@ def _run_cells(
 
 def _is_unlocked(out: Path, cell: Cell) -> bool:
     """Whether no process is running the cell."""
-    with try_lock(cell_directory(out, cell) / LOCK) as acquired:
+    with try_lock(cell.directory(out) / LOCK) as acquired:
         return acquired
 
 

@@ -109,9 +109,9 @@ def paired_tests(study: Study, tables: Tables, out: Path) -> list[Row]:
     for group, recipes in groups.items():
         # the evaluations of each seed, for recipes that are tried at a single rate
         single_rate = {
-            recipe: {seed: of_rates[0] for seed, of_rates in runs.items()}
+            recipe: {seed: runs_by_rate[0] for seed, runs_by_rate in runs.items()}
             for recipe, runs in recipes.items()
-            if all(len(of_rates) == 1 for of_rates in runs.values())
+            if all(len(runs_by_rate) == 1 for runs_by_rate in runs.values())
         }
         against = study.compare.against or next((recipe for recipe in REFERENCES if recipe in single_rate), None)
         if against not in single_rate:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from normtune.data.datasets.table import FIELDS, Rows, meta_name
 from normtune.data.examples import META, Examples, combine_hashes, image_keys, repeated_rows
-from normtune.data.formats import FORMATS, SUFFIXES, table_files
+from normtune.data.formats import FORMATS, files_of_format
 from normtune.data.images.files import ImageFolder
 from normtune.data.reading.blocks import Block, NotPlain, delimited_blocks, jsonl_blocks, parquet_blocks
 from normtune.data.reading.cells import clean_text, is_yes_no, language_tag
@@ -42,7 +42,7 @@ from normtune.data.split_names import split_name
 from normtune.errors import InputError
 
 LARGE_BYTES = 64 * 2**20  # smaller files are read row by row, as lists
-_LARGE_ROWS = 300_000  # of parquet files, which are compressed: a row may take ten bytes
+_LARGE_ROWS = 300_000  # parquet files count by rows: they are compressed, and a row may take ten bytes
 _MAX_LISTED = 10_000  # repeated rows that are listed one by one; the others are counted
 _SEVERAL = r"[;|]|^\s*\["  # a cell of CSV files that may have several paths
 _NUMBERS = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)
@@ -62,6 +62,8 @@ def is_large(root: Path, format: str) -> bool:
     if format not in _BLOCKS or not root.exists():
         return False
     files = _files(root, format)
+    if format == "jsonl" and any(file.suffix == ".gz" for file in files):
+        return False  # blocks of compressed lines cannot be read
     if sum(file.stat().st_size for file in files) >= LARGE_BYTES:
         return True
     return format == "parquet" and sum(map(_parquet_rows, files)) >= _LARGE_ROWS
@@ -131,7 +133,7 @@ class _BlockReader:
         bad = dict.fromkeys(repeated_ids.tolist(), (what, what, fix))
         if missing and (self.rows.format == "parquet" or reader.text_only):
             raise NotPlain  # listed by file
-        for row in np.flatnonzero(examples.flags("images", lambda of_row: not missing.isdisjoint(of_row))).tolist():
+        for row in np.flatnonzero(examples.flags("images", lambda keys: not missing.isdisjoint(keys))).tolist():
             name = next(name for name in examples[row].images if name in missing)
             what = f"image '{name}' is missing"
             bad.setdefault(row, ("image is missing", what, f"Paths are relative to {folder}."))
@@ -181,12 +183,12 @@ def column_texts(block: Block, columns: Columns, rows: Rows, is_report: bool, fi
     """
     cells = block.cells()
     count, source, format = cells.num_rows, block.source, rows.format
-    of_role = {role: names[0] for role, names in columns.items()}
+    column_of = {role: names[0] for role, names in columns.items()}
     if any(len(names) > 1 for role, names in columns.items() if role != "options"):
         raise KeyError("several columns of one role are joined row by row")
 
     def column(role: str) -> pa.Array | None:
-        name = of_role.get(role, role if role in ("image", "question", "answer") else None)
+        name = column_of.get(role, role if role in ("image", "question", "answer") else None)
         return _combined(cells.column(name)) if name in cells.column_names else None
 
     def text(value: Any, lines: bool = False) -> str:
@@ -221,7 +223,7 @@ def column_texts(block: Block, columns: Columns, rows: Rows, is_report: bool, fi
     question = column("question")
     question = pa.repeat(pa.scalar(""), count) if is_report and question is None else needed("question")
     by_answer = mapped(answer, lambda value: "report" if is_report else "closed" if is_yes_no(value) else "open")
-    lenient = format == "parquet" or letters(of_role.get("kind", "kind")) == "answertype"
+    lenient = format == "parquet" or letters(column_of.get("kind", "kind")) == "answertype"
     kind = optional("kind", _stated_kind if lenient else lambda word: known_kind(word.lower()))
     split = pc.coalesce(optional("split", split_name), pa.scalar(source.split))
     numbers = pa.array(np.arange(block.first, block.first + count)).cast(pa.string())
@@ -259,9 +261,10 @@ def _choices(
         NotPlain: the answers name options in another way than in earlier blocks.
         InputError, ValueError: a row has a fault, or a kind that contradicts its options.
     """
-    options = [read_options(of_row) for of_row in zip(*(cells.column(name).to_pylist() for name in names), strict=True)]
+    columns = [cells.column(name).to_pylist() for name in names]
+    options = [read_options(row_cells) for row_cells in zip(*columns, strict=True)]
     texts, kinds = answer.to_pylist(), kind.to_pylist()
-    choices = [row for row, of_row in enumerate(options) if of_row]
+    choices = [row for row, row_options in enumerate(options) if row_options]
     answers, styles = right_options((options[row], texts[row]) for row in choices)
     for row, right in zip(choices, answers, strict=True):
         if isinstance(right, RowError):
@@ -269,11 +272,11 @@ def _choices(
         if kinds[row] not in (None, "choice") and not lenient:
             raise ValueError("kind")
         texts[row], kinds[row] = right, "choice"
-    if any(kinds[row] == "choice" and not of_row for row, of_row in enumerate(options)):
+    if any(kinds[row] == "choice" and not row_options for row, row_options in enumerate(options)):
         raise ValueError("options")
     _check_styles(set(rows.reader.styles), set(styles))
     rows.reader.styles += styles
-    joined = [SEPARATOR.join(of_row) or None for of_row in options]
+    joined = [SEPARATOR.join(row_options) or None for row_options in options]
     return pa.array(joined, pa.string()), pa.array(texts, pa.string()), pa.array(kinds, pa.string())
 
 
@@ -355,11 +358,9 @@ def _later_ones(hashes: NDArray[np.int64]) -> NDArray[np.int64]:
 def _files(root: Path, format: str) -> list[Path]:
     if root.is_file():
         return [root]
-    if format in ("csv", "tsv"):
-        files = table_files(root)
-        return [file for file in files if SUFFIXES.get(Path(file.name.removesuffix(".gz")).suffix.lower()) == format]
-    paths = root.rglob("*.parquet") if format == "parquet" else root.glob("*.jsonl")
-    return sorted(file for file in paths if file.is_file())
+    if format == "parquet":
+        return sorted(file for file in root.rglob("*.parquet") if file.is_file())
+    return files_of_format(root, format)
 
 
 def _parquet_rows(file: Path) -> int:

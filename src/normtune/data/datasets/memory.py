@@ -18,7 +18,7 @@ from normtune.data.records import Dataset
 from normtune.data.split_names import split_name
 from normtune.errors import InputError
 
-_FIELDS = ("image", "question", "answer")  # of a row that is a tuple
+_FIELDS = ("image", "question", "answer")  # what a row that is a tuple holds
 
 
 def read(data: Any, **options: Any) -> Dataset:
@@ -89,7 +89,7 @@ def _rows(data: Any) -> Sequence[Mapping[str, Any]]:
             f"{type(data).__name__} holds no rows. Give a name, a path, a data frame, a datasets.Dataset, a list of "
             "dicts, or a dataset of dicts with a length."
         )
-    features = getattr(data, "features", None) or {}  # of a datasets.Dataset
+    features = getattr(data, "features", None) or {}  # a datasets.Dataset has features
     return _Rows(data, {name: feature.names for name, feature in features.items() if hasattr(feature, "names")})
 
 

@@ -44,7 +44,7 @@ def read(root: Path, *, text_only: bool = False) -> Dataset:
     """
     reader = RowReader("mimic-ext-cxr-qba", text_only)
     images_of, splits = _images_of_questions(reader, root), _splits(reader, root)
-    of_study: dict[str, tuple[str, ...]] = {}
+    study_images: dict[str, tuple[str, ...]] = {}
     for name, document in _documents(root):
         for number, cells in enumerate(_questions(name, document), start=1):
             patient, study = str(cells.get("patient_id") or ""), str(cells.get("study_id") or "")
@@ -53,9 +53,9 @@ def read(root: Path, *, text_only: bool = False) -> Dataset:
             row = reader.start_row(name, question_id, f"{study}-{question_id}")
             images = images_of.get((study, question_id))
             if images is None:
-                if folder not in of_study:
-                    of_study[folder] = _images_of_study(root, folder)
-                images = of_study[folder]
+                if folder not in study_images:
+                    study_images[folder] = _images_of_study(root, folder)
+                images = study_images[folder]
             answers = cells.get("answers")
             answers = answers if isinstance(answers, list) else []
             parts = [part.get("text") for part in answers if isinstance(part, dict)]

@@ -89,7 +89,7 @@ def _read_row(reader: RowReader, file: str, source: SourceRow, images: EmbeddedI
 
 
 def _image_keys(cells: dict[str, Any], source: SourceRow, images: EmbeddedImages) -> list[str]:
-    assert source.location is not None  # of a parquet file
+    assert source.location is not None  # rows of parquet files have one
     keys = []
     for column in (f"image_{number}" for number in range(1, 8)):
         data = embedded_image(cells.get(column))

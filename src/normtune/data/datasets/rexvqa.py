@@ -31,7 +31,7 @@ def read(root: Path, *, text_only: bool = False) -> Dataset:
         InputError: all files are missing, a file holds no object of rows, or no row can be used.
     """
     files = {
-        split: next((file for folder in _FOLDERS if (file := root / folder / name).is_file()), None)
+        split: next((path for folder in _FOLDERS if (path := root / folder / name).is_file()), None)
         for split, name in _FILES.items()
     }
     if not any(files.values()):

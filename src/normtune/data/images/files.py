@@ -16,7 +16,7 @@ from normtune.errors import InputError
 
 # Formats that only decode pixels: Pillow would run Ghostscript for EPS and follow links in others.
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")
-_DICOM_ENDINGS = (".dcm", ".dicom", ".ima", "")  # of files that may be DICOM without its preamble
+_DICOM_ENDINGS = (".dcm", ".dicom", ".ima", "")  # files with these endings may be DICOM without its preamble
 
 
 def open_image(

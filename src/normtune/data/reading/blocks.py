@@ -28,8 +28,8 @@ from normtune.data.reading.sources import (
 from normtune.data.reading.tables import parse_json_lines
 from normtune.errors import InputError
 
-_BLOCK_BYTES = 8 * 2**20  # of a JSONL file
-_BLOCK_ROWS = 50_000  # of a parquet, CSV or TSV file
+_BLOCK_BYTES = 8 * 2**20  # size of a block of a JSONL file
+_BLOCK_ROWS = 50_000  # rows of a block of a parquet, CSV or TSV file
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _SCAN: Callable[[str, int], tuple[Any, int]] = getattr(json.JSONDecoder(), "scan_once")  # noqa: B009 (not in stubs)
 
@@ -136,7 +136,7 @@ def parquet_blocks(file: Path, name: str, notes: list[str]) -> Iterator[Block]:
 
                 def rows(table: pa.Table = table, number: int = number) -> Iterator[SourceRow]:
                     numbered = enumerate(iter_rows(table), start=number)
-                    return (SourceRow(row, check_characters(of_row)) for row, of_row in numbered)
+                    return (SourceRow(row, check_characters(row_cells)) for row, row_cells in numbered)
 
                 yield Block(source, number, cells, rows)
                 number += table.num_rows

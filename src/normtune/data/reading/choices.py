@@ -63,7 +63,7 @@ def options_of_kind(cells: Sequence[Any], kind: str | None) -> tuple[str, ...]:
     if options and kind not in (None, "choice"):
         raise RowError(f"a row of kind {kind} has options", "Give it the kind choice, or remove its options.")
     if kind == "choice" and not options:
-        raise RowError("a choice has no options", "Add a list 'options'; a table may have columns A, B, C, ... instead.")
+        raise RowError("a choice has no options", "Add a list 'options', or in a table the columns A, B, C, ...")
     return options
 
 
@@ -129,7 +129,7 @@ def style_note(styles: Counter[Style]) -> str:
 
 def _items(value: Any) -> list[Any]:
     """The options in one cell."""
-    if hasattr(value, "tolist"):  # of a NumPy array
+    if hasattr(value, "tolist"):  # a NumPy array
         value = value.tolist()
     if value is None or value == "" or value != value:
         return []
@@ -146,7 +146,7 @@ def _items(value: Any) -> list[Any]:
     if text[:1] in ("[", "{"):
         return _items(_parsed(text))
     pieces = [text.rstrip(separator).split(separator) for separator in _SEPARATORS if separator in text]
-    pieces = [of_text for of_text in pieces if _without_letters(of_text)] or pieces
+    pieces = [piece for piece in pieces if _without_letters(piece)] or pieces
     if len(pieces) > 1:
         raise RowError("options are separated in several ways", "Write a JSON list, or one column for each option.")
     return pieces[0] if pieces else [text]

@@ -25,7 +25,7 @@ _TARGETS = ("impression", "findings")  # the sections that a model can be traine
 # A heading that contains one of these words has that name; the first match counts.
 _MAIN = ("impression", "findings", "history", "comparison", "addendum")
 _OFTEN_MISSPELT = ("impression", "findings", "comparison", "indication")  # in the release
-_SIMILARITY = 0.85  # of difflib; at lower values "notification" would match "indication"
+_SIMILARITY = 0.85  # difflib's ratio; at lower values "notification" would match "indication"
 _NAMES = {  # heading in lower case -> standard name
     "clinical history": "history",
     "clinical indication": "indication",

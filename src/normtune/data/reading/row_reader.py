@@ -45,7 +45,7 @@ class RowReader:
         self.problems: list[Problem] = []
         self.locations: dict[str, tuple[str, str]] = {}  # id -> (file, row)
         self.answers: dict[str, str] = {}  # id of a choice -> its answer in the file, until `resolve_answers`
-        self.styles: Counter[Style] = Counter()  # of the answers that were resolved
+        self.styles: Counter[Style] = Counter()  # style of answers -> resolved answers that have it
 
     def skip(self, example: Example, reason: str) -> None:
         """Skip a row and count it; the caller lists the problem."""
@@ -218,7 +218,7 @@ class Row:
 
     def __init__(self, reader: RowReader, file: str, row: str, id: str) -> None:
         self._reader, self.file, self.row = reader, file, row
-        self._fault = ""  # of its options
+        self._fault = ""  # what is wrong with its options
         self.id, number = id, 2
         while self.id in reader.locations:  # id, id-2, id-3, ...
             self.id, number = f"{id}-{number}", number + 1
@@ -322,9 +322,9 @@ class Row:
         if has_half_character((self.id, self.row, images, meta)):
             what = "its id or a field contains half of a surrogate pair"
             raise InputError(f"{self.file}, row {self.row}: {what}. Write the whole character, or remove it.")
-        kind = "choice" if options and answer else kind
-        of_choice = tuple(options) if answer else ()
-        example = Example(self.id, tuple(images), question, answer, kind, split, meta, history, of_choice)
+        options = tuple(options) if answer else ()  # without an answer there is nothing to check them against
+        kind = "choice" if options else kind
+        example = Example(self.id, tuple(images), question, answer, kind, split, meta, history, options)
         if self._fault:
             self._reader.skip(example, self._fault)
             return

@@ -13,7 +13,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normtune.data.formats import FORMATS, SUFFIXES, metadata_files, recognize, table_files
+from normtune.data.formats import FORMATS, SUFFIXES, files_of_format, metadata_files, recognize, table_files
 from normtune.data.reading.cells import split_of_file
 from normtune.data.reading.embedded_images import RowLocation, arrow_table
 from normtune.data.reading.tables import check_characters, delimited_rows, json_lines
@@ -45,7 +45,7 @@ class Source:
     stem: str  # in the ids of rows without an id
     columns: list[str]
     rows: Iterable[SourceRow]
-    split: str  # of rows that name none
+    split: str  # the split of rows that name none
     folder: str = ""  # image paths are relative to this folder below the root
 
 
@@ -74,13 +74,13 @@ def open_sources(root: Path, format: str, notes: list[str]) -> tuple[Path, list[
         return root, [source for file in files for source in _metadata(root, file, notes)]
     if not root.is_dir():
         return root.parent, _OPENERS[format](root, notes)
-    files = table_files(root)
     if format == "dicom":
+        files = table_files(root)
         if len(files) != 1:
             names = ", ".join(file.name for file in files) or "none"
             raise InputError(f"{root}: format dicom needs one table in the folder, and there are {names}.")
         return root, _OPENERS[recognize(files[0])](files[0], notes)
-    files = [file for file in files if SUFFIXES.get(Path(file.name.removesuffix(".gz")).suffix.lower()) == format]
+    files = files_of_format(root, format)
     if not files:
         raise InputError(f"{root} holds no *.{format} file. Point --root at one.")
     return root, [source for file in files for source in _OPENERS[format](file, notes)]

@@ -261,7 +261,7 @@ def _row_data(rows: Sequence[Row], strata: Strata, pictures: Mapping[str, Thumbn
     return [
         {
             "example": row.example,
-            "strata": [value for of_field in values[row.example.id].values() for value in of_field],
+            "strata": [value for field_values in values[row.example.id].values() for value in field_values],
             "pictures": [(key, pictures.get(key)) for key in row.example.images] if pictures else [],
             "predictions": [_prediction_data(prediction, row) for prediction in row.predictions],
             "facts": {

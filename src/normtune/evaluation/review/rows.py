@@ -23,7 +23,7 @@ class RunPrediction:
 
     text: str
     value: float  # 1 for a right answer, 0 for a wrong one; for a report its ROUGE-L
-    recall: float | None  # of an open answer: the share of the reference's words that it contains
+    recall: float | None  # for an open answer, the share of the reference's words that it contains
     score: float | None  # mean log-probability of its tokens
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from normtune.errors import InputError
 
 Progress = Callable[[int, int], None]  # (images done, images in all)
-_QUALITY = 82  # of the JPEG files
+_QUALITY = 82  # quality of the JPEG files
 
 
 @dataclass(frozen=True)

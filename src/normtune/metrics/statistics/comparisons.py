@@ -22,11 +22,11 @@ from normtune.metrics.statistics.intervals import (
 )
 
 Key = TypeVar("Key", bound=Hashable)
-MIN_SEEDS = 3  # of each recipe, for a p-value of recipes; five or more are recommended
-POWER = 0.8  # of `smallest_difference`
+MIN_SEEDS = 3  # fewest seeds of each recipe for a p-value of recipes; five or more are recommended
+POWER = 0.8  # the power that `smallest_difference` assumes
 # What `planned_difference` assumes: about the sizes that `benchmarks/statistics_runs.json` has for SLAKE.
 DISAGREEMENT = 0.12  # share of rows that one of two models answers right and the other wrong
-CORRELATION = 0.05  # of these differences within an image
+CORRELATION = 0.05  # correlation of these differences within an image
 SEED_DEVIATION = 0.015  # standard deviation of the score over seeds
 
 
@@ -35,7 +35,7 @@ class SeedScores:
     """The scores of one recipe: one trained model for each seed."""
 
     values: Floats  # score of each seed over all rows, [seeds]
-    influence: Floats  # of each seed and cluster, [seeds, clusters]; see `influence_of_mean`
+    influence: Floats  # what each cluster adds to the error of each seed, [seeds, clusters]; see `influence_of_mean`
     fixed: bool = False  # the one model is the whole recipe, such as a base without tuning: no seed decides it
 
 
@@ -118,8 +118,8 @@ def recipe_mean(runs: Sequence[Interval], images: int, *, maximum: float = 1.0) 
     widths = [(run.high - run.low) / maximum for run in runs]
     if len(runs) == 1 and widths[0] > 0:
         return runs[0]
-    of_images = [(width / 2 / quantile) ** 2 if width > 0 else largest / images for width in widths]
-    image_part = math.fsum(of_images) / len(of_images)
+    image_variances = [(width / 2 / quantile) ** 2 if width > 0 else largest / images for width in widths]
+    image_part = math.fsum(image_variances) / len(image_variances)
     seed_part, df_seeds = 0.0, max(1, len(runs) - 1)
     if len(runs) > 1:
         seed_part = math.fsum((share - value) ** 2 for share in shares) / df_seeds / len(runs)
@@ -161,16 +161,16 @@ def planned_difference(counts: Floats, seeds: int | None) -> float:
 
     Args:
         counts: rows of each cluster, [clusters], two clusters or more.
-        seeds: of each recipe; None for two trained models, which only images decide.
+        seeds: number of seeds of each recipe; None compares two trained models, where only the images vary.
     """
     rows = float(counts.sum())
     design_effect = 1 + (float((counts**2).sum()) / rows - 1) * CORRELATION
-    images, df_images = DISAGREEMENT / rows * design_effect, satterthwaite_df(counts)
+    image_variance, df_images = DISAGREEMENT / rows * design_effect, satterthwaite_df(counts)
     if seeds is None:
-        return smallest_difference(math.sqrt(images), df_images)
-    of_seeds, df_seeds = 2 * SEED_DEVIATION**2 / seeds, 2 * (seeds - 1)
-    variance = images + of_seeds
-    df = variance**2 / (of_seeds**2 / df_seeds + images**2 / df_images)
+        return smallest_difference(math.sqrt(image_variance), df_images)
+    seed_variance, df_seeds = 2 * SEED_DEVIATION**2 / seeds, 2 * (seeds - 1)
+    variance = image_variance + seed_variance
+    df = variance**2 / (seed_variance**2 / df_seeds + image_variance**2 / df_images)
     return smallest_difference(math.sqrt(variance), df)
 
 

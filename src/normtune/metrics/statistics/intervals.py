@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from normtune.errors import InputError
 
 Floats = NDArray[np.float64]
-LEVEL = 0.95  # of all intervals
+LEVEL = 0.95  # the confidence level of all intervals
 PLUS_FOUR = 4.0  # pseudo-clusters of the smallest variance; see `mean_interval`
 
 
@@ -105,7 +105,7 @@ def mean_interval(sums: Floats, squares: Floats, counts: Floats, *, maximum: flo
     value = float(sums.sum()) / rows
     if len(counts) < 2:
         return Interval(value * maximum, 0.0, maximum)
-    largest = value * (1 - value)  # of the variance of a row with this mean
+    largest = value * (1 - value)  # the largest variance of a row with this mean
     unseen = PLUS_FOUR / (PLUS_FOUR + min(_effective_number(sums), _effective_number(counts - sums)))
     row_variance = max(0.0, float(squares.sum()) / rows - value**2)
     row_variance += unseen * (largest - row_variance)

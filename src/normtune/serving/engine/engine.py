@@ -95,7 +95,7 @@ class Engine:
         self._queue: list[Job] = []
         self._closing = self._base_restored = self.failed = False
         self._running = 0
-        self._counts: Counter[str] = Counter()  # of fields of EngineStats
+        self._counts: Counter[str] = Counter()  # field of EngineStats -> count
         self._seconds_busy = 0.0
         self._numbers = itertools.count()
         self._thread = Thread(target=self._run, name="normtune engine", daemon=True)
@@ -309,7 +309,7 @@ class Engine:
         row_slots = [slot for slot, jobs in zip(slots, groups, strict=True) for _ in jobs[:row_limit]]
         jobs_in_order = [job for jobs in groups for job in jobs]
         for job in jobs_in_order:
-            job.tokens.clear()  # of a failed batch; the client has `sent_text`
+            job.tokens.clear()  # tokens of a batch that failed before; the client has `sent_text`
         streams = any(job.on_text is not None for job in jobs_in_order)
         images, studies = [jobs[0].encoded_images for jobs in groups], None
         if (lora := self._adapters.lora) is not None and lora.reads_images:
@@ -340,7 +340,7 @@ class Engine:
             job.tokens.append(token)
             try:
                 job.send(before_stop(stable_text(self.family, job.tokens), job.request.stop))
-            except Exception as error:  # of this job's callback alone
+            except Exception as error:  # only this job's callback failed
                 job.callback_error = error
 
     def _reply(self, job: Job, answer: Answer) -> None:

@@ -25,7 +25,7 @@ from normtune.studies.page.drawing import (
 )
 from normtune.studies.page.palette import COLOURS
 
-ROW_HEIGHT = 24.0  # of a row of dots or of a heat map, in pixels of the SVG's viewBox
+ROW_HEIGHT = 24.0  # height of a row of dots or cells, in pixels of the SVG's viewBox
 MAX_MARKS = 12  # lines with more points than this have no marks
 
 

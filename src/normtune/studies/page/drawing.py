@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.transforms import BboxBase
 
-WIDTH = 400.0  # of a chart, in pixels of the SVG's viewBox
+WIDTH = 400.0  # width of a chart, in pixels of the SVG's viewBox
 PADDING = 0.06  # the margin at both ends of an axis, as a fraction of it
 BOTTOM = 46.0  # the margin below a chart, for the ticks and the title of its axis
 INK, QUIET, GRID, PAGE = (THEME[name][0] for name in ("ink", "quiet", "grid", "page"))
@@ -32,7 +32,7 @@ MONOSPACE = "monospace"  # the font of names of recipes: `l` and `I` differ
 _DEFAULT_RULES = (  # rules of matplotlib's that the page's style sheet has, or that are SVG's defaults
     "font-family", "font-size: 11.5px", "stroke-linejoin", "stroke-linecap", "stroke-dashoffset", "text-anchor: start",
 )  # fmt: skip
-Style = Literal["solid", "hollow", "small"]  # of a mark
+Style = Literal["solid", "hollow", "small"]  # how a mark is drawn
 _SVG = "{http://www.w3.org/2000/svg}"
 _VARIABLES = {pair[0]: f"var(--{name})" for name, pair in {**COLOURS, **THEME}.items()}
 _SETTINGS: Any = {

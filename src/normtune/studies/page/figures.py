@@ -46,7 +46,7 @@ class Panel:
     """A chart with its title, the counts behind it, how to read it, and its numbers as a header and rows."""
 
     title: str
-    counts: str  # of images and seeds
+    counts: str  # such as "96 images, 3 seeds"
     chart: Markup
     text: str
     header: tuple[str, ...]

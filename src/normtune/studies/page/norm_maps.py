@@ -37,7 +37,7 @@ def norm_changes(results: Results, arm: Arm, kind: str) -> dict[tuple[str, str],
     keys, column = {cell["key"] for cell in arm.cells}, "relative" if kind == "gain" else "rms"
     rows = [row for row in results.tables["norms"] if row["key"] in keys and row["kind"] == kind]
     rows_of = group_by((row for row in rows if row[column] is not None), map_cell)
-    return {cell: fmean(float(row[column]) for row in of_cell) for cell, of_cell in rows_of.items()}
+    return {cell: fmean(float(row[column]) for row in cell_rows) for cell, cell_rows in rows_of.items()}
 
 
 def map_cell(row: Record) -> tuple[str, str]:

@@ -32,7 +32,7 @@ FIGURES = (
     curves.loss_curves,
     curves.rate_curves,
 )
-# of settings that compare shares of the data
+# the figures of settings that compare shares of the data
 CURVE_FIGURES = (curves.share_curves, figures.differences, figures.seed_scores)
 OPEN_FIGURES = 12  # the figures of further settings are folded
 Block = tuple[str, Any]  # a kind of content that page.html.j2 renders, and its values

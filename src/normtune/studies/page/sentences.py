@@ -61,11 +61,11 @@ def _test_results(results: Results, setting: Setting, dataset: str, where: str) 
     for share in sorted({arm.share for arm in results.arms(setting)}):
         tests = results.tests_of(setting, share, dataset, results.primary_metric(dataset))
         place = f"{where}, {format_share(share)} of the training images" if results.is_curve(setting) else where
-        for of_recipes in (True, False):
-            if same := [test for test in tests if is_about_recipes(test) == of_recipes]:
+        for about_recipes in (True, False):
+            if same := [test for test in tests if is_about_recipes(test) == about_recipes]:
                 counts = f"{counted(same[0]['images'], 'image')}, {counted(min(t['seeds'] for t in same), 'seed')}"
                 compared = f"compared with `{same[0]['against']}` ({counts}"
-                if not of_recipes:
+                if not about_recipes:
                     compared = f"these trained models {compared}; no test of their recipes"
                 yield f"{place}, {compared}): {'; '.join(_clauses(same))}."
 

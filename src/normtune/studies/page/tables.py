@@ -34,7 +34,7 @@ from normtune.studies.recipe_names import FROZEN
 
 # Marks of scores above and below the reference: whether recipes are compared, or their trained models only -> marks.
 MARKS = {True: ("▲", "▼"), False: ("△", "▽")}
-_OPTIONS = re.compile(r"\([^)]*\)")  # of a method, such as (r=4,alpha=32)
+_OPTIONS = re.compile(r"\([^)]*\)")  # options of a method, such as (r=4,alpha=32)
 Column = tuple[str, str]  # data set, metric
 
 
