@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +33,7 @@ from normtune.models.families.miss import MissFamily
 from normtune.models.loading import load
 from normtune.runtime.files import read_json
 from normtune.training.config import TrainConfig
+from normtune.training.memory_plan.plan import estimate_memory
 from normtune.training.objective import IdentityDataset, Objective
 from normtune.training.result import TrainResult
 from normtune.training.train import last_checkpoint, train
@@ -371,24 +373,27 @@ def test_files_of_other_trackers_stay_beside_the_checkpoints(base: Path, tmp_pat
         assert [path.name for path in (out / "checkpoints").iterdir()] == ["emissions.csv"]
 
 
-def test_killed_run_resumes_to_the_same_adapter(base: Path, run: tuple[TrainResult, Path], tmp_path: Path) -> None:
-    """SIGKILL in the middle of an epoch, just after a checkpoint; then the same command again."""
+def test_killed_run_resumes_to_the_same_adapter(
+    base: Path, run: tuple[TrainResult, Path], tmp_path: Path, run_command: Callable[..., tuple[int, str, str]]
+) -> None:
+    """SIGKILL in the middle of an epoch, just after a checkpoint; then the same command again, in this process."""
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "normtune", "train", str(base), "--data", DATA, "--tune", "ln"]
-    command += ["--epochs", "2", "--batch", "16", "--device", "cpu", "--out", str(out)]
-    whole = subprocess.run([*command[:-1], str(tmp_path / "whole")], capture_output=True, text=True)
-    assert whole.returncode == 0, whole.stderr
-    process = subprocess.Popen([*command, "--save-every", "3"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = ["train", str(base), "--data", DATA, "--tune", "ln", "--epochs", "2", "--batch", "16"]
+    command += ["--device", "cpu", "--out", str(out), "--save-every", "3"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "normtune", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 120
     while last_checkpoint(out) is None and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert last_checkpoint(out) is not None and not (out / "adapter.json").exists()
-    again = subprocess.run([*command, "--save-every", "3"], capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert equal_adapters(out, tmp_path / "whole") and equal_adapters(out, run[1])
+    status, _, error = run_command(*command)
+    assert status == 0, error
+    assert equal_adapters(out, run[1])
     killed, straight = (read_json(folder / "train_result.json") for folder in (out, run[1]))
+    assert killed["resumed_from_step"] is not None
     assert killed["pairs"] == straight["pairs"] and killed["changed"] == straight["changed"]
 
 
@@ -533,6 +538,7 @@ def test_preflight_and_model_card_have_the_planned_memory_of_the_run(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A loaded base stays on its device, which is part of the run's identity, whatever devices there are."""
+    monkeypatch.setattr("normtune.training.train.estimate_memory", estimate_memory)
     monkeypatch.setattr("normtune.training.memory_plan.plan.available_bytes", lambda device: 1)
     train(config(base, tmp_path / "a", max_steps=1, device=None), family=load(str(base), device="cpu"))
     memory = read_json(tmp_path / "a/preflight.json")["memory"]
