@@ -25,20 +25,7 @@ _TENSORS = {
 _LEAVES = {"vera": QUERY + VALUE + FUSED, "beft": VALUE + FUSED}  # the published targets; others: every linear
 
 
-def vector_targets(method: Method, linears: Sequence[TargetLinear]) -> list[TargetLinear]:
-    """The linears that the method's paper changes.
-
-    VeRA: query and value projections (Kopiczko et al. 2023, arXiv 2310.11454); BEFT: value projections; RoAd (Liao
-    and Monz 2024, arXiv 2409.00119) and MiSS (Kang and Yin 2024, arXiv 2409.15371): every linear of attentions and
-    feed-forwards.
-    """
-    leaves = _LEAVES.get(method.name)
-    if leaves is None:
-        return layer_linears(linears)
-    return [linear for linear in linears if linear.role == "attention" and linear.leaf in leaves]
-
-
-def vector_config(method: Method, targets: Sequence[TargetLinear]) -> PeftConfig:
+def _vector_config(method: Method, targets: Sequence[TargetLinear]) -> PeftConfig:
     """PEFT's config of the method on exactly these linears.
 
     Raises:
@@ -63,13 +50,19 @@ def vector_config(method: Method, targets: Sequence[TargetLinear]) -> PeftConfig
 def add_peft_vectors(model: nn.Module, part: str, method: Method, linears: Sequence[TargetLinear]) -> AddedLayers:
     """Add the vectors of VeRA, RoAd, MiSS mini or BEFT to a part, as PEFT implements them.
 
+    They change the linears that the method's paper changes. VeRA: query and value projections (Kopiczko et al. 2023,
+    arXiv 2310.11454); BEFT: value projections; RoAd (Liao and Monz 2024, arXiv 2409.00119) and MiSS (Kang and Yin
+    2024, arXiv 2409.15371): every linear of attentions and feed-forwards.
+
     VeRA's random matrices are drawn from PEFT's key 0 and are not in the adapter's file.
 
     Raises:
         NoTarget: the part has no linear that the method changes.
         InputError: another added method already changes one of them, or one is quantised.
     """
-    targets = vector_targets(method, linears)
+    targets = layer_linears(linears)
+    if method.name in _LEAVES:
+        targets = [target for target in targets if target.role == "attention" and target.leaf in _LEAVES[method.name]]
     if not targets:
         raise NoTarget(f"{method.name} finds no linear in part '{part}'. Choose another method there.")
     if any(is_quantized(target.module.weight) for target in targets):
@@ -77,7 +70,7 @@ def add_peft_vectors(model: nn.Module, part: str, method: Method, linears: Seque
     with warnings.catch_warnings():
         # a bias on a linear without one cannot be merged into it: `normtune merge` says so
         warnings.filterwarnings("ignore", "Detected that the base layer has no bias term")
-        layers, remove = inject(model, vector_config(method, targets), targets)
+        layers, remove = inject(model, _vector_config(method, targets), targets)
     parameters = {
         f"{name}.{tensor}": getattr(layer, tensor)[PEFT_NAME]
         for name, layer in layers.items()
