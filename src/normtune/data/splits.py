@@ -218,7 +218,7 @@ def part_of_images(examples: Examples, part: int, parts: int) -> Examples:
 
 
 def _with_clusters(examples: Examples, clusters: Mapping[str, str], names: Iterable[str]) -> Examples:
-    """The examples whose images belong to the named clusters."""
+    """The examples with images of the named clusters."""
     selected = set(names)
     return examples.where(examples.flags("images", lambda keys: bool(keys) and clusters[keys[0]] in selected))
 

@@ -97,7 +97,7 @@ def score_files(
     examples = [
         Example(
             id,
-            images=row.images or (f"row {id}",),  # a row without images is a cluster by itself
+            images=row.images or (f"row {id}",),  # a row without images is a cluster alone
             question="",
             answer=row.text,
             kind=_kind(row, task),

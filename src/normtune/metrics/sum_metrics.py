@@ -158,8 +158,8 @@ def metric_intervals(metrics: Mapping[str, SumMetric], cluster: Mapping[str, Has
     for name, metric in metrics.items():
         lowest, scores = score_range(name)[0], score_clusters(metric, cluster)
         if metric.is_mean:
-            above = {id: row[0] - lowest for id, row in metric.row_statistics.items()}
-            rows = {id: np.array([score, score**2]) for id, score in above.items()}
+            shifted = {id: row[0] - lowest for id, row in metric.row_statistics.items()}
+            rows = {id: np.array([score, score**2]) for id, score in shifted.items()}
             sums, squares = sum_by_cluster(rows, {id: cluster[id] for id in rows}).T
             interval = mean_interval(sums, squares, scores.counts, maximum=score_span(name))
         else:

@@ -188,7 +188,7 @@ def table_markdown(rows: list[dict[str, Any]], task: DemoTask = QUESTIONS) -> st
             )
         metrics = row["evaluation"]["metrics"]
         scores = [
-            # the first metric whose name begins as the column says
+            # the first metric with a name that begins as the column says
             format_interval(
                 next(metric for name, metric in metrics.items() if name.startswith(start)),
                 scale=factor,

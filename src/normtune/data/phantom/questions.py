@@ -39,7 +39,7 @@ from normtune.data.phantom.wording import (
 from normtune.data.records import Kind
 
 MIN_QUESTIONS, MAX_QUESTIONS = 8, 14  # number of questions of one image
-# Families whose answers do not depend on the findings; a hospital with new findings does not ask them.
+# The answers of these families do not depend on the findings; a hospital with new findings does not ask them.
 _NOT_ABOUT_FINDINGS = {
     *("modality", "modality_is", "weighting", "region", "region_is", "plane", "plane_is", "contains", "largest"),
     *("color", "device", "device_is", "function", "count_kidneys"),
