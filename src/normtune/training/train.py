@@ -169,7 +169,7 @@ def save_run(setup: TrainingSetup, result: TrainResult, description: dict[str, A
             **({"choices": asdict(setup.family.choices)} if has_choices else {}),
         },
         metrics={"training": description} | setup.family.self_test_record(),
-        rows=None if result.privacy else setup.rows,  # hashes would tell whether a row is in the training data
+        rows=None if result.privacy else setup.rows,  # hashes would show whether a row is in the training data
     )
     setup.preflight.save(config.out)
     # the resolved options, twice: in JSON as written by version 0.1, and as a file that `normtune train` reads

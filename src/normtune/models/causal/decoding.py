@@ -70,7 +70,7 @@ class ColumnCache(Cache):
         columns: [Q] long, the columns that the next pass writes; None during the prompts' pass, which writes
             the first columns.
         width: how many columns the layers read.
-        fixed_layers: layers whose keys and values the prompts' pass writes and no step adds to: cross-attention.
+        fixed_layers: cross-attention layers: the prompts' pass writes their keys and values, and no step adds to them.
         row_values: further values of the rows, [B, ...] each.
     """
 
