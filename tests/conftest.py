@@ -36,10 +36,11 @@ def plan_memory_once() -> Iterator[None]:
     if training is None:  # no test of this session trains in this process
         yield
         return
-    estimate, plans = training.estimate_memory, {}
+    estimate = training.estimate_memory
+    plans: dict[Any, dict[str, Any]] = {}
 
     def estimate_once(config: Any, dataset: Any, examples: Any, family: Any = None) -> dict[str, Any]:
-        key = (config.model_dump_json(exclude=_NO_MEMORY), dataset.name, len(examples), family is None)
+        key = (str(config.model_dump(exclude=_NO_MEMORY)), dataset.name, len(examples), family is None)
         if key not in plans:
             plans[key] = estimate(config, dataset, examples, family)
         return dict(plans[key])

@@ -115,15 +115,16 @@ def test_runs_with_one_seed_are_equal_and_other_seeds_differ(
     assert equal_adapters(run[1], tmp_path / "again") and not equal_adapters(run[1], tmp_path / "other")
 
 
-@pytest.mark.parametrize("cap", [1, 3])
-def test_grouping_does_not_change_gradients(base: Path, tmp_path: Path, cap: int) -> None:
+def test_grouping_does_not_change_gradients(base: Path, tmp_path: Path) -> None:
     """One step over all pairs: however they are grouped, the step is the same."""
     everything = {"epochs": 1, "batch": 10_000, "schedule": "constant", "warmup": 0.0}
     train(config(base, tmp_path / "whole", **everything))
-    train(config(base, tmp_path / "capped", cap=cap, **everything))
-    whole, capped = tensors(tmp_path / "whole"), tensors(tmp_path / "capped")
-    for name in whole:
-        assert_close(capped[name], whole[name], terms=STEPS * MODEL_TERMS, msg=name)
+    whole = tensors(tmp_path / "whole")
+    for cap in (1, 3):
+        train(config(base, tmp_path / f"capped-{cap}", cap=cap, **everything))
+        capped = tensors(tmp_path / f"capped-{cap}")
+        for name in whole:
+            assert_close(capped[name], whole[name], terms=STEPS * MODEL_TERMS, msg=f"{name}, cap {cap}")
 
 
 def test_accumulation_normalises_by_tokens(base: Path, tmp_path: Path) -> None:

@@ -114,17 +114,27 @@ def test_adapter_has_the_values_of_the_best_step(base: Path, tmp_path: Path) -> 
     assert last.adapter_step == last.steps and adapter_bytes(tmp_path / "last") != adapter_bytes(tmp_path / "best")
 
 
+STOPS_EARLY = {**OVERFITS, "patience": 3, "save_every": 2}
+
+
+@pytest.fixture(scope="module")
+def early_stopped(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainResult, Path]:
+    out = tmp_path_factory.mktemp("early") / "whole"
+    return train(config(base, out, **STOPS_EARLY)), out
+
+
 @pytest.mark.parametrize("step", [1, 2, 3])
-def test_stopped_run_resumes_to_the_same_curve_and_adapter(base: Path, tmp_path: Path, step: int) -> None:
-    options = {**OVERFITS, "patience": 3, "save_every": 2}
-    whole = train(config(base, tmp_path / "whole", **options))
+def test_stopped_run_resumes_to_the_same_curve_and_adapter(
+    base: Path, early_stopped: tuple[TrainResult, Path], tmp_path: Path, step: int
+) -> None:
+    whole, out = early_stopped
     assert whole.stopped_early and whole.steps < 24 and step < whole.steps
     with pytest.raises(KeyboardInterrupt):
-        train(config(base, tmp_path / "resumed", **options), progress=StopAfterStep(step))
-    resumed = train(config(base, tmp_path / "resumed", **options))
+        train(config(base, tmp_path / "resumed", **STOPS_EARLY), progress=StopAfterStep(step))
+    resumed = train(config(base, tmp_path / "resumed", **STOPS_EARLY))
     assert scores(resumed) == scores(whole)
     assert (resumed.best_step, resumed.steps, resumed.stopped_early) == (whole.best_step, whole.steps, True)
-    assert adapter_bytes(tmp_path / "resumed") == adapter_bytes(tmp_path / "whole")
+    assert adapter_bytes(tmp_path / "resumed") == adapter_bytes(out)
     assert resumed.total_seconds is not None
     assert (resumed.total_seconds > resumed.seconds) == (resumed.resumed_from_step is not None)
 
