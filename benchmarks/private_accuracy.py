@@ -2,18 +2,23 @@
 
     python benchmarks/private_accuracy.py --out FILE.json
 
-Each image with three of its questions is a unit. Every recipe trains with two learning rates, its default and a third
-of it; the better one at seed 0 is repeated with the other seeds. The choice of the rate is not part of epsilon here: it
-is made with test rows of a public dataset. A stopped run continues after its last row, if --out is the same.
+The hospital words its questions and answers in another way than the one that nano knows. Each image with three of its
+questions is a unit. The validation split chooses for each recipe
+
+- without noise and at epsilon 3: one of three learning rates, at clip 1;
+- at epsilon 3 also one of the clips 1 and 0.3, with the best rate;
+- at epsilon 1: that rate or a third of it; at epsilon 8: that rate or three times it.
+
+Each choice is tested, and trained again with the other seeds. The trials are not part of epsilon: they stand for trials
+on public data. A stopped run continues after its last row, if --out is the same.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-import statistics
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,104 +29,167 @@ from record import write_record
 import normtune
 from normtune.data.examples import Examples
 from normtune.data.groups import group_by_image
-from normtune.data.records import Dataset
 from normtune.methods.registry import LEARNING_RATES
+from normtune.metrics.answers import score_rows
+from normtune.metrics.sum_metrics import mean_metric, metric_intervals, paired_difference
 from normtune.runtime.files import read_json
+from normtune.runtime.number_format import format_interval
 from normtune.runtime.text_table import markdown_table
 
 RECIPES = {"ln": "ln", "lora-8": "lora", "full": "full"}  # recipe -> method of its default rate
-EPSILONS = (1.0, 3.0, 8.0, math.inf)
-ORDER = (3.0, math.inf, 1.0, 8.0)  # of the runs
+EPSILONS = ("1", "3", "8", "inf")
 QUESTIONS = 3  # of an image
-OPTIONS: dict[str, Any] = {"batch": 60, "accumulate": 3, "dp_delta": 1e-4, "dp_clip": 0.1}
+ACCUMULATE = 4
+METRIC = "global_exact"
+MECHANISM = ("noise_multiplier", "sampling_rate", "units")
+Run = dict[str, Any]  # recipe, epsilon, rate, clip and seed
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=700, help="images of hospital B (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=8, help="steps of a run (default %(default)s)")
-    parser.add_argument("--test", type=int, default=600, help="test questions (default %(default)s)")
-    parser.add_argument("--seeds", type=int, default=2, help="seeds of the better rate (default %(default)s)")
-    parser.add_argument("--out", type=Path, help="JSON file; the table is written next to it as .md")
+    parser.add_argument("--images", type=int, default=2000, help="training images (default %(default)s)")
+    parser.add_argument("--test-images", type=int, default=90, help="of validate and of test (default %(default)s)")
+    parser.add_argument("--units", type=int, default=100, help="expected images of a step (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=50, help="steps of a run (default %(default)s)")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="JSON file; the tables are written next to it as .md")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    dataset, model = few_questions(options.images), normtune.load("nano", dtype="float32", device="cpu")
-    rows: list[dict[str, Any]] = []
-    if options.out and options.out.is_file():
-        rows = read_json(options.out)["rows"]
-    for run in runs(rows, options.seeds):
-        rows.append(run | train_and_score(model, dataset, run, options))
-        print(rows[-1], flush=True)
-        if options.out:
-            about = {"model": "nano", "data": f"phantom-b:{options.images}", "questions": QUESTIONS, **OPTIONS}
-            write_record(options.out, "private_accuracy", rows, steps=options.steps, **about)
-            options.out.with_suffix(".md").write_text(table(rows), encoding="utf-8")
-    print("\n" + table(rows))
+    bench = Benchmark(options)
+    for run in bench.missing_runs():
+        bench.rows.append(run | bench.measure(run))
+        print({key: value for key, value in bench.rows[-1].items() if key != "correct"}, flush=True)
+        bench.write()
+    print("\n" + bench.table())
 
 
-def few_questions(images: int) -> Dataset:
-    """Hospital B with some questions of each training image."""
-    dataset = normtune.open_dataset(f"phantom-b:{images}")
-    rows = [example for group in group_by_image(dataset.train) for example in group[:QUESTIONS]]
-    return replace(dataset, examples=Examples([*rows, *dataset.test]), options={})
+class Benchmark:
+    """The runs so far, and what to run next."""
 
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.data = f"phantom-wording:{options.images}/{options.test_images}/{options.test_images}"
+        dataset = normtune.open_dataset(self.data)
+        train = [example for group in group_by_image(dataset.train) for example in group[:QUESTIONS]]
+        self.train_pairs = len(train)
+        self.dataset = replace(
+            dataset, examples=Examples([*train, *dataset.validation, *dataset.test]), options={}
+        )  # fmt: skip
+        self.model = normtune.load("nano", dtype="float32", device="cpu")
+        out = options.out
+        self.rows: list[Run] = read_json(out)["rows"] if out and out.is_file() else []
 
-def runs(rows: list[dict[str, Any]], seeds: int) -> Iterator[dict[str, Any]]:
-    """The runs that have no row: the base, then both rates at seed 0, then the better rate with the other seeds."""
+    def missing_runs(self) -> Iterator[Run]:
+        """The runs that have no row, in an order in which each choice comes after its trials."""
+        yield from self._without_row("base", None, None, None, 0)
+        for epsilon in ("inf", "3"):
+            for recipe, method in RECIPES.items():
+                for factor in (1 / 3, 1, 3):
+                    yield from self._without_row(recipe, epsilon, round(LEARNING_RATES[method] * factor, 6), 1.0, 0)
+        for recipe in RECIPES:
+            rate = self.choice(recipe, "3")["rate"]
+            yield from self._without_row(recipe, "3", rate, 0.3, 0)
+        for epsilon, factor in (("1", 1 / 3), ("8", 3)):
+            for recipe in RECIPES:
+                best = self.choice(recipe, "3")
+                for rate in (best["rate"], round(best["rate"] * factor, 6)):
+                    yield from self._without_row(recipe, epsilon, rate, best["clip"], 0)
+        for seed in range(1, self.options.seeds):
+            for epsilon in EPSILONS:
+                for recipe in RECIPES:
+                    best = self.choice(recipe, epsilon)
+                    yield from self._without_row(recipe, epsilon, best["rate"], best["clip"], seed)
 
-    def missing(**run: Any) -> Iterator[dict[str, Any]]:
-        if not any(all(row[name] == value for name, value in run.items()) for row in rows):
+    def _without_row(
+        self, recipe: str, epsilon: str | None, rate: float | None, clip: float | None, seed: int
+    ) -> Iterator[Run]:
+        run = {"recipe": recipe, "epsilon": epsilon, "rate": rate, "clip": clip, "seed": seed}
+        if not any(run.items() <= row.items() for row in self.rows):
             yield run
 
-    yield from missing(recipe="base", epsilon=None, rate=None, seed=None)
-    cells = [(recipe, str(epsilon)) for epsilon in ORDER for recipe in RECIPES]
-    for recipe, epsilon in cells:
-        for factor in (1, 3):
-            rate = LEARNING_RATES[RECIPES[recipe]] / factor
-            yield from missing(recipe=recipe, epsilon=epsilon, rate=rate, seed=0)
-    for seed in range(1, seeds):
-        for recipe, epsilon in cells:
-            yield from missing(recipe=recipe, epsilon=epsilon, rate=better_rate(rows, recipe, epsilon), seed=seed)
+    def choice(self, recipe: str, epsilon: str) -> Run:
+        """The trial with the highest accuracy on the validation split."""
+        trials = [row for row in self.rows if (row["recipe"], row["epsilon"], row["seed"]) == (recipe, epsilon, 0)]
+        return max(trials, key=lambda row: row["validation"])
 
-
-def better_rate(rows: list[dict[str, Any]], recipe: str, epsilon: str) -> float:
-    of_cell = [row for row in rows if (row["recipe"], row["epsilon"], row["seed"]) == (recipe, epsilon, 0)]
-    return float(max(of_cell, key=lambda row: row["global_exact"])["rate"])
-
-
-def train_and_score(model: Any, dataset: Dataset, run: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    evaluation = {"split": "test", "limit": options.test, "progress": False}
-    with TemporaryDirectory() as folder:
+    def measure(self, run: Run) -> Run:
+        """Train and answer both splits; the scores of the test questions are written as a string of 0 and 1."""
+        options, unit_pairs = self.options, self.train_pairs / self.options.images
         if run["recipe"] == "base":
-            return {"global_exact": normtune.evaluate(model, dataset, **evaluation).metrics["global_exact"].value}
-        trained = normtune.train(
-            model, dataset, tune=run["recipe"], lr=run["rate"], seed=run["seed"], dp_epsilon=float(run["epsilon"]),
-            max_steps=options.steps, out=Path(folder) / "out", progress=False, **OPTIONS,
-        )  # fmt: skip
-        assert trained.privacy is not None
-        privacy = {name: trained.privacy[name] for name in ("noise_multiplier", "sampling_rate", "units")}
-        result = normtune.evaluate(model, dataset, adapter=trained.out, **evaluation).metrics["global_exact"]
-    return {"global_exact": result.value, "low": result.low, "high": result.high, "pairs": trained.pairs, **privacy}
+            return self._answer(None)
+        with TemporaryDirectory() as folder:
+            trained = normtune.train(
+                self.model, self.dataset, tune=run["recipe"], lr=run["rate"], seed=run["seed"],
+                dp_epsilon=float(run["epsilon"]), dp_clip=run["clip"], dp_delta=1e-5, max_steps=options.steps,
+                batch=round(options.units * unit_pairs / ACCUMULATE), accumulate=ACCUMULATE,
+                out=Path(folder) / "out", progress=False,
+            )  # fmt: skip
+            assert trained.privacy is not None
+            spent = {"spent_epsilon": trained.privacy["epsilon"]}
+            return self._answer(trained.out) | spent | {name: trained.privacy[name] for name in MECHANISM}
 
+    def _answer(self, adapter: Any) -> Run:
+        evaluate = {"adapter": adapter, "progress": False}
+        validation = normtune.evaluate(self.model, self.dataset, split="validate", **evaluate)
+        test = normtune.evaluate(self.model, self.dataset, split="test", **evaluate)
+        scores = score_rows(test.examples, test.texts, normalisation="vqa")[METRIC]
+        correct = "".join(str(int(scores[example.id])) for example in self.dataset.test)
+        return {
+            "validation": validation.metrics[METRIC].value, "test": test.metrics[METRIC].value, "correct": correct
+        }  # fmt: skip
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Accuracy at the better rate: the mean over seeds, and that of each seed."""
-    lines = []
-    for recipe in RECIPES:
-        line = [recipe]
-        for epsilon in map(str, EPSILONS):
-            of_cell = [row for row in rows if (row["recipe"], row["epsilon"]) == (recipe, epsilon)]
-            if not of_cell:
-                line.append("–")
-                continue
-            rate = better_rate(rows, recipe, epsilon)
-            values = [100 * row["global_exact"] for row in of_cell if row["rate"] == rate]
-            line.append(f"{statistics.mean(values):.1f} ({', '.join(f'{value:.1f}' for value in values)})")
-        lines.append(line)
-    base = [100 * row["global_exact"] for row in rows if row["recipe"] == "base"]
-    header = ["recipe", *(f"epsilon {epsilon:g}" for epsilon in EPSILONS)]
-    note = f"\nglobal exact in %, mean (each seed); the base without training: {base[0]:.1f}\n" if base else ""
-    return "\n".join(markdown_table(header, lines, "lrrrr")) + "\n" + note
+    def scores(self, recipe: str, epsilon: str | None) -> dict[str, float]:
+        """The score of each test question, its mean over the seeds, at the chosen rate and clip."""
+        if epsilon is None:
+            rows = [row for row in self.rows if row["recipe"] == "base"]
+        else:
+            best = self.choice(recipe, epsilon)
+            same = {name: best[name] for name in ("recipe", "epsilon", "rate", "clip")}
+            rows = [row for row in self.rows if same.items() <= row.items()]
+        ids = [example.id for example in self.dataset.test]
+        return {
+            id: sum(map(int, marks)) / len(rows)
+            for id, *marks in zip(ids, *(row["correct"] for row in rows), strict=True)
+        }
+
+    @cached_property
+    def images(self) -> dict[str, tuple[str, ...]]:
+        """Id of a test question -> its images."""
+        return {example.id: example.images for example in self.dataset.test}
+
+    def table(self) -> str:
+        """Two Markdown tables: accuracy, and what was chosen."""
+        header = ["recipe", *(f"epsilon {epsilon}" for epsilon in EPSILONS)]
+        accuracy, gains, choices = [], [], []
+        base = self.scores("base", None)
+        for recipe in RECIPES:
+            done = [e for e in EPSILONS if any((row["recipe"], row["epsilon"]) == (recipe, e) for row in self.rows)]
+            scores = {epsilon: self.scores(recipe, epsilon) for epsilon in done}
+            accuracy.append([f"`{recipe}`", *(self._interval(scores[e]) if e in done else "–" for e in EPSILONS)])
+            gains.append([f"`{recipe}`", *(self._gain(base, scores[e]) if e in done else "–" for e in EPSILONS)])
+            best = {epsilon: self.choice(recipe, epsilon) for epsilon in done}
+            choices.append([
+                f"`{recipe}`", *(f"{best[e]['rate']:g}, {best[e]['clip']:g}" if e in done else "–" for e in EPSILONS)
+            ])  # fmt: skip
+        header_of = {"accuracy, %": accuracy, "more than the base": gains, "rate, clip": choices}
+        tables = ["\n".join(markdown_table([name, *header[1:]], rows, "lrrrr")) for name, rows in header_of.items()]
+        return "\n\n".join([f"The base without training: {self._interval(base)}", *tables]) + "\n"
+
+    def _interval(self, scores: dict[str, float]) -> str:
+        return format_interval(vars(metric_intervals({METRIC: mean_metric(scores)}, self.images)[METRIC]))
+
+    def _gain(self, base: dict[str, float], scores: dict[str, float]) -> str:
+        paired = paired_difference(mean_metric(base), mean_metric(scores), self.images)
+        return format_interval({"value": paired.difference, "low": paired.low, "high": paired.high}, sign="+")
+
+    def write(self) -> None:
+        """Write the record and the tables."""
+        out, options = self.options.out, self.options
+        if out is None:
+            return
+        about = {"model": "nano", "data": self.data, "questions": QUESTIONS, "delta": 1e-5, "clip_trials": [0.3, 1]}
+        write_record(out, "private_accuracy", self.rows, steps=options.steps, units_of_a_step=options.units, **about)
+        out.with_suffix(".md").write_text(self.table(), encoding="utf-8")
 
 
 if __name__ == "__main__":

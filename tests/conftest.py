@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from normtune import cli
 from tests.support.tiny_miss import save_tiny_miss
+
+settings.register_profile("normtune", deadline=None)  # a busy machine is no failure
+settings.load_profile("normtune")
 
 # fields of TrainConfig that do not change the planned memory
 _NO_MEMORY = {

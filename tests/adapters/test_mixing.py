@@ -109,6 +109,15 @@ def test_summed_products_are_truncated_as_an_svd_of_the_dense_sum() -> None:
     assert lost > 0.01
 
 
+def test_rows_of_a_keep_their_size_so_that_each_direction_can_be_trained() -> None:
+    states = [lora(4, seed, slice(0, 4)) for seed in (1, 2)]
+    rows = torch.cat([state["q.lora_A"] for state in states])
+    for scale in (1.0, 0.0):  # of B: after training, and before it
+        scaled = [state | {"q.lora_B": scale * state["q.lora_B"]} for state in states]
+        result, _ = sum_products(scaled, [0.5, 0.5])
+        assert_close(result["q.lora_A"].norm(dim=1), rows.square().sum(1).mean().sqrt().expand(4), terms=6)
+
+
 def test_a_linear_that_is_smaller_than_the_rank_and_a_sum_of_zero() -> None:
     state = lora(8, 1, slice(0, 8))  # of a linear of 6 inputs and 5 outputs
     result, _ = sum_products([state], [0.5])

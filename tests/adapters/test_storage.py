@@ -217,7 +217,7 @@ def good_info(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return json.loads((directory / INFO_FILE).read_text())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_a_wrong_entry_in_the_json_is_an_input_error_or_harmless(good_info: dict, data: st.DataObject) -> None:
     contents = dict(good_info)

@@ -107,7 +107,6 @@ def batches_on_objects(examples: list[Example], pairs: int, cap: int | None, see
 
 
 @given(rows, st.integers(1, 9), st.none() | st.integers(1, 4), st.integers(0, 3))
-@settings(deadline=None)
 def test_batches_are_those_of_version_0_1(values: list, pairs: int, cap: int | None, epoch: int) -> None:  # type: ignore[type-arg]
     examples = examples_of(values)
     expected = batches_on_objects(examples, pairs, cap, 3, epoch)
@@ -119,7 +118,7 @@ def test_batches_are_those_of_version_0_1(values: list, pairs: int, cap: int | N
 
 
 @given(rows)
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_a_table_has_the_counts_leaks_splits_and_digests_of_a_list(values: list) -> None:  # type: ignore[type-arg]
     of_list, of_table = datasets(examples_of(values))
     assert of_table.examples == of_list.examples and repr(of_table) == repr(of_list)
@@ -137,7 +136,7 @@ def test_a_table_has_the_counts_leaks_splits_and_digests_of_a_list(values: list)
 
 
 @given(rows)
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_the_counts_of_texts_are_those_of_their_definition(values: list) -> None:  # type: ignore[type-arg]
     examples = examples_of(values)
     counts = preflight(datasets(examples)[0], open_pictures=False).texts
@@ -206,7 +205,7 @@ ODD = [
 
 
 @given(st.lists(st.sampled_from(LINES + ODD), min_size=1, max_size=12), st.integers(50, 400))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_large_file_is_read_as_a_small_one(lines: list[str], block: int) -> None:
     import tempfile
 
@@ -246,7 +245,7 @@ CSV_LINES = [
 
 
 @given(st.lists(st.sampled_from(CSV_LINES), min_size=1, max_size=12), st.integers(1, 5), st.sampled_from([",", "\t"]))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_large_csv_file_is_read_as_a_small_one(lines: list[str], block: int, delimiter: str) -> None:
     import tempfile
 

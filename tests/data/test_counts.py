@@ -290,7 +290,7 @@ def test_every_dataset_that_is_read_from_files_has_a_layout_here() -> None:
 
 
 @pytest.mark.parametrize("write", LAYOUTS, ids=lambda write: write.__name__)
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=rows)
 def test_rows_in_are_rows_used_and_rows_reported(
     tmp_path_factory: pytest.TempPathFactory, write: Any, rows: Any

@@ -170,7 +170,7 @@ answers = st.lists(st.sampled_from(["left", "lung", "a", "yes", "no", "2", "."])
 kinds: st.SearchStrategy[Kind] = st.sampled_from(["open", "closed"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(answers, kinds), min_size=1, max_size=12), st.integers(1, 9))
 def test_the_ceiling_is_the_score_of_an_oracle_that_answers_with_the_cut_reference(
     rows: list[tuple[str, Kind]], limit: int

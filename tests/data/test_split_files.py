@@ -52,7 +52,7 @@ rows_of = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(rows_of, st.integers(2, 3), st.integers(0, 3))
 def test_no_picture_and_no_patient_is_in_two_parts(rows: Rows, parts: int, seed: int) -> None:
     data = opener(dataset(rows))

@@ -81,7 +81,7 @@ keys = st.integers(0, 30).map(str)
 many = st.lists(st.lists(keys, min_size=1, max_size=2), min_size=1, max_size=40)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(many, st.integers(0, 3), st.randoms(use_true_random=False))
 def test_no_image_is_in_two_splits_and_no_row_is_lost(images: list[list[str]], seed: int, order: random.Random) -> None:
     examples = [example(str(number), *names) for number, names in enumerate(images)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from normtune.data.examples import Example, option_letter
@@ -79,7 +79,6 @@ def test_every_usual_form_of_an_answer_is_read(options: list[str], data: st.Data
 
 
 @given(st.text(max_size=40), st.lists(st.text(min_size=1, max_size=8), min_size=2, max_size=5))
-@settings(deadline=None)
 def test_any_text_names_one_option_or_none(text: str, options: list[str]) -> None:
     place = parse_choice(text, options)
     assert place is None or 0 <= place < len(options)

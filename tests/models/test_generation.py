@@ -184,7 +184,7 @@ def all_answers(vocabulary: int, longest: int, end: int) -> list[tuple[int, ...]
     return complete + list(itertools.product(others, repeat=longest))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(0, 10**6), st.integers(1, 3), st.sampled_from([0.0, 0.5, 1.0, 2.0]), st.sampled_from([False, "never"])
 )
@@ -213,7 +213,7 @@ def test_enough_beams_find_the_best_of_all_answers(
         assert answer.score == approx(mean)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(0, 10**6),
     st.integers(1, 4),

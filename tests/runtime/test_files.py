@@ -80,7 +80,7 @@ values = st.recursive(
 characters = st.characters(exclude_categories=())  # halves of surrogate pairs included
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(value=values | st.text(characters))
 def test_json_is_read_as_it_was_written(tmp_path_factory: pytest.TempPathFactory, value: object) -> None:
     path = tmp_path_factory.getbasetemp() / "value.json"
@@ -88,7 +88,7 @@ def test_json_is_read_as_it_was_written(tmp_path_factory: pytest.TempPathFactory
     assert read_json(path) == value
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(content=st.binary(max_size=30) | st.text(alphabet='[]{}",:0123e-. tfn\n').map(str.encode))
 def test_any_bytes_are_json_or_an_input_error_that_names_the_file(
     tmp_path_factory: pytest.TempPathFactory, content: bytes

@@ -223,10 +223,11 @@ def _truncated_product(pairs: Sequence[tuple[Tensor, Tensor]], like: Tensor) -> 
     left, left_rest = torch.linalg.qr(torch.cat([b for b, _ in pairs], dim=1))  # [out, k], [k, sum of r_i]
     right, right_rest = torch.linalg.qr(torch.cat([a for _, a in pairs]).T)  # [in, k], [k, sum of r_i]
     u, singular, v = torch.linalg.svd(left_rest @ right_rest.T, full_matrices=False)
-    # both factors get the root of the singular values, so that training continues from factors of equal size
-    root = singular[:rank].sqrt()
-    b, a = left @ u[:, :rank] * root, root[:, None] * (v[:rank] @ right.T)
-    missing = rank - len(root)  # of a linear that is smaller than the rank
+    # B gets the singular values, and the rows of A keep the size that they have in the summands. If both factors had
+    # the root of the singular values, a direction without one would be zero in both and would never get a gradient.
+    row_size = torch.cat([a for _, a in pairs]).square().sum(1).mean().sqrt().clamp(min=1e-12)
+    b, a = left @ u[:, :rank] * (singular[:rank] / row_size), row_size * (v[:rank] @ right.T)
+    missing = rank - len(a)  # of a linear that is smaller than the rank
     return F.pad(a, (0, 0, 0, missing)).to(like.dtype), F.pad(b, (0, missing)).to(like.dtype), singular.square()
 
 

@@ -157,7 +157,7 @@ rows = st.dictionaries(
 )
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(rows | values, max_size=4))
 def test_any_json_is_read_or_refused_in_one_line(root: Path, lines: list[object]) -> None:
     file = write_jsonl(root / "any.jsonl", *(json.dumps(row) for row in lines))

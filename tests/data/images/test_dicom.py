@@ -186,7 +186,7 @@ def test_errors_never_quote_the_contents_of_the_file() -> None:
         assert not any(secret in str(caught.value) for secret in ("Doe", "DOE", "JANE", "Jane", "4711"))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_damaged_files_open_or_are_refused_but_never_crash(data: st.DataObject) -> None:
     whole = bytearray(dicom_bytes(make_dicom(CT, WindowCenter=40, WindowWidth=80, RescaleSlope=1, RescaleIntercept=0)))

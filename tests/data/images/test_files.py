@@ -131,7 +131,7 @@ def test_images_with_too_many_pixels_are_refused_without_a_warning(side: int) ->
     assert not caught
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_damaged_pictures_open_or_are_refused_but_never_crash(data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(["PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP", "PPM"]))

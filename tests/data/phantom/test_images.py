@@ -17,7 +17,7 @@ from normtune.errors import InputError
 seeds, hospitals = st.integers(0, 10**6), st.sampled_from(["a", "b"])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seeds, hospitals)
 def test_an_image_depends_only_on_its_seed(seed: int, hospital: str) -> None:
     scene = sample_scene(seed, hospital)
@@ -30,7 +30,7 @@ def test_an_image_depends_only_on_its_seed(seed: int, hospital: str) -> None:
     assert (render(sample_scene(seed + 1, hospital), hospital) != picture).any()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seeds, hospitals)
 def test_a_scene_contains_only_what_its_view_can_show(seed: int, hospital: str) -> None:
     scene = sample_scene(seed, hospital)

@@ -32,7 +32,7 @@ def vocabulary_of_a() -> Words:
     return vocabulary
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seeds, hospitals)
 def test_each_scene_gets_8_to_14_different_questions(seed: int, hospital: Hospital) -> None:
     scene = sample_scene(seed, hospital)
@@ -48,7 +48,7 @@ def test_each_scene_gets_8_to_14_different_questions(seed: int, hospital: Hospit
         assert question.meta == {"type": question.meta["type"], "modality": scene.modality, "organ": scene.region}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(seeds)
 def test_hospital_b_uses_only_words_of_hospital_a(vocabulary_of_a: Words, seed: int) -> None:
     scene = sample_scene(seed, "b")
@@ -58,7 +58,7 @@ def test_hospital_b_uses_only_words_of_hospital_a(vocabulary_of_a: Words, seed: 
     assert words(write_report(scene, "b")) <= vocabulary_of_a["answer"]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(seeds, hospitals)
 def test_answers_follow_from_the_scene(seed: int, hospital: Hospital) -> None:
     scene = sample_scene(seed, hospital)
@@ -139,7 +139,7 @@ def test_the_wording_of_hospital_b_does_not_give_the_answer_away() -> None:
     assert right["open"] / kinds["open"] < 0.5
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seeds, hospitals)
 def test_a_report_names_every_finding_and_no_other(seed: int, hospital: Hospital) -> None:
     scene = sample_scene(seed, hospital)

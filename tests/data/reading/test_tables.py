@@ -62,7 +62,7 @@ def test_a_damaged_archive_and_a_missing_file_are_refused(tmp_path: Path) -> Non
         file_bytes(tmp_path / "none.csv")
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.lists(st.text(max_size=6), min_size=2, max_size=2), max_size=5))
 def test_csv_is_read_back_unchanged(tmp_path: Path, rows: list[list[str]]) -> None:
     rows = [[cell.encode("utf-8", "replace").decode().replace("\0", "") for cell in row] for row in rows]

@@ -75,7 +75,7 @@ def test_without_an_answer_there_is_only_the_prompt() -> None:
     assert answer == () and prompt == chat.segment("1", "Is it?", "no")[0]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     name=st.sampled_from(CHATS),
     question=st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), max_size=30),

@@ -19,7 +19,7 @@ from tests.support.base_models import input_error
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_values_equal_those_of_the_flattened_tensor_for_any_positions(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
@@ -52,7 +52,7 @@ def test_the_last_shards_tensor_is_used_and_the_dtype_is_that_of_most_bytes(tmp_
     assert checkpoint.entries["a"].is_floating and not checkpoint.entries["c"].is_floating
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_a_damaged_file_raises_an_input_error_or_has_a_valid_header(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

@@ -160,7 +160,7 @@ def test_a_stop_text_cuts_the_answer_whole_and_streamed(family: Family) -> None:
             assert reply.completion_tokens == len(answer.tokens)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text("ab", max_size=9), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
 @example("abc", ["bc", "abcd"])
 def test_a_stream_never_sends_text_that_a_stop_text_removes(text: str, stop: list[str]) -> None:
@@ -204,7 +204,7 @@ KINDS = ("bytes", "sentencepiece", "wordpiece", "cleaned")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_stable_text_is_a_prefix_of_all_continuations(kind: str, data: st.DataObject) -> None:
     family = family_with_tokenizer(kind)
@@ -216,7 +216,7 @@ def test_stable_text_is_a_prefix_of_all_continuations(kind: str, data: st.DataOb
         before = text
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text("aé.€ 心🩻", max_size=12), st.sampled_from(["bytes", "sentencepiece"]))
 @example("a🩻a", "bytes")
 @example("a🩻a", "sentencepiece")

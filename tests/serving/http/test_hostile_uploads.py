@@ -55,9 +55,7 @@ def upload_status(url: str, data: bytes, name: str = "a.png") -> int:
     return response.status
 
 
-@settings(
-    max_examples=125, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=125, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), kind=st.sampled_from(sorted(WHOLE)), name=st.sampled_from(NAMES))
 def test_damaged_files_are_refused_or_read(url: str, data: st.DataObject, kind: str, name: str) -> None:
     damaged = bytearray(WHOLE[kind])
