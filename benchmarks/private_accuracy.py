@@ -7,7 +7,8 @@ questions is a unit. The validation split chooses for each recipe
 
 - without noise and at epsilon 3: one of three learning rates, at clip 1;
 - at epsilon 3 also one of the clips 1 and 0.3, with the best rate;
-- at epsilon 1: that rate or a third of it; at epsilon 8: that rate or three times it.
+- at epsilon 1: that rate or a third of it; at epsilon 8: that rate or three times it;
+- at every epsilon: three times the rate, as long as the highest one is the best.
 
 Each choice is tested, and trained again with the other seeds. The trials are not part of epsilon: they stand for trials
 on public data. A stopped run continues after its last row, if --out is the same.
@@ -94,11 +95,23 @@ class Benchmark:
                 best = self.choice(recipe, "3")
                 for rate in (best["rate"], round(best["rate"] * factor, 6)):
                     yield from self._without_row(recipe, epsilon, rate, best["clip"], 0)
+        for recipe in reversed(RECIPES):
+            for epsilon in ("3", "1", "8", "inf"):
+                yield from self._higher_rates(recipe, epsilon)
         for seed in range(1, self.options.seeds):
             for epsilon in EPSILONS:
                 for recipe in RECIPES:
                     best = self.choice(recipe, epsilon)
                     yield from self._without_row(recipe, epsilon, best["rate"], best["clip"], seed)
+
+    def _higher_rates(self, recipe: str, epsilon: str) -> Iterator[Run]:
+        """Three times the rate, as long as the highest rate is the best."""
+        while True:
+            best = self.choice(recipe, epsilon)
+            tried = [row["rate"] for row in self.rows if (row["recipe"], row["epsilon"]) == (recipe, epsilon)]
+            if best["rate"] < max(tried):
+                return
+            yield from self._without_row(recipe, epsilon, round(best["rate"] * 3, 6), best["clip"], 0)
 
     def _without_row(
         self, recipe: str, epsilon: str | None, rate: float | None, clip: float | None, seed: int

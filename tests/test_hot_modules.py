@@ -15,7 +15,7 @@ HOT = (
     "adapters/multi/lora.py",
     "adapters/multi/norms.py",
     "adapters/multi/rows.py",
-    "methods/bottleneck.py",
+    "methods/output_modules.py",
     "methods/lora.py",
     "methods/norms.py",
     "methods/prefix.py",
