@@ -10,7 +10,7 @@ questions is a unit. The validation split chooses for each recipe
 - at epsilon 1: that rate or a third of it; at epsilon 8: that rate or three times it;
 - at every epsilon: three times the rate, as long as the highest one is the best.
 
-Each choice is tested, and trained again with the other seeds. The trials are not part of epsilon: they stand for trials
+Each choice is tested, and trained again with the other seeds. The trials are not part of epsilon: they replace trials
 on public data. A stopped run continues after its last row, if --out is the same.
 """
 
