@@ -31,10 +31,10 @@ KeysValues = tuple[Tensor, Tensor]  # each [batch, heads, length, head_dim]
 class LayerCache:
     """Keys and values that one decoder layer reuses in every decoding step; None before the first step."""
 
-    self_attention: KeysValues | None = (
-        None  # of the tokens so far, learned prefix included: [rows, heads, length, ...]
-    )
-    cross_attention: KeysValues | None = None  # of the question: [questions, heads, length, head_dim]
+    # of the tokens so far, learned prefix included: each [rows, heads, length, head_dim]
+    self_attention: KeysValues | None = None
+    # of the question: each [questions, heads, length, head_dim]
+    cross_attention: KeysValues | None = None
 
 
 class DecoderCache:
