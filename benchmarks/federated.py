@@ -21,33 +21,31 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import process_time
 from typing import Any
 
 import torch
 from record import record
+from score_intervals import METRIC, difference, interval
 
 import normtune
 from normtune.adapters.info import AdapterInfo
 from normtune.data.examples import Examples
 from normtune.data.records import Dataset
 from normtune.data.registry import open_dataset
-from normtune.data.splits import part_of_images
 from normtune.federated.config import FederateConfig, SiteOptions
 from normtune.federated.rounds import federate
 from normtune.federated.rules import SiteUpdate, Values
-from normtune.federated.site import RoundTask, train_at_site, write_site_adapter
+from normtune.federated.site import RoundTask, select_part, train_at_site, write_site_adapter
 from normtune.metrics.answers import score_rows
-from normtune.metrics.sum_metrics import mean_metric, metric_intervals, paired_difference
 from normtune.runtime.files import read_json, write_json
 from normtune.runtime.number_format import format_interval
 from normtune.runtime.text_table import markdown_table
 from normtune.training.config import TrainConfig
 from normtune.training.train import train
 
-METRIC = "global_exact"
 RATES = {"phantoms": {"ln": 0.03, "lora-8": 0.003}, "real": {"ln": 0.01, "lora-8": 0.003}}
 FEDERATIONS: dict[str, dict[str, Any]] = {
     "ln, federated": {"tune": "ln"},
@@ -145,8 +143,7 @@ class Benchmark:
 
     def rows_of(self, site: str) -> Examples:
         """The training rows of a site."""
-        part, parts = map(int, (self.sites[site].part or "1/1").split("/"))
-        return part_of_images(self.datasets[site].split("train"), part, parts)
+        return select_part(self.datasets[site].split("train"), self.sites[site])
 
     def pooled(self, names: Sequence[str]) -> Dataset:
         """The training rows of sites as one dataset; keys of images begin with the site."""
@@ -238,10 +235,10 @@ def summarise(
         pooled = f"{arm.partition(',')[0]}, pooled" if arm != BASE else "ln, pooled"
         row: dict[str, Any] = {
             "arm": arm,
-            "sites": {site: bench_interval(mean_scores(arm, [site]), bench.images) for site in sites},
-            "all": bench_interval(mean_scores(arm, sites), bench.images),
-            "from_pooled": bench_difference(mean_scores(pooled, sites), mean_scores(arm, sites), bench.images),
-            "from_alone": bench_difference(
+            "sites": {site: interval(mean_scores(arm, [site]), bench.images) for site in sites},
+            "all": interval(mean_scores(arm, sites), bench.images),
+            "from_pooled": difference(mean_scores(pooled, sites), mean_scores(arm, sites), bench.images),
+            "from_alone": difference(
                 mean_scores(pooled.replace("pooled", "alone"), sites), mean_scores(arm, sites), bench.images
             ),
             "seconds": [run.get("seconds", 0.0) for run in runs],
@@ -255,8 +252,8 @@ def summarise(
             row["rounds_to_pooled"] = next(reached, None)
         rows.append(row)
     for first, second in COMPARED:
-        difference = bench_difference(mean_scores(first, sites), mean_scores(second, sites), bench.images)
-        rows.append({"compared": [first, second], **difference})
+        numbers = difference(mean_scores(first, sites), mean_scores(second, sites), bench.images)
+        rows.append({"compared": [first, second], **numbers})
     return rows
 
 
@@ -269,19 +266,6 @@ def mean_curve(runs: Sequence[dict[str, Any]], sites: Sequence[str]) -> list[dic
         over_all = sum(mean * size for mean, size in zip(means, sizes, strict=True)) / sum(sizes)
         curve.append({"round": int(number), "all": over_all, "sites": dict(zip(sites, means, strict=True))})
     return curve
-
-
-def bench_interval(scores: dict[str, float], images: dict[str, tuple[str, ...]]) -> dict[str, float]:
-    """Mean score and its 95% interval, clustered by image."""
-    return asdict(metric_intervals({METRIC: mean_metric(scores)}, images)[METRIC])
-
-
-def bench_difference(
-    first: dict[str, float], second: dict[str, float], images: dict[str, tuple[str, ...]]
-) -> dict[str, float]:
-    """`second` minus `first` with its 95% interval and p-value, clustered by image."""
-    paired = paired_difference(mean_metric(first), mean_metric(second), images)
-    return {"value": paired.difference, "low": paired.low, "high": paired.high, "p": paired.p}
 
 
 def accuracy_table(rows: list[dict[str, Any]], sites: list[str], seeds: int) -> str:

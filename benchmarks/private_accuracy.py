@@ -26,13 +26,13 @@ from typing import Any
 
 import torch
 from record import write_record
+from score_intervals import METRIC, difference, interval
 
 import normtune
 from normtune.data.examples import Examples
 from normtune.data.groups import group_by_image
 from normtune.methods.registry import LEARNING_RATES
 from normtune.metrics.answers import score_rows
-from normtune.metrics.sum_metrics import mean_metric, metric_intervals, paired_difference
 from normtune.runtime.files import read_json
 from normtune.runtime.number_format import format_interval
 from normtune.runtime.text_table import markdown_table
@@ -41,7 +41,6 @@ RECIPES = {"ln": "ln", "lora-8": "lora", "full": "full"}  # recipe -> method of 
 EPSILONS = ("1", "3", "8", "inf")
 QUESTIONS = 3  # of an image
 ACCUMULATE = 4
-METRIC = "global_exact"
 MECHANISM = ("noise_multiplier", "sampling_rate", "units")
 Run = dict[str, Any]  # recipe, epsilon, rate, clip and seed
 
@@ -171,29 +170,29 @@ class Benchmark:
         return {example.id: example.images for example in self.dataset.test}
 
     def table(self) -> str:
-        """Two Markdown tables: accuracy, and what was chosen."""
-        header = ["recipe", *(f"epsilon {epsilon}" for epsilon in EPSILONS)]
-        accuracy, gains, choices = [], [], []
+        """Three Markdown tables with a row for each recipe: accuracy, the gain over the base, and what was chosen."""
         base = self.scores("base", None)
-        for recipe in RECIPES:
-            done = [e for e in EPSILONS if any((row["recipe"], row["epsilon"]) == (recipe, e) for row in self.rows)]
-            scores = {epsilon: self.scores(recipe, epsilon) for epsilon in done}
-            accuracy.append([f"`{recipe}`", *(self._interval(scores[e]) if e in done else "–" for e in EPSILONS)])
-            gains.append([f"`{recipe}`", *(self._gain(base, scores[e]) if e in done else "–" for e in EPSILONS)])
-            best = {epsilon: self.choice(recipe, epsilon) for epsilon in done}
-            choices.append([
-                f"`{recipe}`", *(f"{best[e]['rate']:g}, {best[e]['clip']:g}" if e in done else "–" for e in EPSILONS)
-            ])  # fmt: skip
-        header_of = {"accuracy, %": accuracy, "more than the base": gains, "rate, clip": choices}
-        tables = ["\n".join(markdown_table([name, *header[1:]], rows, "lrrrr")) for name, rows in header_of.items()]
-        return "\n\n".join([f"The base without training: {self._interval(base)}", *tables]) + "\n"
 
-    def _interval(self, scores: dict[str, float]) -> str:
-        return format_interval(vars(metric_intervals({METRIC: mean_metric(scores)}, self.images)[METRIC]))
+        def accuracy(recipe: str, epsilon: str) -> str:
+            return format_interval(interval(self.scores(recipe, epsilon), self.images))
 
-    def _gain(self, base: dict[str, float], scores: dict[str, float]) -> str:
-        paired = paired_difference(mean_metric(base), mean_metric(scores), self.images)
-        return format_interval({"value": paired.difference, "low": paired.low, "high": paired.high}, sign="+")
+        def gain(recipe: str, epsilon: str) -> str:
+            return format_interval(difference(base, self.scores(recipe, epsilon), self.images), sign="+")
+
+        def chosen(recipe: str, epsilon: str) -> str:
+            best = self.choice(recipe, epsilon)
+            return f"{best['rate']:g}, {best['clip']:g}"
+
+        done = {(row["recipe"], row["epsilon"]) for row in self.rows}
+        tables = [f"The base without training: {format_interval(interval(base, self.images))}"]
+        for name, cell in (("accuracy, %", accuracy), ("more than the base", gain), ("rate, clip", chosen)):
+            header = [name, *(f"epsilon {epsilon}" for epsilon in EPSILONS)]
+            lines = [
+                [f"`{recipe}`", *(cell(recipe, e) if (recipe, e) in done else "–" for e in EPSILONS)]
+                for recipe in RECIPES
+            ]
+            tables.append("\n".join(markdown_table(header, lines, "lrrrr")))
+        return "\n\n".join(tables) + "\n"
 
     def write(self) -> None:
         """Write the record and the tables."""

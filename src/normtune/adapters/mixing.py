@@ -221,11 +221,12 @@ def _truncated_product(pairs: Sequence[tuple[Tensor, Tensor]], like: Tensor) -> 
     rank = like.shape[0]
     # [B_1 B_2 ...] [A_1; A_2; ...] is the sum; QR of both leaves an SVD of the size of the ranks' sum
     left, left_rest = torch.linalg.qr(torch.cat([b for b, _ in pairs], dim=1))  # [out, k], [k, sum of r_i]
-    right, right_rest = torch.linalg.qr(torch.cat([a for _, a in pairs]).T)  # [in, k], [k, sum of r_i]
+    rows = torch.cat([a for _, a in pairs])  # [sum of r_i, in]
+    right, right_rest = torch.linalg.qr(rows.T)  # [in, k], [k, sum of r_i]
     u, singular, v = torch.linalg.svd(left_rest @ right_rest.T, full_matrices=False)
     # B gets the singular values, and the rows of A keep the size that they have in the summands. If both factors had
     # the root of the singular values, a direction without one would be zero in both and would never get a gradient.
-    row_size = torch.cat([a for _, a in pairs]).square().sum(1).mean().sqrt().clamp(min=1e-12)
+    row_size = rows.square().sum(1).mean().sqrt().clamp(min=1e-12)
     b, a = left @ u[:, :rank] * (singular[:rank] / row_size), row_size * (v[:rank] @ right.T)
     missing = rank - len(a)  # of a linear that is smaller than the rank
     return F.pad(a, (0, 0, 0, missing)).to(like.dtype), F.pad(b, (0, missing)).to(like.dtype), singular.square()

@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from normtune.adapters.info import AdapterInfo
 from normtune.adapters.storage import write_adapter
+from normtune.data.examples import Examples
 from normtune.data.records import Split
 from normtune.data.splits import part_of_images
 from normtune.errors import InputError
@@ -116,10 +117,17 @@ def _prepare(config: TrainConfig, site: SiteOptions) -> TrainingSetup:
     config = config.model_copy(update={"dtype": resolve_dtype(config.dtype, resolve_device(config.device))})
     dataset, examples = read_examples(config)
     if site.part is not None:
-        part, parts = map(int, site.part.split("/"))
-        examples = Split(dataset, part_of_images(examples, part, parts), config.split)
+        examples = Split(dataset, select_part(examples, site), config.split)
     examples, preflight = check_run(config, examples, config.model, training=True)
     return build_setup(config, dataset, examples, preflight=preflight)
+
+
+def select_part(examples: Examples, site: SiteOptions) -> Examples:
+    """The examples of the site's part of the images, such as the first of two for "1/2"; all without a part."""
+    if site.part is None:
+        return examples
+    part, parts = map(int, site.part.split("/"))
+    return part_of_images(examples, part, parts)
 
 
 def _set_values(tuned: TunedModel, values: Mapping[str, Any], local: set[str]) -> None:

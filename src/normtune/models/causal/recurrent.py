@@ -46,7 +46,7 @@ def run_passes(sequence: SharedSequence, *, keep_states: bool = False) -> dict[s
 
         pass_0   tokens [[0, 1, 2]]                        leaves state 0
         pass_1   tokens [[3, 4, 5]]                        parents [0], leaves state 1
-        pass_2   tokens [[6, 6, 6, 6], [7, 8, 9, 10]]      parents [1, 0]; s is padded by itself
+        pass_2   tokens [[6, 6, 6, 6], [7, 8, 9, 10]]      parents [1, 0]; s is repeated as padding
         order    [0, 1, 2, 3, 4, 5, 6, 10, 11, 12, 13]     the outputs of the padding, 7 to 9, are not used
 
     Args:
